@@ -1,0 +1,200 @@
+"""The nouns of pixel_sail: what flows from annotation files to scores.
+
+Place in the flow: everything else imports this module, it imports nothing of the project. Read it first, then
+`data/sources/refer.py`, `data/collate.py`, `model/modeling_pixel_sail.py`, `losses/`, `training/loop.py`.
+
+    TRAIN  annotations --sources--> Sample --processor--> Example --packing, collate--> Batch --model--> losses
+    EVAL   annotations --sources--> Expression --predictor--> Prediction --metrics--> sums and counts --> ratios
+
+One sample of a referring-segmentation source, as an example of the data:
+
+    Sample(sample_id="refcoco/train/image=581857/epoch=0", source="refcoco", image_path=Path(".../COCO_..581857.jpg"),
+           image_hw=(427, 640), turns=(Turn(question="Please segment the lady in blue in this image.",
+           answer="It is [SEG].", masks=(<bool 427x640>,)),), prompts=())
+
+Axis letters: B rows of a packed batch, T tokens, P patches of one image, S patches of the whole batch, K values of one
+flattened patch (3 * patch_size ** 2), N masks, H W pixels. Sizes are always (height, width).
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+BoolMask = NDArray[np.bool_]
+"""A binary mask [H, W] at the resolution of its image. Always a union of its parts, never a sum."""
+
+RLE = dict[str, Any]
+"""COCO run-length encoding: {"size": [height, width], "counts": str}."""
+
+SizeHW = tuple[int, int]
+
+IGNORE_LABEL = -100
+"""Label of a token that no text loss is computed for (the convention of torch's cross-entropy)."""
+
+
+class DataError(ValueError):
+    """A file, annotation or sample is wrong. The message names where, what was found, what was expected, what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One question and its answer about an image, with one mask for every [SEG] of the answer, in order."""
+
+    question: str
+    answer: str
+    masks: tuple[BoolMask, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualPrompt:
+    """A marked region: the text calls it <Prompt{prompt_id}>, the patches under `mask` carry that token's embedding."""
+
+    prompt_id: int
+    mask: BoolMask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What a source returns: raw text, an image path, masks at image resolution. Nothing here is tokenised or resized."""
+
+    sample_id: str
+    """Unique name used in every error message and log line about this sample."""
+    source: str
+    image_path: Path | None
+    """None for a text-only sample."""
+    image_hw: SizeHW | None
+    """Size stated by the annotation file; the opened image must agree."""
+    turns: tuple[Turn, ...]
+    prompts: tuple[VisualPrompt, ...] = ()
+
+
+class Source(Protocol):
+    """A training dataset: a fixed number of items, each a pure function of (index, rng)."""
+
+    name: str
+
+    def __len__(self) -> int:
+        """Return the number of items of one epoch."""
+        ...
+
+    def get(self, index: int, rng: np.random.Generator) -> Sample:
+        """Return item `index`; every random choice (sentences, wording, prompt ids) is drawn from `rng`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expression:
+    """One referring expression to be scored: text, image and the target mask as RLE (None: nothing is referred to)."""
+
+    ref_id: int
+    sent_id: int
+    image_id: int
+    image_path: Path
+    image_hw: SizeHW
+    text: str
+    target: RLE | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """The answer to one expression: generated text and the predicted mask as RLE (None: no [SEG] was generated)."""
+
+    ref_id: int
+    sent_id: int
+    image_id: int
+    text: str
+    segmentation: RLE | None
+    answer: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One sample as tokens, before packing. An image, if there is one, always stands first."""
+
+    sample_id: str
+    source: str
+    input_ids_T: Tensor
+    """int64."""
+    labels_T: Tensor
+    """int64: the token itself where it belongs to an answer, IGNORE_LABEL elsewhere (not shifted)."""
+    position_ids_2T: Tensor
+    """int64: (row, column) rotary positions; equal for text."""
+    branch_ids_T: Tensor
+    """int64: 0 for the shared image prefix; text of branch k sees branch 0 and its own branch only."""
+    in_image_T: Tensor
+    """bool: the image span with its two delimiters, which attends to itself in both directions."""
+    patch_index_T: Tensor
+    """int64: which row of `patches_PK` stands at this token, -1 for text."""
+    prompt_ids_T: Tensor
+    """int64: id of the visual prompt painted on this patch, -1 for none."""
+    patches_PK: Tensor
+    """float32: normalised pixels, each patch flattened channel first; P is 0 for a text-only sample."""
+    grid_hw: SizeHW | None
+    masks: tuple[BoolMask, ...]
+    """One per [SEG] in `input_ids_T`, in token order."""
+    text_weight: float = 1.0
+    """Factor on this sample's text loss."""
+
+    def __len__(self) -> int:
+        """Return the number of tokens."""
+        return int(self.input_ids_T.shape[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Packed sequences: B rows of T tokens, each row holding several samples that do not see each other.
+
+    Ragged things are flat with an owner: patches by `patch_index_BT`, masks by `seg_image_N`.
+    """
+
+    sample_ids: tuple[str, ...]
+    """Name of every sample; `sample_index_BT` points into it."""
+    sources: tuple[str, ...]
+    input_ids_BT: Tensor
+    labels_BT: Tensor
+    text_weights_BT: Tensor
+    """float32: the sample's factor on the text loss, at every token."""
+    position_ids_2BT: Tensor
+    sample_index_BT: Tensor
+    """int64: owner of each token, -1 for padding."""
+    branch_ids_BT: Tensor
+    in_image_BT: Tensor
+    patch_index_BT: Tensor
+    """int64 into `patches_SK`, -1 for text."""
+    prompt_ids_BT: Tensor
+    patches_SK: Tensor
+    grids: tuple[SizeHW, ...]
+    """Patch grid of each image, in the order of their patches."""
+    image_samples: tuple[int, ...]
+    """Index into `sample_ids` of each image."""
+    seg_positions_N2: Tensor
+    """int64: (row, token) of every [SEG] whose state makes a mask."""
+    seg_image_N: Tensor
+    """int64: index into `grids` of the image each mask belongs to."""
+    masks: tuple[Tensor, ...] = field(default=())
+    """N bool tensors [H, W] at image resolution."""
+
+    def __post_init__(self) -> None:
+        """Check what a wrong collate would break silently."""
+        shape = self.input_ids_BT.shape
+        for name in ("labels_BT", "sample_index_BT", "branch_ids_BT", "in_image_BT", "patch_index_BT", "prompt_ids_BT"):
+            assert getattr(self, name).shape == shape, f"{name} is {getattr(self, name).shape}, expected {shape}"
+        assert self.position_ids_2BT.shape == (2, *shape), self.position_ids_2BT.shape
+        num_patches = sum(h * w for h, w in self.grids)
+        assert self.patches_SK.shape[0] == num_patches, f"{self.patches_SK.shape[0]} patches, grids hold {num_patches}"
+        assert len(self.image_samples) == len(self.grids), "every image needs exactly one owner"
+        counts = (len(self.masks), len(self.seg_positions_N2), len(self.seg_image_N))
+        assert len(set(counts)) == 1, f"masks, [SEG] positions and owners differ: {counts}"
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Return the batch with every tensor on `device`."""
+        moved = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        kept = {name: value for name, value in vars(self).items() if name not in moved and name != "masks"}
+        return Batch(**moved, **kept, masks=tuple(mask.to(device, non_blocking=True) for mask in self.masks))
