@@ -149,7 +149,7 @@ class Example:
 class Batch:
     """Packed sequences: B rows of T tokens, each row holding several samples that do not see each other.
 
-    Ragged things are flat with an owner: patches by `patch_index_BT`, masks by `seg_image_N`.
+    Ragged things are flat with an owner: patches by `patch_index_BT`, masks by `masks_per_image`.
     """
 
     sample_ids: tuple[str, ...]
@@ -173,9 +173,9 @@ class Batch:
     image_samples: tuple[int, ...]
     """Index into `sample_ids` of each image."""
     seg_positions_N2: Tensor
-    """int64: (row, token) of every [SEG] whose state makes a mask."""
-    seg_image_N: Tensor
-    """int64: index into `grids` of the image each mask belongs to."""
+    """int64: (row, token) of every [SEG] whose state makes a mask; images in order, masks of an image in token order."""
+    masks_per_image: tuple[int, ...]
+    """How many of the N masks each image owns, aligned with `grids`."""
     masks: tuple[Tensor, ...] = field(default=())
     """N bool tensors [H, W] at image resolution."""
 
@@ -188,8 +188,15 @@ class Batch:
         num_patches = sum(h * w for h, w in self.grids)
         assert self.patches_SK.shape[0] == num_patches, f"{self.patches_SK.shape[0]} patches, grids hold {num_patches}"
         assert len(self.image_samples) == len(self.grids), "every image needs exactly one owner"
-        counts = (len(self.masks), len(self.seg_positions_N2), len(self.seg_image_N))
-        assert len(set(counts)) == 1, f"masks, [SEG] positions and owners differ: {counts}"
+        assert len(self.masks_per_image) == len(self.grids), "every image needs its number of masks"
+        counts = (len(self.masks), len(self.seg_positions_N2), sum(self.masks_per_image))
+        assert len(set(counts)) == 1, f"masks, [SEG] positions and the sum over images differ: {counts}"
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Return the keyword arguments of the model's forward that this batch provides."""
+        names = ("input_ids_BT", "position_ids_2BT", "sample_index_BT", "branch_ids_BT", "in_image_BT")
+        names += ("patch_index_BT", "prompt_ids_BT", "patches_SK", "grids", "seg_positions_N2", "masks_per_image")
+        return {name: getattr(self, name) for name in names}
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch with every tensor on `device`."""

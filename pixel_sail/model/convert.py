@@ -1,0 +1,121 @@
+"""Conversion of the released code's state dict into ours, strict in both directions.
+
+Place in the flow: `tools/check_parity.py` and checkpoint conversion call `convert_release_state`. Keys are translated by a
+table, embedding rows by token name, because the release appended its tokens in an order that differs between its configs:
+
+    single_transformer.model.layers.0.self_attn.q_proj.weight  ->  decoder.layers.0.self_attn.q_proj.weight
+    upsample_blocks.1.2.depthwise.bias                         ->  mask_head.upsampler.blocks.1.depthwise.bias
+    row 503 ("[SEG]" there)                                    ->  row 151668 ("[SEG]" here)
+"""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
+
+KEY_PATTERNS: tuple[tuple[str, str], ...] = (
+    (r"single_transformer\.model\.embed_tokens\.(.+)", r"embed_tokens.\1"),
+    (r"single_transformer\.model\.layers\.(.+)", r"decoder.layers.\1"),
+    (r"single_transformer\.model\.norm\.(.+)", r"decoder.norm.\1"),
+    (r"single_transformer\.model\.vis_embed\.(.+)", r"patch_embedding.patch_projection.\1"),
+    (r"single_transformer\.model\.vp_embed\.(.+)", r"patch_embedding.prompt_projection.\1"),
+    (r"single_transformer\.lm_head\.(.+)", r"lm_head.\1"),
+    (r"image_feature_pre_projector\.(.+)", r"mask_head.pre_projector.\1"),
+    (r"seg_token_projector\.(.+)", r"mask_head.seg_projector.\1"),
+    (r"image_feature_projector\.(.+)", r"mask_head.pixel_projector.\1"),
+    (r"upsample_blocks\.(\d+)\.0\.(.+)", r"mask_head.upsampler.blocks.\1.transposed.\2"),
+    (r"upsample_blocks\.(\d+)\.2\.(depthwise|pointwise)\.(.+)", r"mask_head.upsampler.blocks.\1.\2.\3"),
+    (r"upsample_blocks\.(\d+)\.3\.ln\.(.+)", r"mask_head.upsampler.blocks.\1.norm.\2"),
+)
+"""Released key -> ours. Source: bytedance/Sa2VA 9832e1a, sa2va_eval/projects/ST, state dict of the SAIL model."""
+
+TOKEN_ROWS = ("embed_tokens.weight", "lm_head.weight")
+"""Parameters whose rows belong to tokens."""
+
+DROPPED_TOKENS = frozenset({"<NO_Prompt>"})
+"""Released tokens that are never an input, so that a vocabulary without them loses nothing."""
+
+
+def our_key(released_key: str) -> str:
+    """Return our name of a released parameter; ValueError for a name the table does not know."""
+    for pattern, replacement in KEY_PATTERNS:
+        if re.fullmatch(pattern, released_key):
+            return re.sub(pattern, replacement, released_key)
+    raise ValueError(
+        f"released state dict: unknown key {released_key!r}; expected a SAIL-type Pixel-SAIL checkpoint "
+        "(single_transformer.*, upsample_blocks.*, image_feature_projector.*, seg_token_projector.*)"
+    )
+
+
+def row_sources(
+    source_tokens: Mapping[str, int], target_tokens: Mapping[str, int], *, source_rows: int, target_rows: int
+) -> Tensor:
+    """Return for each target row the source row it copies, -1 for rows no token uses.
+
+    Named tokens are matched by name. An id that neither side names maps to itself.
+    Raises: ValueError for a token that only one side knows (`DROPPED_TOKENS` may be missing in the target).
+    """
+    lost = set(source_tokens) - set(target_tokens) - DROPPED_TOKENS
+    invented = set(target_tokens) - set(source_tokens)
+    if lost or invented:
+        raise ValueError(
+            f"vocabularies differ: {sorted(lost)[:10]} only in the checkpoint, {sorted(invented)[:10]} only in the target;"
+            " give the tokenizer the checkpoint was trained with"
+        )
+    sources = torch.full((target_rows,), -1, dtype=torch.long)
+    shared = min(source_rows, target_rows)
+    sources[:shared] = torch.arange(shared)
+    # Ids named on either side lose their identity mapping first, then every name takes its own row.
+    for index in {*source_tokens.values(), *target_tokens.values()}:
+        if index < target_rows:
+            sources[index] = -1
+    for token, index in target_tokens.items():
+        sources[index] = source_tokens[token]
+    return sources
+
+
+def convert_release_state(
+    released: Mapping[str, Tensor],
+    model: PixelSailForSegmentation,
+    *,
+    source_tokens: Mapping[str, int],
+    target_tokens: Mapping[str, int],
+) -> dict[str, Tensor]:
+    """Return a complete state dict of `model` made from a released one.
+
+    A tied text head may be absent; when it is present it must equal the embedding. Rows that no token uses (padding of the
+    vocabulary) become zero.
+    Raises: ValueError for unknown, missing, duplicate or misshapen tensors, naming all of them.
+    """
+    state: dict[str, Tensor] = {}
+    for key, tensor in released.items():
+        name = our_key(key)
+        if name in TOKEN_ROWS:
+            tensor = _place_rows(tensor, source_tokens, target_tokens, model.config.vocab_size)
+        state[name] = tensor
+    embedding = state.get("embed_tokens.weight")
+    if model.config.tie_word_embeddings and embedding is not None:
+        if not torch.equal(state.setdefault("lm_head.weight", embedding), embedding):
+            raise ValueError("released state dict: lm_head differs from embed_tokens, but tie_word_embeddings is true")
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    problems = [f"missing {name} {expected[name]}" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"unknown {name} {found[name]}" for name in sorted(found.keys() - expected.keys())]
+    shared = sorted(expected.keys() & found.keys())
+    problems += [f"{n}: found {found[n]}, expected {expected[n]}" for n in shared if found[n] != expected[n]]
+    if problems:
+        raise ValueError("released state dict does not fit the model: " + "; ".join(problems[:20]))
+    return state
+
+
+def _place_rows(
+    rows: Tensor, source_tokens: Mapping[str, int], target_tokens: Mapping[str, int], target_rows: int
+) -> Tensor:
+    """Return `rows` reordered by token name, with zeros where no token lives."""
+    sources = row_sources(source_tokens, target_tokens, source_rows=rows.shape[0], target_rows=target_rows)
+    placed = rows[sources.clamp_min(0)].clone()
+    placed[sources < 0] = 0
+    return placed

@@ -1,0 +1,168 @@
+"""The decoder-only transformer: RMSNorm, grouped-query attention with q/k/v bias, SwiGLU, 2-D rotary positions.
+
+Place in the flow: `modeling_pixel_sail` hands it embeddings, it returns the states after the final norm. It knows nothing
+of images: what is an image only shows in the positions and in the attention mask it is given.
+
+Example: embeddings [2, 194, 128] with positions [2, 2, 194] and a mask [2, 1, 194, 194] give states [2, 194, 128].
+
+Axis letters: B rows, T tokens of this call, S keys (cached ones first), D width, A attention heads, G key-value heads,
+E head width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from pixel_sail.model.configuration_pixel_sail import Architecture
+
+KeyValue = tuple[Tensor, Tensor]
+"""Rotated keys and values of one layer, both [B, G, S, E]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotary:
+    """Cosines and sines [B, 1, T, E] of every token, computed once and shared by all layers."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __call__(self, x_BATE: Tensor) -> Tensor:
+        """Rotate queries or keys (first half against second half of the head)."""
+        first, second = x_BATE.chunk(2, dim=-1)
+        return x_BATE * self.cos + torch.cat((-second, first), dim=-1) * self.sin
+
+
+def rotary_tables(position_ids_2BT: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotary:
+    """Return the rotation of every token.
+
+    The lower half of the frequencies turns with the row position, the upper half with the column position; text has
+    both equal, which is ordinary 1-D rotary embedding. Angles are float32, the tables have `dtype`.
+    Source: Qwen2-VL's sectioned rotary embedding with sections (0, head_dim / 4, head_dim / 4).
+    """
+    device = position_ids_2BT.device
+    exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    frequencies = 1.0 / theta**exponent  # [E/2]
+    rows, columns = position_ids_2BT.float()[..., None].unbind(0)  # each [B, T, 1]
+    quarter = head_dim // 4
+    angles = torch.cat((rows * frequencies[:quarter], columns * frequencies[quarter:]), dim=-1)  # [B, T, E/2]
+    angles = torch.cat((angles, angles), dim=-1)[:, None]
+    return Rotary(cos=angles.cos().to(dtype), sin=angles.sin().to(dtype))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a learned scale; the statistics are float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention under an explicit boolean mask."""
+
+    def __init__(self, config: Architecture) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.num_groups = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        group_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=True)
+        self.k_proj = nn.Linear(config.hidden_size, group_size, bias=True)
+        self.v_proj = nn.Linear(config.hidden_size, group_size, bias=True)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self, x_BTD: Tensor, rotary: Rotary, mask_B1TS: Tensor, past: KeyValue | None
+    ) -> tuple[Tensor, KeyValue]:
+        """Return the mixed states and the keys and values including `past`, which stands before this call's."""
+        batch, num_tokens, _ = x_BTD.shape
+        q_BATE = self.q_proj(x_BTD).view(batch, num_tokens, self.num_heads, self.head_dim).transpose(1, 2)
+        k_BGTE = self.k_proj(x_BTD).view(batch, num_tokens, self.num_groups, self.head_dim).transpose(1, 2)
+        v_BGSE = self.v_proj(x_BTD).view(batch, num_tokens, self.num_groups, self.head_dim).transpose(1, 2)
+        q_BATE, k_BGSE = rotary(q_BATE), rotary(k_BGTE)
+        if past is not None:
+            k_BGSE = torch.cat((past[0], k_BGSE), dim=2)
+            v_BGSE = torch.cat((past[1], v_BGSE), dim=2)
+        repeats = self.num_heads // self.num_groups
+        mixed_BATE = F.scaled_dot_product_attention(
+            q_BATE,
+            k_BGSE.repeat_interleave(repeats, dim=1),
+            v_BGSE.repeat_interleave(repeats, dim=1),
+            attn_mask=mask_B1TS,
+        )
+        mixed_BTD = mixed_BATE.transpose(1, 2).reshape(batch, num_tokens, -1)
+        return self.o_proj(mixed_BTD), (k_BGSE, v_BGSE)
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer without biases."""
+
+    def __init__(self, config: Architecture) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to the last axis."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and feed-forward, each with a residual connection."""
+
+    def __init__(self, config: Architecture) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(
+        self, x_BTD: Tensor, rotary: Rotary, mask_B1TS: Tensor, past: KeyValue | None
+    ) -> tuple[Tensor, KeyValue]:
+        """Return the new states and this layer's keys and values."""
+        mixed, key_value = self.self_attn(self.input_layernorm(x_BTD), rotary, mask_B1TS, past)
+        x_BTD = x_BTD + mixed
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), key_value
+
+
+class Decoder(nn.Module):
+    """The stack of layers and the final norm."""
+
+    def __init__(self, config: Architecture) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head_dim = config.head_dim
+        self.rope_theta = config.rope_theta
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        position_ids_2BT: Tensor,
+        mask_B1TS: Tensor,
+        past: list[KeyValue] | None = None,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """Return the states after the final norm [B, T, D] and every layer's keys and values (`past` included)."""
+        rotary = rotary_tables(position_ids_2BT, self.head_dim, self.rope_theta, x_BTD.dtype)
+        key_values = []
+        for index, layer in enumerate(self.layers):
+            layer_past = past[index] if past is not None else None
+            if self.gradient_checkpointing and self.training:
+                x_BTD, key_value = checkpoint(layer, x_BTD, rotary, mask_B1TS, layer_past, use_reentrant=False)
+            else:
+                x_BTD, key_value = layer(x_BTD, rotary, mask_B1TS, layer_past)
+            key_values.append(key_value)
+        return self.norm(x_BTD), key_values

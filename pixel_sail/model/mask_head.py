@@ -1,0 +1,48 @@
+"""From hidden states to mask logits: pixel features dotted with [SEG] queries.
+
+Place in the flow: `modeling_pixel_sail` gives it the patch states of each image and the states of the [SEG] tokens; the
+losses and the predictor take the logits. No bias, no scale: a logit is a plain dot product.
+
+Example: a 8 x 8 grid of 128 channels and 5 [SEG] states give logits [5, 32, 32] at stride 4 of a 128 x 128 image.
+
+Axis letters: I images of one grid size, N masks, h w patch grid, Y X cells of the upsampled map, C channels, D mask width.
+"""
+
+from torch import Tensor, nn
+
+from pixel_sail.model.configuration_pixel_sail import Architecture
+from pixel_sail.model.upsampler import Upsampler
+
+
+def two_layer(size_in: int, size_middle: int, size_out: int) -> nn.Sequential:
+    """Return Linear, ReLU, Linear."""
+    return nn.Sequential(nn.Linear(size_in, size_middle), nn.ReLU(), nn.Linear(size_middle, size_out))
+
+
+class MaskHead(nn.Module):
+    """Pre-projection (wide decoders only), upsampler, and the projections of pixels and of [SEG] states."""
+
+    def __init__(self, config: Architecture) -> None:
+        super().__init__()
+        width, channels = config.hidden_size, config.feature_size
+        self.pre_projector = two_layer(width, width, channels) if width > channels else None
+        self.upsampler = Upsampler(channels, config.num_upsample_blocks)
+        self.pixel_projector = two_layer(channels, channels, config.mask_dim)
+        self.seg_projector = two_layer(width, channels, config.mask_dim)
+
+    def pixel_features(self, states_IhwC: Tensor) -> Tensor:
+        """Return the pixel features [I, Y, X, D] of patch states [I, h, w, hidden]."""
+        if self.pre_projector is not None:
+            states_IhwC = self.pre_projector(states_IhwC)
+        upsampled_ICYX = self.upsampler(states_IhwC.permute(0, 3, 1, 2))
+        return self.pixel_projector(upsampled_ICYX.permute(0, 2, 3, 1))
+
+    def seg_queries(self, seg_states_NC: Tensor) -> Tensor:
+        """Return the query [N, D] of each [SEG] state."""
+        return self.seg_projector(seg_states_NC)
+
+
+def mask_logits(queries_ND: Tensor, features_YXD: Tensor) -> Tensor:
+    """Return the logits [N, Y, X] of masks of one image."""
+    num_rows, num_columns, width = features_YXD.shape
+    return (queries_ND @ features_YXD.reshape(-1, width).T).view(-1, num_rows, num_columns)

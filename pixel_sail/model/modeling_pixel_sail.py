@@ -1,0 +1,226 @@
+"""The Pixel-SAIL model: packed tokens and raw patches in, text logits and mask logits out.
+
+Place in the flow: `data/collate.py` makes its inputs, `losses/` and `evaluation/` take its outputs. No loss is computed
+here. Forward reads top to bottom: embed, add image and prompts, decode, read text, read masks.
+
+Example: a pack of two samples, an 8 x 8 grid with 3 masks and a 7 x 9 grid with none, in one row of 260 tokens, gives
+hidden_BTD [1, 260, 128], logits of the chosen positions [M, V] and mask_logits ([3, 32, 32], None).
+
+Axis letters: B rows, T tokens, S patches of the batch, K values of a patch, N masks, M chosen positions, V vocabulary,
+D width, Y X cells of a mask-feature map, h w patch grid.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from pixel_sail.model.attention_mask import attention_mask
+from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
+from pixel_sail.model.decoder import Attention, Decoder, KeyValue, RMSNorm, SwiGLU
+from pixel_sail.model.image_embedding import PatchEmbedding
+from pixel_sail.model.mask_head import MaskHead, mask_logits
+
+
+@dataclass
+class PixelSailOutput(ModelOutput):
+    """What a forward pass returns."""
+
+    hidden_BTD: Tensor | None = None
+    """States after the final norm."""
+    logits: Tensor | None = None
+    """[B, T, V], or [M, V] where positions were chosen."""
+    pixel_features: tuple[Tensor | None, ...] | None = None
+    """Per image [Y, X, D]; None for an image without masks."""
+    seg_queries_ND: Tensor | None = None
+    mask_logits: tuple[Tensor | None, ...] | None = None
+    """Per image [number of its masks, Y, X]; None for an image without masks."""
+    anchor: Tensor | None = None
+    """Zero, but connected to every parameter: added to a loss it gives each of them a gradient on every rank."""
+
+
+class PixelSailForSegmentation(PreTrainedModel):
+    """One decoder-only transformer with a mask head."""
+
+    config_class = PixelSailConfig
+    config: PixelSailConfig
+    base_model_prefix = "decoder"
+    supports_gradient_checkpointing = True
+    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
+    _no_split_modules = ["DecoderLayer"]
+
+    def __init__(self, config: PixelSailConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.patch_embedding = PatchEmbedding(config)
+        self.decoder = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.mask_head = MaskHead(config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise one module.
+
+        | parameters                                        | initialisation                       |
+        | embeddings, linear layers outside the mask head   | normal, std `initializer_range`      |
+        | q/k/v biases                                      | zero                                 |
+        | norms                                             | one (and zero)                       |
+        | mask head: linear and convolution layers          | PyTorch's default, as in the release |
+        """
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, (Attention, SwiGLU, PatchEmbedding)):
+            for layer in module.children():
+                assert isinstance(layer, nn.Linear)
+                nn.init.normal_(layer.weight, std=self.config.initializer_range)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        elif isinstance(module, MaskHead):
+            for layer in module.modules():
+                if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+                    layer.reset_parameters()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the token embedding (Hugging Face name)."""
+        return self.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the text head (Hugging Face name)."""
+        return self.lm_head
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "PixelSailForSegmentation":  # type: ignore[override]
+        """Load a folder written by `save_pretrained`; missing, unexpected or misshapen weights raise ValueError.
+
+        Hugging Face only warns and leaves missing weights random; a score made with such a model is worthless.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        problems = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
+        if problems:
+            raise ValueError(f"{args[0] if args else kwargs}: the weights do not fit the model: {problems}")
+        return (model, info) if wants_info else model
+
+    def embed(self, input_ids_BT: Tensor, patches_SK: Tensor, patch_index_BT: Tensor, prompt_ids_BT: Tensor) -> Tensor:
+        """Return token embeddings [B, T, D] with patches and visual prompts added."""
+        prompt_tokens = torch.tensor(self.config.prompt_token_ids, device=input_ids_BT.device, dtype=torch.long)
+        return self.patch_embedding(
+            self.embed_tokens(input_ids_BT),
+            patches_SK,
+            patch_index_BT,
+            self.embed_tokens(prompt_tokens),
+            prompt_ids_BT,
+        )
+
+    def forward(
+        self,
+        input_ids_BT: Tensor,
+        position_ids_2BT: Tensor,
+        sample_index_BT: Tensor,
+        branch_ids_BT: Tensor,
+        in_image_BT: Tensor,
+        patch_index_BT: Tensor,
+        prompt_ids_BT: Tensor,
+        patches_SK: Tensor,
+        grids: Sequence[tuple[int, int]] = (),
+        seg_positions_N2: Tensor | None = None,
+        masks_per_image: Sequence[int] = (),
+        logit_positions_M2: Tensor | None = None,
+    ) -> PixelSailOutput:
+        """Run the model on packed sequences; the arguments are the fields of `types.Batch`.
+
+        With `logit_positions_M2` (row, token) the text head runs at those positions only. The patches of image i are the
+        i-th run of `patches_SK`, their states are read at the tokens that carry their index.
+        """
+        embeddings = self.embed(input_ids_BT, patches_SK, patch_index_BT, prompt_ids_BT)
+        mask = attention_mask(sample_index_BT, branch_ids_BT, in_image_BT)
+        hidden_BTD, _ = self.decoder(embeddings, position_ids_2BT, mask)
+        chosen = hidden_BTD if logit_positions_M2 is None else hidden_BTD[tuple(logit_positions_M2.unbind(1))]
+        logits = self.lm_head(chosen)
+        if seg_positions_N2 is None:
+            seg_positions_N2 = input_ids_BT.new_zeros(0, 2)
+        queries_ND = self.mask_head.seg_queries(hidden_BTD[tuple(seg_positions_N2.unbind(1))])
+        features = self.features_of_images(hidden_BTD, patch_index_BT, grids, masks_per_image)
+        masks = masks_of_images(queries_ND, features, masks_per_image)
+        return PixelSailOutput(
+            hidden_BTD=hidden_BTD,
+            logits=logits,
+            pixel_features=features,
+            seg_queries_ND=queries_ND,
+            mask_logits=masks,
+            anchor=self.anchor(hidden_BTD, logits, queries_ND, features) if self.training else None,
+        )
+
+    def features_of_images(
+        self,
+        hidden_BTD: Tensor,
+        patch_index_BT: Tensor,
+        grids: Sequence[tuple[int, int]],
+        masks_per_image: Sequence[int],
+    ) -> tuple[Tensor | None, ...]:
+        """Return the pixel features [Y, X, D] of every image that has masks; images of one grid go through together."""
+        on_patch = patch_index_BT >= 0
+        states_SD = torch.empty_like(hidden_BTD[on_patch])
+        states_SD = states_SD.index_copy(0, patch_index_BT[on_patch], hidden_BTD[on_patch])
+        offsets, same_grid = [0], defaultdict(list)
+        for image, (rows, columns) in enumerate(grids):
+            offsets.append(offsets[-1] + rows * columns)
+            if masks_per_image[image]:
+                same_grid[(rows, columns)].append(image)
+        features: list[Tensor | None] = [None] * len(grids)
+        for (rows, columns), images in same_grid.items():
+            stacked = torch.stack([states_SD[offsets[i] : offsets[i + 1]].view(rows, columns, -1) for i in images])
+            for image, feature in zip(images, self.mask_head.pixel_features(stacked), strict=True):
+                features[image] = feature
+        return tuple(features)
+
+    def anchor(
+        self, hidden_BTD: Tensor, logits: Tensor, queries_ND: Tensor, features: Sequence[Tensor | None]
+    ) -> Tensor:
+        """Return a zero that every parameter takes part in.
+
+        Ranks of a distributed run must produce the same gradients in every step, also when one of them has no image or
+        no mask; a batch without masks therefore sends one state through the mask head.
+        """
+        if all(feature is None for feature in features):
+            features = (self.mask_head.pixel_features(hidden_BTD[:1, None, :1]),)
+        touched = [feature.sum() for feature in features if feature is not None]
+        return 0.0 * (torch.stack(touched).sum() + queries_ND.sum() + logits.sum())
+
+    @torch.no_grad()
+    def encode_prefix(
+        self, input_ids_BT: Tensor, position_ids_2BT: Tensor, patches_SK: Tensor, prompt_ids_BT: Tensor
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """Return states [1, T, D] and keys and values of one image span, which attends to itself in both directions."""
+        in_image = torch.ones_like(input_ids_BT, dtype=torch.bool)
+        zeros = torch.zeros_like(input_ids_BT)
+        is_patch = input_ids_BT == self.config.token_id("<vpatch>")
+        patch_index = torch.where(is_patch, is_patch.long().cumsum(1) - 1, -1)
+        embeddings = self.embed(input_ids_BT, patches_SK, patch_index, prompt_ids_BT)
+        return self.decoder(embeddings, position_ids_2BT, attention_mask(zeros, zeros, in_image))
+
+
+def masks_of_images(
+    queries_ND: Tensor, features: Sequence[Tensor | None], masks_per_image: Sequence[int]
+) -> tuple[Tensor | None, ...]:
+    """Return the mask logits of each image from its own share of the queries."""
+    groups = queries_ND.split(list(masks_per_image)) if masks_per_image else ()
+    return tuple(
+        mask_logits(queries, feature) if feature is not None else None
+        for queries, feature in zip(groups, features, strict=True)
+    )
+
+
+def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> PixelSailForSegmentation:
+    """Return the model of an exported folder in evaluation mode; ValueError when weights and config disagree."""
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"{folder}: no config.json; expected a folder written by training's export or save_pretrained")
+    return PixelSailForSegmentation.from_pretrained(folder, dtype=dtype).eval()

@@ -1,0 +1,270 @@
+"""Compare the model with recorded outputs of the released one, each case alone and all cases packed into one sequence.
+
+    python tools/check_parity.py DIR [DIR ...] [--named-weights] [--tolerance 1e-4]
+
+A folder holds `config.json` (sizes and special tokens), `reference_state.safetensors` (weights in the release's naming) and
+`cases.safetensors` (tensors named `<case>.<name>`). Without the weights file, or with --named-weights, every tensor of
+`shapes.json` is drawn from a generator seeded by its name. Prints the largest absolute error of every recorded tensor;
+exit status 1 when one exceeds the tolerance or a greedily decoded token differs, 2 when a folder cannot be checked.
+"""
+
+import argparse
+import json
+import logging
+import math
+import sys
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from pixel_sail.losses.mask import full_map_losses
+from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
+from pixel_sail.model.convert import convert_release_state
+from pixel_sail.model.generation import encode_image, generate
+from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, PixelSailOutput
+
+BCE_WEIGHT, DICE_WEIGHT, COUNT_EPSILON = 2.0, 0.5, 1e-4
+"""The release's loss weights and the term it adds to the number of masks."""
+
+Case = dict[str, Tensor]
+
+
+@dataclass(kw_only=True)
+class Report:
+    """Largest absolute error per tensor name, over all cases of a folder."""
+
+    errors: dict[str, float] = field(default_factory=dict)
+    greedy_mismatches: list[str] = field(default_factory=list)
+
+    def compare(self, name: str, found: Tensor, expected: Tensor) -> None:
+        """Note the error of one tensor; a different shape counts as infinite."""
+        same_shape = found.shape == expected.shape
+        error = (found.double() - expected.double()).abs().max().item() if same_shape else math.inf
+        # NaN compares false with everything, so it must not slip through `max`.
+        self.errors[name] = max(self.errors.get(name, 0.0), math.inf if math.isnan(error) else error)
+
+
+def named_weights(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
+    """Return tensors that depend on their names only, scaled so that activations stay of order one."""
+    state = {}
+    for name, shape in shapes.items():
+        values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, dtype="float32")
+        if len(shape) == 1:
+            values = values * np.float32(0.1) + np.float32(1.0 if "norm" in name or ".ln.weight" in name else 0.0)
+        else:
+            values = values * np.float32(0.6 / math.sqrt(math.prod(shape[1:])))
+        state[name] = torch.from_numpy(values)
+    return state
+
+
+def load_reference(folder: Path, use_named_weights: bool) -> PixelSailForSegmentation:
+    """Return our model with the folder's sizes and weights, in evaluation mode."""
+    config = json.loads((folder / "config.json").read_text())
+    if "upsample_blocks" not in config or "mrope_section" not in config:
+        raise ValueError(f"{folder}/config.json: not a SAIL-type case (no mrope_section); keys {sorted(config)}")
+    tokens = config["special_tokens"]
+    stride = config["patch_size"] / 2 ** config["upsample_blocks"]
+    model_config = PixelSailConfig.from_architecture(
+        Architecture(
+            **{name: config[name] for name in COPIED_SIZES},
+            mask_stride=max(1, math.ceil(stride)),
+            num_visual_prompts=config["num_visual_prompts"],
+            token_ids=tokens,
+        )
+    )
+    quarter = model_config.head_dim // 4
+    if config["mrope_section"] != [0, quarter, quarter]:
+        raise ValueError(f"{folder}/config.json: mrope_section {config['mrope_section']}, expected {[0, quarter, quarter]}")
+    model = PixelSailForSegmentation(model_config)
+    weights = folder / "reference_state.safetensors"
+    if use_named_weights or not weights.is_file():
+        shapes = json.loads((folder / "shapes.json").read_text())
+        if config["tie_word_embeddings"]:
+            shapes.pop("single_transformer.lm_head.weight", None)
+        released = named_weights(shapes)
+    else:
+        released = load_file(weights)
+    model.load_state_dict(convert_release_state(released, model, source_tokens=tokens, target_tokens=tokens))
+    return model.eval()
+
+
+COPIED_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "patch_size",
+    "mask_dim",
+    "tie_word_embeddings",
+    "rope_theta",
+    "rms_norm_eps",
+)
+
+
+def load_cases(folder: Path) -> list[Case]:
+    """Return the cases of a folder in order, each a dict of tensor name to tensor."""
+    cases: dict[str, Case] = {}
+    for key, tensor in load_file(folder / "cases.safetensors").items():
+        case, name = key.split(".", 1)
+        cases.setdefault(case, {})[name] = tensor
+    return [cases[key] for key in sorted(cases, key=int)]
+
+
+def pack_inputs(cases: list[Case], config: PixelSailConfig) -> dict[str, Any]:
+    """Return the forward arguments of one sequence that holds all cases one after another."""
+    parts: dict[str, list[Tensor]] = {name: [] for name in PACKED_NAMES}
+    patch_offset, patches, grids, masks_per_image = 0, [], [], []
+    for index, case in enumerate(cases):
+        ids, patch_index = case["input_ids"][0], case["vision_patch_indices"][0]
+        span = torch.arange(len(ids))
+        start, end = (int((ids == config.token_id(t)).nonzero()[0]) for t in ("<vision>", "</vision>"))
+        parts["input_ids_BT"].append(ids)
+        parts["position_ids_2BT"].append(case["position_ids"][1:, 0])
+        parts["sample_index_BT"].append(torch.full_like(ids, index))
+        parts["branch_ids_BT"].append((span > end).long())
+        parts["in_image_BT"].append((span >= start) & (span <= end))
+        parts["patch_index_BT"].append(torch.where(patch_index >= 0, patch_index + patch_offset, -1))
+        parts["prompt_ids_BT"].append(case["vp_token_indices"][0].clamp_min(-1))
+        patches.append(case["vision_patches"].flatten(1))
+        patch_offset += len(case["vision_patches"])
+        grids.append(tuple(case["grid"].tolist()))
+        masks_per_image.append(int((ids == config.token_id("[SEG]")).sum()))
+    inputs: dict[str, Any] = {name: torch.cat(values, dim=-1)[None] for name, values in parts.items()}
+    inputs["position_ids_2BT"] = torch.cat(parts["position_ids_2BT"], dim=-1)[:, None]
+    inputs["patches_SK"] = torch.cat(patches)
+    seg_positions = (inputs["input_ids_BT"] == config.token_id("[SEG]")).nonzero()
+    return inputs | {"grids": grids, "masks_per_image": masks_per_image, "seg_positions_N2": seg_positions}
+
+
+PACKED_NAMES = (
+    "input_ids_BT",
+    "position_ids_2BT",
+    "sample_index_BT",
+    "branch_ids_BT",
+    "in_image_BT",
+    "patch_index_BT",
+    "prompt_ids_BT",
+)
+
+
+def compare_forward(report: Report, cases: list[Case], model: PixelSailForSegmentation) -> None:
+    """Run the cases as one sequence and compare every recorded tensor of every case."""
+    inputs = pack_inputs(cases, model.config)
+    with torch.no_grad():
+        output = model(**inputs)
+        # Images without masks skip the mask head in the model; the recording has their features too.
+        every_image = [max(count, 1) for count in inputs["masks_per_image"]]
+        features = model.features_of_images(
+            output.hidden_BTD, inputs["patch_index_BT"], inputs["grids"], every_image
+        )
+    start = 0
+    for index, case in enumerate(cases):
+        stop = start + case["input_ids"].shape[1]
+        compare_text(report, case, output, slice(start, stop))
+        (rows, columns), is_patch = inputs["grids"][index], case["vision_patch_indices"][0] >= 0
+        hidden = output.hidden_BTD[0, start:stop]
+        report.compare("feature_low", hidden[is_patch].view(rows, columns, -1), case["feature_low"])
+        feature = features[index]
+        assert feature is not None
+        report.compare("feature_high", feature, case["feature_high"])
+        if "mask_logits" in case:
+            compare_masks(report, case, output, index, inputs["masks_per_image"])
+        start = stop
+
+
+def compare_text(report: Report, case: Case, output: PixelSailOutput, span: slice) -> None:
+    """Compare states, logits and the text loss of one case."""
+    assert output.hidden_BTD is not None and output.logits is not None
+    logits, labels = output.logits[0, span], case["labels"][0]
+    report.compare("hidden_last", output.hidden_BTD[0, span], case["hidden_last"])
+    report.compare("logits", logits, case["logits"])
+    report.compare("llm_loss", F.cross_entropy(logits[:-1].float(), labels[1:]), case["llm_loss"])
+
+
+def compare_masks(report: Report, case: Case, output: PixelSailOutput, index: int, masks_per_image: list[int]) -> None:
+    """Compare queries, mask logits and full-map mask losses of one case."""
+    assert output.seg_queries_ND is not None
+    logits = output.mask_logits[index]
+    assert logits is not None
+    report.compare("seg_query", output.seg_queries_ND.split(masks_per_image)[index], case["seg_query"])
+    report.compare("mask_logits", logits, case["mask_logits"])
+    sums = full_map_losses(logits, case["gt_masks"])
+    share = 1.0 / (sums.count + COUNT_EPSILON)
+    report.compare("total_loss_mask", BCE_WEIGHT * sums.bce * share, case["total_loss_mask"])
+    report.compare("total_loss_dice", DICE_WEIGHT * sums.dice * share, case["total_loss_dice"])
+
+
+def compare_greedy(report: Report, cases: list[Case], model: PixelSailForSegmentation) -> None:
+    """Decode after each case's prompt with the image cached, and compare the tokens."""
+    for index, case in enumerate(cases):
+        ids = case["input_ids"][0]
+        end = int((ids == model.config.token_id("</vision>")).nonzero()[0]) + 1
+        prefix = encode_image(
+            model,
+            case["vision_patches"].flatten(1),
+            tuple(case["grid"].tolist()),
+            case["position_ids"][1:, 0, :end],
+            case["vp_token_indices"][0, :end].clamp_min(-1),
+        )
+        question = ids[end : int(case["prompt_len"])].tolist()
+        expected = case["greedy_ids"].tolist()
+        (answer,) = generate(model, prefix, [question], max_new_tokens=len(expected), end_ids=())
+        if answer.token_ids != expected:
+            report.greedy_mismatches.append(f"case {index}: found {answer.token_ids}, expected {expected}")
+
+
+def print_report(title: str, report: Report, tolerance: float) -> bool:
+    """Print one table; return whether everything is within the tolerance."""
+    print(title)
+    for name, error in report.errors.items():
+        print(f"  {name:16s} {error:.3e}{'' if error <= tolerance else '   ABOVE ' + format(tolerance, '.0e')}")
+    return all(error <= tolerance for error in report.errors.values())
+
+
+def check_folder(folder: Path, *, use_named_weights: bool, tolerance: float) -> bool:
+    """Check one folder and print its tables; return whether it passed."""
+    model, cases = load_reference(folder, use_named_weights), load_cases(folder)
+    alone, packed = Report(), Report()
+    for case in cases:
+        compare_forward(alone, [case], model)
+    compare_forward(packed, cases, model)
+    compare_greedy(alone, cases, model)
+    passed = print_report(f"{folder}: {len(cases)} cases, each alone", alone, tolerance)
+    print(f"  {'greedy_ids':16s} {'agree' if not alone.greedy_mismatches else 'DIFFER'}")
+    for line in alone.greedy_mismatches:
+        print(f"    {line}")
+    passed &= print_report(f"{folder}: {len(cases)} cases packed into one sequence", packed, tolerance)
+    return passed and not alone.greedy_mismatches
+
+
+def main(arguments: Iterable[str] | None = None) -> int:
+    """Check every folder named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
+    parser.add_argument("--named-weights", action="store_true", help="draw weights by name even if a file is there")
+    parser.add_argument("--tolerance", type=float, default=1e-4)
+    options = parser.parse_args(None if arguments is None else list(arguments))
+    logging.basicConfig(level=logging.WARNING)
+    passed = True
+    for folder in options.folders:
+        try:
+            passed &= check_folder(folder, use_named_weights=options.named_weights, tolerance=options.tolerance)
+        except (ValueError, OSError, KeyError) as error:
+            print(f"{folder}: cannot be checked: {error}", file=sys.stderr)
+            return 2
+    print("parity holds" if passed else "parity FAILS")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
