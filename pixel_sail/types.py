@@ -16,7 +16,7 @@ Axis letters: B rows of a packed batch, T tokens, P patches of one image, S patc
 flattened patch (3 * patch_size ** 2), N masks, H W pixels. Sizes are always (height, width).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -137,8 +137,8 @@ class Example:
     grid_hw: SizeHW | None
     masks: tuple[BoolMask, ...]
     """One per [SEG] in `input_ids_T`, in token order."""
-    text_weight: float = 1.0
-    """Factor on this sample's text loss."""
+    point_seed: int = 0
+    """Seed of the mask loss's sampled points, so that they depend on the sample and not on the rank that runs it."""
 
     def __len__(self) -> int:
         """Return the number of tokens."""
@@ -156,9 +156,6 @@ class Batch:
     """Name of every sample; `sample_index_BT` points into it."""
     sources: tuple[str, ...]
     input_ids_BT: Tensor
-    labels_BT: Tensor
-    text_weights_BT: Tensor
-    """float32: the sample's factor on the text loss, at every token."""
     position_ids_2BT: Tensor
     sample_index_BT: Tensor
     """int64: owner of each token, -1 for padding."""
@@ -176,18 +173,27 @@ class Batch:
     """int64: (row, token) of every [SEG] whose state makes a mask; images in order, masks of an image in token order."""
     masks_per_image: tuple[int, ...]
     """How many of the N masks each image owns, aligned with `grids`."""
-    masks: tuple[Tensor, ...] = field(default=())
+    logit_positions_M2: Tensor
+    """int64: (row, token) of every position whose next token is supervised."""
+    targets_M: Tensor
+    """int64: that next token."""
+    target_samples_M: Tensor
+    """int64: its owner, an index into `sample_ids`."""
+    point_seeds: tuple[int, ...]
+    """Per image, seed of the points its masks are compared at."""
+    masks: tuple[Tensor, ...]
     """N bool tensors [H, W] at image resolution."""
 
     def __post_init__(self) -> None:
         """Check what a wrong collate would break silently."""
         shape = self.input_ids_BT.shape
-        for name in ("labels_BT", "sample_index_BT", "branch_ids_BT", "in_image_BT", "patch_index_BT", "prompt_ids_BT"):
+        for name in ("sample_index_BT", "branch_ids_BT", "in_image_BT", "patch_index_BT", "prompt_ids_BT"):
             assert getattr(self, name).shape == shape, f"{name} is {getattr(self, name).shape}, expected {shape}"
         assert self.position_ids_2BT.shape == (2, *shape), self.position_ids_2BT.shape
         num_patches = sum(h * w for h, w in self.grids)
         assert self.patches_SK.shape[0] == num_patches, f"{self.patches_SK.shape[0]} patches, grids hold {num_patches}"
-        assert len(self.image_samples) == len(self.grids), "every image needs exactly one owner"
+        assert len(self.image_samples) == len(self.grids) == len(self.point_seeds), "every image needs exactly one owner"
+        assert len(self.logit_positions_M2) == len(self.targets_M) == len(self.target_samples_M), "supervision differs"
         assert len(self.masks_per_image) == len(self.grids), "every image needs its number of masks"
         counts = (len(self.masks), len(self.seg_positions_N2), sum(self.masks_per_image))
         assert len(set(counts)) == 1, f"masks, [SEG] positions and the sum over images differ: {counts}"
@@ -196,6 +202,7 @@ class Batch:
         """Return the keyword arguments of the model's forward that this batch provides."""
         names = ("input_ids_BT", "position_ids_2BT", "sample_index_BT", "branch_ids_BT", "in_image_BT")
         names += ("patch_index_BT", "prompt_ids_BT", "patches_SK", "grids", "seg_positions_N2", "masks_per_image")
+        names += ("logit_positions_M2",)
         return {name: getattr(self, name) for name in names}
 
     def to(self, device: torch.device | str) -> "Batch":

@@ -1,0 +1,36 @@
+# `make` lists the targets. Every target but clean makes .venv first; see scripts/setup_env.sh.
+
+VENV_PYTHON := .venv/bin/python
+
+# Tests see no GPU and no network, whatever the machine has, so that they give the same answer everywhere.
+# OMP_NUM_THREADS is removed because launchers behave differently once it is set.
+TEST_ENV := env -u OMP_NUM_THREADS CUDA_VISIBLE_DEVICES= WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test check format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup:  ## install everything into .venv (needs only Python 3.11 or newer)
+	@bash scripts/setup_env.sh
+
+quickstart: setup  ## train and evaluate a small model on drawn scenes
+	$(VENV_PYTHON) scripts/quickstart.py
+
+test: setup  ## run all tests, on the CPU and offline
+	$(TEST_ENV) $(VENV_PYTHON) -m pytest -q tests
+
+check: setup  ## lint, formatting, types, configs and import direction
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+	$(VENV_PYTHON) -m mypy pixel_sail scripts tools
+	$(TEST_ENV) $(VENV_PYTHON) -m pytest -q tests/test_configs.py tests/test_import_direction.py
+
+format: setup  ## let ruff repair and format the code
+	$(VENV_PYTHON) -m ruff check --fix .
+	$(VENV_PYTHON) -m ruff format .
+
+clean:  ## remove .venv and caches; runs/ and data/ stay
+	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

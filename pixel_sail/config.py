@@ -1,0 +1,294 @@
+"""The page a user reads to know what can be configured: one dataclass per config group.
+
+Place in the flow: `configs/*.yaml` are merged onto these schemas, so that an unknown key or a wrong type fails before anything
+is built. Scripts call `load_config("train", TrainConfig, overrides)` and get a checked object back:
+
+    load_config("train", TrainConfig, ["experiment=quickstart", "optim.lr=1e-3"]).optim.lr == 1e-3
+
+`data.sources` and `evals` are open sets: each entry names a function by `_target_` and its arguments.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pixel_sail.data.packing import PackingSettings
+from pixel_sail.losses.total import LossConfig
+from pixel_sail.model.configuration_pixel_sail import Architecture
+
+CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
+
+PRECISIONS = ("fp32", "bf16")
+
+
+class ConfigError(ValueError):
+    """A configuration is wrong; the message names the key, what was found and what was expected."""
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """What is trained, and from which weights."""
+
+    architecture: Architecture = field(default_factory=Architecture)
+    """Sizes; `vocab_size` and `token_ids` are filled in from the tokenizer."""
+    tokenizer: str = MISSING
+    """Folder of a Hugging Face tokenizer."""
+    init_from: str | None = None
+    """Exported Pixel-SAIL folder whose weights training starts from; None starts from random weights."""
+    vocab_multiple: int = 64
+    """The vocabulary is padded to a multiple of this."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Which sources, in which shares, packed how."""
+
+    sources: dict[str, Any] = field(default_factory=dict)
+    """Name -> `_target_` and arguments of a function that returns a `types.Source`."""
+    repeats: dict[str, float] = field(default_factory=dict)
+    """Name -> how often its items occur in an epoch (default 1; fractions draw a random part)."""
+    packing: PackingSettings = field(default_factory=PackingSettings)
+    packs_per_step: int = 8
+    """Sequences of one optimizer step, over all processes and accumulation steps."""
+    packs_per_micro_batch: int = 1
+    """Sequences of one forward pass on one process."""
+    num_workers: int = 2
+    """Loader processes per training process."""
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW, warm-up and cosine decay."""
+
+    steps: int = 1000
+    lr: float = 4e-5
+    final_lr: float = 0.0
+    warmup_fraction: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    decay_all: bool = False
+    """True (release): weight decay also on norms, biases and embeddings."""
+    max_grad_norm: float = 1.0
+    precision: str = "fp32"
+    """fp32 or bf16."""
+
+    def __post_init__(self) -> None:
+        """Check the choices."""
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"optim.precision is {self.precision!r}, expected one of {PRECISIONS}")
+        if self.steps < 1:
+            raise ConfigError(f"optim.steps is {self.steps}, expected 1 or more")
+        if not 0.0 <= self.warmup_fraction <= 1.0:
+            raise ConfigError(f"optim.warmup_fraction is {self.warmup_fraction}, expected 0 .. 1")
+
+
+@dataclass(kw_only=True)
+class DeepSpeedConfig:
+    """Sharding; the whole DeepSpeed dictionary is written from these fields and `optim`."""
+
+    enabled: bool = True
+    stage: int = 2
+    """ZeRO stage 0 .. 3."""
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the choices."""
+        if self.stage not in (0, 1, 2, 3):
+            raise ConfigError(f"deepspeed.stage is {self.stage}, expected 0, 1, 2 or 3")
+
+
+@dataclass(kw_only=True)
+class LogConfig:
+    """Where progress goes; one JSON line per logged step is always written to <run_dir>/log.jsonl."""
+
+    every: int = 10
+    """Steps between log lines."""
+    tensorboard: bool = True
+    wandb: str = "disabled"
+    """disabled, offline or online."""
+    wandb_project: str = "pixel_sail"
+    progress: bool = True
+    """Show a progress bar with the time left."""
+    overlays: int = 4
+    """Images with predicted and true mask that are logged at each validation."""
+
+    def __post_init__(self) -> None:
+        """Check the choices."""
+        if self.wandb not in ("disabled", "offline", "online"):
+            raise ConfigError(f"log.wandb is {self.wandb!r}, expected disabled, offline or online")
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """When the state is saved, and whether a run continues from it."""
+
+    every: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """How many complete checkpoints stay."""
+    resume: str = "auto"
+    """auto: continue from the last complete checkpoint if there is one. never: refuse a used run folder."""
+    stop_after: int = 0
+    """Save and end this session after so many steps, 0 to go on to the end; a later session continues."""
+
+    def __post_init__(self) -> None:
+        """Check the choices."""
+        if self.resume not in ("auto", "never"):
+            raise ConfigError(f"checkpoint.resume is {self.resume!r}, expected auto or never")
+        if self.keep < 1 or self.every < 1:
+            raise ConfigError("checkpoint.keep and checkpoint.every must be 1 or more")
+
+
+@dataclass(kw_only=True)
+class PredictConfig:
+    """How answers are generated."""
+
+    max_new_tokens: int = 32
+    prompt: str = "standard"
+    """standard: the question alone. paper: with the leading space of the released evaluation."""
+    mask: str = "union"
+    """union of all generated [SEG], or only the `first` one as in the released evaluation."""
+    answer: str = "generated"
+    """generated, or `forced` to "It is [SEG]."."""
+    text_field: str = "sent"
+    """Which sentence of the annotations is asked: `sent` (processed) or `raw`."""
+    batch_size: int = 32
+    """Most expressions about one image that are answered at once."""
+
+    def __post_init__(self) -> None:
+        """Check the choices."""
+        choices = {
+            "prompt": ("standard", "paper"),
+            "mask": ("union", "first"),
+            "answer": ("generated", "forced"),
+            "text_field": ("sent", "raw"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"predict.{name} is {getattr(self, name)!r}, expected one of {allowed}")
+
+
+@dataclass(kw_only=True)
+class ValidationConfig:
+    """Scoring during training."""
+
+    every: int = 0
+    """Steps between validations, 0 for none."""
+    max_images: int = 64
+    """Images of each eval that are scored during training; the number is part of the logged result."""
+
+
+@dataclass(kw_only=True)
+class PathsConfig:
+    """The only place with machine paths; `configs/paths` fills it from environment variables."""
+
+    data: str = "data"
+    runs: str = "runs"
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    name: str = MISSING
+    run_dir: str = "${paths.runs}/${name}"
+    seed: int = 0
+    paths: PathsConfig = field(default_factory=PathsConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    predict: PredictConfig = field(default_factory=PredictConfig)
+    evals: dict[str, Any] = field(default_factory=dict)
+    """Name -> `_target_` and arguments of a function that returns expressions to score."""
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """One evaluation of one checkpoint."""
+
+    checkpoint: str = MISSING
+    """Exported folder, or a run folder (its `export`)."""
+    output: str = "${checkpoint}/../evaluation"
+    """Folder for predictions and results."""
+    precision: str = "fp32"
+    paths: PathsConfig = field(default_factory=PathsConfig)
+    predict: PredictConfig = field(default_factory=PredictConfig)
+    evals: dict[str, Any] = field(default_factory=dict)
+    max_images: int = 0
+    """Score only the first images of each eval, 0 for all; the number is part of the result."""
+    progress: bool = True
+
+
+@dataclass(kw_only=True)
+class AskConfig:
+    """One question about one image, or about every image of a folder."""
+
+    checkpoint: str = MISSING
+    image: str = MISSING
+    """Image file or folder of images."""
+    question: str = MISSING
+    boxes: list[list[float]] = field(default_factory=list)
+    """Visual prompts 0, 1, ... as (x0, y0, x1, y1) in pixels."""
+    points: list[list[float]] = field(default_factory=list)
+    """Further visual prompts as (x, y) in pixels."""
+    output: str = "runs/predict"
+    precision: str = "fp32"
+    predict: PredictConfig = field(default_factory=PredictConfig)
+
+
+Config = TypeVar("Config", TrainConfig, EvalConfig, AskConfig)
+
+_STORE = ConfigStore.instance()
+for _name, _node in (("train", TrainConfig), ("evaluate", EvalConfig), ("predict", AskConfig)):
+    _STORE.store(name=f"{_name}_schema", node=_node)
+
+
+def load_config(name: str, schema: type[Config], overrides: Sequence[str]) -> Config:
+    """Compose `configs/<name>.yaml` with command-line overrides into a checked object.
+
+    Raises: ConfigError for unknown keys, wrong types, missing values and choices that do not exist.
+    """
+    try:
+        with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
+            composed = compose(name, list(overrides))
+        OmegaConf.resolve(composed)
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if missing:
+            raise ConfigError(f"configs/{name}.yaml: no value for {missing}; give each as key=value")
+        result = OmegaConf.to_object(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"configs/{name}.yaml {list(overrides)}: {error}") from error
+    assert is_dataclass(result) and isinstance(result, schema)
+    return cast(Config, result)
+
+
+def command_line_overrides() -> list[str]:
+    """Return the overrides of this process; the deepspeed launcher's own --local_rank argument is left out."""
+    return [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+
+
+def build(node: Any, where: str) -> Any:
+    """Call the function an open-set entry names; ConfigError for a wrong target or argument."""
+    try:
+        return instantiate(node, _convert_="all")
+    except HydraException as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, ValueError):
+            raise cause from None
+        raise ConfigError(f"{where}: {error}") from error

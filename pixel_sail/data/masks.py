@@ -1,0 +1,201 @@
+"""Segmentations of annotation files <-> boolean masks. The only module of the package that decodes COCO segmentations.
+
+Place in the flow: annotation files -> here -> masks of `Turn` (training) or `Expression.target` (evaluation); predicted
+masks -> here -> `Prediction.segmentation`.
+
+Several parts are always united, never summed: pycocotools starts a new run wherever the value changes, so a mask that
+holds a 2 comes back from an encode-decode round trip with holes or inverted columns.
+
+Example: two overlapping squares [[0, 0, 2, 0, 2, 2, 0, 2], [1, 1, 3, 1, 3, 3, 1, 3]] on a 4x4 image are 7 pixels, and
+as RLE {"size": [4, 4], "counts": "02210O3"}: the runs 0 2 2 3 2 2 5 down the columns, background first.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from pixel_sail.types import RLE, BoolMask, DataError, SizeHW
+
+_MIN_POLYGON_NUMBERS = 6
+_MAX_COORDINATE_PX = 100_000
+"""Larger coordinates cannot belong to a photograph, and pycocotools would allocate memory in proportion to them."""
+
+
+def decode_segmentation(segmentation: object, size_hw: SizeHW, where: str) -> BoolMask:
+    """Return one instance as a mask at image resolution, whatever COCO format it is stored in.
+
+    Formats: list of polygons (united), compressed RLE (`counts` str or bytes), uncompressed RLE (`counts` list).
+    `where` names file and annotation in errors. Raises: DataError.
+    """
+    return decode_rle(_to_rle(segmentation, size_hw, where))
+
+
+def merge_to_rle(segmentations: Sequence[object], size_hw: SizeHW, where: str) -> RLE:
+    """Return the union of one or more instances, of any COCO format, as RLE. Raises: DataError."""
+    if not segmentations:
+        raise DataError(f"{where}: found no segmentation, expected at least one; use None for an absent target")
+    parts = [_to_rle(segmentation, size_hw, where) for segmentation in segmentations]
+    return _json_safe(coco_mask.merge(parts, intersect=False))
+
+
+def union_masks(masks: Sequence[BoolMask], size_hw: SizeHW) -> BoolMask:
+    """Return the pixels that are in any of the masks; all False when there is none. Raises: DataError."""
+    union: BoolMask = np.zeros(size_hw, dtype=np.bool_)
+    for index, mask in enumerate(masks):
+        _check_mask(mask, f"union_masks: mask {index}")
+        if mask.shape != tuple(size_hw):
+            raise DataError(
+                f"union_masks: mask {index} is {mask.shape}, expected (height, width) {tuple(size_hw)}; "
+                "unite masks of one image only"
+            )
+        union |= mask
+    return union
+
+
+def encode_mask(mask: BoolMask) -> RLE:
+    """Return a mask as compressed RLE with `counts` as str, ready for JSON. Raises: DataError unless 2-D bool."""
+    _check_mask(mask, "encode_mask")
+    return _json_safe(coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)))
+
+
+def decode_rle(rle: RLE) -> BoolMask:
+    """Return a compressed RLE that is known to be sound (see `check_rle`) as a mask."""
+    return np.ascontiguousarray(coco_mask.decode(rle)).astype(np.bool_)
+
+
+def check_rle(rle: object, size_hw: SizeHW | None, where: str) -> RLE:
+    """Return a compressed RLE after checking its size and that its runs fill the image exactly.
+
+    pycocotools reads past its buffers on malformed counts, so everything that comes from a file passes here first.
+    `size_hw` None accepts any size. Raises: DataError.
+    """
+    if not isinstance(rle, dict) or not isinstance(rle.get("counts"), str | bytes):
+        raise DataError(
+            f"{where}: found {_short(rle)}, expected a compressed RLE {{'size': [height, width], 'counts': str}}; "
+            "write masks with encode_mask"
+        )
+    height, width = _checked_size(rle, size_hw, where)
+    counts: bytes = rle["counts"].encode("utf-8") if isinstance(rle["counts"], str) else rle["counts"]
+    runs = _run_lengths(counts)
+    if runs is None:
+        raise DataError(
+            f"{where}: found RLE counts {_short(rle['counts'])} that do not parse, expected COCO's compressed counts; "
+            "the text was cut or altered, write the file again"
+        )
+    _check_runs(runs, (height, width), where)
+    return {"size": [height, width], "counts": counts.decode("ascii")}
+
+
+def _to_rle(segmentation: object, size_hw: SizeHW, where: str) -> RLE:
+    """Return any COCO segmentation as compressed RLE."""
+    if isinstance(segmentation, list | tuple):
+        return _polygons_to_rle(segmentation, size_hw, where)
+    if isinstance(segmentation, dict) and isinstance(segmentation.get("counts"), list):
+        height, width = _checked_size(segmentation, size_hw, where)
+        runs = segmentation["counts"]
+        if not all(type(run) is int for run in runs):
+            raise DataError(f"{where}: found RLE counts {_short(runs)}, expected integers; repair the annotation")
+        _check_runs(runs, (height, width), where)
+        compressed: RLE = coco_mask.frPyObjects({"size": [height, width], "counts": runs}, height, width)
+        return compressed
+    if isinstance(segmentation, dict):
+        return check_rle(segmentation, size_hw, where)
+    raise DataError(
+        f"{where}: found a segmentation of type {type(segmentation).__name__}, expected a list of polygons or an RLE "
+        "dict; repair the annotation"
+    )
+
+
+def _polygons_to_rle(polygons: Sequence[object], size_hw: SizeHW, where: str) -> RLE:
+    """Return the union of polygons [x0, y0, x1, y1, ...] in pixels."""
+    if not polygons:
+        raise DataError(f"{where}: found an empty polygon list, expected at least one polygon; repair the annotation")
+    for index, polygon in enumerate(polygons):
+        _check_polygon(polygon, f"{where}: polygon {index}")
+    height, width = size_hw
+    merged: RLE = coco_mask.merge(coco_mask.frPyObjects(list(polygons), height, width), intersect=False)
+    return merged
+
+
+def _check_polygon(polygon: object, where: str) -> None:
+    if not isinstance(polygon, list | tuple):
+        raise DataError(
+            f"{where}: found {_short(polygon)}, expected a list [x0, y0, x1, y1, ...]; wrap a single polygon in a list"
+        )
+    if len(polygon) < _MIN_POLYGON_NUMBERS or len(polygon) % 2:
+        raise DataError(
+            f"{where}: found {len(polygon)} numbers, expected an even count of at least {_MIN_POLYGON_NUMBERS} "
+            "(x, y pairs of three points); repair the annotation"
+        )
+    for value in polygon:
+        if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > _MAX_COORDINATE_PX:
+            raise DataError(
+                f"{where}: found coordinate {value!r}, expected a finite number within {_MAX_COORDINATE_PX} px; "
+                "repair the annotation"
+            )
+
+
+def _checked_size(rle: dict[str, Any], size_hw: SizeHW | None, where: str) -> SizeHW:
+    """Return the size an RLE states, which must be that of its image."""
+    size = rle.get("size")
+    if not isinstance(size, list | tuple) or len(size) != 2 or not all(type(s) is int and s > 0 for s in size):
+        raise DataError(f"{where}: found RLE size {size!r}, expected [height, width]; repair the annotation")
+    if size_hw is not None and tuple(size) != tuple(size_hw):
+        raise DataError(
+            f"{where}: found RLE size {list(size)}, expected {list(size_hw)} (height, width of the image); "
+            "the mask belongs to another image or has its sides swapped"
+        )
+    return size[0], size[1]
+
+
+def _check_runs(runs: list[int], size_hw: SizeHW, where: str) -> None:
+    num_pixels = size_hw[0] * size_hw[1]
+    if min(runs, default=0) < 0 or sum(runs) != num_pixels:
+        raise DataError(
+            f"{where}: found RLE runs that cover {sum(runs)} pixels (shortest run {min(runs, default=0)}), expected "
+            f"{num_pixels} = {size_hw[0]} x {size_hw[1]}; the counts were cut or belong to another image"
+        )
+
+
+def _run_lengths(counts: bytes) -> list[int] | None:
+    """Return the run lengths of COCO's compressed counts, None when the bytes are not such counts.
+
+    Format: each run is written as base-32 digits, lowest first, one per byte as 48 + digit, plus 32 while more digits
+    follow; bit 16 of the last digit is the sign; from the fourth run on the number is the difference to the run two
+    before.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for byte in counts:
+        digit = byte - 48
+        if not 0 <= digit < 64 or shift > 35:
+            return None
+        value |= (digit & 31) << shift
+        shift += 5
+        if digit & 32:
+            continue
+        if digit & 16:
+            value -= 1 << shift
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+        value = shift = 0
+    return runs if shift == 0 else None
+
+
+def _check_mask(mask: BoolMask, where: str) -> None:
+    if mask.ndim != 2 or mask.dtype != np.bool_:
+        raise DataError(
+            f"{where}: found shape {mask.shape} of {mask.dtype}, expected [height, width] of bool; "
+            "compare with a threshold first, sums of masks are not masks"
+        )
+
+
+def _json_safe(rle: RLE) -> RLE:
+    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,206 @@
+"""Referring segmentation as training samples and as expressions to score.
+
+Place in the flow: `data/refer_annotations.py` -> `ReferAnnotations` -> here -> `Sample` (training: one per image, with
+several expressions as turns) or `Expression` (evaluation: every sentence once). Serves RefCOCO, RefCOCO+, RefCOCOg,
+RefShapes and gRefCOCO; their file layouts are described there.
+
+Example: the ref {"ref_id": 8, "image_id": 519404, "ann_id": 1241542, "split": "val", "sentences": [{"sent_id": 2,
+"sent": "the tie of the standing man", "raw": "The tie of the standing man."}]} becomes
+Expression(ref_id=8, sent_id=2, image_id=519404, text="the tie of the standing man", target={"size": ...}, ...).
+"""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from pixel_sail.data.conversation import QUESTION_STYLES, referring_turn
+from pixel_sail.data.masks import decode_segmentation, merge_to_rle, union_masks
+from pixel_sail.data.refer_annotations import Ref, ReferAnnotations, Sentence, load_refer
+from pixel_sail.types import RLE, BoolMask, Expression, Sample, Source
+
+__all__ = ["TEXT_FIELDS", "ReferAnnotations", "ReferSource", "expressions", "load", "load_refer"]
+
+logger = logging.getLogger(__name__)
+
+TEXT_FIELDS = ("raw", "sent")
+"""`raw` as typed by the annotator; `sent` lower-cased and without punctuation (what the released evaluation asks)."""
+
+
+def load(
+    *,
+    root: str | Path,
+    dataset: str,
+    split: str = "train",
+    split_by: str | None = None,
+    image_dir: str | Path | None = None,
+    name: str | None = None,
+    expressions_per_image: int = 5,
+    text_field: str = "raw",
+    question_style: str = "varied",
+) -> Source:
+    """Return one split as a training source: the `_target_` of `configs/source/refcoco.yaml` and its like.
+
+    root: folder that holds the dataset folders and the images. dataset: folder name, for example `refcoco+`.
+    split: exact name in the file. split_by: the part in brackets, `unc` or `umd`; needed where there are several files.
+    image_dir: photos, where they are in none of IMAGE_FOLDERS. name: of the source in logs, the dataset by default.
+    expressions_per_image: most turns of one sample. text_field: `raw` or `sent`. question_style: `varied` or `fixed`.
+    Raises: DataError.
+    """
+    annotations = load_refer(root, dataset, split, split_by=split_by, image_dir=image_dir)
+    return ReferSource(
+        annotations,
+        name=name if name is not None else dataset,
+        expressions_per_image=expressions_per_image,
+        text_field=text_field,
+        question_style=question_style,
+    )
+
+
+def expressions(annotations: ReferAnnotations, *, text_field: str = "sent") -> list[Expression]:
+    """Return every sentence of every ref exactly once, sorted by (image_id, ref_id, sent_id).
+
+    The target is the union of the ref's instances, crowd or not, and None for a no-target ref. Raises: DataError.
+    """
+    _check_text_field(text_field)
+    result = []
+    for image_id, refs in annotations.refs_by_image.items():
+        image = annotations.images[image_id]
+        for ref in refs:
+            target = _target_rle(ref, annotations)
+            result += [
+                Expression(
+                    ref_id=ref.ref_id,
+                    sent_id=sentence.sent_id,
+                    image_id=image_id,
+                    image_path=image.path,
+                    image_hw=image.size_hw,
+                    text=getattr(sentence, text_field),
+                    target=target,
+                )
+                for sentence in ref.sentences
+            ]
+    return result
+
+
+class ReferSource:
+    """Training samples of referring segmentation: one item per image, several expressions of it as turns.
+
+    A no-target expression is answered with `No target [SEG].` and an all-False mask, as in the released training, so
+    that the mask head learns to predict nothing. Sentences without letters are left out, counted and logged.
+    """
+
+    def __init__(
+        self,
+        annotations: ReferAnnotations,
+        *,
+        name: str,
+        expressions_per_image: int = 5,
+        text_field: str = "raw",
+        question_style: str = "varied",
+    ) -> None:
+        """Check the settings. Raises: ValueError, DataError."""
+        _check_text_field(text_field)
+        if question_style not in QUESTION_STYLES:
+            raise ValueError(
+                f"source {name}: found question_style {question_style!r}, expected one of {QUESTION_STYLES}; "
+                "correct the config"
+            )
+        if expressions_per_image < 1:
+            raise ValueError(
+                f"source {name}: found expressions_per_image {expressions_per_image}, expected at least 1; "
+                "correct the config"
+            )
+        self.name = name
+        self._annotations = annotations
+        self._expressions_per_image = expressions_per_image
+        self._text_field = text_field
+        self._question_style = question_style
+        self._image_ids = self._usable_image_ids()
+
+    def __len__(self) -> int:
+        """Return the number of images that have an expression."""
+        return len(self._image_ids)
+
+    def get(self, index: int, rng: np.random.Generator) -> Sample:
+        """Return image `index` with up to `expressions_per_image` different expressions, in an order drawn from `rng`.
+
+        Every ref of the image is asked for once before any ref is asked for with a second sentence, and no text occurs
+        twice. Masks are decoded here and not kept. Raises: DataError.
+        """
+        image_id = self._image_ids[index]
+        image = self._annotations.images[image_id]
+        masks: dict[int, BoolMask] = {}
+        turns = []
+        for ref, text in self._draw(self._annotations.refs_by_image[image_id], rng):
+            if ref.ref_id not in masks:
+                masks[ref.ref_id] = _target_mask(ref, self._annotations)
+            turn = referring_turn(
+                text, masks[ref.ref_id], rng, style=self._question_style, has_target=bool(ref.ann_ids)
+            )
+            turns.append(turn)
+        return Sample(
+            sample_id=f"{self.name}/{self._annotations.split}/image={image_id}",
+            source=self.name,
+            image_path=image.path,
+            image_hw=image.size_hw,
+            turns=tuple(turns),
+        )
+
+    def _draw(self, refs: tuple[Ref, ...], rng: np.random.Generator) -> list[tuple[Ref, str]]:
+        """Return the (ref, text) pairs of one sample, all texts different."""
+        queues = []
+        for ref in refs:
+            texts = [text for sentence in ref.sentences if (text := self._text(sentence))]
+            queues.append((ref, [texts[i] for i in rng.permutation(len(texts))]))
+        drawn: dict[str, Ref] = {}
+        while any(texts for _, texts in queues):
+            for i in rng.permutation(len(queues)):
+                ref, texts = queues[i]
+                while texts and texts[-1] in drawn:
+                    texts.pop()
+                if texts:
+                    drawn[texts.pop()] = ref
+                if len(drawn) == self._expressions_per_image:
+                    return [(ref, text) for text, ref in drawn.items()]
+        return [(ref, text) for text, ref in drawn.items()]
+
+    def _text(self, sentence: Sentence) -> str:
+        """Return the sentence in lower case, without one closing full stop; "" if nothing is left."""
+        text: str = getattr(sentence, self._text_field)
+        return text.lower().strip().removesuffix(".").strip()
+
+    def _usable_image_ids(self) -> tuple[int, ...]:
+        usable = []
+        num_empty = 0
+        for image_id, refs in self._annotations.refs_by_image.items():
+            texts = [self._text(sentence) for ref in refs for sentence in ref.sentences]
+            num_empty += texts.count("")
+            if any(texts):
+                usable.append(image_id)
+        if num_empty:
+            logger.warning("source %s: left out %d sentences without text", self.name, num_empty)
+        return tuple(usable)
+
+
+def _target_rle(ref: Ref, annotations: ReferAnnotations) -> RLE | None:
+    if not ref.ann_ids:
+        return None
+    segmentations = [annotations.segmentations[ann_id] for ann_id in ref.ann_ids]
+    where = f"{annotations.refs_file}: ref_id {ref.ref_id}, ann_id {list(ref.ann_ids)}"
+    return merge_to_rle(segmentations, annotations.images[ref.image_id].size_hw, where)
+
+
+def _target_mask(ref: Ref, annotations: ReferAnnotations) -> BoolMask:
+    size_hw = annotations.images[ref.image_id].size_hw
+    where = f"{annotations.refs_file}: ref_id {ref.ref_id}"
+    masks = [
+        decode_segmentation(annotations.segmentations[ann_id], size_hw, f"{where}, ann_id {ann_id}")
+        for ann_id in ref.ann_ids
+    ]
+    return union_masks(masks, size_hw)
+
+
+def _check_text_field(text_field: str) -> None:
+    if text_field not in TEXT_FIELDS:
+        raise ValueError(f"text_field: found {text_field!r}, expected one of {TEXT_FIELDS}; correct the config")

@@ -1,0 +1,149 @@
+"""cIoU, gIoU, precision at IoU thresholds and no-target accuracy, as integer sums that become ratios at the end.
+
+Place in the flow: (prediction, target) pairs -> `IoUSums` of one pair -> added over expressions and ranks -> `summary`.
+
+Rules, where published code differs or hides them in an epsilon:
+- cIoU = sum of intersections / sum of unions; gIoU = mean of the IoU of each pair.
+- A pair without any pixel has no IoU; it counts as `empty_iou`, an argument (1 unless told otherwise).
+- A missing prediction (None) is an empty mask, and is also counted in `missing`.
+- A hit at threshold t means IoU >= t.
+- No target: the target is None or has no pixels. N-acc = share of these predicted empty (not one pixel); T-acc = share
+  of the others predicted non-empty.
+
+Example: prediction of 3 pixels, target of 3, 2 in common -> intersection 2, union 4, IoU 0.5, hit at 0.5 only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from pixel_sail.types import RLE, BoolMask, DataError
+
+IOU_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IoUSums:
+    """Sums over scored pairs. Never changed in place: every method returns a new one."""
+
+    intersection: int = 0
+    """Pixels."""
+    union: int = 0
+    """Pixels."""
+    iou_sum: float = 0.0
+    hits: tuple[int, ...] = (0,) * len(IOU_THRESHOLDS)
+    """Pairs with IoU >= each of IOU_THRESHOLDS."""
+    count: int = 0
+    missing: int = 0
+    num_no_target: int = 0
+    num_no_target_correct: int = 0
+    num_target: int = 0
+    num_target_nonempty: int = 0
+
+    @classmethod
+    def from_masks(
+        cls, prediction: BoolMask | None, target: BoolMask | None, *, empty_iou: float = 1.0, where: str = "pair"
+    ) -> "IoUSums":
+        """Return the sums of one pair of masks [H, W]. Raises: DataError unless bool and of one size."""
+        for name, mask in (("prediction", prediction), ("target", target)):
+            if mask is not None and mask.dtype != np.bool_:
+                raise DataError(f"{where}: found a {name} of {mask.dtype}, expected bool; apply a threshold first")
+        if prediction is not None and target is not None:
+            _check_sizes(prediction.shape, target.shape, where)
+        return cls._from_areas(
+            intersection=0 if prediction is None or target is None else int((prediction & target).sum()),
+            prediction_area=None if prediction is None else int(prediction.sum()),
+            target_area=0 if target is None else int(target.sum()),
+            empty_iou=empty_iou,
+        )
+
+    @classmethod
+    def from_rles(
+        cls, prediction: RLE | None, target: RLE | None, *, empty_iou: float = 1.0, where: str = "pair"
+    ) -> "IoUSums":
+        """Return the sums of one pair of compressed RLEs, without decoding them. Raises: DataError if sizes differ."""
+        if prediction is not None and target is not None:
+            _check_sizes(prediction["size"], target["size"], where)
+        return cls._from_areas(
+            intersection=0 if prediction is None or target is None else _intersection_area(prediction, target),
+            prediction_area=None if prediction is None else int(coco_mask.area(prediction)),
+            target_area=0 if target is None else int(coco_mask.area(target)),
+            empty_iou=empty_iou,
+        )
+
+    @classmethod
+    def _from_areas(
+        cls, *, intersection: int, prediction_area: int | None, target_area: int, empty_iou: float
+    ) -> "IoUSums":
+        """Return the sums of one pair from its pixel counts; a missing prediction has area None."""
+        union = (prediction_area or 0) + target_area - intersection
+        iou = intersection / union if union else empty_iou
+        has_target = target_area > 0
+        return cls(
+            intersection=intersection,
+            union=union,
+            iou_sum=iou,
+            hits=tuple(int(iou >= threshold) for threshold in IOU_THRESHOLDS),
+            count=1,
+            missing=int(prediction_area is None),
+            num_no_target=int(not has_target),
+            num_no_target_correct=int(not has_target and not prediction_area),
+            num_target=int(has_target),
+            num_target_nonempty=int(has_target and bool(prediction_area)),
+        )
+
+    def add(self, other: "IoUSums") -> "IoUSums":
+        """Return the sums over the pairs of both."""
+        return IoUSums(
+            intersection=self.intersection + other.intersection,
+            union=self.union + other.union,
+            iou_sum=self.iou_sum + other.iou_sum,
+            hits=tuple(mine + theirs for mine, theirs in zip(self.hits, other.hits, strict=True)),
+            count=self.count + other.count,
+            missing=self.missing + other.missing,
+            num_no_target=self.num_no_target + other.num_no_target,
+            num_no_target_correct=self.num_no_target_correct + other.num_no_target_correct,
+            num_target=self.num_target + other.num_target,
+            num_target_nonempty=self.num_target_nonempty + other.num_target_nonempty,
+        )
+
+    def update(
+        self, prediction: RLE | None, target: RLE | None, *, empty_iou: float = 1.0, where: str = "pair"
+    ) -> "IoUSums":
+        """Return the sums with one more pair of RLEs. Raises: DataError if sizes differ."""
+        return self.add(IoUSums.from_rles(prediction, target, empty_iou=empty_iou, where=where))
+
+    def summary(self) -> dict[str, float | int]:
+        """Return the scores by name, fractions in 0-1; `n_acc` and `t_acc` only where there are no-target items.
+
+        When no pair has any pixel, cIoU is the value agreed for such pairs, like gIoU. Raises: DataError on no pair.
+        """
+        if self.count == 0:
+            raise DataError("IoU summary: found 0 scored pairs, expected at least 1; check the split and the filters")
+        giou = self.iou_sum / self.count
+        scores: dict[str, float | int] = {
+            "ciou": self.intersection / self.union if self.union else giou,
+            "giou": giou,
+        }
+        for threshold, hits in zip(IOU_THRESHOLDS, self.hits, strict=True):
+            scores[f"p{round(threshold * 100)}"] = hits / self.count
+        scores |= {"count": self.count, "missing": self.missing}
+        if self.num_no_target:
+            scores["n_acc"] = self.num_no_target_correct / self.num_no_target
+            if self.num_target:
+                scores["t_acc"] = self.num_target_nonempty / self.num_target
+        return scores
+
+
+def _intersection_area(first: RLE, second: RLE) -> int:
+    return int(coco_mask.area(coco_mask.merge([first, second], intersect=True)))
+
+
+def _check_sizes(prediction_hw: Sequence[int], target_hw: Sequence[int], where: str) -> None:
+    if tuple(prediction_hw) != tuple(target_hw):
+        raise DataError(
+            f"{where}: found a prediction of size {list(prediction_hw)}, expected {list(target_hw)} (height, width of "
+            "the target); resize predictions to the original image before scoring"
+        )

@@ -1,0 +1,67 @@
+"""Image <-> token grid: sizes, pixels and prompt masks. The only file that knows the order of patches.
+
+Place in the flow: the processor calls it for training and inference alike. Sizes for patches of 16 and a longest side of
+1024, all (height, width):
+
+    image 427 x 640  -> resized 432 x 640 -> grid 27 x 40 = 1080 patches
+    image 480 x 640  -> resized 480 x 640 -> grid 30 x 40 = 1200 patches
+    image 1080 x 1920 -> resized 576 x 1024 -> grid 36 x 64 = 2304 patches
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from pixel_sail.types import BoolMask, SizeHW
+
+PIXEL_MEAN = (0.485, 0.456, 0.406)
+PIXEL_STD = (0.229, 0.224, 0.225)
+"""ImageNet statistics, as in the release."""
+
+
+def resized_size(size_hw: SizeHW, patch_size: int, max_long_side: int) -> SizeHW:
+    """Return the size an image is resized to: both sides multiples of the patch size, the long one capped.
+
+    Images are not enlarged beyond the next multiple. Source: release, dataset preprocessing.
+    """
+    height, width = size_hw
+    if height < 1 or width < 1:
+        raise ValueError(f"image size {size_hw}: both sides must be at least 1 pixel")
+    long, short = max(height, width), min(height, width)
+    new_long = min(-(-long // patch_size) * patch_size, max_long_side // patch_size * patch_size)
+    new_short = max(-(-int(new_long * short / long) // patch_size), 1) * patch_size
+    return (new_long, new_short) if height >= width else (new_short, new_long)
+
+
+def grid_size(size_hw: SizeHW, patch_size: int, max_long_side: int) -> SizeHW:
+    """Return the patch grid (rows, columns) of an image of this size."""
+    height, width = resized_size(size_hw, patch_size, max_long_side)
+    return height // patch_size, width // patch_size
+
+
+def image_to_patches(image: Image.Image, patch_size: int, max_long_side: int) -> tuple[Tensor, SizeHW]:
+    """Return the normalised patches [P, 3 * patch_size ** 2], channel first and row by row, and their grid."""
+    height, width = resized_size((image.height, image.width), patch_size, max_long_side)
+    resized = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+    pixels_HWC = torch.from_numpy(np.array(resized)).float() / 255.0
+    pixels_HWC = (pixels_HWC - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
+    rows, columns = height // patch_size, width // patch_size
+    tiles = pixels_HWC.view(rows, patch_size, columns, patch_size, 3).permute(0, 2, 4, 1, 3)
+    return tiles.reshape(rows * columns, -1).contiguous(), (rows, columns)
+
+
+def covered_patches(mask: BoolMask, grid_hw: SizeHW) -> NDArray[np.bool_]:
+    """Return which cells of the grid [h, w] hold at least one pixel of the mask.
+
+    Every pixel is assigned to the cell its centre falls in, so that a single marked pixel always marks a cell. (The
+    release resizes the mask to the nearest pixel first, which loses single pixels of images it scales down.)
+    """
+    rows, columns = np.nonzero(mask)
+    covered = np.zeros(grid_hw, dtype=bool)
+    covered[
+        ((rows + 0.5) * grid_hw[0] / mask.shape[0]).astype(int),
+        ((columns + 0.5) * grid_hw[1] / mask.shape[1]).astype(int),
+    ] = True
+    return covered

@@ -1,0 +1,218 @@
+"""The one way from images and text to tokens, for training and for inference.
+
+Place in the flow: `data/packing.py` turns a `Sample` into an `Example` with it, the predictor encodes images and questions
+with it. The layout of a sample with one question (grid 2 x 3):
+
+    <vision> <vpatch>x6 </vision> | <|im_start|>user\\n{question}<|im_end|>\\n | {answer}<|endoftext|>
+    positions (row, column): (0,0) (1,1) (1,2) (1,3) (2,1) (2,2) (2,3) (4,4) (5,5) ...     labels: the answer's tokens only
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pixel_sail.model.configuration_pixel_sail import Architecture
+from pixel_sail.model.patches import covered_patches, grid_size, image_to_patches
+from pixel_sail.model.tokenization import END_TOKEN, SEG_TOKEN, load_tokenizer
+from pixel_sail.types import IGNORE_LABEL, DataError, Example, Sample, SizeHW, VisualPrompt
+
+SETTINGS_FILE = "processor_config.json"
+QUESTION_TEMPLATE = "<|im_start|>user\n{question}<|im_end|>\n"
+"""Neither a system prompt nor an assistant header, as in the release."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessorSettings:
+    """What the processor must share with the model."""
+
+    patch_size: int
+    max_long_side: int
+    num_visual_prompts: int
+
+
+class PixelSailProcessor:
+    """Tokenizer, image patching and token layout."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: ProcessorSettings) -> None:
+        self.tokenizer = tokenizer
+        self.settings = settings
+        vocabulary = tokenizer.get_vocab()
+        self.seg_id, self.end_id = vocabulary[SEG_TOKEN], vocabulary[END_TOKEN]
+        self.vision_id, self.patch_id, self.vision_end_id = (vocabulary[t] for t in ("<vision>", "<vpatch>", "</vision>"))
+        self.turn_end_id = vocabulary["<|im_end|>"]
+
+    @classmethod
+    def for_model(cls, tokenizer: PreTrainedTokenizerBase, config: Architecture) -> "PixelSailProcessor":
+        """Return the processor that fits a model."""
+        return cls(
+            tokenizer,
+            ProcessorSettings(
+                patch_size=config.patch_size,
+                max_long_side=config.max_long_side,
+                num_visual_prompts=config.num_visual_prompts,
+            ),
+        )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write tokenizer and settings into a folder."""
+        self.tokenizer.save_pretrained(str(folder))
+        (Path(folder) / SETTINGS_FILE).write_text(json.dumps(asdict(self.settings), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "PixelSailProcessor":
+        """Read what `save_pretrained` wrote."""
+        file = Path(folder) / SETTINGS_FILE
+        if not file.is_file():
+            raise ValueError(f"{folder}: no {SETTINGS_FILE}; expected an exported Pixel-SAIL folder")
+        settings = ProcessorSettings(**json.loads(file.read_text()))
+        tokenizer = load_tokenizer(folder, num_visual_prompts=settings.num_visual_prompts)
+        return cls(tokenizer, settings)
+
+    def text_ids(self, text: str) -> list[int]:
+        """Return the tokens of a text, nothing added."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def question_ids(self, question: str) -> list[int]:
+        """Return the tokens of a user turn."""
+        return self.text_ids(QUESTION_TEMPLATE.format(question=question))
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Return generated tokens as text, special tokens included, the ending token removed."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=False).replace(END_TOKEN, "").strip()
+
+    def grid_of(self, size_hw: SizeHW) -> SizeHW:
+        """Return the patch grid of an image of this size."""
+        return grid_size(size_hw, self.settings.patch_size, self.settings.max_long_side)
+
+    def image_patches(self, image: Image.Image) -> tuple[Tensor, SizeHW]:
+        """Return normalised patches [P, K] and the grid of an opened image."""
+        return image_to_patches(image, self.settings.patch_size, self.settings.max_long_side)
+
+    def paint_prompts(self, prompts: tuple[VisualPrompt, ...], grid_hw: SizeHW, where: str) -> Tensor:
+        """Return the prompt id of every token of the image span, -1 for none: [1 + h * w + 1].
+
+        Large regions are painted first, so that a small one on top stays visible.
+        Raises: DataError for an id the model has no token for, and for a mask without pixels.
+        """
+        painted = np.full(grid_hw, -1, dtype=np.int64)
+        for prompt in sorted(prompts, key=lambda p: int(p.mask.sum()), reverse=True):
+            if not 0 <= prompt.prompt_id < self.settings.num_visual_prompts:
+                raise DataError(
+                    f"{where}: visual prompt {prompt.prompt_id} found, expected 0 .. "
+                    f"{self.settings.num_visual_prompts - 1}; use fewer prompts or raise model.num_visual_prompts"
+                )
+            if not prompt.mask.any():
+                raise DataError(f"{where}: the mask of <Prompt{prompt.prompt_id}> marks no pixel; remove the prompt")
+            painted[covered_patches(prompt.mask, grid_hw)] = prompt.prompt_id
+        none = np.array([-1])
+        return torch.from_numpy(np.concatenate((none, painted.ravel(), none)))
+
+    def encode_sample(self, sample: Sample, image: Image.Image | None, *, independent_turns: bool) -> Example:
+        """Return a sample as tokens.
+
+        With `independent_turns` every turn is a branch of its own that sees the image and itself, at the positions it
+        would have alone; otherwise the turns form one conversation, each seeing the ones before.
+        Raises: DataError when masks and [SEG] tokens do not match, an answer is missing or a prompt cannot be painted.
+        """
+        parts = _TokenParts()
+        patches, grid = torch.zeros(0, 3 * self.settings.patch_size**2), None
+        if image is not None:
+            patches, grid = self.image_patches(image)
+            parts.add_image(self, grid, self.paint_prompts(sample.prompts, grid, sample.sample_id))
+        elif sample.prompts or any(turn.masks for turn in sample.turns):
+            raise DataError(f"{sample.sample_id}: masks or visual prompts found, but the sample has no image")
+        if not sample.turns:
+            raise DataError(f"{sample.sample_id}: no question found, expected at least one turn")
+        masks = []
+        start = parts.next_position
+        for index, turn in enumerate(sample.turns):
+            answer_ids = [*self.text_ids(turn.answer), self.end_id]
+            question_ids = self.question_ids(turn.question)
+            self._check_masks(sample, index, question_ids, answer_ids)
+            if independent_turns:
+                parts.next_position = start
+            parts.add_text(question_ids, answer_ids, branch=index + 1 if independent_turns else 1)
+            masks.extend(turn.masks)
+        return parts.example(sample, patches, grid, tuple(masks))
+
+    def _check_masks(self, sample: Sample, index: int, question_ids: list[int], answer_ids: list[int]) -> None:
+        """Raise DataError unless a turn has as many masks as [SEG] tokens, all in the answer."""
+        found, expected = answer_ids.count(self.seg_id), len(sample.turns[index].masks)
+        if self.seg_id in question_ids:
+            raise DataError(f"{sample.sample_id}: turn {index} has [SEG] in its question; only answers may hold it")
+        if found != expected:
+            raise DataError(
+                f"{sample.sample_id}: turn {index} has {found} [SEG] in its answer and {expected} masks; "
+                "every mask needs exactly one [SEG]"
+            )
+
+
+class _TokenParts:
+    """Token arrays of one sample while they grow."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.labels: list[int] = []
+        self.positions: list[Tensor] = []
+        self.branches: list[int] = []
+        self.prompts: list[Tensor] = []
+        self.num_image_tokens = 0
+        self.next_position = 0
+
+    def add_image(self, processor: PixelSailProcessor, grid_hw: SizeHW, prompt_ids: Tensor) -> None:
+        """Append the image span."""
+        num_patches = grid_hw[0] * grid_hw[1]
+        self.ids += [processor.vision_id, *[processor.patch_id] * num_patches, processor.vision_end_id]
+        self.labels += [IGNORE_LABEL] * (num_patches + 2)
+        self.branches += [0] * (num_patches + 2)
+        self.positions.append(image_positions(grid_hw))
+        self.prompts.append(prompt_ids)
+        self.num_image_tokens = num_patches + 2
+        self.next_position = 1 + max(grid_hw) + 1
+
+    def add_text(self, question_ids: list[int], answer_ids: list[int], *, branch: int) -> None:
+        """Append one turn at the next position."""
+        length = len(question_ids) + len(answer_ids)
+        self.ids += question_ids + answer_ids
+        self.labels += [IGNORE_LABEL] * len(question_ids) + answer_ids
+        self.branches += [branch] * length
+        self.positions.append(torch.arange(self.next_position, self.next_position + length).expand(2, -1))
+        self.prompts.append(torch.full((length,), -1))
+        self.next_position += length
+
+    def example(self, sample: Sample, patches: Tensor, grid: SizeHW | None, masks: tuple) -> Example:
+        """Return everything as tensors."""
+        index = torch.arange(len(self.ids))
+        is_patch = (index >= 1) & (index < self.num_image_tokens - 1)
+        return Example(
+            sample_id=sample.sample_id,
+            source=sample.source,
+            input_ids_T=torch.tensor(self.ids),
+            labels_T=torch.tensor(self.labels),
+            position_ids_2T=torch.cat(self.positions, dim=1),
+            branch_ids_T=torch.tensor(self.branches),
+            in_image_T=index < self.num_image_tokens,
+            patch_index_T=torch.where(is_patch, index - 1, -1),
+            prompt_ids_T=torch.cat(self.prompts),
+            patches_PK=patches,
+            grid_hw=grid,
+            masks=masks,
+        )
+
+
+def image_positions(grid_hw: SizeHW) -> Tensor:
+    """Return the (row, column) positions [2, 1 + h * w + 1] of an image span.
+
+    <vision> stands at 0, patch (r, c) at (1 + r, 1 + c), </vision> at 1 + max(h, w); text goes on from there.
+    """
+    rows, columns = grid_hw
+    patch_rows = torch.arange(rows).repeat_interleave(columns) + 1
+    patch_columns = torch.arange(columns).repeat(rows) + 1
+    first, last = torch.zeros(2, 1, dtype=torch.long), torch.full((2, 1), 1 + max(grid_hw))
+    return torch.cat((first, torch.stack((patch_rows, patch_columns)), last), dim=1)

@@ -1,0 +1,68 @@
+"""Tokenizers: which tokens the model needs, and how to make a small tokenizer where no pretrained one is wanted.
+
+Place in the flow: `build_model` in training adds `special_tokens` to whatever tokenizer the config names;
+`tools/make_tokenizer.py` trains a byte-level BPE on the text of a dataset for the tiny models. Any text can be encoded, since
+every byte is a token:
+
+    "Please segment the red star in this image."  ->  9 tokens with a vocabulary of 512 trained on RefShapes
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+END_TOKEN = "<|endoftext|>"
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+IMAGE_TOKENS = ("<vision>", "<vpatch>", "</vision>")
+SEG_TOKEN = "[SEG]"
+PHRASE_TOKENS = ("<p>", "</p>")
+
+
+def special_tokens(num_visual_prompts: int) -> list[str]:
+    """Return every token that must be one piece, in the order in which missing ones are appended."""
+    prompts = [f"<Prompt{i}>" for i in range(num_visual_prompts)]
+    return [END_TOKEN, TURN_START, TURN_END, *IMAGE_TOKENS, SEG_TOKEN, *PHRASE_TOKENS, *prompts]
+
+
+def load_tokenizer(path: str | Path, *, num_visual_prompts: int) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a local folder with the tokens the model needs, added where they are missing."""
+    if not Path(path).is_dir():
+        raise ValueError(
+            f"tokenizer {path}: no such folder; expected a Hugging Face tokenizer folder "
+            "(tools/make_tokenizer.py writes one)"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(str(path))
+    known = tokenizer.get_vocab()
+    missing = [token for token in special_tokens(num_visual_prompts) if token not in known]
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing], special_tokens=True)
+    return tokenizer
+
+
+def model_token_ids(tokenizer: PreTrainedTokenizerBase, *, num_visual_prompts: int) -> dict[str, int]:
+    """Return the ids that go into `PixelSailConfig.token_ids`."""
+    vocabulary = tokenizer.get_vocab()
+    return {token: vocabulary[token] for token in special_tokens(num_visual_prompts)}
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int, num_visual_prompts: int) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer trained on `texts`; with no texts it has one token per byte.
+
+    Raises: ValueError when the vocabulary cannot hold the bytes and the special tokens.
+    """
+    specials = special_tokens(num_visual_prompts)
+    smallest = 256 + len(specials)
+    if vocab_size < smallest:
+        raise ValueError(f"tokenizer: vocab_size is {vocab_size}, expected at least {smallest} (256 bytes + specials)")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in specials],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_TOKEN, pad_token=END_TOKEN)

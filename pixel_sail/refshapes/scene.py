@@ -1,0 +1,379 @@
+"""Scenes of RefShapes: which objects stand where, the picture, and the exact visible mask of every object.
+
+Place in the flow: the bottom of the package. `expressions.py` talks about a `Scene`, `formats.py` writes both to disk.
+Everything is a pure function of the generator handed in. A scene, as an example of the data:
+
+    Scene(image_hw=(128, 128), pixels=<uint8 128x128x3>, objects=(
+        SceneObject(index=0, colour="red", shape="star", texture="plain", size="large", centre_xy=(40.2, 91.7),
+                    box_xyxy=(17, 70, 64, 115), area=1012, mask=<bool 128x128>), ...))
+
+`objects` is in drawing order: a later object covers an earlier one, and masks never overlap. The picture is cluttered on
+purpose (noise, blobs, strokes, muted fragments, uneven light, blur, sensor noise), but only the objects carry a vivid
+colour, white or black.
+"""
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter
+
+from pixel_sail.types import BoolMask, SizeHW
+
+FloatArray = NDArray[np.float32]
+_Item = TypeVar("_Item")
+
+COLOUR_RGB: dict[str, tuple[int, int, int]] = {
+    "red": (206, 30, 38),
+    "green": (36, 158, 58),
+    "blue": (32, 78, 214),
+    "yellow": (246, 220, 44),
+    "purple": (140, 44, 176),
+    "orange": (246, 132, 16),
+    "white": (246, 246, 244),
+    "black": (16, 16, 20),
+}
+COLOURS = tuple(COLOUR_RGB)
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "heart")
+TEXTURES = ("plain", "striped", "dotted", "checkered")
+SIZES = ("small", "large")
+
+HELD_OUT = frozenset((COLOURS[i], SHAPES[(3 * i + 2) % len(SHAPES)]) for i in range(6))
+"""(colour, shape) pairs drawn and named in testB only: 6 of 64; 3 and 8 share no factor, so no colour or shape repeats."""
+
+IMAGE_SIZES: tuple[SizeHW, ...] = ((128, 128), (112, 144), (144, 112))
+ACROSS_PX = {"small": (20.0, 28.0), "large": (36.0, 54.0)}
+"""Range of the diameter of each size class."""
+MAX_LARGE = 3
+"""More large objects than this leave no room for the rest."""
+MIN_VISIBLE_FRAC = 0.6
+MAX_TILT_DEG = {"circle": 180, "ring": 180, "square": 14, "diamond": 14, "triangle": 24, "star": 36, "cross": 18, "heart": 24}
+MUDDY_RGB = np.array(
+    [(112, 96, 74), (138, 126, 100), (92, 104, 82), (88, 98, 110), (150, 138, 122), (74, 68, 62), (120, 110, 116),
+     (104, 120, 112), (160, 142, 112), (96, 82, 76)],
+    dtype=np.float32,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """The four attributes an expression can name."""
+
+    colour: str
+    shape: str
+    texture: str
+    size: str
+
+    @property
+    def is_held_out(self) -> bool:
+        """Say whether this colour and shape go together in testB only."""
+        return (self.colour, self.shape) in HELD_OUT
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneObject(Kind):
+    """One drawn object with the geometry of its visible region."""
+
+    index: int
+    centre_xy: tuple[float, float]
+    """Centroid of the visible region, in pixels."""
+    box_xyxy: tuple[int, int, int, int]
+    """Half-open: x1 and y1 are one past the last visible pixel."""
+    area: int
+    visible_frac: float
+    mask: BoolMask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """A picture and the objects in it, in drawing order."""
+
+    image_hw: SizeHW
+    pixels: NDArray[np.uint8]
+    objects: tuple[SceneObject, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneRules:
+    """What the scenes of one split may hold."""
+
+    num_objects: tuple[int, int]
+    """Smallest and largest number of objects, both allowed."""
+    num_held_out: tuple[int, int] = (0, 0)
+    """Smallest and largest number of objects of a held-out kind; (0, 0) forbids them."""
+    image_sizes: tuple[SizeHW, ...] = IMAGE_SIZES
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stamp:
+    """One object before it has a place: square arrays centred on it."""
+
+    kind: Kind
+    across_px: float
+    alpha: FloatArray
+    rgb: FloatArray
+
+
+def pick(rng: np.random.Generator, items: Sequence[_Item]) -> _Item:
+    """Return one item, all equally likely."""
+    return items[int(rng.integers(len(items)))]
+
+
+def sample_scene(rng: np.random.Generator, rules: SceneRules) -> Scene:
+    """Draw one scene that keeps the rules."""
+    image_hw = pick(rng, rules.image_sizes)
+    for _ in range(50):
+        stamps = [_make_stamp(rng, kind) for kind in sample_kinds(rng, rules)]
+        placed, owner = _place(rng, stamps, image_hw)
+        num_held_out = sum(stamp.kind.is_held_out for stamp, _, _ in placed)
+        if len(placed) >= rules.num_objects[0] and num_held_out >= rules.num_held_out[0]:
+            pixels = _render(rng, image_hw, placed)
+            objects = tuple(_measure(index, *item, owner) for index, item in enumerate(placed))
+            return Scene(image_hw=image_hw, pixels=pixels, objects=objects)
+    raise AssertionError(f"no scene in 50 attempts: image {image_hw}, {rules}; the objects do not fit")
+
+
+def sample_kinds(rng: np.random.Generator, rules: SceneRules) -> list[Kind]:
+    """Return the kinds of one scene, drawn so that colours and shapes repeat.
+
+    A third of the kinds copy an earlier one in all but one attribute; the rest mostly use the scene's small palette.
+    """
+    low, high = rules.num_objects
+    num_objects = int(rng.integers(low, high + 1))
+    num_held_out = int(rng.integers(rules.num_held_out[0], rules.num_held_out[1] + 1))
+    kinds = [_random_kind(rng, *pair) for pair in rng.permutation(sorted(HELD_OUT)).tolist()[:num_held_out]]
+    colours = [pick(rng, COLOURS) for _ in range(4)] + [kind.colour for kind in kinds]
+    shapes = [pick(rng, SHAPES) for _ in range(3)] + [kind.shape for kind in kinds]
+    while len(kinds) < num_objects:
+        colour = pick(rng, colours if rng.random() < 0.8 else COLOURS)
+        shape = pick(rng, shapes if rng.random() < 0.8 else SHAPES)
+        kind = _random_kind(rng, colour, shape)
+        if kinds and rng.random() < 0.35:
+            kind = _vary(rng, pick(rng, kinds), kind)
+        is_too_large = kind.size == "large" and sum(other.size == "large" for other in kinds) >= MAX_LARGE
+        if not is_too_large and not kind.is_held_out:
+            kinds.append(kind)
+    return [kinds[i] for i in rng.permutation(len(kinds))]
+
+
+def _random_kind(rng: np.random.Generator, colour: str, shape: str) -> Kind:
+    texture = "plain" if rng.random() < 0.45 else pick(rng, TEXTURES[1:])
+    size = "large" if rng.random() < 0.42 else "small"
+    return Kind(colour=colour, shape=shape, texture=texture, size=size)
+
+
+def _vary(rng: np.random.Generator, kind: Kind, source: Kind) -> Kind:
+    """Return `kind` with one attribute taken from `source`."""
+    values = {name: getattr(kind, name) for name in ("colour", "shape", "texture", "size")}
+    name = pick(rng, tuple(values))
+    return Kind(**{**values, name: getattr(source, name)})
+
+
+def signed_distance(shape: str, x: FloatArray, y: FloatArray) -> FloatArray:
+    """Return the (nearly) signed distance to the outline of a shape of radius 1: negative inside, y points down."""
+    ax, ay = np.abs(x), np.abs(y)
+    if shape == "circle":
+        return np.hypot(x, y) - 1.0
+    if shape == "ring":
+        return np.abs(np.hypot(x, y) - 0.76) - 0.24
+    if shape == "square":
+        return np.maximum(ax, ay) - 0.88
+    if shape == "diamond":
+        return (ax / 0.72 + ay / 1.08 - 1.0) * 0.6
+    if shape == "cross":
+        bar, arm = np.float32(0.32), np.float32(1.0)
+        return np.minimum(np.maximum(ax - bar, ay - arm), np.maximum(ax - arm, ay - bar))
+    if shape == "triangle":
+        return np.maximum(y - 0.72, ax * 0.8660254 - y * 0.5 - 0.62)
+    if shape == "star":
+        return _star_distance(x, y)
+    assert shape == "heart", f"unknown shape {shape!r}, expected one of {SHAPES}"
+    half = math.sqrt(0.5)
+    centre_y, side = y + 0.02, 0.56
+    block = np.maximum(np.abs(ax + centre_y), np.abs(ax - centre_y)) * half - side
+    block = np.where(ax + np.abs(centre_y) < 2 * side, block, np.maximum(block, 0.0))
+    lobe = np.hypot(ax - side * half, centre_y + side * half) - side
+    return np.minimum(block, lobe)
+
+
+def _star_distance(x: FloatArray, y: FloatArray) -> FloatArray:
+    """Fold the plane to half of one of five points, where the outline is a single straight edge."""
+    outer, inner, sector = 1.14, 0.52, 2 * math.pi / 5
+    angle = np.abs((np.arctan2(x, -y) + sector / 2) % sector - sector / 2)
+    radius = np.hypot(x, y)
+    along, across = radius * np.cos(angle), radius * np.sin(angle)
+    end_along, end_across = inner * math.cos(sector / 2), inner * math.sin(sector / 2)
+    edge_along, edge_across = end_along - outer, end_across
+    length = math.hypot(edge_along, edge_across)
+    return ((across * -edge_along) + (along - outer) * edge_across) / length
+
+
+def _make_stamp(rng: np.random.Generator, kind: Kind) -> _Stamp:
+    """Draw one object: its soft outline and its textured, slightly shaded paint."""
+    across = float(rng.uniform(*ACROSS_PX[kind.size]))
+    if kind.size == "large":
+        across = min(across, float(rng.uniform(*ACROSS_PX[kind.size])))
+    radius = across / 2
+    reach = math.ceil(radius * 1.2) + 1
+    y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1].astype(np.float32)
+    tilt = math.radians(float(rng.uniform(-1, 1)) * MAX_TILT_DEG[kind.shape])
+    u, v = x * math.cos(tilt) + y * math.sin(tilt), y * math.cos(tilt) - x * math.sin(tilt)
+    alpha = np.clip(0.5 - signed_distance(kind.shape, u / radius, v / radius) * radius, 0.0, 1.0).astype(np.float32)
+    base = np.array(COLOUR_RGB[kind.colour], dtype=np.float32) + rng.normal(0, 7, 3).astype(np.float32)
+    base = np.clip(base, 8, 252)
+    is_dark = float(base @ (0.3, 0.59, 0.11)) < 120
+    second = base + (255 - base) * 0.5 if is_dark else base * 0.48
+    pattern = _pattern(rng, kind.texture, u, v, across)[:, :, None]
+    slope = rng.normal(0, 0.1, 2)
+    shade = 1.0 + (x * slope[0] + y * slope[1])[:, :, None] / radius
+    rgb = (base * (1 - pattern) + second * pattern) * shade
+    return _Stamp(kind=kind, across_px=across, alpha=alpha, rgb=rgb.astype(np.float32))
+
+
+def _pattern(rng: np.random.Generator, texture: str, u: FloatArray, v: FloatArray, across: float) -> FloatArray:
+    """Return how much of the second tone shows at each pixel, 0 to 1."""
+    if texture == "plain":
+        return np.zeros_like(u)
+    period = float(np.clip(across * 0.22, 6.0, 9.0))
+    wave = 2 * math.pi / period
+    phase_u, phase_v = rng.uniform(0, 2 * math.pi, 2)
+    if texture == "striped":
+        angle = float(rng.uniform(0, math.pi))
+        along = u * math.cos(angle) + v * math.sin(angle)
+        return np.clip(np.sin(along * wave + phase_u) * 2.5 + 0.3, 0, 1)
+    if texture == "dotted":
+        return np.clip((np.cos(u * wave + phase_u) + np.cos(v * wave + phase_v) - 0.5) * 2.2, 0, 1)
+    wave *= 0.62
+    return np.clip(np.sin(u * wave + phase_u) * np.sin(v * wave + phase_v) * 5 + 0.5, 0, 1)
+
+
+def _place(
+    rng: np.random.Generator, stamps: list[_Stamp], image_hw: SizeHW
+) -> tuple[list[tuple[_Stamp, int, int]], NDArray[np.int64]]:
+    """Return the stamps that found a place, with the row and column of their corner, and who owns each pixel (-1: none).
+
+    An object may cover others of another colour, as long as each keeps its visible share. What finds no place is dropped.
+    """
+    height, width = image_hw
+    owner = np.full(image_hw, -1, dtype=np.int64)
+    placed: list[tuple[_Stamp, int, int]] = []
+    full: list[int] = []
+    visible: list[int] = []
+    for stamp in stamps:
+        inside = stamp.alpha > 0.5
+        side, reach = len(inside), math.ceil(stamp.across_px / 2)
+        low, high_y, high_x = reach - side // 2, height - reach - side // 2 - 1, width - reach - side // 2 - 1
+        wants_room = rng.random() < 0.7
+        for attempt in range(24):
+            top, left = int(rng.integers(low, high_y)), int(rng.integers(low, high_x))
+            rows, cols = slice(max(top, 0), top + side), slice(max(left, 0), left + side)
+            under = owner[rows, cols]
+            inside_here = inside[rows.start - top :, cols.start - left :][: under.shape[0], : under.shape[1]]
+            covered = np.bincount(under[inside_here] + 1, minlength=len(placed) + 1)[1:].tolist()
+            touched = [i for i, count in enumerate(covered) if count]
+            if touched and wants_room and attempt < 12:
+                continue
+            if any(placed[i][0].kind.colour == stamp.kind.colour for i in touched):
+                continue
+            if all(visible[i] - covered[i] >= MIN_VISIBLE_FRAC * full[i] for i in touched):
+                under[inside_here] = len(placed)
+                visible = [have - lost for have, lost in zip(visible, covered, strict=True)]
+                placed.append((stamp, top, left))
+                full.append(int(inside.sum()))
+                visible.append(int(inside_here.sum()))
+                break
+    return placed, owner
+
+
+def _measure(index: int, stamp: _Stamp, top: int, left: int, owner: NDArray[np.int64]) -> SceneObject:
+    mask = owner == index
+    rows, cols = np.nonzero(mask)
+    box = (int(cols.min()), int(rows.min()), int(cols.max()) + 1, int(rows.max()) + 1)
+    return SceneObject(
+        **vars(stamp.kind),
+        index=index,
+        centre_xy=(float(cols.mean()), float(rows.mean())),
+        box_xyxy=box,
+        area=len(rows),
+        visible_frac=len(rows) / int((stamp.alpha > 0.5).sum()),
+        mask=mask,
+    )
+
+
+def _render(rng: np.random.Generator, image_hw: SizeHW, placed: list[tuple[_Stamp, int, int]]) -> NDArray[np.uint8]:
+    """Paint background, clutter and objects, then what a camera adds: uneven light, blur and sensor noise."""
+    canvas = _clutter(rng, _background(rng, image_hw))
+    height, width = image_hw
+    for stamp, top, left in placed:
+        for shift, paint, strength in ((2, None, 0.3), (0, stamp.rgb, 1.0)):
+            y0, x0 = max(top + shift, 0), max(left + shift, 0)
+            side = len(stamp.alpha)
+            view = canvas[y0 : top + shift + side, x0 : left + shift + side]
+            part = (slice(y0 - top - shift, y0 - top - shift + view.shape[0]),
+                    slice(x0 - left - shift, x0 - left - shift + view.shape[1]))  # fmt: skip
+            alpha = stamp.alpha[part][:, :, None] * strength
+            view *= 1 - alpha
+            if paint is not None:
+                view += paint[part] * alpha
+    light_y, light_x = rng.uniform(-0.16, 0.16, 2)
+    ramp_y = np.linspace(-light_y, light_y, height, dtype=np.float32)
+    ramp_x = np.linspace(-light_x, light_x, width, dtype=np.float32)
+    canvas *= (0.98 + ramp_y[:, None] + ramp_x)[:, :, None]
+    blurred = _to_image(canvas).filter(ImageFilter.GaussianBlur(float(rng.uniform(0.3, 0.7))))
+    noise = rng.standard_normal((height, width, 3), dtype=np.float32) * np.float32(rng.uniform(2.0, 6.0))
+    return np.clip(np.asarray(blurred, dtype=np.float32) + noise, 0, 255).astype(np.uint8)
+
+
+def _to_image(canvas: FloatArray) -> Image.Image:
+    return Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
+
+
+def _background(rng: np.random.Generator, image_hw: SizeHW) -> FloatArray:
+    """Return soft gradients between muddy colours with five octaves of grey noise on top."""
+    height, width = image_hw
+    colours = MUDDY_RGB[rng.integers(len(MUDDY_RGB), size=3)]
+    grid = colours[rng.integers(3, size=(4, 4))] + rng.normal(0, 10, (4, 4, 3))
+    soft = _to_image(grid.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
+    canvas = np.array(soft, dtype=np.float32)
+    roughness = float(rng.uniform(0.5, 1.3))
+    grey = np.zeros(image_hw, dtype=np.float32)
+    for cells, amplitude in ((5, 16), (10, 12), (22, 9), (46, 7), (90, 5)):
+        octave = Image.fromarray(rng.standard_normal((cells, cells), dtype=np.float32) * amplitude * roughness)
+        grey += np.asarray(octave.resize((width, height), Image.Resampling.BILINEAR))
+    return canvas + grey[:, :, None]
+
+
+def _clutter(rng: np.random.Generator, canvas: FloatArray) -> FloatArray:
+    """Paint what no expression names: blobs, muted fragments and thin strokes."""
+    height, width = canvas.shape[:2]
+    over = _to_image(canvas)
+    draw = ImageDraw.Draw(over)
+    for _ in range(int(rng.integers(5, 11))):
+        x, y, reach = rng.uniform(0, width), rng.uniform(0, height), rng.uniform(5, 20)
+        colour = tuple(np.clip(pick(rng, MUDDY_RGB) * rng.uniform(0.6, 1.35), 0, 210).astype(int).tolist())
+        if rng.random() < 0.4:
+            flat = float(rng.uniform(0.3, 0.8)) * reach
+            draw.ellipse((x - reach, y - flat, x + reach, y + flat), fill=colour)
+            continue
+        angles = np.sort(rng.uniform(0, 2 * math.pi, int(rng.integers(5, 9))))
+        radii = rng.uniform(0.25, 1.0, len(angles)) * reach
+        draw.polygon(np.stack([x + radii * np.cos(angles), y + radii * np.sin(angles)], 1).ravel().tolist(), fill=colour)
+    over = over.filter(ImageFilter.GaussianBlur(float(rng.uniform(1.0, 2.5))))
+    draw = ImageDraw.Draw(over)
+    for _ in range(int(rng.integers(4, 11))):
+        points = np.cumsum(rng.normal(0, 14, (4, 2)), 0) + rng.uniform(0, 1, 2) * (width, height)
+        colour = tuple(np.clip(pick(rng, MUDDY_RGB) * rng.uniform(0.5, 1.4), 0, 215).astype(int).tolist())
+        draw.line(points.ravel().tolist(), fill=colour, width=int(rng.integers(1, 3)), joint="curve")
+    strength = np.float32(rng.uniform(0.55, 0.85))
+    return canvas * (1 - strength) + np.asarray(over, dtype=np.float32) * strength
+
+
+def encode_jpeg(scene: Scene) -> bytes:
+    """Return the picture as a JPEG of quality 90."""
+    buffer = io.BytesIO()
+    Image.fromarray(scene.pixels).save(buffer, format="JPEG", quality=90)
+    return buffer.getvalue()

@@ -1,0 +1,58 @@
+"""The Accelerator and the whole DeepSpeed dictionary, written from our config with nothing left to "auto".
+
+Place in the flow: `training/loop.py` calls `build_accelerator` first. Plain processes (no DeepSpeed) take the same loop, which
+is how the tests compare the two.
+"""
+
+import logging
+from typing import Any
+
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.utils import GradientAccumulationPlugin
+
+from pixel_sail import dist
+from pixel_sail.config import TrainConfig
+
+
+def deepspeed_dictionary(config: TrainConfig, accumulation: int) -> dict[str, Any]:
+    """Return the complete DeepSpeed configuration of a run."""
+    zero: dict[str, Any] = {
+        "stage": config.deepspeed.stage,
+        "contiguous_gradients": True,
+        "overlap_comm": False,
+        "reduce_scatter": True,
+        "reduce_bucket_size": 50_000_000,
+        "allgather_bucket_size": 50_000_000,
+    }
+    if config.deepspeed.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if config.deepspeed.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    if config.deepspeed.stage == 3:
+        zero |= {"stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 10_000}
+    micro = config.data.packs_per_micro_batch
+    return {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro * accumulation * dist.launched_world_size(),
+        "gradient_clipping": config.optim.max_grad_norm,
+        "bf16": {"enabled": config.optim.precision == "bf16"},
+        "fp16": {"enabled": False},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+
+
+def build_accelerator(config: TrainConfig, accumulation: int) -> Accelerator:
+    """Return the accelerator of this process; its process group exists afterwards."""
+    for noisy in ("DeepSpeed", "deepspeed", "accelerate"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    mixed_precision = "bf16" if config.optim.precision == "bf16" else "no"
+    if not config.deepspeed.enabled:
+        plugin = GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False)
+        return Accelerator(gradient_accumulation_plugin=plugin, mixed_precision=mixed_precision)
+    plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_dictionary(config, accumulation))
+    return Accelerator(deepspeed_plugin=plugin, mixed_precision=mixed_precision)

@@ -1,0 +1,41 @@
+"""Model and processor from the config.
+
+Place in the flow: `training/loop.py` calls `build_model` before the accelerator wraps anything. Starting weights are random,
+drawn from the run's seed, or come from an exported folder.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+
+from pixel_sail.config import ConfigError, ModelConfig
+from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
+from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, load_model
+from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
+from pixel_sail.model.tokenization import load_tokenizer, model_token_ids
+
+
+def build_model(config: ModelConfig, *, seed: int) -> tuple[PixelSailForSegmentation, PixelSailProcessor]:
+    """Return the model in training mode (float32) and the processor that fits it.
+
+    Raises: ConfigError when `init_from` has other sizes than `architecture`.
+    """
+    architecture = config.architecture
+    tokenizer = load_tokenizer(config.tokenizer, num_visual_prompts=architecture.num_visual_prompts)
+    architecture.vocab_size = -(-len(tokenizer) // config.vocab_multiple) * config.vocab_multiple
+    architecture.token_ids = model_token_ids(tokenizer, num_visual_prompts=architecture.num_visual_prompts)
+    wanted = PixelSailConfig.from_architecture(architecture)
+    processor = PixelSailProcessor.for_model(tokenizer, wanted)
+    if config.init_from is None:
+        set_seed(seed)
+        return PixelSailForSegmentation(wanted).train(), processor
+    model = load_model(Path(config.init_from), dtype=torch.float32)
+    differing = {
+        name: (getattr(model.config, name), value)
+        for name, value in vars(architecture).items()
+        if getattr(model.config, name) != value
+    }
+    if differing:
+        raise ConfigError(f"model.init_from {config.init_from}: (found, configured) differ in {differing}")
+    return model.train(), processor

@@ -1,0 +1,266 @@
+"""Checkpoints: everything a run needs to continue as if it had never stopped.
+
+Place in the flow: `training/loop.py` saves with `save` and starts with `latest`. A checkpoint does not depend on the number of
+processes or the ZeRO stage: parameters and Adam moments are whole float32 tensors under the model's own names.
+
+    runs/<name>/checkpoints/step_00000500/
+        model.safetensors  optimizer.safetensors  state.json  manifest.json (sha256 of each)  COMPLETE
+
+It is written under another name, hashed, marked complete and renamed last, so a folder of the final name is always whole.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pixel_sail import dist
+
+MARKER, MANIFEST, STATE = "COMPLETE", "manifest.json", "state.json"
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is damaged or belongs to another run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Where a run stands."""
+
+    step: int = 0
+    """Finished optimizer steps."""
+    consumed: tuple[int, ...] = ()
+    """Samples used up, per lane."""
+
+
+def collect(model: nn.Module, optimizer: Optimizer, accelerator: Accelerator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return whole float32 parameters and Adam moments by name, on the CPU of rank 0 (empty elsewhere).
+
+    Every rank must call it: sharded tensors are gathered one by one.
+    """
+    parameters: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
+    for name, parameter in accelerator.unwrap_model(model).named_parameters():
+        whole = {"": _whole_parameter(parameter)}
+        whole |= {key: _whole_moment(parameter, key, optimizer) for key in MOMENTS}
+        if dist.rank() == 0:
+            parameters[name] = whole[""].detach().float().cpu().clone()
+            moments |= {f"{key}.{name}": whole[key].detach().float().cpu().clone() for key in MOMENTS}
+    return parameters, moments
+
+
+def save(
+    folder: Path,
+    state: TrainState,
+    model: nn.Module,
+    optimizer: Optimizer,
+    accelerator: Accelerator,
+    *,
+    config: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write the checkpoint of `state.step` under `folder`, then delete all but the newest `keep` complete ones."""
+    final = folder / f"step_{state.step:08d}"
+    parameters, moments = collect(model, optimizer, accelerator)
+    if dist.rank() == 0 and not is_complete(final):
+        working = folder / f".writing_{final.name}"
+        shutil.rmtree(working, ignore_errors=True)
+        shutil.rmtree(final, ignore_errors=True)
+        working.mkdir(parents=True)
+        save_file(parameters, working / MODEL)
+        save_file(moments, working / OPTIMIZER)
+        (working / STATE).write_text(json.dumps({"train_state": asdict(state), "config": config}, indent=1))
+        hashes = {name: sha256(working / name) for name in (MODEL, OPTIMIZER, STATE)}
+        (working / MANIFEST).write_text(json.dumps(hashes, indent=1))
+        (working / MARKER).touch()
+        _flush(working)
+        os.replace(working, final)
+        for old in complete_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def latest(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint, None where there is none."""
+    found = complete_checkpoints(folder)
+    return found[-1] if found else None
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if is_complete(path))
+
+
+def is_complete(path: Path) -> bool:
+    """Return whether a checkpoint was written to its end."""
+    return (path / MARKER).is_file()
+
+
+def read(path: Path, config: dict[str, Any]) -> tuple[TrainState, dict[str, Tensor], dict[str, Tensor]]:
+    """Return state, parameters and moments of a checkpoint.
+
+    Raises: CheckpointError when a file differs from its hash, or the run was configured otherwise.
+    """
+    manifest = json.loads((path / MANIFEST).read_text())
+    for name, expected in manifest.items():
+        found = sha256(path / name)
+        if found != expected:
+            raise CheckpointError(
+                f"{path / name}: sha256 {found[:12]}.. found, {expected[:12]}.. expected from {MANIFEST}; the file was "
+                "damaged or changed. Delete this checkpoint folder to continue from the one before"
+            )
+    saved = json.loads((path / STATE).read_text())
+    differing = dict(differing_leaves(saved["config"], json.loads(json.dumps(config))))
+    if differing:
+        raise CheckpointError(
+            f"{path}: the run was started with another configuration; (saved, now): {differing}. "
+            "Choose another run_dir, or go back to the saved values"
+        )
+    fields = saved["train_state"]
+    state = TrainState(step=fields["step"], consumed=tuple(fields["consumed"]))
+    return state, load_file(path / MODEL), load_file(path / OPTIMIZER)
+
+
+def load_parameters(model: nn.Module, parameters: dict[str, Tensor]) -> None:
+    """Copy saved parameters into a model that is not wrapped yet; names must agree exactly."""
+    own = dict(model.named_parameters())
+    if own.keys() != parameters.keys():
+        raise CheckpointError(f"parameters differ: {sorted(own.keys() ^ parameters.keys())[:10]}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(parameters[name])
+
+
+def restore_optimizer(
+    model: nn.Module,
+    optimizer: Optimizer,
+    accelerator: Accelerator,
+    *,
+    state: TrainState,
+    parameters: dict[str, Tensor],
+    moments: dict[str, Tensor],
+) -> None:
+    """Put Adam's moments and step count, and the float32 master weights, into the wrapped model and optimizer."""
+    chain = list(_optimizer_chain(optimizer))
+    base = chain[-1]
+    for group in base.param_groups:
+        for parameter in group["params"]:
+            base.state[parameter] = {"step": torch.tensor(float(state.step))}
+            base.state[parameter] |= {key: torch.zeros_like(parameter) for key in MOMENTS}
+    for wrapper in chain:
+        # DeepSpeed links parameters to their slices of the flat optimizer state at the first step; here it is now.
+        link = getattr(wrapper, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:
+            link()
+    for name, parameter in accelerator.unwrap_model(model).named_parameters():
+        _set_master(parameter, parameters[name])
+        for key in MOMENTS:
+            _set_moment(parameter, key, moments[f"{key}.{name}"], base)
+
+
+def export(folder: Path, model: nn.Module, accelerator: Accelerator, processor: Any) -> None:
+    """Write a plain Hugging Face folder (weights as safetensors, config, tokenizer), complete or not at all."""
+    whole = {
+        name: _whole_parameter(parameter) for name, parameter in accelerator.unwrap_model(model).named_parameters()
+    }
+    if dist.rank() == 0:
+        working = folder.with_name(f".writing_{folder.name}")
+        shutil.rmtree(working, ignore_errors=True)
+        plain = accelerator.unwrap_model(model)
+        state = {name: tensor.detach().float().cpu().clone() for name, tensor in whole.items()}
+        plain.save_pretrained(working, state_dict=state)
+        processor.save_pretrained(working)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(working, folder)
+    dist.barrier()
+
+
+def differing_leaves(saved: Any, now: Any, path: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """Yield (dotted key, (saved value, present value)) for every leaf in which two nested dicts differ."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        for key in sorted(saved.keys() | now.keys()):
+            yield from differing_leaves(saved.get(key), now.get(key), f"{path}.{key}" if path else key)
+    elif saved != now:
+        yield path, (saved, now)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _optimizer_chain(optimizer: Any) -> Iterator[Any]:
+    """Yield the optimizer and everything it wraps: accelerate's, DeepSpeed's, torch's."""
+    while optimizer is not None:
+        yield optimizer
+        optimizer = getattr(optimizer, "optimizer", None)
+
+
+def _whole_parameter(parameter: nn.Parameter) -> Tensor:
+    """Return the float32 master value of a parameter, gathered where DeepSpeed shards it."""
+    if _is_sharded(parameter):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter)
+    return parameter
+
+
+def _whole_moment(parameter: nn.Parameter, key: str, optimizer: Optimizer) -> Tensor:
+    """Return one Adam moment of a parameter, gathered where DeepSpeed shards it."""
+    if _is_sharded(parameter):
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        return safe_get_full_optimizer_state(parameter, key)
+    return list(_optimizer_chain(optimizer))[-1].state[parameter][key]
+
+
+def _set_master(parameter: nn.Parameter, value: Tensor) -> None:
+    """Set the float32 master value of a parameter that DeepSpeed shards; a plain one was loaded before."""
+    if _is_sharded(parameter):
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(parameter, value.to(parameter.device))
+
+
+def _set_moment(parameter: nn.Parameter, key: str, value: Tensor, base: Optimizer) -> None:
+    """Set one Adam moment of a parameter."""
+    if _is_sharded(parameter):
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+    else:
+        base.state[parameter][key].copy_(value)
+
+
+def _is_sharded(parameter: nn.Parameter) -> bool:
+    """Return whether DeepSpeed keeps the optimizer state of this parameter in flat slices."""
+    return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
+
+
+def _flush(folder: Path) -> None:
+    """Make sure that a folder's files are on disk before it is renamed."""
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def merge_consumed(consumed: Sequence[int], own: dict[int, int], device: torch.device) -> tuple[int, ...]:
+    """Return the positions of all lanes after a step, each rank knowing only its own."""
+    mine = torch.zeros(len(consumed), dtype=torch.int64, device=device)
+    for lane, value in own.items():
+        mine[lane] = value
+    return tuple(dist.sum_over_ranks(mine).tolist())

@@ -1,0 +1,126 @@
+"""Where progress goes: a JSON line per logged step, a progress bar, TensorBoard, wandb.
+
+Place in the flow: `training/loop.py` opens one `RunLog`; on ranks other than 0 it does nothing. A line of `log.jsonl`:
+
+    {"step": 120, "lr": 0.0019, "total": 1.21, "text": 0.01, "bce": 0.42, "dice": 0.68, "grad_norm": 0.9, "tokens": 3104,
+     "padding_frac": 0.02, "supervised_tokens": 480, "masks": 96, "samples": 16, "epoch": 0.24, "seconds": 61.3}
+
+When a run continues from step S, lines after S are cut off first: those steps are made again, with the same numbers.
+"""
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from pixel_sail import dist
+from pixel_sail.config import LogConfig
+
+LOG_FILE = "log.jsonl"
+
+
+class RunLog:
+    """The open log of a run on rank 0."""
+
+    def __init__(self, run_dir: Path, config: LogConfig, *, steps: int, start: int, resolved: dict[str, Any]) -> None:
+        self.active = dist.rank() == 0
+        self.started = time.monotonic()
+        self._board: Any = None
+        self._wandb: Any = None
+        if not self.active:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        cut_log(run_dir / LOG_FILE, start)
+        self._file = (run_dir / LOG_FILE).open("a")
+        self._bar = tqdm(total=steps, initial=start, unit="step", disable=not config.progress, mininterval=1.0)
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start or None)
+        if config.wandb != "disabled":
+            self._wandb = _start_wandb(run_dir, config, resolved)
+
+    def __enter__(self) -> "RunLog":
+        """Return the log itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close everything."""
+        if self.active:
+            self._bar.close()
+            self._file.close()
+            if self._board is not None:
+                self._board.close()
+            if self._wandb is not None:
+                self._wandb.finish()
+
+    def step_done(self) -> None:
+        """Move the progress bar."""
+        if self.active:
+            self._bar.update()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one line of numbers."""
+        if not self.active:
+            return
+        line = {"step": step, **values, "seconds": round(time.monotonic() - self.started, 2)}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        shown = {name: f"{values[name]:.3f}" for name in ("total", "bce", "dice") if name in values}
+        if shown:
+            self._bar.set_postfix(shown, refresh=False)
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
+
+    def overlays(self, step: int, name: str, images: Sequence[tuple[str, NDArray[np.uint8]]]) -> None:
+        """Log pictures [H, W, 3] with their captions."""
+        if not self.active:
+            return
+        if self._board is not None:
+            for index, (caption, image) in enumerate(images):
+                self._board.add_image(f"{name}/{index}", image, step, dataformats="HWC")
+                self._board.add_text(f"{name}/{index}", caption, step)
+        if self._wandb is not None:
+            pictures = [self._wandb.Image(image, caption=caption) for caption, image in images]
+            self._wandb.log({name: pictures}, step=step)
+
+
+def cut_log(path: Path, last_step: int) -> None:
+    """Remove the lines after `last_step`, and an unfinished last line, from a log that is continued."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] <= last_step:
+            kept.append(line)
+    working = path.with_name(f".{path.name}")
+    working.write_text("".join(kept))
+    os.replace(working, path)
+
+
+def _start_wandb(run_dir: Path, config: LogConfig, resolved: dict[str, Any]) -> Any:
+    """Return the wandb module with a run started, continued under the id the run folder remembers."""
+    import wandb
+
+    id_file = run_dir / "wandb_id"
+    if not id_file.is_file():
+        id_file.write_text(wandb.util.generate_id())
+    wandb.init(
+        project=config.wandb_project,
+        dir=str(run_dir),
+        id=id_file.read_text(),
+        resume="allow",
+        mode=config.wandb,  # type: ignore[arg-type]
+        name=run_dir.name,
+        config=resolved,
+    )
+    return wandb

@@ -1,0 +1,137 @@
+"""The run, top to bottom.
+
+Place in the flow: `scripts/train.py` calls `train` with a checked config and a function that scores the model; everything it
+does with them is on this page, the verbs are the other files of this folder.
+
+    scripts/train.py experiment=quickstart  ->  runs/quickstart/{config.yaml, log.jsonl, checkpoints/, export/}
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pixel_sail import dist
+from pixel_sail.config import ConfigError, DataConfig, TrainConfig, build
+from pixel_sail.data.loader import LaneShare, training_batches
+from pixel_sail.data.mixture import Mixture
+from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
+from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
+from pixel_sail.training import checkpoint
+from pixel_sail.training.accelerator import build_accelerator
+from pixel_sail.training.build import build_model
+from pixel_sail.training.checkpoint import TrainState
+from pixel_sail.training.log import RunLog
+from pixel_sail.training.optim import build_optimizer
+from pixel_sail.training.schedule import learning_rate
+from pixel_sail.training.step import optimizer_step
+
+logger = logging.getLogger(__name__)
+
+Evaluate = Callable[[PixelSailForSegmentation, PixelSailProcessor, int, RunLog], None]
+"""Scores the model after a step and logs the result; called on every rank."""
+
+FREE_KEYS = ("log", "checkpoint", "validation", "predict", "evals", "paths", "run_dir", "name", "deepspeed")
+"""What may change between the sessions of one run without changing its numbers."""
+
+
+def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
+    """Run training, continuing from the last complete checkpoint if the run folder has one; return the exported folder.
+
+    Raises: ConfigError, DataError and CheckpointError before the first step; NonFiniteLossError in mid-run.
+    """
+    dist.ensure_launch_environment()
+    share = lane_share(config.data)
+    accelerator = build_accelerator(config, share.accumulation)
+    run_dir, checkpoints = Path(config.run_dir), Path(config.run_dir) / "checkpoints"
+    model, processor = build_model(config.model, seed=config.seed)
+    mixture = build_mixture(config.data, seed=config.seed)
+    resolved = asdict(config)
+    identity = {key: value for key, value in resolved.items() if key not in FREE_KEYS}
+    state, saved = TrainState(consumed=(0,) * share.num_lanes), None
+    found = checkpoint.latest(checkpoints)
+    if found is not None:
+        if config.checkpoint.resume == "never":
+            raise ConfigError(f"run_dir {run_dir} holds {found.name}, but checkpoint.resume=never; choose another run_dir")
+        state, *saved = checkpoint.read(found, identity)
+        checkpoint.load_parameters(model, saved[0])
+        logger.info("continuing from %s", found)
+    model, optimizer = accelerator.prepare(model, build_optimizer(model, config.optim))
+    if saved is not None:
+        checkpoint.restore_optimizer(
+            model, optimizer, accelerator, state=state, parameters=saved[0], moments=saved[1]
+        )
+    if dist.rank() == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.json").write_text(json.dumps(resolved, indent=1) + "\n")
+    data = training_batches(
+        mixture, processor, config.data.packing, share, consumed=state.consumed, num_workers=config.data.num_workers
+    )
+
+    def save() -> None:
+        checkpoint.save(
+            checkpoints, state, model, optimizer, accelerator, config=identity, keep=config.checkpoint.keep
+        )
+
+    last = min(config.optim.steps, state.step + config.checkpoint.stop_after or config.optim.steps)
+    with RunLog(run_dir, config.log, steps=config.optim.steps, start=state.step, resolved=resolved) as log:
+        while state.step < last:
+            step_data = next(data)
+            lr = learning_rate(state.step, config.optim)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            report = optimizer_step(
+                model, optimizer, step_data.batches, config.loss, accelerator, max_grad_norm=config.optim.max_grad_norm
+            )
+            state = TrainState(
+                step=state.step + 1,
+                consumed=checkpoint.merge_consumed(state.consumed, step_data.consumed, accelerator.device),
+            )
+            log.step_done()
+            if due(state.step, config.log.every) or state.step == last:
+                epoch = sum(state.consumed) / mixture.epoch_length
+                log.scalars(state.step, {"lr": lr, **asdict(report), "epoch": round(epoch, 4)})
+            if due(state.step, config.checkpoint.every) or state.step == last:
+                save()
+            if evaluate is not None and due(state.step, config.validation.every):
+                validate(model, processor, evaluate, state.step, log, accelerator)
+    checkpoint.export(run_dir / "export", model, accelerator, processor)
+    return run_dir / "export"
+
+
+def due(step: int, every: int) -> bool:
+    """Return whether something that happens every `every` steps (0: never) happens after this one."""
+    return every > 0 and step % every == 0
+
+
+def lane_share(config: DataConfig) -> LaneShare:
+    """Return this process's part of every optimizer step."""
+    return LaneShare(
+        num_lanes=config.packs_per_step,
+        rank=dist.rank(),
+        world_size=dist.launched_world_size(),
+        packs_per_micro_batch=config.packs_per_micro_batch,
+    )
+
+
+def build_mixture(config: DataConfig, *, seed: int) -> Mixture:
+    """Return the configured sources as one stream."""
+    if not config.sources:
+        raise ConfigError("data.sources is empty; choose a data group, for example data=refshapes")
+    sources = {name: build(node, f"data.sources.{name}") for name, node in config.sources.items()}
+    return Mixture(sources, config.repeats, seed=seed)
+
+
+def validate(
+    model: Any, processor: PixelSailProcessor, evaluate: Evaluate, step: int, log: RunLog, accelerator: Any
+) -> None:
+    """Score the model as it is and go back to training."""
+    plain = accelerator.unwrap_model(model)
+    plain.eval()
+    with torch.no_grad():
+        evaluate(plain, processor, step, log)
+    plain.train()

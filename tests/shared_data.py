@@ -1,0 +1,19 @@
+"""Where tests find the read-only data that lies beside the checkout.
+
+Place in the flow: imported by tests only. Example: SHARED / "data" / "derived_iou_pairs" / "pairs.json".
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(os.environ.get("PIXEL_SAIL_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+def shared_data(name: str) -> Path:
+    """Return one data folder, or skip the test where it is absent."""
+    folder = SHARED / "data" / name
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent; set PIXEL_SAIL_SHARED to the folder that holds data/{name}")
+    return folder

@@ -1,0 +1,116 @@
+"""Every COCO segmentation format becomes the same boolean mask, and damaged ones stop with a reason."""
+
+import json
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+
+from pixel_sail.data.masks import check_rle, decode_rle, decode_segmentation, encode_mask, merge_to_rle, union_masks
+from pixel_sail.types import DataError
+
+SIZE_HW = (4, 4)
+FIRST_SQUARE = [0, 0, 2, 0, 2, 2, 0, 2]
+SECOND_SQUARE = [1, 1, 3, 1, 3, 3, 1, 3]
+TWO_SQUARES = np.array([[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]], dtype=bool)
+RUNS_DOWN_COLUMNS = [0, 2, 2, 3, 2, 2, 5]
+
+
+def test_overlapping_polygons_are_united_not_summed():
+    mask = decode_segmentation([FIRST_SQUARE, SECOND_SQUARE], SIZE_HW, "test")
+    assert mask.dtype == np.bool_
+    np.testing.assert_array_equal(mask, TWO_SQUARES)
+
+
+def test_overlapping_instances_are_united_not_summed():
+    rle = merge_to_rle([[FIRST_SQUARE], {"size": [4, 4], "counts": RUNS_DOWN_COLUMNS}], SIZE_HW, "test")
+    np.testing.assert_array_equal(decode_rle(rle), TWO_SQUARES)
+    assert json.loads(json.dumps(rle)) == {"size": [4, 4], "counts": "02210O3"}
+
+
+@pytest.mark.parametrize("counts", [RUNS_DOWN_COLUMNS, "02210O3", b"02210O3"])
+def test_all_run_length_forms_give_the_same_mask(counts):
+    mask = decode_segmentation({"size": [4, 4], "counts": counts}, SIZE_HW, "test")
+    np.testing.assert_array_equal(mask, TWO_SQUARES)
+
+
+def test_height_comes_first():
+    mask = np.zeros((2, 5), dtype=bool)
+    mask[1, 4] = True
+    rle = encode_mask(mask)
+    assert rle["size"] == [2, 5]
+    np.testing.assert_array_equal(decode_segmentation(rle, (2, 5), "test"), mask)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
+def test_encoded_masks_come_back_and_pass_the_check(density):
+    rng = np.random.default_rng(7)
+    mask = rng.random((61, 83)) < density
+    rle = check_rle(encode_mask(mask), (61, 83), "test")
+    np.testing.assert_array_equal(decode_rle(rle), mask)
+
+
+def test_long_runs_pass_the_check():
+    mask = np.zeros((1000, 900), dtype=bool)
+    mask[3:700, 400:800] = True
+    assert decode_rle(check_rle(encode_mask(mask), None, "test")).sum() == 697 * 400
+
+
+def test_union_of_masks():
+    top, left = np.zeros(SIZE_HW, dtype=bool), np.zeros(SIZE_HW, dtype=bool)
+    top[0], left[:, 0] = True, True
+    assert union_masks([top, left], SIZE_HW).sum() == 7
+    assert union_masks([], SIZE_HW).sum() == 0
+    assert top.sum() == 4, "inputs must not change"
+
+
+def test_union_refuses_masks_of_another_size():
+    with pytest.raises(DataError, match=r"mask 0 is \(4, 5\), expected"):
+        union_masks([np.zeros((4, 5), dtype=bool)], SIZE_HW)
+
+
+def test_summed_masks_cannot_be_encoded():
+    with pytest.raises(DataError, match="expected \\[height, width\\] of bool"):
+        encode_mask(TWO_SQUARES.astype(np.uint8) * 2)
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "reason"),
+    [
+        ([[0, 0, 2, 0, 2, 2, 0]], "7 numbers"),
+        ([[0, 0, 2, 2]], "4 numbers"),
+        ([FIRST_SQUARE, []], "polygon 1: found 0 numbers"),
+        ([], "empty polygon list"),
+        ([0, 0, 2, 0, 2, 2], "wrap a single polygon"),
+        ([[0, 0, 2, 0, float("nan"), 2]], "coordinate nan"),
+        ([[0, 0, 2, 0, 1e300, 2]], "coordinate 1e"),
+        ([[0, 0, 2, 0, "2", 2]], "coordinate '2'"),
+        (None, "type NoneType"),
+        ({"size": [4, 5], "counts": RUNS_DOWN_COLUMNS}, r"size \[4, 5\], expected \[4, 4\]"),
+        ({"size": [4], "counts": RUNS_DOWN_COLUMNS}, "expected \\[height, width\\]"),
+        ({"size": [4, 4], "counts": [0, 2, 2]}, "cover 4 pixels"),
+        ({"size": [4, 4], "counts": [0, -2, 18]}, "shortest run -2"),
+        ({"size": [4, 4], "counts": [0.0, 16]}, "expected integers"),
+        ({"size": [4, 4], "counts": "02210O"}, "cover 11 pixels"),
+        ({"size": [4, 4], "counts": "02210o"}, "do not parse"),
+        ({"size": [4, 4], "counts": "no counts"}, "do not parse"),
+        ({"size": [4, 4]}, "expected a compressed RLE"),
+    ],
+)
+def test_damaged_segmentation_is_refused_with_place_and_reason(segmentation, reason):
+    with pytest.raises(DataError, match=reason) as caught:
+        decode_segmentation(segmentation, SIZE_HW, "file.json: annotation 12")
+    assert str(caught.value).startswith("file.json: annotation 12")
+
+
+def test_merging_nothing_is_refused():
+    with pytest.raises(DataError, match="no segmentation"):
+        merge_to_rle([], SIZE_HW, "test")
+
+
+def test_run_check_agrees_with_pycocotools_on_polygons():
+    rng = np.random.default_rng(3)
+    for _ in range(50):
+        polygon = rng.uniform(-10, 110, size=12).tolist()
+        rle = merge_to_rle([[polygon]], (90, 100), "test")
+        assert decode_rle(check_rle(rle, (90, 100), "test")).sum() == coco_mask.area(rle)
