@@ -161,8 +161,6 @@ class PredictConfig:
     """union of all generated [SEG], or only the `first` one as in the released evaluation."""
     answer: str = "generated"
     """generated, or `forced` to "It is [SEG]."."""
-    text_field: str = "sent"
-    """Which sentence of the annotations is asked: `sent` (processed) or `raw`."""
     batch_size: int = 32
     """Most expressions about one image that are answered at once."""
 
@@ -172,7 +170,6 @@ class PredictConfig:
             "prompt": ("standard", "paper"),
             "mask": ("union", "first"),
             "answer": ("generated", "forced"),
-            "text_field": ("sent", "raw"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -192,7 +192,9 @@ class Batch:
         assert self.position_ids_2BT.shape == (2, *shape), self.position_ids_2BT.shape
         num_patches = sum(h * w for h, w in self.grids)
         assert self.patches_SK.shape[0] == num_patches, f"{self.patches_SK.shape[0]} patches, grids hold {num_patches}"
-        assert len(self.image_samples) == len(self.grids) == len(self.point_seeds), "every image needs exactly one owner"
+        assert len(self.image_samples) == len(self.grids) == len(self.point_seeds), (
+            "every image needs exactly one owner"
+        )
         assert len(self.logit_positions_M2) == len(self.targets_M) == len(self.target_samples_M), "supervision differs"
         assert len(self.masks_per_image) == len(self.grids), "every image needs its number of masks"
         counts = (len(self.masks), len(self.seg_positions_N2), sum(self.masks_per_image))

@@ -82,7 +82,9 @@ def load_reference(folder: Path, use_named_weights: bool) -> PixelSailForSegment
     )
     quarter = model_config.head_dim // 4
     if config["mrope_section"] != [0, quarter, quarter]:
-        raise ValueError(f"{folder}/config.json: mrope_section {config['mrope_section']}, expected {[0, quarter, quarter]}")
+        raise ValueError(
+            f"{folder}/config.json: mrope_section {config['mrope_section']}, expected {[0, quarter, quarter]}"
+        )
     model = PixelSailForSegmentation(model_config)
     weights = folder / "reference_state.safetensors"
     if use_named_weights or not weights.is_file():
@@ -164,9 +166,7 @@ def compare_forward(report: Report, cases: list[Case], model: PixelSailForSegmen
         output = model(**inputs)
         # Images without masks skip the mask head in the model; the recording has their features too.
         every_image = [max(count, 1) for count in inputs["masks_per_image"]]
-        features = model.features_of_images(
-            output.hidden_BTD, inputs["patch_index_BT"], inputs["grids"], every_image
-        )
+        features = model.features_of_images(output.hidden_BTD, inputs["patch_index_BT"], inputs["grids"], every_image)
     start = 0
     for index, case in enumerate(cases):
         stop = start + case["input_ids"].shape[1]

@@ -100,9 +100,7 @@ def training_batches(
     num_workers: int,
 ) -> Iterator[StepData]:
     """Yield the data of one optimizer step after another, without end."""
-    dataset = LaneDataset(
-        mixture, processor, settings, lanes=share.lanes, num_lanes=share.num_lanes, consumed=consumed
-    )
+    dataset = LaneDataset(mixture, processor, settings, lanes=share.lanes, num_lanes=share.num_lanes, consumed=consumed)
     workers = usable_workers(num_workers, len(share.lanes))
     if workers != num_workers:
         logger.info("data: %d workers used of %d, so that they share %d lanes", workers, num_workers, len(share.lanes))

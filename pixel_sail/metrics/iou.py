@@ -109,6 +109,30 @@ class IoUSums:
             num_target_nonempty=self.num_target_nonempty + other.num_target_nonempty,
         )
 
+    def integers(self) -> list[int]:
+        """Return every integer sum in a fixed order, to be added over ranks exactly."""
+        counts = [self.count, self.missing, self.num_no_target, self.num_no_target_correct]
+        return [self.intersection, self.union, *self.hits, *counts, self.num_target, self.num_target_nonempty]
+
+    @classmethod
+    def from_integers(cls, values: Sequence[int], *, iou_sum: float) -> "IoUSums":
+        """Return the sums that `integers` listed."""
+        intersection, union, *rest = values
+        hits, rest = tuple(rest[: len(IOU_THRESHOLDS)]), rest[len(IOU_THRESHOLDS) :]
+        count, missing, num_no_target, num_no_target_correct, num_target, num_target_nonempty = rest
+        return cls(
+            intersection=intersection,
+            union=union,
+            iou_sum=iou_sum,
+            hits=hits,
+            count=count,
+            missing=missing,
+            num_no_target=num_no_target,
+            num_no_target_correct=num_no_target_correct,
+            num_target=num_target,
+            num_target_nonempty=num_target_nonempty,
+        )
+
     def update(
         self, prediction: RLE | None, target: RLE | None, *, empty_iou: float = 1.0, where: str = "pair"
     ) -> "IoUSums":

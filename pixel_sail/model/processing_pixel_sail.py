@@ -44,7 +44,9 @@ class PixelSailProcessor:
         self.settings = settings
         vocabulary = tokenizer.get_vocab()
         self.seg_id, self.end_id = vocabulary[SEG_TOKEN], vocabulary[END_TOKEN]
-        self.vision_id, self.patch_id, self.vision_end_id = (vocabulary[t] for t in ("<vision>", "<vpatch>", "</vision>"))
+        self.vision_id, self.patch_id, self.vision_end_id = (
+            vocabulary[t] for t in ("<vision>", "<vpatch>", "</vision>")
+        )
         self.turn_end_id = vocabulary["<|im_end|>"]
 
     @classmethod

@@ -9,7 +9,6 @@ processes or the ZeRO stage: parameters and Adam moments are whole float32 tenso
 It is written under another name, hashed, marked complete and renamed last, so a folder of the final name is always whole.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pixel_sail import dist
+from pixel_sail.files import sha256
 
 MARKER, MANIFEST, STATE = "COMPLETE", "manifest.json", "state.json"
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
@@ -45,11 +45,14 @@ class TrainState:
     """Samples used up, per lane."""
 
 
-def collect(model: nn.Module, optimizer: Optimizer, accelerator: Accelerator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def collect(
+    model: nn.Module, optimizer: Optimizer, accelerator: Accelerator
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return whole float32 parameters and Adam moments by name, on the CPU of rank 0 (empty elsewhere).
 
     Every rank must call it: sharded tensors are gathered one by one.
     """
+    _link_sharded_states(optimizer)
     parameters: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
     for name, parameter in accelerator.unwrap_model(model).named_parameters():
@@ -154,17 +157,12 @@ def restore_optimizer(
     moments: dict[str, Tensor],
 ) -> None:
     """Put Adam's moments and step count, and the float32 master weights, into the wrapped model and optimizer."""
-    chain = list(_optimizer_chain(optimizer))
-    base = chain[-1]
+    base = list(_optimizer_chain(optimizer))[-1]
     for group in base.param_groups:
         for parameter in group["params"]:
             base.state[parameter] = {"step": torch.tensor(float(state.step))}
             base.state[parameter] |= {key: torch.zeros_like(parameter) for key in MOMENTS}
-    for wrapper in chain:
-        # DeepSpeed links parameters to their slices of the flat optimizer state at the first step; here it is now.
-        link = getattr(wrapper, "_lazy_init_hp_params_optimizer_state", None)
-        if link is not None:
-            link()
+    _link_sharded_states(optimizer)
     for name, parameter in accelerator.unwrap_model(model).named_parameters():
         _set_master(parameter, parameters[name])
         for key in MOMENTS:
@@ -197,17 +195,23 @@ def differing_leaves(saved: Any, now: Any, path: str = "") -> Iterator[tuple[str
         yield path, (saved, now)
 
 
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _optimizer_chain(optimizer: Any) -> Iterator[Any]:
     """Yield the optimizer and everything it wraps: accelerate's, DeepSpeed's, torch's."""
     while optimizer is not None:
         yield optimizer
         optimizer = getattr(optimizer, "optimizer", None)
+
+
+def _link_sharded_states(optimizer: Optimizer) -> None:
+    """Tie every parameter to its slice of DeepSpeed's flat optimizer state.
+
+    DeepSpeed 0.19 does it once, after stepping the first parameter group, when later groups have no state yet; those would
+    stay without moments for good. Doing it again is harmless.
+    """
+    for wrapper in _optimizer_chain(optimizer):
+        if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
+            wrapper._hp_optimizer_states_linked = False
+            wrapper._lazy_init_hp_params_optimizer_state()
 
 
 def _whole_parameter(parameter: nn.Parameter) -> Tensor:

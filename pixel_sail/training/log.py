@@ -9,7 +9,6 @@ When a run continues from step S, lines after S are cut off first: those steps a
 """
 
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from pixel_sail import dist
 from pixel_sail.config import LogConfig
+from pixel_sail.files import replace_text
 
 LOG_FILE = "log.jsonl"
 
@@ -102,9 +102,7 @@ def cut_log(path: Path, last_step: int) -> None:
     for line in path.read_text().splitlines(keepends=True):
         if line.endswith("\n") and json.loads(line)["step"] <= last_step:
             kept.append(line)
-    working = path.with_name(f".{path.name}")
-    working.write_text("".join(kept))
-    os.replace(working, path)
+    replace_text(path, "".join(kept))
 
 
 def _start_wandb(run_dir: Path, config: LogConfig, resolved: dict[str, Any]) -> Any:

@@ -56,15 +56,15 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
     found = checkpoint.latest(checkpoints)
     if found is not None:
         if config.checkpoint.resume == "never":
-            raise ConfigError(f"run_dir {run_dir} holds {found.name}, but checkpoint.resume=never; choose another run_dir")
+            raise ConfigError(
+                f"run_dir {run_dir} holds {found.name}, but checkpoint.resume=never; choose another run_dir"
+            )
         state, *saved = checkpoint.read(found, identity)
         checkpoint.load_parameters(model, saved[0])
         logger.info("continuing from %s", found)
     model, optimizer = accelerator.prepare(model, build_optimizer(model, config.optim))
     if saved is not None:
-        checkpoint.restore_optimizer(
-            model, optimizer, accelerator, state=state, parameters=saved[0], moments=saved[1]
-        )
+        checkpoint.restore_optimizer(model, optimizer, accelerator, state=state, parameters=saved[0], moments=saved[1])
     if dist.rank() == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.json").write_text(json.dumps(resolved, indent=1) + "\n")
@@ -73,11 +73,10 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
     )
 
     def save() -> None:
-        checkpoint.save(
-            checkpoints, state, model, optimizer, accelerator, config=identity, keep=config.checkpoint.keep
-        )
+        checkpoint.save(checkpoints, state, model, optimizer, accelerator, config=identity, keep=config.checkpoint.keep)
 
-    last = min(config.optim.steps, state.step + config.checkpoint.stop_after or config.optim.steps)
+    session = config.checkpoint.stop_after or config.optim.steps
+    last = min(config.optim.steps, state.step + session)
     with RunLog(run_dir, config.log, steps=config.optim.steps, start=state.step, resolved=resolved) as log:
         while state.step < last:
             step_data = next(data)

@@ -17,6 +17,7 @@ import numpy as np
 from pixel_sail.data.conversation import QUESTION_STYLES, referring_turn
 from pixel_sail.data.masks import decode_segmentation, merge_to_rle, union_masks
 from pixel_sail.data.refer_annotations import Ref, ReferAnnotations, Sentence, load_refer
+from pixel_sail.data.sources import hidden
 from pixel_sail.types import RLE, BoolMask, Expression, Sample, Source
 
 __all__ = ["TEXT_FIELDS", "ReferAnnotations", "ReferSource", "expressions", "load", "load_refer"]
@@ -38,6 +39,7 @@ def load(
     expressions_per_image: int = 5,
     text_field: str = "raw",
     question_style: str = "varied",
+    hide: str = "none",
 ) -> Source:
     """Return one split as a training source: the `_target_` of `configs/source/refcoco.yaml` and its like.
 
@@ -45,11 +47,12 @@ def load(
     split: exact name in the file. split_by: the part in brackets, `unc` or `umd`; needed where there are several files.
     image_dir: photos, where they are in none of IMAGE_FOLDERS. name: of the source in logs, the dataset by default.
     expressions_per_image: most turns of one sample. text_field: `raw` or `sent`. question_style: `varied` or `fixed`.
+    hide: `text` or `image` for a blind baseline.
     Raises: DataError.
     """
     annotations = load_refer(root, dataset, split, split_by=split_by, image_dir=image_dir)
     return ReferSource(
-        annotations,
+        hidden.hide(annotations, hide),
         name=name if name is not None else dataset,
         expressions_per_image=expressions_per_image,
         text_field=text_field,

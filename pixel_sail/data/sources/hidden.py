@@ -1,0 +1,57 @@
+"""Annotations with the text or the images made useless: what a benchmark gives away without them.
+
+Place in the flow: `refer.load` and `refer_seg.load` pass annotations through `hide` when the config says so. Train and score with
+`hide=text` for a language-blind baseline, with `hide=image` for an image-blind one:
+
+    text:   "the red star left of the ring"  ->  "object 17"            (a number without meaning)
+    image:  COCO_..12.jpg                    ->  COCO_..13.jpg          (another picture of the same size)
+"""
+
+from collections import defaultdict
+from dataclasses import replace
+
+from pixel_sail.data.refer_annotations import ReferAnnotations, ReferImage
+from pixel_sail.types import SizeHW
+
+HIDDEN = ("none", "text", "image")
+
+NUM_MEANINGLESS_TEXTS = 97
+"""Texts stay different within an image, so that as many questions are asked as with the real ones."""
+
+
+def hide(annotations: ReferAnnotations, what: str) -> ReferAnnotations:
+    """Return the annotations without their text or without their images; ValueError for another `what`."""
+    if what == "none":
+        return annotations
+    if what == "text":
+        return _hide_text(annotations)
+    if what == "image":
+        return replace(annotations, images=_swap_images(annotations.images))
+    raise ValueError(f"hide: found {what!r}, expected one of {HIDDEN}; correct the config")
+
+
+def _hide_text(annotations: ReferAnnotations) -> ReferAnnotations:
+    """Replace every sentence."""
+    refs_by_image = {}
+    for image_id, refs in annotations.refs_by_image.items():
+        changed = []
+        for ref in refs:
+            sentences = []
+            for sentence in ref.sentences:
+                text = f"object {sentence.sent_id % NUM_MEANINGLESS_TEXTS}"
+                sentences.append(replace(sentence, sent=text, raw=text))
+            changed.append(replace(ref, sentences=tuple(sentences)))
+        refs_by_image[image_id] = tuple(changed)
+    return replace(annotations, refs_by_image=refs_by_image)
+
+
+def _swap_images(images: dict[int, ReferImage]) -> dict[int, ReferImage]:
+    """Give every image the file of the next one of its size."""
+    same_size: dict[SizeHW, list[int]] = defaultdict(list)
+    for image_id, image in images.items():
+        same_size[image.size_hw].append(image_id)
+    swapped = {}
+    for ids in same_size.values():
+        for image_id, other in zip(ids, [*ids[1:], ids[0]], strict=True):
+            swapped[image_id] = replace(images[image_id], path=images[other].path)
+    return swapped

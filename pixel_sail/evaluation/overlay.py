@@ -1,0 +1,30 @@
+"""Pictures of masks.
+
+Place in the flow: validation, `scripts/predict.py` and the report paint with it. A mask is tinted at half strength and gets a
+border in full colour:
+
+    paint(image, mask, PREDICTED_COLOR)  ->  uint8 [H, W, 3]
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pixel_sail.types import BoolMask
+
+Picture = NDArray[np.uint8]
+"""RGB pixels [H, W, 3]."""
+
+PALETTE = ((213, 94, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233), (240, 228, 66))
+"""Okabe-Ito colours, which colour-blind readers can tell apart."""
+PREDICTED_COLOR, TRUE_COLOR = PALETTE[0], PALETTE[2]
+
+
+def paint(image: Image.Image | Picture, mask: BoolMask, color: tuple[int, int, int]) -> Picture:
+    """Return the image with the mask tinted and its border drawn."""
+    pixels = np.asarray(image, dtype=np.float32).copy()
+    pixels[mask] = 0.5 * pixels[mask] + 0.5 * np.array(color, dtype=np.float32)
+    padded = np.pad(mask, 1)
+    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    pixels[mask & ~inner] = color
+    return pixels.round().astype(np.uint8)

@@ -1,0 +1,25 @@
+"""Files that are either whole or absent.
+
+Place in the flow: beside `types` and `dist`, imports nothing of the project. Everything that is written under a final name goes
+through `replace_text` or is renamed by its writer:
+
+    replace_text(Path("runs/a/metrics.json"), "{...}")    # a reader sees the old text or the new one, never a part
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file aside and put it in place at once; missing folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    working = path.with_name(f".writing_{path.name}")
+    working.write_text(text)
+    os.replace(working, path)

@@ -1,0 +1,413 @@
+"""The language of RefShapes: queries with a meaning that can be checked, and their wording.
+
+Place in the flow: between `scene.py` (what there is) and `formats.py` (the files). An expression is first a `Query`, whose
+meaning `denote` computes from the scene; only then is it worded. One referring expression, as an example of the data:
+
+    Sentence(text="the small star below the blue ring", targets=(4,), kind="relation",
+             query=Query(attributes=(("size", "small"), ("shape", "star")),
+                         relation=("below", Query(attributes=(("colour", "blue"), ("shape", "ring"))))))
+
+Spatial words are only used with a clear margin: where two people could disagree, `denote` answers None and the query is
+thrown away. Kinds of sentences: attribute, position, relation, ordinal, negation (one target each), plural, none.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from pixel_sail.refshapes.scene import HELD_OUT, Scene, SceneObject, pick
+
+Filters = tuple[tuple[str, str], ...]
+"""(attribute, value) pairs, in the order of ATTRIBUTES."""
+
+ATTRIBUTES = ("size", "texture", "colour", "shape")
+PLACES = ("left", "right", "top", "bottom", "top left", "top right", "bottom left", "bottom right", "middle")
+RELATIONS = ("left of", "right of", "above", "below", "next to")
+MARGIN_PX = 10.0
+"""Two centres closer than this along an axis are not ordered by "leftmost", "second from the top" and the like."""
+KIND_WEIGHTS = {"attribute": 0.53, "position": 0.19, "relation": 0.18, "ordinal": 0.06, "negation": 0.08}
+"""How often each kind is tried; not every kind exists for every object, so the realised shares differ a little."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """The meaning of one expression: filters first, then the relation, then a place or an ordinal, then a union."""
+
+    attributes: Filters = ()
+    negated: tuple[str, str] | None = None
+    """An (attribute, value) pair that must not hold."""
+    relation: tuple[str, "Query"] | None = None
+    place: str | None = None
+    ordinal: tuple[int, str] | None = None
+    """(2, "left") is the second from the left."""
+    also: "Query | None" = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sentence:
+    """One worded expression and the objects it refers to, by index, in increasing order."""
+
+    text: str
+    query: Query
+    targets: tuple[int, ...]
+    kind: str
+
+
+def denote(scene: Scene, query: Query) -> frozenset[int] | None:
+    """Return the indices of the objects a query refers to; None if one of its spatial words could be disputed."""
+    found: list[SceneObject] | None = [item for item in scene.objects if _matches(item, query)]
+    if query.relation is not None:
+        word, anchor_query = query.relation
+        anchor = denote(scene, anchor_query)
+        if anchor is None or len(anchor) != 1:
+            return None
+        found = _related(found, word, scene.objects[next(iter(anchor))])
+    if found is not None and query.place is not None:
+        found = _at_place(found, query.place, scene)
+    if found is not None and query.ordinal is not None:
+        found = _at_rank(found, *query.ordinal)
+    if found is None:
+        return None
+    indices = frozenset(item.index for item in found)
+    if query.also is None:
+        return indices
+    others = denote(scene, query.also)
+    return None if others is None else indices | others
+
+
+def _matches(item: SceneObject, query: Query) -> bool:
+    if any(getattr(item, name) != value for name, value in query.attributes):
+        return False
+    return query.negated is None or getattr(item, query.negated[0]) != query.negated[1]
+
+
+def _edge_order(items: Iterable[SceneObject], side: str) -> list[tuple[float, float, SceneObject]]:
+    """Sort by distance of the centre from one side of the picture; the second value is that of the near edge."""
+    axis, sign = {"left": (0, 1), "right": (0, -1), "top": (1, 1), "bottom": (1, -1)}[side]
+    near = axis if sign > 0 else axis + 2
+    keyed = [(sign * item.centre_xy[axis], float(sign * item.box_xyxy[near]), item) for item in items]
+    return sorted(keyed, key=lambda entry: entry[0])
+
+
+def _is_before(first: tuple[float, float, SceneObject], second: tuple[float, float, SceneObject]) -> bool:
+    """Say whether both the centre and the near edge agree on the order; one pixel against is not seen."""
+    return second[0] - first[0] >= MARGIN_PX and second[1] - first[1] >= -1
+
+
+def _at_place(items: list[SceneObject], place: str, scene: Scene) -> list[SceneObject] | None:
+    """Return the single object a superlative picks, None if there are fewer than two or the margin is too small."""
+    if len(items) < 2:
+        return None
+    if place in ("left", "right", "top", "bottom"):
+        order = _edge_order(items, place)
+        return [order[0][2]] if all(_is_before(order[0], other) for other in order[1:]) else None
+    height, width = scene.image_hw
+    spots = [(item.centre_xy[0] / width, item.centre_xy[1] / height) for item in items]
+    if place == "middle":
+        spread = [max(abs(x - 0.5), abs(y - 0.5)) for x, y in spots]
+        near = [item for item, value in zip(items, spread, strict=True) if value <= 0.14]
+        far = sum(value >= 0.27 for value in spread)
+        return near if len(near) == 1 and far == len(items) - 1 else None
+    vertical, horizontal = place.split()
+    depth = [(x if horizontal == "left" else 1 - x, y if vertical == "top" else 1 - y) for x, y in spots]
+    inside = [item for item, (dx, dy) in zip(items, depth, strict=True) if max(dx, dy) <= 0.4]
+    outside = sum(max(dx, dy) >= 0.52 for dx, dy in depth)
+    return inside if len(inside) == 1 and outside == len(items) - 1 else None
+
+
+def _at_rank(items: list[SceneObject], rank: int, side: str) -> list[SceneObject] | None:
+    """Return the object of a rank (from 1) counted from one side, None unless the whole order is clear."""
+    order = _edge_order(items, side)
+    if len(order) < max(3, rank) or not all(_is_before(a, b) for a, b in itertools.pairwise(order)):
+        return None
+    return [order[rank - 1][2]]
+
+
+def _related(items: list[SceneObject], word: str, anchor: SceneObject) -> list[SceneObject] | None:
+    """Return the objects standing in a relation to the anchor, None if one of them only half does."""
+    items = [item for item in items if item.index != anchor.index]
+    offsets = [(item.centre_xy[0] - anchor.centre_xy[0], item.centre_xy[1] - anchor.centre_xy[1]) for item in items]
+    if word == "next to":
+        gaps = [(dx * dx + dy * dy) ** 0.5 for dx, dy in offsets]
+        near = [item for item, gap in zip(items, gaps, strict=True) if gap <= 42]
+        far = sum(gap >= 66 for gap in gaps)
+        return near if len(near) + far == len(items) else None
+    axis, sign = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}[word]
+    found: list[SceneObject] = []
+    for item, offset in zip(items, offsets, strict=True):
+        along, across = sign * offset[axis], abs(offset[1 - axis])
+        if along >= 12 and along >= across:
+            found.append(item)
+        elif along > -4:
+            return None
+    return found
+
+
+def names_held_out(query: Query) -> bool:
+    """Say whether a query puts a held-out colour and shape together, also by negation."""
+    parts = [*query.attributes, *([query.negated] if query.negated else [])]
+    values = {name: {value for key, value in parts if key == name} for name in ("colour", "shape")}
+    inner = [part for part in (query.relation[1] if query.relation else None, query.also) if part is not None]
+    pairs = itertools.product(values["colour"], values["shape"])
+    return any(pair in HELD_OUT for pair in pairs) or any(names_held_out(part) for part in inner)
+
+
+class Describer:
+    """Finds expressions for one scene. All randomness comes from the generator it is given."""
+
+    def __init__(self, scene: Scene, rng: np.random.Generator, *, may_name_held_out: bool) -> None:
+        """Index which objects every combination of attribute values denotes."""
+        self.scene = scene
+        self.rng = rng
+        self.may_name_held_out = may_name_held_out
+        self.by_filters: dict[Filters, list[int]] = {}
+        for item in scene.objects:
+            for filters in _subsets(item):
+                self.by_filters.setdefault(filters, []).append(item.index)
+
+    def singles(self, target: int, count: int) -> list[Sentence]:
+        """Return up to `count` different sentences that each refer to `target` alone."""
+        found: dict[str, Sentence] = {}
+        makers = {"attribute": self._attributes, "position": self._position, "relation": self._relation,
+                  "ordinal": self._ordinal, "negation": self._negation}  # fmt: skip
+        kinds, weights = tuple(makers), np.cumsum(list(KIND_WEIGHTS.values()))
+        for _ in range(count * 4):
+            kind = kinds[int(np.searchsorted(weights, self.rng.random() * weights[-1]))]
+            query = makers[kind](self.scene.objects[target])
+            if query is not None and self._is_allowed(query):
+                text = self._word(query)
+                found.setdefault(text, Sentence(text=text, query=query, targets=(target,), kind=kind))
+            if len(found) == count:
+                break
+        return list(found.values())
+
+    def plural(self) -> Sentence | None:
+        """Return a sentence for two objects or more, None if this attempt found none."""
+        roll = self.rng.random()
+        item = pick(self.rng, self.scene.objects)
+        if roll < 0.25:
+            pair = [self._attributes(part) for part in (item, pick(self.rng, self.scene.objects))]
+            if pair[0] is None or pair[1] is None or pair[0] == pair[1]:
+                return None
+            query = Query(attributes=pair[0].attributes, also=pair[1])
+        else:
+            filters = pick(self.rng, [f for f in _subsets(item) if len(f) <= 2 and len(self.by_filters[f]) > 1] or [()])
+            query = Query(attributes=filters)
+            if roll < 0.35:
+                query = Query(attributes=filters, negated=self._negatable(filters))
+            elif roll < 0.5:
+                query = Query(attributes=filters, relation=self._anchor())
+            if not filters and not query.negated and not query.relation:
+                return None
+        targets = denote(self.scene, query) or frozenset()
+        if len(targets) < 2 or len(targets) == len(self.scene.objects) or not self._is_allowed(query):
+            return None
+        text = _word_union(self.rng, query, query.also) if query.also else _word_plural(self.rng, query, len(targets))
+        return Sentence(text=text, query=query, targets=tuple(sorted(targets)), kind="plural")
+
+    def no_target(self) -> Sentence | None:
+        """Return a sentence that fits nothing here though its parts occur, None if this attempt found none."""
+        filters = dict(_pick_filters(self.rng, pick(self.rng, self.scene.objects)))
+        other = pick(self.rng, self.scene.objects)
+        name = pick(self.rng, tuple(filters))
+        filters[name] = getattr(other, name)
+        query = Query(attributes=_ordered(filters))
+        if self.rng.random() < 0.3:
+            query = Query(attributes=query.attributes, relation=self._anchor())
+        is_vague = len(filters) < 2 and query.relation is None
+        if is_vague or denote(self.scene, query) != frozenset() or not self._is_allowed(query):
+            return None
+        return Sentence(text=self._word(query), query=query, targets=(), kind="none")
+
+    def _word(self, query: Query) -> str:
+        count = len(self.by_filters.get(query.attributes, ())) if query.attributes else len(self.scene.objects)
+        return word_single(self.rng, query, num_candidates=count)
+
+    def _is_allowed(self, query: Query) -> bool:
+        return self.may_name_held_out or not names_held_out(query)
+
+    def _attributes(self, item: SceneObject) -> Query | None:
+        """Return attributes that single the object out: a fewest-word set or, sometimes, one word more."""
+        unique = [filters for filters in _subsets(item) if len(self.by_filters[filters]) == 1]
+        if not unique:
+            return None
+        minimal = [f for f in unique if not any(set(other) < set(f) for other in unique)]
+        options = unique if self.rng.random() < 0.3 else minimal
+        shortest = min(len(filters) for filters in minimal)
+        options = [filters for filters in options if len(filters) <= shortest + 1]
+        weights = np.cumsum([_naturalness(filters) for filters in options])
+        chosen = options[int(np.searchsorted(weights, self.rng.random() * weights[-1]))]
+        return Query(attributes=chosen)
+
+    def _bases(self, item: SceneObject, low: int) -> Iterator[Filters]:
+        """Yield random short descriptions shared by at least `low` objects."""
+        for _ in range(4):
+            filters = _pick_filters(self.rng, item) if self.rng.random() < 0.9 else ()
+            if not filters or len(self.by_filters[filters]) >= low:
+                yield filters
+
+    def _position(self, item: SceneObject) -> Query | None:
+        for filters in self._bases(item, 2):
+            for place in self.rng.permutation(len(PLACES)).tolist():
+                query = Query(attributes=filters, place=PLACES[place])
+                if denote(self.scene, query) == {item.index}:
+                    return query
+        return None
+
+    def _ordinal(self, item: SceneObject) -> Query | None:
+        sides = ("left", "right", "top")
+        for filters in self._bases(item, 3):
+            side = pick(self.rng, sides)
+            for rank in (2, 3):
+                query = Query(attributes=filters, ordinal=(rank, side))
+                if denote(self.scene, query) == {item.index}:
+                    return query
+        return None
+
+    def _negatable(self, filters: Filters) -> tuple[str, str] | None:
+        """Return an attribute value to deny: of an object that fits the filters, about something they leave open."""
+        names = [name for name in ("colour", "shape", "texture") if name not in dict(filters)]
+        members = [self.scene.objects[i] for i in self.by_filters[filters]] if filters else list(self.scene.objects)
+        name = pick(self.rng, names)
+        value = getattr(pick(self.rng, members), name)
+        return None if value == "plain" else (name, value)
+
+    def _negation(self, item: SceneObject) -> Query | None:
+        for filters in self._bases(item, 2):
+            query = Query(attributes=filters, negated=self._negatable(filters))
+            if query.negated is not None and denote(self.scene, query) == {item.index}:
+                return query
+        return None
+
+    def _anchor(self) -> tuple[str, Query] | None:
+        """Return a relation word with a uniquely described object."""
+        anchor = self._attributes(pick(self.rng, self.scene.objects))
+        return None if anchor is None else (pick(self.rng, RELATIONS), anchor)
+
+    def _relation(self, item: SceneObject) -> Query | None:
+        for _ in range(2):
+            for filters in self._bases(item, 2):
+                query = Query(attributes=filters, relation=self._anchor())
+                if query.relation is not None and denote(self.scene, query) == {item.index}:
+                    return query
+        return None
+
+
+def _subsets(item: SceneObject) -> list[Filters]:
+    """Return every non-empty choice of the object's attributes."""
+    pairs = [(name, getattr(item, name)) for name in ATTRIBUTES]
+    return [subset for size in range(1, 5) for subset in itertools.combinations(pairs, size)]
+
+
+def _ordered(filters: dict[str, str]) -> Filters:
+    return tuple((name, filters[name]) for name in ATTRIBUTES if name in filters)
+
+
+def _naturalness(filters: Filters) -> float:
+    """Return how likely a person is to choose these attributes: shape and colour first, "plain" hardly ever."""
+    values = dict(filters)
+    weight = 1.0 if "shape" in values else 0.35
+    weight *= 1.0 if "colour" in values else 0.6
+    return weight * (0.3 if values.get("texture") == "plain" else 1.0)
+
+
+def _pick_filters(rng: np.random.Generator, item: SceneObject) -> Filters:
+    """Return a short description of an object, whether or not it is unique."""
+    options = (("shape",), ("colour",), ("colour", "shape"), ("size", "shape"), ("texture", "shape"), ("texture",),
+               ("texture", "colour"), ("size", "colour"), ("size", "colour", "shape"))  # fmt: skip
+    names = options[int(np.searchsorted((0.3, 0.45, 0.7, 0.77, 0.82, 0.86, 0.91, 0.95), rng.random()))]
+    return _ordered({name: getattr(item, name) for name in names})
+
+
+NOUNS = {"circle": ("circle", "circle", "disc"), "square": ("square", "square", "box"), "cross": ("cross", "plus sign")}
+THINGS = ("thing", "object", "shape")
+BEFORE = {"small": ("small", "small", "little"), "large": ("large", "big"), "dotted": ("dotted", "spotted"),
+          "plain": ("plain", "solid"), "checkered": ("checkered", "checked")}  # fmt: skip
+AFTER = {"striped": "with stripes", "dotted": "with dots", "checkered": "with checks"}
+RELATION_WORDS = {"left of": ("left of", "to the left of"), "right of": ("right of", "to the right of"),
+                  "above": ("above", "higher than"), "below": ("below", "under", "underneath"),
+                  "next to": ("next to", "close to", "beside", "near")}  # fmt: skip
+RANK_WORDS = {2: "second", 3: "third"}
+COUNT_WORDS = {2: "two", 3: "three", 4: "four"}
+EDGE_ADJECTIVES = {"left": "leftmost", "right": "rightmost", "top": "topmost", "bottom": "bottommost"}
+
+
+def noun_phrase(rng: np.random.Generator, filters: Filters, *, is_plural: bool = False) -> str:
+    """Word attribute filters without an article: "small striped star", "red thing with dots", "circles"."""
+    values = dict(filters)
+    noun = values.get("shape") or pick(rng, THINGS)
+    noun = pick(rng, NOUNS.get(noun, (noun,)))
+    if is_plural:
+        noun += "es" if noun.endswith(("s", "x")) else "s"
+    words = {name: pick(rng, BEFORE.get(values[name], (values[name],))) for name in ATTRIBUTES[:3] if name in values}
+    tail = AFTER.get(values.get("texture", ""), "")
+    if tail and rng.random() < 0.25:
+        del words["texture"]
+    else:
+        tail = ""
+    return " ".join([*words.values(), noun, *([tail] if tail else [])])
+
+
+def word_single(rng: np.random.Generator, query: Query, num_candidates: int = 0) -> str:
+    """Word a query for one object; `num_candidates` is how many objects fit before place or rank picks one."""
+    phrase = noun_phrase(rng, query.attributes)
+    if query.negated is not None:
+        phrase += " " + _denial(rng, query.negated)
+    if query.relation is not None:
+        phrase += f" {pick(rng, RELATION_WORDS[query.relation[0]])} the {noun_phrase(rng, query.relation[1].attributes)}"
+    if query.place is not None:
+        phrase = _placed(rng, phrase, query.place, num_candidates)
+    if query.ordinal is not None:
+        rank, side = query.ordinal
+        phrase = f"{RANK_WORDS[rank]} {phrase} from the {side}"
+    return phrase if rng.random() < 0.5 else f"the {phrase}"
+
+
+def _denial(rng: np.random.Generator, negated: tuple[str, str]) -> str:
+    name, value = negated
+    if name == "shape":
+        return f"that is not a {value}"
+    return f"{pick(rng, ('that is not', 'which is not', 'that is not', 'not'))} {value}"
+
+
+def _placed(rng: np.random.Generator, phrase: str, place: str, num_candidates: int) -> str:
+    """Add a place to a phrase; "left star" needs exactly two stars to be natural."""
+    if place == "middle":
+        return pick(rng, (f"{phrase} in the middle", f"{phrase} in the center", f"{phrase} closest to the center"))
+    if " " in place:
+        vertical, horizontal = place.split()
+        upper = "upper" if vertical == "top" else "lower"
+        return pick(rng, (f"{phrase} in the {place}", f"{place} {phrase}", f"{phrase} in the {place} corner",
+                          f"{upper} {horizontal} {phrase}", f"{phrase} at the {upper} {horizontal}"))  # fmt: skip
+    options = [f"{EDGE_ADJECTIVES[place]} {phrase}", f"{phrase} closest to the {place} edge"]
+    if place in ("left", "right"):
+        options += [f"{phrase} on the far {place}", f"{phrase} furthest to the {place}"]
+    else:
+        options += [f"{'highest' if place == 'top' else 'lowest'} {phrase}", f"{phrase} at the very {place}"]
+    if num_candidates == 2:
+        options += [f"{place} {phrase}"] * 2
+    return pick(rng, options)
+
+
+def _word_plural(rng: np.random.Generator, query: Query, count: int) -> str:
+    """Word a query without place or rank for all the objects it denotes."""
+    phrase = noun_phrase(rng, query.attributes, is_plural=True)
+    if query.negated is not None:
+        denial = _denial(rng, query.negated).replace("is not a ", "are not ").replace("is not", "are not")
+        phrase += " " + (denial if query.negated[0] != "shape" else f"{denial}s".replace("crosss", "crosses"))
+    if query.relation is not None:
+        phrase += f" {pick(rng, RELATION_WORDS[query.relation[0]])} the {noun_phrase(rng, query.relation[1].attributes)}"
+    options = [f"all the {phrase}", f"all {phrase}", f"the {phrase}", f"every one of the {phrase}"]
+    if count == 2:
+        options += [f"both {phrase}", f"both the {phrase}"]
+    if count in COUNT_WORDS:
+        options += [f"the {COUNT_WORDS[count]} {phrase}"] * 2
+    return pick(rng, options)
+
+
+def _word_union(rng: np.random.Generator, first: Query, second: Query) -> str:
+    parts = [noun_phrase(rng, query.attributes) for query in (first, second)]
+    article = "the " if rng.random() < 0.6 else ""
+    return f"{article}{parts[0]} and {article}{parts[1]}"

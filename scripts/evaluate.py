@@ -1,0 +1,35 @@
+"""Score a checkpoint: `scripts/evaluate.py checkpoint=runs/quickstart evals=[refshapes_val,refshapes_testA]`."""
+
+import json
+import logging
+import sys
+from datetime import timedelta
+
+import torch.distributed
+
+from pixel_sail import dist
+from pixel_sail.config import ConfigError, EvalConfig, command_line_overrides, load_config
+from pixel_sail.evaluation.run import run_evals
+from pixel_sail.types import DataError
+
+
+def main() -> int:
+    """Run the configured evals and print their scores; wrong input ends with one message and exit status 2."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    dist.ensure_launch_environment()
+    try:
+        config = load_config("evaluate", EvalConfig, command_line_overrides())
+        if dist.launched_world_size() > 1:
+            torch.distributed.init_process_group(timeout=timedelta(hours=12))
+        results = run_evals(config)
+        if dist.rank() == 0:
+            print(json.dumps(results, indent=1))
+        dist.shutdown()
+    except (ConfigError, DataError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

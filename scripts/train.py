@@ -1,0 +1,30 @@
+"""Train a model: `scripts/train.py experiment=quickstart optim.lr=1e-3`, under python, torchrun, accelerate or deepspeed."""
+
+import logging
+import sys
+
+from pixel_sail import dist
+from pixel_sail.config import ConfigError, TrainConfig, build, command_line_overrides, load_config
+from pixel_sail.evaluation.validation import validation_for
+from pixel_sail.training.checkpoint import CheckpointError
+from pixel_sail.training.loop import train
+from pixel_sail.training.step import NonFiniteLossError
+from pixel_sail.types import DataError
+
+
+def main() -> int:
+    """Run training; wrong input ends with one message and exit status 2."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    try:
+        config = load_config("train", TrainConfig, command_line_overrides())
+        evals = {name: build(node, f"evals.{name}") for name, node in config.evals.items()}
+        train(config, validation_for(evals, config.predict, config.validation, config.log) if evals else None)
+        dist.shutdown()
+    except (ConfigError, DataError, CheckpointError, NonFiniteLossError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
