@@ -46,7 +46,12 @@ FIXED_REFER_ANSWER = "It is [SEG]."
 NO_TARGET_ANSWER = "No target [SEG]."
 """Released: even "nothing" carries a [SEG], whose mask is trained to be empty."""
 
-QUESTION_STYLES = ("varied", "fixed")
+SHORT_REFER_PROMPT = "{sent}"
+"""The expression alone, for models that learn nothing else and must learn it fast."""
+
+SHORT_REFER_ANSWER = "[SEG]."  # released
+
+QUESTION_STYLES = ("varied", "fixed", "short")
 
 
 def referring_turn(
@@ -54,8 +59,8 @@ def referring_turn(
 ) -> Turn:
     """Return the turn that asks for `expression` and answers with `mask`.
 
-    Style "varied" draws question and answer from `rng`; "fixed" always uses the standard prompt and `It is [SEG].`,
-    which small quick runs need. Without a target the answer is `No target [SEG].` and the mask must be all False.
+    Style "varied" draws question and answer from `rng`; "fixed" always uses the standard prompt and `It is [SEG].`;
+    "short" asks with the expression alone and answers `[SEG].`, for small quick runs. Without a target the answer is `No target [SEG].` and the mask must be all False.
     Raises: ValueError on an unknown style or on a no-target mask with pixels.
     """
     if style not in QUESTION_STYLES:
@@ -67,6 +72,8 @@ def referring_turn(
         )
     if style == "fixed":
         question, answer = STANDARD_REFER_PROMPT.format(sent=expression), FIXED_REFER_ANSWER
+    elif style == "short":
+        question, answer = SHORT_REFER_PROMPT.format(sent=expression), SHORT_REFER_ANSWER
     else:
         template = REFER_QUESTIONS[rng.integers(len(REFER_QUESTIONS))]
         question = template.format(expression=expression)

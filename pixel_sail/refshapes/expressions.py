@@ -1,7 +1,7 @@
 """The language of RefShapes: queries with a meaning that can be checked, and their wording.
 
-Place in the flow: between `scene.py` (what there is) and `formats.py` (the files). An expression is first a `Query`, whose
-meaning `denote` computes from the scene; only then is it worded. One referring expression, as an example of the data:
+Place in the flow: between `scene.py` (what there is) and `formats.py` (the files). An expression is first a `Query`,
+whose meaning `denote` computes from the scene; only then is it worded. One expression, as an example of the data:
 
     Sentence(text="the small star below the blue ring", targets=(4,), kind="relation",
              query=Query(attributes=(("size", "small"), ("shape", "star")),
@@ -23,11 +23,14 @@ Filters = tuple[tuple[str, str], ...]
 """(attribute, value) pairs, in the order of ATTRIBUTES."""
 
 ATTRIBUTES = ("size", "texture", "colour", "shape")
-PLACES = ("left", "right", "top", "bottom", "top left", "top right", "bottom left", "bottom right", "middle")
+SIDES = ("left", "right", "top", "bottom")
+FAR_SIDES = tuple(f"far {side}" for side in SIDES)
+"""As a side, but the object must also stand in the outer third of the picture."""
+PLACES = (*SIDES, *FAR_SIDES, "top left", "top right", "bottom left", "bottom right", "middle")
 RELATIONS = ("left of", "right of", "above", "below", "next to")
 MARGIN_PX = 10.0
 """Two centres closer than this along an axis are not ordered by "leftmost", "second from the top" and the like."""
-KIND_WEIGHTS = {"attribute": 0.53, "position": 0.19, "relation": 0.18, "ordinal": 0.06, "negation": 0.08}
+KIND_WEIGHTS = {"attribute": 0.52, "position": 0.09, "relation": 0.25, "ordinal": 0.07, "negation": 0.15}
 """How often each kind is tried; not every kind exists for every object, so the realised shares differ a little."""
 
 
@@ -57,24 +60,20 @@ class Sentence:
 
 def denote(scene: Scene, query: Query) -> frozenset[int] | None:
     """Return the indices of the objects a query refers to; None if one of its spatial words could be disputed."""
-    found: list[SceneObject] | None = [item for item in scene.objects if _matches(item, query)]
+    matching = [item for item in scene.objects if _matches(item, query)]
+    found: list[SceneObject] | None = matching
     if query.relation is not None:
         word, anchor_query = query.relation
         anchor = denote(scene, anchor_query)
         if anchor is None or len(anchor) != 1:
             return None
-        found = _related(found, word, scene.objects[next(iter(anchor))])
+        found = _related(matching, word, scene.objects[next(iter(anchor))])
     if found is not None and query.place is not None:
         found = _at_place(found, query.place, scene)
     if found is not None and query.ordinal is not None:
         found = _at_rank(found, *query.ordinal)
-    if found is None:
-        return None
-    indices = frozenset(item.index for item in found)
-    if query.also is None:
-        return indices
-    others = denote(scene, query.also)
-    return None if others is None else indices | others
+    others = frozenset() if query.also is None else denote(scene, query.also)
+    return None if found is None or others is None else others.union(item.index for item in found)
 
 
 def _matches(item: SceneObject, query: Query) -> bool:
@@ -86,8 +85,8 @@ def _matches(item: SceneObject, query: Query) -> bool:
 def _edge_order(items: Iterable[SceneObject], side: str) -> list[tuple[float, float, SceneObject]]:
     """Sort by distance of the centre from one side of the picture; the second value is that of the near edge."""
     axis, sign = {"left": (0, 1), "right": (0, -1), "top": (1, 1), "bottom": (1, -1)}[side]
-    near = axis if sign > 0 else axis + 2
-    keyed = [(sign * item.centre_xy[axis], float(sign * item.box_xyxy[near]), item) for item in items]
+    edge = axis if sign > 0 else axis + 2
+    keyed = [(sign * item.centre_xy[axis], float(sign * item.box_xyxy[edge]), item) for item in items]
     return sorted(keyed, key=lambda entry: entry[0])
 
 
@@ -100,10 +99,13 @@ def _at_place(items: list[SceneObject], place: str, scene: Scene) -> list[SceneO
     """Return the single object a superlative picks, None if there are fewer than two or the margin is too small."""
     if len(items) < 2:
         return None
-    if place in ("left", "right", "top", "bottom"):
-        order = _edge_order(items, place)
-        return [order[0][2]] if all(_is_before(order[0], other) for other in order[1:]) else None
     height, width = scene.image_hw
+    if place in SIDES or place in FAR_SIDES:
+        side = place.removeprefix("far ")
+        order = _edge_order(items, side)
+        extent = width if side in ("left", "right") else height
+        is_outer = place in SIDES or order[0][0] % extent <= 0.32 * extent
+        return [order[0][2]] if is_outer and all(_is_before(order[0], other) for other in order[1:]) else None
     spots = [(item.centre_xy[0] / width, item.centre_xy[1] / height) for item in items]
     if place == "middle":
         spread = [max(abs(x - 0.5), abs(y - 0.5)) for x, y in spots]
@@ -127,7 +129,7 @@ def _at_rank(items: list[SceneObject], rank: int, side: str) -> list[SceneObject
 
 def _related(items: list[SceneObject], word: str, anchor: SceneObject) -> list[SceneObject] | None:
     """Return the objects standing in a relation to the anchor, None if one of them only half does."""
-    items = [item for item in items if item.index != anchor.index]
+    items = [item for item in items if item is not anchor]
     offsets = [(item.centre_xy[0] - anchor.centre_xy[0], item.centre_xy[1] - anchor.centre_xy[1]) for item in items]
     if word == "next to":
         gaps = [(dx * dx + dy * dy) ** 0.5 for dx, dy in offsets]
@@ -194,17 +196,12 @@ class Describer:
             query = Query(attributes=pair[0].attributes, also=pair[1])
         else:
             filters = pick(self.rng, [f for f in _subsets(item) if len(f) <= 2 and len(self.by_filters[f]) > 1] or [()])
-            query = Query(attributes=filters)
-            if roll < 0.35:
-                query = Query(attributes=filters, negated=self._negatable(filters))
-            elif roll < 0.5:
-                query = Query(attributes=filters, relation=self._anchor())
-            if not filters and not query.negated and not query.relation:
-                return None
+            denied = self._negatable(filters) if roll < 0.35 else None
+            query = Query(attributes=filters, negated=denied, relation=self._anchor() if 0.35 <= roll < 0.5 else None)
         targets = denote(self.scene, query) or frozenset()
         if len(targets) < 2 or len(targets) == len(self.scene.objects) or not self._is_allowed(query):
             return None
-        text = _word_union(self.rng, query, query.also) if query.also else _word_plural(self.rng, query, len(targets))
+        text = word_plural(self.rng, query, len(targets))
         return Sentence(text=text, query=query, targets=tuple(sorted(targets)), kind="plural")
 
     def no_target(self) -> Sentence | None:
@@ -213,9 +210,8 @@ class Describer:
         other = pick(self.rng, self.scene.objects)
         name = pick(self.rng, tuple(filters))
         filters[name] = getattr(other, name)
-        query = Query(attributes=_ordered(filters))
-        if self.rng.random() < 0.3:
-            query = Query(attributes=query.attributes, relation=self._anchor())
+        relation = self._anchor() if self.rng.random() < 0.3 else None
+        query = Query(attributes=_ordered(filters), relation=relation)
         is_vague = len(filters) < 2 and query.relation is None
         if is_vague or denote(self.scene, query) != frozenset() or not self._is_allowed(query):
             return None
@@ -238,8 +234,7 @@ class Describer:
         shortest = min(len(filters) for filters in minimal)
         options = [filters for filters in options if len(filters) <= shortest + 1]
         weights = np.cumsum([_naturalness(filters) for filters in options])
-        chosen = options[int(np.searchsorted(weights, self.rng.random() * weights[-1]))]
-        return Query(attributes=chosen)
+        return Query(attributes=options[int(np.searchsorted(weights, self.rng.random() * weights[-1]))])
 
     def _bases(self, item: SceneObject, low: int) -> Iterator[Filters]:
         """Yield random short descriptions shared by at least `low` objects."""
@@ -248,23 +243,22 @@ class Describer:
             if not filters or len(self.by_filters[filters]) >= low:
                 yield filters
 
+    def _first(self, item: SceneObject, queries: Iterable[Query]) -> Query | None:
+        return next((query for query in queries if denote(self.scene, query) == {item.index}), None)
+
     def _position(self, item: SceneObject) -> Query | None:
-        for filters in self._bases(item, 2):
-            for place in self.rng.permutation(len(PLACES)).tolist():
-                query = Query(attributes=filters, place=PLACES[place])
-                if denote(self.scene, query) == {item.index}:
-                    return query
-        return None
+        places = [PLACES[i] for i in self.rng.permutation(len(PLACES)).tolist()]
+        bases = self._bases(item, 2)
+        return self._first(item, (Query(attributes=base, place=place) for base in bases for place in places))
 
     def _ordinal(self, item: SceneObject) -> Query | None:
-        sides = ("left", "right", "top")
-        for filters in self._bases(item, 3):
-            side = pick(self.rng, sides)
-            for rank in (2, 3):
-                query = Query(attributes=filters, ordinal=(rank, side))
-                if denote(self.scene, query) == {item.index}:
-                    return query
-        return None
+        ranks = [(rank, side) for side in self.rng.permutation(["left", "right", "top"]).tolist() for rank in (2, 3)]
+        bases = self._bases(item, 3)
+        return self._first(item, (Query(attributes=base, ordinal=rank) for base in bases for rank in ranks))
+
+    def _negation(self, item: SceneObject) -> Query | None:
+        pairs = ((base, self._negatable(base)) for base in self._bases(item, 2))
+        return self._first(item, (Query(attributes=base, negated=denied) for base, denied in pairs if denied))
 
     def _negatable(self, filters: Filters) -> tuple[str, str] | None:
         """Return an attribute value to deny: of an object that fits the filters, about something they leave open."""
@@ -274,25 +268,23 @@ class Describer:
         value = getattr(pick(self.rng, members), name)
         return None if value == "plain" else (name, value)
 
-    def _negation(self, item: SceneObject) -> Query | None:
-        for filters in self._bases(item, 2):
-            query = Query(attributes=filters, negated=self._negatable(filters))
-            if query.negated is not None and denote(self.scene, query) == {item.index}:
-                return query
-        return None
-
     def _anchor(self) -> tuple[str, Query] | None:
         """Return a relation word with a uniquely described object."""
         anchor = self._attributes(pick(self.rng, self.scene.objects))
         return None if anchor is None else (pick(self.rng, RELATIONS), anchor)
 
     def _relation(self, item: SceneObject) -> Query | None:
-        for _ in range(2):
-            for filters in self._bases(item, 2):
-                query = Query(attributes=filters, relation=self._anchor())
-                if query.relation is not None and denote(self.scene, query) == {item.index}:
-                    return query
-        return None
+        """Use the word that fits the anchor drawn: nearness, or the axis along which the two are further apart."""
+        queries: list[Query] = []
+        for base in (*self._bases(item, 2), *self._bases(item, 2)):
+            anchor = pick(self.rng, self.scene.objects)
+            described = self._attributes(anchor)
+            if described is not None and anchor is not item:
+                dx, dy = (a - b for a, b in zip(item.centre_xy, anchor.centre_xy, strict=True))
+                word = ("left of" if dx < 0 else "right of") if abs(dx) > abs(dy) else "above" if dy < 0 else "below"
+                word = "next to" if self.rng.random() < 0.2 else word
+                queries.append(Query(attributes=base, relation=(word, described)))
+        return self._first(item, queries)
 
 
 def _subsets(item: SceneObject) -> list[Filters]:
@@ -308,7 +300,7 @@ def _ordered(filters: dict[str, str]) -> Filters:
 def _naturalness(filters: Filters) -> float:
     """Return how likely a person is to choose these attributes: shape and colour first, "plain" hardly ever."""
     values = dict(filters)
-    weight = 1.0 if "shape" in values else 0.35
+    weight = 1.0 if "shape" in values else 0.2
     weight *= 1.0 if "colour" in values else 0.6
     return weight * (0.3 if values.get("texture") == "plain" else 1.0)
 
@@ -331,7 +323,6 @@ RELATION_WORDS = {"left of": ("left of", "to the left of"), "right of": ("right 
                   "next to": ("next to", "close to", "beside", "near")}  # fmt: skip
 RANK_WORDS = {2: "second", 3: "third"}
 COUNT_WORDS = {2: "two", 3: "three", 4: "four"}
-EDGE_ADJECTIVES = {"left": "leftmost", "right": "rightmost", "top": "topmost", "bottom": "bottommost"}
 
 
 def noun_phrase(rng: np.random.Generator, filters: Filters, *, is_plural: bool = False) -> str:
@@ -342,12 +333,10 @@ def noun_phrase(rng: np.random.Generator, filters: Filters, *, is_plural: bool =
     if is_plural:
         noun += "es" if noun.endswith(("s", "x")) else "s"
     words = {name: pick(rng, BEFORE.get(values[name], (values[name],))) for name in ATTRIBUTES[:3] if name in values}
-    tail = AFTER.get(values.get("texture", ""), "")
-    if tail and rng.random() < 0.25:
-        del words["texture"]
-    else:
-        tail = ""
-    return " ".join([*words.values(), noun, *([tail] if tail else [])])
+    tail = AFTER.get(values.get("texture", ""))
+    if tail is None or rng.random() < 0.75:
+        return " ".join([*words.values(), noun])
+    return " ".join([*(word for name, word in words.items() if name != "texture"), noun, tail])
 
 
 def word_single(rng: np.random.Generator, query: Query, num_candidates: int = 0) -> str:
@@ -356,13 +345,17 @@ def word_single(rng: np.random.Generator, query: Query, num_candidates: int = 0)
     if query.negated is not None:
         phrase += " " + _denial(rng, query.negated)
     if query.relation is not None:
-        phrase += f" {pick(rng, RELATION_WORDS[query.relation[0]])} the {noun_phrase(rng, query.relation[1].attributes)}"
+        phrase += _relative(rng, *query.relation)
     if query.place is not None:
         phrase = _placed(rng, phrase, query.place, num_candidates)
     if query.ordinal is not None:
         rank, side = query.ordinal
         phrase = f"{RANK_WORDS[rank]} {phrase} from the {side}"
     return phrase if rng.random() < 0.5 else f"the {phrase}"
+
+
+def _relative(rng: np.random.Generator, word: str, anchor: Query) -> str:
+    return f" {pick(rng, RELATION_WORDS[word])} the {noun_phrase(rng, anchor.attributes)}"
 
 
 def _denial(rng: np.random.Generator, negated: tuple[str, str]) -> str:
@@ -375,39 +368,32 @@ def _denial(rng: np.random.Generator, negated: tuple[str, str]) -> str:
 def _placed(rng: np.random.Generator, phrase: str, place: str, num_candidates: int) -> str:
     """Add a place to a phrase; "left star" needs exactly two stars to be natural."""
     if place == "middle":
-        return pick(rng, (f"{phrase} in the middle", f"{phrase} in the center", f"{phrase} closest to the center"))
+        return phrase + pick(rng, (" in the middle", " in the center", " closest to the center"))
+    if place in FAR_SIDES:
+        where = place.removeprefix("far ")
+        return f"{phrase} on the {place}" if where in ("left", "right") else f"{phrase} at the very {where}"
     if " " in place:
-        vertical, horizontal = place.split()
-        upper = "upper" if vertical == "top" else "lower"
-        return pick(rng, (f"{phrase} in the {place}", f"{place} {phrase}", f"{phrase} in the {place} corner",
-                          f"{upper} {horizontal} {phrase}", f"{phrase} at the {upper} {horizontal}"))  # fmt: skip
-    options = [f"{EDGE_ADJECTIVES[place]} {phrase}", f"{phrase} closest to the {place} edge"]
-    if place in ("left", "right"):
-        options += [f"{phrase} on the far {place}", f"{phrase} furthest to the {place}"]
-    else:
-        options += [f"{'highest' if place == 'top' else 'lowest'} {phrase}", f"{phrase} at the very {place}"]
-    if num_candidates == 2:
-        options += [f"{place} {phrase}"] * 2
-    return pick(rng, options)
+        high = place.replace("top", "upper").replace("bottom", "lower") + " " + phrase
+        return pick(rng, (f"{phrase} in the {place}", f"{place} {phrase}", high, f"{phrase} in the {place} corner"))
+    extreme = {"top": "highest", "bottom": "lowest"}.get(place, f"{place}most")
+    options = [f"{place}most {phrase}", f"{phrase} closest to the {place} edge", f"{extreme} {phrase}"]
+    return pick(rng, options + ([f"{place} {phrase}"] * 2 if num_candidates == 2 else []))
 
 
-def _word_plural(rng: np.random.Generator, query: Query, count: int) -> str:
-    """Word a query without place or rank for all the objects it denotes."""
+def word_plural(rng: np.random.Generator, query: Query, count: int) -> str:
+    """Word a query without place or rank for all the `count` objects it denotes."""
+    if query.also is not None:
+        article = "the " if rng.random() < 0.6 else ""
+        return " and ".join(article + noun_phrase(rng, part.attributes) for part in (query, query.also))
     phrase = noun_phrase(rng, query.attributes, is_plural=True)
     if query.negated is not None:
         denial = _denial(rng, query.negated).replace("is not a ", "are not ").replace("is not", "are not")
         phrase += " " + (denial if query.negated[0] != "shape" else f"{denial}s".replace("crosss", "crosses"))
     if query.relation is not None:
-        phrase += f" {pick(rng, RELATION_WORDS[query.relation[0]])} the {noun_phrase(rng, query.relation[1].attributes)}"
+        phrase += _relative(rng, *query.relation)
     options = [f"all the {phrase}", f"all {phrase}", f"the {phrase}", f"every one of the {phrase}"]
     if count == 2:
         options += [f"both {phrase}", f"both the {phrase}"]
     if count in COUNT_WORDS:
         options += [f"the {COUNT_WORDS[count]} {phrase}"] * 2
     return pick(rng, options)
-
-
-def _word_union(rng: np.random.Generator, first: Query, second: Query) -> str:
-    parts = [noun_phrase(rng, query.attributes) for query in (first, second)]
-    article = "the " if rng.random() < 0.6 else ""
-    return f"{article}{parts[0]} and {article}{parts[1]}"

@@ -7,16 +7,16 @@ Everything is a pure function of the generator handed in. A scene, as an example
         SceneObject(index=0, colour="red", shape="star", texture="plain", size="large", centre_xy=(40.2, 91.7),
                     box_xyxy=(17, 70, 64, 115), area=1012, mask=<bool 128x128>), ...))
 
-`objects` is in drawing order: a later object covers an earlier one, and masks never overlap. The picture is cluttered on
-purpose (noise, blobs, strokes, muted fragments, uneven light, blur, sensor noise), but only the objects carry a vivid
-colour, white or black.
+`objects` is in drawing order: a later object covers an earlier one, and masks never overlap. The picture is cluttered
+on purpose (noise, blobs, strokes, muted fragments, uneven light, blur, sensor noise), but only the objects carry a
+vivid colour, white or black.
 """
 
 import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from pixel_sail.types import BoolMask, SizeHW
 
-FloatArray = NDArray[np.float32]
+FloatArray = NDArray[np.floating[Any]]
 _Item = TypeVar("_Item")
 
 COLOUR_RGB: dict[str, tuple[int, int, int]] = {
@@ -41,9 +41,10 @@ COLOURS = tuple(COLOUR_RGB)
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "heart")
 TEXTURES = ("plain", "striped", "dotted", "checkered")
 SIZES = ("small", "large")
+VALUES = {"colour": COLOURS, "shape": SHAPES, "texture": TEXTURES, "size": SIZES}
 
 HELD_OUT = frozenset((COLOURS[i], SHAPES[(3 * i + 2) % len(SHAPES)]) for i in range(6))
-"""(colour, shape) pairs drawn and named in testB only: 6 of 64; 3 and 8 share no factor, so no colour or shape repeats."""
+"""(colour, shape) pairs drawn and named in testB only: 6 of 64, no colour or shape twice as 3 and 8 share no factor."""
 
 IMAGE_SIZES: tuple[SizeHW, ...] = ((128, 128), (112, 144), (144, 112))
 ACROSS_PX = {"small": (20.0, 28.0), "large": (36.0, 54.0)}
@@ -51,7 +52,8 @@ ACROSS_PX = {"small": (20.0, 28.0), "large": (36.0, 54.0)}
 MAX_LARGE = 3
 """More large objects than this leave no room for the rest."""
 MIN_VISIBLE_FRAC = 0.6
-MAX_TILT_DEG = {"circle": 180, "ring": 180, "square": 14, "diamond": 14, "triangle": 24, "star": 36, "cross": 18, "heart": 24}
+MAX_TILT_DEG = {"circle": 180, "ring": 180, "square": 14, "diamond": 14, "triangle": 24, "star": 36, "cross": 18,
+                "heart": 24}  # fmt: skip
 MUDDY_RGB = np.array(
     [(112, 96, 74), (138, 126, 100), (92, 104, 82), (88, 98, 110), (150, 138, 122), (74, 68, 62), (120, 110, 116),
      (104, 120, 112), (160, 142, 112), (96, 82, 76)],
@@ -168,7 +170,7 @@ def _random_kind(rng: np.random.Generator, colour: str, shape: str) -> Kind:
 
 def _vary(rng: np.random.Generator, kind: Kind, source: Kind) -> Kind:
     """Return `kind` with one attribute taken from `source`."""
-    values = {name: getattr(kind, name) for name in ("colour", "shape", "texture", "size")}
+    values = {name: getattr(kind, name) for name in VALUES}
     name = pick(rng, tuple(values))
     return Kind(**{**values, name: getattr(source, name)})
 
@@ -223,12 +225,13 @@ def _make_stamp(rng: np.random.Generator, kind: Kind) -> _Stamp:
     tilt = math.radians(float(rng.uniform(-1, 1)) * MAX_TILT_DEG[kind.shape])
     u, v = x * math.cos(tilt) + y * math.sin(tilt), y * math.cos(tilt) - x * math.sin(tilt)
     alpha = np.clip(0.5 - signed_distance(kind.shape, u / radius, v / radius) * radius, 0.0, 1.0).astype(np.float32)
-    base = np.array(COLOUR_RGB[kind.colour], dtype=np.float32) + rng.normal(0, 7, 3).astype(np.float32)
+    hue_jitter = 2.5 if kind.colour in ("white", "black") else 8.0
+    base = np.array(COLOUR_RGB[kind.colour], dtype=np.float32) + rng.normal(0, hue_jitter, 3).astype(np.float32)
     base = np.clip(base, 8, 252)
     is_dark = float(base @ (0.3, 0.59, 0.11)) < 120
-    second = base + (255 - base) * 0.5 if is_dark else base * 0.48
+    second = base + (255 - base) * 0.5 if is_dark else base * 0.52
     pattern = _pattern(rng, kind.texture, u, v, across)[:, :, None]
-    slope = rng.normal(0, 0.1, 2)
+    slope = rng.normal(0, 0.1, 2).tolist()
     shade = 1.0 + (x * slope[0] + y * slope[1])[:, :, None] / radius
     rgb = (base * (1 - pattern) + second * pattern) * shade
     return _Stamp(kind=kind, across_px=across, alpha=alpha, rgb=rgb.astype(np.float32))
@@ -240,7 +243,7 @@ def _pattern(rng: np.random.Generator, texture: str, u: FloatArray, v: FloatArra
         return np.zeros_like(u)
     period = float(np.clip(across * 0.22, 6.0, 9.0))
     wave = 2 * math.pi / period
-    phase_u, phase_v = rng.uniform(0, 2 * math.pi, 2)
+    phase_u, phase_v = rng.uniform(0, 2 * math.pi, 2).tolist()
     if texture == "striped":
         angle = float(rng.uniform(0, math.pi))
         along = u * math.cos(angle) + v * math.sin(angle)
@@ -254,9 +257,9 @@ def _pattern(rng: np.random.Generator, texture: str, u: FloatArray, v: FloatArra
 def _place(
     rng: np.random.Generator, stamps: list[_Stamp], image_hw: SizeHW
 ) -> tuple[list[tuple[_Stamp, int, int]], NDArray[np.int64]]:
-    """Return the stamps that found a place, with the row and column of their corner, and who owns each pixel (-1: none).
+    """Return the stamps that found a place, with their corner (row, column), and the owner of each pixel (-1: none).
 
-    An object may cover others of another colour, as long as each keeps its visible share. What finds no place is dropped.
+    An object may cover others of another colour, as long as each keeps its visible share. What does not fit is dropped.
     """
     height, width = image_hw
     owner = np.full(image_hw, -1, dtype=np.int64)
@@ -347,26 +350,33 @@ def _background(rng: np.random.Generator, image_hw: SizeHW) -> FloatArray:
     return canvas + grey[:, :, None]
 
 
+def _muddy(rng: np.random.Generator) -> tuple[int, ...]:
+    """Return one muddy colour, darker or lighter than in the table but never nearly white."""
+    colour = MUDDY_RGB[int(rng.integers(len(MUDDY_RGB)))] * rng.uniform(0.55, 1.38)
+    return tuple(int(value) for value in np.minimum(colour, 212))
+
+
 def _clutter(rng: np.random.Generator, canvas: FloatArray) -> FloatArray:
     """Paint what no expression names: blobs, muted fragments and thin strokes."""
     height, width = canvas.shape[:2]
     over = _to_image(canvas)
     draw = ImageDraw.Draw(over)
-    for _ in range(int(rng.integers(5, 11))):
+    for _ in range(int(rng.integers(8, 16))):
         x, y, reach = rng.uniform(0, width), rng.uniform(0, height), rng.uniform(5, 20)
-        colour = tuple(np.clip(pick(rng, MUDDY_RGB) * rng.uniform(0.6, 1.35), 0, 210).astype(int).tolist())
+        colour = _muddy(rng)
         if rng.random() < 0.4:
             flat = float(rng.uniform(0.3, 0.8)) * reach
             draw.ellipse((x - reach, y - flat, x + reach, y + flat), fill=colour)
             continue
         angles = np.sort(rng.uniform(0, 2 * math.pi, int(rng.integers(5, 9))))
         radii = rng.uniform(0.25, 1.0, len(angles)) * reach
-        draw.polygon(np.stack([x + radii * np.cos(angles), y + radii * np.sin(angles)], 1).ravel().tolist(), fill=colour)
-    over = over.filter(ImageFilter.GaussianBlur(float(rng.uniform(1.0, 2.5))))
+        corners = np.stack([x + radii * np.cos(angles), y + radii * np.sin(angles)], 1)
+        draw.polygon(corners.ravel().tolist(), fill=colour)
+    over = over.filter(ImageFilter.BoxBlur(float(rng.uniform(0.8, 2.0))))
     draw = ImageDraw.Draw(over)
     for _ in range(int(rng.integers(4, 11))):
         points = np.cumsum(rng.normal(0, 14, (4, 2)), 0) + rng.uniform(0, 1, 2) * (width, height)
-        colour = tuple(np.clip(pick(rng, MUDDY_RGB) * rng.uniform(0.5, 1.4), 0, 215).astype(int).tolist())
+        colour = _muddy(rng)
         draw.line(points.ravel().tolist(), fill=colour, width=int(rng.integers(1, 3)), joint="curve")
     strength = np.float32(rng.uniform(0.55, 0.85))
     return canvas * (1 - strength) + np.asarray(over, dtype=np.float32) * strength
