@@ -1,7 +1,7 @@
 """The page a user reads to know what can be configured: one dataclass per config group.
 
-Place in the flow: `configs/*.yaml` are merged onto these schemas, so that an unknown key or a wrong type fails before anything
-is built. Scripts call `load_config("train", TrainConfig, overrides)` and get a checked object back:
+Place in the flow: `configs/*.yaml` are merged onto these schemas, so that an unknown key or a wrong type fails before
+anything is built. Scripts call `load_config("train", TrainConfig, overrides)` and get a checked object back:
 
     load_config("train", TrainConfig, ["experiment=quickstart", "optim.lr=1e-3"]).optim.lr == 1e-3
 
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -156,7 +156,8 @@ class PredictConfig:
 
     max_new_tokens: int = 32
     prompt: str = "standard"
-    """standard: the question alone. paper: with the leading space of the released evaluation."""
+    """standard: a plain request. paper: with the leading space of the released evaluation. short: the expression
+    alone."""
     mask: str = "union"
     """union of all generated [SEG], or only the `first` one as in the released evaluation."""
     answer: str = "generated"
@@ -167,7 +168,7 @@ class PredictConfig:
     def __post_init__(self) -> None:
         """Check the choices."""
         choices = {
-            "prompt": ("standard", "paper"),
+            "prompt": ("standard", "paper", "short"),
             "mask": ("union", "first"),
             "answer": ("generated", "forced"),
         }
@@ -272,7 +273,7 @@ def load_config(name: str, schema: type[Config], overrides: Sequence[str]) -> Co
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"configs/{name}.yaml {list(overrides)}: {error}") from error
     assert is_dataclass(result) and isinstance(result, schema)
-    return cast(Config, result)
+    return result
 
 
 def command_line_overrides() -> list[str]:

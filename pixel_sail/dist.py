@@ -1,7 +1,7 @@
 """Processes: the environment a launcher leaves behind, and sums over ranks.
 
-Place in the flow: the lowest layer beside `types`; training and evaluation ask it who they are. Works the same under plain
-`python` (one process), `torchrun`, `accelerate launch` and the `deepspeed` launcher.
+Place in the flow: the lowest layer beside `types`; training and evaluation ask it who they are. Works the same under
+plain `python` (one process), `torchrun`, `accelerate launch` and the `deepspeed` launcher.
 """
 
 import os

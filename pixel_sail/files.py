@@ -1,7 +1,7 @@
 """Files that are either whole or absent.
 
-Place in the flow: beside `types` and `dist`, imports nothing of the project. Everything that is written under a final name goes
-through `replace_text` or is renamed by its writer:
+Place in the flow: beside `types` and `dist`, imports nothing of the project. Everything that is written under a final
+name goes through `replace_text` or is renamed by its writer:
 
     replace_text(Path("runs/a/metrics.json"), "{...}")    # a reader sees the old text or the new one, never a part
 """

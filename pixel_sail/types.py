@@ -60,7 +60,8 @@ class VisualPrompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What a source returns: raw text, an image path, masks at image resolution. Nothing here is tokenised or resized."""
+    """What a source returns: raw text, an image path, masks at image resolution. Nothing here is tokenised or
+    resized."""
 
     sample_id: str
     """Unique name used in every error message and log line about this sample."""
@@ -170,7 +171,8 @@ class Batch:
     image_samples: tuple[int, ...]
     """Index into `sample_ids` of each image."""
     seg_positions_N2: Tensor
-    """int64: (row, token) of every [SEG] whose state makes a mask; images in order, masks of an image in token order."""
+    """int64: (row, token) of every [SEG] whose state makes a mask; images in order, masks of an image in token
+    order."""
     masks_per_image: tuple[int, ...]
     """How many of the N masks each image owns, aligned with `grids`."""
     logit_positions_M2: Tensor

@@ -1,4 +1,5 @@
-"""Train a model: `scripts/train.py experiment=quickstart optim.lr=1e-3`, under python, torchrun, accelerate or deepspeed."""
+"""Train a model: `scripts/train.py experiment=quickstart optim.lr=1e-3`, under python, torchrun, accelerate or
+deepspeed."""
 
 import logging
 import sys

@@ -2,10 +2,11 @@
 
     python tools/check_parity.py DIR [DIR ...] [--named-weights] [--tolerance 1e-4]
 
-A folder holds `config.json` (sizes and special tokens), `reference_state.safetensors` (weights in the release's naming) and
-`cases.safetensors` (tensors named `<case>.<name>`). Without the weights file, or with --named-weights, every tensor of
-`shapes.json` is drawn from a generator seeded by its name. Prints the largest absolute error of every recorded tensor;
-exit status 1 when one exceeds the tolerance or a greedily decoded token differs, 2 when a folder cannot be checked.
+A folder holds `config.json` (sizes and special tokens), `reference_state.safetensors` (weights in the release's
+naming) and `cases.safetensors` (tensors named `<case>.<name>`). Without the weights file, or with --named-weights,
+every tensor of `shapes.json` is drawn from a generator seeded by its name. Prints the largest absolute error of every
+recorded tensor; exit status 1 when one exceeds the tolerance or a greedily decoded token differs, 2 when a folder
+cannot be checked.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -194,6 +196,7 @@ def compare_text(report: Report, case: Case, output: PixelSailOutput, span: slic
 def compare_masks(report: Report, case: Case, output: PixelSailOutput, index: int, masks_per_image: list[int]) -> None:
     """Compare queries, mask logits and full-map mask losses of one case."""
     assert output.seg_queries_ND is not None
+    assert output.mask_logits is not None
     logits = output.mask_logits[index]
     assert logits is not None
     report.compare("seg_query", output.seg_queries_ND.split(masks_per_image)[index], case["seg_query"])
@@ -259,7 +262,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     for folder in options.folders:
         try:
             passed &= check_folder(folder, use_named_weights=options.named_weights, tolerance=options.tolerance)
-        except (ValueError, OSError, KeyError) as error:
+        except (ValueError, OSError, KeyError, SafetensorError) as error:
             print(f"{folder}: cannot be checked: {error}", file=sys.stderr)
             return 2
     print("parity holds" if passed else "parity FAILS")

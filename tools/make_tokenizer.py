@@ -1,9 +1,10 @@
 """Train a small byte-level BPE tokenizer on the expressions of a referring dataset, for models that start from nothing.
 
-    python tools/make_tokenizer.py --refer-root data/refshapes --dataset refshapes --split train --vocab-size 512 \
+    python tools/make_tokenizer.py --refer-root data/refshapes --dataset refshapes --split train --vocab-size 1024 \
         --out data/refshapes/tokenizer
 
-Real models take the tokenizer of their base checkpoint instead. Any text can be encoded: unseen words fall back to bytes.
+Real models take the tokenizer of their base checkpoint instead. Any text can be encoded: unseen words fall back to
+bytes.
 """
 
 import argparse
@@ -19,6 +20,8 @@ from pixel_sail.data.conversation import (
     NO_TARGET_ANSWER,
     REFER_ANSWERS,
     REFER_QUESTIONS,
+    SHORT_REFER_ANSWER,
+    SHORT_REFER_PROMPT,
     STANDARD_REFER_PROMPT,
 )
 from pixel_sail.data.sources.refer import expressions, load_refer
@@ -33,6 +36,7 @@ def texts(root: Path, dataset: str, split: str) -> Iterator[str]:
         varied = REFER_QUESTIONS[index % len(REFER_QUESTIONS)].format(expression=item.text)
         yield from (turn(varied, REFER_ANSWERS[index % len(REFER_ANSWERS)]), turn(varied, NO_TARGET_ANSWER))
         yield turn(STANDARD_REFER_PROMPT.format(sent=item.text), FIXED_REFER_ANSWER)
+        yield turn(SHORT_REFER_PROMPT.format(sent=item.text), SHORT_REFER_ANSWER)
 
 
 def turn(question: str, answer: str) -> str:
@@ -46,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--refer-root", type=Path, required=True)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--split", default="train")
-    parser.add_argument("--vocab-size", type=int, default=512)
+    parser.add_argument("--vocab-size", type=int, default=1024)
     parser.add_argument("--num-visual-prompts", type=int, default=15)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)

@@ -8,9 +8,21 @@ Place in the flow: training (`data/packing.py`) and inference open every image h
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pixel_sail.types import DataError, SizeHW
+
+
+EXIF_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what makes the image upright; 1 is upright already."""
 
 
 def load_image(path: str | Path, *, where: str, expected_hw: SizeHW | None = None) -> Image.Image:
@@ -40,7 +52,9 @@ def _upright(image: Image.Image, expected_hw: SizeHW | None) -> Image.Image:
     """Return the image turned by its EXIF orientation, or as stored where that is what the annotations count."""
     if expected_hw is not None and (image.height, image.width) == tuple(expected_hw):
         return image.copy()
-    return ImageOps.exif_transpose(image)
+    # Only the orientation tag is read: ImageOps.exif_transpose writes all tags back, which damaged ones do not survive.
+    turn = EXIF_TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image.copy() if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

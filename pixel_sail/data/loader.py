@@ -1,8 +1,8 @@
 """Worker processes that turn lanes into batches, in an order that does not depend on how many there are.
 
-Place in the flow: `training/loop.py` calls `training_batches` once, at a saved position or at the start, and takes one list
-of micro-batches per optimizer step. With 8 lanes, 2 ranks and micro-batches of 2 packs, rank 0 owns lanes 0 2 4 6 and gets
-two micro-batches per step, lanes (0, 2) and (4, 6).
+Place in the flow: `training/loop.py` calls `training_batches` once, at a saved position or at the start, and takes one
+list of micro-batches per optimizer step. With 8 lanes, 2 ranks and micro-batches of 2 packs, rank 0 owns lanes 0 2 4 6
+and gets two micro-batches per step, lanes (0, 2) and (4, 6).
 """
 
 import logging

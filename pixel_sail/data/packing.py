@@ -1,9 +1,10 @@
 """Samples into packs: sequences of at most `token_budget` tokens.
 
-Place in the flow: `data/loader.py` runs one `LaneStream` per lane. The endless stream of the mixture is dealt to a fixed
-number of lanes, lane l getting positions l, l + L, l + 2L, ...; every lane fills its own packs one after another, and one
-optimizer step takes one pack of every lane. Ranks and workers only share out the lanes, so that the global batch does not
-depend on their number, and a lane's whole state is one integer: how many of its samples are used up.
+Place in the flow: `data/loader.py` runs one `LaneStream` per lane. The endless stream of the mixture is dealt to a
+fixed number of lanes, lane l getting positions l, l + L, l + 2L, ...; every lane fills its own packs one after
+another, and one optimizer step takes one pack of every lane. Ranks and workers only share out the lanes, so that the
+global batch does not depend on their number, and a lane's whole state is one integer: how many of its samples are used
+up.
 
     lane 0 of 2: samples 0 2 4 | 6 8 | 10 ...      lane 1 of 2: samples 1 3 | 5 7 9 | ...
     step 1 = {0, 2, 4} and {1, 3},  step 2 = {6, 8} and {5, 7, 9}

@@ -29,7 +29,8 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 def ask_files(config: AskConfig) -> Iterator[tuple[Path, Reply]]:
     """Answer the question about every image, write the results, and yield each image with its reply.
 
-    Raises: ConfigError for a missing checkpoint or no image; DataError for an image or visual prompt that cannot be used.
+    Raises: ConfigError for a missing checkpoint or no image; DataError for an image or visual prompt that cannot be
+    used.
     """
     predictor = Predictor.from_pretrained(
         checkpoint_folder(config.checkpoint),

@@ -1,8 +1,8 @@
 """The only inference path: questions about one image in, text and masks at image size out.
 
-Place in the flow: `evaluation/refer_seg.py`, `scripts/predict.py` and validation during training call `Predictor.ask`. The
-image is encoded once, all questions about it run as one batch over its cache, pixel features are made once and only when an
-answer holds a [SEG].
+Place in the flow: `evaluation/refer_seg.py`, `scripts/predict.py` and validation during training call `Predictor.ask`.
+The image is encoded once, all questions about it run as one batch over its cache, pixel features are made once and
+only when an answer holds a [SEG].
 
     predictor.ask(image, ["Please segment the cat."])[0]
         -> Reply(text="It is [SEG].", masks=<bool 1x427x640>, scores=(0.93,))
@@ -47,7 +47,8 @@ class Reply:
         """Return the `union` of all masks or the `first`, None when the answer held no [SEG]."""
         if len(self.masks_NHW) == 0:
             return None
-        return self.masks_NHW[0] if rule == "first" else self.masks_NHW.any(axis=0)
+        merged: BoolMask = self.masks_NHW[0] if rule == "first" else np.asarray(self.masks_NHW.any(axis=0))
+        return merged
 
 
 class Predictor:
@@ -65,7 +66,8 @@ class Predictor:
         cls, folder: str | Path, *, config: PredictConfig | None = None, precision: str = "fp32", device: str = "cpu"
     ) -> "Predictor":
         """Load an exported folder."""
-        model = load_model(folder, dtype=DTYPES[precision]).to(device)
+        model = load_model(folder, dtype=DTYPES[precision])
+        model.to(torch.device(device))  # type: ignore[arg-type]
         return cls(model, PixelSailProcessor.from_pretrained(folder), config)
 
     @torch.no_grad()
@@ -107,7 +109,7 @@ class Predictor:
         """Turn tokens and [SEG] states into text and masks."""
         counts = [len(answer.seg_states_ND) for answer in answers]
         probabilities = None
-        if prefix is not None and sum(counts):
+        if prefix is not None and any(counts):
             head = self.model.mask_head
             features = head.pixel_features(prefix.patch_states()[None])[0]
             queries = head.seg_queries(torch.cat([answer.seg_states_ND for answer in answers]))

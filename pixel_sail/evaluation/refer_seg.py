@@ -1,8 +1,8 @@
 """Referring segmentation: ask every expression once, over any number of processes, and score what was answered.
 
-Place in the flow: `scripts/evaluate.py` and validation call `evaluate`. Images are dealt to ranks in turn; each rank writes its
-predictions as they come into a file of its own, there is no communication before the end, and a run that was killed goes on
-with the expressions that no file holds yet.
+Place in the flow: `scripts/evaluate.py` and validation call `evaluate`. Images are dealt to ranks in turn; each rank
+writes its predictions as they come into a file of its own, there is no communication before the end, and a run that
+was killed goes on with the expressions that no file holds yet.
 
     <output>/protocol.json                what asked the questions: checkpoint hash, settings, eval
     <output>/part-0.jsonl part-1.jsonl    predictions of each rank, one line per expression
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from pixel_sail import dist
 from pixel_sail.config import ConfigError, PredictConfig
-from pixel_sail.data.conversation import PAPER_REFER_PROMPT, STANDARD_REFER_PROMPT
+from pixel_sail.data.conversation import PAPER_REFER_PROMPT, SHORT_REFER_PROMPT, STANDARD_REFER_PROMPT
 from pixel_sail.data.images import load_image
 from pixel_sail.data.masks import encode_mask
 from pixel_sail.data.sources import hidden
@@ -33,7 +33,7 @@ from pixel_sail.evaluation.predictions import PredictionWriter, read_predictions
 from pixel_sail.metrics.iou import IoUSums
 from pixel_sail.types import Expression, Prediction
 
-PROMPTS = {"standard": STANDARD_REFER_PROMPT, "paper": PAPER_REFER_PROMPT}
+PROMPTS = {"standard": STANDARD_REFER_PROMPT, "paper": PAPER_REFER_PROMPT, "short": SHORT_REFER_PROMPT}
 
 ImageGroup = list[Expression]
 """All expressions about one image."""
@@ -49,7 +49,8 @@ def load(
     text_field: str = "sent",
     hide: str = "none",
 ) -> list[Expression]:
-    """Return the expressions of one split: the `_target_` of an eval; `hide` takes text or image away from the model."""
+    """Return the expressions of one split: the `_target_` of an eval; `hide` takes text or image away from the
+    model."""
     annotations = load_refer(root, dataset, split, split_by=split_by, image_dir=image_dir)
     return expressions(hidden.hide(annotations, hide), text_field=text_field)
 

@@ -1,7 +1,7 @@
 """All configured evals of one checkpoint.
 
-Place in the flow: `scripts/evaluate.py` and the quickstart call `run_evals`. Results are appended to `<output>/results.jsonl`,
-one line per eval, each with what made it:
+Place in the flow: `scripts/evaluate.py` and the quickstart call `run_evals`. Results are appended to
+`<output>/results.jsonl`, one line per eval, each with what made it:
 
     {"eval": "refshapes_val", "scores": {"ciou": 0.81, ...}, "protocol": {"weights_sha256": ..., "predict": ...},
      "code": "1a2b3c4", "world_size": 2, "precision": "fp32"}

@@ -1,10 +1,11 @@
 """Mask losses on sampled points: binary cross-entropy and Dice.
 
-Place in the flow: `losses/total.py` calls `point_losses` once per image with the model's logits and the true masks. Both
-losses are sums over masks, so that dividing by the number of masks of the whole global batch is the caller's business.
+Place in the flow: `losses/total.py` calls `point_losses` once per image with the model's logits and the true masks.
+Both losses are sums over masks, so that dividing by the number of masks of the whole global batch is the caller's
+business.
 
-Example: 3 masks of a 427 x 640 image and logits [3, 108, 160]; 37,632 random points per mask are looked at, the 9,408 most
-uncertain and 3,136 fresh ones are scored, both maps being read bilinearly at the same relative places.
+Example: 3 masks of a 427 x 640 image and logits [3, 108, 160]; 37,632 random points per mask are looked at, the 9,408
+most uncertain and 3,136 fresh ones are scored, both maps being read bilinearly at the same relative places.
 
 Axis letters: N masks, Y X logit cells, H W mask pixels, Q points.
 """

@@ -1,7 +1,8 @@
 """Text loss: cross-entropy of the next token at supervised positions.
 
 Place in the flow: `losses/total.py` calls it with the logits the model computed at `Batch.logit_positions_M2`. For the
-answer "It is [SEG]." with its ending token there are five such positions, the first being the last token of the question.
+answer "It is [SEG]." with its ending token there are five such positions, the first being the last token of the
+question.
 """
 
 import torch

@@ -33,6 +33,11 @@ class Architecture:
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
     """Standard deviation of the normal initialisation of the decoder and of the embeddings."""
+    attention_gain: float = 1.0
+    """Factor on the random query and key weights; only a model that starts from nothing uses it (see
+    `_init_weights`)."""
+    recency_bias: float = 0.0
+    """Strength of the random start's preference for near tokens, through the query and key biases."""
     patch_size: int = 16
     """Side of a square patch, pixels."""
     max_long_side: int = 1024
@@ -62,6 +67,10 @@ class Architecture:
             raise ValueError(
                 f"model: num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}"
+            )
+        if self.max_long_side < self.patch_size:
+            raise ValueError(
+                f"model: max_long_side is {self.max_long_side}, expected at least one patch ({self.patch_size} pixels)"
             )
         if not 1 <= self.mask_stride <= self.patch_size:
             raise ValueError(
@@ -96,7 +105,8 @@ class PixelSailConfig(PreTrainedConfig, Architecture):
     def __post_init__(self, **kwargs: Any) -> None:
         """Finish the Hugging Face part, then check the sizes."""
         super().__post_init__(**kwargs)
-        self.validate()
+        # By name: Hugging Face puts a `validate` of its own on every configuration class.
+        Architecture.validate(self)
 
     @classmethod
     def from_architecture(cls, architecture: Architecture) -> "PixelSailConfig":

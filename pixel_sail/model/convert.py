@@ -1,7 +1,8 @@
 """Conversion of the released code's state dict into ours, strict in both directions.
 
-Place in the flow: `tools/check_parity.py` and checkpoint conversion call `convert_release_state`. Keys are translated by a
-table, embedding rows by token name, because the release appended its tokens in an order that differs between its configs:
+Place in the flow: `tools/check_parity.py` and checkpoint conversion call `convert_release_state`. Keys are translated
+by a table, embedding rows by token name, because the release appended its tokens in an order that differs between its
+configs:
 
     single_transformer.model.layers.0.self_attn.q_proj.weight  ->  decoder.layers.0.self_attn.q_proj.weight
     upsample_blocks.1.2.depthwise.bias                         ->  mask_head.upsampler.blocks.1.depthwise.bias
@@ -62,8 +63,8 @@ def row_sources(
     invented = set(target_tokens) - set(source_tokens)
     if lost or invented:
         raise ValueError(
-            f"vocabularies differ: {sorted(lost)[:10]} only in the checkpoint, {sorted(invented)[:10]} only in the target;"
-            " give the tokenizer the checkpoint was trained with"
+            f"vocabularies differ: {sorted(lost)[:10]} only in the checkpoint, {sorted(invented)[:10]} only in the "
+            "target; give the tokenizer the checkpoint was trained with"
         )
     sources = torch.full((target_rows,), -1, dtype=torch.long)
     shared = min(source_rows, target_rows)
@@ -86,8 +87,8 @@ def convert_release_state(
 ) -> dict[str, Tensor]:
     """Return a complete state dict of `model` made from a released one.
 
-    A tied text head may be absent; when it is present it must equal the embedding. Rows that no token uses (padding of the
-    vocabulary) become zero.
+    A tied text head may be absent; when it is present it must equal the embedding. Rows that no token uses (padding of
+    the vocabulary) become zero.
     Raises: ValueError for unknown, missing, duplicate or misshapen tensors, naming all of them.
     """
     state: dict[str, Tensor] = {}
@@ -97,9 +98,10 @@ def convert_release_state(
             tensor = _place_rows(tensor, source_tokens, target_tokens, model.config.vocab_size)
         state[name] = tensor
     embedding = state.get("embed_tokens.weight")
-    if model.config.tie_word_embeddings and embedding is not None:
-        if not torch.equal(state.setdefault("lm_head.weight", embedding), embedding):
-            raise ValueError("released state dict: lm_head differs from embed_tokens, but tie_word_embeddings is true")
+    if embedding is not None and model.config.tie_word_embeddings:
+        state.setdefault("lm_head.weight", embedding)
+    if model.config.tie_word_embeddings and not torch.equal(state["lm_head.weight"], state["embed_tokens.weight"]):
+        raise ValueError("released state dict: lm_head differs from embed_tokens, but tie_word_embeddings is true")
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     problems = [f"missing {name} {expected[name]}" for name in sorted(expected.keys() - found.keys())]

@@ -1,7 +1,7 @@
 """The decoder-only transformer: RMSNorm, grouped-query attention with q/k/v bias, SwiGLU, 2-D rotary positions.
 
-Place in the flow: `modeling_pixel_sail` hands it embeddings, it returns the states after the final norm. It knows nothing
-of images: what is an image only shows in the positions and in the attention mask it is given.
+Place in the flow: `modeling_pixel_sail` hands it embeddings, it returns the states after the final norm. It knows
+nothing of images: what is an image only shows in the positions and in the attention mask it is given.
 
 Example: embeddings [2, 194, 128] with positions [2, 2, 194] and a mask [2, 1, 194, 194] give states [2, 194, 128].
 

@@ -1,10 +1,10 @@
 """Greedy answers about one image: the image is encoded once, any number of texts share its cache.
 
-Place in the flow: `evaluation/predict.py` and the parity tool call `encode_image`, then `generate`. A [SEG] state is taken
-after the token was consumed, also when [SEG] is the last token that was generated.
+Place in the flow: `evaluation/predict.py` and the parity tool call `encode_image`, then `generate`. A [SEG] state is
+taken after the token was consumed, also when [SEG] is the last token that was generated.
 
-Example: 12 questions about one 64-patch image run as one batch of 12 rows over one cached prefix of 66 tokens; the answer
-"It is [SEG].<end>" costs 6 further single-token passes and gives one state per row.
+Example: 12 questions about one 64-patch image run as one batch of 12 rows over one cached prefix of 66 tokens; the
+answer "It is [SEG].<end>" costs 6 further single-token passes and gives one state per row.
 
 Axis letters: R texts, T tokens of the longest question, D width.
 """

@@ -1,10 +1,11 @@
 """How an image and its visual prompts become token embeddings.
 
-Place in the flow: this is the seam between pictures and the decoder. `modeling_pixel_sail` looks up the token embeddings,
-this module adds what a patch shows and which prompt covers it; a base model with another image tokeniser replaces this
-file's module and nothing of the decoder.
+Place in the flow: this is the seam between pictures and the decoder. `modeling_pixel_sail` looks up the token
+embeddings, this module adds what a patch shows and which prompt covers it; a base model with another image tokeniser
+replaces this file's module and nothing of the decoder.
 
-Example: 64 patches of 3 x 16 x 16 values standing at tokens 1 .. 64 of a sequence; patches 9, 10, 17 and 18 carry prompt 3:
+Example: 64 patches of 3 x 16 x 16 values standing at tokens 1 .. 64 of a sequence; patches 9, 10, 17 and 18 carry
+prompt 3:
 
     patch_index = [-1, 0, 1, ..., 63, -1, ...]     prompt_ids = [-1, ..., 3, 3, -1, ...]
 """

@@ -5,7 +5,8 @@ losses and the predictor take the logits. No bias, no scale: a logit is a plain 
 
 Example: a 8 x 8 grid of 128 channels and 5 [SEG] states give logits [5, 32, 32] at stride 4 of a 128 x 128 image.
 
-Axis letters: I images of one grid size, N masks, h w patch grid, Y X cells of the upsampled map, C channels, D mask width.
+Axis letters: I images of one grid size, N masks, h w patch grid, Y X cells of the upsampled map, C channels, D mask
+width.
 """
 
 from torch import Tensor, nn

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +52,8 @@ class PixelSailForSegmentation(PreTrainedModel):
     config: PixelSailConfig
     base_model_prefix = "decoder"
     supports_gradient_checkpointing = True
-    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
-    _no_split_modules = ["DecoderLayer"]
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "embed_tokens.weight"}
+    _no_split_modules: ClassVar[list[str]] = ["DecoderLayer"]
 
     def __init__(self, config: PixelSailConfig) -> None:
         super().__init__(config)
@@ -62,18 +62,25 @@ class PixelSailForSegmentation(PreTrainedModel):
         self.decoder = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mask_head = MaskHead(config)
+        for module in self.modules():
+            self._draw_weights(module)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise one module.
+        """Leave the weights as `_draw_weights` made them: Hugging Face skips modules that own no parameter directly."""
+
+    def _draw_weights(self, module: nn.Module) -> None:
+        """Draw the starting weights of one module.
 
         | parameters                                        | initialisation                       |
         | embeddings, linear layers outside the mask head   | normal, std `initializer_range`      |
-        | q/k/v biases                                      | zero                                 |
+        | q/k weights                                       | the same times `attention_gain`      |
+        | q/k biases                                        | see `init_attention_start`           |
+        | v biases                                          | zero                                 |
         | norms                                             | one (and zero)                       |
         | mask head: linear and convolution layers          | PyTorch's default, as in the release |
         """
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding) or module is self.lm_head:
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
@@ -83,6 +90,8 @@ class PixelSailForSegmentation(PreTrainedModel):
                 nn.init.normal_(layer.weight, std=self.config.initializer_range)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
+            if isinstance(module, Attention):
+                init_attention_start(module, gain=self.config.attention_gain, recency=self.config.recency_bias)
         elif isinstance(module, MaskHead):
             for layer in module.modules():
                 if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
@@ -97,13 +106,14 @@ class PixelSailForSegmentation(PreTrainedModel):
         return self.lm_head
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "PixelSailForSegmentation":  # type: ignore[override]
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load a folder written by `save_pretrained`; missing, unexpected or misshapen weights raise ValueError.
 
         Hugging Face only warns and leaves missing weights random; a score made with such a model is worthless.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        # Misshapen weights are let through to `info`, or Hugging Face raises a RuntimeError that does not name them.
+        model, info = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
         problems = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
         if problems:
             raise ValueError(f"{args[0] if args else kwargs}: the weights do not fit the model: {problems}")
@@ -137,8 +147,8 @@ class PixelSailForSegmentation(PreTrainedModel):
     ) -> PixelSailOutput:
         """Run the model on packed sequences; the arguments are the fields of `types.Batch`.
 
-        With `logit_positions_M2` (row, token) the text head runs at those positions only. The patches of image i are the
-        i-th run of `patches_SK`, their states are read at the tokens that carry their index.
+        With `logit_positions_M2` (row, token) the text head runs at those positions only. The patches of image i are
+        the i-th run of `patches_SK`, their states are read at the tokens that carry their index.
         """
         embeddings = self.embed(input_ids_BT, patches_SK, patch_index_BT, prompt_ids_BT)
         mask = attention_mask(sample_index_BT, branch_ids_BT, in_image_BT)
@@ -206,6 +216,22 @@ class PixelSailForSegmentation(PreTrainedModel):
         patch_index = torch.where(is_patch, is_patch.long().cumsum(1) - 1, -1)
         embeddings = self.embed(input_ids_BT, patches_SK, patch_index, prompt_ids_BT)
         return self.decoder(embeddings, position_ids_2BT, attention_mask(zeros, zeros, in_image))
+
+
+@torch.no_grad()
+def init_attention_start(attention: Attention, *, gain: float, recency: float) -> None:
+    """Give freshly drawn attention sharper content matching and, per head, a growing preference for near tokens.
+
+    A pretrained decoder attends locally because its query and key biases share a direction that the rotation turns with
+    distance. From nothing, a [SEG] would spread evenly over image and text and hardly feel its question: with the tiny
+    model the question explains 0.7 % of the variance of its first [SEG] states, with gain 2 and recency 2 over 10 %.
+    """
+    attention.q_proj.weight.mul_(gain)
+    attention.k_proj.weight.mul_(gain)
+    if recency:
+        strengths = torch.linspace(0.0, recency, attention.num_heads)
+        attention.q_proj.bias.copy_(strengths.repeat_interleave(attention.head_dim))
+        attention.k_proj.bias.fill_(1.0)
 
 
 def masks_of_images(

@@ -1,10 +1,11 @@
 """The one way from images and text to tokens, for training and for inference.
 
-Place in the flow: `data/packing.py` turns a `Sample` into an `Example` with it, the predictor encodes images and questions
-with it. The layout of a sample with one question (grid 2 x 3):
+Place in the flow: `data/packing.py` turns a `Sample` into an `Example` with it, the predictor encodes images and
+questions with it. The layout of a sample with one question (grid 2 x 3):
 
     <vision> <vpatch>x6 </vision> | <|im_start|>user\\n{question}<|im_end|>\\n | {answer}<|endoftext|>
-    positions (row, column): (0,0) (1,1) (1,2) (1,3) (2,1) (2,2) (2,3) (4,4) (5,5) ...     labels: the answer's tokens only
+    positions (row, column): (0,0) (1,1) (1,2) (1,3) (2,1) (2,2) (2,3) (4,4) (5,5) ...
+    labels: the answer's tokens only
 """
 
 import json
@@ -20,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.patches import covered_patches, grid_size, image_to_patches
 from pixel_sail.model.tokenization import END_TOKEN, SEG_TOKEN, load_tokenizer
-from pixel_sail.types import IGNORE_LABEL, DataError, Example, Sample, SizeHW, VisualPrompt
+from pixel_sail.types import IGNORE_LABEL, BoolMask, DataError, Example, Sample, SizeHW, VisualPrompt
 
 SETTINGS_FILE = "processor_config.json"
 QUESTION_TEMPLATE = "<|im_start|>user\n{question}<|im_end|>\n"
@@ -86,7 +87,7 @@ class PixelSailProcessor:
 
     def decode(self, token_ids: list[int]) -> str:
         """Return generated tokens as text, special tokens included, the ending token removed."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=False).replace(END_TOKEN, "").strip()
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=False)).replace(END_TOKEN, "").strip()
 
     def grid_of(self, size_hw: SizeHW) -> SizeHW:
         """Return the patch grid of an image of this size."""
@@ -125,13 +126,14 @@ class PixelSailProcessor:
         parts = _TokenParts()
         patches, grid = torch.zeros(0, 3 * self.settings.patch_size**2), None
         if image is not None:
+            self._check_mask_sizes(sample, image)
             patches, grid = self.image_patches(image)
             parts.add_image(self, grid, self.paint_prompts(sample.prompts, grid, sample.sample_id))
         elif sample.prompts or any(turn.masks for turn in sample.turns):
             raise DataError(f"{sample.sample_id}: masks or visual prompts found, but the sample has no image")
         if not sample.turns:
             raise DataError(f"{sample.sample_id}: no question found, expected at least one turn")
-        masks = []
+        masks: list[BoolMask] = []
         start = parts.next_position
         for index, turn in enumerate(sample.turns):
             answer_ids = [*self.text_ids(turn.answer), self.end_id]
@@ -142,6 +144,17 @@ class PixelSailProcessor:
             parts.add_text(question_ids, answer_ids, branch=index + 1 if independent_turns else 1)
             masks.extend(turn.masks)
         return parts.example(sample, patches, grid, tuple(masks))
+
+    @staticmethod
+    def _check_mask_sizes(sample: Sample, image: Image.Image) -> None:
+        """Raise DataError unless every mask has the size of the image."""
+        masks = [mask for turn in sample.turns for mask in turn.masks] + [prompt.mask for prompt in sample.prompts]
+        for mask in masks:
+            if mask.shape != (image.height, image.width):
+                raise DataError(
+                    f"{sample.sample_id}: a mask of {mask.shape} (height, width) found, expected the image's "
+                    f"{(image.height, image.width)}; the annotations belong to another image"
+                )
 
     def _check_masks(self, sample: Sample, index: int, question_ids: list[int], answer_ids: list[int]) -> None:
         """Raise DataError unless a turn has as many masks as [SEG] tokens, all in the answer."""
@@ -188,7 +201,7 @@ class _TokenParts:
         self.prompts.append(torch.full((length,), -1))
         self.next_position += length
 
-    def example(self, sample: Sample, patches: Tensor, grid: SizeHW | None, masks: tuple) -> Example:
+    def example(self, sample: Sample, patches: Tensor, grid: SizeHW | None, masks: tuple[BoolMask, ...]) -> Example:
         """Return everything as tensors."""
         index = torch.arange(len(self.ids))
         is_patch = (index >= 1) & (index < self.num_image_tokens - 1)

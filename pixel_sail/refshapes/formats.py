@@ -5,6 +5,7 @@ Place in the flow: the top of the package; `tools/make_refshapes.py` calls `writ
     images/train2014/COCO_train2014_000000000001.jpg
     refshapes/refs(unc).p, instances.json             REFER (RefCOCO)
     grefshapes/grefs(unc).json, instances.json        gRefCOCO: one, several or no target
+    groupshapes/grefs(unc).json, instances.json       gRefCOCO: all objects with one attribute, train images
     perbench/STBench_{Detailed_Caption,MCQ,VRES}.json PerBench, from val images
     osprey/osprey_{conversation,short_form,detail_description}.json   Osprey, from train images
     llava/llava_v1_5_mix665k.json                     LLaVA-1.5, from train images and without image
@@ -38,6 +39,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from pixel_sail.refshapes.expressions import Describer, Sentence
+from pixel_sail.refshapes.groups import group_sentences
 from pixel_sail.refshapes.scene import (
     HELD_OUT,
     SHAPES,
@@ -165,6 +167,7 @@ def _draw_record(seed: int, folder: Path, job: Job) -> Json:
     if split == "train":
         record["osprey"] = _osprey(rng, scene, record)
         record["llava"] = _llava(rng, scene, record["image"])
+        record["groups"] = group_sentences(rng, scene)
     return record
 
 
@@ -325,9 +328,10 @@ def _write_files(out: Path, spec: RefShapesSpec, records: list[Json]) -> None:
         "annotations": annotations,
         "categories": [{"id": index, "name": shape, "supercategory": "shape"} for shape, index in CATEGORY_ID.items()],
     }
-    refs, grefs = _refs(records), _grefs(records)
+    refs, grefs = _refs(records), _grefs(records, "grefs")
     _write_json(out / "grefshapes" / "grefs(unc).json", grefs)
-    for folder in ("refshapes", "grefshapes"):
+    _write_json(out / "groupshapes" / "grefs(unc).json", _grefs(records, "groups"))
+    for folder in ("refshapes", "grefshapes", "groupshapes"):
         _write_json(out / folder / "instances.json", instances)
     # Through JSON, as pickle writes a string seen before as a back reference, and workers' strings are never shared.
     (out / "refshapes" / "refs(unc).p").write_bytes(pickle.dumps(json.loads(json.dumps(refs)), protocol=2))
@@ -371,11 +375,11 @@ def _refs(records: list[Json]) -> list[Json]:
     return refs
 
 
-def _grefs(records: list[Json]) -> list[Json]:
+def _grefs(records: list[Json], key: str) -> list[Json]:
     """Return the gRefCOCO entries: one sentence each, with any number of targets."""
     grefs: list[Json] = []
     for record in records:
-        for sentence in record["grefs"]:
+        for sentence in record.get(key, ()):
             number, targets, image = len(grefs) + 1, sentence.targets, record["image"]
             grefs.append({
                 "ref_id": number, "image_id": image["id"], "file_name": image["file_name"], "split": record["split"],

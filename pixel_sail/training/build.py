@@ -1,7 +1,7 @@
 """Model and processor from the config.
 
-Place in the flow: `training/loop.py` calls `build_model` before the accelerator wraps anything. Starting weights are random,
-drawn from the run's seed, or come from an exported folder.
+Place in the flow: `training/loop.py` calls `build_model` before the accelerator wraps anything. Starting weights are
+random, drawn from the run's seed, or come from an exported folder.
 """
 
 from pathlib import Path

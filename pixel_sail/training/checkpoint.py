@@ -1,12 +1,14 @@
 """Checkpoints: everything a run needs to continue as if it had never stopped.
 
-Place in the flow: `training/loop.py` saves with `save` and starts with `latest`. A checkpoint does not depend on the number of
-processes or the ZeRO stage: parameters and Adam moments are whole float32 tensors under the model's own names.
+Place in the flow: `training/loop.py` saves with `save` and starts with `latest`. A checkpoint does not depend on the
+number of processes or the ZeRO stage: parameters and Adam moments are whole float32 tensors under the model's own
+names.
 
     runs/<name>/checkpoints/step_00000500/
         model.safetensors  optimizer.safetensors  state.json  manifest.json (sha256 of each)  COMPLETE
 
-It is written under another name, hashed, marked complete and renamed last, so a folder of the final name is always whole.
+It is written under another name, hashed, marked complete and renamed last, so a folder of the final name is always
+whole.
 """
 
 import json
@@ -205,8 +207,8 @@ def _optimizer_chain(optimizer: Any) -> Iterator[Any]:
 def _link_sharded_states(optimizer: Optimizer) -> None:
     """Tie every parameter to its slice of DeepSpeed's flat optimizer state.
 
-    DeepSpeed 0.19 does it once, after stepping the first parameter group, when later groups have no state yet; those would
-    stay without moments for good. Doing it again is harmless.
+    DeepSpeed 0.19 does it once, after stepping the first parameter group, when later groups have no state yet; those
+    would stay without moments for good. Doing it again is harmless.
     """
     for wrapper in _optimizer_chain(optimizer):
         if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):

@@ -2,7 +2,8 @@
 
 Place in the flow: `training/loop.py` opens one `RunLog`; on ranks other than 0 it does nothing. A line of `log.jsonl`:
 
-    {"step": 120, "lr": 0.0019, "total": 1.21, "text": 0.01, "bce": 0.42, "dice": 0.68, "grad_norm": 0.9, "tokens": 3104,
+    {"step": 120, "lr": 0.0019, "total": 1.21, "text": 0.01, "bce": 0.42, "dice": 0.68, "grad_norm": 0.9, "tokens":
+    3104,
      "padding_frac": 0.02, "supervised_tokens": 480, "masks": 96, "samples": 16, "epoch": 0.24, "seconds": 61.3}
 
 When a run continues from step S, lines after S are cut off first: those steps are made again, with the same numbers.
@@ -10,6 +11,7 @@ When a run continues from step S, lines after S are cut off first: those steps a
 
 import json
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,7 +113,7 @@ def _start_wandb(run_dir: Path, config: LogConfig, resolved: dict[str, Any]) -> 
 
     id_file = run_dir / "wandb_id"
     if not id_file.is_file():
-        id_file.write_text(wandb.util.generate_id())
+        id_file.write_text(uuid.uuid4().hex[:8])
     wandb.init(
         project=config.wandb_project,
         dir=str(run_dir),

@@ -1,7 +1,7 @@
 """Annotations with the text or the images made useless: what a benchmark gives away without them.
 
-Place in the flow: `refer.load` and `refer_seg.load` pass annotations through `hide` when the config says so. Train and score with
-`hide=text` for a language-blind baseline, with `hide=image` for an image-blind one:
+Place in the flow: `refer.load` and `refer_seg.load` pass annotations through `hide` when the config says so. Train and
+score with `hide=text` for a language-blind baseline, with `hide=image` for an image-blind one:
 
     text:   "the red star left of the ring"  ->  "object 17"            (a number without meaning)
     image:  COCO_..12.jpg                    ->  COCO_..13.jpg          (another picture of the same size)

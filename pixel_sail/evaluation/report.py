@@ -1,0 +1,175 @@
+"""The report of a run: scores as tables, the loss curve, and pictures of what was asked, predicted and true.
+
+Place in the flow: the quickstart calls `write_report` after scoring. It writes `report.md`, `report.html` (one file,
+pictures inside) and `examples/*.png` into the run folder. A row of the pictures:
+
+    image | "the small striped circle" | predicted mask | true mask | IoU 0.87
+"""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pixel_sail.data.images import load_image
+from pixel_sail.data.masks import decode_rle
+from pixel_sail.evaluation.overlay import PREDICTED_COLOR, TRUE_COLOR, Picture, paint
+from pixel_sail.files import replace_text
+from pixel_sail.metrics.iou import IoUSums
+from pixel_sail.types import RLE, BoolMask, Expression, Prediction
+
+Scores = Mapping[str, float | int]
+
+COLUMNS = ("ciou", "giou", "p50", "p70", "p90", "count", "missing")
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem }
+table { border-collapse: collapse } th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ddd }
+th:first-child, td:first-child { text-align: left }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: 1.2rem }
+figure { margin: 0; border: 1px solid #ddd; border-radius: 6px; padding: .6rem } figure img { width: 100%;
+image-rendering: pixelated } figcaption { font-size: .9rem } .dim { color: #666 } svg { max-width: 100% }
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One expression with its prediction, ready to be shown."""
+
+    expression: Expression
+    prediction: Prediction
+    iou: float
+
+    def picture(self) -> Picture:
+        """Return image, image with predicted mask and image with true mask side by side [H, 3 W + gaps, 3]."""
+        item = self.expression
+        image = load_image(item.image_path, where=f"image {item.image_id}", expected_hw=item.image_hw)
+        predicted = paint(image, _mask(self.prediction.segmentation, item), PREDICTED_COLOR)
+        true = paint(image, _mask(item.target, item), TRUE_COLOR)
+        gap = np.full((item.image_hw[0], 4, 3), 255, dtype=np.uint8)
+        return np.concatenate((np.asarray(image), gap, predicted, gap, true), axis=1)
+
+
+def _mask(rle: RLE | None, item: Expression) -> BoolMask:
+    """Return a mask, empty for None."""
+    return np.zeros(item.image_hw, dtype=bool) if rle is None else decode_rle(rle)
+
+
+def spread_cases(items: Sequence[Expression], predictions: Sequence[Prediction], number: int) -> list[Case]:
+    """Return `number` cases at even distances over the split, good and bad as they come."""
+    by_id = {(p.ref_id, p.sent_id): p for p in predictions}
+    chosen = [items[int(i)] for i in np.linspace(0, len(items) - 1, min(number, len(items)))]
+    cases = []
+    for item in chosen:
+        prediction = by_id[(item.ref_id, item.sent_id)]
+        sums = IoUSums.from_rles(prediction.segmentation, item.target)
+        cases.append(Case(expression=item, prediction=prediction, iou=sums.iou_sum))
+    return cases
+
+
+def write_report(
+    folder: Path,
+    *,
+    title: str,
+    facts: Sequence[str],
+    tables: Mapping[str, Mapping[str, Scores]],
+    cases: Mapping[str, Sequence[Case]],
+    log_file: Path | None = None,
+) -> None:
+    """Write report.md, report.html and examples/ into `folder`; `tables` is {heading: {row: scores}}."""
+    text, page = [f"# {title}", ""], [f"<h1>{html.escape(title)}</h1>"]
+    text += [f"- {fact}" for fact in facts]
+    page += ["<ul>", *[f"<li>{html.escape(fact)}</li>" for fact in facts], "</ul>"]
+    for heading, rows in tables.items():
+        text += ["", f"## {heading}", "", *_markdown_table(rows)]
+        page += [f"<h2>{html.escape(heading)}</h2>", *_html_table(rows)]
+    if log_file is not None:
+        page += ["<h2>Training loss</h2>", loss_curve(log_file)]
+    for heading, shown in cases.items():
+        text += ["", f"## Examples from {heading}: image, predicted mask, true mask", ""]
+        page += [f"<h2>Examples from {html.escape(heading)}: image, predicted mask, true mask</h2>", "<div class=grid>"]
+        for index, case in enumerate(shown):
+            name = f"examples/{heading}_{index:02d}.png"
+            data = _save_png(folder / name, case.picture())
+            caption = f"{case.expression.text} (IoU {case.iou:.2f}, answer: {case.prediction.answer})"
+            text += [f"**{caption}**", "", f"![{case.expression.text}]({name})", ""]
+            page.append(_figure(case, data))
+        page.append("</div>")
+    replace_text(folder / "report.md", "\n".join(text) + "\n")
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+    view = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    replace_text(folder / "report.html", "\n".join([head, view, f"<style>{STYLE}</style>", *page, "</html>"]) + "\n")
+
+
+def _figure(case: Case, png: bytes) -> str:
+    """Return one picture with its caption as HTML."""
+    source = base64.b64encode(png).decode()
+    caption = f'"{html.escape(case.expression.text)}" <span class=dim>IoU {case.iou:.2f}</span>'
+    image = f'<img alt="{html.escape(case.expression.text)}" src="data:image/png;base64,{source}">'
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+
+
+def _save_png(path: Path, picture: Picture) -> bytes:
+    """Write a picture and return its bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG")
+    path.write_bytes(buffer.getvalue())
+    return buffer.getvalue()
+
+
+def _cell(value: float | int | None) -> str:
+    """Return a number for a table."""
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
+def _markdown_table(rows: Mapping[str, Scores]) -> list[str]:
+    """Return rows of scores as a Markdown table."""
+    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
+    return lines + [
+        f"| {name} | " + " | ".join(_cell(scores.get(column)) for column in COLUMNS) + " |"
+        for name, scores in rows.items()
+    ]
+
+
+def _html_table(rows: Mapping[str, Scores]) -> list[str]:
+    """Return rows of scores as an HTML table."""
+    head = "".join(f"<th>{column}</th>" for column in COLUMNS)
+    body = [
+        f"<tr><td>{html.escape(name)}</td>"
+        + "".join(f"<td>{_cell(scores.get(column))}</td>" for column in COLUMNS)
+        + "</tr>"
+        for name, scores in rows.items()
+    ]
+    return ["<table>", f"<tr><th></th>{head}</tr>", *body, "</table>"]
+
+
+def loss_curve(log_file: Path, width: int = 720, height: int = 200) -> str:
+    """Return the total loss over steps of a log.jsonl as an SVG drawing."""
+    lines = [json.loads(line) for line in log_file.read_text().splitlines()]
+    points = [(line["step"], line["total"]) for line in lines if "total" in line]
+    if len(points) < 2:
+        return "<p class=dim>fewer than two logged steps</p>"
+    steps, losses = np.array(points).T
+    left, bottom, top = 48, height - 28, 10
+    x = left + (steps - steps[0]) / (steps[-1] - steps[0]) * (width - left - 10)
+    highest = losses.max()
+    y = bottom - losses / highest * (bottom - top)
+    line = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
+    return (
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="training loss over steps">'
+        f'<line x1="{left}" y1="{bottom}" x2="{width - 10}" y2="{bottom}" stroke="#888"/>'
+        f'<line x1="{left}" y1="{top}" x2="{left}" y2="{bottom}" stroke="#888"/>'
+        f'<polyline fill="none" stroke="#0072b2" stroke-width="2" points="{line}"/>'
+        f'<text x="{left - 6}" y="{top + 6}" font-size="12" text-anchor="end">{highest:.2f}</text>'
+        f'<text x="{left - 6}" y="{bottom}" font-size="12" text-anchor="end">0</text>'
+        f'<text x="{width - 10}" y="{height - 8}" font-size="12" text-anchor="end">step {int(steps[-1])}</text></svg>'
+    )

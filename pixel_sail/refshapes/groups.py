@@ -1,0 +1,26 @@
+"""Single attributes: "red things", "stars", "shapes with dots" - every attribute value of a scene and all that has it.
+
+Place in the flow: `formats.py` writes them for the training images as a third referring dataset, in gRefCOCO's layout. It plays
+the part that semantic segmentation has in the paper's mixture: single words with large targets, from which a model that starts
+from nothing learns what the words look like before it has to combine them. An example of the data:
+
+    Sentence(text="striped shapes", query=Query(attributes=(("texture", "striped"),)), targets=(1, 4), kind="group")
+"""
+
+import numpy as np
+
+from pixel_sail.refshapes.expressions import Query, Sentence, noun_phrase
+from pixel_sail.refshapes.scene import VALUES, Scene
+
+
+def group_sentences(rng: np.random.Generator, scene: Scene) -> list[Sentence]:
+    """Return one sentence for every attribute value that occurs in the scene but not on every object."""
+    sentences = []
+    for name, values in VALUES.items():
+        for value in values:
+            targets = tuple(item.index for item in scene.objects if getattr(item, name) == value)
+            if 0 < len(targets) < len(scene.objects):
+                query = Query(attributes=((name, value),))
+                text = noun_phrase(rng, query.attributes, is_plural=True)
+                sentences.append(Sentence(text=text, query=query, targets=targets, kind="group"))
+    return sentences

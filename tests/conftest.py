@@ -1,0 +1,124 @@
+"""What several test files share: one untrained tokenizer, tiny models, drawn images, samples and batches."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pixel_sail.data.collate import collate
+from pixel_sail.data.packing import Pack
+from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
+from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
+from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
+from pixel_sail.model.tokenization import model_token_ids, train_tokenizer
+from pixel_sail.types import Sample, Turn, VisualPrompt
+
+NUM_PROMPTS = 15
+WORDS = ("red", "left", "star", "the small", "box", "behind it", "of", "round")
+
+
+@pytest.fixture(autouse=True)
+def seeded_on_one_thread():
+    """Every test starts from the same global seed, and no test takes the cores of another process."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_tokenizer([], vocab_size=320, num_visual_prompts=NUM_PROMPTS)
+
+
+@pytest.fixture(scope="session")
+def make_config(tokenizer):
+    """Return a function from changed fields to a tiny configuration.
+
+    Weights are drawn ten times wider than usual, so that attention is uneven and a token seen by mistake shows.
+    """
+    token_ids = model_token_ids(tokenizer, num_visual_prompts=NUM_PROMPTS)
+
+    def make(**changes):
+        fields = {
+            "vocab_size": 320,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "initializer_range": 0.2,
+            "patch_size": 8,
+            "max_long_side": 64,
+            "mask_stride": 4,
+            "mask_dim": 16,
+            "token_ids": token_ids,
+        }
+        return PixelSailConfig.from_architecture(Architecture(**(fields | changes)))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_config(make_config):
+    return make_config()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(make_config):
+    """Return a function from a seed and changed fields to a freshly initialised model in evaluation mode."""
+
+    def make(seed=0, **changes):
+        torch.manual_seed(seed)
+        return PixelSailForSegmentation(make_config(**changes)).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def processor(tokenizer, tiny_config):
+    return PixelSailProcessor.for_model(tokenizer, tiny_config)
+
+
+@pytest.fixture(scope="session")
+def draw_image():
+    def draw(rng, size_hw):
+        return Image.fromarray(rng.integers(0, 256, (*size_hw, 3), dtype=np.uint8))
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def draw_sample(draw_image):
+    """Return a function that draws a sample with one turn per entry of `masks_per_turn`, and its image."""
+
+    def draw(rng, *, size_hw=(16, 24), masks_per_turn=(1,), prompts=(), sample_id="drawn", path=None):
+        turns = tuple(_draw_turn(rng, size_hw, num_masks) for num_masks in masks_per_turn)
+        painted = tuple(VisualPrompt(prompt_id=i, mask=_draw_mask(rng, size_hw)) for i in prompts)
+        sample = Sample(
+            sample_id=sample_id, source="drawn", image_path=path, image_hw=size_hw, turns=turns, prompts=painted
+        )
+        return sample, draw_image(rng, size_hw) if size_hw else None
+
+    return draw
+
+
+def _draw_mask(rng, size_hw):
+    mask = rng.random(size_hw) < 0.3
+    mask[0, 0] = True
+    return mask
+
+
+def _draw_turn(rng, size_hw, num_masks):
+    question = " ".join(rng.choice(WORDS, size=rng.integers(1, 4)))
+    answer = " and ".join(["here [SEG]"] * num_masks) or "no"
+    return Turn(question=question, answer=answer, masks=tuple(_draw_mask(rng, size_hw) for _ in range(num_masks)))
+
+
+@pytest.fixture(scope="session")
+def make_batch(processor):
+    """Return a function from rows of examples to the batch with one packed row for each."""
+
+    def make(*rows):
+        packs = [Pack(lane=i, consumed=len(row), examples=tuple(row)) for i, row in enumerate(rows)]
+        return collate(packs, seg_id=processor.seg_id)
+
+    return make

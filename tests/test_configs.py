@@ -1,0 +1,120 @@
+"""Every configuration file composes, fits its schema and names functions that exist with arguments they take."""
+
+import inspect
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from hydra.utils import get_method
+
+from pixel_sail.config import CONFIG_FOLDER, ConfigError, EvalConfig, TrainConfig, load_config
+from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
+from pixel_sail.training.accelerator import deepspeed_dictionary
+from pixel_sail.training.checkpoint import differing_leaves
+
+
+def names(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml"))
+
+
+def bind_targets(nodes: dict[str, dict]) -> None:
+    for name, node in nodes.items():
+        arguments = {key: value for key, value in node.items() if key != "_target_"}
+        try:
+            inspect.signature(get_method(node["_target_"])).bind(**arguments)
+        except TypeError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+@pytest.mark.parametrize("experiment", names("experiment"))
+def test_every_experiment_composes_and_binds(experiment):
+    config = load_config("train", TrainConfig, [f"experiment={experiment}"])
+    assert config.name == experiment
+    bind_targets(config.data.sources)
+    bind_targets(config.evals)
+    PixelSailConfig.from_architecture(config.model.architecture)
+
+
+ABLATION_LEAVES = {
+    "upsampler_off": {"model.architecture.mask_stride"},
+    "language_blind": {"data.sources.refshapes.hide"},
+    "image_blind": {"data.sources.refshapes.hide"},
+}
+
+
+@pytest.mark.parametrize("ablation", names("ablation"))
+def test_every_ablation_changes_exactly_the_leaves_it_names(ablation):
+    base = load_config("train", TrainConfig, ["experiment=quickstart"])
+    changed = load_config("train", TrainConfig, ["experiment=quickstart", f"ablation={ablation}"])
+    leaves = {key for key, _ in differing_leaves(asdict(base), asdict(changed))}
+    assert leaves == ABLATION_LEAVES[ablation]
+    bind_targets(changed.data.sources)
+
+
+@pytest.mark.parametrize("name", names("model"))
+def test_every_model_has_sizes_that_fit_together(name):
+    architecture = load_config("train", TrainConfig, ["name=x", f"model={name}"]).model.architecture
+    assert PixelSailConfig.from_architecture(architecture).head_dim * architecture.num_attention_heads == (
+        architecture.hidden_size
+    )
+
+
+@pytest.mark.parametrize("name", names("data"))
+def test_every_data_mixture_names_sources_that_bind(name):
+    data = load_config("train", TrainConfig, ["name=x", f"data={name}"]).data
+    assert data.sources
+    bind_targets(data.sources)
+
+
+@pytest.mark.parametrize("name", names("evals"))
+def test_every_eval_binds_and_carries_its_own_name(name):
+    evals = load_config("evaluate", EvalConfig, ["checkpoint=x", f"evals=[{name}]"]).evals
+    assert list(evals) == [name]
+    bind_targets(evals)
+
+
+@pytest.mark.parametrize("name", names("deepspeed"))
+def test_the_deepspeed_dictionary_leaves_nothing_to_auto(name):
+    config = load_config("train", TrainConfig, ["name=x", f"deepspeed={name}"])
+    assert "auto" not in str(deepspeed_dictionary(config, 2))
+
+
+def test_the_accumulation_of_micro_batches_is_written_into_the_deepspeed_dictionary():
+    config = load_config("train", TrainConfig, ["name=x", "data.packs_per_micro_batch=4", "optim.max_grad_norm=0.5"])
+    written = deepspeed_dictionary(config, 3)
+    assert written["train_batch_size"] == 12
+    assert written["gradient_accumulation_steps"] == 3
+    assert written["gradient_clipping"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("optim.lerning_rate=1", "optim.lerning_rate"),
+        ("model.architecture.hidden=64", "model.architecture.hidden"),
+        ("optim.steps=many", "many"),
+        ("optim.precision=fp8", "fp8"),
+        ("deepspeed.stage=4", "4"),
+        ("model=giant", "giant"),
+        ("predict.mask=last", "last"),
+    ],
+)
+def test_a_wrong_key_or_value_is_an_error_that_names_it(override, named):
+    with pytest.raises(ConfigError, match=named):
+        load_config("train", TrainConfig, ["name=x", override])
+
+
+def test_a_missing_value_is_an_error_that_names_its_key():
+    with pytest.raises(ConfigError, match="name"):
+        load_config("train", TrainConfig, [])
+
+
+def test_no_config_but_paths_holds_a_machine_path():
+    for path in CONFIG_FOLDER.rglob("*.yaml"):
+        if path.parent.name != "paths":
+            text = path.read_text()
+            assert not [part for part in ("/home/", "/mnt/", "/root/", "/work/") if part in text], path
+
+
+def test_configs_lie_where_the_package_looks_for_them():
+    assert Path(__file__).resolve().parent.parent / "configs" == CONFIG_FOLDER

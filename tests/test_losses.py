@@ -1,0 +1,277 @@
+"""Mask and text losses against slow references, and sums that do not depend on how a batch is cut."""
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pixel_sail.losses.mask import (
+    PointSampling,
+    bce_sum,
+    choose_points,
+    dice_sum,
+    full_map_losses,
+    point_losses,
+    sample_map,
+)
+from pixel_sail.losses.text import text_sum
+from pixel_sail.losses.total import Counts, LossConfig, combine, count, loss_sums, text_weights
+
+SAMPLING = PointSampling(num_points=16, oversample_ratio=3.0, importance_ratio=0.75)
+CONFIG = LossConfig(points=SAMPLING)
+
+
+def _generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def _bilinear(cells, x, y):
+    """Return one map read at (x, y) in [0, 1], where cell centres lie at (i + 0.5) / n and outside is 0."""
+    rows, columns = len(cells), len(cells[0])
+    row, column = y * rows - 0.5, x * columns - 0.5
+    total = 0.0
+    for i in (math.floor(row), math.floor(row) + 1):
+        for j in (math.floor(column), math.floor(column) + 1):
+            if 0 <= i < rows and 0 <= j < columns:
+                total += (1 - abs(row - i)) * (1 - abs(column - j)) * cells[i][j]
+    return total
+
+
+def _slow_losses(logits_NQ, targets_NQ):
+    """Return the sums of both losses over masks, point by point."""
+    bce = dice = 0.0
+    for logits, targets in zip(logits_NQ, targets_NQ, strict=True):
+        probabilities = [1.0 / (1.0 + math.exp(-value)) for value in logits]
+        costs = [-t * math.log(p) - (1 - t) * math.log(1 - p) for p, t in zip(probabilities, targets, strict=True)]
+        bce += sum(costs) / len(costs)
+        overlap = sum(p * t for p, t in zip(probabilities, targets, strict=True))
+        dice += 1.0 - (2.0 * overlap + 1.0) / (sum(probabilities) + sum(targets) + 1.0)
+    return bce, dice
+
+
+def test_maps_are_read_bilinearly_between_cell_centres():
+    maps, points = torch.randn(2, 3, 5), torch.rand(2, 40, 2)
+    points[:, :4] = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.1, 0.5], [0.999, 0.001]])
+    found = sample_map(maps, points)
+    for n in range(2):
+        expected = [_bilinear(maps[n].tolist(), x, y) for x, y in points[n].tolist()]
+        assert found[n].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_point_means_the_same_place_in_maps_of_different_size():
+    coarse = torch.zeros(1, 4, 6)
+    coarse[0, 1, 4] = 1.0
+    fine = coarse.repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)
+    centre = torch.tensor([[[4.5 / 6, 1.5 / 4]]])
+    assert sample_map(coarse, centre).item() == pytest.approx(1.0)
+    assert sample_map(fine, centre).item() == pytest.approx(1.0)
+
+
+def test_point_losses_equal_a_loop_over_masks_and_points():
+    logits, masks = 3.0 * torch.randn(3, 4, 6), torch.rand(3, 20, 31) < 0.4
+    sums = point_losses(logits, masks, SAMPLING, _generator(5))
+    points = choose_points(logits, SAMPLING, _generator(5)).tolist()
+    read = [[_bilinear(logits[n].tolist(), x, y) for x, y in points[n]] for n in range(3)]
+    true = [[_bilinear(masks[n].float().tolist(), x, y) for x, y in points[n]] for n in range(3)]
+    bce, dice = _slow_losses(read, true)
+    assert sums.bce.item() == pytest.approx(bce, rel=1e-4)
+    assert sums.dice.item() == pytest.approx(dice, rel=1e-4)
+    assert sums.count == 3
+
+
+def test_most_points_are_the_most_uncertain_candidates_and_the_rest_are_fresh():
+    logits = 3.0 * torch.randn(2, 5, 5)
+    points = choose_points(logits, SAMPLING, _generator(1))
+    generator = _generator(1)
+    candidates, fresh = torch.rand(2, 48, 2, generator=generator), torch.rand(2, 4, 2, generator=generator)
+    assert points.shape == (2, 16, 2)
+    assert torch.equal(points[:, 12:], fresh)
+    for n in range(2):
+        ranked = sorted(candidates[n].tolist(), key=lambda point: abs(_bilinear(logits[n].tolist(), *point)))
+        assert sorted(points[n, :12].tolist()) == sorted(ranked[:12])
+
+
+def test_points_depend_on_the_seed_alone():
+    logits, masks = torch.randn(2, 5, 5), torch.rand(2, 9, 9) < 0.5
+    torch.manual_seed(1)
+    first = point_losses(logits, masks, SAMPLING, _generator(7)).bce
+    torch.manual_seed(2)
+    assert torch.equal(point_losses(logits, masks, SAMPLING, _generator(7)).bce, first)
+    assert not torch.equal(point_losses(logits, masks, SAMPLING, _generator(8)).bce, first)
+
+
+def test_choosing_points_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    choose_points(torch.randn(1, 4, 4, generator=_generator()), SAMPLING, _generator())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_full_map_losses_equal_a_loop_and_pytorch():
+    logits, masks = 2.0 * torch.randn(3, 4, 6), torch.rand(3, 4, 6) < 0.4
+    sums = full_map_losses(logits, masks)
+    bce, dice = _slow_losses(logits.flatten(1).tolist(), masks.flatten(1).float().tolist())
+    assert sums.bce.item() == pytest.approx(bce, rel=1e-4)
+    assert sums.dice.item() == pytest.approx(dice, rel=1e-4)
+    assert sums.bce.item() / 3 == pytest.approx(F.binary_cross_entropy_with_logits(logits, masks.float()).item())
+
+
+def test_full_map_losses_refuse_maps_of_different_size():
+    with pytest.raises(ValueError, match=r"logits \(1, 4, 4\), masks \(1, 8, 8\)"):
+        full_map_losses(torch.zeros(1, 4, 4), torch.zeros(1, 8, 8))
+
+
+def test_uniform_points_cover_a_map_evenly():
+    mask = torch.zeros(1, 6, 6)
+    mask[0, 2:4, 2:4] = 1.0
+    uniform = PointSampling(num_points=40_000, oversample_ratio=1.0, importance_ratio=0.0)
+    points = choose_points(torch.randn(1, 6, 6), uniform, _generator())
+    assert points.mean((0, 1)).tolist() == pytest.approx([0.5, 0.5], abs=0.01)
+    assert sample_map(mask, points).mean().item() == pytest.approx(4 / 36, abs=0.005)
+
+
+def test_an_empty_prediction_of_an_empty_mask_costs_nothing():
+    sums = full_map_losses(torch.full((2, 4, 4), -60.0), torch.zeros(2, 4, 4))
+    assert sums.dice.item() == pytest.approx(0.0, abs=1e-6)
+    assert sums.bce.item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_full_prediction_of_an_empty_mask_costs_the_whole_dice():
+    sums = full_map_losses(torch.full((1, 4, 4), 60.0), torch.zeros(1, 4, 4))
+    assert sums.dice.item() == pytest.approx(1.0 - 1.0 / 17.0)
+
+
+def test_a_perfect_prediction_costs_nothing():
+    masks = torch.rand(2, 8, 8) < 0.5
+    sums = full_map_losses(120.0 * masks - 60.0, masks)
+    assert sums.dice.item() == pytest.approx(0.0, abs=1e-6)
+    assert sums.bce.item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_sums_are_additive_over_masks():
+    logits, targets = torch.randn(5, 30), (torch.rand(5, 30) < 0.5).float()
+    for loss in (bce_sum, dice_sum):
+        parts = loss(logits[:2], targets[:2]) + loss(logits[2:], targets[2:])
+        torch.testing.assert_close(loss(logits, targets), parts)
+
+
+def test_losses_of_half_precision_logits_are_computed_in_float32():
+    logits, masks = torch.randn(1, 4, 4).bfloat16(), torch.ones(1, 4, 4, dtype=torch.bool)
+    sums = point_losses(logits, masks, SAMPLING, _generator())
+    assert (sums.bce.dtype, sums.dice.dtype) == (torch.float32, torch.float32)
+    assert torch.equal(sums.bce, point_losses(logits.float(), masks, SAMPLING, _generator()).bce)
+
+
+def test_text_sum_equals_a_loop_over_tokens():
+    logits, targets, weights = torch.randn(4, 7), torch.tensor([1, 0, 6, 3]), torch.tensor([1.0, 0.1, 0.1, 1.0])
+    rows = [[math.exp(value) for value in row] for row in logits.tolist()]
+    costs = [-math.log(row[t] / sum(row)) for row, t in zip(rows, targets.tolist(), strict=True)]
+    expected = sum(w * c for w, c in zip(weights.tolist(), costs, strict=True))
+    assert text_sum(logits, targets, weights).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_no_token_costs_nothing_and_still_has_a_gradient():
+    logits = torch.zeros(0, 7, requires_grad=True)
+    total = text_sum(logits * 1.0, torch.zeros(0, dtype=torch.long), torch.zeros(0))
+    total.backward()
+    assert total.item() == 0.0
+    assert logits.grad is not None
+
+
+@pytest.fixture
+def examples(processor, draw_sample):
+    """One sample with two masks, one with one mask, one with an image only, one with text only."""
+    rng = np.random.default_rng(2)
+    drawn = [
+        draw_sample(rng, size_hw=(16, 24), masks_per_turn=(2,), sample_id="two"),
+        draw_sample(rng, size_hw=(9, 9), masks_per_turn=(1, 0), sample_id="one"),
+        draw_sample(rng, size_hw=(16, 8), masks_per_turn=(0,), sample_id="image only"),
+        draw_sample(rng, size_hw=None, masks_per_turn=(0,), sample_id="text only"),
+    ]
+    encoded = [processor.encode_sample(sample, image, independent_turns=False) for sample, image in drawn]
+    return [replace(example, point_seed=50 + index) for index, example in enumerate(encoded)]
+
+
+def _total(model, batches, config):
+    """Return the loss of batches that share their counts, as the training step makes it."""
+    counts = [count(batch) for batch in batches]
+    whole = Counts(tokens=sum(c.tokens for c in counts), masks=sum(c.masks for c in counts))
+    return sum(combine(loss_sums(model(**b.model_inputs()), b, config), whole, config) for b in batches)
+
+
+def _gradients(model):
+    return {name: value.grad.clone() for name, value in model.named_parameters()}
+
+
+def test_two_micro_batches_with_global_counts_equal_one_batch(tiny_model, make_batch, examples):
+    model = tiny_model().train()
+    losses, gradients = [], []
+    for rows in ([examples], [examples[:1], examples[1:]], [examples[3:], examples[:3]]):
+        model.zero_grad()
+        loss = _total(model, [make_batch(row) for row in rows], CONFIG)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(_gradients(model))
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)
+    for other in gradients[1:]:
+        for name, value in gradients[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_total_is_the_formula_of_the_module_docstring(tiny_model, make_batch, examples):
+    model = tiny_model()
+    batch = make_batch(examples)
+    output = model(**batch.model_inputs())
+    bce = dice = 0.0
+    true = {0: batch.masks[:2], 1: batch.masks[2:]}
+    for image, masks in true.items():
+        sums = point_losses(
+            output.mask_logits[image], torch.stack(masks), SAMPLING, _generator(batch.point_seeds[image])
+        )
+        bce, dice = bce + sums.bce.item(), dice + sums.dice.item()
+    costs = F.cross_entropy(output.logits, batch.targets_M, reduction="none")
+    factor = torch.tensor([0.1, 0.1, 1.0, 1.0])[batch.target_samples_M]
+    expected = (factor * costs).sum().item() / len(costs) + 2.0 * bce / 3 + 0.5 * dice / 3
+    found = combine(loss_sums(output, batch, CONFIG), count(batch), CONFIG)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+    assert count(batch) == Counts(tokens=len(costs), masks=3)
+
+
+def test_text_of_samples_with_masks_counts_a_tenth(make_batch, examples):
+    batch = make_batch(examples[2:], examples[:2])
+    weights = text_weights(batch, CONFIG)
+    for sample, expected in enumerate((1.0, 1.0, 0.1, 0.1)):
+        own = weights[batch.target_samples_M == sample]
+        assert own.tolist() == pytest.approx([expected] * len(own))
+        assert len(own) > 0
+
+
+@pytest.mark.parametrize("supervised", [True, False])
+def test_a_batch_without_masks_or_tokens_gives_zero_and_gradients(tiny_model, make_batch, examples, supervised):
+    model = tiny_model().train()
+    batch = make_batch(examples[3:])
+    inputs = batch.model_inputs()
+    targets = {"targets_M": batch.targets_M, "target_samples_M": batch.target_samples_M}
+    if not supervised:
+        inputs["logit_positions_M2"] = torch.zeros(0, 2, dtype=torch.long)
+        targets = {name: value[:0] for name, value in targets.items()}
+    share = SimpleNamespace(**(vars(batch) | targets))
+    output = model(**inputs)
+    sums = loss_sums(output, share, CONFIG)
+    total = combine(sums, count(share), CONFIG) + output.anchor
+    total.backward()
+    assert sums.bce.item() == sums.dice.item() == 0.0
+    assert (total.item() > 0.0) == supervised
+    assert math.isfinite(total.item())
+    assert [name for name, value in model.named_parameters() if not bool(torch.isfinite(value.grad).all())] == []
+
+
+def test_detached_sums_are_in_the_order_text_bce_dice(tiny_model, make_batch, examples):
+    batch = make_batch(examples)
+    sums = loss_sums(tiny_model()(**batch.model_inputs()), batch, CONFIG)
+    assert sums.detached().tolist() == [sums.text.item(), sums.bce.item(), sums.dice.item()]
+    assert sums.detached().dtype == torch.float64
+    assert not sums.detached().requires_grad

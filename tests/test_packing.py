@@ -1,0 +1,367 @@
+"""The stream of packs is the same for any number of ranks and workers, resumes exactly, and rows mix nothing up."""
+
+from collections import Counter
+from dataclasses import replace
+from itertools import islice, pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from pixel_sail.data.loader import LaneShare, training_batches, usable_workers
+from pixel_sail.data.mixture import Mixture
+from pixel_sail.data.packing import LaneStream, PackingSettings
+from pixel_sail.types import IGNORE_LABEL, DataError, Sample, Turn
+
+NUM_LANES = 4
+SETTINGS = PackingSettings(token_budget=120)
+
+
+class DrawnSource:
+    """Items of very different length, every fourth without an image; the sample id tells what was drawn."""
+
+    def __init__(self, name, length, paths):
+        self.name = name
+        self.length = length
+        self.paths = paths
+
+    def __len__(self):
+        return self.length
+
+    def get(self, index, rng):
+        draw = int(rng.integers(10**6))
+        question = "x" * (index * 7 % 23 + 1)
+        if index % 4 == 3:
+            return self._sample(index, draw, None, None, Turn(question=question, answer="no"))
+        size_hw = IMAGE_SIZES[index % len(IMAGE_SIZES)]
+        mask = rng.random(size_hw) < 0.5
+        turn = Turn(question=question, answer="[SEG]", masks=(mask,))
+        return self._sample(index, draw, self.paths[index % len(IMAGE_SIZES)], size_hw, turn)
+
+    def _sample(self, index, draw, path, size_hw, turn):
+        name = f"{self.name}/{index}/{draw}"
+        return Sample(sample_id=name, source=self.name, image_path=path, image_hw=size_hw, turns=(turn,))
+
+
+IMAGE_SIZES = ((16, 24), (8, 8), (24, 16))
+
+
+@pytest.fixture(scope="module")
+def image_paths(tmp_path_factory, draw_image):
+    folder = tmp_path_factory.mktemp("images")
+    paths = [folder / f"{index}.png" for index in range(len(IMAGE_SIZES))]
+    for index, path in enumerate(paths):
+        draw_image(np.random.default_rng(index), IMAGE_SIZES[index]).save(path)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def make_mixture(image_paths):
+    def make(*, lengths=(23,), repeats=(1.0,), seed=0):
+        names = ["ab"[index] for index in range(len(lengths))]
+        sources = {name: DrawnSource(name, length, image_paths) for name, length in zip(names, lengths, strict=True)}
+        return Mixture(sources, dict(zip(names, repeats, strict=True)), seed=seed)
+
+    return make
+
+
+def _item(sample_id):
+    """Return source and index, without what was drawn."""
+    return sample_id.rsplit("/", 1)[0]
+
+
+def _steps(mixture, processor, num_steps, *, world_size=1, workers=0, consumed=None, micro=1, rank=0):
+    share = LaneShare(num_lanes=NUM_LANES, rank=rank, world_size=world_size, packs_per_micro_batch=micro)
+    stream = training_batches(
+        mixture, processor, SETTINGS, share, consumed=consumed or [0] * NUM_LANES, num_workers=workers
+    )
+    return list(islice(stream, num_steps))
+
+
+def _assert_batches_equal(found, expected):
+    for name, value in vars(expected).items():
+        other = vars(found)[name]
+        if name == "masks":
+            assert len(other) == len(value)
+            assert all(torch.equal(a, b) for a, b in zip(other, value, strict=True))
+        else:
+            assert torch.equal(other, value) if isinstance(value, torch.Tensor) else other == value, name
+
+
+@pytest.mark.parametrize("num_lanes", [1, 3, 4])
+def test_every_sample_comes_exactly_once_per_epoch_over_all_lanes(make_mixture, processor, num_lanes):
+    mixture = make_mixture()
+    seen = [Counter(), Counter()]
+    for lane in range(num_lanes):
+        stream = iter(LaneStream(mixture, processor, SETTINGS, lane=lane, num_lanes=num_lanes))
+        examples = []
+        while lane + len(examples) * num_lanes < 2 * 23:
+            pack = next(stream)
+            examples += pack.examples
+            assert pack.consumed == len(examples)
+        for number, example in enumerate(examples):
+            epoch = (lane + number * num_lanes) // 23
+            if epoch < 2:
+                seen[epoch][_item(example.sample_id)] += 1
+    assert seen == [Counter({f"a/{index}": 1 for index in range(23)})] * 2
+
+
+def test_packs_fill_the_budget_without_exceeding_it(make_mixture, processor):
+    packs = list(islice(LaneStream(make_mixture(), processor, SETTINGS, lane=0, num_lanes=1), 12))
+    sizes = [[len(example) for example in pack.examples] for pack in packs]
+    assert max(sum(row) for row in sizes) <= 120
+    for row, following in pairwise(sizes):
+        assert sum(row) + following[0] > 120, "the next sample would have fitted"
+    assert max(len(row) for row in sizes) > 1
+
+
+def test_max_samples_limits_a_pack(make_mixture, processor):
+    settings = PackingSettings(token_budget=10_000, max_samples=2)
+    packs = list(islice(LaneStream(make_mixture(), processor, settings, lane=1, num_lanes=2), 4))
+    assert [len(pack.examples) for pack in packs] == [2, 2, 2, 2]
+    assert [pack.consumed for pack in packs] == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("max_samples", [1, 2])
+def test_max_samples_and_a_waiting_sample_count_correctly(make_mixture, processor, max_samples):
+    settings = PackingSettings(token_budget=60, max_samples=max_samples)
+    packs = list(islice(LaneStream(make_mixture(), processor, settings, lane=0, num_lanes=1), 15))
+    names = [example.sample_id for pack in packs for example in pack.examples]
+    mixture = make_mixture()
+    assert names == [mixture.draw(position).sample.sample_id for position in range(len(names))]
+    assert packs[-1].consumed == len(names)
+
+
+def test_the_global_batch_is_the_same_for_any_number_of_ranks_and_workers(make_mixture, processor):
+    expected = [
+        {name for batch in step.batches for name in batch.sample_ids} for step in _steps(make_mixture(), processor, 5)
+    ]
+    assert len(set().union(*expected)) == sum(map(len, expected)) > 20
+    for world_size, workers in ((2, 0), (4, 0), (1, 1), (1, 2), (2, 2), (4, 2)):
+        found, consumed = [set() for _ in range(5)], {}
+        for rank in range(world_size):
+            steps = _steps(make_mixture(), processor, 5, world_size=world_size, workers=workers, rank=rank)
+            for names, step in zip(found, steps, strict=True):
+                names.update(name for batch in step.batches for name in batch.sample_ids)
+            consumed |= steps[-1].consumed
+        assert found == expected, f"{world_size} ranks, {workers} workers"
+        assert sorted(consumed) == list(range(NUM_LANES))
+
+
+def test_batches_of_workers_equal_those_of_the_main_process(make_mixture, processor):
+    plain = _steps(make_mixture(), processor, 3, micro=2)
+    other = _steps(make_mixture(), processor, 3, micro=2, workers=2)
+    for found, expected in zip(other, plain, strict=True):
+        assert found.consumed == expected.consumed
+        for batch, reference in zip(found.batches, expected.batches, strict=True):
+            _assert_batches_equal(batch, reference)
+            assert batch.input_ids_BT.shape[0] == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop", [1, 4])
+def test_resuming_from_consumed_continues_with_the_same_packs(make_mixture, processor, stop, workers):
+    whole = _steps(make_mixture(), processor, 7)
+    consumed = [whole[stop - 1].consumed[lane] for lane in range(NUM_LANES)]
+    resumed = _steps(make_mixture(), processor, 7 - stop, consumed=consumed, workers=workers)
+    for found, expected in zip(resumed, whole[stop:], strict=True):
+        assert found.consumed == expected.consumed
+        for batch, reference in zip(found.batches, expected.batches, strict=True):
+            _assert_batches_equal(batch, reference)
+
+
+def test_equal_seeds_give_equal_samples_and_another_seed_another_order(make_mixture):
+    first, again, other = make_mixture(seed=3), make_mixture(seed=3), make_mixture(seed=4)
+    # Positions are read in different orders, since lanes of different ranks do so.
+    forward = [first.draw(position) for position in range(46)]
+    backward = [again.draw(position) for position in reversed(range(46))][::-1]
+    assert [d.sample.sample_id for d in forward] == [d.sample.sample_id for d in backward]
+    assert [d.point_seed for d in forward] == [d.point_seed for d in backward]
+    order = [_item(d.sample.sample_id) for d in forward[:23]]
+    assert order != [_item(other.draw(position).sample.sample_id) for position in range(23)]
+    assert order != [_item(d.sample.sample_id) for d in forward[23:]], "epochs are shuffled anew"
+    assert len({d.point_seed for d in forward}) == 46
+    assert len({d.sample.sample_id for d in forward}) == 46, "an item is drawn anew in every epoch"
+
+
+@pytest.mark.parametrize(
+    ("length", "repeat", "share"), [(3, 2.4, 7), (10, 0.3, 3), (100, 0.29, 29), (5, 0.0, 0), (3, 1.0, 3), (7, 3.0, 21)]
+)
+def test_fractional_repeats_take_whole_rounds_and_a_random_rest(make_mixture, length, repeat, share):
+    mixture = make_mixture(lengths=(4, length), repeats=(1.0, repeat))
+    assert mixture.epoch_length == 4 + share
+    rests = set()
+    for epoch in range(6):
+        positions = range(epoch * mixture.epoch_length, (epoch + 1) * mixture.epoch_length)
+        drawn = [mixture.draw(position) for position in positions]
+        assert {d.epoch for d in drawn} == {epoch}
+        counts = Counter(_item(d.sample.sample_id) for d in drawn)
+        assert [counts[f"a/{index}"] for index in range(4)] == [1] * 4
+        own = [counts[f"b/{index}"] for index in range(length)]
+        assert sum(own) == share
+        assert max(own) - min(own) <= 1
+        rests.add(tuple(own))
+    assert (len(rests) > 1) == bool(share % length)
+
+
+def test_copies_of_an_item_in_one_epoch_are_drawn_differently(make_mixture):
+    mixture = make_mixture(lengths=(3,), repeats=(2.0,))
+    assert len({mixture.draw(position).sample.sample_id for position in range(6)}) == 6
+
+
+@pytest.mark.parametrize(
+    ("lengths", "repeats", "message"),
+    [((4,), (-0.5,), "data.repeats.a is -0.5"), ((4,), (0.0,), "hold no item"), ((0,), (1.0,), "hold no item")],
+)
+def test_a_mixture_without_items_or_with_negative_repeats_is_refused(make_mixture, lengths, repeats, message):
+    with pytest.raises(DataError, match=message):
+        make_mixture(lengths=lengths, repeats=repeats)
+
+
+def test_repeats_of_an_unknown_source_are_refused(image_paths):
+    with pytest.raises(DataError, match=r"names \['b'\], but data.sources holds \['a'\]"):
+        Mixture({"a": DrawnSource("a", 3, image_paths)}, {"b": 2.0}, seed=0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_longer_than_a_pack_stops_with_its_name(make_mixture, processor, workers):
+    share = LaneShare(num_lanes=1, rank=0, world_size=1, packs_per_micro_batch=1)
+    settings = PackingSettings(token_budget=30)
+    stream = training_batches(make_mixture(), processor, settings, share, consumed=[0], num_workers=workers)
+    with pytest.raises(DataError, match=r"a/\d+/\d+: \d+ tokens found, at most data.packing.token_budget = 30"):
+        list(islice(stream, 23))
+
+
+def test_a_sample_of_exactly_the_budget_is_packed(make_mixture, processor):
+    example = LaneStream(make_mixture(), processor, SETTINGS, lane=0, num_lanes=1).example(0)
+    exact = PackingSettings(token_budget=len(example))
+    pack = next(iter(LaneStream(make_mixture(), processor, exact, lane=0, num_lanes=100)))
+    assert [e.sample_id for e in pack.examples] == [example.sample_id]
+
+
+@pytest.mark.parametrize(("num_lanes", "world_size", "micro"), [(6, 4, 1), (4, 1, 3), (4, 2, 4), (1, 2, 1)])
+def test_lanes_that_do_not_divide_over_ranks_are_refused(num_lanes, world_size, micro):
+    message = f"data.packs_per_step is {num_lanes}; with {world_size} processes"
+    with pytest.raises(DataError, match=f"{message}.* must be a multiple of {world_size * micro}"):
+        LaneShare(num_lanes=num_lanes, rank=0, world_size=world_size, packs_per_micro_batch=micro)
+
+
+def test_ranks_share_out_all_lanes():
+    shares = [LaneShare(num_lanes=8, rank=rank, world_size=2, packs_per_micro_batch=2) for rank in range(2)]
+    assert [share.lanes for share in shares] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert [share.accumulation for share in shares] == [2, 2]
+
+
+@pytest.mark.parametrize(("requested", "lanes", "usable"), [(0, 4, 0), (3, 4, 2), (4, 4, 4), (9, 4, 4), (5, 7, 1)])
+def test_workers_are_reduced_until_they_share_the_lanes_evenly(requested, lanes, usable):
+    assert usable_workers(requested, lanes) == usable
+
+
+@pytest.fixture
+def examples(processor, draw_sample):
+    """Two samples with masks, one of them with two branches, one without an image, one with an image only."""
+    rng = np.random.default_rng(8)
+    drawn = [
+        draw_sample(rng, size_hw=(16, 24), masks_per_turn=(1, 2), prompts=(3,), sample_id="two turns"),
+        draw_sample(rng, size_hw=None, masks_per_turn=(0,), sample_id="text only"),
+        draw_sample(rng, size_hw=(40, 8), masks_per_turn=(1,), prompts=(5,), sample_id="tall"),
+        draw_sample(rng, size_hw=(8, 8), masks_per_turn=(0,), sample_id="no mask"),
+    ]
+    encoded = [processor.encode_sample(sample, image, independent_turns=True) for sample, image in drawn]
+    return [replace(example, point_seed=100 + index) for index, example in enumerate(encoded)]
+
+
+def test_tokens_of_a_batch_are_those_of_its_samples_in_order(make_batch, examples):
+    batch = make_batch(examples[:2], examples[2:])
+    assert batch.sample_ids == ("two turns", "text only", "tall", "no mask")
+    for index, example in enumerate(examples):
+        own = batch.sample_index_BT == index
+        assert torch.equal(batch.input_ids_BT[own], example.input_ids_T)
+        assert torch.equal(batch.position_ids_2BT[:, own], example.position_ids_2T)
+        assert torch.equal(batch.branch_ids_BT[own], example.branch_ids_T)
+        assert torch.equal(batch.in_image_BT[own], example.in_image_T)
+        assert torch.equal(batch.prompt_ids_BT[own], example.prompt_ids_T)
+        rows = own.any(1).nonzero()
+        assert rows.tolist() == [[index // 2]]
+
+
+def test_every_image_reads_its_own_patches(make_batch, examples):
+    batch = make_batch(examples[:2], examples[2:])
+    for index, example in enumerate(examples):
+        indices = batch.patch_index_BT[(batch.sample_index_BT == index) & (batch.patch_index_BT >= 0)]
+        assert torch.equal(batch.patches_SK[indices], example.patches_PK)
+    assert sorted(batch.patch_index_BT[batch.patch_index_BT >= 0].tolist()) == list(range(6 + 5 + 1))
+    assert batch.grids == ((2, 3), (5, 1), (1, 1))
+    assert batch.image_samples == (0, 2, 3)
+    assert batch.masks_per_image == (3, 1, 0)
+    assert batch.point_seeds == (100, 102, 103)
+
+
+def test_padding_belongs_to_no_sample(make_batch, examples):
+    batch = make_batch(examples[1:2], examples[:1])
+    length = len(examples[1])
+    assert batch.input_ids_BT.shape == (2, len(examples[0]))
+    padding = {"sample_index_BT": -1, "patch_index_BT": -1, "prompt_ids_BT": -1, "branch_ids_BT": 0, "in_image_BT": 0}
+    for name, value in padding.items():
+        assert set(getattr(batch, name)[0, length:].tolist()) == {value}, name
+    assert batch.sample_index_BT[1].tolist() == [1] * len(examples[0])
+    assert int(batch.logit_positions_M2[batch.logit_positions_M2[:, 0] == 0, 1].max()) == length - 2
+
+
+def test_padding_that_looks_like_seg_makes_no_mask(processor, make_batch, examples):
+    # The tokenizer may give [SEG] any id, also that of padding.
+    batch = make_batch(examples[1:2], examples[:1])
+    assert len(batch.seg_positions_N2) == 3
+    rows, tokens = batch.seg_positions_N2.unbind(1)
+    assert set(batch.input_ids_BT[rows, tokens].tolist()) == {processor.seg_id}
+    assert rows.tolist() == [1, 1, 1]
+    assert tokens.tolist() == sorted(tokens.tolist())
+
+
+def test_supervision_never_crosses_samples_or_branches(make_batch, examples):
+    batch = make_batch(examples[:2], examples[2:])
+    rows, tokens = batch.logit_positions_M2.unbind(1)
+    for array in (batch.sample_index_BT, batch.branch_ids_BT):
+        assert torch.equal(array[rows, tokens], array[rows, tokens + 1])
+    assert torch.equal(batch.input_ids_BT[rows, tokens + 1], batch.targets_M)
+    assert torch.equal(batch.sample_index_BT[rows, tokens], batch.target_samples_M)
+    for index, example in enumerate(examples):
+        expected = example.labels_T[example.labels_T != IGNORE_LABEL]
+        assert torch.equal(batch.targets_M[batch.target_samples_M == index], expected)
+
+
+def test_masks_stay_with_their_seg_tokens(make_batch, examples):
+    batch = make_batch(examples[2:], examples[:2])
+    owners = batch.sample_index_BT[tuple(batch.seg_positions_N2.unbind(1))]
+    assert owners.tolist() == [0, 2, 2, 2]
+    assert [tuple(mask.shape) for mask in batch.masks] == [(40, 8), (16, 24), (16, 24), (16, 24)]
+    expected = [*examples[2].masks, *examples[0].masks]
+    for mask, original in zip(batch.masks, expected, strict=True):
+        np.testing.assert_array_equal(mask.numpy(), original)
+
+
+def test_moving_a_batch_keeps_every_field(make_batch, examples):
+    batch = make_batch(examples)
+    _assert_batches_equal(batch.to("cpu"), batch)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (lambda b: {"masks": b.masks[1:]}, "masks, .SEG. positions and the sum over images differ"),
+        (lambda b: {"seg_positions_N2": b.seg_positions_N2[1:]}, "masks, .SEG. positions"),
+        (lambda b: {"masks_per_image": (3, 1, 1)}, "masks, .SEG. positions"),
+        (lambda b: {"masks_per_image": (3, 1)}, "every image needs its number of masks"),
+        (lambda b: {"patches_SK": b.patches_SK[1:]}, "11 patches, grids hold 12"),
+        (lambda b: {"grids": b.grids[:2]}, "12 patches, grids hold 11"),
+        (lambda b: {"point_seeds": (1,)}, "exactly one owner"),
+        (lambda b: {"image_samples": (0, 1, 2, 3)}, "exactly one owner"),
+        (lambda b: {"targets_M": b.targets_M[1:]}, "supervision differs"),
+        (lambda b: {"branch_ids_BT": b.branch_ids_BT[:, 1:]}, "branch_ids_BT is"),
+        (lambda b: {"position_ids_2BT": b.position_ids_2BT[:1]}, "1, 1"),
+    ],
+)
+def test_a_batch_with_broken_counts_is_refused(make_batch, examples, changes, message):
+    batch = make_batch(examples)
+    with pytest.raises(AssertionError, match=message):
+        replace(batch, **changes(batch))
