@@ -16,7 +16,7 @@ Axis letters: B rows of a packed batch, T tokens, P patches of one image, S patc
 flattened patch (3 * patch_size ** 2), N masks, H W pixels. Sizes are always (height, width).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -204,15 +204,13 @@ class Batch:
 
     def model_inputs(self) -> dict[str, Any]:
         """Return the keyword arguments of the model's forward that this batch provides."""
-        names = ("input_ids_BT", "position_ids_2BT", "sample_index_BT", "branch_ids_BT", "in_image_BT")
-        names += ("patch_index_BT", "prompt_ids_BT", "patches_SK", "grids", "seg_positions_N2", "masks_per_image")
-        names += ("logit_positions_M2",)
-        return {name: getattr(self, name) for name in names}
+        tokens = ["input_ids_BT", "position_ids_2BT", "sample_index_BT", "branch_ids_BT", "in_image_BT"]
+        images = ["patch_index_BT", "prompt_ids_BT", "patches_SK", "grids", "seg_positions_N2", "masks_per_image"]
+        return {name: getattr(self, name) for name in (*tokens, *images, "logit_positions_M2")}
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch with every tensor on `device`."""
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        kept = {name: value for name, value in vars(self).items() if name not in moved and name != "masks"}
-        return Batch(**moved, **kept, masks=tuple(mask.to(device, non_blocking=True) for mask in self.masks))
+        return replace(self, **moved, masks=tuple(mask.to(device, non_blocking=True) for mask in self.masks))

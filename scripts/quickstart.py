@@ -39,9 +39,14 @@ def run(*command: str) -> float:
     return time.monotonic() - started
 
 
-def launch(script: str, *overrides: str) -> float:
-    """Run a script with one process per GPU, or with two processes where there is none."""
-    processes = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
+def num_processes(packs_per_step: int) -> int:
+    """Return one process per GPU, or two where there is none, as far as they can share the global batch evenly."""
+    wanted = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
+    return max(number for number in range(1, wanted + 1) if packs_per_step % number == 0)
+
+
+def launch(processes: int, script: str, *overrides: str) -> float:
+    """Run a script in several processes."""
     return run(
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"),
         *(script, *overrides),
@@ -59,11 +64,14 @@ def main() -> None:
         arguments = ("--refer-root", str(data), "--dataset", "refshapes", "--out", str(data / "tokenizer"))
         run(sys.executable, "tools/make_tokenizer.py", *arguments)
     timing = Timing(run_dir / "timing.json")
+    processes = num_processes(config.data.packs_per_step)
     if not timing.has("train"):
-        timing.add("train", launch("scripts/train.py", *overrides))
+        micro = min(config.data.packs_per_micro_batch, config.data.packs_per_step // processes)
+        share = f"data.packs_per_micro_batch={micro}"
+        timing.add("train", launch(processes, "scripts/train.py", *overrides, share))
     if not timing.has("evaluate"):
         options = (f"checkpoint={run_dir}", f"evals=[{EVALS}]", f"predict.prompt={config.predict.prompt}")
-        timing.add("evaluate", launch("scripts/evaluate.py", *options, f"output={run_dir / 'evaluation'}"))
+        timing.add("evaluate", launch(processes, "scripts/evaluate.py", *options, f"output={run_dir / 'evaluation'}"))
     report(config, run_dir, timing)
     print(f"\nReport: {run_dir / 'report.html'}  scores: {run_dir / 'metrics.json'}")
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from running import data_root  # noqa: F401, a fixture for all tests
 
 from pixel_sail.data.collate import collate
 from pixel_sail.data.packing import Pack

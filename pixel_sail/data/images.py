@@ -12,7 +12,6 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pixel_sail.types import DataError, SizeHW
 
-
 EXIF_TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

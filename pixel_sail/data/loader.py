@@ -75,14 +75,21 @@ class LaneDataset(IterableDataset):
             for lane in lanes
         ]
 
-    def __iter__(self) -> Iterator[Pack]:
-        """Yield this worker's packs; worker w of W owns every W-th lane, which the loader reads in turn."""
+    def __iter__(self) -> Iterator[Pack | DataError]:
+        """Yield this worker's packs; worker w of W owns every W-th lane, which the loader reads in turn.
+
+        Wrong data is yielded instead of raised, or torch would bury its message under the worker's traceback.
+        """
         info = get_worker_info()
         own = self.streams if info is None else self.streams[info.id :: info.num_workers]
         iterators = [iter(stream) for stream in own]
         while True:
             for iterator in iterators:
-                yield next(iterator)
+                try:
+                    yield next(iterator)
+                except DataError as error:
+                    yield error
+                    return
 
 
 def usable_workers(requested: int, num_lanes: int) -> int:
@@ -107,7 +114,12 @@ def training_batches(
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None)
     packs = iter(loader)
     while True:
-        step = [next(packs) for _ in share.lanes]
+        step: list[Pack] = []
+        for _ in share.lanes:
+            pack = next(packs)
+            if isinstance(pack, DataError):
+                raise pack
+            step.append(pack)
         groups = [step[i : i + share.packs_per_micro_batch] for i in range(0, len(step), share.packs_per_micro_batch)]
         yield StepData(
             batches=[collate(group, seg_id=processor.seg_id) for group in groups],

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from pixel_sail.data.images import load_image
 from pixel_sail.data.masks import decode_rle
@@ -101,10 +101,35 @@ def write_report(
             text += [f"**{caption}**", "", f"![{case.expression.text}]({name})", ""]
             page.append(_figure(case, data))
         page.append("</div>")
+    _save_png(
+        folder / "montage.png", montage([shown[i] for shown in cases.values() for i in range(min(2, len(shown)))])
+    )
     replace_text(folder / "report.md", "\n".join(text) + "\n")
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
     view = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     replace_text(folder / "report.html", "\n".join([head, view, f"<style>{STYLE}</style>", *page, "</html>"]) + "\n")
+
+
+def montage(cases: Sequence[Case], columns: int = 2, width: int = 640) -> Picture:
+    """Return the pictures of several cases in a grid, each enlarged to `width` and captioned with its expression."""
+    cells = []
+    for case in cases:
+        picture = Image.fromarray(case.picture())
+        picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.NEAREST)
+        cell = Image.new("RGB", (width + 16, picture.height + 44), "white")
+        cell.paste(picture, (8, 34))
+        caption = f'"{case.expression.text}"   IoU {case.iou:.2f}'
+        ImageDraw.Draw(cell).text((8, 8), caption, fill="black", font=ImageFont.load_default(18))
+        cells.append(np.asarray(cell))
+    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
+    height = [max(cell.shape[0] for cell in row) for row in rows]
+    page = np.full((sum(height), columns * (width + 16), 3), 255, dtype=np.uint8)
+    for index, row in enumerate(rows):
+        top = sum(height[:index])
+        for column, cell in enumerate(row):
+            left = column * (width + 16)
+            page[top : top + cell.shape[0], left : left + cell.shape[1]] = cell
+    return page
 
 
 def _figure(case: Case, png: bytes) -> str:

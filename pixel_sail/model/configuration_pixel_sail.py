@@ -33,11 +33,6 @@ class Architecture:
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
     """Standard deviation of the normal initialisation of the decoder and of the embeddings."""
-    attention_gain: float = 1.0
-    """Factor on the random query and key weights; only a model that starts from nothing uses it (see
-    `_init_weights`)."""
-    recency_bias: float = 0.0
-    """Strength of the random start's preference for near tokens, through the query and key biases."""
     patch_size: int = 16
     """Side of a square patch, pixels."""
     max_long_side: int = 1024

@@ -1,0 +1,44 @@
+"""How the end-to-end tests start the project's commands, and the small benchmark they use."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pixel_sail.data.sources.refer import expressions, load_refer
+from pixel_sail.model.tokenization import train_tokenizer
+from pixel_sail.refshapes import RefShapesSpec, write_refshapes
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    write_refshapes(root / "refshapes", RefShapesSpec(seed=3, num_train=10, num_eval=3), num_workers=1)
+    texts = [item.text for item in expressions(load_refer(root / "refshapes", "refshapes", "train"))]
+    train_tokenizer(texts, vocab_size=400, num_visual_prompts=15).save_pretrained(str(root / "refshapes" / "tokenizer"))
+    return root
+
+
+def environment(data_root: Path) -> dict[str, str]:
+    return os.environ | {"PIXEL_SAIL_DATA": str(data_root), "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "offline"}
+
+
+def launcher(name: str, port: int) -> list[str]:
+    return {
+        "python": [sys.executable],
+        "torchrun": [str(BIN / "torchrun"), "--nproc-per-node=2", f"--master-port={port}"],
+        "accelerate": [
+            *(str(BIN / "accelerate"), "launch", "--cpu", "--num_processes=2", "--num_machines=1"),
+            *("--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"),
+        ],
+        "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators=2", f"--master_port={port}"],
+    }[name]
+
+
+def start(command: list[str], data_root: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(command, cwd=ROOT, env=environment(data_root), capture_output=True, text=True, timeout=280)

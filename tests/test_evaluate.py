@@ -1,0 +1,148 @@
+"""Scoring a checkpoint: every expression once, continued after a kill, equal over ranks and to the scoring tool."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from running import ROOT, launcher, start
+
+from pixel_sail.config import AskConfig, ConfigError, EvalConfig, PredictConfig, load_config
+from pixel_sail.data.masks import decode_rle
+from pixel_sail.evaluation import refer_seg
+from pixel_sail.evaluation.ask import ask_files
+from pixel_sail.evaluation.predict import Predictor
+from pixel_sail.evaluation.predictions import read_predictions
+from pixel_sail.evaluation.run import run_evals
+from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
+from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
+from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
+from pixel_sail.model.tokenization import load_tokenizer, model_token_ids
+from pixel_sail.types import DataError
+
+
+@pytest.fixture(scope="module")
+def checkpoint(data_root, tmp_path_factory):
+    """An exported random model whose every answer holds a [SEG], so that there are masks to score."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "export"
+    tokenizer = load_tokenizer(data_root / "refshapes" / "tokenizer", num_visual_prompts=15)
+    config = PixelSailConfig(
+        vocab_size=len(tokenizer),
+        token_ids=model_token_ids(tokenizer, num_visual_prompts=15),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        mask_dim=16,
+        initializer_range=0.2,
+    )
+    model = PixelSailForSegmentation(config).eval()
+    model.save_pretrained(folder)
+    PixelSailProcessor.for_model(tokenizer, config).save_pretrained(folder)
+    return folder
+
+
+def evaluate(checkpoint, data_root, output, *overrides, by="python", port=29650):
+    command = [*launcher(by, port), "scripts/evaluate.py", f"checkpoint={checkpoint}", f"output={output}"]
+    options = ("evals=[refshapes_val,grefshapes_val]", "predict.answer=forced", "progress=false")
+    done = start([*command, *options, *overrides], data_root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def lines(output: Path, name: str) -> list[str]:
+    return (output / name / "predictions.jsonl").read_text().splitlines()
+
+
+def test_one_and_two_processes_write_the_same_predictions(checkpoint, data_root, tmp_path):
+    evaluate(checkpoint, data_root, tmp_path / "one")
+    evaluate(checkpoint, data_root, tmp_path / "two", by="torchrun")
+    for name in ("refshapes_val", "grefshapes_val"):
+        assert lines(tmp_path / "one", name) == lines(tmp_path / "two", name)
+        assert len(lines(tmp_path / "one", name)) > 5
+
+
+def test_the_scoring_tool_prints_the_numbers_of_the_evaluation(checkpoint, data_root, tmp_path):
+    printed = json.loads(evaluate(checkpoint, data_root, tmp_path / "out"))
+    command = [sys.executable, "tools/score.py", "--predictions", tmp_path / "out/refshapes_val/predictions.jsonl"]
+    command += ["--refer-root", data_root / "refshapes", "--dataset", "refshapes", "--split", "val"]
+    scored = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(scored.stdout) == printed["refshapes_val"]
+
+
+def test_an_interrupted_evaluation_asks_only_what_is_missing(checkpoint, data_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
+    options = [f"checkpoint={checkpoint}", f"output={tmp_path / 'out'}", "evals=[refshapes_val]", "progress=false"]
+    config = load_config("evaluate", EvalConfig, options)
+    whole = run_evals(config)
+    expected = lines(tmp_path / "out", "refshapes_val")
+    part = tmp_path / "out" / "refshapes_val" / "part-0.jsonl"
+    kept = part.read_bytes()[: part.stat().st_size // 2]
+    part.write_bytes(kept)
+    asked = []
+    ask = Predictor.ask
+
+    def counting(self, image, questions, prompts=()):
+        asked.extend(questions)
+        return ask(self, image, questions, prompts)
+
+    monkeypatch.setattr(Predictor, "ask", counting)
+    assert run_evals(config) == whole
+    assert lines(tmp_path / "out", "refshapes_val") == expected
+    assert len(asked) == len(expected) - kept.count(b"\n")
+
+
+def test_predictions_of_other_weights_are_not_continued(checkpoint, data_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
+    options = [f"checkpoint={checkpoint}", f"output={tmp_path / 'out'}", "evals=[refshapes_val]", "progress=false"]
+    run_evals(load_config("evaluate", EvalConfig, options))
+    with pytest.raises(ConfigError, match=r"protocol\.json"):
+        run_evals(load_config("evaluate", EvalConfig, [*options, "predict.mask=first"]))
+
+
+def test_expressions_asked_together_get_the_answers_they_get_alone(checkpoint, data_root):
+    predictor = Predictor.from_pretrained(checkpoint, config=PredictConfig(max_new_tokens=6))
+    items = refer_seg.load(root=data_root / "refshapes", dataset="refshapes", split="val")
+    group = refer_seg.by_image(items)[0]
+    together = list(refer_seg.predict_image(predictor, group))
+    alone = [next(iter(refer_seg.predict_image(predictor, [item]))) for item in group]
+    assert [p.answer for p in together] == [p.answer for p in alone]
+
+
+def test_a_missing_checkpoint_and_a_wrong_split_are_named(checkpoint, data_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
+    with pytest.raises(ConfigError, match="nowhere"):
+        run_evals(load_config("evaluate", EvalConfig, ["checkpoint=nowhere", "evals=[refshapes_val]"]))
+    options = [f"checkpoint={checkpoint}", "evals=[refshapes_val]", "evals.refshapes_val.split=validation"]
+    with pytest.raises(DataError, match="validation"):
+        run_evals(load_config("evaluate", EvalConfig, options))
+
+
+def test_a_question_about_an_image_leaves_json_and_picture(checkpoint, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    options = [f"checkpoint={checkpoint}", f"image={tmp_path / 'photo.png'}", f"output={tmp_path / 'out'}"]
+    options += ["question='Please segment the star.'", "predict.answer=forced", "boxes=[[5,5,40,30]]"]
+    ((path, reply),) = list(ask_files(load_config("predict", AskConfig, options)))
+    assert path.name == "photo.png" and reply.masks_NHW.shape == (1, 60, 90)
+    record = json.loads((tmp_path / "out" / "photo.json").read_text())
+    assert (decode_rle(record["masks"][0]) == reply.masks_NHW[0]).all()
+    assert Image.open(tmp_path / "out" / "photo.png").size == (90, 60)
+
+
+@pytest.mark.parametrize("option", ["boxes=[[5,5,400,30]]", "points=[[-1,3]]", "boxes=[[5,5]]"])
+def test_a_visual_prompt_outside_the_image_is_an_error(checkpoint, tmp_path, option):
+    Image.new("RGB", (90, 60)).save(tmp_path / "photo.png")
+    options = [f"checkpoint={checkpoint}", f"image={tmp_path / 'photo.png'}", f"output={tmp_path / 'out'}"]
+    with pytest.raises(ConfigError, match="inside the image"):
+        list(ask_files(load_config("predict", AskConfig, [*options, "question=x", option])))
+
+
+def test_predictions_carry_what_was_asked_and_answered(checkpoint, data_root, tmp_path):
+    evaluate(checkpoint, data_root, tmp_path / "out")
+    predictions = read_predictions(tmp_path / "out" / "refshapes_val" / "predictions.jsonl")
+    items = refer_seg.load(root=data_root / "refshapes", dataset="refshapes", split="val")
+    assert [(p.ref_id, p.sent_id, p.text) for p in predictions] == [(i.ref_id, i.sent_id, i.text) for i in items]
+    assert all(p.answer.startswith("It is [SEG].") and p.segmentation is not None for p in predictions)

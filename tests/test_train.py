@@ -1,0 +1,138 @@
+"""Training end to end, as a user starts it: exact continuation, every launcher, clear failures."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from running import ROOT, environment, launcher, start
+
+SMALL = (
+    "experiment=quickstart",
+    "model.architecture.hidden_size=32",
+    "model.architecture.intermediate_size=64",
+    "model.architecture.num_hidden_layers=2",
+    "model.architecture.mask_dim=16",
+    "data.sources.refshapes.expressions_per_image=3",
+    "data.sources.groupshapes.expressions_per_image=2",
+    "data.packs_per_step=4",
+    "data.packs_per_micro_batch=2",
+    "loss.points.num_points=64",
+    "optim.steps=6",
+    "log.every=1",
+    "log.tensorboard=false",
+    "log.progress=false",
+    "evals=[]",
+)
+
+
+def train(data_root: Path, run_dir: Path, *overrides: str, by: str = "python", port: int = 29611) -> str:
+    done = start([*launcher(by, port), "scripts/train.py", *SMALL, f"run_dir={run_dir}", *overrides], data_root)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stderr
+
+
+def log_lines(run_dir: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def test_six_steps_equal_three_steps_and_three_more_bit_for_bit(data_root, tmp_path):
+    train(data_root, tmp_path / "whole", "data.num_workers=2", "deepspeed=none")
+    train(data_root, tmp_path / "parts", "data.num_workers=2", "deepspeed=none", "checkpoint.stop_after=3")
+    assert len(log_lines(tmp_path / "parts")) == 3
+    train(data_root, tmp_path / "parts", "data.num_workers=1", "deepspeed=none")
+    assert log_lines(tmp_path / "parts") == log_lines(tmp_path / "whole")
+    weights = [tmp_path / run / "export" / "model.safetensors" for run in ("whole", "parts")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_two_processes_with_sharded_optimizer_continue_bit_for_bit(data_root, tmp_path):
+    train(data_root, tmp_path / "whole", by="torchrun")
+    train(data_root, tmp_path / "parts", "checkpoint.stop_after=3", by="torchrun")
+    train(data_root, tmp_path / "parts", by="torchrun")
+    assert log_lines(tmp_path / "parts") == log_lines(tmp_path / "whole")
+    weights = [tmp_path / run / "export" / "model.safetensors" for run in ("whole", "parts")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_killed_run_goes_on_with_the_same_log(data_root, tmp_path):
+    overrides = ("deepspeed=none", "optim.steps=30", "checkpoint.every=4")
+    train(data_root, tmp_path / "whole", *overrides)
+    command = [sys.executable, "scripts/train.py", *SMALL, f"run_dir={tmp_path / 'killed'}", *overrides]
+    log_file = tmp_path / "killed" / "log.jsonl"
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(data_root), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (log_file.is_file() and len(log_file.read_text().splitlines()) >= 10):
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    train(data_root, tmp_path / "killed", *overrides)
+    assert log_lines(tmp_path / "killed") == log_lines(tmp_path / "whole")
+
+
+def test_every_launcher_starts_the_same_run(data_root, tmp_path):
+    for index, name in enumerate(("python", "torchrun", "accelerate", "deepspeed")):
+        train(data_root, tmp_path / name, "optim.steps=3", by=name, port=29620 + index)
+    first = log_lines(tmp_path / "torchrun")
+    assert len(first) == 3
+    for name in ("accelerate", "deepspeed"):
+        assert log_lines(tmp_path / name) == first
+    # One process sums in another order, so the last digits differ.
+    for line, expected in zip(log_lines(tmp_path / "python"), first, strict=True):
+        assert line == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_samples(data_root, tmp_path):
+    overrides = ("deepspeed=none", "optim.lr=1e30", "optim.warmup_fraction=0", "checkpoint.every=1")
+    command = [sys.executable, "scripts/train.py", *SMALL, f"run_dir={tmp_path / 'run'}", *overrides]
+    done = start(command, data_root)
+    assert done.returncode == 2
+    assert "not finite" in done.stderr and "shapes/train/image=" in done.stderr
+    assert not list((tmp_path / "run").rglob(".writing_*"))
+
+
+def test_a_used_run_folder_is_refused_when_it_must_be_new(data_root, tmp_path):
+    train(data_root, tmp_path / "run", "deepspeed=none", "optim.steps=1")
+    command = [sys.executable, "scripts/train.py", *SMALL, f"run_dir={tmp_path / 'run'}", "checkpoint.resume=never"]
+    done = start([*command, "deepspeed=none"], data_root)
+    assert done.returncode == 2 and "checkpoint.resume=never" in done.stderr
+
+
+def test_a_run_is_not_continued_with_another_configuration(data_root, tmp_path):
+    train(data_root, tmp_path / "run", "deepspeed=none", "checkpoint.stop_after=1")
+    command = [sys.executable, "scripts/train.py", *SMALL, f"run_dir={tmp_path / 'run'}", "deepspeed=none"]
+    done = start([*command, "optim.lr=0.5"], data_root)
+    assert done.returncode == 2
+    assert "optim.lr" in done.stderr and "0.5" in done.stderr
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_bad_image_ends_the_run_with_its_name(data_root, tmp_path, damage):
+    broken = tmp_path / "data"
+    shutil.copytree(data_root, broken)
+    for path in (broken / "refshapes" / "images" / "train2014").glob("*.jpg"):
+        if damage == "missing":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:400])
+    command = [sys.executable, "scripts/train.py", *SMALL, f"run_dir={tmp_path / 'run'}", "deepspeed=none"]
+    done = start(command, broken)
+    assert done.returncode == 2, done.stderr[-2000:]
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith("DataError:") and "COCO_train2014_" in message and "shapes/train/image=" in message
+    assert not (tmp_path / "run" / "export").exists()
+
+
+def test_an_unknown_key_ends_before_anything_is_written(data_root, tmp_path):
+    command = [sys.executable, "scripts/train.py", *SMALL, f"run_dir={tmp_path / 'run'}", "optim.learning=1"]
+    done = start(command, data_root)
+    assert done.returncode == 2 and "optim.learning" in done.stderr
+    assert not (tmp_path / "run").exists()
