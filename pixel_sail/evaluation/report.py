@@ -101,9 +101,7 @@ def write_report(
             text += [f"**{caption}**", "", f"![{case.expression.text}]({name})", ""]
             page.append(_figure(case, data))
         page.append("</div>")
-    _save_png(
-        folder / "montage.png", montage([shown[i] for shown in cases.values() for i in range(min(2, len(shown)))])
-    )
+    _save_png(folder / "montage.png", montage([case for shown in cases.values() for case in shown[:2]]))
     replace_text(folder / "report.md", "\n".join(text) + "\n")
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
     view = '<meta name="viewport" content="width=device-width, initial-scale=1">'
