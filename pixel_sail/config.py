@@ -222,8 +222,8 @@ class EvalConfig:
 
     checkpoint: str = MISSING
     """Exported folder, or a run folder (its `export`)."""
-    output: str = "${checkpoint}/../evaluation"
-    """Folder for predictions and results."""
+    output: str | None = None
+    """Folder for predictions and results; by default `evaluation` beside the exported folder."""
     precision: str = "fp32"
     paths: PathsConfig = field(default_factory=PathsConfig)
     predict: PredictConfig = field(default_factory=PredictConfig)

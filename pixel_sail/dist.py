@@ -6,6 +6,7 @@ plain `python` (one process), `torchrun`, `accelerate launch` and the `deepspeed
 
 import os
 import socket
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,17 @@ def ensure_launch_environment() -> None:
         port = probe.getsockname()[1]
     single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(single)
+
+
+def start_group() -> None:
+    """Join the process group the launcher described, if there is more than one process.
+
+    The time-out is long: ranks meet only at the end of an evaluation, and one may be slower by hours.
+    """
+    if launched_world_size() > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local_device())
+        dist.init_process_group(timeout=timedelta(hours=12))
 
 
 def rank() -> int:

@@ -3,9 +3,6 @@
 import json
 import logging
 import sys
-from datetime import timedelta
-
-import torch.distributed
 
 from pixel_sail import dist
 from pixel_sail.config import ConfigError, EvalConfig, command_line_overrides, load_config
@@ -19,8 +16,7 @@ def main() -> int:
     dist.ensure_launch_environment()
     try:
         config = load_config("evaluate", EvalConfig, command_line_overrides())
-        if dist.launched_world_size() > 1:
-            torch.distributed.init_process_group(timeout=timedelta(hours=12))
+        dist.start_group()
         results = run_evals(config)
         if dist.rank() == 0:
             print(json.dumps(results, indent=1))

@@ -124,9 +124,9 @@ def montage(cases: Sequence[Case], columns: int = 2, width: int = 640) -> Pictur
     page = np.full((sum(height), columns * (width + 16), 3), 255, dtype=np.uint8)
     for index, row in enumerate(rows):
         top = sum(height[:index])
-        for column, cell in enumerate(row):
+        for column, pixels in enumerate(row):
             left = column * (width + 16)
-            page[top : top + cell.shape[0], left : left + cell.shape[1]] = cell
+            page[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
     return page
 
 

@@ -39,7 +39,7 @@ def run_evals(config: EvalConfig) -> dict[str, dict[str, float | int]]:
         folder, config=config.predict, precision=config.precision, device=str(dist.local_device())
     )
     weights = sha256(folder / "model.safetensors")
-    output = Path(config.output)
+    output = folder.parent / "evaluation" if config.output is None else Path(config.output)
     results = {}
     for name, items in expressions.items():
         protocol = protocol_of(

@@ -230,7 +230,7 @@ class Describer:
         if not unique:
             return None
         minimal = [f for f in unique if not any(set(other) < set(f) for other in unique)]
-        options = unique if self.rng.random() < 0.6 else minimal
+        options = unique if self.rng.random() < 0.75 else minimal
         shortest = min(len(filters) for filters in minimal)
         options = [filters for filters in options if len(filters) <= shortest + 1]
         weights = np.cumsum([_naturalness(filters) for filters in options])
@@ -304,7 +304,7 @@ def _naturalness(filters: Filters) -> float:
     """
     values = dict(filters)
     weight = 1.0 if "shape" in values else 0.4
-    weight *= 1.0 if "colour" in values else 0.15
+    weight *= 1.0 if "colour" in values else 0.08
     return weight * (0.3 if values.get("texture") == "plain" else 1.0)
 
 
@@ -312,7 +312,7 @@ def _pick_filters(rng: np.random.Generator, item: SceneObject) -> Filters:
     """Return a short description of an object, whether or not it is unique."""
     options = (("shape",), ("colour",), ("colour", "shape"), ("size", "shape"), ("texture", "shape"), ("texture",),
                ("texture", "colour"), ("size", "colour"), ("size", "colour", "shape"))  # fmt: skip
-    names = options[int(np.searchsorted((0.12, 0.42, 0.75, 0.79, 0.83, 0.85, 0.88, 0.94), rng.random()))]
+    names = options[int(np.searchsorted((0.08, 0.42, 0.75, 0.79, 0.83, 0.85, 0.88, 0.94), rng.random()))]
     return _ordered({name: getattr(item, name) for name in names})
 
 

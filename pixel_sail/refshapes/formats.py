@@ -62,10 +62,10 @@ GENERATOR_VERSION = 1
 """Raise this whenever the same seed no longer gives the same bytes."""
 SPLITS = ("train", "val", "testA", "testB")
 RULES = {
-    "train": SceneRules(num_objects=(3, 6)),
-    "val": SceneRules(num_objects=(3, 6)),
-    "testA": SceneRules(num_objects=(5, 7)),
-    "testB": SceneRules(num_objects=(3, 6), num_held_out=(2, 3)),
+    "train": SceneRules(num_objects=(3, 5)),
+    "val": SceneRules(num_objects=(3, 5)),
+    "testA": SceneRules(num_objects=(4, 6)),
+    "testB": SceneRules(num_objects=(3, 5), num_held_out=(2, 3)),
 }
 IMAGE_FOLDER = Path("images") / "train2014"
 CATEGORY_ID = {shape: index + 1 for index, shape in enumerate(SHAPES)}
