@@ -241,9 +241,9 @@ class AskConfig:
     image: str = MISSING
     """Image file or folder of images."""
     question: str = MISSING
-    boxes: list[list[float]] = field(default_factory=list)
+    boxes: list[Any] = field(default_factory=list)
     """Visual prompts 0, 1, ... as (x0, y0, x1, y1) in pixels."""
-    points: list[list[float]] = field(default_factory=list)
+    points: list[Any] = field(default_factory=list)
     """Further visual prompts as (x, y) in pixels."""
     output: str = "runs/predict"
     precision: str = "fp32"

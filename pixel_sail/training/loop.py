@@ -36,7 +36,10 @@ Evaluate = Callable[[PixelSailForSegmentation, PixelSailProcessor, int, RunLog],
 """Scores the model after a step and logs the result; called on every rank."""
 
 FREE_KEYS = ("log", "checkpoint", "validation", "predict", "evals", "paths", "run_dir", "name", "deepspeed")
-"""What may change between the sessions of one run without changing its numbers."""
+"""Groups that may change between the sessions of one run without changing its numbers."""
+
+FREE_DATA_KEYS = ("num_workers", "packs_per_micro_batch")
+"""The same within `data`: how the work is shared out, not what it is."""
 
 
 def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
@@ -52,6 +55,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
     mixture = build_mixture(config.data, seed=config.seed)
     resolved = asdict(config)
     identity = {key: value for key, value in resolved.items() if key not in FREE_KEYS}
+    identity["data"] = {key: value for key, value in resolved["data"].items() if key not in FREE_DATA_KEYS}
     state, saved = TrainState(consumed=(0,) * share.num_lanes), None
     found = checkpoint.latest(checkpoints)
     if found is not None:
