@@ -32,6 +32,10 @@ def launcher(name: str, port: int) -> list[str]:
     return {
         "python": [sys.executable],
         "torchrun": [str(BIN / "torchrun"), "--nproc-per-node=2", f"--master-port={port}"],
+        "accelerate": [
+            *(str(BIN / "accelerate"), "launch", "--use_deepspeed", "--num_processes=2", "--num_machines=1"),
+            *("--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"),
+        ],
         "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators=2", f"--master_port={port}"],
     }[name]
 

@@ -78,12 +78,13 @@ def test_a_killed_run_goes_on_with_the_same_log(data_root, tmp_path):
     assert log_lines(tmp_path / "killed") == log_lines(tmp_path / "whole")
 
 
-def test_python_torchrun_and_deepspeed_start_the_same_run(data_root, tmp_path):
-    for index, name in enumerate(("python", "torchrun", "deepspeed")):
+def test_every_launcher_starts_the_same_run(data_root, tmp_path):
+    for index, name in enumerate(("python", "torchrun", "accelerate", "deepspeed")):
         train(data_root, tmp_path / name, "optim.steps=3", by=name, port=29620 + index)
     first = log_lines(tmp_path / "torchrun")
     assert len(first) == 3
-    assert log_lines(tmp_path / "deepspeed") == first
+    for name in ("accelerate", "deepspeed"):
+        assert log_lines(tmp_path / name) == first
     # One process sums in another order, so the last digits differ.
     for line, expected in zip(log_lines(tmp_path / "python"), first, strict=True):
         assert line == pytest.approx(expected, rel=1e-4)

@@ -5,13 +5,14 @@ loop, which is how the tests compare the two.
 """
 
 import logging
+import os
 from typing import Any
 
 from accelerate import Accelerator, DeepSpeedPlugin
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
 from pixel_sail import dist
-from pixel_sail.config import TrainConfig
+from pixel_sail.config import ConfigError, TrainConfig
 
 
 def deepspeed_dictionary(config: TrainConfig, accumulation: int) -> dict[str, Any]:
@@ -54,5 +55,14 @@ def build_accelerator(config: TrainConfig, accumulation: int) -> Accelerator:
     if not config.deepspeed.enabled:
         plugin = GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False)
         return Accelerator(gradient_accumulation_plugin=plugin, mixed_precision=mixed_precision)
+    # `accelerate launch --cpu` sets this variable, and accelerate then silently leaves DeepSpeed out. DeepSpeed finds
+    # out by itself that there is no GPU.
+    os.environ.pop("ACCELERATE_USE_CPU", None)
     plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_dictionary(config, accumulation))
-    return Accelerator(deepspeed_plugin=plugin, mixed_precision=mixed_precision)
+    accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision=mixed_precision)
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise ConfigError(
+            f"deepspeed.enabled is true, but under this launcher accelerate chose {accelerator.distributed_type}; "
+            "launch without its own --cpu or --fsdp options, or set deepspeed=none"
+        )
+    return accelerator
