@@ -265,8 +265,8 @@ def test_initialisation_follows_the_table(tiny_model):
     assert model.patch_embedding.patch_projection.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert model.decoder.layers[1].self_attn.q_proj.bias.abs().max() == 0
     assert bool((model.decoder.norm.weight == 1).all())
-    # PyTorch's default for a linear layer is uniform within 1 / sqrt(fan in), here 1 / 8.
-    assert model.mask_head.seg_projector[0].weight.abs().max().item() == pytest.approx(0.125, rel=0.02)
+    assert model.mask_head.seg_projector[0].weight.std().item() == pytest.approx(64**-0.5, rel=0.1)
+    assert model.mask_head.seg_projector[0].bias.abs().max() == 0
 
 
 def test_wide_decoders_are_projected_down_before_the_upsampler(make_config):

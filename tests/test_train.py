@@ -83,11 +83,11 @@ def test_every_launcher_starts_the_same_run(data_root, tmp_path):
         train(data_root, tmp_path / name, "optim.steps=3", by=name, port=29620 + index)
     first = log_lines(tmp_path / "torchrun")
     assert len(first) == 3
-    for name in ("accelerate", "deepspeed"):
-        assert log_lines(tmp_path / name) == first
-    # One process sums in another order, so the last digits differ.
-    for line, expected in zip(log_lines(tmp_path / "python"), first, strict=True):
-        assert line == pytest.approx(expected, rel=1e-4)
+    # Launchers give their processes different numbers of threads, and one process sums in another order than two, so the
+    # last digits may differ.
+    for name in ("accelerate", "deepspeed", "python"):
+        for line, expected in zip(log_lines(tmp_path / name), first, strict=True):
+            assert line == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_samples(data_root, tmp_path):
