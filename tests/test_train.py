@@ -83,7 +83,7 @@ def test_every_launcher_starts_the_same_run(data_root, tmp_path):
         train(data_root, tmp_path / name, "optim.steps=3", by=name, port=29620 + index)
     first = log_lines(tmp_path / "torchrun")
     assert len(first) == 3
-    # Launchers give their processes different numbers of threads, and one process sums in another order than two, so the
+    # Launchers give their processes different numbers of threads, and one process sums in another order than two: the
     # last digits may differ.
     for name in ("accelerate", "deepspeed", "python"):
         for line, expected in zip(log_lines(tmp_path / name), first, strict=True):
