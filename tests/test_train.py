@@ -84,10 +84,11 @@ def test_every_launcher_starts_the_same_run(data_root, tmp_path):
     first = log_lines(tmp_path / "torchrun")
     assert len(first) == 3
     # Launchers give their processes different numbers of threads, and one process sums in another order than two: the
-    # last digits may differ.
+    # last digits may differ. One process also groups the rows otherwise, which changes their padding and nothing else.
     for name in ("accelerate", "deepspeed", "python"):
         for line, expected in zip(log_lines(tmp_path / name), first, strict=True):
-            assert line == pytest.approx(expected, rel=1e-4)
+            without_padding = {key: value for key, value in line.items() if key != "padding_frac"}
+            assert without_padding == pytest.approx({key: expected[key] for key in without_padding}, rel=1e-4)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_samples(data_root, tmp_path):
