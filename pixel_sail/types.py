@@ -48,6 +48,8 @@ class Turn:
     question: str
     answer: str
     masks: tuple[BoolMask, ...] = ()
+    ignored: BoolMask | None = None
+    """Pixels that count neither as target nor as background, in all masks of the turn; None: every pixel counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,13 @@ class Source(Protocol):
         """Return item `index`; every random choice (sentences, wording, prompt ids) is drawn from `rng`."""
         ...
 
+    def image_path(self, index: int) -> Path | None:
+        """Return the image file of an item without opening it, None for a text-only item.
+
+        For whoever goes through all items: the leakage filter and the data check.
+        """
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Expression:
@@ -99,6 +108,62 @@ class Expression:
     image_hw: SizeHW
     text: str
     target: RLE | None
+    ignored: RLE | None = None
+    """Pixels that are not scored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionCaption:
+    """One marked region to be described, with what people wrote about it."""
+
+    item_id: str
+    image_path: Path
+    image_hw: SizeHW
+    region: RLE
+    references: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionChoice:
+    """One multiple-choice question about a marked region."""
+
+    item_id: str
+    image_path: Path
+    image_hw: SizeHW
+    region: RLE
+    question: str
+    """As in the file, with its options."""
+    answer: str
+    """The right option, as in the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualReferring:
+    """One question that mentions marked regions, answered by masks."""
+
+    item_id: str
+    image_path: Path
+    image_hw: SizeHW
+    question: str
+    """With <Prompt{k}> where the file names a region."""
+    regions: tuple[RLE, ...]
+    prompt_ids: tuple[int, ...]
+    """Which <Prompt{k}> each region is: its place among all tags of the item, so gaps occur."""
+    answer: str
+    targets: tuple[RLE, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroundedCaption:
+    """One image to be described with a mask for every phrase that can be seen."""
+
+    image_id: str
+    image_path: Path
+    image_hw: SizeHW
+    captions: tuple[str, ...]
+    phrases: tuple[str, ...]
+    masks: tuple[RLE, ...]
+    """One per phrase."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from shared_data import shared_data
 
-from pixel_sail.data.conversation import NO_TARGET_ANSWER, REFER_ANSWERS, REFER_QUESTIONS, referring_turn
 from pixel_sail.data.masks import decode_rle
 from pixel_sail.data.sources.refer import ReferSource, expressions, load, load_refer
+from pixel_sail.data.wording.referring import NO_TARGET_ANSWER, REFER_ANSWERS, REFER_QUESTIONS, referring_turn
 from pixel_sail.types import DataError
 
 BOX_A, BOX_B = [0, 0, 2, 0, 2, 2, 0, 2], [1, 1, 3, 1, 3, 3, 1, 3]

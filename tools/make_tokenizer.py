@@ -15,7 +15,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pixel_sail.data.conversation import (
+from pixel_sail.data.sources.refer import expressions, load_refer
+from pixel_sail.data.wording.referring import (
     FIXED_REFER_ANSWER,
     NO_TARGET_ANSWER,
     REFER_ANSWERS,
@@ -24,7 +25,6 @@ from pixel_sail.data.conversation import (
     SHORT_REFER_PROMPT,
     STANDARD_REFER_PROMPT,
 )
-from pixel_sail.data.sources.refer import expressions, load_refer
 from pixel_sail.model.processing_pixel_sail import QUESTION_TEMPLATE
 from pixel_sail.model.tokenization import TURN_END, TURN_START, train_tokenizer
 from pixel_sail.types import DataError

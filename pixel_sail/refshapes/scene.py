@@ -151,7 +151,8 @@ def sample_kinds(rng: np.random.Generator, rules: SceneRules) -> list[Kind]:
     kinds = [_random_kind(rng, *pair) for pair in rng.permutation(sorted(HELD_OUT)).tolist()[:num_held_out]]
     shapes = [pick(rng, SHAPES) for _ in range(3)] + [kind.shape for kind in kinds]
     while len(kinds) < num_objects:
-        colour = pick(rng, COLOURS)
+        unused = [colour for colour in COLOURS if colour not in {kind.colour for kind in kinds}]
+        colour = pick(rng, unused if rng.random() < 0.6 else COLOURS)
         shape = pick(rng, shapes if rng.random() < 0.8 else SHAPES)
         kind = _random_kind(rng, colour, shape)
         if kinds and rng.random() < 0.2:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pixel_sail.data.conversation import QUESTION_STYLES, referring_turn
 from pixel_sail.data.masks import decode_segmentation, merge_to_rle, union_masks
 from pixel_sail.data.refer_annotations import Ref, ReferAnnotations, Sentence, load_refer
 from pixel_sail.data.sources import hidden
+from pixel_sail.data.wording.referring import QUESTION_STYLES, referring_turn
 from pixel_sail.types import RLE, BoolMask, Expression, Sample, Source
 
 __all__ = ["TEXT_FIELDS", "ReferAnnotations", "ReferSource", "expressions", "load", "load_refer"]
@@ -124,6 +124,10 @@ class ReferSource:
     def __len__(self) -> int:
         """Return the number of images that have an expression."""
         return len(self._image_ids)
+
+    def image_path(self, index: int) -> Path:
+        """Return the photo of an item."""
+        return self._annotations.images[self._image_ids[index]].path
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
         """Return image `index` with up to `expressions_per_image` different expressions, in an order drawn from `rng`.

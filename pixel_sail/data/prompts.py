@@ -1,0 +1,81 @@
+"""How a region is marked: as its mask, its box, a point or a scribble.
+
+Place in the flow: `data/regions.py` turns the mask of a region into the mask of its visual prompt; the processor paints
+the prompt's id on the patches it covers.
+
+Example: a mask of 40 x 25 pixels becomes, with shares {"mask": 0.2, "box": 0.4, "point": 0.4}, in two of five cases the
+full rectangle around it and in two a single pixel well inside.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from PIL import Image, ImageDraw
+from scipy import ndimage
+
+from pixel_sail.types import BoolMask, DataError
+
+PROMPT_KINDS = ("mask", "box", "point", "scribble")
+MASK_ONLY = {"mask": 1.0}
+
+POINT_MARGIN_PX = 16
+"""A point is drawn among the pixels further from the outline than this, if there are any (release: the patch size)."""
+
+SCRIBBLE_CORNERS = (2, 5)
+"""Smallest and largest number of places a scribble passes through."""
+
+
+def check_shares(shares: Mapping[str, float], where: str) -> None:
+    """Raise ValueError unless shares are non-negative, of known kinds, and not all zero."""
+    unknown = sorted(set(shares) - set(PROMPT_KINDS))
+    if unknown or not shares or min(shares.values()) < 0 or sum(shares.values()) <= 0:
+        raise ValueError(
+            f"{where}: found prompt shares {dict(shares)}, expected shares of {PROMPT_KINDS}, none negative and not "
+            "all zero; correct the config"
+        )
+
+
+def draw_prompt(mask: BoolMask, shares: Mapping[str, float], rng: np.random.Generator) -> BoolMask:
+    """Return the region as a prompt of a kind drawn by `shares`, which need not sum to 1. Raises: DataError if empty.
+
+    The result always has a pixel, and a point or scribble lies within the region.
+    """
+    if not mask.any():
+        raise DataError("visual prompt: found a region without pixels, expected at least one; leave the region out")
+    kinds = [kind for kind in PROMPT_KINDS if shares.get(kind, 0) > 0]
+    limits = np.cumsum([shares[kind] for kind in kinds])
+    kind = kinds[int(np.searchsorted(limits, rng.random() * limits[-1], side="right"))]
+    return {"mask": lambda: mask, "box": lambda: box_prompt(mask), "point": lambda: point_prompt(mask, rng),
+            "scribble": lambda: scribble_prompt(mask, rng)}[kind]()  # fmt: skip
+
+
+def box_prompt(mask: BoolMask) -> BoolMask:
+    """Return the tight rectangle around the region, filled."""
+    rows, columns = np.nonzero(mask.any(axis=1))[0], np.nonzero(mask.any(axis=0))[0]
+    box = np.zeros_like(mask)
+    box[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = True
+    return box
+
+
+def point_prompt(mask: BoolMask, rng: np.random.Generator) -> BoolMask:
+    """Return one pixel of the region, well inside where it is wide enough, else as far inside as can be."""
+    distance = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+    candidates = np.flatnonzero(distance > POINT_MARGIN_PX)
+    if len(candidates) == 0:
+        candidates = np.flatnonzero(distance == distance.max())
+    point = np.zeros_like(mask)
+    point.flat[candidates[rng.integers(len(candidates))]] = True
+    return point
+
+
+def scribble_prompt(mask: BoolMask, rng: np.random.Generator) -> BoolMask:
+    """Return a line of straight strokes between random pixels of the region, cut off where it leaves the region."""
+    pixels = np.flatnonzero(mask)
+    corners = pixels[rng.integers(len(pixels), size=int(rng.integers(SCRIBBLE_CORNERS[0], SCRIBBLE_CORNERS[1] + 1)))]
+    rows, columns = np.unravel_index(corners, mask.shape)
+    canvas = Image.fromarray(np.zeros(mask.shape, dtype=np.uint8))
+    width = max(1, round(float(np.sqrt(len(pixels))) / 12))
+    ImageDraw.Draw(canvas).line(list(zip(columns.tolist(), rows.tolist(), strict=True)), fill=1, width=width)
+    scribble = np.asarray(canvas).astype(bool) & mask
+    scribble.flat[corners] = True
+    return scribble

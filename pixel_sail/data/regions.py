@@ -1,0 +1,117 @@
+"""Questions about marked regions, as one sample: which region gets which prompt token, what is asked of an absent one.
+
+Place in the flow: the visual-prompt sources list their regions with question and answer; this module draws the prompt
+ids, marks the regions and fills in the names. The text of a source says {region} for the region of its turn, or
+{region0}, {region1}, ... for any region of the sample:
+
+    RegionTurn(question="What is {region}?", answer="{region}: a red hat", region=1)
+    -> Turn(question="What is <Prompt11>?", answer="<Prompt11>: a red hat")
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from pixel_sail.data.prompts import MASK_ONLY, check_shares, draw_prompt
+from pixel_sail.types import BoolMask, DataError, Sample, SizeHW, Turn, VisualPrompt
+
+ABSENT_ANSWER = "{region} is not in the image."  # released
+
+_PLACEHOLDER = re.compile(r"\{region(\d*)\}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionSettings:
+    """How regions are marked."""
+
+    num_prompts: int = 15
+    """Prompt tokens the model has; the ids of a sample are drawn from all of them."""
+    shares: Mapping[str, float] = field(default_factory=lambda: dict(MASK_ONLY))
+    """Shares of mask, box, point and scribble."""
+    absent_share: float = 0.05
+    """How likely, for each turn, a question about a prompt that is not painted comes before it (once per sample)."""
+
+    def __post_init__(self) -> None:
+        """Check the choices. Raises: ValueError."""
+        check_shares(self.shares, "prompt_shares")
+        if not 0.0 <= self.absent_share <= 1.0:
+            raise ValueError(f"absent_share: found {self.absent_share}, expected 0 .. 1; correct the config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionTurn:
+    """One question and answer with placeholders."""
+
+    question: str
+    answer: str
+    region: int | None = None
+    """What {region} stands for, an index into the sample's regions."""
+
+
+def region_sample(
+    turns: Sequence[RegionTurn],
+    regions: Sequence[BoolMask],
+    rng: np.random.Generator,
+    settings: RegionSettings,
+    *,
+    sample_id: str,
+    source: str,
+    image_path: Path,
+    image_hw: SizeHW | None,
+    absent_question: Callable[[np.random.Generator], str] | None = None,
+) -> Sample:
+    """Return the sample of these turns, every region marked by a prompt id of its own drawn at random.
+
+    `absent_question` words the question, with {region}, about a prompt that is not there; None asks none.
+    Raises: DataError when there are more regions than prompt tokens or a placeholder names no region.
+    """
+    if len(regions) > settings.num_prompts:
+        raise DataError(
+            f"{sample_id}: found {len(regions)} regions, expected at most {settings.num_prompts}, one per prompt "
+            "token; raise the number of visual prompts or draw fewer regions"
+        )
+    ids = [int(value) for value in rng.permutation(settings.num_prompts)]
+    absent = ids[len(regions)] if len(regions) < settings.num_prompts and absent_question is not None else None
+    filled: list[Turn] = []
+    for turn in turns:
+        if absent is not None and absent_question is not None and rng.random() < settings.absent_share:
+            named = {"": absent}
+            filled.append(
+                Turn(
+                    question=_fill(absent_question(rng), named, sample_id),
+                    answer=_fill(ABSENT_ANSWER, named, sample_id),
+                )
+            )
+            absent = None
+        named = {str(index): ids[index] for index in range(len(regions))}
+        if turn.region is not None:
+            named[""] = ids[turn.region]
+        filled.append(
+            Turn(question=_fill(turn.question, named, sample_id), answer=_fill(turn.answer, named, sample_id))
+        )
+    prompts = tuple(
+        VisualPrompt(prompt_id=ids[index], mask=draw_prompt(mask, settings.shares, rng))
+        for index, mask in enumerate(regions)
+    )
+    return Sample(
+        sample_id=sample_id,
+        source=source,
+        image_path=image_path,
+        image_hw=image_hw,
+        turns=tuple(filled),
+        prompts=prompts,
+    )
+
+
+def _fill(text: str, named: Mapping[str, int], sample_id: str) -> str:
+    """Replace every placeholder, each as a whole, so that region 10 is never read as region 1 and a 0."""
+
+    def token(match: re.Match[str]) -> str:
+        if match[1] not in named:
+            raise DataError(f"{sample_id}: {text!r} names {match[0]}, found regions {sorted(named)}; repair the item")
+        return f"<Prompt{named[match[1]]}>"
+
+    return _PLACEHOLDER.sub(token, text)
