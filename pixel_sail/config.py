@@ -21,6 +21,7 @@ from hydra.utils import instantiate
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pixel_sail.data.leakage import LeakageConfig
 from pixel_sail.data.packing import PackingSettings
 from pixel_sail.losses.total import LossConfig
 from pixel_sail.model.configuration_pixel_sail import Architecture
@@ -56,6 +57,14 @@ class DataConfig:
     """Name -> `_target_` and arguments of a function that returns a `types.Source`."""
     repeats: dict[str, float] = field(default_factory=dict)
     """Name -> how often its items occur in an epoch (default 1; fractions draw a random part)."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Instead of repeats: name -> share of an epoch of `epoch_samples`, for every source."""
+    epoch_samples: int = 0
+    """Samples of an epoch where `weights` is set."""
+    leakage: LeakageConfig = field(default_factory=LeakageConfig)
+    """Evaluation images that training must not see."""
+    max_skipped_share: float = 0.001
+    """The run fails when more of the stream's samples than this (of an epoch at least) could not be used."""
     packing: PackingSettings = field(default_factory=PackingSettings)
     packs_per_step: int = 8
     """Sequences of one optimizer step, over all processes and accumulation steps."""

@@ -203,6 +203,8 @@ class Example:
     grid_hw: SizeHW | None
     masks: tuple[BoolMask, ...]
     """One per [SEG] in `input_ids_T`, in token order."""
+    ignored: tuple[BoolMask | None, ...]
+    """Aligned with `masks`: pixels that do not count."""
     point_seed: int = 0
     """Seed of the mask loss's sampled points, so that they depend on the sample and not on the rank that runs it."""
 
@@ -250,6 +252,8 @@ class Batch:
     """Per image, seed of the points its masks are compared at."""
     masks: tuple[Tensor, ...]
     """N bool tensors [H, W] at image resolution."""
+    ignored: tuple[Tensor | None, ...]
+    """Aligned with `masks`: bool [H, W], pixels that do not count, or None."""
 
     def __post_init__(self) -> None:
         """Check what a wrong collate would break silently."""
@@ -264,8 +268,8 @@ class Batch:
         )
         assert len(self.logit_positions_M2) == len(self.targets_M) == len(self.target_samples_M), "supervision differs"
         assert len(self.masks_per_image) == len(self.grids), "every image needs its number of masks"
-        counts = (len(self.masks), len(self.seg_positions_N2), sum(self.masks_per_image))
-        assert len(set(counts)) == 1, f"masks, [SEG] positions and the sum over images differ: {counts}"
+        counts = (len(self.masks), len(self.seg_positions_N2), sum(self.masks_per_image), len(self.ignored))
+        assert len(set(counts)) == 1, f"masks, [SEG] positions, the sum over images and ignored masks differ: {counts}"
 
     def model_inputs(self) -> dict[str, Any]:
         """Return the keyword arguments of the model's forward that this batch provides."""
@@ -278,4 +282,9 @@ class Batch:
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        return replace(self, **moved, masks=tuple(mask.to(device, non_blocking=True) for mask in self.masks))
+        return replace(
+            self,
+            **moved,
+            masks=tuple(mask.to(device, non_blocking=True) for mask in self.masks),
+            ignored=tuple(None if mask is None else mask.to(device, non_blocking=True) for mask in self.ignored),
+        )

@@ -7,7 +7,7 @@ from PIL import Image
 from running import data_root  # noqa: F401, a fixture for all tests
 
 from pixel_sail.data.collate import collate
-from pixel_sail.data.packing import Pack
+from pixel_sail.data.packing import LanePosition, Pack
 from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
@@ -119,7 +119,7 @@ def make_batch(processor):
     """Return a function from rows of examples to the batch with one packed row for each."""
 
     def make(*rows):
-        packs = [Pack(lane=i, consumed=len(row), examples=tuple(row)) for i, row in enumerate(rows)]
+        packs = [Pack(lane=i, after=LanePosition(next=len(row)), examples=tuple(row)) for i, row in enumerate(rows)]
         return collate(packs, seg_id=processor.seg_id)
 
     return make

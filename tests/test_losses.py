@@ -18,7 +18,7 @@ from pixel_sail.losses.mask import (
     point_losses,
     sample_map,
 )
-from pixel_sail.losses.text import text_sum
+from pixel_sail.losses.text import text_losses
 from pixel_sail.losses.total import Counts, LossConfig, combine, count, loss_sums, text_weights
 
 SAMPLING = PointSampling(num_points=16, oversample_ratio=3.0, importance_ratio=0.75)
@@ -165,17 +165,16 @@ def test_losses_of_half_precision_logits_are_computed_in_float32():
     assert torch.equal(sums.bce, point_losses(logits.float(), masks, SAMPLING, _generator()).bce)
 
 
-def test_text_sum_equals_a_loop_over_tokens():
-    logits, targets, weights = torch.randn(4, 7), torch.tensor([1, 0, 6, 3]), torch.tensor([1.0, 0.1, 0.1, 1.0])
+def test_text_losses_equal_a_loop_over_tokens():
+    logits, targets = torch.randn(4, 7), torch.tensor([1, 0, 6, 3])
     rows = [[math.exp(value) for value in row] for row in logits.tolist()]
     costs = [-math.log(row[t] / sum(row)) for row, t in zip(rows, targets.tolist(), strict=True)]
-    expected = sum(w * c for w, c in zip(weights.tolist(), costs, strict=True))
-    assert text_sum(logits, targets, weights).item() == pytest.approx(expected, rel=1e-5)
+    assert text_losses(logits, targets).tolist() == pytest.approx(costs, rel=1e-5)
 
 
 def test_no_token_costs_nothing_and_still_has_a_gradient():
     logits = torch.zeros(0, 7, requires_grad=True)
-    total = text_sum(logits * 1.0, torch.zeros(0, dtype=torch.long), torch.zeros(0))
+    total = text_losses(logits * 1.0, torch.zeros(0, dtype=torch.long)).sum()
     total.backward()
     assert total.item() == 0.0
     assert logits.grad is not None
@@ -263,7 +262,7 @@ def test_a_batch_without_masks_or_tokens_gives_zero_and_gradients(tiny_model, ma
     sums = loss_sums(output, share, CONFIG)
     total = combine(sums, count(share), CONFIG) + output.anchor
     total.backward()
-    assert sums.bce.item() == sums.dice.item() == 0.0
+    assert sums.bce_S.tolist() == sums.dice_S.tolist() == [0.0]
     assert (total.item() > 0.0) == supervised
     assert math.isfinite(total.item())
     assert [name for name, value in model.named_parameters() if not bool(torch.isfinite(value.grad).all())] == []
@@ -272,6 +271,50 @@ def test_a_batch_without_masks_or_tokens_gives_zero_and_gradients(tiny_model, ma
 def test_detached_sums_are_in_the_order_text_bce_dice(tiny_model, make_batch, examples):
     batch = make_batch(examples)
     sums = loss_sums(tiny_model()(**batch.model_inputs()), batch, CONFIG)
-    assert sums.detached().tolist() == [sums.text.item(), sums.bce.item(), sums.dice.item()]
+    columns = [sums.text_S.tolist(), sums.bce_S.tolist(), sums.dice_S.tolist()]
+    assert sums.detached().T.tolist() == columns
     assert sums.detached().dtype == torch.float64
     assert not sums.detached().requires_grad
+
+
+def test_losses_of_a_sample_are_those_it_has_alone(tiny_model, make_batch, examples):
+    model = tiny_model()
+    together = make_batch(examples[:2], examples[2:])
+    sums = loss_sums(model(**together.model_inputs()), together, CONFIG).detached()
+    for sample, example in enumerate(examples):
+        alone = make_batch([example])
+        expected = loss_sums(model(**alone.model_inputs()), alone, CONFIG).detached()
+        torch.testing.assert_close(sums[sample], expected[0], rtol=1e-4, atol=1e-5)
+
+
+def test_ignored_pixels_do_not_count():
+    logits = torch.randn(2, 8, 8)
+    masks = torch.rand(2, 8, 8) < 0.5
+    ignored = torch.zeros_like(masks)
+    ignored[:, :, 4:] = True
+    changed = masks.clone()
+    changed[:, :, 4:] = ~changed[:, :, 4:]
+    first = point_losses(logits, masks, SAMPLING, _generator(), ignored)
+    second = point_losses(logits, changed, SAMPLING, _generator(), ignored)
+    # Points between the last counted and the first ignored column touch both and are left out.
+    assert (first.bce, first.dice) == (second.bce, second.dice)
+    assert first.bce != point_losses(logits, masks, SAMPLING, _generator()).bce
+
+
+def test_a_mask_without_a_counting_pixel_costs_nothing():
+    logits, masks = torch.randn(1, 8, 8), torch.rand(1, 8, 8) < 0.5
+    sums = point_losses(logits, masks, SAMPLING, _generator(), torch.ones_like(masks))
+    assert (sums.bce.item(), sums.dice.item()) == (0.0, 0.0)
+
+
+def test_the_ignored_pixels_of_a_turn_reach_the_loss(tiny_model, processor, make_batch, draw_sample):
+    sample, image = draw_sample(np.random.default_rng(4), size_hw=(16, 24), masks_per_turn=(1, 1))
+    everything = np.ones((16, 24), dtype=bool)
+    turns = (replace(sample.turns[0], ignored=everything), sample.turns[1])
+    batches = []
+    for drawn in (sample, replace(sample, turns=turns)):
+        batches.append(make_batch([processor.encode_sample(drawn, image, independent_turns=False)]))
+    model = tiny_model()
+    plain, partly = (loss_sums(model(**batch.model_inputs()), batch, CONFIG) for batch in batches)
+    assert 0.0 < partly.dice_S.item() < plain.dice_S.item()
+    assert torch.equal(partly.text_S, plain.text_S)

@@ -10,11 +10,11 @@ import torch
 
 from pixel_sail.data.loader import LaneShare, training_batches, usable_workers
 from pixel_sail.data.mixture import Mixture
-from pixel_sail.data.packing import LaneStream, PackingSettings
+from pixel_sail.data.packing import LanePosition, LaneStream, PackingSettings
 from pixel_sail.types import IGNORE_LABEL, DataError, Sample, Turn
 
 NUM_LANES = 4
-SETTINGS = PackingSettings(token_budget=120)
+SETTINGS = PackingSettings(token_budget=120, lookahead=3)
 
 
 class DrawnSource:
@@ -70,20 +70,19 @@ def _item(sample_id):
     return sample_id.rsplit("/", 1)[0]
 
 
-def _steps(mixture, processor, num_steps, *, world_size=1, workers=0, consumed=None, micro=1, rank=0):
+def _steps(mixture, processor, num_steps, *, world_size=1, workers=0, start=None, micro=1, rank=0):
     share = LaneShare(num_lanes=NUM_LANES, rank=rank, world_size=world_size, packs_per_micro_batch=micro)
-    stream = training_batches(
-        mixture, processor, SETTINGS, share, consumed=consumed or [0] * NUM_LANES, num_workers=workers
-    )
+    start = start or [LanePosition()] * NUM_LANES
+    stream = training_batches(mixture, processor, SETTINGS, share, start=start, num_workers=workers)
     return list(islice(stream, num_steps))
 
 
 def _assert_batches_equal(found, expected):
     for name, value in vars(expected).items():
         other = vars(found)[name]
-        if name == "masks":
+        if name in ("masks", "ignored"):
             assert len(other) == len(value)
-            assert all(torch.equal(a, b) for a, b in zip(other, value, strict=True))
+            assert all(a is b if a is None else torch.equal(a, b) for a, b in zip(other, value, strict=True))
         else:
             assert torch.equal(other, value) if isinstance(value, torch.Tensor) else other == value, name
 
@@ -93,21 +92,22 @@ def test_every_sample_comes_exactly_once_per_epoch_over_all_lanes(make_mixture, 
     mixture = make_mixture()
     seen = [Counter(), Counter()]
     for lane in range(num_lanes):
-        stream = iter(LaneStream(mixture, processor, SETTINGS, lane=lane, num_lanes=num_lanes))
-        examples = []
-        while lane + len(examples) * num_lanes < 2 * 23:
-            pack = next(stream)
-            examples += pack.examples
-            assert pack.consumed == len(examples)
-        for number, example in enumerate(examples):
-            epoch = (lane + number * num_lanes) // 23
-            if epoch < 2:
-                seen[epoch][_item(example.sample_id)] += 1
+        names = {mixture.draw(position).sample.sample_id: position for position in range(lane, 900, num_lanes)}
+        packed = set()
+        for pack in islice(LaneStream(mixture, processor, SETTINGS, lane=lane, num_lanes=num_lanes), 40):
+            for example in pack.examples:
+                position = names.pop(example.sample_id)
+                packed.add((position - lane) // num_lanes)
+                if position < 2 * 23:
+                    seen[position // 23][_item(example.sample_id)] += 1
+            assert pack.after.consumed == len(packed)
+            assert packed == set(range(pack.after.next)) - set(pack.after.waiting)
     assert seen == [Counter({f"a/{index}": 1 for index in range(23)})] * 2
 
 
-def test_packs_fill_the_budget_without_exceeding_it(make_mixture, processor):
-    packs = list(islice(LaneStream(make_mixture(), processor, SETTINGS, lane=0, num_lanes=1), 12))
+def test_packs_in_order_fill_the_budget_without_exceeding_it(make_mixture, processor):
+    settings = PackingSettings(token_budget=120, lookahead=1)
+    packs = list(islice(LaneStream(make_mixture(), processor, settings, lane=0, num_lanes=1), 12))
     sizes = [[len(example) for example in pack.examples] for pack in packs]
     assert max(sum(row) for row in sizes) <= 120
     for row, following in pairwise(sizes):
@@ -115,21 +115,74 @@ def test_packs_fill_the_budget_without_exceeding_it(make_mixture, processor):
     assert max(len(row) for row in sizes) > 1
 
 
+def test_looking_ahead_wastes_less_and_keeps_no_sample_back_for_long(make_mixture, processor):
+    filled = {}
+    for lookahead in (1, 6):
+        settings = PackingSettings(token_budget=120, lookahead=lookahead)
+        packs = list(islice(LaneStream(make_mixture(), processor, settings, lane=0, num_lanes=1), 60))
+        filled[lookahead] = sum(len(example) for pack in packs for example in pack.examples) / (60 * 120)
+        assert all(sum(map(len, pack.examples)) <= 120 for pack in packs)
+        # A pack opens with the oldest sample that waits, so that one leaves after at most as many packs as wait.
+        assert all(pack.after.next - min(pack.after.waiting, default=pack.after.next) < 40 for pack in packs)
+    assert filled[6] > filled[1]
+    assert filled[6] > 0.93
+
+
+def _with_bad_items(mixture, bad):
+    """Make these items of the first source fail as a broken file does."""
+    source = mixture.sources[0]
+    plain = source.get
+
+    def get(index, rng):
+        if index in bad:
+            raise DataError(f"item {index}: found nothing, expected a photo; replace the file")
+        return plain(index, rng)
+
+    source.get = get
+    return mixture
+
+
+def test_bad_samples_are_left_out_by_name_and_nothing_takes_their_place(make_mixture, processor):
+    mixture = _with_bad_items(make_mixture(), {4, 9})
+    stream = LaneStream(mixture, processor, SETTINGS, lane=0, num_lanes=1, max_skipped_share=0.1)
+    names, skipped = [], []
+    for pack in stream:
+        names += [example.sample_id for example in pack.examples]
+        skipped += pack.skipped
+        if pack.after.next >= 23:
+            break
+    first = [skip for skip in skipped if skip.position < 23]
+    assert sorted(skip.reason.split(":")[0] for skip in first) == ["item 4", "item 9"]
+    assert {(skip.source, mixture.place(skip.position).item) for skip in first} == {("a", 4), ("a", 9)}
+    assert {name.split("/")[1] for name in names} <= {str(index) for index in range(23)} - {"4", "9"}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_more_bad_samples_than_allowed_end_the_run(make_mixture, processor, workers):
+    mixture = _with_bad_items(make_mixture(), {4, 9, 11})
+    share = LaneShare(num_lanes=1, rank=0, world_size=1, packs_per_micro_batch=1)
+    stream = training_batches(
+        mixture, processor, SETTINGS, share, start=[LanePosition()], num_workers=workers, max_skipped_share=0.1
+    )
+    with pytest.raises(DataError, match=r"item (4|9|11): found nothing"):
+        list(islice(stream, 23))
+
+
 def test_max_samples_limits_a_pack(make_mixture, processor):
-    settings = PackingSettings(token_budget=10_000, max_samples=2)
+    settings = PackingSettings(token_budget=10_000, max_samples=2, lookahead=1)
     packs = list(islice(LaneStream(make_mixture(), processor, settings, lane=1, num_lanes=2), 4))
     assert [len(pack.examples) for pack in packs] == [2, 2, 2, 2]
-    assert [pack.consumed for pack in packs] == [2, 4, 6, 8]
+    assert [pack.after.consumed for pack in packs] == [2, 4, 6, 8]
 
 
 @pytest.mark.parametrize("max_samples", [1, 2])
 def test_max_samples_and_a_waiting_sample_count_correctly(make_mixture, processor, max_samples):
-    settings = PackingSettings(token_budget=60, max_samples=max_samples)
+    settings = PackingSettings(token_budget=60, max_samples=max_samples, lookahead=1)
     packs = list(islice(LaneStream(make_mixture(), processor, settings, lane=0, num_lanes=1), 15))
     names = [example.sample_id for pack in packs for example in pack.examples]
     mixture = make_mixture()
     assert names == [mixture.draw(position).sample.sample_id for position in range(len(names))]
-    assert packs[-1].consumed == len(names)
+    assert packs[-1].after.consumed == len(names)
 
 
 def test_the_global_batch_is_the_same_for_any_number_of_ranks_and_workers(make_mixture, processor):
@@ -138,21 +191,21 @@ def test_the_global_batch_is_the_same_for_any_number_of_ranks_and_workers(make_m
     ]
     assert len(set().union(*expected)) == sum(map(len, expected)) > 20
     for world_size, workers in ((2, 0), (4, 0), (1, 1), (1, 2), (2, 2), (4, 2)):
-        found, consumed = [set() for _ in range(5)], {}
+        found, after = [set() for _ in range(5)], {}
         for rank in range(world_size):
             steps = _steps(make_mixture(), processor, 5, world_size=world_size, workers=workers, rank=rank)
             for names, step in zip(found, steps, strict=True):
                 names.update(name for batch in step.batches for name in batch.sample_ids)
-            consumed |= steps[-1].consumed
+            after |= steps[-1].after
         assert found == expected, f"{world_size} ranks, {workers} workers"
-        assert sorted(consumed) == list(range(NUM_LANES))
+        assert sorted(after) == list(range(NUM_LANES))
 
 
 def test_batches_of_workers_equal_those_of_the_main_process(make_mixture, processor):
     plain = _steps(make_mixture(), processor, 3, micro=2)
     other = _steps(make_mixture(), processor, 3, micro=2, workers=2)
     for found, expected in zip(other, plain, strict=True):
-        assert found.consumed == expected.consumed
+        assert found.after == expected.after
         for batch, reference in zip(found.batches, expected.batches, strict=True):
             _assert_batches_equal(batch, reference)
             assert batch.input_ids_BT.shape[0] == 2
@@ -160,12 +213,13 @@ def test_batches_of_workers_equal_those_of_the_main_process(make_mixture, proces
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stop", [1, 4])
-def test_resuming_from_consumed_continues_with_the_same_packs(make_mixture, processor, stop, workers):
+def test_resuming_from_a_position_continues_with_the_same_packs(make_mixture, processor, stop, workers):
     whole = _steps(make_mixture(), processor, 7)
-    consumed = [whole[stop - 1].consumed[lane] for lane in range(NUM_LANES)]
-    resumed = _steps(make_mixture(), processor, 7 - stop, consumed=consumed, workers=workers)
+    start = [whole[stop - 1].after[lane] for lane in range(NUM_LANES)]
+    assert any(position.waiting for position in start)
+    resumed = _steps(make_mixture(), processor, 7 - stop, start=start, workers=workers)
     for found, expected in zip(resumed, whole[stop:], strict=True):
-        assert found.consumed == expected.consumed
+        assert found.after == expected.after
         for batch, reference in zip(found.batches, expected.batches, strict=True):
             _assert_batches_equal(batch, reference)
 
@@ -209,6 +263,35 @@ def test_copies_of_an_item_in_one_epoch_are_drawn_differently(make_mixture):
     assert len({mixture.draw(position).sample.sample_id for position in range(6)}) == 6
 
 
+def test_weights_divide_an_epoch(image_paths):
+    sources = {name: DrawnSource(name, length, image_paths) for name, length in (("a", 4), ("b", 50), ("c", 7))}
+    mixture = Mixture(sources, {}, seed=0, weights={"a": 3, "b": 1.5, "c": 0}, epoch_samples=31)
+    counts = Counter(mixture.place(position).source_name for position in range(31))
+    assert counts == {"a": 21, "b": 10}
+    assert (
+        Counter(mixture.place(p).item for p in range(31) if mixture.place(p).source_name == "a").most_common()[-1][1]
+        == 5
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": {"a": 1.0}}, "expected a weight for each"),
+        ({"weights": {"a": 0.0, "b": 0.0}}, "not all 0"),
+        ({"weights": {"a": 1.0, "b": -1.0}}, "data.weights.b is -1.0"),
+        ({"weights": {"a": 1.0, "c": 1.0}}, r"names \['c'\]"),
+        ({"weights": {"a": 1.0, "b": 1.0}, "epoch_samples": 0}, "data.epoch_samples is 0"),
+        ({"weights": {"a": 1.0, "b": 1.0}, "repeats": {"a": 2.0}}, "both set"),
+    ],
+)
+def test_wrong_weights_are_refused(image_paths, changes, message):
+    sources = {name: DrawnSource(name, 3, image_paths) for name in "ab"}
+    settings = {"repeats": {}, "epoch_samples": 8} | changes
+    with pytest.raises(DataError, match=message):
+        Mixture(sources, seed=0, **settings)
+
+
 @pytest.mark.parametrize(
     ("lengths", "repeats", "message"),
     [((4,), (-0.5,), "data.repeats.a is -0.5"), ((4,), (0.0,), "hold no item"), ((0,), (1.0,), "hold no item")],
@@ -227,7 +310,7 @@ def test_repeats_of_an_unknown_source_are_refused(image_paths):
 def test_a_sample_longer_than_a_pack_stops_with_its_name(make_mixture, processor, workers):
     share = LaneShare(num_lanes=1, rank=0, world_size=1, packs_per_micro_batch=1)
     settings = PackingSettings(token_budget=30)
-    stream = training_batches(make_mixture(), processor, settings, share, consumed=[0], num_workers=workers)
+    stream = training_batches(make_mixture(), processor, settings, share, start=[LanePosition()], num_workers=workers)
     with pytest.raises(DataError, match=r"a/\d+/\d+: \d+ tokens found, at most data.packing.token_budget = 30"):
         list(islice(stream, 23))
 
@@ -348,8 +431,9 @@ def test_moving_a_batch_keeps_every_field(make_batch, examples):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (lambda b: {"masks": b.masks[1:]}, "masks, .SEG. positions and the sum over images differ"),
+        (lambda b: {"masks": b.masks[1:]}, "masks, .SEG. positions, the sum over images and ignored masks differ"),
         (lambda b: {"seg_positions_N2": b.seg_positions_N2[1:]}, "masks, .SEG. positions"),
+        (lambda b: {"ignored": b.ignored[1:]}, "masks, .SEG. positions"),
         (lambda b: {"masks_per_image": (3, 1, 1)}, "masks, .SEG. positions"),
         (lambda b: {"masks_per_image": (3, 1)}, "every image needs its number of masks"),
         (lambda b: {"patches_SK": b.patches_SK[1:]}, "11 patches, grids hold 12"),

@@ -19,6 +19,9 @@ SMALL = (
     "model.architecture.mask_dim=16",
     "data.sources.refshapes.expressions_per_image=3",
     "data.sources.groupshapes.expressions_per_image=2",
+    "data.packing.max_samples=0",
+    "data.packing.token_budget=256",
+    "data.packing.lookahead=3",
     "data.packs_per_step=4",
     "data.packs_per_micro_batch=2",
     "loss.points.num_points=64",
@@ -76,6 +79,70 @@ def test_a_killed_run_goes_on_with_the_same_log(data_root, tmp_path):
     process.wait()
     train(data_root, tmp_path / "killed", *overrides)
     assert log_lines(tmp_path / "killed") == log_lines(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_every_zero_stage_gives_the_same_losses_and_continues(data_root, tmp_path, stage):
+    train(data_root, tmp_path / "two", "optim.steps=3", by="torchrun")
+    train(data_root, tmp_path / "other", f"deepspeed=zero{stage}", "optim.steps=3", by="torchrun", port=29640)
+    first, other = log_lines(tmp_path / "two"), log_lines(tmp_path / "other")
+    for line, expected in zip(other, first, strict=True):
+        assert line == pytest.approx(expected, rel=1e-4)
+    train(data_root, tmp_path / "parts", "deepspeed=zero2", "optim.steps=3", "checkpoint.stop_after=1", by="torchrun")
+    train(data_root, tmp_path / "parts", f"deepspeed=zero{stage}", "optim.steps=3", by="torchrun", port=29640)
+    for line, expected in zip(log_lines(tmp_path / "parts"), first, strict=True):
+        assert line == pytest.approx(expected, rel=1e-4)
+
+
+def test_half_precision_stays_close_to_single_precision(data_root, tmp_path):
+    train(data_root, tmp_path / "fp32", "optim.steps=3", by="torchrun")
+    train(data_root, tmp_path / "bf16", "optim.precision=bf16", "optim.steps=3", by="torchrun")
+    for line, expected in zip(log_lines(tmp_path / "bf16"), log_lines(tmp_path / "fp32"), strict=True):
+        assert line["total"] != expected["total"]
+        assert line["total"] == pytest.approx(expected["total"], rel=0.03)
+
+
+def test_a_changed_checkpoint_is_refused_by_name(data_root, tmp_path):
+    train(data_root, tmp_path / "run", "deepspeed=none", "checkpoint.stop_after=1")
+    (weights,) = (tmp_path / "run" / "checkpoints").rglob("model.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    done = start(
+        [sys.executable, "scripts/train.py", *SMALL, f"run_dir={tmp_path / 'run'}", "deepspeed=none"], data_root
+    )
+    assert done.returncode == 2
+    assert "model.safetensors: sha256" in done.stderr and "manifest.json" in done.stderr
+
+
+def test_bad_samples_within_the_allowed_share_are_listed_and_left_out(data_root, tmp_path):
+    broken = tmp_path / "data"
+    shutil.copytree(data_root, broken)
+    photos = sorted((broken / "refshapes" / "images" / "train2014").glob("*.jpg"))[:2]
+    for path in photos:
+        path.unlink()
+    overrides = ("data.max_skipped_share=0.5", "deepspeed=none", "optim.steps=8", "data.num_workers=2")
+    train(broken, tmp_path / "whole", *overrides)
+    skipped = [json.loads(line) for line in (tmp_path / "whole" / "skipped.jsonl").read_text().splitlines()]
+    assert {Path(line["reason"].split(": ")[1]).name for line in skipped} == {path.name for path in photos}
+    assert {line["source"] for line in skipped} == {"refshapes", "groupshapes"}
+    assert log_lines(tmp_path / "whole")[-1]["skipped"] == len(skipped)
+    train(broken, tmp_path / "parts", *overrides, "checkpoint.stop_after=5")
+    train(broken, tmp_path / "parts", *overrides)
+    assert log_lines(tmp_path / "parts") == log_lines(tmp_path / "whole")
+
+
+def test_tensorboard_and_wandb_get_numbers_and_pictures(data_root, tmp_path):
+    validation = ("validation.every=2", "validation.max_images=1", "evals=[refshapes_val]", "log.overlays=1")
+    train(data_root, tmp_path / "run", "deepspeed=none", "log.tensorboard=true", "log.wandb=offline", *validation)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert {"total", "bce", "refshapes/dice"} <= set(events.Tags()["scalars"])
+    assert len(events.Scalars("total")) == 6
+    assert events.Tags()["images"]
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
 
 
 def test_every_launcher_starts_the_same_run(data_root, tmp_path):

@@ -60,6 +60,9 @@ def collate(packs: Sequence[Pack], *, seg_id: int) -> Batch:
         target_samples_M=arrays["sample_index"][tuple(supervised.unbind(1))],
         point_seeds=tuple(examples[i].point_seed for i in images),
         masks=tuple(torch.from_numpy(mask) for example in examples for mask in example.masks),
+        ignored=tuple(
+            None if mask is None else torch.from_numpy(mask) for example in examples for mask in example.ignored
+        ),
     )
 
 

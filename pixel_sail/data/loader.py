@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pixel_sail.data.collate import collate
 from pixel_sail.data.mixture import Mixture
-from pixel_sail.data.packing import LaneStream, Pack, PackingSettings
+from pixel_sail.data.packing import LanePosition, LaneStream, Pack, PackingSettings, Skipped
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.types import Batch, DataError
 
@@ -54,7 +54,9 @@ class StepData:
     """What one rank trains on in one optimizer step, and its lanes' positions afterwards."""
 
     batches: list[Batch]
-    consumed: dict[int, int]
+    after: dict[int, LanePosition]
+    skipped: tuple[Skipped, ...]
+    """What this rank's lanes left out on the way."""
 
 
 class LaneDataset(IterableDataset):
@@ -67,11 +69,19 @@ class LaneDataset(IterableDataset):
         settings: PackingSettings,
         *,
         lanes: Sequence[int],
-        num_lanes: int,
-        consumed: Sequence[int],
+        start: Sequence[LanePosition],
+        max_skipped_share: float,
     ) -> None:
         self.streams = [
-            LaneStream(mixture, processor, settings, lane=lane, num_lanes=num_lanes, consumed=consumed[lane])
+            LaneStream(
+                mixture,
+                processor,
+                settings,
+                lane=lane,
+                num_lanes=len(start),
+                start=start[lane],
+                max_skipped_share=max_skipped_share,
+            )
             for lane in lanes
         ]
 
@@ -103,11 +113,18 @@ def training_batches(
     settings: PackingSettings,
     share: LaneShare,
     *,
-    consumed: Sequence[int],
+    start: Sequence[LanePosition],
     num_workers: int,
+    max_skipped_share: float = 0.0,
 ) -> Iterator[StepData]:
-    """Yield the data of one optimizer step after another, without end."""
-    dataset = LaneDataset(mixture, processor, settings, lanes=share.lanes, num_lanes=share.num_lanes, consumed=consumed)
+    """Yield the data of one optimizer step after another, without end, from the positions of all lanes.
+
+    Raises: DataError when a sample is wrong and more were left out than `max_skipped_share` of the stream.
+    """
+    assert len(start) == share.num_lanes, f"{len(start)} positions for {share.num_lanes} lanes"
+    dataset = LaneDataset(
+        mixture, processor, settings, lanes=share.lanes, start=start, max_skipped_share=max_skipped_share
+    )
     workers = usable_workers(num_workers, len(share.lanes))
     if workers != num_workers:
         logger.info("data: %d workers used of %d, so that they share %d lanes", workers, num_workers, len(share.lanes))
@@ -123,5 +140,6 @@ def training_batches(
         groups = [step[i : i + share.packs_per_micro_batch] for i in range(0, len(step), share.packs_per_micro_batch)]
         yield StepData(
             batches=[collate(group, seg_id=processor.seg_id) for group in groups],
-            consumed={pack.lane: pack.consumed for pack in step},
+            after={pack.lane: pack.after for pack in step},
+            skipped=tuple(skip for pack in step for skip in pack.skipped),
         )

@@ -5,6 +5,7 @@ random generator it is drawn with, depend on (seed, position) alone - never on w
 
 Example: sources of 4 and 3 items with repeats 1 and 2.4 make epochs of 4 + 7 = 11 positions: all items of the first,
 each of the second twice, and one of them, another in every epoch, a third time; position 25 is entry 3 of epoch 2.
+With weights 3 and 1 and epochs of 8 samples, 6 are of the first source and 2 of the second.
 """
 
 from collections.abc import Mapping
@@ -17,45 +18,66 @@ from pixel_sail.types import DataError, Sample, Source
 
 
 @dataclass(frozen=True, kw_only=True)
+class Place:
+    """What stands at one position of the stream."""
+
+    epoch: int
+    source: int
+    source_name: str
+    item: int
+    copy: int
+    """How often the item stood in this epoch before, counted per round through its source."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Drawn:
     """One position of the stream."""
 
     sample: Sample
+    source_name: str
+    """Name in the mixture, under which its share is counted."""
     position: int
     epoch: int
     point_seed: int
 
 
 class Mixture:
-    """Sources with repeats, shuffled anew in every epoch."""
+    """Sources with repeats or weights, shuffled anew in every epoch."""
 
-    def __init__(self, sources: Mapping[str, Source], repeats: Mapping[str, float], *, seed: int) -> None:
-        unknown = set(repeats) - set(sources)
-        if unknown:
-            raise DataError(f"data.repeats names {sorted(unknown)}, but data.sources holds {sorted(sources)}")
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        repeats: Mapping[str, float],
+        *,
+        seed: int,
+        weights: Mapping[str, float] | None = None,
+        epoch_samples: int = 0,
+    ) -> None:
+        """Fix the shares. `repeats`: how often each item comes in an epoch, 1 by default. `weights`, instead: how the
+        `epoch_samples` positions of an epoch are divided, every source named. Raises: DataError."""
         self.names = sorted(sources)
         self.sources = [sources[name] for name in self.names]
-        self.repeats = [float(repeats.get(name, 1.0)) for name in self.names]
         self.seed = seed
-        self.epoch_length = sum(self._share(i) for i in range(len(self.sources)))
+        sizes = [len(source) for source in self.sources]
+        if weights:
+            if repeats:
+                raise DataError("data.repeats and data.weights are both set; a mixture has one of them")
+            self.shares = _shares_by_weight(self.names, sizes, weights, epoch_samples)
+        else:
+            self.shares = _shares_by_repeats(self.names, sizes, repeats)
+        self.epoch_length = sum(self.shares)
         if self.epoch_length == 0:
             raise DataError(f"data: the sources {self.names} hold no item; check root, split and repeats")
         self._order_epoch = -1
         self._order: NDArray[np.int64] = np.empty((0, 3), dtype=np.int64)
-
-    def _share(self, source: int) -> int:
-        """Return how many positions of an epoch a source fills."""
-        if self.repeats[source] < 0:
-            raise DataError(f"data.repeats.{self.names[source]} is {self.repeats[source]}, expected 0 or more")
-        return round(self.repeats[source] * len(self.sources[source]))
 
     def epoch_order(self, epoch: int) -> NDArray[np.int64]:
         """Return the (source, item, copy) triples [epoch_length, 3] of an epoch in their order."""
         if epoch != self._order_epoch:
             rng = np.random.default_rng([self.seed, 0, epoch])
             parts = []
-            for source in range(len(self.sources)):
-                size, share = len(self.sources[source]), self._share(source)
+            for source, share in enumerate(self.shares):
+                size = len(self.sources[source])
                 rest = rng.permutation(size)[: share - size * (share // size)] if size else np.empty(0, dtype=np.int64)
                 items = np.concatenate((np.tile(np.arange(size), share // size if size else 0), rest))
                 copies = np.arange(len(items)) // max(size, 1)
@@ -64,10 +86,50 @@ class Mixture:
             self._order_epoch = epoch
         return self._order
 
-    def draw(self, position: int) -> Drawn:
+    def place(self, position: int) -> Place:
         """Return what stands at a position of the endless stream of epochs."""
         epoch, offset = divmod(position, self.epoch_length)
         source, item, copy = (int(value) for value in self.epoch_order(epoch)[offset])
-        rng = np.random.default_rng([self.seed, 1, epoch, source, item, copy])
-        sample = self.sources[source].get(item, rng)
-        return Drawn(sample=sample, position=position, epoch=epoch, point_seed=int(rng.integers(2**62)))
+        return Place(epoch=epoch, source=source, source_name=self.names[source], item=item, copy=copy)
+
+    def draw(self, position: int) -> Drawn:
+        """Return the sample at a position; DataError when its item is wrong."""
+        place = self.place(position)
+        rng = np.random.default_rng([self.seed, 1, place.epoch, place.source, place.item, place.copy])
+        sample = self.sources[place.source].get(place.item, rng)
+        return Drawn(
+            sample=sample,
+            source_name=place.source_name,
+            position=position,
+            epoch=place.epoch,
+            point_seed=int(rng.integers(2**62)),
+        )
+
+
+def _shares_by_repeats(names: list[str], sizes: list[int], repeats: Mapping[str, float]) -> list[int]:
+    """Return how many positions of an epoch each source fills."""
+    _check_names(repeats, names, "data.repeats")
+    return [round(float(repeats.get(name, 1.0)) * size) for name, size in zip(names, sizes, strict=True)]
+
+
+def _shares_by_weight(names: list[str], sizes: list[int], weights: Mapping[str, float], num_samples: int) -> list[int]:
+    """Return the same from weights: whole numbers that sum to `num_samples`, each within one of its exact share."""
+    _check_names(weights, names, "data.weights")
+    if set(weights) != set(names) or sum(weights.values()) <= 0:
+        raise DataError(f"data.weights names {sorted(weights)}, expected a weight for each of {names}, not all 0")
+    if num_samples < 1:
+        raise DataError(f"data.epoch_samples is {num_samples}, expected 1 or more where data.weights is set")
+    empty = [name for name, size in zip(names, sizes, strict=True) if weights[name] > 0 and size == 0]
+    if empty:
+        raise DataError(f"data.weights: the sources {empty} hold no item; check root and split")
+    limits = np.cumsum([weights[name] for name in names]) / sum(weights.values()) * num_samples
+    return [int(share) for share in np.diff(np.round(limits).astype(np.int64), prepend=0)]
+
+
+def _check_names(values: Mapping[str, float], names: list[str], key: str) -> None:
+    unknown = set(values) - set(names)
+    if unknown:
+        raise DataError(f"{key} names {sorted(unknown)}, but data.sources holds {names}")
+    for name, value in values.items():
+        if value < 0:
+            raise DataError(f"{key}.{name} is {value}, expected 0 or more")

@@ -3,11 +3,12 @@
 Place in the flow: `data/loader.py` runs one `LaneStream` per lane. The endless stream of the mixture is dealt to a
 fixed number of lanes, lane l getting positions l, l + L, l + 2L, ...; every lane fills its own packs one after
 another, and one optimizer step takes one pack of every lane. Ranks and workers only share out the lanes, so that the
-global batch does not depend on their number, and a lane's whole state is one integer: how many of its samples are used
-up.
+global batch does not depend on their number. A lane looks a few samples ahead and fills a pack with those that fit
+best; its whole state is which sample it reads next and which ones it holds back:
 
-    lane 0 of 2: samples 0 2 4 | 6 8 | 10 ...      lane 1 of 2: samples 1 3 | 5 7 9 | ...
-    step 1 = {0, 2, 4} and {1, 3},  step 2 = {6, 8} and {5, 7, 9}
+    lookahead 3, budget 10, lengths 6 5 3 4 7 ...  ->  packs (6 4) (5 3) ..., after the first LanePosition(4, (1, 2))
+
+A sample that cannot be used is left out by its name and reason, never replaced by another one.
 """
 
 from collections.abc import Iterator
@@ -29,19 +30,54 @@ class PackingSettings:
     """True: every question of a sample sees the image and itself only. False (release): they form one conversation."""
     max_samples: int = 0
     """Most samples of a pack, 0 for no limit."""
+    lookahead: int = 8
+    """Samples a lane holds back to fill its packs well; 1 packs them strictly in order."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers. Raises: DataError."""
+        if self.token_budget < 1 or self.max_samples < 0 or self.lookahead < 1:
+            raise DataError(
+                f"data.packing: found token_budget {self.token_budget}, max_samples {self.max_samples}, lookahead "
+                f"{self.lookahead}; expected at least 1, 0 and 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanePosition:
+    """Where a lane stands: everything before `next` is used up but for the samples it still holds back."""
+
+    next: int = 0
+    waiting: tuple[int, ...] = ()
+
+    @property
+    def consumed(self) -> int:
+        """Return how many samples are used up."""
+        return self.next - len(self.waiting)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """A sample that was left out."""
+
+    source: str
+    position: int
+    """In the stream of the mixture."""
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pack:
-    """One sequence: its samples, and how many samples of its lane are used up once it was trained on."""
+    """One sequence: its samples, and where its lane stands once it was trained on."""
 
     lane: int
-    consumed: int
+    after: LanePosition
     examples: tuple[Example, ...]
+    skipped: tuple[Skipped, ...] = ()
+    """What was left out since the pack before."""
 
 
 class LaneStream:
-    """The packs of one lane, in order, from any starting point."""
+    """The packs of one lane, in order, from any position."""
 
     def __init__(
         self,
@@ -51,18 +87,20 @@ class LaneStream:
         *,
         lane: int,
         num_lanes: int,
-        consumed: int = 0,
+        start: LanePosition | None = None,
+        max_skipped_share: float = 0.0,
     ) -> None:
         self.mixture = mixture
         self.processor = processor
         self.settings = settings
         self.lane = lane
         self.num_lanes = num_lanes
-        self.consumed = consumed
+        self.start = LanePosition() if start is None else start
+        self.max_skipped_share = max_skipped_share
 
     def example(self, number: int) -> Example:
         """Return sample `number` of this lane as tokens; DataError when it is wrong or longer than a pack."""
-        drawn = self.mixture.draw(self.lane + number * self.num_lanes)
+        drawn = self.mixture.draw(self._stream_position(number))
         sample = drawn.sample
         image = None
         if sample.image_path is not None:
@@ -73,23 +111,57 @@ class LaneStream:
                 f"{sample.sample_id}: {len(example)} tokens found, at most data.packing.token_budget = "
                 f"{self.settings.token_budget} expected; raise the budget or draw fewer turns per sample"
             )
-        return replace(example, point_seed=drawn.point_seed)
+        return replace(example, source=drawn.source_name, point_seed=drawn.point_seed)
 
     def __iter__(self) -> Iterator[Pack]:
-        """Yield packs without end; the sample that no longer fits opens the next pack."""
-        waiting: Example | None = None
-        number = self.consumed
+        """Yield packs without end. Raises: DataError once this lane alone left out more than the run allows."""
+        held = {number: self.example(number) for number in self.start.waiting}
+        upcoming, num_skipped = self.start.next, 0
         while True:
-            examples: list[Example] = [waiting] if waiting is not None else []
-            used = sum(len(example) for example in examples)
-            waiting = None
-            while not self.settings.max_samples or len(examples) < self.settings.max_samples:
-                example = self.example(number)
-                number += 1
-                if used + len(example) > self.settings.token_budget:
-                    waiting = example
+            chosen: list[Example] = []
+            skipped: list[Skipped] = []
+            room = self.settings.token_budget
+            while True:
+                while len(held) < self.settings.lookahead:
+                    try:
+                        held[upcoming] = self.example(upcoming)
+                    except DataError as error:
+                        num_skipped += 1
+                        skipped.append(self._skipped(upcoming, error))
+                        if num_skipped > allowed_skips(
+                            self.mixture, self._stream_position(upcoming), self.max_skipped_share
+                        ):
+                            raise
+                    upcoming += 1
+                number = self._best_fit(held, room, is_first=not chosen)
+                if number is None or (self.settings.max_samples and len(chosen) == self.settings.max_samples):
                     break
-                examples.append(example)
-                used += len(example)
-            consumed = number if waiting is None else number - 1
-            yield Pack(lane=self.lane, consumed=consumed, examples=tuple(examples))
+                example = held.pop(number)
+                chosen.append(example)
+                room -= len(example)
+            after = LanePosition(next=upcoming, waiting=tuple(held))
+            yield Pack(lane=self.lane, after=after, examples=tuple(chosen), skipped=tuple(skipped))
+
+    @staticmethod
+    def _best_fit(held: dict[int, Example], room: int, *, is_first: bool) -> int | None:
+        """Return the sample to pack next: the oldest into an empty pack, so that none waits for ever, else the longest
+        that fits, the older of two."""
+        if is_first:
+            return min(held)
+        fitting = [number for number, example in held.items() if len(example) <= room]
+        return max(fitting, key=lambda number: (len(held[number]), -number), default=None)
+
+    def _stream_position(self, number: int) -> int:
+        return self.lane + number * self.num_lanes
+
+    def _skipped(self, number: int, error: DataError) -> Skipped:
+        position = self._stream_position(number)
+        return Skipped(source=self.mixture.place(position).source_name, position=position, reason=str(error))
+
+
+def allowed_skips(mixture: Mixture, position: int, max_share: float) -> int:
+    """Return how many samples may have been left out when the stream has come to `position`.
+
+    The share is taken of a whole epoch at least, so that one bad sample early on does not end a long run.
+    """
+    return int(max_share * max(position + 1, mixture.epoch_length))

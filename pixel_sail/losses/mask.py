@@ -61,30 +61,45 @@ def choose_points(logits_NYX: Tensor, sampling: PointSampling, generator: torch.
     return torch.cat((important, fresh), dim=1)
 
 
-def bce_sum(logits_NQ: Tensor, targets_NQ: Tensor) -> Tensor:
-    """Return the sum over masks of the mean binary cross-entropy of each."""
-    return F.binary_cross_entropy_with_logits(logits_NQ, targets_NQ, reduction="none").mean(1).sum()
+def bce_sum(logits_NQ: Tensor, targets_NQ: Tensor, counts_NQ: Tensor | None = None) -> Tensor:
+    """Return the sum over masks of the mean binary cross-entropy of each, over the points that count (None: all)."""
+    losses = F.binary_cross_entropy_with_logits(logits_NQ, targets_NQ, reduction="none")
+    if counts_NQ is None:
+        return losses.mean(1).sum()
+    return ((losses * counts_NQ).sum(1) / counts_NQ.sum(1).clamp(min=1)).sum()
 
 
-def dice_sum(logits_NQ: Tensor, targets_NQ: Tensor, smooth: float = 1.0) -> Tensor:
-    """Return the sum over masks of 1 - (2 sum(pt) + smooth) / (sum(p) + sum(t) + smooth).
+def dice_sum(logits_NQ: Tensor, targets_NQ: Tensor, counts_NQ: Tensor | None = None, *, smooth: float = 1.0) -> Tensor:
+    """Return the sum over masks of 1 - (2 sum(pt) + smooth) / (sum(p) + sum(t) + smooth), over the points that count.
 
     Plain sums in the denominator, not squares; `smooth` makes an empty prediction of an empty target cost 0.
     Source: release, naive Dice with eps 1.
     """
     probabilities = logits_NQ.sigmoid()
+    if counts_NQ is not None:
+        probabilities, targets_NQ = probabilities * counts_NQ, targets_NQ * counts_NQ
     overlap = 2.0 * (probabilities * targets_NQ).sum(1)
     return (1.0 - (overlap + smooth) / (probabilities.sum(1) + targets_NQ.sum(1) + smooth)).sum()
 
 
 def point_losses(
-    logits_NYX: Tensor, masks_NHW: Tensor, sampling: PointSampling, generator: torch.Generator
+    logits_NYX: Tensor,
+    masks_NHW: Tensor,
+    sampling: PointSampling,
+    generator: torch.Generator,
+    ignored_NHW: Tensor | None = None,
 ) -> MaskSums:
-    """Return both losses of the masks of one image, in float32, on points sampled for each mask."""
+    """Return both losses of the masks of one image, in float32, on points sampled for each mask.
+
+    A point counts unless it touches an ignored pixel; None ignores nothing.
+    """
     logits = logits_NYX.float()
     points = choose_points(logits, sampling, generator)
     predicted, target = sample_map(logits, points), sample_map(masks_NHW.float(), points)
-    return MaskSums(bce=bce_sum(predicted, target), dice=dice_sum(predicted, target), count=logits.shape[0])
+    counts = None if ignored_NHW is None else (sample_map(ignored_NHW.float(), points) == 0).float()
+    return MaskSums(
+        bce=bce_sum(predicted, target, counts), dice=dice_sum(predicted, target, counts), count=logits.shape[0]
+    )
 
 
 def full_map_losses(logits_NYX: Tensor, masks_NYX: Tensor) -> MaskSums:

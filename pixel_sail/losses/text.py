@@ -5,12 +5,10 @@ answer "It is [SEG]." with its ending token there are five such positions, the f
 question.
 """
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-def text_sum(logits_MV: Tensor, targets_M: Tensor, weights_M: Tensor) -> Tensor:
-    """Return the weighted sum of the cross-entropies in float32; 0 (with a gradient of 0) where M is 0."""
-    losses_M = F.cross_entropy(logits_MV.float(), targets_M, reduction="none")
-    return (losses_M * weights_M.to(torch.float32)).sum()
+def text_losses(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
+    """Return the cross-entropy of every supervised position [M] in float32; M may be 0."""
+    return F.cross_entropy(logits_MV.float(), targets_M, reduction="none")

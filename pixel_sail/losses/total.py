@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pixel_sail.losses.mask import MaskSums, PointSampling, point_losses
-from pixel_sail.losses.text import text_sum
+from pixel_sail.losses.mask import PointSampling, point_losses
+from pixel_sail.losses.text import text_losses
 from pixel_sail.model.modeling_pixel_sail import PixelSailOutput
 from pixel_sail.types import Batch
 
@@ -31,15 +31,15 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossSums:
-    """Unweighted sums of one micro-batch; the text sum already holds the factor of each sample."""
+    """Unweighted sums of one micro-batch for each of its S samples; the text sums hold the factor of each sample."""
 
-    text: Tensor
-    bce: Tensor
-    dice: Tensor
+    text_S: Tensor
+    bce_S: Tensor
+    dice_S: Tensor
 
     def detached(self) -> Tensor:
-        """Return (text, bce, dice) as one float64 tensor without history."""
-        return torch.stack((self.text, self.bce, self.dice)).detach().double()
+        """Return (text, bce, dice) of each sample as one float64 tensor [S, 3] without history."""
+        return torch.stack((self.text_S, self.bce_S, self.dice_S), dim=1).detach().double()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,25 +67,39 @@ def text_weights(batch: Batch, config: LossConfig) -> Tensor:
 def loss_sums(output: PixelSailOutput, batch: Batch, config: LossConfig) -> LossSums:
     """Return the loss sums of one micro-batch."""
     assert output.logits is not None and output.mask_logits is not None
-    zero = output.logits.new_zeros((), dtype=torch.float32)
-    bce, dice, first = zero, zero, 0
+    zeros = output.logits.new_zeros(len(batch.sample_ids), dtype=torch.float32)
+    bce, dice, first = list(zeros), list(zeros), 0
     for image, logits_NYX in enumerate(output.mask_logits):
         if logits_NYX is None:
             continue
-        masks = torch.stack(batch.masks[first : first + len(logits_NYX)])
+        own = slice(first, first + len(logits_NYX))
         first += len(logits_NYX)
-        generator = torch.Generator().manual_seed(batch.point_seeds[image])
-        sums: MaskSums = point_losses(logits_NYX, masks, config.points, generator)
-        bce, dice = bce + sums.bce, dice + sums.dice
+        sums = point_losses(
+            logits_NYX,
+            torch.stack(batch.masks[own]),
+            config.points,
+            torch.Generator().manual_seed(batch.point_seeds[image]),
+            ignored_masks(batch, own),
+        )
+        sample = batch.image_samples[image]
+        bce[sample], dice[sample] = sums.bce, sums.dice
     assert first == len(batch.masks), f"{first} of {len(batch.masks)} masks were used"
+    text_M = text_losses(output.logits, batch.targets_M) * text_weights(batch, config)
     return LossSums(
-        text=text_sum(output.logits, batch.targets_M, text_weights(batch, config)),
-        bce=bce,
-        dice=dice,
+        text_S=zeros.index_add(0, batch.target_samples_M, text_M), bce_S=torch.stack(bce), dice_S=torch.stack(dice)
     )
+
+
+def ignored_masks(batch: Batch, own: slice) -> Tensor | None:
+    """Return the pixels that do not count [N, H, W] of some masks of one image, None when all do."""
+    if all(mask is None for mask in batch.ignored[own]):
+        return None
+    pairs = zip(batch.ignored[own], batch.masks[own], strict=True)
+    return torch.stack([torch.zeros_like(mask) if ignored is None else ignored for ignored, mask in pairs])
 
 
 def combine(sums: LossSums, counts: Counts, config: LossConfig) -> Tensor:
     """Return the share of one micro-batch in the global loss; a count of zero divides by one."""
     tokens, masks = max(counts.tokens, 1), max(counts.masks, 1)
-    return config.text * sums.text / tokens + (config.bce * sums.bce + config.dice * sums.dice) / masks
+    text, bce, dice = sums.text_S.sum(), sums.bce_S.sum(), sums.dice_S.sum()
+    return config.text * text / tokens + (config.bce * bce + config.dice * dice) / masks

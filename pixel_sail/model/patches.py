@@ -8,6 +8,8 @@ of 1024, all (height, width):
     image 1080 x 1920 -> resized 576 x 1024 -> grid 36 x 64 = 2304 patches
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -65,3 +67,49 @@ def covered_patches(mask: BoolMask, grid_hw: SizeHW) -> NDArray[np.bool_]:
         ((columns + 0.5) * grid_hw[1] / mask.shape[1]).astype(int),
     ] = True
     return covered
+
+
+def visible_owners(covered: Sequence[NDArray[np.bool_]]) -> NDArray[np.int64] | None:
+    """Return which region every patch of the grid shows [h, w], -1 for none; None if not all regions can be seen.
+
+    `covered` holds the patches of every region [h, w], at least one, in the order they are painted: a later region
+    lies on top. A region that others hide completely gets one patch back, the most central one of the region that has
+    most patches to spare; where its coverers have only one patch each, they move to another of their own.
+    """
+    owners = np.full(covered[0].shape, -1, dtype=np.int64)
+    for region, cells in enumerate(covered):
+        owners[cells] = region
+    for region in range(len(covered)):
+        if not (owners == region).any() and not _uncover(region, covered, owners, moving={region}):
+            return None
+    return owners
+
+
+def _uncover(region: int, covered: Sequence[NDArray[np.bool_]], owners: NDArray[np.int64], *, moving: set[int]) -> bool:
+    """Give `region` one patch without taking the last patch of another; False if that cannot be.
+
+    This is the search for an augmenting path of a matching between regions and patches; `moving` are the regions that
+    are on the path already.
+    """
+    counts = {int(owner): int((owners == owner).sum()) for owner in np.unique(owners[covered[region]])}
+    spare = max(counts, key=lambda owner: (counts[owner], -owner))
+    if counts[spare] > 1:
+        owners[_most_central(covered[region] & (owners == spare), covered[region])] = region
+        return True
+    for owner in sorted(counts):
+        if owner in moving:
+            continue
+        moving.add(owner)
+        cell = covered[region] & (owners == owner)
+        if _uncover(owner, covered, owners, moving=moving):
+            owners[cell] = region
+            return True
+    return False
+
+
+def _most_central(candidates: NDArray[np.bool_], cells: NDArray[np.bool_]) -> tuple[int, int]:
+    """Return the candidate patch nearest to the middle of the cells; the first in reading order of several."""
+    places = np.argwhere(candidates)
+    distances = ((places - np.argwhere(cells).mean(axis=0)) ** 2).sum(axis=1)
+    row, column = places[int(distances.argmin())]
+    return int(row), int(column)

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pixel_sail.model.configuration_pixel_sail import Architecture
-from pixel_sail.model.patches import covered_patches, grid_size, image_to_patches
+from pixel_sail.model.patches import covered_patches, grid_size, image_to_patches, visible_owners
 from pixel_sail.model.tokenization import END_TOKEN, SEG_TOKEN, load_tokenizer
 from pixel_sail.types import IGNORE_LABEL, BoolMask, DataError, Example, Sample, SizeHW, VisualPrompt
 
@@ -100,21 +100,36 @@ class PixelSailProcessor:
     def paint_prompts(self, prompts: tuple[VisualPrompt, ...], grid_hw: SizeHW, where: str) -> Tensor:
         """Return the prompt id of every token of the image span, -1 for none: [1 + h * w + 1].
 
-        Large regions are painted first, so that a small one on top stays visible.
-        Raises: DataError for an id the model has no token for, and for a mask without pixels.
+        Prompts with more pixels are painted first, of two with equally many the one with the smaller id. A prompt that
+        those on top of it hide completely gets one patch back, so that every prompt is seen.
+        Raises: DataError for an id the model has no token for, for a mask without pixels, and for more prompts than
+        patches that they cover.
         """
+        order = sorted(prompts, key=lambda prompt: (-int(prompt.mask.sum()), prompt.prompt_id))
+        for prompt in order:
+            self._check_prompt(prompt, where)
         painted = np.full(grid_hw, -1, dtype=np.int64)
-        for prompt in sorted(prompts, key=lambda p: int(p.mask.sum()), reverse=True):
-            if not 0 <= prompt.prompt_id < self.settings.num_visual_prompts:
+        if order:
+            covered = [covered_patches(prompt.mask, grid_hw) for prompt in order]
+            owners = visible_owners(covered)
+            if owners is None:
                 raise DataError(
-                    f"{where}: visual prompt {prompt.prompt_id} found, expected 0 .. "
-                    f"{self.settings.num_visual_prompts - 1}; use fewer prompts or raise model.num_visual_prompts"
+                    f"{where}: {len(order)} visual prompts found on {int(np.any(covered, axis=0).sum())} patches in "
+                    "all, of which they cannot get one each; use fewer prompts or a larger image"
                 )
-            if not prompt.mask.any():
-                raise DataError(f"{where}: the mask of <Prompt{prompt.prompt_id}> marks no pixel; remove the prompt")
-            painted[covered_patches(prompt.mask, grid_hw)] = prompt.prompt_id
+            painted = np.where(owners >= 0, np.array([prompt.prompt_id for prompt in order])[owners], -1)
         none = np.array([-1])
         return torch.from_numpy(np.concatenate((none, painted.ravel(), none)))
+
+    def _check_prompt(self, prompt: VisualPrompt, where: str) -> None:
+        """Raise DataError unless the prompt has a token and a pixel."""
+        if not 0 <= prompt.prompt_id < self.settings.num_visual_prompts:
+            raise DataError(
+                f"{where}: visual prompt {prompt.prompt_id} found, expected 0 .. "
+                f"{self.settings.num_visual_prompts - 1}; use fewer prompts or raise model.num_visual_prompts"
+            )
+        if not prompt.mask.any():
+            raise DataError(f"{where}: the mask of <Prompt{prompt.prompt_id}> marks no pixel; remove the prompt")
 
     def encode_sample(self, sample: Sample, image: Image.Image | None, *, independent_turns: bool) -> Example:
         """Return a sample as tokens.
@@ -134,6 +149,7 @@ class PixelSailProcessor:
         if not sample.turns:
             raise DataError(f"{sample.sample_id}: no question found, expected at least one turn")
         masks: list[BoolMask] = []
+        ignored: list[BoolMask | None] = []
         start = parts.next_position
         for index, turn in enumerate(sample.turns):
             answer_ids = [*self.text_ids(turn.answer), self.end_id]
@@ -143,12 +159,14 @@ class PixelSailProcessor:
                 parts.next_position = start
             parts.add_text(question_ids, answer_ids, branch=index + 1 if independent_turns else 1)
             masks.extend(turn.masks)
-        return parts.example(sample, patches, grid, tuple(masks))
+            ignored.extend([turn.ignored] * len(turn.masks))
+        return parts.example(sample, patches, grid, tuple(masks), tuple(ignored))
 
     @staticmethod
     def _check_mask_sizes(sample: Sample, image: Image.Image) -> None:
         """Raise DataError unless every mask has the size of the image."""
         masks = [mask for turn in sample.turns for mask in turn.masks] + [prompt.mask for prompt in sample.prompts]
+        masks += [turn.ignored for turn in sample.turns if turn.ignored is not None]
         for mask in masks:
             if mask.shape != (image.height, image.width):
                 raise DataError(
@@ -201,7 +219,14 @@ class _TokenParts:
         self.prompts.append(torch.full((length,), -1))
         self.next_position += length
 
-    def example(self, sample: Sample, patches: Tensor, grid: SizeHW | None, masks: tuple[BoolMask, ...]) -> Example:
+    def example(
+        self,
+        sample: Sample,
+        patches: Tensor,
+        grid: SizeHW | None,
+        masks: tuple[BoolMask, ...],
+        ignored: tuple[BoolMask | None, ...],
+    ) -> Example:
         """Return everything as tensors."""
         index = torch.arange(len(self.ids))
         is_patch = (index >= 1) & (index < self.num_image_tokens - 1)
@@ -218,6 +243,7 @@ class _TokenParts:
             patches_PK=patches,
             grid_hw=grid,
             masks=masks,
+            ignored=ignored,
         )
 
 

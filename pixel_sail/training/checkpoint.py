@@ -14,7 +14,7 @@ whole.
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pixel_sail import dist
+from pixel_sail.data.packing import LanePosition
 from pixel_sail.files import sha256
+from pixel_sail.training.step import SOURCE_COLUMNS
 
 MARKER, MANIFEST, STATE = "COMPLETE", "manifest.json", "state.json"
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
@@ -43,8 +45,17 @@ class TrainState:
 
     step: int = 0
     """Finished optimizer steps."""
-    consumed: tuple[int, ...] = ()
-    """Samples used up, per lane."""
+    lanes: tuple[LanePosition, ...] = ()
+    """Where each lane of the data stands."""
+    num_skipped: int = 0
+    """Samples left out so far."""
+    source_sums: tuple[tuple[float, ...], ...] = ()
+    """Per source, sums of SOURCE_COLUMNS since the last log line."""
+
+    @classmethod
+    def start(cls, *, num_lanes: int, num_sources: int) -> "TrainState":
+        """Return where every run begins."""
+        return cls(lanes=(LanePosition(),) * num_lanes, source_sums=((0.0,) * len(SOURCE_COLUMNS),) * num_sources)
 
 
 def collect(
@@ -135,7 +146,13 @@ def read(path: Path, config: dict[str, Any]) -> tuple[TrainState, dict[str, Tens
             "Choose another run_dir, or go back to the saved values"
         )
     fields = saved["train_state"]
-    state = TrainState(step=fields["step"], consumed=tuple(fields["consumed"]))
+    lanes = tuple(LanePosition(next=lane["next"], waiting=tuple(lane["waiting"])) for lane in fields["lanes"])
+    state = TrainState(
+        step=fields["step"],
+        lanes=lanes,
+        num_skipped=fields["num_skipped"],
+        source_sums=tuple(tuple(row) for row in fields["source_sums"]),
+    )
     return state, load_file(path / MODEL), load_file(path / OPTIMIZER)
 
 
@@ -264,9 +281,14 @@ def _flush(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
-def merge_consumed(consumed: Sequence[int], own: dict[int, int], device: torch.device) -> tuple[int, ...]:
+def merge_lanes(
+    num_lanes: int, own: dict[int, LanePosition], lookahead: int, device: torch.device
+) -> tuple[LanePosition, ...]:
     """Return the positions of all lanes after a step, each rank knowing only its own."""
-    mine = torch.zeros(len(consumed), dtype=torch.int64, device=device)
-    for lane, value in own.items():
-        mine[lane] = value
-    return tuple(dist.sum_over_ranks(mine).tolist())
+    # One row per lane: next, how many wait, which. Only its owner fills it, so that the sum over ranks is the table.
+    mine = torch.zeros(num_lanes, 2 + lookahead, dtype=torch.int64)
+    for lane, position in own.items():
+        row = (position.next, len(position.waiting), *position.waiting)
+        mine[lane, : len(row)] = torch.tensor(row)
+    rows = dist.sum_over_ranks(mine.to(device)).tolist()
+    return tuple(LanePosition(next=row[0], waiting=tuple(row[2 : 2 + row[1]])) for row in rows)

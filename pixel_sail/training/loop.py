@@ -17,6 +17,7 @@ import torch
 
 from pixel_sail import dist
 from pixel_sail.config import ConfigError, DataConfig, TrainConfig, build
+from pixel_sail.data.leakage import held_out_images, without_images
 from pixel_sail.data.loader import LaneShare, training_batches
 from pixel_sail.data.mixture import Mixture
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
@@ -29,6 +30,7 @@ from pixel_sail.training.log import RunLog
 from pixel_sail.training.optim import build_optimizer
 from pixel_sail.training.schedule import learning_rate
 from pixel_sail.training.step import optimizer_step
+from pixel_sail.training.tally import record_skipped, source_scalars
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
     resolved = asdict(config)
     identity = {key: value for key, value in resolved.items() if key not in FREE_KEYS}
     identity["data"] = {key: value for key, value in resolved["data"].items() if key not in FREE_DATA_KEYS}
-    state, saved = TrainState(consumed=(0,) * share.num_lanes), None
+    state, saved = TrainState.start(num_lanes=share.num_lanes, num_sources=len(mixture.names)), None
     found = checkpoint.latest(checkpoints)
     if found is not None:
         if config.checkpoint.resume == "never":
@@ -73,7 +75,13 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.json").write_text(json.dumps(resolved, indent=1) + "\n")
     data = training_batches(
-        mixture, processor, config.data.packing, share, consumed=state.consumed, num_workers=config.data.num_workers
+        mixture,
+        processor,
+        config.data.packing,
+        share,
+        start=state.lanes,
+        num_workers=config.data.num_workers,
+        max_skipped_share=config.data.max_skipped_share,
     )
 
     def save() -> None:
@@ -88,16 +96,39 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             report = optimizer_step(
-                model, optimizer, step_data.batches, config.loss, accelerator, max_grad_norm=config.optim.max_grad_norm
+                model,
+                optimizer,
+                step_data.batches,
+                config.loss,
+                accelerator,
+                max_grad_norm=config.optim.max_grad_norm,
+                sources=mixture.names,
             )
+            lanes = checkpoint.merge_lanes(
+                share.num_lanes, step_data.after, config.data.packing.lookahead, accelerator.device
+            )
+            num_skipped = record_skipped(
+                run_dir,
+                step_data.skipped,
+                before=state.num_skipped,
+                mixture=mixture,
+                position=sum(lane.next for lane in lanes),
+                max_share=config.data.max_skipped_share,
+                device=accelerator.device,
+            )
+            sums = torch.tensor(state.source_sums, dtype=torch.float64) + report.by_source
+            is_logged = due(state.step + 1, config.log.every) or state.step + 1 == last
             state = TrainState(
                 step=state.step + 1,
-                consumed=checkpoint.merge_consumed(state.consumed, step_data.consumed, accelerator.device),
+                lanes=lanes,
+                num_skipped=num_skipped,
+                source_sums=tuple(map(tuple, (torch.zeros_like(sums) if is_logged else sums).tolist())),
             )
             log.step_done()
-            if due(state.step, config.log.every) or state.step == last:
-                epoch = sum(state.consumed) / mixture.epoch_length
-                log.scalars(state.step, {"lr": lr, **asdict(report), "epoch": round(epoch, 4)})
+            if is_logged:
+                epoch = sum(lane.consumed for lane in lanes) / mixture.epoch_length
+                numbers = {"lr": lr, **report.scalars(), "epoch": round(epoch, 4), "skipped": num_skipped}
+                log.scalars(state.step, {**numbers, **source_scalars(mixture.names, sums)})
             if due(state.step, config.checkpoint.every) or state.step == last:
                 save()
             if evaluate is not None and due(state.step, config.validation.every):
@@ -125,8 +156,11 @@ def build_mixture(config: DataConfig, *, seed: int) -> Mixture:
     """Return the configured sources as one stream."""
     if not config.sources:
         raise ConfigError("data.sources is empty; choose a data group, for example data=refshapes")
-    sources = {name: build(node, f"data.sources.{name}") for name, node in config.sources.items()}
-    return Mixture(sources, config.repeats, seed=seed)
+    excluded = held_out_images(config.leakage.held_out) if config.leakage.enabled else frozenset()
+    sources = {
+        name: without_images(build(node, f"data.sources.{name}"), excluded) for name, node in config.sources.items()
+    }
+    return Mixture(sources, config.repeats, seed=seed, weights=config.weights, epoch_samples=config.epoch_samples)
 
 
 def validate(

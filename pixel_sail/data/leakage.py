@@ -1,0 +1,99 @@
+"""Keeping evaluation images out of training: the RefCOCO family shares its photographs.
+
+Place in the flow: `training/loop.py` passes every source through `without_images` before they are mixed. RefCOCO,
+RefCOCO+, RefCOCOg and gRefCOCO annotate the same COCO photos and split them differently, and most other sources use
+COCO photos too, so that a model would be scored on pictures it was trained on:
+
+    held_out_images([HeldOut(root="data/ref_seg", dataset="refcocog", splits=["val", "test"])]) -> {581857, 574297, ...}
+    "coco/train2017/000000581857.jpg" -> COCO image 581857, left out
+
+Images of other collections have other names and are never left out. GQA and Visual Genome reuse COCO photos under
+numbers of their own, which only their own tables would tell.
+"""
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from pixel_sail.data.refer_annotations import load_refer
+from pixel_sail.types import DataError, Sample, Source
+
+logger = logging.getLogger(__name__)
+
+_COCO_NAME = re.compile(r"(?:COCO_(?:train|val|test)20\d\d_)?(\d{12})\.(?:jpg|jpeg|png)", re.IGNORECASE)
+
+
+@dataclass(kw_only=True)
+class HeldOut:
+    """Splits of one REFER dataset whose images are kept out of training."""
+
+    root: str
+    dataset: str
+    split_by: str | None = None
+    splits: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class LeakageConfig:
+    """Which images training must not see."""
+
+    enabled: bool = True
+    """False trains on evaluation images where the mixture holds them; the log says so."""
+    held_out: list[HeldOut] = field(default_factory=list)
+    """Empty: nothing to keep out, as for data that shares no image with a benchmark."""
+
+
+def held_out_images(held_out: Sequence[HeldOut]) -> frozenset[int]:
+    """Return the COCO ids of all images of these splits. Raises: DataError when a file or split is missing."""
+    found: set[int] = set()
+    for entry in held_out:
+        for split in entry.splits:
+            try:
+                annotations = load_refer(entry.root, entry.dataset, split, split_by=entry.split_by)
+            except DataError as error:
+                raise DataError(
+                    f"leakage filter: {error}. It needs the evaluation splits to keep their images out of training; get "
+                    "the file, take the entry out of data.leakage.held_out, or set data.leakage.enabled=false"
+                ) from error
+            found |= set(annotations.images)
+    return frozenset(found)
+
+
+def coco_image_id(path: Path | None) -> int | None:
+    """Return the COCO number of an image by its file name, None for an image of another collection."""
+    match = None if path is None else _COCO_NAME.fullmatch(path.name)
+    return None if match is None else int(match[1])
+
+
+def without_images(source: Source, excluded: frozenset[int]) -> Source:
+    """Return the source without the items of these COCO images; the number is logged."""
+    if not excluded:
+        return source
+    kept = [index for index in range(len(source)) if coco_image_id(source.image_path(index)) not in excluded]
+    dropped = len(source) - len(kept)
+    logger.info(
+        "source %s: %d of %d items left out, their images belong to evaluation", source.name, dropped, len(source)
+    )
+    return source if not dropped else _Part(source, np.array(kept, dtype=np.int64))
+
+
+class _Part:
+    """Some items of a source."""
+
+    def __init__(self, source: Source, kept: np.ndarray) -> None:
+        self.name = source.name
+        self._source = source
+        self._kept = kept
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, index: int, rng: np.random.Generator) -> Sample:
+        return self._source.get(int(self._kept[index]), rng)
+
+    def image_path(self, index: int) -> Path | None:
+        return self._source.image_path(int(self._kept[index]))
