@@ -26,12 +26,12 @@ SCRIBBLE_CORNERS = (2, 5)
 
 
 def check_shares(shares: Mapping[str, float], where: str) -> None:
-    """Raise ValueError unless shares are non-negative, of known kinds, and not all zero."""
-    unknown = sorted(set(shares) - set(PROMPT_KINDS))
-    if unknown or not shares or min(shares.values()) < 0 or sum(shares.values()) <= 0:
+    """Raise ValueError unless shares are of known kinds, finite, not negative and not all zero."""
+    is_sound = set(shares) <= set(PROMPT_KINDS) and all(0 <= share < np.inf for share in shares.values())
+    if not is_sound or sum(shares.values()) <= 0:
         raise ValueError(
-            f"{where}: found prompt shares {dict(shares)}, expected shares of {PROMPT_KINDS}, none negative and not "
-            "all zero; correct the config"
+            f"{where}: found prompt shares {dict(shares)}, expected finite shares of {PROMPT_KINDS}, none negative and "
+            "not all zero; correct the config"
         )
 
 
@@ -44,9 +44,13 @@ def draw_prompt(mask: BoolMask, shares: Mapping[str, float], rng: np.random.Gene
         raise DataError("visual prompt: found a region without pixels, expected at least one; leave the region out")
     kinds = [kind for kind in PROMPT_KINDS if shares.get(kind, 0) > 0]
     limits = np.cumsum([shares[kind] for kind in kinds])
-    kind = kinds[int(np.searchsorted(limits, rng.random() * limits[-1], side="right"))]
-    return {"mask": lambda: mask, "box": lambda: box_prompt(mask), "point": lambda: point_prompt(mask, rng),
-            "scribble": lambda: scribble_prompt(mask, rng)}[kind]()  # fmt: skip
+    number = int(np.searchsorted(limits, rng.random() * limits[-1], side="right"))
+    kind = kinds[min(number, len(kinds) - 1)]  # The product above may be rounded up to the last limit.
+    if kind == "box":
+        return box_prompt(mask)
+    if kind == "point":
+        return point_prompt(mask, rng)
+    return scribble_prompt(mask, rng) if kind == "scribble" else mask
 
 
 def box_prompt(mask: BoolMask) -> BoolMask:
@@ -59,12 +63,14 @@ def box_prompt(mask: BoolMask) -> BoolMask:
 
 def point_prompt(mask: BoolMask, rng: np.random.Generator) -> BoolMask:
     """Return one pixel of the region, well inside where it is wide enough, else as far inside as can be."""
-    distance = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
-    candidates = np.flatnonzero(distance > POINT_MARGIN_PX)
+    ((rows, columns),) = ndimage.find_objects(mask.astype(np.uint8))  # Nothing outside the region's box can matter.
+    distance = ndimage.distance_transform_edt(np.pad(mask[rows, columns], 1))[1:-1, 1:-1]
+    candidates = np.argwhere(distance > POINT_MARGIN_PX)
     if len(candidates) == 0:
-        candidates = np.flatnonzero(distance == distance.max())
+        candidates = np.argwhere(distance == distance.max())
+    row, column = candidates[rng.integers(len(candidates))]
     point = np.zeros_like(mask)
-    point.flat[candidates[rng.integers(len(candidates))]] = True
+    point[rows.start + row, columns.start + column] = True
     return point
 
 

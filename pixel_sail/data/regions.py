@@ -40,6 +40,14 @@ class RegionSettings:
         if not 0.0 <= self.absent_share <= 1.0:
             raise ValueError(f"absent_share: found {self.absent_share}, expected 0 .. 1; correct the config")
 
+    def check_count(self, source: str, regions_per_sample: int) -> None:
+        """Raise ValueError unless samples have a region and never more than there are prompt tokens."""
+        if not 1 <= regions_per_sample <= self.num_prompts:
+            raise ValueError(
+                f"source {source}: found regions_per_sample {regions_per_sample}, expected 1 .. num_prompts = "
+                f"{self.num_prompts}; correct the config"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class RegionTurn:
@@ -66,7 +74,8 @@ def region_sample(
     """Return the sample of these turns, every region marked by a prompt id of its own drawn at random.
 
     `absent_question` words the question, with {region}, about a prompt that is not there; None asks none.
-    Raises: DataError when there are more regions than prompt tokens or a placeholder names no region.
+    Raises: DataError when there are more regions than prompt tokens, a region has no pixel, or a turn or placeholder
+    names no region.
     """
     if len(regions) > settings.num_prompts:
         raise DataError(
@@ -88,10 +97,19 @@ def region_sample(
             absent = None
         named = {str(index): ids[index] for index in range(len(regions))}
         if turn.region is not None:
+            # Without this check a number too large would quietly name a prompt that is not painted.
+            if not 0 <= turn.region < len(regions):
+                raise DataError(
+                    f"{sample_id}: a turn about region {turn.region} found, expected 0 .. {len(regions) - 1}; "
+                    "repair the item"
+                )
             named[""] = ids[turn.region]
         filled.append(
             Turn(question=_fill(turn.question, named, sample_id), answer=_fill(turn.answer, named, sample_id))
         )
+    empty = [index for index, mask in enumerate(regions) if not mask.any()]
+    if empty:
+        raise DataError(f"{sample_id}: found regions {empty} without pixels, expected at least one; repair the item")
     prompts = tuple(
         VisualPrompt(prompt_id=ids[index], mask=draw_prompt(mask, settings.shares, rng))
         for index, mask in enumerate(regions)

@@ -1,0 +1,168 @@
+"""COCO panoptic segmentation, instance by instance: every thing of a class gets a mask of its own, as "dog-1", "dog-2".
+
+Place in the flow: `data/panoptic.py` -> here -> `Sample` with one turn per class, wording from
+`data/wording/segmentation.py`. `coco_semantic.py` asks the same files for one mask per class.
+
+Example: an image with two dogs and grass gives Turn(question="Mark each dog separately. Segmentation in the instance
+mode.", answer="dog-1 [SEG] dog-2 [SEG].", masks=(left, right)) and Turn(..., answer="grass [SEG].", masks=(grass,)).
+
+What the released loader got wrong, and what happens here:
+- crowd segments were dropped, so that people in a crowd counted as background of "person": they are `Turn.ignored`;
+- several segments of one stuff class met an answer with a single [SEG]: their union is the mask;
+- a class with any number of instances was spelled out: above `instances_per_class` it is asked for as one mask;
+- class names with hyphens ran into the numbers ("wall-other-merged"): names are spoken, and told apart or refused;
+- decoded masks were kept for ever, and an image with nothing to ask for was replaced by a random other one: masks live
+  as long as their sample, and such images are left out when the file is opened, counted in the log.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pixel_sail.data.masks import union_masks
+from pixel_sail.data.panoptic import (
+    Category,
+    PanopticFile,
+    PanopticImage,
+    Segment,
+    load_categories,
+    load_class_file,
+    open_panoptic,
+    segments_by_category,
+)
+from pixel_sail.data.wording.segmentation import instance_turn, semantic_turn, spoken_names, stuff_turn
+from pixel_sail.types import BoolMask, Sample, SizeHW, Source, Turn
+
+
+def load(
+    *,
+    root: str | Path,
+    split: str = "train2017",
+    annotations: str | Path | None = None,
+    png_dir: str | Path | None = None,
+    image_dir: str | Path | None = None,
+    name: str = "coco_panoptic",
+    classes_per_sample: int = 5,
+    instances_per_class: int = 20,
+    class_file: str | Path | None = None,
+) -> Source:
+    """Return one split as a training source.
+
+    root, split, annotations, png_dir, image_dir: where the files are, see `open_panoptic`. classes_per_sample: most
+    turns of one sample (release: 5). instances_per_class: a class with more things than this is asked for as one mask,
+    0 for no limit (release). class_file: class names from lines `id:name,synonym,...` instead of those of the JSON
+    file. Raises: DataError, ValueError.
+    """
+    file = open_panoptic(root, split, annotations=annotations, png_dir=png_dir, image_dir=image_dir)
+    classes = CocoClasses(file, class_file)
+    return CocoPanopticSource(
+        file,
+        classes,
+        name=name,
+        split=split,
+        classes_per_sample=classes_per_sample,
+        instances_per_class=instances_per_class,
+    )
+
+
+class CocoClasses:
+    """The categories of a panoptic file with the names they are called by."""
+
+    def __init__(self, file: PanopticFile, class_file: str | Path | None = None) -> None:
+        """Read names from the panoptic file, or from `class_file`. Raises: DataError."""
+        self.categories: dict[int, Category] = load_categories(file.file)
+        if class_file is None:
+            names = {category_id: category.name for category_id, category in self.categories.items()}
+        else:
+            names = load_class_file(class_file, sorted(self.categories))
+        self.names = spoken_names(names, str(file.file if class_file is None else class_file))
+
+    def of(self, image: PanopticImage) -> dict[int, list[Segment]]:
+        """Return the segments of an image by category, ids ascending. Raises: DataError for unknown categories."""
+        return segments_by_category(image, sorted(self.categories))
+
+
+class CocoPanopticSource:
+    """One item per image with a thing that is not a crowd, or with stuff."""
+
+    def __init__(
+        self,
+        file: PanopticFile,
+        classes: CocoClasses,
+        *,
+        name: str,
+        split: str,
+        classes_per_sample: int = 5,
+        instances_per_class: int = 20,
+    ) -> None:
+        """Check the settings and the file. Raises: ValueError, DataError."""
+        check_at_least(name, 1, classes_per_sample=classes_per_sample)
+        check_at_least(name, 0, instances_per_class=instances_per_class)
+        self.name = name
+        self._file = file
+        self._classes = classes
+        self._split = split
+        self._classes_per_sample = classes_per_sample
+        self._instances_per_class = instances_per_class
+        self._numbers = file.usable(self._can_ask, source=name, content="a segment that is not a crowd")
+
+    def __len__(self) -> int:
+        """Return the number of images with something to ask for."""
+        return len(self._numbers)
+
+    def image_path(self, index: int) -> Path:
+        """Return the photo of an item."""
+        return self._file.image(int(self._numbers[index])).image_path
+
+    def get(self, index: int, rng: np.random.Generator) -> Sample:
+        """Return image `index` with up to `classes_per_sample` classes drawn from `rng`. Raises: DataError."""
+        image = self._file.image(int(self._numbers[index]))
+        masks = self._file.masks(image)
+        groups = [group for group in self._classes.of(image).values() if self._can_ask(group)]
+        drawn = [groups[i] for i in rng.permutation(len(groups))[: self._classes_per_sample]]
+        return Sample(
+            sample_id=f"{self.name}/{self._split}/image={image.image_id}",
+            source=self.name,
+            image_path=image.image_path,
+            image_hw=image.image_hw,
+            turns=tuple(self._turn(group, masks, image.image_hw, rng) for group in drawn),
+        )
+
+    def _can_ask(self, segments: Sequence[Segment]) -> bool:
+        """Say whether there is more than crowds; a crowd of a stuff class is stuff like any other."""
+        return any(not segment.is_crowd or not self._is_thing(segment.category_id) for segment in segments)
+
+    def _is_thing(self, category_id: int) -> bool:
+        """Return what the file says; a category it does not list is reported by `get`."""
+        return category_id not in self._classes.categories or self._classes.categories[category_id].is_thing
+
+    def _turn(
+        self, group: Sequence[Segment], masks: dict[int, BoolMask], size_hw: SizeHW, rng: np.random.Generator
+    ) -> Turn:
+        """Return the turn about one class."""
+        category_id = group[0].category_id
+        name = self._classes.names[category_id]
+        everything = union_masks([masks[segment.segment_id] for segment in group], size_hw)
+        if not self._classes.categories[category_id].is_thing:
+            return stuff_turn(name, everything, rng)
+        instances = [masks[segment.segment_id] for segment in group if not segment.is_crowd]
+        if self._instances_per_class and len(instances) > self._instances_per_class:
+            return semantic_turn(name, everything, rng)
+        crowds = [masks[segment.segment_id] for segment in group if segment.is_crowd]
+        ignored = union_masks(crowds, size_hw) if crowds else None
+        return instance_turn(name, sorted(instances, key=_corner), rng, ignored=ignored)
+
+
+def check_at_least(source: str, smallest: int, **settings: int) -> None:
+    """Raise ValueError naming the first setting that is too small."""
+    for setting, value in settings.items():
+        if value < smallest:
+            raise ValueError(
+                f"source {source}: found {setting} {value}, expected at least {smallest}; correct the config"
+            )
+
+
+def _corner(mask: BoolMask) -> tuple[int, int]:
+    """Return (leftmost column, topmost row), which orders instances from left to right."""
+    return int(mask.any(axis=0).argmax()), int(mask.any(axis=1).argmax())

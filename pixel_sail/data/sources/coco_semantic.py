@@ -1,0 +1,82 @@
+"""COCO panoptic annotations as semantic segmentation: one mask of "all the dogs", for things and stuff alike.
+
+Place in the flow: `data/panoptic.py` -> here -> `Sample` with one turn per class, wording from
+`data/wording/segmentation.py`. Files and class names are those of `coco_panoptic.py`.
+
+Example: two dogs and a crowd of dogs give Turn(question="Cover all the dog at once. Segmentation in the semantic
+mode.", answer="Sure, [SEG].", masks=(<the pixels of all three segments>,)).
+
+What the released loader got wrong, and what happens here: crowds were left out of "all the person", here they belong to
+it; masks were kept in memory for ever and images without a segment were replaced by a random other one, see
+`coco_panoptic.py`.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from pixel_sail.data.masks import union_masks
+from pixel_sail.data.panoptic import PanopticFile, open_panoptic
+from pixel_sail.data.sources.coco_panoptic import CocoClasses, check_at_least
+from pixel_sail.data.wording.segmentation import semantic_turn
+from pixel_sail.types import Sample, Source
+
+
+def load(
+    *,
+    root: str | Path,
+    split: str = "train2017",
+    annotations: str | Path | None = None,
+    png_dir: str | Path | None = None,
+    image_dir: str | Path | None = None,
+    name: str = "coco_semantic",
+    classes_per_sample: int = 5,
+    class_file: str | Path | None = None,
+) -> Source:
+    """Return one split as a training source; the arguments are those of `coco_panoptic.load`. Raises: DataError."""
+    file = open_panoptic(root, split, annotations=annotations, png_dir=png_dir, image_dir=image_dir)
+    return CocoSemanticSource(
+        file, CocoClasses(file, class_file), name=name, split=split, classes_per_sample=classes_per_sample
+    )
+
+
+class CocoSemanticSource:
+    """One item per image with a segment."""
+
+    def __init__(
+        self, file: PanopticFile, classes: CocoClasses, *, name: str, split: str, classes_per_sample: int = 5
+    ) -> None:
+        """Check the settings and the file. Raises: ValueError, DataError."""
+        check_at_least(name, 1, classes_per_sample=classes_per_sample)
+        self.name = name
+        self._file = file
+        self._classes = classes
+        self._split = split
+        self._classes_per_sample = classes_per_sample
+        self._numbers = file.usable(bool, source=name, content="a segment")
+
+    def __len__(self) -> int:
+        """Return the number of images with a segment."""
+        return len(self._numbers)
+
+    def image_path(self, index: int) -> Path:
+        """Return the photo of an item."""
+        return self._file.image(int(self._numbers[index])).image_path
+
+    def get(self, index: int, rng: np.random.Generator) -> Sample:
+        """Return image `index` with up to `classes_per_sample` classes drawn from `rng`. Raises: DataError."""
+        image = self._file.image(int(self._numbers[index]))
+        masks = self._file.masks(image)
+        groups = list(self._classes.of(image).items())
+        turns = []
+        for i in rng.permutation(len(groups))[: self._classes_per_sample]:
+            category_id, group = groups[i]
+            union = union_masks([masks[segment.segment_id] for segment in group], image.image_hw)
+            turns.append(semantic_turn(self._classes.names[category_id], union, rng))
+        return Sample(
+            sample_id=f"{self.name}/{self._split}/image={image.image_id}",
+            source=self.name,
+            image_path=image.image_path,
+            image_hw=image.image_hw,
+            turns=tuple(turns),
+        )

@@ -1,0 +1,148 @@
+"""COCO panoptic segments as marked regions whose class is to be chosen among candidates.
+
+Place in the flow: `data/panoptic.py` -> here -> `data/regions.py` -> `Sample` with visual prompts and one turn per
+region, wording from `data/wording/region_class.py`.
+
+Example: Turn(question="Name the class of <Prompt4>. The candidate categories: rug, dog, truck, others.",
+answer="<Prompt4>: dog"); now and then the right name is missing and the answer is "<Prompt4>: others."
+
+What the released loader got wrong, and what happens here:
+- a right name was added to ten drawn ones, so that a list of ten instead of eleven gave "others" away: every list has
+  `num_candidates` names, with the right one among them or not;
+- a sample that used up all prompt tokens had none left for the question about an absent region and failed: then no
+  such question is asked;
+- the caches and the random replacements, see `coco_panoptic.py`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from pixel_sail.data.panoptic import PanopticFile, PanopticImage, Segment, open_panoptic
+from pixel_sail.data.prompts import MASK_ONLY
+from pixel_sail.data.regions import RegionSettings, RegionTurn, region_sample
+from pixel_sail.data.sources.coco_panoptic import CocoClasses, check_at_least
+from pixel_sail.data.wording.region_class import OTHERS, class_answer, class_question
+from pixel_sail.types import Sample, Source
+
+
+def load(
+    *,
+    root: str | Path,
+    split: str = "train2017",
+    annotations: str | Path | None = None,
+    png_dir: str | Path | None = None,
+    image_dir: str | Path | None = None,
+    name: str = "coco_vp",
+    regions_per_sample: int = 5,
+    num_candidates: int = 10,
+    others_share: float = 0.05,
+    class_file: str | Path | None = None,
+    prompt_shares: Mapping[str, float] = MASK_ONLY,
+    num_prompts: int = 15,
+    absent_share: float = 0.05,
+) -> Source:
+    """Return one split as a training source; all defaults are the released values.
+
+    root, split, annotations, png_dir, image_dir, class_file: as in `coco_panoptic.load`. regions_per_sample: most turns
+    of one sample. num_candidates: names a question lists beside "others". others_share: how often the right one is left
+    out. prompt_shares, num_prompts, absent_share: see `RegionSettings`. Raises: DataError, ValueError.
+    """
+    file = open_panoptic(root, split, annotations=annotations, png_dir=png_dir, image_dir=image_dir)
+    return CocoRegionSource(
+        file,
+        CocoClasses(file, class_file),
+        RegionSettings(num_prompts=num_prompts, shares=dict(prompt_shares), absent_share=absent_share),
+        name=name,
+        split=split,
+        regions_per_sample=regions_per_sample,
+        num_candidates=num_candidates,
+        others_share=others_share,
+    )
+
+
+class CocoRegionSource:
+    """One item per image with a segment that is not a crowd."""
+
+    def __init__(
+        self,
+        file: PanopticFile,
+        classes: CocoClasses,
+        settings: RegionSettings,
+        *,
+        name: str,
+        split: str,
+        regions_per_sample: int = 5,
+        num_candidates: int = 10,
+        others_share: float = 0.05,
+    ) -> None:
+        """Check the settings and the file. Raises: ValueError, DataError."""
+        check_at_least(name, 1, regions_per_sample=regions_per_sample, num_candidates=num_candidates)
+        check_fits(name, settings, regions_per_sample)
+        if not 0.0 <= others_share <= 1.0:
+            raise ValueError(f"source {name}: found others_share {others_share}, expected 0 .. 1; correct the config")
+        self.name = name
+        self._file = file
+        self._classes = classes
+        self._settings = settings
+        self._split = split
+        self._regions_per_sample = regions_per_sample
+        self._num_candidates = num_candidates
+        self._others_share = others_share
+        self._numbers = file.usable(
+            lambda segments: any(not segment.is_crowd for segment in segments),
+            source=name,
+            content="a segment that is not a crowd",
+        )
+
+    def __len__(self) -> int:
+        """Return the number of images with a region."""
+        return len(self._numbers)
+
+    def image_path(self, index: int) -> Path:
+        """Return the photo of an item."""
+        return self._file.image(int(self._numbers[index])).image_path
+
+    def get(self, index: int, rng: np.random.Generator) -> Sample:
+        """Return image `index` with up to `regions_per_sample` regions drawn from `rng`. Raises: DataError."""
+        image = self._file.image(int(self._numbers[index]))
+        masks = self._file.masks(image)
+        drawn = self._draw(image, rng)
+        turns = [self._turn(number, segment.category_id, rng) for number, segment in enumerate(drawn)]
+        return region_sample(
+            turns,
+            [masks[segment.segment_id] for segment in drawn],
+            rng,
+            self._settings,
+            sample_id=f"{self.name}/{self._split}/image={image.image_id}",
+            source=self.name,
+            image_path=image.image_path,
+            image_hw=image.image_hw,
+            absent_question=class_question,
+        )
+
+    def _draw(self, image: PanopticImage, rng: np.random.Generator) -> list[Segment]:
+        """Return the regions of one sample, of known categories."""
+        regions = [segment for group in self._classes.of(image).values() for segment in group if not segment.is_crowd]
+        return [regions[i] for i in rng.permutation(len(regions))[: self._regions_per_sample]]
+
+    def _turn(self, region: int, category_id: int, rng: np.random.Generator) -> RegionTurn:
+        """Return the question about one region with its candidates."""
+        has_right_one = rng.random() >= self._others_share
+        wrong = [name for other, name in self._classes.names.items() if other != category_id]
+        num_wrong = self._num_candidates - 1 if has_right_one else self._num_candidates
+        candidates = [wrong[i] for i in rng.permutation(len(wrong))[:num_wrong]]
+        if has_right_one:
+            candidates.insert(int(rng.integers(len(candidates) + 1)), self._classes.names[category_id])
+        answer = class_answer(self._classes.names[category_id] if has_right_one else f"{OTHERS}.")
+        return RegionTurn(question=class_question(rng, [*candidates, OTHERS]), answer=answer, region=region)
+
+
+def check_fits(source: str, settings: RegionSettings, regions_per_sample: int) -> None:
+    """Raise ValueError if a sample could have more regions than there are prompt tokens."""
+    if regions_per_sample > settings.num_prompts:
+        raise ValueError(
+            f"source {source}: found regions_per_sample {regions_per_sample}, expected at most num_prompts = "
+            f"{settings.num_prompts}; correct the config"
+        )

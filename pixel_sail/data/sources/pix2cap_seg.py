@@ -1,0 +1,111 @@
+"""Pix2Cap-COCO as segmentation: a text describes one segment of an image, the answer is its mask.
+
+Place in the flow: `data/panoptic.py` -> here -> `Sample` with one turn per description, wording from
+`data/wording/segmentation.py`. `pix2cap_vp.py` asks the other way round.
+
+Pix2Cap's file is a COCO panoptic JSON whose segments carry a text; the PNGs and photos are COCO's own. An example:
+
+    {"id": 8345037, "category_id": 51, "description": "A blue bowl of rice behind the plate of fruit.", ...}
+
+What the released loader got wrong, and what happens here: decoded masks were kept in memory for ever and images without
+a description were replaced by a random other one, see `coco_panoptic.py`; two segments with the same words gave two
+turns that contradict each other, here they give one turn with both.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pixel_sail.data.masks import union_masks
+from pixel_sail.data.panoptic import PanopticFile, Segment, open_panoptic
+from pixel_sail.data.sources.coco_panoptic import check_at_least
+from pixel_sail.data.wording.segmentation import description_turn
+from pixel_sail.types import Sample, Source
+
+
+def load(
+    *,
+    file: str | Path,
+    root: str | Path,
+    split: str = "train2017",
+    png_dir: str | Path | None = None,
+    image_dir: str | Path | None = None,
+    name: str = "pix2cap_seg",
+    descriptions_per_sample: int = 5,
+    min_description_chars: int = 6,
+) -> Source:
+    """Return Pix2Cap's file as a training source.
+
+    file: pix2cap_coco_train.json. root, split, png_dir, image_dir: where COCO's PNGs and photos are, see
+    `open_panoptic`. descriptions_per_sample: most turns of one sample. min_description_chars: shorter texts are left
+    out. Both defaults are the released values. Raises: DataError, ValueError.
+    """
+    # Pix2Cap need not describe every segment of COCO's PNGs.
+    opened = open_panoptic(root, split, annotations=file, png_dir=png_dir, image_dir=image_dir, lists_all=False)
+    return Pix2CapSegSource(
+        opened,
+        name=name,
+        split=split,
+        descriptions_per_sample=descriptions_per_sample,
+        min_description_chars=min_description_chars,
+    )
+
+
+def described(segments: Sequence[Segment], min_chars: int) -> list[Segment]:
+    """Return the segments whose text has at least `min_chars` characters."""
+    return [segment for segment in segments if len(segment.description) >= min_chars]
+
+
+class Pix2CapSegSource:
+    """One item per image with a description."""
+
+    def __init__(
+        self,
+        file: PanopticFile,
+        *,
+        name: str,
+        split: str,
+        descriptions_per_sample: int = 5,
+        min_description_chars: int = 6,
+    ) -> None:
+        """Check the settings and the file. Raises: ValueError, DataError."""
+        check_at_least(
+            name, 1, descriptions_per_sample=descriptions_per_sample, min_description_chars=min_description_chars
+        )
+        self.name = name
+        self._file = file
+        self._split = split
+        self._descriptions_per_sample = descriptions_per_sample
+        self._min_chars = min_description_chars
+        self._numbers = file.usable(
+            lambda segments: bool(described(segments, min_description_chars)), source=name, content="a description"
+        )
+
+    def __len__(self) -> int:
+        """Return the number of images with a description."""
+        return len(self._numbers)
+
+    def image_path(self, index: int) -> Path:
+        """Return the photo of an item."""
+        return self._file.image(int(self._numbers[index])).image_path
+
+    def get(self, index: int, rng: np.random.Generator) -> Sample:
+        """Return image `index` with up to `descriptions_per_sample` texts drawn from `rng`. Raises: DataError."""
+        image = self._file.image(int(self._numbers[index]))
+        masks = self._file.masks(image)
+        groups: dict[str, list[Segment]] = {}
+        for segment in described(image.segments, self._min_chars):
+            groups.setdefault(segment.description, []).append(segment)
+        texts = list(groups)
+        turns = []
+        for i in rng.permutation(len(texts))[: self._descriptions_per_sample]:
+            union = union_masks([masks[segment.segment_id] for segment in groups[texts[i]]], image.image_hw)
+            turns.append(description_turn(texts[i], union, rng))
+        return Sample(
+            sample_id=f"{self.name}/{self._split}/image={image.image_id}",
+            source=self.name,
+            image_path=image.image_path,
+            image_hw=image.image_hw,
+            turns=tuple(turns),
+        )

@@ -1,0 +1,118 @@
+"""Pix2Cap-COCO as region description: a segment is marked by a visual prompt, the answer is its text.
+
+Place in the flow: `data/panoptic.py` -> here -> `data/regions.py` -> `Sample` with visual prompts and one turn per
+region, wording from `data/wording/region_class.py`. The file is described in `pix2cap_seg.py`.
+
+Example: Turn(question="Describe <Prompt9> in detail.", answer="<Prompt9>: A blue bowl of rice behind the plate of
+fruit.") with VisualPrompt(prompt_id=9, mask=<the bowl, its box, a point or a scribble on it>).
+
+What the released loader got wrong, and what happens here: a sample that used up all prompt tokens failed when it looked
+for one more, here it asks about no absent region; caches and random replacements, see `coco_panoptic.py`. A point or a
+box comes from the same source by `prompt_shares` instead of from a second class.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from pixel_sail.data.panoptic import PanopticFile, open_panoptic
+from pixel_sail.data.prompts import MASK_ONLY
+from pixel_sail.data.regions import RegionSettings, RegionTurn, region_sample
+from pixel_sail.data.sources.coco_panoptic import check_at_least
+from pixel_sail.data.sources.coco_vp import check_fits
+from pixel_sail.data.sources.pix2cap_seg import described
+from pixel_sail.data.wording.region_class import describe_answer, describe_question
+from pixel_sail.types import Sample, Source
+
+
+def load(
+    *,
+    file: str | Path,
+    root: str | Path,
+    split: str = "train2017",
+    png_dir: str | Path | None = None,
+    image_dir: str | Path | None = None,
+    name: str = "pix2cap_vp",
+    regions_per_sample: int = 5,
+    min_description_chars: int = 6,
+    prompt_shares: Mapping[str, float] = MASK_ONLY,
+    num_prompts: int = 15,
+    absent_share: float = 0.05,
+) -> Source:
+    """Return Pix2Cap's file as a training source; all defaults are the released values.
+
+    file, root, split, png_dir, image_dir, min_description_chars: as in `pix2cap_seg.load`. regions_per_sample: most
+    regions of one sample, every number from 1 equally likely. prompt_shares, num_prompts, absent_share: see
+    `RegionSettings`. Raises: DataError, ValueError.
+    """
+    opened = open_panoptic(root, split, annotations=file, png_dir=png_dir, image_dir=image_dir, lists_all=False)
+    return Pix2CapRegionSource(
+        opened,
+        RegionSettings(num_prompts=num_prompts, shares=dict(prompt_shares), absent_share=absent_share),
+        name=name,
+        split=split,
+        regions_per_sample=regions_per_sample,
+        min_description_chars=min_description_chars,
+    )
+
+
+class Pix2CapRegionSource:
+    """One item per image with a description."""
+
+    def __init__(
+        self,
+        file: PanopticFile,
+        settings: RegionSettings,
+        *,
+        name: str,
+        split: str,
+        regions_per_sample: int = 5,
+        min_description_chars: int = 6,
+    ) -> None:
+        """Check the settings and the file. Raises: ValueError, DataError."""
+        check_at_least(name, 1, regions_per_sample=regions_per_sample, min_description_chars=min_description_chars)
+        check_fits(name, settings, regions_per_sample)
+        self.name = name
+        self._file = file
+        self._settings = settings
+        self._split = split
+        self._regions_per_sample = regions_per_sample
+        self._min_chars = min_description_chars
+        self._numbers = file.usable(
+            lambda segments: bool(described(segments, min_description_chars)), source=name, content="a description"
+        )
+
+    def __len__(self) -> int:
+        """Return the number of images with a description."""
+        return len(self._numbers)
+
+    def image_path(self, index: int) -> Path:
+        """Return the photo of an item."""
+        return self._file.image(int(self._numbers[index])).image_path
+
+    def get(self, index: int, rng: np.random.Generator) -> Sample:
+        """Return image `index` with 1 .. `regions_per_sample` regions, number and choice drawn from `rng`.
+
+        Raises: DataError.
+        """
+        image = self._file.image(int(self._numbers[index]))
+        masks = self._file.masks(image)
+        segments = described(image.segments, self._min_chars)
+        count = int(rng.integers(1, self._regions_per_sample + 1))
+        drawn = [segments[i] for i in rng.permutation(len(segments))[:count]]
+        turns = [
+            RegionTurn(question=describe_question(rng), answer=describe_answer(segment.description), region=number)
+            for number, segment in enumerate(drawn)
+        ]
+        return region_sample(
+            turns,
+            [masks[segment.segment_id] for segment in drawn],
+            rng,
+            self._settings,
+            sample_id=f"{self.name}/{self._split}/image={image.image_id}",
+            source=self.name,
+            image_path=image.image_path,
+            image_hw=image.image_hw,
+            absent_question=describe_question,
+        )
