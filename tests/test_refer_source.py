@@ -10,8 +10,14 @@ from shared_data import shared_data
 
 from pixel_sail.data.masks import decode_rle
 from pixel_sail.data.sources.refer import ReferSource, expressions, load, load_refer
-from pixel_sail.data.wording.referring import NO_TARGET_ANSWER, REFER_ANSWERS, REFER_QUESTIONS, referring_turn
+from pixel_sail.data.wording.referring import NO_TARGET_ANSWER, REFER_ANSWERS
 from pixel_sail.types import DataError
+
+
+@pytest.fixture(autouse=True)
+def index_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIXEL_SAIL_CACHE", str(tmp_path / "index_cache"))
+
 
 BOX_A, BOX_B = [0, 0, 2, 0, 2, 2, 0, 2], [1, 1, 3, 1, 3, 3, 1, 3]
 
@@ -114,14 +120,91 @@ def test_absent_files_are_data_errors(tmp_path):
     with pytest.raises(DataError, match=r"found \[\]"):
         load_refer(tmp_path, "toy", "train")
     (tmp_path / "toy" / "refs(unc).p").write_bytes(pickle.dumps(REFS))
-    with pytest.raises(DataError, match=r"instances\.json: found no readable file"):
+    with pytest.raises(DataError, match=r"instances\.json: found no such file"):
         load_refer(tmp_path, "toy", "train")
+
+
+def test_the_first_folder_name_that_exists_is_read(tmp_path):
+    names = ["grefcoco", "grefs"]
+    root = _write(tmp_path, dataset="grefs", refs=GREFS, name="grefs(unc).json")
+    annotations = load_refer(root, names, "val")
+    assert (annotations.dataset, annotations.refs_file) == ("grefcoco", root / "grefs" / "grefs(unc).json")
+    assert load(root=root, dataset=names, split="val").name == "grefcoco"
+    _write(tmp_path, dataset="grefcoco", refs=GREFS[:1], name="grefs(unc).json")
+    assert load_refer(root, names, "val").refs_file.parent.name == "grefcoco"
+    with pytest.raises(DataError, match=r"/a: found no such folder"):
+        load_refer(root, ["a", "b"], "val")
+
+
+@pytest.mark.parametrize("split_by", ["umd", "google"])
+def test_refcocog_has_two_ways_to_split(tmp_path, split_by):
+    _write(tmp_path, refs=REFS[:4], name="refs(umd).p")
+    root = _write(tmp_path, refs=[{**ref, "split": "val"} for ref in REFS[1:3]], name="refs(google).p")
+    found = load_refer(root, "toy", "train" if split_by == "umd" else "val", split_by=split_by)
+    assert {ref.ref_id for group in found.refs_by_image.values() for ref in group} == (
+        {5, 1, 2} if split_by == "umd" else {1, 2}
+    )
+
+
+def test_grefs_are_read_as_json_before_pickle(tmp_path):
+    _write(tmp_path, refs=GREFS[:1], name="grefs(unc).p")
+    root = _write(tmp_path, refs=GREFS, name="grefs(unc).json")
+    for split_by in (None, "unc"):
+        assert load_refer(root, "toy", "val", split_by=split_by).refs_file.suffix == ".json"
+
+
+def test_repeated_ref_ids_are_reported_and_kept_apart(tmp_path, caplog):
+    refs = [_ref(7, 1, 10, "train", (1, "first")), _ref(7, 1, 11, "train", (2, "second"))]
+    root = _write(tmp_path, refs=refs)
+    corners = {e.text: bool(decode_rle(e.target)[0, 0]) for e in expressions(load_refer(root, "toy", "train"))}
+    assert corners == {"first": True, "second": False}
+    assert "found 1 ref_ids more than once (the first is 7)" in caplog.text
+    source = _source(root, question_style="fixed")
+    for seed in range(6):
+        masks = {turn.question: turn.masks[0] for turn in source.get(0, np.random.default_rng(seed)).turns}
+        assert masks["Please segment first in this image."][0, 0]
+        assert not masks["Please segment second in this image."][0, 0]
+
+
+def test_segmentations_are_read_when_asked_for(tmp_path):
+    annotations = load_refer(_write(tmp_path), "toy", "train")
+    assert dict(annotations.segmentations) == {row["id"]: row["segmentation"] for row in INSTANCES["annotations"]}
+    assert (len(annotations.segmentations), 12 in annotations.segmentations) == (3, False)
+    assert len(load_refer(tmp_path, "toy", "testA").segmentations) == 1
+    with pytest.raises(KeyError):
+        annotations.segmentations[2**70]
+    copy = pickle.loads(pickle.dumps(annotations))
+    assert expressions(copy) == expressions(annotations)
+    (tmp_path / "toy" / "instances.json").write_text("{}")
+    with pytest.raises(DataError, match=r"instances\.json: annotations: .*changed under a running process"):
+        annotations.segmentations[10]
+
+
+def test_a_source_gives_the_same_samples_in_a_spawned_worker(tmp_path):
+    source = _source(_write(tmp_path))
+    copy = pickle.loads(pickle.dumps(source))
+    for index in range(len(source)):
+        first, second = (s.get(index, np.random.default_rng(3)) for s in (source, copy))
+        assert _turn_keys(first) == _turn_keys(second)
+
+
+def test_hidden_images_that_cannot_be_swapped_are_counted(tmp_path, caplog):
+    hidden_paths = [_source(_write(tmp_path), hide="image").image_path(i).name for i in range(2)]
+    assert hidden_paths == ["one.jpg", "two.jpg"]
+    assert "2 of 2 images have no other of their size" in caplog.text
 
 
 @pytest.mark.parametrize("folder", ["images/train2014", "images/mscoco/images/train2014", "coco2014/train2014"])
 def test_image_folder_is_looked_for(tmp_path, folder):
     (tmp_path / folder).mkdir(parents=True)
     assert expressions(load_refer(_write(tmp_path), "toy", "train"))[0].image_path == tmp_path / folder / "one.jpg"
+
+
+def test_image_folder_may_lie_in_the_folder_of_the_dataset(tmp_path):
+    root = _write(tmp_path)
+    (root / "toy/coco2014/train2014").mkdir(parents=True)
+    path = root / "toy/coco2014/train2014/one.jpg"
+    assert expressions(load_refer(root, "toy", "train"))[0].image_path == path
 
 
 def test_image_folder_may_be_absent_or_given(tmp_path):
@@ -172,7 +255,7 @@ def test_wrong_segmentation_is_refused_when_it_is_used(tmp_path):
 
 def test_repeated_ids_in_instances_are_refused(tmp_path):
     repeated = {**INSTANCES, "images": INSTANCES["images"] * 2}
-    with pytest.raises(DataError, match=r"instances\.json: found 2 repeated ids under 'images'"):
+    with pytest.raises(DataError, match=r"instances\.json: images: found 2 repeated ids"):
         load_refer(_write(tmp_path, instances=repeated), "toy", "train")
 
 
@@ -266,25 +349,6 @@ def test_wrong_settings_are_refused_when_the_source_is_made(tmp_path):
     for settings in ({"expressions_per_image": 0}, {"text_field": "tokens"}, {"question_style": "wild"}):
         with pytest.raises(ValueError, match="expected"):
             _source(root, **settings)
-
-
-def test_every_template_holds_its_placeholder_once():
-    assert all(question.count("{expression}") == 1 for question in REFER_QUESTIONS)
-    assert all(answer.count("[SEG]") == 1 for answer in (*REFER_ANSWERS, NO_TARGET_ANSWER))
-    assert len(set(REFER_QUESTIONS)) >= 12
-
-
-def test_varied_style_uses_every_wording_and_braces_in_text_are_kept():
-    rng = np.random.default_rng(0)
-    mask = np.ones((2, 2), dtype=bool)
-    turns = [referring_turn("a {odd} sign", mask, rng, style="varied") for _ in range(400)]
-    assert {turn.question for turn in turns} == {q.replace("{expression}", "a {odd} sign") for q in REFER_QUESTIONS}
-    assert {turn.answer for turn in turns} == set(REFER_ANSWERS)
-
-
-def test_no_target_turn_with_mask_pixels_is_refused():
-    with pytest.raises(ValueError, match="4 mask pixels"):
-        referring_turn("x", np.ones((2, 2), dtype=bool), np.random.default_rng(0), style="fixed", has_target=False)
 
 
 def test_shared_refcocog_sample_loads():

@@ -56,7 +56,7 @@ def held_out_images(held_out: Sequence[HeldOut]) -> frozenset[int]:
                 annotations = load_refer(entry.root, entry.dataset, split, split_by=entry.split_by)
             except DataError as error:
                 raise DataError(
-                    f"leakage filter: {error}. It needs the evaluation splits to keep their images out of training; get "
+                    f"leakage filter: {error}. It needs the evaluation splits, whose images training must not see; get "
                     "the file, take the entry out of data.leakage.held_out, or set data.leakage.enabled=false"
                 ) from error
             found |= set(annotations.images)

@@ -3,10 +3,11 @@
 Place in the flow: annotation file -> here -> `data/sources/`. A file of a gigabyte would be five as Python objects, in
 every process. Instead its text is scanned once per machine for where each record begins and ends; the positions go to a
 small index in a cache folder, named by the hash of the annotation file, and every process maps both into memory, so
-that they exist once for all loader workers. A record is parsed when it is asked for.
+that they exist once for all loader workers. A record is parsed when it is asked for. Integer fields that every record
+has (ids, mostly) are kept in the index too, so that looking a record up reads no text.
 
-Example: [{"image": "a.jpg", "text": "hat"}, {"image": "b.jpg"}] has the spans [[1, 35], [37, 54]], and
-open_records(path)[1] is {"image": "b.jpg"}.
+Example: [{"image": "a.jpg", "id": 7}, {"image": "b.jpg", "id": 9}] has the spans [[1, 28], [30, 57]] and the field
+id = [7, 9]; open_records(path)[1] is {"image": "b.jpg", "id": 9}.
 """
 
 import fcntl
@@ -21,46 +22,60 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from pixel_sail.data.record_scan import scan
 from pixel_sail.files import sha256
 from pixel_sail.types import DataError
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 """Raise this whenever index files change."""
 
 CACHE_VARIABLE = "PIXEL_SAIL_CACHE"
+CONTENTS_FILE = "contents.json"
+_INT64 = np.iinfo(np.int64)
 
 
 def cache_folder() -> Path:
     """Return where index files are kept: $PIXEL_SAIL_CACHE, or pixel_sail below the user's cache folder."""
     if CACHE_VARIABLE in os.environ:
-        return Path(os.environ[CACHE_VARIABLE])
+        return Path(os.environ[CACHE_VARIABLE]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pixel_sail"
 
 
 def open_records(path: str | Path, key: str | None = None) -> "Records":
     """Return the records of a JSON file: of the list it consists of, or of the list under `key` of its object.
 
+    Text is UTF-8, with or without a byte-order mark; NaN and Infinity, which many writers produce, are read as floats.
     Raises: DataError if the file is absent, is not JSON, or has no such list; the message names the place in the file.
     """
     path = Path(path)
-    index = _index_of(path)
-    name = "" if key is None else key
-    lists: dict[str, int] = json.loads((index / "lists.json").read_text())
-    if name not in lists:
-        found = f"an object with the lists {sorted(lists)}" if "" not in lists else "one list"
+    stamp = _stamp(path)
+    digest = sha256(path)
+    folder = _index_folder(path, digest)
+    contents = _contents(folder)
+    assert contents is not None, folder
+    lists: dict[str, Any] = contents["lists"]
+    if (key is not None) != contents["is_object"] or (key or "") not in lists:
+        found = f"an object with the lists {sorted(lists)}" if contents["is_object"] else "one list"
         expected = "one list" if key is None else f"a list under {key!r}"
         raise DataError(f"{path}: found {found}, expected {expected}; the file is not the one this dataset reads")
-    return Records(path, index / f"spans_{lists[name]}.npy", where=str(path) if key is None else f"{path}: {key}")
+    where = str(path) if key is None else f"{path}: {key}"
+    return Records(path, folder, lists[key or ""], where=where, digest=digest, stamp=stamp)
 
 
 class Records(Sequence[Any]):
     """The records of one list; indexing parses one record. May be pickled and shared by processes."""
 
-    def __init__(self, path: Path, spans_file: Path, *, where: str) -> None:
+    def __init__(
+        self, path: Path, folder: Path, entry: dict[str, Any], *, where: str, digest: str, stamp: tuple[int, int]
+    ) -> None:
         self.path = path
         self.where = where
-        self._spans_file = spans_file
-        self._spans: NDArray[np.int64] = np.load(spans_file, mmap_mode="r")
+        self._state = (path, folder, entry, where, digest, stamp)
+        self._digest = digest
+        self._stamp = stamp
+        self._spans = _mapped_array(folder / entry["spans"])
+        self._fields = _mapped_array(folder / entry["fields"])
+        self._field_names: list[str] = entry["field_names"]
         self._text: mmap.mmap | None = None
 
     def __len__(self) -> int:
@@ -72,53 +87,71 @@ class Records(Sequence[Any]):
     @overload
     def __getitem__(self, index: slice) -> list[Any]: ...
     def __getitem__(self, index: int | slice) -> Any:
-        """Return one record, parsed anew; DataError if its text changed into something that is not JSON."""
+        """Return one record, parsed anew; DataError if the file is no longer the one that was opened."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        start, end = (int(value) for value in self._spans[index])
+        start, end = self._spans[index].tolist()
         if self._text is None:
-            self._text = _map_file(self.path)
+            self._text = self._mapped()
+        # Reading a mapping beyond the end of a file that was cut kills the process without a message.
+        if self._text.size() != len(self._text):
+            raise self._changed(f"{self._text.size()} bytes", f"{len(self._text)} bytes")
         try:
-            return json.loads(self._text[start:end])
+            return json.loads(self._text[start:end].decode("utf-8"))
         except ValueError as error:
-            raise DataError(
-                f"{self.where}[{index}] (bytes {start}..{end}): found invalid JSON ({error}), expected the record that "
-                "was there when the file was opened; the file was changed under a running process, start again"
-            ) from error
+            raise self._changed(f"invalid JSON in record {index}, bytes {start}..{end} ({error})", "JSON") from error
 
     def __iter__(self) -> Iterator[Any]:
         """Parse the records one after another."""
         return (self[index] for index in range(len(self)))
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> tuple[Any, ...]:
         """Leave the mapped file behind; the other process maps it itself."""
-        return {"path": self.path, "where": self.where, "spans_file": self._spans_file}
+        return self._state
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Map index and file again."""
-        Records.__init__(self, state["path"], state["spans_file"], where=state["where"])
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """Map the index again; the file follows when a record is asked for."""
+        path, folder, entry, where, digest, stamp = state
+        Records.__init__(self, path, folder, entry, where=where, digest=digest, stamp=stamp)
 
     def integers(self, field: str) -> NDArray[np.int64]:
-        """Return an integer field of every record [N], kept beside the index once it was read.
+        """Return an integer field of every record [N], mapped from the index.
 
         Raises: DataError naming the first record without it.
         """
-        file = self._spans_file.with_name(f"{self._spans_file.stem}_{field}.npy")
-        if not file.is_file():
-            values = np.empty(len(self), dtype=np.int64)
-            for index, record in enumerate(self):
-                value = record.get(field) if isinstance(record, dict) else None
-                if type(value) is not int:
-                    raise DataError(
-                        f"{self.where}[{index}]: found {field} = {value!r}, expected an integer; repair the file"
-                    )
-                values[index] = value
-            _save_array(file, values)
-        return np.asarray(np.load(file, mmap_mode="r"))
+        if field in self._field_names:
+            return self._fields[self._field_names.index(field)]
+        values = np.empty(len(self), dtype=np.int64)
+        for index, record in enumerate(self):
+            value = record.get(field) if isinstance(record, dict) else None
+            if type(value) is not int or not _INT64.min <= value <= _INT64.max:
+                raise DataError(
+                    f"{self.where}[{index}]: found {field} = {value!r}, expected an integer of 64 bits; repair the file"
+                )
+            values[index] = value
+        return values
 
     def lookup(self, field: str) -> "Lookup":
         """Return a table from values of an integer field to record numbers."""
         return Lookup(self.integers(field), where=f"{self.where}, {field}")
+
+    def _mapped(self) -> mmap.mmap:
+        """Map the file after checking that it still is the one whose index was made."""
+        try:
+            with self.path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                # A copied or touched file has another time and the same content, which is as good.
+                if (status.st_size, status.st_mtime_ns) != self._stamp and sha256(self.path) != self._digest:
+                    raise self._changed("another content", "the one that was opened")
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise self._changed(f"no readable file ({error.strerror})", "the one that was opened") from error
+
+    def _changed(self, found: str, expected: str) -> DataError:
+        return DataError(
+            f"{self.where}: found {found}, expected {expected}; the file was changed under a running process, start "
+            "again"
+        )
 
 
 class Lookup:
@@ -131,8 +164,10 @@ class Lookup:
 
     def all(self, value: int) -> list[int]:
         """Return the numbers of all records with this value, in file order."""
-        first, last = np.searchsorted(self._sorted, [value, value + 1])
-        return [int(number) for number in self._order[first:last]]
+        if not _INT64.min <= value <= _INT64.max:
+            return []
+        first, end = (np.searchsorted(self._sorted, value, side) for side in ("left", "right"))
+        return [int(number) for number in self._order[first:end]]
 
     def one(self, value: int) -> int:
         """Return the number of the only record with this value; DataError if there is none or more than one."""
@@ -142,118 +177,67 @@ class Lookup:
         return found[0]
 
 
-def _index_of(path: Path) -> Path:
-    """Return the index folder of a file, made now if this content has none; one process per machine does the work."""
+def _mapped_array(file: Path) -> NDArray[np.int64]:
+    """Map an index file, as a plain array: reading single numbers of np.memmap is slow."""
+    return np.asarray(np.load(file, mmap_mode="r"))
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Return size and time of last change, which stay as they are while nobody touches the file."""
     if not path.is_file():
         raise DataError(f"{path}: found no such file, expected JSON annotations; download them or correct the path")
-    digest = sha256(path)
-    index = cache_folder() / f"records-v{INDEX_VERSION}" / digest[:32]
-    if index.is_dir():
-        return index
-    index.parent.mkdir(parents=True, exist_ok=True)
-    with index.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not index.is_dir():
-            _write_index(path, index)
-    return index
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise DataError(f"{path}: found a file that cannot be read ({error.strerror}); correct its rights") from error
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
-def _write_index(path: Path, index: Path) -> None:
-    spans_by_key = _scan(path)
-    draft = index.with_name(f"{index.name}.{os.getpid()}.partial")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
-    for number, spans in enumerate(spans_by_key.values()):
-        np.save(draft / f"spans_{number}.npy", np.array(spans, dtype=np.int64).reshape(-1, 2))
-    (draft / "lists.json").write_text(json.dumps({key: number for number, key in enumerate(spans_by_key)}))
-    draft.rename(index)
-
-
-def _save_array(file: Path, values: NDArray[np.int64]) -> None:
-    draft = file.with_name(f"{file.stem}.{os.getpid()}.partial.npy")
-    np.save(draft, values)
-    draft.replace(file)
-
-
-def _map_file(path: Path) -> mmap.mmap:
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-class _Scanner:
-    """Walks over JSON text value by value and reports where they stand."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        # Latin-1 gives one character per byte, so positions in the text are positions in the file. Everything that
-        # structures JSON is ASCII; letters beyond it are only skipped here, and read as UTF-8 when records are parsed.
-        self.text = path.read_bytes().decode("latin-1")
-        self.position = 0
-        self._decode = json.JSONDecoder().raw_decode
-
-    def peek(self) -> str:
-        """Return the next character that is not blank, "" at the end."""
-        while self.position < len(self.text) and self.text[self.position] in " \t\r\n":
-            self.position += 1
-        return self.text[self.position : self.position + 1]
-
-    def take(self, expected: str) -> str:
-        """Step over one of the expected characters and return it."""
-        found = self.peek()
-        if not found or found not in expected:
-            self.fail(f"found {found!r}" if found else "the file ends", f"one of {' '.join(expected)}")
-        self.position += 1
-        return found
-
-    def value(self) -> tuple[Any, int, int]:
-        """Step over one value; return it and where it begins and ends."""
-        self.peek()
-        start = self.position
-        try:
-            value, self.position = self._decode(self.text, start)
-        except ValueError as error:
-            self.fail(f"found invalid JSON ({error})", "a complete value")
-        return value, start, self.position
-
-    def spans(self) -> list[tuple[int, int]]:
-        """Step over one list; return where its elements stand."""
-        self.take("[")
-        result: list[tuple[int, int]] = []
-        if self.peek() == "]":
-            self.position += 1
-            return result
-        while True:
-            _, start, end = self.value()
-            result.append((start, end))
-            if self.take(",]") == "]":
-                return result
-
-    def fail(self, found: str, expected: str) -> None:
-        """Raise the error that names the place."""
+def _index_folder(path: Path, digest: str) -> Path:
+    """Return the index folder of a file, made now if this content has none; one process per machine does the work."""
+    folder = cache_folder() / f"records-v{INDEX_VERSION}" / digest[:32]
+    if _contents(folder) is not None:
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if _contents(folder) is None:
+                _write_index(path, digest, folder)
+    except OSError as error:
         raise DataError(
-            f"{self.path}: at byte {self.position} of {len(self.text)}: {found}, expected {expected}; the download is "
-            "incomplete or the file is damaged, get it again"
-        )
+            f"{folder.parent}: found that the index of {path} cannot be written ({error}), expected a folder for small "
+            f"files; name one with the environment variable {CACHE_VARIABLE}"
+        ) from error
+    return folder
 
 
-def _scan(path: Path) -> dict[str, list[tuple[int, int]]]:
-    """Return the spans of every list the file holds at its top, by key; "" when the file is one list."""
-    scanner = _Scanner(path)
-    if scanner.peek() == "[":
-        result = {"": scanner.spans()}
-    else:
-        result = {}
-        scanner.take("{")
-        while scanner.peek() != "}":
-            key, _, _ = scanner.value()
-            scanner.take(":")
-            if scanner.peek() == "[":
-                result[str(key)] = scanner.spans()
-            else:
-                scanner.value()
-            if scanner.peek() != "}":
-                scanner.take(",")
-        scanner.take("}")
-    if scanner.peek():
-        scanner.fail(f"found {scanner.peek()!r} after the end of the data", "nothing more")
-    return result
+def _contents(folder: Path) -> dict[str, Any] | None:
+    """Return what an index holds, None where it is absent or lost a file (to a full disk or a clean-up of old ones)."""
+    try:
+        contents: dict[str, Any] = json.loads((folder / CONTENTS_FILE).read_text())
+        whole = all((folder / name).stat().st_size == size for name, size in contents["sizes"].items())
+    except (OSError, ValueError):
+        return None
+    return contents if whole else None
+
+
+def _write_index(path: Path, digest: str, folder: Path) -> None:
+    """Write all files aside, then put the folder in place at once; the caller holds the lock."""
+    for leftover in (folder, *folder.parent.glob(f"{folder.name}.*.partial")):
+        shutil.rmtree(leftover, ignore_errors=True)
+    scanned = scan(path, digest)
+    draft = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    draft.mkdir()
+    lists = {}
+    for number, (key, spans) in enumerate(scanned.lists.items()):
+        entry = {"spans": f"spans_{number}.npy", "fields": f"fields_{number}.npy", "field_names": list(spans.fields)}
+        np.save(draft / f"spans_{number}.npy", spans.positions)
+        columns = np.array(list(spans.fields.values()), dtype=np.int64)
+        np.save(draft / f"fields_{number}.npy", columns.reshape(len(spans.fields), len(spans.positions)))
+        lists[key] = entry
+    sizes = {file.name: file.stat().st_size for file in sorted(draft.iterdir())}
+    contents = {"is_object": scanned.is_object, "lists": lists, "sizes": sizes}
+    (draft / CONTENTS_FILE).write_text(json.dumps(contents))
+    draft.rename(folder)

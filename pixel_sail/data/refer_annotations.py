@@ -2,7 +2,7 @@
 
 Place in the flow: annotation files -> here -> `data/sources/refer.py`, which makes samples and expressions of them.
 
-    <root>/<dataset>/refs(<split_by>).p                  one annotation per ref
+    <root>/<dataset>/refs(<split_by>).p or .jsonl        one annotation per ref (see `data/refs_files.py`)
     <root>/<dataset>/grefs(<split_by>).json or .p        a list of annotations per ref, [-1] when nothing is referred to
     <root>/<dataset>/instances.json                      images and segmentations in COCO format
     <root>/images/train2014/...                          photos; only opened by whoever needs pixels
@@ -13,23 +13,26 @@ One entry of refs(umd).p:
         [{"sent_id": 2, "sent": "the tie of the standing man", "raw": "The tie of the standing man."}, ...]}
 """
 
-import json
 import logging
-import re
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pixel_sail.data.pickles import load_plain_pickle
+import numpy as np
+from numpy.typing import NDArray
+
+from pixel_sail.data.records import Records, open_records
+from pixel_sail.data.refs_files import find_refs_file, read_refs
 from pixel_sail.types import DataError, SizeHW
 
 logger = logging.getLogger(__name__)
 
 IMAGE_FOLDERS = ("images/train2014", "images/mscoco/images/train2014", "coco2014/train2014")
-"""Where photos are looked for below the root, in this order; the first stands for all when none exists."""
+"""Where photos are looked for below the root and then below the dataset's folder, in this order; the first stands for
+all when none exists."""
 
-_REFS_FILE = re.compile(r"(?:refs\((?P<refs>.+)\)\.p|grefs\((?P<grefs>.+)\)\.(?:p|json))")
 _NO_TARGET_IDS = (-1,)
 
 
@@ -61,6 +64,34 @@ class Ref:
     sentences: tuple[Sentence, ...]
 
 
+class Segmentations(Mapping[int, Any]):
+    """COCO segmentations by annotation id, each read from instances.json when asked for.
+
+    They are most of what a dataset holds; here all workers share one mapped file and two small arrays.
+    """
+
+    def __init__(self, records: Records, numbers: Mapping[int, int]) -> None:
+        """`numbers`: which record each annotation is."""
+        self._records = records
+        self._ids: NDArray[np.int64] = np.array(sorted(numbers), dtype=np.int64)
+        self._numbers: NDArray[np.int64] = np.array([numbers[i] for i in sorted(numbers)], dtype=np.int64)
+
+    def __getitem__(self, ann_id: int) -> Any:
+        """Return a segmentation as in the file, None where the annotation has none."""
+        place = int(np.searchsorted(self._ids, ann_id))
+        if place == len(self._ids) or self._ids[place] != ann_id:
+            raise KeyError(ann_id)
+        return self._records[int(self._numbers[place])].get("segmentation")
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the annotation ids, ascending."""
+        return (int(ann_id) for ann_id in self._ids)
+
+    def __len__(self) -> int:
+        """Return the number of annotations that the split uses."""
+        return len(self._ids)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReferAnnotations:
     """One split of one dataset, with only the images and segmentations that the split uses."""
@@ -72,15 +103,15 @@ class ReferAnnotations:
     """By image id."""
     refs_by_image: dict[int, tuple[Ref, ...]]
     """By image id, ascending; refs by ref_id and sentences by sent_id, ascending."""
-    segmentations: dict[int, Any]
-    """COCO segmentation as in the file, by annotation id; decoded only when asked for."""
+    segmentations: Mapping[int, Any]
+    """COCO segmentation as in the file, by annotation id; read and decoded only when asked for."""
     num_skipped: int
     """Refs of the split that have no sentence (the released gRefCOCO file has some)."""
 
 
 def load_refer(
     root: str | Path,
-    dataset: str,
+    dataset: str | Sequence[str],
     split: str,
     *,
     split_by: str | None = None,
@@ -88,10 +119,12 @@ def load_refer(
 ) -> ReferAnnotations:
     """Read the annotations of one split; photos need not exist. Raises: DataError naming the file and the ref.
 
-    The split must match exactly ("testA", not "test"). Where `grefs(x)` exists as .json and .p, .json is read.
+    The split must match exactly ("testA", not "test"). Several dataset names are folder names of one and the same
+    dataset, the first that exists is read.
     """
     root = Path(root)
-    refs_file = _find_refs_file(root / dataset, split_by)
+    folder = _find_folder(root, [dataset] if isinstance(dataset, str) else dataset)
+    refs_file = find_refs_file(folder, split_by)
     records = _records_of_split(refs_file, split)
     refs = sorted((_parse_ref(record, refs_file) for record in records), key=lambda ref: (ref.image_id, ref.ref_id))
     kept = [ref for ref in refs if ref.sentences]
@@ -101,13 +134,14 @@ def load_refer(
             "%s: skipped %d of %d refs of split %s, they have no sentences", refs_file, num_skipped, len(refs), split
         )
     _check_unique_sentences(kept, refs_file)
-    photos = Path(image_dir) if image_dir is not None else _find_image_dir(root)
+    _report_repeated_refs(kept, refs_file)
+    photos = Path(image_dir) if image_dir is not None else _find_image_dir(root, folder)
     images, segmentations = _resolve(kept, refs_file, photos=photos)
     grouped: dict[int, list[Ref]] = {image_id: [] for image_id in images}
     for ref in kept:
         grouped[ref.image_id].append(ref)
     return ReferAnnotations(
-        dataset=dataset,
+        dataset=dataset if isinstance(dataset, str) else dataset[0],
         split=split,
         refs_file=refs_file,
         images=images,
@@ -117,35 +151,19 @@ def load_refer(
     )
 
 
-def _find_refs_file(folder: Path, split_by: str | None) -> Path:
-    if not folder.is_dir():
-        raise DataError(
-            f"{folder}: found no such folder, expected refs(*).p and instances.json; check root and dataset"
-        )
-    found = {path: match for path in sorted(folder.iterdir()) if (match := _REFS_FILE.fullmatch(path.name))}
-    names = [path.name for path in found]
-    if split_by is None:
-        if len(found) != 1:
-            raise DataError(
-                f"{folder}: found {names}, expected exactly one refs(*).p or grefs(*).json; "
-                "pass split_by to choose, or download the annotations"
-            )
-        return next(iter(found))
-    matching = [path for path, match in found.items() if split_by in (match["refs"], match["grefs"])]
-    if not matching:
-        raise DataError(f"{folder}: found {names}, expected a file for split_by={split_by!r}; pass one that exists")
-    return matching[0]
-
-
-def _find_image_dir(root: Path) -> Path:
-    folders = [root / folder for folder in IMAGE_FOLDERS]
+def _find_folder(root: Path, names: Sequence[str]) -> Path:
+    """Return the first folder that exists, or the first one, whose absence is then reported."""
+    folders = [root / name for name in names]
     return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
+def _find_image_dir(root: Path, folder: Path) -> Path:
+    folders = [parent / name for parent in (root, folder) for name in IMAGE_FOLDERS]
+    return next((path for path in folders if path.is_dir()), folders[0])
+
+
 def _records_of_split(refs_file: Path, split: str) -> list[dict[str, Any]]:
-    content = _read_json(refs_file) if refs_file.suffix == ".json" else load_plain_pickle(refs_file)
-    if not isinstance(content, list) or not all(isinstance(record, dict) for record in content):
-        raise DataError(f"{refs_file}: found {type(content).__name__}, expected a list of dicts; check the download")
+    content = read_refs(refs_file)
     splits = Counter(str(record.get("split")) for record in content)
     if split not in splits:
         present = ", ".join(f"{name} ({count} refs)" for name, count in sorted(splits.items()))
@@ -186,31 +204,58 @@ def _check_unique_sentences(refs: list[Ref], refs_file: Path) -> None:
         )
 
 
-def _resolve(refs: list[Ref], refs_file: Path, *, photos: Path) -> tuple[dict[int, ReferImage], dict[int, Any]]:
+def _report_repeated_refs(refs: list[Ref], refs_file: Path) -> None:
+    """Log ref ids that occur more than once; nothing here takes them for one, so they do no harm."""
+    counts = Counter(ref.ref_id for ref in refs)
+    repeated = sorted(ref_id for ref_id, count in counts.items() if count > 1)
+    if repeated:
+        logger.warning(
+            "%s: found %d ref_ids more than once (the first is %d), expected each once; every one is used as a ref of "
+            "its own",
+            refs_file,
+            len(repeated),
+            repeated[0],
+        )
+
+
+def _resolve(refs: list[Ref], refs_file: Path, *, photos: Path) -> tuple[dict[int, ReferImage], Segmentations]:
     """Return images and segmentations that the refs use, from the instances.json beside the refs file."""
     instances_file = refs_file.parent / "instances.json"
-    content = _read_json(instances_file)
-    image_rows = _rows_by_id(content, "images", instances_file)
-    annotation_rows = _rows_by_id(content, "annotations", instances_file)
+    image_rows = open_records(instances_file, "images")
+    annotation_rows = open_records(instances_file, "annotations")
+    image_numbers, annotation_numbers = _numbers_by_id(image_rows), _numbers_by_id(annotation_rows)
+    image_ids = annotation_rows.integers("image_id")
     images: dict[int, ReferImage] = {}
-    segmentations: dict[int, Any] = {}
+    used: dict[int, int] = {}
     for ref in refs:
         where = f"{refs_file}: ref_id {ref.ref_id}"
-        if ref.image_id not in image_rows:
+        if ref.image_id not in image_numbers:
             raise DataError(f"{where}: found image_id {ref.image_id}, expected one of {instances_file}; check the pair")
         if ref.image_id not in images:
-            images[ref.image_id] = _parse_image(image_rows[ref.image_id], instances_file, photos=photos)
+            row = image_rows[image_numbers[ref.image_id]]
+            images[ref.image_id] = _parse_image(row, instances_file, photos=photos)
         for ann_id in ref.ann_ids:
-            row = annotation_rows.get(ann_id)
-            if row is None:
+            number = annotation_numbers.get(ann_id)
+            if number is None:
                 raise DataError(f"{where}: found ann_id {ann_id}, expected one of {instances_file}; check the pair")
-            if row.get("image_id") != ref.image_id:
+            if image_ids[number] != ref.image_id:
                 raise DataError(
-                    f"{where}: found ann_id {ann_id} of image {row.get('image_id')}, expected image {ref.image_id}; "
+                    f"{where}: found ann_id {ann_id} of image {image_ids[number]}, expected image {ref.image_id}; "
                     f"{instances_file} belongs to another release"
                 )
-            segmentations[ann_id] = row.get("segmentation")
-    return images, segmentations
+            used[ann_id] = number
+    return images, Segmentations(annotation_rows, used)
+
+
+def _numbers_by_id(records: Records) -> dict[int, int]:
+    """Return which record each id is; lives only while a file is loaded."""
+    ids = records.integers("id").tolist()
+    by_id = dict(zip(ids, range(len(ids)), strict=True))
+    if len(by_id) != len(ids):
+        raise DataError(
+            f"{records.where}: found {len(ids) - len(by_id)} repeated ids, expected each id once; repair the file"
+        )
+    return by_id
 
 
 def _parse_image(row: dict[str, Any], instances_file: Path, *, photos: Path) -> ReferImage:
@@ -223,30 +268,9 @@ def _parse_image(row: dict[str, Any], instances_file: Path, *, photos: Path) -> 
     )
 
 
-def _rows_by_id(content: Any, key: str, file: Path) -> dict[int, dict[str, Any]]:
-    rows = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and "id" in row for row in rows):
-        raise DataError(f"{file}: found no list of records with id under {key!r}, expected COCO format; check the file")
-    by_id = {row["id"]: row for row in rows}
-    if len(by_id) != len(rows):
-        raise DataError(
-            f"{file}: found {len(rows) - len(by_id)} repeated ids under {key!r}, expected each id once; repair the file"
-        )
-    return by_id
-
-
 def _field(record: Any, key: str, kinds: tuple[type, ...], where: str) -> Any:
     value = record.get(key) if isinstance(record, dict) else None
     if type(value) not in kinds:
         expected = " or ".join(kind.__name__ for kind in kinds)
         raise DataError(f"{where}: found {key} = {value!r}, expected {expected}; repair the file")
     return value
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path}: found no readable file ({error.strerror}), expected JSON; check the path") from error
-    except ValueError as error:
-        raise DataError(f"{path}: found invalid JSON ({error}), expected a complete file; download it again") from error

@@ -152,7 +152,7 @@ def sample_kinds(rng: np.random.Generator, rules: SceneRules) -> list[Kind]:
     shapes = [pick(rng, SHAPES) for _ in range(3)] + [kind.shape for kind in kinds]
     while len(kinds) < num_objects:
         unused = [colour for colour in COLOURS if colour not in {kind.colour for kind in kinds}]
-        colour = pick(rng, unused if rng.random() < 0.6 else COLOURS)
+        colour = pick(rng, unused if rng.random() < 0.9 else COLOURS)
         shape = pick(rng, shapes if rng.random() < 0.8 else SHAPES)
         kind = _random_kind(rng, colour, shape)
         if kinds and rng.random() < 0.2:

@@ -7,11 +7,14 @@ score with `hide=text` for a language-blind baseline, with `hide=image` for an i
     image:  COCO_..12.jpg                    ->  COCO_..13.jpg          (another picture of the same size)
 """
 
+import logging
 from collections import defaultdict
 from dataclasses import replace
 
 from pixel_sail.data.refer_annotations import ReferAnnotations, ReferImage
 from pixel_sail.types import SizeHW
+
+logger = logging.getLogger(__name__)
 
 HIDDEN = ("none", "text", "image")
 
@@ -46,10 +49,15 @@ def _hide_text(annotations: ReferAnnotations) -> ReferAnnotations:
 
 
 def _swap_images(images: dict[int, ReferImage]) -> dict[int, ReferImage]:
-    """Give every image the file of the next one of its size."""
+    """Give every image the file of the next one of its size; log how many are alone and therefore keep their own."""
     same_size: dict[SizeHW, list[int]] = defaultdict(list)
     for image_id, image in images.items():
         same_size[image.size_hw].append(image_id)
+    num_alone = sum(len(ids) == 1 for ids in same_size.values())
+    if num_alone:
+        logger.warning(
+            "hide=image: %d of %d images have no other of their size and stay visible", num_alone, len(images)
+        )
     swapped = {}
     for ids in same_size.values():
         for image_id, other in zip(ids, [*ids[1:], ids[0]], strict=True):

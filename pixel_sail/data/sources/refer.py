@@ -4,12 +4,17 @@ Place in the flow: `data/refer_annotations.py` -> `ReferAnnotations` -> here -> 
 several expressions as turns) or `Expression` (evaluation: every sentence once). Serves RefCOCO, RefCOCO+, RefCOCOg,
 RefShapes and gRefCOCO; their file layouts are described there.
 
+Differs from the released loader, which froze one sentence per object when it was made (most were never seen), drew five
+objects with replacement (one conversation asked the same thing twice), and added up polygons and instances instead of
+uniting them (masks with 2s, where they overlap). Here sentences are drawn anew in every epoch, without repeats.
+
 Example: the ref {"ref_id": 8, "image_id": 519404, "ann_id": 1241542, "split": "val", "sentences": [{"sent_id": 2,
 "sent": "the tie of the standing man", "raw": "The tie of the standing man."}]} becomes
 Expression(ref_id=8, sent_id=2, image_id=519404, text="the tie of the standing man", target={"size": ...}, ...).
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +36,7 @@ TEXT_FIELDS = ("raw", "sent")
 def load(
     *,
     root: str | Path,
-    dataset: str,
+    dataset: str | Sequence[str],
     split: str = "train",
     split_by: str | None = None,
     image_dir: str | Path | None = None,
@@ -43,7 +48,8 @@ def load(
 ) -> Source:
     """Return one split as a training source: the `_target_` of `configs/source/refcoco.yaml` and its like.
 
-    root: folder that holds the dataset folders and the images. dataset: folder name, for example `refcoco+`.
+    root: folder that holds the dataset folders and the images. dataset: folder name, for example `refcoco+`, or a list
+    of names it goes by, of which the first that exists is read.
     split: exact name in the file. split_by: the part in brackets, `unc` or `umd`; needed where there are several files.
     image_dir: photos, where they are in none of IMAGE_FOLDERS. name: of the source in logs, the dataset by default.
     expressions_per_image: most turns of one sample. text_field: `raw` or `sent`. question_style: `varied` or `fixed`.
@@ -53,7 +59,7 @@ def load(
     annotations = load_refer(root, dataset, split, split_by=split_by, image_dir=image_dir)
     return ReferSource(
         hidden.hide(annotations, hide),
-        name=name if name is not None else dataset,
+        name=name if name is not None else annotations.dataset,
         expressions_per_image=expressions_per_image,
         text_field=text_field,
         question_style=question_style,
@@ -137,13 +143,13 @@ class ReferSource:
         """
         image_id = self._image_ids[index]
         image = self._annotations.images[image_id]
-        masks: dict[int, BoolMask] = {}
+        masks: dict[tuple[int, ...], BoolMask] = {}
         turns = []
         for ref, text in self._draw(self._annotations.refs_by_image[image_id], rng):
-            if ref.ref_id not in masks:
-                masks[ref.ref_id] = _target_mask(ref, self._annotations)
+            if ref.ann_ids not in masks:
+                masks[ref.ann_ids] = _target_mask(ref, self._annotations)
             turn = referring_turn(
-                text, masks[ref.ref_id], rng, style=self._question_style, has_target=bool(ref.ann_ids)
+                text, masks[ref.ann_ids], rng, style=self._question_style, has_target=bool(ref.ann_ids)
             )
             turns.append(turn)
         return Sample(

@@ -1,0 +1,195 @@
+"""One walk over JSON text that notes where every record of every list at its top stands.
+
+Place in the flow: `data/records.py` calls `scan` when a file has no index yet. Values are parsed to find their ends and
+then thrown away, so that the walk needs the text of the file and little more.
+
+Example: {"info": {}, "images": [{"id": 3}, {"id": 5}]} -> is_object, lists = {"images": positions [[24, 33], [35, 44]],
+fields {"id": [3, 5]}}.
+"""
+
+import codecs
+import hashlib
+import json
+import re
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pixel_sail.types import DataError
+
+MAX_FIELDS = 32
+"""Most integer fields of a list that are noted; further ones are read from the records when asked for."""
+
+_INT64 = np.iinfo(np.int64)
+_CHUNK_BYTES = 1 << 20
+_BLANK = re.compile(r"[ \t\r\n]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordList:
+    """Where the records of one list stand."""
+
+    positions: NDArray[np.int64]
+    """First byte and the byte after the last [N, 2]."""
+    fields: dict[str, NDArray[np.int64]]
+    """Integer fields that every record has [N], by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan:
+    """All lists at the top of a file, by key; the key is "" when the file is one list."""
+
+    is_object: bool
+    lists: dict[str, RecordList]
+
+
+def scan(path: Path, digest: str) -> Scan:
+    """Return the lists of a JSON file whose SHA-256 is `digest`.
+
+    Raises: DataError naming the byte where the text stops being UTF-8 or JSON, or when the content is another one.
+    """
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise DataError(f"{path}: found a file that changes while it is read, expected a complete one; wait for it")
+    scanner = _Scanner(path, data)
+    del data
+    if scanner.peek() == "[":
+        result = Scan(is_object=False, lists={"": scanner.records()})
+    elif scanner.peek() == "{":
+        result = Scan(is_object=True, lists=scanner.lists_of_object())
+    else:
+        scanner.fail(_named(scanner.peek()), "a list or an object")
+    if scanner.peek():
+        scanner.fail(f"found {scanner.peek()!r} after the end of the data", "nothing more")
+    return result
+
+
+class _Scanner:
+    """Walks over JSON text value by value."""
+
+    def __init__(self, path: Path, data: bytes) -> None:
+        self.path = path
+        _check_utf8(path, data)
+        # Latin-1 gives one character per byte, so positions in the text are positions in the file. Everything that
+        # structures JSON is ASCII; letters beyond it are only skipped here, and read as UTF-8 when records are parsed.
+        self.text = data.decode("latin-1")
+        self.position = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
+        self._decode = json.JSONDecoder().raw_decode
+
+    def peek(self) -> str:
+        """Return the next character that is not blank, "" at the end."""
+        blank = _BLANK.match(self.text, self.position)
+        assert blank is not None
+        self.position = blank.end()
+        return self.text[self.position : self.position + 1]
+
+    def take(self, expected: str) -> str:
+        """Step over one of the expected characters and return it."""
+        found = self.peek()
+        if not found or found not in expected:
+            self.fail(_named(found), " or ".join(expected))
+        self.position += 1
+        return found
+
+    def value(self) -> tuple[Any, int, int]:
+        """Step over one value; return it and where it begins and ends."""
+        self.peek()
+        start = self.position
+        try:
+            value, self.position = self._decode(self.text, start)
+        except (ValueError, RecursionError) as error:
+            self.fail(f"found invalid JSON ({error})", "a complete value")
+        return value, start, self.position
+
+    def key(self) -> str:
+        """Step over a key of the object and return it."""
+        if self.peek() != '"':
+            self.fail(_named(self.peek()), "a key in quotes")
+        _, start, end = self.value()
+        return str(json.loads(self.text[start:end].encode("latin-1")))
+
+    def records(self) -> RecordList:
+        """Step over one list; return where its elements stand."""
+        self.take("[")
+        positions = array("q")
+        fields: dict[str, array[int]] = {}
+        count = 0
+        more = self.peek() != "]"
+        if not more:
+            self.position += 1
+        while more:
+            record, start, end = self.value()
+            positions.extend((start, end))
+            _note_fields(fields, record, count)
+            count += 1
+            more = self.take(",]") == ","
+        # A field that was missing somewhere stopped growing there.
+        whole = {name: np.array(values, dtype=np.int64) for name, values in fields.items() if len(values) == count}
+        return RecordList(positions=np.array(positions, dtype=np.int64).reshape(-1, 2), fields=whole)
+
+    def lists_of_object(self) -> dict[str, RecordList]:
+        """Step over the object; return its lists."""
+        self.take("{")
+        result: dict[str, RecordList] = {}
+        keys: set[str] = set()
+        more = self.peek() != "}"
+        if not more:
+            self.position += 1
+        while more:
+            key = self.key()
+            if key in keys:
+                self.fail(f"found {key!r} for the second time", "each key once")
+            keys.add(key)
+            self.take(":")
+            if self.peek() == "[":
+                result[key] = self.records()
+            else:
+                self.value()
+            more = self.take(",}") == ","
+        return result
+
+    def fail(self, found: str, expected: str) -> NoReturn:
+        """Raise the error that names the place."""
+        raise DataError(
+            f"{self.path}: at byte {self.position} of {len(self.text)}: {found}, expected {expected}; the download is "
+            "incomplete or the file is damaged, get it again"
+        )
+
+
+def _note_fields(fields: "dict[str, array[int]]", record: Any, number: int) -> None:
+    """Append the integer fields of record `number`; the first record says which ones there may be."""
+    if not isinstance(record, dict):
+        return
+    if number == 0:
+        # Names beyond ASCII are not noted: they stand in the text of the scan byte by byte.
+        names = [name for name, value in record.items() if type(value) is int and name.isascii()]
+        fields.update((name, array("q")) for name in names[:MAX_FIELDS])
+    for name, values in fields.items():
+        value = record.get(name)
+        if type(value) is int and _INT64.min <= value <= _INT64.max and len(values) == number:
+            values.append(value)
+
+
+def _check_utf8(path: Path, data: bytes) -> None:
+    """Raise DataError naming the first byte that is not UTF-8; chunk by chunk, as a decoded copy may be four times
+    as large."""
+    if data.isascii():
+        return
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for start in range(0, len(data), _CHUNK_BYTES):
+        pending = len(decoder.getstate()[0])
+        try:
+            decoder.decode(data[start : start + _CHUNK_BYTES], final=start + _CHUNK_BYTES >= len(data))
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{path}: at byte {start - pending + error.start} of {len(data)}: found bytes that are not UTF-8 "
+                f"({error.reason}), expected JSON in UTF-8; save the file in that encoding or get it again"
+            ) from error
+
+
+def _named(found: str) -> str:
+    return f"found {found!r}" if found else "found the end of the file"

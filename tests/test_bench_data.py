@@ -1,0 +1,136 @@
+"""The data benchmark counts what the model computes, and runs on any configured data."""
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from shared_data import SHARED, shared_data
+from torch.utils.flop_counter import FlopCounterMode
+
+from pixel_sail.model.configuration_pixel_sail import Architecture
+from pixel_sail.types import IGNORE_LABEL, Example
+
+TOOL = Path(__file__).resolve().parent.parent / "tools" / "bench_data.py"
+SAIL_0_5B = Architecture(
+    hidden_size=896,
+    intermediate_size=4864,
+    num_hidden_layers=24,
+    num_attention_heads=14,
+    num_key_value_heads=2,
+    mask_stride=4,
+    mask_dim=512,
+)
+
+
+@pytest.fixture(autouse=True)
+def index_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIXEL_SAIL_CACHE", str(tmp_path / "index_cache"))
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bench_data", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def photo_example(processor, draw_sample):
+    """An example as of a 640 x 480 photo with 120 tokens of text, one mask and no answer."""
+    sample, image = draw_sample(np.random.default_rng(0))
+    drawn = processor.encode_sample(sample, image, independent_turns=False)
+    num_image, num_text = 1202, 120
+    index = torch.arange(num_image + num_text)
+    is_patch = (index >= 1) & (index < num_image - 1)
+    return replace(
+        drawn,
+        input_ids_T=index,
+        labels_T=torch.full_like(index, IGNORE_LABEL),
+        branch_ids_T=(index >= num_image).long(),
+        in_image_T=index < num_image,
+        patch_index_T=torch.where(is_patch, index - 1, -1),
+    )
+
+
+def test_the_cost_of_a_photo_agrees_with_a_calculation_by_hand(bench, photo_example):
+    def tera_products(example):
+        return bench.forward_flops(SAIL_0_5B, [example], vocab_size=151_680) / 2e12
+
+    assert isinstance(photo_example, Example)
+    without_mask = tera_products(replace(photo_example, masks=()))
+    answered = replace(photo_example, labels_T=torch.where(photo_example.in_image_T, IGNORE_LABEL, 1))
+    # 0.473 linear layers, 0.0687 attention (0.075 if every token saw every other), 0.0008 patch embedding.
+    assert without_mask == pytest.approx(0.473 + 0.0687 + 0.0008, abs=0.001)
+    assert tera_products(photo_example) - without_mask == pytest.approx(0.063, abs=0.001)
+    assert tera_products(answered) - tera_products(photo_example) == pytest.approx(0.0163, abs=0.0001)
+
+
+def test_branches_do_not_see_each_other(bench, photo_example):
+    two = torch.where(photo_example.in_image_T, 0, 1 + (torch.arange(len(photo_example)) >= 1262).long())
+    pairs = bench._seen_pairs(photo_example), bench._seen_pairs(replace(photo_example, branch_ids_T=two))
+    assert pairs[0] - pairs[1] == 60 * 60
+
+
+@pytest.mark.parametrize("mask_stride", [2, 4, 8])
+def test_the_formula_counts_the_matrix_products_of_the_model(
+    bench, tiny_model, processor, draw_sample, make_batch, mask_stride
+):
+    model = tiny_model(mask_stride=mask_stride)
+    sample, image = draw_sample(np.random.default_rng(1), size_hw=(32, 40), masks_per_turn=(1, 2))
+    example = processor.encode_sample(sample, image, independent_turns=True)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(**make_batch([example]).model_inputs())
+    counts = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    found = sum(flops for op, flops in counts.items() if "attention" not in op)
+    config = model.config
+    attention = 4 * config.num_hidden_layers * config.hidden_size * bench._seen_pairs(example)
+    counted = bench.forward_flops(config, [example], vocab_size=config.vocab_size) - attention
+    assert found == pytest.approx(counted, rel=0.01), counts
+
+
+def test_the_share_of_a_step_is_worker_time_over_workers_plus_own_time(bench):
+    stages = bench.Stages(annotation=1.0, image=4.0, tokens=5.0, num_turns=1.0, num_masks=1.0)
+    packs = bench.Packs(num_packs=1, samples_per_pack=6.0, tokens_per_pack=8000.0, filled=0.97, forward_tflop=8.0)
+    workers = bench.Workers(
+        num_workers=2, samples_per_second=1.0, main_ms_per_pack=1.5, private_mb=1.0, proportional_mb=1.0
+    )
+    cost = bench.data_share(stages, packs, workers, num_workers=8, flop_rate=400e12)
+    assert cost == pytest.approx({"worker_ms": 60.0, "data_ms": 9.0, "step_ms": 60.0, "share": 0.15})
+
+
+def test_the_tool_measures_the_real_photographs(bench, tmp_path, monkeypatch, capsys):
+    shared_data("derived_gref_mini")
+    monkeypatch.setenv("PIXEL_SAIL_GREF_MINI", str(SHARED / "data/derived_gref_mini"))
+    monkeypatch.setenv("PIXEL_SAIL_REFER_MINI", str(SHARED / "data/derived_refer_mini"))
+    arguments = ["--packs", "2", "--samples", "2", "--processes", "1", "--json", str(tmp_path / "bench.json")]
+    assert bench.main([*arguments, f"paths.data={tmp_path}"]) == 0
+    figures = json.loads((tmp_path / "bench.json").read_text())
+    assert figures["data"] == ["gref_mini", "refer_mini"]
+    assert figures["token_budget"] == 8192
+    assert 0.5 < figures["packs"]["filled"] <= 1.0
+    assert figures["packs"]["tokens_per_pack"] == pytest.approx(figures["packs"]["filled"] * 8192)
+    assert 0 < figures["workers"]["private_mb"] <= figures["workers"]["proportional_mb"]
+    output = capsys.readouterr().out
+    assert "29 samples an epoch" in output
+    assert "stand in" in output
+
+
+def test_the_tool_takes_the_overrides_of_training(bench, data_root, monkeypatch, capsys):
+    monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
+    arguments = ["--packs", "1", "--samples", "2", "--processes", "1", "experiment=quickstart"]
+    assert bench.main([*arguments, "data.packing.token_budget=700"]) == 0
+    output = capsys.readouterr().out
+    assert "of 700 tokens" in output
+    assert "groupshapes, refshapes" in output
+
+
+def test_wrong_input_ends_with_one_message(bench, tmp_path, capsys):
+    assert bench.main(["data=refcoco", f"paths.data={tmp_path}"]) == 2
+    assert "DataError" in capsys.readouterr().err
+    assert bench.main(["data=none_such"]) == 2
+    assert "ConfigError" in capsys.readouterr().err
