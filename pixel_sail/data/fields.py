@@ -1,0 +1,61 @@
+"""Reading one field of an annotation record, or saying what is wrong with it.
+
+Place in the flow: the sources take records of `data/records.py` apart with it. A message looks like
+
+    RefCOCOg_GCG_train.json[17]: found caption = None, expected str; repair the record
+"""
+
+from pathlib import Path
+from typing import TypeVar
+
+from pixel_sail.types import DataError, SizeHW
+
+T = TypeVar("T")
+
+_MAX_PIXELS = 1 << 28
+"""No photograph has more, and a mask of a size that is a slip of the pen would fill the memory."""
+
+ImageFolders = str | Path | list[str | Path]
+"""One folder, or several to look an image up in."""
+
+
+def field(record: object, name: str, kind: type[T], where: str) -> T:
+    """Return a field that must be there and of this type. Raises: DataError."""
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: found {_short(record)}, expected an object with {name!r}; repair the record")
+    value = record.get(name)
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        raise DataError(f"{where}: found {name} = {_short(value)}, expected {kind.__name__}; repair the record")
+    return value
+
+
+def strings(record: object, name: str, where: str) -> list[str]:
+    """Return a field that must be a list of texts. Raises: DataError."""
+    values = field(record, name, list, where)
+    for value in values:
+        if not isinstance(value, str):
+            raise DataError(f"{where}: found {_short(value)} among {name}, expected texts only; repair the record")
+    return values
+
+
+def stated_hw(record: object, where: str) -> SizeHW | None:
+    """Return (height, width) as the record states them, None if it states neither. Raises: DataError."""
+    if isinstance(record, dict) and record.get("height") is None and record.get("width") is None:
+        return None
+    height, width = field(record, "height", int, where), field(record, "width", int, where)
+    if min(height, width) < 1 or height * width > _MAX_PIXELS:
+        raise DataError(
+            f"{where}: found height {height} and width {width}, expected at least 1 and no more than {_MAX_PIXELS} "
+            "pixels; repair the record"
+        )
+    return height, width
+
+
+def folders(paths: ImageFolders) -> list[Path]:
+    """Return the folders named by a config, which may name one or several."""
+    return [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,39 @@
+"""The size of an image without decoding it, for annotation files that do not state it.
+
+Place in the flow: sources whose polygons come without a size (RefCOCOg-GCG, ReasonSeg) ask here before they draw masks.
+Which of the two sizes is right depends on what the annotators saw:
+
+    a phone photo stored as 3000 x 4000 with the EXIF note "turn by 90 degrees":
+    stored_hw -> (3000, 4000)   COCO counts pixels as stored
+    upright_hw -> (4000, 3000)  most tools show, and ReasonSeg counts, the upright photo
+"""
+
+from pathlib import Path
+
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from pixel_sail.types import DataError, SizeHW
+
+_SIDEWAYS = range(5, 9)
+"""EXIF orientations that swap height and width."""
+
+
+def stored_hw(path: Path, where: str) -> SizeHW:
+    """Return the size as stored. Raises: DataError if the file is missing or no image."""
+    return _read(path, where)[0]
+
+
+def upright_hw(path: Path, where: str) -> SizeHW:
+    """Return the size after the EXIF orientation is applied. Raises: DataError if the file is missing or no image."""
+    (height, width), orientation = _read(path, where)
+    return (width, height) if orientation in _SIDEWAYS else (height, width)
+
+
+def _read(path: Path, where: str) -> tuple[SizeHW, object]:
+    try:
+        with Image.open(path) as image:
+            return (image.height, image.width), image.getexif().get(ExifTags.Base.Orientation, 1)
+    except FileNotFoundError:
+        raise DataError(f"{where}: {path}: no such image file; check configs/paths and the image folder") from None
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, EOFError, ValueError) as error:
+        raise DataError(f"{where}: {path}: cannot be read ({error}); replace the file") from error

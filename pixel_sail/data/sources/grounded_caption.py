@@ -1,0 +1,158 @@
+"""Captions whose phrases have masks, whatever file they come from, as training samples.
+
+Place in the flow: `grandf.py`, `refcocog_gcg.py` and `flickr_gcg.py` read their layouts into `CaptionRecord`s; this
+source places the phrases (`data/phrases.py`), unites the masks of each, and words one turn per image:
+
+    CaptionRecord(caption="A dog and two cups", phrases=(MaskedPhrase(text="two cups", segmentations=(rle, rle)), ...))
+    -> Turn(question="What is in this picture? ...", answer="<p> A dog </p> [SEG] and <p> two cups </p> [SEG]",
+            masks=(<dog>, <both cups>))
+
+What the released loaders get wrong and this one does not: overlapping or repeated spans nested tags into one another;
+phrases with capitals were looked for in a lower-cased caption, not found, and marked at its end; a phrase was found
+inside a longer word; only the first span of a phrase counted; masks were summed, not united; an image without phrases
+was replaced by a random one.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pixel_sail.data.fields import ImageFolders, folders
+from pixel_sail.data.image_sizes import stored_hw
+from pixel_sail.data.images import find_image
+from pixel_sail.data.masks import decode_segmentation, union_masks
+from pixel_sail.data.phrases import Phrase, Placement, mark_caption, place_phrases
+from pixel_sail.data.wording.grounded_caption import caption_question
+from pixel_sail.types import BoolMask, DataError, Sample, SizeHW, Turn
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedPhrase:
+    """One phrase as the file has it."""
+
+    phrase: Phrase
+    segmentations: tuple[object, ...]
+    """COCO segmentations of any format, at least one; their union is the mask of the phrase."""
+    where: str
+    """File, record and phrase, for error messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionRecord:
+    """One caption as the file has it."""
+
+    item_id: str
+    file_name: str
+    """Of the photo, as in the file."""
+    image_hw: SizeHW | None
+    """None where the file states no size."""
+    caption: str
+    phrases: tuple[MaskedPhrase, ...]
+    num_unmasked: int = 0
+    """Phrases of the file that have no mask, or that the dataset's recipe leaves out."""
+
+    def placement(self) -> Placement:
+        """Return where the phrases stand in the caption."""
+        return place_phrases(self.caption, [item.phrase for item in self.phrases])
+
+
+class CaptionLayout(Protocol):
+    """One file format."""
+
+    where: str
+    """The file, for messages."""
+
+    def __len__(self) -> int:
+        """Return the number of captions of the file."""
+        ...
+
+    def read(self, index: int) -> CaptionRecord:
+        """Return one caption. Raises: DataError naming file and record."""
+        ...
+
+
+class GroundedCaptionSource:
+    """One item per caption that has a phrase with a mask; one turn per item.
+
+    The file is read through once when the source is made, to leave out captions without any such phrase and to count
+    what is not used: both are logged. A malformed record stays in, and `get` says what is wrong with it.
+    """
+
+    def __init__(self, layout: CaptionLayout, image_dir: ImageFolders, *, name: str) -> None:
+        self.name = name
+        self._layout = layout
+        self._folders = folders(image_dir)
+        self._items = self._usable_items()
+
+    def __len__(self) -> int:
+        """Return the number of captions with a phrase that has a mask."""
+        return len(self._items)
+
+    def image_path(self, index: int) -> Path:
+        """Return the photo of an item."""
+        return find_image(self._folders, self._layout.read(int(self._items[index])).file_name)
+
+    def get(self, index: int, rng: np.random.Generator) -> Sample:
+        """Return the caption of item `index` with all its phrases; only the question is drawn from `rng`.
+
+        Where the file states no size, the photo's size as stored is read, as COCO counts pixels, and becomes the
+        sample's. Raises: DataError.
+        """
+        record = self._layout.read(int(self._items[index]))
+        sample_id = f"{self.name}/{record.item_id}"
+        placement = record.placement()
+        if not placement.places:
+            raise DataError(f"{sample_id}: found no phrase in the caption, expected one; leave the caption out")
+        image_path = find_image(self._folders, record.file_name)
+        image_hw = record.image_hw if record.image_hw is not None else stored_hw(image_path, sample_id)
+        masks = tuple(_united(record, place.phrases, image_hw) for place in placement.places)
+        answer = mark_caption(record.caption, placement, sample_id)
+        return Sample(
+            sample_id=sample_id,
+            source=self.name,
+            image_path=image_path,
+            image_hw=image_hw,
+            turns=(Turn(question=caption_question(rng), answer=answer, masks=masks),),
+        )
+
+    def _usable_items(self) -> NDArray[np.int64]:
+        usable = []
+        num_phrases = num_unmasked = num_lost = num_overlapped = 0
+        for index in range(len(self._layout)):
+            try:
+                record = self._layout.read(index)
+            except DataError:
+                usable.append(index)  # `get` raises the same error, and whoever runs it counts bad samples.
+                continue
+            placement = record.placement()
+            num_phrases += len(record.phrases) + record.num_unmasked
+            num_unmasked += record.num_unmasked
+            num_lost += len(placement.not_found)
+            num_overlapped += len(placement.overlapped)
+            if placement.places:
+                usable.append(index)
+        num_left_out = len(self._layout) - len(usable)
+        if num_left_out or num_unmasked or num_lost or num_overlapped:
+            logger.warning(
+                "source %s (%s): left out %d of %d captions without a phrase to mark; of %d phrases, %d have no mask, "
+                "%d are not in their caption and %d overlap a longer one; these stay plain text",
+                self.name, self._layout.where, num_left_out, len(self._layout),
+                num_phrases, num_unmasked, num_lost, num_overlapped,
+            )  # fmt: skip
+        return np.array(usable, dtype=np.int64)
+
+
+def _united(record: CaptionRecord, indices: tuple[int, ...], image_hw: SizeHW) -> BoolMask:
+    """Return the union of all masks of the phrases at one place."""
+    masks = [
+        decode_segmentation(segmentation, image_hw, record.phrases[index].where)
+        for index in indices
+        for segmentation in record.phrases[index].segmentations
+    ]
+    return union_masks(masks, image_hw)

@@ -1,0 +1,238 @@
+"""ReasonSeg: one object per image, asked for by what it is good for, as training samples and expressions to score.
+
+Place in the flow: `<root>/<split>/x.jpg` with `x.json` beside it -> here -> `Sample` or `Expression`. One JSON file:
+
+    {"text": ["something that keeps the rain off"], "is_sentence": false,
+     "shapes": [{"label": "target", "points": [[853.0, 512.0], [841.0, 513.0], ...]},
+                {"label": "ignore", "points": [...]}, {"label": "flag", "points": [...]}]}
+
+Shapes are painted from large to small, outline included, so that a small one inside a large one wins. `flag` means
+nothing; pixels under a label with `ignore` in it belong to neither target nor background. Files are UTF-8 or cp1252.
+The size is that of the photo held upright, as the points were drawn on what the annotators saw.
+
+What the released code gets wrong and this does not: ignored pixels were trained as background, and scored as garbage
+because the values 0, 1 and 255 went through a run-length encoder that knows two; a missing prediction was left out of
+the cIoU, which is for the scorer to avoid.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from pixel_sail.data.fields import field, strings
+from pixel_sail.data.image_sizes import upright_hw
+from pixel_sail.data.masks import encode_mask
+from pixel_sail.data.wording.reasoning import evaluation_question, reasoning_turn
+from pixel_sail.types import BoolMask, DataError, Expression, Sample, SizeHW, Source
+
+logger = logging.getLogger(__name__)
+
+QUERIES = ("all", "short", "long")
+"""Which items are scored: phrases are short, whole sentences are long. The benchmark reports each and all."""
+
+SENTENCES = ("first", "all")
+"""Which texts of an item are scored; the published protocol asks the first only."""
+
+_MAX_COORDINATE_PX = 100_000
+
+Points = list[tuple[int, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One polygon."""
+
+    points: Points
+    """(x, y) in pixels, cut to whole numbers as the benchmark's own painting does."""
+    is_ignored: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReasonItem:
+    """One JSON file."""
+
+    json_path: Path
+    texts: tuple[str, ...]
+    """Without blanks around them, none empty, none twice."""
+    is_sentence: bool
+    shapes: tuple[Shape, ...]
+
+    @property
+    def image_path(self) -> Path:
+        """Return the photo beside the file."""
+        return self.json_path.with_suffix(".jpg")
+
+
+def load(*, root: str | Path, split: str = "train", name: str = "reasonseg", sentences_per_image: int = 3) -> Source:
+    """Return one split as a training source: the `_target_` of `configs/source/reasonseg.yaml`.
+
+    root: folder with the folders train, val and test. sentences_per_image: most turns of one sample.
+    Raises: DataError; ValueError on a wrong setting.
+    """
+    return ReasonSegSource(_json_files(Path(root), split), name=name, split=split, most=sentences_per_image)
+
+
+def expressions(*, root: str | Path, split: str, query: str = "all", sentences: str = "first") -> list[Expression]:
+    """Return what is asked of one split, in the order of the file names; the photos must be there for their sizes.
+
+    `text` is the whole released question, so the evaluation adds nothing to it. Ids count the items of the split from
+    1, whatever `query` is. `target` is None where no target is drawn, `ignored` None where every pixel counts.
+    Raises: DataError; ValueError on an unknown query or sentences.
+    """
+    _check_choice("query", query, QUERIES)
+    _check_choice("sentences", sentences, SENTENCES)
+    result = []
+    for number, path in enumerate(_json_files(Path(root), split), start=1):
+        item = read_item(path)
+        if query != "all" and item.is_sentence != (query == "long"):
+            continue
+        image_hw = upright_hw(item.image_path, str(path))
+        target, ignored = paint(item.shapes, image_hw)
+        for sent_id, text in enumerate(item.texts[: 1 if sentences == "first" else None], start=1):
+            result.append(
+                Expression(
+                    ref_id=number,
+                    sent_id=sent_id,
+                    image_id=number,
+                    image_path=item.image_path,
+                    image_hw=image_hw,
+                    text=evaluation_question(text, is_sentence=item.is_sentence),
+                    target=encode_mask(target) if target.any() else None,
+                    ignored=None if ignored is None else encode_mask(ignored),
+                )
+            )
+    return result
+
+
+class ReasonSegSource:
+    """One item per photo with a text and a target; up to three of its texts as turns, none twice."""
+
+    def __init__(self, files: Sequence[Path], *, name: str, split: str, most: int) -> None:
+        """Leave out what has no text or no target, and log how many. Raises: ValueError."""
+        if most < 1:
+            raise ValueError(f"source {name}: found sentences_per_image {most}, expected 1 or more; correct the config")
+        self.name = name
+        self._split = split
+        self._most = most
+        self._files = [path for path in files if _is_usable(path)]
+        if len(self._files) < len(files):
+            num_left_out = len(files) - len(self._files)
+            logger.warning("source %s: left out %d of %d files without text or target", name, num_left_out, len(files))
+
+    def __len__(self) -> int:
+        """Return the number of photos with a text and a target."""
+        return len(self._files)
+
+    def image_path(self, index: int) -> Path:
+        """Return the photo of an item."""
+        return self._files[index].with_suffix(".jpg")
+
+    def get(self, index: int, rng: np.random.Generator) -> Sample:
+        """Return a photo with texts in an order drawn from `rng`. Raises: DataError.
+
+        `image_hw` is None as the file states no size, and the photo is turned upright when it is opened.
+        """
+        item = read_item(self._files[index])
+        sample_id = f"{self.name}/{self._split}/{item.json_path.stem}"
+        mask, ignored = paint(item.shapes, upright_hw(item.image_path, sample_id))
+        chosen = [item.texts[i] for i in rng.permutation(len(item.texts))[: self._most]]
+        turns = [reasoning_turn(text, mask, rng, is_sentence=item.is_sentence, ignored=ignored) for text in chosen]
+        return Sample(
+            sample_id=sample_id, source=self.name, image_path=item.image_path, image_hw=None, turns=tuple(turns)
+        )
+
+
+def read_item(path: Path) -> ReasonItem:
+    """Return one file, checked. Raises: DataError."""
+    record = _read_json(path)
+    texts = dict.fromkeys(text.strip() for text in strings(record, "text", str(path)))
+    shapes = field(record, "shapes", list, str(path))
+    labelled = [(field(shape, "label", str, f"{path}: shape {i}").lower(), shape, i) for i, shape in enumerate(shapes)]
+    return ReasonItem(
+        json_path=path,
+        texts=tuple(text for text in texts if text),
+        is_sentence=field(record, "is_sentence", bool, str(path)),
+        shapes=tuple(
+            Shape(points=_points(shape, f"{path}: shape {i}"), is_ignored="ignore" in label)
+            for label, shape, i in labelled
+            if label != "flag"
+        ),
+    )
+
+
+def paint(shapes: Sequence[Shape], size_hw: SizeHW) -> tuple[BoolMask, BoolMask | None]:
+    """Return the target and the ignored pixels, which do not overlap; None if nothing is ignored.
+
+    Areas are counted in pixels within the photo; of two equal ones the later in the file is painted last.
+    """
+    painted = [(_paint_one(shape.points, size_hw), shape.is_ignored) for shape in shapes]
+    target, ignored = np.zeros(size_hw, dtype=np.bool_), np.zeros(size_hw, dtype=np.bool_)
+    for mask, is_ignored in sorted(painted, key=lambda pair: -int(pair[0].sum())):
+        target[mask], ignored[mask] = not is_ignored, is_ignored
+    return target, ignored if ignored.any() else None
+
+
+def _paint_one(points: Points, size_hw: SizeHW) -> BoolMask:
+    canvas = Image.new("1", (size_hw[1], size_hw[0]))
+    ImageDraw.Draw(canvas).polygon(points if len(points) > 1 else points * 2, fill=1, outline=1)
+    return np.array(canvas, dtype=np.bool_)
+
+
+def _points(shape: dict[str, Any], where: str) -> Points:
+    points = field(shape, "points", list, where)
+    for point in points:
+        is_pair = isinstance(point, list) and len(point) == 2 and all(type(value) in (int, float) for value in point)
+        if not is_pair or not all(abs(value) <= _MAX_COORDINATE_PX for value in point):
+            raise DataError(
+                f"{where}: found point {point!r}, expected [x, y] within {_MAX_COORDINATE_PX} px; repair the file"
+            )
+    if not points:
+        raise DataError(f"{where}: found no points, expected a polygon; repair the file")
+    return [(int(x), int(y)) for x, y in points]
+
+
+def _read_json(path: Path) -> object:
+    try:
+        data = path.read_bytes()
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = data.decode("cp1252")
+        return json.loads(text)
+    except FileNotFoundError:
+        raise DataError(
+            f"{path}: found no such file, expected one beside its photo; unpack the dataset again"
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{path}: found no readable JSON ({error}), expected text and shapes; get it again") from error
+
+
+def _json_files(root: Path, split: str) -> list[Path]:
+    """Return the files of a split by name. A photo without a file counts too, so that it is found out when used."""
+    folder = root / split
+    if not folder.is_dir():
+        raise DataError(f"{folder}: found no such folder, expected photos with JSON files; check root and split")
+    files = {path.with_suffix(".json") for path in folder.iterdir() if path.suffix in (".jpg", ".json")}
+    if not files:
+        raise DataError(f"{folder}: found no .jpg and no .json, expected photos with JSON files; unpack the dataset")
+    return sorted(files)
+
+
+def _is_usable(path: Path) -> bool:
+    """Say whether a file has a text and a target; one that cannot be read stays, so that `get` says why."""
+    try:
+        item = read_item(path)
+    except DataError:
+        return True
+    return bool(item.texts) and any(not shape.is_ignored for shape in item.shapes)
+
+
+def _check_choice(name: str, found: str, expected: tuple[str, ...]) -> None:
+    if found not in expected:
+        raise ValueError(f"{name}: found {found!r}, expected one of {expected}; correct the config")

@@ -1,0 +1,65 @@
+"""RefCOCOg grounded captions: a caption per image made of referring expressions, each with its polygons.
+
+Place in the flow: `RefCOCOg_GCG_train.json` -> here -> `grounded_caption.py`. One record is an object of one key:
+
+    {"519404": {"img_file_name": "COCO_train2014_000000519404.jpg",
+                "caption": "The standing man wears a striped tie next to a boy.",
+                "refs": [{"sentence": "a striped tie", "bbox": [16, 45, 28, 41], "segmentation": [[16.2, 84.9, ...]]}]}}
+
+The file states no size, so the photo is asked. The caption keeps its capitals. What the released loader gets wrong: see
+`grounded_caption.py`; it also cut the end off a phrase that another one overlapped.
+"""
+
+from pathlib import Path
+
+from pixel_sail.data.fields import ImageFolders, field, stated_hw
+from pixel_sail.data.phrases import Phrase
+from pixel_sail.data.records import open_records
+from pixel_sail.data.sources.grounded_caption import CaptionRecord, GroundedCaptionSource, MaskedPhrase
+from pixel_sail.types import DataError, Source
+
+
+def load(*, annotations: str | Path, image_dir: ImageFolders, name: str = "refcocog_gcg") -> Source:
+    """Return the training source: the `_target_` of `configs/source/refcocog_gcg.yaml`.
+
+    annotations: the JSON file. image_dir: one folder of photos, or several to look in. Raises: DataError.
+    """
+    return GroundedCaptionSource(RefcocogLayout(annotations), image_dir, name=name)
+
+
+class RefcocogLayout:
+    """Records of this format."""
+
+    def __init__(self, annotations: str | Path) -> None:
+        self._records = open_records(annotations)
+        self.where = str(annotations)
+
+    def __len__(self) -> int:
+        """Return the number of captions of the file."""
+        return len(self._records)
+
+    def read(self, index: int) -> CaptionRecord:
+        """Return one caption. Raises: DataError naming file and record."""
+        where = f"{self.where}[{index}]"
+        outer = self._records[index]
+        if not isinstance(outer, dict) or len(outer) != 1:
+            raise DataError(f"{where}: found {type(outer).__name__}, expected an object of one key; repair the record")
+        ((key, record),) = outer.items()
+        where = f"{where} ({key})"
+        file_name, caption = field(record, "img_file_name", str, where), field(record, "caption", str, where)
+        refs = field(record, "refs", list, where)
+        phrases = []
+        for ref in refs:
+            sentence = field(ref, "sentence", str, where)
+            if ref.get("segmentation"):
+                at = f"{where}, {sentence!r}"
+                segmentations = (ref["segmentation"],)
+                phrases.append(MaskedPhrase(phrase=Phrase(text=sentence), segmentations=segmentations, where=at))
+        return CaptionRecord(
+            item_id=f"item={index}/{key}",
+            file_name=file_name,
+            image_hw=stated_hw(record, where),
+            caption=caption,
+            phrases=tuple(phrases),
+            num_unmasked=len(refs) - len(phrases),
+        )
