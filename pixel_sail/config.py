@@ -70,8 +70,10 @@ class DataConfig:
     """Sequences of one optimizer step, over all processes and accumulation steps."""
     packs_per_micro_batch: int = 1
     """Sequences of one forward pass on one process."""
+    lane_rounds: int = 1
+    """Sets of sequences filled in turn; more of them let more workers share the work of one step."""
     num_workers: int = 2
-    """Loader processes per training process."""
+    """Loader processes per training process; as many are used as divide the micro-batches of all rounds."""
 
 
 @dataclass(kw_only=True)

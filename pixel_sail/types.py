@@ -199,7 +199,7 @@ class Example:
     prompt_ids_T: Tensor
     """int64: id of the visual prompt painted on this patch, -1 for none."""
     patches_PK: Tensor
-    """float32: normalised pixels, each patch flattened channel first; P is 0 for a text-only sample."""
+    """uint8: pixels, each patch flattened channel first; P is 0 for a text-only sample."""
     grid_hw: SizeHW | None
     masks: tuple[BoolMask, ...]
     """One per [SEG] in `input_ids_T`, in token order."""

@@ -1,5 +1,6 @@
 """The stream of packs is the same for any number of ranks and workers, resumes exactly, and rows mix nothing up."""
 
+import pickle
 from collections import Counter
 from dataclasses import replace
 from itertools import islice, pairwise
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from pixel_sail.data import wire
 from pixel_sail.data.loader import LaneShare, training_batches, usable_workers
 from pixel_sail.data.mixture import Mixture
 from pixel_sail.data.packing import LanePosition, LaneStream, PackingSettings
+from pixel_sail.training.checkpoint import merge_lanes
 from pixel_sail.types import IGNORE_LABEL, DataError, Sample, Turn
 
 NUM_LANES = 4
@@ -70,10 +73,12 @@ def _item(sample_id):
     return sample_id.rsplit("/", 1)[0]
 
 
-def _steps(mixture, processor, num_steps, *, world_size=1, workers=0, start=None, micro=1, rank=0):
-    share = LaneShare(num_lanes=NUM_LANES, rank=rank, world_size=world_size, packs_per_micro_batch=micro)
-    start = start or [LanePosition()] * NUM_LANES
-    stream = training_batches(mixture, processor, SETTINGS, share, start=start, num_workers=workers)
+def _steps(mixture, processor, num_steps, *, world_size=1, workers=0, start=None, micro=1, rank=0, rounds=1, step=0):
+    share = LaneShare(
+        packs_per_step=NUM_LANES, rounds=rounds, rank=rank, world_size=world_size, packs_per_micro_batch=micro
+    )
+    start = start or [LanePosition()] * share.num_lanes
+    stream = training_batches(mixture, processor, SETTINGS, share, start=start, step=step, num_workers=workers)
     return list(islice(stream, num_steps))
 
 
@@ -160,7 +165,7 @@ def test_bad_samples_are_left_out_by_name_and_nothing_takes_their_place(make_mix
 @pytest.mark.parametrize("workers", [0, 1])
 def test_more_bad_samples_than_allowed_end_the_run(make_mixture, processor, workers):
     mixture = _with_bad_items(make_mixture(), {4, 9, 11})
-    share = LaneShare(num_lanes=1, rank=0, world_size=1, packs_per_micro_batch=1)
+    share = LaneShare(packs_per_step=1, rank=0, world_size=1, packs_per_micro_batch=1)
     stream = training_batches(
         mixture, processor, SETTINGS, share, start=[LanePosition()], num_workers=workers, max_skipped_share=0.1
     )
@@ -201,9 +206,10 @@ def test_the_global_batch_is_the_same_for_any_number_of_ranks_and_workers(make_m
         assert sorted(after) == list(range(NUM_LANES))
 
 
-def test_batches_of_workers_equal_those_of_the_main_process(make_mixture, processor):
-    plain = _steps(make_mixture(), processor, 3, micro=2)
-    other = _steps(make_mixture(), processor, 3, micro=2, workers=2)
+@pytest.mark.parametrize(("rounds", "workers"), [(1, 2), (3, 6), (2, 1)])
+def test_batches_of_workers_equal_those_of_the_main_process(make_mixture, processor, rounds, workers):
+    plain = _steps(make_mixture(), processor, 3, micro=2, rounds=rounds)
+    other = _steps(make_mixture(), processor, 3, micro=2, rounds=rounds, workers=workers)
     for found, expected in zip(other, plain, strict=True):
         assert found.after == expected.after
         for batch, reference in zip(found.batches, expected.batches, strict=True):
@@ -212,12 +218,15 @@ def test_batches_of_workers_equal_those_of_the_main_process(make_mixture, proces
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("rounds", [1, 3])
 @pytest.mark.parametrize("stop", [1, 4])
-def test_resuming_from_a_position_continues_with_the_same_packs(make_mixture, processor, stop, workers):
-    whole = _steps(make_mixture(), processor, 7)
-    start = [whole[stop - 1].after[lane] for lane in range(NUM_LANES)]
+def test_resuming_from_a_position_continues_with_the_same_packs(make_mixture, processor, stop, rounds, workers):
+    whole = _steps(make_mixture(), processor, 7, rounds=rounds)
+    start = [LanePosition()] * (NUM_LANES * rounds)
+    for step in whole[:stop]:
+        start = merge_lanes(start, step.after, SETTINGS.lookahead, torch.device("cpu"))
     assert any(position.waiting for position in start)
-    resumed = _steps(make_mixture(), processor, 7 - stop, start=start, workers=workers)
+    resumed = _steps(make_mixture(), processor, 7 - stop, start=start, workers=workers, rounds=rounds, step=stop)
     for found, expected in zip(resumed, whole[stop:], strict=True):
         assert found.after == expected.after
         for batch, reference in zip(found.batches, expected.batches, strict=True):
@@ -308,7 +317,7 @@ def test_repeats_of_an_unknown_source_are_refused(image_paths):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_sample_longer_than_a_pack_stops_with_its_name(make_mixture, processor, workers):
-    share = LaneShare(num_lanes=1, rank=0, world_size=1, packs_per_micro_batch=1)
+    share = LaneShare(packs_per_step=1, rank=0, world_size=1, packs_per_micro_batch=1)
     settings = PackingSettings(token_budget=30)
     stream = training_batches(make_mixture(), processor, settings, share, start=[LanePosition()], num_workers=workers)
     with pytest.raises(DataError, match=r"a/\d+/\d+: \d+ tokens found, at most data.packing.token_budget = 30"):
@@ -326,12 +335,15 @@ def test_a_sample_of_exactly_the_budget_is_packed(make_mixture, processor):
 def test_lanes_that_do_not_divide_over_ranks_are_refused(num_lanes, world_size, micro):
     message = f"data.packs_per_step is {num_lanes}; with {world_size} processes"
     with pytest.raises(DataError, match=f"{message}.* must be a multiple of {world_size * micro}"):
-        LaneShare(num_lanes=num_lanes, rank=0, world_size=world_size, packs_per_micro_batch=micro)
+        LaneShare(packs_per_step=num_lanes, rank=0, world_size=world_size, packs_per_micro_batch=micro)
 
 
 def test_ranks_share_out_all_lanes():
-    shares = [LaneShare(num_lanes=8, rank=rank, world_size=2, packs_per_micro_batch=2) for rank in range(2)]
-    assert [share.lanes for share in shares] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    shares = [
+        LaneShare(packs_per_step=8, rounds=2, rank=rank, world_size=2, packs_per_micro_batch=2) for rank in range(2)
+    ]
+    assert shares[0].groups == [(0, 2), (4, 6), (8, 10), (12, 14)]
+    assert shares[1].groups == [(1, 3), (5, 7), (9, 11), (13, 15)]
     assert [share.accumulation for share in shares] == [2, 2]
 
 
@@ -449,3 +461,13 @@ def test_a_batch_with_broken_counts_is_refused(make_batch, examples, changes, me
     batch = make_batch(examples)
     with pytest.raises(AssertionError, match=message):
         replace(batch, **changes(batch))
+
+
+def test_a_batch_survives_the_way_from_a_worker(make_batch, examples):
+    whole = np.ones((1, 1), dtype=bool)
+    examples = [replace(e, ignored=(whole, *e.ignored[1:])) if i == 0 else e for i, e in enumerate(examples)]
+    batch = make_batch(examples[:2], examples[2:])
+    assert any(mask is None for mask in batch.ignored) and any(mask is not None for mask in batch.ignored)
+    found = wire.unpack(pickle.loads(pickle.dumps(wire.pack(batch))))
+    _assert_batches_equal(found, batch)
+    assert {value.dtype for value in vars(batch).values() if isinstance(value, torch.Tensor)} > {torch.uint8}

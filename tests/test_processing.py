@@ -11,6 +11,7 @@ from pixel_sail.model.patches import (
     covered_patches,
     grid_size,
     image_to_patches,
+    normalize_patches,
     resized_size,
 )
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor, ProcessorSettings, image_positions
@@ -63,26 +64,31 @@ def test_a_pixel_lands_in_its_patch_channel_first():
     pixels[9, 18] = (51, 102, 204)  # patch row 1, column 2; within it row 1, column 2
     patches, grid_hw = image_to_patches(Image.fromarray(pixels), 8, 64)
     assert grid_hw == (2, 3)
-    black = torch.tensor([-mean / std for mean, std in zip(PIXEL_MEAN, PIXEL_STD, strict=True)])
     values = patches.view(6, 3, 8, 8)
-    changed = ((values - black[:, None, None]).abs() > 1e-6).nonzero()
-    assert changed.tolist() == [[5, channel, 1, 2] for channel in range(3)]
-    for channel, value in enumerate((51, 102, 204)):
-        expected = (value / 255.0 - PIXEL_MEAN[channel]) / PIXEL_STD[channel]
-        assert values[5, channel, 1, 2].item() == pytest.approx(expected, abs=1e-6)
+    assert values.nonzero().tolist() == [[5, channel, 1, 2] for channel in range(3)]
+    assert values[5, :, 1, 2].tolist() == [51, 102, 204]
+
+
+def test_normalized_patches_are_those_of_the_release():
+    patches = torch.tensor([[0, 51, 102, 255, 7, 8], [1, 2, 3, 4, 5, 6]], dtype=torch.uint8)
+    found = normalize_patches(patches)
+    assert found.dtype == torch.float32
+    for row in range(2):
+        for place in range(6):
+            channel = place // 2
+            expected = (patches[row, place].item() / 255.0 - PIXEL_MEAN[channel]) / PIXEL_STD[channel]
+            assert found[row, place].item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_patches_put_together_give_the_image_back(draw_image):
     image = draw_image(np.random.default_rng(0), (24, 40))
     patches, (rows, columns) = image_to_patches(image, 8, 64)
-    mean, std = torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_STD)
-    canvas = torch.zeros(24, 40, 3)
+    canvas = torch.zeros(24, 40, 3, dtype=torch.uint8)
     for index, patch in enumerate(patches):
         top, left = 8 * (index // columns), 8 * (index % columns)
         canvas[top : top + 8, left : left + 8] = patch.view(3, 8, 8).permute(1, 2, 0)
     assert (rows, columns) == (3, 5)
-    found = ((canvas * std + mean) * 255.0).round().to(torch.uint8).numpy()
-    np.testing.assert_array_equal(found, np.asarray(image))
+    np.testing.assert_array_equal(canvas.numpy(), np.asarray(image))
 
 
 @pytest.mark.parametrize("image_hw", [(1, 1), (5, 7), (100, 3), (7, 500)])

@@ -190,7 +190,7 @@ def run_workers(
     mixture: Mixture, processor: PixelSailProcessor, settings: PackingSettings, num_workers: int, num_packs: int
 ) -> Workers:
     """Run the loader of the training loop, one lane per worker, and measure after a first round."""
-    share = LaneShare(num_lanes=num_workers, rank=0, world_size=1, packs_per_micro_batch=1)
+    share = LaneShare(packs_per_step=num_workers, rank=0, world_size=1, packs_per_micro_batch=1)
     start = [LanePosition()] * num_workers
     steps = training_batches(mixture, processor, settings, share, start=start, num_workers=num_workers)
     rounds = -(-num_packs // num_workers)

@@ -1,8 +1,13 @@
 """Worker processes that turn lanes into batches, in an order that does not depend on how many there are.
 
 Place in the flow: `training/loop.py` calls `training_batches` once, at a saved position or at the start, and takes one
-list of micro-batches per optimizer step. With 8 lanes, 2 ranks and micro-batches of 2 packs, rank 0 owns lanes 0 2 4 6
-and gets two micro-batches per step, lanes (0, 2) and (4, 6).
+list of micro-batches per optimizer step. A step takes one pack from each of `packs_per_step` lanes; with more rounds
+than one there are that many sets of lanes, which take turns, so that more workers find something to do. With 8 packs, 2
+ranks, micro-batches of 2 packs and 2 rounds, rank 0 makes
+
+    step 1, 3, ...: lanes (0, 2) and (4, 6)        step 2, 4, ...: lanes (8, 10) and (12, 14)
+
+and up to 4 workers can each make one of these micro-batches.
 """
 
 import logging
@@ -13,7 +18,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pixel_sail.data.collate import collate
 from pixel_sail.data.mixture import Mixture
-from pixel_sail.data.packing import LanePosition, LaneStream, Pack, PackingSettings, Skipped
+from pixel_sail.data.packing import LanePosition, LaneStream, PackingSettings, Skipped
+from pixel_sail.data.wire import Wire, pack, unpack
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.types import Batch, DataError
 
@@ -24,7 +30,9 @@ logger = logging.getLogger(__name__)
 class LaneShare:
     """Which lanes a rank trains on, and how it groups them."""
 
-    num_lanes: int
+    packs_per_step: int
+    rounds: int = 1
+    """Sets of lanes that take turns."""
     rank: int
     world_size: int
     packs_per_micro_batch: int
@@ -32,21 +40,31 @@ class LaneShare:
     def __post_init__(self) -> None:
         """Check that every rank gets whole micro-batches."""
         group = self.world_size * self.packs_per_micro_batch
-        if self.num_lanes % group:
+        if self.packs_per_step % group:
             raise DataError(
-                f"data.packs_per_step is {self.num_lanes}; with {self.world_size} processes and "
+                f"data.packs_per_step is {self.packs_per_step}; with {self.world_size} processes and "
                 f"data.packs_per_micro_batch = {self.packs_per_micro_batch} it must be a multiple of {group}"
             )
 
     @property
-    def lanes(self) -> list[int]:
-        """Return this rank's lanes."""
-        return list(range(self.rank, self.num_lanes, self.world_size))
+    def num_lanes(self) -> int:
+        """Return the number of lanes of all ranks and rounds."""
+        return self.packs_per_step * self.rounds
+
+    @property
+    def groups(self) -> list[tuple[int, ...]]:
+        """Return the lanes of this rank's micro-batches, round after round; then it begins again."""
+        groups = []
+        for start in range(0, self.num_lanes, self.packs_per_step):
+            own = range(start + self.rank, start + self.packs_per_step, self.world_size)
+            size = self.packs_per_micro_batch
+            groups += [tuple(own[i : i + size]) for i in range(0, len(own), size)]
+        return groups
 
     @property
     def accumulation(self) -> int:
         """Return the number of micro-batches of one optimizer step."""
-        return len(self.lanes) // self.packs_per_micro_batch
+        return self.packs_per_step // (self.world_size * self.packs_per_micro_batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,52 +77,47 @@ class StepData:
     """What this rank's lanes left out on the way."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _MicroBatch:
+    """One micro-batch as a worker hands it over."""
+
+    wire: Wire
+    after: dict[int, LanePosition]
+    skipped: tuple[Skipped, ...]
+
+
 class LaneDataset(IterableDataset):
-    """The packs of some lanes in turn: pack 1 of every lane, pack 2 of every lane, ..."""
+    """Micro-batches of some groups of lanes in turn, without end."""
 
-    def __init__(
-        self,
-        mixture: Mixture,
-        processor: PixelSailProcessor,
-        settings: PackingSettings,
-        *,
-        lanes: Sequence[int],
-        start: Sequence[LanePosition],
-        max_skipped_share: float,
-    ) -> None:
-        self.streams = [
-            LaneStream(
-                mixture,
-                processor,
-                settings,
-                lane=lane,
-                num_lanes=len(start),
-                start=start[lane],
-                max_skipped_share=max_skipped_share,
-            )
-            for lane in lanes
-        ]
+    def __init__(self, groups: Sequence[Sequence[LaneStream]], *, seg_id: int) -> None:
+        self.groups = groups
+        self.seg_id = seg_id
 
-    def __iter__(self) -> Iterator[Pack | DataError]:
-        """Yield this worker's packs; worker w of W owns every W-th lane, which the loader reads in turn.
+    def __iter__(self) -> Iterator[_MicroBatch | DataError]:
+        """Yield this worker's micro-batches; worker w of W owns every W-th group, which the loader reads in turn.
 
         Wrong data is yielded instead of raised, or torch would bury its message under the worker's traceback.
         """
         info = get_worker_info()
-        own = self.streams if info is None else self.streams[info.id :: info.num_workers]
-        iterators = [iter(stream) for stream in own]
+        own = self.groups if info is None else self.groups[info.id :: info.num_workers]
+        iterators = [[iter(stream) for stream in group] for group in own]
         while True:
-            for iterator in iterators:
+            for group in iterators:
                 try:
-                    yield next(iterator)
+                    packs = [next(lane) for lane in group]
                 except DataError as error:
                     yield error
                     return
+                yield _MicroBatch(
+                    wire=pack(collate(packs, seg_id=self.seg_id)),
+                    after={own_pack.lane: own_pack.after for own_pack in packs},
+                    skipped=tuple(skip for own_pack in packs for skip in own_pack.skipped),
+                )
 
 
-def usable_workers(requested: int, num_lanes: int) -> int:
-    """Return the largest number of workers up to `requested` that divides the lanes evenly, so that order is kept."""
-    return max((n for n in range(1, requested + 1) if num_lanes % n == 0), default=0)
+def usable_workers(requested: int, num_groups: int) -> int:
+    """Return the largest number of workers up to `requested` that divides the groups evenly, so that order is kept."""
+    return max((n for n in range(1, requested + 1) if num_groups % n == 0), default=0)
 
 
 def training_batches(
@@ -114,32 +127,52 @@ def training_batches(
     share: LaneShare,
     *,
     start: Sequence[LanePosition],
+    step: int = 0,
     num_workers: int,
     max_skipped_share: float = 0.0,
 ) -> Iterator[StepData]:
-    """Yield the data of one optimizer step after another, without end, from the positions of all lanes.
+    """Yield the data of one optimizer step after another, without end, from the positions of all lanes after `step`
+    steps.
 
     Raises: DataError when a sample is wrong and more were left out than `max_skipped_share` of the stream.
     """
     assert len(start) == share.num_lanes, f"{len(start)} positions for {share.num_lanes} lanes"
-    dataset = LaneDataset(
-        mixture, processor, settings, lanes=share.lanes, start=start, max_skipped_share=max_skipped_share
-    )
-    workers = usable_workers(num_workers, len(share.lanes))
+    first = step % share.rounds * share.accumulation
+    groups = share.groups[first:] + share.groups[:first]
+    streams = [
+        [
+            LaneStream(
+                mixture,
+                processor,
+                settings,
+                lane=lane,
+                num_lanes=share.num_lanes,
+                start=start[lane],
+                max_skipped_share=max_skipped_share,
+            )
+            for lane in group
+        ]
+        for group in groups
+    ]
+    workers = usable_workers(num_workers, len(groups))
     if workers != num_workers:
-        logger.info("data: %d workers used of %d, so that they share %d lanes", workers, num_workers, len(share.lanes))
-    loader = DataLoader(dataset, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None)
-    packs = iter(loader)
+        logger.info("data: %d workers used of %d, so that they share %d groups", workers, num_workers, len(groups))
+    loader = DataLoader(
+        LaneDataset(streams, seg_id=processor.seg_id),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+    )
+    arriving = iter(loader)
     while True:
-        step: list[Pack] = []
-        for _ in share.lanes:
-            pack = next(packs)
-            if isinstance(pack, DataError):
-                raise pack
-            step.append(pack)
-        groups = [step[i : i + share.packs_per_micro_batch] for i in range(0, len(step), share.packs_per_micro_batch)]
+        own: list[_MicroBatch] = []
+        for _ in range(share.accumulation):
+            arrived = next(arriving)
+            if isinstance(arrived, DataError):
+                raise arrived
+            own.append(arrived)
         yield StepData(
-            batches=[collate(group, seg_id=processor.seg_id) for group in groups],
-            after={pack.lane: pack.after for pack in step},
-            skipped=tuple(skip for pack in step for skip in pack.skipped),
+            batches=[unpack(micro.wire) for micro in own],
+            after={lane: position for micro in own for lane, position in micro.after.items()},
+            skipped=tuple(skip for micro in own for skip in micro.skipped),
         )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pixel_sail.model.configuration_pixel_sail import Architecture
+from pixel_sail.model.patches import normalize_patches
 
 
 class PatchEmbedding(nn.Module):
@@ -36,10 +37,13 @@ class PatchEmbedding(nn.Module):
     ) -> Tensor:
         """Return the embeddings with the image and prompt terms added where an index is not -1.
 
+        Patches are bytes, or float32 values that are normalised already.
         `prompt_table_RD` holds the token embeddings of <Prompt0> .. <Prompt{R-1}>. Both projections run in every call,
         also when nothing uses them, so that every rank of a distributed run owns a gradient for them.
         Source: reference model, input embedding; patches are flattened channel first.
         """
+        if patches_SK.dtype == torch.uint8:
+            patches_SK = normalize_patches(patches_SK)
         patches_SD = self.patch_projection(patches_SK.to(embeddings_BTD.dtype))
         embeddings_BTD = embeddings_BTD + rows_or_zero(patches_SD, patch_index_BT)
         if self.prompt_projection is not None:

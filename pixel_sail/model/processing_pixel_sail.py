@@ -94,7 +94,7 @@ class PixelSailProcessor:
         return grid_size(size_hw, self.settings.patch_size, self.settings.max_long_side)
 
     def image_patches(self, image: Image.Image) -> tuple[Tensor, SizeHW]:
-        """Return normalised patches [P, K] and the grid of an opened image."""
+        """Return the patches [P, K], uint8, and the grid of an opened image."""
         return image_to_patches(image, self.settings.patch_size, self.settings.max_long_side)
 
     def paint_prompts(self, prompts: tuple[VisualPrompt, ...], grid_hw: SizeHW, where: str) -> Tensor:
@@ -139,7 +139,7 @@ class PixelSailProcessor:
         Raises: DataError when masks and [SEG] tokens do not match, an answer is missing or a prompt cannot be painted.
         """
         parts = _TokenParts()
-        patches, grid = torch.zeros(0, 3 * self.settings.patch_size**2), None
+        patches, grid = torch.zeros(0, 3 * self.settings.patch_size**2, dtype=torch.uint8), None
         if image is not None:
             self._check_mask_sizes(sample, image)
             patches, grid = self.image_patches(image)

@@ -14,7 +14,7 @@ whole.
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -282,13 +282,17 @@ def _flush(folder: Path) -> None:
 
 
 def merge_lanes(
-    num_lanes: int, own: dict[int, LanePosition], lookahead: int, device: torch.device
+    before: Sequence[LanePosition], own: dict[int, LanePosition], lookahead: int, device: torch.device
 ) -> tuple[LanePosition, ...]:
     """Return the positions of all lanes after a step, each rank knowing only its own."""
-    # One row per lane: next, how many wait, which. Only its owner fills it, so that the sum over ranks is the table.
-    mine = torch.zeros(num_lanes, 2 + lookahead, dtype=torch.int64)
+    # One row per lane: whether it moved, next, how many wait, which. Only its owner fills it, so that the sum over
+    # ranks is the table; lanes whose round it was not stay where they are.
+    mine = torch.zeros(len(before), 3 + lookahead, dtype=torch.int64)
     for lane, position in own.items():
-        row = (position.next, len(position.waiting), *position.waiting)
+        row = (1, position.next, len(position.waiting), *position.waiting)
         mine[lane, : len(row)] = torch.tensor(row)
     rows = dist.sum_over_ranks(mine.to(device)).tolist()
-    return tuple(LanePosition(next=row[0], waiting=tuple(row[2 : 2 + row[1]])) for row in rows)
+    return tuple(
+        LanePosition(next=row[1], waiting=tuple(row[3 : 3 + row[2]])) if row[0] else position
+        for row, position in zip(rows, before, strict=True)
+    )

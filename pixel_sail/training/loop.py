@@ -80,6 +80,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
         config.data.packing,
         share,
         start=state.lanes,
+        step=state.step,
         num_workers=config.data.num_workers,
         max_skipped_share=config.data.max_skipped_share,
     )
@@ -105,7 +106,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
                 sources=mixture.names,
             )
             lanes = checkpoint.merge_lanes(
-                share.num_lanes, step_data.after, config.data.packing.lookahead, accelerator.device
+                state.lanes, step_data.after, config.data.packing.lookahead, accelerator.device
             )
             num_skipped = record_skipped(
                 run_dir,
@@ -145,7 +146,8 @@ def due(step: int, every: int) -> bool:
 def lane_share(config: DataConfig) -> LaneShare:
     """Return this process's part of every optimizer step."""
     return LaneShare(
-        num_lanes=config.packs_per_step,
+        packs_per_step=config.packs_per_step,
+        rounds=config.lane_rounds,
         rank=dist.rank(),
         world_size=dist.launched_world_size(),
         packs_per_micro_batch=config.packs_per_micro_batch,
