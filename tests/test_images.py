@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixel_sail.data.images import load_image
+from pixel_sail.data.images import find_image, load_image
+from pixel_sail.model.patches import grid_size, image_to_patches
 from pixel_sail.types import DataError
 
 ORIENTATION, DESCRIPTION = 0x0112, 0x010E
@@ -98,6 +99,127 @@ def test_palette_bilevel_and_transparent_images_become_rgb(tmp_path, pixels):
     Image.fromarray(opaque).save(tmp_path / "rgba.png")
     for name in ("palette.png", "bilevel.png", "rgba.png"):
         np.testing.assert_array_equal(_load(tmp_path / name), black_and_white)
+
+
+def _rgba(*pixels):
+    return Image.fromarray(np.array([pixels], dtype=np.uint8))
+
+
+def test_transparent_pixels_show_a_white_page(tmp_path):
+    _rgba((9, 9, 9, 0), (200, 0, 0, 255), (0, 0, 0, 128)).save(tmp_path / "rgba.png")
+    assert _load(tmp_path / "rgba.png").tolist() == [[[255] * 3, [200, 0, 0], [127] * 3]]
+    Image.fromarray(np.array([[[9, 0], [40, 255], [0, 128]]], dtype=np.uint8), "LA").save(tmp_path / "la.png")
+    assert _load(tmp_path / "la.png").tolist() == [[[255] * 3, [40] * 3, [127] * 3]]
+    _rgba((9, 9, 9, 0), (200, 0, 0, 255), (0, 0, 0, 128)).save(tmp_path / "a.webp", lossless=True, exact=True)
+    assert _load(tmp_path / "a.webp").tolist() == [[[255] * 3, [200, 0, 0], [127] * 3]]
+
+
+def _palette_image():
+    image = Image.new("P", (3, 1))
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    image.putdata([0, 1, 2])
+    return image
+
+
+@pytest.mark.parametrize(
+    ("name", "transparency", "expected"),
+    [
+        ("one.png", 1, [[255, 0, 0], [255, 255, 255], [0, 0, 255]]),
+        ("one.gif", 1, [[255, 0, 0], [255, 255, 255], [0, 0, 255]]),
+        ("shades.png", bytes([255, 255, 128]), [[255, 0, 0], [0, 255, 0], [127, 127, 255]]),
+    ],
+)
+def test_transparent_colours_of_a_palette_show_a_white_page(tmp_path, name, transparency, expected):
+    _palette_image().save(tmp_path / name, transparency=transparency)
+    assert _load(tmp_path / name).tolist() == [expected]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "transparency", "expected"),
+    [
+        (np.array([[0, 7, 255]], dtype=np.uint8), 7, [0, 255, 255]),
+        (np.array([[0, 7, 65535]], dtype=np.uint16), 7, [0, 255, 255]),
+    ],
+)
+def test_the_grey_level_a_file_calls_transparent_shows_a_white_page(tmp_path, pixels, transparency, expected):
+    Image.fromarray(pixels).save(tmp_path / "a.png", transparency=transparency)
+    assert _load(tmp_path / "a.png")[0].tolist() == [[value] * 3 for value in expected]
+
+
+def test_the_colour_a_file_calls_transparent_shows_a_white_page(tmp_path):
+    image = Image.fromarray(np.array([[[1, 2, 3], [1, 2, 4]]], dtype=np.uint8))
+    image.save(tmp_path / "a.png", transparency=(1, 2, 3))
+    assert _load(tmp_path / "a.png").tolist() == [[[255] * 3, [1, 2, 4]]]
+
+
+def test_a_turned_image_stays_transparent_where_it_was(tmp_path):
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    _rgba((9, 9, 9, 0), (200, 0, 0, 255)).save(tmp_path / "a.png", exif=exif)
+    assert _load(tmp_path / "a.png").tolist() == [[[255] * 3], [[200, 0, 0]]]
+
+
+def test_cmyk_inks_become_the_colours_they_print(tmp_path):
+    inks = {(255, 0, 0, 0): (0, 255, 255), (0, 0, 0, 255): (0, 0, 0), (0, 0, 0, 0): (255, 255, 255)}
+    for number, (cmyk, rgb) in enumerate(inks.items()):
+        Image.new("CMYK", (4, 4), cmyk).save(tmp_path / f"{number}.tif")
+        np.testing.assert_array_equal(_load(tmp_path / f"{number}.tif"), np.tile(np.uint8(rgb), (4, 4, 1)))
+
+
+@pytest.mark.parametrize("values", [np.float32([[0.0, 0.5]]), np.int32([[0, 70_000]]), np.int32([[-1, 5]])])
+def test_values_without_a_known_range_are_refused(tmp_path, values):
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    with pytest.raises(
+        DataError, match=r"^toy/7: .*a\.tif: pixel values .* found, expected whole numbers 0 \.\. 65535"
+    ):
+        _load(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("size_hw", [(1, 1), (1, 500), (500, 1), (1, 3000)])
+def test_sides_of_one_pixel_pass_through_to_patches(tmp_path, size_hw):
+    image = Image.fromarray(np.full((*size_hw, 3), 77, dtype=np.uint8))
+    image.save(tmp_path / "a.png")
+    opened = load_image(tmp_path / "a.png", where="toy/7", expected_hw=size_hw)
+    patches, grid_hw = image_to_patches(opened, 16, 1024)
+    assert grid_hw == grid_size(size_hw, 16, 1024)
+    assert patches.shape == (grid_hw[0] * grid_hw[1], 3 * 16 * 16)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+def test_altered_bytes_end_in_an_image_or_in_the_named_error(tmp_path, pixels):
+    """Every format, bytes changed at random: nothing but a DataError may come out."""
+    buffers = []
+    for image_format in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"):
+        buffer = io.BytesIO()
+        Image.fromarray(np.tile(pixels, (3, 3, 1))).save(buffer, image_format)
+        buffers.append(buffer.getvalue())
+    rng = np.random.default_rng(0)
+    refused = 0
+    for number in range(300):
+        content = bytearray(buffers[number % len(buffers)])
+        for place in rng.integers(0, min(len(content), 100), size=3):
+            content[place] = rng.integers(256)
+        (tmp_path / "a").write_bytes(content)
+        try:
+            assert load_image(tmp_path / "a", where="toy/7").mode == "RGB"
+        except DataError as error:
+            assert str(error).startswith(f"toy/7: {tmp_path / 'a'}: ")
+            refused += 1
+    assert 50 < refused < 300
+
+
+def test_an_image_is_looked_for_in_all_folders_under_both_coco_names(tmp_path):
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    (folders[1] / "a.jpg").touch()
+    (folders[1] / "000000000009.jpg").touch()
+    (folders[1] / "000000000007.jpg").touch()
+    (folders[0] / "COCO_train2014_000000000007.jpg").touch()
+    assert find_image(folders, "a.jpg") == folders[1] / "a.jpg"
+    assert find_image(folders, "COCO_train2014_000000000009.jpg") == folders[1] / "000000000009.jpg"
+    assert find_image(folders, "COCO_train2014_000000000007.jpg").parent == folders[0]
+    assert find_image(folders, "nowhere.jpg") == folders[0] / "nowhere.jpg"
 
 
 def _save_rotated(path, pixels, orientation, description=None):

@@ -1,10 +1,13 @@
 """Opening images: one function that either returns an upright RGB image of the expected size or says what is wrong.
 
-Place in the flow: training (`data/packing.py`) and inference open every image here. A message looks like
+Place in the flow: training (`data/packing.py`) and inference open every image here; sources whose annotations name
+photographs of several folders look them up with `find_image`. A message looks like
 
     refcoco/train/image=9: /data/train2014/COCO_9.jpg: cannot be decoded (image file is truncated); replace the file
 """
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +26,40 @@ EXIF_TURNS = {
 }
 """EXIF orientation -> what makes the image upright; 1 is upright already."""
 
+PAGE = (255, 255, 255)
+"""What shows through transparent pixels: white, as on the page that a viewer or a browser draws an image on."""
+
+MAX_16_BIT = 65535
+
+MAX_SIDE_PX = 65_535
+"""Longest side of a JPEG; a file that states a longer one is wrong, and a mask of it would fill the memory."""
+
+_DECODING_ERRORS = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, EOFError, ValueError)
+"""What Pillow raises on damaged files, found by altering bytes of files of all formats."""
+
+_COCO_2014 = re.compile(r"COCO_(?:train|val)2014_(\d{12}\.jpg)")
+
+
+def find_image(folders: Sequence[Path], file_name: str) -> Path:
+    """Return the image file of this name in the first folder that holds it; the place in the first folder if none does.
+
+    COCO's photographs have one number but two names, `COCO_train2014_000000000009.jpg` in the folders of 2014 and
+    `000000000009.jpg` in those of 2017; where the first name is not found, the second is looked for.
+    """
+    match = _COCO_2014.fullmatch(file_name)
+    names = [file_name] if match is None else [file_name, match[1]]
+    paths = [folder / name for name in names for folder in folders]
+    return next((path for path in paths if path.is_file()), paths[0])
+
 
 def load_image(path: str | Path, *, where: str, expected_hw: SizeHW | None = None) -> Image.Image:
     """Return the image as 8-bit RGB.
 
     EXIF orientation is applied, unless the stored orientation is the one with the expected size (annotation files count
-    pixels as stored). 16-bit images are scaled to 8 bits, other modes converted.
-    Raises: DataError when the file is missing, cannot be decoded, or has another size than the annotations state.
+    pixels as stored). Transparent pixels show a white page. 16-bit grey is scaled to 8 bits; other modes (bilevel,
+    grey, palette, CMYK, ...) are converted, of an animation the first picture is taken.
+    Raises: DataError when the file is missing, cannot be decoded, has another size than the annotations state, or
+    has pixel values without a known range.
     """
     try:
         with Image.open(path) as opened:
@@ -37,14 +67,14 @@ def load_image(path: str | Path, *, where: str, expected_hw: SizeHW | None = Non
             image = _upright(opened, expected_hw)
     except FileNotFoundError:
         raise DataError(f"{where}: {path}: no such image file; check configs/paths and the image folder") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
+    except _DECODING_ERRORS as error:
         raise DataError(f"{where}: {path}: cannot be decoded ({error}); replace the file") from error
     if expected_hw is not None and (image.height, image.width) != tuple(expected_hw):
         raise DataError(
             f"{where}: {path}: image is {(image.height, image.width)} (height, width), annotations say "
             f"{tuple(expected_hw)}; the image folder does not belong to these annotations"
         )
-    return _to_rgb(image)
+    return _to_rgb(image, f"{where}: {path}")
 
 
 def _upright(image: Image.Image, expected_hw: SizeHW | None) -> Image.Image:
@@ -56,9 +86,26 @@ def _upright(image: Image.Image, expected_hw: SizeHW | None) -> Image.Image:
     return image.copy() if turn is None else image.transpose(turn)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Return 8-bit RGB of any mode."""
-    if image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.float64)
-        return Image.fromarray((values * 255.0 / 65535.0).clip(0, 255).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+def _to_rgb(image: Image.Image, where: str) -> Image.Image:
+    """Return 8-bit RGB of any mode, laid on a white page where it is transparent."""
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_8_bit(image, where)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    opaque = image.convert("RGBA")
+    page = Image.new("RGBA", image.size, (*PAGE, 255))
+    return Image.alpha_composite(page, opaque).convert("RGB")
+
+
+def _to_8_bit(image: Image.Image, where: str) -> Image.Image:
+    """Return grey levels of 16 bits as 8 bits; the level that the file calls transparent becomes the page."""
+    values = np.asarray(image, dtype=np.float64)
+    if image.mode == "F" or values.min() < 0 or values.max() > MAX_16_BIT:
+        raise DataError(
+            f"{where}: pixel values {values.min():g} .. {values.max():g} of mode {image.mode!r} found, expected whole "
+            f"numbers 0 .. {MAX_16_BIT}, of which it is known what black and white are; convert the file to 8 bits"
+        )
+    grey = (values * 255.0 / MAX_16_BIT).astype(np.uint8)
+    if "transparency" in image.info:
+        grey[values == image.info["transparency"]] = PAGE[0]
+    return Image.fromarray(grey)

@@ -1,0 +1,89 @@
+"""Lists of messages by "human" and "gpt" as questions with answers.
+
+Place in the flow: `data/sources/llava.py` and `osprey.py` read the conversations of their records here.
+
+Example: [gpt "Hello!", human "<image>\\nWhat is it?", human "Be brief.", gpt "A dog.", human "Why?"] ->
+[("What is it?\\nBe brief.", "A dog.")].
+
+Conversations collected from the web do not always alternate. As in the release, what gpt says before anybody asked is
+dropped, so is a question at the end that nobody answered, and messages of one side in a row are one message. (The
+release joins questions without anything between them and makes a turn with an empty question of a second answer; here
+both are joined by a line break.)
+"""
+
+import re
+from typing import Any
+
+from pixel_sail.types import DataError
+
+ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+
+_IMAGE_MARKER = re.compile(r"\s*<image>\s*")
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+"""One half of a character that JSON wrote as two; no tokenizer takes it."""
+
+
+def conversation_turns(messages: Any, where: str) -> list[tuple[str, str]]:
+    """Return the (question, answer) pairs of a conversation, stripped; none if nothing was asked and answered.
+
+    Raises: DataError for anything that is no message, and for a question or an answer without text.
+    """
+    if not isinstance(messages, list):
+        raise DataError(
+            f"{where}: found conversations = {_short(messages)}, expected a list of messages; repair the file"
+        )
+    turns: list[tuple[str, str]] = []
+    said: list[tuple[str, list[str]]] = []
+    for number, message in enumerate(messages):
+        role, text = _parse_message(message, f"{where}, message {number}")
+        if said and said[-1][0] == role:
+            said[-1][1].append(text)
+        elif said or role == "human":
+            said.append((role, [text]))
+    for (_, questions), (_, answers) in zip(said[::2], said[1::2], strict=False):
+        question, answer = ("\n".join(text for text in texts if text) for texts in (questions, answers))
+        if not question or not answer:
+            raise DataError(
+                f"{where}: found question {question!r} with answer {answer!r}, expected text in both; repair the file"
+            )
+        turns.append((question, answer))
+    return turns
+
+
+def may_have_turns(messages: Any) -> bool:
+    """Say whether reading these messages gives a turn or an error, looking only at who speaks."""
+    if not isinstance(messages, list):
+        return True
+    roles = [_role(message) for message in messages]
+    if None in roles:
+        return True
+    return "human" in roles and "gpt" in roles[roles.index("human") :]
+
+
+def _role(message: Any) -> str | None:
+    """Return who speaks, None if that cannot be said."""
+    name = message.get("from") if isinstance(message, dict) else None
+    return ROLES.get(name) if isinstance(name, str) else None
+
+
+def _parse_message(message: Any, where: str) -> tuple[str, str]:
+    """Return who speaks, and the text; image markers are taken out of questions."""
+    role = _role(message)
+    text = message.get("value") if isinstance(message, dict) else None
+    if role is None or not isinstance(text, str):
+        raise DataError(
+            f"{where}: found {_short(message)}, expected {{'from': 'human' or 'gpt', 'value': text}}; repair the file"
+        )
+    if _HALF_CHARACTER.search(text):
+        raise DataError(f"{where}: found half a character in {_short(text)}, expected Unicode text; repair the file")
+    return role, (_without_markers(text) if role == "human" else text).strip()
+
+
+def _without_markers(text: str) -> str:
+    """Take out <image> with the blanks around it; in the middle of a text a blank or line break stays."""
+    return _IMAGE_MARKER.sub(lambda match: "\n" if "\n" in match[0] else " ", text)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

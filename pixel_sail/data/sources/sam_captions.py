@@ -1,0 +1,172 @@
+"""Detailed captions of objects in SAM's photographs: the training set of PerBench's captions.
+
+Place in the flow: object_caption_data_train_split.json -> here -> `data/regions.py` -> `Sample` with visual prompts.
+
+    [{"image_name": "sa_1.jpg", "object_annotations": [{"segmentation": {"size": [1365, 2048], "counts": "..."},
+      "caption": "The object highlighted by a yellow edge is a red mug on a desk."}, ...]}, ...]
+
+    -> Turn(question="Describe <Prompt4> as precisely as you can. Please provide as detailed as possible.",
+            answer="<Prompt4>: The object is a red mug on a desk."), and so on for up to five objects
+
+What the released loader got wrong, and what happens here:
+- objects were divided into groups of five when the source was made, so that the same ones always stood together: a
+  photograph is still as many items as that makes groups, but each draws its objects anew from all of them;
+- mentions of the yellow outline were cut out word by word, which left broken sentences: see `wording/marker.py`;
+- decoded masks were kept for good, which filled the memory of every worker: nothing is kept.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pixel_sail.data.masks import decode_rle
+from pixel_sail.data.prompts import MASK_ONLY
+from pixel_sail.data.records import Records, open_records
+from pixel_sail.data.regions import RegionSettings, RegionTurn, region_sample
+from pixel_sail.data.sources.perbench import stated_rle
+from pixel_sail.data.wording.marker import remove_marker
+from pixel_sail.data.wording.region import DETAILED_SUFFIX, REGION_ANSWER, detailed_question
+from pixel_sail.types import BoolMask, DataError, Sample, Source
+
+logger = logging.getLogger(__name__)
+
+
+def load(
+    *,
+    annotations: str | Path,
+    image_dir: str | Path,
+    name: str = "sam_captions",
+    regions_per_sample: int = 5,
+    prompt_shares: Mapping[str, float] = MASK_ONLY,
+    num_prompts: int = 15,
+    absent_share: float = 0.05,
+) -> Source:
+    """Return the file as a training source.
+
+    annotations: the JSON file. image_dir: folder of the photographs. regions_per_sample: most objects of one sample.
+    prompt_shares, num_prompts, absent_share: see `RegionSettings`. Raises: DataError, ValueError.
+    """
+    settings = RegionSettings(num_prompts=num_prompts, shares=dict(prompt_shares), absent_share=absent_share)
+    settings.check_count(name, regions_per_sample)
+    records = open_records(annotations)
+    return SamCaptionSource(records, Path(image_dir), settings, name=name, regions_per_sample=regions_per_sample)
+
+
+class SamCaptionSource:
+    """ceil(n / regions_per_sample) items per photograph with n captions, each of about equally many objects."""
+
+    def __init__(
+        self,
+        records: Records,
+        image_dir: Path,
+        settings: RegionSettings,
+        *,
+        name: str,
+        regions_per_sample: int = 5,
+    ) -> None:
+        """Count the captions of every photograph; those without text are left out and counted."""
+        self.name = name
+        self._records = records
+        self._image_dir = image_dir
+        self._settings = settings
+        self._regions_per_sample = regions_per_sample
+        self._numbers = self._items()
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+        return len(self._numbers)
+
+    def image_path(self, index: int) -> Path:
+        """Return the photo of an item. Raises: DataError."""
+        number = int(self._numbers[index])
+        return self._image_dir / _image_name(self._records[number], f"{self._records.where}[{number}]")
+
+    def get(self, index: int, rng: np.random.Generator) -> Sample:
+        """Return objects drawn from all of an item's photograph. Raises: DataError naming file, record and object."""
+        number = int(self._numbers[index])
+        where = f"{self._records.where}[{number}]"
+        record = self._records[number]
+        image_name = _image_name(record, where)
+        captions = _captions(record, where)
+        num_items = -(-len(captions) // self._regions_per_sample)
+        order = rng.permutation(len(captions))[: -(-len(captions) // num_items)]
+        drawn = [list(captions.items())[i] for i in order]
+        masks = [_mask(record["object_annotations"][place], f"{where}, object {place}") for place, _ in drawn]
+        turns = [
+            RegionTurn(question=detailed_question(rng) + DETAILED_SUFFIX, answer=REGION_ANSWER + text, region=region)
+            for region, (_, text) in enumerate(drawn)
+        ]
+        sizes = sorted({mask.shape for mask in masks})
+        if len(sizes) > 1:
+            raise DataError(f"{where}: found masks of sizes {sizes}, expected one size; repair the file")
+        return region_sample(
+            turns,
+            masks,
+            rng,
+            self._settings,
+            sample_id=f"{self.name}/record={number}/item={index}",
+            source=self.name,
+            image_path=self._image_dir / image_name,
+            image_hw=(masks[0].shape[0], masks[0].shape[1]),
+            absent_question=lambda draw: detailed_question(draw) + DETAILED_SUFFIX,
+        )
+
+    def _items(self) -> NDArray[np.int32]:
+        """Return the record of every item."""
+        numbers = []
+        num_objects = num_without = num_empty = 0
+        for number, record in enumerate(self._records):
+            objects = record.get("object_annotations") if isinstance(record, dict) else None
+            if not isinstance(objects, list) or any(_text_of(item) is None for item in objects):
+                numbers.append(number)  # Malformed; `get` will say so.
+                continue
+            num_usable = sum(1 for item in objects if remove_marker(item["caption"]))
+            num_objects += len(objects)
+            num_without += len(objects) - num_usable
+            num_empty += num_usable == 0
+            numbers += [number] * -(-num_usable // self._regions_per_sample)
+        if num_without or num_empty:
+            logger.warning(
+                "source %s: left out %d of %d captions, they say nothing or only speak of the marker that their writer "
+                "saw; %d of %d photographs have no caption",
+                *(self.name, num_without, num_objects, num_empty, len(self._records)),
+            )
+        return np.array(numbers, dtype=np.int32)
+
+
+def _captions(record: Any, where: str) -> dict[int, str]:
+    """Return the captions that say something, without the marker, by the place of their objects in the record."""
+    objects = record.get("object_annotations")
+    if not isinstance(objects, list):
+        raise DataError(f"{where}: found object_annotations = {objects!r}, expected a list; repair the file")
+    found = {}
+    for place, item in enumerate(objects):
+        text = _text_of(item)
+        if text is None:
+            raise DataError(f"{where}, object {place}: found no caption, expected text; repair the file")
+        if caption := remove_marker(text):
+            found[place] = caption
+    return found
+
+
+def _text_of(item: Any) -> str | None:
+    caption = item.get("caption") if isinstance(item, dict) else None
+    return caption if isinstance(caption, str) else None
+
+
+def _image_name(record: Any, where: str) -> str:
+    image_name = record.get("image_name") if isinstance(record, dict) else None
+    if not isinstance(image_name, str) or not image_name:
+        raise DataError(f"{where}: found image_name = {image_name!r}, expected a file name; repair the file")
+    return image_name
+
+
+def _mask(item: dict[str, Any], where: str) -> BoolMask:
+    mask = decode_rle(stated_rle(item.get("segmentation"), where))
+    if not mask.any():
+        raise DataError(f"{where}: found a segmentation without pixels, expected at least one; repair the file")
+    return mask

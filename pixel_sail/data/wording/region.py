@@ -1,0 +1,110 @@
+"""The wording of questions about marked regions, and the prompts that region benchmarks are scored with.
+
+Place in the flow: `data/sources/osprey.py`, `refcocog_vp.py` and `sam_captions.py` draw questions here, with {region}
+for the region's name, which `data/regions.py` fills in; the evaluation of region captions and of PerBench fills the
+constant prompts. Question wordings are our own; what is marked "released" is a protocol fact that a published
+checkpoint was trained or scored with.
+
+Example: DESCRIBE_QUESTIONS[0] -> "Describe <Prompt11>." -> answer "<Prompt11>: a man in a red coat."
+"""
+
+import numpy as np
+
+DESCRIBE_QUESTIONS = (
+    "Describe {region}.",
+    "What do you see at {region}?",
+    "What is there to say about {region}?",
+    "Say what {region} shows.",
+    "How would you describe {region}?",
+    "Tell me about {region}.",
+    "What does the picture show at {region}?",
+    "Write down what {region} is and how it looks.",
+)
+"""A description of any length."""
+
+DETAILED_QUESTIONS = (
+    "Describe {region} as precisely as you can.",
+    "Give a thorough description of {region}.",
+    "What exactly is {region}, how does it look, and what surrounds it?",
+    "I want to know everything that can be seen of {region}.",
+    "Please go through all details of {region}.",
+    "Write several sentences about {region}: what it is, its colours, its parts, its place in the picture.",
+    "Imagine I cannot see the picture. What would you tell me about {region}?",
+    "Study {region} and report everything you notice.",
+    "Which features tell {region} apart? Be complete.",
+    "Explain at length what is marked by {region}.",
+    "Paint {region} in words, leaving nothing out.",
+    "Let me have the full account of {region}.",
+    "Starting with what it is, describe {region} down to small details.",
+    "What could a careful observer say about {region}?",
+)
+"""A long description."""
+
+SHORT_QUESTIONS = (
+    "Describe {region} in a few words.",
+    "Which phrase refers to {region}?",
+    "Sum up {region} in one phrase.",
+    "How would you refer to {region} so that nobody takes it for something else?",
+    "Give {region} a short caption.",
+    "In brief, what is {region}?",
+    "Name {region} together with what sets it apart.",
+    "One short phrase for {region}, please.",
+    "Please give me a short description of {region}.",  # released
+)
+"""A phrase, as in referring expressions."""
+
+NAME_QUESTIONS = (
+    "What is {region}?",
+    "What is the thing at {region} called?",
+    "Name what {region} marks.",
+    "Which kind of thing is {region}?",
+    "Say in one or two words what {region} is.",
+)
+"""A name, freely chosen: no candidates are listed."""
+
+REGION_ANSWER = "{region}: "  # released
+"""What an answer about one region begins with."""
+
+DETAILED_SUFFIX = " Please provide as detailed as possible."  # released
+"""Follows every question about captions of PerBench's kind, in training and in its evaluation."""
+
+SINGLE_WORD_SUFFIX = " Answer the question using a single word or phrase."  # released
+"""Follows every question of Osprey's short form."""
+
+REGION_CAPTION_PROMPT = (
+    "Can you provide me with a detailed description of the region in the picture marked by <Prompt0>?"
+)
+"""Released evaluation prompt of RefCOCOg region captions."""
+
+PERBENCH_CAPTION_PROMPT = REGION_CAPTION_PROMPT + DETAILED_SUFFIX
+"""Released evaluation prompt of PerBench's detailed captions."""
+
+PERBENCH_CHOICE_PROMPT = "Please answer the question according to the <Prompt0>. {question}Select a correct choice."
+"""Released evaluation prompt of PerBench's choices; questions end with a line break in the file."""
+
+PERBENCH_REFERRING_ANSWER = "It is [SEG]."
+"""Released: the beginning forced on a second answer where the first to PerBench's visual referring had no mask."""
+
+
+def describe_question(rng: np.random.Generator) -> str:
+    """Return a question for a description of {region} of any length."""
+    return _draw(DESCRIBE_QUESTIONS, rng)
+
+
+def detailed_question(rng: np.random.Generator) -> str:
+    """Return a question for a long description of {region}."""
+    return _draw(DETAILED_QUESTIONS, rng)
+
+
+def short_question(rng: np.random.Generator) -> str:
+    """Return a question for a phrase that refers to {region}."""
+    return _draw(SHORT_QUESTIONS, rng)
+
+
+def name_question(rng: np.random.Generator) -> str:
+    """Return a question for what {region} is, without candidates."""
+    return _draw(NAME_QUESTIONS, rng)
+
+
+def _draw(questions: tuple[str, ...], rng: np.random.Generator) -> str:
+    return questions[rng.integers(len(questions))]

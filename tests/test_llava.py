@@ -1,0 +1,198 @@
+"""Conversations about images and about nothing: markers go, sides alternate, no turn is cut."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shared_data import shared_data
+
+from pixel_sail.data.conversations import conversation_turns, may_have_turns
+from pixel_sail.data.images import load_image
+from pixel_sail.data.sources.llava import conversation_parts, load
+from pixel_sail.types import DataError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIXEL_SAIL_CACHE", str(tmp_path / "cache"))
+
+
+def _messages(*pairs):
+    names = {"h": "human", "g": "gpt"}
+    return [{"from": names.get(who, who), "value": text} for who, text in pairs]
+
+
+def _source(tmp_path, records, **settings):
+    (tmp_path / "llava.json").write_text(json.dumps(records))
+    return load(annotations=tmp_path / "llava.json", image_dir=tmp_path / "images", **settings)
+
+
+def _turns(source, index=0, seed=0):
+    return [(turn.question, turn.answer) for turn in source.get(index, np.random.default_rng(seed)).turns]
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([("h", "<image>\nWhat?"), ("g", " A dog. ")], [("What?", "A dog.")]),
+        ([("h", "What?\n<image>"), ("g", "A dog.")], [("What?", "A dog.")]),
+        ([("h", "In <image> this"), ("g", "a <image> b")], [("In this", "a <image> b")]),
+        ([("g", "Hello!"), ("g", "Ask."), ("h", "a"), ("g", "b")], [("a", "b")]),
+        ([("h", "a"), ("h", " b "), ("g", "c")], [("a\nb", "c")]),
+        ([("h", "<image>"), ("h", "b"), ("g", "c")], [("b", "c")]),
+        ([("h", "a"), ("g", "b"), ("g", "c"), ("h", "d"), ("g", "e")], [("a", "b\nc"), ("d", "e")]),
+        ([("h", "a"), ("g", "b"), ("h", "c")], [("a", "b")]),
+        ([("user", "a"), ("assistant", "b")], [("a", "b")]),
+        ([("g", "a"), ("h", "b")], []),
+        ([], []),
+    ],
+)
+def test_messages_become_questions_with_answers(messages, expected):
+    assert conversation_turns(_messages(*messages), "here") == expected
+    assert may_have_turns(_messages(*messages)) == bool(expected)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (None, "found conversations = None"),
+        ([5], "message 0: found 5, expected"),
+        ([{"from": ["human"], "value": "a"}], r"message 0: found \{'from'"),
+        (_messages(("h", "a"), ("system", "b")), "message 1: found .*system"),
+        (_messages(("h", "a"), ("g", None)), "message 1: found .*None"),
+        (_messages(("h", "a"), ("g", " ")), "found question 'a' with answer ''"),
+        (_messages(("h", "<image>"), ("g", "b")), "found question '' with answer 'b'"),
+        (_messages(("h", "a \ud83d b"), ("g", "b")), "message 0: found half a character"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(messages, message):
+    with pytest.raises(DataError, match=rf"^here(, |: ){message}"):
+        conversation_turns(messages, "here")
+    assert may_have_turns(messages)
+
+
+def _without_blanks(texts):
+    return "".join("".join(texts).split())
+
+
+PIECES = st.lists(st.sampled_from(["x", "y", "<", " ", "\n", "<image>"]), min_size=1, max_size=6).map("".join)
+
+
+@given(messages=st.lists(st.tuples(st.sampled_from("hg"), PIECES), max_size=8))
+@settings(deadline=None)
+def test_no_word_is_lost_but_before_the_first_question_and_after_the_last_answer(messages):
+    try:
+        turns = conversation_turns(_messages(*messages), "here")
+    except DataError:
+        return
+    roles = [who for who, _ in messages]
+    first = roles.index("h") if "h" in roles else len(roles)
+    end = len(roles) - roles[::-1].index("g") if "g" in roles else 0
+    kept = [text.replace("<image>", " ") if who == "h" else text for who, text in messages[first : max(end, first)]]
+    assert _without_blanks(text for pair in turns for text in pair) == _without_blanks(kept)
+    assert may_have_turns(_messages(*messages)) == bool(turns)
+
+
+PAIRS = st.lists(st.tuples(st.text(min_size=1, max_size=30), st.text(min_size=1, max_size=30)), min_size=1, max_size=12)
+
+
+@given(pairs=PAIRS, max_bytes=st.integers(1, 200))
+@settings(deadline=None)
+def test_parts_hold_whole_turns_in_order_and_as_many_as_fit(pairs, max_bytes):
+    parts = conversation_parts(pairs, max_bytes)
+    assert [pair for part in parts for pair in part] == pairs
+    sizes = [[len((question + answer).encode()) for question, answer in part] for part in parts]
+    assert all(sum(part) <= max_bytes or len(part) == 1 for part in sizes)
+    assert all(sum(part) + following[0] > max_bytes for part, following in pairwise(sizes))
+
+
+def test_of_a_long_conversation_one_part_is_drawn_and_every_turn_is_reached(tmp_path):
+    talk = [(who, f"{who}{i} " + "word " * 20) for i in range(10) for who in "hg"]
+    source = _source(tmp_path, [{"id": "a", "conversations": _messages(*talk)}], max_text_bytes=700)
+    whole = conversation_turns(_messages(*talk), "x")
+    seen = [_turns(source, seed=seed) for seed in range(60)]
+    assert all(turns == whole[whole.index(turns[0]) :][: len(turns)] for turns in seen)
+    assert {len(turns) for turns in seen} == {1, 3}
+    assert {turn for turns in seen for turn in turns} == set(whole)
+    assert _turns(source, seed=5) == _turns(source, seed=5)
+
+
+def test_records_with_and_without_image(tmp_path):
+    talk = _messages(("h", "<image>\na"), ("g", "b"))
+    source = _source(tmp_path, [{"image": "coco/1.jpg", "conversations": talk}, {"id": 7, "conversations": talk}])
+    first, second = (source.get(i, np.random.default_rng(0)) for i in range(2))
+    assert (first.sample_id, first.source) == ("llava_mix665k/record=0", "llava_mix665k")
+    assert first.image_path == source.image_path(0) == tmp_path / "images/coco/1.jpg"
+    assert second.image_path is source.image_path(1) is None
+    assert first.image_hw is second.image_hw is None
+    assert first.turns == second.turns and first.prompts == () and first.turns[0].masks == ()
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (5, "found int, expected an object"),
+        ({"image": ["a", "b"], "conversations": _messages(("h", "a"), ("g", "b"))}, r"found image = \['a', 'b'\]"),
+        ({"image": "", "conversations": _messages(("h", "a"), ("g", "b"))}, "found image = ''"),
+        ({"conversations": _messages(("h", "a"))}, "found no question with an answer"),
+        ({"image": "a.jpg"}, "found conversations = None"),
+    ],
+)
+def test_malformed_records_are_refused_by_file_and_record(tmp_path, record, message):
+    source = _source(tmp_path, [{"conversations": _messages(("h", "a"), ("g", "b"))}, record])
+    with pytest.raises(DataError, match=rf"llava\.json\[1\]: {message}"):
+        source.get(1, np.random.default_rng(0))
+    assert _turns(source) == [("a", "b")]
+
+
+def test_a_limit_below_one_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="max_text_bytes 0, expected at least 1"):
+        _source(tmp_path, [], max_text_bytes=0)
+
+
+def test_drawn_llava_file_loads_whole(data_root):
+    root = data_root / "refshapes"
+    file = root / "llava" / "llava_v1_5_mix665k.json"
+    source = load(annotations=file, image_dir=root / "images")
+    records = json.loads(file.read_text())
+    assert len(source) == len(records) > 10
+    for index, record in enumerate(records):
+        sample = source.get(index, np.random.default_rng(index))
+        texts = [text for turn in sample.turns for text in (turn.question, turn.answer)]
+        assert texts == [message["value"].removeprefix("<image>\n") for message in record["conversations"]]
+        assert (sample.image_path is None) == ("image" not in record)
+        if sample.image_path is not None:
+            load_image(sample.image_path, where=sample.sample_id)
+    assert {"image" in record for record in records} == {True, False}
+
+
+def test_shared_chat_lines_load_with_their_photographs(tmp_path):
+    """Real lines in the messages format, rewritten field by field as LLaVA's records."""
+    folder = shared_data("xtuner_llava_style")
+    lines = (folder / "mllm_sft_single_image_example_data.jsonl").read_text().splitlines()
+    records, expected = [], []
+    for line in lines:
+        record, messages = {"id": len(records)}, []
+        for message in json.loads(line)["messages"]:
+            content = message["content"]
+            for part in content if isinstance(content, list) else []:
+                if part["type"] == "image_url":
+                    record["image"] = Path(part["image_url"]["url"]).name
+                    record["wh"] = part["image_url"]["image_wh"]
+                else:
+                    content = part["text"].replace("<IMG_CONTEXT>", "<image>")
+            messages.append({"from": message["role"], "value": content})
+        records.append(record | {"conversations": messages})
+        expected.append([message["value"].replace("<image>\n", "") for message in messages])
+    (tmp_path / "chat.json").write_text(json.dumps(records))
+    source = load(annotations=tmp_path / "chat.json", image_dir=folder)
+    assert len(source) == len(lines) == 22
+    for index, texts in enumerate(expected):
+        sample = source.get(index, np.random.default_rng(0))
+        assert [text for turn in sample.turns for text in (turn.question, turn.answer)] == texts
+        image = load_image(sample.image_path, where=sample.sample_id)
+        assert list(image.size) == records[index]["wh"]
