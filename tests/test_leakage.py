@@ -99,7 +99,7 @@ def test_held_out_images_are_those_of_the_named_splits(tmp_path, monkeypatch):
 def test_a_missing_split_is_an_error_that_says_how_to_go_on(tmp_path, monkeypatch):
     monkeypatch.setenv("PIXEL_SAIL_CACHE", str(tmp_path / "cache"))
     _write_refer(tmp_path, {8: "train"})
-    with pytest.raises(DataError, match=r"(?s)expected 'val'.*data.leakage.enabled=false"):
+    with pytest.raises(DataError, match=r"(?s)expected \['val'\].*data.leakage.enabled=false"):
         held_out_images([HeldOut(root=str(tmp_path), dataset="grefs", splits=["val"])])
 
 

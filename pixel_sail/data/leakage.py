@@ -16,10 +16,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from pixel_sail.data.refer_annotations import load_refer
+from pixel_sail.data.refer_annotations import split_image_ids
 from pixel_sail.types import DataError, Sample, Source
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,8 @@ class HeldOut:
     """Splits of one REFER dataset whose images are kept out of training."""
 
     root: str
-    dataset: str
+    dataset: Any
+    """Folder name, or a list of folder names of which the first that exists is read."""
     split_by: str | None = None
     splits: list[str] = field(default_factory=list)
 
@@ -51,15 +53,13 @@ def held_out_images(held_out: Sequence[HeldOut]) -> frozenset[int]:
     """Return the COCO ids of all images of these splits. Raises: DataError when a file or split is missing."""
     found: set[int] = set()
     for entry in held_out:
-        for split in entry.splits:
-            try:
-                annotations = load_refer(entry.root, entry.dataset, split, split_by=entry.split_by)
-            except DataError as error:
-                raise DataError(
-                    f"leakage filter: {error}. It needs the evaluation splits, whose images training must not see; get "
-                    "the file, take the entry out of data.leakage.held_out, or set data.leakage.enabled=false"
-                ) from error
-            found |= set(annotations.images)
+        try:
+            found |= split_image_ids(entry.root, entry.dataset, entry.splits, split_by=entry.split_by)
+        except DataError as error:
+            raise DataError(
+                f"leakage filter: {error}. It needs the evaluation splits, whose images training must not see; get the "
+                "file, take the entry out of data.leakage.held_out, or set data.leakage.enabled=false"
+            ) from error
     return frozenset(found)
 
 

@@ -151,6 +151,24 @@ def load_refer(
     )
 
 
+def split_image_ids(
+    root: str | Path, dataset: str | Sequence[str], splits: Sequence[str], *, split_by: str | None = None
+) -> frozenset[int]:
+    """Return the ids of all images that these splits refer to, from the refs file alone. Raises: DataError."""
+    folder = _find_folder(Path(root), [dataset] if isinstance(dataset, str) else dataset)
+    refs_file = find_refs_file(folder, split_by)
+    records = read_refs(refs_file)
+    present = {str(record.get("split")) for record in records}
+    missing = sorted(set(splits) - present)
+    if missing:
+        raise DataError(f"{refs_file}: found splits {sorted(present)}, expected {missing}; ask for ones that exist")
+    return frozenset(
+        _field(record, "image_id", (int,), f"{refs_file}: ref_id {record.get('ref_id')!r}")
+        for record in records
+        if record.get("split") in splits
+    )
+
+
 def _find_folder(root: Path, names: Sequence[str]) -> Path:
     """Return the first folder that exists, or the first one, whose absence is then reported."""
     folders = [root / name for name in names]

@@ -42,7 +42,7 @@ ImageGroup = list[Expression]
 def load(
     *,
     root: str | Path,
-    dataset: str,
+    dataset: str | Sequence[str],
     split: str,
     split_by: str | None = None,
     image_dir: str | Path | None = None,
