@@ -13,9 +13,10 @@ from PIL import Image
 from shared_data import shared_data
 
 from pixel_sail.config import CONFIG_FOLDER
-from pixel_sail.data.masks import decode_rle, encode_mask
+from pixel_sail.data.masks import decode_rle
 from pixel_sail.data.sources import flickr_gcg, gcg_benchmark, grandf, refcocog_gcg
 from pixel_sail.data.wording.grounded_caption import CAPTION_QUESTIONS, PAPER_CAPTION_PROMPT, STANDARD_CAPTION_PROMPT
+from pixel_sail.rle import encode_mask
 from pixel_sail.types import DataError
 
 HW = (6, 8)

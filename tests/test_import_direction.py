@@ -8,6 +8,7 @@ PACKAGE = ROOT / "pixel_sail"
 
 LAYERS = (
     ("types", "dist", "files"),
+    ("rle",),
     ("model",),
     ("refshapes", "losses", "metrics", "data"),
     ("config",),

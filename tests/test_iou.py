@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from shared_data import shared_data
 
-from pixel_sail.data.masks import encode_mask
 from pixel_sail.metrics.iou import IoUSums
+from pixel_sail.rle import encode_mask
 from pixel_sail.types import DataError
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from pixel_sail.data.masks import check_rle, decode_rle, decode_segmentation, encode_mask, merge_to_rle, union_masks
+from pixel_sail.data.masks import check_rle, decode_rle, decode_segmentation, merge_to_rle, union_masks
+from pixel_sail.rle import encode_mask
 from pixel_sail.types import DataError
 
 SIZE_HW = (4, 4)

@@ -7,11 +7,12 @@ import pytest
 from shared_data import shared_data
 
 from pixel_sail.data.images import load_image
-from pixel_sail.data.masks import decode_rle, encode_mask
+from pixel_sail.data.masks import decode_rle
 from pixel_sail.data.refer_annotations import load_refer
 from pixel_sail.data.sources.perbench import load_captions, load_choices, load_visual_referring
 from pixel_sail.data.sources.refer import expressions
 from pixel_sail.data.sources.region_caption import load_region_captions
+from pixel_sail.rle import encode_mask
 from pixel_sail.types import DataError
 
 SIZE = (3, 12)

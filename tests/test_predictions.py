@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from shared_data import shared_data
 
-from pixel_sail.data.masks import encode_mask
 from pixel_sail.data.sources.refer import expressions, load_refer
 from pixel_sail.evaluation.predictions import PredictionWriter, read_predictions, score_predictions
+from pixel_sail.rle import encode_mask
 from pixel_sail.types import DataError, Expression, Prediction
 
 REPOSITORY = Path(__file__).resolve().parents[1]

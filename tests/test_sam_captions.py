@@ -13,10 +13,10 @@ from region_samples import SIZE, column, get, marked_regions
 from shared_data import shared_data
 
 from pixel_sail.data.images import load_image
-from pixel_sail.data.masks import encode_mask
 from pixel_sail.data.sources import sam_captions
 from pixel_sail.data.wording.marker import remove_marker
 from pixel_sail.data.wording.region import DETAILED_SUFFIX
+from pixel_sail.rle import encode_mask
 from pixel_sail.types import DataError
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from pixel_sail.rle import check_mask, json_safe
 from pixel_sail.types import RLE, BoolMask, DataError, SizeHW
 
 _MIN_POLYGON_NUMBERS = 6
@@ -38,14 +39,14 @@ def merge_to_rle(segmentations: Sequence[object], size_hw: SizeHW, where: str) -
     if not segmentations:
         raise DataError(f"{where}: found no segmentation, expected at least one; use None for an absent target")
     parts = [_to_rle(segmentation, size_hw, where) for segmentation in segmentations]
-    return _json_safe(coco_mask.merge(parts, intersect=False))
+    return json_safe(coco_mask.merge(parts, intersect=False))
 
 
 def union_masks(masks: Sequence[BoolMask], size_hw: SizeHW) -> BoolMask:
     """Return the pixels that are in any of the masks; all False when there is none. Raises: DataError."""
     union: BoolMask = np.zeros(size_hw, dtype=np.bool_)
     for index, mask in enumerate(masks):
-        _check_mask(mask, f"union_masks: mask {index}")
+        check_mask(mask, f"union_masks: mask {index}")
         if mask.shape != tuple(size_hw):
             raise DataError(
                 f"union_masks: mask {index} is {mask.shape}, expected (height, width) {tuple(size_hw)}; "
@@ -53,12 +54,6 @@ def union_masks(masks: Sequence[BoolMask], size_hw: SizeHW) -> BoolMask:
             )
         union |= mask
     return union
-
-
-def encode_mask(mask: BoolMask) -> RLE:
-    """Return a mask as compressed RLE with `counts` as str, ready for JSON. Raises: DataError unless 2-D bool."""
-    _check_mask(mask, "encode_mask")
-    return _json_safe(coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)))
 
 
 def decode_rle(rle: RLE) -> BoolMask:
@@ -182,18 +177,6 @@ def _run_lengths(counts: bytes) -> list[int] | None:
         runs.append(value + runs[-2] if len(runs) > 2 else value)
         value = shift = 0
     return runs if shift == 0 else None
-
-
-def _check_mask(mask: BoolMask, where: str) -> None:
-    if mask.ndim != 2 or mask.dtype != np.bool_:
-        raise DataError(
-            f"{where}: found shape {mask.shape} of {mask.dtype}, expected [height, width] of bool; "
-            "compare with a threshold first, sums of masks are not masks"
-        )
-
-
-def _json_safe(rle: RLE) -> RLE:
-    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
 def _short(value: object) -> str:

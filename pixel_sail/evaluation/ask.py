@@ -16,11 +16,11 @@ from PIL import Image
 from pixel_sail import dist
 from pixel_sail.config import AskConfig, ConfigError
 from pixel_sail.data.images import load_image
-from pixel_sail.data.masks import encode_mask
 from pixel_sail.evaluation.overlay import PALETTE, Picture, paint
 from pixel_sail.evaluation.predict import Predictor, Reply
 from pixel_sail.evaluation.run import checkpoint_folder
 from pixel_sail.files import replace_text
+from pixel_sail.rle import encode_mask
 from pixel_sail.types import SizeHW, VisualPrompt
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")

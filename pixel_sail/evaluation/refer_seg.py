@@ -24,13 +24,13 @@ from tqdm import tqdm
 from pixel_sail import dist
 from pixel_sail.config import ConfigError, PredictConfig
 from pixel_sail.data.images import load_image
-from pixel_sail.data.masks import encode_mask
 from pixel_sail.data.sources import hidden
 from pixel_sail.data.sources.refer import expressions, load_refer
 from pixel_sail.data.wording.referring import PAPER_REFER_PROMPT, SHORT_REFER_PROMPT, STANDARD_REFER_PROMPT
 from pixel_sail.evaluation.predict import Predictor
 from pixel_sail.evaluation.predictions import PredictionWriter, read_predictions, score_predictions
 from pixel_sail.metrics.iou import IoUSums
+from pixel_sail.rle import encode_mask
 from pixel_sail.types import Expression, Prediction
 
 PROMPTS = {"standard": STANDARD_REFER_PROMPT, "paper": PAPER_REFER_PROMPT, "short": SHORT_REFER_PROMPT}

@@ -9,6 +9,8 @@ Place in the flow: the top of the package; `tools/make_refshapes.py` calls `writ
     perbench/STBench_{Detailed_Caption,MCQ,VRES}.json PerBench, from val images
     osprey/osprey_{conversation,short_form,detail_description}.json   Osprey, from train images
     llava/llava_v1_5_mix665k.json                     LLaVA-1.5, from train images and without image
+    panoptic/, pix2cap/                               COCO panoptic and Pix2Cap, see panoptic_format.py
+    glamm_data/, muse/, reason_seg/                   grounded captions, MUSE, ReasonSeg, see grounded_format.py
     meta.json                                         what was asked for, and counts
 
 One entry of the refs, as an example of the data:
@@ -22,7 +24,6 @@ same bytes whatever the number of workers.
 """
 
 import json
-import math
 import multiprocessing
 import os
 import pickle
@@ -36,29 +37,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from pixel_sail.refshapes.expressions import Describer, Sentence
+from pixel_sail.refshapes.grounded_format import grounded_record, write_grounded
 from pixel_sail.refshapes.groups import group_sentences
+from pixel_sail.refshapes.panoptic_format import write_panoptic
+from pixel_sail.refshapes.question_formats import caption, llava_record, osprey_record, perbench_record
 from pixel_sail.refshapes.scene import (
     HELD_OUT,
     SHAPES,
-    VALUES,
     Scene,
     SceneObject,
     SceneRules,
     encode_jpeg,
-    pick,
     sample_scene,
 )
-from pixel_sail.types import RLE, BoolMask, DataError
+from pixel_sail.rle import encode_mask
+from pixel_sail.types import DataError
 
 Json = dict[str, Any]
 """One item of an annotation file, as written."""
 Job = tuple[str, int, int]
 """(split, index within the split, image id)."""
 
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 """Raise this whenever the same seed no longer gives the same bytes."""
 SPLITS = ("train", "val", "testA", "testB")
 RULES = {
@@ -79,6 +81,9 @@ class RefShapesSpec:
     num_train: int = 8000
     num_eval: int = 150
     """Images in each of val, testA and testB."""
+    num_fully_annotated: int = 300
+    """Images of each of train, val and testA that are also written in the larger formats: panoptic, Pix2Cap, grounded
+    captions, MUSE, ReasonSeg."""
 
     def header(self) -> Json:
         """Return the part of meta.json that identifies a dataset."""
@@ -86,6 +91,7 @@ class RefShapesSpec:
             "generator_version": GENERATOR_VERSION,
             "seed": self.seed,
             "num_images": {split: self.num_train if split == "train" else self.num_eval for split in SPLITS},
+            "num_fully_annotated": self.num_fully_annotated,
             "held_out": [list(pair) for pair in sorted(HELD_OUT)],
         }
 
@@ -110,7 +116,7 @@ def write_refshapes(
     shutil.rmtree(partial_out, ignore_errors=True)
     try:
         (partial_out / IMAGE_FOLDER).mkdir(parents=True)
-        draw = partial(_draw_record, spec.seed, partial_out / IMAGE_FOLDER)
+        draw = partial(_draw_record, spec.seed, spec.num_fully_annotated, partial_out / IMAGE_FOLDER)
         records: list[Json] = []
         with closing(_run(draw, spec.jobs(), num_workers)) as drawn:  # Workers must stop before the folder goes.
             for record in drawn:
@@ -143,7 +149,7 @@ def _run(draw: Callable[[Job], Json], jobs: list[Job], num_workers: int) -> Gene
         yield from pool.imap(draw, jobs, chunksize=8)
 
 
-def _draw_record(seed: int, folder: Path, job: Job) -> Json:
+def _draw_record(seed: int, num_fully_annotated: int, folder: Path, job: Job) -> Json:
     """Draw one image, write its JPEG, and return everything the annotation files say about it, without global ids."""
     split, index, image_id = job
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
@@ -163,18 +169,18 @@ def _draw_record(seed: int, folder: Path, job: Job) -> Json:
         "grefs": _generalised(rng, describer, 4 if split == "train" else 7),
     }
     if split == "val":
-        record["perbench"] = _perbench(rng, scene, file_name)
+        record["perbench"] = perbench_record(rng, scene, file_name)
     if split == "train":
-        record["osprey"] = _osprey(rng, scene, record)
-        record["llava"] = _llava(rng, scene, record["image"])
+        record["osprey"] = osprey_record(rng, scene, record)
+        record["llava"] = llava_record(rng, scene, record["image"])
         record["groups"] = group_sentences(rng, scene)
+    if index < num_fully_annotated and split != "testB":
+        if split == "train":
+            record["descriptions"] = [caption(scene, item) for item in scene.objects]
+        # Numbers of its own, so that the other files have the same bytes whether or not these are written.
+        own_rng = np.random.default_rng([seed, SPLITS.index(split), index, 1])
+        record["grounded"] = grounded_record(own_rng, scene, record["image"])
     return record
-
-
-def encode_mask(mask: BoolMask) -> RLE:
-    """Return a mask as a compressed COCO RLE whose counts are text."""
-    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
 def _annotation(item: SceneObject) -> Json:
@@ -208,112 +214,6 @@ def _generalised(rng: np.random.Generator, describer: Describer, count: int) -> 
     return list(found.values())
 
 
-def _spot(scene: Scene, item: SceneObject) -> str:
-    """Return in which ninth of the picture an object stands."""
-    height, width = scene.image_hw
-    row = ("top ", "middle ", "bottom ")[min(2, int(item.centre_xy[1] / height * 3))]
-    column = ("left", "center", "right")[min(2, int(item.centre_xy[0] / width * 3))]
-    return (row + column).replace("middle center", "center")
-
-
-def _caption(scene: Scene, item: SceneObject) -> str:
-    """Describe one object completely."""
-    others = (other for other in scene.objects if other is not item)
-    near = min(others, key=lambda other: math.dist(other.centre_xy, item.centre_xy))
-    look = f"A {item.size} {item.texture} {item.colour} {item.shape} in the {_spot(scene, item)} of the image"
-    return f"{look}, nearest to a {near.size} {near.colour} {near.shape}."
-
-
-def _perbench(rng: np.random.Generator, scene: Scene, file_name: str) -> Json:
-    chosen = [scene.objects[index] for index in rng.permutation(len(scene.objects)).tolist()[:3]]
-    mcqs: list[Json] = []
-    for item in chosen:
-        name = pick(rng, tuple(VALUES))
-        value = getattr(item, name)
-        wrong = [other for other in rng.permutation(VALUES[name]).tolist() if other != value]
-        options = rng.permutation([value, *wrong[:3]]).tolist()
-        lines = [f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=False)]
-        question = f"What is the {name} of the marked object?\n" + "\n".join(lines) + "\n"
-        mcqs.append({"object": encode_mask(item.mask), "question": question, "answer": lines[options.index(value)]})
-    captions = [{"segmentation": encode_mask(item.mask), "caption": _caption(scene, item)} for item in chosen]
-    named = {"image_name": file_name}
-    vres = [{**named, **item} for item in _vres(rng, scene)]
-    return {"caption": {**named, "object_annotations": captions}, "mcq": {**named, "mcqs": mcqs}, "vres": vres}
-
-
-def _vres(rng: np.random.Generator, scene: Scene) -> list[Json]:
-    """Return up to two questions that point at one object and ask for the only other one sharing an attribute."""
-    items: list[Json] = []
-    for index in rng.permutation(len(scene.objects)).tolist():
-        prompt, name = scene.objects[index], pick(rng, tuple(VALUES))
-        same = [item for item in scene.objects if item is not prompt and getattr(item, name) == getattr(prompt, name)]
-        if len(same) == 1 and len(items) < 2:
-            segmentations = {"<obj0>": encode_mask(prompt.mask), "<obj1>": encode_mask(same[0].mask)}
-            question = f"Please segment the other object of the same {name} as <obj0>."
-            items.append({"question": question, "answer": "It is <obj1>.", "segmentations": segmentations})
-    return items
-
-
-def _osprey(rng: np.random.Generator, scene: Scene, record: Json) -> Json:
-    """Return one item of each Osprey file about two to four of the image's objects, called <region1> and so on."""
-    order = rng.permutation(len(scene.objects)).tolist()[: int(rng.integers(2, 5))]
-    chosen = [scene.objects[index] for index in order]
-    regions = [{key: record["objects"][index][key] for key in ("segmentation", "bbox")} for index in order]
-    base = {**{key: record["image"][key] for key in ("file_name", "height", "width")}, "annotation": regions}
-    talk, short = [], []
-    for number, item in enumerate(chosen, start=1):
-        name = pick(rng, tuple(VALUES))
-        short += _turn(f"What is the {name} of <region{number}>?", getattr(item, name))
-        talk += _turn(f"What is <region{number}>?", f"It is a {item.texture} {item.colour} {item.shape}.")
-    name = pick(rng, ("colour", "shape", "size"))
-    first, second = (getattr(item, name) for item in chosen[:2])
-    reason = f"Yes, both are {first}." if first == second else f"No, {first} and {second}."
-    talk += _turn(f"Do <region1> and <region2> have the same {name}?", reason)
-    captions = [_caption(scene, item) for item in chosen]
-    described = [f"<region{number}>: {caption}" for number, caption in enumerate(captions, start=1)]
-    detail = [_turn(f"Please describe <region{number}> in detail.", text) for number, text in enumerate(captions, 1)]
-    description = {"conversations": [message for turn in detail for message in turn], "description": described}
-    conversations = {"conversation": {"conversations": talk}, "short_form": {"conversations": short}}
-    return {name: {**base, **rest} for name, rest in (conversations | {"detail_description": description}).items()}
-
-
-def _turn(question: str, answer: str) -> list[Json]:
-    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-
-
-def _llava(rng: np.random.Generator, scene: Scene, image: Json) -> list[Json]:
-    """Return one conversation about the whole image and, for one image in five, one without any image."""
-    shape = pick(rng, SHAPES)
-    colour = pick(rng, scene.objects).colour if rng.random() < 0.7 else pick(rng, VALUES["colour"])
-    item = pick(rng, scene.objects)
-    colours, shapes = ([getattr(other, name) for other in scene.objects] for name in ("colour", "shape"))
-    turns = [
-        _turn(f"How many {colour} objects are there?", str(colours.count(colour))),
-        _turn(f"Is there a {shape} in the image?", "Yes" if shape in shapes else "No"),
-        _turn("How many objects are there in total?", str(len(scene.objects))),
-    ]
-    if shapes.count(item.shape) == 1:
-        turns.append(_turn(f"Where is the {item.shape}?", f"In the {_spot(scene, item)} of the image."))
-        turns.append(_turn(f"What is the colour of the {item.shape}?", item.colour.capitalize()))
-    talk = [message for i in rng.permutation(len(turns)).tolist()[:3] for message in turns[i]]
-    talk[0] = {**talk[0], "value": "<image>\n" + talk[0]["value"]}
-    name = f"{image['id']:012d}"
-    with_image = {"id": name, "image": f"train2014/{image['file_name']}", "conversations": talk}
-    text_only = {"id": f"text-{name}", "conversations": _text_turn(rng)}
-    return [with_image, text_only] if rng.random() < 0.2 else [with_image]
-
-
-def _text_turn(rng: np.random.Generator) -> list[Json]:
-    first, second = (int(value) for value in rng.integers(1, 20, 2))
-    shape, count = pick(rng, (("square", "four"), ("triangle", "three"), ("circle", "no straight")))
-    options = (
-        (f"What is {first} plus {second}?", f"{first} plus {second} is {first + second}."),
-        (f"What is {max(first, second)} minus {min(first, second)}?", f"It is {abs(first - second)}."),
-        (f"How many sides does a {shape} have?", f"A {shape} has {count} sides."),
-    )
-    return _turn(*pick(rng, options))
-
-
 def _write_files(out: Path, spec: RefShapesSpec, records: list[Json]) -> None:
     """Give out ids in order and write every file; meta.json comes last."""
     annotations: list[Json] = []
@@ -343,6 +243,8 @@ def _write_files(out: Path, spec: RefShapesSpec, records: list[Json]) -> None:
     for name in ("conversation", "short_form", "detail_description"):
         _write_json(out / "osprey" / f"osprey_{name}.json", [item[name] for item in osprey])
     _write_json(out / "llava" / "llava_v1_5_mix665k.json", [item for r in records for item in r.get("llava", ())])
+    write_panoptic(out, [record for record in records if "descriptions" in record], CATEGORY_ID)
+    write_grounded(out, [record for record in records if "grounded" in record], out / IMAGE_FOLDER)
     _write_json(out / "meta.json", {**spec.header(), **_counts(records, refs, grefs)})
 
 

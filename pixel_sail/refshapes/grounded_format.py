@@ -26,6 +26,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from pixel_sail.refshapes.scene import SHAPES, Scene, SceneObject, pick
+from pixel_sail.rle import encode_mask
 from pixel_sail.types import RLE, BoolMask
 
 Json = dict[str, Any]
@@ -100,11 +101,6 @@ def _polygons(mask: BoolMask) -> list[list[int]]:
     return [[x0, y0, x1, y0, x1, y1, x0, y1] for x0, y0, x1, y1 in rectangles(mask)]
 
 
-def _compressed(mask: BoolMask) -> RLE:
-    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
-
-
 def _uncompressed(mask: BoolMask) -> RLE:
     """Return the runs down the columns as numbers, background first."""
     flat = np.concatenate(([False], mask.ravel(order="F"), [False]))
@@ -158,7 +154,7 @@ def _spans(caption: str, groups: list[Group]) -> list[list[int]]:
 
 def _grandf(caption: str, groups: list[Group], image: Json) -> Json:
     groundings: Json = {
-        phrase: {"token_positives": span, "rle_masks": [_compressed(item.mask) for item in items]}
+        phrase: {"token_positives": span, "rle_masks": [encode_mask(item.mask) for item in items]}
         for span, (phrase, items) in zip(_spans(caption, groups), groups, strict=True)
     }
     size = {key: image[key] for key in ("file_name", "height", "width")}
@@ -177,7 +173,7 @@ def _refcocog(rng: np.random.Generator, caption: str, groups: list[Group], image
 
 def _flickr(caption: str, groups: list[Group], image: Json) -> Json:
     annotations = [
-        {"bbox": _box(item), "area": item.area, "tokens_positive": [span], "sam_mask": _compressed(item.mask)}
+        {"bbox": _box(item), "area": item.area, "tokens_positive": [span], "sam_mask": encode_mask(item.mask)}
         for span, (_, items) in zip(_spans(caption, groups), groups, strict=True)
         for item in items
     ]

@@ -27,8 +27,8 @@ from PIL import Image, ImageDraw
 
 from pixel_sail.data.fields import field, strings
 from pixel_sail.data.image_sizes import upright_hw
-from pixel_sail.data.masks import encode_mask
 from pixel_sail.data.wording.reasoning import evaluation_question, reasoning_turn
+from pixel_sail.rle import encode_mask
 from pixel_sail.types import BoolMask, DataError, Expression, Sample, SizeHW, Source
 
 logger = logging.getLogger(__name__)
