@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import tracemalloc
 from collections import OrderedDict
 from datetime import date
 
@@ -118,6 +119,16 @@ def test_random_bytes_never_raise_anything_but_data_errors(tmp_path):
             load_plain_pickle(path)
         refused += 1
     assert refused == 300
+
+
+@pytest.mark.parametrize("number", [b"r\xff\xff\xff\x7f", b"p99999999999\n"])
+def test_a_memo_number_takes_no_memory(tmp_path, number):
+    path = tmp_path / "a.p"
+    path.write_bytes(b"\x80\x02]" + number + b".")
+    tracemalloc.start()
+    assert load_plain_pickle(path) == []
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
 
 
 def test_absent_file_is_a_data_error(tmp_path):

@@ -13,6 +13,7 @@ Records are read one at a time, and neither records nor masks are kept.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,19 +103,18 @@ class PanopticFile:
         records.
         """
         numbers: list[int] = []
-        image_ids = np.empty(len(self), dtype=np.int64)
+        image_ids: Counter[int] = Counter()
         for number in range(len(self)):
             try:
-                image_ids[number], _, segments = self._record(number)
+                image_id, _, segments = self._record(number)
             except DataError:
-                image_ids[number] = -1 - number
                 numbers.append(number)
                 continue
+            image_ids[image_id] += 1
             if has_content(segments):
                 numbers.append(number)
-        unique, counts = np.unique(image_ids, return_counts=True)
-        if (counts > 1).any():
-            repeated = unique[counts > 1]
+        repeated = sorted(image_id for image_id, count in image_ids.items() if count > 1)
+        if repeated:
             raise DataError(
                 f"{self._annotations.where}: found {len(repeated)} images with several records, for example image_id "
                 f"{repeated[0]}, expected one record per image; repair the file"

@@ -182,7 +182,12 @@ def _find_image_dir(root: Path, folder: Path) -> Path:
 
 def _records_of_split(refs_file: Path, split: str) -> list[dict[str, Any]]:
     content = read_refs(refs_file)
-    splits = Counter(str(record.get("split")) for record in content)
+    for number, record in enumerate(content):
+        if not isinstance(record.get("split"), str):
+            raise DataError(
+                f"{refs_file}: refs[{number}]: found split {record.get('split')!r}, expected a name; repair the file"
+            )
+    splits = Counter(record["split"] for record in content)
     if split not in splits:
         present = ", ".join(f"{name} ({count} refs)" for name, count in sorted(splits.items()))
         raise DataError(f"{refs_file}: found splits {present or 'none'}, expected {split!r}; ask for one that exists")

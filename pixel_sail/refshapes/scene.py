@@ -108,6 +108,8 @@ class SceneRules:
     """Smallest and largest number of objects, both allowed."""
     num_held_out: tuple[int, int] = (0, 0)
     """Smallest and largest number of objects of a held-out kind; (0, 0) forbids them."""
+    one_shape: bool = False
+    """All objects have the same shape, as all are people in some photographs; it never helps to tell them apart."""
     image_sizes: tuple[SizeHW, ...] = IMAGE_SIZES
 
 
@@ -150,10 +152,12 @@ def sample_kinds(rng: np.random.Generator, rules: SceneRules) -> list[Kind]:
     num_held_out = int(rng.integers(rules.num_held_out[0], rules.num_held_out[1] + 1))
     kinds = [_random_kind(rng, *pair) for pair in rng.permutation(sorted(HELD_OUT)).tolist()[:num_held_out]]
     shapes = [pick(rng, SHAPES) for _ in range(3)] + [kind.shape for kind in kinds]
+    if rules.one_shape:
+        shapes = shapes[:1]
     while len(kinds) < num_objects:
         unused = [colour for colour in COLOURS if colour not in {kind.colour for kind in kinds}]
         colour = pick(rng, unused if rng.random() < 0.9 else COLOURS)
-        shape = pick(rng, shapes if rng.random() < 0.8 else SHAPES)
+        shape = pick(rng, shapes if rules.one_shape or rng.random() < 0.8 else SHAPES)
         kind = _random_kind(rng, colour, shape)
         if kinds and rng.random() < 0.2:
             kind = _vary(rng, pick(rng, kinds), kind)

@@ -1,0 +1,180 @@
+"""What the data check finds, as plain records.
+
+Place in the flow: `instances.py`, `refer_files.py` and `items.py` add to `Findings`; `report.py` shows them. Example:
+
+    Finding(kind=Kind.MISSING_IMAGE, subject="images/train2014/COCO_train2014_000000000009.jpg",
+            message="found no such file, expected the photo of 3 refs; unpack the images again", is_trouble=True)
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from statistics import median
+
+
+class Kind(StrEnum):
+    """What may be wrong, in the order of the report."""
+
+    MISSING_FILE = "missing file"
+    UNREADABLE_FILE = "unreadable file"
+    FILE_SIZE = "file size"
+    MISSING_IMAGE = "missing image"
+    UNREADABLE_IMAGE = "unreadable image"
+    IMAGE_SIZE = "image size"
+    IMAGE_RECORD = "image record"
+    DUPLICATE_IMAGE_ID = "duplicate image id"
+    ANNOTATION_RECORD = "annotation record"
+    DUPLICATE_ANNOTATION_ID = "duplicate annotation id"
+    MASK_SIZE = "mask size"
+    BAD_MASK = "undecodable mask"
+    OUTSIDE_IMAGE = "polygon outside image"
+    EMPTY_MASK = "empty mask"
+    REF_RECORD = "ref record"
+    DUPLICATE_REF_ID = "duplicate ref_id"
+    DUPLICATE_SENTENCE = "duplicate sentence"
+    NO_SENTENCE = "sentence missing"
+    EMPTY_TEXT = "empty text"
+    UNKNOWN_ID = "unknown id"
+    COUNT = "known count"
+    LEAKAGE = "leakage"
+    SOURCE = "source"
+    ITEM = "item"
+    LOADER = "loader warns"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that is wrong (trouble) or worth knowing (a note)."""
+
+    kind: Kind
+    subject: str
+    """File, record or item."""
+    message: str
+    """What was found, what was expected, what to do."""
+    is_trouble: bool = True
+
+
+class Findings:
+    """Grows while a dataset is gone through; the same finding is kept once."""
+
+    def __init__(self) -> None:
+        self._found: dict[Finding, None] = {}
+
+    def trouble(self, kind: Kind, subject: object, message: str) -> None:
+        """Add something that must be mended."""
+        self._found[Finding(kind=kind, subject=str(subject), message=message)] = None
+
+    def note(self, kind: Kind, subject: object, message: str) -> None:
+        """Add something that is worth knowing."""
+        self._found[Finding(kind=kind, subject=str(subject), message=message, is_trouble=False)] = None
+
+    def all(self) -> tuple[Finding, ...]:
+        """Return everything found: troubles first, by kind, in the order of discovery."""
+        order = list(Kind)
+        return tuple(sorted(self._found, key=lambda finding: (not finding.is_trouble, order.index(finding.kind))))
+
+    def subjects(self, kind: Kind) -> set[str]:
+        """Return what findings of one kind are about."""
+        return {finding.subject for finding in self._found if finding.kind is kind}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileFact:
+    """One file that was looked at."""
+
+    path: str
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """How many of those that were looked at are sound."""
+
+    checked: int = 0
+    sound: int = 0
+
+    def __add__(self, other: "Share") -> "Share":
+        """Return both together."""
+        return Share(checked=self.checked + other.checked, sound=self.sound + other.sound)
+
+    def __str__(self) -> str:
+        """Return for example 199/200."""
+        return f"{self.sound}/{self.checked}" if self.checked else "-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """Lengths of texts in characters."""
+
+    shortest: int
+    median: int
+    longest: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> "Lengths | None":
+        """Return the summary of these lengths, None without any."""
+        if not lengths:
+            return None
+        return cls(shortest=min(lengths), median=round(median(lengths)), longest=max(lengths))
+
+    def __str__(self) -> str:
+        """Return for example 3/27/112."""
+        return f"{self.shortest}/{self.median}/{self.longest}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitCount:
+    """Size of one split of a REFER file, beside the published one."""
+
+    file: str
+    split: str
+    images: int
+    refs: int
+    """With at least one sentence."""
+    sentences: int
+    refs_without_target: int
+    refs_with_several: int
+    """Refs with more than one annotation."""
+    known_images: int | None = None
+    known_refs: int | None = None
+    known_sentences: int | None = None
+    origin: str = ""
+    """Where the published numbers come from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceReport:
+    """Everything the check says about one source."""
+
+    name: str
+    reads: str
+    """What is read: the function and its arguments."""
+    items: int | None
+    files: tuple[FileFact, ...]
+    splits: tuple[SplitCount, ...]
+    images: Share
+    masks: Share
+    empty_masks: int
+    """Masks without a pixel among the checked ones, those of answers that say so left out."""
+    texts: Lengths | None
+    milliseconds: float | None
+    """Mean time to draw one item and open its image."""
+    findings: tuple[Finding, ...]
+    to_download: tuple[str, ...] = ()
+    """Where what is missing can be found and where it belongs."""
+
+    @property
+    def num_troubles(self) -> int:
+        """Return how many findings must be mended."""
+        return sum(finding.is_trouble for finding in self.findings)
+
+    @property
+    def num_notes(self) -> int:
+        """Return how many findings are only worth knowing."""
+        return len(self.findings) - self.num_troubles
+
+    def kinds(self) -> Counter[Kind]:
+        """Return how many troubles there are of each kind."""
+        return Counter(finding.kind for finding in self.findings if finding.is_trouble)

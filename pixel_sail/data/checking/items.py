@@ -1,0 +1,169 @@
+"""The items of any source gone through by asking for them, as training does.
+
+Place in the flow: `evaluation/data_check.py` calls `check_items` with a built source. Every photo is looked for; a
+sample of the items is drawn, opened and measured, and every item that fails is named. Example:
+
+    osprey/conversation/17   item   the mask of turn 0 is (480, 640), expected (427, 640)
+"""
+
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from pixel_sail.data.checking.files import ABSENT_PHOTO, ABSENT_PHOTOS, check_image
+from pixel_sail.data.checking.findings import Findings, Kind, Lengths, Share
+from pixel_sail.data.checking.leakage import photo_key
+from pixel_sail.data.images import load_image
+from pixel_sail.data.wording.referring import NO_TARGET_ANSWER
+from pixel_sail.model.tokenization import SEG_TOKEN
+from pixel_sail.types import BoolMask, DataError, Sample, Source
+
+_PROMPT_TAG = re.compile(r"<Prompt(\d+)>")
+
+
+@dataclass(kw_only=True)
+class ItemCheck:
+    """What was found among the items of a source; findings went to the `Findings` that were passed in."""
+
+    photos: set[str] = field(default_factory=set)
+    """Key of every photo of the source."""
+    images: Share = field(default_factory=Share)
+    masks: Share = field(default_factory=Share)
+    empty_masks: int = 0
+    text_lengths: list[int] = field(default_factory=list)
+    """Characters of every question and answer that was drawn."""
+    seconds: list[float] = field(default_factory=list)
+    shown: list[Sample] = field(default_factory=list)
+    """A few sound samples, for pictures."""
+
+    @property
+    def texts(self) -> Lengths | None:
+        """Return the summary of the text lengths."""
+        return Lengths.of(self.text_lengths)
+
+    @property
+    def milliseconds(self) -> float | None:
+        """Return the mean time to draw one item and open its image."""
+        return 1000 * float(np.mean(self.seconds)) if self.seconds else None
+
+
+def check_items(
+    source: Source, findings: Findings, *, sample: int | None, num_shown: int, seed: int = 0, progress: bool
+) -> ItemCheck:
+    """Look for every photo of a source and draw `sample` of its items, all of them when it is None."""
+    result = ItemCheck()
+    _find_photos(source, result, findings, progress)
+    indices = chosen_items(len(source), sample, seed)
+    for index in tqdm(indices, desc=f"{source.name}: items", disable=not progress, leave=False):
+        start = time.perf_counter()
+        try:
+            drawn = source.get(index, np.random.default_rng([seed, index]))
+        except DataError as error:
+            findings.trouble(Kind.ITEM, f"{source.name} item {index}", str(error))
+            continue
+        is_open = drawn.image_path is None or _opens(drawn, result, findings)
+        seconds = time.perf_counter() - start
+        if not is_open:
+            continue
+        result.seconds.append(seconds)
+        result.text_lengths += [len(text) for turn in drawn.turns for text in (turn.question, turn.answer)]
+        is_sound = check_sample(drawn, result, findings)
+        if is_sound and len(result.shown) < num_shown:
+            result.shown.append(drawn)
+    return result
+
+
+def chosen_items(size: int, sample: int | None, seed: int) -> list[int]:
+    """Return the numbers of the items to look at, in order."""
+    if sample is None or size <= sample:
+        return list(range(size))
+    return sorted(int(index) for index in np.random.default_rng(seed).choice(size, size=sample, replace=False))
+
+
+def _find_photos(source: Source, result: ItemCheck, findings: Findings, progress: bool) -> None:
+    """Look for the photo of every item once; photos of a folder that is not there are named together."""
+    folders: dict[Path, bool] = {}
+    seen: set[Path] = set()
+    for index in tqdm(range(len(source)), desc=f"{source.name}: photos", disable=not progress, leave=False):
+        try:
+            path = source.image_path(index)
+        except DataError as error:
+            findings.trouble(Kind.ITEM, f"{source.name} item {index}", str(error))
+            continue
+        if path is None or path in seen:
+            continue
+        seen.add(path)
+        result.photos.add(photo_key(path))
+        if path.parent not in folders:
+            folders[path.parent] = path.parent.is_dir()
+        if not folders[path.parent]:
+            findings.trouble(Kind.MISSING_FILE, path.parent, ABSENT_PHOTOS)
+        elif not path.is_file():
+            findings.trouble(Kind.MISSING_IMAGE, path, ABSENT_PHOTO)
+
+
+def _opens(drawn: Sample, result: ItemCheck, findings: Findings) -> bool:
+    """Open the image of a sample once where all is well, and look closer where it is not."""
+    assert drawn.image_path is not None
+    if not drawn.image_path.parent.is_dir():
+        return False
+    try:
+        load_image(drawn.image_path, where=drawn.sample_id, expected_hw=drawn.image_hw)
+    except DataError:
+        check_image(drawn.image_path, drawn.image_hw, findings)
+        result.images += Share(checked=1)
+        return False
+    result.images += Share(checked=1, sound=1)
+    return True
+
+
+def check_sample(drawn: Sample, result: ItemCheck, findings: Findings) -> bool:
+    """Return whether a sample can be trained on; add what is wrong with its texts, masks and prompts."""
+    problems: list[tuple[Kind, str]] = []
+    if not drawn.turns:
+        problems.append((Kind.ITEM, "found no question, expected at least one turn"))
+    for number, turn in enumerate(drawn.turns):
+        if not turn.question.strip() or not turn.answer.strip():
+            problems.append((Kind.EMPTY_TEXT, f"turn {number}: found an empty question or answer"))
+        num_places = turn.answer.count(SEG_TOKEN)
+        if num_places != len(turn.masks) or SEG_TOKEN in turn.question:
+            found = f"turn {number}: found {num_places} {SEG_TOKEN} and {len(turn.masks)} masks"
+            problems.append((Kind.ITEM, f"{found}, expected as many, all in the answer"))
+        for mask in turn.masks:
+            may_be_empty = turn.answer == NO_TARGET_ANSWER
+            problems += _mask_problems(mask, drawn, f"turn {number}", result, may_be_empty=may_be_empty)
+        if turn.ignored is not None and turn.ignored.shape != (drawn.image_hw or turn.ignored.shape):
+            problems.append((Kind.MASK_SIZE, f"turn {number}: found ignored pixels {turn.ignored.shape}"))
+    for prompt in drawn.prompts:
+        problems += _mask_problems(prompt.mask, drawn, f"<Prompt{prompt.prompt_id}>", result, may_be_empty=False)
+    painted = Counter(prompt.prompt_id for prompt in drawn.prompts)
+    if any(count > 1 for count in painted.values()):
+        problems.append((Kind.ITEM, f"found prompt ids {sorted(painted.elements())}, expected each once"))
+    named = {int(tag) for turn in drawn.turns for tag in _PROMPT_TAG.findall(turn.question + turn.answer)}
+    if set(painted) - named:
+        problems.append((Kind.ITEM, f"found marked prompts {sorted(set(painted) - named)} that no text names"))
+    if drawn.image_path is None and (drawn.prompts or any(turn.masks for turn in drawn.turns)):
+        problems.append((Kind.ITEM, "found masks or prompts without an image"))
+    for kind, message in problems:
+        findings.trouble(kind, drawn.sample_id, message)
+    return not problems
+
+
+def _mask_problems(
+    mask: BoolMask, drawn: Sample, where: str, result: ItemCheck, *, may_be_empty: bool
+) -> list[tuple[Kind, str]]:
+    """Return what is wrong with a mask, and count it."""
+    problems = []
+    if mask.dtype != np.bool_ or mask.ndim != 2 or mask.shape != (drawn.image_hw or mask.shape):
+        found = f"{where}: found a mask of {mask.shape} {mask.dtype}"
+        problems.append((Kind.MASK_SIZE, f"{found}, expected bool of {drawn.image_hw} (height, width of the image)"))
+    elif not mask.any() and not may_be_empty:
+        result.empty_masks += 1
+        problems.append((Kind.EMPTY_MASK, f"{where}: found a mask without a pixel, expected at least one"))
+    result.masks += Share(checked=1, sound=int(not problems))
+    return problems

@@ -1,0 +1,210 @@
+"""All sources of a check, one after another, into reports.
+
+Place in the flow: `tools/check_data.py` -> `check_plan.py` -> here -> `data_report.py`. The annotation files of REFER
+folders are gone through first, each once, because the evaluation splits they hold are what the other sources are
+compared with. Example: a plan with the sources refcoco and coco_panoptic gives two reports, and the second notes how
+many of its photos are in refcoco(unc) val.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from pixel_sail.config import build
+from pixel_sail.data.checking.downloads import advice_for
+from pixel_sail.data.checking.files import annotation_files, check_paths, file_fact
+from pixel_sail.data.checking.findings import FileFact, Findings, Kind, SourceReport
+from pixel_sail.data.checking.items import ItemCheck, check_items
+from pixel_sail.data.checking.known import is_known, refer_name
+from pixel_sail.data.checking.leakage import coco_key, note_leakage, photo_key
+from pixel_sail.data.checking.refer_files import ReferCheck, ReferFolder, check_refer, refs_files
+from pixel_sail.data.checking.refs import read_refs
+from pixel_sail.evaluation.check_plan import CheckPlan, CheckSettings, Node
+from pixel_sail.types import Sample, Source
+
+TRAINING_SPLIT = "train"
+Evaluated = dict[tuple[str, str], frozenset[str]]
+"""Keys of the photos of every evaluation split that is known, by (dataset, split)."""
+
+
+@dataclass(kw_only=True)
+class CheckResult:
+    """Reports, and samples to draw, by source."""
+
+    reports: list[SourceReport] = field(default_factory=list)
+    samples: dict[str, list[Sample]] = field(default_factory=dict)
+
+
+def run_check(plan: CheckPlan, settings: CheckSettings) -> CheckResult:
+    """Go through every source of the plan."""
+    folders = {name: folder for name, node in plan.sources.items() if (folder := refer_folder(node)) is not None}
+    found: dict[ReferFolder, tuple[ReferCheck, Findings]] = {}
+    for folder in dict.fromkeys(folders.values()):
+        findings = Findings()
+        check = check_refer(folder, findings, sample=settings.sample, progress=settings.progress)
+        found[folder] = (check, findings)
+    evaluated = evaluation_photos(plan, {folder: check for folder, (check, _) in found.items()})
+    result = CheckResult()
+    for name, node in tqdm(_split_up(plan, folders, found), desc="sources", disable=not settings.progress):
+        folder = refer_folder(node)
+        # The files of a folder are reported once, with the first source that reads them.
+        files = found.pop(folder, None) if folder is not None else None
+        is_trained_on = plan.are_trained_on or node.get("split", TRAINING_SPLIT) == TRAINING_SPLIT
+        report, samples = _check_source(name, node, files, evaluated if is_trained_on else {}, settings)
+        result.reports.append(report)
+        result.samples[name] = samples
+    return result
+
+
+def refer_folder(node: Node) -> ReferFolder | None:
+    """Return the REFER folder that a source or eval reads, None for another format."""
+    if not isinstance(node, dict) or not {"root", "dataset"} <= set(node):
+        return None
+    root, image_dir = Path(node["root"]), node.get("image_dir")
+    names = [node["dataset"]] if isinstance(node["dataset"], str) else list(node["dataset"])
+    return ReferFolder(
+        root=root,
+        dataset=next((name for name in names if (root / name).is_dir()), names[0]),
+        split_by=node.get("split_by"),
+        image_dir=None if image_dir is None else Path(image_dir),
+    )
+
+
+def evaluation_photos(plan: CheckPlan, checked: dict[ReferFolder, ReferCheck]) -> Evaluated:
+    """Return the photos of all evaluation splits of the checked folders, the evals and data/ref_seg."""
+    evaluated: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for check in checked.values():
+        for key, photos in check.photos_by_split.items():
+            evaluated[key] |= {photo_key(photo) for photo in photos}
+    others = [refer_folder(node) for node in plan.evals.values()]
+    ref_seg = plan.data_folder / "ref_seg"
+    if ref_seg.is_dir():
+        others += [ReferFolder(root=ref_seg, dataset=path.name) for path in sorted(ref_seg.iterdir()) if path.is_dir()]
+    for folder in dict.fromkeys(folder for folder in others if folder is not None and folder not in checked):
+        for split_by, path in refs_files(folder):
+            if is_known(folder.dataset, split_by):
+                # Only the splits matter here; what is wrong with the file is told when one of its sources is checked.
+                for row in read_refs(path, Findings()):
+                    evaluated[refer_name(folder.dataset, split_by), row.split].add(coco_key(row.image_id))
+    return {key: frozenset(photos) for key, photos in evaluated.items() if key[1] != TRAINING_SPLIT}
+
+
+def _split_up(
+    plan: CheckPlan, folders: dict[str, ReferFolder], found: dict[ReferFolder, tuple[ReferCheck, Findings]]
+) -> list[tuple[str, Node]]:
+    """Return the sources, a REFER folder without a split becoming one source for each split it has."""
+    result: list[tuple[str, Node]] = []
+    for name, node in plan.sources.items():
+        splits = {count.split for count in found[folders[name]][0].splits} if name in folders else set()
+        if "split" in node or len(splits) == 0:
+            result.append((name, node))
+        else:
+            result += [(f"{name}/{split}", {**node, "split": split}) for split in sorted(splits)]
+    return result
+
+
+def _check_source(
+    name: str,
+    node: Node,
+    files: tuple[ReferCheck, Findings] | None,
+    evaluated: Evaluated,
+    settings: CheckSettings,
+) -> tuple[SourceReport, list[Sample]]:
+    findings = Findings() if files is None else files[1]
+    source = _build(name, node, findings)
+    items = None
+    if source is not None:
+        items = check_items(
+            source, findings, sample=settings.sample, num_shown=settings.sheet, progress=settings.progress
+        )
+        own = _own_dataset(node)
+        note_leakage(items.photos, {key: keys for key, keys in evaluated.items() if key[0] != own}, name, findings)
+    items = ItemCheck() if items is None else items
+    check = None if files is None else files[0]
+    facts = check.files if check is not None else _facts(source, node, findings)
+    report = SourceReport(
+        name=name,
+        reads=f"{node['_target_']}({', '.join(f'{k}={v}' for k, v in node.items() if k != '_target_')})",
+        items=None if source is None else len(source),
+        files=facts,
+        splits=() if check is None else check.splits,
+        images=items.images if check is None else check.images,
+        masks=items.masks if check is None else check.masks,
+        empty_masks=items.empty_masks if check is None else check.empty_masks,
+        texts=items.texts if check is None else check.texts,
+        milliseconds=items.milliseconds,
+        findings=findings.all(),
+        to_download=_advice(findings),
+    )
+    return report, items.shown
+
+
+def _own_dataset(node: Node) -> str | None:
+    """Return the dataset whose training split a source is: how its splits overlap is told with its files."""
+    folder = refer_folder(node)
+    if folder is None or node.get("split", TRAINING_SPLIT) != TRAINING_SPLIT:
+        return None
+    names = [refer_name(folder.dataset, split_by) for split_by, _ in refs_files(folder)]
+    return names[0] if len(names) == 1 else None
+
+
+def _build(name: str, node: Node, findings: Findings) -> Source | None:
+    """Return the source as training builds it, None (and trouble) where that fails; its warnings become notes."""
+    if refer_folder(node) is None:
+        is_complete = check_paths(node, findings)
+    else:
+        # Only annotation files have a suffix; these sources can be built without the folder of photos.
+        is_complete = not any(Path(subject).suffix for subject in findings.subjects(Kind.MISSING_FILE))
+    if not is_complete:
+        return None
+    with _warnings() as warned:
+        try:
+            source: Source | None = build(node, name)
+        except ValueError as error:
+            # DataError and ConfigError are ValueErrors, and so is what sources say about a wrong setting.
+            findings.trouble(Kind.SOURCE, name, f"cannot be built: {error}")
+            source = None
+    for message in warned:
+        findings.note(Kind.LOADER, name, message)
+    return source
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """Collect what the package warns about instead of logging it."""
+    messages: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    package, collector = logging.getLogger("pixel_sail"), Collector(level=logging.WARNING)
+    package.addHandler(collector)
+    package.propagate, before = False, package.propagate
+    try:
+        yield messages
+    finally:
+        package.propagate = before
+        package.removeHandler(collector)
+
+
+def _facts(source: Any, node: Node, findings: Findings) -> tuple[FileFact, ...]:
+    """Return the annotation files of a source: those it holds on to and those its arguments name."""
+    if refer_folder(node) is not None:
+        return ()
+    named = [Path(value) for key, value in node.items() if key != "_target_" and isinstance(value, str)]
+    paths = dict.fromkeys([path for path in named if path.is_file()] + annotation_files(source))
+    return tuple(fact for path in paths if (fact := file_fact(path, findings)) is not None)
+
+
+def _advice(findings: Findings) -> tuple[str, ...]:
+    """Return what to download for everything that is missing or cannot be read."""
+    kinds = (Kind.MISSING_FILE, Kind.UNREADABLE_FILE, Kind.SOURCE)
+    texts = [f"{finding.subject} {finding.message}" for finding in findings.all() if finding.kind in kinds]
+    return tuple(dict.fromkeys(advice for text in texts for advice in advice_for(text)))

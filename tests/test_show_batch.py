@@ -1,0 +1,65 @@
+"""The batch viewer shows the texts, supervised tokens, pixels, masks and prompts that are in the batch."""
+
+import importlib.util
+
+import numpy as np
+from PIL import Image
+from running import ROOT
+
+from pixel_sail.evaluation.batch_view import patches_to_pixels, view_samples
+from pixel_sail.evaluation.sample_picture import WIDTH_PX, draw_masks, mask_numbers, scale_mask
+
+
+def _tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pictures_mark_every_mask_and_prompt_however_small():
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (900, 1200, 3), dtype=np.uint8))
+    mask = np.zeros((900, 1200), bool)
+    mask[700, 801] = True
+    plain = draw_masks(image, [], {})
+    assert plain.shape == (360, WIDTH_PX, 3)
+    assert (draw_masks(image, [mask], {}) != plain).any() and (draw_masks(image, [], {4: mask}) != plain).any()
+    assert scale_mask(mask, (360, 480)).sum() == 1
+    assert scale_mask(mask[:6, :8] | True, (12, 16)).sum() == 12 * 16
+    assert mask_numbers([mask, ~mask, mask]) == [0, 1, 0]
+
+
+def test_the_first_batch_is_shown_as_text_and_pictures(data_root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
+    assert _tool("show_batch").main(["experiment=quickstart", f"out={tmp_path / 'view'}"]) == 0
+    text = (tmp_path / "view" / "batch.txt").read_text()
+    page = (tmp_path / "view" / "index.html").read_text()
+    assert "4 rows of" in capsys.readouterr().out
+    num_questions = text.count("<|im_start|>user\n")
+    assert (
+        text.count(">>[SEG].<|endoftext|><<") == page.count("<mark>[SEG].&lt;|endoftext|&gt;</mark>") == num_questions
+    )
+    assert num_questions > 20 and "patches]<|im_start|>" in text
+    names = sorted(path.name for path in (tmp_path / "view").glob("*.png"))
+    assert len(names) == text.count("patches]") == 4 and all(f'src="{name}"' in page for name in names)
+    assert np.asarray(Image.open(tmp_path / "view" / names[0])).std() > 10
+
+
+def test_a_shown_batch_has_the_pixels_and_prompts_of_its_samples(processor, make_batch, draw_sample, tmp_path):
+    rng = np.random.default_rng(1)
+    sample, image = draw_sample(rng, size_hw=(16, 24), masks_per_turn=(2, 0), prompts=(2,))
+    text_only, _ = draw_sample(rng, size_hw=None, masks_per_turn=(0,), sample_id="words")
+    batch = make_batch(
+        [processor.encode_sample(sample, image, independent_turns=True),
+         processor.encode_sample(text_only, None, independent_turns=True)]
+    )  # fmt: skip
+    np.testing.assert_array_equal(patches_to_pixels(batch.patches_SK, batch.grids[0]), np.asarray(image))
+    first, second = view_samples(batch, processor)
+    assert first.runs[0].text == "[image 2 x 3 patches, painted <Prompt2>]"
+    assert [run.branch for run in first.runs] == [0, 1, 1, 2, 2]
+    assert [run.text for run in first.runs if run.is_supervised] == [
+        "here [SEG] and here [SEG]<|endoftext|>",
+        "no<|endoftext|>",
+    ]
+    assert (second.picture, second.first) == (None, sum(run.num_tokens for run in first.runs))

@@ -1,0 +1,47 @@
+"""Check datasets before a GPU is used: every damage is found and named, none is hidden by the first.
+
+    python tools/check_data.py                                            # all of configs/source
+    python tools/check_data.py source=refcoco,refcocog sample=all
+    python tools/check_data.py experiment=quickstart                      # the sources of a run, with its overrides
+    python tools/check_data.py root=DIR dataset=refcocog split=val        # one folder of refs and instances
+
+Prints tables, writes report.json and report.html (with drawn samples) to `out=`, runs/data_check by default. Exit
+status: 0 everything is sound or only noted, 1 something must be mended, 2 the command line is wrong. `sample=` is how
+many items, masks and photographs are decoded per source (200; `all`); records, sizes and file names are looked at
+completely. `strict=true` counts notes as trouble, `sheet=` is how many samples are drawn, `progress=false` is quiet.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+
+from pixel_sail.config import ConfigError
+from pixel_sail.data.checking.report import json_report, text_report
+from pixel_sail.evaluation.check_plan import parse_arguments
+from pixel_sail.evaluation.data_check import run_check
+from pixel_sail.evaluation.data_report import write_data_report
+from pixel_sail.files import replace_text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the check and return the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        plan, settings = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    except ConfigError as error:
+        print(f"ConfigError: {error}", file=sys.stderr)
+        return 2
+    result = run_check(plan, settings)
+    replace_text(settings.out / "report.json", json_report(result.reports, settings=vars(settings) | {"out": None}))
+    write_data_report(settings.out / "report.html", result)
+    print(text_report(result.reports))
+    if plan.left_out:
+        print(f"left out, nobody has to download them and they are not there: {', '.join(plan.left_out)}")
+    print(f"written: {settings.out / 'report.html'}, {settings.out / 'report.json'}")
+    num_troubles = sum(report.num_troubles for report in result.reports)
+    num_notes = sum(report.num_notes for report in result.reports)
+    return int(num_troubles > 0 or (settings.strict and num_notes > 0))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

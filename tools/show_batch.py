@@ -1,0 +1,61 @@
+"""Show the first packed batch of a training config, as the model gets it.
+
+    python tools/show_batch.py experiment=quickstart
+    python tools/show_batch.py data=refcoco model=sail_0_5b out=runs/batch
+
+Takes the overrides of scripts/train.py, and `out=FOLDER` (runs/first_batch by default) for index.html, batch.txt and
+one picture per image. Tokens are decoded back to text and the supervised ones marked. Exit status 2 for a wrong config
+or wrong data, with the reason.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pixel_sail.config import ConfigError, TrainConfig, load_config
+from pixel_sail.data.collate import collate
+from pixel_sail.data.packing import LaneStream
+from pixel_sail.evaluation.batch_view import batch_facts, write_batch_view
+from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
+from pixel_sail.model.tokenization import load_tokenizer
+from pixel_sail.training.loop import build_mixture
+from pixel_sail.types import Batch, DataError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the view and return the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    folders = [argument.removeprefix("out=") for argument in given if argument.startswith("out=")]
+    overrides = [argument for argument in given if not argument.startswith("out=")]
+    if not any(override.startswith(("name=", "experiment=")) for override in overrides):
+        overrides.append("name=show_batch")
+    folder = Path(folders[-1] if folders else "runs/first_batch")
+    try:
+        config = load_config("train", TrainConfig, overrides)
+        architecture = config.model.architecture
+        tokenizer = load_tokenizer(config.model.tokenizer, num_visual_prompts=architecture.num_visual_prompts)
+        processor = PixelSailProcessor.for_model(tokenizer, architecture)
+        batch = first_batch(config, processor)
+    except (ConfigError, DataError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    write_batch_view(folder, batch, processor)
+    print("\n".join(batch_facts(batch)))
+    print(f"written: {folder / 'index.html'}, {folder / 'batch.txt'}")
+    return 0
+
+
+def first_batch(config: TrainConfig, processor: PixelSailProcessor) -> Batch:
+    """Return the first micro-batch of the first process. Raises: DataError."""
+    mixture = build_mixture(config.data, seed=config.seed)
+    packs = []
+    for lane in range(config.data.packs_per_micro_batch):
+        stream = LaneStream(mixture, processor, config.data.packing, lane=lane, num_lanes=config.data.packs_per_step)
+        packs.append(next(iter(stream)))
+    return collate(packs, seg_id=processor.seg_id)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
