@@ -1,5 +1,7 @@
 """What several test files share: one untrained tokenizer, tiny models, drawn images, samples and batches."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,12 @@ from pixel_sail.types import Sample, Turn, VisualPrompt
 
 NUM_PROMPTS = 15
 WORDS = ("red", "left", "star", "the small", "box", "behind it", "of", "round")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Index files of annotations go to a folder of this session, also those of commands that tests start."""
+    os.environ["PIXEL_SAIL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)

@@ -145,6 +145,18 @@ def test_tensorboard_and_wandb_get_numbers_and_pictures(data_root, tmp_path):
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
 
 
+def test_every_kind_of_dataset_trains_in_one_mixture(data_root, tmp_path):
+    tiny = [item for item in SMALL if not item.startswith(("data.sources", "experiment"))]
+    overrides = ("name=all", "model=tiny", "data=refshapes_all", *tiny, "data.packing.token_budget=2048")
+    command = [sys.executable, "scripts/train.py", *overrides, f"run_dir={tmp_path / 'run'}", "deepspeed=none"]
+    done = start([*command, "optim.steps=25"], data_root)
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = log_lines(tmp_path / "run")
+    seen = {key.split("/")[0] for line in lines for key in line if "/" in key}
+    assert len(seen) == 18
+    assert all(line["skipped"] == 0 for line in lines)
+
+
 def test_every_launcher_starts_the_same_run(data_root, tmp_path):
     for index, name in enumerate(("python", "torchrun", "accelerate", "deepspeed")):
         train(data_root, tmp_path / name, "optim.steps=3", by=name, port=29620 + index)
