@@ -241,6 +241,8 @@ class EvalConfig:
     evals: dict[str, Any] = field(default_factory=dict)
     max_images: int = 0
     """Score only the first images of each eval, 0 for all; the number is part of the result."""
+    examples: int = 12
+    """Pictures of each eval in the report."""
     progress: bool = True
 
 

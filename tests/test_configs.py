@@ -37,8 +37,8 @@ def test_every_experiment_composes_and_binds(experiment):
 
 ABLATION_LEAVES = {
     "upsampler_off": {"model.architecture.mask_stride"},
-    "language_blind": {"data.sources.refshapes.hide"},
-    "image_blind": {"data.sources.refshapes.hide"},
+    "language_blind": {"data.sources.refshapes.hide", "data.sources.groupshapes.hide"},
+    "image_blind": {"data.sources.refshapes.hide", "data.sources.groupshapes.hide"},
 }
 
 

@@ -5,6 +5,8 @@ Place in the flow: `scripts/evaluate.py` and the quickstart call `run_evals`. Re
 
     {"eval": "refshapes_val", "scores": {"ciou": 0.81, ...}, "protocol": {"weights_sha256": ..., "predict": ...},
      "code": "1a2b3c4", "world_size": 2, "precision": "fp32"}
+
+`<output>/report.html` shows the scores of this call and pictures from every eval.
 """
 
 import json
@@ -15,7 +17,9 @@ from pathlib import Path
 from pixel_sail import dist
 from pixel_sail.config import ConfigError, EvalConfig, build
 from pixel_sail.evaluation.predict import DTYPES, Predictor
+from pixel_sail.evaluation.predictions import read_predictions
 from pixel_sail.evaluation.refer_seg import evaluate, first_images, protocol_of
+from pixel_sail.evaluation.report import spread_cases, write_report
 from pixel_sail.files import sha256
 
 logger = logging.getLogger(__name__)
@@ -40,7 +44,7 @@ def run_evals(config: EvalConfig) -> dict[str, dict[str, float | int]]:
     )
     weights = sha256(folder / "model.safetensors")
     output = folder.parent / "evaluation" if config.output is None else Path(config.output)
-    results = {}
+    results, cases = {}, {}
     for name, items in expressions.items():
         protocol = protocol_of(
             config.predict,
@@ -62,6 +66,19 @@ def run_evals(config: EvalConfig) -> dict[str, dict[str, float | int]]:
             }
             with (output / "results.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
+            cases[name] = spread_cases(chosen, read_predictions(output / name / "predictions.jsonl"), config.examples)
+    if dist.rank() == 0:
+        write_report(
+            output,
+            title=f"Referring segmentation: {folder}",
+            facts=[
+                f"weights {weights[:12]}, code {code_version()}, {config.precision}",
+                f"prompt {config.predict.prompt}, mask {config.predict.mask}, answer {config.predict.answer}",
+                "A missing prediction counts as an empty mask.",
+            ],
+            tables={"Scores": results},
+            cases=cases,
+        )
     return results
 
 

@@ -30,7 +30,7 @@ PLACES = (*SIDES, *FAR_SIDES, "top left", "top right", "bottom left", "bottom ri
 RELATIONS = ("left of", "right of", "above", "below", "next to")
 MARGIN_PX = 10.0
 """Two centres closer than this along an axis are not ordered by "leftmost", "second from the top" and the like."""
-KIND_WEIGHTS = {"attribute": 0.8, "position": 0.06, "relation": 0.08, "ordinal": 0.03, "negation": 0.05}
+KIND_WEIGHTS = {"attribute": 0.84, "position": 0.06, "relation": 0.05, "ordinal": 0.02, "negation": 0.03}
 """How often each kind is tried; not every kind exists for every object, so the realised shares differ a little."""
 
 
@@ -304,7 +304,7 @@ def _naturalness(filters: Filters) -> float:
     """
     values = dict(filters)
     weight = 1.0 if "shape" in values else 0.4
-    weight *= 1.0 if "colour" in values else 0.06
+    weight *= 1.0 if "colour" in values else 0.04
     return weight * (0.3 if values.get("texture") == "plain" else 1.0)
 
 

@@ -19,7 +19,8 @@ from pixel_sail.data.masks import union_masks
 from pixel_sail.data.panoptic import PanopticFile, open_panoptic
 from pixel_sail.data.sources.coco_panoptic import CocoClasses, check_at_least
 from pixel_sail.data.wording.segmentation import semantic_turn
-from pixel_sail.types import Sample, Source
+from pixel_sail.rle import encode_mask
+from pixel_sail.types import Expression, Sample, Source
 
 
 def load(
@@ -38,6 +39,41 @@ def load(
     return CocoSemanticSource(
         file, CocoClasses(file, class_file), name=name, split=split, classes_per_sample=classes_per_sample
     )
+
+
+def expressions(
+    *,
+    root: str | Path,
+    split: str = "val2017",
+    annotations: str | Path | None = None,
+    png_dir: str | Path | None = None,
+    image_dir: str | Path | None = None,
+    class_file: str | Path | None = None,
+) -> list[Expression]:
+    """Return one expression for every class of every image, its name, to be answered with all its segments.
+
+    For scoring; the files are those of `load`. ref_id counts the expressions of the file from 1. Raises: DataError.
+    """
+    file = open_panoptic(root, split, annotations=annotations, png_dir=png_dir, image_dir=image_dir)
+    classes = CocoClasses(file, class_file)
+    found: list[Expression] = []
+    for number in file.usable(bool, source=f"coco_semantic/{split}", content="a segment"):
+        image = file.image(int(number))
+        masks = file.masks(image)
+        for category_id, group in classes.of(image).items():
+            union = union_masks([masks[segment.segment_id] for segment in group], image.image_hw)
+            found.append(
+                Expression(
+                    ref_id=len(found) + 1,
+                    sent_id=0,
+                    image_id=image.image_id,
+                    image_path=image.image_path,
+                    image_hw=image.image_hw,
+                    text=classes.names[category_id],
+                    target=encode_mask(union),
+                )
+            )
+    return found
 
 
 class CocoSemanticSource:
