@@ -4,6 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from pycocotools import mask as coco_mask
 
 from pixel_sail.data.masks import check_rle, decode_rle, decode_segmentation, merge_to_rle, union_masks
@@ -115,3 +118,49 @@ def test_run_check_agrees_with_pycocotools_on_polygons():
         polygon = rng.uniform(-10, 110, size=12).tolist()
         rle = merge_to_rle([[polygon]], (90, 100), "test")
         assert decode_rle(check_rle(rle, (90, 100), "test")).sum() == coco_mask.area(rle)
+
+
+MASKS = st.tuples(st.integers(1, 12), st.integers(1, 12)).flatmap(
+    lambda size: arrays(np.bool_, size, elements=st.booleans())
+)
+
+
+@given(MASKS)
+def test_any_mask_comes_back_from_its_encoding(mask):
+    rle = encode_mask(mask)
+    assert json.loads(json.dumps(rle)) == rle
+    np.testing.assert_array_equal(decode_rle(check_rle(rle, mask.shape, "drawn")), mask)
+    np.testing.assert_array_equal(decode_segmentation(rle | {"counts": rle["counts"].encode()}, mask.shape, "w"), mask)
+
+
+@given(MASKS)
+def test_uncompressed_and_compressed_runs_mean_the_same(mask):
+    flat = mask.ravel(order="F")
+    runs, value = [], False
+    for pixel in flat.tolist():
+        if pixel == value and runs:
+            runs[-1] += 1
+        elif pixel == value:
+            runs.append(1)
+        else:
+            runs += [1] if runs else [0, 1]
+            value = pixel
+    found = decode_segmentation({"size": list(mask.shape), "counts": runs}, mask.shape, "drawn")
+    np.testing.assert_array_equal(found, mask)
+
+
+@given(st.lists(MASKS.map(lambda mask: mask[:1, :1]), min_size=1, max_size=4))
+def test_a_union_is_or_whatever_the_order(masks):
+    union = union_masks(masks, (1, 1))
+    assert union.dtype == np.bool_ and bool(union) == any(bool(mask) for mask in masks)
+    np.testing.assert_array_equal(union_masks(masks[::-1], (1, 1)), union)
+
+
+@given(st.text(max_size=12), st.integers(1, 9), st.integers(1, 9))
+def test_counts_that_are_no_mask_are_refused_by_name(counts, height, width):
+    try:
+        rle = check_rle({"size": [height, width], "counts": counts}, (height, width), "drawn")
+    except DataError as error:
+        assert str(error).startswith("drawn")
+    else:
+        assert decode_rle(rle).shape == (height, width)

@@ -8,6 +8,8 @@ from itertools import islice, pairwise
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pixel_sail.data import wire
 from pixel_sail.data.loader import LaneShare, training_batches, usable_workers
@@ -131,6 +133,34 @@ def test_looking_ahead_wastes_less_and_keeps_no_sample_back_for_long(make_mixtur
         assert all(pack.after.next - min(pack.after.waiting, default=pack.after.next) < 40 for pack in packs)
     assert filled[6] > filled[1]
     assert filled[6] > 0.93
+
+
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40),
+    budget=st.integers(30, 90),
+    lookahead=st.integers(1, 6),
+    most=st.integers(0, 3),
+    stop=st.integers(1, 6),
+)
+def test_any_lengths_are_packed_once_within_the_budget_and_go_on_from_anywhere(lengths, budget, lookahead, most, stop):
+    settings = PackingSettings(token_budget=budget, lookahead=lookahead, max_samples=most)
+
+    class Lengths(LaneStream):
+        def example(self, number):
+            return range(number * 100, number * 100 + lengths[number % len(lengths)])
+
+    def packs(start, count):
+        return list(islice(Lengths(None, None, settings, lane=0, num_lanes=1, start=start), count))
+
+    whole = packs(None, 12)
+    numbers = [example[0] // 100 for pack in whole for example in pack.examples]
+    assert len(set(numbers)) == len(numbers)
+    assert set(numbers) | set(whole[-1].after.waiting) == set(range(whole[-1].after.next))
+    assert all(sum(map(len, pack.examples)) <= budget and pack.examples for pack in whole)
+    assert not most or all(len(pack.examples) <= most for pack in whole)
+    resumed = packs(whole[stop - 1].after, 12 - stop)
+    assert [pack.examples for pack in resumed] == [pack.examples for pack in whole[stop:]]
+    assert [pack.after for pack in resumed] == [pack.after for pack in whole[stop:]]
 
 
 def _with_bad_items(mixture, bad):
