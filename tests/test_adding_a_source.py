@@ -83,7 +83,7 @@ def test_a_new_source_is_mixed_packed_and_configured_like_any_other(added, proce
     config = load_config(
         "train",
         TrainConfig,
-        ["name=x", "+source@data.sources=halves", "data.sources.halves.side=right", added],
+        ["name=x", "+source@data.sources=halves", "+data.sources.halves.side=right", added],
     )
     config.data.sources = {"halves": config.data.sources["halves"]}
     mixture = build_mixture(config.data, seed=0)
@@ -98,5 +98,5 @@ def test_a_new_source_is_mixed_packed_and_configured_like_any_other(added, proce
 def test_a_misspelled_argument_of_a_new_source_is_named(added):
     config = load_config("train", TrainConfig, ["name=x", "+source@data.sources=halves", added])
     config.data.sources = {"halves": config.data.sources["halves"] | {"sides": "left"}}
-    with pytest.raises(ConfigError, match=r"data\.sources\.halves.*sides"):
+    with pytest.raises(ConfigError, match=r"(?s)data\.sources\.halves.*sides"):
         build_mixture(config.data, seed=0)
