@@ -64,7 +64,7 @@ def load_image(path: str | Path, *, where: str, expected_hw: SizeHW | None = Non
     try:
         with Image.open(path) as opened:
             opened.load()
-            image = _upright(opened, expected_hw)
+            image: Image.Image = _upright(opened, expected_hw)
     except FileNotFoundError:
         raise DataError(f"{where}: {path}: no such image file; check configs/paths and the image folder") from None
     except _DECODING_ERRORS as error:
@@ -80,10 +80,10 @@ def load_image(path: str | Path, *, where: str, expected_hw: SizeHW | None = Non
 def _upright(image: Image.Image, expected_hw: SizeHW | None) -> Image.Image:
     """Return the image turned by its EXIF orientation, or as stored where that is what the annotations count."""
     if expected_hw is not None and (image.height, image.width) == tuple(expected_hw):
-        return image.copy()
+        return image
     # Only the orientation tag is read: ImageOps.exif_transpose writes all tags back, which damaged ones do not survive.
     turn = EXIF_TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    return image.copy() if turn is None else image.transpose(turn)
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image, where: str) -> Image.Image:

@@ -190,31 +190,33 @@ class _TokenParts:
     """Token arrays of one sample while they grow."""
 
     def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.labels: list[int] = []
+        self.ids: list[Tensor] = []
+        self.labels: list[Tensor] = []
         self.positions: list[Tensor] = []
-        self.branches: list[int] = []
+        self.branches: list[Tensor] = []
         self.prompts: list[Tensor] = []
         self.num_image_tokens = 0
         self.next_position = 0
 
     def add_image(self, processor: PixelSailProcessor, grid_hw: SizeHW, prompt_ids: Tensor) -> None:
         """Append the image span."""
-        num_patches = grid_hw[0] * grid_hw[1]
-        self.ids += [processor.vision_id, *[processor.patch_id] * num_patches, processor.vision_end_id]
-        self.labels += [IGNORE_LABEL] * (num_patches + 2)
-        self.branches += [0] * (num_patches + 2)
+        length = grid_hw[0] * grid_hw[1] + 2
+        ids = torch.full((length,), processor.patch_id)
+        ids[0], ids[-1] = processor.vision_id, processor.vision_end_id
+        self.ids.append(ids)
+        self.labels.append(torch.full((length,), IGNORE_LABEL))
+        self.branches.append(torch.zeros(length, dtype=torch.int64))
         self.positions.append(image_positions(grid_hw))
         self.prompts.append(prompt_ids)
-        self.num_image_tokens = num_patches + 2
+        self.num_image_tokens = length
         self.next_position = 1 + max(grid_hw) + 1
 
     def add_text(self, question_ids: list[int], answer_ids: list[int], *, branch: int) -> None:
         """Append one turn at the next position."""
         length = len(question_ids) + len(answer_ids)
-        self.ids += question_ids + answer_ids
-        self.labels += [IGNORE_LABEL] * len(question_ids) + answer_ids
-        self.branches += [branch] * length
+        self.ids.append(torch.tensor(question_ids + answer_ids))
+        self.labels.append(torch.tensor([IGNORE_LABEL] * len(question_ids) + answer_ids))
+        self.branches.append(torch.full((length,), branch))
         self.positions.append(torch.arange(self.next_position, self.next_position + length).expand(2, -1))
         self.prompts.append(torch.full((length,), -1))
         self.next_position += length
@@ -228,15 +230,16 @@ class _TokenParts:
         ignored: tuple[BoolMask | None, ...],
     ) -> Example:
         """Return everything as tensors."""
-        index = torch.arange(len(self.ids))
+        input_ids = torch.cat(self.ids)
+        index = torch.arange(len(input_ids))
         is_patch = (index >= 1) & (index < self.num_image_tokens - 1)
         return Example(
             sample_id=sample.sample_id,
             source=sample.source,
-            input_ids_T=torch.tensor(self.ids),
-            labels_T=torch.tensor(self.labels),
+            input_ids_T=input_ids,
+            labels_T=torch.cat(self.labels),
             position_ids_2T=torch.cat(self.positions, dim=1),
-            branch_ids_T=torch.tensor(self.branches),
+            branch_ids_T=torch.cat(self.branches),
             in_image_T=index < self.num_image_tokens,
             patch_index_T=torch.where(is_patch, index - 1, -1),
             prompt_ids_T=torch.cat(self.prompts),
