@@ -85,6 +85,37 @@ def test_rles_and_masks_give_identical_sums():
     assert IoUSums.from_rles(None, encode_mask(TOP_LEFT)) == IoUSums.from_masks(None, TOP_LEFT)
 
 
+def test_ignored_pixels_are_in_neither_mask():
+    # Without the top row: 2 pixels predicted, 4 in the target, 2 in common.
+    ignored = _mask("####", "....", "....", "....")
+    sums = IoUSums.from_masks(TOP_LEFT, TOP_ROWS, ignored=ignored)
+    assert (sums.intersection, sums.union, sums.iou_sum) == (2, 4, 0.5)
+    # Nothing is left of what was predicted: right where nothing is asked for, a miss elsewhere.
+    assert IoUSums.from_masks(TOP_LEFT, None, ignored=TOP_ROWS).num_no_target_correct == 1
+    assert IoUSums.from_masks(TOP_LEFT, CORNER, ignored=TOP_ROWS).num_target_nonempty == 0
+    assert IoUSums.from_masks(CORNER, TOP_LEFT, ignored=TOP_ROWS).num_no_target == 1
+
+
+def test_ignored_rles_and_masks_give_identical_sums():
+    rng = np.random.default_rng(1)
+    for _ in range(30):
+        prediction, target, ignored = rng.random((3, 17, 23)) < rng.random()
+        rles = [encode_mask(mask) for mask in (prediction, target, ignored)]
+        expected = IoUSums.from_masks(prediction & ~ignored, target & ~ignored)
+        assert IoUSums.from_rles(rles[0], rles[1], ignored=rles[2]) == expected
+        assert IoUSums().update(rles[0], rles[1], ignored=rles[2]) == expected
+        assert IoUSums.from_masks(prediction, target, ignored=ignored) == expected
+        assert IoUSums.from_rles(None, rles[1], ignored=rles[2]) == IoUSums.from_masks(None, target & ~ignored)
+
+
+def test_ignored_region_must_have_the_size_of_the_masks():
+    ignored = np.zeros((4, 5), dtype=bool)
+    with pytest.raises(DataError, match=r"item 3: found an ignored region of size \[4, 5\], expected \[4, 4\]"):
+        IoUSums.from_masks(TOP_LEFT, None, ignored=ignored, where="item 3")
+    with pytest.raises(DataError, match=r"item 3: found an ignored region of size \[4, 5\], expected \[4, 4\]"):
+        IoUSums.from_rles(None, encode_mask(TOP_LEFT), ignored=encode_mask(ignored), where="item 3")
+
+
 def test_update_and_add_leave_their_inputs_alone():
     start = IoUSums()
     updated = start.update(encode_mask(TOP_LEFT), encode_mask(TOP_ROWS))

@@ -7,6 +7,7 @@ Rules, where published code differs or hides them in an epsilon:
 - A pair without any pixel has no IoU; it counts as `empty_iou`, an argument (1 unless told otherwise).
 - A missing prediction (None) is an empty mask, and is also counted in `missing`.
 - A hit at threshold t means IoU >= t.
+- Ignored pixels are taken out of prediction and target before anything is counted.
 - No target: the target is None or has no pixels. N-acc = share of these predicted empty (not one pixel); T-acc = share
   of the others predicted non-empty.
 
@@ -44,14 +45,22 @@ class IoUSums:
 
     @classmethod
     def from_masks(
-        cls, prediction: BoolMask | None, target: BoolMask | None, *, empty_iou: float = 1.0, where: str = "pair"
+        cls,
+        prediction: BoolMask | None,
+        target: BoolMask | None,
+        *,
+        ignored: BoolMask | None = None,
+        empty_iou: float = 1.0,
+        where: str = "pair",
     ) -> "IoUSums":
         """Return the sums of one pair of masks [H, W]. Raises: DataError unless bool and of one size."""
-        for name, mask in (("prediction", prediction), ("target", target)):
+        for name, mask in (("prediction", prediction), ("target", target), ("ignored region", ignored)):
             if mask is not None and mask.dtype != np.bool_:
                 raise DataError(f"{where}: found a {name} of {mask.dtype}, expected bool; apply a threshold first")
         if prediction is not None and target is not None:
             _check_sizes(prediction.shape, target.shape, where)
+        if ignored is not None:
+            prediction, target = _without(prediction, ignored, where), _without(target, ignored, where)
         return cls._from_areas(
             intersection=0 if prediction is None or target is None else int((prediction & target).sum()),
             prediction_area=None if prediction is None else int(prediction.sum()),
@@ -61,15 +70,20 @@ class IoUSums:
 
     @classmethod
     def from_rles(
-        cls, prediction: RLE | None, target: RLE | None, *, empty_iou: float = 1.0, where: str = "pair"
+        cls,
+        prediction: RLE | None,
+        target: RLE | None,
+        *,
+        ignored: RLE | None = None,
+        empty_iou: float = 1.0,
+        where: str = "pair",
     ) -> "IoUSums":
         """Return the sums of one pair of compressed RLEs, without decoding them. Raises: DataError if sizes differ."""
-        if prediction is not None and target is not None:
-            _check_sizes(prediction["size"], target["size"], where)
+        intersection, prediction_area, target_area = counted_areas(prediction, target, ignored, where)
         return cls._from_areas(
-            intersection=0 if prediction is None or target is None else _intersection_area(prediction, target),
-            prediction_area=None if prediction is None else int(coco_mask.area(prediction)),
-            target_area=0 if target is None else int(coco_mask.area(target)),
+            intersection=intersection,
+            prediction_area=None if prediction is None else prediction_area,
+            target_area=target_area,
             empty_iou=empty_iou,
         )
 
@@ -134,10 +148,16 @@ class IoUSums:
         )
 
     def update(
-        self, prediction: RLE | None, target: RLE | None, *, empty_iou: float = 1.0, where: str = "pair"
+        self,
+        prediction: RLE | None,
+        target: RLE | None,
+        *,
+        ignored: RLE | None = None,
+        empty_iou: float = 1.0,
+        where: str = "pair",
     ) -> "IoUSums":
         """Return the sums with one more pair of RLEs. Raises: DataError if sizes differ."""
-        return self.add(IoUSums.from_rles(prediction, target, empty_iou=empty_iou, where=where))
+        return self.add(IoUSums.from_rles(prediction, target, ignored=ignored, empty_iou=empty_iou, where=where))
 
     def summary(self) -> dict[str, float | int]:
         """Return the scores by name, fractions in 0-1; `n_acc` and `t_acc` only where there are no-target items.
@@ -161,13 +181,41 @@ class IoUSums:
         return scores
 
 
-def _intersection_area(first: RLE, second: RLE) -> int:
-    return int(coco_mask.area(coco_mask.merge([first, second], intersect=True)))
+def counted_areas(prediction: RLE | None, target: RLE | None, ignored: RLE | None, where: str) -> tuple[int, int, int]:
+    """Return the pixels of intersection, prediction and target that are not ignored; None is a mask without pixels.
+
+    Raises: DataError if sizes differ.
+    """
+    parts = [rle for rle in (prediction, target) if rle is not None]
+    if len(parts) == 2:
+        _check_sizes(parts[0]["size"], parts[1]["size"], where)
+    if ignored is not None:
+        for rle in parts:
+            _check_sizes(ignored["size"], rle["size"], where, "an ignored region")
+    intersection = _area(parts, ignored) if len(parts) == 2 else 0
+    return intersection, _area([prediction], ignored), _area([target], ignored)
 
 
-def _check_sizes(prediction_hw: Sequence[int], target_hw: Sequence[int], where: str) -> None:
-    if tuple(prediction_hw) != tuple(target_hw):
+def _area(rles: Sequence[RLE | None], ignored: RLE | None) -> int:
+    """Return the pixels in all of the masks and not ignored."""
+    if any(rle is None for rle in rles):
+        return 0
+    area = int(coco_mask.area(coco_mask.merge(list(rles), intersect=True)))
+    if ignored is not None:
+        area -= int(coco_mask.area(coco_mask.merge([*rles, ignored], intersect=True)))
+    return area
+
+
+def _without(mask: BoolMask | None, ignored: BoolMask, where: str) -> BoolMask | None:
+    if mask is None:
+        return None
+    _check_sizes(ignored.shape, mask.shape, where, "an ignored region")
+    return mask & ~ignored
+
+
+def _check_sizes(found_hw: Sequence[int], target_hw: Sequence[int], where: str, what: str = "a prediction") -> None:
+    if tuple(found_hw) != tuple(target_hw):
         raise DataError(
-            f"{where}: found a prediction of size {list(prediction_hw)}, expected {list(target_hw)} (height, width of "
+            f"{where}: found {what} of size {list(found_hw)}, expected {list(target_hw)} (height, width of "
             "the target); resize predictions to the original image before scoring"
         )

@@ -1,0 +1,175 @@
+"""Multiple choice: which option an answer names, and how often it is the right one, in two protocols.
+
+Place in the flow: question, right answer and generated answer -> `ChoiceSums` of one item -> added over items and
+ranks -> `summary`. An example of the data:
+
+    question "What colour is it?\\nA. red\\nB. dark red\\n", right "B. dark red", generated "It is dark red."
+    -> standard: option B, right.   paper: wrong, "B. dark red" is not in "It is dark red."
+
+- `paper`: right if the right answer, as in the file, is a part of the generated text as it is, letter case included. A
+  file with bare letters makes nearly every answer right: "A" is in "And".
+- `standard`: the answer must name exactly one option, by its letter or by its text.
+  1. A capital counts where it can only be a choice: in brackets, before one of . : , ; ) and at the end, before "or
+     B", after "answer", "option" or "choice" with or without "is"; as the whole text a small letter counts, too.
+     Elsewhere a capital counts if it stands alone, but for A and I, which are English words.
+  2. Without a letter, the options' texts are looked for as whole words, letter case ignored; the longest text that fits
+     a place counts ("dark red" is not "red").
+  3. Two letters, two texts without a letter, or a letter beside only other options' texts: ambiguous, which is wrong.
+     None: unparsed, which is wrong.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pixel_sail.types import DataError
+
+_OPTION = re.compile(r"^\s*[(\[]?([A-Z])\s*[.):\]]\s*(\S.*?)\s*$", re.MULTILINE)
+_INLINE_OPTION = re.compile(r"(?<!\w)[(\[]?([A-Z])[.):\]]\s*(\S.*?)(?=\s+[(\[]?[A-Z][.):\]]|\s*$)")
+_CONTROL = re.compile(r"<\|[^|<>]*\|>|</?s>")
+
+ENGLISH_WORDS = "AI"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What an answer chooses: a letter, or None and why not."""
+
+    letter: str | None
+    ambiguous: bool = False
+    """More than one option is named; None of both means that none is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceSums:
+    """Counts over questions. Never changed in place."""
+
+    count: int = 0
+    correct: int = 0
+    ambiguous: int = 0
+    unparsed: int = 0
+
+    def add(self, other: "ChoiceSums") -> "ChoiceSums":
+        """Return the counts over the questions of both."""
+        return ChoiceSums(
+            count=self.count + other.count,
+            correct=self.correct + other.correct,
+            ambiguous=self.ambiguous + other.ambiguous,
+            unparsed=self.unparsed + other.unparsed,
+        )
+
+    def integers(self) -> list[int]:
+        """Return every count in a fixed order, to be added over ranks."""
+        return [self.count, self.correct, self.ambiguous, self.unparsed]
+
+    @classmethod
+    def from_integers(cls, values: list[int]) -> "ChoiceSums":
+        """Return the counts that `integers` listed."""
+        count, correct, ambiguous, unparsed = values
+        return cls(count=count, correct=correct, ambiguous=ambiguous, unparsed=unparsed)
+
+    def summary(self) -> dict[str, float | int]:
+        """Return the accuracy, a fraction, and the counts. Raises: DataError on no question."""
+        if self.count == 0:
+            raise DataError("multiple choice: found 0 questions, expected at least 1; check the split and the filters")
+        return {
+            "accuracy": self.correct / self.count,
+            "count": self.count,
+            "ambiguous": self.ambiguous,
+            "unparsed": self.unparsed,
+        }
+
+
+def score_choice(answer: str, *, question: str, right: str, where: str) -> ChoiceSums:
+    """Return the counts of one question by the `standard` protocol.
+
+    question: with its options. right: the right answer, as in the file. Raises: DataError (see `right_letter`).
+    """
+    options = read_options(question, where)
+    choice = parse_choice(answer, options)
+    return ChoiceSums(
+        count=1,
+        correct=int(choice.letter == right_letter(right, options, where)),
+        ambiguous=int(choice.ambiguous),
+        unparsed=int(choice.letter is None and not choice.ambiguous),
+    )
+
+
+def score_choice_as_released(answer: str, *, right: str) -> ChoiceSums:
+    """Return the counts of one question by the `paper` protocol: the right answer is a part of the generated text."""
+    return ChoiceSums(count=1, correct=int(right in answer))
+
+
+def read_options(question: str, where: str) -> dict[str, str]:
+    """Return the options of a question by letter: one a line, or all in one line.
+
+    Letters must run from A without a gap, so that "Dr. A. Smith" is no option. Raises: DataError below two options.
+    """
+    for pattern in (_OPTION, _INLINE_OPTION):
+        found = pattern.findall(question)
+        letters = [letter for letter, _ in found]
+        if len(found) >= 2 and letters == [chr(ord("A") + i) for i in range(len(found))]:
+            return dict(found)
+    raise DataError(
+        f"{where}: found no options in question {question!r}, expected two or more such as 'A. red' with letters in "
+        "order; repair the file, or score it with the protocol 'paper'"
+    )
+
+
+def right_letter(right: str, options: Mapping[str, str], where: str) -> str:
+    """Return the letter of the right answer, which is a letter, a text, or both. Raises: DataError if unclear."""
+    choice = parse_choice(right, options)
+    if choice.letter is None:
+        raise DataError(
+            f"{where}: found the right answer {right!r}, expected exactly one of {dict(options)}; repair the file"
+        )
+    return choice.letter
+
+
+def parse_choice(answer: str, options: Mapping[str, str]) -> Choice:
+    """Return the one option that an answer names, by the rules at the top of this file."""
+    answer = " ".join(_CONTROL.sub(" ", answer).split()).strip("\"'`*")
+    letters = _named_letters(answer, options)
+    texts = _named_texts(answer, options)
+    if len(letters) == 1:
+        agrees = not texts or letters <= texts
+        return Choice(letter=next(iter(letters)) if agrees else None, ambiguous=not agrees)
+    named = letters or texts
+    return Choice(letter=next(iter(named)) if len(named) == 1 else None, ambiguous=len(named) > 1)
+
+
+def _named_letters(answer: str, options: Mapping[str, str]) -> set[str]:
+    if re.fullmatch(r"[(\[]?[A-Za-z][)\].:]{0,2}", answer):
+        letter = answer.strip("()[].:").upper()
+        return {letter} & options.keys()
+    # An option's text may hold capitals that stand alone ("vitamin B"): they are not looked at.
+    rest = _texts_pattern(options).sub(" _ ", answer)
+    letters = "".join(options)
+    patterns = [
+        rf"[(\[]([{letters}])[)\]]",
+        rf"(?<![\w.])([{letters}])(?:[,;)]|[.:](?!\w))",
+        rf"(?<!\w)([{letters}])$",
+        rf"(?<!\w)([{letters}])(?=\s+(?:or|and|nor)\s+[{letters}](?!\w))",
+        rf"(?i:\b(?:answer|option|choice)\b(?:\s+is)?\s*:?)\s*([{letters}])(?!\w)",
+    ]
+    clear = "".join(letter for letter in letters if letter not in ENGLISH_WORDS)
+    if clear:
+        patterns.append(rf"(?<![\w'])([{clear}])(?![\w'])")
+    return {letter for pattern in patterns for letter in re.findall(pattern, rest)}
+
+
+def _named_texts(answer: str, options: Mapping[str, str]) -> set[str]:
+    found = {_folded(text) for text in _texts_pattern(options).findall(answer)}
+    return {letter for letter, text in options.items() if _folded(text.rstrip(".")) in found}
+
+
+def _texts_pattern(options: Mapping[str, str]) -> re.Pattern[str]:
+    """Return what finds the options' texts as whole words, the longest first."""
+    texts = sorted({text.rstrip(".") for text in options.values()}, key=len, reverse=True)
+    parts = [r"\s+".join(map(re.escape, text.split())) for text in texts if text]
+    # (?!) finds nothing: an empty alternative would find every place.
+    return re.compile(r"(?<!\w)(?:" + ("|".join(parts) or "(?!)") + r")(?!\w)", re.IGNORECASE)
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.split()).casefold()
