@@ -165,16 +165,17 @@ class CheckpointConfig:
 class PredictConfig:
     """How answers are generated."""
 
-    max_new_tokens: int = 32
+    max_new_tokens: int | None = None
+    """Longest answer; None: as long as the task needs, 32 for masks alone and 512 where there is text to be said."""
     prompt: str = "standard"
-    """standard: a plain request. paper: with the leading space of the released evaluation. short: the expression
-    alone."""
+    """standard: a plain request. paper: with the stray blanks of the released evaluation. short: the expression
+    alone, for referring segmentation only."""
     mask: str = "union"
     """union of all generated [SEG], or only the `first` one as in the released evaluation."""
     answer: str = "generated"
     """generated, or `forced` to "It is [SEG]."."""
     batch_size: int = 32
-    """Most expressions about one image that are answered at once."""
+    """Most questions about one image that are answered at once."""
 
     def __post_init__(self) -> None:
         """Check the choices."""
@@ -224,7 +225,7 @@ class TrainConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     predict: PredictConfig = field(default_factory=PredictConfig)
     evals: dict[str, Any] = field(default_factory=dict)
-    """Name -> `_target_` and arguments of a function that returns expressions to score."""
+    """Name -> `_target_` and arguments of a function that returns expressions to score, or a task."""
 
 
 @dataclass(kw_only=True)

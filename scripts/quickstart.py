@@ -116,7 +116,7 @@ def report(config: TrainConfig, run_dir: Path, timing: Timing) -> None:
             f"{config.optim.steps} steps of {config.data.packs_per_step} images, seed {config.seed}",
             f"training {timing.seconds['train']:.0f} s, scoring {timing.seconds['evaluate']:.0f} s",
             f"code {code_version()}",
-            "testA: all objects of a picture have one shape. testB: pairs of colour and shape that training never showed.",
+            "testA: all objects of a picture have one shape. testB: pairs of colour and shape not seen in training.",
             f"Masks at stride {config.model.architecture.mask_stride}, scored at image size; missing = empty mask.",
         ],
         tables={

@@ -1,16 +1,18 @@
 """The only inference path: questions about one image in, text and masks at image size out.
 
-Place in the flow: `evaluation/refer_seg.py`, `scripts/predict.py` and validation during training call `Predictor.ask`.
+Place in the flow: `evaluation/engine.py`, `scripts/predict.py` and validation during training call `Predictor.ask`.
 The image is encoded once, all questions about it run as one batch over its cache, pixel features are made once and
-only when an answer holds a [SEG].
+only when an answer holds a [SEG]. Visual prompts change the image's own states, so that questions about other regions
+need another prefix: `ask_overlays` encodes them one after another and answers them as one batch.
 
     predictor.ask(image, ["Please segment the cat."])[0]
         -> Reply(text="It is [SEG].", masks=<bool 1x427x640>, scores=(0.93,))
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,14 +22,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pixel_sail.config import PredictConfig
-from pixel_sail.model.generation import Answer, ImagePrefix, encode_image, generate
+from pixel_sail.model.generation import Answer, ImagePrefix, encode_image, generate, stack_prefixes
 from pixel_sail.model.mask_head import mask_logits
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, load_model
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor, image_positions
-from pixel_sail.types import BoolMask, VisualPrompt
+from pixel_sail.types import BoolMask, SizeHW, VisualPrompt
 
 FORCED_ANSWER = "It is [SEG]."
 """The answer that is put into the model's mouth with `predict.answer=forced` (released retry)."""
+
+SHORT_ANSWER_TOKENS = 32
+"""Longest answer where nothing else is said: enough for masks alone."""
+
+Overlay = tuple[tuple[VisualPrompt, ...], Sequence[str]]
+"""Visual prompts, and the questions that are asked with them painted on the image."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -70,7 +78,10 @@ class Predictor:
         model.to(torch.device(device))  # type: ignore[arg-type]
         return cls(model, PixelSailProcessor.from_pretrained(folder), config)
 
-    @torch.no_grad()
+    def changed(self, **settings: Any) -> "Predictor":
+        """Return the same model with other settings."""
+        return Predictor(self.model, self.processor, replace(self.config, **settings))
+
     def ask(
         self, image: Image.Image | None, questions: Sequence[str], prompts: tuple[VisualPrompt, ...] = ()
     ) -> list[Reply]:
@@ -78,29 +89,53 @@ class Predictor:
 
         Raises: DataError for a visual prompt the model has no token for.
         """
-        prefix = None if image is None else self._encode(image, prompts)
+        return self.ask_overlays(image, [(prompts, questions)])[0]
+
+    @torch.no_grad()
+    def ask_overlays(self, image: Image.Image | None, overlays: Sequence[Overlay]) -> list[list[Reply]]:
+        """Answer the questions of every overlay of one image, as `ask` would answer them one overlay at a time.
+
+        Raises: DataError for a visual prompt the model has no token for.
+        """
+        rows = [(index, question) for index, (_, questions) in enumerate(overlays) for question in questions]
+        patches = None if image is None else self.processor.image_patches(image)
         image_hw = (0, 0) if image is None else (image.height, image.width)
-        replies: list[Reply] = []
-        for start in range(0, len(questions), self.config.batch_size):
-            texts = [self._question_ids(question) for question in questions[start : start + self.config.batch_size]]
-            answers = generate(
-                self.model,
-                prefix,
-                texts,
-                max_new_tokens=self.config.max_new_tokens if self.config.answer == "generated" else 0,
-                end_ids=(self.processor.end_id, self.processor.turn_end_id),
-            )
-            replies += self._replies(answers, prefix, image_hw)
+        replies: list[list[Reply]] = [[] for _ in overlays]
+        prefixes: dict[int, ImagePrefix] = {}
+        for start in range(0, len(rows), self.config.batch_size):
+            batch = rows[start : start + self.config.batch_size]
+            owners = [index for index, _ in batch]
+            if patches is not None:
+                # The last overlay of the batch before may go on in this one.
+                prefixes = {i: prefixes.get(i) or self._encode(*patches, overlays[i][0]) for i in dict.fromkeys(owners)}
+            answers = self._generate([question for _, question in batch], [prefixes[i] for i in owners if prefixes])
+            for index in dict.fromkeys(owners):
+                own = [answer for owner, answer in zip(owners, answers, strict=True) if owner == index]
+                replies[index] += self._replies(own, prefixes.get(index), image_hw)
         return replies
+
+    def _generate(self, questions: Sequence[str], prefixes: Sequence[ImagePrefix]) -> list[Answer]:
+        """Return the answers; there is one prefix per question, often the same one, or none at all."""
+        prefix = None
+        if prefixes:
+            is_shared = all(other is prefixes[0] for other in prefixes)
+            prefix = prefixes[0] if is_shared else stack_prefixes(prefixes)
+        limit = SHORT_ANSWER_TOKENS if self.config.max_new_tokens is None else self.config.max_new_tokens
+        return generate(
+            self.model,
+            prefix,
+            [self._question_ids(question) for question in questions],
+            max_new_tokens=limit if self.config.answer == "generated" else 0,
+            end_ids=(self.processor.end_id, self.processor.turn_end_id),
+        )
 
     def _question_ids(self, question: str) -> list[int]:
         """Return the tokens of a question, with the forced answer behind it where one is configured."""
         ids = self.processor.question_ids(question)
         return ids + self.processor.text_ids(FORCED_ANSWER) if self.config.answer == "forced" else ids
 
-    def _encode(self, image: Image.Image, prompts: tuple[VisualPrompt, ...]) -> ImagePrefix:
-        """Encode the image with its visual prompts."""
-        patches, grid = self.processor.image_patches(image)
+    def _encode(self, patches: Tensor, grid: SizeHW, prompts: tuple[VisualPrompt, ...]) -> ImagePrefix:
+        """Encode the patches of an image with its visual prompts."""
         painted = self.processor.paint_prompts(prompts, grid, "question")
         device = self.model.device
         return encode_image(self.model, patches.to(device), grid, image_positions(grid).to(device), painted.to(device))

@@ -1,9 +1,10 @@
 """The report of a run: scores as tables, the loss curve, and pictures of what was asked, predicted and true.
 
-Place in the flow: the quickstart calls `write_report` after scoring. It writes `report.md`, `report.html` (one file,
-pictures inside) and `examples/*.png` into the run folder. A row of the pictures:
+Place in the flow: `run.py` and the quickstart call `write_report` after scoring. It writes `report.md`, `report.html`
+(one file, pictures inside) and `examples/*.png` into the run folder. Every task makes `Case`s of its items; one of
+referring segmentation shows
 
-    image | "the small striped circle" | predicted mask | true mask | IoU 0.87
+    image | predicted mask | true mask | "the small striped circle" (IoU 0.87, answer: It is [SEG].)
 """
 
 import base64
@@ -13,20 +14,26 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pixel_sail.data.images import load_image
 from pixel_sail.data.masks import decode_rle
 from pixel_sail.evaluation.overlay import PREDICTED_COLOR, TRUE_COLOR, Picture, paint
+from pixel_sail.evaluation.photos import Photo
+from pixel_sail.evaluation.predictions import prediction_key, score_prediction
 from pixel_sail.files import replace_text
-from pixel_sail.metrics.iou import IoUSums
-from pixel_sail.types import RLE, BoolMask, Expression, Prediction
+from pixel_sail.types import RLE, Expression, Prediction
 
 Scores = Mapping[str, float | int]
+Item = TypeVar("Item")
 
-COLUMNS = ("ciou", "giou", "p50", "p70", "p90", "count", "missing")
+COLUMNS = ("ciou", "giou", "p50", "p70", "p90", "n_acc", "t_acc")
+"""Scores that stand first in a table; other ones follow, but for these."""
+LAST_COLUMNS = ("count", "missing")
+HIDDEN_COLUMNS = ("p60", "p80", *(f"{prefix}bleu{order}" for prefix in ("", "paper_") for order in (1, 2, 3)))
+
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem }
@@ -38,39 +45,66 @@ image-rendering: pixelated } figcaption { font-size: .9rem } .dim { color: #666 
 """
 
 
+Color = tuple[int, int, int]
+
+Panel = tuple[tuple[RLE, Color], ...]
+"""Masks painted on one copy of the image, with their colours."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One expression with its prediction, ready to be shown."""
+    """One item with what was answered, ready to be shown."""
 
-    expression: Expression
-    prediction: Prediction
-    iou: float
+    text: str
+    """What was asked."""
+    answer: str
+    photo: Photo
+    panels: tuple[Panel, ...]
+    """Shown right of the plain image."""
+    expected: str = ""
+    """Where the answer is text, what it should have been."""
+    iou: float | None = None
 
     def picture(self) -> Picture:
-        """Return image, image with predicted mask and image with true mask side by side [H, 3 W + gaps, 3]."""
-        item = self.expression
-        image = load_image(item.image_path, where=f"image {item.image_id}", expected_hw=item.image_hw)
-        predicted = paint(image, _mask(self.prediction.segmentation, item), PREDICTED_COLOR)
-        true = paint(image, _mask(item.target, item), TRUE_COLOR)
-        gap = np.full((item.image_hw[0], 4, 3), 255, dtype=np.uint8)
-        return np.concatenate((np.asarray(image), gap, predicted, gap, true), axis=1)
+        """Return the image and its panels side by side [H, W of all + gaps, 3]."""
+        image = self.photo.open(str(self.photo.path))
+        gap = np.full((image.height, 4, 3), 255, dtype=np.uint8)
+        parts = [np.asarray(image)]
+        for panel in self.panels:
+            painted: Picture = np.asarray(image)
+            for rle, color in panel:
+                painted = paint(painted, decode_rle(rle), color)
+            parts += [gap, painted]
+        return np.concatenate(parts, axis=1)
+
+    def remarks(self) -> str:
+        """Return what stands beside the question."""
+        iou = [] if self.iou is None else [f"IoU {self.iou:.2f}"]
+        expected = [f"expected: {self.expected}"] if self.expected else []
+        return ", ".join([*iou, f"answer: {self.answer}", *expected])
 
 
-def _mask(rle: RLE | None, item: Expression) -> BoolMask:
-    """Return a mask, empty for None."""
-    return np.zeros(item.image_hw, dtype=bool) if rle is None else decode_rle(rle)
+def expression_case(item: Expression, prediction: Prediction, *, is_upright: bool = False) -> Case:
+    """Return an expression with its predicted and its true mask."""
+    masks = ((prediction.segmentation, PREDICTED_COLOR), (item.target, TRUE_COLOR))
+    return Case(
+        text=item.text,
+        answer=prediction.answer,
+        photo=Photo(path=item.image_path, size_hw=item.image_hw, is_upright=is_upright),
+        panels=tuple(() if rle is None else ((rle, color),) for rle, color in masks),
+        iou=score_prediction(item, prediction).iou_sum,
+    )
+
+
+def spread(items: Sequence[Item], number: int) -> list[Item]:
+    """Return `number` items at even distances, good and bad as they come."""
+    return [items[int(i)] for i in np.linspace(0, len(items) - 1, min(number, len(items)))]
 
 
 def spread_cases(items: Sequence[Expression], predictions: Sequence[Prediction], number: int) -> list[Case]:
-    """Return `number` cases at even distances over the split, good and bad as they come."""
-    by_id = {(p.ref_id, p.sent_id): p for p in predictions}
-    chosen = [items[int(i)] for i in np.linspace(0, len(items) - 1, min(number, len(items)))]
-    cases = []
-    for item in chosen:
-        prediction = by_id[(item.ref_id, item.sent_id)]
-        sums = IoUSums.from_rles(prediction.segmentation, item.target)
-        cases.append(Case(expression=item, prediction=prediction, iou=sums.iou_sum))
-    return cases
+    """Return `number` expressions at even distances over the split with their predictions."""
+    by_id = {prediction_key(prediction): prediction for prediction in predictions}
+    return [expression_case(item, by_id[prediction_key(item)]) for item in spread(items, number)]
 
 
 def write_report(
@@ -92,16 +126,19 @@ def write_report(
     if log_file is not None:
         page += ["<h2>Training loss</h2>", loss_curve(log_file)]
     for heading, shown in cases.items():
-        text += ["", f"## Examples from {heading}: image, predicted mask, true mask", ""]
-        page += [f"<h2>Examples from {html.escape(heading)}: image, predicted mask, true mask</h2>", "<div class=grid>"]
+        title_of_cases = f"Examples from {heading}{_legend(shown)}"
+        text += ["", f"## {title_of_cases}", ""]
+        page += [f"<h2>{html.escape(title_of_cases)}</h2>", "<div class=grid>"]
         for index, case in enumerate(shown):
             name = f"examples/{heading}_{index:02d}.png"
             data = _save_png(folder / name, case.picture())
-            caption = f"{case.expression.text} (IoU {case.iou:.2f}, answer: {case.prediction.answer})"
-            text += [f"**{caption}**", "", f"![{case.expression.text}]({name})", ""]
+            caption = f"{case.text} ({case.remarks()})".replace("\n", " ")
+            text += [f"**{caption}**", "", f"![{heading} {index}]({name})", ""]
             page.append(_figure(case, data))
         page.append("</div>")
-    _save_png(folder / "montage.png", montage([case for shown in cases.values() for case in shown[:2]]))
+    masks = [case for shown in cases.values() for case in shown[:2] if case.iou is not None]
+    if masks:
+        _save_png(folder / "montage.png", montage(masks))
     replace_text(folder / "report.md", "\n".join(text) + "\n")
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
     view = '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -116,7 +153,7 @@ def montage(cases: Sequence[Case], columns: int = 2, width: int = 640) -> Pictur
         picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.NEAREST)
         cell = Image.new("RGB", (width + 16, picture.height + 44), "white")
         cell.paste(picture, (8, 34))
-        caption = f'"{case.expression.text}"   IoU {case.iou:.2f}'
+        caption = f'"{case.text}"   IoU {case.iou:.2f}'
         ImageDraw.Draw(cell).text((8, 8), caption, fill="black", font=ImageFont.load_default(18))
         cells.append(np.asarray(cell))
     rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
@@ -130,11 +167,17 @@ def montage(cases: Sequence[Case], columns: int = 2, width: int = 640) -> Pictur
     return page
 
 
+def _legend(cases: Sequence[Case]) -> str:
+    """Return what the panels show."""
+    is_masks = any(case.iou is not None for case in cases)
+    return ": image, predicted mask, true mask" if is_masks else ": image, marked or predicted, true where there is one"
+
+
 def _figure(case: Case, png: bytes) -> str:
     """Return one picture with its caption as HTML."""
     source = base64.b64encode(png).decode()
-    caption = f'"{html.escape(case.expression.text)}" <span class=dim>IoU {case.iou:.2f}</span>'
-    image = f'<img alt="{html.escape(case.expression.text)}" src="data:image/png;base64,{source}">'
+    caption = f'"{html.escape(case.text)}" <span class=dim>{html.escape(case.remarks())}</span>'
+    image = f'<img alt="{html.escape(case.text)}" src="data:image/png;base64,{source}">'
     return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
@@ -154,21 +197,30 @@ def _cell(value: float | int | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
+def _columns(rows: Mapping[str, Scores]) -> list[str]:
+    """Return the scores that any row has, the usual ones first."""
+    found = dict.fromkeys(name for scores in rows.values() for name in scores)
+    others = [name for name in found if name not in (*COLUMNS, *LAST_COLUMNS, *HIDDEN_COLUMNS)]
+    return [name for name in (*COLUMNS, *others, *LAST_COLUMNS) if name in found]
+
+
 def _markdown_table(rows: Mapping[str, Scores]) -> list[str]:
     """Return rows of scores as a Markdown table."""
-    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
+    columns = _columns(rows)
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     return lines + [
-        f"| {name} | " + " | ".join(_cell(scores.get(column)) for column in COLUMNS) + " |"
+        f"| {name} | " + " | ".join(_cell(scores.get(column)) for column in columns) + " |"
         for name, scores in rows.items()
     ]
 
 
 def _html_table(rows: Mapping[str, Scores]) -> list[str]:
     """Return rows of scores as an HTML table."""
-    head = "".join(f"<th>{column}</th>" for column in COLUMNS)
+    columns = _columns(rows)
+    head = "".join(f"<th>{column}</th>" for column in columns)
     body = [
         f"<tr><td>{html.escape(name)}</td>"
-        + "".join(f"<td>{_cell(scores.get(column))}</td>" for column in COLUMNS)
+        + "".join(f"<td>{_cell(scores.get(column))}</td>" for column in columns)
         + "</tr>"
         for name, scores in rows.items()
     ]

@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from pixel_sail.config import LogConfig, PredictConfig, ValidationConfig
-from pixel_sail.data.images import load_image
+from pixel_sail.config import ConfigError, LogConfig, PredictConfig, ValidationConfig
 from pixel_sail.data.masks import decode_rle
 from pixel_sail.evaluation.overlay import PREDICTED_COLOR, TRUE_COLOR, Picture, paint
 from pixel_sail.evaluation.predict import Predictor
-from pixel_sail.evaluation.refer_seg import first_images, score_in_memory
+from pixel_sail.evaluation.predictions import prediction_key
+from pixel_sail.evaluation.refer_seg import KIND, ReferTask, as_task, score_in_memory
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.training.log import RunLog
@@ -21,28 +21,45 @@ from pixel_sail.types import Expression, Prediction
 
 
 def validation_for(
-    evals: Mapping[str, Sequence[Expression]], predict: PredictConfig, config: ValidationConfig, log_config: LogConfig
+    evals: Mapping[str, Sequence[Expression] | ReferTask],
+    predict: PredictConfig,
+    config: ValidationConfig,
+    log_config: LogConfig,
 ) -> Callable[[PixelSailForSegmentation, PixelSailProcessor, int, RunLog], None]:
-    """Return the function the training loop calls to score the model after a step."""
-    chosen = {name: first_images(items, config.max_images) for name, items in evals.items()}
+    """Return the function the training loop calls to score the model after a step.
+
+    Raises: ConfigError for an eval that is not referring segmentation.
+    """
+    tasks = {name: _refer_task(built, f"evals.{name}") for name, built in evals.items()}
+    chosen = {name: task.first_images(config.max_images, predict.prompt) for name, task in tasks.items()}
 
     def evaluate(model: PixelSailForSegmentation, processor: PixelSailProcessor, step: int, log: RunLog) -> None:
         predictor = Predictor(model, processor, predict)
-        for name, items in chosen.items():
-            sums, predictions = score_in_memory(predictor, items)
+        for name, task in chosen.items():
+            sums, predictions = score_in_memory(predictor, task)
             log.scalars(step, {f"{name}/{key}": value for key, value in sums.summary().items()})
-            log.overlays(step, name, overlays(items, predictions[: log_config.overlays]))
+            log.overlays(step, name, overlays(task, predictions[: log_config.overlays]))
 
     return evaluate
 
 
-def overlays(items: Sequence[Expression], predictions: Sequence[Prediction]) -> list[tuple[str, Picture]]:
+def _refer_task(built: Sequence[Expression] | ReferTask, where: str) -> ReferTask:
+    """Return the task of an eval. Raises: ConfigError for another kind, whose scores do not add up over ranks."""
+    task: ReferTask = as_task(built, where)
+    if task.kind != KIND:
+        raise ConfigError(
+            f"{where}: found {task.kind}, but training scores {KIND} only; score it with scripts/evaluate.py"
+        )
+    return task
+
+
+def overlays(task: ReferTask, predictions: Sequence[Prediction]) -> list[tuple[str, Picture]]:
     """Return (caption, picture [H, W, 3]) of each prediction, the true mask left and the predicted one right."""
-    by_id = {(item.ref_id, item.sent_id): item for item in items}
+    by_id = {prediction_key(item): item for item in task.items}
     pictures = []
     for prediction in predictions:
-        item = by_id[(prediction.ref_id, prediction.sent_id)]
-        image = load_image(item.image_path, where=f"image {item.image_id}", expected_hw=item.image_hw)
+        item = by_id[prediction_key(prediction)]
+        image = task.case(item, prediction).photo.open(f"image {item.image_id}")
         empty = np.zeros(item.image_hw, dtype=bool)
         true = decode_rle(item.target) if item.target is not None else empty
         predicted = decode_rle(prediction.segmentation) if prediction.segmentation is not None else empty

@@ -24,7 +24,7 @@ class ImagePrefix:
     """An encoded image: what later tokens attend to, and where their positions start."""
 
     key_values: list[KeyValue]
-    """Per layer keys and values [1, G, T, E]."""
+    """Per layer keys and values [1, G, T, E], or [R, G, T, E] after `stack_prefixes`."""
     hidden_1TD: Tensor
     grid_hw: tuple[int, int]
     next_position: int
@@ -73,6 +73,23 @@ def encode_image(
     return ImagePrefix(key_values=key_values, hidden_1TD=hidden, grid_hw=grid_hw, next_position=next_position)
 
 
+def stack_prefixes(prefixes: Sequence[ImagePrefix]) -> ImagePrefix:
+    """Return one prefix per text as a batch, for `generate`: the same image with different visual prompts.
+
+    Its `patch_states` are those of the first; take them from the single prefixes. Raises: ValueError if grids differ.
+    """
+    first = prefixes[0]
+    if any(prefix.grid_hw != first.grid_hw for prefix in prefixes):
+        raise ValueError(f"stack_prefixes: grids {[p.grid_hw for p in prefixes]} differ, expected those of one image")
+    layers = zip(*(prefix.key_values for prefix in prefixes), strict=True)
+    return ImagePrefix(
+        key_values=[(torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer])) for layer in layers],
+        hidden_1TD=first.hidden_1TD,
+        grid_hw=first.grid_hw,
+        next_position=first.next_position,
+    )
+
+
 @torch.no_grad()
 def generate(
     model: PixelSailForSegmentation,
@@ -84,6 +101,7 @@ def generate(
 ) -> list[Answer]:
     """Continue every text greedily after the shared prefix (None: no image) until an end token or the length limit.
 
+    A stacked prefix holds one for each text instead.
     Raises: ValueError for an empty text.
     """
     if not texts:

@@ -1,0 +1,87 @@
+"""Answers about regions and whole images as lines of a file: what every task but referring segmentation writes.
+
+Place in the flow: predictor -> engine -> `<output>/<eval>/predictions.jsonl` -> the scorer of the task, which takes
+what it needs from the answer. Nothing is cleaned before it is written, so one file can be scored in several ways:
+
+    {"item_id": "sa_1.jpg/0.0", "question": "Can you provide ... <Prompt0>?", "answer": "<Prompt0>: a red cup.",
+     "masks": [], "is_retry": false}
+
+"masks" has one RLE per [SEG] of the answer, in order; "is_retry" says that the answer had none, so that the masks are
+those of a second answer that was forced to begin with one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from pixel_sail.data.masks import check_rle
+from pixel_sail.evaluation.record_files import Json, RecordFormat, check_fields, check_kinds
+from pixel_sail.evaluation.task import Answered
+from pixel_sail.rle import encode_mask
+from pixel_sail.types import RLE, DataError
+
+_FIELDS = ("item_id", "question", "answer", "masks", "is_retry")
+_KINDS: dict[str, type] = {"item_id": str, "question": str, "answer": str, "masks": list, "is_retry": bool}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemAnswer:
+    """What the model said about one item."""
+
+    item_id: str
+    question: str
+    answer: str
+    """With special tokens, without the ending token."""
+    masks: tuple[RLE, ...] = ()
+    is_retry: bool = False
+
+
+def _to_json(answer: ItemAnswer, where: str) -> Json:
+    for index, mask in enumerate(answer.masks):
+        check_rle(mask, None, f"{where} {answer.item_id}, mask {index}")
+    return asdict(answer)
+
+
+def _from_json(line: Json, where: str) -> ItemAnswer:
+    check_fields(line, _FIELDS, (), where)
+    check_kinds(line, _KINDS, where)
+    masks = tuple(check_rle(mask, None, f"{where}: mask {index}") for index, mask in enumerate(line["masks"]))
+    return ItemAnswer(**{**line, "masks": masks})
+
+
+def answer_key(answer: ItemAnswer) -> str:
+    """Return what names an item within its benchmark."""
+    return answer.item_id
+
+
+ANSWERS: RecordFormat[ItemAnswer, str] = RecordFormat(
+    to_json=_to_json, from_json=_from_json, key=answer_key, key_name="item_id"
+)
+
+
+def in_order(item_ids: Sequence[str], answers: Sequence[ItemAnswer]) -> list[ItemAnswer]:
+    """Return the answers in the order of the items.
+
+    Raises: DataError for an item that occurs twice, has no answer, or for an answer to no item.
+    """
+    by_id: dict[str, ItemAnswer] = {}
+    for answer in answers:
+        ANSWERS.add_unique(by_id, answer, "answers")
+    unknown, unanswered = by_id.keys() - set(item_ids), set(item_ids) - by_id.keys()
+    if unknown or unanswered or len(set(item_ids)) != len(item_ids):
+        raise DataError(
+            f"answers: found {len(answers)} to {len(item_ids)} items ({len(set(item_ids))} different), "
+            f"{len(unknown)} to none of them, first {min(unknown, default=None)}, and {len(unanswered)} items without "
+            f"an answer, first {min(unanswered, default=None)}; expected one each. Is it the file of this benchmark?"
+        )
+    return [by_id[item_id] for item_id in item_ids]
+
+
+def item_answer(item_id: str, answered: Answered) -> ItemAnswer:
+    """Return what was said about an item, masks at image size."""
+    return ItemAnswer(
+        item_id=item_id,
+        question=answered.question.text,
+        answer=answered.reply.text,
+        masks=tuple(encode_mask(mask) for mask in answered.reply.masks_NHW),
+        is_retry=answered.is_retry,
+    )

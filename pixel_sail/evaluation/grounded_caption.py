@@ -1,0 +1,155 @@
+"""Grounded captions: an image is described, with a mask for every phrase that can be seen.
+
+Place in the flow: `data/sources/gcg_benchmark.py` -> here -> `Task`, whose answers `metrics/captions.py` and
+`metrics/grounded_caption.py` compare. An eval in a config:
+
+    {_target_: pixel_sail.evaluation.grounded_caption.load, root: ..., split: val, image_dir: ...}
+
+An answer "<p> A man </p> [SEG] holds <p> a cup </p> [SEG]." with two masks is the caption "A man holds a cup." with the
+phrases "A man" and "a cup". Scores: meteor, cider, ... of the caption (they need Java, `score_text: false` leaves them
+out), ap50, miou and recall of masks and phrases; with `paper_` before the name as the release computes them. The recall
+compares phrases by a text encoder, `similarity_model`; without one it is `word_recall`, by the words they share.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from pixel_sail.data.fields import ImageFolders
+from pixel_sail.data.sources import gcg_benchmark
+from pixel_sail.data.wording.grounded_caption import PAPER_CAPTION_PROMPT, STANDARD_CAPTION_PROMPT
+from pixel_sail.evaluation.answers import ANSWERS, ItemAnswer, item_answer
+from pixel_sail.evaluation.overlay import PALETTE
+from pixel_sail.evaluation.photos import Photo
+from pixel_sail.evaluation.phrase_similarity import EncoderSimilarity
+from pixel_sail.evaluation.report import Case, Panel, Scores
+from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS, Answered, Question, Task, wording
+from pixel_sail.metrics.answer_text import GroundedText, grounded_text, grounded_text_as_released
+from pixel_sail.metrics.captions import check_caption_tools, check_references, score_captions
+from pixel_sail.metrics.grounded_caption import GroundedCaptionScores, Similarity, score_image, word_overlap
+from pixel_sail.metrics.java_tools import CaptionTools
+from pixel_sail.types import RLE, GroundedCaption
+
+KIND = "grounded captions"
+
+PROMPTS = {"standard": STANDARD_CAPTION_PROMPT, "paper": PAPER_CAPTION_PROMPT}
+
+READERS = {"standard": grounded_text, "paper": grounded_text_as_released}
+"""How each protocol takes caption and phrases from an answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """What is scored."""
+
+    similarity_model: Path | None
+    score_text: bool
+
+    def similarity(self) -> Similarity:
+        """Return the function that compares phrases. Raises: DataError when its model is not there."""
+        return word_overlap if self.similarity_model is None else EncoderSimilarity(self.similarity_model)
+
+
+def load(
+    *,
+    root: str | Path,
+    split: str,
+    image_dir: ImageFolders,
+    refuse_unpaired: bool = True,
+    similarity_model: str | Path | None = None,
+    score_text: bool = True,
+) -> Task[GroundedCaption, ItemAnswer]:
+    """Return one split; root, split, image_dir and refuse_unpaired are those of `gcg_benchmark.load`.
+
+    similarity_model: folder of a Hugging Face text encoder (release: bert-base-uncased). Raises: DataError.
+    """
+    items = gcg_benchmark.load(root=root, split=split, image_dir=image_dir, refuse_unpaired=refuse_unpaired)
+    model = None if similarity_model is None else Path(similarity_model)
+    scoring = Scoring(similarity_model=model, score_text=score_text)
+    return Task(
+        kind=KIND,
+        items=items,
+        question=_question,
+        record=_record,
+        format=ANSWERS,
+        score=partial(_score, scoring=scoring),
+        case=_case,
+        max_new_tokens=LONG_ANSWER_TOKENS,
+        check=partial(_check, items, scoring),
+    )
+
+
+def _question(item: GroundedCaption, prompt: str) -> Question:
+    return Question(
+        key=item.image_id,
+        image_id=item.image_id,
+        photo=Photo(path=item.image_path, size_hw=item.image_hw),
+        text=wording(PROMPTS, prompt, KIND),
+    )
+
+
+def _record(item: GroundedCaption, answered: Answered) -> ItemAnswer:
+    return item_answer(item.image_id, answered)
+
+
+def _case(item: GroundedCaption, answer: ItemAnswer) -> Case:
+    photo = Photo(path=item.image_path, size_hw=item.image_hw)
+    panels = (_panel(answer.masks), _panel(item.masks))
+    return Case(text=item.image_id, answer=answer.answer, photo=photo, panels=panels, expected=item.captions[0])
+
+
+def _panel(masks: Sequence[RLE]) -> Panel:
+    """Return masks in colours that repeat after the last one."""
+    return tuple((rle, PALETTE[index % len(PALETTE)]) for index, rle in enumerate(masks))
+
+
+def _check(items: Sequence[GroundedCaption], scoring: Scoring) -> None:
+    """Find out before inference whether answers can be scored. Raises: DataError."""
+    scoring.similarity()
+    if scoring.score_text:
+        check_caption_tools("standard")
+        check_references({item.image_id: item.captions for item in items}, "standard")
+
+
+def _score(items: Sequence[GroundedCaption], answers: Sequence[ItemAnswer], *, scoring: Scoring) -> Scores:
+    scores: dict[str, float | int] = {}
+    similarity = scoring.similarity()
+    references = {item.image_id: item.captions for item in items}
+    with CaptionTools() if scoring.score_text else nullcontext() as tools:
+        for protocol, read in READERS.items():
+            texts = {answer.item_id: read(answer.answer) for answer in answers}
+            summary = _score_masks(items, answers, texts, similarity, protocol)
+            if scoring.similarity_model is None:
+                summary["word_recall"] = summary.pop("recall")
+            if tools is not None:
+                captions = {image_id: text.caption for image_id, text in texts.items()}
+                summary |= score_captions(references, captions, protocol="standard", tools=tools).summary()
+            prefix = "" if protocol == "standard" else f"{protocol}_"
+            scores |= {f"{prefix}{key}": value for key, value in summary.items() if key not in ("count", "targets")}
+    return scores | {"targets": sum(len(item.masks) for item in items), "count": len(items)}
+
+
+def _score_masks(
+    items: Sequence[GroundedCaption],
+    answers: Sequence[ItemAnswer],
+    texts: Mapping[str, GroundedText],
+    similarity: Similarity,
+    protocol: str,
+) -> dict[str, float | int]:
+    """Return AP50, mIoU and recall of one protocol."""
+    images = [
+        score_image(
+            item.image_id,
+            predicted=answer.masks,
+            predicted_phrases=texts[item.image_id].phrases,
+            targets=item.masks,
+            target_phrases=item.phrases,
+            similarity=similarity,
+            protocol=protocol,
+        )
+        for item, answer in zip(items, answers, strict=True)
+    ]
+    together = tuple(image for scores in images for image in scores.images)
+    return GroundedCaptionScores(protocol=protocol, images=together).summary()

@@ -1,0 +1,59 @@
+"""How alike two phrases are, by a text encoder, for the recall of grounded captions.
+
+Place in the flow: `grounded_caption.py` gives `EncoderSimilarity(folder)` to `metrics/grounded_caption.py`, which calls
+it with two lists of phrases. The release takes bert-base-uncased:
+
+    EncoderSimilarity("data/bert-base-uncased")(["a man"], ["the man", "a cup"])  ->  [[0.93, 0.71]]   (numbers made up)
+
+Vectors are remembered by phrase, as most phrases of a benchmark occur many times.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModel, AutoTokenizer
+
+from pixel_sail.types import DataError
+
+BATCH_SIZE = 256
+
+
+class EncoderSimilarity:
+    """Cosine of the mean of the last states over all tokens of a phrase, its two special ones included (release)."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Remember the folder of a Hugging Face encoder; it is loaded when first needed. Raises: DataError."""
+        self._folder = Path(folder)
+        if not (self._folder / "config.json").is_file():
+            raise DataError(
+                f"{folder}: found no config.json, expected the folder of a Hugging Face text encoder such as "
+                "bert-base-uncased; download it, or set similarity_model=null to compare words only"
+            )
+        self._encoder: tuple[Any, Any] | None = None
+        self._vectors: dict[str, NDArray[np.float32]] = {}
+
+    def __call__(self, first: Sequence[str], second: Sequence[str]) -> NDArray[np.float64]:
+        """Return the cosines of every pair [A, B]."""
+        self._encode([text for text in dict.fromkeys((*first, *second)) if text not in self._vectors])
+        a, b = (np.stack([self._vectors[text] for text in texts]) for texts in (first, second))
+        return (a @ b.T).astype(np.float64)
+
+    @torch.no_grad()
+    def _encode(self, texts: Sequence[str]) -> None:
+        """Add the unit vectors of new phrases."""
+        if texts and self._encoder is None:
+            self._encoder = AutoTokenizer.from_pretrained(self._folder), AutoModel.from_pretrained(self._folder).eval()
+        for start in range(0, len(texts), BATCH_SIZE):
+            assert self._encoder is not None
+            tokenizer, model = self._encoder
+            batch = list(texts[start : start + BATCH_SIZE])
+            tokens = tokenizer(batch, padding=True, truncation=True, return_tensors="pt")
+            states_RTD = model(**tokens).last_hidden_state
+            is_token_RT1 = tokens["attention_mask"][..., None]
+            means_RD = (states_RTD * is_token_RT1).sum(1) / is_token_RT1.sum(1)
+            units = torch.nn.functional.normalize(means_RD.float(), dim=-1).numpy()
+            self._vectors.update(zip(batch, units, strict=True))

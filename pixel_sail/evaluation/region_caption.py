@@ -1,0 +1,149 @@
+"""Captions of marked regions: RefCOCOg's and PerBench's detailed ones.
+
+Place in the flow: `data/sources/region_caption.py` and `perbench.py` -> here -> `Task`, whose answers
+`metrics/captions.py` compares with what people wrote. Evals in a config:
+
+    {_target_: pixel_sail.evaluation.region_caption.load_refcocog, annotations: ..., image_dir: ...}
+    {_target_: pixel_sail.evaluation.region_caption.load_perbench, annotations: ..., image_dir: ...}
+
+Scores: METEOR, CIDEr, BLEU and ROUGE-L of the answer without marks; with `paper_` before the name, those of the
+release: of the text as its scripts clean it and, for PerBench, with reference and answer exchanged. `protocols` says
+which are computed. Both need Java, PerBench's `paper` also WordNet, which is looked for before anything is asked; with
+`protocols: []` captions are only written down, to be scored elsewhere.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from pixel_sail.config import ConfigError
+from pixel_sail.data.sources import perbench, region_caption
+from pixel_sail.data.wording.region import PERBENCH_CAPTION_PROMPT, REGION_CAPTION_PROMPT
+from pixel_sail.evaluation.answers import ANSWERS, ItemAnswer, item_answer
+from pixel_sail.evaluation.overlay import TRUE_COLOR
+from pixel_sail.evaluation.photos import Photo
+from pixel_sail.evaluation.report import Case, Scores
+from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS, Answered, Question, Task, wording
+from pixel_sail.metrics.answer_text import object_caption_as_released, plain_description, region_caption_as_released
+from pixel_sail.metrics.captions import check_caption_tools, check_references, score_captions
+from pixel_sail.metrics.java_tools import CaptionTools
+from pixel_sail.types import RegionCaption
+
+KIND = "region captions"
+
+CaptionTask = Task[RegionCaption, ItemAnswer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionProtocol:
+    """One way to score a caption."""
+
+    clean: Callable[[str], str]
+    """Answer -> what is compared."""
+    scoring: str
+    """Protocol of `metrics/captions.py`."""
+
+
+STANDARD = CaptionProtocol(clean=plain_description, scoring="standard")
+
+REFCOCOG_PROTOCOLS = {
+    "standard": STANDARD,
+    "paper": CaptionProtocol(clean=region_caption_as_released, scoring="standard"),
+}
+PERBENCH_PROTOCOLS = {
+    "standard": STANDARD,
+    "paper": CaptionProtocol(clean=object_caption_as_released, scoring="paper"),
+}
+
+
+def load_refcocog(
+    *,
+    annotations: str | Path,
+    image_dir: str | Path,
+    captions: str | Path | None = None,
+    protocols: Sequence[str] = ("standard", "paper"),
+) -> CaptionTask:
+    """Return RefCOCOg's region captions; the files are those of `region_caption.load_region_captions`.
+
+    Raises: DataError; ConfigError for an unknown protocol.
+    """
+    items = region_caption.load_region_captions(annotations, image_dir=image_dir, captions=captions)
+    return _task(items, prompt=REGION_CAPTION_PROMPT, chosen=_choose(REFCOCOG_PROTOCOLS, protocols))
+
+
+def load_perbench(
+    *, annotations: str | Path, image_dir: str | Path, protocols: Sequence[str] = ("standard", "paper")
+) -> CaptionTask:
+    """Return PerBench's detailed captions; the files are those of `perbench.load_captions`.
+
+    Raises: DataError; ConfigError for an unknown protocol.
+    """
+    items = perbench.load_captions(annotations, image_dir=image_dir)
+    return _task(items, prompt=PERBENCH_CAPTION_PROMPT, chosen=_choose(PERBENCH_PROTOCOLS, protocols))
+
+
+def _choose(known: dict[str, CaptionProtocol], names: Sequence[str]) -> dict[str, CaptionProtocol]:
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise ConfigError(f"{KIND}: found protocols {list(names)}, expected some of {sorted(known)}")
+    return {name: known[name] for name in names}
+
+
+def _task(items: Sequence[RegionCaption], *, prompt: str, chosen: dict[str, CaptionProtocol]) -> CaptionTask:
+    return Task(
+        kind=KIND,
+        items=items,
+        question=partial(_question, text=prompt),
+        record=_record,
+        format=ANSWERS,
+        score=partial(_score, chosen=chosen),
+        case=_case,
+        max_new_tokens=LONG_ANSWER_TOKENS,
+        check=partial(_check, items, chosen),
+    )
+
+
+def _question(item: RegionCaption, prompt: str, *, text: str) -> Question:
+    """Return the released question, which has no stray blanks to leave out."""
+    return Question(
+        key=item.item_id,
+        image_id=str(item.image_path),
+        photo=Photo(path=item.image_path, size_hw=item.image_hw),
+        text=wording({"standard": text, "paper": text}, prompt, KIND),
+        regions=(item.region,),
+        prompt_ids=(0,),
+    )
+
+
+def _record(item: RegionCaption, answered: Answered) -> ItemAnswer:
+    return item_answer(item.item_id, answered)
+
+
+def _case(item: RegionCaption, answer: ItemAnswer) -> Case:
+    photo = Photo(path=item.image_path, size_hw=item.image_hw)
+    shown = " / ".join(item.references)
+    panels = (((item.region, TRUE_COLOR),),)
+    return Case(text=answer.question, answer=answer.answer, photo=photo, panels=panels, expected=shown)
+
+
+def _check(items: Sequence[RegionCaption], chosen: dict[str, CaptionProtocol]) -> None:
+    """Find out before inference whether captions can be scored. Raises: DataError."""
+    for protocol in chosen.values():
+        check_caption_tools(protocol.scoring)
+        check_references({item.item_id: item.references for item in items}, protocol.scoring)
+
+
+def _score(
+    items: Sequence[RegionCaption], answers: Sequence[ItemAnswer], *, chosen: dict[str, CaptionProtocol]
+) -> Scores:
+    scores: dict[str, float | int] = {}
+    references = {item.item_id: item.references for item in items}
+    with CaptionTools() if chosen else nullcontext() as tools:
+        for name, protocol in chosen.items():
+            cleaned = {answer.item_id: protocol.clean(answer.answer) for answer in answers}
+            summary = score_captions(references, cleaned, protocol=protocol.scoring, tools=tools).summary()
+            prefix = "" if name == "standard" else f"{name}_"
+            scores |= {f"{prefix}{key}": value for key, value in summary.items() if key != "count"}
+    return scores | {"count": len(items)}

@@ -1,0 +1,95 @@
+"""Multiple-choice questions about a marked region: PerBench's.
+
+Place in the flow: `data/sources/perbench.py` -> here -> `Task`, whose answers `metrics/choice.py` judges. An eval in a
+config is `{_target_: pixel_sail.evaluation.region_choice.load, annotations: ..., image_dir: ...}`; `protocols: [paper]`
+does without reading the options, should a file write them in another way.
+
+Scores of one question with the options "A. red" and "B. blue", right answer "B. blue", generated "<Prompt0>: B":
+accuracy 1 (the letter names an option), paper_accuracy 0 (release: "B. blue" is no part of the text).
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from pixel_sail.config import ConfigError
+from pixel_sail.data.sources import perbench
+from pixel_sail.data.wording.region import PERBENCH_CHOICE_PROMPT
+from pixel_sail.evaluation.answers import ANSWERS, ItemAnswer, item_answer
+from pixel_sail.evaluation.overlay import TRUE_COLOR
+from pixel_sail.evaluation.photos import Photo
+from pixel_sail.evaluation.report import Case, Scores
+from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS, Answered, Question, Task, wording
+from pixel_sail.metrics.choice import ChoiceSums, score_choice, score_choice_as_released
+from pixel_sail.types import RegionChoice
+
+KIND = "region choices"
+
+PROMPTS = {"standard": PERBENCH_CHOICE_PROMPT, "paper": PERBENCH_CHOICE_PROMPT}
+"""The release has no stray blanks to leave out here."""
+
+
+PROTOCOLS = ("standard", "paper")
+
+
+def load(
+    *, annotations: str | Path, image_dir: str | Path, protocols: Sequence[str] = PROTOCOLS
+) -> Task[RegionChoice, ItemAnswer]:
+    """Return PerBench's choices; the files are those of `perbench.load_choices`.
+
+    Raises: DataError; ConfigError for an unknown protocol.
+    """
+    if not set(protocols) <= set(PROTOCOLS) or not protocols:
+        raise ConfigError(f"{KIND}: found protocols {list(protocols)}, expected one or more of {PROTOCOLS}")
+    items = perbench.load_choices(annotations, image_dir=image_dir)
+    return Task(
+        kind=KIND,
+        items=items,
+        question=_question,
+        record=_record,
+        format=ANSWERS,
+        score=partial(_score, protocols=protocols),
+        case=_case,
+        max_new_tokens=LONG_ANSWER_TOKENS,
+        check=partial(_check, items, protocols),
+    )
+
+
+def _question(item: RegionChoice, prompt: str) -> Question:
+    return Question(
+        key=item.item_id,
+        image_id=str(item.image_path),
+        photo=Photo(path=item.image_path, size_hw=item.image_hw),
+        text=wording(PROMPTS, prompt, KIND).format(question=item.question),
+        regions=(item.region,),
+        prompt_ids=(0,),
+    )
+
+
+def _record(item: RegionChoice, answered: Answered) -> ItemAnswer:
+    return item_answer(item.item_id, answered)
+
+
+def _case(item: RegionChoice, answer: ItemAnswer) -> Case:
+    photo = Photo(path=item.image_path, size_hw=item.image_hw)
+    panels = (((item.region, TRUE_COLOR),),)
+    return Case(text=item.question, answer=answer.answer, photo=photo, panels=panels, expected=item.answer)
+
+
+def _check(items: Sequence[RegionChoice], protocols: Sequence[str]) -> None:
+    """Read every question's options before inference. Raises: DataError for one that cannot be scored."""
+    for item in items if "standard" in protocols else ():
+        score_choice("", question=item.question, right=item.answer, where=item.item_id)
+
+
+def _score(items: Sequence[RegionChoice], answers: Sequence[ItemAnswer], *, protocols: Sequence[str]) -> Scores:
+    standard, released = ChoiceSums(), ChoiceSums()
+    for item, answer in zip(items, answers, strict=True):
+        released = released.add(score_choice_as_released(answer.answer, right=item.answer))
+        if "standard" in protocols:
+            sums = score_choice(answer.answer, question=item.question, right=item.answer, where=item.item_id)
+            standard = standard.add(sums)
+    scores = standard.summary() if "standard" in protocols else {}
+    if "paper" in protocols:
+        scores["paper_accuracy"] = released.summary()["accuracy"]
+    return scores | {"count": len(items)}

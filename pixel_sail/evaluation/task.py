@@ -1,0 +1,135 @@
+"""What a benchmark says about itself: its items, what is asked of each, what is written about each, how that is scored.
+
+Place in the flow: `refer_seg.py`, `region_caption.py`, `region_choice.py`, `visual_referring.py` and
+`grounded_caption.py` return a `Task`, the target of an eval in a config; `engine.py` asks it. An item of PerBench's
+detailed captions becomes
+
+    Question(key="sa_1.jpg/0.0", image_id="images/sa_1.jpg", photo=Photo(path=..., size_hw=(1365, 2048)),
+             text="Can you provide me with a detailed ... <Prompt0>? ...", regions=(rle,), prompt_ids=(0,))
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, Generic, Protocol, TypeVar
+
+from pixel_sail.config import ConfigError
+from pixel_sail.data.masks import decode_rle
+from pixel_sail.evaluation.photos import Photo
+from pixel_sail.evaluation.predict import Reply
+from pixel_sail.evaluation.record_files import Record, RecordFormat
+from pixel_sail.evaluation.report import Case, Scores
+from pixel_sail.types import RLE, VisualPrompt
+
+LONG_ANSWER_TOKENS = 512
+"""Longest answer of a task whose answer is text. Source: release."""
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is asked about one item. RLEs are decoded only while its image is worked on."""
+
+    key: Any
+    """Names the item within its benchmark, as the key of its record does."""
+    image_id: int | str
+    """Items with the same one are about the same photo; images are asked in the order of their ids."""
+    photo: Photo
+    text: str
+    regions: tuple[RLE, ...] = ()
+    prompt_ids: tuple[int, ...] = ()
+    """Which <Prompt{k}> each region is."""
+
+    def prompts(self) -> tuple[VisualPrompt, ...]:
+        """Return the visual prompts."""
+        pairs = zip(self.prompt_ids, self.regions, strict=True)
+        return tuple(VisualPrompt(prompt_id=prompt_id, mask=decode_rle(rle)) for prompt_id, rle in pairs)
+
+    def overlay_key(self) -> tuple[Any, ...]:
+        """Return what is equal for questions about one photo that see the same prompts on it."""
+        return (self.prompt_ids, tuple(rle["counts"] for rle in self.regions))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """A question with what the model said."""
+
+    question: Question
+    reply: Reply
+    is_retry: bool
+    """The reply has no mask of its own, its masks are those of a second answer that was forced to begin with one."""
+    mask_rule: str
+    """`predict.mask`, for tasks that write one mask."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(Generic[Item, Record]):
+    """One benchmark, ready to be asked."""
+
+    kind: str
+    """Tasks of one kind share a table of scores."""
+    items: Sequence[Item]
+    question: Callable[[Item, str], Question]
+    """(item, `predict.prompt`) -> question. Raises: ConfigError for a prompt the task does not have."""
+    record: Callable[[Item, Answered], Record]
+    """(item, what was said) -> what is written."""
+    format: RecordFormat[Record, Any]
+    score: Callable[[Sequence[Item], Sequence[Record]], Scores]
+    """(items, their records in the same order) -> scores by name."""
+    case: Callable[[Item, Record], Case]
+    """(item, record) -> a picture for the report."""
+    max_new_tokens: int
+    """Longest answer where `predict.max_new_tokens` does not say."""
+    retries_without_mask: bool = False
+    """An answer without a mask is asked again with "It is [SEG]." put into the model's mouth (release)."""
+    check: Callable[[], None] = lambda: None
+    """Called before anything is asked. Raises: DataError when scores could not be computed, say for want of Java."""
+
+    def questions(self, prompt: str) -> list[Question]:
+        """Return the question of every item, in order. Raises: ConfigError for a prompt the task does not have."""
+        return [self.question(item, prompt) for item in self.items]
+
+    def first_images(self, max_images: int, prompt: str) -> "Task[Item, Record]":
+        """Return the task with the items of its first images only, with all where `max_images` is 0."""
+        if max_images == 0:
+            return self
+        groups = by_image([Asked(item=item, question=self.question(item, prompt)) for item in self.items])
+        return replace(self, items=[asked.item for group in groups[:max_images] for asked in group])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked(Generic[Item]):
+    """An item with its question."""
+
+    item: Item
+    question: Question
+
+    @property
+    def image_id(self) -> int | str:
+        """Return which image it is about."""
+        return self.question.image_id
+
+
+class HasImage(Protocol):
+    """Something about one image."""
+
+    @property
+    def image_id(self) -> Any:
+        """Return which."""
+
+
+AboutImage = TypeVar("AboutImage", bound=HasImage)
+
+
+def by_image(things: Sequence[AboutImage]) -> list[list[AboutImage]]:
+    """Return things grouped by image, images in the order of their ids, the things of one in the order they come."""
+    ordered = sorted(things, key=lambda thing: thing.image_id)
+    return [list(group) for _, group in groupby(ordered, key=lambda thing: thing.image_id)]
+
+
+def wording(prompts: Mapping[str, str], name: str, kind: str) -> str:
+    """Return the wording of `predict.prompt`. Raises: ConfigError when the task does not have it."""
+    if name not in prompts:
+        raise ConfigError(f"predict.prompt is {name!r}, but {kind} is asked for with one of {sorted(prompts)}")
+    return prompts[name]

@@ -1,0 +1,94 @@
+"""Questions that mention marked regions and are answered by masks: PerBench's visual-text referring segmentation.
+
+Place in the flow: `data/sources/perbench.py` -> here -> `Task`, whose masks `metrics/visual_referring.py` compares. An
+eval in a config is `{_target_: pixel_sail.evaluation.visual_referring.load, annotations: ..., image_dir: ...}`.
+
+As in the release, an answer without a mask is followed by a second one that begins with "It is [SEG]."; the line says
+so (`is_retry`). Scores of one pass: `ciou`, `giou`, ... compare the union of the masks with that of the targets, and
+such a second answer counts as missing; `each_giou` compares mask by mask; `paper_ciou`, `paper_giou` compare the first
+mask with the first target and take the second answer.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pixel_sail.data.sources import perbench
+from pixel_sail.evaluation.answers import ANSWERS, ItemAnswer, item_answer
+from pixel_sail.evaluation.overlay import PREDICTED_COLOR, TRUE_COLOR
+from pixel_sail.evaluation.photos import Photo
+from pixel_sail.evaluation.report import Case, Scores
+from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS, Answered, Question, Task, wording
+from pixel_sail.metrics.iou import IoUSums
+from pixel_sail.metrics.released_iou import ReleasedIoUSums
+from pixel_sail.metrics.visual_referring import score_each, score_first_as_released, score_union
+from pixel_sail.types import RLE, VisualReferring
+
+KIND = "visual referring"
+
+PROMPTS = {"standard": "{question}", "paper": "{question}"}
+"""The question of the file; the release adds nothing to it."""
+
+
+def load(*, annotations: str | Path, image_dir: str | Path) -> Task[VisualReferring, ItemAnswer]:
+    """Return PerBench's questions; the files are those of `perbench.load_visual_referring`. Raises: DataError."""
+    return Task(
+        kind=KIND,
+        items=perbench.load_visual_referring(annotations, image_dir=image_dir),
+        question=_question,
+        record=_record,
+        format=ANSWERS,
+        score=_score,
+        case=_case,
+        max_new_tokens=LONG_ANSWER_TOKENS,
+        retries_without_mask=True,
+    )
+
+
+def _question(item: VisualReferring, prompt: str) -> Question:
+    return Question(
+        key=item.item_id,
+        image_id=str(item.image_path),
+        photo=Photo(path=item.image_path, size_hw=item.image_hw),
+        text=wording(PROMPTS, prompt, KIND).format(question=item.question),
+        regions=item.regions,
+        prompt_ids=item.prompt_ids,
+    )
+
+
+def _record(item: VisualReferring, answered: Answered) -> ItemAnswer:
+    return item_answer(item.item_id, answered)
+
+
+def _own_masks(answer: ItemAnswer) -> tuple[RLE, ...]:
+    """Return the masks the model gave without being forced to."""
+    return () if answer.is_retry else answer.masks
+
+
+def _case(item: VisualReferring, answer: ItemAnswer) -> Case:
+    return Case(
+        text=item.question,
+        answer=answer.answer,
+        photo=Photo(path=item.image_path, size_hw=item.image_hw),
+        panels=(
+            tuple((rle, PREDICTED_COLOR) for rle in answer.masks),
+            tuple((rle, TRUE_COLOR) for rle in item.targets),
+        ),
+        expected=item.answer,
+        iou=score_union(_own_masks(answer), item.targets, where=item.item_id).iou_sum,
+    )
+
+
+def _score(items: Sequence[VisualReferring], answers: Sequence[ItemAnswer]) -> Scores:
+    union, each, released = IoUSums(), IoUSums(), ReleasedIoUSums()
+    for item, answer in zip(items, answers, strict=True):
+        own = _own_masks(answer)
+        union = union.add(score_union(own, item.targets, where=item.item_id))
+        each = each.add(score_each(own, item.targets, where=item.item_id))
+        released = released.add(score_first_as_released(answer.masks, item.targets, where=item.item_id))
+    as_released = released.summary()
+    return union.summary() | {
+        "each_giou": each.summary()["giou"],
+        "paper_ciou": as_released["ciou"],
+        "paper_giou": as_released["giou"],
+        "retried": sum(answer.is_retry for answer in answers),
+    }

@@ -1,0 +1,468 @@
+"""Every task of the evaluation: asked once, the same over ranks and after a kill, scored from what was written."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from running import ROOT, environment, launcher
+from transformers import BertConfig, BertModel
+
+from pixel_sail.config import ConfigError, EvalConfig, PredictConfig, TrainConfig, load_config
+from pixel_sail.data.masks import decode_rle
+from pixel_sail.evaluation import grounded_caption, predict, refer_seg, region_caption, region_choice, visual_referring
+from pixel_sail.evaluation.answers import ANSWERS, ItemAnswer
+from pixel_sail.evaluation.engine import answer_image, evaluate
+from pixel_sail.evaluation.photos import Photo
+from pixel_sail.evaluation.phrase_similarity import EncoderSimilarity
+from pixel_sail.evaluation.predict import Predictor
+from pixel_sail.evaluation.record_files import RecordWriter, read_records
+from pixel_sail.evaluation.run import perbench_overall_of, run_evals
+from pixel_sail.evaluation.task import by_image
+from pixel_sail.evaluation.validation import validation_for
+from pixel_sail.rle import encode_mask
+from pixel_sail.types import DataError, Expression, Prediction, VisualReferring
+
+EVALS = (
+    "reasonseg_val",
+    "perbench_caption",
+    "perbench_choice",
+    "perbench_visual_referring",
+    "refcocog_region_caption",
+    "gcg_val",
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_model, processor, tmp_path_factory):
+    """An exported random model."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "export"
+    model = tiny_model()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def region_file(data_root, tmp_path_factory):
+    """RefCOCOg's region-caption file about the drawn images: every object of PerBench's file is an "image" of it."""
+    folder = data_root / "refshapes"
+    images, annotations = [], []
+    for record in json.loads((folder / "perbench" / "STBench_Detailed_Caption.json").read_text()):
+        for entry in record["object_annotations"]:
+            height, width = entry["segmentation"]["size"]
+            images.append({"id": len(images), "file_name": record["image_name"], "height": height, "width": width,
+                           "caption": entry["caption"]})  # fmt: skip
+            annotations.append({"id": len(annotations), "image_id": len(annotations),
+                                "segmentation": [entry["segmentation"]]})  # fmt: skip
+    file = tmp_path_factory.mktemp("regions") / "regions.json"
+    file.write_text(json.dumps({"images": images, "annotations": annotations}))
+    return file
+
+
+@pytest.fixture(scope="module")
+def options(checkpoint, data_root, region_file):
+    """Return a function from evals to the command line that asks them of the drawn files, a few tokens each."""
+    folder = data_root / "refshapes"
+    perbench = {"caption": "Detailed_Caption", "choice": "MCQ", "visual_referring": "VRES"}
+    places = {
+        "reasonseg_val": {"root": folder / "reason_seg"},
+        **{f"perbench_{task}": {"annotations": folder / "perbench" / f"STBench_{name}.json"}
+           for task, name in perbench.items()},
+        "refcocog_region_caption": {"annotations": region_file, "captions": "null"},
+        "gcg_val": {"root": folder / "glamm_data" / "annotations" / "gcg_val_test", "score_text": "false"},
+    }  # fmt: skip
+    for name, place in places.items():
+        if name != "reasonseg_val":
+            place["image_dir"] = folder / "images" / "train2014"
+        if name.endswith("caption"):
+            place["protocols"] = "[]"
+
+    def make(output, *names):
+        overrides = [f"evals.{name}.{key}={value}" for name in names for key, value in places[name].items()]
+        common = (f"checkpoint={checkpoint}", f"output={output}", f"evals=[{','.join(names)}]", "progress=false")
+        return [*common, *overrides, "predict.max_new_tokens=4", "examples=2"]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(options, tmp_path_factory):
+    """Folder and scores of all evals, asked in one go by one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run_evals(load_config("evaluate", EvalConfig, options(folder, *EVALS)))
+
+
+def records(folder, name):
+    return (folder / name / "predictions.jsonl").read_text()
+
+
+def answers(folder, name):
+    return read_records(folder / name / "predictions.jsonl", ANSWERS)
+
+
+def test_every_task_answers_and_scores_every_item(whole):
+    folder, scores = whole
+    counts = {name: len(records(folder, name).splitlines()) for name in EVALS}
+    assert counts == {name: scores[name]["count"] for name in EVALS}
+    assert min(counts.values()) >= 2
+    assert set(scores["perbench_choice"]) == {"accuracy", "paper_accuracy", "ambiguous", "unparsed", "count"}
+    assert {"ciou", "giou", "each_giou", "paper_ciou", "paper_giou"} <= set(scores["perbench_visual_referring"])
+    assert {"ap50", "miou", "word_recall", "paper_ap50", "paper_word_recall"} <= set(scores["gcg_val"])
+    report = (folder / "report.html").read_text()
+    assert all(f"Examples from {name}" in report for name in EVALS) and "paper_accuracy" in report
+
+
+def test_two_processes_write_the_same_predictions(whole, options, data_root, tmp_path):
+    command = [*launcher("torchrun", 29671), "scripts/evaluate.py", *options(tmp_path, *EVALS)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(data_root), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in EVALS:
+        assert records(tmp_path, name) == records(whole[0], name)
+        assert (tmp_path / name / "part-1.jsonl").stat().st_size > 0
+    assert json.loads(done.stdout) == json.loads(json.dumps(whole[1]))
+
+
+def test_a_killed_evaluation_goes_on_with_the_images_it_has_not_asked(whole, options, data_root, tmp_path, monkeypatch):
+    overrides = options(tmp_path, "perbench_choice")
+    kill_after_one_image = (
+        "import os, runpy, signal; from pixel_sail.evaluation.record_files import RecordWriter; "
+        "RecordWriter.sync = lambda self: os.kill(os.getpid(), signal.SIGKILL); "
+        "runpy.run_path('scripts/evaluate.py', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", kill_after_one_image, *overrides]
+    killed = subprocess.run(command, cwd=ROOT, env=environment(data_root), capture_output=True, timeout=280)
+    assert killed.returncode == -9, killed.stderr[-3000:]
+    part = tmp_path / "perbench_choice" / "part-0.jsonl"
+    lines = part.read_bytes().splitlines(keepends=True)
+    part.write_bytes(b"".join(lines[:-1]) + lines[-1][:30])
+    asked = count_questions(monkeypatch)
+    run_evals(load_config("evaluate", EvalConfig, overrides))
+    assert records(tmp_path, "perbench_choice") == records(whole[0], "perbench_choice")
+    assert sum(asked) == len(answers(tmp_path, "perbench_choice")) - (len(lines) - 1) > 0
+
+
+def count_questions(monkeypatch):
+    """Return a list that grows by the number of questions of every batch."""
+    asked, generate = [], predict.generate
+
+    def counting(model, prefix, texts, **settings):
+        asked.append(len(texts))
+        return generate(model, prefix, texts, **settings)
+
+    monkeypatch.setattr(predict, "generate", counting)
+    return asked
+
+
+def test_what_was_asked_is_part_of_the_protocol(whole, options, tmp_path):
+    protocol = json.loads((whole[0] / "perbench_choice" / "protocol.json").read_text())
+    assert protocol["task"] == "region choices" and protocol["predict"]["max_new_tokens"] == 4
+    overrides = options(tmp_path, "perbench_choice")
+    file = next(o.split("=")[1] for o in overrides if "annotations=" in o)
+    content = json.loads(Path(file).read_text())
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps(content))
+    overrides = [f"evals.perbench_choice.annotations={own}" if "annotations=" in o else o for o in overrides]
+    run_evals(load_config("evaluate", EvalConfig, overrides))
+    content[0]["mcqs"][0]["question"] = "Which?\nA. one\nB. two\n" + content[0]["mcqs"][0]["question"].replace(".", " ")
+    content[0]["mcqs"][0]["answer"] = "A. one"
+    own.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"protocol\.json: found predictions of another protocol"):
+        run_evals(load_config("evaluate", EvalConfig, overrides))
+
+
+def test_each_task_has_a_length_of_its_own_unless_the_config_says_one(whole, options, tmp_path):
+    lengths = {}
+    for name in ("reasonseg_val", "gcg_val"):
+        overrides = [o for o in options(tmp_path, name) if "max_new_tokens" not in o]
+        run_evals(load_config("evaluate", EvalConfig, [*overrides, "max_images=1"]))
+        lengths[name] = json.loads((tmp_path / name / "protocol.json").read_text())["predict"]["max_new_tokens"]
+        assert len(records(tmp_path, name).splitlines()) == 1
+    assert lengths == {"reasonseg_val": 32, "gcg_val": 512}
+
+
+def test_a_prompt_the_task_does_not_have_is_refused_before_the_model_is_loaded(options, tmp_path):
+    config = load_config("evaluate", EvalConfig, [*options(tmp_path, "perbench_choice"), "predict.prompt=short"])
+    with pytest.raises(ConfigError, match="'short', but region choices"):
+        run_evals(config)
+    assert not list(tmp_path.iterdir())
+
+
+# One image.
+
+
+@pytest.fixture()
+def predictor(checkpoint):
+    return Predictor.from_pretrained(checkpoint, config=PredictConfig(max_new_tokens=4))
+
+
+def perbench(data_root, task, file):
+    folder = data_root / "refshapes"
+    return task(annotations=folder / "perbench" / f"STBench_{file}.json", image_dir=folder / "images" / "train2014")
+
+
+def test_questions_about_different_regions_get_the_answers_they_get_alone(predictor, data_root):
+    task = perbench(data_root, region_choice.load, "MCQ")
+    group = by_image([q for q in task.questions("standard")])[0]
+    items = [item for item in task.items if item.item_id in {question.key for question in group}]
+    assert len(items) == 3 and len({question.overlay_key() for question in group}) == 3
+    together = answer_image(predictor, task, items)
+    assert together == [answer_image(predictor, task, [item])[0] for item in items]
+    assert [record.item_id for record in together] == [item.item_id for item in items]
+    assert answer_image(predictor.changed(batch_size=2), task, items) == together
+
+
+def test_masks_depend_on_the_marked_region_and_not_on_what_else_is_asked(predictor, data_root):
+    task = perbench(data_root, region_choice.load, "MCQ")
+    forced = predictor.changed(answer="forced")
+    items = [item for item in task.items if item.image_path == task.items[0].image_path]
+    together = mask_pixels(answer_image(forced, task, items))
+    alone = mask_pixels(answer_image(forced, task, items[:1]))
+    other = mask_pixels(answer_image(forced, task, [replace(items[0], region=items[1].region)]))
+    # Batches of other sizes may round otherwise, which can turn a pixel at the threshold.
+    assert (together[0] != alone[0]).sum() <= 2 < (other[0] != alone[0]).sum()
+
+
+def mask_pixels(records):
+    return [decode_rle(record.masks[0]) for record in records]
+
+
+def test_an_image_is_encoded_once_for_all_questions_with_the_same_prompts(predictor, data_root, monkeypatch):
+    task = perbench(data_root, region_choice.load, "MCQ")
+    group = [item for item in task.items if item.image_path == task.items[0].image_path]
+    twice = [replace(item, item_id=f"{item.item_id}/{copy}") for item in group for copy in "ab"]
+    encoded, encode_image = [], predict.encode_image
+
+    def counting(*arguments):
+        encoded.append(1)
+        return encode_image(*arguments)
+
+    monkeypatch.setattr(predict, "encode_image", counting)
+    asked = count_questions(monkeypatch)
+    written = answer_image(predictor.changed(batch_size=4), task, twice)
+    assert (len(encoded), asked) == (3, [4, 2])
+    assert [record.answer for record in written[::2]] == [record.answer for record in written[1::2]]
+
+
+def test_an_answer_without_mask_is_followed_by_a_forced_one_that_only_paper_counts(predictor, data_root):
+    task = perbench(data_root, visual_referring.load, "VRES")
+    item = task.items[0]
+    silent = predictor.changed(max_new_tokens=0)
+    (answer,) = answer_image(silent, task, [item])
+    assert answer.is_retry and answer.answer == "" and len(answer.masks) == 1
+    perfect = replace(answer, masks=item.targets)
+    scores = replace(task, items=[item]).score([item], [perfect])
+    assert (scores["ciou"], scores["missing"], scores["retried"]) == (0.0, 1, 1)
+    assert scores["paper_ciou"] == pytest.approx(1.0) and scores["paper_giou"] == pytest.approx(1.0, abs=1e-6)
+    (forced,) = answer_image(silent.changed(answer="forced"), task, [item])
+    assert not forced.is_retry and forced.masks == answer.masks and forced.answer == "It is [SEG]."
+
+
+def test_items_that_cannot_be_asked_are_found_before_anything_is_asked(predictor, data_root, tmp_path):
+    task = perbench(data_root, visual_referring.load, "VRES")
+    item = replace(task.items[0], item_id="new", prompt_ids=(15,))
+    with pytest.raises(DataError, match=r"found <Prompt15>, expected prompts below 15"):
+        evaluate(predictor, replace(task, items=[*task.items, item]), tmp_path / "out", protocol={})
+    with pytest.raises(DataError, match="twice, expected every item once"):
+        evaluate(predictor, replace(task, items=task.items[:1] * 2), tmp_path / "out", protocol={})
+    assert not (tmp_path / "out").exists()
+
+
+def test_items_of_one_photo_must_agree_on_its_size(predictor, data_root):
+    task = perbench(data_root, region_choice.load, "MCQ")
+    wrong = replace(task.items[1], image_hw=(5, 5))
+    with pytest.raises(DataError, match="expected one photo of one size"):
+        answer_image(predictor, task, [task.items[0], wrong])
+
+
+# ReasonSeg: upright photos and ignored pixels.
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_reasonseg_photos_are_asked_about_upright(tmp_path, orientation):
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 48, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    (tmp_path / "val").mkdir()
+    image.save(tmp_path / "val" / "a.jpg", exif=exif)
+    shape = {"label": "target", "points": [[1, 1], [9, 1], [9, 9]]}
+    content = {"text": ["the corner"], "is_sentence": False, "shapes": [shape]}
+    (tmp_path / "val" / "a.json").write_text(json.dumps(content))
+    task = refer_seg.load_reasonseg(root=tmp_path, split="val")
+    (question,) = task.questions("standard")
+    assert question.text == task.questions("paper")[0].text == task.items[0].text
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "val" / "a.jpg")))
+    assert np.array_equal(np.asarray(question.photo.open("x")), expected)
+    assert task.items[0].target["size"] == list(expected.shape[:2])
+
+
+def test_a_photo_of_another_size_is_refused_also_upright(tmp_path):
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"image held upright is \(6, 8\) .*annotations say \(8, 6\)"):
+        Photo(path=tmp_path / "a.png", size_hw=(8, 6), is_upright=True).open("x")
+
+
+def test_ignored_pixels_are_neither_target_nor_mistake():
+    target, ignored, predicted = (np.zeros((4, 4), dtype=bool) for _ in range(3))
+    target[0], ignored[1:3], predicted[:3] = True, True, True
+    item = Expression(ref_id=1, sent_id=1, image_id=1, image_path=ROOT, image_hw=(4, 4), text="x",
+                      target=encode_mask(target), ignored=encode_mask(ignored))  # fmt: skip
+    answer = Prediction(ref_id=1, sent_id=1, image_id=1, text="x", segmentation=encode_mask(predicted))
+    task = refer_seg.task_of([item])
+    assert task.score([item], [answer])["ciou"] == 1.0
+    assert task.score([replace(item, ignored=None)], [answer])["ciou"] == pytest.approx(1 / 3)
+
+
+def test_training_scores_reasonseg_and_refuses_tasks_of_another_kind(data_root):
+    config = load_config("train", TrainConfig, ["name=x"])
+    reason = refer_seg.load_reasonseg(root=data_root / "refshapes" / "reason_seg", split="val")
+    assert validation_for({"a": reason}, config.predict, config.validation, config.log)
+    choices = perbench(data_root, region_choice.load, "MCQ")
+    with pytest.raises(ConfigError, match=r"evals\.a: found region choices, but training scores referring"):
+        validation_for({"a": choices}, config.predict, config.validation, config.log)
+
+
+# Scores of known answers.
+
+
+def test_right_choices_score_one_in_both_protocols(data_root):
+    task = perbench(data_root, region_choice.load, "MCQ")
+    right = [ItemAnswer(item_id=item.item_id, question="", answer=f"<Prompt0>: {item.answer}") for item in task.items]
+    assert task.score(task.items, right) == {
+        **{"accuracy": 1.0, "paper_accuracy": 1.0, "ambiguous": 0, "unparsed": 0, "count": len(right)}
+    }
+    letters = [replace(answer, answer=answer.answer.split(".")[0]) for answer in right]
+    assert task.score(task.items, letters)["accuracy"] == 1.0
+    assert task.score(task.items, letters)["paper_accuracy"] == 0.0
+
+
+def test_visual_referring_unites_several_targets_and_paper_compares_the_first():
+    left, right = (np.zeros((4, 4), dtype=bool) for _ in range(2))
+    left[:, 0], right[:, 3] = True, True
+    item = VisualReferring(item_id="a", image_path=ROOT, image_hw=(4, 4), question="q", regions=(), prompt_ids=(),
+                           answer="", targets=(encode_mask(left), encode_mask(right)))  # fmt: skip
+    both = ItemAnswer(item_id="a", question="q", answer="[SEG][SEG]", masks=item.targets[::-1])
+    scores = visual_referring._score([item], [both])
+    assert (scores["ciou"], scores["each_giou"], scores["paper_ciou"]) == (1.0, 0.0, 0.0)
+
+
+@pytest.fixture()
+def grounded(data_root):
+    folder = data_root / "refshapes"
+    task = grounded_caption.load(root=folder / "glamm_data" / "annotations" / "gcg_val_test", split="val",
+                                 image_dir=folder / "images" / "train2014", score_text=False)  # fmt: skip
+    written = []
+    for item in task.items:
+        text = item.captions[0]
+        for phrase in item.phrases:
+            text = text.replace(phrase, f"<p> {phrase} </p> [SEG]", 1)
+        written.append(ItemAnswer(item_id=item.image_id, question="", answer=text, masks=item.masks))
+    return task, written
+
+
+def test_the_true_grounded_captions_score_one(grounded):
+    task, written = grounded
+    scores = task.score(task.items, written)
+    names = [prefix + name for prefix in ("", "paper_") for name in ("ap50", "miou", "word_recall")]
+    assert {name: scores[name] for name in names} == dict.fromkeys(names, pytest.approx(1.0))
+    assert (scores["count"], scores["targets"]) == (len(task.items), sum(len(item.masks) for item in task.items))
+    wrong = [replace(answer, answer=answer.answer.replace("<p>", "").replace("</p>", "")) for answer in written]
+    assert task.score(task.items, wrong)["word_recall"] == 0.0
+    assert task.score(task.items, wrong)["miou"] == 1.0
+    assert task.score(task.items, [replace(answer, masks=()) for answer in written])["ap50"] == 0.0
+
+
+def test_captions_are_cleaned_as_each_protocol_does_before_they_are_scored(data_root, monkeypatch):
+    seen = {}
+
+    class Summary:
+        def summary(self):
+            return {"meteor": 0.5, "count": 99}
+
+    def score(references, hypotheses, *, protocol, tools):
+        seen[protocol] = references, hypotheses
+        return Summary()
+
+    monkeypatch.setattr(region_caption, "score_captions", score)
+    monkeypatch.setattr(region_caption, "CaptionTools", region_caption.nullcontext)
+    task = perbench(data_root, region_caption.load_perbench, "Detailed_Caption")
+    items = task.items[:1]
+    answer = ItemAnswer(item_id=items[0].item_id, question="", answer="<Prompt0>: a red cup.")
+    assert task.score(items, [answer]) == {"meteor": 0.5, "paper_meteor": 0.5, "count": 1}
+    assert seen["standard"] == ({answer.item_id: items[0].references}, {answer.item_id: "a red cup."})
+    assert seen["paper"][1] == {answer.item_id: ": a red cup."}
+
+
+def test_perbench_overall_is_there_for_each_protocol_with_all_three_parts():
+    results = {
+        "perbench_caption": {"meteor": 0.3, "paper_meteor": 0.2},
+        "perbench_choice": {"accuracy": 0.9},
+        "perbench_visual_referring": {"ciou": 0.5, "giou": 0.7, "paper_ciou": 0.1, "paper_giou": 0.1},
+    }
+    assert perbench_overall_of(results) == {"overall": pytest.approx(0.6)}
+    results["perbench_choice"]["paper_accuracy"] = 1.0
+    assert perbench_overall_of(results)["paper_overall"] == pytest.approx(1.3 / 3)
+    assert perbench_overall_of({"refcoco_val": {"ciou": 1.0, "giou": 1.0}}) == {}
+
+
+def test_unknown_protocols_are_refused(data_root):
+    with pytest.raises(ConfigError, match=r"found protocols \['papr'\]"):
+        perbench(
+            data_root, lambda **files: region_caption.load_perbench(**files, protocols=["papr"]), "Detailed_Caption"
+        )
+    with pytest.raises(ConfigError, match=r"found protocols \[\]"):
+        perbench(data_root, lambda **files: region_choice.load(**files, protocols=[]), "MCQ")
+
+
+def test_phrases_are_compared_by_an_encoder_whatever_else_is_in_the_batch(processor, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=320, **sizes)).save_pretrained(tmp_path)
+    processor.tokenizer.save_pretrained(tmp_path)
+    similarity = EncoderSimilarity(tmp_path)
+    matrix = similarity(["a red star", "a box"], ["a box", "a very long phrase about a red star", "a red star"])
+    assert matrix.shape == (2, 3)
+    assert [matrix[0, 2], matrix[1, 0]] == pytest.approx([1.0, 1.0], abs=1e-6)
+    assert matrix[1, 2] < 0.999
+    assert EncoderSimilarity(tmp_path)(["a box"], ["a red star"])[0, 0] == pytest.approx(matrix[1, 2], abs=1e-5)
+    with pytest.raises(DataError, match=r"found no config\.json"):
+        EncoderSimilarity(tmp_path / "absent")
+
+
+# The file.
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"item_id": 3}, "found item_id = 3, expected str"),
+        ({"is_retry": 1}, "found is_retry = 1, expected bool"),
+        ({"score": 1}, r"unknown fields \['score'\]"),
+        ({"masks": [{"size": [2, 2], "counts": "zz"}]}, "mask 0: found RLE counts"),
+    ],
+)
+def test_a_wrong_line_is_an_error_with_its_number(tmp_path, change, reason):
+    good = ItemAnswer(item_id="a", question="q", answer="x", masks=(encode_mask(np.ones((2, 2), dtype=bool)),))
+    with RecordWriter(tmp_path / "a.jsonl", ANSWERS) as writer:
+        writer.write(good)
+    assert read_records(tmp_path / "a.jsonl", ANSWERS) == [good]
+    assert decode_rle(good.masks[0]).all()
+    line = json.loads((tmp_path / "a.jsonl").read_text()) | {"item_id": "b"} | change
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    with pytest.raises(DataError, match=rf"a\.jsonl:2: .*{reason}|a\.jsonl:2: {reason}"):
+        read_records(tmp_path / "a.jsonl", ANSWERS)
+
+
+def test_two_different_answers_to_one_item_are_refused(tmp_path):
+    with RecordWriter(tmp_path / "a.jsonl", ANSWERS) as writer:
+        for text in ("x", "x", "y"):
+            writer.write(ItemAnswer(item_id="a", question="q", answer=text))
+    with pytest.raises(DataError, match=r"a\.jsonl:3: found a second, different record for item_id a"):
+        read_records(tmp_path / "a.jsonl", ANSWERS)
