@@ -32,7 +32,10 @@ def test_pictures_mark_every_mask_and_prompt_however_small():
 
 def test_the_first_batch_is_shown_as_text_and_pictures(data_root, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
-    assert _tool("show_batch").main(["experiment=quickstart", f"out={tmp_path / 'view'}"]) == 0
+    assert (
+        _tool("show_batch").main(["experiment=quickstart", "data.packs_per_micro_batch=4", f"out={tmp_path / 'view'}"])
+        == 0
+    )
     text = (tmp_path / "view" / "batch.txt").read_text()
     page = (tmp_path / "view" / "index.html").read_text()
     assert "4 rows of" in capsys.readouterr().out

@@ -52,6 +52,11 @@ def build_accelerator(config: TrainConfig, accumulation: int) -> Accelerator:
     for noisy in ("DeepSpeed", "deepspeed", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     mixed_precision = "bf16" if config.optim.precision == "bf16" else "no"
+    if config.deepspeed.enabled and config.deepspeed.stage == 3:
+        raise ConfigError(
+            "deepspeed.stage is 3, expected 0, 1 or 2: sharded parameters hang in the training step (seen with "
+            "two CPU processes); use deepspeed=zero2"
+        )
     if not config.deepspeed.enabled:
         plugin = GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False)
         return Accelerator(gradient_accumulation_plugin=plugin, mixed_precision=mixed_precision)

@@ -32,7 +32,8 @@ class StepReport:
     bce: float
     dice: float
     """Means over masks, unweighted."""
-    grad_norm: float
+    grad_norm: float | None
+    """None where DeepSpeed clips without telling the norm (ZeRO-0)."""
     tokens: int
     """Tokens without padding."""
     padding_frac: float
@@ -43,8 +44,8 @@ class StepReport:
     """float64 [sources, 6]: sums over this step's samples of SOURCE_COLUMNS, sources in the order they were given."""
 
     def scalars(self) -> dict[str, float]:
-        """Return everything but the table of sources, for the log."""
-        return {name: value for name, value in vars(self).items() if name != "by_source"}
+        """Return the numbers that are known, for the log."""
+        return {name: value for name, value in vars(self).items() if name != "by_source" and value is not None}
 
 
 SOURCE_COLUMNS = ("samples", "tokens", "masks", "text", "bce", "dice")
@@ -87,7 +88,7 @@ def optimizer_step(
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-    norm = float(grad_norm) if grad_norm is not None else float("nan")
+    norm = None if grad_norm is None else float(grad_norm)
     return StepReport(
         **losses,
         grad_norm=norm,
