@@ -174,8 +174,8 @@ class PredictConfig:
     """union of all generated [SEG], or only the `first` one as in the released evaluation."""
     answer: str = "generated"
     """generated, or `forced` to "It is [SEG]."."""
-    batch_size: int = 32
-    """Most questions about one image that are answered at once."""
+    token_budget: int = 16384
+    """Most tokens worked on at once: those of the images of a batch and of all their texts, padding included."""
 
     def __post_init__(self) -> None:
         """Check the choices."""

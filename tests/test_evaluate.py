@@ -74,24 +74,28 @@ def test_the_scoring_tool_prints_the_numbers_of_the_evaluation(checkpoint, data_
 
 def test_an_interrupted_evaluation_asks_only_what_is_missing(checkpoint, data_root, tmp_path, monkeypatch):
     monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
+    # The budget makes every image a batch of its own.
     options = [f"checkpoint={checkpoint}", f"output={tmp_path / 'out'}", "evals=[refshapes_val]", "progress=false"]
-    config = load_config("evaluate", EvalConfig, options)
+    config = load_config("evaluate", EvalConfig, [*options, "predict.token_budget=1"])
     whole = run_evals(config)
     expected = lines(tmp_path / "out", "refshapes_val")
     part = tmp_path / "out" / "refshapes_val" / "part-0.jsonl"
-    kept = part.read_bytes()[: part.stat().st_size // 2]
-    part.write_bytes(kept)
+    written = part.read_bytes().splitlines(keepends=True)
+    images = [json.loads(line)["image_id"] for line in written]
+    kept = images.index(images[-1]) + 1  # whole images, and the first line of the last one
+    assert 1 < kept < len(written)
+    part.write_bytes(b"".join(written[:kept]) + written[kept][:20])
     asked = []
-    ask = Predictor.ask
+    ask = Predictor.ask_many
 
-    def counting(self, image, questions, prompts=()):
-        asked.extend(questions)
-        return ask(self, image, questions, prompts)
+    def counting(self, requests):
+        asked.extend(question for request in requests for question in request.questions)
+        return ask(self, requests)
 
-    monkeypatch.setattr(Predictor, "ask", counting)
+    monkeypatch.setattr(Predictor, "ask_many", counting)
     assert run_evals(config) == whole
     assert lines(tmp_path / "out", "refshapes_val") == expected
-    assert len(asked) == len(expected) - kept.count(b"\n")
+    assert len(asked) == images.count(images[-1])
 
 
 def test_predictions_of_other_weights_are_not_continued(checkpoint, data_root, tmp_path, monkeypatch):

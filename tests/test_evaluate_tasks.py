@@ -128,23 +128,29 @@ def test_two_processes_write_the_same_predictions(whole, options, data_root, tmp
     assert json.loads(done.stdout) == json.loads(json.dumps(whole[1]))
 
 
-def test_a_killed_evaluation_goes_on_with_the_images_it_has_not_asked(whole, options, data_root, tmp_path, monkeypatch):
-    overrides = options(tmp_path, "perbench_choice")
-    kill_after_one_image = (
-        "import os, runpy, signal; from pixel_sail.evaluation.record_files import RecordWriter; "
-        "RecordWriter.sync = lambda self: os.kill(os.getpid(), signal.SIGKILL); "
+def test_a_killed_evaluation_goes_on_with_the_images_it_has_not_asked(options, data_root, tmp_path, monkeypatch):
+    # The budget makes every image a batch of its own.
+    in_one_go = [*options(tmp_path / "whole", "perbench_choice"), "predict.token_budget=1"]
+    run_evals(load_config("evaluate", EvalConfig, in_one_go))
+    overrides = [*options(tmp_path / "killed", "perbench_choice"), "predict.token_budget=1"]
+    kill_after_two_images = (
+        "import os, runpy, signal; from pixel_sail.evaluation.record_files import RecordWriter; left = [1, 0]; "
+        "RecordWriter.sync = lambda self: left.pop() and os.kill(os.getpid(), signal.SIGKILL); "
         "runpy.run_path('scripts/evaluate.py', run_name='__main__')"
     )
-    command = [sys.executable, "-c", kill_after_one_image, *overrides]
+    command = [sys.executable, "-c", kill_after_two_images, *overrides]
     killed = subprocess.run(command, cwd=ROOT, env=environment(data_root), capture_output=True, timeout=280)
     assert killed.returncode == -9, killed.stderr[-3000:]
-    part = tmp_path / "perbench_choice" / "part-0.jsonl"
+    part = tmp_path / "killed" / "perbench_choice" / "part-0.jsonl"
     lines = part.read_bytes().splitlines(keepends=True)
     part.write_bytes(b"".join(lines[:-1]) + lines[-1][:30])
+    images = [json.loads(line)["item_id"].split("/")[0] for line in lines]
     asked = count_questions(monkeypatch)
     run_evals(load_config("evaluate", EvalConfig, overrides))
-    assert records(tmp_path, "perbench_choice") == records(whole[0], "perbench_choice")
-    assert sum(asked) == len(answers(tmp_path, "perbench_choice")) - (len(lines) - 1) > 0
+    assert records(tmp_path / "killed", "perbench_choice") == records(tmp_path / "whole", "perbench_choice")
+    # The first image is not asked again, the one that was cut is asked as a whole.
+    assert len(set(images)) == 2
+    assert sum(asked) == len(answers(tmp_path / "killed", "perbench_choice")) - images.count(images[0])
 
 
 def count_questions(monkeypatch):
@@ -152,7 +158,7 @@ def count_questions(monkeypatch):
     asked, generate = [], predict.generate
 
     def counting(model, prefix, texts, **settings):
-        asked.append(len(texts))
+        asked.append(sum(map(len, texts)))
         return generate(model, prefix, texts, **settings)
 
     monkeypatch.setattr(predict, "generate", counting)
@@ -214,7 +220,7 @@ def test_questions_about_different_regions_get_the_answers_they_get_alone(predic
     together = answer_image(predictor, task, items)
     assert together == [answer_image(predictor, task, [item])[0] for item in items]
     assert [record.item_id for record in together] == [item.item_id for item in items]
-    assert answer_image(predictor.changed(batch_size=2), task, items) == together
+    assert answer_image(predictor.changed(token_budget=1), task, items) == together
 
 
 def test_masks_depend_on_the_marked_region_and_not_on_what_else_is_asked(predictor, data_root):
@@ -236,16 +242,16 @@ def test_an_image_is_encoded_once_for_all_questions_with_the_same_prompts(predic
     task = perbench(data_root, region_choice.load, "MCQ")
     group = [item for item in task.items if item.image_path == task.items[0].image_path]
     twice = [replace(item, item_id=f"{item.item_id}/{copy}") for item in group for copy in "ab"]
-    encoded, encode_image = [], predict.encode_image
+    encoded, encode_images = [], predict.encode_images
 
-    def counting(*arguments):
-        encoded.append(1)
-        return encode_image(*arguments)
+    def counting(model, patches_IPK, *rest):
+        encoded.append(len(patches_IPK))
+        return encode_images(model, patches_IPK, *rest)
 
-    monkeypatch.setattr(predict, "encode_image", counting)
+    monkeypatch.setattr(predict, "encode_images", counting)
     asked = count_questions(monkeypatch)
-    written = answer_image(predictor.changed(batch_size=4), task, twice)
-    assert (len(encoded), asked) == (3, [4, 2])
+    written = answer_image(predictor, task, twice)
+    assert (encoded, asked) == ([3], [6])
     assert [record.answer for record in written[::2]] == [record.answer for record in written[1::2]]
 
 
@@ -348,7 +354,7 @@ def test_visual_referring_unites_several_targets_and_paper_compares_the_first():
     item = VisualReferring(item_id="a", image_path=ROOT, image_hw=(4, 4), question="q", regions=(), prompt_ids=(),
                            answer="", targets=(encode_mask(left), encode_mask(right)))  # fmt: skip
     both = ItemAnswer(item_id="a", question="q", answer="[SEG][SEG]", masks=item.targets[::-1])
-    scores = visual_referring._score([item], [both])
+    scores = visual_referring._measure([item], [both]).scores
     assert (scores["ciou"], scores["each_giou"], scores["paper_ciou"]) == (1.0, 0.0, 0.0)
 
 
@@ -384,6 +390,9 @@ def test_captions_are_cleaned_as_each_protocol_does_before_they_are_scored(data_
     class Summary:
         def summary(self):
             return {"meteor": 0.5, "count": 99}
+
+        def item_means(self):
+            return {"meteor": {answer.item_id: 0.5}}
 
     def score(references, hypotheses, *, protocol, tools):
         seen[protocol] = references, hypotheses

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from pixel_sail.model import configuration_pixel_sail
 from pixel_sail.model.attention_mask import attention_mask
 from pixel_sail.model.configuration_pixel_sail import Architecture
-from pixel_sail.model.decoder import rotary_tables
-from pixel_sail.model.generation import encode_image, generate
+from pixel_sail.model.decoder import MaskedAttention, rotary_tables
+from pixel_sail.model.generation import encode_images, generate
 from pixel_sail.model.mask_head import MaskHead, mask_logits
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, load_model
 from pixel_sail.model.upsampler import Upsampler
@@ -176,7 +176,7 @@ def test_gradient_reaches_a_state_from_exactly_the_tokens_it_may_see(tiny_model,
     visible = attention_mask(batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT)[0, 0]
     embeddings = model.embed(batch.input_ids_BT, batch.patches_SK, batch.patch_index_BT, batch.prompt_ids_BT)
     embeddings = embeddings.detach().requires_grad_()
-    hidden, _ = model.decoder(embeddings, batch.position_ids_2BT, visible[None, None])
+    hidden = model.decoder(embeddings, batch.position_ids_2BT, MaskedAttention(mask_B1TS=visible[None, None]))
     for token in range(0, hidden.shape[1], 5):
         (gradient,) = torch.autograd.grad(hidden[0, token].square().sum(), embeddings, retain_graph=True)
         assert (gradient[0].abs().sum(-1) > 0).tolist() == visible[token].tolist()
@@ -388,8 +388,12 @@ def _prefix(model, processor, image):
         return None
     example = processor.encode_sample(_asking("x", image), image, independent_turns=False)
     span = example.in_image_T
-    return encode_image(
-        model, example.patches_PK, example.grid_hw, example.position_ids_2T[:, span], example.prompt_ids_T[span]
+    return encode_images(
+        model,
+        example.patches_PK[None],
+        example.grid_hw,
+        example.position_ids_2T[:, span],
+        example.prompt_ids_T[span][None],
     )
 
 
@@ -429,15 +433,15 @@ def test_generation_with_cache_equals_full_forward_passes(tiny_model, processor,
     image = _image() if with_image else None
     prefix = _prefix(model, processor, image)
     texts = [processor.question_ids(question) for question in QUESTIONS]
-    free = generate(model, prefix, texts, max_new_tokens=6, end_ids=())
+    (free,) = generate(model, prefix, [texts], max_new_tokens=6, end_ids=())
     assert len({tuple(answer.token_ids) for answer in free}) == len(QUESTIONS), "answers too alike to show a mix-up"
     # One text ends early, at its third token, while the others go on.
     end_ids = (free[1].token_ids[2],)
-    together = generate(model, prefix, texts, max_new_tokens=6, end_ids=end_ids)
+    (together,) = generate(model, prefix, [texts], max_new_tokens=6, end_ids=end_ids)
     assert len(together[1].token_ids) <= 3
     for question, text, answer in zip(QUESTIONS, texts, together, strict=True):
         assert answer.token_ids == _slow_greedy(model, processor, make_batch, question, image, 6, end_ids)
-        (alone,) = generate(model, prefix, [text], max_new_tokens=6, end_ids=end_ids)
+        ((alone,),) = generate(model, prefix, [[text]], max_new_tokens=6, end_ids=end_ids)
         assert answer.token_ids == alone.token_ids
 
 
@@ -456,7 +460,7 @@ def test_a_seg_at_the_length_limit_has_the_state_of_the_forward_pass(
     _force_seg(monkeypatch, model)
     image = _image() if with_image else None
     texts = [processor.question_ids(question) for question in QUESTIONS]
-    answers = generate(model, _prefix(model, processor, image), texts, max_new_tokens=max_new_tokens, end_ids=())
+    (answers,) = generate(model, _prefix(model, processor, image), [texts], max_new_tokens=max_new_tokens, end_ids=())
     for question, answer in zip(QUESTIONS, answers, strict=True):
         assert answer.token_ids == [model.config.token_id("[SEG]")] * max_new_tokens
         hidden, kept = _forward_states(model, processor, make_batch, question, image, answer.token_ids)
@@ -469,7 +473,7 @@ def test_a_seg_in_the_question_counts_before_generated_ones(monkeypatch, tiny_mo
     prefix = _prefix(model, processor, _image())
     seg = model.config.token_id("[SEG]")
     text = [*processor.question_ids("a"), seg]
-    (answer,) = generate(model, prefix, [text], max_new_tokens=1, end_ids=())
+    ((answer,),) = generate(model, prefix, [[text]], max_new_tokens=1, end_ids=())
     assert answer.seg_states_ND.shape == (2, 32)
     hidden, kept = _forward_states(model, processor, make_batch, "a", _image(), [seg, seg])
     torch.testing.assert_close(answer.seg_states_ND, hidden[kept:], **TOLERANCE)
@@ -479,7 +483,7 @@ def test_an_answer_without_seg_has_no_states(tiny_model, processor):
     model = tiny_model(seed=5, tie_word_embeddings=False)
     with torch.no_grad():
         model.lm_head.weight[model.config.token_id("[SEG]")] = 0.0
-    answers = generate(model, None, [processor.question_ids("a")], max_new_tokens=4, end_ids=())
+    (answers,) = generate(model, None, [[processor.question_ids("a")]], max_new_tokens=4, end_ids=())
     assert answers[0].seg_states_ND.shape == (0, 32)
     assert len(answers[0].token_ids) == 4
 
@@ -487,8 +491,9 @@ def test_an_answer_without_seg_has_no_states(tiny_model, processor):
 def test_no_text_gives_no_answer_and_an_empty_text_is_refused(tiny_model, processor):
     model = tiny_model()
     assert generate(model, None, [], max_new_tokens=4, end_ids=()) == []
-    with pytest.raises(ValueError, match="text 1 of 2"):
-        generate(model, None, [[5], []], max_new_tokens=4, end_ids=())
+    assert generate(model, None, [[], []], max_new_tokens=4, end_ids=()) == [[], []]
+    with pytest.raises(ValueError, match="text 1 of group 0"):
+        generate(model, None, [[[5], []]], max_new_tokens=4, end_ids=())
 
 
 def test_patch_states_of_the_prefix_are_those_of_the_forward_pass(tiny_model, processor, make_batch):
@@ -498,5 +503,5 @@ def test_patch_states_of_the_prefix_are_those_of_the_forward_pass(tiny_model, pr
     batch = make_batch([processor.encode_sample(_asking("a", image), image, independent_turns=False)])
     hidden = model(**batch.model_inputs()).hidden_BTD[0]
     expected = hidden[batch.patch_index_BT[0] >= 0].view(2, 3, -1)
-    torch.testing.assert_close(prefix.patch_states(), expected, **TOLERANCE)
+    torch.testing.assert_close(prefix.patch_states(0), expected, **TOLERANCE)
     assert prefix.next_position == 5

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from pixel_sail.losses.mask import full_map_losses
 from pixel_sail.model.convert import KEY_PATTERNS, convert_release_state, our_key, row_sources
-from pixel_sail.model.generation import encode_image, generate
+from pixel_sail.model.generation import encode_images, generate
 from pixel_sail.types import IGNORE_LABEL
 
 FORWARD_TENSORS = ("hidden_last", "logits", "llm_loss", "feature_low", "feature_high", "seg_query", "mask_logits")
@@ -133,9 +133,9 @@ def _mask_tensors(output, high):
 def _greedy(model, example, prompt_length):
     span = example.in_image_T
     positions, prompts = example.position_ids_2T[:, span], example.prompt_ids_T[span]
-    prefix = encode_image(model, example.patches_PK, example.grid_hw, positions, prompts)
+    prefix = encode_images(model, example.patches_PK[None], example.grid_hw, positions, prompts[None])
     question = example.input_ids_T[int(span.sum()) : prompt_length].tolist()
-    return generate(model, prefix, [question], max_new_tokens=8, end_ids=())[0].token_ids
+    return generate(model, prefix, [[question]], max_new_tokens=8, end_ids=())[0][0].token_ids
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from pixel_sail.losses.mask import full_map_losses
 from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
 from pixel_sail.model.convert import convert_release_state
-from pixel_sail.model.generation import encode_image, generate
+from pixel_sail.model.generation import encode_images, generate
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, PixelSailOutput
 
 BCE_WEIGHT, DICE_WEIGHT, COUNT_EPSILON = 2.0, 0.5, 1e-4
@@ -212,16 +212,16 @@ def compare_greedy(report: Report, cases: list[Case], model: PixelSailForSegment
     for index, case in enumerate(cases):
         ids = case["input_ids"][0]
         end = int((ids == model.config.token_id("</vision>")).nonzero()[0]) + 1
-        prefix = encode_image(
+        prefix = encode_images(
             model,
-            case["vision_patches"].flatten(1),
+            case["vision_patches"].flatten(1)[None],
             tuple(case["grid"].tolist()),
             case["position_ids"][1:, 0, :end],
-            case["vp_token_indices"][0, :end].clamp_min(-1),
+            case["vp_token_indices"][:1, :end].clamp_min(-1),
         )
         question = ids[end : int(case["prompt_len"])].tolist()
         expected = case["greedy_ids"].tolist()
-        (answer,) = generate(model, prefix, [question], max_new_tokens=len(expected), end_ids=())
+        ((answer,),) = generate(model, prefix, [[question]], max_new_tokens=len(expected), end_ids=())
         if answer.token_ids != expected:
             report.greedy_mismatches.append(f"case {index}: found {answer.token_ids}, expected {expected}")
 

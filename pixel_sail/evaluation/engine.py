@@ -1,34 +1,43 @@
 """Asking every item of a task exactly once, over any number of processes, and going on after a kill.
 
 Place in the flow: `run.py` builds tasks and calls `evaluate`, which returns the records that the task then scores.
-Images are dealt to ranks in turn; each rank writes its records as they come into a file of its own, there is no
-communication before the end, and a run that was killed goes on with the items that no file holds yet.
 
     <output>/protocol.json                what asked the questions: hashes of checkpoint and questions, settings, eval
     <output>/part-0.jsonl part-1.jsonl    records of each rank, one line per item
     <output>/predictions.jsonl            all of them in the order of the annotations, written at the end
 
-An image is opened once for all its items. Items with the same visual prompts share its encoded prefix; other prompts
-mean another prefix, encoded one after another, but the answers of one image are generated as one batch.
+The work is cut into batches first: the questions about a few images of one patch grid, for which the images are opened
+and encoded together. Batches depend on the task and the token budget only, never on what is done already or on the
+number of processes, so that rounding cannot tell an interrupted or distributed run from another. They are dealt to
+ranks in turn, dear ones first; each rank appends its records to a file of its own, there is no communication before the
+end, and a run that was killed goes on with the batches that are not on file as a whole.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 from PIL import Image
 from tqdm import tqdm
 
 from pixel_sail import dist
 from pixel_sail.config import ConfigError
-from pixel_sail.evaluation.predict import Predictor, Reply
+from pixel_sail.evaluation.predict import Predictor, Reply, Request, span_length
 from pixel_sail.evaluation.record_files import Record, RecordFormat, RecordWriter, read_records
 from pixel_sail.evaluation.task import Answered, Asked, Item, Question, Task, by_image
-from pixel_sail.types import DataError
+from pixel_sail.types import DataError, SizeHW
+
+Batch = list[list[Asked[Item]]]
+"""Items of a few images, by image."""
+
+QUESTION_TOKENS = 32
+"""Guess at the length of a question, to cut the work before anything is tokenized; the predictor counts exactly."""
 
 
 def evaluate(
@@ -38,19 +47,25 @@ def evaluate(
 
     Raises: ConfigError when `output` was made with another protocol; RuntimeError when an item stayed unanswered.
     """
+    predictor = _with_length(predictor, task)
     asked = _pair(task, predictor.config.prompt)
     _check_prompt_ids(predictor, asked)
     _claim(output, protocol)
     done = {task.format.key(record) for record in _read_parts(output, task)}
     # Every rank has read what is done before any rank adds to it, so that all deal out the same remainder.
     dist.barrier()
-    remaining = by_image([pair for pair in asked if pair.question.key not in done])
+    remaining = [batch for batch in batches(predictor, asked) if _keys(batch) - done]
     own = remaining[dist.rank() :: dist.world_size()]
-    with RecordWriter(output / f"part-{dist.rank()}.jsonl", task.format) as writer:
-        for group in _progress(own, output.name, progress):
-            for record in _answer_group(predictor, task, group):
-                writer.write(record)
+    with (
+        RecordWriter(output / f"part-{dist.rank()}.jsonl", task.format) as writer,
+        _progress(own, output.name, progress) as bar,
+    ):
+        for batch, records in _answer_batches(predictor, task, own):
+            for record in records:
+                if task.format.key(record) not in done:
+                    writer.write(record)
             writer.sync()
+            bar.update(len(batch))
     dist.barrier()
     ordered = _complete(output, task, [pair.question.key for pair in asked])
     if dist.rank() == 0:
@@ -61,63 +76,131 @@ def evaluate(
 
 def answer_own(predictor: Predictor, task: Task[Item, Record]) -> tuple[list[Item], list[Record]]:
     """Return this rank's share of the items and their records, without files: validation during training."""
-    groups = by_image(_pair(task, predictor.config.prompt))[dist.rank() :: dist.world_size()]
-    items = [pair.item for group in groups for pair in group]
-    records = [answer_image(predictor, task, [pair.item for pair in group]) for group in groups]
-    return items, [record for group in records for record in group]
+    predictor = _with_length(predictor, task)
+    own = batches(predictor, _pair(task, predictor.config.prompt))[dist.rank() :: dist.world_size()]
+    items: list[Item] = []
+    records: list[Record] = []
+    for batch, answered in _answer_batches(predictor, task, own):
+        by_key = {task.format.key(record): record for record in answered}
+        pairs = [pair for group in batch for pair in group]
+        items += [pair.item for pair in pairs]
+        records += [by_key[pair.question.key] for pair in pairs]
+    return items, records
 
 
 def answer_image(predictor: Predictor, task: Task[Item, Record], items: Sequence[Item]) -> list[Record]:
     """Return the records of items about one image, in the order of the items. Raises: DataError."""
+    predictor = _with_length(predictor, task)
     asked = [Asked(item=item, question=task.question(item, predictor.config.prompt)) for item in items]
-    by_key = {task.format.key(record): record for record in _answer_group(predictor, task, asked)}
+    ((_, records),) = _answer_batches(predictor, task, [[asked]])
+    by_key = {task.format.key(record): record for record in records}
     return [by_key[pair.question.key] for pair in asked]
 
 
-def _answer_group(predictor: Predictor, task: Task[Item, Record], group: Sequence[Asked[Item]]) -> Iterator[Record]:
-    """Yield the records of one image, overlay by overlay."""
-    if predictor.config.max_new_tokens is None:
-        predictor = predictor.changed(max_new_tokens=task.max_new_tokens)
-    image = _open_image([pair.question for pair in group])
-    overlays = _by_overlay(group)
-    for overlay, replies in zip(overlays, _ask(predictor, image, overlays), strict=True):
-        retries = _retry(predictor, task, image, overlay, replies)
-        for index, (pair, reply) in enumerate(zip(overlay, replies, strict=True)):
+def batches(predictor: Predictor, asked: Sequence[Asked[Item]]) -> list[Batch[Item]]:
+    """Return all items in batches of images with one patch grid within the token budget, dear batches first.
+
+    An image whose questions alone exceed the budget is a batch of its own.
+    """
+    costs: list[tuple[int, Batch[Item]]] = []
+    by_grid: dict[SizeHW, list[list[Asked[Item]]]] = {}
+    for group in by_image(asked):
+        by_grid.setdefault(predictor.processor.grid_of(group[0].question.photo.size_hw), []).append(group)
+    for grid, groups in by_grid.items():
+        batch: Batch[Item] = []
+        for group in groups:
+            if batch and _cost(predictor, grid, [*batch, group]) > predictor.config.token_budget:
+                costs.append((_cost(predictor, grid, batch), batch))
+                batch = []
+            batch.append(group)
+        costs.append((_cost(predictor, grid, batch), batch))
+    return [batch for _, batch in sorted(costs, key=lambda pair: -pair[0])]
+
+
+def _cost(predictor: Predictor, grid_hw: SizeHW, batch: Batch[Any]) -> int:
+    """Return about how many tokens a batch takes: the images, once for all that see the same prompts, and the texts."""
+    overlays = [_by_overlay(group) for group in batch]
+    per_question = QUESTION_TOKENS + (predictor.config.max_new_tokens or 0)
+    num_questions = max(len(overlay) for image in overlays for overlay in image)
+    return sum(map(len, overlays)) * (span_length(grid_hw) + num_questions * per_question)
+
+
+def _with_length(predictor: Predictor, task: Task[Any, Any]) -> Predictor:
+    """Return the predictor with the task's length limit where the config does not say one."""
+    is_open = predictor.config.max_new_tokens is None
+    return predictor.changed(max_new_tokens=task.max_new_tokens) if is_open else predictor
+
+
+def _keys(batch: Batch[Any]) -> set[Any]:
+    return {pair.question.key for group in batch for pair in group}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prepared(Generic[Item]):
+    """A batch with its images opened: requests, and the items behind the questions of each."""
+
+    requests: list[Request]
+    overlays: list[list[Asked[Item]]]
+
+
+def _answer_batches(
+    predictor: Predictor, task: Task[Item, Record], own: Sequence[Batch[Item]]
+) -> Iterator[tuple[Batch[Item], list[Record]]]:
+    """Yield batches with their records; the images of the next batch are opened while the model works on this one."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        opened = deque(pool.submit(_prepare, predictor, batch) for batch in own[:1])
+        for index, batch in enumerate(own):
+            prepared = opened.popleft().result()
+            opened.extend(pool.submit(_prepare, predictor, following) for following in own[index + 1 : index + 2])
+            yield batch, list(_answer(predictor, task, prepared))
+
+
+def _prepare(predictor: Predictor, batch: Batch[Item]) -> _Prepared[Item]:
+    """Open the images of a batch and decode the regions that are asked about. Raises: DataError."""
+    prepared: _Prepared[Item] = _Prepared(requests=[], overlays=[])
+    for group in batch:
+        image = predictor.prepare(_open_image([pair.question for pair in group]))
+        for overlay in _by_overlay(group):
+            prompts = overlay[0].question.prompts()
+            texts = [pair.question.text for pair in overlay]
+            prepared.requests.append(Request(image=image, prompts=prompts, questions=texts))
+            prepared.overlays.append(overlay)
+    return prepared
+
+
+def _answer(predictor: Predictor, task: Task[Item, Record], prepared: _Prepared[Item]) -> Iterator[Record]:
+    """Yield the records of one batch."""
+    replies = predictor.ask_many(prepared.requests)
+    retries = _retry(predictor, task, prepared.requests, replies)
+    for number, overlay in enumerate(prepared.overlays):
+        for index, (pair, reply) in enumerate(zip(overlay, replies[number], strict=True)):
             answered = Answered(
                 question=pair.question,
-                reply=retries.get(index, reply),
-                is_retry=index in retries,
+                reply=retries.get((number, index), reply),
+                is_retry=(number, index) in retries,
                 mask_rule=predictor.config.mask,
             )
             yield task.record(pair.item, answered)
 
 
 def _retry(
-    predictor: Predictor,
-    task: Task[Any, Any],
-    image: Image.Image,
-    overlay: Sequence[Asked[Any]],
-    replies: Sequence[Reply],
-) -> dict[int, Reply]:
+    predictor: Predictor, task: Task[Any, Any], requests: Sequence[Request], replies: Sequence[Sequence[Reply]]
+) -> dict[tuple[int, int], Reply]:
     """Return, for each answer without a mask that is to be forced, its text with the masks of the forced answer."""
     if not task.retries_without_mask or predictor.config.answer != "generated":
         return {}
-    again = [index for index, reply in enumerate(replies) if len(reply.masks_NHW) == 0]
-    if not again:
-        return {}
-    (forced,) = _ask(predictor.changed(answer="forced"), image, [[overlay[index] for index in again]])
+    again = [[i for i, reply in enumerate(own) if len(reply.masks_NHW) == 0] for own in replies]
+    forced = predictor.changed(answer="forced").ask_many(
+        [
+            replace(request, questions=[request.questions[i] for i in indices])
+            for request, indices in zip(requests, again, strict=True)
+        ]
+    )
     return {
-        index: replace(replies[index], masks_NHW=reply.masks_NHW, scores=reply.scores)
-        for index, reply in zip(again, forced, strict=True)
+        (number, index): replace(replies[number][index], masks_NHW=reply.masks_NHW, scores=reply.scores)
+        for number, indices in enumerate(again)
+        for index, reply in zip(indices, forced[number], strict=True)
     }
-
-
-def _ask(predictor: Predictor, image: Image.Image, overlays: Sequence[Sequence[Asked[Any]]]) -> list[list[Reply]]:
-    """Return the replies to every overlay's questions."""
-    asked = [(overlay[0].question.prompts(), [pair.question.text for pair in overlay]) for overlay in overlays]
-    if len(asked) == 1:
-        return [predictor.ask(image, asked[0][1], asked[0][0])]
-    return predictor.ask_overlays(image, asked)
 
 
 def _by_overlay(group: Sequence[Asked[Item]]) -> list[list[Asked[Item]]]:
@@ -175,7 +258,7 @@ def protocol_of(
         "checkpoint": checkpoint,
         "weights_sha256": weights_sha256,
         "precision": precision,
-        "predict": vars(predictor.config) | {"batch_size": None, "max_new_tokens": tokens},
+        "predict": vars(predictor.config) | {"token_budget": None, "max_new_tokens": tokens},
         "eval": eval_node,
         "task": task.kind,
         "retries_without_mask": task.retries_without_mask,
@@ -226,9 +309,10 @@ def _complete(output: Path, task: Task[Any, Record], keys: Sequence[Any]) -> lis
     return [answered[key] for key in keys]
 
 
-def _progress(groups: Iterable[list[Asked[Item]]], name: str, shown: bool) -> Iterator[list[Asked[Item]]]:
-    """Yield the groups, with a progress bar on rank 0."""
-    return iter(tqdm(groups, desc=name, unit="image", disable=not shown or dist.rank() != 0))
+def _progress(own: Sequence[Batch[Any]], name: str, shown: bool) -> "tqdm[Any]":
+    """Return a progress bar over images, on rank 0."""
+    num_images = sum(len(batch) for batch in own)
+    return tqdm(total=num_images, desc=name, unit="image", disable=not shown or dist.rank() != 0)
 
 
 def _write_merged(path: Path, record_format: RecordFormat[Record, Any], records: Sequence[Record]) -> None:

@@ -1,15 +1,15 @@
-"""The only inference path: questions about one image in, text and masks at image size out.
+"""The only inference path: questions about images in, text and masks at image size out.
 
-Place in the flow: `evaluation/engine.py`, `scripts/predict.py` and validation during training call `Predictor.ask`.
-The image is encoded once, all questions about it run as one batch over its cache, pixel features are made once and
-only when an answer holds a [SEG]. Visual prompts change the image's own states, so that questions about other regions
-need another prefix: `ask_overlays` encodes them one after another and answers them as one batch.
+Place in the flow: `evaluation/engine.py`, `scripts/predict.py` and validation during training call `Predictor`.
+An image is encoded once for all questions that see the same visual prompts on it (prompts change the image's own
+states); images of one patch grid and all their questions run as one batch within a token budget. Pixel features are
+made once per image, and only when an answer holds a [SEG].
 
     predictor.ask(image, ["Please segment the cat."])[0]
         -> Reply(text="It is [SEG].", masks=<bool 1x427x640>, scores=(0.93,))
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pixel_sail.config import PredictConfig
-from pixel_sail.model.generation import Answer, ImagePrefix, encode_image, generate, stack_prefixes
+from pixel_sail.model.generation import Answer, ImagePrefixes, encode_images, generate
 from pixel_sail.model.mask_head import mask_logits
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, load_model
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor, image_positions
@@ -33,9 +33,6 @@ FORCED_ANSWER = "It is [SEG]."
 
 SHORT_ANSWER_TOKENS = 32
 """Longest answer where nothing else is said: enough for masks alone."""
-
-Overlay = tuple[tuple[VisualPrompt, ...], Sequence[str]]
-"""Visual prompts, and the questions that are asked with them painted on the image."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -57,6 +54,38 @@ class Reply:
             return None
         merged: BoolMask = self.masks_NHW[0] if rule == "first" else np.asarray(self.masks_NHW.any(axis=0))
         return merged
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedImage:
+    """An image as the model takes it."""
+
+    patches_PK: Tensor
+    """uint8"""
+    grid_hw: SizeHW
+    size_hw: SizeHW
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Questions that see the same image (None: no image) with the same visual prompts; each is answered by itself."""
+
+    image: PreparedImage | None
+    questions: Sequence[str]
+    prompts: tuple[VisualPrompt, ...] = ()
+
+    @property
+    def grid_hw(self) -> SizeHW | None:
+        """Return the patch grid of the image."""
+        return None if self.image is None else self.image.grid_hw
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """Some of the questions of one request, as tokens."""
+
+    request: int
+    texts: Sequence[list[int]]
 
 
 class Predictor:
@@ -82,6 +111,11 @@ class Predictor:
         """Return the same model with other settings."""
         return Predictor(self.model, self.processor, replace(self.config, **settings))
 
+    def prepare(self, image: Image.Image) -> PreparedImage:
+        """Return an opened image as patches."""
+        patches, grid = self.processor.image_patches(image)
+        return PreparedImage(patches_PK=patches, grid_hw=grid, size_hw=(image.height, image.width))
+
     def ask(
         self, image: Image.Image | None, questions: Sequence[str], prompts: tuple[VisualPrompt, ...] = ()
     ) -> list[Reply]:
@@ -89,64 +123,98 @@ class Predictor:
 
         Raises: DataError for a visual prompt the model has no token for.
         """
-        return self.ask_overlays(image, [(prompts, questions)])[0]
+        prepared = None if image is None else self.prepare(image)
+        return self.ask_many([Request(image=prepared, questions=questions, prompts=prompts)])[0]
 
     @torch.no_grad()
-    def ask_overlays(self, image: Image.Image | None, overlays: Sequence[Overlay]) -> list[list[Reply]]:
-        """Answer the questions of every overlay of one image, as `ask` would answer them one overlay at a time.
+    def ask_many(self, requests: Sequence[Request]) -> list[list[Reply]]:
+        """Answer the questions of every request, as `ask` would answer them one by one.
 
         Raises: DataError for a visual prompt the model has no token for.
         """
-        rows = [(index, question) for index, (_, questions) in enumerate(overlays) for question in questions]
-        patches = None if image is None else self.processor.image_patches(image)
-        image_hw = (0, 0) if image is None else (image.height, image.width)
-        replies: list[list[Reply]] = [[] for _ in overlays]
-        prefixes: dict[int, ImagePrefix] = {}
-        for start in range(0, len(rows), self.config.batch_size):
-            batch = rows[start : start + self.config.batch_size]
-            owners = [index for index, _ in batch]
-            if patches is not None:
-                # The last overlay of the batch before may go on in this one.
-                prefixes = {i: prefixes.get(i) or self._encode(*patches, overlays[i][0]) for i in dict.fromkeys(owners)}
-            answers = self._generate([question for _, question in batch], [prefixes[i] for i in owners if prefixes])
-            for index in dict.fromkeys(owners):
-                own = [answer for owner, answer in zip(owners, answers, strict=True) if owner == index]
-                replies[index] += self._replies(own, prefixes.get(index), image_hw)
+        texts = [[self._question_ids(question) for question in request.questions] for request in requests]
+        replies: list[list[Reply]] = [[] for _ in requests]
+        for batch in self._batches(requests, texts):
+            answers, prefixes = self._generate([requests[part.request] for part in batch], batch)
+            for index, (part, own) in enumerate(zip(batch, answers, strict=True)):
+                image = requests[part.request].image
+                states = None if prefixes is None else prefixes.patch_states(index)
+                replies[part.request] += self._replies(own, states, (0, 0) if image is None else image.size_hw)
         return replies
 
-    def _generate(self, questions: Sequence[str], prefixes: Sequence[ImagePrefix]) -> list[Answer]:
-        """Return the answers; there is one prefix per question, often the same one, or none at all."""
-        prefix = None
-        if prefixes:
-            is_shared = all(other is prefixes[0] for other in prefixes)
-            prefix = prefixes[0] if is_shared else stack_prefixes(prefixes)
-        limit = SHORT_ANSWER_TOKENS if self.config.max_new_tokens is None else self.config.max_new_tokens
-        return generate(
+    def _batches(self, requests: Sequence[Request], texts: Sequence[Sequence[list[int]]]) -> Iterator[list[_Part]]:
+        """Yield what is answered together: questions about images of one grid, within the token budget where it can be.
+
+        A request that alone exceeds the budget is cut into parts, and its image is encoded for each of them.
+        """
+        by_grid: dict[SizeHW | None, list[int]] = {}
+        for index, request in enumerate(requests):
+            if request.questions:
+                by_grid.setdefault(request.grid_hw, []).append(index)
+        for grid, members in by_grid.items():
+            image_tokens = 0 if grid is None else span_length(grid)
+            batch: list[_Part] = []
+            for index in members:
+                # What a batch costs depends on its longest text and on the image with most texts.
+                per_text = max(map(len, texts[index])) + self._max_new_tokens()
+                step = max(1, (self.config.token_budget - image_tokens) // per_text)
+                for start in range(0, len(texts[index]), step):
+                    part = _Part(request=index, texts=texts[index][start : start + step])
+                    if batch and self._cost([*batch, part], image_tokens) > self.config.token_budget:
+                        yield batch
+                        batch = []
+                    batch.append(part)
+            if batch:
+                yield batch
+
+    def _cost(self, batch: Sequence[_Part], image_tokens: int) -> int:
+        """Return the tokens of a batch with its padding."""
+        longest = max(len(text) for part in batch for text in part.texts) + self._max_new_tokens()
+        return len(batch) * (image_tokens + max(len(part.texts) for part in batch) * longest)
+
+    def _max_new_tokens(self) -> int:
+        """Return the length limit of generated answers."""
+        if self.config.answer == "forced":
+            return 0
+        return SHORT_ANSWER_TOKENS if self.config.max_new_tokens is None else self.config.max_new_tokens
+
+    def _generate(
+        self, requests: Sequence[Request], batch: Sequence[_Part]
+    ) -> tuple[list[list[Answer]], ImagePrefixes | None]:
+        """Return the answers of every part, and the images they look at; `requests` are those of the parts."""
+        prefixes = None
+        if requests[0].image is not None:
+            images = [request.image for request in requests if request.image is not None]
+            grid = images[0].grid_hw
+            painted = [self.processor.paint_prompts(request.prompts, grid, "question") for request in requests]
+            prefixes = encode_images(
+                self.model,
+                torch.stack([image.patches_PK for image in images]).to(self.model.device),
+                grid,
+                image_positions(grid).to(self.model.device),
+                torch.stack(painted).to(self.model.device),
+            )
+        answers = generate(
             self.model,
-            prefix,
-            [self._question_ids(question) for question in questions],
-            max_new_tokens=limit if self.config.answer == "generated" else 0,
+            prefixes,
+            [part.texts for part in batch],
+            max_new_tokens=self._max_new_tokens(),
             end_ids=(self.processor.end_id, self.processor.turn_end_id),
         )
+        return answers, prefixes
 
     def _question_ids(self, question: str) -> list[int]:
         """Return the tokens of a question, with the forced answer behind it where one is configured."""
         ids = self.processor.question_ids(question)
         return ids + self.processor.text_ids(FORCED_ANSWER) if self.config.answer == "forced" else ids
 
-    def _encode(self, patches: Tensor, grid: SizeHW, prompts: tuple[VisualPrompt, ...]) -> ImagePrefix:
-        """Encode the patches of an image with its visual prompts."""
-        painted = self.processor.paint_prompts(prompts, grid, "question")
-        device = self.model.device
-        return encode_image(self.model, patches.to(device), grid, image_positions(grid).to(device), painted.to(device))
-
-    def _replies(self, answers: Sequence[Answer], prefix: ImagePrefix | None, image_hw: tuple[int, int]) -> list[Reply]:
-        """Turn tokens and [SEG] states into text and masks."""
+    def _replies(self, answers: Sequence[Answer], states_hwD: Tensor | None, image_hw: SizeHW) -> list[Reply]:
+        """Turn tokens and [SEG] states of one image into text and masks."""
         counts = [len(answer.seg_states_ND) for answer in answers]
         probabilities = None
-        if prefix is not None and any(counts):
+        if states_hwD is not None and any(counts):
             head = self.model.mask_head
-            features = head.pixel_features(prefix.patch_states()[None])[0]
+            features = head.pixel_features(states_hwD[None])[0]
             queries = head.seg_queries(torch.cat([answer.seg_states_ND for answer in answers]))
             probabilities = resize_logits(mask_logits(queries, features), image_hw).sigmoid()
         replies, first = [], 0
@@ -163,6 +231,11 @@ class Predictor:
             text = (forced + self.processor.decode(answer.token_ids)).strip()
             replies.append(Reply(text=text, masks_NHW=masks, scores=scores))
         return replies
+
+
+def span_length(grid_hw: SizeHW) -> int:
+    """Return the number of tokens of an image: its patches and two delimiters."""
+    return grid_hw[0] * grid_hw[1] + 2
 
 
 def resize_logits(logits_NYX: Tensor, size_hw: tuple[int, int]) -> Tensor:

@@ -1,15 +1,16 @@
 """The decoder-only transformer: RMSNorm, grouped-query attention with q/k/v bias, SwiGLU, 2-D rotary positions.
 
-Place in the flow: `modeling_pixel_sail` hands it embeddings, it returns the states after the final norm. It knows
-nothing of images: what is an image only shows in the positions and in the attention mask it is given.
+Place in the flow: `modeling_pixel_sail` and `generation` hand it embeddings, it returns the states after the final
+norm. It knows nothing of images: what is an image only shows in the positions and in the attention rule it is given.
 
-Example: embeddings [2, 194, 128] with positions [2, 2, 194] and a mask [2, 1, 194, 194] give states [2, 194, 128].
+Example: embeddings [2, 194, 128] with positions [2, 2, 194] and `MaskedAttention(mask [2, 1, 194, 194])` give states
+[2, 194, 128].
 
-Axis letters: B rows, T tokens of this call, S keys (cached ones first), D width, A attention heads, G key-value heads,
-E head width.
+Axis letters: B rows, T tokens, S keys, D width, A attention heads, G key-value heads, E head width.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,30 @@ from torch.utils.checkpoint import checkpoint
 
 from pixel_sail.model.configuration_pixel_sail import Architecture
 
-KeyValue = tuple[Tensor, Tensor]
-"""Rotated keys and values of one layer, both [B, G, S, E]."""
+
+class AttentionRule(Protocol):
+    """What the tokens of one call look at, and how."""
+
+    def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
+        """Return the mixed values [B, A, T, E] of a layer from its rotated queries and keys, and its values."""
+
+
+def attend(q_BATE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask_B1TS: Tensor | None) -> Tensor:
+    """Return attention of every query over the keys that the mask lets it see (None: over all)."""
+    repeats = q_BATE.shape[1] // k_BGSE.shape[1]
+    keys, values = k_BGSE.repeat_interleave(repeats, dim=1), v_BGSE.repeat_interleave(repeats, dim=1)
+    return F.scaled_dot_product_attention(q_BATE, keys, values, attn_mask=mask_B1TS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedAttention:
+    """The rule of training: the tokens of the call look at each other where a boolean mask says so."""
+
+    mask_B1TS: Tensor
+
+    def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
+        """Return the mixed values."""
+        return attend(q_BATE, k_BGTE, v_BGTE, self.mask_B1TS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +91,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention under an explicit boolean mask."""
+    """Projections of grouped-query attention around a rule."""
 
     def __init__(self, config: Architecture) -> None:
         super().__init__()
@@ -81,27 +104,14 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, group_size, bias=True)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(
-        self, x_BTD: Tensor, rotary: Rotary, mask_B1TS: Tensor, past: KeyValue | None
-    ) -> tuple[Tensor, KeyValue]:
-        """Return the mixed states and the keys and values including `past`, which stands before this call's."""
+    def forward(self, x_BTD: Tensor, rotary: Rotary, rule: AttentionRule, layer: int) -> Tensor:
+        """Return the mixed states."""
         batch, num_tokens, _ = x_BTD.shape
         q_BATE = self.q_proj(x_BTD).view(batch, num_tokens, self.num_heads, self.head_dim).transpose(1, 2)
         k_BGTE = self.k_proj(x_BTD).view(batch, num_tokens, self.num_groups, self.head_dim).transpose(1, 2)
-        v_BGSE = self.v_proj(x_BTD).view(batch, num_tokens, self.num_groups, self.head_dim).transpose(1, 2)
-        q_BATE, k_BGSE = rotary(q_BATE), rotary(k_BGTE)
-        if past is not None:
-            k_BGSE = torch.cat((past[0], k_BGSE), dim=2)
-            v_BGSE = torch.cat((past[1], v_BGSE), dim=2)
-        repeats = self.num_heads // self.num_groups
-        mixed_BATE = F.scaled_dot_product_attention(
-            q_BATE,
-            k_BGSE.repeat_interleave(repeats, dim=1),
-            v_BGSE.repeat_interleave(repeats, dim=1),
-            attn_mask=mask_B1TS,
-        )
-        mixed_BTD = mixed_BATE.transpose(1, 2).reshape(batch, num_tokens, -1)
-        return self.o_proj(mixed_BTD), (k_BGSE, v_BGSE)
+        v_BGTE = self.v_proj(x_BTD).view(batch, num_tokens, self.num_groups, self.head_dim).transpose(1, 2)
+        mixed_BATE = rule(layer, rotary(q_BATE), rotary(k_BGTE), v_BGTE)
+        return self.o_proj(mixed_BATE.transpose(1, 2).reshape(batch, num_tokens, -1))
 
 
 class SwiGLU(nn.Module):
@@ -128,13 +138,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(
-        self, x_BTD: Tensor, rotary: Rotary, mask_B1TS: Tensor, past: KeyValue | None
-    ) -> tuple[Tensor, KeyValue]:
-        """Return the new states and this layer's keys and values."""
-        mixed, key_value = self.self_attn(self.input_layernorm(x_BTD), rotary, mask_B1TS, past)
-        x_BTD = x_BTD + mixed
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), key_value
+    def forward(self, x_BTD: Tensor, rotary: Rotary, rule: AttentionRule, layer: int) -> Tensor:
+        """Return the new states."""
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, rule, layer)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
 class Decoder(nn.Module):
@@ -148,21 +155,12 @@ class Decoder(nn.Module):
         self.rope_theta = config.rope_theta
         self.gradient_checkpointing = False
 
-    def forward(
-        self,
-        x_BTD: Tensor,
-        position_ids_2BT: Tensor,
-        mask_B1TS: Tensor,
-        past: list[KeyValue] | None = None,
-    ) -> tuple[Tensor, list[KeyValue]]:
-        """Return the states after the final norm [B, T, D] and every layer's keys and values (`past` included)."""
+    def forward(self, x_BTD: Tensor, position_ids_2BT: Tensor, rule: AttentionRule) -> Tensor:
+        """Return the states after the final norm [B, T, D]."""
         rotary = rotary_tables(position_ids_2BT, self.head_dim, self.rope_theta, x_BTD.dtype)
-        key_values = []
         for index, layer in enumerate(self.layers):
-            layer_past = past[index] if past is not None else None
             if self.gradient_checkpointing and self.training:
-                x_BTD, key_value = checkpoint(layer, x_BTD, rotary, mask_B1TS, layer_past, use_reentrant=False)
+                x_BTD = checkpoint(layer, x_BTD, rotary, rule, index, use_reentrant=False)
             else:
-                x_BTD, key_value = layer(x_BTD, rotary, mask_B1TS, layer_past)
-            key_values.append(key_value)
-        return self.norm(x_BTD), key_values
+                x_BTD = layer(x_BTD, rotary, rule, index)
+        return self.norm(x_BTD)

@@ -1,38 +1,44 @@
-"""Greedy answers about one image: the image is encoded once, any number of texts share its cache.
+"""Greedy answers about images: every image is encoded once, any number of texts about it share its keys and values.
 
-Place in the flow: `evaluation/predict.py` and the parity tool call `encode_image`, then `generate`. A [SEG] state is
-taken after the token was consumed, also when [SEG] is the last token that was generated.
+Place in the flow: `evaluation/predict.py` and the parity tool call `encode_images`, then `generate`. Images of one
+batch have one patch grid. A [SEG] state is taken after the token was consumed, also when [SEG] is the last token that
+was generated.
 
-Example: 12 questions about one 64-patch image run as one batch of 12 rows over one cached prefix of 66 tokens; the
-answer "It is [SEG].<end>" costs 6 further single-token passes and gives one state per row.
+Example: 4 images of 64 patches, 12 questions about each, run as one batch of 48 texts over 4 cached prefixes of 66
+tokens, none of which is copied; the answer "It is [SEG].<end>" costs 6 further single-token passes and gives one state
+per text.
 
-Axis letters: R texts, T tokens of the longest question, D width.
+Axis letters: I images, Q texts of the image that has most, R = I x Q rows, S prefix tokens, T tokens of this call,
+C text tokens so far, P patches, D width, A attention heads, G key-value heads, H = A / G, E head width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from pixel_sail.model.decoder import KeyValue
+from pixel_sail.model.decoder import attend
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
+
+KeyValue = tuple[Tensor, Tensor]
+"""Rotated keys and values of one layer, both [I, G, S, E]."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImagePrefix:
-    """An encoded image: what later tokens attend to, and where their positions start."""
+class ImagePrefixes:
+    """Encoded images of one grid: what later tokens attend to, and where their positions start."""
 
     key_values: list[KeyValue]
-    """Per layer keys and values [1, G, T, E], or [R, G, T, E] after `stack_prefixes`."""
-    hidden_1TD: Tensor
+    """By layer."""
+    hidden_ISD: Tensor
     grid_hw: tuple[int, int]
     next_position: int
 
-    def patch_states(self) -> Tensor:
-        """Return the states [h, w, D] of the patches, which stand between the two delimiters."""
+    def patch_states(self, image: int) -> Tensor:
+        """Return the states [h, w, D] of the patches of one image, which stand between the two delimiters."""
         rows, columns = self.grid_hw
-        return self.hidden_1TD[0, 1 : 1 + rows * columns].view(rows, columns, -1)
+        return self.hidden_ISD[image, 1 : 1 + rows * columns].view(rows, columns, -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +53,7 @@ class Answer:
 
 @dataclass(kw_only=True)
 class _Row:
-    """What is known of one text while it grows."""
+    """What is known of one text while it grows. Rows without a text fill up the batch and are finished at once."""
 
     position: int
     tokens: list[int] = field(default_factory=list)
@@ -56,67 +62,75 @@ class _Row:
 
 
 @torch.no_grad()
-def encode_image(
+def encode_images(
     model: PixelSailForSegmentation,
-    patches_PK: Tensor,
+    patches_IPK: Tensor,
     grid_hw: tuple[int, int],
-    position_ids_2T: Tensor,
-    prompt_ids_T: Tensor,
-) -> ImagePrefix:
-    """Encode the image span `<vision> patches </vision>`; positions and prompts cover all of its tokens."""
-    config, device = model.config, patches_PK.device
-    ids = [config.token_id("<vision>"), *[config.token_id("<vpatch>")] * len(patches_PK), config.token_id("</vision>")]
-    hidden, key_values = model.encode_prefix(
-        torch.tensor([ids], device=device), position_ids_2T[:, None], patches_PK, prompt_ids_T[None]
+    position_ids_2S: Tensor,
+    prompt_ids_IS: Tensor,
+) -> ImagePrefixes:
+    """Encode image spans `<vision> patches </vision>`; positions and prompts cover all of their tokens."""
+    config, device, num_images = model.config, patches_IPK.device, len(patches_IPK)
+    patch_ids = [config.token_id("<vpatch>")] * patches_IPK.shape[1]
+    ids = torch.tensor([config.token_id("<vision>"), *patch_ids, config.token_id("</vision>")], device=device)
+    recorder = _PrefixRecorder()
+    hidden = model.encode_prefix(
+        ids.expand(num_images, -1),
+        position_ids_2S[:, None].expand(-1, num_images, -1),
+        patches_IPK,
+        prompt_ids_IS,
+        recorder,
     )
-    next_position = int(position_ids_2T.max()) + 1
-    return ImagePrefix(key_values=key_values, hidden_1TD=hidden, grid_hw=grid_hw, next_position=next_position)
-
-
-def stack_prefixes(prefixes: Sequence[ImagePrefix]) -> ImagePrefix:
-    """Return one prefix per text as a batch, for `generate`: the same image with different visual prompts.
-
-    Its `patch_states` are those of the first; take them from the single prefixes. Raises: ValueError if grids differ.
-    """
-    first = prefixes[0]
-    if any(prefix.grid_hw != first.grid_hw for prefix in prefixes):
-        raise ValueError(f"stack_prefixes: grids {[p.grid_hw for p in prefixes]} differ, expected those of one image")
-    layers = zip(*(prefix.key_values for prefix in prefixes), strict=True)
-    return ImagePrefix(
-        key_values=[(torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer])) for layer in layers],
-        hidden_1TD=first.hidden_1TD,
-        grid_hw=first.grid_hw,
-        next_position=first.next_position,
+    next_position = int(position_ids_2S.max()) + 1
+    return ImagePrefixes(
+        key_values=recorder.key_values, hidden_ISD=hidden, grid_hw=grid_hw, next_position=next_position
     )
+
+
+class _PrefixRecorder:
+    """The rule of image spans: every token sees the whole span. Keeps keys and values."""
+
+    def __init__(self) -> None:
+        self.key_values: list[KeyValue] = []
+
+    def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
+        """Return the mixed values."""
+        self.key_values.append((k_BGTE, v_BGTE))
+        return attend(q_BATE, k_BGTE, v_BGTE, None)
 
 
 @torch.no_grad()
 def generate(
     model: PixelSailForSegmentation,
-    prefix: ImagePrefix | None,
-    texts: Sequence[Sequence[int]],
+    prefixes: ImagePrefixes | None,
+    texts: Sequence[Sequence[Sequence[int]]],
     *,
     max_new_tokens: int,
     end_ids: Sequence[int],
-) -> list[Answer]:
-    """Continue every text greedily after the shared prefix (None: no image) until an end token or the length limit.
+) -> list[list[Answer]]:
+    """Continue texts greedily until an end token or the length limit, each after the prefix of its image.
 
-    A stacked prefix holds one for each text instead.
-    Raises: ValueError for an empty text.
+    texts: tokens of every text of every image, images in the order of the prefixes; without prefixes (text only) the
+    groups are the caller's own. Raises: ValueError for an empty text.
     """
-    if not texts:
-        return []
-    if any(len(text) == 0 for text in texts):
-        raise ValueError(f"generate: text {[len(t) for t in texts].index(0)} of {len(texts)} is empty")
-    rows = [_Row(position=prefix.next_position if prefix else 0) for _ in texts]
-    cache = _Cache(model, prefix, num_texts=len(texts))
-    tokens_RT, valid_RT = _right_pad(texts, model.device)
-    hidden_RTD = cache.extend(tokens_RT, valid_RT, rows)
-    last = valid_RT.sum(1) - 1
+    num_columns = max((len(group) for group in texts), default=0)
+    if num_columns == 0:
+        return [[] for _ in texts]
+    for number, group in enumerate(texts):
+        for index, text in enumerate(group):
+            if len(text) == 0:
+                raise ValueError(f"generate: text {index} of group {number} is empty, expected at least one token")
+    padded = [text for group in texts for text in [*group, *[()] * (num_columns - len(group))]]
+    start = prefixes.next_position if prefixes else 0
+    rows = [_Row(position=start, finished=len(text) == 0) for text in padded]
+    capacity = max(map(len, padded)) + max_new_tokens
+    cache = _TextCache(model, prefixes, rows, num_images=len(texts), capacity=capacity)
+    hidden_RTD = cache.extend(padded)
+    last = torch.tensor([max(len(text), 1) - 1 for text in padded], device=model.device)
     state_RD = hidden_RTD[torch.arange(len(rows), device=model.device), last]
     for step in range(max_new_tokens):
-        next_R = model.lm_head(state_RD).argmax(-1)
-        for row, token in zip(rows, next_R.tolist(), strict=True):
+        next_R = model.lm_head(state_RD).argmax(-1).tolist()
+        for row, token in zip(rows, next_R, strict=True):
             if not row.finished:
                 row.tokens.append(token)
                 row.finished = token in end_ids
@@ -124,16 +138,20 @@ def generate(
             break
         if step + 1 == max_new_tokens and not _ends_with_seg(model, rows):
             break
-        active = torch.tensor([[not row.finished] for row in rows], device=model.device)
-        state_RD = cache.extend(next_R[:, None], active, rows)[:, 0]
-    width = model.config.hidden_size
-    return [
-        Answer(
-            token_ids=row.tokens,
-            seg_states_ND=torch.stack(row.seg_states) if row.seg_states else state_RD.new_zeros(0, width),
-        )
+        consumed = [() if row.finished else (token,) for row, token in zip(rows, next_R, strict=True)]
+        state_RD = cache.extend(consumed)[:, 0]
+    none = state_RD.new_zeros(0, model.config.hidden_size)
+    answers = (
+        Answer(token_ids=row.tokens, seg_states_ND=torch.stack(row.seg_states) if row.seg_states else none)
         for row in rows
-    ]
+    )
+    return list(_regroup(answers, [len(group) for group in texts], num_columns))
+
+
+def _regroup(answers: Iterator[Answer], counts: Sequence[int], num_columns: int) -> Iterator[list[Answer]]:
+    """Yield the answers of each image without those of rows that only fill up."""
+    for number in counts:
+        yield [next(answers) for _ in range(num_columns)][:number]
 
 
 def _ends_with_seg(model: PixelSailForSegmentation, rows: Sequence[_Row]) -> bool:
@@ -141,46 +159,91 @@ def _ends_with_seg(model: PixelSailForSegmentation, rows: Sequence[_Row]) -> boo
     return any(not row.finished and row.tokens[-1] == model.config.token_id("[SEG]") for row in rows)
 
 
-class _Cache:
-    """Keys and values of the shared prefix and of every text, and the reference way to extend them."""
+class _TextCache:
+    """Keys and values of all texts, and the rule by which their tokens see their image and what went before.
 
-    def __init__(self, model: PixelSailForSegmentation, prefix: ImagePrefix | None, *, num_texts: int) -> None:
+    One softmax goes over both: the scores of a row over the prefix of its image come from one product per image, so
+    that no prefix is copied for its texts, and stand beside the scores over the row's own text.
+    """
+
+    def __init__(
+        self,
+        model: PixelSailForSegmentation,
+        prefixes: ImagePrefixes | None,
+        rows: Sequence[_Row],
+        *,
+        num_images: int,
+        capacity: int,
+    ) -> None:
         self.model = model
-        self.past: list[KeyValue] | None = None
-        length = 0
-        if prefix is not None:
-            self.past = [
-                (k.expand(num_texts, -1, -1, -1), v.expand(num_texts, -1, -1, -1)) for k, v in prefix.key_values
-            ]
-            length = prefix.hidden_1TD.shape[1]
-        self.valid_RS = torch.ones(num_texts, length, dtype=torch.bool, device=model.device)
+        self.prefixes = prefixes
+        self.rows = rows
+        self.num_images = num_images
+        self.num_slots = 0
+        config = model.config
+        shape = (len(rows), config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = [torch.empty(shape, dtype=model.dtype, device=model.device) for _ in model.decoder.layers]
+        self.values = [torch.empty_like(keys) for keys in self.keys]
+        self.valid_RC = torch.zeros(len(rows), capacity, dtype=torch.bool, device=model.device)
+        self.mask_RTC = self.valid_RC[:, None]
 
-    def extend(self, tokens_RT: Tensor, valid_RT: Tensor, rows: Sequence[_Row]) -> Tensor:
-        """Consume tokens (only the valid ones count), note [SEG] states and positions, return the states [R, T, D]."""
-        num_tokens = tokens_RT.shape[1]
-        starts = torch.tensor([row.position for row in rows], device=tokens_RT.device)
-        positions_RT = starts[:, None] + torch.arange(num_tokens, device=tokens_RT.device)
-        past_length = self.valid_RS.shape[1]
-        self.valid_RS = torch.cat((self.valid_RS, valid_RT), dim=1)
-        slots = torch.arange(self.valid_RS.shape[1], device=tokens_RT.device)
-        queries = past_length + torch.arange(num_tokens, device=tokens_RT.device)
-        # A token always sees itself, so that the row of a padded or finished text is never empty.
-        causal_TS = slots[None] <= queries[:, None]
-        itself_TS = slots[None] == queries[:, None]
-        mask_RTS = (causal_TS & self.valid_RS[:, None]) | itself_TS
-        hidden_RTD, self.past = self.model.decoder(
-            self.model.embed_tokens(tokens_RT), positions_RT.expand(2, -1, -1), mask_RTS[:, None], self.past
+    def extend(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """Consume the next tokens of every row (none: the row waits), note [SEG] states, return the states [R, T, D].
+
+        Texts shorter than the longest are padded on the right; the states of padding mean nothing.
+        """
+        device, seg_id = self.model.device, self.model.config.token_id("[SEG]")
+        length = max(map(len, texts))
+        tokens_RT = torch.tensor([[*text, *[0] * (length - len(text))] for text in texts], device=device)
+        counts = torch.tensor([len(text) for text in texts], device=device)
+        steps = torch.arange(length, device=device)
+        starts = torch.tensor([row.position for row in self.rows], device=device)
+        first, self.num_slots = self.num_slots, self.num_slots + length
+        self.valid_RC[:, first : self.num_slots] = steps < counts[:, None]
+        slots, queries = torch.arange(self.num_slots, device=device), first + steps
+        # A token always sees itself, so that the row of a padded or waiting text is never empty.
+        causal_TC, itself_TC = slots <= queries[:, None], slots == queries[:, None]
+        self.mask_RTC = (causal_TC & self.valid_RC[:, None, : self.num_slots]) | itself_TC
+        hidden_RTD = self.model.decoder(
+            self.model.embed_tokens(tokens_RT), (starts[:, None] + steps).expand(2, -1, -1), self
         )
-        is_seg_RT = (tokens_RT == self.model.config.token_id("[SEG]")) & valid_RT
-        for index, row in enumerate(rows):
-            row.position += int(valid_RT[index].sum())
-            row.seg_states.extend(hidden_RTD[index][is_seg_RT[index]].unbind(0))
+        for index, (row, text) in enumerate(zip(self.rows, texts, strict=True)):
+            row.position += len(text)
+            row.seg_states += [hidden_RTD[index, place] for place, token in enumerate(text) if token == seg_id]
         return hidden_RTD
 
+    def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
+        """Return the mixed values. Scores and softmax are float32, as in a fused kernel."""
+        length, width, num_groups = q_BATE.shape[2], q_BATE.shape[3], k_BGTE.shape[1]
+        new = slice(self.num_slots - length, self.num_slots)
+        self.keys[layer][:, :, new], self.values[layer][:, :, new] = k_BGTE, v_BGTE
+        own_keys_RGCE = self.keys[layer][:, :, : self.num_slots].float()
+        own_values_RGCE = self.values[layer][:, :, : self.num_slots].float()
+        image_keys_IGSE, image_values_IGSE = self.image_key_values(layer)
+        # The H heads that share keys and values become further query rows.
+        q_RGHTE = q_BATE.unflatten(1, (num_groups, -1)).float() * width**-0.5
+        own_RGHTC = (q_RGHTE.flatten(2, 3) @ own_keys_RGCE.mT).unflatten(2, (-1, length))
+        own_RGHTC = own_RGHTC.masked_fill(~self.mask_RTC[:, None, None], -torch.inf)
+        seen_RGHTS = self.by_row(self.by_image(q_RGHTE) @ image_keys_IGSE.float().mT, q_RGHTE)
+        weights = torch.cat((seen_RGHTS, own_RGHTC), dim=-1).softmax(-1)
+        seen_RGHTS, own_RGHTC = weights.split((seen_RGHTS.shape[-1], self.num_slots), dim=-1)
+        from_image_RGHTE = self.by_row(self.by_image(seen_RGHTS) @ image_values_IGSE.float(), q_RGHTE)
+        from_text_RGHTE = (own_RGHTC.flatten(2, 3) @ own_values_RGCE).view_as(q_RGHTE)
+        return (from_image_RGHTE + from_text_RGHTE).flatten(1, 2).to(q_BATE.dtype)
 
-def _right_pad(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return tokens [R, T] padded with 0 and which of them are real."""
-    longest = max(len(text) for text in texts)
-    tokens = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts], device=device)
-    lengths = torch.tensor([len(text) for text in texts], device=device)
-    return tokens, torch.arange(longest, device=device)[None] < lengths[:, None]
+    def image_key_values(self, layer: int) -> KeyValue:
+        """Return the prefixes' keys and values, of length 0 where there is no image."""
+        if self.prefixes is not None:
+            return self.prefixes.key_values[layer]
+        none = self.keys[layer].new_zeros(self.num_images, self.keys[layer].shape[1], 0, self.keys[layer].shape[3])
+        return none, none
+
+    def by_image(self, x_RGHTZ: Tensor) -> Tensor:
+        """Return all query rows of each image as one axis: [I, G, Q x H x T, Z]."""
+        return x_RGHTZ.unflatten(0, (self.num_images, -1)).transpose(1, 2).flatten(2, 4)
+
+    def by_row(self, x_IGXZ: Tensor, like_RGHTE: Tensor) -> Tensor:
+        """Undo `by_image`, with the shape of another tensor but for the last axis."""
+        num_rows, _, num_heads, length, _ = like_RGHTE.shape
+        layout = (num_rows // self.num_images, num_heads, length)
+        return x_IGXZ.unflatten(2, layout).transpose(1, 2).flatten(0, 1)

@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 
 from pixel_sail.model.attention_mask import attention_mask
 from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
-from pixel_sail.model.decoder import Attention, Decoder, KeyValue, RMSNorm, SwiGLU
+from pixel_sail.model.decoder import Attention, AttentionRule, Decoder, MaskedAttention, RMSNorm, SwiGLU
 from pixel_sail.model.image_embedding import PatchEmbedding
 from pixel_sail.model.mask_head import MaskHead, mask_logits
 
@@ -148,7 +148,7 @@ class PixelSailForSegmentation(PreTrainedModel):
         """
         embeddings = self.embed(input_ids_BT, patches_SK, patch_index_BT, prompt_ids_BT)
         mask = attention_mask(sample_index_BT, branch_ids_BT, in_image_BT)
-        hidden_BTD, _ = self.decoder(embeddings, position_ids_2BT, mask)
+        hidden_BTD = self.decoder(embeddings, position_ids_2BT, MaskedAttention(mask_B1TS=mask))
         chosen = hidden_BTD if logit_positions_M2 is None else hidden_BTD[tuple(logit_positions_M2.unbind(1))]
         logits = self.lm_head(chosen)
         if seg_positions_N2 is None:
@@ -203,15 +203,18 @@ class PixelSailForSegmentation(PreTrainedModel):
 
     @torch.no_grad()
     def encode_prefix(
-        self, input_ids_BT: Tensor, position_ids_2BT: Tensor, patches_SK: Tensor, prompt_ids_BT: Tensor
-    ) -> tuple[Tensor, list[KeyValue]]:
-        """Return states [1, T, D] and keys and values of one image span, which attends to itself in both directions."""
-        in_image = torch.ones_like(input_ids_BT, dtype=torch.bool)
-        zeros = torch.zeros_like(input_ids_BT)
+        self,
+        input_ids_BT: Tensor,
+        position_ids_2BT: Tensor,
+        patches_BPK: Tensor,
+        prompt_ids_BT: Tensor,
+        rule: AttentionRule,
+    ) -> Tensor:
+        """Return the states [B, T, D] of image spans with one grid; the rule sees the keys and values of each layer."""
         is_patch = input_ids_BT == self.config.token_id("<vpatch>")
-        patch_index = torch.where(is_patch, is_patch.long().cumsum(1) - 1, -1)
-        embeddings = self.embed(input_ids_BT, patches_SK, patch_index, prompt_ids_BT)
-        return self.decoder(embeddings, position_ids_2BT, attention_mask(zeros, zeros, in_image))
+        patch_index = torch.where(is_patch, is_patch.view(-1).long().cumsum(0).view_as(input_ids_BT) - 1, -1)
+        embeddings = self.embed(input_ids_BT, patches_BPK.flatten(0, 1), patch_index, prompt_ids_BT)
+        return self.decoder(embeddings, position_ids_2BT, rule)
 
 
 def masks_of_images(

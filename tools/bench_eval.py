@@ -1,0 +1,311 @@
+"""Measure what sharing an image saves: expressions per second of the released method and of ours, on the same weights.
+
+    python tools/bench_eval.py                                   the 0.5B model's proportions, scaled down for a CPU
+    python tools/bench_eval.py --size 0.5b --device cuda --precision bf16 --images 16
+    python tools/bench_eval.py --json runs/bench_eval.json --png runs/bench_eval.png
+
+The released method takes one expression at a time: the image is encoded again under a dense mask, the text head runs at
+every position, its cache grows by concatenation, and the mask features are made again. Ours is `Predictor.ask_many`:
+images of one grid together, each encoded once, all their expressions as one batch, features once per image. Both end
+with masks at image size in main memory. What the released code spends beyond that (hidden states of all layers kept,
+masks packed and unpacked, images decoded one by one) is not counted against it.
+
+Weights are random, but every answer is "It is [SEG].": the layers add next to nothing to the token embeddings, and the
+text head maps each token to the one that follows it. Answers and masks of the two methods are compared in the same run.
+
+`--json` holds for each number of expressions per image the expressions per second, seconds and ratio, and
+`ratio_at_7`, the ratio at the number of expressions that RefCOCO has per image.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm import tqdm
+
+from pixel_sail.config import PredictConfig
+from pixel_sail.evaluation.predict import DTYPES, Predictor, PreparedImage, Request, resize_logits, span_length
+from pixel_sail.evaluation.run import code_version
+from pixel_sail.files import replace_text
+from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
+from pixel_sail.model.decoder import attend
+from pixel_sail.model.mask_head import mask_logits
+from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
+from pixel_sail.model.processing_pixel_sail import PixelSailProcessor, image_positions
+from pixel_sail.model.tokenization import model_token_ids, train_tokenizer
+
+SIZES = {
+    # Width, depth and vocabulary keep the shares that decoder, text head and mask head have in the 0.5B model.
+    "scaled": {"hidden_size": 256, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 4,
+               "num_key_value_heads": 1, "vocab_size": 11_264, "mask_dim": 144},
+    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+             "num_key_value_heads": 2, "vocab_size": 151_680, "mask_dim": 512},
+}  # fmt: skip
+
+IMAGE_HW = (480, 640)
+"""COCO's usual size."""
+
+ANSWER = "It is [SEG]."
+EXPRESSION = "the small dog to the left of the man in the red shirt number"
+
+REFCOCO_SPLITS = {"expressions": 57_457, "images": 9_900}
+"""All 8 splits of RefCOCO, RefCOCO+ and RefCOCOg (UMD), images counted once per split."""
+FLOOR_SECONDS = 43.0
+"""The same 8 splits at 400 TFLOP/s, every image encoded once, for the 0.5B model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One number of expressions per image."""
+
+    expressions_per_image: int
+    released_seconds: float
+    shared_seconds: float
+    """Per expression."""
+    changed_answers: int
+    changed_pixels: float
+    """Share of mask pixels in which the two methods differ."""
+
+    @property
+    def ratio(self) -> float:
+        """Return how many times faster ours is."""
+        return self.released_seconds / self.shared_seconds
+
+    def as_json(self) -> dict[str, float]:
+        """Return the measured values and what follows from them."""
+        return asdict(self) | {
+            "released_expressions_per_second": 1.0 / self.released_seconds,
+            "shared_expressions_per_second": 1.0 / self.shared_seconds,
+            "ratio": self.ratio,
+        }
+
+
+class GrowingCache:
+    """The released rule: a dense mask over everything, keys and values joined anew for every token."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.key_values: list[tuple[Tensor, Tensor]] = []
+        self.device = device
+
+    def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
+        """Return the mixed values: the image in both directions, text causally."""
+        if len(self.key_values) == layer:
+            self.key_values.append((k_BGTE, v_BGTE))
+            mask_TS = torch.ones(q_BATE.shape[2], k_BGTE.shape[2], dtype=torch.bool, device=self.device)
+        else:
+            keys, values = self.key_values[layer]
+            self.key_values[layer] = (torch.cat((keys, k_BGTE), dim=2), torch.cat((values, v_BGTE), dim=2))
+            num_keys, length = self.key_values[layer][0].shape[2], q_BATE.shape[2]
+            mask_TS = torch.ones(length, num_keys, dtype=torch.bool, device=self.device).tril(num_keys - length)
+        return attend(q_BATE, *self.key_values[layer], mask_TS[None, None])
+
+
+@torch.no_grad()
+def released_answer(predictor: Predictor, image: PreparedImage, question: str) -> tuple[list[int], np.ndarray]:
+    """Return the generated tokens and the masks [N, H, W] of one expression, computed as the released code does."""
+    model, processor, grid = predictor.model, predictor.processor, image.grid_hw
+    device, config = model.device, model.config
+    span = [config.token_id("<vision>"), *[config.token_id("<vpatch>")] * len(image.patches_PK)]
+    ids = torch.tensor([[*span, config.token_id("</vision>")]], device=device)
+    no_prompts = torch.full_like(ids, -1)
+    positions = image_positions(grid).to(device)
+    cache = GrowingCache(device)
+    hidden = model.encode_prefix(ids, positions[:, None], image.patches_PK[None].to(device), no_prompts, cache)
+    model.lm_head(hidden).float()
+    patch_states = hidden[0, 1:-1].view(*grid, -1)
+    consumed, position = processor.question_ids(question), int(positions.max()) + 1
+    generated: list[int] = []
+    seg_states: list[Tensor] = []
+    while True:
+        tokens = torch.tensor([consumed], device=device)
+        steps = torch.arange(position, position + len(consumed), device=device)
+        hidden = model.decoder(model.embed_tokens(tokens), steps.expand(2, 1, -1), cache)
+        seg_states += [hidden[0, place] for place, token in enumerate(consumed) if token == processor.seg_id]
+        generated.append(int(model.lm_head(hidden).float()[0, -1].argmax()))
+        position += len(consumed)
+        if generated[-1] == processor.end_id:
+            break
+        consumed = generated[-1:]
+    features = model.mask_head.pixel_features(patch_states[None])[0]
+    logits = mask_logits(model.mask_head.seg_queries(torch.stack(seg_states)), features)
+    return generated, (resize_logits(logits, image.size_hw).sigmoid() > 0.5).cpu().numpy()
+
+
+def build_predictor(size: str, *, precision: str, device: str, token_budget: int) -> Predictor:
+    """Return a predictor with random weights that answers everything with ANSWER."""
+    tokenizer = train_tokenizer([ANSWER, f"Please segment {EXPRESSION}."] * 4, vocab_size=500, num_visual_prompts=15)
+    token_ids = model_token_ids(tokenizer, num_visual_prompts=15)
+    fields = {**SIZES[size], "token_ids": token_ids, "tie_word_embeddings": False}
+    architecture = Architecture(**fields)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    config = PixelSailConfig.from_architecture(architecture)
+    model, processor = PixelSailForSegmentation(config).eval(), PixelSailProcessor.for_model(tokenizer, config)
+    chain = [*processor.question_ids("x")[-1:], *processor.text_ids(ANSWER), processor.end_id]
+    if len(set(chain)) != len(chain):
+        raise RuntimeError(f"the answer's tokens {chain} repeat, expected each to name its successor")
+    with torch.no_grad():
+        for layer in model.decoder.layers:
+            layer.self_attn.o_proj.weight.mul_(1e-2)
+            layer.mlp.down_proj.weight.mul_(1e-2)
+        for token, following in pairwise(chain):
+            model.lm_head.weight[following] = 2.0 * model.embed_tokens.weight[token]
+    settings = PredictConfig(token_budget=token_budget, max_new_tokens=len(chain) + 4)
+    model.to(device=torch.device(device), dtype=DTYPES[precision])
+    return Predictor(model, processor, settings)
+
+
+def draw_images(predictor: Predictor, number: int) -> list[PreparedImage]:
+    """Return images of COCO's usual size."""
+    rng = np.random.default_rng(0)
+    drawn = (Image.fromarray(rng.integers(0, 256, (*IMAGE_HW, 3), dtype=np.uint8)) for _ in range(number))
+    return [predictor.prepare(image) for image in drawn]
+
+
+def timed_seconds(start: float, device: torch.device) -> float:
+    """Return the seconds since `start` at which all work was done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def measure(predictor: Predictor, images: Sequence[PreparedImage], number: int, *, released_images: int) -> Point:
+    """Return both methods' time per expression, `number` expressions about each image."""
+    questions = [f"Please segment {EXPRESSION} {index}." for index in range(number)]
+    requests = [Request(image=image, questions=questions) for image in images]
+    device = predictor.model.device
+    start = time.perf_counter()
+    replies = predictor.ask_many(requests)
+    shared = timed_seconds(start, device) / (len(images) * number)
+    start = time.perf_counter()
+    released = [
+        [released_answer(predictor, image, question) for question in questions] for image in images[:released_images]
+    ]
+    slow = timed_seconds(start, device) / (released_images * number)
+    changed_answers, pixels = 0, []
+    for own, expected in zip(replies, released, strict=False):
+        for reply, (token_ids, masks_NHW) in zip(own, expected, strict=True):
+            changed_answers += reply.text != predictor.processor.decode(token_ids).strip()
+            if reply.masks_NHW.shape == masks_NHW.shape:
+                pixels.append((reply.masks_NHW != masks_NHW).mean())
+    return Point(
+        expressions_per_image=number,
+        released_seconds=slow,
+        shared_seconds=shared,
+        changed_answers=changed_answers,
+        changed_pixels=float(np.mean(pixels)) if pixels else 0.0,
+    )
+
+
+def projected_seconds(points: Sequence[Point]) -> float:
+    """Return the seconds for all 8 RefCOCO splits, from the point next to their expressions per image."""
+    wanted = REFCOCO_SPLITS["expressions"] / REFCOCO_SPLITS["images"]
+    nearest = min(points, key=lambda point: abs(point.expressions_per_image - wanted))
+    return nearest.shared_seconds * REFCOCO_SPLITS["expressions"]
+
+
+def draw_curve(points: Sequence[Point], title: str) -> Image.Image:
+    """Return expressions per second of both methods over expressions per image, both axes logarithmic."""
+    width, height, left, right, top, bottom = 760, 460, 90, 730, 60, 390
+    picture = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(15)
+    x_values = np.log2([point.expressions_per_image for point in points])
+    rates = np.array([[1 / point.released_seconds, 1 / point.shared_seconds] for point in points])
+    low, high = np.log10(rates.min()) - 0.1, np.log10(rates.max()) + 0.15
+
+    def place(x: float, rate: float) -> tuple[float, float]:
+        across = (x - x_values[0]) / max(x_values[-1] - x_values[0], 1)
+        return left + across * (right - left), bottom - (np.log10(rate) - low) / (high - low) * (bottom - top)
+
+    draw.text((left, 16), title, fill="black", font=ImageFont.load_default(17))
+    draw.line([(left, top), (left, bottom), (right, bottom)], fill="#888888")
+    for exponent in range(int(np.floor(low)), int(np.ceil(high)) + 1):
+        for factor in (1, 2, 5):
+            rate = factor * 10.0**exponent
+            if low <= np.log10(rate) <= high:
+                y = place(x_values[0], rate)[1]
+                draw.line([(left, y), (right, y)], fill="#eeeeee")
+                draw.text((left - 8, y), f"{rate:g}", fill="black", font=font, anchor="rm")
+    for point, x in zip(points, x_values, strict=True):
+        draw.text((place(x, 10**low)[0], bottom + 8), str(point.expressions_per_image), fill="black", font=font)
+        shared = place(x, 1 / point.shared_seconds)
+        draw.text((shared[0], shared[1] - 22), f"{point.ratio:.1f}x", fill="#0072b2", font=font, anchor="mm")
+    draw.text(((left + right) / 2, height - 26), "expressions per image", fill="black", font=font, anchor="mm")
+    draw.text((12, 38), "expressions per second", fill="black", font=font)
+    for column, (color, name) in enumerate((("#d55e00", "released method"), ("#0072b2", "ours"))):
+        line = [place(x, rate) for x, rate in zip(x_values, rates[:, column], strict=True)]
+        draw.line(line, fill=color, width=3)
+        draw.text((right - 130, top + 20 * column), name, fill=color, font=font)
+    return picture
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, and write what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=sorted(SIZES), default="scaled")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32")
+    parser.add_argument("--images", type=int, default=4, help="images per point, half as many from 16 expressions on")
+    parser.add_argument("--released-images", type=int, default=1, help="of them, how many the released method does")
+    parser.add_argument("--expressions", type=int, nargs="+", default=[1, 2, 4, 7, 8, 16, 32])
+    parser.add_argument("--token-budget", type=int, default=16384)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--png", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    predictor = build_predictor(
+        options.size, precision=options.precision, device=options.device, token_budget=options.token_budget
+    )
+    images = draw_images(predictor, options.images)
+    measure(predictor, images[:1], 1, released_images=1)  # warm up
+    points = [
+        measure(
+            predictor,
+            images[: max(options.released_images, len(images) // (2 if number >= 16 else 1))],
+            number,
+            released_images=options.released_images,
+        )
+        for number in tqdm(options.expressions, desc="points", unit="point")
+    ]
+    device = torch.cuda.get_device_name() if options.device.startswith("cuda") else f"{torch.get_num_threads()} threads"
+    title = f"{options.size} model, {options.precision}, {device}, image {IMAGE_HW[0]} x {IMAGE_HW[1]}"
+    print(f"{title}, {span_length(images[0].grid_hw)} tokens per image")
+    print(
+        f"{'expr/image':>10s} {'released/s':>11s} {'ours/s':>9s} {'ratio':>6s} {'answers changed':>16s} {'pixels':>9s}"
+    )
+    for point in points:
+        print(
+            f"{point.expressions_per_image:10d} {1 / point.released_seconds:11.2f} {1 / point.shared_seconds:9.2f} "
+            f"{point.ratio:6.2f} {point.changed_answers:16d} {point.changed_pixels:9.1e}"
+        )
+    result = {
+        "size": options.size,
+        "precision": options.precision,
+        "device": device,
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "code": code_version(),
+        "points": [point.as_json() for point in points],
+        "ratio_at_7": next((point.ratio for point in points if point.expressions_per_image == 7), None),
+    }
+    if options.size == "0.5b":
+        result["refcoco_8_splits_seconds"] = projected_seconds(points)
+        print(f"all 8 RefCOCO splits: {projected_seconds(points):.0f} s; floor {FLOOR_SECONDS:.0f} s at 400 TFLOP/s")
+    if options.json:
+        replace_text(options.json, json.dumps(result, indent=1) + "\n")
+    if options.png:
+        options.png.parent.mkdir(parents=True, exist_ok=True)
+        draw_curve(points, title).save(options.png)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
