@@ -1,0 +1,27 @@
+"""lmms-eval's command with our model and tasks: `python -m pixel_sail.vqa --tasks pixel_sail_mme --model_args ...`.
+
+Place in the flow: the start of a VQA evaluation; takes every option of `lmms-eval`, under `torchrun -m` too.
+"""
+
+import sys
+
+
+def main() -> int:
+    """Hand over to the kit; end with status 2 where it is not installed."""
+    try:
+        import lmms_eval.__main__ as kit
+    except ModuleNotFoundError as error:
+        print(
+            f"{error}; install the kit with: pip install -e .[vqa] (best in an environment of its own)", file=sys.stderr
+        )
+        return 2
+    from pixel_sail.vqa.lmms_eval_plugin import register, with_defaults
+
+    register()
+    sys.argv = [sys.argv[0], *with_defaults(sys.argv[1:])]
+    kit.cli_evaluate()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

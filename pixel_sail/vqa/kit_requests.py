@@ -1,0 +1,99 @@
+"""Requests of the kit as questions that the predictor can answer, or a message that says why it cannot.
+
+Place in the flow: lmms-eval hands `lmms_eval_model.py` its `Instance` objects; their `args` and the kit's documents are
+read here, without importing the kit:
+
+    ("Is it red?", {"max_new_tokens": 16, "until": ["\\n\\n"]}, doc_to_visual, 7, "mme", "test")
+        -> VqaQuestion(question="Is it red?", image=<Image>, max_new_tokens=16, until=("\\n\\n",))
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from pixel_sail.types import DataError
+from pixel_sail.vqa.answering import VqaQuestion
+
+DEFAULT_MAX_NEW_TOKENS = 512
+"""Longest answer where the task states none, as for the project's other tasks with text to be said."""
+
+Documents = Mapping[str, Mapping[str, Sequence[Any]]]
+"""Task name -> split -> documents."""
+
+
+def to_question(arguments: Sequence[Any], documents: Documents, *, default_max_new_tokens: int) -> VqaQuestion:
+    """Return one `generate_until` request as a question.
+
+    Raises: DataError for more than one picture, for anything but pictures, for sampling, and for settings of a wrong
+    kind. The message names the task and the document.
+    """
+    text, settings, doc_to_visual, doc_id, task, split = arguments
+    where = f"task {task}, split {split}, document {doc_id}"
+    if not isinstance(text, str):
+        raise DataError(f"{where}: a question of type {type(text).__name__} found, expected text; leave the task out")
+    _check_greedy(settings, where)
+    return VqaQuestion(
+        question=text,
+        image=one_image(_visuals(doc_to_visual, documents[task][split][doc_id]), where),
+        max_new_tokens=_max_new_tokens(settings, default_max_new_tokens, where),
+        until=_until(settings, where),
+    )
+
+
+def one_image(visuals: Sequence[Any], where: str) -> Image.Image | None:
+    """Return the only picture, None where there is none.
+
+    Raises: DataError for several pictures, and for a video, a sound or anything else.
+    """
+    for visual in visuals:
+        if not isinstance(visual, Image.Image):
+            raise DataError(
+                f"{where}: {type(visual).__name__} found, expected a picture; the model sees neither videos nor "
+                "sounds, leave the task out"
+            )
+    if len(visuals) > 1:
+        raise DataError(
+            f"{where}: {len(visuals)} pictures found, expected one or none, as the model was trained on; leave the "
+            "task out (of SEED-Bench, pixel_sail_seed_image has the questions about one picture)"
+        )
+    return visuals[0] if visuals else None
+
+
+def _visuals(doc_to_visual: Callable[[Any], Any] | None, document: Any) -> list[Any]:
+    """Return what the task shows of a document; some tasks of text alone say None."""
+    found = None if doc_to_visual is None else doc_to_visual(document)
+    return [] if found is None else list(found)
+
+
+def _check_greedy(settings: Mapping[str, Any], where: str) -> None:
+    """Raise DataError where the task asks for anything but the greedy answer."""
+    temperature = settings.get("temperature") or 0
+    # Tasks often leave a temperature beside `do_sample: false`, which then has no effect.
+    is_sampled = settings.get("do_sample", temperature > 0)
+    if is_sampled or (settings.get("num_beams") or 1) > 1:
+        asked = {key: settings[key] for key in ("do_sample", "temperature", "num_beams") if key in settings}
+        raise DataError(
+            f"{where}: {asked} found, but answers are greedy; "
+            "add --gen_kwargs do_sample=False,temperature=0,num_beams=1"
+        )
+
+
+def _max_new_tokens(settings: Mapping[str, Any], default: int, where: str) -> int:
+    """Return the length limit, which tasks write in two ways."""
+    limits = [settings[key] for key in ("max_new_tokens", "max_gen_toks") if settings.get(key) is not None]
+    limit = limits[0] if limits else default
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        raise DataError(
+            f"{where}: max_new_tokens is {limit!r}, expected a whole number from 1; add --gen_kwargs max_new_tokens=16"
+        )
+    return limit
+
+
+def _until(settings: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """Return the texts that end an answer; a task may give one, several or none."""
+    found = settings.get("until")
+    ends = [found] if isinstance(found, str) else [] if found is None else list(found)
+    if not all(isinstance(end, str) and end for end in ends):
+        raise DataError(f"{where}: until is {found!r}, expected texts that are not empty; correct the task file")
+    return tuple(ends)

@@ -1,0 +1,85 @@
+"""Pixel-SAIL as a model of lmms-eval.
+
+Place in the flow: lmms-eval finds the class by the manifest of `lmms_eval_plugin.py`, builds it from `--model_args`,
+and calls `generate_until` with its share of the requests; the answers come from `answering.py`. Example:
+
+    --model pixel_sail --model_args pretrained=runs/quickstart,precision=bf16,token_budget=65536
+
+The kit deals documents to ranks by stride and gathers the scores; nothing here communicates.
+"""
+
+from typing import Any, NoReturn
+
+import torch
+from lmms_eval.api.model import lmms
+from tqdm import tqdm
+
+from pixel_sail import dist
+from pixel_sail.config import ConfigError, PredictConfig
+from pixel_sail.evaluation.predict import DTYPES, Predictor
+from pixel_sail.evaluation.run import checkpoint_folder
+from pixel_sail.vqa.answering import answers
+from pixel_sail.vqa.kit_requests import DEFAULT_MAX_NEW_TOKENS, to_question
+
+
+class PixelSail(lmms):
+    """Greedy answers about one picture or none."""
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str,
+        precision: str = "fp32",
+        device: str | None = None,
+        batch_size: int | str = 1,
+        token_budget: int = PredictConfig.token_budget,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+    ) -> None:
+        """Load the run folder or exported folder `pretrained` onto the device of this process.
+
+        `token_budget` limits a batch (see `PredictConfig`), the kit's `batch_size` must stay 1. `max_new_tokens` is the
+        longest answer where a task states none. Raises: ConfigError for a missing checkpoint or a wrong setting.
+        """
+        super().__init__()
+        if precision not in DTYPES:
+            raise ConfigError(f"model_args: precision is {precision!r}, expected one of {sorted(DTYPES)}")
+        if str(batch_size) != "1":
+            raise ConfigError(
+                f"--batch_size is {batch_size}, expected none: pictures differ in size, so tokens limit a batch; "
+                "give --model_args token_budget=65536 instead"
+            )
+        # Several processes are often started with one --device cuda; each has a GPU of its own.
+        self.device = dist.local_device() if device in (None, "cuda") else torch.device(device)
+        self.max_new_tokens = max_new_tokens
+        self.predictor = Predictor.from_pretrained(
+            checkpoint_folder(pretrained),
+            config=PredictConfig(token_budget=token_budget),
+            precision=precision,
+            device=str(self.device),
+        )
+        self._rank, self._world_size = dist.rank(), dist.launched_world_size()
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """Return one answer per request, in order. Raises: DataError for a request that the model cannot answer."""
+        shown = tqdm(requests, desc="questions", disable=self.rank != 0)
+        asked = (
+            to_question(request.args, self.task_dict, default_max_new_tokens=self.max_new_tokens) for request in shown
+        )
+        return list(answers(self.predictor, asked))
+
+    def loglikelihood(self, requests: list[Any]) -> NoReturn:
+        """Refuse: answers are generated, their probabilities are not computed."""
+        _refuse(requests, "loglikelihood")
+
+    def generate_until_multi_round(self, requests: list[Any]) -> NoReturn:
+        """Refuse: every question is asked alone."""
+        _refuse(requests, "generate_until_multi_round")
+
+
+def _refuse(requests: list[Any], kind: str) -> NoReturn:
+    tasks = sorted({request.task_name for request in requests})
+    raise NotImplementedError(
+        f"tasks {tasks}: {kind} requests found, but this model answers generate_until only; leave these tasks out or "
+        "choose their variant with generated answers (MME, MMBench, SEED-Bench and MMStar have one)"
+    )
