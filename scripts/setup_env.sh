@@ -79,10 +79,15 @@ if [ "$variant" = cpu ]; then
     fi
 fi
 # Packages without a wheel (deepspeed, antlr4) are built with the setuptools pinned here, not with the newest.
-install --build-constraint requirements/cpu.txt -r "requirements/$variant.txt" -r requirements/dev.txt
+install --build-constraint requirements/cpu.txt \
+    -r "requirements/$variant.txt" -r requirements/captions.txt -r requirements/dev.txt
 # Everything it needs is there by now: no dependencies, and setuptools as pinned.
 install --no-deps --no-build-isolation --editable .
 
 "$python" -m pip check
 touch "$stamp"
 echo "setup: done in $((SECONDS - started)) s: torch $("$python" -c 'import torch; print(torch.__version__)')"
+if ! java -version >/dev/null 2>&1; then
+    echo "setup: no Java found: caption scores are refused and their tests skipped until there is one" \
+        "(Debian, Ubuntu: apt-get install default-jre-headless)"
+fi

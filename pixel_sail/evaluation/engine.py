@@ -29,8 +29,9 @@ from tqdm import tqdm
 from pixel_sail import dist
 from pixel_sail.config import ConfigError
 from pixel_sail.evaluation.predict import Predictor, Reply, Request, span_length
-from pixel_sail.evaluation.record_files import Record, RecordFormat, RecordWriter, read_records
+from pixel_sail.evaluation.record_files import Record, RecordFormat, RecordWriter, read_records, write_errors
 from pixel_sail.evaluation.task import Answered, Asked, Item, Question, Task, by_image
+from pixel_sail.files import replace_text
 from pixel_sail.types import DataError, SizeHW
 
 Batch = list[list[Asked[Item]]]
@@ -45,7 +46,7 @@ def evaluate(
 ) -> list[Record]:
     """Ask every item exactly once, continuing what `output` already holds; return all records on every rank, in order.
 
-    Raises: ConfigError when `output` was made with another protocol; RuntimeError when an item stayed unanswered.
+    Raises: ConfigError when `output` was made with another protocol; DataError when an item stayed unanswered.
     """
     predictor = _with_length(predictor, task)
     asked = _pair(task, predictor.config.prompt)
@@ -281,13 +282,18 @@ def _claim(output: Path, protocol: dict[str, Any]) -> None:
     file = output / "protocol.json"
     text = json.dumps(protocol, indent=1, sort_keys=True) + "\n"
     if dist.rank() == 0:
-        output.mkdir(parents=True, exist_ok=True)
+        if not file.is_file() and any(output.glob("part-*.jsonl")):
+            raise ConfigError(
+                f"{output}: found answers without protocol.json, so that nobody knows what they answer; expected both. "
+                "Choose another output folder, or remove this one"
+            )
         if file.is_file() and file.read_text() != text:
             raise ConfigError(
                 f"{file}: found predictions of another protocol (checkpoint, settings, eval or data changed); "
                 "expected the same one. Choose another output folder, or remove this one"
             )
-        file.write_text(text)
+        with write_errors(file):
+            replace_text(file, text)
     dist.barrier()
 
 
@@ -297,14 +303,14 @@ def _read_parts(output: Path, task: Task[Any, Record]) -> list[Record]:
 
 
 def _complete(output: Path, task: Task[Any, Record], keys: Sequence[Any]) -> list[Record]:
-    """Return one record per key, in order; RuntimeError when one is missing, double or of another benchmark."""
+    """Return one record per key, in order. Raises: DataError when one is missing, double or of another benchmark."""
     merged = _read_parts(output, task)
     answered = {task.format.key(record): record for record in merged}
     unanswered = [key for key in keys if key not in answered]
     if unanswered or len(merged) != len(keys):
-        raise RuntimeError(
-            f"{output}: {len(merged)} predictions for {len(keys)} items, {len(unanswered)} unanswered; "
-            "remove the folder and run again"
+        raise DataError(
+            f"{output}: found {len(merged)} predictions, {len(unanswered)} items unanswered, expected one for each of "
+            f"{len(keys)} items; remove the folder and run again"
         )
     return [answered[key] for key in keys]
 

@@ -2,7 +2,8 @@
 
 Place in the flow: the engine opens a `RecordWriter` per process and reads with `read_records` what is there already;
 `predictions.py` and `answers.py` say what a line holds. The writer adds whole lines, so a run that was killed leaves at
-most one unfinished line at the end; reading drops it and says so, opening for writing cuts it off.
+most one unfinished line at the end; reading drops it and says so, opening for writing cuts it off. A line that a full
+disk did not take is cut off at once, and the message says what is safe.
 
 Example, a file of three lines whose last one was cut:
 
@@ -14,7 +15,9 @@ Example, a file of three lines whose last one was cut:
 import json
 import logging
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -55,29 +58,52 @@ class RecordFormat(Generic[Record, Key]):
 
 
 class RecordWriter(Generic[Record]):
-    """Appends records to a file, one flushed line each. Use as a context manager."""
+    """Appends records to a file, one line each. Use as a context manager."""
 
     def __init__(self, path: str | Path, record_format: RecordFormat[Record, Any]) -> None:
-        """Open `path` for appending, creating it and its folder, after cutting off an unfinished last line."""
+        """Open `path` for appending, creating it and its folder, after cutting off an unfinished last line.
+
+        Raises: DataError when the file cannot be written.
+        """
         self._path = Path(path)
         self._format = record_format
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        _repair_end(self._path)
-        self._file = self._path.open("ab")
+        self._num_written = 0
+        with write_errors(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            _repair_end(self._path)
+            # Without a buffer: what could not be written must not be tried again when the file is closed.
+            self._file = self._path.open("ab", buffering=0)
+            self._length = self._file.seek(0, os.SEEK_END)
 
     def write(self, record: Record) -> None:
-        """Append one record. Raises: DataError if it could not be read back."""
-        line = json.dumps(self._format.to_json(record, f"{self._path}: record"))
-        self._file.write(line.encode("ascii") + b"\n")
-        self._file.flush()
+        """Append one record, all of it or nothing.
+
+        Raises: DataError if it could not be read back, or when the disk does not take it.
+        """
+        line = json.dumps(self._format.to_json(record, f"{self._path}: record")).encode("ascii") + b"\n"
+        with write_errors(self._path, self._what_is_safe()):
+            try:
+                _write_all(self._file.fileno(), line)
+            except OSError:
+                # What was written of the line goes, so that the file ends with a whole one.
+                with suppress(OSError):
+                    self._file.truncate(self._length)
+                raise
+        self._length += len(line)
+        self._num_written += 1
 
     def sync(self) -> None:
-        """Return when everything written is on the disk."""
-        os.fsync(self._file.fileno())
+        """Return when everything written is on the disk. Raises: DataError when the disk does not take it."""
+        with write_errors(self._path, self._what_is_safe()):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with write_errors(self._path, self._what_is_safe()):
+            self._file.close()
+
+    def _what_is_safe(self) -> str:
+        return f"the file ends with a whole line ({self._length} bytes, {self._num_written} lines written by this run)"
 
     def __enter__(self) -> "RecordWriter[Record]":
         """Return the writer."""
@@ -88,6 +114,21 @@ class RecordWriter(Generic[Record]):
     ) -> None:
         """Close the file."""
         self.close()
+
+
+@contextmanager
+def write_errors(path: Path, safe: str = "nothing was changed") -> Iterator[None]:
+    """Turn what the system says about a file that cannot be written into a DataError that says what to do.
+
+    safe: what can be relied on.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be written ({error.strerror or error}), {_free_space(path)}; {safe}. Make room, then the "
+            "same command goes on with what is missing; in another output folder it starts from the beginning"
+        ) from error
 
 
 def read_records(path: str | Path, record_format: RecordFormat[Record, Any]) -> list[Record]:
@@ -153,6 +194,19 @@ def _split_unfinished(data: bytes) -> tuple[bytes, bytes]:
     except ValueError:
         return data[:end], rest
     return data, b""
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    """Write all bytes; the system may take a part of them only, then the rest is given again."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def _free_space(path: Path) -> str:
+    """Return in words how much the disk of a file, or of its first folder that exists, still takes."""
+    folder = next(folder for folder in path.absolute().parents if folder.is_dir())
+    return f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB are free in {folder}"
 
 
 def _repair_end(path: Path) -> None:

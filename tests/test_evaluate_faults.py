@@ -1,0 +1,389 @@
+"""An evaluation that is killed, starved, fed damage or spread over ranks gives the numbers of one that nothing befell.
+
+Every run is `scripts/evaluate.py` as a process of its own. They are forked from a process that has imported everything
+once, as starting Python anew would take most of the time.
+"""
+
+import json
+import multiprocessing
+import os
+import resource
+import runpy
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from running import ROOT, environment
+
+from pixel_sail.config import ConfigError, EvalConfig, load_config
+from pixel_sail.evaluation.run import run_evals
+from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
+from pixel_sail.refshapes import RefShapesSpec, write_refshapes
+
+EVAL = "refshapes_val"
+NUM_IMAGES = 7
+"""Odd, so that no number of ranks but one deals them out evenly."""
+
+SEED = 20
+
+SIZES = {"num_hidden_layers": 1, "max_long_side": 32}
+"""Of the model: runs are many, and none of them is about its answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """What befalls a process."""
+
+    killed_after_bytes: int | None = None
+    """SIGKILL itself after this many bytes of answers, in the middle of a line or not."""
+    largest_file_bytes: int | None = None
+    """No file grows beyond this; the system takes a part of a line and refuses the rest, as a full disk does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How processes ended, and what they said together."""
+
+    statuses: list[int]
+    said: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """A benchmark of drawn images and an untrained model to be asked."""
+
+    data: Path
+    checkpoint: Path
+
+    def options(self, output: Path, *overrides: str) -> list[str]:
+        """Return a command line; the budget holds few images, so that there is more than one batch for every rank."""
+        common = (f"checkpoint={self.checkpoint}", f"output={output}", f"evals=[{EVAL}]", "progress=false")
+        return [*common, "predict.answer=forced", "predict.token_budget=700", "examples=1", *overrides]
+
+
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["pixel_sail.evaluation.run", "hydra", "pytest"])
+
+
+def evaluate_in_child(options: list[str], variables: dict[str, str], log: Path, fault: Fault) -> None:
+    """Run scripts/evaluate.py in this process, which is a child that ends with it."""
+    os.environ.update(variables)
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    if fault.largest_file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (fault.largest_file_bytes, fault.largest_file_bytes))
+    if fault.killed_after_bytes is not None:
+        kill_after(fault.killed_after_bytes)
+    sys.argv = ["scripts/evaluate.py", *options]
+    runpy.run_path("scripts/evaluate.py", run_name="__main__")
+
+
+def kill_after(num_bytes: int) -> None:
+    """End this process by SIGKILL once it has written so many bytes of answers."""
+    write, left = os.write, num_bytes
+
+    def counting(descriptor, data):
+        nonlocal left
+        if "jsonl" not in os.readlink(f"/proc/self/fd/{descriptor}"):
+            return write(descriptor, data)
+        if left <= len(data):
+            write(descriptor, data[:left])
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= len(data)
+        return write(descriptor, data)
+
+    os.write = counting
+
+
+def start(bench: Bench, output: Path, *overrides: str, ranks: int = 1, faults: dict[int, Fault] | None = None) -> Ended:
+    """Run an evaluation over some ranks; the others are killed when one ends badly, as launchers do."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = output.with_suffix(".log")
+    log.unlink(missing_ok=True)
+    processes = []
+    for rank in range(ranks):
+        launched = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": ranks,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        variables = environment(bench.data) | {name: str(value) for name, value in launched.items()}
+        fault = (faults or {}).get(rank, Fault())
+        arguments = (bench.options(output, *overrides), variables, log, fault)
+        processes.append(FORKSERVER.Process(target=evaluate_in_child, args=arguments))
+    for process in processes:
+        process.start()
+    waiting = {process.sentinel: process for process in processes}
+    while waiting:
+        ended = multiprocessing.connection.wait(waiting, timeout=120)
+        bad = [waiting.pop(sentinel) for sentinel in ended]
+        if not ended or any(process.exitcode != 0 for process in bad):
+            for process in waiting.values():
+                process.kill()
+    return Ended(statuses=[process.exitcode for process in processes], said=log.read_text())
+
+
+def lines(output: Path) -> list[str]:
+    return (output / EVAL / "predictions.jsonl").read_text().splitlines()
+
+
+def scores(output: Path) -> list[dict]:
+    """Return the scores of every evaluation that ended in this folder."""
+    return [json.loads(line)["scores"] for line in (output / "results.jsonl").read_text().splitlines()]
+
+
+def parts(output: Path) -> list[str]:
+    """Return the lines of all part files."""
+    return [line for part in sorted((output / EVAL).glob("part-*")) for line in part.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def bench(tiny_model, make_config, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    write_refshapes(folder / "refshapes", RefShapesSpec(seed=5, num_train=1, num_eval=NUM_IMAGES), num_workers=1)
+    tiny_model(**SIZES).save_pretrained(folder / "export")
+    PixelSailProcessor.for_model(tokenizer, make_config(**SIZES)).save_pretrained(folder / "export")
+    return Bench(data=folder, checkpoint=folder / "export")
+
+
+@pytest.fixture(scope="module")
+def whole(bench, tmp_path_factory):
+    """The folder of an evaluation that nothing befell."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    ended = start(bench, output)
+    assert ended.statuses == [0], ended.said[-3000:]
+    predictions = [json.loads(line) for line in lines(output)]
+    assert len(predictions) > 2 * NUM_IMAGES and len({p["image_id"] for p in predictions}) == NUM_IMAGES
+    assert all(prediction["segmentation"] for prediction in predictions)
+    return output
+
+
+def check_same(output: Path, whole: Path) -> None:
+    assert lines(output) == lines(whole)
+    assert sorted(parts(output)) == sorted(lines(whole)), "every expression was answered once"
+    assert scores(output) == scores(whole)
+    assert not (output / EVAL / ".predictions.jsonl").exists()
+
+
+def check_message(ended: Ended, *said: str) -> None:
+    """Check that a process ended with a message instead of a traceback."""
+    assert 2 in ended.statuses, ended.said[-3000:]
+    assert "Traceback" not in ended.said, ended.said[-3000:]
+    assert "DataError: " in ended.said or "ConfigError: " in ended.said, ended.said
+    assert all(words in ended.said for words in said), ended.said
+
+
+# Killed.
+
+
+def test_killed_at_five_random_moments_and_continued(bench, whole, tmp_path):
+    output = tmp_path / "out"
+    num_bytes = (whole / EVAL / "predictions.jsonl").stat().st_size
+    moments = np.sort(np.random.default_rng(SEED).integers(1, num_bytes, size=5))
+    for moment in moments:
+        # A continued run writes the rest only, so the moment is counted from what is there.
+        there = sum(part.stat().st_size for part in (output / EVAL).glob("part-*"))
+        ended = start(bench, output, faults={0: Fault(killed_after_bytes=max(int(moment) - there, 1))})
+        assert ended.statuses == [-signal.SIGKILL], ended.said[-3000:]
+        assert not (output / "results.jsonl").exists()
+    assert start(bench, output).statuses == [0]
+    check_same(output, whole)
+
+
+def test_killed_while_the_answers_are_put_together(bench, whole, tmp_path):
+    output = tmp_path / "out"
+    num_bytes = (whole / EVAL / "predictions.jsonl").stat().st_size
+    ended = start(bench, output, faults={0: Fault(killed_after_bytes=num_bytes + num_bytes // 2)})
+    assert ended.statuses == [-signal.SIGKILL], ended.said[-3000:]
+    assert sorted(path.name for path in (output / EVAL).glob("*.jsonl")) == [".predictions.jsonl", "part-0.jsonl"]
+    assert start(bench, output).statuses == [0]
+    check_same(output, whole)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_ranks_share_an_odd_number_of_images(bench, whole, tmp_path, ranks):
+    output = tmp_path / "out"
+    ended = start(bench, output, ranks=ranks)
+    assert ended.statuses == [0] * ranks, ended.said[-3000:]
+    check_same(output, whole)
+    assert all((output / EVAL / f"part-{rank}.jsonl").stat().st_size > 0 for rank in range(ranks))
+
+
+def test_killed_on_two_ranks_and_continued_on_three(bench, whole, tmp_path):
+    output = tmp_path / "out"
+    num_bytes = (whole / EVAL / "predictions.jsonl").stat().st_size
+    ended = start(bench, output, ranks=2, faults={1: Fault(killed_after_bytes=num_bytes // 4)})
+    assert ended.statuses[1] == -signal.SIGKILL, ended.said[-3000:]
+    assert 0 < len(parts(output)) < len(lines(whole))
+    assert start(bench, output, ranks=3).statuses == [0] * 3
+    check_same(output, whole)
+
+
+# Damaged files.
+
+
+def copied(whole: Path, tmp_path: Path, kept_lines: int) -> tuple[Path, Path]:
+    """Return an output folder that holds the first answers of a whole one, and its file of answers."""
+    output = tmp_path / "out"
+    (output / EVAL).mkdir(parents=True)
+    (output / EVAL / "protocol.json").write_bytes((whole / EVAL / "protocol.json").read_bytes())
+    part = output / EVAL / "part-0.jsonl"
+    content = (whole / EVAL / "part-0.jsonl").read_text().splitlines(keepends=True)
+    part.write_text("".join(content[:kept_lines]))
+    return output, part
+
+
+def test_a_corrupt_line_in_the_middle_is_named_and_the_rest_is_used_once_it_is_gone(bench, whole, tmp_path):
+    output, part = copied(whole, tmp_path, kept_lines=6)
+    sound = part.read_text().splitlines(keepends=True)
+    part.write_text("".join([*sound[:2], sound[2][:40] + "\n", *sound[3:]]))
+    damaged = part.read_bytes()
+    check_message(start(bench, output), f"{part}:3: found no JSON", "remove or repair the line")
+    assert part.read_bytes() == damaged
+    part.write_text("".join([*sound[:2], *sound[3:]]))
+    assert start(bench, output).statuses == [0]
+    check_same(output, whole)
+
+
+def test_a_cut_last_line_is_asked_again(bench, whole, tmp_path):
+    output, part = copied(whole, tmp_path, kept_lines=6)
+    content = part.read_bytes()
+    part.write_bytes(content[:-50])
+    ended = start(bench, output)
+    assert ended.statuses == [0] and "cut off an unfinished last line" in ended.said
+    assert part.read_bytes().startswith(b"".join(content.splitlines(keepends=True)[:5]))
+    check_same(output, whole)
+
+
+def last_photo(bench: Bench, whole: Path) -> Path:
+    """Return the image that was asked about last."""
+    image_id = json.loads(parts(whole)[-1])["image_id"]
+    content = json.loads((bench.data / "refshapes" / "refshapes" / "instances.json").read_text())
+    (name,) = (image["file_name"] for image in content["images"] if image["id"] == image_id)
+    return bench.data / "refshapes" / "images" / "train2014" / name
+
+
+def test_a_truncated_image_is_named_and_the_work_before_it_is_kept(bench, whole, tmp_path):
+    output, photo = tmp_path / "out", last_photo(bench, whole)
+    sound = photo.read_bytes()
+    try:
+        photo.write_bytes(sound[:200])
+        check_message(start(bench, output), str(photo), "cannot be decoded")
+    finally:
+        photo.write_bytes(sound)
+    kept = (output / EVAL / "part-0.jsonl").read_bytes()
+    assert kept.endswith(b"\n") and not (output / EVAL / "predictions.jsonl").exists()
+    assert start(bench, output).statuses == [0]
+    assert (output / EVAL / "part-0.jsonl").read_bytes().startswith(kept)
+    check_same(output, whole)
+
+
+def test_a_missing_image_is_named_before_anything_is_asked_and_earlier_work_is_kept(bench, whole, tmp_path):
+    output, part = copied(whole, tmp_path, kept_lines=6)
+    kept, photo = part.read_bytes(), last_photo(bench, whole)
+    moved = photo.rename(photo.with_suffix(".gone"))
+    try:
+        check_message(start(bench, output), str(photo))
+    finally:
+        moved.rename(photo)
+    assert part.read_bytes() == kept
+    assert start(bench, output).statuses == [0]
+    assert part.read_bytes().startswith(kept)
+    check_same(output, whole)
+
+
+# What the machine lacks.
+
+
+def test_a_full_disk_is_said_and_the_work_before_it_is_kept(bench, whole, tmp_path):
+    output = tmp_path / "out"
+    num_bytes = (whole / EVAL / "predictions.jsonl").stat().st_size
+    limit = num_bytes * 6 // 10
+    part = output / EVAL / "part-0.jsonl"
+    ended = start(bench, output, faults={0: Fault(largest_file_bytes=limit)})
+    kept = part.read_bytes()
+    check_message(ended, f"{part}: cannot be written (File too large)", "MiB are free in", "Make room")
+    check_message(ended, f"ends with a whole line ({len(kept)} bytes, {kept.count(10)} lines")
+    # What the system took of the line that did not fit is gone again.
+    assert kept.endswith(b"}\n") and 0 < len(kept) <= limit < num_bytes
+    assert kept.decode().splitlines() == parts(whole)[: kept.count(b"\n")]
+    assert start(bench, output).statuses == [0]
+    assert part.read_bytes().startswith(kept)
+    check_same(output, whole)
+
+
+def test_a_disk_that_is_full_at_the_end_leaves_no_part_of_the_result(bench, whole, tmp_path):
+    output, part = copied(whole, tmp_path, kept_lines=10**6)
+    ended = start(bench, output, faults={0: Fault(largest_file_bytes=part.stat().st_size // 2)})
+    check_message(ended, "predictions.jsonl: cannot be written (File too large)")
+    assert not (output / EVAL / "predictions.jsonl").exists() and not (output / "results.jsonl").exists()
+    assert start(bench, output).statuses == [0]
+    check_same(output, whole)
+
+
+def test_absent_java_is_said_before_anything_is_asked(bench, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    folder = bench.data / "refshapes"
+    overrides = (
+        "evals=[perbench_caption]",
+        f"evals.perbench_caption.annotations={folder / 'perbench' / 'STBench_Detailed_Caption.json'}",
+        f"evals.perbench_caption.image_dir={folder / 'images' / 'train2014'}",
+    )
+    ended = start(bench, tmp_path / "out", *overrides)
+    check_message(ended, "found no java on PATH", "install a Java runtime", "apt-get install default-jre-headless")
+    assert not (tmp_path / "out").exists()
+
+
+# Answers of something else.
+
+
+@pytest.mark.parametrize(
+    "changed",
+    ["predict.prompt=paper", "predict.mask=first", "predict.max_new_tokens=3", "precision=bf16", "max_images=2",
+     f"evals.{EVAL}.split=testA",
+     f"+evals.{EVAL}.hide=text"],
+)  # fmt: skip
+def test_answers_to_other_questions_are_not_continued(bench, whole, monkeypatch, changed):
+    check_refused(bench, whole, monkeypatch, changed)
+
+
+def check_refused(bench, output, monkeypatch, *overrides):
+    monkeypatch.setenv("PIXEL_SAIL_DATA", str(bench.data))
+    files = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"protocol\.json: found predictions of another protocol .*[Cc]hoose another"):
+        run_evals(load_config("evaluate", EvalConfig, bench.options(output, *overrides)))
+    assert files == {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+
+def test_answers_of_other_weights_are_not_continued_even_under_the_same_name(bench, whole, tiny_model, monkeypatch):
+    weights = bench.checkpoint / "model.safetensors"
+    own = weights.read_bytes()
+    try:
+        tiny_model(seed=1, **SIZES).save_pretrained(bench.checkpoint)
+        check_refused(bench, whole, monkeypatch)
+    finally:
+        weights.write_bytes(own)
+
+
+def test_answers_about_other_annotations_are_not_continued(bench, whole, monkeypatch):
+    file = bench.data / "refshapes" / "refshapes" / "instances.json"
+    own, photo = file.read_text(), last_photo(bench, whole)
+    renamed = photo.with_name(f"other_{photo.name}")
+    renamed.write_bytes(photo.read_bytes())
+    try:
+        file.write_text(own.replace(photo.name, renamed.name))
+        check_refused(bench, whole, monkeypatch)
+    finally:
+        file.write_text(own)
