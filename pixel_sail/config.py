@@ -242,9 +242,23 @@ class EvalConfig:
     evals: dict[str, Any] = field(default_factory=dict)
     max_images: int = 0
     """Score only the first images of each eval, 0 for all; the number is part of the result."""
+    missing_data: str = "stop"
+    """What to do when files of an eval are not there: stop, or skip these evals and say so in the report."""
+    seed: int = 0
+    """Of the resampling; evals have resamples of their own, equal for all checkpoints."""
+    resamples: int = 1000
+    """How often images are drawn for the intervals of the scores, 0 for none."""
     examples: int = 12
-    """Pictures of each eval in the report."""
+    """Pictures of each eval in the report: a third each of its best, median and worst answers."""
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the choices."""
+        if self.missing_data not in ("stop", "skip"):
+            raise ConfigError(f"missing_data is {self.missing_data!r}, expected stop or skip")
+        for name in ("max_images", "resamples", "examples"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected 0 or more")
 
 
 @dataclass(kw_only=True)

@@ -41,6 +41,10 @@ class DataError(ValueError):
     """A file, annotation or sample is wrong. The message names where, what was found, what was expected, what to do."""
 
 
+class MissingDataError(DataError):
+    """A file or folder of a dataset is not there at all, as where a dataset was not downloaded."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Turn:
     """One question and its answer about an image, with one mask for every [SEG] of the answer, in order."""
@@ -110,6 +114,8 @@ class Expression:
     target: RLE | None
     ignored: RLE | None = None
     """Pixels that are not scored."""
+    released_target: RLE | None = None
+    """What the released scripts take for the target, where that differs: overlapping polygons that were summed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +182,8 @@ class Prediction:
     text: str
     segmentation: RLE | None
     answer: str = ""
+    first_segmentation: RLE | None = None
+    """Mask of the first [SEG] where `segmentation` is another one, the union of several."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,11 @@ from pathlib import Path
 import torch
 
 from pixel_sail.config import EvalConfig, TrainConfig, build, load_config
+from pixel_sail.evaluation.cases import spread_cases
 from pixel_sail.evaluation.predictions import read_predictions
-from pixel_sail.evaluation.report import spread_cases, write_report
-from pixel_sail.evaluation.run import code_version
+from pixel_sail.evaluation.report import write_report
+from pixel_sail.evaluation.results import code_version
+from pixel_sail.evaluation.tables import scores_table
 from pixel_sail.files import replace_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,10 +121,12 @@ def report(config: TrainConfig, run_dir: Path, timing: Timing) -> None:
             "testA: all objects of a picture have one shape. testB: pairs of colour and shape not seen in training.",
             f"Masks at stride {config.model.architecture.mask_stride}, scored at image size; missing = empty mask.",
         ],
-        tables={
-            "Scores": splits,
-            "The same model on val without what it needs": {row: scores[name] for row, name in BLIND.items()},
-        },
+        tables=[
+            scores_table("Scores", splits),
+            scores_table(
+                "The same model on val without what it needs", {row: scores[name] for row, name in BLIND.items()}
+            ),
+        ],
         cases=cases,
         log_file=run_dir / "log.jsonl",
     )

@@ -66,7 +66,26 @@ def test_every_data_mixture_names_sources_that_bind(name):
     bind_targets(data.sources)
 
 
-@pytest.mark.parametrize("name", names("evals"))
+EVAL_GROUPS = {
+    "refcoco_family": [
+        *(f"{dataset}_{split}" for dataset in ("refcoco", "refcoco_plus") for split in ("val", "testA", "testB")),
+        *("refcocog_val", "refcocog_test"),
+        *(f"grefcoco_{split}" for split in ("val", "testA", "testB")),
+    ],
+    "perbench": ["perbench_caption", "perbench_choice", "perbench_visual_referring"],
+}
+EVAL_GROUPS["paper"] = [*EVAL_GROUPS["refcoco_family"], "refcocog_region_caption", *EVAL_GROUPS["perbench"]]
+
+
+@pytest.mark.parametrize("name", EVAL_GROUPS)
+def test_a_group_of_evals_is_named_like_one(name):
+    evals = load_config("evaluate", EvalConfig, ["checkpoint=x", f"evals={name}"]).evals
+    assert list(evals) == EVAL_GROUPS[name]
+    beside = load_config("evaluate", EvalConfig, ["checkpoint=x", f"evals=[gcg_val,{name}]"]).evals
+    assert beside == {"gcg_val": beside["gcg_val"], **evals}
+
+
+@pytest.mark.parametrize("name", sorted(set(names("evals")) - set(EVAL_GROUPS)))
 def test_every_eval_binds_and_carries_its_own_name(name):
     evals = load_config("evaluate", EvalConfig, ["checkpoint=x", f"evals=[{name}]"]).evals
     assert list(evals) == [name]

@@ -12,7 +12,8 @@ LAYERS = (
     ("model",),
     ("refshapes", "losses", "metrics", "data"),
     ("config",),
-    ("training", "evaluation"),
+    ("training", "evaluation", "planning"),
+    ("vqa",),
 )
 """Lowest first; a module may import layers below its own and its own subpackage."""
 

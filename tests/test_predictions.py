@@ -13,7 +13,12 @@ import pytest
 from shared_data import shared_data
 
 from pixel_sail.data.sources.refer import expressions, load_refer
-from pixel_sail.evaluation.predictions import PredictionWriter, read_predictions, score_predictions
+from pixel_sail.evaluation.predictions import (
+    PredictionWriter,
+    measure_predictions,
+    read_predictions,
+    score_predictions,
+)
 from pixel_sail.rle import encode_mask
 from pixel_sail.types import DataError, Expression, Prediction
 
@@ -231,7 +236,7 @@ def test_tool_prints_the_numbers_of_the_function(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     printed = json.loads(result.stdout)
-    assert printed == score_predictions(items, predictions).summary()
+    assert printed == measure_predictions(items, predictions).scores
     assert 0 < printed["ciou"] < 1
     assert (printed["count"], printed["missing"]) == (27, 2)
 

@@ -3,7 +3,10 @@
 Place in the flow: the last step of an evaluation, needing neither model nor photos. Example:
 
     python tools/score.py --predictions runs/a/refcoco_val.jsonl --refer-root data/ref_seg --dataset refcoco --split val
-    {"ciou": 0.791, "giou": 0.802, "p50": 0.911, ..., "count": 10834, "missing": 3}
+    {"ciou": 0.791, "giou": 0.802, "p50": 0.911, ..., "count": 10834, "missing": 3, "paper_ciou": 0.79, ...}
+
+Names beginning with paper_ are scores as the released scripts compute them, the others are standard scores. What
+scripts/evaluate.py wrote about any benchmark is scored again with `--evaluated runs/a/evaluation/reasonseg_val`.
 """
 
 import argparse
@@ -13,8 +16,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pixel_sail.config import ConfigError
 from pixel_sail.data.sources.refer import expressions, load_refer
-from pixel_sail.evaluation.predictions import read_predictions, score_predictions
+from pixel_sail.evaluation.measured import Scores
+from pixel_sail.evaluation.predictions import measure_predictions, read_predictions
+from pixel_sail.evaluation.stored import read_stored
 from pixel_sail.types import DataError
 
 
@@ -23,26 +29,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     options = _parse(arguments)
     try:
-        annotations = load_refer(
-            options.refer_root, options.dataset, options.split, split_by=options.split_by, image_dir=options.image_dir
-        )
-        sums = score_predictions(expressions(annotations), read_predictions(options.predictions))
-        print(json.dumps(sums.summary()))
-    except DataError as error:
+        print(json.dumps(_score(options)))
+    except (ConfigError, DataError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0
 
 
+def _score(options: argparse.Namespace) -> Scores:
+    """Return the scores of what was asked for. Raises: DataError."""
+    if options.evaluated is not None:
+        return read_stored(options.evaluated).measure().scores
+    annotations = load_refer(
+        options.refer_root, options.dataset, options.split, split_by=options.split_by, image_dir=options.image_dir
+    )
+    return measure_predictions(expressions(annotations), read_predictions(options.predictions)).scores
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Score referring segmentation predictions.")
-    parser.add_argument("--predictions", type=Path, required=True, help="JSON lines written by the evaluation")
-    parser.add_argument("--refer-root", type=Path, required=True, help="folder that holds the dataset folders")
-    parser.add_argument("--dataset", required=True, help="folder name, for example refcoco+")
-    parser.add_argument("--split", required=True, help="exact split name, for example testA")
+    parser = argparse.ArgumentParser(description="Score predictions again.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--evaluated", type=Path, help="folder of one eval of an evaluation; needs nothing else")
+    what.add_argument("--predictions", type=Path, help="JSON lines of referring segmentation")
+    parser.add_argument("--refer-root", type=Path, help="folder that holds the dataset folders")
+    parser.add_argument("--dataset", help="folder name, for example refcoco+")
+    parser.add_argument("--split", help="exact split name, for example testA")
     parser.add_argument("--split-by", help="part in brackets of refs(...).p, needed where there are several files")
     parser.add_argument("--image-dir", type=Path, help="photos; not opened, only named")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.predictions is not None and None in (options.refer_root, options.dataset, options.split):
+        parser.error("--predictions needs --refer-root, --dataset and --split")
+    return options
 
 
 if __name__ == "__main__":

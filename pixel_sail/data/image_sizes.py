@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from pixel_sail.types import DataError, SizeHW
+from pixel_sail.types import DataError, MissingDataError, SizeHW
 
 _SIDEWAYS = range(5, 9)
 """EXIF orientations that swap height and width."""
@@ -34,6 +34,8 @@ def _read(path: Path, where: str) -> tuple[SizeHW, object]:
         with Image.open(path) as image:
             return (image.height, image.width), image.getexif().get(ExifTags.Base.Orientation, 1)
     except FileNotFoundError:
-        raise DataError(f"{where}: {path}: no such image file; check configs/paths and the image folder") from None
+        raise MissingDataError(
+            f"{where}: {path}: no such image file; check configs/paths and the image folder"
+        ) from None
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, EOFError, ValueError) as error:
         raise DataError(f"{where}: {path}: cannot be read ({error}); replace the file") from error

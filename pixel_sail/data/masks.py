@@ -42,6 +42,23 @@ def merge_to_rle(segmentations: Sequence[object], size_hw: SizeHW, where: str) -
     return json_safe(coco_mask.merge(parts, intersect=False))
 
 
+def summed_as_released(segmentation: object, size_hw: SizeHW, where: str) -> RLE | None:
+    """Return what the released RefCOCO evaluation takes for an instance of overlapping polygons, None for all others.
+
+    It adds the polygons up and encodes the sum, where 2s begin a new run: the overlap becomes a hole, and what
+    follows in the order of the columns may be inverted. Of 1,236 real COCO instances one has such an overlap.
+    Raises: DataError.
+    """
+    if not isinstance(segmentation, list | tuple) or len(segmentation) < 2:
+        return None
+    union = _polygons_to_rle(segmentation, size_hw, where)
+    parts = coco_mask.frPyObjects(list(segmentation), *size_hw)
+    if int(coco_mask.area(parts).sum()) == int(coco_mask.area(union)):
+        return None
+    summed_HW = coco_mask.decode(parts).sum(axis=2).astype(np.uint8)
+    return json_safe(coco_mask.encode(np.asfortranarray(summed_HW)))
+
+
 def union_masks(masks: Sequence[BoolMask], size_hw: SizeHW) -> BoolMask:
     """Return the pixels that are in any of the masks; all False when there is none. Raises: DataError."""
     union: BoolMask = np.zeros(size_hw, dtype=np.bool_)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from pixel_sail.data.record_scan import scan
 from pixel_sail.files import sha256
-from pixel_sail.types import DataError
+from pixel_sail.types import DataError, MissingDataError
 
 INDEX_VERSION = 2
 """Raise this whenever index files change."""
@@ -185,7 +185,9 @@ def _mapped_array(file: Path) -> NDArray[np.int64]:
 def _stamp(path: Path) -> tuple[int, int]:
     """Return size and time of last change, which stay as they are while nobody touches the file."""
     if not path.is_file():
-        raise DataError(f"{path}: found no such file, expected JSON annotations; download them or correct the path")
+        raise MissingDataError(
+            f"{path}: found no such file, expected JSON annotations; download them or correct the path"
+        )
     try:
         path.open("rb").close()
     except OSError as error:

@@ -20,7 +20,7 @@ from typing import Any
 
 from pixel_sail.data.pickles import load_plain_pickle
 from pixel_sail.files import replace_text, sha256
-from pixel_sail.types import DataError
+from pixel_sail.types import DataError, MissingDataError
 
 FORMAT, VERSION = "pixel_sail refs", 1
 CONVERT_COMMAND = "tools/convert_refs.py"
@@ -35,10 +35,10 @@ Refs = list[dict[str, Any]]
 def find_refs_file(folder: Path, split_by: str | None) -> Path:
     """Return the refs file of a folder; `split_by` is the part in brackets, needed where there are several.
 
-    Raises: DataError when there is none or more than one.
+    Raises: MissingDataError when there is none; DataError when there is more than one.
     """
     if not folder.is_dir():
-        raise DataError(
+        raise MissingDataError(
             f"{folder}: found no such folder, expected refs(*).p and instances.json; check root and dataset"
         )
     forms: dict[str, dict[str, Path]] = {}
@@ -51,8 +51,10 @@ def find_refs_file(folder: Path, split_by: str | None) -> Path:
         return next(found[suffix] for suffix in _PREFERENCE if suffix in found)
     names = sorted(path.name for path in folder.iterdir() if _REFS_NAME.fullmatch(path.name))
     if split_by is not None and not forms:
-        raise DataError(f"{folder}: found {names}, expected a file for split_by={split_by!r}; pass one that exists")
-    raise DataError(
+        raise MissingDataError(
+            f"{folder}: found {names}, expected a file for split_by={split_by!r}; pass one that exists"
+        )
+    raise (DataError if forms else MissingDataError)(
         f"{folder}: found {names}, expected exactly one refs(*).p or grefs(*).json; pass split_by to choose, or "
         "download the annotations"
     )

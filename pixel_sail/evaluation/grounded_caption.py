@@ -21,10 +21,11 @@ from pixel_sail.data.fields import ImageFolders
 from pixel_sail.data.sources import gcg_benchmark
 from pixel_sail.data.wording.grounded_caption import PAPER_CAPTION_PROMPT, STANDARD_CAPTION_PROMPT
 from pixel_sail.evaluation.answers import ANSWERS, ItemAnswer, item_answer
+from pixel_sail.evaluation.cases import Case, Panel
+from pixel_sail.evaluation.measured import ItemFractions, Measured
 from pixel_sail.evaluation.overlay import PALETTE
 from pixel_sail.evaluation.photos import Photo
 from pixel_sail.evaluation.phrase_similarity import EncoderSimilarity
-from pixel_sail.evaluation.report import Case, Panel, Scores
 from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS, Answered, Question, Task, wording
 from pixel_sail.metrics.answer_text import GroundedText, grounded_text, grounded_text_as_released
 from pixel_sail.metrics.captions import check_caption_tools, check_references, score_captions
@@ -74,7 +75,7 @@ def load(
         question=_question,
         record=_record,
         format=ANSWERS,
-        score=partial(_score, scoring=scoring),
+        measure=partial(_measure, scoring=scoring),
         case=_case,
         max_new_tokens=LONG_ANSWER_TOKENS,
         check=partial(_check, items, scoring),
@@ -113,22 +114,31 @@ def _check(items: Sequence[GroundedCaption], scoring: Scoring) -> None:
         check_references({item.image_id: item.captions for item in items}, "standard")
 
 
-def _score(items: Sequence[GroundedCaption], answers: Sequence[ItemAnswer], *, scoring: Scoring) -> Scores:
+def _measure(items: Sequence[GroundedCaption], answers: Sequence[ItemAnswer], *, scoring: Scoring) -> Measured:
     scores: dict[str, float | int] = {}
+    fractions: dict[str, ItemFractions] = {}
     similarity = scoring.similarity()
+    recall = "recall" if scoring.similarity_model is not None else "word_recall"
     references = {item.image_id: item.captions for item in items}
     with CaptionTools() if scoring.score_text else nullcontext() as tools:
         for protocol, read in READERS.items():
+            prefix = "" if protocol == "standard" else f"{protocol}_"
             texts = {answer.item_id: read(answer.answer) for answer in answers}
-            summary = _score_masks(items, answers, texts, similarity, protocol)
-            if scoring.similarity_model is None:
-                summary["word_recall"] = summary.pop("recall")
+            masks = _score_masks(items, answers, texts, similarity, protocol)
+            summary = masks.summary()
+            summary[recall] = summary.pop("recall")
+            each = masks.fractions()
+            fractions[f"{prefix}miou"] = ItemFractions.of(image["miou"] for image in each)
+            fractions[f"{prefix}{recall}"] = ItemFractions.of(image["recall"] for image in each)
             if tools is not None:
                 captions = {image_id: text.caption for image_id, text in texts.items()}
-                summary |= score_captions(references, captions, protocol="standard", tools=tools).summary()
-            prefix = "" if protocol == "standard" else f"{protocol}_"
+                result = score_captions(references, captions, protocol="standard", tools=tools)
+                summary |= result.summary()
+                for key, values in result.item_means().items():
+                    fractions[f"{prefix}{key}"] = ItemFractions.of((values[item.image_id], 1) for item in items)
             scores |= {f"{prefix}{key}": value for key, value in summary.items() if key not in ("count", "targets")}
-    return scores | {"targets": sum(len(item.masks) for item in items), "count": len(items)}
+    counts = {"targets": sum(len(item.masks) for item in items), "count": len(items)}
+    return Measured(scores=scores | counts, fractions=fractions)
 
 
 def _score_masks(
@@ -137,8 +147,8 @@ def _score_masks(
     texts: Mapping[str, GroundedText],
     similarity: Similarity,
     protocol: str,
-) -> dict[str, float | int]:
-    """Return AP50, mIoU and recall of one protocol."""
+) -> GroundedCaptionScores:
+    """Return the scores of masks and phrases in one protocol, images in the order of the items."""
     images = [
         score_image(
             item.image_id,
@@ -152,4 +162,4 @@ def _score_masks(
         for item, answer in zip(items, answers, strict=True)
     ]
     together = tuple(image for scores in images for image in scores.images)
-    return GroundedCaptionScores(protocol=protocol, images=together).summary()
+    return GroundedCaptionScores(protocol=protocol, images=together)

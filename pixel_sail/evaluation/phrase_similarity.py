@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModel, AutoTokenizer
 
-from pixel_sail.types import DataError
+from pixel_sail.types import MissingDataError
 
 BATCH_SIZE = 256
 
@@ -29,7 +29,7 @@ class EncoderSimilarity:
         """Remember the folder of a Hugging Face encoder; it is loaded when first needed. Raises: DataError."""
         self._folder = Path(folder)
         if not (self._folder / "config.json").is_file():
-            raise DataError(
+            raise MissingDataError(
                 f"{folder}: found no config.json, expected the folder of a Hugging Face text encoder such as "
                 "bert-base-uncased; download it, or set similarity_model=null to compare words only"
             )

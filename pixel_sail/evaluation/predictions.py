@@ -4,15 +4,19 @@ Place in the flow: predictor -> `PredictionWriter` -> file -> `read_predictions`
 a file survives a killed run stands in `record_files.py`.
 
 Example line: {"ref_id": 8, "sent_id": 2, "image_id": 519404, "text": "the tie of the standing man", "segmentation":
-{"size": [480, 640], "counts": "..."}, "answer": "It is [SEG]."}; "segmentation" is null when no [SEG] was generated.
+{"size": [480, 640], "counts": "..."}, "answer": "It is [SEG]."}; "segmentation" is null when no [SEG] was generated. An
+answer with several [SEG] may add "first_segmentation", the mask of the first one, where it differs from their union:
+the released scripts score that one, so one file serves both protocols.
 """
 
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from functools import reduce
 from pathlib import Path
 
 from pixel_sail.data.masks import check_rle
+from pixel_sail.evaluation.measured import PAPER_PREFIX, Measured, measure, together
 from pixel_sail.evaluation.record_files import (
     Json,
     RecordFormat,
@@ -22,33 +26,32 @@ from pixel_sail.evaluation.record_files import (
     read_records,
 )
 from pixel_sail.metrics.iou import IoUSums
+from pixel_sail.metrics.released_iou import ReleasedIoUSums, released_target
 from pixel_sail.types import DataError, Expression, Prediction
 
 logger = logging.getLogger(__name__)
 
 _INTEGER_FIELDS = ("ref_id", "sent_id", "image_id")
 _REQUIRED_FIELDS = (*_INTEGER_FIELDS, "text", "segmentation")
+_MASK_FIELDS = ("segmentation", "first_segmentation")
 _KINDS: dict[str, type] = {**dict.fromkeys(_INTEGER_FIELDS, int), "text": str, "answer": str}
 
 
 def _to_json(prediction: Prediction, where: str) -> Json:
-    if prediction.segmentation is not None:
-        check_rle(prediction.segmentation, None, f"{where} ref_id {prediction.ref_id}, sent_id {prediction.sent_id}")
-    return asdict(prediction)
+    line = asdict(prediction)
+    for name in _MASK_FIELDS:
+        if line[name] is not None:
+            check_rle(line[name], None, f"{where} ref_id {prediction.ref_id}, sent_id {prediction.sent_id}, {name}")
+    if line["first_segmentation"] is None:
+        del line["first_segmentation"]
+    return line
 
 
 def _from_json(line: Json, where: str) -> Prediction:
-    check_fields(line, _REQUIRED_FIELDS, ("answer",), where)
+    check_fields(line, _REQUIRED_FIELDS, ("answer", "first_segmentation"), where)
     check_kinds(line, _KINDS, where)
-    segmentation = line["segmentation"]
-    return Prediction(
-        ref_id=line["ref_id"],
-        sent_id=line["sent_id"],
-        image_id=line["image_id"],
-        text=line["text"],
-        segmentation=None if segmentation is None else check_rle(segmentation, None, where),
-        answer=line.get("answer", ""),
-    )
+    masks = {name: check_rle(line[name], None, where) for name in _MASK_FIELDS if line.get(name) is not None}
+    return Prediction(**{**line, **masks})
 
 
 def prediction_key(record: Prediction | Expression) -> tuple[int, int]:
@@ -83,6 +86,27 @@ def score_predictions(
     Ignored pixels are taken out of prediction and target first.
     Raises: DataError for a prediction of no expression here, another image, another size, or two that contradict.
     """
+    pairs = zip(expressions, _match(expressions, predictions), strict=True)
+    each = (score_prediction(expression, prediction, empty_iou=empty_iou) for expression, prediction in pairs)
+    return reduce(IoUSums.add, each, IoUSums())
+
+
+def measure_predictions(
+    expressions: Sequence[Expression], predictions: Iterable[Prediction], *, missing_as_released: str = "empty"
+) -> Measured:
+    """Return the scores in both protocols: those of `score_predictions`, and cIoU and gIoU as `released_prediction`.
+
+    missing_as_released: what a prediction without a mask is in the released script, see `metrics/released_iou.py`.
+    Raises: DataError, see `score_predictions`.
+    """
+    pairs = list(zip(expressions, _match(expressions, predictions), strict=True))
+    standard = [score_prediction(expression, prediction) for expression, prediction in pairs]
+    released = [released_prediction(*pair, missing=missing_as_released) for pair in pairs]
+    return together(measure(standard), measure(released, prefix=PAPER_PREFIX))
+
+
+def _match(expressions: Sequence[Expression], predictions: Iterable[Prediction]) -> list[Prediction | None]:
+    """Return the prediction for every expression, None where there is none."""
     by_id: dict[tuple[int, int], Prediction] = {}
     for prediction in predictions:
         PREDICTIONS.add_unique(by_id, prediction, "predictions")
@@ -95,10 +119,7 @@ def score_predictions(
     num_absent = len(expressions) - len(by_id)
     if num_absent:
         logger.warning("%d of %d expressions have no prediction, they count as missing", num_absent, len(expressions))
-    sums = IoUSums()
-    for expression in expressions:
-        sums = sums.add(score_prediction(expression, by_id.get(prediction_key(expression)), empty_iou=empty_iou))
-    return sums
+    return [by_id.get(prediction_key(expression)) for expression in expressions]
 
 
 def score_prediction(expression: Expression, prediction: Prediction | None, *, empty_iou: float = 1.0) -> IoUSums:
@@ -118,14 +139,31 @@ def score_prediction(expression: Expression, prediction: Prediction | None, *, e
     )
 
 
+def released_prediction(
+    expression: Expression, prediction: Prediction | None, *, missing: str = "empty"
+) -> ReleasedIoUSums:
+    """Return the sums of one expression as the released scripts have them: the first mask against their target.
+
+    Raises: DataError for a prediction of another image or size.
+    """
+    where = f"ref_id {expression.ref_id}, sent_id {expression.sent_id}"
+    first = None
+    if prediction is not None:
+        _check_match(prediction, expression, where)
+        first = prediction.first_segmentation or prediction.segmentation
+    target = expression.released_target or released_target(expression.target, expression.ignored)
+    return ReleasedIoUSums.from_rles(first, target, missing=missing, where=where)
+
+
 def _check_match(prediction: Prediction, expression: Expression, where: str) -> None:
     if prediction.image_id != expression.image_id:
         raise DataError(
             f"{where}: found a prediction for image {prediction.image_id}, expected image {expression.image_id}; "
             "the file was made from another release of the annotations"
         )
-    if prediction.segmentation is not None and tuple(prediction.segmentation["size"]) != expression.image_hw:
-        raise DataError(
-            f"{where}: found a mask of size {prediction.segmentation['size']}, expected {list(expression.image_hw)} "
-            f"(height, width of image {expression.image_id}); resize predictions to the original image"
-        )
+    for mask in (prediction.segmentation, prediction.first_segmentation):
+        if mask is not None and tuple(mask["size"]) != expression.image_hw:
+            raise DataError(
+                f"{where}: found a mask of size {mask['size']}, expected {list(expression.image_hw)} (height, width of "
+                f"image {expression.image_id}); resize predictions to the original image"
+            )

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pixel_sail import dist
@@ -20,11 +21,11 @@ from pixel_sail.config import ConfigError
 from pixel_sail.data.sources import hidden, reasonseg
 from pixel_sail.data.sources.refer import expressions, load_refer
 from pixel_sail.data.wording.referring import PAPER_REFER_PROMPT, SHORT_REFER_PROMPT, STANDARD_REFER_PROMPT
+from pixel_sail.evaluation.cases import expression_case
 from pixel_sail.evaluation.engine import answer_image, answer_own
 from pixel_sail.evaluation.photos import Photo
 from pixel_sail.evaluation.predict import SHORT_ANSWER_TOKENS, Predictor
-from pixel_sail.evaluation.predictions import PREDICTIONS, prediction_key, score_predictions
-from pixel_sail.evaluation.report import Scores, expression_case
+from pixel_sail.evaluation.predictions import PREDICTIONS, measure_predictions, prediction_key, score_predictions
 from pixel_sail.evaluation.task import Answered, Question, Task, by_image, wording
 from pixel_sail.metrics.iou import IoUSums
 from pixel_sail.rle import encode_mask
@@ -61,16 +62,24 @@ def load(
 def load_reasonseg(*, root: str | Path, split: str, query: str = "all", sentences: str = "first") -> ReferTask:
     """Return one split of ReasonSeg: the `_target_` of an eval; the arguments are those of `reasonseg.expressions`.
 
+    In the released script a question whose answer has no mask has no part in cIoU.
     Raises: DataError; ValueError on an unknown query or sentences.
     """
     items = reasonseg.expressions(root=root, split=split, query=query, sentences=sentences)
-    return task_of(items, prompts=WHOLE_QUESTION, is_upright=True)
+    return task_of(items, prompts=WHOLE_QUESTION, is_upright=True, missing_as_released="skipped")
 
 
-def task_of(items: Sequence[Expression], *, prompts: dict[str, str] = PROMPTS, is_upright: bool = False) -> ReferTask:
+def task_of(
+    items: Sequence[Expression],
+    *,
+    prompts: dict[str, str] = PROMPTS,
+    is_upright: bool = False,
+    missing_as_released: str = "empty",
+) -> ReferTask:
     """Return the task of asking for these expressions.
 
     prompts: wording of each `predict.prompt`, with {sent}. is_upright: masks count pixels of photos turned upright.
+    missing_as_released: `empty` or `skipped`, what the released script makes of an answer without a mask.
     """
     return Task(
         kind=KIND,
@@ -78,7 +87,7 @@ def task_of(items: Sequence[Expression], *, prompts: dict[str, str] = PROMPTS, i
         question=partial(_question, prompts=prompts, is_upright=is_upright),
         record=_record,
         format=PREDICTIONS,
-        score=_score,
+        measure=partial(measure_predictions, missing_as_released=missing_as_released),
         case=partial(expression_case, is_upright=is_upright),
         max_new_tokens=SHORT_ANSWER_TOKENS,
     )
@@ -123,7 +132,9 @@ def _question(expression: Expression, prompt: str, *, prompts: dict[str, str], i
 
 
 def _record(expression: Expression, answered: Answered) -> Prediction:
-    mask = answered.reply.merged(answered.mask_rule)
+    mask, first = answered.reply.merged(answered.mask_rule), answered.reply.merged("first")
+    if mask is not None and first is not None and np.array_equal(mask, first):
+        first = None
     return Prediction(
         ref_id=expression.ref_id,
         sent_id=expression.sent_id,
@@ -131,8 +142,5 @@ def _record(expression: Expression, answered: Answered) -> Prediction:
         text=expression.text,
         segmentation=None if mask is None else encode_mask(mask),
         answer=answered.reply.text,
+        first_segmentation=None if first is None else encode_mask(first),
     )
-
-
-def _score(items: Sequence[Expression], predictions: Sequence[Prediction]) -> Scores:
-    return score_predictions(items, predictions).summary()

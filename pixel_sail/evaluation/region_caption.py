@@ -22,9 +22,10 @@ from pixel_sail.config import ConfigError
 from pixel_sail.data.sources import perbench, region_caption
 from pixel_sail.data.wording.region import PERBENCH_CAPTION_PROMPT, REGION_CAPTION_PROMPT
 from pixel_sail.evaluation.answers import ANSWERS, ItemAnswer, item_answer
+from pixel_sail.evaluation.cases import Case
+from pixel_sail.evaluation.measured import ItemFractions, Measured
 from pixel_sail.evaluation.overlay import TRUE_COLOR
 from pixel_sail.evaluation.photos import Photo
-from pixel_sail.evaluation.report import Case, Scores
 from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS, Answered, Question, Task, wording
 from pixel_sail.metrics.answer_text import object_caption_as_released, plain_description, region_caption_as_released
 from pixel_sail.metrics.captions import check_caption_tools, check_references, score_captions
@@ -98,7 +99,7 @@ def _task(items: Sequence[RegionCaption], *, prompt: str, chosen: dict[str, Capt
         question=partial(_question, text=prompt),
         record=_record,
         format=ANSWERS,
-        score=partial(_score, chosen=chosen),
+        measure=partial(_measure, chosen=chosen),
         case=_case,
         max_new_tokens=LONG_ANSWER_TOKENS,
         check=partial(_check, items, chosen),
@@ -135,15 +136,18 @@ def _check(items: Sequence[RegionCaption], chosen: dict[str, CaptionProtocol]) -
         check_references({item.item_id: item.references for item in items}, protocol.scoring)
 
 
-def _score(
+def _measure(
     items: Sequence[RegionCaption], answers: Sequence[ItemAnswer], *, chosen: dict[str, CaptionProtocol]
-) -> Scores:
+) -> Measured:
     scores: dict[str, float | int] = {}
+    fractions: dict[str, ItemFractions] = {}
     references = {item.item_id: item.references for item in items}
     with CaptionTools() if chosen else nullcontext() as tools:
         for name, protocol in chosen.items():
             cleaned = {answer.item_id: protocol.clean(answer.answer) for answer in answers}
-            summary = score_captions(references, cleaned, protocol=protocol.scoring, tools=tools).summary()
+            result = score_captions(references, cleaned, protocol=protocol.scoring, tools=tools)
             prefix = "" if name == "standard" else f"{name}_"
-            scores |= {f"{prefix}{key}": value for key, value in summary.items() if key != "count"}
-    return scores | {"count": len(items)}
+            scores |= {f"{prefix}{key}": value for key, value in result.summary().items() if key != "count"}
+            for key, values in result.item_means().items():
+                fractions[f"{prefix}{key}"] = ItemFractions.of((values[item.item_id], 1) for item in items)
+    return Measured(scores=scores | {"count": len(items)}, fractions=fractions)

@@ -16,11 +16,12 @@ from pixel_sail.config import ConfigError
 from pixel_sail.data.sources import perbench
 from pixel_sail.data.wording.region import PERBENCH_CHOICE_PROMPT
 from pixel_sail.evaluation.answers import ANSWERS, ItemAnswer, item_answer
+from pixel_sail.evaluation.cases import Case
+from pixel_sail.evaluation.measured import PAPER_PREFIX, Measured, measure, together
 from pixel_sail.evaluation.overlay import TRUE_COLOR
 from pixel_sail.evaluation.photos import Photo
-from pixel_sail.evaluation.report import Case, Scores
 from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS, Answered, Question, Task, wording
-from pixel_sail.metrics.choice import ChoiceSums, score_choice, score_choice_as_released
+from pixel_sail.metrics.choice import score_choice, score_choice_as_released
 from pixel_sail.types import RegionChoice
 
 KIND = "region choices"
@@ -48,7 +49,7 @@ def load(
         question=_question,
         record=_record,
         format=ANSWERS,
-        score=partial(_score, protocols=protocols),
+        measure=partial(_measure, protocols=protocols),
         case=_case,
         max_new_tokens=LONG_ANSWER_TOKENS,
         check=partial(_check, items, protocols),
@@ -82,14 +83,16 @@ def _check(items: Sequence[RegionChoice], protocols: Sequence[str]) -> None:
         score_choice("", question=item.question, right=item.answer, where=item.item_id)
 
 
-def _score(items: Sequence[RegionChoice], answers: Sequence[ItemAnswer], *, protocols: Sequence[str]) -> Scores:
-    standard, released = ChoiceSums(), ChoiceSums()
-    for item, answer in zip(items, answers, strict=True):
-        released = released.add(score_choice_as_released(answer.answer, right=item.answer))
-        if "standard" in protocols:
-            sums = score_choice(answer.answer, question=item.question, right=item.answer, where=item.item_id)
-            standard = standard.add(sums)
-    scores = standard.summary() if "standard" in protocols else {}
+def _measure(items: Sequence[RegionChoice], answers: Sequence[ItemAnswer], *, protocols: Sequence[str]) -> Measured:
+    pairs = list(zip(items, answers, strict=True))
+    parts = []
+    if "standard" in protocols:
+        standard = [
+            score_choice(answer.answer, question=item.question, right=item.answer, where=item.item_id)
+            for item, answer in pairs
+        ]
+        parts.append(measure(standard))
     if "paper" in protocols:
-        scores["paper_accuracy"] = released.summary()["accuracy"]
-    return scores | {"count": len(items)}
+        released = [score_choice_as_released(answer.answer, right=item.answer) for item, answer in pairs]
+        parts.append(measure(released, prefix=PAPER_PREFIX))
+    return together(*parts, count=len(items))

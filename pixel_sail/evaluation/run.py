@@ -1,38 +1,65 @@
 """All configured evals of one checkpoint.
 
-Place in the flow: `scripts/evaluate.py` and the quickstart call `run_evals`. Results are appended to
-`<output>/results.jsonl`, one line per eval, each with what made it:
+Place in the flow: `scripts/evaluate.py` and the quickstart call `run_evals`, which leaves behind
 
-    {"eval": "refshapes_val", "scores": {"ciou": 0.81, ...}, "protocol": {"weights_sha256": ..., "predict": ...},
-     "code": "1a2b3c4", "world_size": 2, "precision": "fp32"}
+    <output>/<eval>/...        predictions, see `engine.py`
+    <output>/results.jsonl     one row per eval, see `results.py`
+    <output>/report.html       the scores of this call, the paper's tables, and pictures from every eval
 
-`<output>/report.html` shows the scores of this call and pictures from every eval.
+All that can be found out without the model (files, options, Java) is found out before it is loaded.
 """
 
-import json
 import logging
-import subprocess
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pixel_sail import dist
 from pixel_sail.config import ConfigError, EvalConfig, build
+from pixel_sail.evaluation.cases import Case, ranked, spread
+from pixel_sail.evaluation.confidence import bootstrap, seed_for
 from pixel_sail.evaluation.engine import evaluate, protocol_of
+from pixel_sail.evaluation.measured import Measured, Scores
+from pixel_sail.evaluation.paper_tables import paper_tables
 from pixel_sail.evaluation.predict import DTYPES, Predictor
 from pixel_sail.evaluation.refer_seg import as_task
-from pixel_sail.evaluation.report import Case, Scores, spread, write_report
+from pixel_sail.evaluation.report import write_report
+from pixel_sail.evaluation.results import (
+    Cost,
+    Resampled,
+    Row,
+    append_row,
+    code_version,
+    device_name,
+    perbench_overall_of,
+    perbench_row,
+    result_row,
+)
+from pixel_sail.evaluation.tables import scores_table
 from pixel_sail.evaluation.task import Task
 from pixel_sail.files import sha256
-from pixel_sail.metrics.visual_referring import perbench_overall
+from pixel_sail.types import MissingDataError
+
+__all__ = ["checkpoint_folder", "code_version", "perbench_overall_of", "run_evals"]
 
 logger = logging.getLogger(__name__)
 
 EXPORT = "export"
 """Folder inside a run folder that holds the Hugging Face files."""
 
-PERBENCH_EVALS = ("perbench_caption", "perbench_choice", "perbench_visual_referring")
-"""Evals whose mean is PerBench's overall score; they are known by these names in `configs/evals/`."""
+RANKED_BY = ("giou", "miou")
+"""Scores by which the best, median and worst items are chosen for the report, of tasks that have one of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The evals that can be asked, and why others cannot."""
+
+    tasks: Mapping[str, Task[Any, Any]]
+    skipped: Mapping[str, str]
+    """Eval -> which file is missing."""
 
 
 def run_evals(config: EvalConfig) -> dict[str, Scores]:
@@ -43,15 +70,16 @@ def run_evals(config: EvalConfig) -> dict[str, Scores]:
     folder = checkpoint_folder(config.checkpoint)
     if config.precision not in DTYPES:
         raise ConfigError(f"precision is {config.precision!r}, expected one of {sorted(DTYPES)}")
-    tasks = _build_tasks(config)
+    plan = plan_evals(config)
     predictor = Predictor.from_pretrained(
         folder, config=config.predict, precision=config.precision, device=str(dist.local_device())
     )
     weights = sha256(folder / "model.safetensors")
     output = folder.parent / "evaluation" if config.output is None else Path(config.output)
-    results: dict[str, Scores] = {}
+    rows: dict[str, Row] = {}
+    resampled: dict[str, Resampled] = {}
     cases: dict[str, list[Case]] = {}
-    for name, task in tasks.items():
+    for name, task in plan.tasks.items():
         protocol = protocol_of(
             predictor,
             task,
@@ -60,79 +88,135 @@ def run_evals(config: EvalConfig) -> dict[str, Scores]:
             precision=config.precision,
             eval_node=config.evals[name] | {"max_images": config.max_images},
         )
+        started, num_before = time.monotonic(), _num_answered(output / name)
         records = evaluate(predictor, task, output / name, protocol=protocol, progress=config.progress)
-        results[name] = _score_once(task, records)
+        asked = time.monotonic()
+        # Rank 0 scores alone, as some scorers start programs of their own.
         if dist.rank() == 0:
-            line = {
-                "eval": name,
-                "scores": results[name],
-                "protocol": protocol,
-                "code": code_version(),
-                "world_size": dist.world_size(),
-                "precision": config.precision,
-            }
-            with (output / "results.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            pairs = spread(list(zip(task.items, records, strict=True)), config.examples)
-            cases[name] = [task.case(item, record) for item, record in pairs]
+            images = [str(question.image_id) for question in task.questions(config.predict.prompt)]
+            measured = task.measure(task.items, records)
+            resampled[name] = _resample(measured, images, name, config)
+            now = time.monotonic()
+            cost = Cost(asked=len(records) - num_before, asking_s=asked - started, scoring_s=now - asked)
+            rows[name] = result_row(name, task.kind, measured, resampled[name], cost, protocol)
+            append_row(output, rows[name])
+            cases[name] = _choose(task, records, measured, images, config.examples)
+        dist.barrier()
     if dist.rank() == 0:
-        write_report(
-            output,
-            title=f"Evaluation: {folder}",
-            facts=[
-                f"weights {weights[:12]}, code {code_version()}, {config.precision}",
-                f"prompt {config.predict.prompt}, mask {config.predict.mask}, answer {config.predict.answer}",
-                "A missing prediction counts as an empty mask.",
-            ],
-            tables=_tables(tasks, results),
-            cases=cases,
-        )
-    return results
+        if (overall := perbench_row(rows, resampled)) is not None:
+            rows[overall["eval"]] = overall
+            append_row(output, overall)
+        _report(output, config, folder, plan, rows, cases)
+    return dist.gather_objects({name: row["scores"] for name, row in rows.items()})[0]
 
 
-def _build_tasks(config: EvalConfig) -> dict[str, Task[Any, Any]]:
-    """Return the configured evals, after finding out all that can be wrong before the model is loaded."""
+def plan_evals(config: EvalConfig) -> Plan:
+    """Return the configured evals, after finding out all that can be wrong before the model is loaded.
+
+    Raises: ConfigError, DataError; MissingDataError naming every eval whose files are not there, unless
+    `missing_data` is skip and another eval can be asked.
+    """
     if not config.evals:
         raise ConfigError("evals is empty; name some, for example evals=[refshapes_val]")
     tasks: dict[str, Task[Any, Any]] = {}
+    skipped: dict[str, str] = {}
     for name, node in config.evals.items():
-        task = as_task(build(node, f"evals.{name}"), f"evals.{name}")
-        task.questions(config.predict.prompt)
-        task.check()
-        tasks[name] = task.first_images(config.max_images, config.predict.prompt)
-    return tasks
+        try:
+            tasks[name] = _ready(as_task(build(node, f"evals.{name}"), f"evals.{name}"), config)
+        except MissingDataError as error:
+            skipped[name] = str(error)
+    if skipped and (config.missing_data == "stop" or not tasks):
+        listed = "".join(f"\n  {name}: {reason}" for name, reason in skipped.items())
+        raise MissingDataError(
+            f"evals: found no files for {len(skipped)} of {len(config.evals)}:{listed}\nexpected all of them; get the "
+            "files (data/README.md says from where), name other evals, or run those that are there with "
+            "missing_data=skip"
+        )
+    for name, reason in skipped.items():
+        logger.warning("evals.%s is skipped: %s", name, reason)
+    return Plan(tasks=tasks, skipped=skipped)
 
 
-def _score_once(task: Task[Any, Any], records: Sequence[Any]) -> Scores:
-    """Return the scores on every rank; rank 0 computes them, as some start programs of their own."""
-    scores: Scores = dist.gather_objects(task.score(task.items, records) if dist.rank() == 0 else None)[0]
-    return scores
+def _ready(task: Task[Any, Any], config: EvalConfig) -> Task[Any, Any]:
+    """Return the task with the items that are asked, after checking that they can be."""
+    chosen = task.first_images(config.max_images, config.predict.prompt)
+    photos = dict.fromkeys(question.photo.path for question in chosen.questions(config.predict.prompt))
+    absent = [path for path in photos if not path.is_file()]
+    if absent:
+        raise MissingDataError(
+            f"found {len(absent)} of {len(photos)} photos missing, the first is {absent[0]}; unpack the images there"
+        )
+    task.check()
+    return chosen
 
 
-def perbench_overall_of(results: Mapping[str, Scores]) -> Scores:
-    """Return PerBench's overall score in each protocol in which all three of its parts were scored."""
-    caption, choice, referring = (results.get(name, {}) for name in PERBENCH_EVALS)
-    overall: dict[str, float | int] = {}
-    for prefix in ("", "paper_"):
-        parts = [scores.get(prefix + name) for scores, name in ((caption, "meteor"), (choice, "accuracy"))]
-        ious = [referring.get(prefix + name) for name in ("ciou", "giou")]
-        found = [value for value in (*parts, *ious) if value is not None]
-        if len(found) == 4:
-            meteor, accuracy, ciou, giou = found
-            score = perbench_overall(meteor=meteor, accuracy=accuracy, ciou=ciou, giou=giou)
-            overall[f"{prefix}overall"] = score
-    return overall
+def _num_answered(folder: Path) -> int:
+    """Return how many items earlier calls answered."""
+    return sum(part.read_bytes().count(b"\n") for part in folder.glob("part-*.jsonl"))
 
 
-def _tables(tasks: Mapping[str, Task[Any, Any]], results: Mapping[str, Scores]) -> dict[str, dict[str, Scores]]:
-    """Return the scores of each kind of task as a table of its own."""
-    tables: dict[str, dict[str, Scores]] = {}
-    for name, scores in results.items():
-        heading = tasks[name].kind
-        tables.setdefault(heading[0].upper() + heading[1:], {})[name] = scores
-    if overall := perbench_overall_of(results):
-        tables["PerBench"] = {"overall": overall}
-    return tables
+def _resample(measured: Measured, images: Sequence[str], name: str, config: EvalConfig) -> Resampled:
+    """Return the scores of resampled images."""
+    seed = seed_for(config.seed, name)
+    samples = bootstrap(measured.fractions, images, seed=seed, resamples=config.resamples) if config.resamples else {}
+    return Resampled(samples=samples, num_images=len(set(images)), resamples=config.resamples, seed=seed)
+
+
+def _choose(
+    task: Task[Any, Any], records: Sequence[Any], measured: Measured, images: Sequence[str], number: int
+) -> list[Case]:
+    """Return the cases that are shown: by rank where items have a score for their masks, else at even distances."""
+    pairs = list(zip(task.items, records, strict=True))
+    score = next((measured.fractions[name] for name in RANKED_BY if name in measured.fractions), None)
+    if score is None:
+        return [task.case(item, record) for item, record in spread(pairs, number)]
+    chosen = ranked(score.per_item(), images, number)
+    return [replace(task.case(*pairs[index]), rank=rank) for rank, index in chosen]
+
+
+def _report(
+    output: Path,
+    config: EvalConfig,
+    folder: Path,
+    plan: Plan,
+    rows: Mapping[str, Row],
+    cases: Mapping[str, Sequence[Case]],
+) -> None:
+    """Write the report of this call."""
+    results: dict[str, Scores] = {name: row["scores"] for name, row in rows.items()}
+    kinds: dict[str, dict[str, Scores]] = {}
+    for name, row in rows.items():
+        kinds.setdefault(row["kind"], {})[name] = row["scores"]
+    intervals = {name: row["intervals"] for name, row in rows.items()}
+    weights = next(iter(rows.values()))["weights_sha256"]
+    write_report(
+        output,
+        title=f"Evaluation: {folder}",
+        facts=_facts(config, plan, weights),
+        tables=[
+            *paper_tables(results, prompt=config.predict.prompt, limit=config.max_images),
+            *(scores_table(kind[0].upper() + kind[1:], table, intervals) for kind, table in kinds.items()),
+        ],
+        cases=cases,
+    )
+
+
+def _facts(config: EvalConfig, plan: Plan, weights: str) -> list[str]:
+    """Return what a reader must know about the numbers."""
+    facts = [
+        f"weights {weights[:12]}, code {code_version()}, {config.precision} on {dist.world_size()} x {device_name()}",
+        f"prompt {config.predict.prompt}, mask {config.predict.mask}, answer {config.predict.answer}",
+        "Scores named paper_... follow the protocol `paper`: computed as the released scripts do, their mistakes "
+        "included. All others follow the protocol `standard`, where a missing prediction counts as an empty mask.",
+    ]
+    if config.resamples:
+        facts.append(
+            f"In brackets: 95 % interval of {config.resamples} bootstrap resamples of images; scores that are no sums "
+            "over items have none."
+        )
+    if config.max_images:
+        facts.append(f"Only the first {config.max_images} images of each eval were scored.")
+    return facts + [f"Skipped: {name}: {reason}" for name, reason in plan.skipped.items()]
 
 
 def checkpoint_folder(name: str) -> Path:
@@ -144,17 +228,3 @@ def checkpoint_folder(name: str) -> Path:
         f"checkpoint {name}: neither it nor its {EXPORT}/ holds config.json and model.safetensors; "
         "give a run folder whose training finished, or an exported folder"
     )
-
-
-def code_version() -> str:
-    """Return the commit of the code, with "+" when files differ from it, "unknown" outside a checkout."""
-    root = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

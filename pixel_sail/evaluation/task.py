@@ -15,10 +15,11 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from pixel_sail.config import ConfigError
 from pixel_sail.data.masks import decode_rle
+from pixel_sail.evaluation.cases import Case
+from pixel_sail.evaluation.measured import Measured, Scores
 from pixel_sail.evaluation.photos import Photo
 from pixel_sail.evaluation.predict import Reply
 from pixel_sail.evaluation.record_files import Record, RecordFormat
-from pixel_sail.evaluation.report import Case, Scores
 from pixel_sail.types import RLE, VisualPrompt
 
 LONG_ANSWER_TOKENS = 512
@@ -75,8 +76,8 @@ class Task(Generic[Item, Record]):
     record: Callable[[Item, Answered], Record]
     """(item, what was said) -> what is written."""
     format: RecordFormat[Record, Any]
-    score: Callable[[Sequence[Item], Sequence[Record]], Scores]
-    """(items, their records in the same order) -> scores by name."""
+    measure: Callable[[Sequence[Item], Sequence[Record]], Measured]
+    """(items, their records in the same order) -> scores by name, and what each item adds to them."""
     case: Callable[[Item, Record], Case]
     """(item, record) -> a picture for the report."""
     max_new_tokens: int
@@ -85,6 +86,10 @@ class Task(Generic[Item, Record]):
     """An answer without a mask is asked again with "It is [SEG]." put into the model's mouth (release)."""
     check: Callable[[], None] = lambda: None
     """Called before anything is asked. Raises: DataError when scores could not be computed, say for want of Java."""
+
+    def score(self, items: Sequence[Item], records: Sequence[Record]) -> Scores:
+        """Return the scores of items by name; `records` are in their order."""
+        return self.measure(items, records).scores
 
     def questions(self, prompt: str) -> list[Question]:
         """Return the question of every item, in order. Raises: ConfigError for a prompt the task does not have."""

@@ -14,12 +14,11 @@ from pathlib import Path
 
 from pixel_sail.data.sources import perbench
 from pixel_sail.evaluation.answers import ANSWERS, ItemAnswer, item_answer
+from pixel_sail.evaluation.cases import Case
+from pixel_sail.evaluation.measured import PAPER_PREFIX, Measured, measure, together
 from pixel_sail.evaluation.overlay import PREDICTED_COLOR, TRUE_COLOR
 from pixel_sail.evaluation.photos import Photo
-from pixel_sail.evaluation.report import Case, Scores
 from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS, Answered, Question, Task, wording
-from pixel_sail.metrics.iou import IoUSums
-from pixel_sail.metrics.released_iou import ReleasedIoUSums
 from pixel_sail.metrics.visual_referring import score_each, score_first_as_released, score_union
 from pixel_sail.types import RLE, VisualReferring
 
@@ -37,7 +36,7 @@ def load(*, annotations: str | Path, image_dir: str | Path) -> Task[VisualReferr
         question=_question,
         record=_record,
         format=ANSWERS,
-        score=_score,
+        measure=_measure,
         case=_case,
         max_new_tokens=LONG_ANSWER_TOKENS,
         retries_without_mask=True,
@@ -78,17 +77,14 @@ def _case(item: VisualReferring, answer: ItemAnswer) -> Case:
     )
 
 
-def _score(items: Sequence[VisualReferring], answers: Sequence[ItemAnswer]) -> Scores:
-    union, each, released = IoUSums(), IoUSums(), ReleasedIoUSums()
-    for item, answer in zip(items, answers, strict=True):
-        own = _own_masks(answer)
-        union = union.add(score_union(own, item.targets, where=item.item_id))
-        each = each.add(score_each(own, item.targets, where=item.item_id))
-        released = released.add(score_first_as_released(answer.masks, item.targets, where=item.item_id))
-    as_released = released.summary()
-    return union.summary() | {
-        "each_giou": each.summary()["giou"],
-        "paper_ciou": as_released["ciou"],
-        "paper_giou": as_released["giou"],
-        "retried": sum(answer.is_retry for answer in answers),
-    }
+def _measure(items: Sequence[VisualReferring], answers: Sequence[ItemAnswer]) -> Measured:
+    triples = [(_own_masks(answer), answer, item) for item, answer in zip(items, answers, strict=True)]
+    union = [score_union(own, item.targets, where=item.item_id) for own, _, item in triples]
+    each = [score_each(own, item.targets, where=item.item_id) for own, _, item in triples]
+    released = [score_first_as_released(answer.masks, item.targets, where=item.item_id) for _, answer, item in triples]
+    return together(
+        measure(union),
+        measure(each, prefix="each_", names=("giou",)),
+        measure(released, prefix=PAPER_PREFIX),
+        retried=sum(answer.is_retry for answer in answers),
+    )

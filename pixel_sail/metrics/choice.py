@@ -1,7 +1,7 @@
 """Multiple choice: which option an answer names, and how often it is the right one, in two protocols.
 
-Place in the flow: question, right answer and generated answer -> `ChoiceSums` of one item -> added over items and
-ranks -> `summary`. An example of the data:
+Place in the flow: question, right answer and generated answer -> `ChoiceSums` of one item -> added over items ->
+`summary`. An example of the data:
 
     question "What colour is it?\\nA. red\\nB. dark red\\n", right "B. dark red", generated "It is dark red."
     -> standard: option B, right.   paper: wrong, "B. dark red" is not in "It is dark red."
@@ -58,16 +58,6 @@ class ChoiceSums:
             unparsed=self.unparsed + other.unparsed,
         )
 
-    def integers(self) -> list[int]:
-        """Return every count in a fixed order, to be added over ranks."""
-        return [self.count, self.correct, self.ambiguous, self.unparsed]
-
-    @classmethod
-    def from_integers(cls, values: list[int]) -> "ChoiceSums":
-        """Return the counts that `integers` listed."""
-        count, correct, ambiguous, unparsed = values
-        return cls(count=count, correct=correct, ambiguous=ambiguous, unparsed=unparsed)
-
     def summary(self) -> dict[str, float | int]:
         """Return the accuracy, a fraction, and the counts. Raises: DataError on no question."""
         if self.count == 0:
@@ -78,6 +68,10 @@ class ChoiceSums:
             "ambiguous": self.ambiguous,
             "unparsed": self.unparsed,
         }
+
+    def fractions(self) -> dict[str, tuple[float, float]]:
+        """Return numerator and denominator of the accuracy."""
+        return {"accuracy": (self.correct, self.count)}
 
 
 def score_choice(answer: str, *, question: str, right: str, where: str) -> ChoiceSums:

@@ -99,6 +99,10 @@ class GroundedCaptionScores:
             "targets": num_targets,
         }
 
+    def fractions(self) -> list[dict[str, tuple[float, float]]]:
+        """Return, for each image, numerator and denominator of the scores that are sums over images: not AP50."""
+        return [{"miou": (image.mean_iou, 1), "recall": (image.num_found, image.num_targets)} for image in self.images]
+
 
 def score_image(
     image_id: str,

@@ -166,19 +166,28 @@ class IoUSums:
         """
         if self.count == 0:
             raise DataError("IoU summary: found 0 scored pairs, expected at least 1; check the split and the filters")
-        giou = self.iou_sum / self.count
         scores: dict[str, float | int] = {
-            "ciou": self.intersection / self.union if self.union else giou,
-            "giou": giou,
+            name: numerator / denominator for name, (numerator, denominator) in self.fractions().items() if denominator
         }
-        for threshold, hits in zip(IOU_THRESHOLDS, self.hits, strict=True):
-            scores[f"p{round(threshold * 100)}"] = hits / self.count
-        scores |= {"count": self.count, "missing": self.missing}
-        if self.num_no_target:
-            scores["n_acc"] = self.num_no_target_correct / self.num_no_target
-            if self.num_target:
-                scores["t_acc"] = self.num_target_nonempty / self.num_target
-        return scores
+        if not self.num_no_target:
+            scores.pop("t_acc", None)
+        if not self.union:
+            scores = {"ciou": scores["giou"], **scores}
+        return scores | {"count": self.count, "missing": self.missing}
+
+    def fractions(self) -> dict[str, tuple[float, float]]:
+        """Return numerator and denominator of every score; cIoU is 0 / 0 without any pixel."""
+        hits = {
+            f"p{round(threshold * 100)}": (number, self.count)
+            for threshold, number in zip(IOU_THRESHOLDS, self.hits, strict=True)
+        }
+        return {
+            "ciou": (self.intersection, self.union),
+            "giou": (self.iou_sum, self.count),
+            **hits,
+            "n_acc": (self.num_no_target_correct, self.num_no_target),
+            "t_acc": (self.num_target_nonempty, self.num_target),
+        }
 
 
 def counted_areas(prediction: RLE | None, target: RLE | None, ignored: RLE | None, where: str) -> tuple[int, int, int]:

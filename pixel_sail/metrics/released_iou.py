@@ -1,6 +1,6 @@
 """cIoU and gIoU as the released scripts compute them, small constants and all, for the `paper` protocol.
 
-Place in the flow: (predicted, target) pairs as RLE -> `ReleasedIoUSums` -> added over items and ranks -> `summary`.
+Place in the flow: (predicted, target) pairs as RLE -> `ReleasedIoUSums` -> added over items -> `summary`.
 Where a correct score is wanted, use `metrics/iou.py`.
 
 What is done differently from there (facts of the released code):
@@ -10,16 +10,20 @@ What is done differently from there (facts of the released code):
   sums of cIoU and counts 0 in gIoU (`missing="skipped"`), which makes cIoU higher.
 - gIoU of PerBench is divided by the number of target masks, although only the first mask is compared: `num_targets`.
 
-Not imitated: overlapping polygons and ignored pixels damaged by the release's detour over run-length encoding.
+- Ignored pixels of ReasonSeg are not ignored, and a target beside them is damaged: `released_target`. Where polygons of
+  one object overlap, the target is damaged in the same way: `Expression.released_target`.
 
 Example: prediction of 4 pixels, target of 8, 4 in common, and one missing prediction of a target of 8: skipped, cIoU
 0.5 and gIoU 0.25; as an empty mask, cIoU 0.25.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from pycocotools import mask as coco_mask
+
 from pixel_sail.metrics.iou import counted_areas
+from pixel_sail.rle import json_safe
 from pixel_sail.types import RLE, DataError
 
 UNION_EPSILON = 1e-10
@@ -49,7 +53,6 @@ class ReleasedIoUSums:
         *,
         missing: str = "empty",
         num_targets: int = 1,
-        ignored: RLE | None = None,
         where: str = "pair",
     ) -> "ReleasedIoUSums":
         """Return the sums of one item. Raises: DataError if sizes differ or the rule for missing ones is unknown."""
@@ -57,7 +60,7 @@ class ReleasedIoUSums:
             raise DataError(f"{where}: found missing={missing!r}, expected one of {MISSING}; correct the caller")
         if prediction is None and missing == "skipped":
             return cls(num_targets=num_targets, count=1, missing=1)
-        intersection, prediction_area, target_area = counted_areas(prediction, target, ignored, where)
+        intersection, prediction_area, target_area = counted_areas(prediction, target, None, where)
         union = prediction_area + target_area - intersection
         return cls(
             intersection=intersection,
@@ -79,23 +82,6 @@ class ReleasedIoUSums:
             missing=self.missing + other.missing,
         )
 
-    def integers(self) -> list[int]:
-        """Return every integer sum in a fixed order, to be added over ranks exactly."""
-        return [self.intersection, self.union, self.num_targets, self.count, self.missing]
-
-    @classmethod
-    def from_integers(cls, values: Sequence[int], *, iou_sum: float) -> "ReleasedIoUSums":
-        """Return the sums that `integers` listed."""
-        intersection, union, num_targets, count, missing = values
-        return cls(
-            intersection=intersection,
-            union=union,
-            iou_sum=iou_sum,
-            num_targets=num_targets,
-            count=count,
-            missing=missing,
-        )
-
     def summary(self) -> dict[str, float | int]:
         """Return the scores by name, fractions in 0-1. Raises: DataError on no item."""
         if self.num_targets == 0:
@@ -106,3 +92,28 @@ class ReleasedIoUSums:
             "count": self.count,
             "missing": self.missing,
         }
+
+    def fractions(self) -> dict[str, tuple[float, float]]:
+        """Return numerator and denominator of both scores; the constant below cIoU, 1e-10 of a pixel, is left out."""
+        return {"ciou": (self.intersection, self.union), "giou": (self.iou_sum, self.num_targets)}
+
+
+def released_target(target: RLE | None, ignored: RLE | None) -> RLE | None:
+    """Return what the released ReasonSeg script takes for the target of an item with ignored pixels.
+
+    It hands a map of 0, 1 (target) and 255 (ignored) to an encoder that starts a new run wherever the value changes,
+    down the columns: a border between target and ignored pixels turns the one into background and the other too, and
+    what follows in the order of the columns may be inverted. Without ignored pixels it is the target.
+    Raises: DataError if sizes differ.
+    """
+    if ignored is None:
+        return target
+    values_HW = coco_mask.decode(ignored) * np.uint8(255)
+    if target is not None:
+        if list(target["size"]) != list(ignored["size"]):
+            raise DataError(
+                f"found a target of size {target['size']} and ignored pixels of size {ignored['size']}, expected one "
+                "(height, width); repair the annotations"
+            )
+        values_HW[coco_mask.decode(target) > 0] = 1
+    return json_safe(coco_mask.encode(np.asfortranarray(values_HW)))

@@ -29,7 +29,7 @@ from pixel_sail.data.fields import field, strings
 from pixel_sail.data.image_sizes import upright_hw
 from pixel_sail.data.wording.reasoning import evaluation_question, reasoning_turn
 from pixel_sail.rle import encode_mask
-from pixel_sail.types import BoolMask, DataError, Expression, Sample, SizeHW, Source
+from pixel_sail.types import BoolMask, DataError, Expression, MissingDataError, Sample, SizeHW, Source
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +217,7 @@ def _json_files(root: Path, split: str) -> list[Path]:
     """Return the files of a split by name. A photo without a file counts too, so that it is found out when used."""
     folder = root / split
     if not folder.is_dir():
-        raise DataError(f"{folder}: found no such folder, expected photos with JSON files; check root and split")
+        raise MissingDataError(f"{folder}: found no such folder, expected photos with JSON files; check root and split")
     files = {path.with_suffix(".json") for path in folder.iterdir() if path.suffix in (".jpg", ".json")}
     if not files:
         raise DataError(f"{folder}: found no .jpg and no .json, expected photos with JSON files; unpack the dataset")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pixel_sail.data.masks import decode_segmentation, merge_to_rle, union_masks
+from pixel_sail.data.masks import decode_segmentation, merge_to_rle, summed_as_released, union_masks
 from pixel_sail.data.refer_annotations import Ref, ReferAnnotations, Sentence, load_refer
 from pixel_sail.data.sources import hidden
 from pixel_sail.data.wording.referring import QUESTION_STYLES, referring_turn
@@ -76,7 +76,7 @@ def expressions(annotations: ReferAnnotations, *, text_field: str = "sent") -> l
     for image_id, refs in annotations.refs_by_image.items():
         image = annotations.images[image_id]
         for ref in refs:
-            target = _target_rle(ref, annotations)
+            target, released = _target_rle(ref, annotations), _released_target(ref, annotations)
             result += [
                 Expression(
                     ref_id=ref.ref_id,
@@ -86,6 +86,7 @@ def expressions(annotations: ReferAnnotations, *, text_field: str = "sent") -> l
                     image_hw=image.size_hw,
                     text=getattr(sentence, text_field),
                     target=target,
+                    released_target=released,
                 )
                 for sentence in ref.sentences
             ]
@@ -202,6 +203,16 @@ def _target_rle(ref: Ref, annotations: ReferAnnotations) -> RLE | None:
     segmentations = [annotations.segmentations[ann_id] for ann_id in ref.ann_ids]
     where = f"{annotations.refs_file}: ref_id {ref.ref_id}, ann_id {list(ref.ann_ids)}"
     return merge_to_rle(segmentations, annotations.images[ref.image_id].size_hw, where)
+
+
+def _released_target(ref: Ref, annotations: ReferAnnotations) -> RLE | None:
+    """Return the target of the released evaluation where it is another one; that of gRefCOCO unites as we do."""
+    if len(ref.ann_ids) != 1 or annotations.refs_file.name.startswith("grefs("):
+        return None
+    (ann_id,) = ref.ann_ids
+    where = f"{annotations.refs_file}: ref_id {ref.ref_id}, ann_id {ann_id}"
+    size_hw = annotations.images[ref.image_id].size_hw
+    return summed_as_released(annotations.segmentations[ann_id], size_hw, where)
 
 
 def _target_mask(ref: Ref, annotations: ReferAnnotations) -> BoolMask:

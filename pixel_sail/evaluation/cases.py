@@ -1,0 +1,151 @@
+"""Items with their answers as pictures: which ones are shown, and how.
+
+Place in the flow: every task makes a `Case` of an item and its record; `run.py` chooses the best, median and worst ones
+(`ranked`) -> `report.py` puts them into the page and `sheet` into one PNG. A case of referring segmentation shows
+
+    image | predicted mask | true mask | best: "the small striped circle" (IoU 0.87, answer: It is [SEG].)
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from pixel_sail.data.masks import decode_rle
+from pixel_sail.evaluation.overlay import PREDICTED_COLOR, TRUE_COLOR, Picture, paint
+from pixel_sail.evaluation.photos import Photo
+from pixel_sail.evaluation.predictions import prediction_key, score_prediction
+from pixel_sail.types import RLE, Expression, Prediction
+
+Item = TypeVar("Item")
+
+Color = tuple[int, int, int]
+
+Panel = tuple[tuple[RLE, Color], ...]
+"""Masks painted on one copy of the image, with their colours."""
+
+RANKS = ("best", "median", "worst")
+
+_FONT_PX = 18
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One item with what was answered, ready to be shown."""
+
+    text: str
+    """What was asked."""
+    answer: str
+    photo: Photo
+    panels: tuple[Panel, ...]
+    """Shown right of the plain image."""
+    expected: str = ""
+    """Where the answer is text, what it should have been."""
+    iou: float | None = None
+    rank: str = ""
+    """Why it is shown: one of RANKS, within its benchmark; "" where it was not chosen by its score."""
+
+    def picture(self) -> Picture:
+        """Return the image and its panels side by side [H, W of all + gaps, 3]."""
+        image = self.photo.open(str(self.photo.path))
+        gap = np.full((image.height, 4, 3), 255, dtype=np.uint8)
+        parts = [np.asarray(image)]
+        for panel in self.panels:
+            painted: Picture = np.asarray(image)
+            for rle, color in panel:
+                painted = paint(painted, decode_rle(rle), color)
+            parts += [gap, painted]
+        return np.concatenate(parts, axis=1)
+
+    def remarks(self) -> str:
+        """Return what stands beside the question."""
+        iou = [] if self.iou is None else [f"IoU {self.iou:.2f}"]
+        expected = [f"expected: {self.expected}"] if self.expected else []
+        return ", ".join([*iou, f"answer: {self.answer}", *expected])
+
+
+def expression_case(item: Expression, prediction: Prediction, *, is_upright: bool = False) -> Case:
+    """Return an expression with its predicted and its true mask."""
+    masks = ((prediction.segmentation, PREDICTED_COLOR), (item.target, TRUE_COLOR))
+    return Case(
+        text=item.text,
+        answer=prediction.answer,
+        photo=Photo(path=item.image_path, size_hw=item.image_hw, is_upright=is_upright),
+        panels=tuple(() if rle is None else ((rle, color),) for rle, color in masks),
+        iou=score_prediction(item, prediction).iou_sum,
+    )
+
+
+def spread(items: Sequence[Item], number: int) -> list[Item]:
+    """Return `number` items at even distances, good and bad as they come."""
+    return [items[int(i)] for i in np.linspace(0, len(items) - 1, min(number, len(items)))]
+
+
+def spread_cases(items: Sequence[Expression], predictions: Sequence[Prediction], number: int) -> list[Case]:
+    """Return `number` expressions at even distances over the split with their predictions."""
+    by_id = {prediction_key(prediction): prediction for prediction in predictions}
+    return [expression_case(item, by_id[prediction_key(item)]) for item in spread(items, number)]
+
+
+def ranked(values: NDArray[np.float64], images: Sequence[Hashable], number: int) -> list[tuple[str, int]]:
+    """Return which items are shown and why, a third each best, nearest to the median, and worst; no item twice.
+
+    Those of one rank are about different images as long as there are any.
+    values: one score per item, higher is better; of equal ones the first comes first. images: what each is about.
+    """
+    order = np.argsort(-values, kind="stable").tolist()
+    number = min(number, len(order))
+    from_middle = sorted(range(len(order)), key=lambda place: abs(2 * place - len(order) + 1))
+    ranks = {
+        "best": (order, (number + 2) // 3),
+        "worst": (order[::-1], (number + 1) // 3),
+        "median": ([order[place] for place in from_middle], number // 3),
+    }
+    taken: set[int] = set()
+    chosen: dict[str, list[int]] = {}
+    for rank, (candidates, share) in ranks.items():
+        free = [index for index in candidates if index not in taken]
+        first_of_image: dict[Hashable, int] = {}
+        for index in free:
+            first_of_image.setdefault(images[index], index)
+        chosen[rank] = list(dict.fromkeys([*first_of_image.values(), *free]))[:share]
+        taken.update(chosen[rank])
+    return [(rank, index) for rank in RANKS for index in chosen[rank]]
+
+
+def sheet(rows: Sequence[Sequence[Case]], width: int) -> Picture:
+    """Return the pictures of several cases in rows, each `width` pixels wide and captioned with its expression."""
+    drawn = [[_cell(case, width) for case in row] for row in rows]
+    heights = [max(cell.shape[0] for cell in row) for row in drawn]
+    page = np.full((sum(heights), max(map(len, rows)) * (width + 16), 3), 255, dtype=np.uint8)
+    for index, row in enumerate(drawn):
+        top = sum(heights[:index])
+        for column, pixels in enumerate(row):
+            left = column * (width + 16)
+            page[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
+    return page
+
+
+def _cell(case: Case, width: int) -> Picture:
+    """Return one captioned picture."""
+    picture = Image.fromarray(case.picture())
+    picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.NEAREST)
+    cell = Image.new("RGB", (width + 16, picture.height + 44), "white")
+    cell.paste(picture, (8, 34))
+    ImageDraw.Draw(cell).text((8, 8), _caption(case, width), fill="black", font=ImageFont.load_default(_FONT_PX))
+    return np.asarray(cell)
+
+
+def _caption(case: Case, width: int) -> str:
+    """Return one line that fits over a picture: rank, question, IoU."""
+    before = f"{case.rank}: " if case.rank else ""
+    after = "" if case.iou is None else f"   IoU {case.iou:.2f}"
+    text = " ".join(case.text.split())
+    font = ImageFont.load_default(_FONT_PX)
+    shown = text
+    while shown and font.getlength(f'{before}"{shown}"{after}') > width:
+        shown = shown[:-4].rstrip() + "..." if len(shown) > 4 else ""
+    return f'{before}"{shown}"{after}'

@@ -1,0 +1,90 @@
+"""Two runs on the same items: the difference of every score, with a paired bootstrap interval.
+
+Place in the flow: two `StoredEval` of one benchmark -> `compare` -> `Difference` per score -> `tools/compare_runs.py`.
+Both runs are resampled with the same images, so what is hard for both does not widen the interval:
+
+    Difference(score="ciou", a=0.71, b=0.73, interval=(0.012, 0.029), a_better=310, b_better=402, equal=517)
+
+The difference is b - a. Items without a part in a score (N-acc of an item with a target) are not counted for it.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from pixel_sail.evaluation.confidence import RESAMPLES, Interval, bootstrap, interval, seed_for
+from pixel_sail.evaluation.stored import StoredEval, read_protocol, read_stored
+from pixel_sail.types import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One score of both runs."""
+
+    score: str
+    a: float
+    b: float
+    interval: Interval | None = None
+    """95 % interval of b - a; None where the score is no sum over items."""
+    a_better: int | None = None
+    """Items on which a alone scores higher; None where items have no score."""
+    b_better: int | None = None
+    equal: int | None = None
+
+
+def compare(first: Path, second: Path, *, seed: int = 0, resamples: int = RESAMPLES) -> list[Difference]:
+    """Return the differences of all scores of one eval, given its folder in both runs.
+
+    Raises: DataError when the runs were asked different questions, before any annotations are read.
+    """
+    _check_same(first, second)
+    a, b = read_stored(first), read_stored(second)
+    _check_same_targets(a, b)
+    measured = {"a": a.measure(), "b": b.measure()}
+    common = [name for name in measured["a"].fractions if name in measured["b"].fractions]
+    fractions = {f"{run}/{name}": measured[run].fractions[name] for run in measured for name in common}
+    samples = bootstrap(fractions, a.images(), seed=seed_for(seed, first.name), resamples=resamples)
+    result = []
+    for name, value in measured["a"].scores.items():
+        other = measured["b"].scores.get(name)
+        if other is None or isinstance(value, int):
+            continue
+        difference = Difference(score=name, a=value, b=float(other))
+        if name in common:
+            of_a, of_b = (measured[run].fractions[name].per_item() for run in measured)
+            difference = replace(
+                difference,
+                interval=interval(samples[f"b/{name}"] - samples[f"a/{name}"]),
+                a_better=int(np.sum(of_a > of_b)),
+                b_better=int(np.sum(of_b > of_a)),
+                equal=int(np.sum(of_a == of_b)),
+            )
+        result.append(difference)
+    return result
+
+
+def _check_same(first: Path, second: Path) -> None:
+    """Find out whether both runs answered the same questions. Raises: DataError."""
+    one, other = read_protocol(first), read_protocol(second)
+    if one["questions_sha256"] == other["questions_sha256"]:
+        return
+    keys = sorted({*one["eval"], *other["eval"]})
+    changed = [key for key in keys if one["eval"].get(key) != other["eval"].get(key)]
+    prompts = [protocol["predict"]["prompt"] for protocol in (one, other)]
+    raise DataError(
+        f"{first} and {second}: found different questions (sha256 {one['questions_sha256'][:12]} and "
+        f"{other['questions_sha256'][:12]}; differing settings of the eval: {changed or 'none'}, prompts {prompts}), "
+        "expected the same items asked for in the same words; compare runs on one dataset with one predict.prompt and "
+        "one max_images"
+    )
+
+
+def _check_same_targets(a: StoredEval, b: StoredEval) -> None:
+    """Find out whether two copies of the annotations expect the same, wherever they lie. Raises: DataError."""
+    for item, other in zip(a.task.items, b.task.items, strict=True):
+        if replace(item, image_path=other.image_path) != other:
+            raise DataError(
+                f"{a.folder} and {b.folder}: found an item with another target or answer in the annotations of the "
+                f"second, {other!r:.300}, expected the same annotations; evaluate both runs on one copy"
+            )

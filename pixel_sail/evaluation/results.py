@@ -1,0 +1,213 @@
+"""Rows of `results.jsonl`: the scores of one eval with their intervals, and everything that made them.
+
+Place in the flow: `run.py` scores an eval -> `result_row` -> `append_row`; the report, `tools/compare_runs.py` and the
+quickstart read them back. A row, shortened:
+
+    {"eval": "refcoco_val", "kind": "referring segmentation", "scores": {"ciou": 0.81, "paper_ciou": 0.8, ...},
+     "intervals": {"ciou": [0.803, 0.818], ...}, "resampled": {"by": "image", "images": 1500, "resamples": 1000, ...},
+     "protocols": {"standard": ["ciou", ...], "paper": ["paper_ciou", "paper_giou"]}, "prompt": "paper",
+     "count": 10834, "missing": 3, "weights_sha256": ..., "config_sha256": ..., "questions_sha256": ..., "code": ...,
+     "precision": "bf16", "device": "NVIDIA H100", "world_size": 8, "seconds": {"asking": 301.2, "scoring": 4.0}, ...}
+
+"limit_images" is there only where not every image was scored. A later row of the same eval replaces an earlier one.
+"""
+
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pixel_sail import dist
+from pixel_sail.evaluation.confidence import LEVEL, Interval, interval
+from pixel_sail.evaluation.measured import PAPER_PREFIX, Measured, Scores, Values
+from pixel_sail.files import replace_text
+from pixel_sail.metrics.visual_referring import perbench_overall
+from pixel_sail.types import DataError
+
+FILE_NAME = "results.jsonl"
+
+PERBENCH_EVALS = ("perbench_caption", "perbench_choice", "perbench_visual_referring")
+"""Evals whose mean is PerBench's overall score; they are known by these names in `configs/evals/`."""
+PERBENCH_OVERALL = "perbench_overall"
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resampled:
+    """What the intervals of an eval come from."""
+
+    samples: Mapping[str, Values]
+    """Every score of every resample, see `confidence.py`."""
+    num_images: int
+    resamples: int
+    seed: int
+
+    def intervals(self) -> dict[str, Interval]:
+        """Return the interval of every score that has one."""
+        found = {name: interval(values) for name, values in self.samples.items()}
+        return {name: ends for name, ends in found.items() if ends is not None}
+
+    def row(self) -> Row:
+        """Return how it was made."""
+        how = {"by": "image", "images": self.num_images, "resamples": self.resamples, "seed": self.seed}
+        return {**how, "level": LEVEL}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What this call did."""
+
+    asked: int
+    """Items; the others had been answered before the evaluation was continued."""
+    asking_s: float
+    scoring_s: float
+
+
+def result_row(name: str, kind: str, measured: Measured, resampled: Resampled, cost: Cost, protocol: Row) -> Row:
+    """Return the row of one eval; `protocol` is that of its folder."""
+    limit = protocol["eval"]["max_images"]
+    return {
+        "eval": name,
+        "kind": kind,
+        "scores": measured.scores,
+        "intervals": resampled.intervals(),
+        "resampled": resampled.row(),
+        "protocols": by_protocol(measured.scores),
+        "count": measured.scores["count"],
+        "missing": measured.scores.get("missing", 0),
+        **({"limit_images": limit} if limit else {}),
+        "prompt": protocol["predict"]["prompt"],
+        **{key: protocol[key] for key in ("checkpoint", "weights_sha256", "questions_sha256", "precision")},
+        "config_sha256": config_sha256(protocol),
+        **_machine(),
+        "asked": cost.asked,
+        "seconds": {"asking": round(cost.asking_s, 2), "scoring": round(cost.scoring_s, 2)},
+        "protocol": protocol,
+    }
+
+
+def by_protocol(scores: Scores) -> dict[str, list[str]]:
+    """Return which scores follow which protocol; counts follow none."""
+    names = [name for name, value in scores.items() if not isinstance(value, int)]
+    paper = [name for name in names if name.startswith(PAPER_PREFIX)]
+    found = {"standard": [name for name in names if name not in paper], "paper": paper}
+    return {protocol: members for protocol, members in found.items() if members}
+
+
+def config_sha256(protocol: Row) -> str:
+    """Return a hash of everything that the predictions depend on, see `protocol.json`."""
+    return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
+
+
+def perbench_row(rows: Mapping[str, Row], resampled: Mapping[str, Resampled]) -> Row | None:
+    """Return PerBench's overall score as a row of its own, None unless all three parts were scored.
+
+    The parts are about different items and resampled independently; a part without an interval leaves none.
+    """
+    overall = perbench_overall_of({name: row["scores"] for name, row in rows.items()})
+    if not overall:
+        return None
+    parts = {name: rows[name] for name in PERBENCH_EVALS}
+    samples = {}
+    for prefix in ("", PAPER_PREFIX):
+        values = _perbench_values({name: resampled[name].samples for name in PERBENCH_EVALS}, prefix)
+        if values is not None and f"{prefix}overall" in overall:
+            meteor, accuracy, ciou, giou = values
+            samples[f"{prefix}overall"] = (meteor + accuracy + (ciou + giou) / 2) / 3
+    first = parts[PERBENCH_EVALS[0]]
+    together = Resampled(
+        samples=samples,
+        num_images=sum(resampled[name].num_images for name in PERBENCH_EVALS),
+        resamples=resampled[PERBENCH_EVALS[0]].resamples,
+        seed=resampled[PERBENCH_EVALS[0]].seed,
+    )
+    shared = ("prompt", "checkpoint", "weights_sha256", "precision", "limit_images")
+    return {
+        "eval": PERBENCH_OVERALL,
+        "kind": "PerBench",
+        "scores": overall,
+        "intervals": together.intervals(),
+        "resampled": together.row(),
+        "protocols": by_protocol(overall),
+        "count": sum(row["count"] for row in parts.values()),
+        "missing": sum(row["missing"] for row in parts.values()),
+        **{key: first[key] for key in shared if key in first},
+        "config_sha256": {name: row["config_sha256"] for name, row in parts.items()},
+        "questions_sha256": {name: row["questions_sha256"] for name, row in parts.items()},
+        **_machine(),
+    }
+
+
+def perbench_overall_of(results: Mapping[str, Scores]) -> dict[str, float | int]:
+    """Return PerBench's overall score in each protocol in which all three of its parts were scored."""
+    overall: dict[str, float | int] = {}
+    for prefix in ("", PAPER_PREFIX):
+        values = _perbench_values({name: results.get(name, {}) for name in PERBENCH_EVALS}, prefix)
+        if values is not None:
+            meteor, accuracy, ciou, giou = values
+            score = perbench_overall(meteor=meteor, accuracy=accuracy, ciou=ciou, giou=giou)
+            overall[f"{prefix}overall"] = score
+    return overall
+
+
+def _perbench_values(parts: Mapping[str, Mapping[str, Any]], prefix: str) -> tuple[Any, Any, Any, Any] | None:
+    """Return METEOR, accuracy, cIoU and gIoU of the three parts, None unless all are there."""
+    places = zip((*PERBENCH_EVALS, PERBENCH_EVALS[-1]), ("meteor", "accuracy", "ciou", "giou"), strict=True)
+    found = [parts[name].get(prefix + score) for name, score in places]
+    if any(value is None for value in found):
+        return None
+    meteor, accuracy, ciou, giou = found
+    return meteor, accuracy, ciou, giou
+
+
+def append_row(folder: Path, row: Row) -> None:
+    """Add a row to the results of a folder; the file has it whole or not at all."""
+    file = folder / FILE_NAME
+    before = file.read_text() if file.is_file() else ""
+    replace_text(file, before + json.dumps(row) + "\n")
+
+
+def read_rows(folder: Path) -> dict[str, Row]:
+    """Return the last row of every eval of a folder. Raises: DataError."""
+    file = folder / FILE_NAME
+    try:
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        return {row["eval"]: row for row in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{file}: found no readable results ({error!r}), expected the JSON lines of an evaluation; "
+            "give the folder that scripts/evaluate.py wrote, or run it again"
+        ) from error
+
+
+def code_version() -> str:
+    """Return the commit of the code, with "+" when files differ from it, "unknown" outside a checkout."""
+    root = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def device_name() -> str:
+    """Return what this process computes on."""
+    device = dist.local_device()
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"cpu {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _machine() -> Row:
+    return {"code": code_version(), "device": device_name(), "world_size": dist.world_size()}
