@@ -1,0 +1,45 @@
+"""Bytes a run leaves on disk.
+
+Place in the flow: `plan.py` adds them up for its table. Checkpoints hold whole float32 parameters and two Adam moments,
+see training/checkpoint.py; before an old one is deleted the new one is complete.
+"""
+
+from collections.abc import Mapping
+
+from pixel_sail.experts.settings import ExpertSettings
+from pixel_sail.model.configuration_pixel_sail import Architecture
+from pixel_sail.model.patches import grid_size
+from pixel_sail.types import SizeHW
+
+STATE_FILES = 20_000
+"""state.json and manifest.json of a small mixture, headers of two safetensors files."""
+EXPORT_FILES = 5_000_000
+"""Tokenizer and configuration beside the exported weights; Qwen2.5's tokenizer has 11 MB, a small one 0.1."""
+
+
+def checkpoint_bytes(num_parameters: int) -> int:
+    """Return the size of one checkpoint."""
+    return 12 * num_parameters + STATE_FILES
+
+
+def run_folder_bytes(num_parameters: int, *, exported: int, keep: int) -> int:
+    """Return the most a run folder holds: the kept checkpoints, the one being written, and the exported model."""
+    return (keep + 1) * checkpoint_bytes(num_parameters) + 4 * exported + EXPORT_FILES
+
+
+def expert_cache_bytes_per_image(architecture: Architecture, settings: ExpertSettings, photo_hw: SizeHW) -> int:
+    """Return what one image takes in an int8 cache of expert features: a byte per value, a scale per channel."""
+    rows, columns = grid_size(photo_hw, architecture.patch_size, architecture.max_long_side)
+    cells_per_patch = 2**architecture.num_upsample_blocks if settings.site == "pixel_map" else 1
+    return settings.channels * (rows * columns * cells_per_patch**2 + 4)
+
+
+def all_cache_bytes(
+    architecture: Architecture, experts: Mapping[str, ExpertSettings], photo_hw: SizeHW, num_images: int
+) -> dict[str, int]:
+    """Return the size of the cache of every expert that has one."""
+    return {
+        name: num_images * expert_cache_bytes_per_image(architecture, own, photo_hw)
+        for name, own in experts.items()
+        if own.cache is not None
+    }

@@ -1,0 +1,125 @@
+"""Bytes on one GPU: what training holds between steps and at the height of a step.
+
+Place in the flow: `plan.py` calls `memory_per_gpu` for every ZeRO stage and micro-batch. What is held follows from
+`training/accelerator.py` and `training/optim.py`, per trainable parameter, with N processes and p = 4 bytes (fp32) or
+2 (bf16):
+
+    | stage | weights | gradients | float32 masters | Adam's moments |
+    | none  |    4    |     4     |        0        |       8        |   autocast keeps copies of 2 under bf16
+    | 0     |    p    |     p     | 4 (bf16 only)   |       8        |
+    | 1     |    p    |     p     |      4 / N      |     8 / N      |
+    | 2     |    p    |   p / N   |      4 / N      |     8 / N      |
+    | 3     |  p / N  |   p / N   |      4 / N      |     8 / N      |   and the parameters gathered at the moment
+
+Offloaded masters, moments and parameters are in the node's memory instead. Under autocast some activations stay
+float32, which is not counted: the first row is too small for bf16.
+"""
+
+from dataclasses import dataclass
+
+from pixel_sail.config import DeepSpeedConfig
+from pixel_sail.model.configuration_pixel_sail import Architecture
+from pixel_sail.planning.parameters import layer_parameters
+
+FLOAT32 = 4
+BUCKET_ELEMENTS = 50_000_000
+"""`reduce_bucket_size` and ZeRO-3's prefetch bucket, see training/accelerator.py."""
+
+RUNTIME_BYTES = 1.5e9
+"""CUDA context, NCCL buffers, cuBLAS workspace: an assumption, to be replaced when measured."""
+
+FRAGMENTATION = 0.05
+"""Share of the rest that the allocator cannot use: an assumption."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """Bytes that live as long as the run, and gradients."""
+
+    weights: float
+    masters: float
+    moments: float
+    gradients: float
+    buckets: float
+    """Flat buffers for communication, and under ZeRO-3 the gathered parameters."""
+    step_extra: float
+    """Temporaries of the optimizer step, when the activations are gone."""
+
+    @property
+    def persistent(self) -> float:
+        """Return what is there between two steps."""
+        return self.weights + self.masters + self.moments
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuMemory:
+    """One GPU at the height of a step, bytes."""
+
+    state: TrainingState
+    activations: float
+    peak: float
+
+
+def training_state(
+    num_parameters: int, config: DeepSpeedConfig, *, precision: str, world_size: int, largest_gathered: int
+) -> TrainingState:
+    """Return what one process of `world_size` holds, for parameters that are all trained.
+
+    `largest_gathered`: parameters of the largest module, for ZeRO-3.
+    """
+    count, is_half = float(num_parameters), precision == "bf16"
+    if not config.enabled:
+        return TrainingState(
+            weights=4 * count,
+            masters=0.0,
+            moments=8 * count,
+            gradients=4 * count,
+            buckets=(4 * count if world_size > 1 else 0.0) + (2 * count if is_half else 0.0),
+            step_extra=4 * count,
+        )
+    element = 2 if is_half else FLOAT32
+    share = count / world_size
+    bucket = float(BUCKET_ELEMENTS * element)  # allocated whole, however small the model
+    if config.stage == 0:
+        return TrainingState(
+            weights=element * count,
+            masters=4 * count if is_half else 0.0,
+            moments=8 * count,
+            gradients=element * count,
+            buckets=min(bucket, element * count) if world_size > 1 else 0.0,
+            step_extra=(8 if is_half else 4) * count,
+        )
+    on_gpu = 0.0 if config.offload_optimizer else 1.0
+    gathered = min(num_parameters, largest_gathered + BUCKET_ELEMENTS) * element
+    is_sharded = config.stage == 3
+    return TrainingState(
+        weights=0.0 if is_sharded and config.offload_parameters else element * (share if is_sharded else count),
+        masters=on_gpu * 4 * share,
+        moments=on_gpu * 8 * share,
+        gradients=element * (count if config.stage == 1 else share),
+        buckets=bucket + (gathered if is_sharded else 0.0),
+        step_extra=on_gpu * 8 * share,
+    )
+
+
+def largest_module(architecture: Architecture) -> int:
+    """Return the parameters of the largest thing that ZeRO-3 gathers at once: the embedding or a decoder layer."""
+    return max(architecture.vocab_size * architecture.hidden_size, layer_parameters(architecture))
+
+
+def memory_per_gpu(state: TrainingState, *, activations: float, masks_and_points: float) -> GpuMemory:
+    """Return the peak: gradients, buffers and activations together, or the optimizer step.
+
+    `masks_and_points`: temporaries of the largest image's mask losses.
+    """
+    backward = state.gradients + state.buckets + activations + masks_and_points
+    step = state.gradients + state.step_extra
+    used = state.persistent + max(backward, step)
+    return GpuMemory(state=state, activations=activations, peak=used * (1 + FRAGMENTATION) + RUNTIME_BYTES)
+
+
+def mask_loss_temporaries(photo_areas: list[int], masks: list[int], num_candidates: int) -> float:
+    """Return the bytes of the worst image while its losses are computed: its masks as float32, and candidate points
+    with their places, values and order."""
+    per_image = [count * (5 * area + 40 * num_candidates) for area, count in zip(photo_areas, masks, strict=True)]
+    return float(max(per_image, default=0))

@@ -1,0 +1,81 @@
+"""How many parameters each part of a model has, from its sizes alone.
+
+Place in the flow: the first thing `plan.py` computes; memory and disk follow from it. For the 0.5B model:
+
+    {"token_embedding": 135905280, "image_embedding": 1490944, "decoder": 357898112, "text_head": 0,
+     "mask_head": 10579200, "distill_head": 0}
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pixel_sail.config import ModelConfig
+from pixel_sail.experts.settings import ExpertSettings
+from pixel_sail.model.configuration_pixel_sail import Architecture
+from pixel_sail.model.tokenization import load_tokenizer
+
+QWEN_VOCABULARY = 151_680
+"""Rows of the token embedding with Qwen2.5's tokenizer and the added tokens."""
+
+
+def fill_in_vocabulary(config: ModelConfig) -> str:
+    """Set the size of the vocabulary as training does; return a remark where the tokenizer is absent."""
+    architecture, folder = config.architecture, Path(config.tokenizer)
+    if not folder.is_dir():
+        architecture.vocab_size = QWEN_VOCABULARY
+        return f"{folder}: no tokenizer there, the vocabulary is taken to have {QWEN_VOCABULARY:,} rows"
+    tokenizer = load_tokenizer(str(folder), num_visual_prompts=architecture.num_visual_prompts)
+    architecture.vocab_size = -(-len(tokenizer) // config.vocab_multiple) * config.vocab_multiple
+    return ""
+
+
+def linear(size_in: int, size_out: int, *, bias: bool = True) -> int:
+    """Return the parameters of one linear layer."""
+    return size_in * size_out + (size_out if bias else 0)
+
+
+def layer_parameters(architecture: Architecture) -> int:
+    """Return the parameters of one decoder layer."""
+    width, inner = architecture.hidden_size, architecture.intermediate_size
+    key_value = architecture.num_key_value_heads * architecture.head_dim
+    attention = linear(width, width) + 2 * linear(width, key_value) + linear(width, width, bias=False)
+    return attention + 3 * width * inner + 2 * width
+
+
+def mask_head_parameters(architecture: Architecture) -> int:
+    """Return the parameters of pre-projection, upsampler and both projections."""
+    width, channels, mask_dim = architecture.hidden_size, architecture.feature_size, architecture.mask_dim
+    total = linear(width, width) + linear(width, channels) if width > channels else 0
+    transposed, depthwise = 4 * channels * channels + channels, 9 * channels + channels
+    block = transposed + depthwise + linear(channels, channels) + 2 * channels
+    total += architecture.num_upsample_blocks * block
+    return (
+        total
+        + linear(channels, channels)
+        + linear(channels, mask_dim)
+        + linear(width, channels)
+        + linear(channels, mask_dim)
+    )
+
+
+def expert_width(architecture: Architecture, settings: ExpertSettings) -> int:
+    """Return how many channels of the student an expert's linear layer reads."""
+    return architecture.mask_dim if settings.site == "pixel_map" else architecture.hidden_size
+
+
+def parameter_counts(architecture: Architecture, experts: Mapping[str, ExpertSettings]) -> dict[str, int]:
+    """Return the trainable parameters of every part; a tied text head has none of its own.
+
+    The vocabulary must be filled in: it comes from the tokenizer.
+    """
+    width = architecture.hidden_size
+    embedding = architecture.vocab_size * width
+    prompts = width * width if architecture.num_visual_prompts else 0
+    return {
+        "token_embedding": embedding,
+        "image_embedding": 3 * architecture.patch_size**2 * width + prompts,
+        "decoder": architecture.num_hidden_layers * layer_parameters(architecture) + width,
+        "text_head": 0 if architecture.tie_word_embeddings else embedding,
+        "mask_head": mask_head_parameters(architecture),
+        "distill_head": sum(linear(expert_width(architecture, own), own.channels) for own in experts.values()),
+    }

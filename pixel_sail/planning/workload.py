@@ -1,0 +1,144 @@
+"""What one micro-batch holds: the numbers that FLOPs and memory depend on.
+
+Place in the flow: `plan.py` takes `Workload`s either from real batches (`of_batch`) or from stated assumptions
+(`assumed`), averages over them, and says which. One row with five pictures of 480 x 640 and 100 text tokens each:
+
+    Workload(rows=1, tokens_per_row=6510, images=(ImageLoad(rows=30, columns=40, masks=4, photo_hw=(480, 640)), ...),
+             supervised=250, samples=5, real_tokens=6510, seen_pairs=7850270)
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pixel_sail.model.configuration_pixel_sail import Architecture
+from pixel_sail.model.patches import grid_size
+from pixel_sail.types import Batch, SizeHW
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageLoad:
+    """One image of a micro-batch."""
+
+    rows: int
+    columns: int
+    masks: int
+    photo_hw: SizeHW
+    """Size of its masks, pixels."""
+
+    @property
+    def patches(self) -> int:
+        """Return the cells of its patch grid."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One micro-batch."""
+
+    rows: int
+    tokens_per_row: int
+    """Padding included."""
+    images: tuple[ImageLoad, ...]
+    supervised: int
+    samples: int
+    real_tokens: int
+    seen_pairs: int
+    """(query, key) pairs that the attention rule lets through: what a kernel without waste computes."""
+
+    @property
+    def num_masks(self) -> int:
+        """Return the masks of all images."""
+        return sum(image.masks for image in self.images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assumptions:
+    """What is taken for granted where no data is at hand."""
+
+    photo_hw: SizeHW = (480, 640)
+    """Most COCO photographs have this size or its turn."""
+    text_tokens: int = 100
+    """Of one sample, questions and answers together."""
+    supervised_share: float = 0.5
+    """Of the text tokens."""
+    masks_per_image: int = 4
+    images_with_masks: float = 0.6
+    """Share of the images that have masks."""
+    filled: float = 0.95
+    """Share of a pack's slots that hold a token."""
+
+
+def assumed(architecture: Architecture, token_budget: int, rows: int, assumptions: Assumptions) -> Workload:
+    """Return a micro-batch of equal samples, at least one in every row."""
+    grid = grid_size(assumptions.photo_hw, architecture.patch_size, architecture.max_long_side)
+    length = grid[0] * grid[1] + 2 + assumptions.text_tokens
+    per_row = max(int(token_budget * assumptions.filled) // length, 1)
+    num_images = per_row * rows
+    with_masks = round(num_images * assumptions.images_with_masks)
+    images = tuple(
+        ImageLoad(
+            rows=grid[0],
+            columns=grid[1],
+            masks=assumptions.masks_per_image if index < with_masks else 0,
+            photo_hw=assumptions.photo_hw,
+        )
+        for index in range(num_images)
+    )
+    return Workload(
+        rows=rows,
+        tokens_per_row=per_row * length,
+        images=images,
+        supervised=num_images * round(assumptions.text_tokens * assumptions.supervised_share),
+        samples=num_images,
+        real_tokens=num_images * length,
+        seen_pairs=num_images * prefix_pairs(grid[0] * grid[1] + 2, assumptions.text_tokens),
+    )
+
+
+def prefix_pairs(image_tokens: int, text_tokens: int) -> int:
+    """Return the visible pairs of one sample: all within the image, text sees the image and its own past."""
+    return image_tokens**2 + text_tokens * image_tokens + text_tokens * (text_tokens + 1) // 2
+
+
+def of_batch(batch: Batch) -> Workload:
+    """Return what a real micro-batch holds."""
+    masks = iter(batch.masks)
+    images = []
+    for (rows, columns), count in zip(batch.grids, batch.masks_per_image, strict=True):
+        sizes = [tuple(next(masks).shape) for _ in range(count)]
+        images.append(
+            ImageLoad(rows=rows, columns=columns, masks=count, photo_hw=(sizes[0][0], sizes[0][1]) if sizes else (0, 0))
+        )
+    return Workload(
+        rows=batch.input_ids_BT.shape[0],
+        tokens_per_row=batch.input_ids_BT.shape[1],
+        images=tuple(images),
+        supervised=len(batch.targets_M),
+        samples=len(batch.sample_ids),
+        real_tokens=int((batch.sample_index_BT >= 0).sum()),
+        seen_pairs=visible_pairs(batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT),
+    )
+
+
+def visible_pairs(sample_index_BT: Tensor, branch_ids_BT: Tensor, in_image_BT: Tensor) -> int:
+    """Return how many (query, key) pairs of real tokens the attention rule of training lets through."""
+    total = 0
+    for samples_T, branches_T, image_T in zip(sample_index_BT, branch_ids_BT, in_image_BT, strict=True):
+        for sample in samples_T[samples_T >= 0].unique():
+            own = samples_T == sample
+            num_image = int((own & image_T).sum())
+            # What stands in branch 0 but not in the image is seen by all that follows.
+            text = own & ~image_T
+            shared = int((text & (branches_T == 0)).sum())
+            total += num_image**2 + shared * num_image + shared * (shared + 1) // 2
+            for branch in branches_T[text & (branches_T > 0)].unique():
+                length = int((text & (branches_T == branch)).sum())
+                total += length * (num_image + shared) + length * (length + 1) // 2
+    return total
+
+
+def mean(values: list[float]) -> float:
+    """Return the mean of some numbers, as float64 sums them."""
+    return float(torch.tensor(values, dtype=torch.float64).mean())

@@ -1,0 +1,137 @@
+"""Say what a run will cost before it starts: parameters, operations, hours, memory per GPU, disk.
+
+    python tools/plan_run.py experiment=quickstart gpu=cpu gpus=2
+    python tools/plan_run.py name=x model=sail_3b data=cotrain_3b optim.steps=20000 optim.precision=bf16 gpus=32
+    python tools/plan_run.py ... mfu=0.45 gpu=h200 peak_tflops=989 checkpointing=true --json plan.json
+
+Overrides are those of scripts/train.py; `gpu` (h100, h200, a100, 4090, cpu), `gpus`, `mfu`, `peak_tflops` and
+`checkpointing` describe the machine. `packs=N` packs of the configured data are looked at (16) where its files are
+there; `packs=0`, or files that are missing, mean stated assumptions (`text_tokens=`, `supervised_share=`,
+`masks_per_image=`, `images_with_masks=`, `filled=`). Nothing is trained and no GPU is used.
+
+The model's own operations at the given MFU make the time: whatever is computed twice or by experts is added at the same
+rate; loading data, validation and checkpoints are not. tests/test_plan_run.py holds the formulas against tiny runs.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pixel_sail.config import ConfigError, TrainConfig, load_config
+from pixel_sail.data.loader import LaneShare, training_batches
+from pixel_sail.data.packing import LanePosition
+from pixel_sail.files import replace_text
+from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
+from pixel_sail.model.tokenization import load_tokenizer, train_tokenizer
+from pixel_sail.planning.parameters import fill_in_vocabulary
+from pixel_sail.planning.plan import Machine, make_plan, plan_text
+from pixel_sail.planning.workload import Assumptions, Workload, assumed, of_batch
+from pixel_sail.training.loop import build_mixture
+from pixel_sail.types import DataError
+
+logger = logging.getLogger("plan_run")
+
+DEFAULT_PACKS = 16
+
+MACHINE_KEYS = {"gpu": str, "gpus": int, "mfu": float, "peak_tflops": float, "checkpointing": str}
+ASSUMED_KEYS = {field.name: float for field in fields(Assumptions) if field.name != "photo_hw"}
+WHOLE_NUMBERS = ("text_tokens", "masks_per_image")
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[Machine, Assumptions, int, list[str]]:
+    """Return the machine, the assumptions, how many packs to look at, and the overrides. Raises: ConfigError."""
+    machine: dict[str, Any] = {}
+    assumptions: dict[str, Any] = {}
+    packs, overrides = DEFAULT_PACKS, []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        try:
+            if key == "packs":
+                packs = int(value)
+            elif key == "checkpointing":
+                machine[key] = {"true": True, "false": False}[value]
+            elif key in MACHINE_KEYS:
+                machine[key] = MACHINE_KEYS[key](value)
+            elif key in ASSUMED_KEYS:
+                assumptions[key] = int(value) if key in WHOLE_NUMBERS else float(value)
+            else:
+                overrides.append(argument)
+        except (ValueError, KeyError):
+            raise ConfigError(f"found {argument!r}, expected a number (true or false for checkpointing)") from None
+    if packs < 0:
+        raise ConfigError(f"packs is {packs}, expected 0 or more")
+    if not any(override.startswith(("name=", "experiment=")) for override in overrides):
+        overrides.append("name=plan")
+    return Machine(**machine), Assumptions(**assumptions), packs, overrides
+
+
+def measure(config: TrainConfig, num_packs: int) -> list[Workload]:
+    """Return the micro-batches made of the first packs of the data. Raises: DataError when files are missing."""
+    mixture = build_mixture(config.data, seed=config.seed)
+    architecture, folder = config.model.architecture, Path(config.model.tokenizer)
+    prompts = architecture.num_visual_prompts
+    if folder.is_dir():
+        tokenizer = load_tokenizer(str(folder), num_visual_prompts=prompts)
+    else:
+        turns = [turn for i in range(min(mixture.epoch_length, 200)) for turn in mixture.draw(i).sample.turns]
+        texts = [text for turn in turns for text in (turn.question, turn.answer)]
+        tokenizer = train_tokenizer(texts, vocab_size=4096, num_visual_prompts=prompts)
+    rows = config.data.packs_per_micro_batch
+    count = max(num_packs // rows, 1)
+    share = LaneShare(packs_per_step=rows, rank=0, world_size=1, packs_per_micro_batch=rows)
+    steps = training_batches(
+        mixture,
+        PixelSailProcessor.for_model(tokenizer, architecture),
+        config.data.packing,
+        share,
+        start=[LanePosition()] * rows,
+        num_workers=0,
+        max_skipped_share=config.data.max_skipped_share,
+    )
+    return [of_batch(batch) for step in islice(steps, count) for batch in step.batches]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the plan; wrong input ends with one message and exit status 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan to this file too, - prints it only")
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        machine, assumptions, packs, overrides = split_arguments(rest)
+        config = load_config("train", TrainConfig, overrides)
+        if remark := fill_in_vocabulary(config.model):
+            logger.warning(remark)
+        works, is_assumed = [], True
+        if packs:
+            try:
+                works, is_assumed = measure(config, packs), False
+            except DataError as error:
+                logger.warning("the data cannot be looked at, so its contents are assumed: %s", error)
+        if is_assumed:
+            data = config.data
+            works = [
+                assumed(config.model.architecture, data.packing.token_budget, data.packs_per_micro_batch, assumptions)
+            ]
+        plan = make_plan(config, works, machine, assumptions=assumptions if is_assumed else None)
+    except (ConfigError, DataError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    text = json.dumps(plan, indent=1) + "\n"
+    if options.json is not None and str(options.json) == "-":
+        print(text, end="")
+        return 0
+    print(plan_text(plan))
+    if options.json is not None:
+        replace_text(options.json, text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
