@@ -244,7 +244,7 @@ def draw_curve(points: Sequence[Point], title: str) -> Image.Image:
     for column, (color, name) in enumerate((("#d55e00", "released method"), ("#0072b2", "ours"))):
         line = [place(x, rate) for x, rate in zip(x_values, rates[:, column], strict=True)]
         draw.line(line, fill=color, width=3)
-        draw.text((right - 130, top + 20 * column), name, fill=color, font=font)
+        draw.text((right - 130, bottom - 60 + 20 * column), name, fill=color, font=font)
     return picture
 
 

@@ -72,6 +72,9 @@ def rotary_tables(position_ids_2BT: Tensor, head_dim: int, theta: float, dtype: 
     quarter = head_dim // 4
     angles = torch.cat((rows * frequencies[:quarter], columns * frequencies[quarter:]), dim=-1)  # [B, T, E/2]
     angles = torch.cat((angles, angles), dim=-1)[:, None]
+    # In float64, because the first float32 cosines of a process on several CPU threads were seen to differ in the last
+    # bit from one run to the next; rounded afterwards, the tables are the same in every run.
+    angles = angles.double()
     return Rotary(cos=angles.cos().to(dtype), sin=angles.sin().to(dtype))
 
 
