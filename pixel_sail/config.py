@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pixel_sail.data.leakage import LeakageConfig
 from pixel_sail.data.packing import PackingSettings
+from pixel_sail.experts.settings import ExpertSettings
 from pixel_sail.losses.total import LossConfig
 from pixel_sail.model.configuration_pixel_sail import Architecture
 
@@ -218,6 +219,10 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    experts: dict[str, ExpertSettings] = field(default_factory=dict)
+    """Frozen networks whose features the model learns to predict as well, by name; empty: none."""
+    allow_random_experts: bool = False
+    """True: experts may have random weights, which only a test of the machinery wants."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     log: LogConfig = field(default_factory=LogConfig)

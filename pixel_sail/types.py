@@ -187,6 +187,17 @@ class Prediction:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertTarget:
+    """What the student shall predict of one image from one expert."""
+
+    expert: str
+    features_EYX: Tensor | None
+    """Stored features, float16 or int8; None: the expert looks at the photo itself."""
+    scales_E: Tensor | None = None
+    """float32: what a level of each channel of int8 features is worth."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Example:
     """One sample as tokens, before packing. An image, if there is one, always stands first."""
 
@@ -215,6 +226,9 @@ class Example:
     """Aligned with `masks`: pixels that do not count."""
     point_seed: int = 0
     """Seed of the mask loss's sampled points, so that they depend on the sample and not on the rank that runs it."""
+    expert_targets: tuple[ExpertTarget, ...] = ()
+    photo_HW3: Tensor | None = None
+    """uint8: the image as opened, where an expert looks at it."""
 
     def __len__(self) -> int:
         """Return the number of tokens."""
@@ -262,6 +276,18 @@ class Batch:
     """N bool tensors [H, W] at image resolution."""
     ignored: tuple[Tensor | None, ...]
     """Aligned with `masks`: bool [H, W], pixels that do not count, or None."""
+    expert_names: tuple[str, ...] = ()
+    """Expert of each (expert, image) pair that is distilled."""
+    expert_images: tuple[int, ...] = ()
+    """Index into `grids` of the image of each pair."""
+    expert_maps: tuple[Tensor | None, ...] = ()
+    """Stored features [E, Y, X] of each pair, float16 or int8; None: the expert looks at the photo."""
+    expert_scales: tuple[Tensor | None, ...] = ()
+    """float32 [E] of each pair with int8 features."""
+    photo_images: tuple[int, ...] = ()
+    """Index into `grids` of each photo."""
+    photos: tuple[Tensor, ...] = ()
+    """uint8 [H, W, 3], images as opened, where an expert looks at them."""
 
     def __post_init__(self) -> None:
         """Check what a wrong collate would break silently."""
@@ -278,21 +304,31 @@ class Batch:
         assert len(self.masks_per_image) == len(self.grids), "every image needs its number of masks"
         counts = (len(self.masks), len(self.seg_positions_N2), sum(self.masks_per_image), len(self.ignored))
         assert len(set(counts)) == 1, f"masks, [SEG] positions, the sum over images and ignored masks differ: {counts}"
+        pairs = (len(self.expert_names), len(self.expert_images), len(self.expert_maps), len(self.expert_scales))
+        assert len(set(pairs)) == 1, f"names, images, maps and scales of experts differ: {pairs}"
+        assert len(self.photo_images) == len(self.photos), "every photo needs its image"
 
     def model_inputs(self) -> dict[str, Any]:
         """Return the keyword arguments of the model's forward that this batch provides."""
         tokens = ["input_ids_BT", "position_ids_2BT", "sample_index_BT", "branch_ids_BT", "in_image_BT"]
         images = ["patch_index_BT", "prompt_ids_BT", "patches_SK", "grids", "seg_positions_N2", "masks_per_image"]
-        return {name: getattr(self, name) for name in (*tokens, *images, "logit_positions_M2")}
+        inputs = {name: getattr(self, name) for name in (*tokens, *images, "logit_positions_M2")}
+        return inputs | {"distilled_images": self.distilled_images()} if self.expert_names else inputs
+
+    def distilled_images(self) -> dict[str, tuple[int, ...]]:
+        """Return the images, as indices into `grids`, that each expert's features are known for."""
+        images: dict[str, tuple[int, ...]] = {}
+        for name, image in zip(self.expert_names, self.expert_images, strict=True):
+            images[name] = (*images.get(name, ()), image)
+        return images
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch with every tensor on `device`."""
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        return replace(
-            self,
-            **moved,
-            masks=tuple(mask.to(device, non_blocking=True) for mask in self.masks),
-            ignored=tuple(None if mask is None else mask.to(device, non_blocking=True) for mask in self.ignored),
-        )
+        for name in ("masks", "ignored", "expert_maps", "expert_scales", "photos"):
+            moved[name] = tuple(
+                None if tensor is None else tensor.to(device, non_blocking=True) for tensor in getattr(self, name)
+            )
+        return replace(self, **moved)

@@ -10,6 +10,7 @@ LAYERS = (
     ("types", "dist", "files"),
     ("rle",),
     ("model",),
+    ("experts",),
     ("refshapes", "losses", "metrics", "data"),
     ("config",),
     ("training", "evaluation", "planning"),

@@ -40,6 +40,8 @@ def collate(packs: Sequence[Pack], *, seg_id: int) -> Batch:
     labels = arrays.pop("labels")
     images = [i for i, example in enumerate(examples) if example.grid_hw is not None]
     supervised = (labels[:, 1:] != IGNORE_LABEL).nonzero()
+    pairs = [(image, target) for image, i in enumerate(images) for target in examples[i].expert_targets]
+    photos = [(image, photo) for image, i in enumerate(images) if (photo := examples[i].photo_HW3) is not None]
     return Batch(
         sample_ids=tuple(example.sample_id for example in examples),
         sources=tuple(example.source for example in examples),
@@ -63,6 +65,12 @@ def collate(packs: Sequence[Pack], *, seg_id: int) -> Batch:
         ignored=tuple(
             None if mask is None else torch.from_numpy(mask) for example in examples for mask in example.ignored
         ),
+        expert_names=tuple(target.expert for _, target in pairs),
+        expert_images=tuple(image for image, _ in pairs),
+        expert_maps=tuple(target.features_EYX for _, target in pairs),
+        expert_scales=tuple(target.scales_E for _, target in pairs),
+        photo_images=tuple(image for image, _ in photos),
+        photos=tuple(photo for _, photo in photos),
     )
 
 

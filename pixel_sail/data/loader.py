@@ -20,6 +20,7 @@ from pixel_sail.data.collate import collate
 from pixel_sail.data.mixture import Mixture
 from pixel_sail.data.packing import LanePosition, LaneStream, PackingSettings, Skipped
 from pixel_sail.data.wire import Wire, pack, unpack
+from pixel_sail.experts.choice import ExpertChoice
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.types import Batch, DataError
 
@@ -130,9 +131,10 @@ def training_batches(
     step: int = 0,
     num_workers: int,
     max_skipped_share: float = 0.0,
+    experts: Sequence[ExpertChoice] = (),
 ) -> Iterator[StepData]:
     """Yield the data of one optimizer step after another, without end, from the positions of all lanes after `step`
-    steps.
+    steps. `experts`: whose features the samples come with.
 
     Raises: DataError when a sample is wrong and more were left out than `max_skipped_share` of the stream.
     """
@@ -149,6 +151,7 @@ def training_batches(
                 num_lanes=share.num_lanes,
                 start=start[lane],
                 max_skipped_share=max_skipped_share,
+                experts=experts,
             )
             for lane in group
         ]

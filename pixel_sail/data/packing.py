@@ -11,11 +11,18 @@ best; its whole state is which sample it reads next and which ones it holds back
 A sample that cannot be used is left out by its name and reason, never replaced by another one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
 
 from pixel_sail.data.images import load_image
 from pixel_sail.data.mixture import Mixture
+from pixel_sail.experts.cache import ExpertCacheError
+from pixel_sail.experts.choice import ExpertChoice, expert_targets
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.types import DataError, Example
 
@@ -89,6 +96,7 @@ class LaneStream:
         num_lanes: int,
         start: LanePosition | None = None,
         max_skipped_share: float = 0.0,
+        experts: Sequence[ExpertChoice] = (),
     ) -> None:
         self.mixture = mixture
         self.processor = processor
@@ -97,6 +105,7 @@ class LaneStream:
         self.num_lanes = num_lanes
         self.start = LanePosition() if start is None else start
         self.max_skipped_share = max_skipped_share
+        self.experts = tuple(experts)
 
     def example(self, number: int) -> Example:
         """Return sample `number` of this lane as tokens; DataError when it is wrong or longer than a pack."""
@@ -111,7 +120,10 @@ class LaneStream:
                 f"{sample.sample_id}: {len(example)} tokens found, at most data.packing.token_budget = "
                 f"{self.settings.token_budget} expected; raise the budget or draw fewer turns per sample"
             )
-        return replace(example, source=drawn.source_name, point_seed=drawn.point_seed)
+        example = replace(example, source=drawn.source_name, point_seed=drawn.point_seed)
+        if not self.experts or image is None or sample.image_path is None:
+            return example
+        return with_expert_targets(example, self.experts, path=sample.image_path, image=image)
 
     def __iter__(self) -> Iterator[Pack]:
         """Yield packs without end. Raises: DataError once this lane alone left out more than the run allows."""
@@ -125,6 +137,9 @@ class LaneStream:
                 while len(held) < self.settings.lookahead:
                     try:
                         held[upcoming] = self.example(upcoming)
+                    except ExpertCacheError:
+                        # The sample is right, the cache is not: leaving samples out would train on other data.
+                        raise
                     except DataError as error:
                         num_skipped += 1
                         skipped.append(self._skipped(upcoming, error))
@@ -157,6 +172,28 @@ class LaneStream:
     def _skipped(self, number: int, error: DataError) -> Skipped:
         position = self._stream_position(number)
         return Skipped(source=self.mixture.place(position).source_name, position=position, reason=str(error))
+
+
+def with_expert_targets(
+    example: Example, experts: Sequence[ExpertChoice], *, path: Path, image: Image.Image
+) -> Example:
+    """Return the example with what the experts that take it need. Raises: ExpertCacheError."""
+    assert example.grid_hw is not None, f"{example.sample_id}: an image without a grid"
+    targets = expert_targets(
+        experts,
+        source=example.source,
+        point_seed=example.point_seed,
+        has_masks=bool(example.masks),
+        path=path,
+        grid_hw=example.grid_hw,
+        where=example.sample_id,
+    )
+    is_looked_at = any(target.features_EYX is None for target in targets)
+    return replace(
+        example,
+        expert_targets=targets,
+        photo_HW3=torch.from_numpy(np.array(image)) if is_looked_at else None,
+    )
 
 
 def allowed_skips(mixture: Mixture, position: int, max_share: float) -> int:

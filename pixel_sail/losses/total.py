@@ -4,13 +4,16 @@ Place in the flow: `training/step.py` calls `loss_sums` after the forward pass a
 whole global batch (all ranks, all micro-batches), so that a token or a mask weighs the same wherever it was computed:
 
     total = text_weight * sum(w * CE) / tokens + bce_weight * sum(BCE) / masks + dice_weight * sum(Dice) / masks
+            + for each expert: expert_weight * sum(distillation) / its distilled images
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from pixel_sail.losses.distill import DistillTerm, distill_loss
 from pixel_sail.losses.mask import PointSampling, point_losses
 from pixel_sail.losses.text import text_losses
 from pixel_sail.model.modeling_pixel_sail import PixelSailOutput
@@ -36,10 +39,13 @@ class LossSums:
     text_S: Tensor
     bce_S: Tensor
     dice_S: Tensor
+    distill_SX: Tensor
+    """One column per expert; no column without experts."""
 
     def detached(self) -> Tensor:
-        """Return (text, bce, dice) of each sample as one float64 tensor [S, 3] without history."""
-        return torch.stack((self.text_S, self.bce_S, self.dice_S), dim=1).detach().double()
+        """Return (text, bce, dice, then the experts) of each sample as one float64 tensor without history."""
+        masks = torch.stack((self.text_S, self.bce_S, self.dice_S), dim=1)
+        return torch.cat((masks, self.distill_SX), dim=1).detach().double()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +54,14 @@ class Counts:
 
     tokens: int
     masks: int
+    distilled: tuple[int, ...] = ()
+    """Images of each expert."""
 
 
-def count(batch: Batch) -> Counts:
+def count(batch: Batch, experts: Sequence[DistillTerm] = ()) -> Counts:
     """Return what this micro-batch contributes to the global counts."""
-    return Counts(tokens=len(batch.targets_M), masks=len(batch.masks))
+    distilled = tuple(batch.expert_names.count(term.name) for term in experts)
+    return Counts(tokens=len(batch.targets_M), masks=len(batch.masks), distilled=distilled)
 
 
 def text_weights(batch: Batch, config: LossConfig) -> Tensor:
@@ -64,8 +73,14 @@ def text_weights(batch: Batch, config: LossConfig) -> Tensor:
     return torch.tensor(per_sample, device=batch.targets_M.device)[batch.target_samples_M]
 
 
-def loss_sums(output: PixelSailOutput, batch: Batch, config: LossConfig) -> LossSums:
-    """Return the loss sums of one micro-batch."""
+def loss_sums(
+    output: PixelSailOutput,
+    batch: Batch,
+    config: LossConfig,
+    experts: Sequence[DistillTerm] = (),
+    expert_maps: Mapping[str, Sequence[Tensor]] | None = None,
+) -> LossSums:
+    """Return the loss sums of one micro-batch; `expert_maps` are those of `Teachers.maps`, by expert."""
     assert output.logits is not None and output.mask_logits is not None
     zeros = output.logits.new_zeros(len(batch.sample_ids), dtype=torch.float32)
     bce, dice, first = list(zeros), list(zeros), 0
@@ -86,8 +101,37 @@ def loss_sums(output: PixelSailOutput, batch: Batch, config: LossConfig) -> Loss
     assert first == len(batch.masks), f"{first} of {len(batch.masks)} masks were used"
     text_M = text_losses(output.logits, batch.targets_M) * text_weights(batch, config)
     return LossSums(
-        text_S=zeros.index_add(0, batch.target_samples_M, text_M), bce_S=torch.stack(bce), dice_S=torch.stack(dice)
+        text_S=zeros.index_add(0, batch.target_samples_M, text_M),
+        bce_S=torch.stack(bce),
+        dice_S=torch.stack(dice),
+        distill_SX=distill_sums(output, batch, experts, expert_maps or {}),
     )
+
+
+def distill_sums(
+    output: PixelSailOutput,
+    batch: Batch,
+    experts: Sequence[DistillTerm],
+    expert_maps: Mapping[str, Sequence[Tensor]],
+) -> Tensor:
+    """Return the distillation loss of each sample from each expert [S, X]; 0 where it is not distilled."""
+    num_samples = len(batch.sample_ids)
+    if not experts:
+        return batch.targets_M.new_zeros(num_samples, 0, dtype=torch.float32)
+    images = batch.distilled_images()
+    unknown = set(images) - {term.name for term in experts}
+    assert not unknown, f"the batch comes with features of {sorted(unknown)}, which have no loss"
+    columns = []
+    for term in experts:
+        # A list of scalars, as for the masks: a sample has one image at most.
+        column = list(batch.targets_M.new_zeros(num_samples, dtype=torch.float32))
+        predicted = (output.distilled or {}).get(term.name, ())
+        for image, student, features in zip(
+            images.get(term.name, ()), predicted, expert_maps.get(term.name, ()), strict=True
+        ):
+            column[batch.image_samples[image]] = distill_loss(student, features, term.loss)
+        columns.append(torch.stack(column))
+    return torch.stack(columns, dim=1)
 
 
 def ignored_masks(batch: Batch, own: slice) -> Tensor | None:
@@ -98,8 +142,11 @@ def ignored_masks(batch: Batch, own: slice) -> Tensor | None:
     return torch.stack([torch.zeros_like(mask) if ignored is None else ignored for ignored, mask in pairs])
 
 
-def combine(sums: LossSums, counts: Counts, config: LossConfig) -> Tensor:
+def combine(sums: LossSums, counts: Counts, config: LossConfig, experts: Sequence[DistillTerm] = ()) -> Tensor:
     """Return the share of one micro-batch in the global loss; a count of zero divides by one."""
     tokens, masks = max(counts.tokens, 1), max(counts.masks, 1)
     text, bce, dice = sums.text_S.sum(), sums.bce_S.sum(), sums.dice_S.sum()
-    return config.text * text / tokens + (config.bce * bce + config.dice * dice) / masks
+    total = config.text * text / tokens + (config.bce * bce + config.dice * dice) / masks
+    for column, (term, num_images) in enumerate(zip(experts, counts.distilled, strict=True)):
+        total = total + term.weight * sums.distill_SX[:, column].sum() / max(num_images, 1)
+    return total

@@ -11,7 +11,7 @@ D width, Y X cells of a mask-feature map, h w patch grid.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 from pixel_sail.model.attention_mask import attention_mask
 from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
 from pixel_sail.model.decoder import Attention, AttentionRule, Decoder, MaskedAttention, RMSNorm, SwiGLU
+from pixel_sail.model.distill_head import DistillHead, DistillSite
 from pixel_sail.model.image_embedding import PatchEmbedding
 from pixel_sail.model.mask_head import MaskHead, mask_logits
 
@@ -41,6 +42,8 @@ class PixelSailOutput(ModelOutput):
     seg_queries_ND: Tensor | None = None
     mask_logits: tuple[Tensor | None, ...] | None = None
     """Per image [number of its masks, Y, X]; None for an image without masks."""
+    distilled: dict[str, tuple[Tensor, ...]] | None = None
+    """Per expert, [Y, X, E] of each image that was asked for: what the student takes the expert's features to be."""
     anchor: Tensor | None = None
     """Zero, but connected to every parameter: added to a loss it gives each of them a gradient on every rank."""
 
@@ -62,6 +65,7 @@ class PixelSailForSegmentation(PreTrainedModel):
         self.decoder = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mask_head = MaskHead(config)
+        self.distill_head: DistillHead | None = None
         for module in self.modules():
             self._draw_weights(module)
         self.post_init()
@@ -90,6 +94,10 @@ class PixelSailForSegmentation(PreTrainedModel):
                     nn.init.zeros_(layer.bias)
         elif isinstance(module, MaskHead):
             module.draw_weights()
+
+    def add_distill_head(self, sites: Mapping[str, DistillSite], *, seed: int) -> None:
+        """Give the model a linear layer for each expert; exports leave them out."""
+        self.distill_head = DistillHead(self.config, sites, seed=seed)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the token embedding (Hugging Face name)."""
@@ -140,11 +148,13 @@ class PixelSailForSegmentation(PreTrainedModel):
         seg_positions_N2: Tensor | None = None,
         masks_per_image: Sequence[int] = (),
         logit_positions_M2: Tensor | None = None,
+        distilled_images: Mapping[str, Sequence[int]] | None = None,
     ) -> PixelSailOutput:
         """Run the model on packed sequences; the arguments are the fields of `types.Batch`.
 
         With `logit_positions_M2` (row, token) the text head runs at those positions only. The patches of image i are
-        the i-th run of `patches_SK`, their states are read at the tokens that carry their index.
+        the i-th run of `patches_SK`, their states are read at the tokens that carry their index. `distilled_images`
+        names the images that each expert's features are predicted for.
         """
         embeddings = self.embed(input_ids_BT, patches_SK, patch_index_BT, prompt_ids_BT)
         mask = attention_mask(sample_index_BT, branch_ids_BT, in_image_BT)
@@ -154,16 +164,37 @@ class PixelSailForSegmentation(PreTrainedModel):
         if seg_positions_N2 is None:
             seg_positions_N2 = input_ids_BT.new_zeros(0, 2)
         queries_ND = self.mask_head.seg_queries(hidden_BTD[tuple(seg_positions_N2.unbind(1))])
-        features = self.features_of_images(hidden_BTD, patch_index_BT, grids, masks_per_image)
+        wanted = self.images_with_pixel_map(masks_per_image, distilled_images or {})
+        features = self.features_of_images(hidden_BTD, patch_index_BT, grids, wanted)
         masks = masks_of_images(queries_ND, features, masks_per_image)
+        distilled, distill_anchor = None, None
+        if self.distill_head is not None:
+            distilled, distill_anchor = self.predict_experts(
+                hidden_BTD, patch_index_BT, grids, features, distilled_images or {}
+            )
+        anchor = None
+        if self.training:
+            anchor = self.anchor(hidden_BTD, logits, queries_ND, features)
+            anchor = anchor if distill_anchor is None else anchor + distill_anchor
         return PixelSailOutput(
             hidden_BTD=hidden_BTD,
             logits=logits,
             pixel_features=features,
             seg_queries_ND=queries_ND,
             mask_logits=masks,
-            anchor=self.anchor(hidden_BTD, logits, queries_ND, features) if self.training else None,
+            distilled=distilled,
+            anchor=anchor,
         )
+
+    def images_with_pixel_map(
+        self, masks_per_image: Sequence[int], distilled_images: Mapping[str, Sequence[int]]
+    ) -> list[int]:
+        """Return a number above 0 for every image whose pixel map is needed, for its masks or for an expert."""
+        needed = list(masks_per_image)
+        for expert in self.distill_head.reads("pixel_map") if self.distill_head is not None else ():
+            for image in distilled_images.get(expert, ()):
+                needed[image] = max(needed[image], 1)
+        return needed
 
     def features_of_images(
         self,
@@ -201,6 +232,38 @@ class PixelSailForSegmentation(PreTrainedModel):
         touched = [feature.sum() for feature in features if feature is not None]
         return 0.0 * (torch.stack(touched).sum() + queries_ND.sum() + logits.sum())
 
+    def predict_experts(
+        self,
+        hidden_BTD: Tensor,
+        patch_index_BT: Tensor,
+        grids: Sequence[tuple[int, int]],
+        features: Sequence[Tensor | None],
+        images: Mapping[str, Sequence[int]],
+    ) -> tuple[dict[str, tuple[Tensor, ...]], Tensor]:
+        """Return for each expert the predicted features [Y, X, E] of its images, and a zero that every layer takes part
+        in.
+
+        ZeRO-2 adds up gradients of different ranks in the order in which they become ready, so that this order must not
+        depend on the data: every layer is used once, at the same place of the forward pass, with or without an image.
+        """
+        assert self.distill_head is not None
+        states = states_of_images(hidden_BTD, patch_index_BT, grids)
+        state_11D = hidden_BTD[:1, :1]
+        pixel = next((feature[:1, :1] for feature in features if feature is not None), None)
+        if pixel is None:
+            pixel = self.mask_head.pixel_features(state_11D[None])[0]
+        predicted: dict[str, tuple[Tensor, ...]] = {}
+        touched = []
+        for expert, site in self.distill_head.site_of.items():
+            maps = features if site == "pixel_map" else states
+            read = [map_YXC for image in images.get(expert, ()) if (map_YXC := maps[image]) is not None]
+            assert len(read) == len(images.get(expert, ())), f"{expert}: an image to be distilled has no pixel map"
+            read.append(pixel if site == "pixel_map" else state_11D)
+            *own, last = self.distill_head.predict(expert, read)
+            predicted[expert] = tuple(own)
+            touched.append(last.sum())
+        return predicted, 0.0 * torch.stack(touched).sum()
+
     @torch.no_grad()
     def encode_prefix(
         self,
@@ -220,12 +283,23 @@ class PixelSailForSegmentation(PreTrainedModel):
 def masks_of_images(
     queries_ND: Tensor, features: Sequence[Tensor | None], masks_per_image: Sequence[int]
 ) -> tuple[Tensor | None, ...]:
-    """Return the mask logits of each image from its own share of the queries."""
+    """Return the mask logits of each image from its own share of the queries, None for an image without masks."""
     groups = queries_ND.split(list(masks_per_image)) if masks_per_image else ()
     return tuple(
-        mask_logits(queries, feature) if feature is not None else None
+        mask_logits(queries, feature) if feature is not None and len(queries) else None
         for queries, feature in zip(groups, features, strict=True)
     )
+
+
+def states_of_images(
+    hidden_BTD: Tensor, patch_index_BT: Tensor, grids: Sequence[tuple[int, int]]
+) -> tuple[Tensor, ...]:
+    """Return the patch states [h, w, D] of every image."""
+    on_patch = patch_index_BT >= 0
+    states_SD = torch.empty_like(hidden_BTD[on_patch])
+    states_SD = states_SD.index_copy(0, patch_index_BT[on_patch], hidden_BTD[on_patch])
+    parts = states_SD.split([rows * columns for rows, columns in grids]) if grids else ()
+    return tuple(part.unflatten(0, grid) for part, grid in zip(parts, grids, strict=True))
 
 
 def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> PixelSailForSegmentation:

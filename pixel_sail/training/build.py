@@ -4,20 +4,25 @@ Place in the flow: `training/loop.py` calls `build_model` before the accelerator
 random, drawn from the run's seed, or come from an exported folder.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from transformers import set_seed
 
 from pixel_sail.config import ConfigError, ModelConfig
-from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
+from pixel_sail.experts.settings import ExpertSettings
+from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
+from pixel_sail.model.distill_head import DistillSite
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, load_model
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.tokenization import load_tokenizer, model_token_ids
 
 
-def build_model(config: ModelConfig, *, seed: int) -> tuple[PixelSailForSegmentation, PixelSailProcessor]:
-    """Return the model in training mode (float32) and the processor that fits it.
+def build_model(
+    config: ModelConfig, *, seed: int, experts: Mapping[str, ExpertSettings]
+) -> tuple[PixelSailForSegmentation, PixelSailProcessor]:
+    """Return the model in training mode (float32), with a linear layer for each expert, and the processor that fits it.
 
     Raises: ConfigError when `init_from` has other sizes than `architecture`.
     """
@@ -29,13 +34,23 @@ def build_model(config: ModelConfig, *, seed: int) -> tuple[PixelSailForSegmenta
     processor = PixelSailProcessor.for_model(tokenizer, wanted)
     if config.init_from is None:
         set_seed(seed)
-        return PixelSailForSegmentation(wanted).train(), processor
-    model = load_model(Path(config.init_from), dtype=torch.float32)
+        model = PixelSailForSegmentation(wanted)
+    else:
+        model = _load_start(config.init_from, architecture)
+    if experts:
+        sites = {name: DistillSite(site=own.site, channels=own.channels) for name, own in experts.items()}
+        model.add_distill_head(sites, seed=seed)
+    return model.train(), processor
+
+
+def _load_start(folder: str, architecture: Architecture) -> PixelSailForSegmentation:
+    """Return the model of an exported folder; ConfigError when it has other sizes than are configured."""
+    model = load_model(Path(folder), dtype=torch.float32)
     differing = {
         name: (getattr(model.config, name), value)
         for name, value in vars(architecture).items()
         if getattr(model.config, name) != value
     }
     if differing:
-        raise ConfigError(f"model.init_from {config.init_from}: (found, configured) differ in {differing}")
-    return model.train(), processor
+        raise ConfigError(f"model.init_from {folder}: (found, configured) differ in {differing}")
+    return model

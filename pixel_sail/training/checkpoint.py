@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from pixel_sail import dist
 from pixel_sail.data.packing import LanePosition
 from pixel_sail.files import sha256
-from pixel_sail.training.step import SOURCE_COLUMNS
+from pixel_sail.model.distill_head import PREFIX as DISTILL_HEAD
 
 MARKER, MANIFEST, STATE = "COMPLETE", "manifest.json", "state.json"
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
@@ -50,12 +50,12 @@ class TrainState:
     num_skipped: int = 0
     """Samples left out so far."""
     source_sums: tuple[tuple[float, ...], ...] = ()
-    """Per source, sums of SOURCE_COLUMNS since the last log line."""
+    """Per source, sums of `source_columns` since the last log line."""
 
     @classmethod
-    def start(cls, *, num_lanes: int, num_sources: int) -> "TrainState":
+    def start(cls, *, num_lanes: int, num_sources: int, num_columns: int) -> "TrainState":
         """Return where every run begins."""
-        return cls(lanes=(LanePosition(),) * num_lanes, source_sums=((0.0,) * len(SOURCE_COLUMNS),) * num_sources)
+        return cls(lanes=(LanePosition(),) * num_lanes, source_sums=((0.0,) * num_columns,) * num_sources)
 
 
 def collect(
@@ -189,7 +189,10 @@ def restore_optimizer(
 
 
 def export(folder: Path, model: nn.Module, accelerator: Accelerator, processor: Any) -> None:
-    """Write a plain Hugging Face folder (weights as safetensors, config, tokenizer), complete or not at all."""
+    """Write a plain Hugging Face folder (weights as safetensors, config, tokenizer), complete or not at all.
+
+    The linear layers towards experts stay behind: nothing but training uses them.
+    """
     whole = {
         name: _whole_parameter(parameter) for name, parameter in accelerator.unwrap_model(model).named_parameters()
     }
@@ -197,7 +200,11 @@ def export(folder: Path, model: nn.Module, accelerator: Accelerator, processor: 
         working = folder.with_name(f".writing_{folder.name}")
         shutil.rmtree(working, ignore_errors=True)
         plain = accelerator.unwrap_model(model)
-        state = {name: tensor.detach().float().cpu().clone() for name, tensor in whole.items()}
+        state = {
+            name: tensor.detach().float().cpu().clone()
+            for name, tensor in whole.items()
+            if not name.startswith(DISTILL_HEAD)
+        }
         plain.save_pretrained(working, state_dict=state)
         processor.save_pretrained(working)
         shutil.rmtree(folder, ignore_errors=True)

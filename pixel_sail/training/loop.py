@@ -20,6 +20,8 @@ from pixel_sail.config import ConfigError, DataConfig, TrainConfig, build
 from pixel_sail.data.leakage import held_out_images, without_images
 from pixel_sail.data.loader import LaneShare, training_batches
 from pixel_sail.data.mixture import Mixture
+from pixel_sail.experts.teachers import load_teachers
+from pixel_sail.losses.distill import DistillTerm
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.training import checkpoint
@@ -29,7 +31,7 @@ from pixel_sail.training.checkpoint import TrainState
 from pixel_sail.training.log import RunLog
 from pixel_sail.training.optim import build_optimizer
 from pixel_sail.training.schedule import learning_rate
-from pixel_sail.training.step import optimizer_step
+from pixel_sail.training.step import Distillation, optimizer_step, source_columns
 from pixel_sail.training.tally import record_skipped, source_scalars
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,10 @@ logger = logging.getLogger(__name__)
 Evaluate = Callable[[PixelSailForSegmentation, PixelSailProcessor, int, RunLog], None]
 """Scores the model after a step and logs the result; called on every rank."""
 
-FREE_KEYS = ("log", "checkpoint", "validation", "predict", "evals", "paths", "run_dir", "name", "deepspeed")
+FREE_KEYS = (
+    *("log", "checkpoint", "validation", "predict", "evals", "paths", "run_dir", "name", "deepspeed"),
+    "allow_random_experts",
+)
 """Groups that may change between the sessions of one run without changing its numbers."""
 
 FREE_DATA_KEYS = ("num_workers", "packs_per_micro_batch")
@@ -51,14 +56,18 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
     """
     dist.ensure_launch_environment()
     share = lane_share(config.data)
+    # Before the accelerator: once it knows of ZeRO-3, whatever Hugging Face loads is sharded.
+    distillation = build_distillation(config)
+    experts = distillation.terms if distillation is not None else ()
     accelerator = build_accelerator(config, share.accumulation)
     run_dir, checkpoints = Path(config.run_dir), Path(config.run_dir) / "checkpoints"
-    model, processor = build_model(config.model, seed=config.seed)
+    model, processor = build_model(config.model, seed=config.seed, experts=config.experts)
     mixture = build_mixture(config.data, seed=config.seed)
     resolved = asdict(config)
-    identity = {key: value for key, value in resolved.items() if key not in FREE_KEYS}
-    identity["data"] = {key: value for key, value in resolved["data"].items() if key not in FREE_DATA_KEYS}
-    state, saved = TrainState.start(num_lanes=share.num_lanes, num_sources=len(mixture.names)), None
+    identity = run_identity(resolved)
+    num_columns = len(source_columns(experts))
+    state = TrainState.start(num_lanes=share.num_lanes, num_sources=len(mixture.names), num_columns=num_columns)
+    saved = None
     found = checkpoint.latest(checkpoints)
     if found is not None:
         if config.checkpoint.resume == "never":
@@ -83,6 +92,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
         step=state.step,
         num_workers=config.data.num_workers,
         max_skipped_share=config.data.max_skipped_share,
+        experts=distillation.teachers.choices if distillation is not None else (),
     )
 
     def save() -> None:
@@ -104,6 +114,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
                 accelerator,
                 max_grad_norm=config.optim.max_grad_norm,
                 sources=mixture.names,
+                distillation=distillation,
             )
             lanes = checkpoint.merge_lanes(
                 state.lanes, step_data.after, config.data.packing.lookahead, accelerator.device
@@ -129,7 +140,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
             if is_logged:
                 epoch = sum(lane.consumed for lane in lanes) / mixture.epoch_length
                 numbers = {"lr": lr, **report.scalars(), "epoch": round(epoch, 4), "skipped": num_skipped}
-                log.scalars(state.step, {**numbers, **source_scalars(mixture.names, sums)})
+                log.scalars(state.step, {**numbers, **source_scalars(mixture.names, sums, experts)})
             if due(state.step, config.checkpoint.every) or state.step == last:
                 save()
             if evaluate is not None and due(state.step, config.validation.every):
@@ -141,6 +152,34 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
 def due(step: int, every: int) -> bool:
     """Return whether something that happens every `every` steps (0: never) happens after this one."""
     return every > 0 and step % every == 0
+
+
+def run_identity(resolved: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a configuration that a continued run must not change."""
+    identity = {key: value for key, value in resolved.items() if key not in FREE_KEYS}
+    identity["data"] = {key: value for key, value in resolved["data"].items() if key not in FREE_DATA_KEYS}
+    # A cache may move, but stored features are rounded: whether there is one belongs to the run.
+    experts = {name: {**own, "cache": own["cache"] is not None} for name, own in identity.pop("experts").items()}
+    return identity | {"experts": experts} if experts else identity
+
+
+def build_distillation(config: TrainConfig) -> Distillation | None:
+    """Return the experts of the run with their losses, None where none are configured."""
+    if not config.experts:
+        return None
+    teachers = load_teachers(
+        config.experts,
+        config.model.architecture,
+        build,
+        sources=sorted(config.data.sources),
+        allow_random=config.allow_random_experts,
+        device=dist.local_device(),
+    )
+    terms = tuple(
+        DistillTerm(name=name, weight=config.experts[name].weight, loss=config.experts[name].loss)
+        for name in sorted(config.experts)
+    )
+    return Distillation(teachers=teachers, terms=terms)
 
 
 def lane_share(config: DataConfig) -> LaneShare:

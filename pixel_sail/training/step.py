@@ -6,7 +6,7 @@ global mean: the result does not depend on how samples were dealt to ranks and m
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pixel_sail import dist
+from pixel_sail.experts.teachers import Teachers
+from pixel_sail.losses.distill import DistillTerm
 from pixel_sail.losses.total import Counts, LossConfig, LossSums, combine, count, loss_sums
 from pixel_sail.types import Batch
 
@@ -41,15 +43,34 @@ class StepReport:
     masks: int
     samples: int
     by_source: Tensor
-    """float64 [sources, 6]: sums over this step's samples of SOURCE_COLUMNS, sources in the order they were given."""
+    """float64 [sources, columns]: sums over this step's samples of `source_columns`, sources in the order they were
+    given."""
+    distill: dict[str, float] = field(default_factory=dict)
+    """Per expert the unweighted mean over its images, under distill/<name>, and their number."""
 
     def scalars(self) -> dict[str, float]:
         """Return the numbers that are known, for the log."""
-        return {name: value for name, value in vars(self).items() if name != "by_source" and value is not None}
+        grouped = ("by_source", "distill")
+        known = {name: value for name, value in vars(self).items() if name not in grouped and value is not None}
+        return known | self.distill
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """What a run with experts needs in every step."""
+
+    teachers: Teachers
+    terms: tuple[DistillTerm, ...]
 
 
 SOURCE_COLUMNS = ("samples", "tokens", "masks", "text", "bce", "dice")
 """Supervised tokens; text, bce and dice are sums, to be divided by tokens and masks."""
+
+
+def source_columns(experts: Sequence[DistillTerm]) -> tuple[str, ...]:
+    """Return SOURCE_COLUMNS, then for all experts the sums of their losses, then the numbers of their images."""
+    losses = tuple(f"distill/{term.name}" for term in experts)
+    return (*SOURCE_COLUMNS, *losses, *(f"{loss}_images" for loss in losses))
 
 
 def optimizer_step(
@@ -61,27 +82,31 @@ def optimizer_step(
     *,
     max_grad_norm: float,
     sources: Sequence[str],
+    distillation: Distillation | None = None,
 ) -> StepReport:
     """Make one update from this rank's micro-batches and return the global losses.
 
     Raises: NonFiniteLossError on every rank, before the update, naming this rank's samples.
     """
-    totals = _global_totals(batches, accelerator.device)
-    counts = Counts(tokens=int(totals[0]), masks=int(totals[1]))
+    experts = distillation.terms if distillation is not None else ()
+    totals = _global_totals(batches, accelerator.device, experts)
+    counts = Counts(tokens=int(totals[0]), masks=int(totals[1]), distilled=tuple(totals[5:].tolist()))
     # DeepSpeed and DDP average gradients over ranks and micro-batches; the losses are already shares of a global mean.
     unaverage = dist.world_size() * len(batches)
-    by_source = torch.zeros(len(sources), len(SOURCE_COLUMNS), dtype=torch.float64, device=accelerator.device)
+    num_columns = len(source_columns(experts))
+    by_source = torch.zeros(len(sources), num_columns, dtype=torch.float64, device=accelerator.device)
     for index, batch in enumerate(batches):
         batch = batch.to(accelerator.device)
+        expert_maps = distillation.teachers.maps(batch) if distillation is not None else {}
         with accelerator.accumulate(model):
             output = model(**batch.model_inputs())
-            terms = loss_sums(output, batch, config)
-            loss = combine(terms, counts, config) + output.anchor
-            by_source.index_add_(0, _source_of_samples(batch, sources), source_columns(batch, terms))
+            terms = loss_sums(output, batch, config, experts, expert_maps)
+            loss = combine(terms, counts, config, experts) + output.anchor
+            by_source.index_add_(0, _source_of_samples(batch, sources), sample_rows(batch, terms, experts))
             if index + 1 == len(batches):
                 is_bad_here = not bool(torch.isfinite(by_source).all())
                 by_source = dist.sum_over_ranks(by_source)
-                losses = _finish_losses(by_source, batches if is_bad_here else (), counts, config)
+                losses = _finish_losses(by_source, batches if is_bad_here else (), counts, config, experts)
             accelerator.backward(loss * unaverage)
             grad_norm = None
             if accelerator.sync_gradients:
@@ -90,7 +115,11 @@ def optimizer_step(
             optimizer.zero_grad()
     norm = None if grad_norm is None else float(grad_norm)
     return StepReport(
-        **losses,
+        **{name: losses[name] for name in ("total", "text", "bce", "dice")},
+        distill={
+            **{name: value for name, value in losses.items() if name.startswith("distill/")},
+            **{f"distill/{term.name}_images": n for term, n in zip(experts, counts.distilled, strict=True)},
+        },
         grad_norm=norm,
         tokens=int(totals[2]),
         padding_frac=1.0 - float(totals[2] / totals[3]),
@@ -101,39 +130,48 @@ def optimizer_step(
     )
 
 
-def source_columns(batch: Batch, terms: LossSums) -> Tensor:
-    """Return SOURCE_COLUMNS of every sample of a micro-batch: float64 [S, 6]."""
+def sample_rows(batch: Batch, terms: LossSums, experts: Sequence[DistillTerm] = ()) -> Tensor:
+    """Return `source_columns` of every sample of a micro-batch: float64 [S, columns]."""
     num_samples, device = len(batch.sample_ids), batch.targets_M.device
     counts = torch.zeros(num_samples, 3, dtype=torch.float64)
     counts[:, 0] = 1.0
     counts[:, 1] = torch.bincount(batch.target_samples_M.cpu(), minlength=num_samples)
     for sample, num_masks in zip(batch.image_samples, batch.masks_per_image, strict=True):
         counts[sample, 2] = num_masks
-    return torch.cat((counts.to(device), terms.detached()), dim=1)
+    images = torch.zeros(num_samples, len(experts), dtype=torch.float64)
+    own = batch.distilled_images()
+    for column, term in enumerate(experts):
+        images[[batch.image_samples[image] for image in own.get(term.name, ())], column] = 1.0
+    return torch.cat((counts.to(device), terms.detached(), images.to(device)), dim=1)
 
 
 def _source_of_samples(batch: Batch, sources: Sequence[str]) -> Tensor:
     return torch.tensor([sources.index(name) for name in batch.sources], device=batch.targets_M.device)
 
 
-def _global_totals(batches: Sequence[Batch], device: torch.device) -> Tensor:
-    """Return supervised tokens, masks, tokens, cells with padding and samples over all ranks, int64 [5]."""
-    local = torch.zeros(5, dtype=torch.int64)
+def _global_totals(batches: Sequence[Batch], device: torch.device, experts: Sequence[DistillTerm]) -> Tensor:
+    """Return supervised tokens, masks, tokens, cells with padding, samples and each expert's images over all ranks,
+    int64 [5 + experts]."""
+    local = torch.zeros(5 + len(experts), dtype=torch.int64)
     for batch in batches:
-        counts = count(batch)
+        counts = count(batch, experts)
         real = int((batch.sample_index_BT >= 0).sum())
-        local += torch.tensor([counts.tokens, counts.masks, real, batch.input_ids_BT.numel(), len(batch.sample_ids)])
+        sizes = [counts.tokens, counts.masks, real, batch.input_ids_BT.numel(), len(batch.sample_ids)]
+        local += torch.tensor([*sizes, *counts.distilled])
     return dist.sum_over_ranks(local.to(device)).cpu()
 
 
 def _finish_losses(
-    by_source: Tensor, suspects: Sequence[Batch], counts: Counts, config: LossConfig
+    by_source: Tensor, suspects: Sequence[Batch], counts: Counts, config: LossConfig, experts: Sequence[DistillTerm]
 ) -> dict[str, float]:
     """Return the global losses; raise on every rank when one of them is not finite, naming this rank's suspects."""
-    text, bce, dice = by_source[:, 3:].sum(0).tolist()
+    text, bce, dice, *distilled = by_source[:, 3 : 6 + len(experts)].sum(0).tolist()
     tokens, masks = max(counts.tokens, 1), max(counts.masks, 1)
     means = {"text": text / tokens, "bce": bce / masks, "dice": dice / masks}
     total = config.text * means["text"] + config.bce * means["bce"] + config.dice * means["dice"]
+    for term, loss, num_images in zip(experts, distilled, counts.distilled, strict=True):
+        means[f"distill/{term.name}"] = loss / max(num_images, 1)
+        total += term.weight * means[f"distill/{term.name}"]
     if total - total != 0.0:  # NaN and infinity alike
         names = [name for batch in suspects for name in batch.sample_ids]
         raise NonFiniteLossError(

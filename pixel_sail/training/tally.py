@@ -18,20 +18,25 @@ from torch import Tensor
 from pixel_sail import dist
 from pixel_sail.data.mixture import Mixture
 from pixel_sail.data.packing import Skipped, allowed_skips
+from pixel_sail.losses.distill import DistillTerm
 from pixel_sail.types import DataError
 
 SKIPPED_FILE = "skipped.jsonl"
 
 
-def source_scalars(names: Sequence[str], sums: Tensor) -> dict[str, float]:
-    """Return counts and mean losses of every source that had samples, from sums [sources, 6] of SOURCE_COLUMNS."""
+def source_scalars(names: Sequence[str], sums: Tensor, experts: Sequence[DistillTerm] = ()) -> dict[str, float]:
+    """Return counts and mean losses of every source that had samples, from sums of `source_columns`."""
     scalars: dict[str, float] = {}
-    for name, (samples, tokens, masks, text, bce, dice) in zip(names, sums.tolist(), strict=True):
+    for name, (samples, tokens, masks, text, bce, dice, *distilled) in zip(names, sums.tolist(), strict=True):
         if not samples:
             continue
         scalars |= {f"{name}/samples": samples, f"{name}/tokens": tokens, f"{name}/text": text / max(tokens, 1)}
         if masks:
             scalars |= {f"{name}/masks": masks, f"{name}/bce": bce / masks, f"{name}/dice": dice / masks}
+        losses, images = distilled[: len(experts)], distilled[len(experts) :]
+        for term, loss, num_images in zip(experts, losses, images, strict=True):
+            if num_images:
+                scalars[f"{name}/distill/{term.name}"] = loss / num_images
     return scalars
 
 

@@ -1,0 +1,196 @@
+"""Feature maps of an expert on disk: their layout, their identity, and reading them.
+
+Place in the flow: tools/cache_expert_features.py writes through `cache_writer`, the loader's workers read one map per
+chosen image through `choice`. A folder holds
+
+    plan.json               identity, and which image is in which shard; written first
+    shard_00000.safetensors ...    maps by image key; memory-mapped, so that reading one touches its bytes only
+    shard_00000.json ...    SHA-256 of the shard and a checksum of every map; says that the shard is complete
+    index.json              all of that together; written last
+
+The key of an image is the SHA-256 of its file. Maps are stored as fp16, or as int8 with one scale per channel.
+"""
+
+import hashlib
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pixel_sail.types import DataError, SizeHW
+
+INDEX, PLAN = "index.json", "plan.json"
+FORMAT = 1
+SCALE_SUFFIX = ".scale"
+INT8_LEVELS = 127
+
+
+class ExpertCacheError(DataError):
+    """A cache does not belong to the configured expert, lacks an image or is damaged: the run cannot go on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentGrid:
+    """What determines the size of the student's map of an image."""
+
+    site: str
+    patch_size: int
+    max_long_side: int
+    cells_per_patch: int
+    """Cells of the map along one side of a patch."""
+
+    def map_hw(self, grid_hw: SizeHW) -> SizeHW:
+        """Return the size of the student's map of an image with this patch grid."""
+        return grid_hw[0] * self.cells_per_patch, grid_hw[1] * self.cells_per_patch
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredMap:
+    """One map as it lies on disk."""
+
+    features_EYX: Tensor
+    """float16, or int8 levels."""
+    scales_E: Tensor | None
+    """float32: what a level of each channel is worth; None for float16."""
+
+
+def cache_identity(expert: dict[str, Any], *, precision: str, grid: StudentGrid | None) -> dict[str, Any]:
+    """Return what the maps of a cache are, as JSON reads it back; no grid: they have the expert's own size."""
+    pooled = None if grid is None else vars(grid)
+    plain = {"format": FORMAT, "expert": expert, "precision": precision, "pooled_to": pooled}
+    read_back: dict[str, Any] = json.loads(json.dumps(plain))
+    return read_back
+
+
+def identity_digest(identity: dict[str, Any]) -> str:
+    """Return the SHA-256 of an identity; every shard carries it."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def image_key(path: Path) -> str:
+    """Return the key of an image file. Raises: DataError when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: image cannot be read ({error})") from error
+
+
+def encode_map(features_EYX: Tensor, dtype: str) -> StoredMap:
+    """Return a float map as it is stored: "fp16", or "int8" with scales.
+
+    The error of int8 is at most half a level, 1 / 254 of the channel's largest magnitude.
+    """
+    features_EYX = features_EYX.float().cpu()
+    if dtype == "fp16":
+        limit = torch.finfo(torch.float16).max
+        return StoredMap(features_EYX=features_EYX.clamp(-limit, limit).half().contiguous(), scales_E=None)
+    scales_E = features_EYX.abs().amax(dim=(1, 2)) / INT8_LEVELS
+    levels = features_EYX / scales_E.clamp(min=torch.finfo(torch.float32).tiny)[:, None, None]
+    return StoredMap(features_EYX=levels.round().to(torch.int8).contiguous(), scales_E=scales_E.contiguous())
+
+
+def decode_map(features_EYX: Tensor, scales_E: Tensor | None) -> Tensor:
+    """Return the float32 map of what is stored, on its device."""
+    features = features_EYX.float()
+    return features if scales_E is None else features * scales_E[:, None, None]
+
+
+def checksum(stored: StoredMap) -> int:
+    """Return the CRC-32 of a stored map with its scales."""
+    value = zlib.crc32(stored.features_EYX.numpy().data)
+    return value if stored.scales_E is None else zlib.crc32(stored.scales_E.numpy().data, value)
+
+
+class FeatureCache:
+    """The maps of one folder. Opened once before the loader's workers start, which then map its shards themselves."""
+
+    def __init__(self, folder: Path, wanted: dict[str, Any], *, where: str) -> None:
+        """Read the index. Raises: ExpertCacheError when it is absent, unfinished, or not what is `wanted`."""
+        self.folder = folder
+        self.where = where
+        index = read_json(folder / INDEX, where)
+        found = index["identity"]
+        # Maps of the expert's own size serve every student; the loss resizes them.
+        expected = wanted if found.get("pooled_to") is not None else {**wanted, "pooled_to": None}
+        if found != expected:
+            differing = {
+                key: (found.get(key), expected.get(key)) for key in expected if found.get(key) != expected[key]
+            }
+            raise ExpertCacheError(
+                f"{where}: {folder} was made by another expert or for another student; (found, expected): {differing}. "
+                "Build a cache for this configuration in another folder"
+            )
+        self.is_pooled = found["pooled_to"] is not None
+        self.digest = identity_digest(found)
+        self.places: dict[str, tuple[str, int]] = {
+            key: (shard["file"], crc) for shard in index["shards"] for key, crc in shard["items"].items()
+        }
+        self._open: dict[str, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for another process, which maps the shards anew."""
+        return {**self.__dict__, "_open": {}}
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.places)
+
+    def read(self, key: str, item: str, *, map_hw: SizeHW) -> StoredMap | None:
+        """Return the map of an image, None when the cache does not hold it.
+
+        `item` names the image in messages. Raises: ExpertCacheError when the map is damaged or has another size.
+        """
+        place = self.places.get(key)
+        if place is None:
+            return None
+        file, expected_checksum = place
+        try:
+            stored = self._load(file, key)
+        except (OSError, SafetensorError) as error:
+            raise ExpertCacheError(
+                f"{self.where}: {item}: {self.folder / file} cannot be read ({error}); delete this shard with its "
+                ".json and index.json and build again"
+            ) from error
+        if checksum(stored) != expected_checksum:
+            raise ExpertCacheError(
+                f"{self.where}: {item}: its map in {self.folder / file} is damaged (checksum differs from {INDEX}); "
+                "delete this shard with its .json and index.json and build again"
+            )
+        if self.is_pooled and tuple(stored.features_EYX.shape[1:]) != tuple(map_hw):
+            raise ExpertCacheError(
+                f"{self.where}: {item}: stored map is {tuple(stored.features_EYX.shape[1:])} cells, the student's is "
+                f"{tuple(map_hw)}; the photo was turned otherwise when the cache was built"
+            )
+        return stored
+
+    def _load(self, file: str, key: str) -> StoredMap:
+        """Return the tensors of one image without reading the rest of its shard."""
+        if file not in self._open:
+            shard = safe_open(self.folder / file, framework="pt")
+            if (shard.metadata() or {}).get("identity") != self.digest:
+                raise ExpertCacheError(f"{self.where}: {self.folder / file} belongs to another cache; build it again")
+            self._open[file] = shard
+        shard = self._open[file]
+        features = shard.get_tensor(key)
+        return StoredMap(
+            features_EYX=features,
+            scales_E=shard.get_tensor(key + SCALE_SUFFIX) if features.dtype == torch.int8 else None,
+        )
+
+
+def read_json(path: Path, where: str) -> Any:
+    """Return a JSON file of a cache. Raises: ExpertCacheError."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ExpertCacheError(
+            f"{where}: {path} is absent; build the cache with tools/cache_expert_features.py, or let it finish"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ExpertCacheError(f"{where}: {path} cannot be read ({error}); build the cache again") from error

@@ -1,0 +1,118 @@
+"""Writing a cache: a plan, shards in any order by any number of processes, and the index.
+
+Place in the flow: tools/cache_expert_features.py runs it; `cache` reads the result and describes the folder. Which
+image lies in which shard depends on the sorted keys alone, and images are computed together within their shard only,
+so that a build that was interrupted continues to the same bytes. 130 images by 64 a shard make shards of 64, 64 and 2.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pixel_sail.experts.cache import (
+    INDEX,
+    PLAN,
+    SCALE_SUFFIX,
+    ExpertCacheError,
+    StoredMap,
+    checksum,
+    identity_digest,
+    read_json,
+)
+from pixel_sail.files import replace_text, sha256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a folder will hold."""
+
+    identity: dict[str, Any]
+    dtype: str
+    shards: tuple[tuple[str, ...], ...]
+    """Keys of the images of each shard."""
+
+
+def make_plan(keys: Sequence[str], identity: dict[str, Any], *, dtype: str, images_per_shard: int) -> Plan:
+    """Return the plan for these images; doubles are stored once."""
+    ordered = sorted(set(keys))
+    shards = tuple(tuple(ordered[i : i + images_per_shard]) for i in range(0, len(ordered), images_per_shard))
+    return Plan(identity=identity, dtype=dtype, shards=shards)
+
+
+def start_folder(folder: Path, plan: Plan) -> None:
+    """Write the plan, or check that a folder that was begun has the same one. Raises: ExpertCacheError."""
+    content = {"identity": plan.identity, "dtype": plan.dtype, "shards": [list(keys) for keys in plan.shards]}
+    path = folder / PLAN
+    if not path.is_file():
+        replace_text(path, json.dumps(content) + "\n")
+        return
+    found = read_json(path, "cache")
+    differing = [name for name in content if found.get(name) != content[name]]
+    if differing:
+        raise ExpertCacheError(
+            f"{folder}: a build was begun here with another {', '.join(differing)}; give an empty folder, or the "
+            "arguments and data of that build to continue it"
+        )
+
+
+def shard_name(number: int) -> str:
+    """Return the file name of a shard without its ending."""
+    return f"shard_{number:05d}"
+
+
+def is_shard_complete(folder: Path, number: int) -> bool:
+    """Return whether a shard was written to its end."""
+    name = shard_name(number)
+    return (folder / f"{name}.json").is_file() and (folder / f"{name}.safetensors").is_file()
+
+
+def write_shard(
+    folder: Path,
+    plan: Plan,
+    number: int,
+    compute: Callable[[Sequence[str]], tuple[Mapping[str, StoredMap], Mapping[str, str]]],
+) -> None:
+    """Compute and write one shard; its JSON file, written last, says that it is whole.
+
+    `compute` returns the maps of these keys, and for images that cannot be used the reason instead.
+    """
+    maps, unusable = compute(plan.shards[number])
+    tensors: dict[str, Tensor] = {}
+    for key in sorted(maps):
+        tensors[key] = maps[key].features_EYX
+        scales = maps[key].scales_E
+        if scales is not None:
+            tensors[key + SCALE_SUFFIX] = scales
+    final = folder / f"{shard_name(number)}.safetensors"
+    working = folder / f".writing_{final.name}"
+    save_file(tensors, working, metadata={"identity": identity_digest(plan.identity)})
+    with working.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(working, final)
+    items = {key: checksum(maps[key]) for key in sorted(maps)}
+    left_out = {key: unusable[key] for key in sorted(unusable)}
+    content = {"file": final.name, "sha256": sha256(final), "items": items, "unusable": left_out}
+    replace_text(final.with_suffix(".json"), json.dumps(content) + "\n")
+
+
+def finish(folder: Path, plan: Plan, *, verify: bool = False) -> None:
+    """Write the index of a complete cache; `verify` hashes every shard again.
+
+    Raises: ExpertCacheError when a shard is missing or is not what its JSON file says.
+    """
+    shards = []
+    for number, keys in enumerate(plan.shards):
+        content = read_json(folder / f"{shard_name(number)}.json", "cache")
+        if sorted([*content["items"], *content["unusable"]]) != list(keys):
+            raise ExpertCacheError(f"{folder / content['file']}: holds other images than {PLAN} says; build it again")
+        if verify and sha256(folder / content["file"]) != content["sha256"]:
+            raise ExpertCacheError(f"{folder / content['file']}: sha256 differs from its .json; build it again")
+        shards.append(content)
+    index = {"identity": plan.identity, "dtype": plan.dtype, "shards": shards}
+    replace_text(folder / INDEX, json.dumps(index) + "\n")

@@ -1,0 +1,81 @@
+"""Which images an expert is used for, and what of them travels to the training process.
+
+Place in the flow: `data/packing.py` asks for every sample it encodes, in a worker of the loader. The choice is a pure
+function of (seed, epoch, index), through the sample's `point_seed`, and of the expert's name: more workers, more ranks
+or a second expert change nothing. An image is sent as its stored map where there is a cache, else as its pixels:
+
+    mask2former with a cache, sam2 without    ->    ExpertTarget("mask2former", map [256, 120, 160], fp16),
+                                                    ExpertTarget("sam2", None) and the photo [480, 640, 3]
+"""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pixel_sail.experts.cache import ExpertCacheError, FeatureCache, StudentGrid, image_key
+from pixel_sail.types import ExpertTarget, SizeHW
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertChoice:
+    """The part of an expert that the loader's workers need."""
+
+    name: str
+    share: float = 1.0
+    sources: frozenset[str] = frozenset()
+    """Empty: all."""
+    masks_only: bool = False
+    grid: StudentGrid
+    cache: FeatureCache | None = None
+    falls_back: bool = False
+    """Whether an image that is not in the cache is computed online."""
+
+    def takes(self, source: str, *, point_seed: int, has_masks: bool) -> bool:
+        """Return whether a sample with an image is distilled from this expert."""
+        if (self.sources and source not in self.sources) or (self.masks_only and not has_masks):
+            return False
+        if self.share >= 1.0:
+            return True
+        drawn = np.random.default_rng([point_seed, zlib.crc32(self.name.encode())]).random()
+        return bool(drawn < self.share)
+
+
+def expert_targets(
+    choices: Sequence[ExpertChoice],
+    *,
+    source: str,
+    point_seed: int,
+    has_masks: bool,
+    path: Path,
+    grid_hw: SizeHW,
+    where: str,
+) -> tuple[ExpertTarget, ...]:
+    """Return one target for every expert that takes this sample.
+
+    Raises: ExpertCacheError for a damaged map, and for a missing one unless its expert falls back to the network.
+    """
+    targets, key = [], None
+    for choice in choices:
+        if not choice.takes(source, point_seed=point_seed, has_masks=has_masks):
+            continue
+        stored = None
+        if choice.cache is not None:
+            key = image_key(path) if key is None else key
+            item = f"{where}: {path}"
+            stored = choice.cache.read(key, item, map_hw=choice.grid.map_hw(grid_hw))
+            if stored is None and not choice.falls_back:
+                raise ExpertCacheError(
+                    f"{item}: not in the cache {choice.cache.folder} of expert {choice.name}; build the cache with "
+                    f"this data, or set experts.{choice.name}.on_miss=online"
+                )
+        targets.append(
+            ExpertTarget(
+                expert=choice.name,
+                features_EYX=None if stored is None else stored.features_EYX,
+                scales_E=None if stored is None else stored.scales_E,
+            )
+        )
+    return tuple(targets)

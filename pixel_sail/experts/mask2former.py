@@ -1,0 +1,92 @@
+"""Mask2Former's pixel decoder as an expert: backbone and pixel decoder, without the transformer decoder and heads.
+
+Place in the flow: `configs/experts/mask2former.yaml` names `mask2former` below. The feature is the map that the mask
+logits are dotted with (`pixel_decoder_last_hidden_state`), 256 channels at stride 4 of the resized photo; two thirds
+of the released Swin-L model are enough for it: 480 x 640 -> 800 x 1088 -> [256, 200, 272].
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Mask2FormerConfig
+from transformers.models.mask2former.modeling_mask2former import (
+    Mask2FormerPixelLevelModule,
+    Mask2FormerPreTrainedModel,
+)
+
+from pixel_sail.experts.expert import Recipe
+from pixel_sail.experts.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, ShortestEdge
+from pixel_sail.experts.weights import (
+    draw_randomly,
+    file_hashes,
+    load_strictly,
+    random_identity,
+    weights_folder,
+)
+
+UNUSED = (r"(^|\.)transformer_module\.", r"^class_predictor\.", r"^criterion\.")
+"""Tensors of the published model that belong to the transformer decoder, the heads and the training criterion."""
+
+
+class PixelDecoder(Mask2FormerPreTrainedModel):
+    """The first half of Mask2Former, loadable from the weights of the whole."""
+
+    base_model_prefix = "model"
+    _keys_to_ignore_on_load_unexpected = list(UNUSED)  # noqa: RUF012, declared so by the base class
+
+    def __init__(self, config: Mask2FormerConfig) -> None:
+        super().__init__(config)
+        self.pixel_level_module = Mask2FormerPixelLevelModule(config)
+        self.post_init()
+
+    def forward(self, pixels_B3HW: Tensor) -> Tensor:
+        """Return the mask features [B, E, H / 4, W / 4]."""
+        return self.pixel_level_module(pixels_B3HW).decoder_last_hidden_state
+
+
+def mask2former(
+    weights: str | None = None,
+    revision: str | None = None,
+    *,
+    shortest_edge: int = 800,
+    longest_edge: int = 1333,
+    size_divisor: int = 32,
+    random: bool = False,
+    architecture: dict[str, Any] | None = None,
+) -> Recipe:
+    """Return the recipe of Mask2Former.
+
+    `random`: random weights of a network of `architecture` (fields of transformers' Mask2FormerConfig), for tests.
+    Raises: DataError.
+    """
+    preprocessing = Preprocessing(
+        resize=ShortestEdge(short=shortest_edge, long=longest_edge, divisor=size_divisor),
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+    )
+    if random:
+        config = Mask2FormerConfig(**(architecture or {}))
+
+        def draw() -> nn.Module:
+            return draw_randomly(PixelDecoder, config)
+
+        return Recipe(
+            kind="mask2former",
+            channels=config.mask_feature_size,
+            preprocessing=preprocessing,
+            weights=random_identity(architecture),
+            build=draw,
+            is_random=True,
+        )
+    folder = weights_folder(weights, revision, where="experts: mask2former")
+
+    def load() -> nn.Module:
+        return load_strictly(PixelDecoder, folder, unused=UNUSED)
+
+    return Recipe(
+        kind="mask2former",
+        channels=Mask2FormerConfig.from_pretrained(folder).mask_feature_size,
+        preprocessing=preprocessing,
+        weights=file_hashes(folder),
+        build=load,
+    )

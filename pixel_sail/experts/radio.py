@@ -1,0 +1,79 @@
+"""RADIO as an expert: the spatial features of its last layer.
+
+Place in the flow: `configs/experts/radio.yaml` names `radio` below. The network is transformers' own port, which reads
+the published safetensors without their code; RADIO normalises its input itself, so photos only become numbers 0 .. 1.
+A photo of 480 x 640 becomes 768 x 1024 and its map [1024, 48, 64] with RADIO-L.
+
+The sizes of the older repositories (RADIO-L among them) do not stand in their `config.json` under the port's names:
+`architecture` gives them, and a size that does not fit the weights is refused by the names of the tensors.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import RadioConfig, RadioModel
+
+from pixel_sail.experts.expert import Recipe
+from pixel_sail.experts.preprocess import Preprocessing, ShortestEdge
+from pixel_sail.experts.weights import (
+    draw_randomly,
+    file_hashes,
+    load_strictly,
+    random_identity,
+    weights_folder,
+)
+
+UNUSED = (r"(^|\.)(adaptors?|feature_normalizer|head|video_embedder)\.",)
+"""Tensors of published models for other outputs: summaries per teacher, video."""
+
+ABSENT = (r"layer_scale\d+\.lambda1$",)
+"""Parameters of the port that the published models do not have and that stay at one."""
+
+
+class SpatialFeatures(nn.Module):
+    """Patch tokens of the last layer as a map."""
+
+    def __init__(self, radio: RadioModel) -> None:
+        super().__init__()
+        self.radio = radio
+
+    def forward(self, pixels_B3HW: Tensor) -> Tensor:
+        """Return the features [B, E, H / patch, W / patch]."""
+        rows, columns = (side // self.radio.patch_size for side in pixels_B3HW.shape[2:])
+        features_BPE = self.radio(pixels_B3HW).features
+        return features_BPE.transpose(1, 2).unflatten(2, (rows, columns))
+
+
+def radio(
+    weights: str | None = None,
+    revision: str | None = None,
+    *,
+    shortest_edge: int = 768,
+    random: bool = False,
+    architecture: dict[str, Any] | None = None,
+) -> Recipe:
+    """Return the recipe of RADIO.
+
+    `architecture`: fields of transformers' RadioConfig; with weights they replace those of the folder's `config.json`.
+    `random`: random weights of such a network, for tests.
+    Raises: DataError.
+    """
+    if random:
+        config = RadioConfig(**(architecture or {}))
+    else:
+        folder = weights_folder(weights, revision, where="experts: radio")
+        config = RadioConfig.from_pretrained(folder, **(architecture or {}))
+
+    def build() -> nn.Module:
+        if random:
+            return SpatialFeatures(draw_randomly(RadioModel, config))
+        return SpatialFeatures(load_strictly(RadioModel, folder, unused=UNUSED, absent=ABSENT, config=config))
+
+    return Recipe(
+        kind="radio",
+        channels=config.hidden_size,
+        preprocessing=Preprocessing(resize=ShortestEdge(short=shortest_edge), mode="bicubic", snap=config.patch_size),
+        weights=random_identity(architecture) if random else file_hashes(folder),
+        build=build,
+        is_random=random,
+    )

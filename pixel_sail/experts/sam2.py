@@ -1,0 +1,96 @@
+"""SAM 2.1's image encoder as an expert: Hiera, feature pyramid, and the embedding that says "no memory".
+
+Place in the flow: `configs/experts/sam2.yaml` names `sam2` below. The feature is what the predictor of the released
+code keeps as `image_embed`: the pyramid's coarsest level, stride 16, with the no-memory embedding added, which is how
+SAM 2 treats a picture outside a video. Every photo becomes 1024 x 1024 and its map [256, 64, 64].
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, Sam2Config
+from transformers.models.sam2.modeling_sam2 import Sam2PreTrainedModel
+
+from pixel_sail.experts.expert import Recipe
+from pixel_sail.experts.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, Square
+from pixel_sail.experts.weights import (
+    draw_randomly,
+    file_hashes,
+    load_strictly,
+    random_identity,
+    weights_folder,
+)
+
+UNUSED = (
+    r"^(prompt_encoder|mask_decoder|shared_image_embedding|memory_attention|memory_encoder|mask_downsample)\.",
+    r"^(object_pointer_proj|temporal_positional_encoding_projection_layer)\.",
+    r"^(memory_temporal_positional_encoding|no_memory_positional_encoding|no_object_pointer)$",
+    r"^occlusion_spatial_embedding_parameter$",
+)
+"""Tensors of the published video model that belong to prompts, masks and memory."""
+
+
+def num_channels(config: Sam2Config) -> int:
+    """Return the channels of the feature pyramid."""
+    vision: Any = config.vision_config
+    return int(vision.fpn_hidden_size)
+
+
+class ImageEncoder(Sam2PreTrainedModel):
+    """The part of SAM 2 that looks at one picture, loadable from the weights of the whole."""
+
+    _keys_to_ignore_on_load_unexpected = list(UNUSED)  # noqa: RUF012, declared so by the base class
+
+    def __init__(self, config: Sam2Config) -> None:
+        super().__init__(config)
+        self.vision_encoder = AutoModel.from_config(config.vision_config)
+        self.no_memory_embedding = nn.Parameter(torch.zeros(1, 1, num_channels(config)))
+        self.post_init()
+
+    def forward(self, pixels_B3HW: Tensor) -> Tensor:
+        """Return the image embedding [B, E, H / 16, W / 16]."""
+        coarsest_BEhw = self.vision_encoder(pixels_B3HW).fpn_hidden_states[-1]
+        return coarsest_BEhw + self.no_memory_embedding.view(1, -1, 1, 1)
+
+
+def sam2(
+    weights: str | None = None,
+    revision: str | None = None,
+    *,
+    side: int = 1024,
+    random: bool = False,
+    architecture: dict[str, Any] | None = None,
+) -> Recipe:
+    """Return the recipe of SAM 2.1.
+
+    `random`: random weights of a network of `architecture` (fields of transformers' Sam2Config), for tests.
+    Raises: DataError.
+    """
+    preprocessing = Preprocessing(resize=Square(side=side), mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    if random:
+        config = Sam2Config(**(architecture or {}))
+
+        def draw() -> nn.Module:
+            return draw_randomly(ImageEncoder, config)
+
+        return Recipe(
+            kind="sam2",
+            channels=num_channels(config),
+            preprocessing=preprocessing,
+            weights=random_identity(architecture),
+            build=draw,
+            is_random=True,
+        )
+    folder = weights_folder(weights, revision, where="experts: sam2")
+
+    def load() -> nn.Module:
+        return load_strictly(ImageEncoder, folder, unused=UNUSED)
+
+    return Recipe(
+        kind="sam2",
+        channels=num_channels(Sam2Config.from_pretrained(folder)),
+        preprocessing=preprocessing,
+        weights=file_hashes(folder),
+        build=load,
+    )

@@ -1,0 +1,69 @@
+"""What can be said about one expert in a configuration.
+
+Place in the flow: `config.TrainConfig.experts` holds one `ExpertSettings` per expert, by name; `choice`, `teachers`,
+`losses/distill.py` and `model/distill_head.py` read their part of it. As in `configs/experts/sam2.yaml`:
+
+    ExpertSettings(model={"_target_": "pixel_sail.experts.sam2.sam2", "weights": "data/experts/sam2.1-hiera-large"},
+                   weight=1.0, site="patch_states", channels=256, precision="bf16")
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from pixel_sail.types import DataError
+
+CHOICES = {
+    "loss": ("mse", "cosine", "normalized_mse"),
+    "site": ("pixel_map", "patch_states"),
+    "precision": ("fp32", "bf16"),
+    "on_miss": ("error", "online"),
+}
+
+
+@dataclass(kw_only=True)
+class ExpertSettings:
+    """One expert and how the student learns from it."""
+
+    model: Any = MISSING
+    """`_target_` and arguments of a function that returns an `expert.Recipe`."""
+    weight: float = 1.0
+    """Factor of its loss in the total."""
+    loss: str = "mse"
+    """mse (release), cosine, or normalized_mse: against features with mean 0 and deviation 1 at every cell."""
+    site: str = "pixel_map"
+    """What of the student is compared: its pixel_map after the projector, or its patch_states after the decoder."""
+    channels: int = 256
+    """Feature channels of the expert, the width of the student's linear layer."""
+    share: float = 1.0
+    """Share of the samples with images that are distilled, drawn anew in every epoch."""
+    sources: list[str] = field(default_factory=list)
+    """Names in `data.sources` it is used for; empty: all."""
+    masks_only: bool = False
+    """True: only samples that have masks."""
+    precision: str = "fp32"
+    """Number format the expert computes in: fp32 or bf16."""
+    max_batch: int = 8
+    """Most images that go through the expert together."""
+    cache: str | None = None
+    """Folder written by tools/cache_expert_features.py; None: the expert runs beside the training."""
+    on_miss: str = "error"
+    """What happens to an image that the cache does not hold: error ends the run, online computes it."""
+
+    def __post_init__(self) -> None:
+        """Check the choices and numbers. Raises: DataError."""
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise DataError(f"experts: {name} is {getattr(self, name)!r}, expected one of {allowed}")
+        if not 0.0 <= self.share <= 1.0:
+            raise DataError(f"experts: share is {self.share}, expected 0 .. 1")
+        if self.channels < 1 or self.max_batch < 1:
+            raise DataError(
+                f"experts: channels {self.channels}, max_batch {self.max_batch} found; expected 1 or more of both"
+            )
+
+    @property
+    def runs_online(self) -> bool:
+        """Return whether the network is needed while training."""
+        return self.cache is None or self.on_miss == "online"

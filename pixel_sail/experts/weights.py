@@ -1,0 +1,114 @@
+"""Published weights on disk: where they are, what their bytes are, and loading them strictly.
+
+Place in the flow: the files that build one expert each (`mask2former`, `sam2`, `radio`) call it. Only safetensors are
+read and no code of a repository is run. Weights are a folder, or a name on the Hugging Face hub with a pinned revision:
+
+    weights_folder("data/experts/sam2.1-hiera-large", None)            -> that folder
+    weights_folder("facebook/sam2.1-hiera-large", "5f7c7d1...")        -> the hub's local copy of that commit
+"""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from pixel_sail.files import sha256
+from pixel_sail.types import DataError
+
+Network = TypeVar("Network", bound=PreTrainedModel)
+
+
+def weights_folder(weights: str | None, revision: str | None, *, where: str) -> Path:
+    """Return the folder with `config.json` and safetensors files. Raises: DataError."""
+    if weights is None:
+        raise DataError(
+            f"{where}: no weights given; expected a folder or a hub name with a revision, or random=true for a test"
+        )
+    folder = Path(weights)
+    if not folder.is_dir():
+        if revision is None:
+            raise DataError(
+                f"{where}: {weights}: no such folder; if it is a name on the Hugging Face hub, give its revision "
+                "(a commit), so that a run can be repeated"
+            )
+        try:
+            patterns = ["config.json", "*.safetensors"]
+            folder = Path(snapshot_download(weights, revision=revision, allow_patterns=patterns))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+            raise DataError(
+                f"{where}: {weights} at revision {revision} could not be had from the hub ({error}); download it "
+                "elsewhere and give its folder"
+            ) from error
+    for pattern in ("config.json", "*.safetensors"):
+        if not list(folder.glob(pattern)):
+            raise DataError(f"{where}: {folder} holds no {pattern}; pickled weights are not read")
+    return folder
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of the configuration and of all weights of a folder, by file name."""
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return {file.name: _hash(file, os.stat(file).st_mtime_ns) for file in files}
+
+
+@lru_cache
+def _hash(file: Path, changed_ns: int) -> str:
+    """Return the hash of a file as it was at its last change: gigabytes are read once per process."""
+    return sha256(file)
+
+
+def load_strictly(
+    kind: type[Network],
+    folder: Path,
+    *,
+    unused: Sequence[str] = (),
+    absent: Sequence[str] = (),
+    config: PreTrainedConfig | None = None,
+) -> Network:
+    """Return the network with the folder's weights, float32.
+
+    `unused`: patterns of tensors in the files that this network does not have. `absent`: patterns of parameters that
+    the files need not hold.
+    Raises: DataError naming missing, unexpected or misshapen tensors.
+    """
+    loaded: Any = kind.from_pretrained(
+        folder,
+        config=config,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        use_safetensors=True,
+        local_files_only=True,
+        dtype=torch.float32,
+    )
+    network, info = loaded
+    expected = {"unexpected_keys": unused, "missing_keys": absent}
+    problems = {}
+    for title, found in info.items():
+        keys = sorted(str(key) for key in found)
+        left = [key for key in keys if not any(re.search(pattern, key) for pattern in expected.get(title, ()))]
+        if left:
+            problems[title] = left[:10]
+    if problems:
+        raise DataError(f"{folder}: the weights do not fit {kind.__name__}: {problems}; give the folder of its model")
+    assert isinstance(network, kind)
+    return network
+
+
+def draw_randomly(kind: type[Network], config: PreTrainedConfig) -> Network:
+    """Return the network with random weights that are the same in every process; the global generator is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return kind(config)
+
+
+def random_identity(architecture: dict[str, Any] | None) -> dict[str, str]:
+    """Return what stands for the file hashes of a random network."""
+    return {"random": json.dumps(architecture, sort_keys=True)}

@@ -1,0 +1,66 @@
+"""The student's linear layers towards its experts: used in training, absent from exported models.
+
+Place in the flow: `training/build.py` adds a `DistillHead` to the model where experts are configured, forward calls it
+for the chosen images, `losses/distill.py` compares the result. Names are the released ones:
+
+    distill_head.mask2former_distill_linear.weight [256, mask_dim]    from the pixel map, after the projector
+    distill_head.sam2_distill_linear.weight        [256, hidden]      from the patch states, after the final norm
+
+Axis letters: Y X cells of a map, C student channels, E expert channels.
+"""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pixel_sail.model.configuration_pixel_sail import Architecture
+
+PREFIX = "distill_head."
+"""Of the parameters that an export leaves out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillSite:
+    """Where an expert reads the student, and how many channels it has."""
+
+    site: str
+    channels: int
+
+
+def linear_name(expert: str) -> str:
+    """Return the released name of an expert's linear layer."""
+    return f"{expert}_distill_linear"
+
+
+class DistillHead(nn.ModuleDict):
+    """One linear layer per expert."""
+
+    def __init__(self, config: Architecture, sites: Mapping[str, DistillSite], *, seed: int) -> None:
+        """Draw the layers from a generator of their own each, so that no other weight depends on them."""
+        super().__init__()
+        self.site_of = {name: sites[name].site for name in sorted(sites)}
+        for name in self.site_of:
+            width = config.mask_dim if self.site_of[name] == "pixel_map" else config.hidden_size
+            layer = nn.utils.skip_init(nn.Linear, width, sites[name].channels)
+            generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+            with torch.no_grad():
+                nn.init.normal_(layer.weight, std=width**-0.5, generator=generator)
+                nn.init.zeros_(layer.bias)
+            self[linear_name(name)] = layer
+
+    def reads(self, site: str) -> list[str]:
+        """Return the experts that read the student at a site."""
+        return [name for name, own in self.site_of.items() if own == site]
+
+    def predict(self, expert: str, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return what the student takes an expert's features to be, [Y, X, E] for each of its maps [Y, X, C].
+
+        All maps go through the layer at once.
+        """
+        cells_NE: Tensor = self[linear_name(expert)](torch.cat([map_YXC.flatten(0, 1) for map_YXC in maps]))
+        sizes = [map_YXC.shape[:2] for map_YXC in maps]
+        parts = cells_NE.split([size.numel() for size in sizes])
+        return tuple(part.unflatten(0, size) for part, size in zip(parts, sizes, strict=True))
