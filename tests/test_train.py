@@ -81,25 +81,18 @@ def test_a_killed_run_goes_on_with_the_same_log(data_root, tmp_path):
     assert log_lines(tmp_path / "killed") == log_lines(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-def test_every_zero_stage_gives_the_same_losses_and_continues(data_root, tmp_path, stage):
+@pytest.mark.parametrize("stage", ["none", "zero0", "zero1", "zero3"])
+def test_every_way_to_share_a_step_gives_the_same_losses_and_continues(data_root, tmp_path, stage):
     train(data_root, tmp_path / "two", "optim.steps=3", by="torchrun")
-    train(data_root, tmp_path / "other", f"deepspeed=zero{stage}", "optim.steps=3", by="torchrun", port=29640)
+    train(data_root, tmp_path / "other", f"deepspeed={stage}", "optim.steps=3", by="torchrun", port=29640)
     first, other = log_lines(tmp_path / "two"), log_lines(tmp_path / "other")
     for line, expected in zip(other, first, strict=True):
-        assert ("grad_norm" in line) == (stage != 0), "DeepSpeed tells no gradient norm without ZeRO"
+        assert ("grad_norm" in line) == (stage != "zero0"), "DeepSpeed tells no gradient norm without ZeRO"
         assert line == pytest.approx({key: expected[key] for key in line}, rel=1e-4)
     train(data_root, tmp_path / "parts", "deepspeed=zero2", "optim.steps=3", "checkpoint.stop_after=1", by="torchrun")
-    train(data_root, tmp_path / "parts", f"deepspeed=zero{stage}", "optim.steps=3", by="torchrun", port=29640)
+    train(data_root, tmp_path / "parts", f"deepspeed={stage}", "optim.steps=3", by="torchrun", port=29640)
     for line, expected in zip(log_lines(tmp_path / "parts"), first, strict=True):
         assert line == pytest.approx({key: expected[key] for key in line}, rel=1e-4)
-
-
-def test_zero_3_is_refused_before_anything_starts(data_root, tmp_path):
-    command = [sys.executable, "scripts/train.py", *SMALL, f"run_dir={tmp_path / 'run'}", "deepspeed=zero3"]
-    done = start(command, data_root)
-    assert done.returncode == 2 and "deepspeed.stage is 3" in done.stderr
-    assert not (tmp_path / "run").exists()
 
 
 def test_half_precision_stays_close_to_single_precision(data_root, tmp_path):

@@ -175,7 +175,10 @@ def compare_forward(report: Report, cases: list[Case], model: PixelSailForSegmen
         output = model(**inputs)
         # Images without masks skip the mask head in the model; the recording has their features too.
         every_image = [max(count, 1) for count in inputs["masks_per_image"]]
-        features = model.features_of_images(output.hidden_BTD, inputs["patch_index_BT"], inputs["grids"], every_image)
+        no_states = output.hidden_BTD[0, :0]
+        _, features, _ = model.read_masks(
+            output.hidden_BTD, inputs["patch_index_BT"], inputs["grids"], every_image, no_states
+        )
     start = 0
     for index, case in enumerate(cases):
         stop = start + case["input_ids"].shape[1]

@@ -9,6 +9,8 @@ Axis letters: I images of one grid size, N masks, h w patch grid, Y X cells of t
 width.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -53,6 +55,16 @@ class MaskHead(nn.Module):
             last = projector[-1]
             assert isinstance(last, nn.Linear)
             last.weight.mul_(last.out_features**-0.25)
+
+    def forward(self, groups: Sequence[Tensor], seg_states_NC: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the pixel features [cells, D] of groups [I, h, w, hidden] one after another, and the queries [N, D].
+
+        Training comes through here once in a forward pass and takes two tensors, however many grid sizes its batch
+        has: ZeRO-3 gathers parameters at each call of a module and again for each tensor that came out of it, and
+        every rank must gather equally often.
+        """
+        maps = [self.pixel_features(states_IhwC).flatten(0, 2) for states_IhwC in groups]
+        return torch.cat(maps), self.seg_queries(seg_states_NC)
 
     def pixel_features(self, states_IhwC: Tensor) -> Tensor:
         """Return the pixel features [I, Y, X, D] of patch states [I, h, w, hidden]."""

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from pixel_sail.model.attention_mask import attention_mask
 from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
@@ -29,9 +28,13 @@ from pixel_sail.model.image_embedding import PatchEmbedding
 from pixel_sail.model.mask_head import MaskHead, mask_logits
 
 
-@dataclass
-class PixelSailOutput(ModelOutput):
-    """What a forward pass returns."""
+@dataclass(kw_only=True)
+class PixelSailOutput:
+    """What a forward pass returns.
+
+    Not a Hugging Face `ModelOutput`: DeepSpeed's ZeRO-3 counts the tensors in a dictionary that a module returns and
+    wants equally many on every rank, but how many maps there are depends on the images of a batch.
+    """
 
     hidden_BTD: Tensor | None = None
     """States after the final norm."""
@@ -163,18 +166,18 @@ class PixelSailForSegmentation(PreTrainedModel):
         logits = self.lm_head(chosen)
         if seg_positions_N2 is None:
             seg_positions_N2 = input_ids_BT.new_zeros(0, 2)
-        queries_ND = self.mask_head.seg_queries(hidden_BTD[tuple(seg_positions_N2.unbind(1))])
         wanted = self.images_with_pixel_map(masks_per_image, distilled_images or {})
-        features = self.features_of_images(hidden_BTD, patch_index_BT, grids, wanted)
+        seg_states_ND = hidden_BTD[tuple(seg_positions_N2.unbind(1))]
+        cells_PD, features, queries_ND = self.read_masks(hidden_BTD, patch_index_BT, grids, wanted, seg_states_ND)
         masks = masks_of_images(queries_ND, features, masks_per_image)
         distilled, distill_anchor = None, None
         if self.distill_head is not None:
             distilled, distill_anchor = self.predict_experts(
-                hidden_BTD, patch_index_BT, grids, features, distilled_images or {}
+                hidden_BTD, patch_index_BT, grids, cells_PD, features, distilled_images or {}
             )
         anchor = None
         if self.training:
-            anchor = self.anchor(hidden_BTD, logits, queries_ND, features)
+            anchor = 0.0 * (cells_PD.sum() + queries_ND.sum() + logits.sum())
             anchor = anchor if distill_anchor is None else anchor + distill_anchor
         return PixelSailOutput(
             hidden_BTD=hidden_BTD,
@@ -196,14 +199,19 @@ class PixelSailForSegmentation(PreTrainedModel):
                 needed[image] = max(needed[image], 1)
         return needed
 
-    def features_of_images(
+    def read_masks(
         self,
         hidden_BTD: Tensor,
         patch_index_BT: Tensor,
         grids: Sequence[tuple[int, int]],
         masks_per_image: Sequence[int],
-    ) -> tuple[Tensor | None, ...]:
-        """Return the pixel features [Y, X, D] of every image that has masks; images of one grid go through together."""
+        seg_states_ND: Tensor,
+    ) -> tuple[Tensor, tuple[Tensor | None, ...], Tensor]:
+        """Return the pixel features of all cells [P, D], of every image that has masks [Y, X, D], and the queries.
+
+        Images of one grid go through the mask head together. A batch without masks sends one state through it, so that
+        every rank of a distributed run has the same gradients in every step.
+        """
         on_patch = patch_index_BT >= 0
         states_SD = torch.empty_like(hidden_BTD[on_patch])
         states_SD = states_SD.index_copy(0, patch_index_BT[on_patch], hidden_BTD[on_patch])
@@ -212,31 +220,25 @@ class PixelSailForSegmentation(PreTrainedModel):
             offsets.append(offsets[-1] + rows * columns)
             if masks_per_image[image]:
                 same_grid[(rows, columns)].append(image)
+        groups = [
+            torch.stack([states_SD[offsets[i] : offsets[i + 1]].view(rows, columns, -1) for i in images])
+            for (rows, columns), images in same_grid.items()
+        ]
+        cells_PD, queries_ND = self.mask_head(groups or [hidden_BTD[:1, None, :1]], seg_states_ND)
         features: list[Tensor | None] = [None] * len(grids)
-        for (rows, columns), images in same_grid.items():
-            stacked = torch.stack([states_SD[offsets[i] : offsets[i + 1]].view(rows, columns, -1) for i in images])
-            for image, feature in zip(images, self.mask_head.pixel_features(stacked), strict=True):
-                features[image] = feature
-        return tuple(features)
-
-    def anchor(
-        self, hidden_BTD: Tensor, logits: Tensor, queries_ND: Tensor, features: Sequence[Tensor | None]
-    ) -> Tensor:
-        """Return a zero that every parameter takes part in.
-
-        Ranks of a distributed run must produce the same gradients in every step, also when one of them has no image or
-        no mask; a batch without masks therefore sends one state through the mask head.
-        """
-        if all(feature is None for feature in features):
-            features = (self.mask_head.pixel_features(hidden_BTD[:1, None, :1]),)
-        touched = [feature.sum() for feature in features if feature is not None]
-        return 0.0 * (torch.stack(touched).sum() + queries_ND.sum() + logits.sum())
+        scale, first = 2**self.config.num_upsample_blocks, 0
+        for image in (image for images in same_grid.values() for image in images):
+            size = (grids[image][0] * scale, grids[image][1] * scale)
+            features[image] = cells_PD[first : first + size[0] * size[1]].view(*size, -1)
+            first += size[0] * size[1]
+        return cells_PD, tuple(features), queries_ND
 
     def predict_experts(
         self,
         hidden_BTD: Tensor,
         patch_index_BT: Tensor,
         grids: Sequence[tuple[int, int]],
+        cells_PD: Tensor,
         features: Sequence[Tensor | None],
         images: Mapping[str, Sequence[int]],
     ) -> tuple[dict[str, tuple[Tensor, ...]], Tensor]:
@@ -249,9 +251,7 @@ class PixelSailForSegmentation(PreTrainedModel):
         assert self.distill_head is not None
         states = states_of_images(hidden_BTD, patch_index_BT, grids)
         state_11D = hidden_BTD[:1, :1]
-        pixel = next((feature[:1, :1] for feature in features if feature is not None), None)
-        if pixel is None:
-            pixel = self.mask_head.pixel_features(state_11D[None])[0]
+        pixel = cells_PD[None, :1]
         predicted: dict[str, tuple[Tensor, ...]] = {}
         touched = []
         for expert, site in self.distill_head.site_of.items():

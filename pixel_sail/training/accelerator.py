@@ -8,6 +8,7 @@ import logging
 import os
 from typing import Any
 
+import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
@@ -31,6 +32,9 @@ def deepspeed_dictionary(config: TrainConfig, accumulation: int) -> dict[str, An
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     if config.deepspeed.stage == 3:
         zero |= {"stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 10_000}
+        # How often the upsampler runs depends on the image sizes of a rank's batch: its parameters are gathered once
+        # for all of them, with the mask head as a whole.
+        zero["leaf_module"] = {"classes": ["MaskHead"]}
     micro = config.data.packs_per_micro_batch
     return {
         "train_micro_batch_size_per_gpu": micro,
@@ -52,14 +56,18 @@ def build_accelerator(config: TrainConfig, accumulation: int) -> Accelerator:
     for noisy in ("DeepSpeed", "deepspeed", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     mixed_precision = "bf16" if config.optim.precision == "bf16" else "no"
-    if config.deepspeed.enabled and config.deepspeed.stage == 3:
-        raise ConfigError(
-            "deepspeed.stage is 3, expected 0, 1 or 2: sharded parameters hang in the training step (seen with "
-            "two CPU processes); use deepspeed=zero2"
-        )
     if not config.deepspeed.enabled:
         plugin = GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False)
-        return Accelerator(gradient_accumulation_plugin=plugin, mixed_precision=mixed_precision)
+        # Without `cpu`, accelerate would leave several CPU processes each with a model of its own, and say nothing.
+        cpu = not torch.cuda.is_available()
+        accelerator = Accelerator(cpu=cpu, gradient_accumulation_plugin=plugin, mixed_precision=mixed_precision)
+        if accelerator.num_processes != dist.launched_world_size():
+            raise ConfigError(
+                f"accelerate trains {accelerator.num_processes} processes together and chose "
+                f"{accelerator.distributed_type}, expected the {dist.launched_world_size()} that were launched; "
+                "use another launcher, or DeepSpeed"
+            )
+        return accelerator
     # `accelerate launch --cpu` sets this variable, and accelerate then silently leaves DeepSpeed out. DeepSpeed finds
     # out by itself that there is no GPU.
     os.environ.pop("ACCELERATE_USE_CPU", None)

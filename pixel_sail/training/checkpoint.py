@@ -177,10 +177,9 @@ def restore_optimizer(
 ) -> None:
     """Put Adam's moments and step count, and the float32 master weights, into the wrapped model and optimizer."""
     base = list(_optimizer_chain(optimizer))[-1]
-    for group in base.param_groups:
-        for parameter in group["params"]:
-            base.state[parameter] = {"step": torch.tensor(float(state.step))}
-            base.state[parameter] |= {key: torch.zeros_like(parameter) for key in MOMENTS}
+    for parameter in _owned_by(base, optimizer):
+        base.state[parameter] = {"step": torch.tensor(float(state.step))}
+        base.state[parameter] |= {key: torch.zeros_like(parameter) for key in MOMENTS}
     _link_sharded_states(optimizer)
     for name, parameter in accelerator.unwrap_model(model).named_parameters():
         _set_master(parameter, parameters[name])
@@ -219,6 +218,31 @@ def differing_leaves(saved: Any, now: Any, path: str = "") -> Iterator[tuple[str
             yield from differing_leaves(saved.get(key), now.get(key), f"{path}.{key}" if path else key)
     elif saved != now:
         yield path, (saved, now)
+
+
+def plain_copy(model: nn.Module, accelerator: Accelerator) -> Any:
+    """Return the model itself, or a whole copy of it where ZeRO-3 shards its parameters; every rank must call it.
+
+    A sharded model gathers parameters at each call of a module, so that ranks may not answer different questions.
+    """
+    plain = accelerator.unwrap_model(model)
+    if not any(hasattr(parameter, "ds_id") for parameter in plain.parameters()):
+        return plain
+    whole = {name: _whole_parameter(parameter).detach() for name, parameter in plain.named_parameters()}
+    copy = type(plain)(plain.config).to(accelerator.device, plain.dtype)
+    load_parameters(copy, {name: tensor for name, tensor in whole.items() if not name.startswith(DISTILL_HEAD)})
+    return copy
+
+
+def _owned_by(base: Optimizer, optimizer: Optimizer) -> list[Tensor]:
+    """Return the tensors whose state torch's optimizer keeps.
+
+    ZeRO-3 hands them to it one after another within a step, so that its groups are empty in between.
+    """
+    for wrapper in _optimizer_chain(optimizer):
+        if hasattr(wrapper, "fp32_partitioned_groups_flat"):
+            return list(wrapper.fp32_partitioned_groups_flat)
+    return [parameter for group in base.param_groups for parameter in group["params"]]
 
 
 def _optimizer_chain(optimizer: Any) -> Iterator[Any]:

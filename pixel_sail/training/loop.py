@@ -208,8 +208,7 @@ def validate(
     model: Any, processor: PixelSailProcessor, evaluate: Evaluate, step: int, log: RunLog, accelerator: Any
 ) -> None:
     """Score the model as it is and go back to training."""
-    plain = accelerator.unwrap_model(model)
-    plain.eval()
+    plain = checkpoint.plain_copy(model, accelerator).eval()
     with torch.no_grad():
         evaluate(plain, processor, step, log)
     plain.train()
