@@ -93,6 +93,9 @@ class OptimConfig:
     max_grad_norm: float = 1.0
     precision: str = "fp32"
     """fp32 or bf16."""
+    activation_checkpointing: bool = False
+    """Keep only what goes into each decoder layer and compute the rest again in the backward pass: same numbers, less
+    memory, about a third more time."""
 
     def __post_init__(self) -> None:
         """Check the choices."""

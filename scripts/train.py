@@ -8,13 +8,14 @@ from pixel_sail import dist
 from pixel_sail.config import ConfigError, TrainConfig, build, command_line_overrides, load_config
 from pixel_sail.evaluation.validation import validation_for
 from pixel_sail.training.checkpoint import CheckpointError
+from pixel_sail.training.interruption import REQUEUE_STATUS, InterruptedRun
 from pixel_sail.training.loop import train
 from pixel_sail.training.step import NonFiniteLossError
 from pixel_sail.types import DataError
 
 
 def main() -> int:
-    """Run training; wrong input ends with one message and exit status 2."""
+    """Run training; wrong input ends with one message and exit status 2, a signal with 85 after a checkpoint."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     try:
         config = load_config("train", TrainConfig, command_line_overrides())
@@ -24,6 +25,10 @@ def main() -> int:
     except (ConfigError, DataError, CheckpointError, NonFiniteLossError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except InterruptedRun as interrupted:
+        print(f"InterruptedRun: {interrupted}", file=sys.stderr)
+        dist.shutdown()
+        return REQUEUE_STATUS
     return 0
 
 

@@ -1,6 +1,7 @@
 """How the end-to-end tests start the project's commands, and the small benchmark they use."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,16 @@ def environment(data_root: Path) -> dict[str, str]:
     return os.environ | {"PIXEL_SAIL_DATA": str(data_root), "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "offline"}
 
 
-def launcher(name: str, port: int) -> list[str]:
+def free_port() -> int:
+    """Return a port that nothing listens on, so that tests of two checkouts may run at once."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def launcher(name: str) -> list[str]:
+    port = free_port()
     return {
         "python": [sys.executable],
         "torchrun": [str(BIN / "torchrun"), "--nproc-per-node=2", f"--master-port={port}"],

@@ -44,8 +44,8 @@ def checkpoint(data_root, tmp_path_factory):
     return folder
 
 
-def evaluate(checkpoint, data_root, output, *overrides, by="python", port=29650):
-    command = [*launcher(by, port), "scripts/evaluate.py", f"checkpoint={checkpoint}", f"output={output}"]
+def evaluate(checkpoint, data_root, output, *overrides, by="python"):
+    command = [*launcher(by), "scripts/evaluate.py", f"checkpoint={checkpoint}", f"output={output}"]
     options = ("evals=[refshapes_val,grefshapes_val]", "predict.answer=forced", "progress=false")
     done = start([*command, *options, *overrides], data_root)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -119,7 +119,7 @@ def test_every_task_answers_and_scores_every_item(whole):
 
 
 def test_two_processes_write_the_same_predictions(whole, options, data_root, tmp_path):
-    command = [*launcher("torchrun", 29671), "scripts/evaluate.py", *options(tmp_path, *EVALS)]
+    command = [*launcher("torchrun"), "scripts/evaluate.py", *options(tmp_path, *EVALS)]
     done = subprocess.run(command, cwd=ROOT, env=environment(data_root), capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in EVALS:

@@ -421,7 +421,7 @@ def test_a_run_refuses_the_cache_of_another_expert_before_it_starts(tool, data_r
 def test_two_processes_write_the_bytes_of_one(tool, data_root, tmp_path):
     arguments = [*small(data_root), "--images-per-shard", "3", "--measure", "1", "--dtype", "int8"]
     assert tool.main([*arguments, "--out", str(tmp_path / "one")]) == 0
-    done = start([*launcher("torchrun", 29733), str(TOOL), *arguments, "--out", str(tmp_path / "two")], data_root)
+    done = start([*launcher("torchrun"), str(TOOL), *arguments, "--out", str(tmp_path / "two")], data_root)
     assert done.returncode == 0, done.stderr[-2000:]
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*"))
     assert files == sorted(path.relative_to(tmp_path / "two") for path in (tmp_path / "two").rglob("*.*"))

@@ -207,7 +207,7 @@ def test_zero_2_in_bf16_shares_masters_and_moments_over_two_processes(data_root,
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
     overrides = ("experiment=quickstart", "optim.precision=bf16", "data.packs_per_micro_batch=1")
-    done = start([*launcher("torchrun", 29655), str(script), str(tmp_path / "held.json"), *overrides], data_root)
+    done = start([*launcher("torchrun"), str(script), str(tmp_path / "held.json"), *overrides], data_root)
     assert done.returncode == 0, done.stderr[-3000:]
     count, weights, masters, moments = json.loads((tmp_path / "held.json").read_text())
     said = training_state(count, DeepSpeedConfig(stage=2), precision="bf16", world_size=2, largest_gathered=0)

@@ -1,6 +1,7 @@
 """Training end to end, as a user starts it: exact continuation, every launcher, clear failures."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from running import ROOT, environment, launcher, start
+from running import ROOT, environment, free_port, launcher, start
 
 SMALL = (
     "experiment=quickstart",
@@ -33,8 +34,8 @@ SMALL = (
 )
 
 
-def train(data_root: Path, run_dir: Path, *overrides: str, by: str = "python", port: int = 29611) -> str:
-    done = start([*launcher(by, port), "scripts/train.py", *SMALL, f"run_dir={run_dir}", *overrides], data_root)
+def train(data_root: Path, run_dir: Path, *overrides: str, by: str = "python") -> str:
+    done = start([*launcher(by), "scripts/train.py", *SMALL, f"run_dir={run_dir}", *overrides], data_root)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stderr
 
@@ -71,26 +72,81 @@ def test_a_killed_run_goes_on_with_the_same_log(data_root, tmp_path):
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(data_root), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 120
-    while not (log_file.is_file() and len(log_file.read_text().splitlines()) >= 10):
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
-        time.sleep(0.02)
+    wait_for_lines(log_file, 10, [process])
     process.send_signal(signal.SIGKILL)
     process.wait()
     train(data_root, tmp_path / "killed", *overrides)
     assert log_lines(tmp_path / "killed") == log_lines(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(("number", "by"), [(signal.SIGUSR1, "python"), (signal.SIGTERM, "ranks")])
+def test_a_signal_ends_the_run_after_a_checkpoint_with_its_own_status(data_root, tmp_path, number, by):
+    """Sent as Slurm does: to every process of the job step; with several ranks only one of them gets it here."""
+    overrides = ("optim.steps=30", "data.num_workers=2", "deepspeed=none" if by == "python" else "deepspeed=zero2")
+    command = [sys.executable, "scripts/train.py", *SMALL, f"run_dir={tmp_path / 'run'}", *overrides]
+    port = free_port()
+    ranks = [{}] if by == "python" else [rank_variables(rank, 2, port=port) for rank in range(2)]
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment(data_root) | own,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for own in ranks
+    ]
+    wait_for_lines(tmp_path / "run" / "log.jsonl", 3, processes)
+    os.killpg(processes[-1].pid, number)
+    messages = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [85] * len(ranks), messages
+    assert all("which is saved; the same command goes on" in message for message in messages)
+    stopped = len(log_lines(tmp_path / "run"))
+    assert 3 <= stopped < 30
+    train(data_root, tmp_path / "run", *overrides, by="python" if by == "python" else "torchrun")
+    train(data_root, tmp_path / "whole", *overrides, by="python" if by == "python" else "torchrun")
+    assert log_lines(tmp_path / "run") == log_lines(tmp_path / "whole")
+
+
+def rank_variables(rank: int, world_size: int, *, port: int) -> dict[str, str]:
+    variables: dict[str, object] = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_WORLD_SIZE": world_size,
+    }
+    # One thread, as torchrun sets it: other numbers of threads add up in another order.
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    return {name: str(value) for name, value in variables.items()}
+
+
+def wait_for_lines(log_file: Path, number: int, processes: list[subprocess.Popen]) -> None:
+    deadline = time.monotonic() + 120
+    while not (log_file.is_file() and len(log_file.read_text().splitlines()) >= number):
+        assert all(process.poll() is None for process in processes), "the run ended before it could be stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_activation_checkpointing_changes_no_number(data_root, tmp_path):
+    train(data_root, tmp_path / "plain", "deepspeed=none", "optim.steps=3")
+    overrides = ("deepspeed=none", "optim.steps=3", "optim.activation_checkpointing=true")
+    train(data_root, tmp_path / "again", *overrides, "checkpoint.stop_after=1")
+    train(data_root, tmp_path / "again", *overrides[:2])
+    assert log_lines(tmp_path / "again") == log_lines(tmp_path / "plain")
+
+
 @pytest.mark.parametrize("stage", ["none", "zero0", "zero1", "zero3"])
 def test_every_way_to_share_a_step_gives_the_same_losses_and_continues(data_root, tmp_path, stage):
     train(data_root, tmp_path / "two", "optim.steps=3", by="torchrun")
-    train(data_root, tmp_path / "other", f"deepspeed={stage}", "optim.steps=3", by="torchrun", port=29640)
+    train(data_root, tmp_path / "other", f"deepspeed={stage}", "optim.steps=3", by="torchrun")
     first, other = log_lines(tmp_path / "two"), log_lines(tmp_path / "other")
     for line, expected in zip(other, first, strict=True):
         assert ("grad_norm" in line) == (stage != "zero0"), "DeepSpeed tells no gradient norm without ZeRO"
         assert line == pytest.approx({key: expected[key] for key in line}, rel=1e-4)
     train(data_root, tmp_path / "parts", "deepspeed=zero2", "optim.steps=3", "checkpoint.stop_after=1", by="torchrun")
-    train(data_root, tmp_path / "parts", f"deepspeed={stage}", "optim.steps=3", by="torchrun", port=29640)
+    train(data_root, tmp_path / "parts", f"deepspeed={stage}", "optim.steps=3", by="torchrun")
     for line, expected in zip(log_lines(tmp_path / "parts"), first, strict=True):
         assert line == pytest.approx({key: expected[key] for key in line}, rel=1e-4)
 
@@ -159,8 +215,8 @@ def test_every_kind_of_dataset_trains_in_one_mixture(data_root, tmp_path):
 
 
 def test_every_launcher_starts_the_same_run(data_root, tmp_path):
-    for index, name in enumerate(("python", "torchrun", "accelerate", "deepspeed")):
-        train(data_root, tmp_path / name, "optim.steps=3", by=name, port=29620 + index)
+    for name in ("python", "torchrun", "accelerate", "deepspeed"):
+        train(data_root, tmp_path / name, "optim.steps=3", by=name)
     first = log_lines(tmp_path / "torchrun")
     assert len(first) == 3
     # Launchers give their processes different numbers of threads, and one process sums in another order than two: the

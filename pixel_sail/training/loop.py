@@ -28,6 +28,7 @@ from pixel_sail.training import checkpoint
 from pixel_sail.training.accelerator import build_accelerator
 from pixel_sail.training.build import build_model
 from pixel_sail.training.checkpoint import TrainState
+from pixel_sail.training.interruption import InterruptedRun, StopSignals
 from pixel_sail.training.log import RunLog
 from pixel_sail.training.optim import build_optimizer
 from pixel_sail.training.schedule import learning_rate
@@ -48,11 +49,15 @@ FREE_KEYS = (
 FREE_DATA_KEYS = ("num_workers", "packs_per_micro_batch")
 """The same within `data`: how the work is shared out, not what it is."""
 
+FREE_OPTIM_KEYS = ("activation_checkpointing",)
+"""The same within `optim`: a run that ran out of memory may go on with it."""
+
 
 def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
     """Run training, continuing from the last complete checkpoint if the run folder has one; return the exported folder.
 
-    Raises: ConfigError, DataError and CheckpointError before the first step; NonFiniteLossError in mid-run.
+    Raises: ConfigError, DataError and CheckpointError before the first step; NonFiniteLossError in mid-run;
+    InterruptedRun after a checkpoint where a signal asked for it.
     """
     dist.ensure_launch_environment()
     share = lane_share(config.data)
@@ -77,12 +82,14 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
         state, *saved = checkpoint.read(found, identity)
         checkpoint.load_parameters(model, saved[0])
         logger.info("continuing from %s", found)
+    model.decoder.gradient_checkpointing = config.optim.activation_checkpointing
     model, optimizer = accelerator.prepare(model, build_optimizer(model, config.optim))
     if saved is not None:
         checkpoint.restore_optimizer(model, optimizer, accelerator, state=state, parameters=saved[0], moments=saved[1])
     if dist.rank() == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.json").write_text(json.dumps(resolved, indent=1) + "\n")
+    stop = StopSignals()
     data = training_batches(
         mixture,
         processor,
@@ -103,6 +110,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
     with RunLog(run_dir, config.log, steps=config.optim.steps, start=state.step, resolved=resolved) as log:
         while state.step < last:
             step_data = next(data)
+            stop.listen()
             lr = learning_rate(state.step, config.optim)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -141,10 +149,14 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
                 epoch = sum(lane.consumed for lane in lanes) / mixture.epoch_length
                 numbers = {"lr": lr, **report.scalars(), "epoch": round(epoch, 4), "skipped": num_skipped}
                 log.scalars(state.step, {**numbers, **source_scalars(mixture.names, sums, experts)})
-            if due(state.step, config.checkpoint.every) or state.step == last:
+            is_stopped = stop.anywhere(accelerator.device) and state.step < last
+            if due(state.step, config.checkpoint.every) or state.step == last or is_stopped:
                 save()
+            if is_stopped:
+                raise InterruptedRun(f"interrupted after step {state.step}, which is saved; the same command goes on")
             if evaluate is not None and due(state.step, config.validation.every):
                 validate(model, processor, evaluate, state.step, log, accelerator)
+    stop.restore()
     checkpoint.export(run_dir / "export", model, accelerator, processor)
     return run_dir / "export"
 
@@ -158,6 +170,7 @@ def run_identity(resolved: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a configuration that a continued run must not change."""
     identity = {key: value for key, value in resolved.items() if key not in FREE_KEYS}
     identity["data"] = {key: value for key, value in resolved["data"].items() if key not in FREE_DATA_KEYS}
+    identity["optim"] = {key: value for key, value in resolved["optim"].items() if key not in FREE_OPTIM_KEYS}
     # A cache may move, but stored features are rounded: whether there is one belongs to the run.
     experts = {name: {**own, "cache": own["cache"] is not None} for name, own in identity.pop("experts").items()}
     return identity | {"experts": experts} if experts else identity

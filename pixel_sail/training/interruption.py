@@ -1,0 +1,55 @@
+"""Ending a run from outside: a scheduler's signal becomes a checkpoint and an exit status.
+
+Place in the flow: `training/loop.py` asks after every step whether any rank was told to stop; `scripts/train.py` ends
+with `REQUEUE_STATUS`. Slurm sends SIGUSR1 before the time limit and SIGTERM at pre-emption, to every process of a job:
+
+    09:58:00 SIGUSR1 to rank 3 -> step 4,711 ends -> all ranks save -> "interrupted after step 4711" -> status 85
+"""
+
+import signal
+from types import FrameType
+
+import torch
+from torch import distributed
+
+REQUEUE_STATUS = 85
+"""Exit status that means: saved, start me again. `scripts/slurm/train.sbatch` goes by it."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class InterruptedRun(RuntimeError):
+    """A signal ended the run; everything up to its last step is saved."""
+
+
+class StopSignals:
+    """Notes SIGTERM and SIGUSR1 instead of dying of them. Must be made before any data worker is started.
+
+    Signals are ignored at first and noted from `listen` on: processes that start in between, the data workers and what
+    starts them, inherit that they ignore signals, which are meant for the training process alone.
+    """
+
+    def __init__(self) -> None:
+        self.is_noted = False
+        self._before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
+
+    def listen(self) -> None:
+        """Note signals from now on."""
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+
+    def anywhere(self, device: torch.device) -> bool:
+        """Return on every rank whether any rank noted a signal; every rank must call it."""
+        if not (distributed.is_initialized() and distributed.get_world_size() > 1):
+            return self.is_noted
+        noted = torch.tensor([int(self.is_noted)], device=device)
+        distributed.all_reduce(noted, distributed.ReduceOp.MAX)
+        return bool(noted.item())
+
+    def restore(self) -> None:
+        """Put back what was there before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.is_noted = True
