@@ -9,7 +9,7 @@ from shared_data import SHARED, shared_data
 
 from pixel_sail.config import EvalConfig, build, load_config
 from pixel_sail.data.masks import decode_rle
-from pixel_sail.data.sources.boxed_expressions import expressions
+from pixel_sail.data.sources import boxed_expressions
 from pixel_sail.evaluation.predictions import read_predictions
 from pixel_sail.evaluation.run import run_evals
 from pixel_sail.types import DataError
@@ -95,7 +95,7 @@ def record(**changes):
 def read(tmp_path, *records):
     file = tmp_path / "boxes.json"
     file.write_text(json.dumps(records))
-    return expressions(annotations=file, image_dir="photos")
+    return boxed_expressions.load(annotations=file, image_dir="photos")
 
 
 def test_a_box_is_the_pixels_whose_centres_it_holds(tmp_path):

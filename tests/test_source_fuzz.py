@@ -12,6 +12,7 @@ from running import ROOT
 from test_reader_fuzz import limited_memory, mutated_bytes, own_cache  # noqa: F401, the fixtures hold for this file too
 
 from pixel_sail.data.sources import (
+    boxed_expressions,
     coco_panoptic,
     coco_semantic,
     coco_vp,
@@ -114,6 +115,14 @@ def drawn(tmp_path_factory, data_root):
         Image.new("RGB", (6, 4)).save(photos / name)
     shape = {"segmentation": [[0, 0, 3, 0, 3, 3]], "image_id": 1, "id": 1}
     image = {"id": 1, "file_name": "000000000004.jpg", "height": 4, "width": 6, "caption": "a thing"}
+    boxed = {
+        "image_id": 4,
+        "local_image": "000000000004.jpg",
+        "expression": "a thing",
+        "bbox_xyxy": [1.0, 0.2, 5.0, 3.1],
+    }
+    boxed |= {"height": 4, "width": 6}
+    (out / "boxed.json").write_text(json.dumps([boxed, {**boxed, "bbox_xyxy": None}]))
     (out / "regions.json").write_text(json.dumps({"images": [image], "annotations": [shape]}))
     return out
 
@@ -121,6 +130,7 @@ def drawn(tmp_path_factory, data_root):
 GCG = "glamm_data/annotations/"
 PANOPTIC = "coco/annotations/panoptic_train2017.json"
 READERS = {
+    "boxed expressions": ("boxed.json", lambda f, d: boxed_expressions.load(annotations=f, image_dir=d / "photos")),
     "osprey": ("osprey/osprey_conversation.json",
                lambda f, d: _go_through(osprey.load(annotations=f, image_dirs=[d / "photos"], name="osprey"))),
     "osprey details": ("osprey/osprey_detail_description.json",

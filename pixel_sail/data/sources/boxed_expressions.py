@@ -23,7 +23,7 @@ from pixel_sail.rle import encode_mask
 from pixel_sail.types import RLE, DataError, Expression, SizeHW
 
 
-def expressions(*, annotations: str | Path, image_dir: str | Path) -> list[Expression]:
+def load(*, annotations: str | Path, image_dir: str | Path) -> list[Expression]:
     """Return every record in the order of the file; ref_id is its place in it, sent_id is 0.
 
     image_dir: what the image names start from. Raises: DataError.
