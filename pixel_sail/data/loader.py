@@ -11,7 +11,6 @@ and up to 4 workers can each make one of these micro-batches.
 """
 
 import logging
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -122,14 +121,6 @@ def usable_workers(requested: int, num_groups: int) -> int:
     return max((n for n in range(1, requested + 1) if num_groups % n == 0), default=0)
 
 
-def ignore_termination(worker: int) -> None:
-    """Let a data worker outlive the SIGTERM that a scheduler sends to all processes; it ends with its training process.
-
-    PyTorch installs a handler of its own in every worker, so that what it inherits does not count.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 def training_batches(
     mixture: Mixture,
     processor: PixelSailProcessor,
@@ -174,7 +165,6 @@ def training_batches(
         batch_size=None,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=ignore_termination,
     )
     arriving = iter(loader)
     while True:

@@ -1,9 +1,12 @@
 """Ending a run from outside: a scheduler's signal becomes a checkpoint and an exit status.
 
 Place in the flow: `training/loop.py` asks after every step whether any rank was told to stop; `scripts/train.py` ends
-with `REQUEUE_STATUS`. Slurm sends SIGUSR1 before the time limit and SIGTERM at pre-emption, to every process of a job:
+with `REQUEUE_STATUS`. Slurm sends SIGUSR1 before the time limit, to every process of a job step:
 
     09:58:00 SIGUSR1 to rank 3 -> step 4,711 ends -> all ranks save -> "interrupted after step 4711" -> status 85
+
+SIGTERM does the same where it is sent to the training processes alone. PyTorch's data workers end at a SIGTERM of their
+own and take the run with them; it then goes on from the last complete checkpoint.
 """
 
 import signal
