@@ -15,7 +15,9 @@ from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
 
-from pixel_sail.data.masks import check_rle
+import numpy as np
+
+from pixel_sail.data.masks import check_rle, decode_rle
 from pixel_sail.evaluation.measured import PAPER_PREFIX, Measured, measure, together
 from pixel_sail.evaluation.record_files import (
     Json,
@@ -25,6 +27,7 @@ from pixel_sail.evaluation.record_files import (
     check_kinds,
     read_records,
 )
+from pixel_sail.metrics.boundary import BoundarySums, boundary_sums
 from pixel_sail.metrics.iou import IoUSums
 from pixel_sail.metrics.released_iou import ReleasedIoUSums, released_target
 from pixel_sail.types import DataError, Expression, Prediction
@@ -103,6 +106,32 @@ def measure_predictions(
     standard = [score_prediction(expression, prediction) for expression, prediction in pairs]
     released = [released_prediction(*pair, missing=missing_as_released) for pair in pairs]
     return together(measure(standard), measure(released, prefix=PAPER_PREFIX))
+
+
+def measure_boundaries(
+    expressions: Sequence[Expression], predictions: Iterable[Prediction], *, missing_as_released: str = "empty"
+) -> Measured:
+    """Return the scores of `measure_predictions` and the boundary IoU, which decodes every mask.
+
+    Raises: DataError, see `score_predictions`.
+    """
+    matched = _match(expressions, predictions)
+    given = [prediction for prediction in matched if prediction is not None]
+    areas = measure_predictions(expressions, given, missing_as_released=missing_as_released)
+    rims = [_boundary_sums(expression, prediction) for expression, prediction in zip(expressions, matched, strict=True)]
+    return together(areas, measure(rims))
+
+
+def _boundary_sums(expression: Expression, prediction: Prediction | None) -> BoundarySums:
+    """Return the sums of one expression; ignored pixels belong to neither mask."""
+    counted = np.ones(expression.image_hw, dtype=np.bool_)
+    if expression.ignored is not None:
+        counted = ~decode_rle(expression.ignored)
+    predicted = None if prediction is None else prediction.segmentation
+    target = (
+        np.zeros(expression.image_hw, dtype=np.bool_) if expression.target is None else decode_rle(expression.target)
+    )
+    return boundary_sums(None if predicted is None else decode_rle(predicted) & counted, target & counted)
 
 
 def _match(expressions: Sequence[Expression], predictions: Iterable[Prediction]) -> list[Prediction | None]:
