@@ -31,6 +31,7 @@ from pixel_sail.data.panoptic import (
     open_panoptic,
     segments_by_category,
 )
+from pixel_sail.data.panoptic_source import PanopticSource, check_at_least
 from pixel_sail.data.wording.segmentation import instance_turn, semantic_turn, spoken_names, stuff_turn
 from pixel_sail.types import BoolMask, Sample, SizeHW, Source, Turn
 
@@ -83,7 +84,7 @@ class CocoClasses:
         return segments_by_category(image, sorted(self.categories))
 
 
-class CocoPanopticSource:
+class CocoPanopticSource(PanopticSource):
     """One item per image with a thing that is not a crowd, or with stuff."""
 
     def __init__(
@@ -99,35 +100,20 @@ class CocoPanopticSource:
         """Check the settings and the file. Raises: ValueError, DataError."""
         check_at_least(name, 1, classes_per_sample=classes_per_sample)
         check_at_least(name, 0, instances_per_class=instances_per_class)
-        self.name = name
-        self._file = file
         self._classes = classes
-        self._split = split
         self._classes_per_sample = classes_per_sample
         self._instances_per_class = instances_per_class
-        self._numbers = file.usable(self._can_ask, source=name, content="a segment that is not a crowd")
-
-    def __len__(self) -> int:
-        """Return the number of images with something to ask for."""
-        return len(self._numbers)
-
-    def image_path(self, index: int) -> Path:
-        """Return the photo of an item."""
-        return self._file.image(int(self._numbers[index])).image_path
+        super().__init__(
+            file, name=name, split=split, has_content=self._can_ask, content="a segment that is not a crowd"
+        )
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
         """Return image `index` with up to `classes_per_sample` classes drawn from `rng`. Raises: DataError."""
-        image = self._file.image(int(self._numbers[index]))
+        image = self._image(index)
         masks = self._file.masks(image)
         groups = [group for group in self._classes.of(image).values() if self._can_ask(group)]
         drawn = [groups[i] for i in rng.permutation(len(groups))[: self._classes_per_sample]]
-        return Sample(
-            sample_id=f"{self.name}/{self._split}/image={image.image_id}",
-            source=self.name,
-            image_path=image.image_path,
-            image_hw=image.image_hw,
-            turns=tuple(self._turn(group, masks, image.image_hw, rng) for group in drawn),
-        )
+        return self._sample(image, [self._turn(group, masks, image.image_hw, rng) for group in drawn])
 
     def _can_ask(self, segments: Sequence[Segment]) -> bool:
         """Say whether there is more than crowds; a crowd of a stuff class is stuff like any other."""
@@ -152,15 +138,6 @@ class CocoPanopticSource:
         crowds = [masks[segment.segment_id] for segment in group if segment.is_crowd]
         ignored = union_masks(crowds, size_hw) if crowds else None
         return instance_turn(name, sorted(instances, key=_corner), rng, ignored=ignored)
-
-
-def check_at_least(source: str, smallest: int, **settings: int) -> None:
-    """Raise ValueError naming the first setting that is too small."""
-    for setting, value in settings.items():
-        if value < smallest:
-            raise ValueError(
-                f"source {source}: found {setting} {value}, expected at least {smallest}; correct the config"
-            )
 
 
 def _corner(mask: BoolMask) -> tuple[int, int]:

@@ -17,7 +17,8 @@ import numpy as np
 
 from pixel_sail.data.masks import union_masks
 from pixel_sail.data.panoptic import PanopticFile, open_panoptic
-from pixel_sail.data.sources.coco_panoptic import CocoClasses, check_at_least
+from pixel_sail.data.panoptic_source import PanopticSource, check_at_least
+from pixel_sail.data.sources.coco_panoptic import CocoClasses
 from pixel_sail.data.wording.segmentation import semantic_turn
 from pixel_sail.rle import encode_mask
 from pixel_sail.types import Expression, Sample, Source
@@ -76,7 +77,7 @@ def expressions(
     return found
 
 
-class CocoSemanticSource:
+class CocoSemanticSource(PanopticSource):
     """One item per image with a segment."""
 
     def __init__(
@@ -84,24 +85,13 @@ class CocoSemanticSource:
     ) -> None:
         """Check the settings and the file. Raises: ValueError, DataError."""
         check_at_least(name, 1, classes_per_sample=classes_per_sample)
-        self.name = name
-        self._file = file
         self._classes = classes
-        self._split = split
         self._classes_per_sample = classes_per_sample
-        self._numbers = file.usable(bool, source=name, content="a segment")
-
-    def __len__(self) -> int:
-        """Return the number of images with a segment."""
-        return len(self._numbers)
-
-    def image_path(self, index: int) -> Path:
-        """Return the photo of an item."""
-        return self._file.image(int(self._numbers[index])).image_path
+        super().__init__(file, name=name, split=split, has_content=bool, content="a segment")
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
         """Return image `index` with up to `classes_per_sample` classes drawn from `rng`. Raises: DataError."""
-        image = self._file.image(int(self._numbers[index]))
+        image = self._image(index)
         masks = self._file.masks(image)
         groups = list(self._classes.of(image).items())
         turns = []
@@ -109,10 +99,4 @@ class CocoSemanticSource:
             category_id, group = groups[i]
             union = union_masks([masks[segment.segment_id] for segment in group], image.image_hw)
             turns.append(semantic_turn(self._classes.names[category_id], union, rng))
-        return Sample(
-            sample_id=f"{self.name}/{self._split}/image={image.image_id}",
-            source=self.name,
-            image_path=image.image_path,
-            image_hw=image.image_hw,
-            turns=tuple(turns),
-        )
+        return self._sample(image, turns)

@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from pixel_sail.data.panoptic import PanopticFile, PanopticImage, Segment, open_panoptic
+from pixel_sail.data.panoptic_source import PanopticSource, check_at_least
 from pixel_sail.data.prompts import MASK_ONLY
 from pixel_sail.data.regions import RegionSettings, RegionTurn, region_sample
-from pixel_sail.data.sources.coco_panoptic import CocoClasses, check_at_least
+from pixel_sail.data.sources.coco_panoptic import CocoClasses
 from pixel_sail.data.wording.region_class import OTHERS, class_answer, class_question
 from pixel_sail.types import Sample, Source
 
@@ -62,7 +63,7 @@ def load(
     )
 
 
-class CocoRegionSource:
+class CocoRegionSource(PanopticSource):
     """One item per image with a segment that is not a crowd."""
 
     def __init__(
@@ -78,35 +79,26 @@ class CocoRegionSource:
         others_share: float = 0.05,
     ) -> None:
         """Check the settings and the file. Raises: ValueError, DataError."""
-        check_at_least(name, 1, regions_per_sample=regions_per_sample, num_candidates=num_candidates)
-        check_fits(name, settings, regions_per_sample)
+        check_at_least(name, 1, num_candidates=num_candidates)
+        settings.check_count(name, regions_per_sample)
         if not 0.0 <= others_share <= 1.0:
             raise ValueError(f"source {name}: found others_share {others_share}, expected 0 .. 1; correct the config")
-        self.name = name
-        self._file = file
         self._classes = classes
         self._settings = settings
-        self._split = split
         self._regions_per_sample = regions_per_sample
         self._num_candidates = num_candidates
         self._others_share = others_share
-        self._numbers = file.usable(
-            lambda segments: any(not segment.is_crowd for segment in segments),
-            source=name,
+        super().__init__(
+            file,
+            name=name,
+            split=split,
+            has_content=lambda segments: any(not segment.is_crowd for segment in segments),
             content="a segment that is not a crowd",
         )
 
-    def __len__(self) -> int:
-        """Return the number of images with a region."""
-        return len(self._numbers)
-
-    def image_path(self, index: int) -> Path:
-        """Return the photo of an item."""
-        return self._file.image(int(self._numbers[index])).image_path
-
     def get(self, index: int, rng: np.random.Generator) -> Sample:
         """Return image `index` with up to `regions_per_sample` regions drawn from `rng`. Raises: DataError."""
-        image = self._file.image(int(self._numbers[index]))
+        image = self._image(index)
         masks = self._file.masks(image)
         drawn = self._draw(image, rng)
         turns = [self._turn(number, segment.category_id, rng) for number, segment in enumerate(drawn)]
@@ -115,7 +107,7 @@ class CocoRegionSource:
             [masks[segment.segment_id] for segment in drawn],
             rng,
             self._settings,
-            sample_id=f"{self.name}/{self._split}/image={image.image_id}",
+            sample_id=self._sample_id(image),
             source=self.name,
             image_path=image.image_path,
             image_hw=image.image_hw,
@@ -137,12 +129,3 @@ class CocoRegionSource:
             candidates.insert(int(rng.integers(len(candidates) + 1)), self._classes.names[category_id])
         answer = class_answer(self._classes.names[category_id] if has_right_one else f"{OTHERS}.")
         return RegionTurn(question=class_question(rng, [*candidates, OTHERS]), answer=answer, region=region)
-
-
-def check_fits(source: str, settings: RegionSettings, regions_per_sample: int) -> None:
-    """Raise ValueError if a sample could have more regions than there are prompt tokens."""
-    if regions_per_sample > settings.num_prompts:
-        raise ValueError(
-            f"source {source}: found regions_per_sample {regions_per_sample}, expected at most num_prompts = "
-            f"{settings.num_prompts}; correct the config"
-        )

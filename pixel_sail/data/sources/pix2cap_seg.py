@@ -19,7 +19,7 @@ import numpy as np
 
 from pixel_sail.data.masks import union_masks
 from pixel_sail.data.panoptic import PanopticFile, Segment, open_panoptic
-from pixel_sail.data.sources.coco_panoptic import check_at_least
+from pixel_sail.data.panoptic_source import PanopticSource, check_at_least
 from pixel_sail.data.wording.segmentation import description_turn
 from pixel_sail.types import Sample, Source
 
@@ -57,7 +57,7 @@ def described(segments: Sequence[Segment], min_chars: int) -> list[Segment]:
     return [segment for segment in segments if len(segment.description) >= min_chars]
 
 
-class Pix2CapSegSource:
+class Pix2CapSegSource(PanopticSource):
     """One item per image with a description."""
 
     def __init__(
@@ -73,26 +73,19 @@ class Pix2CapSegSource:
         check_at_least(
             name, 1, descriptions_per_sample=descriptions_per_sample, min_description_chars=min_description_chars
         )
-        self.name = name
-        self._file = file
-        self._split = split
         self._descriptions_per_sample = descriptions_per_sample
         self._min_chars = min_description_chars
-        self._numbers = file.usable(
-            lambda segments: bool(described(segments, min_description_chars)), source=name, content="a description"
+        super().__init__(
+            file,
+            name=name,
+            split=split,
+            has_content=lambda segments: bool(described(segments, min_description_chars)),
+            content="a description",
         )
-
-    def __len__(self) -> int:
-        """Return the number of images with a description."""
-        return len(self._numbers)
-
-    def image_path(self, index: int) -> Path:
-        """Return the photo of an item."""
-        return self._file.image(int(self._numbers[index])).image_path
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
         """Return image `index` with up to `descriptions_per_sample` texts drawn from `rng`. Raises: DataError."""
-        image = self._file.image(int(self._numbers[index]))
+        image = self._image(index)
         masks = self._file.masks(image)
         groups: dict[str, list[Segment]] = {}
         for segment in described(image.segments, self._min_chars):
@@ -102,10 +95,4 @@ class Pix2CapSegSource:
         for i in rng.permutation(len(texts))[: self._descriptions_per_sample]:
             union = union_masks([masks[segment.segment_id] for segment in groups[texts[i]]], image.image_hw)
             turns.append(description_turn(texts[i], union, rng))
-        return Sample(
-            sample_id=f"{self.name}/{self._split}/image={image.image_id}",
-            source=self.name,
-            image_path=image.image_path,
-            image_hw=image.image_hw,
-            turns=tuple(turns),
-        )
+        return self._sample(image, turns)

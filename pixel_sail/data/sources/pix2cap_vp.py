@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from pixel_sail.data.panoptic import PanopticFile, open_panoptic
+from pixel_sail.data.panoptic_source import PanopticSource, check_at_least
 from pixel_sail.data.prompts import MASK_ONLY
 from pixel_sail.data.regions import RegionSettings, RegionTurn, region_sample
-from pixel_sail.data.sources.coco_panoptic import check_at_least
-from pixel_sail.data.sources.coco_vp import check_fits
 from pixel_sail.data.sources.pix2cap_seg import described
 from pixel_sail.data.wording.region_class import describe_answer, describe_question
 from pixel_sail.types import Sample, Source
@@ -57,7 +56,7 @@ def load(
     )
 
 
-class Pix2CapRegionSource:
+class Pix2CapRegionSource(PanopticSource):
     """One item per image with a description."""
 
     def __init__(
@@ -71,32 +70,25 @@ class Pix2CapRegionSource:
         min_description_chars: int = 6,
     ) -> None:
         """Check the settings and the file. Raises: ValueError, DataError."""
-        check_at_least(name, 1, regions_per_sample=regions_per_sample, min_description_chars=min_description_chars)
-        check_fits(name, settings, regions_per_sample)
-        self.name = name
-        self._file = file
+        check_at_least(name, 1, min_description_chars=min_description_chars)
+        settings.check_count(name, regions_per_sample)
         self._settings = settings
-        self._split = split
         self._regions_per_sample = regions_per_sample
         self._min_chars = min_description_chars
-        self._numbers = file.usable(
-            lambda segments: bool(described(segments, min_description_chars)), source=name, content="a description"
+        super().__init__(
+            file,
+            name=name,
+            split=split,
+            has_content=lambda segments: bool(described(segments, min_description_chars)),
+            content="a description",
         )
-
-    def __len__(self) -> int:
-        """Return the number of images with a description."""
-        return len(self._numbers)
-
-    def image_path(self, index: int) -> Path:
-        """Return the photo of an item."""
-        return self._file.image(int(self._numbers[index])).image_path
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
         """Return image `index` with 1 .. `regions_per_sample` regions, number and choice drawn from `rng`.
 
         Raises: DataError.
         """
-        image = self._file.image(int(self._numbers[index]))
+        image = self._image(index)
         masks = self._file.masks(image)
         segments = described(image.segments, self._min_chars)
         count = int(rng.integers(1, self._regions_per_sample + 1))
@@ -110,7 +102,7 @@ class Pix2CapRegionSource:
             [masks[segment.segment_id] for segment in drawn],
             rng,
             self._settings,
-            sample_id=f"{self.name}/{self._split}/image={image.image_id}",
+            sample_id=self._sample_id(image),
             source=self.name,
             image_path=image.image_path,
             image_hw=image.image_hw,
