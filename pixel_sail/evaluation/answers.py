@@ -10,14 +10,23 @@ what it needs from the answer. Nothing is cleaned before it is written, so one f
 those of a second answer that was forced to begin with one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 from pixel_sail.data.masks import check_rle
+from pixel_sail.evaluation.cases import Case
+from pixel_sail.evaluation.measured import Measured
+from pixel_sail.evaluation.photos import Photo
 from pixel_sail.evaluation.record_files import Json, RecordFormat, check_fields, check_kinds
-from pixel_sail.evaluation.task import Answered
+from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS, Answered, Question, Task
 from pixel_sail.rle import encode_mask
-from pixel_sail.types import RLE, DataError
+from pixel_sail.types import RLE, DataError, RegionCaption, RegionChoice
+
+Item = TypeVar("Item")
+
+RegionItem = RegionCaption | RegionChoice
+"""What is asked about one marked region."""
 
 _FIELDS = ("item_id", "question", "answer", "masks", "is_retry")
 _KINDS: dict[str, type] = {"item_id": str, "question": str, "answer": str, "masks": list, "is_retry": bool}
@@ -74,6 +83,42 @@ def in_order(item_ids: Sequence[str], answers: Sequence[ItemAnswer]) -> list[Ite
             f"an answer, first {min(unanswered, default=None)}; expected one each. Is it the file of this benchmark?"
         )
     return [by_id[item_id] for item_id in item_ids]
+
+
+def answers_task(
+    *,
+    kind: str,
+    items: Sequence[Item],
+    item_id: Callable[[Item], str],
+    question: Callable[[Item, str], Question],
+    measure: Callable[[Sequence[Item], Sequence[ItemAnswer]], Measured],
+    case: Callable[[Item, ItemAnswer], Case],
+    check: Callable[[], None],
+) -> Task[Item, ItemAnswer]:
+    """Return the task of asking for long answers, one per item; the arguments are the fields of `Task`."""
+    return Task(
+        kind=kind,
+        items=items,
+        question=question,
+        record=lambda item, answered: item_answer(item_id(item), answered),
+        format=ANSWERS,
+        measure=measure,
+        case=case,
+        max_new_tokens=LONG_ANSWER_TOKENS,
+        check=check,
+    )
+
+
+def region_question(item: RegionItem, text: str) -> Question:
+    """Return a question about the region of an item, which is <Prompt0>."""
+    return Question(
+        key=item.item_id,
+        image_id=str(item.image_path),
+        photo=Photo(path=item.image_path, size_hw=item.image_hw),
+        text=text,
+        regions=(item.region,),
+        prompt_ids=(0,),
+    )
 
 
 def item_answer(item_id: str, answered: Answered) -> ItemAnswer:

@@ -20,13 +20,13 @@ from pathlib import Path
 from pixel_sail.data.fields import ImageFolders
 from pixel_sail.data.sources import gcg_benchmark
 from pixel_sail.data.wording.grounded_caption import PAPER_CAPTION_PROMPT, STANDARD_CAPTION_PROMPT
-from pixel_sail.evaluation.answers import ANSWERS, ItemAnswer, item_answer
+from pixel_sail.evaluation.answers import ItemAnswer, answers_task
 from pixel_sail.evaluation.cases import Case, Panel
 from pixel_sail.evaluation.measured import ItemFractions, Measured
 from pixel_sail.evaluation.overlay import PALETTE
 from pixel_sail.evaluation.photos import Photo
 from pixel_sail.evaluation.phrase_similarity import EncoderSimilarity
-from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS, Answered, Question, Task, wording
+from pixel_sail.evaluation.task import Question, Task, wording
 from pixel_sail.metrics.answer_text import GroundedText, grounded_text, grounded_text_as_released
 from pixel_sail.metrics.captions import check_caption_tools, check_references, score_captions
 from pixel_sail.metrics.grounded_caption import GroundedCaptionScores, Similarity, score_image, word_overlap
@@ -69,15 +69,13 @@ def load(
     items = gcg_benchmark.load(root=root, split=split, image_dir=image_dir, refuse_unpaired=refuse_unpaired)
     model = None if similarity_model is None else Path(similarity_model)
     scoring = Scoring(similarity_model=model, score_text=score_text)
-    return Task(
+    return answers_task(
         kind=KIND,
         items=items,
+        item_id=lambda item: item.image_id,
         question=_question,
-        record=_record,
-        format=ANSWERS,
         measure=partial(_measure, scoring=scoring),
         case=_case,
-        max_new_tokens=LONG_ANSWER_TOKENS,
         check=partial(_check, items, scoring),
     )
 
@@ -89,10 +87,6 @@ def _question(item: GroundedCaption, prompt: str) -> Question:
         photo=Photo(path=item.image_path, size_hw=item.image_hw),
         text=wording(PROMPTS, prompt, KIND),
     )
-
-
-def _record(item: GroundedCaption, answered: Answered) -> ItemAnswer:
-    return item_answer(item.image_id, answered)
 
 
 def _case(item: GroundedCaption, answer: ItemAnswer) -> Case:

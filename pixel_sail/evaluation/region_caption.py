@@ -21,12 +21,12 @@ from pathlib import Path
 from pixel_sail.config import ConfigError
 from pixel_sail.data.sources import perbench, region_caption
 from pixel_sail.data.wording.region import PERBENCH_CAPTION_PROMPT, REGION_CAPTION_PROMPT
-from pixel_sail.evaluation.answers import ANSWERS, ItemAnswer, item_answer
+from pixel_sail.evaluation.answers import ItemAnswer, answers_task, region_question
 from pixel_sail.evaluation.cases import Case
 from pixel_sail.evaluation.measured import ItemFractions, Measured
 from pixel_sail.evaluation.overlay import TRUE_COLOR
 from pixel_sail.evaluation.photos import Photo
-from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS, Answered, Question, Task, wording
+from pixel_sail.evaluation.task import Question, Task, wording
 from pixel_sail.metrics.answer_text import object_caption_as_released, plain_description, region_caption_as_released
 from pixel_sail.metrics.captions import check_caption_tools, check_references, score_captions
 from pixel_sail.metrics.java_tools import CaptionTools
@@ -93,33 +93,20 @@ def _choose(known: dict[str, CaptionProtocol], names: Sequence[str]) -> dict[str
 
 
 def _task(items: Sequence[RegionCaption], *, prompt: str, chosen: dict[str, CaptionProtocol]) -> CaptionTask:
-    return Task(
+    return answers_task(
         kind=KIND,
         items=items,
+        item_id=lambda item: item.item_id,
         question=partial(_question, text=prompt),
-        record=_record,
-        format=ANSWERS,
         measure=partial(_measure, chosen=chosen),
         case=_case,
-        max_new_tokens=LONG_ANSWER_TOKENS,
         check=partial(_check, items, chosen),
     )
 
 
 def _question(item: RegionCaption, prompt: str, *, text: str) -> Question:
     """Return the released question, which has no stray blanks to leave out."""
-    return Question(
-        key=item.item_id,
-        image_id=str(item.image_path),
-        photo=Photo(path=item.image_path, size_hw=item.image_hw),
-        text=wording({"standard": text, "paper": text}, prompt, KIND),
-        regions=(item.region,),
-        prompt_ids=(0,),
-    )
-
-
-def _record(item: RegionCaption, answered: Answered) -> ItemAnswer:
-    return item_answer(item.item_id, answered)
+    return region_question(item, wording({"standard": text, "paper": text}, prompt, KIND))
 
 
 def _case(item: RegionCaption, answer: ItemAnswer) -> Case:

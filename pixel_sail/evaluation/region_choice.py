@@ -15,12 +15,12 @@ from pathlib import Path
 from pixel_sail.config import ConfigError
 from pixel_sail.data.sources import perbench
 from pixel_sail.data.wording.region import PERBENCH_CHOICE_PROMPT
-from pixel_sail.evaluation.answers import ANSWERS, ItemAnswer, item_answer
+from pixel_sail.evaluation.answers import ItemAnswer, answers_task, region_question
 from pixel_sail.evaluation.cases import Case
 from pixel_sail.evaluation.measured import PAPER_PREFIX, Measured, measure, together
 from pixel_sail.evaluation.overlay import TRUE_COLOR
 from pixel_sail.evaluation.photos import Photo
-from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS, Answered, Question, Task, wording
+from pixel_sail.evaluation.task import Question, Task, wording
 from pixel_sail.metrics.choice import score_choice, score_choice_as_released
 from pixel_sail.types import RegionChoice
 
@@ -43,32 +43,19 @@ def load(
     if not set(protocols) <= set(PROTOCOLS) or not protocols:
         raise ConfigError(f"{KIND}: found protocols {list(protocols)}, expected one or more of {PROTOCOLS}")
     items = perbench.load_choices(annotations, image_dir=image_dir)
-    return Task(
+    return answers_task(
         kind=KIND,
         items=items,
+        item_id=lambda item: item.item_id,
         question=_question,
-        record=_record,
-        format=ANSWERS,
         measure=partial(_measure, protocols=protocols),
         case=_case,
-        max_new_tokens=LONG_ANSWER_TOKENS,
         check=partial(_check, items, protocols),
     )
 
 
 def _question(item: RegionChoice, prompt: str) -> Question:
-    return Question(
-        key=item.item_id,
-        image_id=str(item.image_path),
-        photo=Photo(path=item.image_path, size_hw=item.image_hw),
-        text=wording(PROMPTS, prompt, KIND).format(question=item.question),
-        regions=(item.region,),
-        prompt_ids=(0,),
-    )
-
-
-def _record(item: RegionChoice, answered: Answered) -> ItemAnswer:
-    return item_answer(item.item_id, answered)
+    return region_question(item, wording(PROMPTS, prompt, KIND).format(question=item.question))
 
 
 def _case(item: RegionChoice, answer: ItemAnswer) -> Case:

@@ -7,7 +7,7 @@ of the released Swin-L model are enough for it: 480 x 640 -> 800 x 1088 -> [256,
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelLevelModule,
@@ -16,13 +16,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 
 from pixel_sail.experts.expert import Recipe
 from pixel_sail.experts.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, ShortestEdge
-from pixel_sail.experts.weights import (
-    draw_randomly,
-    file_hashes,
-    load_strictly,
-    random_identity,
-    weights_folder,
-)
+from pixel_sail.experts.weights import WeightSource
 
 UNUSED = (r"(^|\.)transformer_module\.", r"^class_predictor\.", r"^criterion\.")
 """Tensors of the published model that belong to the transformer decoder, the heads and the training criterion."""
@@ -56,7 +50,7 @@ def mask2former(
 ) -> Recipe:
     """Return the recipe of Mask2Former.
 
-    `random`: random weights of a network of `architecture` (fields of transformers' Mask2FormerConfig), for tests.
+    `random`, `architecture`: see `WeightSource.find`; the fields are those of transformers' Mask2FormerConfig.
     Raises: DataError.
     """
     preprocessing = Preprocessing(
@@ -64,29 +58,13 @@ def mask2former(
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
     )
-    if random:
-        config = Mask2FormerConfig(**(architecture or {}))
-
-        def draw() -> nn.Module:
-            return draw_randomly(PixelDecoder, config)
-
-        return Recipe(
-            kind="mask2former",
-            channels=config.mask_feature_size,
-            preprocessing=preprocessing,
-            weights=random_identity(architecture),
-            build=draw,
-            is_random=True,
-        )
-    folder = weights_folder(weights, revision, where="experts: mask2former")
-
-    def load() -> nn.Module:
-        return load_strictly(PixelDecoder, folder, unused=UNUSED)
-
+    source = WeightSource.find("mask2former", weights, revision, random=random, architecture=architecture)
+    config = source.config(Mask2FormerConfig)
     return Recipe(
         kind="mask2former",
-        channels=Mask2FormerConfig.from_pretrained(folder).mask_feature_size,
+        channels=config.mask_feature_size,
         preprocessing=preprocessing,
-        weights=file_hashes(folder),
-        build=load,
+        weights=source.identity(),
+        build=lambda: source.network(PixelDecoder, config, unused=UNUSED),
+        is_random=random,
     )

@@ -15,13 +15,7 @@ from transformers import RadioConfig, RadioModel
 
 from pixel_sail.experts.expert import Recipe
 from pixel_sail.experts.preprocess import Preprocessing, ShortestEdge
-from pixel_sail.experts.weights import (
-    draw_randomly,
-    file_hashes,
-    load_strictly,
-    random_identity,
-    weights_folder,
-)
+from pixel_sail.experts.weights import WeightSource
 
 UNUSED = (r"(^|\.)(adaptors?|feature_normalizer|head|video_embedder)\.",)
 """Tensors of published models for other outputs: summaries per teacher, video."""
@@ -54,26 +48,16 @@ def radio(
 ) -> Recipe:
     """Return the recipe of RADIO.
 
-    `architecture`: fields of transformers' RadioConfig; with weights they replace those of the folder's `config.json`.
-    `random`: random weights of such a network, for tests.
+    `random`, `architecture`: see `WeightSource.find`; the fields are those of transformers' RadioConfig.
     Raises: DataError.
     """
-    if random:
-        config = RadioConfig(**(architecture or {}))
-    else:
-        folder = weights_folder(weights, revision, where="experts: radio")
-        config = RadioConfig.from_pretrained(folder, **(architecture or {}))
-
-    def build() -> nn.Module:
-        if random:
-            return SpatialFeatures(draw_randomly(RadioModel, config))
-        return SpatialFeatures(load_strictly(RadioModel, folder, unused=UNUSED, absent=ABSENT, config=config))
-
+    source = WeightSource.find("radio", weights, revision, random=random, architecture=architecture)
+    config = source.config(RadioConfig)
     return Recipe(
         kind="radio",
         channels=config.hidden_size,
         preprocessing=Preprocessing(resize=ShortestEdge(short=shortest_edge), mode="bicubic", snap=config.patch_size),
-        weights=random_identity(architecture) if random else file_hashes(folder),
-        build=build,
+        weights=source.identity(),
+        build=lambda: SpatialFeatures(source.network(RadioModel, config, unused=UNUSED, absent=ABSENT)),
         is_random=random,
     )

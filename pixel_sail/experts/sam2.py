@@ -14,13 +14,7 @@ from transformers.models.sam2.modeling_sam2 import Sam2PreTrainedModel
 
 from pixel_sail.experts.expert import Recipe
 from pixel_sail.experts.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, Square
-from pixel_sail.experts.weights import (
-    draw_randomly,
-    file_hashes,
-    load_strictly,
-    random_identity,
-    weights_folder,
-)
+from pixel_sail.experts.weights import WeightSource
 
 UNUSED = (
     r"^(prompt_encoder|mask_decoder|shared_image_embedding|memory_attention|memory_encoder|mask_downsample)\.",
@@ -64,33 +58,17 @@ def sam2(
 ) -> Recipe:
     """Return the recipe of SAM 2.1.
 
-    `random`: random weights of a network of `architecture` (fields of transformers' Sam2Config), for tests.
+    `random`, `architecture`: see `WeightSource.find`; the fields are those of transformers' Sam2Config.
     Raises: DataError.
     """
     preprocessing = Preprocessing(resize=Square(side=side), mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    if random:
-        config = Sam2Config(**(architecture or {}))
-
-        def draw() -> nn.Module:
-            return draw_randomly(ImageEncoder, config)
-
-        return Recipe(
-            kind="sam2",
-            channels=num_channels(config),
-            preprocessing=preprocessing,
-            weights=random_identity(architecture),
-            build=draw,
-            is_random=True,
-        )
-    folder = weights_folder(weights, revision, where="experts: sam2")
-
-    def load() -> nn.Module:
-        return load_strictly(ImageEncoder, folder, unused=UNUSED)
-
+    source = WeightSource.find("sam2", weights, revision, random=random, architecture=architecture)
+    config = source.config(Sam2Config)
     return Recipe(
         kind="sam2",
-        channels=num_channels(Sam2Config.from_pretrained(folder)),
+        channels=num_channels(config),
         preprocessing=preprocessing,
-        weights=file_hashes(folder),
-        build=load,
+        weights=source.identity(),
+        build=lambda: source.network(ImageEncoder, config, unused=UNUSED),
+        is_random=random,
     )

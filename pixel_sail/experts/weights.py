@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,53 @@ from pixel_sail.files import sha256
 from pixel_sail.types import DataError
 
 Network = TypeVar("Network", bound=PreTrainedModel)
+Config = TypeVar("Config", bound=PreTrainedConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSource:
+    """Where the weights of a network come from: a folder, or a draw of random numbers."""
+
+    folder: Path | None
+    architecture: dict[str, Any]
+
+    @classmethod
+    def find(
+        cls,
+        expert: str,
+        weights: str | None,
+        revision: str | None,
+        *,
+        random: bool,
+        architecture: dict[str, Any] | None,
+    ) -> "WeightSource":
+        """Return the source of an expert: `weights` at `revision`, or (`random`, for tests) nothing but a draw.
+
+        architecture: fields of the network's configuration, all of them for a random one; for another they replace
+        those of the folder's `config.json`. Raises: DataError.
+        """
+        folder = None if random else weights_folder(weights, revision, where=f"experts: {expert}")
+        return cls(folder=folder, architecture=dict(architecture or {}))
+
+    def config(self, kind: type[Config]) -> Config:
+        """Return the network's configuration."""
+        if self.folder is None:
+            return kind(**self.architecture)
+        return kind.from_pretrained(self.folder, **self.architecture)
+
+    def identity(self) -> dict[str, str]:
+        """Return the hashes of the files by name; of a random network what was drawn."""
+        if self.folder is None:
+            return {"random": json.dumps(self.architecture or None, sort_keys=True)}
+        return file_hashes(self.folder)
+
+    def network(
+        self, kind: type[Network], config: PreTrainedConfig, *, unused: Sequence[str] = (), absent: Sequence[str] = ()
+    ) -> Network:
+        """Return the network with its weights, see `load_strictly`. Raises: DataError."""
+        if self.folder is None:
+            return draw_randomly(kind, config)
+        return load_strictly(kind, self.folder, unused=unused, absent=absent, config=config)
 
 
 def weights_folder(weights: str | None, revision: str | None, *, where: str) -> Path:
@@ -107,8 +155,3 @@ def draw_randomly(kind: type[Network], config: PreTrainedConfig) -> Network:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return kind(config)
-
-
-def random_identity(architecture: dict[str, Any] | None) -> dict[str, str]:
-    """Return what stands for the file hashes of a random network."""
-    return {"random": json.dumps(architecture, sort_keys=True)}
