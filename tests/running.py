@@ -1,10 +1,13 @@
 """How the end-to-end tests start the project's commands, and the small benchmark they use."""
 
+import importlib.util
 import os
 import socket
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -23,6 +26,18 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [item.text for item in expressions(load_refer(root / "refshapes", "refshapes", "train"))]
     train_tokenizer(texts, vocab_size=400, num_visual_prompts=15).save_pretrained(str(root / "refshapes" / "tokenizer"))
     return root
+
+
+@cache
+def load_tool(name: str) -> ModuleType:
+    """Return a script of `tools/` as a module, the same one in every test file."""
+    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by name.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def environment(data_root: Path) -> dict[str, str]:

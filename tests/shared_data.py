@@ -17,3 +17,11 @@ def shared_data(name: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent; set PIXEL_SAIL_SHARED to the folder that holds data/{name}")
     return folder
+
+
+def parity_folder(name: str) -> Path:
+    """Return one folder of recorded outputs of the released model, or skip the test where it is absent."""
+    folder = SHARED / "parity" / name
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent; set PIXEL_SAIL_SHARED to the folder that holds parity/{name}")
+    return folder

@@ -1,20 +1,18 @@
 """The data benchmark counts what the model computes, and runs on any configured data."""
 
-import importlib.util
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from running import load_tool
 from shared_data import SHARED, shared_data
 from torch.utils.flop_counter import FlopCounterMode
 
 from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.types import IGNORE_LABEL, Example
 
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "bench_data.py"
 SAIL_0_5B = Architecture(
     hidden_size=896,
     intermediate_size=4864,
@@ -33,10 +31,7 @@ def index_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_data", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("bench_data")
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The data check names every damage there is, calls clean data sound, and says what to download."""
 
-import importlib.util
 import json
 import pickle
 import shutil
@@ -9,24 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from running import ROOT
+from running import load_tool
 from shared_data import shared_data
 
 from pixel_sail.config import ConfigError
 from pixel_sail.evaluation.check_plan import parse_arguments
 from pixel_sail.rle import encode_mask
-
-
-def _tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("PIXEL_SAIL_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -35,7 +22,7 @@ def check(tmp_path, capsys):
 
     def run(*arguments):
         out = tmp_path / "report"
-        status = _tool("check_data").main([*arguments, f"out={out}", "progress=false"])
+        status = load_tool("check_data").main([*arguments, f"out={out}", "progress=false"])
         content = json.loads((out / "report.json").read_text())
         return status, capsys.readouterr().out, {source["name"]: source for source in content["sources"]}
 
@@ -165,7 +152,7 @@ def test_absent_data_is_named_with_what_to_download_and_drawn_data_is_left_out(c
 def test_wrong_command_lines_are_refused(arguments, reason):
     with pytest.raises(ConfigError, match=reason):
         parse_arguments(arguments)
-    assert _tool("check_data").main(arguments) == 2
+    assert load_tool("check_data").main(arguments) == 2
 
 
 def test_overrides_reach_the_chosen_sources():

@@ -1,12 +1,11 @@
 """Pickles become JSON lines that are read in their place, and only while they belong together."""
 
-import importlib.util
 import json
 import os
 import pickle
-from pathlib import Path
 
 import pytest
+from running import load_tool
 from shared_data import shared_data
 
 from pixel_sail.data import refer_annotations, refs_files
@@ -17,7 +16,6 @@ from pixel_sail.data.sources.refer import expressions
 from pixel_sail.files import sha256
 from pixel_sail.types import DataError
 
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "convert_refs.py"
 REFS = [
     {"ref_id": 1, "image_id": 5, "ann_id": 9, "split": "val", "sentences": [{"sent_id": 1, "sent": "a", "raw": "A"}]},
     {
@@ -38,10 +36,7 @@ def index_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("convert_refs", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("convert_refs")
 
 
 @pytest.fixture

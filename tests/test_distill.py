@@ -1,19 +1,17 @@
 """Distillation: the released losses, exact shares of a global mean, gradients for the student alone, and runs with and
 without experts."""
 
-import importlib.util
 import json
 import math
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from running import start
+from running import load_tool, start
 from safetensors.torch import load_file
-from shared_data import SHARED
+from shared_data import parity_folder
 from test_train import SMALL, log_lines, train
 from tiny_experts import MASK2FORMER, SAM2
 
@@ -395,20 +393,12 @@ def test_a_run_with_random_experts_is_refused_unless_allowed(data_root, tmp_path
 
 @pytest.fixture(scope="module")
 def parity_tool():
-    path = Path(__file__).resolve().parents[1] / "tools" / "check_parity.py"
-    spec = importlib.util.spec_from_file_location("check_parity_of_distillation", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["check_parity_of_distillation"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["check_parity_of_distillation"]
+    return load_tool("check_parity")
 
 
 @pytest.mark.parametrize("name", ["p16_tied", "p32_untied"])
 def test_recorded_losses_of_the_released_code_are_reproduced(parity_tool, name):
-    folder = SHARED / "parity" / name
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is absent; set PIXEL_SAIL_SHARED to the folder that holds parity/{name}")
+    folder = parity_folder(name)
     model, cases = parity_tool.load_reference(folder, False), parity_tool.load_cases(folder)
     report = parity_tool.Report()
     parity_tool.compare_forward(report, cases, model)

@@ -1,12 +1,11 @@
 """The doctor: every bad case with made-up numbers, and one real look at this machine."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
-from running import ROOT, launcher, start
+from running import launcher, load_tool, start
 
 from pixel_sail.planning import checks
 from pixel_sail.planning.checks import BAD, OK, WARN
@@ -136,10 +135,7 @@ def test_the_worst_finding_is_the_verdict_and_its_fix_is_shown():
 
 
 def doctor():
-    spec = importlib.util.spec_from_file_location("doctor", ROOT / "tools" / "doctor.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("doctor")
 
 
 def test_two_processes_on_this_machine(data_root, tmp_path):

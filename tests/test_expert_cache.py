@@ -1,7 +1,6 @@
 """The cache of expert features: what is read is what was computed, builds can be interrupted, what does not belong is
 refused by name."""
 
-import importlib.util
 import json
 import pickle
 import shutil
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import launcher, start
+from running import launcher, load_tool, start
 from shared_data import shared_data
 from test_distill import expert_overrides
 from test_train import SMALL, log_lines, train
@@ -368,12 +367,7 @@ def test_stored_equals_online_to_rounding_on_real_photographs(tmp_path):
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("cache_expert_features", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["cache_expert_features"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["cache_expert_features"]
+    return load_tool("cache_expert_features")
 
 
 def small(data_root, *more):

@@ -14,11 +14,6 @@ from pixel_sail.refshapes.scene import TEXTURES, SceneRules, encode_jpeg, sample
 MARKED = re.compile(r"<p> (.*?) </p> \[SEG\]")
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("PIXEL_SAIL_CACHE", str(tmp_path / "cache"))
-
-
 def rng(seed=0):
     return np.random.default_rng(seed)
 

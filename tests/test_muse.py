@@ -12,11 +12,6 @@ from pixel_sail.types import DataError
 HW = (6, 8)
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("PIXEL_SAIL_CACHE", str(tmp_path / "cache"))
-
-
 def rng(seed=0):
     return np.random.default_rng(seed)
 

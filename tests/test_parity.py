@@ -1,17 +1,15 @@
 """The parity tool accepts what equals the release, notices what does not, and says why a folder cannot be checked."""
 
-import importlib.util
 import json
 import re
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from running import load_tool
 from safetensors.torch import load_file, save_file
-from shared_data import SHARED
+from shared_data import parity_folder
 from torch.nn import functional as F
 
 from pixel_sail.losses.mask import full_map_losses
@@ -20,24 +18,16 @@ from pixel_sail.model.generation import encode_images, generate
 from pixel_sail.types import IGNORE_LABEL
 
 FORWARD_TENSORS = ("hidden_last", "logits", "llm_loss", "feature_low", "feature_high", "seg_query", "mask_logits")
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "check_parity.py"
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("check_parity", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["check_parity"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["check_parity"]
+    return load_tool("check_parity")
 
 
 @pytest.mark.parametrize("name", ["p16_tied", "p32_untied"])
 def test_recorded_outputs_of_the_released_model_are_reproduced(tool, capsys, name):
-    folder = SHARED / "parity" / name
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is absent; set PIXEL_SAIL_SHARED to the folder that holds parity/{name}")
+    folder = parity_folder(name)
     assert tool.main([str(folder)]) == 0
     printed = capsys.readouterr().out
     # Every recorded output is compared, alone and packed.

@@ -1,13 +1,12 @@
 """What a run is said to cost equals what a tiny run really costs."""
 
-import importlib.util
 import json
 import sys
 
 import numpy as np
 import pytest
 import torch
-from running import ROOT, launcher, start
+from running import launcher, load_tool, start
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -231,10 +230,7 @@ def test_a_checkpoint_is_as_large_as_said(data_root, tmp_path):
 
 
 def tool():
-    spec = importlib.util.spec_from_file_location("plan_run", ROOT / "tools" / "plan_run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("plan_run")
 
 
 def test_the_tool_measures_data_that_is_there_and_says_so(data_root, tmp_path, monkeypatch, capsys):

@@ -1,20 +1,11 @@
 """The batch viewer shows the texts, supervised tokens, pixels, masks and prompts that are in the batch."""
 
-import importlib.util
-
 import numpy as np
 from PIL import Image
-from running import ROOT
+from running import load_tool
 
 from pixel_sail.evaluation.batch_view import patches_to_pixels, view_samples
 from pixel_sail.evaluation.sample_picture import WIDTH_PX, draw_masks, mask_numbers, scale_mask
-
-
-def _tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_pictures_mark_every_mask_and_prompt_however_small():
@@ -32,10 +23,8 @@ def test_pictures_mark_every_mask_and_prompt_however_small():
 
 def test_the_first_batch_is_shown_as_text_and_pictures(data_root, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
-    assert (
-        _tool("show_batch").main(["experiment=quickstart", "data.packs_per_micro_batch=4", f"out={tmp_path / 'view'}"])
-        == 0
-    )
+    arguments = ["experiment=quickstart", "data.packs_per_micro_batch=4", f"out={tmp_path / 'view'}"]
+    assert load_tool("show_batch").main(arguments) == 0
     text = (tmp_path / "view" / "batch.txt").read_text()
     page = (tmp_path / "view" / "index.html").read_text()
     assert "4 rows of" in capsys.readouterr().out
