@@ -154,6 +154,8 @@ class CheckpointConfig:
     """How many complete checkpoints stay."""
     resume: str = "auto"
     """auto: continue from the last complete checkpoint if there is one. never: refuse a used run folder."""
+    allow_changed_data: bool = False
+    """True: a run may go on although annotation files differ from those it was started with; the log names them."""
     stop_after: int = 0
     """Save and end this session after so many steps, 0 to go on to the end; a later session continues."""
 

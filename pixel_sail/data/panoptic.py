@@ -23,7 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from pixel_sail.data.noted_files import note_file
 from pixel_sail.data.records import open_records
+from pixel_sail.files import sha256
 from pixel_sail.types import BoolMask, DataError, SizeHW
 
 logger = logging.getLogger(__name__)
@@ -245,6 +247,7 @@ def load_class_file(path: str | Path, known: Sequence[int]) -> dict[int, str]:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: found no such file, expected lines id:name,synonym,...; correct class_file")
+    note_file(path, sha256(path))
     names: dict[int, str] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         head, colon, rest = line.partition(":")

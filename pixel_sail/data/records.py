@@ -22,6 +22,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from pixel_sail.data.noted_files import note_file
 from pixel_sail.data.record_scan import scan
 from pixel_sail.files import sha256
 from pixel_sail.types import DataError, MissingDataError
@@ -50,6 +51,7 @@ def open_records(path: str | Path, key: str | None = None) -> "Records":
     path = Path(path)
     stamp = _stamp(path)
     digest = sha256(path)
+    note_file(path, digest)
     folder = _index_folder(path, digest)
     contents = _contents(folder)
     assert contents is not None, folder

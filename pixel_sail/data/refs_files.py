@@ -18,6 +18,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pixel_sail.data.noted_files import note_file
 from pixel_sail.data.pickles import load_plain_pickle
 from pixel_sail.files import replace_text, sha256
 from pixel_sail.types import DataError, MissingDataError
@@ -63,7 +64,12 @@ def find_refs_file(folder: Path, split_by: str | None) -> Path:
 def read_refs(file: Path) -> Refs:
     """Return all refs of a file of any form, unchecked. Raises: DataError when the file is damaged or outdated."""
     if file.suffix == ".jsonl":
-        return _read_lines(file)
+        # Under the name of the pickle it was made from, so that converting one changes no fingerprint.
+        refs = _read_lines(file)
+        note_file(file.with_suffix(".p"), _header(file)["source_sha256"])
+        return refs
+    if file.is_file():
+        note_file(file, sha256(file))
     return _checked_list(_read_json(file) if file.suffix == ".json" else load_plain_pickle(file), file)
 
 

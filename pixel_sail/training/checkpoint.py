@@ -12,6 +12,7 @@ whole.
 """
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,10 @@ from pixel_sail.model.distill_head import PREFIX as DISTILL_HEAD
 MARKER, MANIFEST, STATE = "COMPLETE", "manifest.json", "state.json"
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+DATA_FILES = "data_files"
+"""Where a configuration holds what `loop.data_identity` returns."""
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointError(RuntimeError):
@@ -125,10 +130,13 @@ def is_complete(path: Path) -> bool:
     return (path / MARKER).is_file()
 
 
-def read(path: Path, config: dict[str, Any]) -> tuple[TrainState, dict[str, Tensor], dict[str, Tensor]]:
+def read(
+    path: Path, config: dict[str, Any], *, allow_changed_data: bool = False
+) -> tuple[TrainState, dict[str, Tensor], dict[str, Tensor]]:
     """Return state, parameters and moments of a checkpoint.
 
-    Raises: CheckpointError when a file differs from its hash, or the run was configured otherwise.
+    Raises: CheckpointError when a file differs from its hash, the run was configured otherwise, or (unless allowed)
+    had other data.
     """
     manifest = json.loads((path / MANIFEST).read_text())
     for name, expected in manifest.items():
@@ -140,6 +148,14 @@ def read(path: Path, config: dict[str, Any]) -> tuple[TrainState, dict[str, Tens
             )
     saved = json.loads((path / STATE).read_text())
     differing = dict(differing_leaves(saved["config"], json.loads(json.dumps(config))))
+    changed = {key: differing.pop(key) for key in list(differing) if key.split(".")[0] == DATA_FILES}
+    if changed and not allow_changed_data:
+        raise CheckpointError(
+            f"{path}: the run was started with other data; (saved, now): {changed}. Put the files back, choose another "
+            "run_dir, or set checkpoint.allow_changed_data=true"
+        )
+    if changed:
+        logger.warning("the data changed, which checkpoint.allow_changed_data lets pass; (saved, now): %s", changed)
     if differing:
         raise CheckpointError(
             f"{path}: the run was started with another configuration; (saved, now): {differing}. "

@@ -8,7 +8,7 @@ everything it does with them is on this page, the verbs are the other files of t
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from pixel_sail.config import ConfigError, DataConfig, TrainConfig, build
 from pixel_sail.data.leakage import held_out_images, without_images
 from pixel_sail.data.loader import LaneShare, training_batches
 from pixel_sail.data.mixture import Mixture
+from pixel_sail.data.noted_files import noted_files
 from pixel_sail.experts.teachers import load_teachers
 from pixel_sail.losses.distill import DistillTerm
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
@@ -67,9 +68,10 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
     accelerator = build_accelerator(config, share.accumulation)
     run_dir, checkpoints = Path(config.run_dir), Path(config.run_dir) / "checkpoints"
     model, processor = build_model(config.model, seed=config.seed, experts=config.experts)
-    mixture = build_mixture(config.data, seed=config.seed)
+    with noted_files() as files:
+        mixture = build_mixture(config.data, seed=config.seed)
     resolved = asdict(config)
-    identity = run_identity(resolved)
+    identity = run_identity(resolved) | {checkpoint.DATA_FILES: data_identity(mixture, files)}
     num_columns = len(source_columns(experts))
     state = TrainState.start(num_lanes=share.num_lanes, num_sources=len(mixture.names), num_columns=num_columns)
     saved = None
@@ -79,7 +81,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
             raise ConfigError(
                 f"run_dir {run_dir} holds {found.name}, but checkpoint.resume=never; choose another run_dir"
             )
-        state, *saved = checkpoint.read(found, identity)
+        state, *saved = checkpoint.read(found, identity, allow_changed_data=config.checkpoint.allow_changed_data)
         checkpoint.load_parameters(model, saved[0])
         logger.info("continuing from %s", found)
     model.decoder.gradient_checkpointing = config.optim.activation_checkpointing
@@ -174,6 +176,12 @@ def run_identity(resolved: dict[str, Any]) -> dict[str, Any]:
     # A cache may move, but stored features are rounded: whether there is one belongs to the run.
     experts = {name: {**own, "cache": own["cache"] is not None} for name, own in identity.pop("experts").items()}
     return identity | {"experts": experts} if experts else identity
+
+
+def data_identity(mixture: Mixture, files: Mapping[str, Collection[str]]) -> dict[str, Any]:
+    """Return what a continued run compares its data by: items of each source, and the annotation files it read."""
+    sizes = {name: len(source) for name, source in zip(mixture.names, mixture.sources, strict=True)}
+    return {"items": sizes, **{name: sorted(digests) for name, digests in sorted(files.items())}}
 
 
 def build_distillation(config: TrainConfig) -> Distillation | None:

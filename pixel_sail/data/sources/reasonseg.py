@@ -15,6 +15,7 @@ because the values 0, 1 and 255 went through a run-length encoder that knows two
 the cIoU, which is for the scorer to avoid.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from PIL import Image, ImageDraw
 
 from pixel_sail.data.fields import field, strings
 from pixel_sail.data.image_sizes import upright_hw
+from pixel_sail.data.noted_files import note_file
 from pixel_sail.data.wording.reasoning import evaluation_question, reasoning_turn
 from pixel_sail.rle import encode_mask
 from pixel_sail.types import BoolMask, DataError, Expression, MissingDataError, Sample, SizeHW, Source
@@ -200,6 +202,7 @@ def _points(shape: dict[str, Any], where: str) -> Points:
 def _read_json(path: Path) -> object:
     try:
         data = path.read_bytes()
+        note_file(path, hashlib.sha256(data).hexdigest())
         try:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError:
