@@ -134,12 +134,16 @@ class LogConfig:
     """disabled, offline or online."""
     wandb_project: str = "pixel_sail"
     progress: bool = True
-    """Show a progress bar with the time left."""
+    """Show a progress bar with the time left, or where stderr is no terminal a plain line per logged step."""
     overlays: int = 4
     """Images with predicted and true mask that are logged at each validation."""
+    peak_tflops: float | None = None
+    """bf16 TFLOP/s of one GPU that `mfu` is a share of; None: from its name where known, else no `mfu`."""
 
     def __post_init__(self) -> None:
         """Check the choices."""
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ConfigError(f"log.peak_tflops is {self.peak_tflops}, expected a number above 0")
         if self.wandb not in ("disabled", "offline", "online"):
             raise ConfigError(f"log.wandb is {self.wandb!r}, expected disabled, offline or online")
 

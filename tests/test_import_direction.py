@@ -13,7 +13,8 @@ LAYERS = (
     ("experts",),
     ("refshapes", "losses", "metrics", "data"),
     ("config",),
-    ("training", "evaluation", "planning"),
+    ("planning",),
+    ("training", "evaluation"),
     ("vqa",),
 )
 """Lowest first; a module may import layers below its own and its own subpackage."""

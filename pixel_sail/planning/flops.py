@@ -9,7 +9,7 @@ activations, rotations and losses are left out, they are bound by memory and not
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pixel_sail.experts.settings import ExpertSettings
 from pixel_sail.model.configuration_pixel_sail import Architecture
@@ -125,3 +125,13 @@ def training_flops(forward: ForwardFlops, *, checkpointing: bool) -> dict[str, f
     """Return the operations of forward and backward pass: the model's own, and what is computed twice."""
     recomputed = forward.decoder + forward.attention if checkpointing else 0.0
     return {"model": BACKWARD_AND_FORWARD * forward.total, "recomputed": recomputed}
+
+
+def useful_flops(architecture: Architecture, work: Workload, experts: Mapping[str, ExpertSettings]) -> float:
+    """Return the operations of forward and backward pass that a step cannot do without.
+
+    Real tokens and visible pairs only: padding, masked pairs, what is computed twice and teachers do not count. A
+    sample costs the same alone and packed.
+    """
+    forward = forward_flops(architecture, replace(work, rows=1, tokens_per_row=work.real_tokens), experts)
+    return BACKWARD_AND_FORWARD * (forward.total - forward.attention + forward.attention_minimal)

@@ -124,19 +124,20 @@ def of_batch(batch: Batch) -> Workload:
 
 def visible_pairs(sample_index_BT: Tensor, branch_ids_BT: Tensor, in_image_BT: Tensor) -> int:
     """Return how many (query, key) pairs of real tokens the attention rule of training lets through."""
-    total = 0
-    for samples_T, branches_T, image_T in zip(sample_index_BT, branch_ids_BT, in_image_BT, strict=True):
-        for sample in samples_T[samples_T >= 0].unique():
-            own = samples_T == sample
-            num_image = int((own & image_T).sum())
-            # What stands in branch 0 but not in the image is seen by all that follows.
-            text = own & ~image_T
-            shared = int((text & (branches_T == 0)).sum())
-            total += num_image**2 + shared * num_image + shared * (shared + 1) // 2
-            for branch in branches_T[text & (branches_T > 0)].unique():
-                length = int((text & (branches_T == branch)).sum())
-                total += length * (num_image + shared) + length * (length + 1) // 2
-    return total
+    is_real_BT = sample_index_BT >= 0
+    if not bool(is_real_BT.any()):
+        return 0
+    samples_T, branches_T, image_T = sample_index_BT[is_real_BT], branch_ids_BT[is_real_BT], in_image_BT[is_real_BT]
+    num_samples, num_branches = int(samples_T.max()) + 1, int(branches_T.max()) + 1
+    image_S = torch.bincount(samples_T[image_T], minlength=num_samples)
+    owner_T = (samples_T * num_branches + branches_T)[~image_T]
+    text_SR = torch.bincount(owner_T, minlength=num_samples * num_branches).view(num_samples, num_branches)
+    # What stands in branch 0, in the image or not, is seen by all that follows; a branch sees that and its own past.
+    shared_S, branch_SR = text_SR[:, 0], text_SR[:, 1:]
+    before_S = image_S + shared_S
+    image_pairs_S = image_S**2 + shared_S * image_S + shared_S * (shared_S + 1) // 2
+    branch_pairs_SR = branch_SR * before_S[:, None] + branch_SR * (branch_SR + 1) // 2
+    return int(image_pairs_S.sum() + branch_pairs_SR.sum())
 
 
 def mean(values: list[float]) -> float:

@@ -1,10 +1,11 @@
-"""Where progress goes: a JSON line per logged step, a progress bar, TensorBoard, wandb.
+"""Where progress goes: a JSON line per logged step, the terminal, TensorBoard, wandb.
 
 Place in the flow: `training/loop.py` opens one `RunLog`; on ranks other than 0 it does nothing. A line of `log.jsonl`:
 
     {"step": 120, "lr": 0.0019, "total": 1.21, "text": 0.01, "bce": 0.42, "dice": 0.68, "grad_norm": 0.9, "tokens":
-    3104,
-     "padding_frac": 0.02, "supervised_tokens": 480, "masks": 96, "samples": 16, "epoch": 0.24, "seconds": 61.3}
+    3104, "padding_frac": 0.02, "supervised_tokens": 480, "masks": 96, "samples": 16, "epoch": 0.24, "skipped": 0,
+    "tokens_per_s": 8390.0, "samples_per_s": 43.2, "step_s": 0.37, "data_wait_s": 0.001, "memory_gb": 0.93,
+    "refshapes/samples": 99.0, ..., "seconds": 61.3}
 
 When a run continues from step S, lines after S are cut off first: those steps are made again, with the same numbers.
 """
@@ -18,13 +19,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from pixel_sail import dist
 from pixel_sail.config import LogConfig
 from pixel_sail.files import replace_text
+from pixel_sail.training.progress import Progress
 
 LOG_FILE = "log.jsonl"
+
+TIMING_FIELDS = ("tokens_per_s", "samples_per_s", "step_s", "data_wait_s", "mfu", "memory_gb", "seconds")
+"""What depends on the machine: all else in a line is the same when the run is made again."""
 
 
 class RunLog:
@@ -40,11 +44,11 @@ class RunLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         cut_log(run_dir / LOG_FILE, start)
         self._file = (run_dir / LOG_FILE).open("a")
-        self._bar = tqdm(total=steps, initial=start, unit="step", disable=not config.progress, mininterval=1.0)
+        self._progress = Progress(steps=steps, start=start, shown=config.progress)
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start or None)
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1 if start else None)
         if config.wandb != "disabled":
             self._wandb = _start_wandb(run_dir, config, resolved)
 
@@ -55,7 +59,7 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         """Close everything."""
         if self.active:
-            self._bar.close()
+            self._progress.close()
             self._file.close()
             if self._board is not None:
                 self._board.close()
@@ -63,9 +67,9 @@ class RunLog:
                 self._wandb.finish()
 
     def step_done(self) -> None:
-        """Move the progress bar."""
+        """Count a step."""
         if self.active:
-            self._bar.update()
+            self._progress.step_done()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write one line of numbers."""
@@ -74,9 +78,7 @@ class RunLog:
         line = {"step": step, **values, "seconds": round(time.monotonic() - self.started, 2)}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        shown = {name: f"{values[name]:.3f}" for name in ("total", "bce", "dice") if name in values}
-        if shown:
-            self._bar.set_postfix(shown, refresh=False)
+        self._progress.numbers(step, values)
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
@@ -113,7 +115,7 @@ def _start_wandb(run_dir: Path, config: LogConfig, resolved: dict[str, Any]) -> 
 
     id_file = run_dir / "wandb_id"
     if not id_file.is_file():
-        id_file.write_text(uuid.uuid4().hex[:8])
+        replace_text(id_file, uuid.uuid4().hex[:8])
     wandb.init(
         project=config.wandb_project,
         dir=str(run_dir),

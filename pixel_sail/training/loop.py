@@ -31,6 +31,7 @@ from pixel_sail.training.build import build_model
 from pixel_sail.training.checkpoint import TrainState
 from pixel_sail.training.interruption import InterruptedRun, StopSignals
 from pixel_sail.training.log import RunLog
+from pixel_sail.training.meter import Meter
 from pixel_sail.training.optim import build_optimizer
 from pixel_sail.training.schedule import learning_rate
 from pixel_sail.training.step import Distillation, optimizer_step, source_columns
@@ -85,6 +86,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
         checkpoint.load_parameters(model, saved[0])
         logger.info("continuing from %s", found)
     model.decoder.gradient_checkpointing = config.optim.activation_checkpointing
+    meter = Meter(model.config, config.experts, peak_tflops=config.log.peak_tflops, device=accelerator.device)
     model, optimizer = accelerator.prepare(model, build_optimizer(model, config.optim))
     if saved is not None:
         checkpoint.restore_optimizer(model, optimizer, accelerator, state=state, parameters=saved[0], moments=saved[1])
@@ -111,7 +113,9 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
     last = min(config.optim.steps, state.step + session)
     with RunLog(run_dir, config.log, steps=config.optim.steps, start=state.step, resolved=resolved) as log:
         while state.step < last:
+            meter.step_begins()
             step_data = next(data)
+            meter.data_is_here()
             stop.listen()
             lr = learning_rate(state.step, config.optim)
             for group in optimizer.param_groups:
@@ -146,10 +150,12 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
                 num_skipped=num_skipped,
                 source_sums=tuple(map(tuple, (torch.zeros_like(sums) if is_logged else sums).tolist())),
             )
+            meter.step_done(step_data.batches, tokens=report.tokens, samples=report.samples)
             log.step_done()
             if is_logged:
                 epoch = sum(lane.consumed for lane in lanes) / mixture.epoch_length
                 numbers = {"lr": lr, **report.scalars(), "epoch": round(epoch, 4), "skipped": num_skipped}
+                numbers |= meter.read()
                 log.scalars(state.step, {**numbers, **source_scalars(mixture.names, sums, experts)})
             is_stopped = stop.anywhere(accelerator.device) and state.step < last
             if due(state.step, config.checkpoint.every) or state.step == last or is_stopped:

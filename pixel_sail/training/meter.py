@@ -1,0 +1,137 @@
+"""How fast a run is and what it takes: clocks and counts of every rank, put together once per log line.
+
+Place in the flow: `training/loop.py` tells the `Meter` when a step begins, has its data and is done, and asks it for
+the numbers of a log line. They cover all steps since the last line, nothing is sampled:
+
+    {"tokens_per_s": 31200.0, "samples_per_s": 24.1, "step_s": 0.412, "data_wait_s": 0.003, "mfu": 0.31,
+     "memory_gb": 61.2}
+
+Only `read` talks to other ranks, in one sum of four numbers per rank, and nothing here waits for a GPU: a step has
+ended by itself when its losses are read. Checkpoints and validation lie between steps and are not timed.
+"""
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pixel_sail import dist
+from pixel_sail.experts.settings import ExpertSettings
+from pixel_sail.model.configuration_pixel_sail import Architecture
+from pixel_sail.planning.flops import useful_flops
+from pixel_sail.planning.workload import of_batch
+from pixel_sail.types import Batch
+
+PEAK_TFLOPS = (
+    (r"\bH100 PCIe\b", 756.0),
+    (r"\bH100 NVL\b", 835.0),
+    (r"\bH200 NVL\b", 835.0),
+    (r"\bH[12]00\b", 989.0),
+    (r"\bA100\b", 312.0),
+    (r"\bL40S\b", 362.0),
+    (r"\bRTX 4090$", 165.0),
+)
+"""Name of a GPU as torch tells it, first match wins, and its dense bf16 products with float32 sums, from the vendor's
+data sheets."""
+
+
+class Meter:
+    """Sums of this rank since the last log line."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        experts: Mapping[str, ExpertSettings],
+        *,
+        peak_tflops: float | None,
+        device: torch.device,
+    ) -> None:
+        self.architecture = architecture
+        self.experts = experts
+        self.device = device
+        self.peak_flops = 1e12 * (device_peak_tflops(device) if peak_tflops is None else peak_tflops)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._steps, self._seconds, self._waited, self._flops = 0, 0.0, 0.0, 0.0
+        self._tokens, self._samples = 0, 0
+
+    def step_begins(self) -> None:
+        """Start the clock, before the step's data is asked for."""
+        self._begun = time.perf_counter()
+
+    def data_is_here(self) -> None:
+        """Note how long the data took."""
+        self._waited += time.perf_counter() - self._begun
+
+    def step_done(self, batches: Sequence[Batch], *, tokens: int, samples: int) -> None:
+        """Add a step: this rank's micro-batches, on the CPU; real tokens and samples of all ranks."""
+        if self.peak_flops:
+            self._flops += sum(useful_flops(self.architecture, of_batch(batch), self.experts) for batch in batches)
+        self._tokens += tokens
+        self._samples += samples
+        self._steps += 1
+        self._seconds += time.perf_counter() - self._begun
+
+    def read(self) -> dict[str, float]:
+        """Return the numbers of the steps since the last call; every rank must call it, after at least one step."""
+        own = (self._waited, peak_memory_bytes(self.device), self._flops, self.peak_flops)
+        numbers = summary(
+            _of_all_ranks(own, self.device),
+            steps=self._steps,
+            seconds=self._seconds,
+            tokens=self._tokens,
+            samples=self._samples,
+        )
+        self._clear()
+        return numbers
+
+
+def summary(ranks_R4: Tensor, *, steps: int, seconds: float, tokens: int, samples: int) -> dict[str, float]:
+    """Return the numbers of a log line.
+
+    ranks_R4: float64, for each rank its seconds of waiting for data, peak bytes, operations, and peak operations per
+    second (0: not known). `seconds` is the time of all steps; tokens and samples are those of all ranks.
+    """
+    waited_R, bytes_R, flops_R, peak_R = ranks_R4.T
+    numbers = {
+        "tokens_per_s": tokens / seconds,
+        "samples_per_s": samples / seconds,
+        "step_s": seconds / steps,
+        # All ranks wait for the one whose data is late.
+        "data_wait_s": float(waited_R.max()) / steps,
+    }
+    if bool((peak_R > 0).all()):
+        numbers["mfu"] = float(flops_R.sum() / peak_R.sum()) / seconds
+    numbers["memory_gb"] = float(bytes_R.max()) / 1e9
+    return {name: float(f"{value:.4g}") for name, value in numbers.items()}
+
+
+def _of_all_ranks(own: Sequence[float], device: torch.device) -> Tensor:
+    """Return the numbers of every rank, float64 [ranks, numbers]: a sum in which each rank fills its own row."""
+    table = torch.zeros(dist.world_size(), len(own), dtype=torch.float64)
+    table[dist.rank()] = torch.tensor(own, dtype=torch.float64)
+    return dist.sum_over_ranks(table.to(device)).cpu()
+
+
+def device_peak_tflops(device: torch.device) -> float:
+    """Return the bf16 TFLOP/s of this GPU, 0 where they are not known and on a CPU."""
+    return named_peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else 0.0
+
+
+def named_peak_tflops(name: str) -> float:
+    """Return the bf16 TFLOP/s of a GPU of this name, 0 where they are not known."""
+    return next((peak for pattern, peak in PEAK_TFLOPS if re.search(pattern, name)), 0.0)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most bytes held so far: by tensors on this GPU, by this process (resident) on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Not getrusage: its peak is inherited from the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    (kib,) = re.findall(r"^VmHWM:\s+(\d+) kB$", status, flags=re.MULTILINE)
+    return int(kib) * 1024
