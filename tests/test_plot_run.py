@@ -1,0 +1,196 @@
+"""Curves of runs: what is read from a log, which panels it makes, and that they are drawn where they belong."""
+
+import importlib.util
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from running import ROOT
+
+from pixel_sail.evaluation.curves import (
+    COLORS,
+    HEIGHT,
+    LEFT,
+    TOP,
+    WIDTH,
+    Curve,
+    Panel,
+    draw_panels,
+    nice_ticks,
+    running_mean,
+    tick_text,
+)
+from pixel_sail.types import DataError
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("plot_run", ROOT / "tools" / "plot_run.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["plot_run"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def step_line(step, **values):
+    line = {"step": step, "lr": 1e-3, "total": 3.0 / step, "bce": 0.2, "seconds": 1.0 * step}
+    return line | {"shapes/bce": 0.3, "groups/bce": 0.4} | values
+
+
+def write_log(folder, lines, end="\n"):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "log.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + end)
+    return folder
+
+
+def test_an_unfinished_last_line_is_left_out(tool, tmp_path):
+    run = write_log(tmp_path / "run", [step_line(1), step_line(2), step_line(3)])
+    whole = (run / "log.jsonl").read_text()
+    for cut in (1, 20):
+        (run / "log.jsonl").write_text(whole[:-cut])
+        assert list(tool.read_run(run, "run").series["total"]) == [1, 2]
+
+
+def test_a_run_that_began_again_counts_once(tool, tmp_path):
+    first = [
+        step_line(10, total=9.0),
+        step_line(20, total=8.0),
+        {"step": 20, "val/ciou": 0.1},
+        step_line(30, total=7.0),
+    ]
+    again = [step_line(20, total=5.0), {"step": 20, "val/ciou": 0.2}]
+    run = tool.read_run(write_log(tmp_path / "run", [*first, *again]), "run")
+    assert run.series["total"] == {10: 9.0, 20: 5.0}
+    assert run.series["val/ciou"] == {20: 0.2}
+    assert run.scores == {"val/ciou"}
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('{"step": 1, "total": 2}\nnot json\n{"step": 2}\n', r"log\.jsonl:2: found no JSON"),
+        ('{"total": 2}\n', r"log\.jsonl:1: .*'step'"),
+        ("[1]\n", r"log\.jsonl:1: .*'step'"),
+        ('{"step": 1, "total": "low"}\n', r"log\.jsonl:1: total is 'low', expected a number"),
+        ("", r"log\.jsonl: no finished line"),
+        ('{"step": 1, "to', r"log\.jsonl: no finished line"),
+    ],
+)
+def test_a_log_that_is_none_is_refused_by_file_and_line(tool, tmp_path, text, named):
+    (tmp_path / "log.jsonl").write_text(text)
+    with pytest.raises(DataError, match=named):
+        tool.read_run(tmp_path, "run")
+
+
+def test_sources_of_one_run_share_a_panel_and_keep_their_colours(tool, tmp_path):
+    lines = [step_line(1, **{"words/text": 0.1, "shapes/text": 0.2}), {"step": 1, "val/ciou": 0.5}, step_line(2)]
+    run = tool.read_run(write_log(tmp_path / "run", lines), "run")
+    panels = tool.make_panels([run], ["total", "*/bce", "*/text", "*/ciou"], smooth=3, must_exist=True)
+    assert [panel.title for panel in panels] == [
+        "total loss",
+        "mask BCE by source",
+        "text loss by source",
+        "validation cIoU, val",
+    ]
+    total, bce, text, score = (panel.curves for panel in panels)
+    assert total == (Curve(label="", xs=(1, 2), ys=(3.0, 1.5), smooth=3),)
+    colors = {curve.label: curve.color for curve in (*bce, *text)}
+    assert colors == {"shapes": 0, "groups": 1, "words": 2}
+    assert [curve.color for curve in text if curve.label == "shapes"] == [0]
+    assert score == (Curve(label="", xs=(1,), ys=(0.5,), smooth=1),)
+
+
+def test_runs_differ_in_colour_and_their_sources_in_dashes(tool, tmp_path):
+    runs = [
+        tool.read_run(write_log(tmp_path / name, [step_line(1), step_line(2, **extra)]), name)
+        for name, extra in (("a", {"mfu": 0.4}), ("b", {}))
+    ]
+    total, mfu, bce = tool.make_panels(runs, ["total", "mfu", "*/bce"], smooth=1, must_exist=True)
+    assert [(curve.label, curve.color, curve.pattern) for curve in total.curves] == [("a", 0, 0), ("b", 1, 0)]
+    assert [(curve.label, curve.ys) for curve in mfu.curves] == [("a", (0.4,))]
+    assert [(curve.label, curve.color, curve.pattern) for curve in bce.curves] == [
+        ("shapes, a", 0, 0),
+        ("groups, a", 1, 0),
+        ("shapes, b", 0, 1),
+        ("groups, b", 1, 1),
+    ]
+    apart = tool.make_panels(runs * 3, ["*/bce"], smooth=1, must_exist=True)
+    assert [panel.title for panel in apart] == ["mask BCE, shapes", "mask BCE, groups"]
+
+
+def test_a_star_stands_for_one_part_of_a_name(tool):
+    assert tool.fits("shapes/bce", "*/bce") and tool.fits("distill/sam2", "distill/*")
+    assert not tool.fits("shapes/distill/bce", "*/bce") and not tool.fits("bce", "*/bce")
+    assert tool.split_name("distill/sam2") == ("", "distill/sam2")
+    assert tool.split_name("shapes/distill/sam2") == ("shapes", "distill/sam2")
+
+
+def test_the_command_draws_and_says_what_is_wrong(tool, tmp_path, capsys):
+    runs = [str(write_log(tmp_path / name, [step_line(1), step_line(2)])) for name in ("a", "b/a")]
+    assert tool.main([*runs, "--keys", "total,*/bce", "--out", str(tmp_path / "new" / "both.png")]) == 0
+    with Image.open(tmp_path / "new" / "both.png") as picture:
+        assert picture.width == 2 * WIDTH
+    assert tool.main([runs[0] + "/log.jsonl", "--smooth", "3"]) == 0
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["curves.png", "log.jsonl"]
+    assert "4 panels of 1 run(s)" in capsys.readouterr().out.splitlines()[-1]
+    wrong = {
+        ("--keys", "totl"): "no run logged 'totl', expected some of lr, total, bce",
+        ("--smooth", "4"): "--smooth is 4",
+        (str(tmp_path / "none"),): "none: no such file",
+    }
+    for arguments, named in wrong.items():
+        assert tool.main([runs[0], *arguments]) == 2
+        assert named in capsys.readouterr().err
+    assert tool.labels_of([tmp_path / "a", tmp_path / "b" / "a"]) == [str(tmp_path / "a"), str(tmp_path / "b" / "a")]
+
+
+def test_running_means_are_those_counted_by_hand():
+    assert running_mean([1.0, 2.0, 6.0, 4.0], 3) == [1.0, 3.0, 4.0, 4.0]
+    assert running_mean([1.0, 2.0, 6.0], 1) == [1.0, 2.0, 6.0]
+    gap = running_mean([1.0, math.nan, 5.0, 7.0, 0.0], 3)
+    assert math.isnan(gap[1]) and gap[2] == 6.0
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [(0.0, 3.1, [0, 1, 2, 3]), (0.0, 0.0016, [0, 0.0005, 0.001, 0.0015]), (10, 1650, [500, 1000, 1500])],
+)
+def test_ticks_are_round(low, high, ticks):
+    assert nice_ticks(low, high, 5) == pytest.approx(ticks)
+
+
+def test_tick_texts_are_short():
+    assert [tick_text(value) for value in (0.0, 0.0005, 1500, 20000, 0.1 + 0.2, 3e7)] == [
+        *("0", "0.0005", "1500", "20k", "0.3", "3e+07")
+    ]
+
+
+def has_color(picture, color):
+    return (np.abs(np.asarray(picture).astype(int) - color).max(-1) < 40).nonzero()
+
+
+def test_curves_are_drawn_where_their_values_are():
+    rising = Curve(label="up", xs=(0, 50, 100), ys=(0.0, 1.0, 2.0), color=0)
+    level = Curve(label="flat", xs=tuple(range(0, 101, 2)), ys=(2.0,) * 51, color=1, pattern=1)
+    picture = draw_panels([Panel(title="two", curves=(rising, level))], "title")
+    assert picture.width == WIDTH
+    axes = picture.crop((LEFT, 48, WIDTH, 48 + HEIGHT))
+    rows, columns = has_color(axes, COLORS[0])
+    assert np.corrcoef(rows, columns)[0, 1] < -0.99
+    rows, columns = has_color(axes, COLORS[1])
+    assert np.ptp(rows) <= 4 and rows.min() > TOP
+    share = len(set(columns)) / np.ptp(columns)
+    assert 0.4 < share < 0.85, "dashes"
+
+
+def test_gaps_lone_points_and_flat_lines_are_drawn():
+    gap = Curve(label="", xs=(1, 2, 3, 4), ys=(1.0, math.nan, math.inf, 1.0))
+    for curve in (gap, Curve(label="", xs=(7,), ys=(0.0,)), Curve(label="", xs=(1, 2), ys=(math.nan, math.nan))):
+        picture = draw_panels([Panel(title="flat", curves=(curve,))], "")
+        _, columns = has_color(picture, COLORS[0])
+        assert len(columns) if any(map(math.isfinite, curve.ys)) else not len(columns)
+    _, columns = has_color(draw_panels([Panel(title="flat", curves=(gap,))], ""), COLORS[0])
+    assert len(set(columns)) < 20, "two dots, nothing between them"

@@ -1,0 +1,224 @@
+"""Draw what training runs logged: losses, losses by source, learning rate, gradient norm, speed, validation scores.
+
+    python tools/plot_run.py runs/quickstart                            -> runs/quickstart/curves.png
+    python tools/plot_run.py runs/a runs/b --out compare.png            one colour per run
+    python tools/plot_run.py runs/a --keys total,refshapes/bce,*/dice --smooth 9
+
+Reads `log.jsonl` only, also of a run that is going on. `--keys` takes names as they stand in the log; a pattern such as
+`*/bce` makes one panel with a curve for every source or eval. A number that a run did not log is left out of its panel.
+Losses, gradient norm and padding of a line are those of its step, the ones by source means since the line before.
+"""
+
+import argparse
+import io
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from pixel_sail.evaluation.curves import COLORS, Curve, Panel, draw_panels
+from pixel_sail.training.log import LOG_FILE
+from pixel_sail.types import DataError
+
+DEFAULT_KEYS = (
+    *("total", "text", "bce", "dice", "distill/*", "*/text", "*/bce", "*/dice", "*/distill/*"),
+    *("lr", "grad_norm", "tokens_per_s", "data_wait_s", "mfu", "memory_gb", "*/ciou", "*/giou"),
+)
+"""Drawn where a run has them."""
+
+TITLES = {
+    "total": "total loss",
+    "text": "text loss",
+    "bce": "mask BCE",
+    "dice": "mask Dice",
+    "lr": "learning rate",
+    "grad_norm": "gradient norm",
+    "tokens_per_s": "tokens per second",
+    "data_wait_s": "waiting for data, s per step",
+    "mfu": "MFU",
+    "memory_gb": "peak memory, GB",
+    "ciou": "validation cIoU",
+    "giou": "validation gIoU",
+}
+"""Of numbers whose name says too little."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The numbers of one run."""
+
+    label: str
+    series: dict[str, dict[int, float]]
+    """Name -> step -> value, in the order of the log."""
+    scores: frozenset[str]
+    """Names that stand in lines of validations."""
+
+
+def read_run(path: Path, label: str) -> Run:
+    """Return the numbers of a run folder or a log file.
+
+    An unfinished last line is left out. Where steps begin again at an earlier one the run was continued there, and what
+    the session before had logged from that step on is dropped.
+    Raises: DataError, naming file and line.
+    """
+    file = path / LOG_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise DataError(f"{file}: no such file; expected a run folder with {LOG_FILE} in it, or such a file")
+    records: list[dict[str, float]] = []
+    lines = file.read_text(errors="replace").splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        if number == len(lines) and not line.endswith("\n"):
+            break
+        record = parse_line(line, f"{file}:{number}")
+        while records and records[-1]["step"] > record["step"]:
+            records.pop()
+        records.append(record)
+    series: dict[str, dict[int, float]] = {}
+    scores = set()
+    for record in records:
+        for name, value in record.items():
+            if name != "step":
+                series.setdefault(name, {})[int(record["step"])] = value
+                if "total" not in record and "/" in name:
+                    scores.add(name)
+    if not series:
+        raise DataError(f"{file}: no finished line, expected at least one; the run has logged nothing yet")
+    return Run(label=label, series=series, scores=frozenset(scores))
+
+
+def parse_line(line: str, where: str) -> dict[str, float]:
+    """Return the numbers of a line. Raises: DataError."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where}: found no JSON ({error}), expected one object per line as training writes it"
+        ) from None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise DataError(f"{where}: found {line.strip()[:80]}, expected an object with a whole number under 'step'")
+    for name, value in record.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise DataError(f"{where}: {name} is {value!r}, expected a number")
+    return record
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Return the source or eval of a name ("" for none) and what is left of it: refshapes/bce -> refshapes, bce."""
+    group, _, rest = name.partition("/")
+    return ("", name) if not rest or group == "distill" else (group, rest)
+
+
+def make_panels(runs: Sequence[Run], keys: Sequence[str], *, smooth: int, must_exist: bool) -> list[Panel]:
+    """Return one panel for each key, and for each number that a pattern stands for.
+
+    Raises: DataError for a key that no run has, unless such keys are to be left out.
+    """
+    known = list(dict.fromkeys(name for run in runs for name in run.series))
+    panels = []
+    for key in keys:
+        names = [name for name in known if name == key or ("*" in key and fits(name, key))]
+        if not names and must_exist:
+            raise DataError(f"--keys: no run logged {key!r}, expected some of {', '.join(known)}, or a pattern")
+        grouped: dict[str, list[str]] = {}
+        for name in names:
+            # Sources of one run share a panel; of several runs only as long as there is a colour for each curve.
+            is_shared = "*" in key and (len(runs) == 1 or len(names) * len(runs) <= len(COLORS))
+            grouped.setdefault(split_name(name)[1] if is_shared else name, []).append(name)
+        panels += [make_panel(runs, members, smooth=smooth) for members in grouped.values()]
+    return panels
+
+
+def fits(name: str, pattern: str) -> bool:
+    """Return whether a name is one that a pattern stands for; a star stands for one part of the name."""
+    parts, wanted = name.split("/"), pattern.split("/")
+    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+
+
+def make_panel(runs: Sequence[Run], names: Sequence[str], *, smooth: int) -> Panel:
+    """Return a panel of one number: a colour for each run, or for each source or eval where there are several, and
+    then a pattern of dashes for each run."""
+    curves = []
+    is_split = len(names) > 1
+    for index, run in enumerate(runs):
+        for name in names:
+            points = run.series.get(name, {})
+            order = color_order(runs, name).index(split_name(name)[0]) if is_split else index
+            # More of them than colours: the next round of colours is dashed.
+            pattern = index if is_split and len(runs) > 1 else order // len(COLORS)
+            parts = [*([split_name(name)[0]] if is_split else []), *([run.label] if len(runs) > 1 else [])]
+            if points:
+                curves.append(
+                    Curve(
+                        label=", ".join(parts),
+                        xs=tuple(points),
+                        ys=tuple(points.values()),
+                        color=order,
+                        pattern=pattern,
+                        smooth=1 if name in run.scores or name == "lr" else smooth,
+                    )
+                )
+    group, number = split_name(names[0])
+    title = TITLES.get(number, number)
+    if group and not is_split:
+        title += f", {group}"
+    elif group and not any(names[0] in run.scores for run in runs):
+        title += " by source"
+    return Panel(title=title, curves=tuple(curves))
+
+
+def color_order(runs: Sequence[Run], name: str) -> list[str]:
+    """Return all sources, or all evals where `name` is a score: one has the same colour in every panel."""
+    is_score = any(name in run.scores for run in runs)
+    names = dict.fromkeys(other for run in runs for other in run.series if is_score == (other in run.scores))
+    return list(dict.fromkeys(group for group, _ in map(split_name, names) if group))
+
+
+def labels_of(paths: Sequence[Path]) -> list[str]:
+    """Return the folder names of runs, or whole paths where names are equal."""
+    folders = [path.parent if path.is_file() else path for path in paths]
+    names = [folder.resolve().name for folder in folders]
+    return [str(path) if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]
+
+
+def save_png(path: Path, content: bytes) -> None:
+    """Write a picture aside and put it in place at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    working = path.with_name(f".writing_{path.name}")
+    working.write_bytes(content)
+    os.replace(working, path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw; wrong input ends with one message and exit status 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=f"run folder or {LOG_FILE}")
+    parser.add_argument("--keys", help="names of numbers, separated by commas (default: all the usual ones)")
+    parser.add_argument("--smooth", type=int, default=1, metavar="N", help="running mean over N log lines, odd")
+    parser.add_argument("--out", type=Path, metavar="PNG", help="default: curves.png in the folder of the first run")
+    options = parser.parse_args(arguments)
+    try:
+        if options.smooth < 1 or options.smooth % 2 == 0:
+            raise DataError(f"--smooth is {options.smooth}, expected 1, 3, 5, ...: as many lines before as after")
+        runs = [read_run(path, label) for path, label in zip(options.runs, labels_of(options.runs), strict=True)]
+        keys = options.keys.split(",") if options.keys else DEFAULT_KEYS
+        panels = make_panels(runs, keys, smooth=options.smooth, must_exist=options.keys is not None)
+        if not panels:
+            raise DataError(f"{options.runs[0]}: found none of {', '.join(DEFAULT_KEYS)}; name others with --keys")
+    except DataError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    title = " / ".join(run.label for run in runs) + (f", mean of {options.smooth} lines" if options.smooth > 1 else "")
+    first = options.runs[0]
+    out = options.out or (first if first.is_dir() else first.parent) / "curves.png"
+    buffer = io.BytesIO()
+    draw_panels(panels, title).save(buffer, format="PNG")
+    save_png(out, buffer.getvalue())
+    print(f"{len(panels)} panels of {len(runs)} run(s) -> {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
