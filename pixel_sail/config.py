@@ -172,6 +172,44 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True)
+class WatchdogConfig:
+    """When a run that stands still is ended, see training/watchdog.py."""
+
+    limit_s: float = 1800.0
+    """Seconds that an optimizer step may take, waiting for its data included; 0: for ever."""
+    slow_factor: float = 4.0
+    """So many times longer may the first three steps of a session take, and each save and validation."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.limit_s < 0 or self.slow_factor < 1:
+            raise ConfigError(
+                f"watchdog: limit_s is {self.limit_s}, slow_factor {self.slow_factor}; expected 0 or more, 1 or more"
+            )
+
+
+@dataclass(kw_only=True)
+class BandConfig:
+    """Where a number of the log is expected, see training/corridor.py."""
+
+    metric: str = MISSING
+    """Name in log.jsonl, for example `total` or `refshapes_val/ciou`."""
+    after: int = MISSING
+    """The first value at this step or later is judged, once."""
+    low: float | None = None
+    high: float | None = None
+    action: str = "warn"
+    """warn, or stop: save and end the run."""
+
+    def __post_init__(self) -> None:
+        """Check the choices."""
+        if self.action not in ("warn", "stop"):
+            raise ConfigError(f"corridor: action is {self.action!r}, expected warn or stop")
+        if self.low is None and self.high is None:
+            raise ConfigError(f"corridor: the band of {self.metric} has neither low nor high")
+
+
+@dataclass(kw_only=True)
 class PredictConfig:
     """How answers are generated."""
 
@@ -236,6 +274,9 @@ class TrainConfig:
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    corridor: dict[str, BandConfig] = field(default_factory=dict)
+    """Name -> where a loss or validation score is expected after so many steps; empty: nothing is judged."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     predict: PredictConfig = field(default_factory=PredictConfig)
     evals: dict[str, Any] = field(default_factory=dict)

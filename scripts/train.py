@@ -8,9 +8,10 @@ from pixel_sail import dist
 from pixel_sail.config import ConfigError, TrainConfig, build, command_line_overrides, load_config
 from pixel_sail.evaluation.validation import validation_for
 from pixel_sail.training.checkpoint import CheckpointError
+from pixel_sail.training.corridor import LeftCorridorError
+from pixel_sail.training.finite import NonFiniteLossError
 from pixel_sail.training.interruption import REQUEUE_STATUS, InterruptedRun
 from pixel_sail.training.loop import train
-from pixel_sail.training.step import NonFiniteLossError
 from pixel_sail.types import DataError
 
 
@@ -22,7 +23,7 @@ def main() -> int:
         evals = {name: build(node, f"evals.{name}") for name, node in config.evals.items()}
         train(config, validation_for(evals, config.predict, config.validation, config.log) if evals else None)
         dist.shutdown()
-    except (ConfigError, DataError, CheckpointError, NonFiniteLossError) as error:
+    except (ConfigError, DataError, CheckpointError, NonFiniteLossError, LeftCorridorError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except InterruptedRun as interrupted:

@@ -10,10 +10,14 @@ ranks, micro-batches of 2 packs and 2 rounds, rank 0 makes
 and up to 4 workers can each make one of these micro-batches.
 """
 
+import faulthandler
 import logging
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pixel_sail.data.collate import collate
@@ -25,6 +29,8 @@ from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.types import Batch, DataError
 
 logger = logging.getLogger(__name__)
+
+STDERR = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +106,9 @@ class LaneDataset(IterableDataset):
         Wrong data is yielded instead of raised, or torch would bury its message under the worker's traceback.
         """
         info = get_worker_info()
+        if info is not None:
+            # For training/watchdog.py; written without Python's help, so also while the worker is stuck.
+            faulthandler.register(signal.SIGUSR2, file=STDERR)
         own = self.groups if info is None else self.groups[info.id :: info.num_workers]
         iterators = [[iter(stream) for stream in group] for group in own]
         while True:
@@ -114,6 +123,21 @@ class LaneDataset(IterableDataset):
                     after={own_pack.lane: own_pack.after for own_pack in packs},
                     skipped=tuple(skip for own_pack in packs for skip in own_pack.skipped),
                 )
+
+
+def reading_table(num_lanes: int) -> Tensor:
+    """Return a table, shared with data workers, of the stream position each lane is reading: int64 [L], -1 for none."""
+    return torch.full((num_lanes,), -1, dtype=torch.int64).share_memory_()
+
+
+def being_read(mixture: Mixture, reading_L: Tensor) -> list[str]:
+    """Return the names of what a `reading_table` holds."""
+    positions = [position for position in reading_L.tolist() if position >= 0]
+    places = [mixture.place(position) for position in positions]
+    return [
+        f"{place.source_name}, item {place.item} (position {position} of the stream)"
+        for position, place in zip(positions, places, strict=True)
+    ]
 
 
 def usable_workers(requested: int, num_groups: int) -> int:
@@ -132,9 +156,10 @@ def training_batches(
     num_workers: int,
     max_skipped_share: float = 0.0,
     experts: Sequence[ExpertChoice] = (),
+    reading_L: Tensor | None = None,
 ) -> Iterator[StepData]:
     """Yield the data of one optimizer step after another, without end, from the positions of all lanes after `step`
-    steps. `experts`: whose features the samples come with.
+    steps. `experts`: whose features the samples come with. `reading_L`: from `reading_table`.
 
     Raises: DataError when a sample is wrong and more were left out than `max_skipped_share` of the stream.
     """
@@ -152,6 +177,7 @@ def training_batches(
                 start=start[lane],
                 max_skipped_share=max_skipped_share,
                 experts=experts,
+                reading_L=reading_L,
             )
             for lane in group
         ]

@@ -97,7 +97,9 @@ class LaneStream:
         start: LanePosition | None = None,
         max_skipped_share: float = 0.0,
         experts: Sequence[ExpertChoice] = (),
+        reading_L: torch.Tensor | None = None,
     ) -> None:
+        """`reading_L`: int64, where this lane notes the position of the stream it is reading, -1 in between."""
         self.mixture = mixture
         self.processor = processor
         self.settings = settings
@@ -106,9 +108,16 @@ class LaneStream:
         self.start = LanePosition() if start is None else start
         self.max_skipped_share = max_skipped_share
         self.experts = tuple(experts)
+        self.reading_L = torch.empty(num_lanes, dtype=torch.int64) if reading_L is None else reading_L
 
     def example(self, number: int) -> Example:
         """Return sample `number` of this lane as tokens; DataError when it is wrong or longer than a pack."""
+        self.reading_L[self.lane] = self._stream_position(number)
+        example = self._read(number)
+        self.reading_L[self.lane] = -1
+        return example
+
+    def _read(self, number: int) -> Example:
         drawn = self.mixture.draw(self._stream_position(number))
         sample = drawn.sample
         image = None

@@ -6,14 +6,15 @@ loop, which is how the tests compare the two.
 
 import logging
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from pixel_sail import dist
-from pixel_sail.config import ConfigError, TrainConfig
+from pixel_sail.config import ConfigError, TrainConfig, WatchdogConfig
 
 
 def deepspeed_dictionary(config: TrainConfig, accumulation: int) -> dict[str, Any]:
@@ -51,16 +52,24 @@ def deepspeed_dictionary(config: TrainConfig, accumulation: int) -> dict[str, An
     }
 
 
+def collective_timeout(config: WatchdogConfig) -> timedelta:
+    """Return how long a rank waits for the others: longer than the watchdog, which says more before it ends a run."""
+    return timedelta(seconds=max(1800.0, 2.0 * config.limit_s * config.slow_factor))
+
+
 def build_accelerator(config: TrainConfig, accumulation: int) -> Accelerator:
     """Return the accelerator of this process; its process group exists afterwards."""
     for noisy in ("DeepSpeed", "deepspeed", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    handlers = [InitProcessGroupKwargs(timeout=collective_timeout(config.watchdog))]
     mixed_precision = "bf16" if config.optim.precision == "bf16" else "no"
     if not config.deepspeed.enabled:
         plugin = GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False)
         # Without `cpu`, accelerate would leave several CPU processes each with a model of its own, and say nothing.
         cpu = not torch.cuda.is_available()
-        accelerator = Accelerator(cpu=cpu, gradient_accumulation_plugin=plugin, mixed_precision=mixed_precision)
+        accelerator = Accelerator(
+            cpu=cpu, gradient_accumulation_plugin=plugin, mixed_precision=mixed_precision, kwargs_handlers=handlers
+        )
         if accelerator.num_processes != dist.launched_world_size():
             raise ConfigError(
                 f"accelerate trains {accelerator.num_processes} processes together and chose "
@@ -72,7 +81,7 @@ def build_accelerator(config: TrainConfig, accumulation: int) -> Accelerator:
     # out by itself that there is no GPU.
     os.environ.pop("ACCELERATE_USE_CPU", None)
     plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_dictionary(config, accumulation))
-    accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision=mixed_precision)
+    accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision=mixed_precision, kwargs_handlers=handlers)
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise ConfigError(
             f"deepspeed.enabled is true, but under this launcher accelerate chose {accelerator.distributed_type}; "

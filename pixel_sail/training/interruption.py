@@ -18,6 +18,9 @@ from torch import distributed
 REQUEUE_STATUS = 85
 """Exit status that means: saved, start me again. `scripts/slurm/train.sbatch` goes by it."""
 
+STALLED_STATUS = 86
+"""Exit status of a process that `training/watchdog.py` ended because a step stood still."""
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 

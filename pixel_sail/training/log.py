@@ -39,6 +39,7 @@ class RunLog:
         self.started = time.monotonic()
         self._board: Any = None
         self._wandb: Any = None
+        self._numbers: dict[str, float] = {}
         if not self.active:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -73,6 +74,7 @@ class RunLog:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write one line of numbers."""
+        self._numbers.update(values)
         if not self.active:
             return
         line = {"step": step, **values, "seconds": round(time.monotonic() - self.started, 2)}
@@ -84,6 +86,17 @@ class RunLog:
                 self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
+
+    def take_numbers(self) -> dict[str, float]:
+        """Return, on every rank, what was logged since the last call."""
+        taken, self._numbers = self._numbers, {}
+        return taken
+
+    def note(self, step: int, content: Mapping[str, Any]) -> None:
+        """Write one line of something else than numbers, to the JSON log alone."""
+        if self.active:
+            self._file.write(json.dumps({"step": step, **content}) + "\n")
+            self._file.flush()
 
     def overlays(self, step: int, name: str, images: Sequence[tuple[str, NDArray[np.uint8]]]) -> None:
         """Log pictures [H, W, 3] with their captions."""

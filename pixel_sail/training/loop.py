@@ -18,7 +18,7 @@ import torch
 from pixel_sail import dist
 from pixel_sail.config import ConfigError, DataConfig, TrainConfig, build
 from pixel_sail.data.leakage import held_out_images, without_images
-from pixel_sail.data.loader import LaneShare, training_batches
+from pixel_sail.data.loader import LaneShare, being_read, reading_table, training_batches
 from pixel_sail.data.mixture import Mixture
 from pixel_sail.data.noted_files import noted_files
 from pixel_sail.experts.teachers import load_teachers
@@ -29,13 +29,17 @@ from pixel_sail.training import checkpoint
 from pixel_sail.training.accelerator import build_accelerator
 from pixel_sail.training.build import build_model
 from pixel_sail.training.checkpoint import TrainState
+from pixel_sail.training.corridor import Corridor, LeftCorridorError
+from pixel_sail.training.finite import GradientCheck
 from pixel_sail.training.interruption import InterruptedRun, StopSignals
-from pixel_sail.training.log import RunLog
+from pixel_sail.training.log import LOG_FILE, RunLog
 from pixel_sail.training.meter import Meter
 from pixel_sail.training.optim import build_optimizer
+from pixel_sail.training.run_lock import RunLock
 from pixel_sail.training.schedule import learning_rate
 from pixel_sail.training.step import Distillation, optimizer_step, source_columns
 from pixel_sail.training.tally import record_skipped, source_scalars
+from pixel_sail.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +48,7 @@ Evaluate = Callable[[PixelSailForSegmentation, PixelSailProcessor, int, RunLog],
 
 FREE_KEYS = (
     *("log", "checkpoint", "validation", "predict", "evals", "paths", "run_dir", "name", "deepspeed"),
-    "allow_random_experts",
+    *("allow_random_experts", "watchdog", "corridor"),
 )
 """Groups that may change between the sessions of one run without changing its numbers."""
 
@@ -59,7 +63,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
     """Run training, continuing from the last complete checkpoint if the run folder has one; return the exported folder.
 
     Raises: ConfigError, DataError and CheckpointError before the first step; NonFiniteLossError in mid-run;
-    InterruptedRun after a checkpoint where a signal asked for it.
+    InterruptedRun and LeftCorridorError after a checkpoint, where a signal or a band of the corridor asked for it.
     """
     dist.ensure_launch_environment()
     share = lane_share(config.data)
@@ -68,6 +72,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
     experts = distillation.terms if distillation is not None else ()
     accelerator = build_accelerator(config, share.accumulation)
     run_dir, checkpoints = Path(config.run_dir), Path(config.run_dir) / "checkpoints"
+    lock = RunLock(run_dir)
     model, processor = build_model(config.model, seed=config.seed, experts=config.experts)
     with noted_files() as files:
         mixture = build_mixture(config.data, seed=config.seed)
@@ -90,10 +95,13 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
     model, optimizer = accelerator.prepare(model, build_optimizer(model, config.optim))
     if saved is not None:
         checkpoint.restore_optimizer(model, optimizer, accelerator, state=state, parameters=saved[0], moments=saved[1])
+    gradients = GradientCheck(model, accelerator)
+    corridor = Corridor(config.corridor, run_dir / LOG_FILE, start=state.step)
     if dist.rank() == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.json").write_text(json.dumps(resolved, indent=1) + "\n")
     stop = StopSignals()
+    reading_L = reading_table(share.num_lanes)
     data = training_batches(
         mixture,
         processor,
@@ -104,18 +112,24 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
         num_workers=config.data.num_workers,
         max_skipped_share=config.data.max_skipped_share,
         experts=distillation.teachers.choices if distillation is not None else (),
+        reading_L=reading_L,
     )
+    watchdog = Watchdog(run_dir, config.watchdog, lambda: being_read(mixture, reading_L))
 
     def save() -> None:
+        watchdog.begin_other("saving")
         checkpoint.save(checkpoints, state, model, optimizer, accelerator, config=identity, keep=config.checkpoint.keep)
 
     session = config.checkpoint.stop_after or config.optim.steps
     last = min(config.optim.steps, state.step + session)
-    with RunLog(run_dir, config.log, steps=config.optim.steps, start=state.step, resolved=resolved) as log:
+    run_log = RunLog(run_dir, config.log, steps=config.optim.steps, start=state.step, resolved=resolved)
+    with run_log as log, watchdog:
         while state.step < last:
             meter.step_begins()
+            watchdog.begin_step(state.step + 1)
             step_data = next(data)
             meter.data_is_here()
+            watchdog.data_is_here([name for batch in step_data.batches for name in batch.sample_ids])
             stop.listen()
             lr = learning_rate(state.step, config.optim)
             for group in optimizer.param_groups:
@@ -126,6 +140,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
                 step_data.batches,
                 config.loss,
                 accelerator,
+                gradients,
                 max_grad_norm=config.optim.max_grad_norm,
                 sources=mixture.names,
                 distillation=distillation,
@@ -158,14 +173,23 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
                 numbers |= meter.read()
                 log.scalars(state.step, {**numbers, **source_scalars(mixture.names, sums, experts)})
             is_stopped = stop.anywhere(accelerator.device) and state.step < last
-            if due(state.step, config.checkpoint.every) or state.step == last or is_stopped:
+            is_saved = due(state.step, config.checkpoint.every) or state.step == last or is_stopped
+            if is_saved:
                 save()
             if is_stopped:
                 raise InterruptedRun(f"interrupted after step {state.step}, which is saved; the same command goes on")
             if evaluate is not None and due(state.step, config.validation.every):
+                watchdog.begin_other("validating")
                 validate(model, processor, evaluate, state.step, log, accelerator)
+            finding = corridor.judge(state.step, log)
+            if finding is not None:
+                if not is_saved:
+                    save()
+                raise LeftCorridorError(f"{finding}; step {state.step} is saved")
+        corridor.finish(state.step)
     stop.restore()
     checkpoint.export(run_dir / "export", model, accelerator, processor)
+    lock.release()
     return run_dir / "export"
 
 

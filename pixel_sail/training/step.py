@@ -17,11 +17,8 @@ from pixel_sail import dist
 from pixel_sail.experts.teachers import Teachers
 from pixel_sail.losses.distill import DistillTerm
 from pixel_sail.losses.total import Counts, LossConfig, LossSums, combine, count, loss_sums
+from pixel_sail.training.finite import GradientCheck, NonFiniteLossError, blame
 from pixel_sail.types import Batch
-
-
-class NonFiniteLossError(RuntimeError):
-    """A loss became NaN or infinite; the update was not made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +76,7 @@ def optimizer_step(
     batches: Sequence[Batch],
     config: LossConfig,
     accelerator: Accelerator,
+    gradients: GradientCheck,
     *,
     max_grad_norm: float,
     sources: Sequence[str],
@@ -93,6 +91,7 @@ def optimizer_step(
     counts = Counts(tokens=int(totals[0]), masks=int(totals[1]), distilled=tuple(totals[5:].tolist()))
     # DeepSpeed and DDP average gradients over ranks and micro-batches; the losses are already shares of a global mean.
     unaverage = dist.world_size() * len(batches)
+    sample_ids = tuple(name for batch in batches for name in batch.sample_ids)
     num_columns = len(source_columns(experts))
     by_source = torch.zeros(len(sources), num_columns, dtype=torch.float64, device=accelerator.device)
     for index, batch in enumerate(batches):
@@ -106,8 +105,8 @@ def optimizer_step(
             if index + 1 == len(batches):
                 is_bad_here = not bool(torch.isfinite(by_source).all())
                 by_source = dist.sum_over_ranks(by_source)
-                losses = _finish_losses(by_source, batches if is_bad_here else (), counts, config, experts)
-            accelerator.backward(loss * unaverage)
+                losses = _finish_losses(by_source, sample_ids if is_bad_here else (), counts, config, experts)
+            gradients.backward(loss * unaverage, sample_ids)
             grad_norm = None
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
@@ -162,7 +161,7 @@ def _global_totals(batches: Sequence[Batch], device: torch.device, experts: Sequ
 
 
 def _finish_losses(
-    by_source: Tensor, suspects: Sequence[Batch], counts: Counts, config: LossConfig, experts: Sequence[DistillTerm]
+    by_source: Tensor, suspects: Sequence[str], counts: Counts, config: LossConfig, experts: Sequence[DistillTerm]
 ) -> dict[str, float]:
     """Return the global losses; raise on every rank when one of them is not finite, naming this rank's suspects."""
     text, bce, dice, *distilled = by_source[:, 3 : 6 + len(experts)].sum(0).tolist()
@@ -173,10 +172,5 @@ def _finish_losses(
         means[f"distill/{term.name}"] = loss / max(num_images, 1)
         total += term.weight * means[f"distill/{term.name}"]
     if total - total != 0.0:  # NaN and infinity alike
-        names = [name for batch in suspects for name in batch.sample_ids]
-        raise NonFiniteLossError(
-            f"losses {means} are not finite; rank {dist.rank()} "
-            + (f"holds them, among its samples {names}" if names else "is not the cause")
-            + "; no update was made, the last checkpoint is intact"
-        )
+        raise NonFiniteLossError(f"losses {means} are not finite; {blame(suspects)}")
     return {"total": total, **means}

@@ -1,0 +1,158 @@
+"""Ending a run that stands still, with what is needed to find out why.
+
+Place in the flow: `training/loop.py` tells the watchdog of its rank what it begins; a thread compares the clock. Every
+rank has its own, so that those which wait for the one that is stuck end too. What rank 1 leaves behind:
+
+    runs/<name>/stalled/rank1.txt    "rank 1 (node7, process 4711): step 57 stands still, 1801 s of it waiting for data
+                                     ...", samples being read, samples in hand, stacks of all threads
+
+The thread needs Python's lock. Where some C function holds it for ever, faulthandler's own timer writes the stacks to
+stderr a little later and ends the process with status 1.
+"""
+
+import contextlib
+import faulthandler
+import logging
+import math
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from io import TextIOWrapper
+from pathlib import Path
+
+from pixel_sail import dist
+from pixel_sail.config import WatchdogConfig
+from pixel_sail.training.interruption import STALLED_STATUS
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "stalled"
+
+FIRST_STEPS = 3
+"""Steps of a session that may take `slow_factor` times longer: libraries choose kernels, files come from cold disks."""
+
+GRACE_S = 5.0
+"""From the report of one rank to its end: the others write theirs before they notice that it is gone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Watched:
+    """What the rank is at."""
+
+    phase: str = "starting"
+    step: int = 0
+    since: float = 0.0
+    phase_since: float = 0.0
+    limit_s: float = math.inf
+    sample_ids: tuple[str, ...] = ()
+
+
+class Watchdog:
+    """Watches one rank while it is used as a context; off where `limit_s` is 0."""
+
+    def __init__(self, run_dir: Path, config: WatchdogConfig, being_read: Callable[[], Sequence[str]] = tuple) -> None:
+        """`being_read`: names the samples that data workers are reading at the moment."""
+        self._file = run_dir / FOLDER / f"rank{dist.rank()}.txt"
+        self._config = config
+        self._being_read = being_read
+        self._watched = _Watched()
+        self._steps_begun = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        """Start watching; an old report of this rank goes away."""
+        self._file.unlink(missing_ok=True)
+        if self._config.limit_s > 0:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop watching."""
+        self._ended.set()
+        if self._thread.is_alive():
+            faulthandler.cancel_dump_traceback_later()
+            self._thread.join()
+
+    def begin_step(self, step: int) -> None:
+        """Start the clock of an optimizer step, which begins by waiting for its data."""
+        self._steps_begun += 1
+        self._begin("waiting for data", step, is_slow=self._steps_begun <= FIRST_STEPS)
+
+    def data_is_here(self, sample_ids: Sequence[str]) -> None:
+        """Note that the step computes now, and on what; its clock goes on."""
+        self._watched = replace(
+            self._watched, phase="computing", phase_since=time.monotonic(), sample_ids=tuple(sample_ids)
+        )
+
+    def begin_other(self, phase: str) -> None:
+        """Start the clock of something that follows a step: saving, validating."""
+        self._begin(phase, self._watched.step, is_slow=True)
+
+    def _begin(self, phase: str, step: int, *, is_slow: bool) -> None:
+        limit_s = self._config.limit_s * (self._config.slow_factor if is_slow else 1.0)
+        now = time.monotonic()
+        self._watched = replace(
+            self._watched, phase=phase, step=step, since=now, phase_since=now, limit_s=limit_s or math.inf
+        )
+        if limit_s > 0:
+            faulthandler.dump_traceback_later(limit_s + 4 * GRACE_S, exit=True)
+
+    def _watch(self) -> None:
+        """Wait for the end of the run or of the rank's patience."""
+        while not self._ended.wait(min(1.0, self._config.limit_s / 4)):
+            watched = self._watched
+            if time.monotonic() - watched.since > watched.limit_s:
+                try:
+                    self._report(watched)
+                    time.sleep(GRACE_S)
+                finally:
+                    # A worker that is stuck would not notice that this process is gone.
+                    _signal_children(signal.SIGKILL)
+                    os._exit(STALLED_STATUS)
+
+    def _report(self, watched: _Watched) -> None:
+        """Write this rank's report, and one message; what cannot be written must not keep the process alive."""
+        now = time.monotonic()
+        message = (
+            f"rank {dist.rank()} ({socket.gethostname()}, process {os.getpid()}): step {watched.step} stands still, "
+            f"{now - watched.phase_since:.0f} s of it {watched.phase}; the limit is {watched.limit_s:g} s "
+            "(watchdog.limit_s)"
+        )
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("w") as file:
+                self._write(file, message, watched)
+            message += f"; {self._file} has stacks and samples"
+        except OSError as error:
+            faulthandler.dump_traceback(sys.stderr)
+            message += f"; its report could not be written: {error}"
+        logger.error(
+            "%s. The process ends with status %d; the last complete checkpoint is intact", message, STALLED_STATUS
+        )
+        # Data workers write their stacks to stderr.
+        _signal_children(signal.SIGUSR2)
+
+    def _write(self, file: TextIOWrapper, message: str, watched: _Watched) -> None:
+        file.write(f"{message}\n\n")
+        for title, names in (
+            ("samples that are being read:", self._being_read()),
+            ("samples in hand:", watched.sample_ids),
+        ):
+            file.write("\n  ".join((title, *(names or ("none",)))) + "\n\n")
+        file.flush()
+        faulthandler.dump_traceback(file, all_threads=True)
+
+
+def _signal_children(number: signal.Signals) -> None:
+    """Send a signal to the data workers."""
+    for child in multiprocessing.active_children():
+        if child.pid is not None:
+            with contextlib.suppress(ProcessLookupError):  # it ended in between
+                os.kill(child.pid, number)
