@@ -1,5 +1,5 @@
 """Train a model: `scripts/train.py experiment=quickstart optim.lr=1e-3`, under python, torchrun, accelerate or
-deepspeed."""
+deepspeed. With --dry-run it makes one step, says what the run would do, and writes nothing."""
 
 import logging
 import sys
@@ -9,19 +9,29 @@ from pixel_sail.config import ConfigError, TrainConfig, build, command_line_over
 from pixel_sail.evaluation.validation import validation_for
 from pixel_sail.training.checkpoint import CheckpointError
 from pixel_sail.training.corridor import LeftCorridorError
+from pixel_sail.training.dry_run import dry_run
 from pixel_sail.training.finite import NonFiniteLossError
 from pixel_sail.training.interruption import REQUEUE_STATUS, InterruptedRun
 from pixel_sail.training.loop import train
 from pixel_sail.types import DataError
+
+DRY_RUN = "--dry-run"
 
 
 def main() -> int:
     """Run training; wrong input ends with one message and exit status 2, a signal with 85 after a checkpoint."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     try:
-        config = load_config("train", TrainConfig, command_line_overrides())
+        overrides = [argument for argument in command_line_overrides() if argument != DRY_RUN]
+        config = load_config("train", TrainConfig, overrides)
         evals = {name: build(node, f"evals.{name}") for name, node in config.evals.items()}
-        train(config, validation_for(evals, config.predict, config.validation, config.log) if evals else None)
+        evaluate = validation_for(evals, config.predict, config.validation, config.log) if evals else None
+        if DRY_RUN in sys.argv:
+            lines = dry_run(config)
+            if dist.rank() == 0:
+                print("\n".join(lines))
+        else:
+            train(config, evaluate)
         dist.shutdown()
     except (ConfigError, DataError, CheckpointError, NonFiniteLossError, LeftCorridorError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -1,14 +1,16 @@
-"""Runs scripts/train.py with a fault built in, for tests/test_watchdog.py and tests/test_stopping.py.
+"""Runs scripts/train.py with a fault built in, for the tests of what a run does about it.
 
     faulty_run.py FAULT RANK STEP OVERRIDE...
 
-FAULT at that rank's step (counted from 1): `stuck` - it sleeps for ever before it computes; `gradient` - a gradient that
-is NaN from a loss that is finite; `loss` - a loss that is NaN; `item` - in place of a step the number of an item of the
-source refshapes, that sleeps for ever when it is read.
+FAULT at that rank's step (counted from 1): `stuck` - it sleeps for ever before it computes; `gradient` - a gradient
+that is NaN from a loss that is finite; `loss` - a loss that is NaN; `disk` - from then on no file can grow beyond
+100,000 bytes; `item` - in place of a step the number of an item of the source refshapes, that sleeps for ever when it
+is read.
 """
 
 import itertools
 import os
+import resource
 import runpy
 import sys
 import time
@@ -21,6 +23,7 @@ from pixel_sail.training import step, watchdog
 
 ROOT = Path(__file__).resolve().parent.parent
 FOR_EVER_S = 3600
+DISK_BYTES = 100_000
 
 
 def main() -> None:
@@ -58,6 +61,9 @@ def spoil_step(fault: str, when: int) -> None:
             return loss
         if fault == "stuck":
             time.sleep(FOR_EVER_S)
+        if fault == "disk":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (DISK_BYTES, DISK_BYTES))
+            return loss
         if fault == "loss":
             sums.text_S.data[...] = float("nan")
         # 0 in value; the square root of 0 has an infinite slope, times 0 is NaN.

@@ -33,6 +33,7 @@ from pixel_sail.model.distill_head import PREFIX as DISTILL_HEAD
 
 MARKER, MANIFEST, STATE = "COMPLETE", "manifest.json", "state.json"
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+_GO_BACK = "Delete this checkpoint folder to continue from the one before"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 DATA_FILES = "data_files"
 """Where a configuration holds what `loop.data_identity` returns."""
@@ -138,13 +139,12 @@ def read(
     Raises: CheckpointError when a file differs from its hash, the run was configured otherwise, or (unless allowed)
     had other data.
     """
-    manifest = json.loads((path / MANIFEST).read_text())
-    for name, expected in manifest.items():
+    for name, expected in _manifest(path).items():
         found = sha256(path / name)
         if found != expected:
             raise CheckpointError(
                 f"{path / name}: sha256 {found[:12]}.. found, {expected[:12]}.. expected from {MANIFEST}; the file was "
-                "damaged or changed. Delete this checkpoint folder to continue from the one before"
+                f"damaged or changed. {_GO_BACK}"
             )
     saved = json.loads((path / STATE).read_text())
     differing = dict(differing_leaves(saved["config"], json.loads(json.dumps(config))))
@@ -170,6 +170,22 @@ def read(
         source_sums=tuple(tuple(row) for row in fields["source_sums"]),
     )
     return state, load_file(path / MODEL), load_file(path / OPTIMIZER)
+
+
+def _manifest(path: Path) -> dict[str, str]:
+    """Return the hash of each file of a checkpoint. Raises: CheckpointError when one of them is not there."""
+    names = {MODEL, OPTIMIZER, STATE}
+    missing = sorted(name for name in {MANIFEST, *names} if not (path / name).is_file())
+    try:
+        manifest = {} if missing else json.loads((path / MANIFEST).read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path / MANIFEST}: {error}; {_GO_BACK}") from error
+    if missing or set(manifest) != names:
+        raise CheckpointError(
+            f"{path}: files {missing} are missing, {MANIFEST} has hashes of {sorted(manifest)}, expected all of "
+            f"{sorted(names)}; {_GO_BACK}"
+        )
+    return manifest
 
 
 def load_parameters(model: nn.Module, parameters: dict[str, Tensor]) -> None:

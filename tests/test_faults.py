@@ -1,0 +1,180 @@
+"""The list of faults in docs/reliability.md: every test it names exists, and those that stand nowhere else are here."""
+
+import ast
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from running import ROOT, start
+from safetensors.torch import save_file
+from test_train import SMALL, log_lines
+
+from pixel_sail.config import TrainConfig, load_config
+from pixel_sail.data.images import load_image
+from pixel_sail.files import sha256
+from pixel_sail.losses.total import Counts, LossConfig, combine, loss_sums
+from pixel_sail.training import checkpoint
+from pixel_sail.training.checkpoint import CheckpointError
+from pixel_sail.training.loop import run_identity
+from pixel_sail.types import Sample, Turn
+
+PAGE = ROOT / "docs" / "reliability.md"
+
+
+def rows():
+    """Return the cells of every row of the tables of faults."""
+    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [row for row in cells if len(row) == 3 and row[0] != "fault" and set(row[0]) - set("-:")]
+
+
+def test_every_test_the_page_names_exists():
+    named = re.findall(r"`(test_\w+)\.py::(test_\w+)`", PAGE.read_text())
+    assert len(named) > 50
+    functions = {}
+    for file, test in named:
+        if file not in functions:
+            tree = ast.parse((ROOT / "tests" / f"{file}.py").read_text())
+            functions[file] = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert test in functions[file], f"docs/reliability.md names {file}.py::{test}"
+
+
+def test_every_fault_has_what_happens_and_a_test_or_a_reason():
+    assert len(rows()) > 40
+    for row in rows():
+        assert all(row), row
+        assert re.search(r"`test_\w+\.py::test_\w+`|no test: ", row[2]), row
+
+
+# Checkpoints
+
+
+@pytest.fixture
+def complete_checkpoint(tmp_path):
+    folder = tmp_path / "step_00000003"
+    folder.mkdir()
+    for name in (checkpoint.MODEL, checkpoint.OPTIMIZER):
+        save_file({"weight": torch.ones(100)}, folder / name)
+    fields = {"step": 3, "lanes": [], "num_skipped": 0, "source_sums": []}
+    (folder / checkpoint.STATE).write_text(json.dumps({"train_state": fields, "config": {"seed": 1}}))
+    names = (checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE)
+    (folder / checkpoint.MANIFEST).write_text(json.dumps({name: sha256(folder / name) for name in names}))
+    (folder / checkpoint.MARKER).touch()
+    assert checkpoint.read(folder, {"seed": 1})[0].step == 3
+    return folder
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE, checkpoint.MANIFEST])
+@pytest.mark.parametrize("damage", [cut, Path.unlink])
+def test_a_checkpoint_with_a_cut_or_missing_file_is_refused_by_its_name(complete_checkpoint, name, damage):
+    damage(complete_checkpoint / name)
+    with pytest.raises(CheckpointError, match=rf"(?s){complete_checkpoint}.*{name}.*Delete this checkpoint folder"):
+        checkpoint.read(complete_checkpoint, {"seed": 1})
+
+
+def test_a_checkpoint_whose_hashes_lack_a_file_is_refused(complete_checkpoint):
+    manifest = complete_checkpoint / checkpoint.MANIFEST
+    hashes = json.loads(manifest.read_text())
+    del hashes[checkpoint.MODEL]
+    manifest.write_text(json.dumps(hashes))
+    with pytest.raises(CheckpointError, match="expected all of"):
+        checkpoint.read(complete_checkpoint, {"seed": 1})
+
+
+def test_folders_without_the_marker_are_not_checkpoints(complete_checkpoint):
+    folder = complete_checkpoint.parent
+    for unfinished in (".writing_step_00000004", "step_00000005"):
+        (folder / unfinished).mkdir()
+        (folder / unfinished / checkpoint.MODEL).write_bytes(b"half")
+    assert checkpoint.latest(folder) == complete_checkpoint
+
+
+def test_a_disk_that_fills_during_a_save_leaves_the_checkpoint_before_and_the_run_goes_on_from_it(data_root, tmp_path):
+    """The limit on the size of a file stands in for the disk: the third checkpoint is larger than it."""
+    overrides = (*SMALL, f"run_dir={tmp_path}", "deepspeed=none", "checkpoint.every=1", "optim.steps=4")
+    command = [sys.executable, str(ROOT / "tests" / "faulty_run.py"), "disk", "0", "3", *overrides]
+    done = start(command, data_root)
+    assert done.returncode != 0 and "File too large" in done.stderr
+    complete = checkpoint.complete_checkpoints(tmp_path / "checkpoints")
+    assert [path.name for path in complete] == ["step_00000001", "step_00000002"]
+    assert not (tmp_path / "export").exists()
+    (tmp_path / "checkpoints" / ".writing_step_00000003").mkdir(exist_ok=True)
+    again = start([sys.executable, "scripts/train.py", *overrides], data_root)
+    assert again.returncode == 0, again.stderr[-4000:]
+    assert f"continuing from {complete[-1]}" in again.stderr
+    assert [line["step"] for line in log_lines(tmp_path)] == [1, 2, 3, 4]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000003", "step_00000004"]
+
+
+def test_precision_sharding_of_the_data_and_seed_belong_to_a_run():
+    def identity(*overrides):
+        config = load_config("train", TrainConfig, ["experiment=quickstart", *overrides])
+        return run_identity(json.loads(json.dumps(config, default=vars)))
+
+    for changed in ("optim.precision=bf16", "data.packs_per_step=32", "seed=1", "data.packing.lookahead=2"):
+        differing = dict(checkpoint.differing_leaves(identity(), identity(changed)))
+        assert list(differing) == [changed.split("=")[0]]
+    for free in ("deepspeed=zero3", "data.num_workers=5", "watchdog.limit_s=1", "log.every=3", "~corridor.loss_at_600"):
+        assert identity(free) == identity()
+
+
+# Images and masks, all the way into the losses
+
+SIZES = {"one pixel": (1, 1), "one row": (1, 40), "ordinary": (16, 24)}
+
+
+def losses_of(processor, tiny_model, make_batch, image, masks):
+    turn = Turn(question="red", answer=" ".join(["[SEG]"] * len(masks)) or "no", masks=tuple(masks))
+    hw = (image.height, image.width)
+    sample = Sample(sample_id="toy/7", source="toy", image_path=None, image_hw=hw, turns=(turn,))
+    batch = make_batch([processor.encode_sample(sample, image, independent_turns=False)])
+    model, config = tiny_model().train(), LossConfig()
+    output = model(**batch.model_inputs())
+    terms = loss_sums(output, batch, config, (), {})
+    loss = combine(terms, Counts(tokens=len(batch.targets_M), masks=len(masks)), config, ()) + output.anchor
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+    return loss.item(), norm.item()
+
+
+@pytest.mark.parametrize("fill", ["empty", "whole", "one pixel"])
+@pytest.mark.parametrize("size", SIZES)
+def test_masks_of_any_extent_in_images_of_any_size_have_finite_losses(processor, tiny_model, make_batch, size, fill):
+    mask = np.full(SIZES[size], fill == "whole")
+    mask[0, 0] |= fill == "one pixel"
+    image = Image.new("RGB", SIZES[size][::-1], "red")
+    loss, norm = losses_of(processor, tiny_model, make_batch, image, [mask])
+    assert 0 < loss < 100 and 0 < norm < 1e6
+
+
+@pytest.mark.parametrize("num_masks", [0, 1, 40])
+def test_no_seg_and_many_seg_have_finite_losses(processor, tiny_model, make_batch, num_masks):
+    masks = [np.eye(16, 24, k=shift, dtype=bool) for shift in range(num_masks)]
+    loss, norm = losses_of(processor, tiny_model, make_batch, Image.new("RGB", (24, 16), "red"), masks)
+    assert 0 < loss < 100 and 0 < norm < 1e6
+
+
+@pytest.mark.parametrize("kind", ["CMYK", "I;16", "L", "rotated", "1x1"])
+def test_unusual_image_files_reach_the_model_as_rgb(tmp_path, processor, tiny_model, make_batch, kind):
+    path, exif = tmp_path / ("image.tif" if kind == "CMYK" else "image.png"), Image.Exif()
+    if kind == "I;16":
+        image = Image.fromarray(np.linspace(0, 65535, 16 * 24).reshape(16, 24).astype(np.uint16))
+    else:
+        image = Image.new("L" if kind in ("rotated", "1x1") else kind, (1, 1) if kind == "1x1" else (24, 16))
+    if kind == "rotated":
+        exif[0x0112] = 6
+    image.save(path, exif=exif)
+    opened = load_image(path, where="toy/7")
+    assert opened.mode == "RGB" and opened.size == {"rotated": (16, 24), "1x1": (1, 1)}.get(kind, (24, 16))
+    mask = np.ones((opened.height, opened.width), dtype=bool)
+    loss, norm = losses_of(processor, tiny_model, make_batch, opened, [mask])
+    assert np.isfinite([loss, norm]).all()
