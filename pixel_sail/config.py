@@ -160,6 +160,9 @@ class CheckpointConfig:
     """auto: continue from the last complete checkpoint if there is one. never: refuse a used run folder."""
     allow_changed_data: bool = False
     """True: a run may go on although annotation files differ from those it was started with; the log names them."""
+    rewinds: int = 0
+    """How often a run may go back to its last checkpoint and past the data that made a loss or gradient not finite;
+    each time it ends with status 85. 0: it stops."""
     stop_after: int = 0
     """Save and end this session after so many steps, 0 to go on to the end; a later session continues."""
 
@@ -167,8 +170,8 @@ class CheckpointConfig:
         """Check the choices."""
         if self.resume not in ("auto", "never"):
             raise ConfigError(f"checkpoint.resume is {self.resume!r}, expected auto or never")
-        if self.keep < 1 or self.every < 1:
-            raise ConfigError("checkpoint.keep and checkpoint.every must be 1 or more")
+        if self.keep < 1 or self.every < 1 or self.rewinds < 0:
+            raise ConfigError("checkpoint.keep and checkpoint.every must be 1 or more, checkpoint.rewinds 0 or more")
 
 
 @dataclass(kw_only=True)

@@ -121,6 +121,12 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def latest_step(folder: Path) -> int:
+    """Return the step of the newest complete checkpoint, 0 where there is none."""
+    found = latest(folder)
+    return 0 if found is None else int(found.name.removeprefix("step_"))
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
     return sorted(path for path in folder.glob("step_*") if is_complete(path))

@@ -25,6 +25,7 @@ from pixel_sail.training.checkpoint import TrainState
 from pixel_sail.training.finite import GradientCheck
 from pixel_sail.training.loop import build_distillation, build_mixture, lane_share, run_identity
 from pixel_sail.training.optim import build_optimizer
+from pixel_sail.training.rewind import behind_rewinds
 from pixel_sail.training.schedule import learning_rate
 from pixel_sail.training.step import StepReport, optimizer_step, source_columns
 
@@ -53,6 +54,7 @@ def dry_run(config: TrainConfig) -> list[str]:
     if found is not None:
         state, *saved = checkpoint.read(found, run_identity(asdict(config)))
         checkpoint.load_parameters(model, saved[0])
+    state = behind_rewinds(Path(config.run_dir), state)
     model.decoder.gradient_checkpointing = config.optim.activation_checkpointing
     model, optimizer = accelerator.prepare(model, build_optimizer(model, config.optim))
     if saved is not None:

@@ -25,7 +25,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class InterruptedRun(RuntimeError):
-    """A signal ended the run; everything up to its last step is saved."""
+    """The run ended to be started again: a signal asked for it and its last step is saved, or it goes back and past the
+    data it broke down on."""
 
 
 class StopSignals:

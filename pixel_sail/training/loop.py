@@ -30,11 +30,12 @@ from pixel_sail.training.accelerator import build_accelerator
 from pixel_sail.training.build import build_model
 from pixel_sail.training.checkpoint import TrainState
 from pixel_sail.training.corridor import Corridor, LeftCorridorError
-from pixel_sail.training.finite import GradientCheck
+from pixel_sail.training.finite import GradientCheck, NonFiniteLossError
 from pixel_sail.training.interruption import InterruptedRun, StopSignals
 from pixel_sail.training.log import LOG_FILE, RunLog
 from pixel_sail.training.meter import Meter
 from pixel_sail.training.optim import build_optimizer
+from pixel_sail.training.rewind import behind_rewinds, rewind
 from pixel_sail.training.run_lock import RunLock
 from pixel_sail.training.schedule import learning_rate
 from pixel_sail.training.step import Distillation, optimizer_step, source_columns
@@ -90,6 +91,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
         state, *saved = checkpoint.read(found, identity, allow_changed_data=config.checkpoint.allow_changed_data)
         checkpoint.load_parameters(model, saved[0])
         logger.info("continuing from %s", found)
+    state = behind_rewinds(run_dir, state)
     model.decoder.gradient_checkpointing = config.optim.activation_checkpointing
     meter = Meter(model.config, config.experts, peak_tflops=config.log.peak_tflops, device=accelerator.device)
     model, optimizer = accelerator.prepare(model, build_optimizer(model, config.optim))
@@ -134,20 +136,30 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
             lr = learning_rate(state.step, config.optim)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            report = optimizer_step(
-                model,
-                optimizer,
-                step_data.batches,
-                config.loss,
-                accelerator,
-                gradients,
-                max_grad_norm=config.optim.max_grad_norm,
-                sources=mixture.names,
-                distillation=distillation,
-            )
             lanes = checkpoint.merge_lanes(
                 state.lanes, step_data.after, config.data.packing.lookahead, accelerator.device
             )
+            try:
+                report = optimizer_step(
+                    model,
+                    optimizer,
+                    step_data.batches,
+                    config.loss,
+                    accelerator,
+                    gradients,
+                    max_grad_norm=config.optim.max_grad_norm,
+                    sources=mixture.names,
+                    distillation=distillation,
+                )
+            except NonFiniteLossError as error:
+                raise rewind(
+                    run_dir,
+                    error,
+                    from_step=checkpoint.latest_step(checkpoints),
+                    failed_step=state.step + 1,
+                    lanes=lanes,
+                    limit=config.checkpoint.rewinds,
+                ) from error
             num_skipped = record_skipped(
                 run_dir,
                 step_data.skipped,

@@ -1,0 +1,80 @@
+"""Going back to the last checkpoint and past the data that a run broke down on.
+
+Place in the flow: where a loss or gradient is not finite and `checkpoint.rewinds` allows it, `training/loop.py` notes
+where the data stood after the step that failed, and ends with the status that asks to be started again. The next
+session starts from the checkpoint with that note's place in the data:
+
+    step 57 fails, the last checkpoint is step 50  ->  rewinds.jsonl: {"from_step": 50, "failed_step": 57, "lanes": ...}
+    next session: weights, moments and step 50, data from behind that of step 57
+
+What a session does follows from checkpoint and notes alone, so that a run which is interrupted after a rewind goes on
+with the same numbers.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from pixel_sail import dist
+from pixel_sail.data.packing import LanePosition
+from pixel_sail.training.checkpoint import TrainState
+from pixel_sail.training.finite import NonFiniteLossError
+from pixel_sail.training.interruption import InterruptedRun
+
+logger = logging.getLogger(__name__)
+
+REWINDS_FILE = "rewinds.jsonl"
+
+
+def rewind(
+    run_dir: Path,
+    error: NonFiniteLossError,
+    *,
+    from_step: int,
+    failed_step: int,
+    lanes: Sequence[LanePosition],
+    limit: int,
+) -> InterruptedRun:
+    """Note a rewind to `from_step` with the data behind `lanes`; return what ends this session.
+
+    Every rank must call it. Raises: the error itself, when the run has had `limit` rewinds.
+    """
+    earlier = len(_notes(run_dir))
+    dist.barrier()
+    if earlier >= limit:
+        if limit:
+            raise NonFiniteLossError(f"{error}; the run had its {limit} rewinds (checkpoint.rewinds)") from error
+        raise error
+    if dist.rank() == 0:
+        note = {
+            "from_step": from_step,
+            "failed_step": failed_step,
+            "lanes": [asdict(lane) for lane in lanes],
+            "reason": str(error),
+        }
+        with (run_dir / REWINDS_FILE).open("a") as file:
+            file.write(json.dumps(note) + "\n")
+    return InterruptedRun(
+        f"step {failed_step} failed: {error}. Rewind {earlier + 1} of {limit}: the same command goes on from step "
+        f"{from_step} with the data behind that of step {failed_step}"
+    )
+
+
+def behind_rewinds(run_dir: Path, state: TrainState) -> TrainState:
+    """Return the state of a checkpoint, or of the start, with the data moved on by the last rewind to it."""
+    notes = [note for note in _notes(run_dir) if note["from_step"] == state.step]
+    if not notes:
+        return state
+    if dist.rank() == 0:
+        failed = notes[-1]["failed_step"]
+        logger.warning("rewind to step %d: going on with the data behind that of step %d", state.step, failed)
+    lanes = tuple(LanePosition(next=lane["next"], waiting=tuple(lane["waiting"])) for lane in notes[-1]["lanes"])
+    return replace(state, lanes=lanes)
+
+
+def _notes(run_dir: Path) -> list[dict[str, Any]]:
+    file = run_dir / REWINDS_FILE
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []

@@ -1,0 +1,72 @@
+"""A run that breaks down on its data goes back to its checkpoint and past that data, the same way every time."""
+
+import json
+import sys
+from itertools import islice
+
+import pytest
+from running import ROOT, start
+from test_train import SMALL, log_lines, train
+
+from pixel_sail.config import TrainConfig, load_config
+from pixel_sail.data.loader import training_batches
+from pixel_sail.data.packing import LanePosition
+from pixel_sail.training.build import build_model
+from pixel_sail.training.checkpoint import TrainState
+from pixel_sail.training.finite import NonFiniteLossError
+from pixel_sail.training.loop import build_mixture, lane_share
+from pixel_sail.training.rewind import REWINDS_FILE, behind_rewinds, rewind
+
+OVERRIDES = ("deepspeed=none", "checkpoint.every=2", "checkpoint.rewinds=1")
+
+
+def sizes_of_steps(num_steps):
+    """Return tokens, supervised tokens and masks of the first steps of the data."""
+    config = load_config("train", TrainConfig, [*SMALL, "run_dir=unused"])
+    processor = build_model(config.model, seed=0, experts={})[1]
+    share = lane_share(config.data)
+    steps = training_batches(
+        build_mixture(config.data, seed=0),
+        processor,
+        config.data.packing,
+        share,
+        start=[LanePosition()] * share.num_lanes,
+        num_workers=0,
+    )
+    sizes = []
+    for step in islice(steps, num_steps):
+        tokens = sum(int((batch.sample_index_BT >= 0).sum()) for batch in step.batches)
+        supervised = sum(len(batch.targets_M) for batch in step.batches)
+        sizes.append((tokens, supervised, sum(len(batch.masks) for batch in step.batches)))
+    return sizes
+
+
+def test_a_run_goes_back_to_its_checkpoint_and_past_the_data_it_broke_down_on(data_root, tmp_path, monkeypatch):
+    command = [sys.executable, str(ROOT / "tests" / "faulty_run.py"), "loss", "0", "4", *SMALL, f"run_dir={tmp_path}"]
+    done = start([*command, *OVERRIDES], data_root)
+    assert done.returncode == 85, done.stderr[-4000:]
+    assert "are not finite" in done.stderr and "Rewind 1 of 1: the same command goes on from step 2" in done.stderr
+    train(data_root, tmp_path, *OVERRIDES, "checkpoint.stop_after=1")
+    train(data_root, tmp_path, *OVERRIDES)
+    monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
+    of_data = sizes_of_steps(8)
+    assert len(set(of_data)) == 8, "steps must differ to be told apart"
+    found = [(line["tokens"], line["supervised_tokens"], line["masks"]) for line in log_lines(tmp_path)]
+    assert found == of_data[:2] + of_data[4:8]
+    assert [line["step"] for line in log_lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_rewinds_are_counted(tmp_path):
+    error = NonFiniteLossError("losses are not finite")
+    lanes = [LanePosition(next=7, waiting=(3, 5)), LanePosition(next=9)]
+    for number in (1, 2):
+        ending = rewind(tmp_path, error, from_step=2, failed_step=2 + number, lanes=lanes[-number:], limit=2)
+        assert f"Rewind {number} of 2" in str(ending)
+    with pytest.raises(NonFiniteLossError, match="had its 2 rewinds"):
+        rewind(tmp_path, error, from_step=2, failed_step=9, lanes=lanes, limit=2)
+    assert len((tmp_path / REWINDS_FILE).read_text().splitlines()) == 2
+    assert behind_rewinds(tmp_path, TrainState(step=2)).lanes == tuple(lanes)
+    assert behind_rewinds(tmp_path, TrainState(step=4)) == TrainState(step=4)
+    with pytest.raises(NonFiniteLossError, match=r"not finite$"):
+        rewind(tmp_path / "none", error, from_step=0, failed_step=1, lanes=lanes, limit=0)
+    assert json.loads((tmp_path / REWINDS_FILE).read_text().splitlines()[1])["reason"] == "losses are not finite"
