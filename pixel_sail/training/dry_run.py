@@ -18,12 +18,13 @@ from pixel_sail import dist
 from pixel_sail.config import TrainConfig
 from pixel_sail.data.loader import StepData, training_batches
 from pixel_sail.data.mixture import Mixture
+from pixel_sail.data.noted_files import noted_files
 from pixel_sail.training import checkpoint
 from pixel_sail.training.accelerator import build_accelerator
 from pixel_sail.training.build import build_model
 from pixel_sail.training.checkpoint import TrainState
 from pixel_sail.training.finite import GradientCheck
-from pixel_sail.training.loop import build_distillation, build_mixture, lane_share, run_identity
+from pixel_sail.training.loop import build_distillation, build_mixture, data_identity, lane_share, run_identity
 from pixel_sail.training.optim import build_optimizer
 from pixel_sail.training.rewind import behind_rewinds
 from pixel_sail.training.schedule import learning_rate
@@ -46,13 +47,15 @@ def dry_run(config: TrainConfig) -> list[str]:
     model, processor = build_model(config.model, seed=config.seed, experts=config.experts)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    mixture = build_mixture(config.data, seed=config.seed)
+    with noted_files() as files:
+        mixture = build_mixture(config.data, seed=config.seed)
+    identity = run_identity(asdict(config)) | {checkpoint.DATA_FILES: data_identity(mixture, files)}
     num_columns = len(source_columns(experts))
     state = TrainState.start(num_lanes=share.num_lanes, num_sources=len(mixture.names), num_columns=num_columns)
     saved = None
     found = checkpoint.latest(Path(config.run_dir) / "checkpoints")
     if found is not None:
-        state, *saved = checkpoint.read(found, run_identity(asdict(config)))
+        state, *saved = checkpoint.read(found, identity, allow_changed_data=config.checkpoint.allow_changed_data)
         checkpoint.load_parameters(model, saved[0])
     state = behind_rewinds(Path(config.run_dir), state)
     model.decoder.gradient_checkpointing = config.optim.activation_checkpointing
