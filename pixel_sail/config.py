@@ -156,6 +156,9 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
     """How many complete checkpoints stay."""
+    asynchronous: bool = True
+    """Write in the background while training goes on; rank 0 holds a copy of the state, 12 bytes per parameter, in
+    host memory meanwhile."""
     resume: str = "auto"
     """auto: continue from the last complete checkpoint if there is one. never: refuse a used run folder."""
     allow_changed_data: bool = False

@@ -1,8 +1,8 @@
 """Checkpoints: everything a run needs to continue as if it had never stopped.
 
-Place in the flow: `training/loop.py` saves with `save` and starts with `latest`. A checkpoint does not depend on the
-number of processes or the ZeRO stage: parameters and Adam moments are whole float32 tensors under the model's own
-names.
+Place in the flow: `training/loop.py` starts with `latest`; `checkpoint_writer.py` writes what `collect` returns. A
+checkpoint does not depend on the number of processes or the ZeRO stage: parameters and Adam moments are whole float32
+tensors under the model's own names.
 
     runs/<name>/checkpoints/step_00000500/
         model.safetensors  optimizer.safetensors  state.json  manifest.json (sha256 of each)  COMPLETE
@@ -16,13 +16,13 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -78,41 +78,9 @@ def collect(
         whole = {"": _whole_parameter(parameter)}
         whole |= {key: _whole_moment(parameter, key, optimizer) for key in MOMENTS}
         if dist.rank() == 0:
-            parameters[name] = whole[""].detach().float().cpu().clone()
-            moments |= {f"{key}.{name}": whole[key].detach().float().cpu().clone() for key in MOMENTS}
+            parameters[name] = _host_copy(whole[""])
+            moments |= {f"{key}.{name}": _host_copy(whole[key]) for key in MOMENTS}
     return parameters, moments
-
-
-def save(
-    folder: Path,
-    state: TrainState,
-    model: nn.Module,
-    optimizer: Optimizer,
-    accelerator: Accelerator,
-    *,
-    config: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Write the checkpoint of `state.step` under `folder`, then delete all but the newest `keep` complete ones."""
-    final = folder / f"step_{state.step:08d}"
-    parameters, moments = collect(model, optimizer, accelerator)
-    if dist.rank() == 0 and not is_complete(final):
-        working = folder / f".writing_{final.name}"
-        shutil.rmtree(working, ignore_errors=True)
-        shutil.rmtree(final, ignore_errors=True)
-        working.mkdir(parents=True)
-        save_file(parameters, working / MODEL)
-        save_file(moments, working / OPTIMIZER)
-        (working / STATE).write_text(json.dumps({"train_state": asdict(state), "config": config}, indent=1))
-        hashes = {name: sha256(working / name) for name in (MODEL, OPTIMIZER, STATE)}
-        (working / MANIFEST).write_text(json.dumps(hashes, indent=1))
-        (working / MARKER).touch()
-        _flush(working)
-        os.replace(working, final)
-        for old in complete_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return final
 
 
 def latest(folder: Path) -> Path | None:
@@ -237,11 +205,7 @@ def export(folder: Path, model: nn.Module, accelerator: Accelerator, processor: 
         working = folder.with_name(f".writing_{folder.name}")
         shutil.rmtree(working, ignore_errors=True)
         plain = accelerator.unwrap_model(model)
-        state = {
-            name: tensor.detach().float().cpu().clone()
-            for name, tensor in whole.items()
-            if not name.startswith(DISTILL_HEAD)
-        }
+        state = {name: _host_copy(tensor) for name, tensor in whole.items() if not name.startswith(DISTILL_HEAD)}
         plain.save_pretrained(working, state_dict=state)
         processor.save_pretrained(working)
         shutil.rmtree(folder, ignore_errors=True)
@@ -302,6 +266,11 @@ def _link_sharded_states(optimizer: Optimizer) -> None:
             wrapper._lazy_init_hp_params_optimizer_state()
 
 
+def _host_copy(tensor: Tensor) -> Tensor:
+    """Return a float32 copy in host memory that training does not touch any more."""
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
 def _whole_parameter(parameter: nn.Parameter) -> Tensor:
     """Return the float32 master value of a parameter, gathered where DeepSpeed shards it."""
     if _is_sharded(parameter):
@@ -341,13 +310,6 @@ def _set_moment(parameter: nn.Parameter, key: str, value: Tensor, base: Optimize
 def _is_sharded(parameter: nn.Parameter) -> bool:
     """Return whether DeepSpeed keeps the optimizer state of this parameter in flat slices."""
     return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
-
-
-def _flush(folder: Path) -> None:
-    """Make sure that a folder's files are on disk before it is renamed."""
-    for path in sorted(folder.iterdir()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
 
 
 def merge_lanes(

@@ -29,6 +29,7 @@ from pixel_sail.training import checkpoint
 from pixel_sail.training.accelerator import build_accelerator
 from pixel_sail.training.build import build_model
 from pixel_sail.training.checkpoint import TrainState
+from pixel_sail.training.checkpoint_writer import CheckpointWriter
 from pixel_sail.training.corridor import Corridor, LeftCorridorError
 from pixel_sail.training.finite import GradientCheck, NonFiniteLossError
 from pixel_sail.training.interruption import InterruptedRun, StopSignals
@@ -116,16 +117,23 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
         experts=distillation.teachers.choices if distillation is not None else (),
         reading_L=reading_L,
     )
+    writer = CheckpointWriter(
+        checkpoints,
+        config=identity,
+        keep=config.checkpoint.keep,
+        asynchronous=config.checkpoint.asynchronous,
+        device=accelerator.device,
+    )
     watchdog = Watchdog(run_dir, config.watchdog, lambda: being_read(mixture, reading_L))
 
     def save() -> None:
         watchdog.begin_other("saving")
-        checkpoint.save(checkpoints, state, model, optimizer, accelerator, config=identity, keep=config.checkpoint.keep)
+        writer.save(state, model, optimizer, accelerator)
 
     session = config.checkpoint.stop_after or config.optim.steps
     last = min(config.optim.steps, state.step + session)
     run_log = RunLog(run_dir, config.log, steps=config.optim.steps, start=state.step, resolved=resolved)
-    with run_log as log, watchdog:
+    with writer, run_log as log, watchdog:
         while state.step < last:
             meter.step_begins()
             watchdog.begin_step(state.step + 1)
@@ -152,6 +160,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
                     distillation=distillation,
                 )
             except NonFiniteLossError as error:
+                writer.wait()
                 raise rewind(
                     run_dir,
                     error,
@@ -184,11 +193,13 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
                 numbers = {"lr": lr, **report.scalars(), "epoch": round(epoch, 4), "skipped": num_skipped}
                 numbers |= meter.read()
                 log.scalars(state.step, {**numbers, **source_scalars(mixture.names, sums, experts)})
+            writer.check()
             is_stopped = stop.anywhere(accelerator.device) and state.step < last
             is_saved = due(state.step, config.checkpoint.every) or state.step == last or is_stopped
             if is_saved:
                 save()
             if is_stopped:
+                writer.wait()
                 raise InterruptedRun(f"interrupted after step {state.step}, which is saved; the same command goes on")
             if evaluate is not None and due(state.step, config.validation.every):
                 watchdog.begin_other("validating")
@@ -197,6 +208,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
             if finding is not None:
                 if not is_saved:
                     save()
+                writer.wait()
                 raise LeftCorridorError(f"{finding}; step {state.step} is saved")
         corridor.finish(state.step)
     stop.restore()

@@ -1,0 +1,204 @@
+"""Writing checkpoints beside the training, whole or not at all.
+
+Place in the flow: `training/loop.py` opens one `CheckpointWriter` and calls `save` after a step. The state is copied to
+host memory at once; one thread of rank 0 writes the files while the next steps run. What it leaves, and when:
+
+    .writing_step_00000500/   files, hashes, COMPLETE, all flushed to disk
+    step_00000500/            the same folder, renamed
+    .deleting_step_00000300/  more than `keep` are complete: the oldest is renamed, then deleted
+
+A process that dies leaves at most one of the two hidden folders. Nothing reads them, the next start removes them.
+"""
+
+import errno
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pixel_sail import dist
+from pixel_sail.files import sha256
+from pixel_sail.training.checkpoint import (
+    MANIFEST,
+    MARKER,
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    CheckpointError,
+    TrainState,
+    collect,
+    complete_checkpoints,
+    is_complete,
+    latest,
+)
+
+logger = logging.getLogger(__name__)
+
+WRITING, DELETING = ".writing_", ".deleting_"
+
+PENDING, WRITTEN, FAILED = 0, 1, 2
+
+
+class CheckpointWriter:
+    """Saves the state of a run; `asynchronous` or not, the bytes on disk are the same.
+
+    An asynchronous save needs host memory on rank 0 for the copy of the state, 12 bytes per parameter, until it is on
+    disk: the next save waits for the one before, so that there is never more than one copy. An error of the thread
+    is raised on every rank by the next call of `check` that finds it, of `save` or of `wait`, whichever comes first.
+    """
+
+    def __init__(
+        self, folder: Path, *, config: Mapping[str, Any], keep: int, asynchronous: bool, device: torch.device
+    ) -> None:
+        """Remove what a process that died in the middle of writing left behind."""
+        self.folder, self.config, self.keep = folder, config, keep
+        self.asynchronous, self.device = asynchronous, device
+        self._is_pending = False
+        self._writing: Future[Path] | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        if dist.rank() == 0:
+            remove_unfinished(folder)
+
+    def __enter__(self) -> "CheckpointWriter":
+        """Return the writer itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let the thread finish. Where the run ends with an error other ranks may be gone: nothing is asked of them."""
+        if error is None:
+            self.wait()
+        elif self._writing is not None and (second := self._writing.exception()) is not None:
+            logger.error("the last checkpoint was not written either: %s", second)
+
+    def save(self, state: TrainState, model: nn.Module, optimizer: Optimizer, accelerator: Accelerator) -> None:
+        """Copy the state and have it written. Every rank must call it. Raises: CheckpointError, on every rank."""
+        self.wait()
+        parameters, moments = collect(model, optimizer, accelerator)
+        if dist.rank() == 0:
+            self._writing = self._thread.submit(
+                write_checkpoint, self.folder, state, parameters, moments, config=self.config, keep=self.keep
+            )
+        self._is_pending = True
+        if not self.asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the last save is on disk. Every rank must call it. Raises: CheckpointError, on every rank."""
+        if self._writing is not None:
+            self._writing.exception()
+        self.check()
+
+    def check(self) -> None:
+        """Raise CheckpointError on every rank if writing failed. Every rank must call it, after each step."""
+        # All ranks know when a save began, only rank 0 when it ends: they meet only in between.
+        if not self._is_pending:
+            return
+        report = PENDING
+        if self._writing is not None and self._writing.done():
+            report = FAILED if self._writing.exception() else WRITTEN
+        report = int(dist.sum_over_ranks(torch.tensor(report, device=self.device)))
+        if report == PENDING:
+            return
+        self._is_pending = False
+        if self._writing is not None:
+            done, self._writing = self._writing, None
+            done.result()
+        if report == FAILED:
+            raise CheckpointError(f"{self.folder}: rank 0 could not write a checkpoint and says why")
+
+
+def write_checkpoint(
+    folder: Path,
+    state: TrainState,
+    parameters: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    *,
+    config: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write the checkpoint of `state.step` under `folder`, then delete all but the newest `keep` complete ones.
+
+    Raises: CheckpointError when the disk refuses; what was written so far is removed.
+    """
+    final = folder / f"step_{state.step:08d}"
+    if is_complete(final):
+        return final
+    working = folder / f"{WRITING}{final.name}"
+    try:
+        _delete(final)
+        shutil.rmtree(working, ignore_errors=True)
+        working.mkdir(parents=True)
+        save_file(dict(parameters), working / MODEL)
+        save_file(dict(moments), working / OPTIMIZER)
+        (working / STATE).write_text(json.dumps({"train_state": asdict(state), "config": config}, indent=1))
+        hashes = {name: sha256(working / name) for name in (MODEL, OPTIMIZER, STATE)}
+        (working / MANIFEST).write_text(json.dumps(hashes, indent=1))
+        (working / MARKER).touch()
+        for path in (*sorted(working.iterdir()), working):
+            _flush(path)
+        os.replace(working, final)
+        _flush(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(working, ignore_errors=True)
+        found = latest(folder)
+        raise CheckpointError(
+            f"{final}: not written: {error}; "
+            + (f"{found.name} is whole" if found else "no checkpoint is whole yet")
+            + ". Make room or mend the disk, then start the same command again"
+        ) from error
+    try:
+        for old in superseded(folder, final, keep):
+            _delete(old)
+    except OSError as error:
+        raise CheckpointError(f"{final} is whole, but an older one could not be deleted: {error}") from error
+    return final
+
+
+def superseded(folder: Path, newest: Path, keep: int) -> list[Path]:
+    """Return the complete checkpoints that `keep` others, up to and with `newest`, make dispensable."""
+    return [path for path in complete_checkpoints(folder) if path.name <= newest.name][:-keep]
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete folders that a process was writing or deleting when it died."""
+    for prefix in (WRITING, DELETING):
+        for path in folder.glob(f"{prefix}step_*"):
+            logger.info("removing %s, left by a run that died while writing or deleting it", path)
+            shutil.rmtree(path)
+
+
+def _delete(checkpoint: Path) -> None:
+    """Delete a checkpoint; it loses its name first, so that no half of it is ever taken for a whole."""
+    if checkpoint.exists():
+        doomed = checkpoint.with_name(f"{DELETING}{checkpoint.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(checkpoint, doomed)
+        shutil.rmtree(doomed)
+
+
+def _flush(path: Path) -> None:
+    """Make sure that a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot flush a folder; renaming is then as safe as they make it.
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
