@@ -185,6 +185,9 @@ class WatchdogConfig:
     """Seconds that an optimizer step may take, waiting for its data included; 0: for ever."""
     slow_factor: float = 4.0
     """So many times longer may the first three steps of a session take, and each save and validation."""
+    peer_timeout_s: float | None = None
+    """A process that waited so long for another one takes it for lost and ends. Must be longer than rank 0 needs to
+    write a checkpoint. None: twice what the watchdog allows, so that it speaks first, and half an hour at least."""
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -192,6 +195,8 @@ class WatchdogConfig:
             raise ConfigError(
                 f"watchdog: limit_s is {self.limit_s}, slow_factor {self.slow_factor}; expected 0 or more, 1 or more"
             )
+        if self.peer_timeout_s is not None and self.peer_timeout_s <= 0:
+            raise ConfigError(f"watchdog.peer_timeout_s is {self.peer_timeout_s}, expected more than 0 seconds")
 
 
 @dataclass(kw_only=True)

@@ -74,6 +74,11 @@ def barrier() -> None:
         dist.barrier()
 
 
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Return whether an error means that another process was lost or silent; gloo has no class of its own for it."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
 def shutdown() -> None:
     """Leave the process group in order: gloo aborts now and then when a process exits with the group alive."""
     if dist.is_initialized():

@@ -11,7 +11,7 @@ from pixel_sail.training.checkpoint import CheckpointError
 from pixel_sail.training.corridor import LeftCorridorError
 from pixel_sail.training.dry_run import dry_run
 from pixel_sail.training.finite import NonFiniteLossError
-from pixel_sail.training.interruption import REQUEUE_STATUS, InterruptedRun
+from pixel_sail.training.interruption import REQUEUE_STATUS, STALLED_STATUS, InterruptedRun
 from pixel_sail.training.loop import train
 from pixel_sail.types import DataError
 
@@ -19,7 +19,10 @@ DRY_RUN = "--dry-run"
 
 
 def main() -> int:
-    """Run training; wrong input ends with one message and exit status 2, a signal with 85 after a checkpoint."""
+    """Run training and return the exit status.
+
+    Wrong input ends with one message and 2, a signal with 85 after a checkpoint, a lost process with 86.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     try:
         overrides = [argument for argument in command_line_overrides() if argument != DRY_RUN]
@@ -40,6 +43,16 @@ def main() -> int:
         print(f"InterruptedRun: {interrupted}", file=sys.stderr)
         dist.shutdown()
         return REQUEUE_STATUS
+    except RuntimeError as error:
+        if not dist.is_lost_peer(error):
+            raise
+        print(
+            f"LostPeer: rank {dist.rank()} of {dist.world_size()} lost another process, or heard nothing from it for "
+            f"too long (watchdog.peer_timeout_s): {error}. Look for the first error of the other processes and "
+            "for nodes that are down; the same command goes on from the last complete checkpoint",
+            file=sys.stderr,
+        )
+        return STALLED_STATUS
     return 0
 
 

@@ -86,7 +86,7 @@ class Watched:
         ]
 
 
-def half_life_growth(samples: Sequence[tuple[float, float]]) -> dict[str, float]:
+def half_life_growth(samples: Sequence[tuple[float, float]]) -> dict[str, Any]:
     """Return how the memory of a process went in the second half of its life: (second, MB) to figures."""
     seconds, megabytes = np.array(samples).T
     second_half = seconds >= (seconds[0] + seconds[-1]) / 2
@@ -99,6 +99,7 @@ def half_life_growth(samples: Sequence[tuple[float, float]]) -> dict[str, float]
         "mb_peak": round(float(megabytes.max()), 1),
         "mb_per_hour": round(slope * 3600, 2),
         "growth_mb": round(slope * span, 2),
+        "mb_at_tenths": [round(float(part[-1]), 1) for part in np.array_split(megabytes, 10)],
     }
 
 
@@ -284,11 +285,17 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def leftover_files(run_dir: Path, temporary: Path, shared_before: set[str]) -> list[str]:
-    """Return temporary files of the run folder and TMPDIR, and what is new in /dev/shm and mapped by nobody."""
+def leftover_files(run_dir: Path, temporary: Path, shared_before: set[str], *, kills: int) -> list[str]:
+    """Return temporary files of the run folder and TMPDIR, and what is new in /dev/shm and mapped by nobody.
+
+    A killed data worker cannot take away its socket: Python keeps one `pymp-*` folder per worker in TMPDIR, without
+    content. As many as there were kills are allowed for.
+    """
     left = [str(path) for path in run_dir.rglob("*") if path.name.startswith((".", "tmp")) or path.suffix == ".tmp"]
     # torch makes an empty cache folder for its compiler, one per user.
-    left += [str(path) for path in temporary.rglob("*") if not path.name.startswith("torchinductor_")]
+    names = [name for name in names_in(temporary) if not name.startswith("torchinductor_")]
+    sockets = [name for name in names if name.startswith("pymp-")]
+    left += [str(temporary / name) for name in names if name not in sockets[:kills]]
     new = set(names_in(Path("/dev/shm"))) - shared_before
     return left + [f"/dev/shm/{name}" for name in sorted(new) if not is_mapped(f"/dev/shm/{name}")]
 
@@ -344,7 +351,7 @@ def soak(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     seconds = time.monotonic() - since
     left_processes = processes_left(mark)
     faults += [f"process {pid} is left: {watched.names.get(pid)}" for pid in left_processes]
-    faults += [f"left: {path}" for path in leftover_files(work / "run", work / "tmp", shared_before)]
+    faults += [f"left: {path}" for path in leftover_files(work / "run", work / "tmp", shared_before, kills=len(kills))]
     faults += checkpoint_faults(work / "run" / "checkpoints", keep=2)
     memory = watched.memory(shortest_s=30.0)
     faults += [f"memory grows: {row}" for row in memory if row["growth_mb"] > arguments.max_growth_mb]

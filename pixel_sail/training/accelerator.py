@@ -54,6 +54,8 @@ def deepspeed_dictionary(config: TrainConfig, accumulation: int) -> dict[str, An
 
 def collective_timeout(config: WatchdogConfig) -> timedelta:
     """Return how long a rank waits for the others: longer than the watchdog, which says more before it ends a run."""
+    if config.peer_timeout_s is not None:
+        return timedelta(seconds=config.peer_timeout_s)
     return timedelta(seconds=max(1800.0, 2.0 * config.limit_s * config.slow_factor))
 
 
