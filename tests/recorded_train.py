@@ -38,7 +38,7 @@ def recorded(model, optimizer, batches: Sequence[Batch], *arguments, **named):
         log = run_dir / "log.jsonl"
         start = log.read_text().count('"total"') if log.is_file() else 0
         recorded.file = run_dir / "batches" / f"{start:04d}_{dist.rank()}.jsonl"
-        recorded.file.parent.mkdir(exist_ok=True)
+        recorded.file.parent.mkdir(parents=True, exist_ok=True)
     with recorded.file.open("a") as file:
         file.write(json.dumps([contents(batch) for batch in batches]) + "\n")
     return step(model, optimizer, batches, *arguments, **named)

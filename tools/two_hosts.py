@@ -160,7 +160,7 @@ def cut_off(hosts: TwoHosts, given: argparse.Namespace, how: str, run_dir: Path)
         hosts.plug_in()
     said = output_of(run_dir, 0).read_text(errors="replace")
     messages = [line for line in said.splitlines() if MESSAGE in line]
-    return {"how": how, "status": status, "seconds": round(seconds, 1), "message": (messages or [""])[0][-400:]}
+    return {"how": how, "status": status, "seconds": round(seconds, 1), "message": (messages or [""])[0][:300]}
 
 
 def kill_data_workers_and_trainer(namespace: str) -> None:
