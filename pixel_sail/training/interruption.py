@@ -19,7 +19,7 @@ REQUEUE_STATUS = 85
 """Exit status that means: saved, start me again. `scripts/slurm/train.sbatch` goes by it."""
 
 STALLED_STATUS = 86
-"""Exit status that means: a process stood still or was lost; started again, the run goes on from its last checkpoint."""
+"""Exit status that means: a process stood still or was lost; the run goes on from its last checkpoint."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
