@@ -8,9 +8,11 @@ anything is built. Scripts call `load_config("train", TrainConfig, overrides)` a
 `data.sources` and `evals` are open sets: each entry names a function by `_target_` and its arguments.
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +38,44 @@ class ConfigError(ValueError):
     """A configuration is wrong; the message names the key, what was found and what was expected."""
 
 
+def check_patterns(where: str, patterns: Sequence[str]) -> None:
+    """Raise ConfigError unless there are patterns and all are regular expressions."""
+    if not patterns:
+        raise ConfigError(f"{where} is empty, expected regular expressions on names, such as 'decoder\\.'")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"{where}: {pattern!r} is not a regular expression ({error})") from error
+
+
+def matching(where: str, pattern: str, names: Sequence[str]) -> list[str]:
+    """Return the names whose start a regular expression matches. Raises: ConfigError, with near names, for none."""
+    found = [name for name in names if re.match(pattern, name)]
+    if not found:
+        near = get_close_matches(pattern.replace("\\", ""), names, n=5, cutoff=0.0)
+        raise ConfigError(f"{where}: {pattern!r} matches none of {len(names)} names from its start; near ones: {near}")
+    return found
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """Low-rank adapters; what they adapt is frozen."""
+
+    rank: int = 0
+    """0: none."""
+    alpha: float = 16.0
+    """The change of a weight is alpha / rank times the product of its two matrices."""
+    targets: list[str] = field(default_factory=lambda: [r"decoder\.layers\..*_proj"])
+    """Regular expressions on the names of linear layers, read from the name's start."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.rank < 0 or self.alpha <= 0:
+            raise ConfigError(f"model.lora: rank is {self.rank}, alpha {self.alpha}; expected 0 or more, and above 0")
+        check_patterns("model.lora.targets", self.targets)
+
+
 @dataclass(kw_only=True)
 class ModelConfig:
     """What is trained, and from which weights."""
@@ -48,6 +88,7 @@ class ModelConfig:
     """Exported Pixel-SAIL folder whose weights training starts from; None starts from random weights."""
     vocab_multiple: int = 64
     """The vocabulary is padded to a multiple of this."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass(kw_only=True)
@@ -77,6 +118,31 @@ class DataConfig:
     """Loader processes per training process; as many are used as divide the micro-batches of all rounds."""
 
 
+DEFAULT_GROUP = "default"
+
+
+@dataclass(kw_only=True)
+class GroupConfig:
+    """Parameters that are trained in their own way."""
+
+    match: list[str] = MISSING
+    """Regular expressions on parameter names, read from the name's start."""
+    lr_scale: float = 1.0
+    """Factor on the schedule's learning rate."""
+    weight_decay: float | None = None
+    """In place of `optim.weight_decay`, for those parameters that decay at all."""
+    frozen: bool = False
+    """Kept as they are: no gradient, no optimizer state."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_patterns("optim.groups: match", self.match)
+        if self.lr_scale <= 0:
+            raise ConfigError(f"optim.groups: lr_scale is {self.lr_scale}, expected above 0, or frozen: true")
+        if self.weight_decay is not None and self.weight_decay < 0:
+            raise ConfigError(f"optim.groups: weight_decay is {self.weight_decay}, expected 0 or more")
+
+
 @dataclass(kw_only=True)
 class OptimConfig:
     """AdamW, warm-up and cosine decay."""
@@ -96,6 +162,10 @@ class OptimConfig:
     activation_checkpointing: bool = False
     """Keep only what goes into each decoder layer and compute the rest again in the backward pass: same numbers, less
     memory, about a third more time."""
+    groups: dict[str, GroupConfig] = field(default_factory=dict)
+    """Parameter groups by name; a parameter belongs to the first that matches it, the others to the group `default`."""
+    ema_decay: float = 0.0
+    """Above 0: validation and export use an exponential moving average of the weights, such as 0.999."""
 
     def __post_init__(self) -> None:
         """Check the choices."""
@@ -105,6 +175,12 @@ class OptimConfig:
             raise ConfigError(f"optim.steps is {self.steps}, expected 1 or more")
         if not 0.0 <= self.warmup_fraction <= 1.0:
             raise ConfigError(f"optim.warmup_fraction is {self.warmup_fraction}, expected 0 .. 1")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ConfigError(f"optim.ema_decay is {self.ema_decay}, expected 0 (off) or more, and less than 1")
+        if DEFAULT_GROUP in self.groups:
+            raise ConfigError(
+                f"optim.groups: {DEFAULT_GROUP!r} is the name of the parameters in no group; rename yours"
+            )
 
 
 @dataclass(kw_only=True)

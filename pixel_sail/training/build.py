@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import set_seed
 
-from pixel_sail.config import ConfigError, ModelConfig
+from pixel_sail.config import ConfigError, LoraConfig, ModelConfig, matching
 from pixel_sail.experts.settings import ExpertSettings
 from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
 from pixel_sail.model.distill_head import DistillSite
+from pixel_sail.model.lora import add_lora
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, load_model
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.tokenization import load_tokenizer, model_token_ids
@@ -22,9 +24,10 @@ from pixel_sail.model.tokenization import load_tokenizer, model_token_ids
 def build_model(
     config: ModelConfig, *, seed: int, experts: Mapping[str, ExpertSettings]
 ) -> tuple[PixelSailForSegmentation, PixelSailProcessor]:
-    """Return the model in training mode (float32), with a linear layer for each expert, and the processor that fits it.
+    """Return the model in training mode (float32), with a linear layer for each expert and low-rank adapters
+    where they are configured, and the processor that fits it.
 
-    Raises: ConfigError when `init_from` has other sizes than `architecture`.
+    Raises: ConfigError when `init_from` has other sizes than `architecture`, or an adapter has nothing to adapt.
     """
     architecture = config.architecture
     tokenizer = load_tokenizer(config.tokenizer, num_visual_prompts=architecture.num_visual_prompts)
@@ -40,7 +43,18 @@ def build_model(
     if experts:
         sites = {name: DistillSite(site=own.site, channels=own.channels) for name, own in experts.items()}
         model.add_distill_head(sites, seed=seed)
+    if config.lora.rank:
+        names = lora_targets(model, config.lora)
+        add_lora(model, names, rank=config.lora.rank, alpha=config.lora.alpha, seed=seed)
     return model.train(), processor
+
+
+def lora_targets(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Return the names of the linear layers to be adapted. Raises: ConfigError when a pattern matches none."""
+    # The text head is left out: its weight may be the token embedding's.
+    linear = [name for name, module in model.named_modules() if type(module) is nn.Linear and name != "lm_head"]
+    chosen = {name for pattern in config.targets for name in matching("model.lora.targets", pattern, linear)}
+    return [name for name in linear if name in chosen]
 
 
 def _load_start(folder: str, architecture: Architecture) -> PixelSailForSegmentation:

@@ -2,7 +2,8 @@
 
 Place in the flow: `training/loop.py` starts with `latest`; `checkpoint_writer.py` writes what `collect` returns. A
 checkpoint does not depend on the number of processes or the ZeRO stage: parameters and Adam moments are whole float32
-tensors under the model's own names.
+tensors under the model's own names; frozen parameters have no moments. With a moving average of the weights that is a
+third entry beside the moments.
 
     runs/<name>/checkpoints/step_00000500/
         model.safetensors  optimizer.safetensors  state.json  manifest.json (sha256 of each)  COMPLETE
@@ -30,11 +31,15 @@ from pixel_sail import dist
 from pixel_sail.data.packing import LanePosition
 from pixel_sail.files import sha256
 from pixel_sail.model.distill_head import PREFIX as DISTILL_HEAD
+from pixel_sail.model.lora import fold_lora
+from pixel_sail.training.average import AVERAGE, update_average
 
 MARKER, MANIFEST, STATE = "COMPLETE", "manifest.json", "state.json"
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 _GO_BACK = "Delete this checkpoint folder to continue from the one before"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+GIVEN = "given_value"
+"""Attribute of a frozen parameter of rank 0: its float32 value, where training works with a rounded one."""
 DATA_FILES = "data_files"
 """Where a configuration holds what `loop.data_identity` returns."""
 
@@ -67,19 +72,23 @@ class TrainState:
 def collect(
     model: nn.Module, optimizer: Optimizer, accelerator: Accelerator
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return whole float32 parameters and Adam moments by name, on the CPU of rank 0 (empty elsewhere).
+    """Return whole float32 parameters and, of trained ones, Adam moments (and average) by name, on the CPU of rank 0
+    (empty elsewhere).
 
     Every rank must call it: sharded tensors are gathered one by one.
     """
     _link_sharded_states(optimizer)
     parameters: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
+    keys = _state_keys(optimizer)
     for name, parameter in accelerator.unwrap_model(model).named_parameters():
         whole = {"": _whole_parameter(parameter)}
-        whole |= {key: _whole_moment(parameter, key, optimizer) for key in MOMENTS}
+        if parameter.requires_grad:
+            whole |= {key: _whole_moment(parameter, key, optimizer) for key in keys}
         if dist.rank() == 0:
-            parameters[name] = _host_copy(whole[""])
-            moments |= {f"{key}.{name}": _host_copy(whole[key]) for key in MOMENTS}
+            copies = {key: _host_copy(value) for key, value in whole.items()}
+            parameters[name] = copies.pop("")
+            moments |= {f"{key}.{name}": copy for key, copy in copies.items()}
     return parameters, moments
 
 
@@ -172,6 +181,13 @@ def load_parameters(model: nn.Module, parameters: dict[str, Tensor]) -> None:
             parameter.copy_(parameters[name])
 
 
+def keep_given_values(model: nn.Module) -> None:
+    """Note the frozen weights on rank 0 before DeepSpeed rounds them, so that they are saved as they were given."""
+    for parameter in model.parameters():
+        if dist.rank() == 0 and not parameter.requires_grad:
+            setattr(parameter, GIVEN, parameter.detach().float().cpu().clone())
+
+
 def restore_optimizer(
     model: nn.Module,
     optimizer: Optimizer,
@@ -183,34 +199,56 @@ def restore_optimizer(
 ) -> None:
     """Put Adam's moments and step count, and the float32 master weights, into the wrapped model and optimizer."""
     base = list(_optimizer_chain(optimizer))[-1]
+    keys = tuple(dict.fromkeys(name.split(".")[0] for name in moments))
     for parameter in _owned_by(base, optimizer):
         base.state[parameter] = {"step": torch.tensor(float(state.step))}
-        base.state[parameter] |= {key: torch.zeros_like(parameter) for key in MOMENTS}
+        base.state[parameter] |= {key: torch.zeros_like(parameter) for key in keys}
     _link_sharded_states(optimizer)
     for name, parameter in accelerator.unwrap_model(model).named_parameters():
-        _set_master(parameter, parameters[name])
-        for key in MOMENTS:
-            _set_moment(parameter, key, moments[f"{key}.{name}"], base)
+        if parameter.requires_grad:
+            _set_master(parameter, parameters[name])
+            for key in keys:
+                _set_moment(parameter, key, moments[f"{key}.{name}"], base)
 
 
-def export(folder: Path, model: nn.Module, accelerator: Accelerator, processor: Any) -> None:
+def average_weights(optimizer: Optimizer, *, decay: float, step: int) -> None:
+    """Take the weights after a step into their moving average; `step`: finished steps before it."""
+    base = list(_optimizer_chain(optimizer))[-1]
+    update_average(_owned_by(base, optimizer), base.state, decay=decay, step=step)
+
+
+def export(folder: Path, model: nn.Module, optimizer: Optimizer, accelerator: Accelerator, processor: Any) -> None:
     """Write a plain Hugging Face folder (weights as safetensors, config, tokenizer), complete or not at all.
 
-    The linear layers towards experts stay behind: nothing but training uses them.
+    The weights are averaged where the run averages them, and low-rank adapters are part of the weights they adapt. The
+    linear layers towards experts stay behind: nothing but training uses them.
     """
-    whole = {
-        name: _whole_parameter(parameter) for name, parameter in accelerator.unwrap_model(model).named_parameters()
-    }
+    state = _plain_weights(model, optimizer, accelerator)
     if dist.rank() == 0:
         working = folder.with_name(f".writing_{folder.name}")
         shutil.rmtree(working, ignore_errors=True)
         plain = accelerator.unwrap_model(model)
-        state = {name: _host_copy(tensor) for name, tensor in whole.items() if not name.startswith(DISTILL_HEAD)}
-        plain.save_pretrained(working, state_dict=state)
+        plain.config.averaged_weights = AVERAGE in _state_keys(optimizer)
+        plain.save_pretrained(working, state_dict={name: _host_copy(tensor) for name, tensor in state.items()})
         processor.save_pretrained(working)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(working, folder)
     dist.barrier()
+
+
+def _plain_weights(model: nn.Module, optimizer: Optimizer, accelerator: Accelerator) -> dict[str, Tensor]:
+    """Return the whole weights of a model that is used and not trained; every rank must call it."""
+    _link_sharded_states(optimizer)
+    is_averaged = AVERAGE in _state_keys(optimizer)
+    plain = accelerator.unwrap_model(model)
+    whole = {
+        name: _whole_moment(parameter, AVERAGE, optimizer)
+        if is_averaged and parameter.requires_grad
+        else _whole_parameter(parameter)
+        for name, parameter in plain.named_parameters()
+    }
+    whole = fold_lora(plain, {name: tensor.detach().clone() for name, tensor in whole.items()})
+    return {name: tensor for name, tensor in whole.items() if not name.startswith(DISTILL_HEAD)}
 
 
 def differing_leaves(saved: Any, now: Any, path: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
@@ -222,18 +260,25 @@ def differing_leaves(saved: Any, now: Any, path: str = "") -> Iterator[tuple[str
         yield path, (saved, now)
 
 
-def plain_copy(model: nn.Module, accelerator: Accelerator) -> Any:
-    """Return the model itself, or a whole copy of it where ZeRO-3 shards its parameters; every rank must call it.
+def plain_copy(model: nn.Module, optimizer: Optimizer, accelerator: Accelerator) -> Any:
+    """Return the model itself, or a whole copy of it where ZeRO-3 shards its parameters or their average is wanted;
+    every rank must call it.
 
     A sharded model gathers parameters at each call of a module, so that ranks may not answer different questions.
     """
     plain = accelerator.unwrap_model(model)
-    if not any(hasattr(parameter, "ds_id") for parameter in plain.parameters()):
+    is_sharded = any(hasattr(parameter, "ds_id") for parameter in plain.parameters())
+    if not is_sharded and AVERAGE not in _state_keys(optimizer):
         return plain
-    whole = {name: _whole_parameter(parameter).detach() for name, parameter in plain.named_parameters()}
     copy = type(plain)(plain.config).to(accelerator.device, plain.dtype)
-    load_parameters(copy, {name: tensor for name, tensor in whole.items() if not name.startswith(DISTILL_HEAD)})
+    load_parameters(copy, _plain_weights(model, optimizer, accelerator))
     return copy
+
+
+def _state_keys(optimizer: Optimizer) -> tuple[str, ...]:
+    """Return the entries of the optimizer's state that are as large as the weights."""
+    states = list(_optimizer_chain(optimizer))[-1].state.values()
+    return (*MOMENTS, AVERAGE) if any(AVERAGE in own for own in states) else MOMENTS
 
 
 def _owned_by(base: Optimizer, optimizer: Optimizer) -> list[Tensor]:
@@ -272,12 +317,25 @@ def _host_copy(tensor: Tensor) -> Tensor:
 
 
 def _whole_parameter(parameter: nn.Parameter) -> Tensor:
-    """Return the float32 master value of a parameter, gathered where DeepSpeed shards it."""
+    """Return the float32 value of a parameter, gathered where DeepSpeed shards it."""
+    if not parameter.requires_grad:
+        return _whole_frozen(parameter)
     if _is_sharded(parameter):
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(parameter)
     return parameter
+
+
+def _whole_frozen(parameter: nn.Parameter) -> Tensor:
+    """Return the value of a frozen parameter as it was given, or as it is where nothing was noted."""
+    value: Tensor = parameter
+    if hasattr(parameter, "ds_id"):
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            value = parameter.detach().clone()
+    return getattr(parameter, GIVEN, value)
 
 
 def _whole_moment(parameter: nn.Parameter, key: str, optimizer: Optimizer) -> Tensor:

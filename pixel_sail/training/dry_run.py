@@ -25,7 +25,7 @@ from pixel_sail.training.build import build_model
 from pixel_sail.training.checkpoint import TrainState
 from pixel_sail.training.finite import GradientCheck
 from pixel_sail.training.loop import build_distillation, build_mixture, data_identity, lane_share, run_identity
-from pixel_sail.training.optim import build_optimizer
+from pixel_sail.training.optim import build_optimizer, set_learning_rate
 from pixel_sail.training.rewind import behind_rewinds
 from pixel_sail.training.schedule import learning_rate
 from pixel_sail.training.step import StepReport, optimizer_step, source_columns
@@ -43,8 +43,8 @@ def dry_run(config: TrainConfig) -> list[str]:
     share = lane_share(config.data)
     distillation = build_distillation(config)
     experts = distillation.terms if distillation is not None else ()
-    accelerator = build_accelerator(config, share.accumulation)
     model, processor = build_model(config.model, seed=config.seed, experts=config.experts)
+    accelerator = build_accelerator(config, share.accumulation)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     with noted_files() as files:
@@ -77,8 +77,7 @@ def dry_run(config: TrainConfig) -> list[str]:
     started = time.monotonic()
     step_data = next(data)
     has_data = time.monotonic()
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(state.step, config.optim)
+    set_learning_rate(optimizer, learning_rate(state.step, config.optim))
     report = optimizer_step(
         model,
         optimizer,

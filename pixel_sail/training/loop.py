@@ -35,7 +35,7 @@ from pixel_sail.training.finite import GradientCheck, NonFiniteLossError
 from pixel_sail.training.interruption import InterruptedRun, StopSignals
 from pixel_sail.training.log import LOG_FILE, RunLog
 from pixel_sail.training.meter import Meter
-from pixel_sail.training.optim import build_optimizer
+from pixel_sail.training.optim import build_optimizer, set_learning_rate
 from pixel_sail.training.rewind import behind_rewinds, rewind
 from pixel_sail.training.run_lock import RunLock
 from pixel_sail.training.schedule import learning_rate
@@ -69,13 +69,13 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
     """
     dist.ensure_launch_environment()
     share = lane_share(config.data)
-    # Before the accelerator: once it knows of ZeRO-3, whatever Hugging Face loads is sharded.
+    # Experts and model before the accelerator: once it knows of ZeRO-3, whatever Hugging Face loads is sharded.
     distillation = build_distillation(config)
     experts = distillation.terms if distillation is not None else ()
+    model, processor = build_model(config.model, seed=config.seed, experts=config.experts)
     accelerator = build_accelerator(config, share.accumulation)
     run_dir, checkpoints = Path(config.run_dir), Path(config.run_dir) / "checkpoints"
     lock = RunLock(run_dir)
-    model, processor = build_model(config.model, seed=config.seed, experts=config.experts)
     with noted_files() as files:
         mixture = build_mixture(config.data, seed=config.seed)
     resolved = asdict(config)
@@ -95,7 +95,10 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
     state = behind_rewinds(run_dir, state)
     model.decoder.gradient_checkpointing = config.optim.activation_checkpointing
     meter = Meter(model.config, config.experts, peak_tflops=config.log.peak_tflops, device=accelerator.device)
-    model, optimizer = accelerator.prepare(model, build_optimizer(model, config.optim))
+    own_optimizer = build_optimizer(model, config.optim)
+    if config.deepspeed.enabled and config.optim.precision != "fp32":
+        checkpoint.keep_given_values(model)
+    model, optimizer = accelerator.prepare(model, own_optimizer)
     if saved is not None:
         checkpoint.restore_optimizer(model, optimizer, accelerator, state=state, parameters=saved[0], moments=saved[1])
     gradients = GradientCheck(model, accelerator)
@@ -141,9 +144,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
             meter.data_is_here()
             watchdog.data_is_here([name for batch in step_data.batches for name in batch.sample_ids])
             stop.listen()
-            lr = learning_rate(state.step, config.optim)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            rates = set_learning_rate(optimizer, learning_rate(state.step, config.optim))
             lanes = checkpoint.merge_lanes(
                 state.lanes, step_data.after, config.data.packing.lookahead, accelerator.device
             )
@@ -169,6 +170,8 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
                     lanes=lanes,
                     limit=config.checkpoint.rewinds,
                 ) from error
+            if config.optim.ema_decay:
+                checkpoint.average_weights(optimizer, decay=config.optim.ema_decay, step=state.step)
             num_skipped = record_skipped(
                 run_dir,
                 step_data.skipped,
@@ -190,7 +193,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
             log.step_done()
             if is_logged:
                 epoch = sum(lane.consumed for lane in lanes) / mixture.epoch_length
-                numbers = {"lr": lr, **report.scalars(), "epoch": round(epoch, 4), "skipped": num_skipped}
+                numbers = {**rates, **report.scalars(), "epoch": round(epoch, 4), "skipped": num_skipped}
                 numbers |= meter.read()
                 log.scalars(state.step, {**numbers, **source_scalars(mixture.names, sums, experts)})
             writer.check()
@@ -203,7 +206,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
                 raise InterruptedRun(f"interrupted after step {state.step}, which is saved; the same command goes on")
             if evaluate is not None and due(state.step, config.validation.every):
                 watchdog.begin_other("validating")
-                validate(model, processor, evaluate, state.step, log, accelerator)
+                validate(model, optimizer, processor, evaluate, state.step, log, accelerator)
             finding = corridor.judge(state.step, log)
             if finding is not None:
                 if not is_saved:
@@ -212,7 +215,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
                 raise LeftCorridorError(f"{finding}; step {state.step} is saved")
         corridor.finish(state.step)
     stop.restore()
-    checkpoint.export(run_dir / "export", model, accelerator, processor)
+    checkpoint.export(run_dir / "export", model, optimizer, accelerator, processor)
     lock.release()
     return run_dir / "export"
 
@@ -280,10 +283,16 @@ def build_mixture(config: DataConfig, *, seed: int) -> Mixture:
 
 
 def validate(
-    model: Any, processor: PixelSailProcessor, evaluate: Evaluate, step: int, log: RunLog, accelerator: Any
+    model: Any,
+    optimizer: Any,
+    processor: PixelSailProcessor,
+    evaluate: Evaluate,
+    step: int,
+    log: RunLog,
+    accelerator: Any,
 ) -> None:
     """Score the model as it is and go back to training."""
-    plain = checkpoint.plain_copy(model, accelerator).eval()
+    plain = checkpoint.plain_copy(model, optimizer, accelerator).eval()
     with torch.no_grad():
         evaluate(plain, processor, step, log)
     plain.train()

@@ -1,32 +1,75 @@
-"""AdamW with parameter groups that are proved to cover every parameter exactly once.
+"""AdamW with parameter groups that are proved to cover every trained parameter exactly once.
 
-Place in the flow: `training/loop.py` builds it before DeepSpeed takes over. Two groups: matrices decay, everything
-with one axis (norms, biases) and the token embedding does not - unless `optim.decay_all` asks for the released
-behaviour.
+Place in the flow: `training/loop.py` builds it before DeepSpeed takes over. `optim.groups` sorts the parameters by
+name; within a group matrices decay, everything with one axis (norms, biases) and the token embedding does not - unless
+`optim.decay_all` asks for the released behaviour. Frozen groups get no gradient and no optimizer state. For example
+
+    {"adapters": GroupConfig(match=[".*lora"], lr_scale=5.0), "decoder": GroupConfig(match=["decoder"], frozen=True)}
+
+gives the groups adapters (5 x the learning rate) and default (what is neither), each with and without decay.
 """
 
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
-from pixel_sail.config import OptimConfig
+from pixel_sail import dist
+from pixel_sail.config import DEFAULT_GROUP, ConfigError, GroupConfig, OptimConfig, matching
+
+logger = logging.getLogger(__name__)
+
+
+def group_of_parameters(model: nn.Module, groups: Mapping[str, GroupConfig]) -> dict[str, str]:
+    """Return the group of every parameter by name: the first that matches it, else the default group.
+
+    Raises: ConfigError when a pattern matches nothing, or a group gets nothing.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    group_of: dict[str, str] = {}
+    for group, settings in groups.items():
+        matched = [
+            found for pattern in settings.match for found in matching(f"optim.groups.{group}.match", pattern, names)
+        ]
+        new = {name: group for name in matched if name not in group_of}
+        if not new:
+            earlier = sorted({group_of[name] for name in matched})
+            raise ConfigError(
+                f"optim.groups.{group}: all {len(set(matched))} parameters it matches belong to earlier groups "
+                f"{earlier}; the first match wins, so name it before them"
+            )
+        group_of |= new
+    return {name: group_of.get(name, DEFAULT_GROUP) for name in names}
+
+
+def freeze(model: nn.Module, config: OptimConfig) -> None:
+    """Switch off the gradients of frozen groups. Raises: ConfigError when nothing is left to train."""
+    for name, group in group_of_parameters(model, config.groups).items():
+        if group != DEFAULT_GROUP and config.groups[group].frozen:
+            model.get_parameter(name).requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"optim.groups: every parameter is frozen by {sorted(config.groups)}; leave some to train")
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Return the optimizer's groups; every trainable parameter is in exactly one."""
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
+    """Return the optimizer's groups; every parameter that has a gradient is in exactly one."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
+    group_of = group_of_parameters(model, config.groups)
+    groups: list[dict[str, Any]] = []
+    for name in (*config.groups, DEFAULT_GROUP):
+        own = config.groups.get(name, GroupConfig(match=[".*"]))
+        decayed: list[nn.Parameter] = []
+        kept: list[nn.Parameter] = []
+        for parameter in (p for n, p in model.named_parameters() if group_of[n] == name and p.requires_grad):
             decays = config.decay_all or (parameter.ndim > 1 and id(parameter) not in embeddings)
             (decayed if decays else kept).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+        decay = config.weight_decay if own.weight_decay is None else own.weight_decay
+        for parameters, weight_decay in ((decayed, decay), (kept, 0.0)):
+            if parameters:
+                settings = {"name": name, "lr_scale": own.lr_scale, "weight_decay": weight_decay}
+                groups.append({"params": parameters, **settings})
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     assert len(grouped) == len(set(grouped)) and set(grouped) == trainable, "parameter groups must partition the model"
@@ -34,7 +77,20 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
-    """Return the optimizer at the learning rate of step 0; the loop sets the rate of every step."""
-    return AdamW(
-        parameter_groups(model, config), lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps
-    )
+    """Return the optimizer of what is not frozen; `set_learning_rate` sets the rate of every step."""
+    freeze(model, config)
+    groups = parameter_groups(model, config)
+    for group in groups if dist.rank() == 0 else ():
+        own = {key: value for key, value in group.items() if key != "params"}
+        logger.info("training %d parameters with %s", sum(parameter.numel() for parameter in group["params"]), own)
+    return AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps)
+
+
+def set_learning_rate(optimizer: Optimizer, lr: float) -> dict[str, float]:
+    """Set every group's rate to its share of the schedule's; return both for the log."""
+    rates = {"lr": lr}
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+        if group["lr_scale"] != 1.0:
+            rates[f"lr/{group['name']}"] = group["lr"]
+    return rates
