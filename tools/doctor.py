@@ -34,7 +34,7 @@ from pixel_sail.evaluation.check_plan import node_paths
 from pixel_sail.files import replace_text
 from pixel_sail.planning import checks
 from pixel_sail.planning.checks import Finding
-from pixel_sail.planning.disk import run_folder_bytes
+from pixel_sail.planning.disk import checkpoint_bytes, run_folder_bytes
 from pixel_sail.planning.parameters import fill_in_vocabulary, parameter_counts
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "safetensors", "tokenizers", "numpy", "hydra-core")
@@ -109,7 +109,9 @@ def disk_finding(config: TrainConfig) -> Finding:
     fill_in_vocabulary(config.model)
     counts = parameter_counts(config.model.architecture, config.experts)
     total = sum(counts.values())
-    needed = run_folder_bytes(total, exported=total - counts["distill_head"], keep=config.checkpoint.keep)
+    needed = run_folder_bytes(
+        checkpoint_bytes(total), exported=total - counts["distill_head"], keep=config.checkpoint.keep
+    )
     free = shutil.disk_usage(folder).free
     return checks.check_disk(folder=folder, free=free, needed=needed, bytes_per_second=PROBE_BYTES / seconds)
 

@@ -10,7 +10,8 @@ there; `packs=0`, or files that are missing, mean stated assumptions (`text_toke
 `masks_per_image=`, `images_with_masks=`, `filled=`). Nothing is trained and no GPU is used.
 
 The model's own operations at the given MFU make the time: whatever is computed twice or by experts is added at the same
-rate; loading data, validation and checkpoints are not. tests/test_plan_run.py holds the formulas against tiny runs.
+rate; loading data, validation and checkpoints are not. Frozen parameters save gradients and moments in the table, but
+their backward pass is counted as that of others. tests/test_plan_run.py holds the formulas against tiny runs.
 """
 
 import argparse
@@ -23,16 +24,22 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pixel_sail.config import ConfigError, TrainConfig, load_config
 from pixel_sail.data.loader import LaneShare, training_batches
 from pixel_sail.data.packing import LanePosition
 from pixel_sail.files import replace_text
+from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
+from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.tokenization import load_tokenizer, train_tokenizer
-from pixel_sail.planning.parameters import fill_in_vocabulary
+from pixel_sail.planning.parameters import TrainingParts, fill_in_vocabulary
 from pixel_sail.planning.plan import Machine, make_plan, plan_text
 from pixel_sail.planning.workload import Assumptions, Workload, assumed, of_batch
+from pixel_sail.training.build import add_training_parts
 from pixel_sail.training.loop import build_mixture
+from pixel_sail.training.optim import freeze
 from pixel_sail.types import DataError
 
 logger = logging.getLogger("plan_run")
@@ -97,6 +104,18 @@ def measure(config: TrainConfig, num_packs: int) -> list[Workload]:
     return [of_batch(batch) for step in islice(steps, count) for batch in step.batches]
 
 
+def training_parts(config: TrainConfig) -> TrainingParts:
+    """Return what is trained, counted on a model without memory; the vocabulary must be filled in."""
+    with torch.device("meta"):
+        model = PixelSailForSegmentation(PixelSailConfig.from_architecture(config.model.architecture))
+    add_training_parts(model, config.model.lora, seed=config.seed, experts=config.experts)
+    freeze(model, config.optim)
+    counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    adapters = sum(count for name, count in counts.items() if ".lora_" in name)
+    trained = sum(counts[name] for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return TrainingParts(adapters=adapters, trained=trained)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the plan; wrong input ends with one message and exit status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -119,7 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             works = [
                 assumed(config.model.architecture, data.packing.token_budget, data.packs_per_micro_batch, assumptions)
             ]
-        plan = make_plan(config, works, machine, assumptions=assumptions if is_assumed else None)
+        parts = training_parts(config)
+        plan = make_plan(config, works, machine, assumptions=assumptions if is_assumed else None, training_parts=parts)
     except (ConfigError, DataError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,7 @@
 """Bytes a run leaves on disk.
 
-Place in the flow: `plan.py` adds them up for its table. Checkpoints hold whole float32 parameters and two Adam moments,
-see training/checkpoint.py; before an old one is deleted the new one is complete.
+Place in the flow: `plan.py` adds them up for its table. Checkpoints hold whole float32 parameters and two Adam moments
+of those that are trained, see training/checkpoint.py; before an old one is deleted the new one is complete.
 """
 
 from collections.abc import Mapping
@@ -17,14 +17,15 @@ EXPORT_FILES = 5_000_000
 """Tokenizer and configuration beside the exported weights; Qwen2.5's tokenizer has 11 MB, a small one 0.1."""
 
 
-def checkpoint_bytes(num_parameters: int) -> int:
-    """Return the size of one checkpoint."""
-    return 12 * num_parameters + STATE_FILES
+def checkpoint_bytes(num_parameters: int, *, trained: int | None = None, is_averaged: bool = False) -> int:
+    """Return the size of one checkpoint. `trained`: how many parameters are not frozen, by default all."""
+    moments = (12 if is_averaged else 8) * (num_parameters if trained is None else trained)
+    return 4 * num_parameters + moments + STATE_FILES
 
 
-def run_folder_bytes(num_parameters: int, *, exported: int, keep: int) -> int:
+def run_folder_bytes(checkpoint: int, *, exported: int, keep: int) -> int:
     """Return the most a run folder holds: the kept checkpoints, the one being written, and the exported model."""
-    return (keep + 1) * checkpoint_bytes(num_parameters) + 4 * exported + EXPORT_FILES
+    return (keep + 1) * checkpoint + 4 * exported + EXPORT_FILES
 
 
 def expert_cache_bytes_per_image(architecture: Architecture, settings: ExpertSettings, photo_hw: SizeHW) -> int:

@@ -1,8 +1,8 @@
 """Bytes on one GPU: what training holds between steps and at the height of a step.
 
 Place in the flow: `plan.py` calls `memory_per_gpu` for every ZeRO stage and micro-batch. What is held follows from
-`training/accelerator.py` and `training/optim.py`, per trainable parameter, with N processes and p = 4 bytes (fp32) or
-2 (bf16):
+`training/accelerator.py` and `training/optim.py`, per trained parameter, with N processes and p = 4 bytes (fp32) or
+2 (bf16); a frozen one has only its weight. A moving average of the weights counts as a third moment, 4 more bytes:
 
     | stage | weights | gradients | float32 masters | Adam's moments |
     | none  |    4    |     4     |        0        |       8        |   autocast keeps copies of 2 under bf16
@@ -61,20 +61,30 @@ class GpuMemory:
 
 
 def training_state(
-    num_parameters: int, config: DeepSpeedConfig, *, precision: str, world_size: int, largest_gathered: int
+    num_parameters: int,
+    config: DeepSpeedConfig,
+    *,
+    precision: str,
+    world_size: int,
+    largest_gathered: int,
+    trained: int | None = None,
+    is_averaged: bool = False,
 ) -> TrainingState:
-    """Return what one process of `world_size` holds, for parameters that are all trained.
+    """Return what one process of `world_size` holds.
 
-    `largest_gathered`: parameters of the largest module, for ZeRO-3.
+    `largest_gathered`: parameters of the largest module, for ZeRO-3. `trained`: how many parameters are not frozen, by
+    default all.
     """
-    count, is_half = float(num_parameters), precision == "bf16"
+    held, is_half = float(num_parameters), precision == "bf16"
+    count = held if trained is None else float(trained)
+    moments = 12 if is_averaged else 8
     if not config.enabled:
         return TrainingState(
-            weights=4 * count,
+            weights=4 * held,
             masters=0.0,
-            moments=8 * count,
+            moments=moments * count,
             gradients=4 * count,
-            buckets=(4 * count if world_size > 1 else 0.0) + (2 * count if is_half else 0.0),
+            buckets=(4 * count if world_size > 1 else 0.0) + (2 * held if is_half else 0.0),
             step_extra=4 * count,
         )
     element = 2 if is_half else FLOAT32
@@ -82,9 +92,9 @@ def training_state(
     bucket = float(BUCKET_ELEMENTS * element)  # allocated whole, however small the model
     if config.stage == 0:
         return TrainingState(
-            weights=element * count,
+            weights=element * held,
             masters=4 * count if is_half else 0.0,
-            moments=8 * count,
+            moments=moments * count,
             gradients=element * count,
             buckets=min(bucket, element * count) if world_size > 1 else 0.0,
             step_extra=(8 if is_half else 4) * count,
@@ -93,9 +103,11 @@ def training_state(
     gathered = min(num_parameters, largest_gathered + BUCKET_ELEMENTS) * element
     is_sharded = config.stage == 3
     return TrainingState(
-        weights=0.0 if is_sharded and config.offload_parameters else element * (share if is_sharded else count),
+        weights=0.0
+        if is_sharded and config.offload_parameters
+        else element * (held / world_size if is_sharded else held),
         masters=on_gpu * 4 * share,
-        moments=on_gpu * 8 * share,
+        moments=on_gpu * moments * share,
         gradients=element * (count if config.stage == 1 else share),
         buckets=bucket + (gathered if is_sharded else 0.0),
         step_extra=on_gpu * 8 * share,

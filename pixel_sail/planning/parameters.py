@@ -7,6 +7,7 @@ Place in the flow: the first thing `plan.py` computes; memory and disk follow fr
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from pixel_sail.config import ModelConfig
@@ -16,6 +17,16 @@ from pixel_sail.model.tokenization import load_tokenizer
 
 QWEN_VOCABULARY = 151_680
 """Rows of the token embedding with Qwen2.5's tokenizer and the added tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingParts:
+    """What a run makes of the parameters."""
+
+    adapters: int
+    """Parameters of low-rank adapters."""
+    trained: int
+    """Parameters that are not frozen, adapters among them."""
 
 
 def fill_in_vocabulary(config: ModelConfig) -> str:
@@ -64,7 +75,7 @@ def expert_width(architecture: Architecture, settings: ExpertSettings) -> int:
 
 
 def parameter_counts(architecture: Architecture, experts: Mapping[str, ExpertSettings]) -> dict[str, int]:
-    """Return the trainable parameters of every part; a tied text head has none of its own.
+    """Return the parameters of every part; a tied text head has none of its own.
 
     The vocabulary must be filled in: it comes from the tokenizer.
     """

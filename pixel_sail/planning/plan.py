@@ -13,7 +13,7 @@ from typing import Any
 from pixel_sail.config import ConfigError, DeepSpeedConfig, TrainConfig
 from pixel_sail.planning import disk, flops, memory
 from pixel_sail.planning.activations import activation_bytes
-from pixel_sail.planning.parameters import parameter_counts
+from pixel_sail.planning.parameters import TrainingParts, parameter_counts
 from pixel_sail.planning.workload import Assumptions, Workload, mean
 
 PEAK_TFLOPS = {"h100": 989.0, "h200": 989.0, "a100": 312.0, "4090": 165.0, "cpu": 0.1}
@@ -56,12 +56,17 @@ class Machine:
 
 
 def make_plan(
-    config: TrainConfig, works: Sequence[Workload], machine: Machine, *, assumptions: Assumptions | None
+    config: TrainConfig,
+    works: Sequence[Workload],
+    machine: Machine,
+    *,
+    assumptions: Assumptions | None,
+    training_parts: TrainingParts | None = None,
 ) -> dict[str, Any]:
     """Return the plan.
 
     works: micro-batches of the configured size, from real data or assumed (then `assumptions` says how); the
-    vocabulary must be filled in.
+    vocabulary must be filled in. training_parts: what is trained, by default everything and without adapters.
     Raises: ConfigError when the packs of a step cannot be shared out over the GPUs.
     """
     rows, per_step = config.data.packs_per_micro_batch, config.data.packs_per_step
@@ -72,6 +77,8 @@ def make_plan(
         )
     architecture, experts = config.model.architecture, config.experts
     counts = parameter_counts(architecture, experts)
+    own = training_parts or TrainingParts(adapters=0, trained=sum(counts.values()))
+    counts["adapters"] = own.adapters
     num_parameters, micro_batches = sum(counts.values()), per_step // rows
     forward = [flops.forward_flops(architecture, work, experts) for work in works]
     parts = {name: micro_batches * mean([getattr(one, name) for one in forward]) for name in vars(forward[0])}
@@ -86,7 +93,7 @@ def make_plan(
         "name": config.name,
         "data": {"source": "assumed" if assumptions else "measured", **_data_numbers(works, micro_batches)},
         "assumptions": asdict(assumptions) if assumptions else None,
-        "parameters": {**counts, "total": num_parameters},
+        "parameters": {**counts, "total": num_parameters, "trained": own.trained},
         "flops": {
             "forward": parts,
             "step": training["model"],
@@ -103,8 +110,8 @@ def make_plan(
             "hours": config.optim.steps * seconds / 3600,
             "gpu_hours": config.optim.steps * seconds / 3600 * machine.gpus,
         },
-        "memory": _memory_rows(config, works, machine, num_parameters),
-        "disk": _disk(config, num_parameters, counts["distill_head"], assumptions or Assumptions()),
+        "memory": _memory_rows(config, works, machine, num_parameters, own.trained),
+        "disk": _disk(config, counts, own.trained, assumptions or Assumptions()),
     }
 
 
@@ -133,7 +140,7 @@ def _data_numbers(works: Sequence[Workload], micro_batches: int) -> dict[str, fl
 
 
 def _memory_rows(
-    config: TrainConfig, works: Sequence[Workload], machine: Machine, num_parameters: int
+    config: TrainConfig, works: Sequence[Workload], machine: Machine, num_parameters: int, trained: int
 ) -> list[dict[str, Any]]:
     """Return one row for each ZeRO stage (and for none); activations are those of the largest micro-batch."""
     architecture, precision = config.model.architecture, config.optim.precision
@@ -170,6 +177,8 @@ def _memory_rows(
             precision=precision,
             world_size=machine.gpus,
             largest_gathered=memory.largest_module(architecture),
+            trained=trained,
+            is_averaged=config.optim.ema_decay > 0,
         )
         gpu = memory.memory_per_gpu(state, activations=kept.total, masks_and_points=temporaries)
         is_chosen = deepspeed.enabled == config.deepspeed.enabled and (
@@ -190,13 +199,14 @@ def _memory_rows(
     return rows
 
 
-def _disk(config: TrainConfig, num_parameters: int, distill: int, assumptions: Assumptions) -> dict[str, Any]:
+def _disk(config: TrainConfig, counts: dict[str, int], trained: int, assumptions: Assumptions) -> dict[str, Any]:
+    total = sum(counts.values())
+    checkpoint = disk.checkpoint_bytes(total, trained=trained, is_averaged=config.optim.ema_decay > 0)
+    exported = total - counts["distill_head"] - counts["adapters"]
     return {
-        "checkpoint": disk.checkpoint_bytes(num_parameters),
+        "checkpoint": checkpoint,
         "checkpoints_kept": config.checkpoint.keep,
-        "run_folder": disk.run_folder_bytes(
-            num_parameters, exported=num_parameters - distill, keep=config.checkpoint.keep
-        ),
+        "run_folder": disk.run_folder_bytes(checkpoint, exported=exported, keep=config.checkpoint.keep),
         "expert_cache_per_100k_images": disk.all_cache_bytes(
             config.model.architecture, config.experts, assumptions.photo_hw, 100_000
         ),

@@ -40,13 +40,19 @@ def build_model(
         model = PixelSailForSegmentation(wanted)
     else:
         model = _load_start(config.init_from, architecture)
+    add_training_parts(model, config.lora, seed=seed, experts=experts)
+    return model.train(), processor
+
+
+def add_training_parts(
+    model: PixelSailForSegmentation, lora: LoraConfig, *, seed: int, experts: Mapping[str, ExpertSettings]
+) -> None:
+    """Give a model what only training needs: a linear layer for each expert, and low-rank adapters."""
     if experts:
         sites = {name: DistillSite(site=own.site, channels=own.channels) for name, own in experts.items()}
         model.add_distill_head(sites, seed=seed)
-    if config.lora.rank:
-        names = lora_targets(model, config.lora)
-        add_lora(model, names, rank=config.lora.rank, alpha=config.lora.alpha, seed=seed)
-    return model.train(), processor
+    if lora.rank:
+        add_lora(model, lora_targets(model, lora), rank=lora.rank, alpha=lora.alpha, seed=seed)
 
 
 def lora_targets(model: nn.Module, config: LoraConfig) -> list[str]:
