@@ -48,7 +48,7 @@ class PixelSailOutput:
     distilled: dict[str, tuple[Tensor, ...]] | None = None
     """Per expert, [Y, X, E] of each image that was asked for: what the student takes the expert's features to be."""
     anchor: Tensor | None = None
-    """Zero, but connected to every parameter: added to a loss it gives each of them a gradient on every rank."""
+    """Zero, but connected to every parameter: in a loss it gives each that is trained a gradient on every rank."""
 
 
 class PixelSailForSegmentation(PreTrainedModel):
@@ -167,8 +167,13 @@ class PixelSailForSegmentation(PreTrainedModel):
         if seg_positions_N2 is None:
             seg_positions_N2 = input_ids_BT.new_zeros(0, 2)
         wanted = self.images_with_pixel_map(masks_per_image, distilled_images or {})
-        seg_states_ND = hidden_BTD[tuple(seg_positions_N2.unbind(1))]
-        cells_PD, features, queries_ND = self.read_masks(hidden_BTD, patch_index_BT, grids, wanted, seg_states_ND)
+        read_BTD = hidden_BTD
+        if self.training and not hidden_BTD.requires_grad:
+            # Nothing below the mask head is trained. ZeRO-3, which gathers the head as a whole, fails in the backward
+            # pass of one none of whose inputs has a gradient.
+            read_BTD = hidden_BTD.detach().requires_grad_()
+        seg_states_ND = read_BTD[tuple(seg_positions_N2.unbind(1))]
+        cells_PD, features, queries_ND = self.read_masks(read_BTD, patch_index_BT, grids, wanted, seg_states_ND)
         masks = masks_of_images(queries_ND, features, masks_per_image)
         distilled, distill_anchor = None, None
         if self.distill_head is not None:
