@@ -1,7 +1,6 @@
 """What is trained, at which rate, what stays as it was, and what of it all an exported model holds."""
 
 import copy
-import importlib.util
 import json
 import shutil
 from types import SimpleNamespace
@@ -9,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from running import ROOT, launcher, start
+from running import launcher, load_tool, start
 from safetensors.torch import load_file
 
 from pixel_sail.config import CONFIG_FOLDER, ConfigError, GroupConfig, LoraConfig, OptimConfig, TrainConfig, load_config
@@ -230,9 +229,7 @@ def test_without_an_average_validation_sees_the_model_itself(tiny_model):
 
 
 def test_a_plan_counts_what_is_trained(capsys):
-    spec = importlib.util.spec_from_file_location("plan_run", ROOT / "tools" / "plan_run.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool("plan_run")
     arguments = ["model=sail_0_5b", "data=refcoco", "packs=0", "gpus=8", "optim.ema_decay=0.99", "--json", "-"]
     plans = []
     for tuning in ("full", "lora"):
