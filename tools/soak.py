@@ -291,7 +291,10 @@ def leftover_files(run_dir: Path, temporary: Path, shared_before: set[str], *, k
     A killed data worker cannot take away its socket: Python keeps one `pymp-*` folder per worker in TMPDIR, without
     content. As many as there were kills are allowed for.
     """
+    from pixel_sail.training.run_lock import LOCK_FILE
+
     left = [str(path) for path in run_dir.rglob("*") if path.name.startswith((".", "tmp")) or path.suffix == ".tmp"]
+    left.remove(str(run_dir / LOCK_FILE))  # stays, empty of meaning once its holder is gone
     # torch makes an empty cache folder for its compiler, one per user.
     names = [name for name in names_in(temporary) if not name.startswith("torchinductor_")]
     sockets = [name for name in names if name.startswith("pymp-")]

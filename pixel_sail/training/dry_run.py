@@ -19,6 +19,7 @@ from pixel_sail.config import TrainConfig
 from pixel_sail.data.loader import StepData, training_batches
 from pixel_sail.data.mixture import Mixture
 from pixel_sail.data.noted_files import noted_files
+from pixel_sail.planning.disk import checkpoint_bytes
 from pixel_sail.training import checkpoint
 from pixel_sail.training.accelerator import build_accelerator
 from pixel_sail.training.build import build_model
@@ -29,9 +30,6 @@ from pixel_sail.training.optim import build_optimizer, set_learning_rate
 from pixel_sail.training.rewind import behind_rewinds
 from pixel_sail.training.schedule import learning_rate
 from pixel_sail.training.step import StepReport, optimizer_step, source_columns
-
-BYTES_PER_PARAMETER = 12
-"""Of a checkpoint: float32 value and two moments."""
 
 
 def dry_run(config: TrainConfig) -> list[str]:
@@ -45,8 +43,6 @@ def dry_run(config: TrainConfig) -> list[str]:
     experts = distillation.terms if distillation is not None else ()
     model, processor = build_model(config.model, seed=config.seed, experts=config.experts)
     accelerator = build_accelerator(config, share.accumulation)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     with noted_files() as files:
         mixture = build_mixture(config.data, seed=config.seed)
     identity = run_identity(asdict(config)) | {checkpoint.DATA_FILES: data_identity(mixture, files)}
@@ -59,7 +55,10 @@ def dry_run(config: TrainConfig) -> list[str]:
         checkpoint.load_parameters(model, saved[0])
     state = behind_rewinds(Path(config.run_dir), state)
     model.decoder.gradient_checkpointing = config.optim.activation_checkpointing
-    model, optimizer = accelerator.prepare(model, build_optimizer(model, config.optim))
+    own_optimizer = build_optimizer(model, config.optim)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    model, optimizer = accelerator.prepare(model, own_optimizer)
     if saved is not None:
         checkpoint.restore_optimizer(model, optimizer, accelerator, state=state, parameters=saved[0], moments=saved[1])
     gradients = GradientCheck(model, accelerator)
@@ -99,7 +98,7 @@ def dry_run(config: TrainConfig) -> list[str]:
         f"time of this first step, later ones are faster: {has_data - started:.1f} s waiting for data, "
         f"{done - has_data:.1f} s computing",
         *_memory_lines(accelerator.device),
-        *_output_lines(config, num_parameters),
+        *_output_lines(config, num_parameters, num_trained),
     ]
 
 
@@ -139,8 +138,8 @@ def _memory_lines(device: torch.device) -> list[str]:
     return lines + ([f"  at most {gpu_gb:.2f} GiB on a GPU"] if device.type == "cuda" else [])
 
 
-def _output_lines(config: TrainConfig, num_parameters: int) -> list[str]:
-    size = BYTES_PER_PARAMETER * num_parameters / 1e6
+def _output_lines(config: TrainConfig, num_parameters: int, num_trained: int) -> list[str]:
+    size = checkpoint_bytes(num_parameters, trained=num_trained, is_averaged=config.optim.ema_decay > 0) / 1e6
     every = config.checkpoint.every
     lines = [
         f"the run would write to {Path(config.run_dir).resolve()}:",
