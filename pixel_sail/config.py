@@ -28,6 +28,7 @@ from pixel_sail.data.packing import PackingSettings
 from pixel_sail.experts.settings import ExpertSettings
 from pixel_sail.losses.total import LossConfig
 from pixel_sail.model.configuration_pixel_sail import Architecture
+from pixel_sail.model.speed import Speed
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
@@ -358,6 +359,8 @@ class TrainConfig:
     allow_random_experts: bool = False
     """True: experts may have random weights, which only a test of the machinery wants."""
     optim: OptimConfig = field(default_factory=OptimConfig)
+    speed: Speed = field(default_factory=Speed)
+    """Which way of computing the same numbers is taken."""
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -236,6 +236,23 @@ class Example:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampleSpan:
+    """The tokens of one sample in its row: an image, then text that all branches see, then the branches."""
+
+    row: int
+    start: int
+    image: int
+    """Tokens of the image with its delimiters, 0 for a text-only sample."""
+    shared: int
+    branches: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Return the number of tokens."""
+        return self.image + self.shared + sum(self.branches)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """Packed sequences: B rows of T tokens, each row holding several samples that do not see each other.
 
@@ -288,6 +305,8 @@ class Batch:
     """Index into `grids` of each photo."""
     photos: tuple[Tensor, ...] = ()
     """uint8 [H, W, 3], images as opened, where an expert looks at them."""
+    spans: tuple[SampleSpan, ...] | None = None
+    """Every sample's tokens; None: to be read from the tensors."""
 
     def __post_init__(self) -> None:
         """Check what a wrong collate would break silently."""
@@ -312,8 +331,12 @@ class Batch:
         """Return the keyword arguments of the model's forward that this batch provides."""
         tokens = ["input_ids_BT", "position_ids_2BT", "sample_index_BT", "branch_ids_BT", "in_image_BT"]
         images = ["patch_index_BT", "prompt_ids_BT", "patches_SK", "grids", "seg_positions_N2", "masks_per_image"]
-        inputs = {name: getattr(self, name) for name in (*tokens, *images, "logit_positions_M2")}
+        inputs = {name: getattr(self, name) for name in (*tokens, *images, "logit_positions_M2", "spans")}
         return inputs | {"distilled_images": self.distilled_images()} if self.expert_names else inputs
+
+    def training_inputs(self) -> dict[str, Any]:
+        """Return `model_inputs` and the targets, so that the model may give text losses instead of logits."""
+        return self.model_inputs() | {"targets_M": self.targets_M}
 
     def distilled_images(self) -> dict[str, tuple[int, ...]]:
         """Return the images, as indices into `grids`, that each expert's features are known for."""

@@ -407,7 +407,7 @@ def _forward_states(model, processor, make_batch, question, image, answer_ids):
     """Return the states of question and answer from one training-style forward pass."""
     example = processor.encode_sample(_asking(question, image), image, independent_turns=False)
     batch = make_batch([example])
-    inputs = batch.model_inputs() | {"logit_positions_M2": None}
+    inputs = batch.model_inputs() | {"logit_positions_M2": None, "spans": None}
     kept, added = len(example) - 1, len(answer_ids)  # the empty answer is the end token alone
     for name in ("input_ids_BT", "sample_index_BT", "branch_ids_BT", "in_image_BT", "patch_index_BT", "prompt_ids_BT"):
         tail = inputs[name][:, -1:].expand(-1, added)

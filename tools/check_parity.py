@@ -176,7 +176,7 @@ def compare_forward(report: Report, cases: list[Case], model: PixelSailForSegmen
         # Images without masks skip the mask head in the model; the recording has their features too.
         every_image = [max(count, 1) for count in inputs["masks_per_image"]]
         no_states = output.hidden_BTD[0, :0]
-        _, features, _ = model.read_masks(
+        _, features, _, _ = model.read_masks(
             output.hidden_BTD, inputs["patch_index_BT"], inputs["grids"], every_image, no_states
         )
     start = 0
@@ -230,7 +230,7 @@ def compare_masks(report: Report, case: Case, output: PixelSailOutput, index: in
     assert output.seg_queries_ND is not None
     assert output.mask_logits is not None
     logits = output.mask_logits[index]
-    assert logits is not None
+    assert isinstance(logits, Tensor)
     report.compare("seg_query", output.seg_queries_ND.split(masks_per_image)[index], case["seg_query"])
     report.compare("mask_logits", logits, case["mask_logits"])
     sums = full_map_losses(logits, case["gt_masks"])

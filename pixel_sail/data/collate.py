@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pixel_sail.data.packing import Pack
+from pixel_sail.model.spans import sample_spans
 from pixel_sail.types import IGNORE_LABEL, Batch, Example
 
 PADDING = {"sample_index": -1, "patch_index": -1, "prompt_ids": -1, "labels": IGNORE_LABEL}
@@ -71,6 +72,7 @@ def collate(packs: Sequence[Pack], *, seg_id: int) -> Batch:
         expert_scales=tuple(target.scales_E for _, target in pairs),
         photo_images=tuple(image for image, _ in photos),
         photos=tuple(photo for _, photo in photos),
+        spans=sample_spans(arrays["sample_index"], arrays["branch_ids"], arrays["in_image"]),
     )
 
 

@@ -14,7 +14,7 @@ import faulthandler
 import logging
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -91,6 +91,10 @@ class _MicroBatch:
     wire: Wire
     after: dict[int, LanePosition]
     skipped: tuple[Skipped, ...]
+
+    def pin_memory(self) -> "_MicroBatch":
+        """Return the micro-batch in pinned memory (torch's loader asks)."""
+        return replace(self, wire=self.wire.pin_memory())
 
 
 class LaneDataset(IterableDataset):
@@ -191,6 +195,7 @@ def training_batches(
         batch_size=None,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
+        pin_memory=torch.cuda.is_available(),
     )
     arriving = iter(loader)
     while True:

@@ -8,7 +8,7 @@ Example: input ids [2, 120] and positions [2, 2, 120] travel as 720 int64 number
 [("input_ids_BT", None, int64, 0, (2, 120)), ("position_ids_2BT", None, int64, 240, (2, 2, 120))].
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,10 @@ class Wire:
     slots: tuple[_Slot, ...]
     rest: dict[str, Any]
     """Fields without tensors, and tuples with None where a tensor goes."""
+
+    def pin_memory(self) -> "Wire":
+        """Return the wire in pinned memory, from which a GPU copies without the host waiting (torch's loader asks)."""
+        return replace(self, blocks={dtype: block.pin_memory() for dtype, block in self.blocks.items()})
 
 
 def pack(batch: Batch) -> Wire:

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pixel_sail.model.mask_head import PointLogits
+from pixel_sail.model.transfer import to_device
+
 
 @dataclass(kw_only=True)
 class PointSampling:
@@ -43,21 +46,27 @@ def sample_map(maps_NYX: Tensor, points_NQ2: Tensor) -> Tensor:
     return F.grid_sample(maps_NYX[:, None], grid, align_corners=False)[:, 0, :, 0]
 
 
+def read_logits(logits: Tensor | PointLogits, points_NQ2: Tensor) -> Tensor:
+    """Return the logits [N, Q] of masks at points, from maps [N, Y, X] or from what makes them."""
+    return logits.at(points_NQ2) if isinstance(logits, PointLogits) else sample_map(logits, points_NQ2)
+
+
 @torch.no_grad()
-def choose_points(logits_NYX: Tensor, sampling: PointSampling, generator: torch.Generator) -> Tensor:
+def choose_points(logits: Tensor | PointLogits, sampling: PointSampling, generator: torch.Generator) -> Tensor:
     """Return points [N, Q, 2]: the most uncertain of many uniform candidates, and fresh uniform ones.
 
     Random numbers are drawn on the generator's device (the CPU) and moved, so that a run does not depend on the device.
     Source: PointRend / Mask2Former, with their ratios.
     """
-    num_masks, device = logits_NYX.shape[0], logits_NYX.device
+    num_masks = len(logits)
+    device = logits.probes_NE.device if isinstance(logits, PointLogits) else logits.device
     num_important = int(sampling.importance_ratio * sampling.num_points)
     num_candidates = int(sampling.oversample_ratio * sampling.num_points)
-    candidates = torch.rand(num_masks, num_candidates, 2, generator=generator).to(device)
-    uncertainty = -sample_map(logits_NYX, candidates).abs()
+    candidates = to_device(torch.rand(num_masks, num_candidates, 2, generator=generator), device)
+    uncertainty = -read_logits(logits, candidates).abs()
     best = uncertainty.topk(num_important, dim=1).indices
     important = candidates.gather(1, best[..., None].expand(-1, -1, 2))
-    fresh = torch.rand(num_masks, sampling.num_points - num_important, 2, generator=generator).to(device)
+    fresh = to_device(torch.rand(num_masks, sampling.num_points - num_important, 2, generator=generator), device)
     return torch.cat((important, fresh), dim=1)
 
 
@@ -83,23 +92,23 @@ def dice_sum(logits_NQ: Tensor, targets_NQ: Tensor, counts_NQ: Tensor | None = N
 
 
 def point_losses(
-    logits_NYX: Tensor,
+    logits: Tensor | PointLogits,
     masks_NHW: Tensor,
     sampling: PointSampling,
     generator: torch.Generator,
     ignored_NHW: Tensor | None = None,
 ) -> MaskSums:
-    """Return both losses of the masks of one image, in float32, on points sampled for each mask.
+    """Return both losses of the masks of one image (logits [N, Y, X] or `PointLogits`), in float32, on points sampled
+    for each mask.
 
     A point counts unless it touches an ignored pixel; None ignores nothing.
     """
-    logits = logits_NYX.float()
+    if isinstance(logits, Tensor):
+        logits = logits.float()
     points = choose_points(logits, sampling, generator)
-    predicted, target = sample_map(logits, points), sample_map(masks_NHW.float(), points)
+    predicted, target = read_logits(logits, points), sample_map(masks_NHW.float(), points)
     counts = None if ignored_NHW is None else (sample_map(ignored_NHW.float(), points) == 0).float()
-    return MaskSums(
-        bce=bce_sum(predicted, target, counts), dice=dice_sum(predicted, target, counts), count=logits.shape[0]
-    )
+    return MaskSums(bce=bce_sum(predicted, target, counts), dice=dice_sum(predicted, target, counts), count=len(logits))
 
 
 def full_map_losses(logits_NYX: Tensor, masks_NYX: Tensor) -> MaskSums:

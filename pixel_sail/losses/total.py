@@ -17,6 +17,7 @@ from pixel_sail.losses.distill import DistillTerm, distill_loss
 from pixel_sail.losses.mask import PointSampling, point_losses
 from pixel_sail.losses.text import text_losses
 from pixel_sail.model.modeling_pixel_sail import PixelSailOutput
+from pixel_sail.model.transfer import to_device
 from pixel_sail.types import Batch
 
 
@@ -70,7 +71,7 @@ def text_weights(batch: Batch, config: LossConfig) -> Tensor:
     for sample, num_masks in zip(batch.image_samples, batch.masks_per_image, strict=True):
         if num_masks:
             per_sample[sample] = config.text_factor_with_masks
-    return torch.tensor(per_sample, device=batch.targets_M.device)[batch.target_samples_M]
+    return to_device(torch.tensor(per_sample), batch.targets_M.device)[batch.target_samples_M]
 
 
 def loss_sums(
@@ -81,16 +82,16 @@ def loss_sums(
     expert_maps: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> LossSums:
     """Return the loss sums of one micro-batch; `expert_maps` are those of `Teachers.maps`, by expert."""
-    assert output.logits is not None and output.mask_logits is not None
-    zeros = output.logits.new_zeros(len(batch.sample_ids), dtype=torch.float32)
+    assert output.mask_logits is not None
+    zeros = torch.zeros(len(batch.sample_ids), device=batch.targets_M.device)
     bce, dice, first = list(zeros), list(zeros), 0
-    for image, logits_NYX in enumerate(output.mask_logits):
-        if logits_NYX is None:
+    for image, logits in enumerate(output.mask_logits):
+        if logits is None:
             continue
-        own = slice(first, first + len(logits_NYX))
-        first += len(logits_NYX)
+        own = slice(first, first + len(logits))
+        first += len(logits)
         sums = point_losses(
-            logits_NYX,
+            logits,
             torch.stack(batch.masks[own]),
             config.points,
             torch.Generator().manual_seed(batch.point_seeds[image]),
@@ -99,7 +100,11 @@ def loss_sums(
         sample = batch.image_samples[image]
         bce[sample], dice[sample] = sums.bce, sums.dice
     assert first == len(batch.masks), f"{first} of {len(batch.masks)} masks were used"
-    text_M = text_losses(output.logits, batch.targets_M) * text_weights(batch, config)
+    text_M = output.text_losses_M
+    if text_M is None:
+        assert output.logits is not None
+        text_M = text_losses(output.logits, batch.targets_M)
+    text_M = text_M * text_weights(batch, config)
     return LossSums(
         text_S=zeros.index_add(0, batch.target_samples_M, text_M),
         bce_S=torch.stack(bce),

@@ -10,9 +10,11 @@ width.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.upsampler import Upsampler
@@ -56,21 +58,39 @@ class MaskHead(nn.Module):
             assert isinstance(last, nn.Linear)
             last.weight.mul_(last.out_features**-0.25)
 
-    def forward(self, groups: Sequence[Tensor], seg_states_NC: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the pixel features [cells, D] of groups [I, h, w, hidden] one after another, and the queries [N, D].
+    def forward(
+        self, groups: Sequence[Tensor], seg_states_NC: Tensor, *, folded: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what masks are made of, for groups of patch states [I, h, w, hidden]: cells [P, *] one group after
+        another, the [SEG] queries [N, D], and probes [N, *] that the cells are dotted with.
 
-        Training comes through here once in a forward pass and takes two tensors, however many grid sizes its batch
+        Plain: cells are the pixel features and the probes are the queries. `folded`: cells are what enters the last
+        layer of the pixel projection [P, C], and the probes carry that layer, its bias last [N, C + 1].
+
+        Training comes through here once in a forward pass and takes three tensors, however many grid sizes its batch
         has: ZeRO-3 gathers parameters at each call of a module and again for each tensor that came out of it, and
         every rank must gather equally often.
         """
-        maps = [self.pixel_features(states_IhwC).flatten(0, 2) for states_IhwC in groups]
-        return torch.cat(maps), self.seg_queries(seg_states_NC)
+        queries_ND = self.seg_queries(seg_states_NC)
+        if not folded:
+            maps = [self.pixel_features(states_IhwC).flatten(0, 2) for states_IhwC in groups]
+            return torch.cat(maps), queries_ND, queries_ND.clone()
+        first, activation, last = self.pixel_projector
+        assert isinstance(last, nn.Linear)
+        maps = [
+            activation(first(self.upsampler.channels_last(self._projected(states)))).flatten(0, 2) for states in groups
+        ]
+        bias_N1 = queries_ND @ last.bias[:, None]
+        probes_NE = torch.cat((queries_ND @ last.weight, bias_N1), dim=1)
+        return maps[0] if len(maps) == 1 else torch.cat(maps), queries_ND, probes_NE
+
+    def _projected(self, states_IhwC: Tensor) -> Tensor:
+        """Return patch states at the width of the upsampler."""
+        return states_IhwC if self.pre_projector is None else self.pre_projector(states_IhwC)
 
     def pixel_features(self, states_IhwC: Tensor) -> Tensor:
         """Return the pixel features [I, Y, X, D] of patch states [I, h, w, hidden]."""
-        if self.pre_projector is not None:
-            states_IhwC = self.pre_projector(states_IhwC)
-        upsampled_ICYX = self.upsampler(states_IhwC.permute(0, 3, 1, 2))
+        upsampled_ICYX = self.upsampler(self._projected(states_IhwC).permute(0, 3, 1, 2))
         return self.pixel_projector(upsampled_ICYX.permute(0, 2, 3, 1))
 
     def seg_queries(self, seg_states_NC: Tensor) -> Tensor:
@@ -82,3 +102,39 @@ def mask_logits(queries_ND: Tensor, features_YXD: Tensor) -> Tensor:
     """Return the logits [N, Y, X] of masks of one image."""
     num_rows, num_columns, width = features_YXD.shape
     return (queries_ND @ features_YXD.reshape(-1, width).T).view(-1, num_rows, num_columns)
+
+
+def folded_logits(probes_NE: Tensor, cells_YXC: Tensor) -> Tensor:
+    """Return the logits [N, Y, X] of masks of one image from probes that carry the last layer, bias last."""
+    num_rows, num_columns, width = cells_YXC.shape
+    logits_NP = torch.addmm(probes_NE[:, width:], probes_NE[:, :width], cells_YXC.reshape(-1, width).T)
+    return logits_NP.view(-1, num_rows, num_columns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PointLogits:
+    """Masks of one image that are known where they are asked for: no map of logits exists."""
+
+    probes_NE: Tensor
+    cells_YXC: Tensor
+
+    def __len__(self) -> int:
+        """Return the number of masks."""
+        return len(self.probes_NE)
+
+    def at(self, points_NQ2: Tensor) -> Tensor:
+        """Return the logits [N, Q] at points (x, y) in [0, 1] x [0, 1], as a map of logits would be read bilinearly.
+
+        Reading and the dot product are both linear, so either may come first. Outside of the map logits are 0, bias
+        included: near its border the bias counts with the weight of the cells that exist.
+        """
+        num_rows, num_columns, width = self.cells_YXC.shape
+        map_1CYX = self.cells_YXC.float().permute(2, 0, 1)[None]
+        inside_11YX = map_1CYX.new_ones(1, 1, num_rows, num_columns)
+        rows = []
+        for probe_E, points_Q2 in zip(self.probes_NE.float(), points_NQ2, strict=True):
+            grid_1Q12 = points_Q2[None, :, None] * 2.0 - 1.0
+            read_CQ = F.grid_sample(map_1CYX, grid_1Q12, align_corners=False)[0, :, :, 0]
+            weight_Q = F.grid_sample(inside_11YX, grid_1Q12, align_corners=False)[0, 0, :, 0]
+            rows.append(probe_E[:width] @ read_CQ + probe_E[width] * weight_Q)
+        return torch.stack(rows)

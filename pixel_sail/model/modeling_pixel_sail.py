@@ -20,12 +20,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pixel_sail.model.attention_mask import attention_mask
+from pixel_sail.model.attention_rules import training_rule
 from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
-from pixel_sail.model.decoder import Attention, AttentionRule, Decoder, MaskedAttention, RMSNorm, SwiGLU
+from pixel_sail.model.decoder import Attention, AttentionRule, Decoder, DecoderLayer, RMSNorm, SwiGLU
 from pixel_sail.model.distill_head import DistillHead, DistillSite
 from pixel_sail.model.image_embedding import PatchEmbedding
-from pixel_sail.model.mask_head import MaskHead, mask_logits
+from pixel_sail.model.mask_head import MaskHead, PointLogits, folded_logits, mask_logits
+from pixel_sail.model.speed import Speed
+from pixel_sail.model.text_head import TextHead
+from pixel_sail.model.transfer import to_device
+from pixel_sail.types import SampleSpan
 
 
 @dataclass(kw_only=True)
@@ -39,12 +43,14 @@ class PixelSailOutput:
     hidden_BTD: Tensor | None = None
     """States after the final norm."""
     logits: Tensor | None = None
-    """[B, T, V], or [M, V] where positions were chosen."""
+    """[B, T, V], or [M, V] where positions were chosen; None where the losses of known targets took their place."""
+    text_losses_M: Tensor | None = None
+    """Cross-entropy at the chosen positions, where targets were given."""
     pixel_features: tuple[Tensor | None, ...] | None = None
-    """Per image [Y, X, D]; None for an image without masks."""
+    """Per image [Y, X, D]; None for an image without masks, and where the mask head folds its last layer."""
     seg_queries_ND: Tensor | None = None
-    mask_logits: tuple[Tensor | None, ...] | None = None
-    """Per image [number of its masks, Y, X]; None for an image without masks."""
+    mask_logits: tuple[Tensor | PointLogits | None, ...] | None = None
+    """Per image [number of its masks, Y, X], or what makes them; None for an image without masks."""
     distilled: dict[str, tuple[Tensor, ...]] | None = None
     """Per expert, [Y, X, E] of each image that was asked for: what the student takes the expert's features to be."""
     anchor: Tensor | None = None
@@ -66,8 +72,9 @@ class PixelSailForSegmentation(PreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.patch_embedding = PatchEmbedding(config)
         self.decoder = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = TextHead(config.hidden_size, config.vocab_size)
         self.mask_head = MaskHead(config)
+        self.speed = Speed()
         self.distill_head: DistillHead | None = None
         for module in self.modules():
             self._draw_weights(module)
@@ -128,7 +135,8 @@ class PixelSailForSegmentation(PreTrainedModel):
 
     def embed(self, input_ids_BT: Tensor, patches_SK: Tensor, patch_index_BT: Tensor, prompt_ids_BT: Tensor) -> Tensor:
         """Return token embeddings [B, T, D] with patches and visual prompts added."""
-        prompt_tokens = torch.tensor(self.config.prompt_token_ids, device=input_ids_BT.device, dtype=torch.long)
+        prompt_ids = torch.tensor(self.config.prompt_token_ids, dtype=torch.long)
+        prompt_tokens = to_device(prompt_ids, input_ids_BT.device)
         return self.patch_embedding(
             self.embed_tokens(input_ids_BT),
             patches_SK,
@@ -152,18 +160,26 @@ class PixelSailForSegmentation(PreTrainedModel):
         masks_per_image: Sequence[int] = (),
         logit_positions_M2: Tensor | None = None,
         distilled_images: Mapping[str, Sequence[int]] | None = None,
+        spans: Sequence[SampleSpan] | None = None,
+        targets_M: Tensor | None = None,
     ) -> PixelSailOutput:
         """Run the model on packed sequences; the arguments are the fields of `types.Batch`.
 
-        With `logit_positions_M2` (row, token) the text head runs at those positions only. The patches of image i are
+        With `logit_positions_M2` (row, token) the text head runs at those positions only; with their next tokens in
+        `targets_M` it may give losses instead of logits. The patches of image i are
         the i-th run of `patches_SK`, their states are read at the tokens that carry their index. `distilled_images`
         names the images that each expert's features are predicted for.
         """
         embeddings = self.embed(input_ids_BT, patches_SK, patch_index_BT, prompt_ids_BT)
-        mask = attention_mask(sample_index_BT, branch_ids_BT, in_image_BT)
-        hidden_BTD = self.decoder(embeddings, position_ids_2BT, MaskedAttention(mask_B1TS=mask))
+        rule = training_rule(
+            self.speed.attention, sample_index_BT, branch_ids_BT, in_image_BT, spans, dtype=embeddings.dtype
+        )
+        hidden_BTD = self.decoder(embeddings, position_ids_2BT, rule)
         chosen = hidden_BTD if logit_positions_M2 is None else hidden_BTD[tuple(logit_positions_M2.unbind(1))]
-        logits = self.lm_head(chosen)
+        if targets_M is not None and self.speed.text_loss == "chunked":
+            logits, text_losses_M = None, self.lm_head(chosen, targets_M)
+        else:
+            logits, text_losses_M = self.lm_head(chosen), None
         if seg_positions_N2 is None:
             seg_positions_N2 = input_ids_BT.new_zeros(0, 2)
         wanted = self.images_with_pixel_map(masks_per_image, distilled_images or {})
@@ -173,26 +189,46 @@ class PixelSailForSegmentation(PreTrainedModel):
             # pass of one none of whose inputs has a gradient.
             read_BTD = hidden_BTD.detach().requires_grad_()
         seg_states_ND = read_BTD[tuple(seg_positions_N2.unbind(1))]
-        cells_PD, features, queries_ND = self.read_masks(read_BTD, patch_index_BT, grids, wanted, seg_states_ND)
-        masks = masks_of_images(queries_ND, features, masks_per_image)
+        folded = self.folds_masks()
+        cells, maps, queries_ND, probes = self.read_masks(
+            read_BTD, patch_index_BT, grids, wanted, seg_states_ND, folded=folded
+        )
+        masks = masks_of_images(probes, maps, masks_per_image, kind=self.speed.mask_head if folded else "maps")
+        features = None if folded else maps
         distilled, distill_anchor = None, None
         if self.distill_head is not None:
             distilled, distill_anchor = self.predict_experts(
-                hidden_BTD, patch_index_BT, grids, cells_PD, features, distilled_images or {}
+                hidden_BTD, patch_index_BT, grids, cells, maps, distilled_images or {}
             )
         anchor = None
         if self.training:
-            anchor = 0.0 * (cells_PD.sum() + queries_ND.sum() + logits.sum())
+            text = text_losses_M if logits is None else logits
+            # One cell and all probes depend on every parameter of the mask head.
+            anchor = 0.0 * (cells[:1].sum() + probes.sum() + text.sum())
             anchor = anchor if distill_anchor is None else anchor + distill_anchor
         return PixelSailOutput(
             hidden_BTD=hidden_BTD,
             logits=logits,
+            text_losses_M=text_losses_M,
             pixel_features=features,
             seg_queries_ND=queries_ND,
             mask_logits=masks,
             distilled=distilled,
             anchor=anchor,
         )
+
+    def folds_masks(self) -> bool:
+        """Return whether the last layer of the mask head goes into the queries; experts of pixel maps need it apart."""
+        if self.distill_head is not None and self.distill_head.reads("pixel_map"):
+            return False
+        return self.speed.mask_head != "maps"
+
+    def use(self, speed: Speed) -> None:
+        """Compute the same numbers in another way from now on."""
+        self.speed = speed
+        for layer in self.decoder.layers:
+            assert isinstance(layer, DecoderLayer)
+            layer.mlp.recomputed = speed.swiglu == "recomputed"
 
     def images_with_pixel_map(
         self, masks_per_image: Sequence[int], distilled_images: Mapping[str, Sequence[int]]
@@ -211,15 +247,16 @@ class PixelSailForSegmentation(PreTrainedModel):
         grids: Sequence[tuple[int, int]],
         masks_per_image: Sequence[int],
         seg_states_ND: Tensor,
-    ) -> tuple[Tensor, tuple[Tensor | None, ...], Tensor]:
-        """Return the pixel features of all cells [P, D], of every image that has masks [Y, X, D], and the queries.
+        *,
+        folded: bool = False,
+    ) -> tuple[Tensor, tuple[Tensor | None, ...], Tensor, Tensor]:
+        """Return the cells of all maps, the map of every image that has masks [Y, X, *], queries and probes, all as
+        `MaskHead` makes them.
 
         Images of one grid go through the mask head together. A batch without masks sends one state through it, so that
         every rank of a distributed run has the same gradients in every step.
         """
-        on_patch = patch_index_BT >= 0
-        states_SD = torch.empty_like(hidden_BTD[on_patch])
-        states_SD = states_SD.index_copy(0, patch_index_BT[on_patch], hidden_BTD[on_patch])
+        states_SD = patch_states(hidden_BTD, patch_index_BT, sum(rows * columns for rows, columns in grids))
         offsets, same_grid = [0], defaultdict(list)
         for image, (rows, columns) in enumerate(grids):
             offsets.append(offsets[-1] + rows * columns)
@@ -229,14 +266,14 @@ class PixelSailForSegmentation(PreTrainedModel):
             torch.stack([states_SD[offsets[i] : offsets[i + 1]].view(rows, columns, -1) for i in images])
             for (rows, columns), images in same_grid.items()
         ]
-        cells_PD, queries_ND = self.mask_head(groups or [hidden_BTD[:1, None, :1]], seg_states_ND)
+        cells, queries_ND, probes = self.mask_head(groups or [hidden_BTD[:1, None, :1]], seg_states_ND, folded=folded)
         features: list[Tensor | None] = [None] * len(grids)
         scale, first = 2**self.config.num_upsample_blocks, 0
         for image in (image for images in same_grid.values() for image in images):
             size = (grids[image][0] * scale, grids[image][1] * scale)
-            features[image] = cells_PD[first : first + size[0] * size[1]].view(*size, -1)
+            features[image] = cells[first : first + size[0] * size[1]].view(*size, -1)
             first += size[0] * size[1]
-        return cells_PD, tuple(features), queries_ND
+        return cells, tuple(features), queries_ND, probes
 
     def predict_experts(
         self,
@@ -286,23 +323,36 @@ class PixelSailForSegmentation(PreTrainedModel):
 
 
 def masks_of_images(
-    queries_ND: Tensor, features: Sequence[Tensor | None], masks_per_image: Sequence[int]
-) -> tuple[Tensor | None, ...]:
-    """Return the mask logits of each image from its own share of the queries, None for an image without masks."""
-    groups = queries_ND.split(list(masks_per_image)) if masks_per_image else ()
+    probes: Tensor, maps: Sequence[Tensor | None], masks_per_image: Sequence[int], *, kind: str
+) -> tuple[Tensor | PointLogits | None, ...]:
+    """Return the mask logits of each image from its own share of the probes, None for an image without masks."""
+
+    def make(own: Tensor, map_YXC: Tensor) -> Tensor | PointLogits:
+        if kind == "points":
+            return PointLogits(probes_NE=own, cells_YXC=map_YXC)
+        return folded_logits(own, map_YXC) if kind == "folded" else mask_logits(own, map_YXC)
+
+    groups = probes.split(list(masks_per_image)) if masks_per_image else ()
     return tuple(
-        mask_logits(queries, feature) if feature is not None and len(queries) else None
-        for queries, feature in zip(groups, features, strict=True)
+        make(own, map_YXC) if map_YXC is not None and len(own) else None
+        for own, map_YXC in zip(groups, maps, strict=True)
     )
+
+
+def patch_states(hidden_BTD: Tensor, patch_index_BT: Tensor, num_patches: int) -> Tensor:
+    """Return the states [S, D] of all patches in the order of their index, without asking the device how many."""
+    index_N = patch_index_BT.flatten()
+    # What is no patch writes to one place behind the last.
+    slots_N = torch.where(index_N >= 0, index_N, num_patches)
+    tokens_S = index_N.new_zeros(num_patches + 1).scatter(0, slots_N, torch.arange(len(index_N), device=index_N.device))
+    return hidden_BTD.flatten(0, 1).index_select(0, tokens_S[:num_patches])
 
 
 def states_of_images(
     hidden_BTD: Tensor, patch_index_BT: Tensor, grids: Sequence[tuple[int, int]]
 ) -> tuple[Tensor, ...]:
     """Return the patch states [h, w, D] of every image."""
-    on_patch = patch_index_BT >= 0
-    states_SD = torch.empty_like(hidden_BTD[on_patch])
-    states_SD = states_SD.index_copy(0, patch_index_BT[on_patch], hidden_BTD[on_patch])
+    states_SD = patch_states(hidden_BTD, patch_index_BT, sum(rows * columns for rows, columns in grids))
     parts = states_SD.split([rows * columns for rows, columns in grids]) if grids else ()
     return tuple(part.unflatten(0, grid) for part, grid in zip(parts, grids, strict=True))
 

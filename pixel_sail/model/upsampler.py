@@ -40,6 +40,20 @@ class UpsampleBlock(nn.Module):
         """Return [I, C, 2Y, 2X]."""
         return self.norm(self.pointwise(self.depthwise(F.gelu(self.transposed(x_ICYX)))))
 
+    def channels_last(self, x_IYXC: Tensor) -> Tensor:
+        """Return the same as [I, 2Y, 2X, C]: both dense convolutions as matrix products, channels always last."""
+        images, rows, columns, channels = x_IYXC.shape
+        # Kernel and stride are equal, so that every cell becomes four cells of its own: one product.
+        taps_4CC = self.transposed.weight.permute(2, 3, 1, 0).reshape(4 * channels, channels)
+        bias = self.transposed.bias
+        assert bias is not None
+        quads = F.linear(x_IYXC, taps_4CC, bias.repeat(4)).view(images, rows, columns, 2, 2, channels)
+        wide_IYXC = F.gelu(quads.permute(0, 1, 3, 2, 4, 5).reshape(images, 2 * rows, 2 * columns, channels))
+        # Seen as [I, C, Y, X] this is torch's channels-last layout; the convolution keeps it.
+        wide_IYXC = self.depthwise(wide_IYXC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        wide_IYXC = F.linear(wide_IYXC, self.pointwise.weight.flatten(1), self.pointwise.bias)
+        return F.layer_norm(wide_IYXC, self.norm.weight.shape, self.norm.weight, self.norm.bias, self.norm.eps)
+
 
 class Upsampler(nn.Module):
     """`num_blocks` blocks, each with its own fresh weights (the release starts them as copies of one)."""
@@ -53,3 +67,10 @@ class Upsampler(nn.Module):
         for block in self.blocks:
             x_ICYX = block(x_ICYX)
         return x_ICYX
+
+    def channels_last(self, x_IYXC: Tensor) -> Tensor:
+        """Return the same for channels on the last axis, in and out."""
+        for block in self.blocks:
+            assert isinstance(block, UpsampleBlock)
+            x_IYXC = block.channels_last(x_IYXC)
+        return x_IYXC

@@ -94,6 +94,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
         logger.info("continuing from %s", found)
     state = behind_rewinds(run_dir, state)
     model.decoder.gradient_checkpointing = config.optim.activation_checkpointing
+    model.use(config.speed)
     meter = Meter(model.config, config.experts, peak_tflops=config.log.peak_tflops, device=accelerator.device)
     own_optimizer = build_optimizer(model, config.optim)
     if config.deepspeed.enabled and config.optim.precision != "fp32":

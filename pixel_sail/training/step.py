@@ -17,6 +17,7 @@ from pixel_sail import dist
 from pixel_sail.experts.teachers import Teachers
 from pixel_sail.losses.distill import DistillTerm
 from pixel_sail.losses.total import Counts, LossConfig, LossSums, combine, count, loss_sums
+from pixel_sail.model.transfer import to_device
 from pixel_sail.training.finite import GradientCheck, NonFiniteLossError, blame
 from pixel_sail.types import Batch
 
@@ -95,13 +96,13 @@ def optimizer_step(
     num_columns = len(source_columns(experts))
     by_source = torch.zeros(len(sources), num_columns, dtype=torch.float64, device=accelerator.device)
     for index, batch in enumerate(batches):
-        batch = batch.to(accelerator.device)
+        on_host, batch = batch, batch.to(accelerator.device)
         expert_maps = distillation.teachers.maps(batch) if distillation is not None else {}
         with accelerator.accumulate(model):
-            output = model(**batch.model_inputs())
+            output = model(**batch.training_inputs())
             terms = loss_sums(output, batch, config, experts, expert_maps)
             loss = combine(terms, counts, config, experts) + output.anchor
-            by_source.index_add_(0, _source_of_samples(batch, sources), sample_rows(batch, terms, experts))
+            by_source.index_add_(0, _source_of_samples(batch, sources), sample_rows(on_host, terms, experts))
             if index + 1 == len(batches):
                 is_bad_here = not bool(torch.isfinite(by_source).all())
                 by_source = dist.sum_over_ranks(by_source)
@@ -130,8 +131,8 @@ def optimizer_step(
 
 
 def sample_rows(batch: Batch, terms: LossSums, experts: Sequence[DistillTerm] = ()) -> Tensor:
-    """Return `source_columns` of every sample of a micro-batch: float64 [S, columns]."""
-    num_samples, device = len(batch.sample_ids), batch.targets_M.device
+    """Return `source_columns` of every sample of a micro-batch, which is on the host: float64 [S, columns]."""
+    num_samples, device = len(batch.sample_ids), terms.text_S.device
     counts = torch.zeros(num_samples, 3, dtype=torch.float64)
     counts[:, 0] = 1.0
     counts[:, 1] = torch.bincount(batch.target_samples_M.cpu(), minlength=num_samples)
@@ -141,11 +142,12 @@ def sample_rows(batch: Batch, terms: LossSums, experts: Sequence[DistillTerm] = 
     own = batch.distilled_images()
     for column, term in enumerate(experts):
         images[[batch.image_samples[image] for image in own.get(term.name, ())], column] = 1.0
-    return torch.cat((counts.to(device), terms.detached(), images.to(device)), dim=1)
+    return torch.cat((to_device(counts, device), terms.detached(), to_device(images, device)), dim=1)
 
 
 def _source_of_samples(batch: Batch, sources: Sequence[str]) -> Tensor:
-    return torch.tensor([sources.index(name) for name in batch.sources], device=batch.targets_M.device)
+    indices = torch.tensor([sources.index(name) for name in batch.sources])
+    return to_device(indices, batch.targets_M.device)
 
 
 def _global_totals(batches: Sequence[Batch], device: torch.device, experts: Sequence[DistillTerm]) -> Tensor:

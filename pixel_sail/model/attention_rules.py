@@ -1,0 +1,278 @@
+"""Attention over a packed row without a mask over the row: the image of a sample is always its prefix.
+
+Place in the flow: `modeling_pixel_sail` asks `training_rule` for the rule of a forward pass, which the decoder takes. A
+sample of 1,202 image tokens and a conversation of 130 is two calls: 1,202 queries over 1,202 keys without a mask, and
+130 queries over 1,332 keys, causal from the bottom right. Independent questions are one call each, over the image and
+themselves. `attention_mask.py` says the same as one dense mask, and is what tests compare with.
+
+Axis letters: B rows, T tokens, A attention heads, G key-value heads, E head width, I calls of one shape, Q queries of a
+call, K keys of a call, N all tokens of all rows.
+"""
+
+import inspect
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pixel_sail.model.attention_mask import attention_mask
+from pixel_sail.model.decoder import AttentionRule, MaskedAttention
+from pixel_sail.model.spans import sample_spans
+from pixel_sail.model.transfer import to_device
+from pixel_sail.types import DataError, SampleSpan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One product of queries and keys: tokens [start, start + queries) of a row see `shown` tokens of their sample's
+    beginning, and then themselves, causally unless the call is an image."""
+
+    row: int
+    start: int
+    queries: int
+    prefix_start: int
+    shown: int
+    is_image: bool
+
+
+def calls_of(spans: Sequence[SampleSpan]) -> tuple[Call, ...]:
+    """Return the calls of all samples, in the order of their tokens."""
+    calls = []
+    for span in spans:
+        if span.image:
+            calls.append(_call(span, 0, span.image, shown=0, is_image=True))
+        start = span.image
+        if span.shared:
+            calls.append(_call(span, start, span.shared, shown=start))
+        start = seen = span.image + span.shared
+        for length in span.branches:
+            calls.append(_call(span, start, length, shown=seen))
+            start += length
+    return tuple(calls)
+
+
+def _call(span: SampleSpan, offset: int, queries: int, *, shown: int, is_image: bool = False) -> Call:
+    return Call(
+        row=span.row,
+        start=span.start + offset,
+        queries=queries,
+        prefix_start=span.start,
+        shown=shown,
+        is_image=is_image,
+    )
+
+
+class SegmentAttention:
+    """The rule as calls of torch's fused kernel, those of one shape together. Padding gets zeros."""
+
+    def __init__(self, spans: Sequence[SampleSpan], *, dtype: torch.dtype, device: torch.device) -> None:
+        groups: dict[tuple[int, int, bool], list[Call]] = defaultdict(list)
+        for call in calls_of(spans):
+            groups[call.queries, call.shown, call.is_image].append(call)
+        self.groups = list(groups.items())
+        # Causal from the bottom right, as numbers in the dtype of the scores: made here once, not in every layer.
+        self.masks: dict[tuple[int, int], Tensor] = {}
+        for (queries, shown, is_image), _ in self.groups:
+            if not is_image:
+                hidden_QQ = torch.ones(queries, queries, dtype=torch.bool, device=device).triu(1)
+                mask_QK = torch.zeros(queries, shown + queries, dtype=dtype, device=device)
+                mask_QK[:, shown:].masked_fill_(hidden_QQ, -torch.inf)
+                self.masks[queries, shown] = mask_QK
+
+    def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
+        """Return the mixed values."""
+        num_rows, _, num_tokens, _ = q_BATE.shape
+        heads = q_BATE.shape[1] // k_BGTE.shape[1]
+        pieces: list[dict[int, Tensor]] = [{} for _ in range(num_rows)]
+        for (queries, shown, is_image), calls in self.groups:
+            q_IAQE = _stacked([_part(q_BATE, call.row, call.start, queries) for call in calls])
+            k_IGKE, v_IGKE = (
+                _stacked([self.keys(tensor, call) for call in calls]).repeat_interleave(heads, dim=1)
+                for tensor in (k_BGTE, v_BGTE)
+            )
+            mask_QK = None if is_image else self.masks[queries, shown]
+            if mask_QK is not None:
+                mask_QK = mask_QK.to(q_IAQE.dtype)
+            mixed_IAQE = F.scaled_dot_product_attention(q_IAQE, k_IGKE, v_IGKE, attn_mask=mask_QK)
+            for call, mixed_AQE in zip(calls, mixed_IAQE, strict=True):
+                pieces[call.row][call.start] = mixed_AQE
+        return torch.stack([_joined(own, num_tokens, like_ATE=q_BATE[0]) for own in pieces])
+
+    @staticmethod
+    def keys(x_BGTE: Tensor, call: Call) -> Tensor:
+        """Return the keys or values [G, K, E] that a call sees."""
+        own = _part(x_BGTE, call.row, call.start, call.queries)
+        if not call.shown:
+            return own
+        if call.prefix_start + call.shown == call.start:
+            return _part(x_BGTE, call.row, call.prefix_start, call.shown + call.queries)
+        return torch.cat((_part(x_BGTE, call.row, call.prefix_start, call.shown), own), dim=1)
+
+
+def _part(x_BATE: Tensor, row: int, start: int, length: int) -> Tensor:
+    return x_BATE[row, :, start : start + length]
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0][None] if len(parts) == 1 else torch.stack(list(parts))
+
+
+def _joined(pieces: dict[int, Tensor], num_tokens: int, *, like_ATE: Tensor) -> Tensor:
+    """Return the pieces of a row [A, T, E], which stand at their starts, with zeros behind the last."""
+    ordered = [pieces[start] for start in sorted(pieces)]
+    missing = num_tokens - sum(piece.shape[1] for piece in ordered)
+    if missing:
+        ordered.append(like_ATE.new_zeros(like_ATE.shape[0], missing, like_ATE.shape[2]))
+    return ordered[0] if len(ordered) == 1 else torch.cat(ordered, dim=1)
+
+
+class VarlenAttention:
+    """The rule as two calls of torch's variable-length flash kernels over all samples: images, and texts over all
+    their keys. CUDA and half precision only. Padding gets zeros."""
+
+    def __init__(self, spans: Sequence[SampleSpan], *, num_tokens: int, device: torch.device) -> None:
+        calls = calls_of(spans)
+        self.images = self._packed([call for call in calls if call.is_image], num_tokens, device)
+        self.texts = self._packed([call for call in calls if not call.is_image], num_tokens, device)
+
+    @staticmethod
+    def _packed(calls: Sequence[Call], num_tokens: int, device: torch.device) -> "_Packed | None":
+        if not calls:
+            return None
+        queries: list[int] = []
+        keys: list[int] = []
+        query_ends, key_ends = [0], [0]
+        for call in calls:
+            first = call.row * num_tokens
+            own = range(first + call.start, first + call.start + call.queries)
+            queries += own
+            keys += [*range(first + call.prefix_start, first + call.prefix_start + call.shown), *own]
+            query_ends.append(len(queries))
+            key_ends.append(len(keys))
+        return _Packed(
+            queries=to_device(torch.tensor(queries), device),
+            keys=to_device(torch.tensor(keys), device),
+            query_ends=to_device(torch.tensor(query_ends, dtype=torch.int32), device),
+            key_ends=to_device(torch.tensor(key_ends, dtype=torch.int32), device),
+            max_queries=max(call.queries for call in calls),
+            max_keys=max(call.shown + call.queries for call in calls),
+        )
+
+    def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
+        """Return the mixed values."""
+        num_rows, num_heads, num_tokens, width = q_BATE.shape
+        repeats = num_heads // k_BGTE.shape[1]
+        q_NAE, k_NGE, v_NGE = (x.transpose(1, 2).flatten(0, 1) for x in (q_BATE, k_BGTE, v_BGTE))
+        mixed_NAE = torch.zeros_like(q_NAE)
+        for packed, is_causal in ((self.images, False), (self.texts, True)):
+            if packed is None:
+                continue
+            mixed = flash_varlen(
+                q_NAE.index_select(0, packed.queries),
+                k_NGE.index_select(0, packed.keys).repeat_interleave(repeats, dim=1),
+                v_NGE.index_select(0, packed.keys).repeat_interleave(repeats, dim=1),
+                packed,
+                is_causal=is_causal,
+            )
+            mixed_NAE = mixed_NAE.index_copy(0, packed.queries, mixed)
+        return mixed_NAE.view(num_rows, num_tokens, num_heads, width).transpose(1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Packed:
+    """The calls of one kind for a variable-length kernel: which tokens, and where each call's tokens end."""
+
+    queries: Tensor
+    keys: Tensor
+    query_ends: Tensor
+    key_ends: Tensor
+    max_queries: int
+    max_keys: int
+
+
+def flash_varlen(q_NAE: Tensor, k_NAE: Tensor, v_NAE: Tensor, packed: _Packed, *, is_causal: bool) -> Tensor:
+    """Return variable-length attention, causal from the bottom right where asked for."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.10 names causality, later versions give it as a window.
+    has_flag = "is_causal" in inspect.signature(varlen_attn).parameters
+    causal: dict[str, Any] = {"is_causal": is_causal} if has_flag else {"window_size": (-1, 0 if is_causal else -1)}
+    mixed = varlen_attn(
+        q_NAE, k_NAE, v_NAE, packed.query_ends, packed.key_ends, packed.max_queries, packed.max_keys, **causal
+    )
+    assert isinstance(mixed, Tensor)
+    return mixed
+
+
+class FlexRule:
+    """The rule of `attention_mask` as a function of two tokens, for FlexAttention. A row keeps one block mask."""
+
+    def __init__(self, sample_index_BT: Tensor, branch_ids_BT: Tensor, in_image_BT: Tensor) -> None:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        def may_see(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            same_sample = sample_index_BT[row, query] == sample_index_BT[row, key]
+            key_branch = branch_ids_BT[row, key]
+            visible = (key_branch == 0) | (key_branch == branch_ids_BT[row, query])
+            both_image = in_image_BT[row, query] & in_image_BT[row, key]
+            return same_sample & visible & ((query >= key) | both_image)
+
+        num_rows, num_tokens = sample_index_BT.shape
+        device = sample_index_BT.device
+        on_gpu = device.type == "cuda"
+        self.block_mask = create_block_mask(
+            may_see, num_rows, None, num_tokens, num_tokens, device=str(device), _compile=on_gpu
+        )
+        # Without compilation torch computes every score and warns; on a CPU that is only good for comparisons.
+        self.kernel: Any = torch.compile(flex_attention, dynamic=True) if on_gpu else flex_attention
+
+    def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
+        """Return the mixed values."""
+        mixed = self.kernel(q_BATE, k_BGTE, v_BGTE, block_mask=self.block_mask, enable_gqa=True)
+        assert isinstance(mixed, Tensor)
+        return mixed
+
+
+def chosen_attention(choice: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Return what `auto` means here, and other choices as they are."""
+    if choice != "auto":
+        return choice
+    if device.type != "cuda":
+        return "segments"
+    return "varlen" if dtype in (torch.bfloat16, torch.float16) else "flex"
+
+
+def training_rule(
+    choice: str,
+    sample_index_BT: Tensor,
+    branch_ids_BT: Tensor,
+    in_image_BT: Tensor,
+    spans: Sequence[SampleSpan] | None,
+    *,
+    dtype: torch.dtype,
+) -> AttentionRule:
+    """Return the attention rule of one packed batch; `dtype` is that of queries and keys.
+
+    Raises: DataError for flex where torch cannot train with it; ValueError for samples that are not an image followed
+    by text, which only `dense` and `flex` take.
+    """
+    device = sample_index_BT.device
+    choice = chosen_attention(choice, device, dtype)
+    if choice == "dense":
+        mask_B1TT = attention_mask(sample_index_BT, branch_ids_BT, in_image_BT)
+        # The fused kernel of the CPU would turn booleans into numbers in every layer.
+        numbers = torch.zeros(mask_B1TT.shape, dtype=dtype, device=device).masked_fill_(~mask_B1TT, -torch.inf)
+        return MaskedAttention(mask_B1TS=numbers)
+    if choice == "flex":
+        if device.type == "cpu" and torch.is_grad_enabled():
+            raise DataError("speed.attention is flex, which torch trains on a GPU only; use segments or auto")
+        return FlexRule(sample_index_BT, branch_ids_BT, in_image_BT)
+    if spans is None:
+        spans = sample_spans(sample_index_BT, branch_ids_BT, in_image_BT)
+    if choice == "varlen":
+        return VarlenAttention(spans, num_tokens=sample_index_BT.shape[1], device=device)
+    return SegmentAttention(spans, dtype=dtype, device=device)

@@ -1,0 +1,50 @@
+"""Which way of computing the same numbers is taken.
+
+Place in the flow: `speed` of a training run becomes `model.speed`. Every choice has a slow, obvious reference beside a
+fast path, and tests that compare outputs and gradients of both:
+
+    Speed(attention="dense", text_loss="plain", mask_head="maps", swiglu="plain")    the reference
+    Speed()                                                                         what training uses
+"""
+
+from dataclasses import dataclass
+
+from pixel_sail.types import DataError
+
+CHOICES = {
+    "attention": ("auto", "dense", "segments", "flex", "varlen"),
+    "text_loss": ("chunked", "plain"),
+    "mask_head": ("folded", "points", "maps"),
+    "swiglu": ("recomputed", "plain"),
+    "compile": ("off", "layers"),
+}
+
+
+@dataclass(kw_only=True)
+class Speed:
+    """One choice per part of the model; all of them give the same losses but for rounding."""
+
+    attention: str = "auto"
+    """dense: one boolean mask over a packed row. segments: one call per image and per text, without a mask over the
+    row. flex: torch's FlexAttention with a block mask. varlen: torch's variable-length flash kernels (CUDA, half
+    precision). auto: segments on a CPU; on CUDA varlen in half precision and flex otherwise."""
+    text_loss: str = "chunked"
+    """plain: logits of all supervised positions are kept. chunked: some positions at a time, computed again in the
+    backward pass."""
+    mask_head: str = "folded"
+    """maps: features of the mask width at every cell, then logits. folded: the last layer goes into the [SEG] query
+    and the upsampler runs as matrix products. points: as folded, and logits are made at the loss's points only."""
+    swiglu: str = "recomputed"
+    """recomputed: the backward pass makes the product of gate and value again instead of keeping it."""
+    compile: str = "off"
+    """layers: the token-wise halves of the decoder layers go through torch.compile."""
+
+    def __post_init__(self) -> None:
+        """Check the choices. Raises: DataError."""
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise DataError(f"speed.{name} is {getattr(self, name)!r}, expected one of {allowed}")
+
+
+REFERENCE = Speed(attention="dense", text_loss="plain", mask_head="maps", swiglu="plain")
+"""The obvious way of everything."""
