@@ -17,6 +17,7 @@ from pixel_sail.model.attention_mask import attention_mask
 from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
 from pixel_sail.model.distill_head import DistillSite
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
+from pixel_sail.model.speed import REFERENCE, Speed
 from pixel_sail.planning.activations import activation_bytes
 from pixel_sail.planning.disk import checkpoint_bytes
 from pixel_sail.planning.flops import forward_flops, training_flops
@@ -51,7 +52,7 @@ def batch(draw_sample, processor, make_batch):
 
 
 def loss_of(model, batch, config):
-    output = model(**batch.model_inputs())
+    output = model(**batch.training_inputs())
     terms = loss_sums(output, batch, config)
     return combine(terms, Counts(tokens=len(batch.targets_M), masks=len(batch.masks)), config) + output.anchor
 
@@ -93,9 +94,11 @@ def convolution_backward(grad_out, image, weight, *rest, **__):
     return sum(output_mask[:2]) * 2 * image[0] * cells * torch.Size(weight).numel()
 
 
+@pytest.mark.parametrize("speed", [Speed(), REFERENCE], ids=["default", "reference"])
 @pytest.mark.parametrize("size", SIZES)
-def test_operations_of_a_training_step_are_those_torch_counts(tiny_model, batch, size):
+def test_operations_of_a_training_step_are_those_torch_counts(tiny_model, batch, size, speed):
     model = tiny_model(**SIZES[size]).train()
+    model.use(speed)
     # The counter knows plain products; the fused kernels of the CPU are not in its table.
     formulas = {torch.ops.aten.convolution_backward: lambda *a, out_shape=None, **k: convolution_backward(*a, **k)}
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -103,7 +106,7 @@ def test_operations_of_a_training_step_are_those_torch_counts(tiny_model, batch,
         forward = counter.get_total_flops()
         loss = loss_sums(output, batch, LossConfig())
         (combine(loss, Counts(tokens=9, masks=7), LossConfig()) + output.anchor).backward()
-    said = forward_flops(model.config, of_batch(batch), {})
+    said = forward_flops(model.config, of_batch(batch), {}, speed)
     assert said.total == pytest.approx(forward, rel=0.02)
     said_in_all = training_flops(said, checkpointing=False)["model"]
     assert said_in_all == pytest.approx(counter.get_total_flops(), rel=0.15)
@@ -133,12 +136,16 @@ def saved_bytes(model, batch, config):
     return sum(storages.values())
 
 
+@pytest.mark.parametrize("speed", [Speed(), REFERENCE], ids=["default", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", SIZES)
-def test_kept_activations_are_those_that_autograd_saves(tiny_model, batch, size, dtype):
+def test_kept_activations_are_those_that_autograd_saves(tiny_model, batch, size, dtype, speed):
     model, config = tiny_model(**SIZES[size]).train().to(dtype), LossConfig()
+    model.use(speed)
     config.points.num_points = 300
-    said = activation_bytes(model.config, of_batch(batch), element=dtype.itemsize, num_points=300, checkpointing=False)
+    said = activation_bytes(
+        model.config, of_batch(batch), element=dtype.itemsize, num_points=300, checkpointing=False, speed=speed
+    )
     assert said.total == pytest.approx(saved_bytes(model, batch, config), rel=0.15)
 
 
@@ -150,9 +157,10 @@ def test_checkpointing_keeps_one_input_per_layer_and_one_layer(tiny_model, batch
     slots = work.rows * work.tokens_per_row
     layers, residual = SIZES["small"]["num_hidden_layers"], slots * 64 * 4
     one_layer = (whole.decoder - thin.decoder + layers * residual) / (layers - 1)
-    # Twelve maps of the width (three per norm and its input, four of attention), four of the SwiGLU, three scalars.
-    assert one_layer == slots * 4 * (3 * 2 * 64 + 4 * 64 + 4 * 176 + 2 + 4)
-    assert thin.mask_head == whole.mask_head and thin.dense_masks * layers == whole.dense_masks
+    # Nine maps of the width (three per norm and its input, three of attention) and keys and values of half of it, two
+    # of the SwiGLU, three scalars.
+    assert one_layer == slots * 4 * (3 * 2 * 64 + 3 * 64 + 2 * 32 + 2 * 176 + 2 + 4)
+    assert thin.mask_head == whole.mask_head and thin.dense_masks == whole.dense_masks == 0
 
 
 def test_plain_training_holds_exactly_these_bytes(tiny_model, batch):

@@ -13,6 +13,7 @@ Letters in comments: T tokens, D width, I width of the SwiGLU, A heads, V vocabu
 from dataclasses import dataclass
 
 from pixel_sail.model.configuration_pixel_sail import Architecture
+from pixel_sail.model.speed import Speed
 from pixel_sail.planning.workload import Workload
 
 FLOAT32 = 4
@@ -26,7 +27,7 @@ class Activations:
 
     decoder: float
     dense_masks: float
-    """The attention mask as numbers, once per layer: the fused kernel turns the boolean mask into its own copy."""
+    """The attention mask as numbers, which all layers share."""
     text_head: float
     mask_head: float
     mask_losses: float
@@ -38,24 +39,33 @@ class Activations:
 
 
 def activation_bytes(
-    architecture: Architecture, work: Workload, *, element: int, num_points: int, checkpointing: bool
+    architecture: Architecture,
+    work: Workload,
+    *,
+    element: int,
+    num_points: int,
+    checkpointing: bool,
+    speed: Speed | None = None,
 ) -> Activations:
-    """Return what one micro-batch keeps, with `element` bytes per number (4 or 2).
+    """Return what one micro-batch keeps, with `element` bytes per number (4 or 2), computed as `speed` says (None: the
+    default).
 
     With activation checkpointing a layer keeps its input only, and one layer at a time is computed again.
     """
+    speed = speed if speed is not None else Speed()
     layers = architecture.num_hidden_layers
     tokens = work.rows * work.tokens_per_row
     residual = tokens * architecture.hidden_size * element
-    layer = layer_bytes(architecture, tokens, element)
-    mask = work.rows * work.tokens_per_row**2 * element
+    layer = layer_bytes(architecture, tokens, element, speed)
+    mask = work.rows * work.tokens_per_row**2 * element if speed.attention == "dense" else 0
+    logits = architecture.vocab_size if speed.text_loss == "plain" else 0
     kept_layers = layers * residual + layer if checkpointing else layers * layer
     ends = norm_bytes(architecture, tokens, element) + _embedding_bytes(architecture, work, element)
     return Activations(
         decoder=kept_layers + ends,
-        dense_masks=mask if checkpointing else layers * mask,
-        text_head=work.supervised * (architecture.hidden_size * element + architecture.vocab_size * FLOAT32),
-        mask_head=mask_head_bytes(architecture, work, element),
+        dense_masks=mask,
+        text_head=work.supervised * (architecture.hidden_size * element + (logits + 1) * FLOAT32),
+        mask_head=mask_head_bytes(architecture, work, element, speed),
         mask_losses=float(work.num_masks * num_points * POINT_TENSORS * FLOAT32),
     )
 
@@ -65,13 +75,19 @@ def norm_bytes(architecture: Architecture, tokens: int, element: int) -> float:
     return tokens * (architecture.hidden_size * (FLOAT32 + 2 * element) + FLOAT32)
 
 
-def layer_bytes(architecture: Architecture, tokens: int, element: int) -> float:
+def layer_bytes(architecture: Architecture, tokens: int, element: int, speed: Speed) -> float:
     """Return what one decoder layer keeps, the attention mask apart."""
     width, inner = architecture.hidden_size, architecture.intermediate_size
-    # Rotated queries, keys and values repeated for every head, and the mixed values; a log-sum per head.
-    attention = tokens * (4 * width * element + architecture.num_attention_heads * FLOAT32)
-    # Gate before and after the activation, the other half, and their product.
-    swiglu = tokens * 4 * inner * element
+    if speed.attention == "dense":
+        # Rotated queries, keys and values repeated for every head, and the mixed values.
+        maps = 4 * width
+    else:
+        # Rotated queries, keys and values as they are, the mixed values of each call, and all of them in one row.
+        maps = 3 * width + 2 * architecture.num_key_value_heads * architecture.head_dim
+    # A log-sum per head.
+    attention = tokens * (maps * element + architecture.num_attention_heads * FLOAT32)
+    # Gate and the other half; plain also the gate after the activation, and their product.
+    swiglu = tokens * (2 if speed.swiglu == "recomputed" else 4) * inner * element
     return 2 * norm_bytes(architecture, tokens, element) + attention + swiglu
 
 
@@ -82,7 +98,7 @@ def _embedding_bytes(architecture: Architecture, work: Workload, element: int) -
     return patches + tokens * (3 * 8 + 2 * architecture.head_dim * element)
 
 
-def mask_head_bytes(architecture: Architecture, work: Workload, element: int) -> float:
+def mask_head_bytes(architecture: Architecture, work: Workload, element: int, speed: Speed) -> float:
     """Return what upsampler and projections keep for the images that have masks, and the mask logits."""
     width, channels, mask_dim = architecture.hidden_size, architecture.feature_size, architecture.mask_dim
     total = 0.0
@@ -97,7 +113,7 @@ def mask_head_bytes(architecture: Architecture, work: Workload, element: int) ->
             cells *= 4
             # Before and after GELU, after each of two convolutions, after the norm; two statistics per cell.
             total += cells * (5 * channels * element + 2 * FLOAT32)
-        total += cells * (channels + mask_dim) * element
+        total += cells * (channels + (mask_dim if speed.mask_head == "maps" else 0)) * element
         # The losses read the logits in float32.
         total += image.masks * cells * FLOAT32
     return total + work.num_masks * (width + channels + mask_dim) * element

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from pixel_sail.experts.settings import ExpertSettings
 from pixel_sail.model.configuration_pixel_sail import Architecture
+from pixel_sail.model.speed import Speed
 from pixel_sail.planning.parameters import expert_width
 from pixel_sail.planning.workload import Workload
 
@@ -35,7 +36,7 @@ class ForwardFlops:
     decoder: float
     """Linear layers."""
     attention: float
-    """Products of queries, keys and values with the dense mask of training: every row sees every column."""
+    """Products of queries, keys and values: with a dense mask every row sees every column, else each text its keys."""
     attention_minimal: float
     """The same for the visible pairs only. Not part of the total."""
     text_head: float
@@ -50,19 +51,26 @@ class ForwardFlops:
         return sum(value for name, value in vars(self).items() if name != "attention_minimal")
 
 
-def forward_flops(architecture: Architecture, work: Workload, experts: Mapping[str, ExpertSettings]) -> ForwardFlops:
-    """Return the operations of one forward pass."""
+def forward_flops(
+    architecture: Architecture, work: Workload, experts: Mapping[str, ExpertSettings], speed: Speed | None = None
+) -> ForwardFlops:
+    """Return the operations of one forward pass, computed as `speed` says (None: the default)."""
+    speed = speed if speed is not None else Speed()
     width, layers = architecture.hidden_size, architecture.num_hidden_layers
     key_value = architecture.num_key_value_heads * architecture.head_dim
     tokens = work.rows * work.tokens_per_row
     per_token = 2 * width * width + 2 * width * key_value + 3 * width * architecture.intermediate_size
     patches = sum(image.patches for image in work.images)
     prompts = architecture.num_visual_prompts * width * width
-    upsampler, mask_head = _mask_head_macs(architecture, work, has_pixel_expert=reads_pixel_map(experts))
+    folded = speed.mask_head != "maps" and not any(own.site == "pixel_map" for own in experts.values())
+    pairs = work.rows * work.tokens_per_row**2 if speed.attention == "dense" else work.computed_pairs
+    upsampler, mask_head = _mask_head_macs(
+        architecture, work, has_pixel_expert=reads_pixel_map(experts), folded=folded
+    )
     return ForwardFlops(
         image_embedding=2.0 * (patches * 3 * architecture.patch_size**2 * width + prompts),
         decoder=2.0 * layers * tokens * per_token,
-        attention=4.0 * layers * width * work.rows * work.tokens_per_row**2,
+        attention=4.0 * layers * width * pairs,
         attention_minimal=4.0 * layers * width * work.seen_pairs,
         text_head=2.0 * work.supervised * width * architecture.vocab_size,
         upsampler=2.0 * upsampler,
@@ -76,7 +84,9 @@ def reads_pixel_map(experts: Mapping[str, ExpertSettings]) -> bool:
     return any(own.site == "pixel_map" and not own.masks_only and own.share > 0 for own in experts.values())
 
 
-def _mask_head_macs(architecture: Architecture, work: Workload, *, has_pixel_expert: bool) -> tuple[float, float]:
+def _mask_head_macs(
+    architecture: Architecture, work: Workload, *, has_pixel_expert: bool, folded: bool
+) -> tuple[float, float]:
     """Return the multiply-adds of the upsampler and of the rest of the mask head."""
     width, channels, mask_dim = architecture.hidden_size, architecture.feature_size, architecture.mask_dim
     upsampler = 0.0
@@ -90,7 +100,11 @@ def _mask_head_macs(architecture: Architecture, work: Workload, *, has_pixel_exp
             upsampler += cells * 4 * channels * channels
             cells *= 4
             upsampler += cells * (9 * channels + channels * channels)
-        head += cells * (channels * channels + channels * mask_dim) + image.masks * cells * mask_dim
+        head += cells * channels * channels
+        if folded:
+            head += image.masks * channels * (mask_dim + cells)
+        else:
+            head += cells * channels * mask_dim + image.masks * cells * mask_dim
     return upsampler, head
 
 

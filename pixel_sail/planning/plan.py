@@ -80,7 +80,7 @@ def make_plan(
     own = training_parts or TrainingParts(adapters=0, trained=sum(counts.values()))
     counts["adapters"] = own.adapters
     num_parameters, micro_batches = sum(counts.values()), per_step // rows
-    forward = [flops.forward_flops(architecture, work, experts) for work in works]
+    forward = [flops.forward_flops(architecture, work, experts, config.speed) for work in works]
     parts = {name: micro_batches * mean([getattr(one, name) for one in forward]) for name in vars(forward[0])}
     step = flops.ForwardFlops(**parts)
     teachers = _teachers(config, works, micro_batches)
@@ -154,6 +154,7 @@ def _memory_rows(
                 element=2 if precision == "bf16" else 4,
                 num_points=points.num_points,
                 checkpointing=machine.checkpointing,
+                speed=config.speed,
             )
             for work in works
         ),

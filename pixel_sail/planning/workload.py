@@ -4,7 +4,7 @@ Place in the flow: `plan.py` takes `Workload`s either from real batches (`of_bat
 (`assumed`), averages over them, and says which. One row with five pictures of 480 x 640 and 100 text tokens each:
 
     Workload(rows=1, tokens_per_row=6510, images=(ImageLoad(rows=30, columns=40, masks=4, photo_hw=(480, 640)), ...),
-             supervised=250, samples=5, real_tokens=6510, seen_pairs=7850270)
+             supervised=250, samples=5, real_tokens=6510, seen_pairs=7850270, computed_pairs=7875020)
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pixel_sail.model.attention_rules import calls_of
 from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.patches import grid_size
+from pixel_sail.model.spans import sample_spans
 from pixel_sail.types import Batch, SizeHW
 
 
@@ -46,6 +48,8 @@ class Workload:
     real_tokens: int
     seen_pairs: int
     """(query, key) pairs that the attention rule lets through: what a kernel without waste computes."""
+    computed_pairs: int
+    """The pairs of one product per image and per text, in which nothing is masked out but a text's own future."""
 
     @property
     def num_masks(self) -> int:
@@ -94,6 +98,7 @@ def assumed(architecture: Architecture, token_budget: int, rows: int, assumption
         samples=num_images,
         real_tokens=num_images * length,
         seen_pairs=num_images * prefix_pairs(grid[0] * grid[1] + 2, assumptions.text_tokens),
+        computed_pairs=num_images * ((length - assumptions.text_tokens) ** 2 + assumptions.text_tokens * length),
     )
 
 
@@ -119,6 +124,10 @@ def of_batch(batch: Batch) -> Workload:
         samples=len(batch.sample_ids),
         real_tokens=int((batch.sample_index_BT >= 0).sum()),
         seen_pairs=visible_pairs(batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT),
+        computed_pairs=sum(
+            call.queries * (call.shown + call.queries)
+            for call in calls_of(sample_spans(batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT))
+        ),
     )
 
 

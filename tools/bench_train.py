@@ -1,0 +1,460 @@
+"""Measure a training step of the released method and of ours: samples per second, memory, and where the time goes.
+
+    python tools/bench_train.py                                  the 0.5B model's proportions, scaled down for a CPU
+    python tools/bench_train.py --size 0.5b --device cuda --precision bf16 --samples 16 --samples-per-pack 8
+    python tools/bench_train.py --json runs/bench_train.json
+
+The released method, rebuilt from our reference path: one sample per forward pass, a dense mask, the states of all
+layers kept, float32 logits of all positions with a shifted copy, an upsampler to stride 2 by convolutions, features of
+the mask width at every cell, whole mask maps. Ours is the step of `training/loop.py` with the default `speed` group.
+Both train the same samples (one 480 x 640 picture with five expressions each) from the same weights with the same
+optimizer; what differs in shape is the stride, 2 against the paper's 4, and with it one more block of the upsampler.
+`ours, stride 2` has the released stride, too, `reference` is our slow path at stride 4.
+
+The ways take turns, step by step, in one process; times are medians over the rounds with the lowest and the highest. `cpu_time_ratio`
+compares processor seconds instead, which other programs on the machine disturb less.
+On a CPU memory is the highest resident size of a process of its own that makes two steps (`ru_maxrss`), less what it
+held before the model was built; on CUDA it is torch's own peak. `--json` holds `speed_ratio` and `memory_ratio`, ours
+divided by theirs, and everything that is printed.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from pixel_sail.config import OptimConfig
+from pixel_sail.data.collate import collate
+from pixel_sail.data.packing import LanePosition, Pack
+from pixel_sail.evaluation.run import code_version
+from pixel_sail.files import replace_text
+from pixel_sail.losses.mask import MaskSums, point_losses
+from pixel_sail.losses.total import Counts, LossConfig, combine, loss_sums
+from pixel_sail.model.attention_mask import attention_mask
+from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
+from pixel_sail.model.decoder import MaskedAttention, rotary_tables
+from pixel_sail.model.mask_head import mask_logits
+from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
+from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
+from pixel_sail.model.speed import REFERENCE, Speed
+from pixel_sail.model.tokenization import model_token_ids, train_tokenizer
+from pixel_sail.planning.flops import forward_flops, training_flops
+from pixel_sail.planning.workload import of_batch
+from pixel_sail.training.optim import build_optimizer
+from pixel_sail.types import IGNORE_LABEL, Batch, Example, Sample, Turn
+
+SIZES = {
+    # As in bench_eval.py. At stride 2 its mask head weighs four times as much beside the decoder as in the 0.5B model,
+    # because it has a quarter of the layers; attention does so, too, because it is narrower.
+    "scaled": {"hidden_size": 256, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 4,
+               "num_key_value_heads": 1, "vocab_size": 11_264, "mask_dim": 144},
+    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+             "num_key_value_heads": 2, "vocab_size": 151_680, "mask_dim": 512},
+    "3b": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
+           "num_key_value_heads": 2, "vocab_size": 151_680, "mask_dim": 512},
+}  # fmt: skip
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+ANSWER = "It is [SEG]."
+EXPRESSION = "the small dog to the left of the man in the red shirt number"
+LOSSES = LossConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One way to train."""
+
+    stride: int
+    speed: Speed | None
+    """None: the released method."""
+
+
+WAYS = {
+    "released": Way(stride=2, speed=None),
+    "reference": Way(stride=4, speed=REFERENCE),
+    "ours": Way(stride=4, speed=Speed()),
+    "ours, stride 2": Way(stride=2, speed=Speed()),
+}
+
+
+def build_models(size: str, strides: Sequence[int], device: str, dtype: torch.dtype) -> dict[int, Any]:
+    """Return (model, processor) of each stride, with equal weights wherever shapes are equal."""
+    tokenizer = train_tokenizer([ANSWER, f"Please segment {EXPRESSION}."] * 4, vocab_size=500, num_visual_prompts=15)
+    built: dict[int, Any] = {}
+    for stride in sorted(set(strides)):
+        fields = {**SIZES[size], "mask_stride": stride, "token_ids": model_token_ids(tokenizer, num_visual_prompts=15)}
+        config = PixelSailConfig.from_architecture(Architecture(**fields))  # type: ignore[arg-type]
+        torch.manual_seed(0)
+        model = PixelSailForSegmentation(config).train()
+        if built:
+            known = next(iter(built.values()))[0].state_dict()
+            model.load_state_dict({name: known.get(name, value) for name, value in model.state_dict().items()})
+        model.to(device=torch.device(device), dtype=dtype)  # type: ignore[call-arg]
+        built[stride] = (model, PixelSailProcessor.for_model(tokenizer, config))
+    return built
+
+
+def draw_examples(
+    processor: PixelSailProcessor, number: int, *, expressions: int, size_hw: tuple[int, int]
+) -> list[Example]:
+    """Return samples of one drawn picture each, every expression with a box for a mask."""
+    rng, examples = np.random.default_rng(0), []
+    for index in range(number):
+        turns = []
+        for turn in range(expressions):
+            mask = np.zeros(size_hw, dtype=bool)
+            top, left = (int(rng.integers(side // 2)) for side in size_hw)
+            mask[top : top + size_hw[0] // 3, left : left + size_hw[1] // 3] = True
+            turns.append(Turn(question=f"Please segment {EXPRESSION} {turn}.", answer=ANSWER, masks=(mask,)))
+        sample = Sample(
+            sample_id=str(index), source="drawn", image_path=None, image_hw=size_hw, turns=tuple(turns)
+        )  # fmt: skip
+        image = Image.fromarray(rng.integers(0, 256, (*size_hw, 3), dtype=np.uint8))
+        examples.append(processor.encode_sample(sample, image, independent_turns=False))
+    return examples
+
+
+def packed(examples: Sequence[Example], per_pack: int, seg_id: int, device: str) -> list[Batch]:
+    """Return the samples as batches of one row."""
+    groups = [examples[first : first + per_pack] for first in range(0, len(examples), per_pack)]
+    packs = [Pack(lane=0, after=LanePosition(next=1), examples=tuple(group)) for group in groups]
+    return [collate([pack], seg_id=seg_id).to(device) for pack in packs]
+
+
+def released_states(model: PixelSailForSegmentation, batch: Batch) -> list[Tensor]:
+    """Return the states of all layers under a dense mask, the last after the norm."""
+    mask = attention_mask(batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT)
+    states = [model.embed(batch.input_ids_BT, batch.patches_SK, batch.patch_index_BT, batch.prompt_ids_BT)]
+    numbers = torch.zeros(mask.shape, dtype=states[0].dtype, device=mask.device)
+    rule = MaskedAttention(mask_B1TS=numbers.masked_fill(~mask, torch.finfo(numbers.dtype).min))
+    decoder = model.decoder
+    rotary = rotary_tables(batch.position_ids_2BT, decoder.head_dim, decoder.rope_theta, states[0].dtype)
+    for index, layer in enumerate(decoder.layers):
+        states.append(layer(states[-1], rotary, rule, index))
+    states.append(decoder.norm(states[-1]))
+    return states
+
+
+def released_text_loss(model: PixelSailForSegmentation, hidden_BTD: Tensor, batch: Batch) -> Tensor:
+    """Return the mean over supervised tokens from the logits of all positions."""
+    labels_BT = torch.full_like(batch.input_ids_BT, IGNORE_LABEL)
+    rows, positions = batch.logit_positions_M2.unbind(1)
+    labels_BT[rows, positions + 1] = batch.targets_M
+    logits_BTV = model.lm_head(hidden_BTD).float()
+    shifted_NV = logits_BTV[:, :-1].contiguous().flatten(0, 1)
+    return F.cross_entropy(shifted_NV, labels_BT[:, 1:].flatten(), ignore_index=IGNORE_LABEL)
+
+
+def released_masks(model: PixelSailForSegmentation, hidden_BTD: Tensor, batch: Batch) -> Tensor:
+    """Return the whole mask maps of the one image of a batch."""
+    patch_states = hidden_BTD[batch.patch_index_BT >= 0].view(1, *batch.grids[0], -1)
+    features = model.mask_head.pixel_features(patch_states)[0]
+    return mask_logits(model.mask_head.seg_queries(hidden_BTD[tuple(batch.seg_positions_N2.unbind(1))]), features)
+
+
+def released_mask_loss(logits_NYX: Tensor, batch: Batch) -> MaskSums:
+    """Return the point losses of one image."""
+    generator = torch.Generator().manual_seed(batch.point_seeds[0])
+    return point_losses(logits_NYX, torch.stack(batch.masks), LOSSES.points, generator)
+
+
+def released_loss(model: PixelSailForSegmentation, batch: Batch) -> Tensor:
+    """Return the loss of one sample: its text at a tenth, because it has masks."""
+    states = released_states(model, batch)
+    text = released_text_loss(model, states[-1], batch)
+    sums = released_mask_loss(released_masks(model, states[-1], batch), batch)
+    return LOSSES.text_factor_with_masks * text + (LOSSES.bce * sums.bce + LOSSES.dice * sums.dice) / sums.count
+
+
+def our_loss(model: PixelSailForSegmentation, batch: Batch) -> Tensor:
+    """Return the loss of one pack as `optimizer_step` computes it."""
+    output = model(**batch.training_inputs())
+    assert output.anchor is not None
+    sums = loss_sums(output, batch, LOSSES)
+    return combine(sums, Counts(tokens=len(batch.targets_M), masks=len(batch.masks)), LOSSES) + output.anchor
+
+
+class Trainer:
+    """One way to train, with a model and an optimizer of its own."""
+
+    def __init__(self, way: Way, model: PixelSailForSegmentation, batches: Sequence[Batch]) -> None:
+        self.way, self.model, self.batches = way, model, batches
+        self.optimizer: Optimizer = build_optimizer(model, OptimConfig(lr=1e-5))
+        self.loss: Callable[[PixelSailForSegmentation, Batch], Tensor]
+        self.loss = released_loss if way.speed is None else our_loss
+        model.use(way.speed if way.speed is not None else REFERENCE)
+
+    def step(self) -> float:
+        """Make one update; return the mean loss."""
+        total = torch.zeros((), device=self.model.device)
+        for batch in self.batches:
+            loss = self.loss(self.model, batch) / len(self.batches)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(total)
+
+    def seconds_by_part(self) -> dict[str, float]:
+        """Return the seconds of one step, forward and backward pass, with the parts cut from each other."""
+        spent = dict.fromkeys(("decoder", "text", "mask head", "mask losses"), 0.0)
+        for batch in self.batches:
+            self._timed_parts(batch, spent)
+        start = time.perf_counter()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return spent | {"optimizer": elapsed(start, self.model.device)}
+
+    def _timed_parts(self, batch: Batch, spent: dict[str, float]) -> None:
+        model, released = self.model, self.way.speed is None
+        start = time.perf_counter()
+
+        def lap(part: str) -> None:
+            nonlocal start
+            spent[part] += elapsed(start, model.device)
+            start = time.perf_counter()
+
+        if released:
+            hidden = released_states(model, batch)[-1]
+        else:
+            hidden = our_states(model, batch)
+        cut = hidden.detach().requires_grad_()
+        lap("decoder")
+        if released:
+            text = released_text_loss(model, cut, batch)
+        elif model.speed.text_loss == "chunked":
+            text = model.lm_head(cut[tuple(batch.logit_positions_M2.unbind(1))], batch.targets_M).sum()
+        else:
+            chosen = model.lm_head(cut[tuple(batch.logit_positions_M2.unbind(1))])
+            text = F.cross_entropy(chosen.float(), batch.targets_M)
+        text.backward()
+        lap("text")
+        maps = [released_masks(model, cut, batch)] if released else our_maps(model, cut, batch)
+        leaves = [logits.detach().requires_grad_() for logits in maps]
+        lap("mask head")
+        first = 0
+        for index, leaf in enumerate(leaves):
+            own = batch.masks[first : first + len(leaf)]
+            first += len(leaf)
+            generator = torch.Generator().manual_seed(batch.point_seeds[index])
+            sums = point_losses(leaf, torch.stack(own), LOSSES.points, generator)
+            (sums.bce + sums.dice).backward()
+        lap("mask losses")
+        torch.autograd.backward(maps, [leaf.grad for leaf in leaves])
+        lap("mask head")
+        hidden.backward(cut.grad)
+        lap("decoder")
+
+
+def our_states(model: PixelSailForSegmentation, batch: Batch) -> Tensor:
+    """Return the last states of a pack by the model's own way."""
+    from pixel_sail.model.attention_rules import training_rule
+
+    embedded = model.embed(batch.input_ids_BT, batch.patches_SK, batch.patch_index_BT, batch.prompt_ids_BT)
+    where = (batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT)
+    rule = training_rule(model.speed.attention, *where, batch.spans, dtype=embedded.dtype)
+    states: Tensor = model.decoder(embedded, batch.position_ids_2BT, rule)
+    return states
+
+
+def our_maps(model: PixelSailForSegmentation, hidden_BTD: Tensor, batch: Batch) -> list[Tensor]:
+    """Return the mask logits of every image by the model's own way."""
+    from pixel_sail.model.modeling_pixel_sail import masks_of_images
+
+    seg_states = hidden_BTD[tuple(batch.seg_positions_N2.unbind(1))]
+    folded = model.folds_masks()
+    per_image = batch.masks_per_image
+    _, maps, _, probes = model.read_masks(
+        hidden_BTD, batch.patch_index_BT, batch.grids, per_image, seg_states, folded=folded
+    )
+    masks = masks_of_images(probes, maps, per_image, kind="folded" if folded else "maps")
+    return [logits for logits in masks if isinstance(logits, Tensor)]
+
+
+def elapsed(start: float, device: torch.device) -> float:
+    """Return the seconds since `start` at which all work was done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def operations(way: Way, model: PixelSailForSegmentation, batches: Sequence[Batch]) -> float:
+    """Return the floating-point operations of one step, as `planning/flops.py` counts them."""
+    total = 0.0
+    for batch in batches:
+        work = of_batch(batch)
+        if way.speed is None:
+            work = replace(work, supervised=work.rows * work.tokens_per_row)
+        forward = forward_flops(model.config, work, {}, way.speed or REFERENCE)
+        total += training_flops(forward, checkpointing=False)["model"]
+    return total
+
+
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """Return the operations per second of a large square product on this machine, the best of eight."""
+    side = 8192 if device.startswith("cuda") else 1024
+    matrix, best = torch.randn(side, side, device=device, dtype=dtype), float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        matrix @ matrix
+        best = min(best, elapsed(start, matrix.device))
+    return 2.0 * side**3 / best
+
+
+def trainers(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Trainer]:
+    """Return the trainers of some ways, each with a model of its own."""
+    made = {}
+    for name in names:
+        way = WAYS[name]
+        built = build_models(options.size, [4, way.stride], options.device, DTYPES[options.precision])
+        model, processor = built[way.stride]
+        size_hw = (options.image[0], options.image[1])
+        examples = draw_examples(processor, options.samples, expressions=options.expressions, size_hw=size_hw)
+        per_pack = 1 if way.speed is None else options.samples_per_pack
+        made[name] = Trainer(way, model, packed(examples, per_pack, processor.seg_id, options.device))
+    return made
+
+
+def resident_bytes() -> int:
+    """Return what this process holds now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def child(options: argparse.Namespace) -> int:
+    """Make two steps of one way and print the peak memory as JSON."""
+    torch.zeros(8, 8) @ torch.zeros(8, 8)
+    before = resident_bytes()
+    (trainer,) = trainers(options, [options.child]).values()
+    for _ in range(2):
+        trainer.step()
+    if options.device.startswith("cuda"):
+        print(json.dumps({"before": 0, "peak": torch.cuda.max_memory_allocated()}))
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({"before": before, "peak": peak}))
+    return 0
+
+
+def measured_memory(name: str, arguments: Sequence[str]) -> dict[str, int]:
+    """Return the bytes of a process that trains one way: before the model was there, and at most."""
+    command = [sys.executable, __file__, *arguments, "--child", name]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    found: dict[str, int] = json.loads(finished.stdout.strip().splitlines()[-1])
+    return found
+
+
+def measure(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
+    """Return everything that is measured, by way."""
+    memory = {name: measured_memory(name, arguments) for name in tqdm(options.ways, desc="memory", unit="way")}
+    made = trainers(options, options.ways)
+    losses = {name: trainer.step() for name, trainer in made.items()}  # the first step warms up
+    seconds: dict[str, list[float]] = {name: [] for name in made}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in made}
+    for _ in tqdm(range(options.rounds), desc="rounds", unit="round"):
+        for name, trainer in made.items():
+            start, cpu_start = time.perf_counter(), time.process_time()
+            trainer.step()
+            cpu_seconds[name].append(time.process_time() - cpu_start)
+            seconds[name].append(elapsed(start, trainer.model.device))
+    rate = matmul_rate(options.device, DTYPES[options.precision])
+    rows = {}
+    for name, trainer in made.items():
+        median = statistics.median(seconds[name])
+        tokens = sum(int((batch.sample_index_BT >= 0).sum()) for batch in trainer.batches)
+        work = operations(trainer.way, trainer.model, trainer.batches)
+        rows[name] = {
+            "samples_per_second": options.samples / median,
+            "tokens_per_second": tokens / median,
+            "seconds": {"median": median, "lowest": min(seconds[name]), "highest": max(seconds[name])},
+            "cpu_seconds": statistics.median(cpu_seconds[name]),
+            "peak_bytes": memory[name]["peak"] - memory[name]["before"],
+            "process_bytes": memory[name]["peak"],
+            "operations_per_step": work,
+            "mfu": work / median / rate,
+            "seconds_by_part": trainer.seconds_by_part(),
+            "first_loss": losses[name],
+        }
+    return {"matmul_rate": rate, "ways": rows}
+
+
+def ratios(found: dict[str, Any]) -> dict[str, float]:
+    """Return ours divided by the released method's."""
+    ours, theirs = found["ways"]["ours"], found["ways"]["released"]
+    return {
+        "speed_ratio": ours["samples_per_second"] / theirs["samples_per_second"],
+        "cpu_time_ratio": ours["cpu_seconds"] / theirs["cpu_seconds"],
+        "memory_ratio": ours["peak_bytes"] / theirs["peak_bytes"],
+        "memory_ratio_with_interpreter": ours["process_bytes"] / theirs["process_bytes"],
+        "operations_ratio": ours["operations_per_step"] / theirs["operations_per_step"],
+    }
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Print one line per way, and the parts."""
+    print(f"{'way':16s} {'samples/s':>10s} {'seconds (low .. high)':>26s} {'peak MB':>8s} {'TFLOP':>7s} {'MFU':>6s}")
+    for name, row in result["ways"].items():
+        seconds = row["seconds"]
+        span = f"{seconds['median']:.2f} ({seconds['lowest']:.2f} .. {seconds['highest']:.2f})"
+        print(
+            f"{name:16s} {row['samples_per_second']:10.3f} {span:>26s} {row['peak_bytes'] / 1e6:8.0f} "
+            f"{row['operations_per_step'] / 1e12:7.3f} {row['mfu']:6.1%}"
+        )
+    for name, row in result["ways"].items():
+        total = sum(row["seconds_by_part"].values())
+        print(f"{name:16s} " + ", ".join(f"{part} {own / total:.0%}" for part, own in row["seconds_by_part"].items()))
+    for name in ("speed_ratio", "cpu_time_ratio", "memory_ratio", "memory_ratio_with_interpreter", "operations_ratio"):
+        if name in result:
+            print(f"{name} {result[name]:.3f}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, and write what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=sorted(SIZES), default="scaled")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32")
+    parser.add_argument("--samples", type=int, default=2, help="samples of one optimizer step")
+    parser.add_argument("--samples-per-pack", type=int, default=1, help="of ours; the released method takes one")
+    parser.add_argument("--expressions", type=int, default=5, help="of each picture")
+    parser.add_argument("--image", type=int, nargs=2, default=(480, 640), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ways", nargs="+", choices=sorted(WAYS), default=list(WAYS))
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--child", choices=sorted(WAYS), help=argparse.SUPPRESS)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(given)
+    if options.child:
+        return child(options)
+    found = measure(options, given)
+    cuda = options.device.startswith("cuda")
+    device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    settings = {name: value for name, value in vars(options).items() if name not in ("json", "child")}
+    result = {**settings, "device": device, "torch": torch.__version__, "code": code_version(), **found}
+    result["speeds"] = {name: asdict(way.speed) if way.speed else "released" for name, way in WAYS.items()}
+    if {"ours", "released"} <= set(options.ways):
+        result |= ratios(found)
+    print(f"{options.size} model, {options.precision}, {device}, image {options.image}, {options.expressions} expressions")
+    print_table(result)
+    if options.json:
+        replace_text(options.json, json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
