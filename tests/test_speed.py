@@ -14,7 +14,7 @@ from pixel_sail.losses.text import text_losses
 from pixel_sail.losses.total import Counts, LossConfig, combine, loss_sums
 from pixel_sail.model.attention_mask import attention_mask
 from pixel_sail.model.attention_rules import calls_of, chosen_attention, training_rule
-from pixel_sail.model.decoder import SwiGLU, attend
+from pixel_sail.model.decoder import DecoderLayer, SwiGLU, attend
 from pixel_sail.model.mask_head import MaskHead, PointLogits, folded_logits, mask_logits
 from pixel_sail.model.spans import sample_spans
 from pixel_sail.model.speed import REFERENCE, Speed
@@ -342,6 +342,22 @@ def test_a_step_on_a_gpu_does_not_wait_and_equals_the_reference(tiny_model, batc
         torch.cuda.set_sync_debug_mode("default")
     tolerance = {"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
     torch.testing.assert_close(found, expected, **tolerance)
+
+
+def test_a_compiled_layer_is_one_graph_for_all_layers_and_lengths(tiny_model):
+    """With a backend that only captures: what a code generator makes of the graph is torch's own business."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    layers = list(tiny_model(num_hidden_layers=3).decoder.layers)
+    compiled = torch.compile(DecoderLayer.feed_forward, dynamic=True, backend="aot_eager")
+    for length in (9, 14, 30):
+        for layer in layers:
+            states = torch.randn(1, length, 32, requires_grad=True)
+            found, expected = compiled(layer, states), layer.feed_forward(states)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            fast, slow = (torch.autograd.grad(one.square().sum(), states)[0] for one in (found, expected))
+            torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_speed_is_a_group_of_a_run_and_refuses_unknown_choices():

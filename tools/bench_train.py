@@ -9,10 +9,11 @@ layers kept, float32 logits of all positions with a shifted copy, an upsampler t
 the mask width at every cell, whole mask maps. Ours is the step of `training/loop.py` with the default `speed` group.
 Both train the same samples (one 480 x 640 picture with five expressions each) from the same weights with the same
 optimizer; what differs in shape is the stride, 2 against the paper's 4, and with it one more block of the upsampler.
-`ours, stride 2` has the released stride, too, `reference` is our slow path at stride 4.
+`ours, stride 2` has the released stride, too, `ours, checkpointing` trades time for memory
+(`optim.activation_checkpointing`), `reference` is our slow path at stride 4.
 
-The ways take turns, step by step, in one process; times are medians over the rounds with the lowest and the highest. `cpu_time_ratio`
-compares processor seconds instead, which other programs on the machine disturb less.
+The ways take turns, step by step, in one process; times are medians over the rounds with the lowest and the highest.
+`cpu_time_ratio` compares processor seconds instead, which other programs on the machine disturb less.
 On a CPU memory is the highest resident size of a process of its own that makes two steps (`ru_maxrss`), less what it
 held before the model was built; on CUDA it is torch's own peak. `--json` holds `speed_ratio` and `memory_ratio`, ours
 divided by theirs, and everything that is printed.
@@ -20,6 +21,7 @@ divided by theirs, and everything that is printed.
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -46,10 +48,11 @@ from pixel_sail.files import replace_text
 from pixel_sail.losses.mask import MaskSums, point_losses
 from pixel_sail.losses.total import Counts, LossConfig, combine, loss_sums
 from pixel_sail.model.attention_mask import attention_mask
+from pixel_sail.model.attention_rules import training_rule
 from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
 from pixel_sail.model.decoder import MaskedAttention, rotary_tables
 from pixel_sail.model.mask_head import mask_logits
-from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
+from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, masks_of_images
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.speed import REFERENCE, Speed
 from pixel_sail.model.tokenization import model_token_ids, train_tokenizer
@@ -82,12 +85,15 @@ class Way:
     stride: int
     speed: Speed | None
     """None: the released method."""
+    checkpointing: bool = False
+    """`optim.activation_checkpointing`"""
 
 
 WAYS = {
     "released": Way(stride=2, speed=None),
     "reference": Way(stride=4, speed=REFERENCE),
     "ours": Way(stride=4, speed=Speed()),
+    "ours, checkpointing": Way(stride=4, speed=Speed(), checkpointing=True),
     "ours, stride 2": Way(stride=2, speed=Speed()),
 }
 
@@ -104,7 +110,7 @@ def build_models(size: str, strides: Sequence[int], device: str, dtype: torch.dt
         if built:
             known = next(iter(built.values()))[0].state_dict()
             model.load_state_dict({name: known.get(name, value) for name, value in model.state_dict().items()})
-        model.to(device=torch.device(device), dtype=dtype)  # type: ignore[call-arg]
+        model.to(device=torch.device(device), dtype=dtype)
         built[stride] = (model, PixelSailProcessor.for_model(tokenizer, config))
     return built
 
@@ -197,6 +203,7 @@ class Trainer:
         self.optimizer: Optimizer = build_optimizer(model, OptimConfig(lr=1e-5))
         self.loss: Callable[[PixelSailForSegmentation, Batch], Tensor]
         self.loss = released_loss if way.speed is None else our_loss
+        model.decoder.gradient_checkpointing = way.checkpointing
         model.use(way.speed if way.speed is not None else REFERENCE)
 
     def step(self) -> float:
@@ -204,7 +211,7 @@ class Trainer:
         total = torch.zeros((), device=self.model.device)
         for batch in self.batches:
             loss = self.loss(self.model, batch) / len(self.batches)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -230,10 +237,7 @@ class Trainer:
             spent[part] += elapsed(start, model.device)
             start = time.perf_counter()
 
-        if released:
-            hidden = released_states(model, batch)[-1]
-        else:
-            hidden = our_states(model, batch)
+        hidden = released_states(model, batch)[-1] if released else our_states(model, batch)
         cut = hidden.detach().requires_grad_()
         lap("decoder")
         if released:
@@ -264,8 +268,6 @@ class Trainer:
 
 def our_states(model: PixelSailForSegmentation, batch: Batch) -> Tensor:
     """Return the last states of a pack by the model's own way."""
-    from pixel_sail.model.attention_rules import training_rule
-
     embedded = model.embed(batch.input_ids_BT, batch.patches_SK, batch.patch_index_BT, batch.prompt_ids_BT)
     where = (batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT)
     rule = training_rule(model.speed.attention, *where, batch.spans, dtype=embedded.dtype)
@@ -275,8 +277,6 @@ def our_states(model: PixelSailForSegmentation, batch: Batch) -> Tensor:
 
 def our_maps(model: PixelSailForSegmentation, hidden_BTD: Tensor, batch: Batch) -> list[Tensor]:
     """Return the mask logits of every image by the model's own way."""
-    from pixel_sail.model.modeling_pixel_sail import masks_of_images
-
     seg_states = hidden_BTD[tuple(batch.seg_positions_N2.unbind(1))]
     folded = model.folds_masks()
     per_image = batch.masks_per_image
@@ -354,7 +354,9 @@ def child(options: argparse.Namespace) -> int:
 def measured_memory(name: str, arguments: Sequence[str]) -> dict[str, int]:
     """Return the bytes of a process that trains one way: before the model was there, and at most."""
     command = [sys.executable, __file__, *arguments, "--child", name]
-    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    # Freed blocks go back to the system at once, so that the highest mark is what is needed and not what is held back.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
+    finished = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     found: dict[str, int] = json.loads(finished.stdout.strip().splitlines()[-1])
     return found
 
@@ -407,17 +409,17 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
 
 def print_table(result: dict[str, Any]) -> None:
     """Print one line per way, and the parts."""
-    print(f"{'way':16s} {'samples/s':>10s} {'seconds (low .. high)':>26s} {'peak MB':>8s} {'TFLOP':>7s} {'MFU':>6s}")
+    print(f"{'way':20s} {'samples/s':>10s} {'seconds (low .. high)':>26s} {'peak MB':>8s} {'TFLOP':>7s} {'MFU':>6s}")
     for name, row in result["ways"].items():
         seconds = row["seconds"]
         span = f"{seconds['median']:.2f} ({seconds['lowest']:.2f} .. {seconds['highest']:.2f})"
         print(
-            f"{name:16s} {row['samples_per_second']:10.3f} {span:>26s} {row['peak_bytes'] / 1e6:8.0f} "
+            f"{name:20s} {row['samples_per_second']:10.3f} {span:>26s} {row['peak_bytes'] / 1e6:8.0f} "
             f"{row['operations_per_step'] / 1e12:7.3f} {row['mfu']:6.1%}"
         )
     for name, row in result["ways"].items():
         total = sum(row["seconds_by_part"].values())
-        print(f"{name:16s} " + ", ".join(f"{part} {own / total:.0%}" for part, own in row["seconds_by_part"].items()))
+        print(f"{name:20s} " + ", ".join(f"{part} {own / total:.0%}" for part, own in row["seconds_by_part"].items()))
     for name in ("speed_ratio", "cpu_time_ratio", "memory_ratio", "memory_ratio_with_interpreter", "operations_ratio"):
         if name in result:
             print(f"{name} {result[name]:.3f}")
@@ -449,7 +451,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result["speeds"] = {name: asdict(way.speed) if way.speed else "released" for name, way in WAYS.items()}
     if {"ours", "released"} <= set(options.ways):
         result |= ratios(found)
-    print(f"{options.size} model, {options.precision}, {device}, image {options.image}, {options.expressions} expressions")
+    print(
+        f"{options.size} model, {options.precision}, {device}, image {options.image}, {options.expressions} expressions"
+    )
     print_table(result)
     if options.json:
         replace_text(options.json, json.dumps(result, indent=1) + "\n")

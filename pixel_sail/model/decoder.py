@@ -9,7 +9,9 @@ Example: embeddings [2, 194, 128] with positions [2, 2, 194] and `MaskedAttentio
 Axis letters: B rows, T tokens, S keys, D width, A attention heads, G key-value heads, E head width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -183,6 +185,9 @@ class SwiGLU(nn.Module):
 class DecoderLayer(nn.Module):
     """Pre-norm attention and feed-forward, each with a residual connection."""
 
+    compiled = False
+    """Whether the feed-forward half goes through torch.compile (see `Speed.compile`)."""
+
     def __init__(self, config: Architecture) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -193,7 +198,17 @@ class DecoderLayer(nn.Module):
     def forward(self, x_BTD: Tensor, rotary: Rotary, rule: AttentionRule, layer: int) -> Tensor:
         """Return the new states."""
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, rule, layer)
+        return self.feed_forward(x_BTD) if not self.compiled else _compiled_feed_forward()(self, x_BTD)
+
+    def feed_forward(self, x_BTD: Tensor) -> Tensor:
+        """Return the states after the second half of the layer, which treats every token by itself."""
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+@cache
+def _compiled_feed_forward() -> Callable[[DecoderLayer, Tensor], Tensor]:
+    """Return `feed_forward` through torch.compile: one graph for all layers and all lengths."""
+    return torch.compile(DecoderLayer.feed_forward, dynamic=True)
 
 
 class Decoder(nn.Module):

@@ -203,8 +203,9 @@ class PixelSailForSegmentation(PreTrainedModel):
         anchor = None
         if self.training:
             text = text_losses_M if logits is None else logits
-            # One cell and all probes depend on every parameter of the mask head.
-            anchor = 0.0 * (cells[:1].sum() + probes.sum() + text.sum())
+            # Mask logits depend on every cell, and their gradient is far smaller than one of all cells.
+            logit_maps = [own.sum() for own in masks if isinstance(own, Tensor)]
+            anchor = 0.0 * (sum(logit_maps or [cells.sum()]) + probes.sum() + text.sum())
             anchor = anchor if distill_anchor is None else anchor + distill_anchor
         return PixelSailOutput(
             hidden_BTD=hidden_BTD,
@@ -229,6 +230,7 @@ class PixelSailForSegmentation(PreTrainedModel):
         for layer in self.decoder.layers:
             assert isinstance(layer, DecoderLayer)
             layer.mlp.recomputed = speed.swiglu == "recomputed"
+            layer.compiled = speed.compile == "layers"
 
     def images_with_pixel_map(
         self, masks_per_image: Sequence[int], distilled_images: Mapping[str, Sequence[int]]

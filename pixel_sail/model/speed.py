@@ -37,7 +37,7 @@ class Speed:
     swiglu: str = "recomputed"
     """recomputed: the backward pass makes the product of gate and value again instead of keeping it."""
     compile: str = "off"
-    """layers: the token-wise halves of the decoder layers go through torch.compile."""
+    """layers: the feed-forward halves of the decoder layers go through torch.compile, once for all lengths."""
 
     def __post_init__(self) -> None:
         """Check the choices. Raises: DataError."""

@@ -1,0 +1,97 @@
+"""The released method that the benchmark rebuilds is the released one; the benchmarks run and write what they say."""
+
+import importlib.util
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from running import ROOT
+
+from pixel_sail.model.speed import REFERENCE
+
+
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return load_tool("bench_train")
+
+
+def test_the_rebuilt_released_step_has_the_loss_and_gradients_of_our_reference(
+    bench, tiny_model, processor, draw_sample, make_batch
+):
+    sample = draw_sample(np.random.default_rng(0), masks_per_turn=(1, 2))
+    batch = make_batch([processor.encode_sample(*sample, independent_turns=False)])
+    model = tiny_model(mask_stride=2).train()
+    model.use(REFERENCE)
+    found = []
+    for loss in (bench.released_loss, bench.our_loss):
+        model.zero_grad()
+        value = loss(model, batch)
+        value.backward()
+        found.append((value.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (theirs, their_gradients), (ours, our_gradients) = found
+    assert theirs == pytest.approx(ours, rel=1e-5)
+    for name, gradient in their_gradients.items():
+        torch.testing.assert_close(our_gradients[name], gradient, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_strides_share_every_weight_they_both_have(bench, monkeypatch):
+    monkeypatch.setitem(bench.SIZES, "scaled", TINY)
+    built = bench.build_models("scaled", [4, 2], "cpu", torch.float32)
+    (coarse, _), (fine, _) = built[4], built[2]
+    shared = coarse.state_dict()
+    assert all(torch.equal(value, fine.state_dict()[name]) for name, value in shared.items())
+    assert len(fine.state_dict()) > len(shared)
+
+
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 600,
+    "mask_dim": 16,
+}
+
+
+def test_the_training_benchmark_writes_ratios_of_ours_to_theirs(bench, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(bench.SIZES, "scaled", TINY)
+    held = {"released": 900, "ours": 400}
+    monkeypatch.setattr(bench, "measured_memory", lambda name, arguments: {"before": 100, "peak": held[name]})
+    where = ["--image", "64", "96", "--samples", "2", "--samples-per-pack", "2", "--rounds", "1"]
+    assert bench.main([*where, "--ways", "released", "ours", "--json", str(tmp_path / "out.json")]) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["memory_ratio"] == pytest.approx(300 / 800)
+    rates = {name: result["ways"][name]["samples_per_second"] for name in held}
+    assert result["speed_ratio"] == pytest.approx(rates["ours"] / rates["released"])
+    assert result["operations_ratio"] < 1.0
+    assert set(result["ways"]["ours"]["seconds_by_part"]) == {
+        *("decoder", "text", "mask head", "mask losses", "optimizer")
+    }
+    assert "speed_ratio" in capsys.readouterr().out
+
+
+def test_the_attention_and_head_benchmarks_write_growth_and_pictures(tmp_path):
+    attention, heads = load_tool("bench_attention"), load_tool("bench_heads")
+    small = ["--rounds", "1", "--json", str(tmp_path / "a.json"), "--png", str(tmp_path / "a.png")]
+    assert attention.main([*small, "--samples", "1", "2", "--image-tokens", "20", "--text-tokens", "6"]) == 0
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["tokens"] == [26, 52] and set(found["growth"]) == {"dense", "segments"}
+    small = ["--rounds", "1", "--json", str(tmp_path / "h.json"), "--png", str(tmp_path / "h.png")]
+    assert heads.main([*small, "--hidden", "8", "--mask-dim", "4", "--vocab", "50", "--expressions", "1", "2"]) == 0
+    assert set(json.loads((tmp_path / "h.json").read_text())["mask_seconds"]) == {"maps", "folded", "points"}
+    assert (tmp_path / "a.png").stat().st_size > 0 and (tmp_path / "h.png").stat().st_size > 0
+
+
+def test_growth_is_the_exponent(tmp_path):
+    assert load_tool("bench_attention").growth([10, 20, 40], [1.0, 4.0, 16.0]) == pytest.approx(2.0)

@@ -1,0 +1,103 @@
+"""Measure the attention of a packed row, forward and backward: one dense mask, or one call per image and per text.
+
+    python tools/bench_attention.py                                        growth with the number of packed samples
+    python tools/bench_attention.py --device cuda --precision bf16 --heads 14 --groups 2 --ways dense varlen flex
+    python tools/bench_attention.py --json runs/attention.json --png runs/attention.png
+
+Samples of one size (a grid of 30 x 40 patches and a text of 130 tokens) are packed one after another into one row. Cost
+should grow with the square of the row under a dense mask, and linearly without. `--json` holds the seconds of every
+point and `growth`, the exponent of cost over tokens between the first and the last point.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pixel_sail.evaluation.run import code_version
+from pixel_sail.files import replace_text
+from pixel_sail.model.attention_rules import training_rule
+from pixel_sail.model.spans import sample_spans
+from pixel_sail.planning.curves import draw_curves
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def packed_row(samples: int, image_tokens: int, text_tokens: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return sample index, branches and image flags [1, T] of equal samples in one row."""
+    one = torch.tensor([True] * image_tokens + [False] * text_tokens)
+    owners = torch.arange(samples).repeat_interleave(len(one))
+    in_image = one.repeat(samples)
+    return owners[None].to(device), (~in_image).long()[None].to(device), in_image[None].to(device)
+
+
+def seconds_of(way: str, options: argparse.Namespace, samples: int) -> float:
+    """Return the median seconds of forward and backward pass of one layer; the rule is made once and not counted."""
+    dtype = DTYPES[options.precision]
+    where = packed_row(samples, options.image_tokens, options.text_tokens, options.device)
+    length = where[0].shape[1]
+    rule = training_rule(way, *where, sample_spans(*where), dtype=dtype)
+    q_BATE, k_BGTE, v_BGTE = (
+        torch.randn(1, heads, length, options.width, device=options.device, dtype=dtype, requires_grad=True)
+        for heads in (options.heads, options.groups, options.groups)
+    )
+    upstream = torch.randn_like(q_BATE)
+    times = []
+    for _ in range(options.rounds + 1):
+        start = time.perf_counter()
+        rule(0, q_BATE, k_BGTE, v_BGTE).backward(upstream)
+        if options.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def growth(tokens: Sequence[int], seconds: Sequence[float]) -> float:
+    """Return the exponent of cost over tokens between the first and the last point: 1 is linear, 2 quadratic."""
+    return math.log(seconds[-1] / seconds[0]) / math.log(tokens[-1] / tokens[0])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, and write what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ways", nargs="+", default=["dense", "segments"])
+    parser.add_argument("--samples", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--image-tokens", type=int, default=1202)
+    parser.add_argument("--text-tokens", type=int, default=130)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--groups", type=int, default=1, help="heads of keys and values")
+    parser.add_argument("--width", type=int, default=64, help="of one head")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--png", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    tokens = [number * (options.image_tokens + options.text_tokens) for number in options.samples]
+    curves = {way: [seconds_of(way, options, number) for number in options.samples] for way in options.ways}
+    print(
+        f"{'tokens':>8s} " + " ".join(f"{way:>12s}" for way in curves) + "   seconds, one layer, forward and backward"
+    )
+    for index, length in enumerate(tokens):
+        print(f"{length:8d} " + " ".join(f"{curve[index]:12.4f}" for curve in curves.values()))
+    grown = {way: growth(tokens, curve) for way, curve in curves.items()} if len(tokens) > 1 else {}
+    print("growth " + ", ".join(f"{way} {exponent:.2f}" for way, exponent in grown.items()))
+    if options.json:
+        settings = {name: value for name, value in vars(options).items() if name not in ("json", "png")}
+        result = {**settings, "code": code_version(), "tokens": tokens, "seconds": curves, "growth": grown}
+        replace_text(options.json, json.dumps(result, indent=1) + "\n")
+    if options.png:
+        options.png.parent.mkdir(parents=True, exist_ok=True)
+        draw_curves(tokens, curves, "tokens of the row", "attention of one layer").save(options.png)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
