@@ -86,12 +86,17 @@ class SegmentAttention:
     def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
         """Return the mixed values."""
         num_rows, _, num_tokens, _ = q_BATE.shape
+        heads = q_BATE.shape[1] // k_BGTE.shape[1]
         pieces: list[dict[int, Tensor]] = [{} for _ in range(num_rows)]
         for (queries, shown, is_image), calls in self.groups:
             q_IAQE = _stacked([_part(q_BATE, call.row, call.start, queries) for call in calls])
-            k_IGKE, v_IGKE = (_stacked([self.keys(x_BGTE, call) for call in calls]) for x_BGTE in (k_BGTE, v_BGTE))
+            # Repeated, not left to the kernel: its backward pass over shared keys took a sixth longer on two cores.
+            k_IAKE, v_IAKE = (
+                _stacked([self.keys(x_BGTE, call) for call in calls]).repeat_interleave(heads, dim=1)
+                for x_BGTE in (k_BGTE, v_BGTE)
+            )
             mask_QK = None if is_image else self.masks[queries, shown].to(q_IAQE.dtype)
-            mixed_IAQE = F.scaled_dot_product_attention(q_IAQE, k_IGKE, v_IGKE, attn_mask=mask_QK, enable_gqa=True)
+            mixed_IAQE = F.scaled_dot_product_attention(q_IAQE, k_IAKE, v_IAKE, attn_mask=mask_QK)
             for call, mixed_AQE in zip(calls, mixed_IAQE, strict=True):
                 pieces[call.row][call.start] = mixed_AQE
         return torch.stack([_joined(own, num_tokens, like_ATE=q_BATE[0]) for own in pieces])
