@@ -1,23 +1,13 @@
 """The released method that the benchmark rebuilds is the released one; the benchmarks run and write what they say."""
 
-import importlib.util
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
-from running import ROOT
+from running import load_tool
 
 from pixel_sail.model.speed import REFERENCE
-
-
-def load_tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ Place in the flow: `plan.py` calls `training_flops` on the micro-batches of a st
 are two operations. The backward pass costs twice the forward pass (gradients of inputs and of weights); norms,
 activations, rotations and losses are left out, they are bound by memory and not by arithmetic.
 
-    forward of the 0.5B model on five pictures of 480 x 640 in one row of 6,510 tokens, in TFLOP: decoder 4.66,
-    attention 3.65 (of which 0.68 on visible pairs), text head 0.07, upsampler 0.23, mask head 0.15
+    forward of the 0.5B model on four pictures of 480 x 640 in one row of 5,208 tokens, in TFLOP: decoder 3.73,
+    attention 0.54 (2.33 with a dense mask), text head 0.05, upsampler 0.15, mask head 0.06
 """
 
 from collections.abc import Mapping
@@ -64,9 +64,7 @@ def forward_flops(
     prompts = architecture.num_visual_prompts * width * width
     folded = speed.mask_head != "maps" and not any(own.site == "pixel_map" for own in experts.values())
     pairs = work.rows * work.tokens_per_row**2 if speed.attention == "dense" else work.computed_pairs
-    upsampler, mask_head = _mask_head_macs(
-        architecture, work, has_pixel_expert=reads_pixel_map(experts), folded=folded
-    )
+    upsampler, mask_head = _mask_head_macs(architecture, work, has_pixel_expert=reads_pixel_map(experts), folded=folded)
     return ForwardFlops(
         image_embedding=2.0 * (patches * 3 * architecture.patch_size**2 * width + prompts),
         decoder=2.0 * layers * tokens * per_token,

@@ -116,6 +116,9 @@ def of_batch(batch: Batch) -> Workload:
         images.append(
             ImageLoad(rows=rows, columns=columns, masks=count, photo_hw=(sizes[0][0], sizes[0][1]) if sizes else (0, 0))
         )
+    spans = batch.spans
+    if spans is None:
+        spans = sample_spans(batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT)
     return Workload(
         rows=batch.input_ids_BT.shape[0],
         tokens_per_row=batch.input_ids_BT.shape[1],
@@ -124,10 +127,7 @@ def of_batch(batch: Batch) -> Workload:
         samples=len(batch.sample_ids),
         real_tokens=int((batch.sample_index_BT >= 0).sum()),
         seen_pairs=visible_pairs(batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT),
-        computed_pairs=sum(
-            call.queries * (call.shown + call.queries)
-            for call in calls_of(sample_spans(batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT))
-        ),
+        computed_pairs=sum(call.queries * (call.shown + call.queries) for call in calls_of(spans)),
     )
 
 
