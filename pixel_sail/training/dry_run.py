@@ -55,6 +55,7 @@ def dry_run(config: TrainConfig) -> list[str]:
         checkpoint.load_parameters(model, saved[0])
     state = behind_rewinds(Path(config.run_dir), state)
     model.decoder.gradient_checkpointing = config.optim.activation_checkpointing
+    model.use(config.speed)
     own_optimizer = build_optimizer(model, config.optim)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -50,7 +50,7 @@ Evaluate = Callable[[PixelSailForSegmentation, PixelSailProcessor, int, RunLog],
 
 FREE_KEYS = (
     *("log", "checkpoint", "validation", "predict", "evals", "paths", "run_dir", "name", "deepspeed"),
-    *("allow_random_experts", "watchdog", "corridor"),
+    *("allow_random_experts", "watchdog", "corridor", "speed"),
 )
 """Groups that may change between the sessions of one run without changing its numbers."""
 
