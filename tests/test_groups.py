@@ -10,6 +10,7 @@ import pytest
 import torch
 from running import launcher, load_tool, start
 from safetensors.torch import load_file
+from test_train import log_lines
 
 from pixel_sail.config import CONFIG_FOLDER, ConfigError, GroupConfig, LoraConfig, OptimConfig, TrainConfig, load_config
 from pixel_sail.losses.total import Counts, LossConfig, combine, loss_sums
@@ -275,11 +276,6 @@ GROUPS = (
 def train(data_root, run_dir, *overrides, by="python"):
     done = start([*launcher(by), "scripts/train.py", *SMALL, f"run_dir={run_dir}", *overrides], data_root)
     assert done.returncode == 0, done.stderr[-4000:]
-
-
-def log_lines(run_dir):
-    lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
 @pytest.fixture(scope="module")
