@@ -19,7 +19,12 @@ def sha256(path: Path) -> str:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text file aside and put it in place at once; missing folders are made."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Write a file aside and put it in place at once; missing folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     working = path.with_name(f".writing_{path.name}")
-    working.write_text(text)
+    working.write_bytes(content)
     os.replace(working, path)

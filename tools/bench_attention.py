@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pixel_sail.evaluation.curves import save_panels, size_panel
 from pixel_sail.evaluation.run import code_version
 from pixel_sail.files import replace_text
 from pixel_sail.model.attention_rules import training_rule
 from pixel_sail.model.spans import sample_spans
-from pixel_sail.planning.curves import draw_curves
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -94,8 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = {**settings, "code": code_version(), "tokens": tokens, "seconds": curves, "growth": grown}
         replace_text(options.json, json.dumps(result, indent=1) + "\n")
     if options.png:
-        options.png.parent.mkdir(parents=True, exist_ok=True)
-        draw_curves(tokens, curves, "tokens of the row", "attention of one layer").save(options.png)
+        panel = size_panel("attention of one layer", tokens, curves, x_label="tokens of the row", y_label="seconds")
+        save_panels(options.png, [panel], "")
     return 0
 
 

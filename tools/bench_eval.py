@@ -29,11 +29,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from pixel_sail.config import PredictConfig
+from pixel_sail.evaluation.curves import save_panels, size_panel
 from pixel_sail.evaluation.predict import DTYPES, Predictor, PreparedImage, Request, resize_logits, span_length
 from pixel_sail.evaluation.run import code_version
 from pixel_sail.files import replace_text
@@ -213,41 +214,6 @@ def projected_seconds(points: Sequence[Point]) -> float:
     return nearest.shared_seconds * REFCOCO_SPLITS["expressions"]
 
 
-def draw_curve(points: Sequence[Point], title: str) -> Image.Image:
-    """Return expressions per second of both methods over expressions per image, both axes logarithmic."""
-    width, height, left, right, top, bottom = 760, 460, 90, 730, 60, 390
-    picture = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(15)
-    x_values = np.log2([point.expressions_per_image for point in points])
-    rates = np.array([[1 / point.released_seconds, 1 / point.shared_seconds] for point in points])
-    low, high = np.log10(rates.min()) - 0.1, np.log10(rates.max()) + 0.15
-
-    def place(x: float, rate: float) -> tuple[float, float]:
-        across = (x - x_values[0]) / max(x_values[-1] - x_values[0], 1)
-        return left + across * (right - left), bottom - (np.log10(rate) - low) / (high - low) * (bottom - top)
-
-    draw.text((left, 16), title, fill="black", font=ImageFont.load_default(17))
-    draw.line([(left, top), (left, bottom), (right, bottom)], fill="#888888")
-    for exponent in range(int(np.floor(low)), int(np.ceil(high)) + 1):
-        for factor in (1, 2, 5):
-            rate = factor * 10.0**exponent
-            if low <= np.log10(rate) <= high:
-                y = place(x_values[0], rate)[1]
-                draw.line([(left, y), (right, y)], fill="#eeeeee")
-                draw.text((left - 8, y), f"{rate:g}", fill="black", font=font, anchor="rm")
-    for point, x in zip(points, x_values, strict=True):
-        draw.text((place(x, 10**low)[0], bottom + 8), str(point.expressions_per_image), fill="black", font=font)
-        shared = place(x, 1 / point.shared_seconds)
-        draw.text((shared[0], shared[1] - 22), f"{point.ratio:.1f}x", fill="#0072b2", font=font, anchor="mm")
-    draw.text(((left + right) / 2, height - 26), "expressions per image", fill="black", font=font, anchor="mm")
-    draw.text((12, 38), "expressions per second", fill="black", font=font)
-    for column, (color, name) in enumerate((("#d55e00", "released method"), ("#0072b2", "ours"))):
-        line = [place(x, rate) for x, rate in zip(x_values, rates[:, column], strict=True)]
-        draw.line(line, fill=color, width=3)
-        draw.text((right - 130, bottom - 60 + 20 * column), name, fill=color, font=font)
-    return picture
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and write what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -302,8 +268,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         replace_text(options.json, json.dumps(result, indent=1) + "\n")
     if options.png:
-        options.png.parent.mkdir(parents=True, exist_ok=True)
-        draw_curve(points, title).save(options.png)
+        rates = {
+            "released method": [1 / point.released_seconds for point in points],
+            "ours": [1 / point.shared_seconds for point in points],
+        }
+        numbers = [point.expressions_per_image for point in points]
+        labels = {"x_label": "expressions per image", "y_label": "expressions per second"}
+        save_panels(options.png, [size_panel("", numbers, rates, **labels)], title)
     return 0
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pixel_sail.evaluation.curves import save_panels, size_panel
 from pixel_sail.evaluation.run import code_version
 from pixel_sail.files import replace_text
 from pixel_sail.losses.mask import PointSampling, point_losses
@@ -31,7 +32,6 @@ from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.mask_head import MaskHead
 from pixel_sail.model.modeling_pixel_sail import masks_of_images
 from pixel_sail.model.text_head import TextHead
-from pixel_sail.planning.curves import draw_curves
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GRID = (30, 40)
@@ -131,8 +131,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = {"mask_seconds": masks, "text_seconds": texts, "growth": grown, "text_growth": text_grown}
         replace_text(options.json, json.dumps({**settings, "code": code_version(), **found}, indent=1) + "\n")
     if options.png:
-        options.png.parent.mkdir(parents=True, exist_ok=True)
-        draw_curves(options.expressions, masks, "expressions per picture", "mask head and losses").save(options.png)
+        panel = size_panel(
+            "mask head and losses", options.expressions, masks, x_label="expressions per picture", y_label="seconds"
+        )
+        save_panels(options.png, [panel], "")
     return 0
 
 

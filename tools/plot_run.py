@@ -10,16 +10,14 @@ Losses, gradient norm and padding of a line are those of its step, the ones by s
 """
 
 import argparse
-import io
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from pixel_sail.evaluation.curves import COLORS, Curve, Panel, draw_panels
+from pixel_sail.evaluation.curves import COLORS, Curve, Panel, save_panels
 from pixel_sail.training.log import LOG_FILE
 from pixel_sail.types import DataError
 
@@ -183,14 +181,6 @@ def labels_of(paths: Sequence[Path]) -> list[str]:
     return [str(path) if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]
 
 
-def save_png(path: Path, content: bytes) -> None:
-    """Write a picture aside and put it in place at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    working = path.with_name(f".writing_{path.name}")
-    working.write_bytes(content)
-    os.replace(working, path)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw; wrong input ends with one message and exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -213,9 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     title = " / ".join(run.label for run in runs) + (f", mean of {options.smooth} lines" if options.smooth > 1 else "")
     first = options.runs[0]
     out = options.out or (first if first.is_dir() else first.parent) / "curves.png"
-    buffer = io.BytesIO()
-    draw_panels(panels, title).save(buffer, format="PNG")
-    save_png(out, buffer.getvalue())
+    save_panels(out, panels, title)
     print(f"{len(panels)} panels of {len(runs)} run(s) -> {out}")
     return 0
 
