@@ -48,7 +48,7 @@ def test_useful_operations_are_those_of_each_sample_alone(rows, make_batch, make
 
 def test_useful_operations_of_a_text_are_those_counted_by_hand(tiny_config):
     sizes = {"rows": 1, "tokens_per_row": 8, "supervised": 2, "samples": 1, "real_tokens": 5}
-    work = Workload(images=(), seen_pairs=15, computed_pairs=25, **sizes)
+    work = Workload(images=(), seen_pairs=15, computed_pairs=25, computed_keys=5, **sizes)
     # Width 32, key and value width 16, inner width 48, 2 layers, 320 words; twice an addition and a multiplication.
     linear = 2 * 2 * 5 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
     attention = 2 * 2 * 2 * 15 * 32

@@ -132,13 +132,13 @@ class GatedProjection(torch.autograd.Function):
         return F.linear(F.silu(gate_TI) * up_TI, weight_DI)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the gradients of gate, up and weight."""
         gate_TI, up_TI, weight_DI = ctx.saved_tensors
         (upstream_TD,) = gradients
         active_TI = F.silu(gate_TI)
         product_TI = active_TI * up_TI
-        grad_weight_DI = upstream_TD.T @ product_TI
+        grad_weight_DI = upstream_TD.T @ product_TI if ctx.needs_input_grad[2] else None
         grad_product_TI = torch.mm(upstream_TD, weight_DI, out=product_TI)
         grad_up_TI = active_TI.mul_(grad_product_TI)
         grad_product_TI.mul_(up_TI)
@@ -177,7 +177,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to the last axis."""
-        if self.recomputed and torch.is_grad_enabled():
+        # An adapted layer (model/lora.py) takes the product itself.
+        if self.recomputed and torch.is_grad_enabled() and isinstance(self.down_proj, DownProjection):
             return self.down_proj(self.gate_proj(x), self.up_proj(x))
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 

@@ -19,6 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pixel_sail.model.decoder import DownProjection
+
+LINEAR = (nn.Linear, DownProjection)
+"""What can be adapted."""
+
 
 class LoraLinear(nn.Linear):
     """A frozen linear layer plus `scale` times a product of two thin trained matrices."""
@@ -48,7 +53,7 @@ def add_lora(model: nn.Module, names: Sequence[str], *, rank: int, alpha: float,
     """
     for name in names:
         linear = model.get_submodule(name)
-        assert type(linear) is nn.Linear, f"{name} is a {type(linear).__name__}"
+        assert isinstance(linear, LINEAR), f"{name} is a {type(linear).__name__}"
         generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
         parent, _, own = name.rpartition(".")
         adapted = LoraLinear(linear, rank=rank, alpha=alpha, generator=generator)

@@ -4,7 +4,7 @@ Place in the flow: `memory.py` adds them to weights, gradients and moments. Ever
 modules of `pixel_sail/model` are written; a test counts the same with `saved_tensors_hooks`. Parameters do not count,
 a storage that is saved twice counts once.
 
-    0.5B model, one row of 5,208 tokens with eight masks, bf16, in GB: decoder 5.01, dense masks 0, text head 0.0002,
+    0.5B model, one row of 5,208 tokens with eight masks, bf16, in GB: decoder 5.81, dense masks 0, text head 0.0004,
     mask head 0.50, mask losses 0.004; computed in the obvious way 7.61, 0.05, 0.12, 0.54, 0.004
 
 Letters in comments: T tokens, D width, I width of the SwiGLU, A heads, V vocabulary, C channels of the upsampler.
@@ -56,7 +56,7 @@ def activation_bytes(
     layers = architecture.num_hidden_layers
     tokens = work.rows * work.tokens_per_row
     residual = tokens * architecture.hidden_size * element
-    layer = layer_bytes(architecture, tokens, element, speed)
+    layer = layer_bytes(architecture, work, element, speed)
     mask = work.rows * work.tokens_per_row**2 * element if speed.attention == "dense" else 0
     logits = architecture.vocab_size if speed.text_loss == "plain" else 0
     kept_layers = layers * residual + layer if checkpointing else layers * layer
@@ -75,17 +75,21 @@ def norm_bytes(architecture: Architecture, tokens: int, element: int) -> float:
     return tokens * (architecture.hidden_size * (FLOAT32 + 2 * element) + FLOAT32)
 
 
-def layer_bytes(architecture: Architecture, tokens: int, element: int, speed: Speed) -> float:
+def layer_bytes(architecture: Architecture, work: Workload, element: int, speed: Speed) -> float:
     """Return what one decoder layer keeps, the attention mask apart."""
     width, inner = architecture.hidden_size, architecture.intermediate_size
+    tokens = work.rows * work.tokens_per_row
     if speed.attention == "dense":
         # Rotated queries, keys and values repeated for every head, and the mixed values.
-        maps = 4 * width
+        maps = 4 * width * tokens
+    elif speed.attention == "flex":
+        maps = (2 * width + 2 * architecture.num_key_value_heads * architecture.head_dim) * tokens
     else:
-        # Rotated queries, keys and values as they are, the mixed values of each call, and all of them in one row.
-        maps = 3 * width + 2 * architecture.num_key_value_heads * architecture.head_dim
+        # Rotated queries, the mixed values of each call and all of them in one row; keys and values of each call,
+        # repeated for every head.
+        maps = 3 * width * tokens + 2 * width * work.computed_keys
     # A log-sum per head.
-    attention = tokens * (maps * element + architecture.num_attention_heads * FLOAT32)
+    attention = maps * element + tokens * architecture.num_attention_heads * FLOAT32
     # Gate and the other half; plain also the gate after the activation, and their product.
     swiglu = tokens * (2 if speed.swiglu == "recomputed" else 4) * inner * element
     return 2 * norm_bytes(architecture, tokens, element) + attention + swiglu

@@ -4,7 +4,8 @@ Place in the flow: `plan.py` takes `Workload`s either from real batches (`of_bat
 (`assumed`), averages over them, and says which. One row with five pictures of 480 x 640 and 100 text tokens each:
 
     Workload(rows=1, tokens_per_row=6510, images=(ImageLoad(rows=30, columns=40, masks=4, photo_hw=(480, 640)), ...),
-             supervised=250, samples=5, real_tokens=6510, seen_pairs=7850270, computed_pairs=7875020)
+             supervised=250, samples=5, real_tokens=6510, seen_pairs=7850270, computed_pairs=7875020,
+             computed_keys=12520)
 """
 
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ class Workload:
     """(query, key) pairs that the attention rule lets through: what a kernel without waste computes."""
     computed_pairs: int
     """The pairs of one product per image and per text, in which nothing is masked out but a text's own future."""
+    computed_keys: int
+    """The keys of those products: an image's counts for itself and for every text that looks at it."""
 
     @property
     def num_masks(self) -> int:
@@ -99,6 +102,7 @@ def assumed(architecture: Architecture, token_budget: int, rows: int, assumption
         real_tokens=num_images * length,
         seen_pairs=num_images * prefix_pairs(grid[0] * grid[1] + 2, assumptions.text_tokens),
         computed_pairs=num_images * ((length - assumptions.text_tokens) ** 2 + assumptions.text_tokens * length),
+        computed_keys=num_images * (2 * length - assumptions.text_tokens),
     )
 
 
@@ -119,6 +123,7 @@ def of_batch(batch: Batch) -> Workload:
     spans = batch.spans
     if spans is None:
         spans = sample_spans(batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT)
+    calls = calls_of(spans)
     return Workload(
         rows=batch.input_ids_BT.shape[0],
         tokens_per_row=batch.input_ids_BT.shape[1],
@@ -127,7 +132,8 @@ def of_batch(batch: Batch) -> Workload:
         samples=len(batch.sample_ids),
         real_tokens=int((batch.sample_index_BT >= 0).sum()),
         seen_pairs=visible_pairs(batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT),
-        computed_pairs=sum(call.queries * (call.shown + call.queries) for call in calls_of(spans)),
+        computed_pairs=sum(call.queries * (call.shown + call.queries) for call in calls),
+        computed_keys=sum(call.shown + call.queries for call in calls),
     )
 
 

@@ -15,7 +15,7 @@ from pixel_sail.config import ConfigError, LoraConfig, ModelConfig, matching
 from pixel_sail.experts.settings import ExpertSettings
 from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
 from pixel_sail.model.distill_head import DistillSite
-from pixel_sail.model.lora import add_lora
+from pixel_sail.model.lora import LINEAR, add_lora
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, load_model
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.tokenization import load_tokenizer, model_token_ids
@@ -58,7 +58,7 @@ def add_training_parts(
 def lora_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     """Return the names of the linear layers to be adapted. Raises: ConfigError when a pattern matches none."""
     # The text head is left out: its weight may be the token embedding's.
-    linear = [name for name, module in model.named_modules() if type(module) is nn.Linear and name != "lm_head"]
+    linear = [name for name, module in model.named_modules() if type(module) in LINEAR and name != "lm_head"]
     chosen = {name for pattern in config.targets for name in matching("model.lora.targets", pattern, linear)}
     return [name for name in linear if name in chosen]
 
