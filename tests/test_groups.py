@@ -334,6 +334,25 @@ def test_an_export_holds_averaged_weights_with_the_adapters_in_them(tuned_run, b
     assert (expected - load_model(base)(*inputs).logits).abs().max() > 1e-3
 
 
+def test_a_checkpoint_is_exported_as_its_run_exports_it(tuned_run, tmp_path, capsys):
+    tool = load_tool("export_checkpoint")
+    assert tool.main([str(tuned_run), "--to", str(tmp_path / "new" / "out")]) == 0
+    names = sorted(path.name for path in (tuned_run / "export").iterdir())
+    assert sorted(path.name for path in (tmp_path / "new" / "out").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "new" / "out" / name).read_bytes() == (tuned_run / "export" / name).read_bytes(), name
+    assert tool.main([str(tuned_run), "--to", str(tmp_path / "new" / "out")]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert tool.main([str(tuned_run), "--step", "3"]) == 2
+    assert "found ['step_00000002', 'step_00000004'], expected step 3" in capsys.readouterr().err
+    shutil.copytree(tuned_run, tmp_path / "run")
+    with (tmp_path / "run" / "checkpoints" / "step_00000002" / "model.safetensors").open("ab") as file:
+        file.write(b"0")
+    assert tool.main([str(tmp_path / "run"), "--step", "2"]) == 2
+    assert "the file was damaged or changed" in capsys.readouterr().err
+    assert not list((tmp_path / "run" / "exports").iterdir())
+
+
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_a_run_with_groups_adapters_and_average_continues(data_root, tuned_run, base, tmp_path, stage):
     shutil.copytree(tuned_run, tmp_path / "run")

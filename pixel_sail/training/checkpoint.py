@@ -122,13 +122,7 @@ def read(
     Raises: CheckpointError when a file differs from its hash, the run was configured otherwise, or (unless allowed)
     had other data.
     """
-    for name, expected in _manifest(path).items():
-        found = sha256(path / name)
-        if found != expected:
-            raise CheckpointError(
-                f"{path / name}: sha256 {found[:12]}.. found, {expected[:12]}.. expected from {MANIFEST}; the file was "
-                f"damaged or changed. {_GO_BACK}"
-            )
+    verify(path)
     saved = json.loads((path / STATE).read_text())
     differing = dict(differing_leaves(saved["config"], json.loads(json.dumps(config))))
     changed = {key: differing.pop(key) for key in list(differing) if key.split(".")[0] == DATA_FILES}
@@ -153,6 +147,17 @@ def read(
         source_sums=tuple(tuple(row) for row in fields["source_sums"]),
     )
     return state, load_file(path / MODEL), load_file(path / OPTIMIZER)
+
+
+def verify(path: Path) -> None:
+    """Compare every file of a checkpoint with its hash. Raises: CheckpointError for one that differs or is missing."""
+    for name, expected in _manifest(path).items():
+        found = sha256(path / name)
+        if found != expected:
+            raise CheckpointError(
+                f"{path / name}: sha256 {found[:12]}.. found, {expected[:12]}.. expected from {MANIFEST}; the file was "
+                f"damaged or changed. {_GO_BACK}"
+            )
 
 
 def _manifest(path: Path) -> dict[str, str]:

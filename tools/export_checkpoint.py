@@ -1,0 +1,53 @@
+"""Write a checkpoint of a run as a plain Hugging Face folder, as the run itself does at its end.
+
+    python tools/export_checkpoint.py runs/mine                        the newest -> runs/mine/exports/step_00000500
+    python tools/export_checkpoint.py runs/mine --step 250 --to best   that one   -> best
+
+The run may go on meanwhile. `scripts/evaluate.py checkpoint=FOLDER` scores the result.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pixel_sail.config import ConfigError
+from pixel_sail.training.checkpoint import CheckpointError, complete_checkpoints
+from pixel_sail.training.saved_export import export_saved
+from pixel_sail.types import DataError
+
+
+def chosen(run_dir: Path, step: int | None) -> Path:
+    """Return the checkpoint of a step, None: the newest. Raises: CheckpointError when it is not there."""
+    found = complete_checkpoints(run_dir / "checkpoints")
+    wanted = [path for path in found if step is None or path.name == f"step_{step:08d}"]
+    if not wanted:
+        names = [path.name for path in found]
+        what = "a complete checkpoint" if step is None else f"step {step}"
+        raise CheckpointError(f"{run_dir / 'checkpoints'}: found {names or 'none'}, expected {what}")
+    return wanted[-1]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Export; wrong input ends with one message and exit status 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--step", type=int, help="default: the newest")
+    parser.add_argument("--to", type=Path, metavar="FOLDER", help="default: exports/step_* in the run folder")
+    options = parser.parse_args(arguments)
+    try:
+        saved = chosen(options.run, options.step)
+        folder = options.to or options.run / "exports" / saved.name
+        if folder.exists():
+            raise ConfigError(f"{folder} is there already; delete it or name another one with --to")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        export_saved(options.run, saved, folder)
+    except (CheckpointError, ConfigError, DataError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    print(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
