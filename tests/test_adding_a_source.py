@@ -9,7 +9,7 @@ from PIL import Image
 
 from pixel_sail.config import ConfigError, TrainConfig, load_config
 from pixel_sail.data.packing import LaneStream
-from pixel_sail.training.loop import build_mixture
+from pixel_sail.training.prepare import build_mixture
 
 MODULE = '''
 """Photographs whose left half is to be segmented."""

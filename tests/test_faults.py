@@ -20,7 +20,7 @@ from pixel_sail.files import sha256
 from pixel_sail.losses.total import Counts, LossConfig, combine, loss_sums
 from pixel_sail.training import checkpoint
 from pixel_sail.training.checkpoint import CheckpointError
-from pixel_sail.training.loop import run_identity
+from pixel_sail.training.prepare import run_identity
 from pixel_sail.types import Sample, Turn
 
 PAGE = ROOT / "docs" / "reliability.md"

@@ -8,7 +8,7 @@ import pytest
 
 from pixel_sail.config import DataConfig
 from pixel_sail.data.leakage import HeldOut, LeakageConfig, coco_image_id, held_out_images, without_images
-from pixel_sail.training.loop import build_mixture
+from pixel_sail.training.prepare import build_mixture
 from pixel_sail.types import DataError, Sample, Turn
 
 

@@ -14,7 +14,7 @@ from pixel_sail.data.packing import LanePosition
 from pixel_sail.training.build import build_model
 from pixel_sail.training.checkpoint import TrainState
 from pixel_sail.training.finite import NonFiniteLossError
-from pixel_sail.training.loop import build_mixture, lane_share
+from pixel_sail.training.prepare import build_mixture, lane_share
 from pixel_sail.training.rewind import REWINDS_FILE, behind_rewinds, rewind
 
 OVERRIDES = ("deepspeed=none", "checkpoint.every=2", "checkpoint.rewinds=1")

@@ -36,7 +36,7 @@ from pixel_sail.data.packing import LanePosition, LaneStream, PackingSettings
 from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.tokenization import load_tokenizer, train_tokenizer
-from pixel_sail.training.loop import build_mixture
+from pixel_sail.training.prepare import build_mixture
 from pixel_sail.types import IGNORE_LABEL, DataError, Example
 
 DEFAULTS = {"name": "bench_data", "data": "bench_photos", "model": "sail_0_5b"}

@@ -60,7 +60,7 @@ from pixel_sail.losses.distill import resized_features
 from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.patches import grid_size
-from pixel_sail.training.loop import build_mixture
+from pixel_sail.training.prepare import build_mixture
 from pixel_sail.types import DataError, SizeHW
 
 BYTES = {"fp16": 2, "int8": 1}

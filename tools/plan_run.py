@@ -38,8 +38,8 @@ from pixel_sail.planning.parameters import TrainingParts, fill_in_vocabulary
 from pixel_sail.planning.plan import Machine, make_plan, plan_text
 from pixel_sail.planning.workload import Assumptions, Workload, assumed, of_batch
 from pixel_sail.training.build import add_training_parts
-from pixel_sail.training.loop import build_mixture
 from pixel_sail.training.optim import freeze
+from pixel_sail.training.prepare import build_mixture
 from pixel_sail.types import DataError
 
 logger = logging.getLogger("plan_run")

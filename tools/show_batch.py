@@ -19,7 +19,7 @@ from pixel_sail.data.packing import LaneStream
 from pixel_sail.evaluation.batch_view import batch_facts, write_batch_view
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.tokenization import load_tokenizer
-from pixel_sail.training.loop import build_mixture
+from pixel_sail.training.prepare import build_mixture
 from pixel_sail.types import Batch, DataError
 
 

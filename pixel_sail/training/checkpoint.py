@@ -41,7 +41,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 GIVEN = "given_value"
 """Attribute of a frozen parameter of rank 0: its float32 value, where training works with a rounded one."""
 DATA_FILES = "data_files"
-"""Where a configuration holds what `loop.data_identity` returns."""
+"""Where a configuration holds what `prepare.data_identity` returns."""
 
 logger = logging.getLogger(__name__)
 

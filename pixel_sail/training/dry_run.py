@@ -9,27 +9,19 @@ launched:
 
 import resource
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from pixel_sail import dist
 from pixel_sail.config import TrainConfig
-from pixel_sail.data.loader import StepData, training_batches
+from pixel_sail.data.loader import StepData
 from pixel_sail.data.mixture import Mixture
-from pixel_sail.data.noted_files import noted_files
 from pixel_sail.planning.disk import checkpoint_bytes
-from pixel_sail.training import checkpoint
-from pixel_sail.training.accelerator import build_accelerator
-from pixel_sail.training.build import build_model
-from pixel_sail.training.checkpoint import TrainState
-from pixel_sail.training.finite import GradientCheck
-from pixel_sail.training.loop import build_distillation, build_mixture, data_identity, lane_share, run_identity
-from pixel_sail.training.optim import build_optimizer, set_learning_rate
-from pixel_sail.training.rewind import behind_rewinds
+from pixel_sail.training.optim import set_learning_rate
+from pixel_sail.training.prepare import prepare, step_data
 from pixel_sail.training.schedule import learning_rate
-from pixel_sail.training.step import StepReport, optimizer_step, source_columns
+from pixel_sail.training.step import StepReport, optimizer_step
 
 
 def dry_run(config: TrainConfig) -> list[str]:
@@ -37,69 +29,35 @@ def dry_run(config: TrainConfig) -> list[str]:
 
     Raises: what `training.loop.train` raises before and in its first step.
     """
-    dist.ensure_launch_environment()
-    share = lane_share(config.data)
-    distillation = build_distillation(config)
-    experts = distillation.terms if distillation is not None else ()
-    model, processor = build_model(config.model, seed=config.seed, experts=config.experts)
-    accelerator = build_accelerator(config, share.accumulation)
-    with noted_files() as files:
-        mixture = build_mixture(config.data, seed=config.seed)
-    identity = run_identity(asdict(config)) | {checkpoint.DATA_FILES: data_identity(mixture, files)}
-    num_columns = len(source_columns(experts))
-    state = TrainState.start(num_lanes=share.num_lanes, num_sources=len(mixture.names), num_columns=num_columns)
-    saved = None
-    found = checkpoint.latest(Path(config.run_dir) / "checkpoints")
-    if found is not None:
-        state, *saved = checkpoint.read(found, identity, allow_changed_data=config.checkpoint.allow_changed_data)
-        checkpoint.load_parameters(model, saved[0])
-    state = behind_rewinds(Path(config.run_dir), state)
-    model.decoder.gradient_checkpointing = config.optim.activation_checkpointing
-    model.use(config.speed)
-    own_optimizer = build_optimizer(model, config.optim)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    model, optimizer = accelerator.prepare(model, own_optimizer)
-    if saved is not None:
-        checkpoint.restore_optimizer(model, optimizer, accelerator, state=state, parameters=saved[0], moments=saved[1])
-    gradients = GradientCheck(model, accelerator)
-    data = training_batches(
-        mixture,
-        processor,
-        config.data.packing,
-        share,
-        start=state.lanes,
-        step=state.step,
-        num_workers=config.data.num_workers,
-        max_skipped_share=config.data.max_skipped_share,
-        experts=distillation.teachers.choices if distillation is not None else (),
-    )
+    run = prepare(config, lock=False)
+    data = step_data(run)
     started = time.monotonic()
-    step_data = next(data)
+    now = next(data)
     has_data = time.monotonic()
-    set_learning_rate(optimizer, learning_rate(state.step, config.optim))
+    set_learning_rate(run.optimizer, learning_rate(run.state.step, config.optim))
     report = optimizer_step(
-        model,
-        optimizer,
-        step_data.batches,
+        run.model,
+        run.optimizer,
+        now.batches,
         config.loss,
-        accelerator,
-        gradients,
+        run.accelerator,
+        run.gradients,
         max_grad_norm=config.optim.max_grad_norm,
-        sources=mixture.names,
-        distillation=distillation,
+        sources=run.mixture.names,
+        distillation=run.distillation,
     )
     done = time.monotonic()
+    device = run.accelerator.device
     return [
-        f"dry run of {config.name!r} on {dist.world_size()} process(es), {accelerator.device}: nothing was written to "
+        f"dry run of {config.name!r} on {dist.world_size()} process(es), {device}: nothing was written to "
         f"{config.run_dir}",
-        *_start_lines(config, found, num_parameters, num_trained),
-        *_data_lines(mixture, step_data),
-        *_step_lines(report, state.step + 1),
+        *_start_lines(config, run.found, run.num_parameters, run.num_trained),
+        *_data_lines(run.mixture, now),
+        *_step_lines(report, run.state.step + 1),
         f"time of this first step, later ones are faster: {has_data - started:.1f} s waiting for data, "
         f"{done - has_data:.1f} s computing",
-        *_memory_lines(accelerator.device),
-        *_output_lines(config, num_parameters, num_trained),
+        *_memory_lines(device),
+        *_output_lines(config, run.num_parameters, run.num_trained),
     ]
 
 

@@ -1,0 +1,221 @@
+"""Everything a run has before its next step.
+
+Place in the flow: `prepare` builds what the configuration names and brings it to where the last checkpoint stands;
+`training/loop.py` makes steps with the `Run` it returns, `training/dry_run.py` a single one. For example
+
+    Run(state=TrainState(step=500, ...), found=Path("runs/mine/checkpoints/step_00000500"), num_trained=1_214_464, ...)
+"""
+
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from pixel_sail import dist
+from pixel_sail.config import ConfigError, DataConfig, TrainConfig, build
+from pixel_sail.data.leakage import held_out_images, without_images
+from pixel_sail.data.loader import LaneShare, StepData, training_batches
+from pixel_sail.data.mixture import Mixture
+from pixel_sail.data.noted_files import noted_files
+from pixel_sail.experts.teachers import load_teachers
+from pixel_sail.losses.distill import DistillTerm
+from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
+from pixel_sail.training import checkpoint
+from pixel_sail.training.accelerator import build_accelerator
+from pixel_sail.training.build import build_model
+from pixel_sail.training.checkpoint import TrainState
+from pixel_sail.training.finite import GradientCheck
+from pixel_sail.training.optim import build_optimizer
+from pixel_sail.training.rewind import behind_rewinds
+from pixel_sail.training.run_lock import RunLock
+from pixel_sail.training.step import Distillation, source_columns
+
+logger = logging.getLogger(__name__)
+
+FREE_KEYS = (
+    *("log", "checkpoint", "validation", "predict", "evals", "paths", "run_dir", "name", "deepspeed"),
+    *("allow_random_experts", "watchdog", "corridor", "speed"),
+)
+"""Groups that may change between the sessions of one run without changing its numbers."""
+
+FREE_DATA_KEYS = ("num_workers", "packs_per_micro_batch")
+"""The same within `data`: how the work is shared out, not what it is."""
+
+FREE_OPTIM_KEYS = ("activation_checkpointing",)
+"""The same within `optim`: a run that ran out of memory may go on with it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What the steps of a run are made with, on one rank."""
+
+    config: TrainConfig
+    run_dir: Path
+    lock: RunLock | None
+    accelerator: Accelerator
+    model: Any
+    """As the accelerator wrapped it."""
+    optimizer: Any
+    gradients: GradientCheck
+    processor: PixelSailProcessor
+    mixture: Mixture
+    share: LaneShare
+    distillation: Distillation | None
+    identity: dict[str, Any]
+    """What a continued run must not change."""
+    state: TrainState
+    """Where the run stands before its next step."""
+    found: Path | None
+    """The checkpoint it goes on from."""
+    num_parameters: int
+    num_trained: int
+
+    @property
+    def checkpoints(self) -> Path:
+        """Return the folder of all checkpoints."""
+        return self.run_dir / "checkpoints"
+
+    @property
+    def experts(self) -> tuple[DistillTerm, ...]:
+        """Return the losses of the experts."""
+        return self.distillation.terms if self.distillation is not None else ()
+
+
+def prepare(config: TrainConfig, *, lock: bool) -> Run:
+    """Build a run. `lock`: keep its folder for this process, see training/run_lock.py.
+
+    Raises: ConfigError, DataError and CheckpointError.
+    """
+    dist.ensure_launch_environment()
+    share = lane_share(config.data)
+    # Experts and model before the accelerator: once it knows of ZeRO-3, whatever Hugging Face loads is sharded.
+    distillation = build_distillation(config)
+    experts = distillation.terms if distillation is not None else ()
+    model, processor = build_model(config.model, seed=config.seed, experts=config.experts)
+    accelerator = build_accelerator(config, share.accumulation)
+    run_dir = Path(config.run_dir)
+    run_lock = RunLock(run_dir) if lock else None
+    with noted_files() as files:
+        mixture = build_mixture(config.data, seed=config.seed)
+    identity = run_identity(asdict(config)) | {checkpoint.DATA_FILES: data_identity(mixture, files)}
+    num_columns = len(source_columns(experts))
+    state = TrainState.start(num_lanes=share.num_lanes, num_sources=len(mixture.names), num_columns=num_columns)
+    saved = None
+    found = checkpoint.latest(run_dir / "checkpoints")
+    if found is not None:
+        if config.checkpoint.resume == "never":
+            raise ConfigError(
+                f"run_dir {run_dir} holds {found.name}, but checkpoint.resume=never; choose another run_dir"
+            )
+        state, *saved = checkpoint.read(found, identity, allow_changed_data=config.checkpoint.allow_changed_data)
+        checkpoint.load_parameters(model, saved[0])
+        logger.info("continuing from %s", found)
+    state = behind_rewinds(run_dir, state)
+    model.decoder.gradient_checkpointing = config.optim.activation_checkpointing
+    model.use(config.speed)
+    own_optimizer = build_optimizer(model, config.optim)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if config.deepspeed.enabled and config.optim.precision != "fp32":
+        checkpoint.keep_given_values(model)
+    wrapped, optimizer = accelerator.prepare(model, own_optimizer)
+    if saved is not None:
+        checkpoint.restore_optimizer(
+            wrapped, optimizer, accelerator, state=state, parameters=saved[0], moments=saved[1]
+        )
+    return Run(
+        config=config,
+        run_dir=run_dir,
+        lock=run_lock,
+        accelerator=accelerator,
+        model=wrapped,
+        optimizer=optimizer,
+        gradients=GradientCheck(wrapped, accelerator),
+        processor=processor,
+        mixture=mixture,
+        share=share,
+        distillation=distillation,
+        identity=identity,
+        state=state,
+        found=found,
+        num_parameters=num_parameters,
+        num_trained=num_trained,
+    )
+
+
+def step_data(run: Run, reading_L: Tensor | None = None) -> Iterator[StepData]:
+    """Yield the data of one step of a run after another; `reading_L` as in `data/loader.py`."""
+    data = run.config.data
+    return training_batches(
+        run.mixture,
+        run.processor,
+        data.packing,
+        run.share,
+        start=run.state.lanes,
+        step=run.state.step,
+        num_workers=data.num_workers,
+        max_skipped_share=data.max_skipped_share,
+        experts=run.distillation.teachers.choices if run.distillation is not None else (),
+        reading_L=reading_L,
+    )
+
+
+def run_identity(resolved: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a configuration that a continued run must not change."""
+    identity = {key: value for key, value in resolved.items() if key not in FREE_KEYS}
+    identity["data"] = {key: value for key, value in resolved["data"].items() if key not in FREE_DATA_KEYS}
+    identity["optim"] = {key: value for key, value in resolved["optim"].items() if key not in FREE_OPTIM_KEYS}
+    # A cache may move, but stored features are rounded: whether there is one belongs to the run.
+    experts = {name: {**own, "cache": own["cache"] is not None} for name, own in identity.pop("experts").items()}
+    return identity | {"experts": experts} if experts else identity
+
+
+def data_identity(mixture: Mixture, files: Mapping[str, Collection[str]]) -> dict[str, Any]:
+    """Return what a continued run compares its data by: items of each source, and the annotation files it read."""
+    sizes = {name: len(source) for name, source in zip(mixture.names, mixture.sources, strict=True)}
+    return {"items": sizes, **{name: sorted(digests) for name, digests in sorted(files.items())}}
+
+
+def build_distillation(config: TrainConfig) -> Distillation | None:
+    """Return the experts of the run with their losses, None where none are configured."""
+    if not config.experts:
+        return None
+    teachers = load_teachers(
+        config.experts,
+        config.model.architecture,
+        build,
+        sources=sorted(config.data.sources),
+        allow_random=config.allow_random_experts,
+        device=dist.local_device(),
+    )
+    terms = tuple(
+        DistillTerm(name=name, weight=config.experts[name].weight, loss=config.experts[name].loss)
+        for name in sorted(config.experts)
+    )
+    return Distillation(teachers=teachers, terms=terms)
+
+
+def lane_share(config: DataConfig) -> LaneShare:
+    """Return this process's part of every optimizer step."""
+    return LaneShare(
+        packs_per_step=config.packs_per_step,
+        rounds=config.lane_rounds,
+        rank=dist.rank(),
+        world_size=dist.launched_world_size(),
+        packs_per_micro_batch=config.packs_per_micro_batch,
+    )
+
+
+def build_mixture(config: DataConfig, *, seed: int) -> Mixture:
+    """Return the configured sources as one stream."""
+    if not config.sources:
+        raise ConfigError("data.sources is empty; choose a data group, for example data=refshapes")
+    excluded = held_out_images(config.leakage.held_out) if config.leakage.enabled else frozenset()
+    sources = {
+        name: without_images(build(node, f"data.sources.{name}"), excluded) for name, node in config.sources.items()
+    }
+    return Mixture(sources, config.repeats, seed=seed, weights=config.weights, epoch_samples=config.epoch_samples)
