@@ -25,6 +25,7 @@ from pixel_sail.experts.sam2 import sam2
 from pixel_sail.experts.settings import ExpertSettings
 from pixel_sail.experts.teachers import checked_recipe, load_teachers
 from pixel_sail.model.patches import image_to_patches
+from pixel_sail.model.speed import REFERENCE
 from pixel_sail.types import DataError
 
 ONE_LEVEL = 1.001 / 255 / min(IMAGENET_STD)
@@ -309,6 +310,7 @@ def test_our_own_model_gives_the_pixel_map_it_has_in_a_forward_pass(
     )
     example = processor.encode_sample(sample, image, independent_turns=False)
     assert image_to_patches(image, 8, 64)[1] == (2, 3)
+    model.use(REFERENCE)
     with torch.no_grad():
         (expected,) = model(**make_batch([example]).model_inputs()).pixel_features
     torch.testing.assert_close(feature, expected.permute(2, 0, 1), rtol=1e-4, atol=1e-5)

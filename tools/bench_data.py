@@ -129,8 +129,9 @@ def _mask_head_products(architecture: Architecture, num_patches: int, num_masks:
     for _ in range(architecture.num_upsample_blocks):
         cells *= 4
         total += cells * (2 * channels * channels + 9 * channels)
-    total += cells * (channels * channels + channels * size)
-    return total + num_masks * (width * channels + channels * size + cells * size)
+    # The last layer goes into the queries (`speed.mask_head`).
+    total += cells * channels * channels
+    return total + num_masks * (width * channels + 2 * channels * size + cells * channels)
 
 
 def time_stages(mixture: Mixture, processor: PixelSailProcessor, settings: PackingSettings, num_samples: int) -> Stages:

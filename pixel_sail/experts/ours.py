@@ -17,6 +17,7 @@ from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, load_model
 from pixel_sail.model.patches import PIXEL_MEAN, PIXEL_STD
 from pixel_sail.model.processing_pixel_sail import image_positions
+from pixel_sail.model.speed import Speed
 from pixel_sail.types import DataError
 
 
@@ -26,6 +27,8 @@ class PixelMap(nn.Module):
     def __init__(self, model: PixelSailForSegmentation) -> None:
         super().__init__()
         self.model = model
+        # The map itself is wanted, not its product with a query.
+        model.use(Speed(mask_head="maps"))
 
     def forward(self, pixels_B3HW: Tensor) -> Tensor:
         """Return the pixel features [B, E, Y, X] of normalised pictures whose sides are multiples of the patch size."""
