@@ -199,7 +199,7 @@ class ExpertTarget:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One sample as tokens, before packing. An image, if there is one, always stands first."""
+    """One sample as tokens, before packing. An image, if there is one, stands first, but for a template's text."""
 
     sample_id: str
     source: str
@@ -212,7 +212,8 @@ class Example:
     branch_ids_T: Tensor
     """int64: 0 for the shared image prefix; text of branch k sees branch 0 and its own branch only."""
     in_image_T: Tensor
-    """bool: the image span with its two delimiters, which attends to itself in both directions."""
+    """bool: the image span with its two delimiters, which attends to itself in both directions; all false where
+    attention is causal."""
     patch_index_T: Tensor
     """int64: which row of `patches_PK` stands at this token, -1 for text."""
     prompt_ids_T: Tensor
@@ -242,7 +243,7 @@ class SampleSpan:
     row: int
     start: int
     image: int
-    """Tokens of the image with its delimiters, 0 for a text-only sample."""
+    """Tokens of the image with its delimiters, 0 for a text-only sample; a causal image counts as shared."""
     shared: int
     branches: tuple[int, ...]
 

@@ -254,7 +254,7 @@ def _edit(name, change):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (_edit("config.json", lambda c: c.pop("upsample_blocks")), "not a SAIL-type case"),
+        (_edit("config.json", lambda c: c.pop("upsample_blocks")), "neither a SAIL-type case"),
         (
             _edit("config.json", lambda c: c.update(mrope_section=[2, 1, 1])),
             "mrope_section [2, 1, 1], expected [0, 2, 2]",

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pixel_sail.model.image_layout import image_positions
 from pixel_sail.model.patches import (
     PIXEL_MEAN,
     PIXEL_STD,
@@ -14,7 +15,7 @@ from pixel_sail.model.patches import (
     normalize_patches,
     resized_size,
 )
-from pixel_sail.model.processing_pixel_sail import PixelSailProcessor, ProcessorSettings, image_positions
+from pixel_sail.model.processing_pixel_sail import PixelSailProcessor, ProcessorSettings
 from pixel_sail.model.tokenization import load_tokenizer, model_token_ids, special_tokens, train_tokenizer
 from pixel_sail.types import IGNORE_LABEL, DataError, Sample, Turn, VisualPrompt
 

@@ -40,9 +40,10 @@ from pixel_sail.evaluation.run import code_version
 from pixel_sail.files import replace_text
 from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
 from pixel_sail.model.decoder import attend
+from pixel_sail.model.image_layout import image_positions
 from pixel_sail.model.mask_head import mask_logits
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
-from pixel_sail.model.processing_pixel_sail import PixelSailProcessor, image_positions
+from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.tokenization import model_token_ids, train_tokenizer
 
 SIZES = {

@@ -58,8 +58,10 @@ from pixel_sail.experts.settings import ExpertSettings
 from pixel_sail.experts.teachers import checked_recipe, student_grid
 from pixel_sail.losses.distill import resized_features
 from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
+from pixel_sail.model.image_layout import image_span
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.patches import grid_size
+from pixel_sail.model.tokenization import IMAGE_TOKENS
 from pixel_sail.training.prepare import build_mixture
 from pixel_sail.types import DataError, SizeHW
 
@@ -124,7 +126,7 @@ class Job:
         """Return the map at the size it is stored in."""
         if self.grid is None:
             return features_Ehw
-        patches = grid_size(image_hw, self.grid.patch_size, self.grid.max_long_side)
+        patches = self.grid.grid_hw(image_hw)
         return resized_features(features_Ehw, self.grid.map_hw(patches))
 
 
@@ -162,7 +164,7 @@ def stored_bytes(job: Job) -> int:
     channels = job.expert.recipe.channels
     for image in job.images.values():
         if job.grid is not None:
-            rows, columns = job.grid.map_hw(grid_size(image.hw, job.grid.patch_size, job.grid.max_long_side))
+            rows, columns = job.grid.map_hw(job.grid.grid_hw(image.hw))
         else:
             size = job.expert.recipe.preprocessing.size(image.hw)
             scale = measured_stride(job)
@@ -263,19 +265,19 @@ def student_seconds(architecture: Architecture, sizes: Sequence[SizeHW], device:
 def student_pass(model: PixelSailForSegmentation, image_hw: SizeHW, device: torch.device) -> None:
     """Run one image with one mask forward and backward."""
     config = model.config
-    rows, columns = grid_size(image_hw, config.patch_size, config.max_long_side)
-    num_patches = rows * columns
-    zeros = torch.zeros(1, num_patches, dtype=torch.long, device=device)
+    grid = grid_size(image_hw, config.patch_size, config.max_long_side, config.sizing)
+    span = image_span(config.base, grid, [config.token_id(token) for token in IMAGE_TOKENS])
+    zeros = torch.zeros(1, len(span.token_ids_S), dtype=torch.long, device=device)
     output = model(
-        input_ids_BT=zeros + 1,
-        position_ids_2BT=zeros.expand(2, 1, -1),
+        input_ids_BT=span.token_ids_S[None].to(device),
+        position_ids_2BT=span.position_ids_2S[:, None].to(device),
         sample_index_BT=zeros,
         branch_ids_BT=zeros,
-        in_image_BT=zeros == 0,
-        patch_index_BT=torch.arange(num_patches, device=device)[None],
+        in_image_BT=torch.full_like(zeros, config.attention == "prefix", dtype=torch.bool),
+        patch_index_BT=span.patch_index_S[None].to(device),
         prompt_ids_BT=zeros - 1,
-        patches_SK=torch.zeros(num_patches, 3 * config.patch_size**2, dtype=torch.uint8, device=device),
-        grids=[(rows, columns)],
+        patches_SK=torch.zeros(grid[0] * grid[1], 3 * config.patch_size**2, dtype=torch.uint8, device=device),
+        grids=[grid],
         seg_positions_N2=torch.zeros(1, 2, dtype=torch.long, device=device),
         masks_per_image=[1],
         logit_positions_M2=torch.zeros(1, 2, dtype=torch.long, device=device),

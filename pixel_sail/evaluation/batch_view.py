@@ -84,7 +84,11 @@ def _runs(batch: Batch, processor: PixelSailProcessor, row: int, tokens: torch.T
     """Return the tokens of a sample, joined where they are of one kind."""
     # The position before a token predicts it, so the supervised token is the next one.
     supervised = set((batch.logit_positions_M2[batch.logit_positions_M2[:, 0] == row][:, 1] + 1).tolist())
-    kinds = [(bool(batch.in_image_BT[row, t]), int(t) in supervised, int(batch.branch_ids_BT[row, t])) for t in tokens]
+    image_ids = set(processor.image_ids)
+    kinds = [
+        (int(batch.input_ids_BT[row, t]) in image_ids, int(t) in supervised, int(batch.branch_ids_BT[row, t]))
+        for t in tokens
+    ]
     runs = []
     start = 0
     for end in range(1, len(kinds) + 1):

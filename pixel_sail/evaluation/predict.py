@@ -25,7 +25,7 @@ from pixel_sail.config import PredictConfig
 from pixel_sail.model.generation import Answer, ImagePrefixes, encode_images, generate
 from pixel_sail.model.mask_head import mask_logits
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, load_model
-from pixel_sail.model.processing_pixel_sail import PixelSailProcessor, image_positions
+from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.types import BoolMask, SizeHW, VisualPrompt
 
 FORCED_ANSWER = "It is [SEG]."
@@ -132,7 +132,10 @@ class Predictor:
 
         Raises: DataError for a visual prompt the model has no token for.
         """
-        texts = [[self._question_ids(question) for question in request.questions] for request in requests]
+        texts = [
+            [self._question_ids(question, follows_image=request.image is not None) for question in request.questions]
+            for request in requests
+        ]
         replies: list[list[Reply]] = [[] for _ in requests]
         for batch in self._batches(requests, texts):
             answers, prefixes = self._generate([requests[part.request] for part in batch], batch)
@@ -191,8 +194,9 @@ class Predictor:
                 self.model,
                 torch.stack([image.patches_PK for image in images]).to(self.model.device),
                 grid,
-                image_positions(grid).to(self.model.device),
+                self.processor.image_span(grid).position_ids_2S.to(self.model.device),
                 torch.stack(painted).to(self.model.device),
+                lead_ids=self.processor.lead_ids,
             )
         answers = generate(
             self.model,
@@ -203,9 +207,9 @@ class Predictor:
         )
         return answers, prefixes
 
-    def _question_ids(self, question: str) -> list[int]:
+    def _question_ids(self, question: str, *, follows_image: bool) -> list[int]:
         """Return the tokens of a question, with the forced answer behind it where one is configured."""
-        ids = self.processor.question_ids(question)
+        ids = self.processor.question_ids(question, follows_image=follows_image)
         return ids + self.processor.text_ids(FORCED_ANSWER) if self.config.answer == "forced" else ids
 
     def _replies(self, answers: Sequence[Answer], states_hwD: Tensor | None, image_hw: SizeHW) -> list[Reply]:

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pixel_sail.model.patches import grid_size
 from pixel_sail.types import DataError, SizeHW
 
 INDEX, PLAN = "index.json", "plan.json"
@@ -43,6 +44,11 @@ class StudentGrid:
     max_long_side: int
     cells_per_patch: int
     """Cells of the map along one side of a patch."""
+    sizing: str = "long_side"
+
+    def grid_hw(self, size_hw: SizeHW) -> SizeHW:
+        """Return the patch grid of an image of this size."""
+        return grid_size(size_hw, self.patch_size, self.max_long_side, self.sizing)
 
     def map_hw(self, grid_hw: SizeHW) -> SizeHW:
         """Return the size of the student's map of an image with this patch grid."""
@@ -61,7 +67,8 @@ class StoredMap:
 
 def cache_identity(expert: dict[str, Any], *, precision: str, grid: StudentGrid | None) -> dict[str, Any]:
     """Return what the maps of a cache are, as JSON reads it back; no grid: they have the expert's own size."""
-    pooled = None if grid is None else vars(grid)
+    # Caches written before there was a second rule of sizes keep their identity.
+    pooled = None if grid is None else {k: v for k, v in vars(grid).items() if (k, v) != ("sizing", "long_side")}
     plain = {"format": FORMAT, "expert": expert, "precision": precision, "pooled_to": pooled}
     read_back: dict[str, Any] = json.loads(json.dumps(plain))
     return read_back

@@ -5,30 +5,35 @@ span sees nothing but itself, so its features do not depend on any text: a photo
 patches of 16, stride 4 and mask_dim 128 gives [128, 32, 32].
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from pixel_sail.experts.expert import Recipe
-from pixel_sail.experts.preprocess import PatchMultiple, Preprocessing
+from pixel_sail.experts.preprocess import AreaMultiple, PatchMultiple, Preprocessing
 from pixel_sail.experts.weights import file_hashes
 from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
+from pixel_sail.model.image_layout import image_span
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, load_model
-from pixel_sail.model.patches import PIXEL_MEAN, PIXEL_STD
-from pixel_sail.model.processing_pixel_sail import image_positions
+from pixel_sail.model.patches import CLIP_MEAN, CLIP_STD, PIXEL_MEAN, PIXEL_STD
+from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.speed import Speed
-from pixel_sail.types import DataError
+from pixel_sail.model.tokenization import IMAGE_TOKENS
+from pixel_sail.types import DataError, SizeHW
 
 
 class PixelMap(nn.Module):
     """The model's pixel features of pictures alone."""
 
-    def __init__(self, model: PixelSailForSegmentation) -> None:
+    def __init__(self, model: PixelSailForSegmentation, lead_ids: Sequence[int] = ()) -> None:
+        """`lead_ids`: the text that the model's template puts before an image."""
         super().__init__()
         self.model = model
         # The map itself is wanted, not its product with a query.
         model.use(Speed(mask_head="maps"))
+        self.lead_ids = tuple(lead_ids)
 
     def forward(self, pixels_B3HW: Tensor) -> Tensor:
         """Return the pixel features [B, E, Y, X] of normalised pictures whose sides are multiples of the patch size."""
@@ -37,19 +42,20 @@ class PixelMap(nn.Module):
         rows, columns = (side // size for side in pixels_B3HW.shape[2:])
         tiles = pixels_B3HW.unflatten(3, (columns, size)).unflatten(2, (rows, size)).permute(0, 2, 4, 1, 3, 5)
         num_patches = rows * columns
-        one_span = [config.token_id("<vision>")]
-        one_span += [config.token_id("<vpatch>")] * num_patches + [config.token_id("</vision>")]
-        ids_BT = torch.tensor(one_span, device=device).expand(num_images, -1)
-        patch_index_BT = torch.full_like(ids_BT, -1)
-        patch_index_BT[:, 1:-1] = torch.arange(num_images * num_patches, device=device).view(num_images, -1)
+        image_ids = [config.token_id(token) for token in IMAGE_TOKENS]
+        span = image_span(config.base, (rows, columns), image_ids, self.lead_ids)
+        ids_BT = span.token_ids_S.to(device).expand(num_images, -1)
+        own_BT = span.patch_index_S.to(device).expand(num_images, -1)
+        first_B1 = num_patches * torch.arange(num_images, device=device)[:, None]
+        patch_index_BT = torch.where(own_BT >= 0, own_BT + first_B1, -1)
         zeros_BT = torch.zeros_like(ids_BT)
         first_tokens = torch.stack((torch.arange(num_images), torch.zeros(num_images, dtype=torch.long)), dim=1)
         output = self.model(
             input_ids_BT=ids_BT,
-            position_ids_2BT=image_positions((rows, columns)).to(device)[:, None].expand(-1, num_images, -1),
+            position_ids_2BT=span.position_ids_2S.to(device)[:, None].expand(-1, num_images, -1),
             sample_index_BT=zeros_BT,
             branch_ids_BT=zeros_BT,
-            in_image_BT=torch.ones_like(ids_BT, dtype=torch.bool),
+            in_image_BT=torch.full_like(ids_BT, config.attention == "prefix", dtype=torch.bool),
             patch_index_BT=patch_index_BT,
             prompt_ids_BT=torch.full_like(ids_BT, -1),
             patches_SK=tiles.reshape(num_images * num_patches, -1),
@@ -71,16 +77,23 @@ def ours(weights: str) -> Recipe:
         raise DataError(f"experts: ours: {folder} holds no config.json; expected the `export` folder of a run")
     config = PixelSailConfig.from_pretrained(folder)
 
+    is_eve = config.base == "eve"
+    resize: Callable[[SizeHW], SizeHW] = PatchMultiple(patch_size=config.patch_size, max_long_side=config.max_long_side)
+    if is_eve:
+        resize = AreaMultiple(patch_size=config.patch_size, side=config.max_long_side)
+
     def load() -> nn.Module:
-        return PixelMap(load_model(folder))
+        lead_ids = PixelSailProcessor.from_pretrained(folder).lead_ids if is_eve else []
+        return PixelMap(load_model(folder), lead_ids)
 
     return Recipe(
         kind="ours",
         channels=config.mask_dim,
         preprocessing=Preprocessing(
-            resize=PatchMultiple(patch_size=config.patch_size, max_long_side=config.max_long_side),
-            mean=PIXEL_MEAN,
-            std=PIXEL_STD,
+            resize=resize,
+            mode="bicubic" if is_eve else "bilinear",
+            mean=CLIP_MEAN if is_eve else PIXEL_MEAN,
+            std=CLIP_STD if is_eve else PIXEL_STD,
         ),
         weights=file_hashes(folder),
         build=load,

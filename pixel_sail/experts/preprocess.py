@@ -73,6 +73,18 @@ class PatchMultiple:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AreaMultiple:
+    """As the processor of a student with base eve: multiples of the patch size, about the area of a square."""
+
+    patch_size: int
+    side: int
+
+    def __call__(self, size_hw: SizeHW) -> SizeHW:
+        """Return the size a photo of this size is resized to."""
+        return resized_size(size_hw, self.patch_size, self.side, "area")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Preprocessing:
     """Resizing, scaling to 0 .. 1 and normalisation."""
 

@@ -60,6 +60,7 @@ def student_grid(architecture: Architecture, site: str) -> StudentGrid:
         patch_size=architecture.patch_size,
         max_long_side=architecture.max_long_side,
         cells_per_patch=cells,
+        sizing=architecture.sizing,
     )
 
 

@@ -12,6 +12,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+BASES = ("sail", "eve")
+ATTENTION = ("prefix", "causal")
+EXPERT_PARTS = ("self_attn", "layernorm", "mlp")
 MAX_FEATURE_SIZE = 1024
 """Widest channel count of the upsampler; wider decoders are projected down first (release: `min(hidden, 1024)`)."""
 
@@ -20,6 +23,16 @@ MAX_FEATURE_SIZE = 1024
 class Architecture:
     """Everything that determines the shapes of the parameters and what the forward pass computes."""
 
+    base: str = "sail"
+    """How an image enters. sail: raw patches through one linear layer between two delimiters, 2-D positions, never
+    enlarged. eve: patches through two convolutions, a class token before them and a token behind every row, 1-D
+    positions, every image scaled to one area, a chat template around it (as EVEv2)."""
+    attention: str = "prefix"
+    """prefix: the tokens of an image see each other in both directions. causal: every token sees what went before."""
+    modality_experts: list[str] = field(default_factory=list)
+    """Which parts of a layer have weights of their own for image tokens: self_attn, layernorm, mlp. eve only."""
+    patch_hidden_size: int = 1024
+    """Channels between the two convolutions of an eve patch."""
     vocab_size: int = 512
     """Rows of the token embedding."""
     hidden_size: int = 128
@@ -36,7 +49,7 @@ class Architecture:
     patch_size: int = 16
     """Side of a square patch, pixels."""
     max_long_side: int = 1024
-    """Longest side an image is resized to, pixels."""
+    """Longest side an image is resized to, pixels; for eve the side of a square of the area that it is scaled to."""
     mask_stride: int = 4
     """Pixels per mask logit: 2 is the released code, 4 the paper, `patch_size` switches the upsampler off."""
     mask_dim: int = 256
@@ -48,6 +61,7 @@ class Architecture:
 
     def validate(self) -> None:
         """Raise ValueError where sizes do not fit together."""
+        self._validate_base()
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"model: hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
@@ -72,6 +86,32 @@ class Architecture:
                 f"model: mask_stride is {self.mask_stride}, expected 1 .. patch_size ({self.patch_size}); "
                 "patch_size itself switches the upsampler off"
             )
+
+    def _validate_base(self) -> None:
+        """Raise ValueError for an unknown base or attention, or one that does not fit the other."""
+        for name, value, allowed in (("base", self.base, BASES), ("attention", self.attention, ATTENTION)):
+            if value not in allowed:
+                raise ValueError(f"model: {name} is {value!r}, expected one of {allowed}")
+        unknown = sorted(set(self.modality_experts) - set(EXPERT_PARTS))
+        if unknown or len(set(self.modality_experts)) < len(self.modality_experts):
+            raise ValueError(
+                f"model: modality_experts is {list(self.modality_experts)}, expected some of {EXPERT_PARTS}, each once"
+            )
+        if self.base == "eve":
+            if self.attention != "causal":
+                raise ValueError("model: base eve has text before its image, which only attention=causal takes")
+            if self.patch_size % 2 or self.patch_hidden_size < 1:
+                raise ValueError(
+                    f"model: patch_size is {self.patch_size} and patch_hidden_size {self.patch_hidden_size}; base eve "
+                    "expects an even number (each patch is 2 x 2 pieces) and at least 1"
+                )
+        elif self.modality_experts:
+            raise ValueError(f"model: modality_experts is {list(self.modality_experts)}, which needs base=eve")
+
+    @property
+    def sizing(self) -> str:
+        """Return the rule by which images are resized (see `patches.resized_size`)."""
+        return "area" if self.base == "eve" else "long_side"
 
     @property
     def head_dim(self) -> int:

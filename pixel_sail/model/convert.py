@@ -19,10 +19,15 @@ from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 
 KEY_PATTERNS: tuple[tuple[str, str], ...] = (
     (r"single_transformer\.model\.embed_tokens\.(.+)", r"embed_tokens.\1"),
-    (r"single_transformer\.model\.layers\.(.+)", r"decoder.layers.\1"),
+    (r"single_transformer\.model\.layers\.((?:(?!moe_).)+)", r"decoder.layers.\1"),
+    (r"single_transformer\.model\.layers\.(\d+)\.(self_attn\.)?moe_(.+)", r"decoder.layers.\1.image.\2\3"),
     (r"single_transformer\.model\.norm\.(.+)", r"decoder.norm.\1"),
     (r"single_transformer\.model\.vis_embed\.(.+)", r"patch_embedding.patch_projection.\1"),
     (r"single_transformer\.model\.vp_embed\.(.+)", r"patch_embedding.prompt_projection.\1"),
+    (r"single_transformer\.model\.vision_tower\.patch_embedding\.0\.(.+)", r"patch_embedding.piece_projection.\1"),
+    (r"single_transformer\.model\.vision_tower\.patch_embedding\.2\.(.+)", r"patch_embedding.patch_projection.\1"),
+    (r"single_transformer\.model\.vision_tower\.class_embedding", r"patch_embedding.class_embedding"),
+    (r"single_transformer\.model\.vision_tower\.split_embedding", r"patch_embedding.row_end_embedding"),
     (r"single_transformer\.lm_head\.(.+)", r"lm_head.\1"),
     (r"image_feature_pre_projector\.(.+)", r"mask_head.pre_projector.\1"),
     (r"seg_token_projector\.(.+)", r"mask_head.seg_projector.\1"),
@@ -31,7 +36,11 @@ KEY_PATTERNS: tuple[tuple[str, str], ...] = (
     (r"upsample_blocks\.(\d+)\.2\.(depthwise|pointwise)\.(.+)", r"mask_head.upsampler.blocks.\1.\2.\3"),
     (r"upsample_blocks\.(\d+)\.3\.ln\.(.+)", r"mask_head.upsampler.blocks.\1.norm.\2"),
 )
-"""Released key -> ours. Source: bytedance/Sa2VA 9832e1a, sa2va_eval/projects/ST, state dict of the SAIL model."""
+"""Released key -> ours. Source: bytedance/Sa2VA 9832e1a, sa2va_eval/projects/ST, state dicts of the SAIL and of the EVE
+model."""
+
+UNUSED_KEYS = frozenset({"single_transformer.vp_embed.weight"})
+"""Released parameters of the EVE model that no output depends on."""
 
 TOKEN_ROWS = ("embed_tokens.weight", "lm_head.weight")
 """Parameters whose rows belong to tokens."""
@@ -46,7 +55,7 @@ def our_key(released_key: str) -> str:
         if re.fullmatch(pattern, released_key):
             return re.sub(pattern, replacement, released_key)
     raise ValueError(
-        f"released state dict: unknown key {released_key!r}; expected a SAIL-type Pixel-SAIL checkpoint "
+        f"released state dict: unknown key {released_key!r}; expected a Pixel-SAIL checkpoint "
         "(single_transformer.*, upsample_blocks.*, image_feature_projector.*, seg_token_projector.*)"
     )
 
@@ -93,6 +102,8 @@ def convert_release_state(
     """
     state: dict[str, Tensor] = {}
     for key, tensor in released.items():
+        if key in UNUSED_KEYS:
+            continue
         name = our_key(key)
         if name in TOKEN_ROWS:
             tensor = _place_rows(tensor, source_tokens, target_tokens, model.config.vocab_size)

@@ -199,7 +199,7 @@ class DecoderLayer(nn.Module):
     def forward(self, x_BTD: Tensor, rotary: Rotary, rule: AttentionRule, layer: int) -> Tensor:
         """Return the new states."""
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, rule, layer)
-        return self.feed_forward(x_BTD) if not self.compiled else _compiled_feed_forward()(self, x_BTD)
+        return self.feed_forward(x_BTD) if not self.compiled else compiled_feed_forward(DecoderLayer)(self, x_BTD)
 
     def feed_forward(self, x_BTD: Tensor) -> Tensor:
         """Return the states after the second half of the layer, which treats every token by itself."""
@@ -207,17 +207,19 @@ class DecoderLayer(nn.Module):
 
 
 @cache
-def _compiled_feed_forward() -> Callable[[DecoderLayer, Tensor], Tensor]:
-    """Return `feed_forward` through torch.compile: one graph for all layers and all lengths."""
-    return torch.compile(DecoderLayer.feed_forward, dynamic=True)
+def compiled_feed_forward(layer_class: type[DecoderLayer]) -> Callable[..., Tensor]:
+    """Return the `feed_forward` of a kind of layer through torch.compile: one graph for all layers and all lengths."""
+    return torch.compile(layer_class.feed_forward, dynamic=True)
 
 
 class Decoder(nn.Module):
     """The stack of layers and the final norm."""
 
+    layer_class: type[DecoderLayer] = DecoderLayer
+
     def __init__(self, config: Architecture) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.layer_class(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head_dim = config.head_dim
         self.rope_theta = config.rope_theta

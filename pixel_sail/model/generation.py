@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from pixel_sail.model.decoder import attend
+from pixel_sail.model.image_layout import image_span, patch_places
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
+from pixel_sail.model.tokenization import IMAGE_TOKENS
 
 KeyValue = tuple[Tensor, Tensor]
 """Rotated keys and values of one layer, both [I, G, S, E]."""
@@ -34,11 +36,12 @@ class ImagePrefixes:
     hidden_ISD: Tensor
     grid_hw: tuple[int, int]
     next_position: int
+    places_P: Tensor
+    """At which token of the prefix every patch stands."""
 
     def patch_states(self, image: int) -> Tensor:
-        """Return the states [h, w, D] of the patches of one image, which stand between the two delimiters."""
-        rows, columns = self.grid_hw
-        return self.hidden_ISD[image, 1 : 1 + rows * columns].view(rows, columns, -1)
+        """Return the states [h, w, D] of the patches of one image."""
+        return self.hidden_ISD[image].index_select(0, self.places_P).unflatten(0, self.grid_hw)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,35 +71,42 @@ def encode_images(
     grid_hw: tuple[int, int],
     position_ids_2S: Tensor,
     prompt_ids_IS: Tensor,
+    *,
+    lead_ids: Sequence[int] = (),
 ) -> ImagePrefixes:
-    """Encode image spans `<vision> patches </vision>`; positions and prompts cover all of their tokens."""
+    """Encode image spans, with the text `lead_ids` before them; positions and prompts cover all of their tokens."""
     config, device, num_images = model.config, patches_IPK.device, len(patches_IPK)
-    patch_ids = [config.token_id("<vpatch>")] * patches_IPK.shape[1]
-    ids = torch.tensor([config.token_id("<vision>"), *patch_ids, config.token_id("</vision>")], device=device)
-    recorder = _PrefixRecorder()
+    span = image_span(config.base, grid_hw, [config.token_id(token) for token in IMAGE_TOKENS], lead_ids)
+    recorder = _PrefixRecorder(len(span.token_ids_S), is_causal=config.attention == "causal", device=device)
     hidden = model.encode_prefix(
-        ids.expand(num_images, -1),
+        span.token_ids_S.to(device).expand(num_images, -1),
         position_ids_2S[:, None].expand(-1, num_images, -1),
         patches_IPK,
         prompt_ids_IS,
         recorder,
+        [grid_hw] * num_images,
     )
-    next_position = int(position_ids_2S.max()) + 1
     return ImagePrefixes(
-        key_values=recorder.key_values, hidden_ISD=hidden, grid_hw=grid_hw, next_position=next_position
+        key_values=recorder.key_values,
+        hidden_ISD=hidden,
+        grid_hw=grid_hw,
+        next_position=int(position_ids_2S.max()) + 1,
+        places_P=patch_places(config.base, grid_hw, len(lead_ids)).to(device),
     )
 
 
 class _PrefixRecorder:
-    """The rule of image spans: every token sees the whole span. Keeps keys and values."""
+    """The rule of image spans: every token sees the whole span, or what went before. Keeps keys and values."""
 
-    def __init__(self) -> None:
+    def __init__(self, length: int, *, is_causal: bool, device: torch.device) -> None:
         self.key_values: list[KeyValue] = []
+        everything_SS = torch.ones(length, length, dtype=torch.bool, device=device) if is_causal else None
+        self.mask_SS = None if everything_SS is None else everything_SS.tril()
 
     def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
         """Return the mixed values."""
         self.key_values.append((k_BGTE, v_BGTE))
-        return attend(q_BATE, k_BGTE, v_BGTE, None)
+        return attend(q_BATE, k_BGTE, v_BGTE, self.mask_SS)
 
 
 @torch.no_grad()

@@ -24,10 +24,14 @@ from pixel_sail.model.attention_rules import training_rule
 from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
 from pixel_sail.model.decoder import Attention, AttentionRule, Decoder, DecoderLayer, RMSNorm, SwiGLU
 from pixel_sail.model.distill_head import DistillHead, DistillSite
+from pixel_sail.model.eve_embedding import EveEmbedding
 from pixel_sail.model.image_embedding import PatchEmbedding
+from pixel_sail.model.image_layout import image_tokens
 from pixel_sail.model.mask_head import MaskHead, PointLogits, folded_logits, mask_logits
+from pixel_sail.model.routed_decoder import Mixed, RoutedDecoder, RoutedLayer, TokenKinds, TwoKinds
 from pixel_sail.model.speed import Speed
 from pixel_sail.model.text_head import TextHead
+from pixel_sail.model.tokenization import IMAGE_TOKENS
 from pixel_sail.model.transfer import to_device
 from pixel_sail.types import SampleSpan
 
@@ -65,13 +69,13 @@ class PixelSailForSegmentation(PreTrainedModel):
     base_model_prefix = "decoder"
     supports_gradient_checkpointing = True
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012, declared so by the base class
-    _no_split_modules = ["DecoderLayer"]  # noqa: RUF012
+    _no_split_modules = ["DecoderLayer", "RoutedLayer"]  # noqa: RUF012
 
     def __init__(self, config: PixelSailConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.patch_embedding = PatchEmbedding(config)
-        self.decoder = Decoder(config)
+        self.patch_embedding = EveEmbedding(config) if config.base == "eve" else PatchEmbedding(config)
+        self.decoder = RoutedDecoder(config) if config.modality_experts else Decoder(config)
         self.lm_head = TextHead(config.hidden_size, config.vocab_size)
         self.mask_head = MaskHead(config)
         self.speed = Speed()
@@ -90,7 +94,7 @@ class PixelSailForSegmentation(PreTrainedModel):
         | embeddings, linear layers outside the mask head   | normal, std `initializer_range`      |
         | q/k/v biases                                      | zero                                 |
         | norms                                             | one (and zero)                       |
-        | mask head                                         | see `MaskHead.draw_weights`          |
+        | mask head, embedding of eve patches               | see their `draw_weights`             |
         """
         if isinstance(module, nn.Embedding) or module is self.lm_head:
             nn.init.normal_(module.weight, std=self.config.initializer_range)
@@ -102,7 +106,7 @@ class PixelSailForSegmentation(PreTrainedModel):
                 nn.init.normal_(layer.weight, std=self.config.initializer_range)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-        elif isinstance(module, MaskHead):
+        elif isinstance(module, (MaskHead, EveEmbedding)):
             module.draw_weights()
 
     def add_distill_head(self, sites: Mapping[str, DistillSite], *, seed: int) -> None:
@@ -137,13 +141,35 @@ class PixelSailForSegmentation(PreTrainedModel):
         """Return token embeddings [B, T, D] with patches and visual prompts added."""
         prompt_ids = torch.tensor(self.config.prompt_token_ids, dtype=torch.long)
         prompt_tokens = to_device(prompt_ids, input_ids_BT.device)
-        return self.patch_embedding(
+        inputs = (
             self.embed_tokens(input_ids_BT),
             patches_SK,
             patch_index_BT,
             self.embed_tokens(prompt_tokens),
             prompt_ids_BT,
         )
+        if isinstance(self.patch_embedding, EveEmbedding):
+            return self.patch_embedding(*inputs, input_ids_BT)
+        return self.patch_embedding(*inputs)
+
+    def decode(
+        self,
+        embeddings_BTD: Tensor,
+        position_ids_2BT: Tensor,
+        rule: AttentionRule,
+        input_ids_BT: Tensor,
+        grids: Sequence[tuple[int, int]],
+    ) -> Tensor:
+        """Return the states after the final norm [B, T, D]; `grids` are those of all images among the tokens."""
+        if not isinstance(self.decoder, RoutedDecoder):
+            return self.decoder(embeddings_BTD, position_ids_2BT, rule)
+        is_image_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
+        for token in IMAGE_TOKENS:
+            is_image_BT = is_image_BT | (input_ids_BT == self.config.token_id(token))
+        kinds: TokenKinds = Mixed(is_image_BT)
+        if self.speed.experts == "routed":
+            kinds = TwoKinds(is_image_BT, sum(image_tokens(self.config.base, grid) for grid in grids))
+        return self.decoder(embeddings_BTD, position_ids_2BT, rule, kinds)
 
     def forward(
         self,
@@ -174,7 +200,7 @@ class PixelSailForSegmentation(PreTrainedModel):
         rule = training_rule(
             self.speed.attention, sample_index_BT, branch_ids_BT, in_image_BT, spans, dtype=embeddings.dtype
         )
-        hidden_BTD = self.decoder(embeddings, position_ids_2BT, rule)
+        hidden_BTD = self.decode(embeddings, position_ids_2BT, rule, input_ids_BT, grids)
         chosen = hidden_BTD if logit_positions_M2 is None else hidden_BTD[tuple(logit_positions_M2.unbind(1))]
         if targets_M is not None and self.speed.text_loss == "chunked":
             logits, text_losses_M = None, self.lm_head(chosen, targets_M)
@@ -229,8 +255,10 @@ class PixelSailForSegmentation(PreTrainedModel):
         self.speed = speed
         for layer in self.decoder.layers:
             assert isinstance(layer, DecoderLayer)
-            layer.mlp.recomputed = speed.swiglu == "recomputed"
             layer.compiled = speed.compile == "layers"
+            for mlp in (layer.mlp, layer.image.mlp if isinstance(layer, RoutedLayer) else None):
+                if mlp is not None:
+                    mlp.recomputed = speed.swiglu == "recomputed"
 
     def images_with_pixel_map(
         self, masks_per_image: Sequence[int], distilled_images: Mapping[str, Sequence[int]]
@@ -316,12 +344,16 @@ class PixelSailForSegmentation(PreTrainedModel):
         patches_BPK: Tensor,
         prompt_ids_BT: Tensor,
         rule: AttentionRule,
+        grids: Sequence[tuple[int, int]] = (),
     ) -> Tensor:
-        """Return the states [B, T, D] of image spans with one grid; the rule sees the keys and values of each layer."""
+        """Return the states [B, T, D] of image spans with one grid; the rule sees the keys and values of each layer.
+
+        `grids`, one per row, are needed where image tokens have weights of their own.
+        """
         is_patch = input_ids_BT == self.config.token_id("<vpatch>")
         patch_index = torch.where(is_patch, is_patch.view(-1).long().cumsum(0).view_as(input_ids_BT) - 1, -1)
         embeddings = self.embed(input_ids_BT, patches_BPK.flatten(0, 1), patch_index, prompt_ids_BT)
-        return self.decoder(embeddings, position_ids_2BT, rule)
+        return self.decode(embeddings, position_ids_2BT, rule, input_ids_BT, grids)
 
 
 def masks_of_images(

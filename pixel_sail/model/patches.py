@@ -6,8 +6,11 @@ of 1024, all (height, width):
     image 427 x 640  -> resized 432 x 640 -> grid 27 x 40 = 1080 patches
     image 480 x 640  -> resized 480 x 640 -> grid 30 x 40 = 1200 patches
     image 1080 x 1920 -> resized 576 x 1024 -> grid 36 x 64 = 2304 patches
+
+The other rule, "area", for patches of 32 and an area of 800 x 800: 480 x 640 -> 704 x 928 -> grid 22 x 29.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,44 +25,65 @@ PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 """ImageNet statistics, as in the release."""
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Statistics of CLIP's pictures, which EVE's are normalised with."""
 
-def resized_size(size_hw: SizeHW, patch_size: int, max_long_side: int) -> SizeHW:
-    """Return the size an image is resized to: both sides multiples of the patch size, the long one capped.
+RESAMPLING = {"long_side": Image.Resampling.BILINEAR, "area": Image.Resampling.BICUBIC}
+"""Filter of each rule, as in the release."""
 
-    Images are not enlarged beyond the next multiple. Source: release, dataset preprocessing.
+
+def resized_size(size_hw: SizeHW, patch_size: int, max_long_side: int, sizing: str = "long_side") -> SizeHW:
+    """Return the size an image is resized to: both sides multiples of the patch size.
+
+    long_side: the long side is capped, and images are not enlarged beyond the next multiple. area: images are scaled,
+    up or down, to the area of a square of `max_long_side`, then each side is rounded up to a multiple. Source: release,
+    dataset preprocessing of the SAIL and of the EVE model.
     """
     height, width = size_hw
     if height < 1 or width < 1:
         raise ValueError(f"image size {size_hw}: both sides must be at least 1 pixel")
+    if sizing == "area":
+        # The smallest n with n * patch_size >= side * max_long_side / sqrt(height * width), in whole numbers: a side
+        # that comes out exactly must not be rounded up.
+        rows, columns = (
+            math.isqrt((max_long_side**2 * side - 1) // (patch_size**2 * other)) + 1
+            for side, other in ((height, width), (width, height))
+        )
+        return rows * patch_size, columns * patch_size
     long, short = max(height, width), min(height, width)
     new_long = min(-(-long // patch_size) * patch_size, max_long_side // patch_size * patch_size)
     new_short = max(-(-int(new_long * short / long) // patch_size), 1) * patch_size
     return (new_long, new_short) if height >= width else (new_short, new_long)
 
 
-def grid_size(size_hw: SizeHW, patch_size: int, max_long_side: int) -> SizeHW:
+def grid_size(size_hw: SizeHW, patch_size: int, max_long_side: int, sizing: str = "long_side") -> SizeHW:
     """Return the patch grid (rows, columns) of an image of this size."""
-    height, width = resized_size(size_hw, patch_size, max_long_side)
+    height, width = resized_size(size_hw, patch_size, max_long_side, sizing)
     return height // patch_size, width // patch_size
 
 
-def image_to_patches(image: Image.Image, patch_size: int, max_long_side: int) -> tuple[Tensor, SizeHW]:
+def image_to_patches(
+    image: Image.Image, patch_size: int, max_long_side: int, sizing: str = "long_side"
+) -> tuple[Tensor, SizeHW]:
     """Return the patches [P, 3 * patch_size ** 2], uint8, channel first and row by row, and their grid.
 
     They stay bytes until the model has them: a quarter of the memory on the way through loader and bus.
     """
-    height, width = resized_size((image.height, image.width), patch_size, max_long_side)
-    resized = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+    height, width = resized_size((image.height, image.width), patch_size, max_long_side, sizing)
+    resized = image.convert("RGB").resize((width, height), RESAMPLING[sizing])
     rows, columns = height // patch_size, width // patch_size
     tiles = torch.from_numpy(np.array(resized)).view(rows, patch_size, columns, patch_size, 3).permute(0, 2, 4, 1, 3)
     return tiles.reshape(rows * columns, -1).contiguous(), (rows, columns)
 
 
-def normalize_patches(patches_SK: Tensor) -> Tensor:
-    """Return patches of bytes as float32, each channel with ImageNet's mean 0 and deviation 1."""
+def normalize_patches(
+    patches_SK: Tensor, *, mean: tuple[float, ...] = PIXEL_MEAN, std: tuple[float, ...] = PIXEL_STD
+) -> Tensor:
+    """Return patches of bytes as float32, where pictures of these statistics have mean 0 and deviation 1."""
     pixels_SCQ = patches_SK.float().view(len(patches_SK), 3, patches_SK.shape[1] // 3) / 255.0
-    mean, std = (pixels_SCQ.new_tensor(values)[:, None] for values in (PIXEL_MEAN, PIXEL_STD))
-    return ((pixels_SCQ - mean) / std).view(patches_SK.shape)
+    mean_C1, std_C1 = (pixels_SCQ.new_tensor(values)[:, None] for values in (mean, std))
+    return ((pixels_SCQ - mean_C1) / std_C1).view(patches_SK.shape)
 
 
 def covered_patches(mask: BoolMask, grid_hw: SizeHW) -> NDArray[np.bool_]:

@@ -6,6 +6,10 @@ questions with it. The layout of a sample with one question (grid 2 x 3):
     <vision> <vpatch>x6 </vision> | <|im_start|>user\\n{question}<|im_end|>\\n | {answer}<|endoftext|>
     positions (row, column): (0,0) (1,1) (1,2) (1,3) (2,1) (2,2) (2,3) (4,4) (5,5) ...
     labels: the answer's tokens only
+
+Base eve writes an image into the first question, in the chat template of its language model:
+
+    <|im_start|>user\\n <image> | \\n{question}<|im_end|>\\n<|im_start|>assistant\\n | {answer}<|im_end|>
 """
 
 import json
@@ -19,13 +23,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pixel_sail.model.configuration_pixel_sail import Architecture
+from pixel_sail.model.image_layout import ImageSpan, image_span
 from pixel_sail.model.patches import covered_patches, grid_size, image_to_patches, visible_owners
-from pixel_sail.model.tokenization import END_TOKEN, SEG_TOKEN, load_tokenizer
+from pixel_sail.model.tokenization import END_TOKEN, IMAGE_TOKENS, SEG_TOKEN, TURN_END, load_tokenizer
 from pixel_sail.types import IGNORE_LABEL, BoolMask, DataError, Example, Sample, SizeHW, VisualPrompt
 
 SETTINGS_FILE = "processor_config.json"
 QUESTION_TEMPLATE = "<|im_start|>user\n{question}<|im_end|>\n"
 """Neither a system prompt nor an assistant header, as in the release."""
+CHAT_LEAD, CHAT_QUESTION = "<|im_start|>user\n", "{question}<|im_end|>\n<|im_start|>assistant\n"
+"""The template of base eve. An image stands between both, with a line break behind it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +42,10 @@ class ProcessorSettings:
     patch_size: int
     max_long_side: int
     num_visual_prompts: int
+    base: str = "sail"
+    """Layout, template and resizing, see `Architecture`."""
+    attention: str = "prefix"
+    sizing: str = "long_side"
 
 
 class PixelSailProcessor:
@@ -44,11 +55,12 @@ class PixelSailProcessor:
         self.tokenizer = tokenizer
         self.settings = settings
         vocabulary = tokenizer.get_vocab()
-        self.seg_id, self.end_id = vocabulary[SEG_TOKEN], vocabulary[END_TOKEN]
-        self.vision_id, self.patch_id, self.vision_end_id = (
-            vocabulary[t] for t in ("<vision>", "<vpatch>", "</vision>")
-        )
-        self.turn_end_id = vocabulary["<|im_end|>"]
+        self.is_chat = settings.base == "eve"
+        self.end_token = TURN_END if self.is_chat else END_TOKEN
+        self.seg_id, self.end_id = vocabulary[SEG_TOKEN], vocabulary[self.end_token]
+        self.image_ids = [vocabulary[token] for token in IMAGE_TOKENS]
+        self.turn_end_id = vocabulary[TURN_END]
+        self.lead_ids = self.text_ids(CHAT_LEAD) if self.is_chat else []
 
     @classmethod
     def for_model(cls, tokenizer: PreTrainedTokenizerBase, config: Architecture) -> "PixelSailProcessor":
@@ -59,6 +71,9 @@ class PixelSailProcessor:
                 patch_size=config.patch_size,
                 max_long_side=config.max_long_side,
                 num_visual_prompts=config.num_visual_prompts,
+                base=config.base,
+                attention=config.attention,
+                sizing=config.sizing,
             ),
         )
 
@@ -81,24 +96,41 @@ class PixelSailProcessor:
         """Return the tokens of a text, nothing added."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def question_ids(self, question: str) -> list[int]:
-        """Return the tokens of a user turn."""
-        return self.text_ids(QUESTION_TEMPLATE.format(question=question))
+    def question_ids(self, question: str, *, follows_image: bool = False) -> list[int]:
+        """Return the tokens of a user turn; `follows_image`: it goes on where the image span ends.
+
+        Raises: DataError for a question with the name of an image token, where those tell text from image.
+        """
+        if not self.is_chat:
+            return self.text_ids(QUESTION_TEMPLATE.format(question=question))
+        ids = self.text_ids(("\n" if follows_image else CHAT_LEAD) + CHAT_QUESTION.format(question=question))
+        self._check_no_image_token(ids, "question")
+        return ids
+
+    def _check_no_image_token(self, ids: list[int], where: str) -> None:
+        """Raise DataError for a text with an image token."""
+        if set(ids) & set(self.image_ids):
+            raise DataError(f"{where}: one of {IMAGE_TOKENS} found in the text, expected none; take it out of the text")
 
     def decode(self, token_ids: list[int]) -> str:
         """Return generated tokens as text, special tokens included, the ending token removed."""
-        return str(self.tokenizer.decode(token_ids, skip_special_tokens=False)).replace(END_TOKEN, "").strip()
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=False)).replace(self.end_token, "").strip()
 
     def grid_of(self, size_hw: SizeHW) -> SizeHW:
         """Return the patch grid of an image of this size."""
-        return grid_size(size_hw, self.settings.patch_size, self.settings.max_long_side)
+        return grid_size(size_hw, self.settings.patch_size, self.settings.max_long_side, self.settings.sizing)
 
     def image_patches(self, image: Image.Image) -> tuple[Tensor, SizeHW]:
         """Return the patches [P, K], uint8, and the grid of an opened image."""
-        return image_to_patches(image, self.settings.patch_size, self.settings.max_long_side)
+        settings = self.settings
+        return image_to_patches(image, settings.patch_size, settings.max_long_side, settings.sizing)
+
+    def image_span(self, grid_hw: SizeHW) -> ImageSpan:
+        """Return the tokens of an image, with the text that the template puts before it."""
+        return image_span(self.settings.base, grid_hw, self.image_ids, self.lead_ids)
 
     def paint_prompts(self, prompts: tuple[VisualPrompt, ...], grid_hw: SizeHW, where: str) -> Tensor:
-        """Return the prompt id of every token of the image span, -1 for none: [1 + h * w + 1].
+        """Return the prompt id of every token of the image span, -1 for none: in the sail layout [1 + h * w + 1].
 
         Prompts with more pixels are painted first, of two with equally many the one with the smaller id. A prompt that
         those on top of it hide completely gets one patch back, so that every prompt is seen.
@@ -118,8 +150,8 @@ class PixelSailProcessor:
                     "all, of which they cannot get one each; use fewer prompts or a larger image"
                 )
             painted = np.where(owners >= 0, np.array([prompt.prompt_id for prompt in order])[owners], -1)
-        none = np.array([-1])
-        return torch.from_numpy(np.concatenate((none, painted.ravel(), none)))
+        patch_index_S = self.image_span(grid_hw).patch_index_S
+        return torch.where(patch_index_S >= 0, torch.from_numpy(painted.ravel())[patch_index_S], -1)
 
     def _check_prompt(self, prompt: VisualPrompt, where: str) -> None:
         """Raise DataError unless the prompt has a token and a pixel."""
@@ -153,7 +185,10 @@ class PixelSailProcessor:
         start = parts.next_position
         for index, turn in enumerate(sample.turns):
             answer_ids = [*self.text_ids(turn.answer), self.end_id]
-            question_ids = self.question_ids(turn.question)
+            first = image is not None and (index == 0 or independent_turns)
+            question_ids = self.question_ids(turn.question, follows_image=first)
+            if self.is_chat:
+                self._check_no_image_token(answer_ids, sample.sample_id)
             self._check_masks(sample, index, question_ids, answer_ids)
             if independent_turns:
                 parts.next_position = start
@@ -195,21 +230,23 @@ class _TokenParts:
         self.positions: list[Tensor] = []
         self.branches: list[Tensor] = []
         self.prompts: list[Tensor] = []
-        self.num_image_tokens = 0
+        self.patch_index: list[Tensor] = []
+        self.in_image: list[Tensor] = []
         self.next_position = 0
 
     def add_image(self, processor: PixelSailProcessor, grid_hw: SizeHW, prompt_ids: Tensor) -> None:
         """Append the image span."""
-        length = grid_hw[0] * grid_hw[1] + 2
-        ids = torch.full((length,), processor.patch_id)
-        ids[0], ids[-1] = processor.vision_id, processor.vision_end_id
-        self.ids.append(ids)
+        span = processor.image_span(grid_hw)
+        length = len(span.token_ids_S)
+        self.ids.append(span.token_ids_S)
         self.labels.append(torch.full((length,), IGNORE_LABEL))
         self.branches.append(torch.zeros(length, dtype=torch.int64))
-        self.positions.append(image_positions(grid_hw))
+        self.positions.append(span.position_ids_2S)
         self.prompts.append(prompt_ids)
-        self.num_image_tokens = length
-        self.next_position = 1 + max(grid_hw) + 1
+        self.patch_index.append(span.patch_index_S)
+        # Where attention is causal an image is nothing special to it.
+        self.in_image.append(torch.full((length,), processor.settings.attention == "prefix"))
+        self.next_position = span.next_position
 
     def add_text(self, question_ids: list[int], answer_ids: list[int], *, branch: int) -> None:
         """Append one turn at the next position."""
@@ -219,6 +256,8 @@ class _TokenParts:
         self.branches.append(torch.full((length,), branch))
         self.positions.append(torch.arange(self.next_position, self.next_position + length).expand(2, -1))
         self.prompts.append(torch.full((length,), -1))
+        self.patch_index.append(torch.full((length,), -1))
+        self.in_image.append(torch.zeros(length, dtype=torch.bool))
         self.next_position += length
 
     def example(
@@ -230,33 +269,18 @@ class _TokenParts:
         ignored: tuple[BoolMask | None, ...],
     ) -> Example:
         """Return everything as tensors."""
-        input_ids = torch.cat(self.ids)
-        index = torch.arange(len(input_ids))
-        is_patch = (index >= 1) & (index < self.num_image_tokens - 1)
         return Example(
             sample_id=sample.sample_id,
             source=sample.source,
-            input_ids_T=input_ids,
+            input_ids_T=torch.cat(self.ids),
             labels_T=torch.cat(self.labels),
             position_ids_2T=torch.cat(self.positions, dim=1),
             branch_ids_T=torch.cat(self.branches),
-            in_image_T=index < self.num_image_tokens,
-            patch_index_T=torch.where(is_patch, index - 1, -1),
+            in_image_T=torch.cat(self.in_image),
+            patch_index_T=torch.cat(self.patch_index),
             prompt_ids_T=torch.cat(self.prompts),
             patches_PK=patches,
             grid_hw=grid,
             masks=masks,
             ignored=ignored,
         )
-
-
-def image_positions(grid_hw: SizeHW) -> Tensor:
-    """Return the (row, column) positions [2, 1 + h * w + 1] of an image span.
-
-    <vision> stands at 0, patch (r, c) at (1 + r, 1 + c), </vision> at 1 + max(h, w); text goes on from there.
-    """
-    rows, columns = grid_hw
-    patch_rows = torch.arange(rows).repeat_interleave(columns) + 1
-    patch_columns = torch.arange(columns).repeat(rows) + 1
-    first, last = torch.zeros(2, 1, dtype=torch.long), torch.full((2, 1), 1 + max(grid_hw))
-    return torch.cat((first, torch.stack((patch_rows, patch_columns)), last), dim=1)

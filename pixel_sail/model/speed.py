@@ -17,6 +17,7 @@ CHOICES = {
     "mask_head": ("folded", "points", "maps"),
     "swiglu": ("recomputed", "plain"),
     "compile": ("off", "layers"),
+    "experts": ("routed", "mixed"),
 }
 
 
@@ -38,6 +39,9 @@ class Speed:
     """recomputed: the backward pass makes the product of gate and value again instead of keeping it."""
     compile: str = "off"
     """layers: the feed-forward halves of the decoder layers go through torch.compile, once for all lengths."""
+    experts: str = "routed"
+    """Where images have weights of their own. mixed: both weights compute every token and one result is kept. routed:
+    each token is computed by its own weights only."""
 
     def __post_init__(self) -> None:
         """Check the choices. Raises: DataError."""
@@ -46,5 +50,5 @@ class Speed:
                 raise DataError(f"speed.{name} is {getattr(self, name)!r}, expected one of {allowed}")
 
 
-REFERENCE = Speed(attention="dense", text_loss="plain", mask_head="maps", swiglu="plain")
+REFERENCE = Speed(attention="dense", text_loss="plain", mask_head="maps", swiglu="plain", experts="mixed")
 """The obvious way of everything."""

@@ -30,7 +30,7 @@ def run_folder_bytes(checkpoint: int, *, exported: int, keep: int) -> int:
 
 def expert_cache_bytes_per_image(architecture: Architecture, settings: ExpertSettings, photo_hw: SizeHW) -> int:
     """Return what one image takes in an int8 cache of expert features: a byte per value, a scale per channel."""
-    rows, columns = grid_size(photo_hw, architecture.patch_size, architecture.max_long_side)
+    rows, columns = grid_size(photo_hw, architecture.patch_size, architecture.max_long_side, architecture.sizing)
     cells_per_patch = 2**architecture.num_upsample_blocks if settings.site == "pixel_map" else 1
     return settings.channels * (rows * columns * cells_per_patch**2 + 4)
 
