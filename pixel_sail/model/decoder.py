@@ -160,7 +160,7 @@ class DownProjection(nn.Linear):
             weight = weight.to(gate.dtype)
         projected = GatedProjection.apply(gate.flatten(0, -2), up.flatten(0, -2), weight)
         assert isinstance(projected, Tensor)
-        return projected.view(*gate.shape[:-1], -1)
+        return projected.view(*gate.shape[:-1], projected.shape[-1])
 
 
 class SwiGLU(nn.Module):

@@ -92,12 +92,19 @@ def layer_bytes(architecture: Architecture, work: Workload, element: int, speed:
     attention = maps * element + tokens * architecture.num_attention_heads * FLOAT32
     # Gate and the other half; plain also the gate after the activation, and their product.
     swiglu = tokens * (2 if speed.swiglu == "recomputed" else 4) * inner * element
-    return 2 * norm_bytes(architecture, tokens, element) + attention + swiglu
+    norms = 2 * norm_bytes(architecture, tokens, element)
+    # Both weights on every token keep everything twice.
+    mixed = architecture.modality_experts if speed.experts == "mixed" else ()
+    return norms * (1 + ("layernorm" in mixed)) + attention + swiglu * (1 + ("mlp" in mixed))
 
 
 def _embedding_bytes(architecture: Architecture, work: Workload, element: int) -> float:
     """Return what the entrance keeps: normalised patches, three index tables and the rotation of every token."""
-    patches = sum(image.patches for image in work.images) * 3 * architecture.patch_size**2 * element
+    num_patches = sum(image.patches for image in work.images)
+    patches = num_patches * 3 * architecture.patch_size**2 * element
+    if architecture.base == "eve":
+        # Four pieces of each patch, before and after GELU.
+        patches += num_patches * 2 * 4 * architecture.patch_hidden_size * element
     tokens = work.rows * work.tokens_per_row
     return patches + tokens * (3 * 8 + 2 * architecture.head_dim * element)
 

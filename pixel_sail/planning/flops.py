@@ -59,14 +59,24 @@ def forward_flops(
     width, layers = architecture.hidden_size, architecture.num_hidden_layers
     key_value = architecture.num_key_value_heads * architecture.head_dim
     tokens = work.rows * work.tokens_per_row
-    per_token = 2 * width * width + 2 * width * key_value + 3 * width * architecture.intermediate_size
+    parts = {
+        "self_attn": 2 * width * width + 2 * width * key_value,
+        "mlp": 3 * width * architecture.intermediate_size,
+        "layernorm": 0,
+    }
+    per_token = sum(parts.values())
+    if speed.experts == "mixed":
+        per_token += sum(parts[name] for name in architecture.modality_experts)
     patches = sum(image.patches for image in work.images)
-    prompts = architecture.num_visual_prompts * width * width
+    pixels, prompts = 3 * architecture.patch_size**2, architecture.num_visual_prompts * width * width
+    embedding = patches * pixels * width + prompts
+    if architecture.base == "eve":
+        embedding = patches * architecture.patch_hidden_size * (pixels + 4 * width)
     folded = speed.mask_head != "maps" and not any(own.site == "pixel_map" for own in experts.values())
     pairs = work.rows * work.tokens_per_row**2 if speed.attention == "dense" else work.computed_pairs
     upsampler, mask_head = _mask_head_macs(architecture, work, has_pixel_expert=reads_pixel_map(experts), folded=folded)
     return ForwardFlops(
-        image_embedding=2.0 * (patches * 3 * architecture.patch_size**2 * width + prompts),
+        image_embedding=2.0 * embedding,
         decoder=2.0 * layers * tokens * per_token,
         attention=4.0 * layers * width * pairs,
         attention_minimal=4.0 * layers * width * work.seen_pairs,

@@ -46,11 +46,21 @@ def linear(size_in: int, size_out: int, *, bias: bool = True) -> int:
 
 
 def layer_parameters(architecture: Architecture) -> int:
-    """Return the parameters of one decoder layer."""
+    """Return the parameters of one decoder layer, those for image tokens among them."""
     width, inner = architecture.hidden_size, architecture.intermediate_size
     key_value = architecture.num_key_value_heads * architecture.head_dim
     attention = linear(width, width) + 2 * linear(width, key_value) + linear(width, width, bias=False)
-    return attention + 3 * width * inner + 2 * width
+    parts = {"self_attn": attention, "mlp": 3 * width * inner, "layernorm": 2 * width}
+    return sum(parts.values()) + sum(parts[name] for name in architecture.modality_experts)
+
+
+def image_embedding_parameters(architecture: Architecture) -> int:
+    """Return the parameters of what turns patches and visual prompts into embeddings."""
+    width, pixels = architecture.hidden_size, 3 * architecture.patch_size**2
+    if architecture.base == "eve":
+        pieces = architecture.patch_hidden_size
+        return linear(pixels // 4, pieces) + linear(4 * pieces, width) + 2 * width
+    return pixels * width + (width * width if architecture.num_visual_prompts else 0)
 
 
 def mask_head_parameters(architecture: Architecture) -> int:
@@ -81,10 +91,9 @@ def parameter_counts(architecture: Architecture, experts: Mapping[str, ExpertSet
     """
     width = architecture.hidden_size
     embedding = architecture.vocab_size * width
-    prompts = width * width if architecture.num_visual_prompts else 0
     return {
         "token_embedding": embedding,
-        "image_embedding": 3 * architecture.patch_size**2 * width + prompts,
+        "image_embedding": image_embedding_parameters(architecture),
         "decoder": architecture.num_hidden_layers * layer_parameters(architecture) + width,
         "text_head": 0 if architecture.tie_word_embeddings else embedding,
         "mask_head": mask_head_parameters(architecture),

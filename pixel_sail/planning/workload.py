@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pixel_sail.model.attention_rules import calls_of
 from pixel_sail.model.configuration_pixel_sail import Architecture
+from pixel_sail.model.image_layout import image_tokens
 from pixel_sail.model.patches import grid_size
 from pixel_sail.model.spans import sample_spans
 from pixel_sail.types import Batch, SizeHW
@@ -79,8 +80,10 @@ class Assumptions:
 
 def assumed(architecture: Architecture, token_budget: int, rows: int, assumptions: Assumptions) -> Workload:
     """Return a micro-batch of equal samples, at least one in every row."""
-    grid = grid_size(assumptions.photo_hw, architecture.patch_size, architecture.max_long_side)
-    length = grid[0] * grid[1] + 2 + assumptions.text_tokens
+    grid = grid_size(assumptions.photo_hw, architecture.patch_size, architecture.max_long_side, architecture.sizing)
+    image = image_tokens(architecture.base, grid)
+    length = image + assumptions.text_tokens
+    is_prefix = architecture.attention == "prefix"
     per_row = max(int(token_budget * assumptions.filled) // length, 1)
     num_images = per_row * rows
     with_masks = round(num_images * assumptions.images_with_masks)
@@ -100,7 +103,8 @@ def assumed(architecture: Architecture, token_budget: int, rows: int, assumption
         supervised=num_images * round(assumptions.text_tokens * assumptions.supervised_share),
         samples=num_images,
         real_tokens=num_images * length,
-        seen_pairs=num_images * prefix_pairs(grid[0] * grid[1] + 2, assumptions.text_tokens),
+        seen_pairs=num_images
+        * (prefix_pairs(image, assumptions.text_tokens) if is_prefix else length * (length + 1) // 2),
         computed_pairs=num_images * ((length - assumptions.text_tokens) ** 2 + assumptions.text_tokens * length),
         computed_keys=num_images * (2 * length - assumptions.text_tokens),
     )

@@ -1,0 +1,135 @@
+"""Measure decoder layers with weights of their own for image tokens: routed, against both weights on every token.
+
+    python tools/bench_routing.py                                    0.5B width, fp32, CPU
+    python tools/bench_routing.py --device cuda --precision bf16 --hidden 3584 --inner 18944 --heads 28 --groups 4
+    python tools/bench_routing.py --json runs/routing.json
+
+Samples of one size (a grid of patches with its class token and row ends, and a text) are packed into one row. Both ways
+run forward and backward in turn, round after round, so that a machine that slows down slows both; printed are medians
+and their quotient.
+
+MEASURED
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pixel_sail.evaluation.run import code_version
+from pixel_sail.files import replace_text
+from pixel_sail.model.attention_rules import training_rule
+from pixel_sail.model.configuration_pixel_sail import EXPERT_PARTS, Architecture
+from pixel_sail.model.image_layout import image_tokens
+from pixel_sail.model.routed_decoder import Mixed, RoutedDecoder, TwoKinds
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def packed_row(samples: int, image_length: int, text_length: int, device: str) -> tuple[Tensor, Tensor]:
+    """Return sample index and which tokens are an image's [1, T], of equal samples in one row."""
+    one = torch.tensor([True] * image_length + [False] * text_length)
+    return torch.arange(samples).repeat_interleave(len(one))[None].to(device), one.repeat(samples)[None].to(device)
+
+
+def build_decoder(options: argparse.Namespace) -> RoutedDecoder:
+    """Return layers of the asked width with random weights."""
+    torch.manual_seed(0)
+    architecture = Architecture(
+        base="eve",
+        attention="causal",
+        modality_experts=options.parts,
+        hidden_size=options.hidden,
+        intermediate_size=options.inner,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.heads,
+        num_key_value_heads=options.groups,
+    )
+    decoder = RoutedDecoder(architecture).train()
+    for parameter in decoder.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return decoder.to(device=torch.device(options.device), dtype=DTYPES[options.precision])
+
+
+def passes(options: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
+    """Return for each way a function that runs forward and backward and returns the states."""
+    decoder = build_decoder(options)
+    image_length = image_tokens("eve", (options.grid[0], options.grid[1]))
+    samples_1T, is_image_1T = packed_row(options.samples, image_length, options.text_tokens, options.device)
+    num_tokens = samples_1T.shape[1]
+    states = torch.randn(1, num_tokens, options.hidden, device=options.device, dtype=DTYPES[options.precision])
+    upstream = torch.randn_like(states)
+    positions = torch.arange(num_tokens, device=options.device).expand(2, 1, -1)
+    kinds = {
+        "mixed": lambda: Mixed(is_image_1T),
+        "routed": lambda: TwoKinds(is_image_1T, image_length * options.samples),
+    }
+
+    def run(way: str) -> Tensor:
+        decoder.zero_grad()
+        zeros = torch.zeros_like(samples_1T)
+        rule = training_rule("auto", samples_1T, zeros, zeros > 0, None, dtype=states.dtype)
+        hidden: Tensor = decoder(states.requires_grad_(), positions, rule, kinds[way]())
+        hidden.backward(upstream)
+        if options.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return hidden.detach()
+
+    return {way: lambda way=way: run(way) for way in kinds}  # type: ignore[misc]
+
+
+def measured(runs: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of every round of each way, the ways taking turns; one round before is not counted."""
+    seconds: dict[str, list[float]] = {way: [] for way in runs}
+    for number in range(rounds + 1):
+        for way, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if number:
+                seconds[way].append(time.perf_counter() - start)
+    return seconds
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, and write what the command line asks for; exit status 1 when both ways differ in their result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=896)
+    parser.add_argument("--inner", type=int, default=4864, help="width of the feed-forward part")
+    parser.add_argument("--heads", type=int, default=14)
+    parser.add_argument("--groups", type=int, default=2, help="heads of keys and values")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--parts", nargs="*", default=list(EXPERT_PARTS), choices=EXPERT_PARTS)
+    parser.add_argument("--grid", type=int, nargs=2, default=[22, 29], metavar=("ROWS", "COLUMNS"))
+    parser.add_argument("--text-tokens", type=int, default=60)
+    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    runs = passes(options)
+    expected, found = runs["mixed"](), runs["routed"]()
+    difference = float((found - expected).abs().max())
+    seconds = measured(runs, options.rounds)
+    median = {way: statistics.median(times) for way, times in seconds.items()}
+    for way, times in seconds.items():
+        print(f"{way:>8s} {median[way]:9.4f} s (from {min(times):.4f} to {max(times):.4f}), forward and backward")
+    print(
+        f"routed is {median['mixed'] / median['routed']:.2f} times as fast; results differ by {difference:.1e} at most"
+    )
+    if options.json:
+        settings = {name: value for name, value in vars(options).items() if name != "json"}
+        result = {**settings, "code": code_version(), "seconds": seconds, "difference": difference}
+        replace_text(options.json, json.dumps(result, indent=1) + "\n")
+    return 0 if difference < (1e-3 if options.precision == "fp32" else 0.5) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
