@@ -196,7 +196,7 @@ class Predictor:
                 grid,
                 self.processor.image_span(grid).position_ids_2S.to(self.model.device),
                 torch.stack(painted).to(self.model.device),
-                lead_ids=self.processor.lead_ids,
+                self.processor.lead_ids,
             )
         answers = generate(
             self.model,

@@ -24,15 +24,12 @@ class EveEmbedding(nn.Module):
 
     def __init__(self, config: PixelSailConfig) -> None:
         super().__init__()
-        self.patch_size = config.patch_size
         piece = config.patch_size // 2
         self.piece_projection = nn.Conv2d(3, config.patch_hidden_size, kernel_size=piece, stride=piece)
         self.patch_projection = nn.Conv2d(config.patch_hidden_size, config.hidden_size, kernel_size=2, stride=2)
         self.class_embedding = nn.Parameter(torch.empty(config.hidden_size))
         self.row_end_embedding = nn.Parameter(torch.empty(config.hidden_size))
-        self.class_id, self.row_end_id = config.token_id("<vision>"), config.token_id("</vision>")
-        self.has_prompts = config.num_visual_prompts > 0
-        self.initializer_range = config.initializer_range
+        self.config = config
 
     @torch.no_grad()
     def draw_weights(self) -> None:
@@ -42,7 +39,7 @@ class EveEmbedding(nn.Module):
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)
         for embedding in (self.patch_projection.weight, self.class_embedding, self.row_end_embedding):
-            nn.init.normal_(embedding, std=self.initializer_range)
+            nn.init.normal_(embedding, std=self.config.initializer_range)
 
     def forward(
         self,
@@ -60,15 +57,17 @@ class EveEmbedding(nn.Module):
         """
         if patches_SK.dtype == torch.uint8:
             patches_SK = normalize_patches(patches_SK, mean=CLIP_MEAN, std=CLIP_STD)
-        pixels_S3YX = patches_SK.to(embeddings_BTD.dtype).view(-1, 3, self.patch_size, self.patch_size)
+        pixels_S3YX = patches_SK.to(embeddings_BTD.dtype).unflatten(
+            1, (3, self.config.patch_size, self.config.patch_size)
+        )
         patches_SD = self.patch_projection(F.gelu(self.piece_projection(pixels_S3YX))).flatten(1)
         num_patches = len(patches_SD)
         rows = torch.cat((patches_SD, torch.stack((self.class_embedding, self.row_end_embedding)).to(patches_SD.dtype)))
         index_BT = patch_index_BT
-        for place, token_id in ((num_patches, self.class_id), (num_patches + 1, self.row_end_id)):
-            index_BT = index_BT.masked_fill(input_ids_BT == token_id, place)
+        for place, token in ((num_patches, "<vision>"), (num_patches + 1, "</vision>")):
+            index_BT = index_BT.masked_fill(input_ids_BT == self.config.token_id(token), place)
         image_BTD = rows_or_zero(rows, index_BT)
         embeddings_BTD = torch.where((index_BT >= 0)[..., None], image_BTD, embeddings_BTD)
-        if self.has_prompts:
+        if self.config.num_visual_prompts:
             embeddings_BTD = embeddings_BTD + rows_or_zero(prompt_table_RD, prompt_ids_BT)
         return embeddings_BTD

@@ -71,7 +71,6 @@ def encode_images(
     grid_hw: tuple[int, int],
     position_ids_2S: Tensor,
     prompt_ids_IS: Tensor,
-    *,
     lead_ids: Sequence[int] = (),
 ) -> ImagePrefixes:
     """Encode image spans, with the text `lead_ids` before them; positions and prompts cover all of their tokens."""
