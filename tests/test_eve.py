@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from running import load_tool
+from running import launcher, load_tool, start
 from safetensors.torch import load_file, save_file
 from shared_data import parity_folder
 from torch.nn import functional as F
@@ -18,6 +18,8 @@ from pixel_sail.data.collate import collate
 from pixel_sail.data.packing import LanePosition, Pack
 from pixel_sail.evaluation.batch_view import view_samples
 from pixel_sail.evaluation.predict import PredictConfig, Predictor
+from pixel_sail.experts.expert import Expert
+from pixel_sail.experts.ours import ours
 from pixel_sail.losses.mask import PointSampling
 from pixel_sail.losses.total import Counts, LossConfig, combine, loss_sums
 from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
@@ -193,6 +195,41 @@ def test_every_weight_is_called_once_per_pass_whatever_a_batch_holds(eve_model, 
         per_batch.append([name for name in calls if name.startswith(("decoder", "patch_embedding"))])
     assert per_batch[0] == per_batch[1] == per_batch[2]
     assert len(set(per_batch[0])) == len(per_batch[0])
+
+
+RUN = (
+    *("model=tiny", "data=refshapes_all", "name=eve", "evals=[]", "log.every=1", "log.tensorboard=false"),
+    *(
+        f"model.architecture.{name}={value}".replace("'", "").replace(" ", "")
+        for name, value in (EVE | {"max_long_side": 64}).items()
+    ),
+    *("model.architecture.hidden_size=32", "model.architecture.intermediate_size=48", "log.progress=false"),
+    *("model.architecture.num_hidden_layers=2", "model.architecture.mask_dim=16", "loss.points.num_points=64"),
+    # One sample a pack and one pack a micro-batch: mostly text alone, beside an image on the other process.
+    *("data.packing.max_samples=1", "data.packing.lookahead=1", "+data.repeats.llava_mix665k=40"),
+    *("data.packs_per_step=4", "data.packs_per_micro_batch=1", "optim.steps=3"),
+)
+
+
+def run_losses(data_root, folder, by, stage):
+    command = [*launcher(by), "scripts/train.py", *RUN, f"run_dir={folder}", f"deepspeed={stage}"]
+    done = start(command, data_root)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one_process(data_root, tmp_path_factory):
+    return run_losses(data_root, tmp_path_factory.mktemp("plain") / "run", "python", "none")
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_two_processes_with_and_without_images_train_as_one(data_root, tmp_path, one_process, stage):
+    found = run_losses(data_root, tmp_path / "run", "torchrun", stage)
+    for own, expected in zip(found, one_process, strict=True):
+        assert 0 < expected["llava_mix665k/samples"] < 4, "no step has text alone beside images"
+        for name in ("total", "grad_norm"):
+            assert own[name] == pytest.approx(expected[name], rel=1e-4), name
 
 
 def test_layers_that_are_computed_again_change_nothing(eve_model, batch):
@@ -398,6 +435,25 @@ def test_an_exported_folder_holds_the_base(eve_model, eve, tmp_path, batch):
     assert processor.settings == eve.settings and processor.lead_ids == eve.lead_ids
     with torch.no_grad():
         assert torch.equal(loaded(**batch.model_inputs()).logits, model(**batch.model_inputs()).logits)
+
+
+def test_an_eve_model_as_an_expert_gives_the_pixel_map_of_a_forward_pass(
+    eve_model, eve, draw_sample, make_batch, tmp_path
+):
+    model = eve_model()
+    model.use(Speed(mask_head="maps"))
+    model.save_pretrained(tmp_path)
+    eve.save_pretrained(tmp_path)
+    # A picture of the wanted area, so that nothing is resized.
+    sample, image = draw_sample(np.random.default_rng(3), size_hw=(16, 64))
+    (feature,) = Expert(ours(str(tmp_path)), device="cpu", precision="fp32", max_batch=4).features(
+        [torch.from_numpy(np.array(image))]
+    )
+    with torch.no_grad():
+        example = eve.encode_sample(sample, image, independent_turns=False)
+        (expected,) = model(**make_batch([example]).model_inputs()).pixel_features
+    assert example.grid_hw == (2, 8)
+    torch.testing.assert_close(feature, expected.permute(2, 0, 1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
