@@ -8,8 +8,8 @@ Samples of one size (a grid of patches with its class token and row ends, and a 
 run forward and backward in turn, round after round, so that a machine that slows down slows both; printed are medians
 and their quotient.
 
-`OMP_NUM_THREADS=1 python tools/bench_routing.py` gave 1.93 (mixed 5.97 s, routed 3.10 s) on a shared Intel Xeon with
-two cores, one of them used, torch 2.13.
+`OMP_NUM_THREADS=1 python tools/bench_routing.py --rounds 5` gave 1.88 and 1.83 (mixed 3.95 s, routed 2.10 s) on a
+shared Intel Xeon with two cores, one of them used, torch 2.13.
 """
 
 import argparse
