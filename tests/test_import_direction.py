@@ -10,7 +10,7 @@ LAYERS = (
     ("types", "dist", "files"),
     ("rle",),
     ("model",),
-    ("experts",),
+    ("experts", "conversion"),
     ("refshapes", "losses", "metrics", "data"),
     ("config",),
     ("planning",),

@@ -41,6 +41,8 @@ class Architecture:
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
+    attention_bias: bool = True
+    """Whether queries, keys and values have a bias: Qwen2 has, Mistral (SOLO) has not."""
     rope_theta: float = 1_000_000.0
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True

@@ -1,4 +1,4 @@
-"""The decoder-only transformer: RMSNorm, grouped-query attention with q/k/v bias, SwiGLU, 2-D rotary positions.
+"""The decoder-only transformer: RMSNorm, grouped-query attention, SwiGLU, 2-D rotary positions.
 
 Place in the flow: `modeling_pixel_sail` and `generation` hand it embeddings, it returns the states after the final
 norm. It knows nothing of images: what is an image only shows in the positions and in the attention rule it is given.
@@ -104,9 +104,9 @@ class Attention(nn.Module):
         self.num_groups = config.num_key_value_heads
         self.head_dim = config.head_dim
         group_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=True)
-        self.k_proj = nn.Linear(config.hidden_size, group_size, bias=True)
-        self.v_proj = nn.Linear(config.hidden_size, group_size, bias=True)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, group_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, group_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x_BTD: Tensor, rotary: Rotary, rule: AttentionRule, layer: int) -> Tensor:

@@ -34,10 +34,15 @@ def load_tokenizer(path: str | Path, *, num_visual_prompts: int) -> PreTrainedTo
             "(tools/make_tokenizer.py writes one)"
         )
     tokenizer = AutoTokenizer.from_pretrained(str(path))
+    add_special_tokens(tokenizer, num_visual_prompts=num_visual_prompts)
+    return tokenizer
+
+
+def add_special_tokens(tokenizer: PreTrainedTokenizerBase, *, num_visual_prompts: int) -> None:
+    """Append the tokens of the model that a tokenizer lacks."""
     known = tokenizer.get_vocab()
     missing = [token for token in special_tokens(num_visual_prompts) if token not in known]
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing], special_tokens=True)
-    return tokenizer
 
 
 def model_token_ids(tokenizer: PreTrainedTokenizerBase, *, num_visual_prompts: int) -> dict[str, int]:

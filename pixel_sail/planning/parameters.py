@@ -49,7 +49,9 @@ def layer_parameters(architecture: Architecture) -> int:
     """Return the parameters of one decoder layer, those for image tokens among them."""
     width, inner = architecture.hidden_size, architecture.intermediate_size
     key_value = architecture.num_key_value_heads * architecture.head_dim
-    attention = linear(width, width) + 2 * linear(width, key_value) + linear(width, width, bias=False)
+    bias = architecture.attention_bias
+    attention = linear(width, width, bias=bias) + 2 * linear(width, key_value, bias=bias)
+    attention += linear(width, width, bias=False)
     parts = {"self_attn": attention, "mlp": 3 * width * inner, "layernorm": 2 * width}
     return sum(parts.values()) + sum(parts[name] for name in architecture.modality_experts)
 

@@ -1,0 +1,125 @@
+"""Which name a tensor has in each layout, and which of ours a layout does not have.
+
+Place in the flow: `plan` asks it what becomes of every key. One `Layout` per value of `--from`:
+
+    release    single_transformer.model.layers.0.self_attn.q_proj.weight   ->  decoder.layers.0.self_attn.q_proj.weight
+    sail       model.vis_embed.weight                                      ->  patch_embedding.patch_projection.weight
+    solo       model.embed_vision_patch.weight                             ->  patch_embedding.patch_projection.weight
+    qwen2      lm_head.weight                                              ->  lm_head.weight
+"""
+
+import re
+from dataclasses import dataclass
+
+from pixel_sail.model.convert import KEY_PATTERNS, our_key
+from pixel_sail.types import DataError
+
+RELEASE_PREFIX = r"single_transformer\."
+PATCHES, PROMPTS, HEAD = r"patch_embedding\..+", r"patch_embedding\.prompt_projection\..+", r"mask_head\..+"
+"""Parameters of ours, by pattern."""
+
+_RECOMPUTED = (r"(.+\.)?rotary_emb\.inv_freq", "computed from rope_theta")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The names of one kind of checkpoint."""
+
+    name: str
+    keys: tuple[tuple[str, str], ...]
+    """Key there -> ours."""
+    dropped: tuple[tuple[str, str], ...] = (_RECOMPUTED,)
+    """Key there that ours has no use for, and why."""
+    initialised: tuple[tuple[str, str], ...] = ()
+    """Parameter of ours that the layout may lack, and why."""
+
+
+def _with_prefix(prefix: str, *, text_only: bool = False) -> tuple[tuple[str, str], ...]:
+    """Return the rows of the release's table below `single_transformer`, under another prefix."""
+    rows = [(key.removeprefix(RELEASE_PREFIX), ours) for key, ours in KEY_PATTERNS if key.startswith(RELEASE_PREFIX)]
+    return tuple((prefix + key, ours) for key, ours in rows if not text_only or not ours.startswith("patch_embedding"))
+
+
+_NO_PROMPTS = (PROMPTS, "the base has no visual prompts")
+_NO_HEAD = (HEAD, "the base has no mask head")
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout(
+            name="release",
+            keys=KEY_PATTERNS,
+            dropped=(
+                _RECOMPUTED,
+                (r"(mask2former|sam2|radio)_(model|distill_linear)\..+", "only training with experts uses it"),
+                (r"single_transformer\.vp_embed\.weight", "no output of the released model depends on it"),
+            ),
+        ),
+        Layout(name="sail", keys=_with_prefix(""), initialised=(_NO_PROMPTS, _NO_HEAD)),
+        Layout(
+            name="solo",
+            keys=(
+                *_with_prefix("", text_only=True),
+                (r"model\.embed_vision_patch\.(.+)", r"patch_embedding.patch_projection.\1"),
+            ),
+            initialised=(_NO_PROMPTS, _NO_HEAD),
+        ),
+        Layout(
+            name="qwen2",
+            keys=_with_prefix("", text_only=True),
+            initialised=((PATCHES, "the base reads text only"), _NO_HEAD),
+        ),
+    )
+}
+"""By the value of `--from`."""
+
+
+def find_layout(name: str) -> Layout:
+    """Return a layout. Raises: DataError for one that cannot be converted yet."""
+    if name not in LAYOUTS:
+        raise DataError(
+            f"--from {name}: found no table of its keys, expected one of {sorted(LAYOUTS)}; a base with weights per "
+            "modality (EVEv2) cannot be converted by this version"
+        )
+    return LAYOUTS[name]
+
+
+def renamed(layout: Layout, key: str) -> str | None:
+    """Return our name of a key, None for one the layout does not have."""
+    for pattern, ours in layout.keys:
+        if re.fullmatch(pattern, key):
+            return re.sub(pattern, ours, key)
+    return None
+
+
+def reason(table: tuple[tuple[str, str], ...], key: str) -> str | None:
+    """Return why a key is dropped or initialised, None if it is not."""
+    return next((why for pattern, why in table if re.fullmatch(pattern, key)), None)
+
+
+def released_key(ours: str) -> str:
+    """Return the release's name of a parameter of ours. Raises: DataError for one the release does not have."""
+    for pattern, released in RELEASED_KEYS:
+        if re.fullmatch(pattern, ours):
+            key = re.sub(pattern, released, ours)
+            # Both tables are written by hand; one that was changed alone must not rename a weight silently.
+            if our_key(key) != ours:
+                raise DataError(f"{ours}: becomes {key} in the release, which comes back as {our_key(key)}")
+            return key
+    raise DataError(f"{ours}: the release has no such parameter; expected a model of the SAIL base")
+
+
+RELEASED_KEYS: tuple[tuple[str, str], ...] = (
+    (r"embed_tokens\.(.+)", r"single_transformer.model.embed_tokens.\1"),
+    (r"decoder\.(layers|norm)\.(.+)", r"single_transformer.model.\1.\2"),
+    (r"patch_embedding\.patch_projection\.(.+)", r"single_transformer.model.vis_embed.\1"),
+    (r"patch_embedding\.prompt_projection\.(.+)", r"single_transformer.model.vp_embed.\1"),
+    (r"lm_head\.(.+)", r"single_transformer.lm_head.\1"),
+    (r"mask_head\.pre_projector\.(.+)", r"image_feature_pre_projector.\1"),
+    (r"mask_head\.seg_projector\.(.+)", r"seg_token_projector.\1"),
+    (r"mask_head\.pixel_projector\.(.+)", r"image_feature_projector.\1"),
+    (r"mask_head\.upsampler\.blocks\.(\d+)\.transposed\.(.+)", r"upsample_blocks.\1.0.\2"),
+    (r"mask_head\.upsampler\.blocks\.(\d+)\.(depthwise|pointwise)\.(.+)", r"upsample_blocks.\1.2.\2.\3"),
+    (r"mask_head\.upsampler\.blocks\.(\d+)\.norm\.(.+)", r"upsample_blocks.\1.3.ln.\2"),
+)
+"""Ours -> released key, the other direction of `KEY_PATTERNS` for the SAIL base."""

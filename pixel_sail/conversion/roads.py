@@ -1,0 +1,276 @@
+"""The two directions of conversion, from a checkpoint on disk to a new folder.
+
+Place in the flow: `tools/convert_checkpoint.py` calls one of them.
+
+    to_ours("base/Qwen2.5-0.5B", "qwen2", Path("bases/qwen2_5_0_5b"), ...)   a folder that `model.init_from` takes
+    to_release("exports/step_00090000", Path("released"), ...)               the release's names, one token per row
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from pixel_sail.conversion.layouts import Layout, find_layout, reason, released_key, renamed
+from pixel_sail.conversion.plan import Plan, Rows, make_plan
+from pixel_sail.conversion.report import write_report
+from pixel_sail.conversion.sizes import Chosen, base_architecture, read_base_config, remarks
+from pixel_sail.conversion.sources import TensorSource, open_source
+from pixel_sail.conversion.vocabulary import (
+    UNUSED_PROMPT,
+    add_release_tokens,
+    check_rows,
+    count_prompts,
+    read_tokenizer,
+)
+from pixel_sail.conversion.writer import write_folder
+from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
+from pixel_sail.model.convert import TOKEN_ROWS
+from pixel_sail.model.image_embedding import PatchEmbedding
+from pixel_sail.model.mask_head import MaskHead
+from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
+from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
+from pixel_sail.model.tokenization import add_special_tokens, model_token_ids
+from pixel_sail.types import DataError
+
+SHARD_BYTES = 5_000_000_000
+EMBEDDING, HEAD = TOKEN_ROWS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """What a conversion did."""
+
+    plan: Plan
+    remarks: tuple[str, ...]
+
+
+def to_ours(
+    path: Path, layout_name: str, folder: Path, *, base: Path, chosen: Chosen, shard_bytes: int = SHARD_BYTES
+) -> Done:
+    """Convert a checkpoint into a folder that `from_pretrained` and `model.init_from` take.
+
+    base: folder of the language model's config.json and tokenizer. Raises: DataError; no folder is left then.
+    """
+    layout = find_layout(layout_name)
+    source, settings = open_source(path), read_base_config(base)
+    names = {renamed(layout, key): info for key, info in source.infos.items()}
+    ours = {name: info for name, info in names.items() if name is not None}
+    if EMBEDDING not in ours:
+        raise DataError(
+            f"{path}: found no token embedding among {sorted(source.infos)[:5]} .. , expected the keys of layout "
+            f"{layout_name}; check --from"
+        )
+    source_rows = ours[EMBEDDING].shape[0]
+    architecture = base_architecture(settings, ours, chosen)
+    tokenizer = read_tokenizer(base)
+    if layout_name == "release":
+        add_release_tokens(base, tokenizer, rows=source_rows, num_visual_prompts=chosen.num_visual_prompts)
+        architecture.num_visual_prompts = count_prompts(tokenizer)
+    check_rows(base, tokenizer, source_rows)
+    source_tokens = dict(tokenizer.get_vocab())
+    add_special_tokens(tokenizer, num_visual_prompts=architecture.num_visual_prompts)
+    architecture.vocab_size = -(-len(tokenizer) // chosen.vocab_multiple) * chosen.vocab_multiple
+    architecture.token_ids = model_token_ids(tokenizer, num_visual_prompts=architecture.num_visual_prompts)
+    plan = plan_to_ours(
+        source, layout, architecture, source_tokens=source_tokens, target_tokens=tokenizer.get_vocab(), seed=chosen.seed
+    )
+    config = PixelSailConfig.from_architecture(architecture)
+    notes = tuple(remarks(settings)) + _image_remarks(layout)
+    facts = {"layout": layout_name, "source": str(path), "base": str(base), "seed": chosen.seed, "remarks": notes}
+    finish = partial(_finish_ours, config=config, tokenizer=tokenizer, plan=plan, facts=facts)
+    write_folder(folder, plan.writes, shard_bytes=shard_bytes, finish=finish)
+    return Done(plan=plan, remarks=notes)
+
+
+def plan_to_ours(
+    source: TensorSource,
+    layout: Layout,
+    architecture: Architecture,
+    *,
+    source_tokens: Mapping[str, int],
+    target_tokens: Mapping[str, int],
+    seed: int,
+) -> Plan:
+    """Return what becomes of every tensor on the way to ours; see `plan.make_plan`."""
+    expected = expected_shapes(architecture)
+    keys = {renamed(layout, key): key for key in source.infos}
+    rows = Rows.by_name(
+        source_tokens,
+        target_tokens,
+        source_rows=source.infos[keys[EMBEDDING]].shape[0],
+        target_rows=architecture.vocab_size,
+        deviation=architecture.initializer_range,
+        seed=seed,
+    )
+    tied = None
+    if architecture.tie_word_embeddings:
+        del expected[HEAD]
+        tied = (keys[EMBEDDING], keys.get(HEAD, ""))
+    return make_plan(
+        source,
+        expected,
+        rename=partial(renamed, layout),
+        dropped=lambda key: _why_dropped(layout, key, architecture),
+        absent=starting_values(layout, expected, architecture, seed=seed),
+        rows=rows,
+        row_names=TOKEN_ROWS,
+        tied=tied,
+    )
+
+
+def to_release(path: Path, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> Done:
+    """Convert an exported folder of ours into the release's layout. Raises: DataError; no folder is left then."""
+    source, tokenizer = open_source(path), read_tokenizer(path)
+    config = PixelSailConfig.from_pretrained(path)
+    tokens = dict(tokenizer.get_vocab())
+    if config.num_visual_prompts and UNUSED_PROMPT not in tokens:
+        tokens[UNUSED_PROMPT] = len(tokens)  # the release appends it when it starts
+    plan = plan_to_release(source, config, source_tokens=tokenizer.get_vocab(), target_tokens=tokens)
+    facts: dict[str, Any] = {"layout": "to release", "source": str(path), "remarks": ()}
+    write_folder(
+        folder,
+        plan.writes,
+        shard_bytes=shard_bytes,
+        finish=partial(_finish_release, tokenizer=tokenizer, plan=plan, facts=facts),
+    )
+    return Done(plan=plan, remarks=())
+
+
+def plan_to_release(
+    source: TensorSource,
+    config: Architecture,
+    *,
+    source_tokens: Mapping[str, int],
+    target_tokens: Mapping[str, int],
+    target_rows: int | None = None,
+) -> Plan:
+    """Return what becomes of every tensor on the way to the release.
+
+    The release has one row per token, unless `target_rows` says otherwise, and writes a tied head a second time.
+    """
+    _check_released_sizes(source.path, config)
+    count = len(target_tokens) if target_rows is None else target_rows
+    shapes = {
+        name: (count, *shape[1:]) if name in TOKEN_ROWS else shape for name, shape in expected_shapes(config).items()
+    }
+    rows = Rows.by_name(
+        source_tokens,
+        target_tokens,
+        source_rows=config.vocab_size,
+        target_rows=count,
+        deviation=0.0,
+        seed=0,
+    )
+    again: dict[str, tuple[Callable[[], Tensor], str]] = {}
+    if config.tie_word_embeddings and HEAD not in source.infos:
+        note = "the token embedding once more, because the release writes a tied head twice"
+        again[released_key(HEAD)] = (lambda: rows.place(source.read(EMBEDDING)).clone(), note)
+    return make_plan(
+        source,
+        {released_key(name): shape for name, shape in shapes.items()},
+        rename=released_key,
+        dropped=lambda key: None,
+        absent=again,
+        rows=rows,
+        row_names=[released_key(name) for name in TOKEN_ROWS],
+        tied=None,
+    )
+
+
+def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every parameter of a model, without its memory."""
+    with torch.device("meta"):
+        model = PixelSailForSegmentation(PixelSailConfig.from_architecture(architecture_of(architecture)))
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def architecture_of(config: Architecture) -> Architecture:
+    """Return the architecture in a configuration, which has Hugging Face's fields besides."""
+    return Architecture(**{name: getattr(config, name) for name in Architecture.__dataclass_fields__})
+
+
+def starting_values(
+    layout: Layout, expected: Mapping[str, tuple[int, ...]], architecture: Architecture, *, seed: int
+) -> dict[str, tuple[Callable[[], Tensor], str]]:
+    """Return what makes each parameter that the layout may lack, drawn from `seed`, and the note why."""
+    allowed = {name: why for name in expected if (why := reason(layout.initialised, name)) is not None}
+    if not allowed:
+        return {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        drawn = nn.ModuleDict({"patch_embedding": PatchEmbedding(architecture), "mask_head": MaskHead(architecture)})
+        for linear in drawn["patch_embedding"].children():
+            assert isinstance(linear, nn.Linear)
+            nn.init.normal_(linear.weight, std=architecture.initializer_range)
+        head = drawn["mask_head"]
+        assert isinstance(head, MaskHead)
+        head.draw_weights()
+    values = drawn.state_dict()
+    return {name: (values[name].clone, f"initialised because {why}") for name, why in allowed.items()}
+
+
+def _why_dropped(layout: Layout, key: str, architecture: Architecture) -> str | None:
+    """Return why a key of the source is left out, None if it is not."""
+    name = renamed(layout, key)
+    if (
+        name is not None
+        and name.startswith("patch_embedding.prompt_projection.")
+        and not architecture.num_visual_prompts
+    ):
+        return "the model has no visual prompts"
+    return reason(layout.dropped, key)
+
+
+def _image_remarks(layout: Layout) -> tuple[str, ...]:
+    """Return where the converted model treats images otherwise than the base did."""
+    if layout.name != "solo":
+        return ()
+    return (
+        "images: SOLO was trained with causal attention, 1-D positions and a <vrow_sep> token between rows; here the "
+        "patches of an image see each other, have 2-D positions and no separators: text is unchanged, images need "
+        "training",
+    )
+
+
+def _check_released_sizes(path: Path, config: Architecture) -> None:
+    """Raise DataError for a model that the released code could not build."""
+    blocks = 1
+    while config.patch_size / 2 ** (blocks - 1) > 4:
+        blocks += 1
+    if config.num_upsample_blocks != blocks or not config.attention_bias:
+        raise DataError(
+            f"{path}: found {config.num_upsample_blocks} upsampling blocks and attention_bias="
+            f"{config.attention_bias}, expected {blocks} and true: the released code builds nothing else for patches "
+            f"of {config.patch_size}, and skips what does not fit without a word; train with another mask_stride"
+        )
+
+
+def _finish_ours(
+    working: Path,
+    hashes: dict[str, str],
+    *,
+    config: PixelSailConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Plan,
+    facts: dict[str, Any],
+) -> None:
+    """Write configuration, tokenizer and report."""
+    config.architectures = [PixelSailForSegmentation.__name__]
+    config.dtype = next(write.info.dtype for write in plan.writes if write.name == EMBEDDING)
+    config.save_pretrained(working)
+    PixelSailProcessor.for_model(tokenizer, config).save_pretrained(working)
+    write_report(working, plan, hashes, facts)
+
+
+def _finish_release(
+    working: Path, hashes: dict[str, str], *, tokenizer: PreTrainedTokenizerBase, plan: Plan, facts: dict[str, Any]
+) -> None:
+    """Write tokenizer and report."""
+    tokenizer.save_pretrained(str(working))
+    write_report(working, plan, hashes, facts)

@@ -1,0 +1,117 @@
+"""The architecture of a converted model: decoder sizes from `config.json`, the rest from shapes or as chosen.
+
+Place in the flow: `roads` builds the target's configuration here. Example, Qwen2.5-0.5B as a fresh base:
+
+    {"hidden_size": 896, "num_attention_heads": 14, ...} + Chosen(patch_size=16)  ->  Architecture(hidden_size=896, ...)
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pixel_sail.conversion.sources import TensorInfo
+from pixel_sail.model.configuration_pixel_sail import Architecture
+from pixel_sail.types import DataError
+
+COPIED_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """What a base does not determine."""
+
+    patch_size: int = 16
+    """Pixels; only where the checkpoint has no patch embedding."""
+    mask_stride: int = 4
+    mask_dim: int = 512
+    num_visual_prompts: int = 15
+    max_long_side: int = 1024
+    vocab_multiple: int = 64
+    seed: int = 0
+    """Of everything that is initialised."""
+
+
+def read_base_config(folder: Path) -> dict[str, Any]:
+    """Return the `config.json` of a language model. Raises: DataError when it is not there or no decoder of ours."""
+    path = folder / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+        lacking = [name for name in COPIED_SIZES if name not in config and name != "tie_word_embeddings"]
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(
+            f"{path}: found no readable configuration ({error}), expected that of the language model; name the folder "
+            "that holds it with --base"
+        ) from error
+    if lacking:
+        raise DataError(f"{path}: {lacking} are missing, expected the sizes of a decoder; check --base")
+    _check_kind(path, config)
+    return config
+
+
+def _check_kind(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise DataError for a decoder that computes something else."""
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    expected = {
+        "hidden_act": (config.get("hidden_act", "silu"), "silu"),
+        "rope type": (scaling.get("rope_type", scaling.get("type", "default")), "default"),
+        "head_dim": (config.get("head_dim") or head_dim, head_dim),
+        "use_sliding_window": (bool(config.get("use_sliding_window")), False),
+    }
+    differing = [f"{name} {found!r}, expected {ours!r}" for name, (found, ours) in expected.items() if found != ours]
+    if scaling.get("rope_type", scaling.get("type")) == "mrope":
+        differing = [text for text in differing if not text.startswith("rope type")]
+    if differing:
+        raise DataError(f"{path}: {'; '.join(differing)}; such a decoder cannot be converted")
+
+
+def remarks(config: Mapping[str, Any]) -> list[str]:
+    """Return what a reader of the report must know about the decoder."""
+    window = config.get("sliding_window")
+    if window and not config.get("use_sliding_window", True):
+        window = None
+    return [f"sliding_window {window} is not applied: longer sequences see more than in training"] if window else []
+
+
+def base_architecture(config: Mapping[str, Any], infos: Mapping[str, TensorInfo], chosen: Chosen) -> Architecture:
+    """Return the architecture of a base; vocabulary and token ids are set later.
+
+    `infos`: tensors under our names. What they show (patch size, mask head, biases) overrules `chosen`.
+    """
+    fields = {name: config[name] for name in COPIED_SIZES if name in config}
+    rope = config.get("rope_parameters") or {}
+    theta = config.get("rope_theta", rope.get("rope_theta"))
+    if theta is None:
+        raise DataError("config.json: rope_theta is missing, expected the base of the rotary frequencies; add it")
+    fields |= {
+        "rope_theta": float(theta),
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "initializer_range": float(config.get("initializer_range", 0.02)),
+        "attention_bias": "decoder.layers.0.self_attn.q_proj.bias" in infos,
+        "patch_size": chosen.patch_size,
+        "mask_stride": chosen.mask_stride,
+        "mask_dim": chosen.mask_dim,
+        "max_long_side": chosen.max_long_side,
+        "num_visual_prompts": chosen.num_visual_prompts,
+    }
+    patches = infos.get("patch_embedding.patch_projection.weight")
+    if patches is not None:
+        fields["patch_size"] = math.isqrt(patches.shape[1] // 3)
+    last = infos.get("mask_head.pixel_projector.2.weight")
+    if last is not None:
+        found = (re.match(r"mask_head\.upsampler\.blocks\.(\d+)\.", name) for name in infos)
+        blocks = 1 + max((int(match[1]) for match in found if match), default=-1)
+        fields |= {"mask_dim": last.shape[0], "mask_stride": max(1, math.ceil(fields["patch_size"] / 2**blocks))}
+    return Architecture(**fields)

@@ -1,0 +1,118 @@
+"""A new folder of weights, written shard by shard, read back, and put in place whole or not at all.
+
+Place in the flow: the last step of a conversion. Never more than one shard is in memory:
+
+    new/model-00001-of-00002.safetensors  new/model-00002-of-00002.safetensors  new/model.safetensors.index.json
+    new/config.json  new/tokenizer.json ...  new/conversion.json
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pixel_sail.conversion.sources import INDEX, TensorInfo
+from pixel_sail.types import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Write:
+    """One tensor of the new folder."""
+
+    name: str
+    info: TensorInfo
+    make: Callable[[], Tensor]
+    """Returns the tensor; called once, when its shard is written."""
+
+
+def write_folder(
+    folder: Path,
+    writes: Sequence[Write],
+    *,
+    shard_bytes: int,
+    finish: Callable[[Path, dict[str, str]], None],
+) -> None:
+    """Write the tensors in order, shards of at most `shard_bytes` (a larger tensor has its own), and check them.
+
+    `finish(folder, sha256 by name)` writes whatever else belongs there. Raises: DataError when the folder exists, a
+    tensor is not what was announced, or what is read back differs from what was written.
+    """
+    if folder.exists():
+        raise DataError(f"{folder}: found something there, expected a new folder; delete it or choose another name")
+    working = folder.with_name(f".writing_{folder.name}")
+    shutil.rmtree(working, ignore_errors=True)
+    working.mkdir(parents=True)
+    try:
+        hashes = _write_shards(working, writes, shard_bytes)
+        finish(working, hashes)
+        os.replace(working, folder)
+    except BaseException:
+        shutil.rmtree(working, ignore_errors=True)
+        raise
+
+
+def shards_of(writes: Sequence[Write], shard_bytes: int) -> list[list[Write]]:
+    """Return the tensors of each shard, in order."""
+    shards: list[list[Write]] = []
+    filled = 0
+    for write in writes:
+        if not shards or filled + write.info.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(write)
+        filled += write.info.nbytes
+    return shards
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """Return the SHA-256 of the values of a tensor."""
+    return hashlib.sha256(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
+
+
+def _write_shards(folder: Path, writes: Sequence[Write], shard_bytes: int) -> dict[str, str]:
+    """Return the SHA-256 of every tensor; all of them were read back."""
+    shards = shards_of(writes, shard_bytes)
+    hashes: dict[str, str] = {}
+    files: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        own = _write_shard(folder / name, shard)
+        _read_back(folder / name, own)
+        hashes |= own
+        files |= dict.fromkeys(own, name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(write.info.nbytes for write in writes)}, "weight_map": files}
+        (folder / INDEX).write_text(json.dumps(index, indent=1))
+    return hashes
+
+
+def _write_shard(path: Path, shard: Sequence[Write]) -> dict[str, str]:
+    """Write one file; return the hash of each of its tensors."""
+    tensors = {write.name: write.make().contiguous() for write in shard}
+    for write in shard:
+        found = TensorInfo(shape=tuple(tensors[write.name].shape), dtype=tensors[write.name].dtype)
+        if found != write.info:
+            raise DataError(f"{path}: {write.name} became {found}, expected {write.info}; nothing was kept")
+    save_file(tensors, path, metadata={"format": "pt"})
+    return {name: tensor_hash(tensor) for name, tensor in tensors.items()}
+
+
+def _read_back(path: Path, hashes: dict[str, str]) -> None:
+    """Raise DataError when a file holds other tensors than were written."""
+    with safe_open(path, framework="pt", device="cpu") as opened:
+        found = set(opened.keys())
+        differing = sorted(found ^ hashes.keys())
+        differing += sorted(n for n in found & hashes.keys() if hashes[n] != tensor_hash(opened.get_tensor(n)))
+    if differing:
+        raise DataError(
+            f"{path}: {differing[:5]} differ from what was written; expected the same bytes; check disk and memory of "
+            "this machine, nothing was kept"
+        )

@@ -1,0 +1,80 @@
+"""Convert a checkpoint into a folder that training and evaluation load, or an export of ours back into the release's.
+
+    python tools/convert_checkpoint.py --from qwen2 --to bases/qwen2_5_0_5b  Qwen2.5-0.5B
+    python tools/convert_checkpoint.py --from release --base Qwen2.5MM-0.5B --to exports/released  iter_139416.pth
+    python tools/convert_checkpoint.py --to-release released  runs/mine/exports/step_00090000
+
+SOURCE is a folder of safetensors, one .safetensors / .pth / .pt file, or a DeepSpeed ZeRO folder. No pickle that asks
+for code is read. Every key is accounted for in `conversion.json` of the new folder. See docs/conversion.md.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pixel_sail.conversion.report import REPORT, summary
+from pixel_sail.conversion.roads import SHARD_BYTES, to_ours, to_release
+from pixel_sail.conversion.sizes import Chosen
+from pixel_sail.types import DataError
+
+LAYOUT_NAMES = ("sail", "solo", "evev2", "qwen2", "release")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, metavar="SOURCE")
+    parser.add_argument("--from", dest="layout", choices=LAYOUT_NAMES, help="whose names the checkpoint has")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--to", type=Path, metavar="DIR", help="new folder in our layout")
+    target.add_argument("--to-release", type=Path, metavar="DIR", help="new folder in the release's layout")
+    parser.add_argument("--base", type=Path, metavar="DIR", help="config.json and tokenizer; default: SOURCE")
+    defaults = Chosen()
+    parser.add_argument(
+        "--patch-size", type=int, default=defaults.patch_size, help="where the checkpoint has no patches"
+    )
+    parser.add_argument("--mask-stride", type=int, default=defaults.mask_stride, help="where it has no mask head")
+    parser.add_argument("--mask-dim", type=int, default=defaults.mask_dim, help="where it has no mask head")
+    parser.add_argument("--visual-prompts", type=int, default=defaults.num_visual_prompts)
+    parser.add_argument("--max-long-side", type=int, default=defaults.max_long_side, help="pixels")
+    parser.add_argument("--vocab-multiple", type=int, default=defaults.vocab_multiple)
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="of everything that is initialised")
+    parser.add_argument("--shard-gb", type=float, default=SHARD_BYTES / 1e9, help="largest file, 1e9 bytes")
+    options = parser.parse_args(arguments)
+    if options.to is not None and options.layout is None:
+        parser.error("--to needs --from: whose names the checkpoint has")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Convert; wrong input ends with one message and exit status 2."""
+    options = parse(arguments)
+    shard_bytes = int(options.shard_gb * 1e9)
+    try:
+        if options.to_release is not None:
+            folder, done = options.to_release, to_release(options.source, options.to_release, shard_bytes=shard_bytes)
+        else:
+            chosen = Chosen(
+                patch_size=options.patch_size,
+                mask_stride=options.mask_stride,
+                mask_dim=options.mask_dim,
+                num_visual_prompts=options.visual_prompts,
+                max_long_side=options.max_long_side,
+                vocab_multiple=options.vocab_multiple,
+                seed=options.seed,
+            )
+            folder, base = options.to, options.base or options.source
+            done = to_ours(options.source, options.layout, folder, base=base, chosen=chosen, shard_bytes=shard_bytes)
+    except (ValueError, OSError) as error:
+        kind = "DataError" if isinstance(error, DataError) else type(error).__name__
+        print(f"{kind}: {error}", file=sys.stderr)
+        return 2
+    for line in (*summary(done.plan), *done.remarks):
+        print(line)
+    print(f"{folder}: {len(done.plan.writes)} tensors, read back and equal; every key in {REPORT}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
