@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import weakref
 from pathlib import Path
@@ -87,14 +88,14 @@ def damaged(qwen, tmp_path):
 
 
 def text_logits(model, ids):
-    count = torch.arange(ids.shape[1])[None]
+    count = torch.arange(ids.shape[1]).expand_as(ids)
     none = torch.full_like(ids, -1)
     with torch.no_grad():
         return model(
             ids,
             torch.stack([count, count]),
             torch.zeros_like(ids),
-            count,
+            torch.zeros_like(ids),
             torch.zeros_like(ids, dtype=torch.bool),
             none,
             none,
@@ -326,7 +327,9 @@ class Malicious:
 
 def test_a_pickle_that_asks_for_code_is_refused_and_not_run(tmp_path):
     torch.save({"state_dict": {"a": torch.ones(2)}, "hook": Malicious()}, tmp_path / "bad.pth")
-    with pytest.raises(DataError, match=r"bad\.pth: found a request for pathlib\.\S+.*expected tensors and plain data"):
+    with pytest.raises(
+        DataError, match=r"bad\.pth: found a request for .*pathlib\.PosixPath.*expected tensors and plain data"
+    ):
         open_source(tmp_path / "bad.pth")
     assert not Path("/tmp/pixel_sail_was_run").exists()
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Malicious()))
@@ -376,7 +379,9 @@ def drop_key(folder):
 
 
 def other_tokenizer(folder):
-    train_tokenizer([], vocab_size=320, num_visual_prompts=15).save_pretrained(folder)
+    tokenizer = train_tokenizer([], vocab_size=320, num_visual_prompts=15)
+    tokenizer.add_tokens([f"other{i}" for i in range(20)])
+    tokenizer.save_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -393,7 +398,10 @@ def other_tokenizer(folder):
         (add_key, r"unknown key model\.visual\.weight \(3,\)"),
         (drop_key, "missing "),
         (edit_json("config.json", lambda c: c.update(hidden_size=64)), r"found \(288, 32\)|found \(\S+ 32\), expected"),
-        (edit_json("config.json", lambda c: c.update(num_hidden_layers=3)), "missing decoder.layers.2"),
+        (
+            edit_json("config.json", lambda c: c.update(num_hidden_layers=3, layer_types=["full_attention"] * 3)),
+            "missing decoder.layers.2",
+        ),
         (edit_json("config.json", lambda c: c.update(tie_word_embeddings=True)), "lm_head.weight differs from"),
         (edit_json("config.json", lambda c: c.update(hidden_act="gelu")), "hidden_act 'gelu', expected 'silu'"),
         (lambda folder: (folder / "config.json").unlink(), "config.json: found no readable configuration"),
@@ -408,7 +416,7 @@ def test_what_does_not_fit_is_named_and_leaves_no_folder(spoil, message, damaged
     assert tool.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("DataError: ")
-    assert pytest.importorskip("re").search(message, error), error
+    assert re.search(message, error), error
     assert not [path for path in tmp_path.iterdir() if path.name not in ("damaged",)]
 
 

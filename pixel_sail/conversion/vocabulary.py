@@ -8,6 +8,7 @@ it is started, so that its tokenizer folder lacks them; which order was used sho
 
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -17,15 +18,22 @@ from pixel_sail.types import DataError
 UNUSED_PROMPT = "<NO_Prompt>"
 """A token of the release that is never an input."""
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
 MAX_PADDING = 512
 """How many rows without a token an embedding may have; Qwen2.5-7B has 399, the most of the bases."""
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a folder as it is. Raises: DataError when there is none or its ids have holes."""
+    # Without these Hugging Face makes a tokenizer of a few tokens up from config.json alone.
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise DataError(
+            f"{folder}: found no tokenizer, expected one of {TOKENIZER_FILES}; name the folder that holds it with --base"
+        )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
         raise DataError(
             f"{folder}: found no tokenizer that can be read ({str(error)[:200]}), expected the tokenizer files of the "
             "checkpoint; name their folder with --base"
