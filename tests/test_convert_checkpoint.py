@@ -17,10 +17,11 @@ from test_parity import _released_name
 from tokenizers import AddedToken
 from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from pixel_sail.config import ModelConfig
 from pixel_sail.conversion import sources, writer
 from pixel_sail.conversion.layouts import LAYOUTS, released_key
 from pixel_sail.conversion.plan import Rows
-from pixel_sail.conversion.roads import plan_to_ours, plan_to_release, to_ours, to_release
+from pixel_sail.conversion.roads import expected_shapes, plan_to_ours, plan_to_release, to_ours, to_release
 from pixel_sail.conversion.sizes import Chosen
 from pixel_sail.conversion.sources import open_source
 from pixel_sail.conversion.vocabulary import release_orders
@@ -29,6 +30,7 @@ from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.convert import our_key
 from pixel_sail.model.modeling_pixel_sail import load_model
 from pixel_sail.model.tokenization import load_tokenizer, train_tokenizer
+from pixel_sail.training.build import build_model
 from pixel_sail.types import DataError
 
 DECODER = {
@@ -136,6 +138,19 @@ def test_text_logits_of_a_converted_base_are_unchanged(layout, kind, config_kind
     assert ours.config.token_ids["[SEG]"] == tokenizer.get_vocab()["[SEG]"] == BASE_TOKENS
 
 
+def test_training_starts_from_a_converted_base(qwen, tmp_path):
+    convert(qwen, "qwen2", tmp_path / "ours")
+    sizes = {field: getattr(CHOSEN, field) for field in ("patch_size", "mask_stride", "mask_dim", "num_visual_prompts")}
+    architecture = Architecture(**DECODER, **sizes, rope_theta=Qwen2Config().rope_parameters["rope_theta"])
+    config = ModelConfig(
+        tokenizer=str(tmp_path / "ours"), init_from=str(tmp_path / "ours"), architecture=architecture
+    )
+    model, processor = build_model(config, seed=5, experts={})
+    written = load_file(tmp_path / "ours" / "model.safetensors")
+    assert processor.seg_id == BASE_TOKENS
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in written.items())
+
+
 def test_what_a_text_base_lacks_is_drawn_from_the_seed(qwen, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         to_ours(qwen, "qwen2", tmp_path / name, base=qwen, chosen=Chosen(**(vars(CHOSEN) | {"seed": seed})))
@@ -162,7 +177,7 @@ def release_checkpoint(folder, base_tokenizer, make_config, order, **changes):
     config = make_config(vocab_size=len(tokenizer), mask_stride=2, token_ids={}, **changes)
     model = text_model(Qwen2ForCausalLM, Qwen2Config, tie_word_embeddings=config.tie_word_embeddings)
     model.config.save_pretrained(folder / "base")
-    shapes = plan_shapes(config)
+    shapes = expected_shapes(config)
     generator = torch.Generator().manual_seed(3)
     state = {_released_name(n): torch.randn(shape, generator=generator).bfloat16() for n, shape in shapes.items()}
     if config.tie_word_embeddings:
@@ -173,12 +188,6 @@ def release_checkpoint(folder, base_tokenizer, make_config, order, **changes):
 def save_tokenizer(tokenizer, folder):
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def plan_shapes(config):
-    from pixel_sail.conversion.roads import expected_shapes
-
-    return expected_shapes(config)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -320,21 +329,43 @@ def test_a_zero_folder_without_a_shard_is_refused(tmp_path):
         open_source(tmp_path / "zero")
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_what_deepspeed_stores_beside_the_weights_is_let_through_as_dead_data(stage, tmp_path):
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    step = write_zero(tmp_path / "zero", {"a": torch.arange(9.0)}, stage, 2)
+    for file in step.glob("*optim_states.pt"):
+        content = torch.load(file, weights_only=True)
+        content["optimizer_state_dict"] |= {
+            "zero_stage": ZeroStageEnum(stage),
+            "loss_scaler": LossScaler(1.0),
+            "param_slice_mappings": [{"a": fragment_address(numel=5, start=0)}],
+        }
+        torch.save(content, file)
+    assert torch.equal(open_source(tmp_path / "zero").read("a"), torch.arange(9.0))
+
+
 class Malicious:
+    def __init__(self, path):
+        self.path = path
+
     def __reduce__(self):
-        return (Path.touch, (Path("/tmp/pixel_sail_was_run"),))
+        return (Path.touch, (self.path,))
 
 
 def test_a_pickle_that_asks_for_code_is_refused_and_not_run(tmp_path):
-    torch.save({"state_dict": {"a": torch.ones(2)}, "hook": Malicious()}, tmp_path / "bad.pth")
+    trace = tmp_path / "it_was_run"
+    torch.save({"state_dict": {"a": torch.ones(2)}, "hook": Malicious(trace)}, tmp_path / "bad.pth")
     with pytest.raises(
         DataError, match=r"bad\.pth: found a request for .*pathlib\.PosixPath.*expected tensors and plain data"
     ):
         open_source(tmp_path / "bad.pth")
-    assert not Path("/tmp/pixel_sail_was_run").exists()
-    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Malicious()))
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Malicious(trace)))
     with pytest.raises(DataError, match=r"plain\.pth"):
         open_source(tmp_path / "plain.pth")
+    assert not trace.exists()
 
 
 def shard(folder, number=0):

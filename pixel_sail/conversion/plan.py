@@ -79,9 +79,8 @@ class Rows:
         """Return the target's rows."""
         if torch.equal(self.sources, torch.arange(rows_VD.shape[0])):
             return rows_VD
-        placed = rows_VD.new_zeros(len(self.sources), rows_VD.shape[1])
-        kept = self.sources >= 0
-        placed[kept] = rows_VD[self.sources[kept]]
+        placed = rows_VD[self.sources.clamp_min(0)]
+        placed[self.sources < 0] = 0
         if self.drawn:
             generator = torch.Generator().manual_seed(self.seed)
             size = (len(self.drawn), rows_VD.shape[1])
