@@ -142,9 +142,7 @@ def test_training_starts_from_a_converted_base(qwen, tmp_path):
     convert(qwen, "qwen2", tmp_path / "ours")
     sizes = {field: getattr(CHOSEN, field) for field in ("patch_size", "mask_stride", "mask_dim", "num_visual_prompts")}
     architecture = Architecture(**DECODER, **sizes, rope_theta=Qwen2Config().rope_parameters["rope_theta"])
-    config = ModelConfig(
-        tokenizer=str(tmp_path / "ours"), init_from=str(tmp_path / "ours"), architecture=architecture
-    )
+    config = ModelConfig(tokenizer=str(tmp_path / "ours"), init_from=str(tmp_path / "ours"), architecture=architecture)
     model, processor = build_model(config, seed=5, experts={})
     written = load_file(tmp_path / "ours" / "model.safetensors")
     assert processor.seg_id == BASE_TOKENS

@@ -28,9 +28,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a folder as it is. Raises: DataError when there is none or its ids have holes."""
     # Without these Hugging Face makes a tokenizer of a few tokens up from config.json alone.
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise DataError(
-            f"{folder}: found no tokenizer, expected one of {TOKENIZER_FILES}; name the folder that holds it with --base"
-        )
+        raise DataError(f"{folder}: found no tokenizer, expected one of {TOKENIZER_FILES}; name its folder with --base")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
