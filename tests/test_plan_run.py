@@ -57,7 +57,15 @@ def loss_of(model, batch, config):
     return combine(terms, Counts(tokens=len(batch.targets_M), masks=len(batch.masks)), config) + output.anchor
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"num_visual_prompts": 0, "mask_stride": 8}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": False},
+        {"num_visual_prompts": 0, "mask_stride": 8},
+        {"attention_bias": False},
+    ],
+)
 def test_parameters_by_part_are_those_of_the_real_model(make_config, changes):
     config = make_config(**changes)
     model = PixelSailForSegmentation(config)
