@@ -289,7 +289,8 @@ def leftover_files(run_dir: Path, temporary: Path, shared_before: set[str], *, k
     """Return temporary files of the run folder and TMPDIR, and what is new in /dev/shm and mapped by nobody.
 
     A killed data worker cannot take away its socket: Python keeps one `pymp-*` folder per worker in TMPDIR, without
-    content. As many as there were kills are allowed for.
+    content. One that is killed between making a block of shared memory and taking its name away leaves the block. As
+    many of each as there were kills are allowed for.
     """
     from pixel_sail.training.run_lock import LOCK_FILE
 
@@ -299,8 +300,10 @@ def leftover_files(run_dir: Path, temporary: Path, shared_before: set[str], *, k
     names = [name for name in names_in(temporary) if not name.startswith("torchinductor_")]
     sockets = [name for name in names if name.startswith("pymp-")]
     left += [str(temporary / name) for name in names if name not in sockets[:kills]]
-    new = set(names_in(Path("/dev/shm"))) - shared_before
-    return left + [f"/dev/shm/{name}" for name in sorted(new) if not is_mapped(f"/dev/shm/{name}")]
+    new = sorted(set(names_in(Path("/dev/shm"))) - shared_before)
+    blocks = [name for name in new if name.startswith("torch_") and not is_mapped(f"/dev/shm/{name}")]
+    others = [name for name in new if not name.startswith("torch_") and not is_mapped(f"/dev/shm/{name}")]
+    return left + [f"/dev/shm/{name}" for name in (*others, *blocks[kills:])]
 
 
 def is_mapped(path: str) -> bool:
