@@ -122,7 +122,7 @@ def released_answer(predictor: Predictor, image: PreparedImage, question: str) -
     no_prompts = torch.full_like(ids, -1)
     positions = image_positions(grid).to(device)
     cache = GrowingCache(device)
-    hidden = model.encode_prefix(ids, positions[:, None], image.patches_PK[None].to(device), no_prompts, cache)
+    hidden, _ = model.encode_prefix(ids, positions[:, None], image.patches_PK[None].to(device), no_prompts, cache)
     model.lm_head(hidden).float()
     patch_states = hidden[0, 1:-1].view(*grid, -1)
     consumed, position = processor.question_ids(question), int(positions.max()) + 1

@@ -15,6 +15,9 @@ from transformers import PreTrainedConfig
 BASES = ("sail", "eve")
 ATTENTION = ("prefix", "causal")
 EXPERT_PARTS = ("self_attn", "layernorm", "mlp")
+UPSAMPLERS = ("transposed", "bilinear", "pixel_shuffle")
+VISUAL_PROMPTS = ("injection", "pooled", "off")
+
 MAX_FEATURE_SIZE = 1024
 """Widest channel count of the upsampler; wider decoders are projected down first (release: `min(hidden, 1024)`)."""
 
@@ -54,10 +57,18 @@ class Architecture:
     """Longest side an image is resized to, pixels; for eve the side of a square of the area that it is scaled to."""
     mask_stride: int = 4
     """Pixels per mask logit: 2 is the released code, 4 the paper, `patch_size` switches the upsampler off."""
+    upsampler: str = "transposed"
+    """How a block doubles the map: a transposed convolution (paper), bilinear interpolation after a 1x1 convolution, or
+    a 3x3 convolution whose channels become pixels (pixel_shuffle)."""
     mask_dim: int = 256
     """Width of the dot product between a [SEG] state and a pixel feature."""
     num_visual_prompts: int = 15
     """How many <Prompt{i}> tokens exist; 0 removes the visual-prompt path."""
+    visual_prompts: str = "injection"
+    """injection: a prompt's token embedding is added to the patches it covers (paper). pooled: the mean of these
+    patches' embeddings stands in for the prompt's token in the text (the paper's plain baseline). off: neither."""
+    prompt_projection: bool = True
+    """Whether an injected embedding goes through a linear layer first (release: vp_embed)."""
     token_ids: dict[str, int] = field(default_factory=dict)
     """Ids of the tokens the model itself looks at: <vision>, <vpatch>, </vision>, [SEG], <Prompt0> .. and the end."""
 
@@ -88,6 +99,10 @@ class Architecture:
                 f"model: mask_stride is {self.mask_stride}, expected 1 .. patch_size ({self.patch_size}); "
                 "patch_size itself switches the upsampler off"
             )
+        choices = {"upsampler": UPSAMPLERS, "visual_prompts": VISUAL_PROMPTS}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"model: {name} is {getattr(self, name)!r}, expected one of {allowed}")
 
     def _validate_base(self) -> None:
         """Raise ValueError for an unknown base or attention, or one that does not fit the other."""
@@ -107,6 +122,8 @@ class Architecture:
                     f"model: patch_size is {self.patch_size} and patch_hidden_size {self.patch_hidden_size}; base eve "
                     "expects an even number (each patch is 2 x 2 pieces) and at least 1"
                 )
+            if self.visual_prompts != "injection":
+                raise ValueError(f"model: visual_prompts is {self.visual_prompts!r}; base eve takes injection only")
         elif self.modality_experts:
             raise ValueError(f"model: modality_experts is {list(self.modality_experts)}, which needs base=eve")
 
@@ -124,6 +141,12 @@ class Architecture:
     def feature_size(self) -> int:
         """Return the channel count of the upsampler."""
         return min(self.hidden_size, MAX_FEATURE_SIZE)
+
+    @property
+    def projects_prompts(self) -> bool:
+        """Return whether there is a linear layer between prompt tokens and patches."""
+        injects = self.num_visual_prompts > 0 and self.visual_prompts == "injection"
+        return self.base == "sail" and injects and self.prompt_projection
 
     @property
     def num_upsample_blocks(self) -> int:

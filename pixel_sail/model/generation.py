@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pixel_sail.model.decoder import attend
+from pixel_sail.model.image_embedding import PooledPrompts
 from pixel_sail.model.image_layout import image_span, patch_places
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.tokenization import IMAGE_TOKENS
@@ -38,6 +39,8 @@ class ImagePrefixes:
     next_position: int
     places_P: Tensor
     """At which token of the prefix every patch stands."""
+    pooled: PooledPrompts | None = None
+    """What stands in for the prompt tokens of the texts, by image, where visual prompts are pooled."""
 
     def patch_states(self, image: int) -> Tensor:
         """Return the states [h, w, D] of the patches of one image."""
@@ -77,7 +80,7 @@ def encode_images(
     config, device, num_images = model.config, patches_IPK.device, len(patches_IPK)
     span = image_span(config.base, grid_hw, [config.token_id(token) for token in IMAGE_TOKENS], lead_ids)
     recorder = _PrefixRecorder(len(span.token_ids_S), is_causal=config.attention == "causal", device=device)
-    hidden = model.encode_prefix(
+    hidden, pooled = model.encode_prefix(
         span.token_ids_S.to(device).expand(num_images, -1),
         position_ids_2S[:, None].expand(-1, num_images, -1),
         patches_IPK,
@@ -91,6 +94,7 @@ def encode_images(
         grid_hw=grid_hw,
         next_position=int(position_ids_2S.max()) + 1,
         places_P=patch_places(config.base, grid_hw, len(lead_ids)).to(device),
+        pooled=pooled,
     )
 
 
@@ -213,9 +217,14 @@ class _TextCache:
         # A token always sees itself, so that the row of a padded or waiting text is never empty.
         causal_TC, itself_TC = slots <= queries[:, None], slots == queries[:, None]
         self.mask_RTC = (causal_TC & self.valid_RC[:, None, : self.num_slots]) | itself_TC
-        hidden_RTD = self.model.decoder(
-            self.model.embed_tokens(tokens_RT), (starts[:, None] + steps).expand(2, -1, -1), self
-        )
+        embeddings_RTD = self.model.embed_tokens(tokens_RT)
+        if self.prefixes is not None and self.prefixes.pooled is not None:
+            image_R = torch.arange(len(self.rows), device=device) // (len(self.rows) // self.num_images)
+            image_RT = image_R[:, None].expand_as(tokens_RT)
+            embeddings_RTD = self.prefixes.pooled.put_into(
+                embeddings_RTD, image_RT, self.model.named_prompts(tokens_RT)
+            )
+        hidden_RTD = self.model.decoder(embeddings_RTD, (starts[:, None] + steps).expand(2, -1, -1), self)
         for index, (row, text) in enumerate(zip(self.rows, texts, strict=True)):
             row.position += len(text)
             row.seg_states += [hidden_RTD[index, place] for place, token in enumerate(text) if token == seg_id]

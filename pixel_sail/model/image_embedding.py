@@ -10,6 +10,9 @@ prompt 3:
     patch_index = [-1, 0, 1, ..., 63, -1, ...]     prompt_ids = [-1, ..., 3, 3, -1, ...]
 """
 
+from dataclasses import dataclass
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -18,14 +21,19 @@ from pixel_sail.model.patches import normalize_patches
 
 
 class PatchEmbedding(nn.Module):
-    """Raw patches through one linear layer, prompt tokens through another, both added onto the <vpatch> embeddings."""
+    """Raw patches through one linear layer, prompt tokens through another, both added onto the <vpatch> embeddings.
+
+    Without `prompt_projection` prompt tokens are added as they are; with other `visual_prompts` than injection not at
+    all.
+    """
 
     def __init__(self, config: Architecture) -> None:
         super().__init__()
         self.patch_projection = nn.Linear(3 * config.patch_size**2, config.hidden_size, bias=False)
         self.prompt_projection = (
-            nn.Linear(config.hidden_size, config.hidden_size, bias=False) if config.num_visual_prompts else None
+            nn.Linear(config.hidden_size, config.hidden_size, bias=False) if config.projects_prompts else None
         )
+        self.injects = config.num_visual_prompts > 0 and config.visual_prompts == "injection"
 
     def forward(
         self,
@@ -46,10 +54,39 @@ class PatchEmbedding(nn.Module):
             patches_SK = normalize_patches(patches_SK)
         patches_SD = self.patch_projection(patches_SK.to(embeddings_BTD.dtype))
         embeddings_BTD = embeddings_BTD + rows_or_zero(patches_SD, patch_index_BT)
-        if self.prompt_projection is not None:
-            prompts_RD = self.prompt_projection(prompt_table_RD)
+        if self.injects:
+            prompts_RD = prompt_table_RD if self.prompt_projection is None else self.prompt_projection(prompt_table_RD)
             embeddings_BTD = embeddings_BTD + rows_or_zero(prompts_RD, prompt_ids_BT)
         return embeddings_BTD
+
+
+@dataclass(frozen=True, kw_only=True)
+class PooledPrompts:
+    """The mean embedding of the patches that each visual prompt covers, for every owner of an image."""
+
+    means_ORD: Tensor
+    is_known_OR: Tensor
+    """Whether the prompt covers any patch of its owner."""
+
+    @classmethod
+    def of(cls, embeddings_BTD: Tensor, owner_BT: Tensor, prompt_ids_BT: Tensor, size_OR: tuple[int, int]) -> Self:
+        """Return the means for `size_OR` owners and prompts; `prompt_ids_BT` is -1 where no prompt covers a token."""
+        num_owners, num_prompts = size_OR
+        # What no prompt covers is summed up in one row behind the last, and left out.
+        row_N = torch.where(prompt_ids_BT >= 0, owner_BT * num_prompts + prompt_ids_BT, num_owners * num_prompts)
+        row_N = row_N.flatten()
+        # In float32: a region may cover hundreds of patches.
+        values_ND = embeddings_BTD.flatten(0, 1).float()
+        sums = values_ND.new_zeros(num_owners * num_prompts + 1, values_ND.shape[1]).index_add(0, row_N, values_ND)[:-1]
+        counts = torch.bincount(row_N, minlength=num_owners * num_prompts + 1)[:-1]
+        means = (sums / counts.clamp(min=1)[:, None]).to(embeddings_BTD.dtype)
+        return cls(means_ORD=means.unflatten(0, size_OR), is_known_OR=(counts > 0).view(size_OR))
+
+    def put_into(self, embeddings_BTD: Tensor, owner_BT: Tensor, named_BT: Tensor) -> Tensor:
+        """Return the embeddings with means in place of tokens that name a known prompt (`named_BT`, -1: none)."""
+        owner_BT, named = owner_BT.clamp(min=0), named_BT.clamp(min=0)
+        is_put_BT = (named_BT >= 0) & self.is_known_OR[owner_BT, named]
+        return torch.where(is_put_BT[..., None], self.means_ORD[owner_BT, named], embeddings_BTD)
 
 
 def rows_or_zero(rows_RD: Tensor, index_BT: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class MaskHead(nn.Module):
         super().__init__()
         width, channels = config.hidden_size, config.feature_size
         self.pre_projector = two_layer(width, width, channels) if width > channels else None
-        self.upsampler = Upsampler(channels, config.num_upsample_blocks)
+        self.upsampler = Upsampler(channels, config.num_upsample_blocks, config.upsampler)
         self.pixel_projector = two_layer(channels, channels, config.mask_dim)
         self.seg_projector = two_layer(width, channels, config.mask_dim)
 

@@ -25,7 +25,7 @@ from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
 from pixel_sail.model.decoder import Attention, AttentionRule, Decoder, DecoderLayer, RMSNorm, SwiGLU
 from pixel_sail.model.distill_head import DistillHead, DistillSite
 from pixel_sail.model.eve_embedding import EveEmbedding
-from pixel_sail.model.image_embedding import PatchEmbedding
+from pixel_sail.model.image_embedding import PatchEmbedding, PooledPrompts
 from pixel_sail.model.image_layout import image_tokens
 from pixel_sail.model.mask_head import MaskHead, PointLogits, folded_logits, mask_logits
 from pixel_sail.model.routed_decoder import Mixed, RoutedDecoder, RoutedLayer, TokenKinds, TwoKinds
@@ -171,6 +171,13 @@ class PixelSailForSegmentation(PreTrainedModel):
             kinds = TwoKinds(is_image_BT, sum(image_tokens(self.config.base, grid) for grid in grids))
         return self.decoder(embeddings_BTD, position_ids_2BT, rule, kinds)
 
+    def named_prompts(self, input_ids_BT: Tensor) -> Tensor:
+        """Return which visual prompt each token is the name of [B, T], -1 for none."""
+        named_BT = torch.full_like(input_ids_BT, -1)
+        for prompt, token in enumerate(self.config.prompt_token_ids):
+            named_BT = torch.where(input_ids_BT == token, prompt, named_BT)
+        return named_BT
+
     def forward(
         self,
         input_ids_BT: Tensor,
@@ -197,6 +204,11 @@ class PixelSailForSegmentation(PreTrainedModel):
         names the images that each expert's features are predicted for.
         """
         embeddings = self.embed(input_ids_BT, patches_SK, patch_index_BT, prompt_ids_BT)
+        if self.config.visual_prompts == "pooled":
+            num_samples = len(spans) if spans is not None else int(sample_index_BT.max()) + 1
+            size = (num_samples, self.config.num_visual_prompts)
+            pooled = PooledPrompts.of(embeddings, sample_index_BT, prompt_ids_BT, size)
+            embeddings = pooled.put_into(embeddings, sample_index_BT, self.named_prompts(input_ids_BT))
         rule = training_rule(
             self.speed.attention, sample_index_BT, branch_ids_BT, in_image_BT, spans, dtype=embeddings.dtype
         )
@@ -345,15 +357,21 @@ class PixelSailForSegmentation(PreTrainedModel):
         prompt_ids_BT: Tensor,
         rule: AttentionRule,
         grids: Sequence[tuple[int, int]] = (),
-    ) -> Tensor:
-        """Return the states [B, T, D] of image spans with one grid; the rule sees the keys and values of each layer.
+    ) -> tuple[Tensor, PooledPrompts | None]:
+        """Return the states [B, T, D] of image spans with one grid, and what stands in for prompt tokens in the texts
+        behind them, where prompts are pooled. The rule sees the keys and values of each layer.
 
         `grids`, one per row, are needed where image tokens have weights of their own.
         """
         is_patch = input_ids_BT == self.config.token_id("<vpatch>")
         patch_index = torch.where(is_patch, is_patch.view(-1).long().cumsum(0).view_as(input_ids_BT) - 1, -1)
         embeddings = self.embed(input_ids_BT, patches_BPK.flatten(0, 1), patch_index, prompt_ids_BT)
-        return self.decode(embeddings, position_ids_2BT, rule, input_ids_BT, grids)
+        pooled = None
+        if self.config.visual_prompts == "pooled":
+            owner_BT = torch.arange(len(input_ids_BT), device=input_ids_BT.device)[:, None].expand_as(input_ids_BT)
+            size = (len(input_ids_BT), self.config.num_visual_prompts)
+            pooled = PooledPrompts.of(embeddings, owner_BT, prompt_ids_BT, size)
+        return self.decode(embeddings, position_ids_2BT, rule, input_ids_BT, grids), pooled
 
 
 def masks_of_images(

@@ -27,40 +27,76 @@ class ChannelLayerNorm(nn.Module):
 
 
 class UpsampleBlock(nn.Module):
-    """Double the resolution: transposed convolution 2x2, GELU, depthwise 3x3, pointwise 1x1, channel layer norm."""
+    """Double the resolution, GELU, depthwise 3x3, pointwise 1x1, channel layer norm.
 
-    def __init__(self, channels: int) -> None:
+    The first of these is a transposed convolution 2x2; or a 1x1 convolution and bilinear interpolation, which commute,
+    so that the product runs on the small map; or a 3x3 convolution to four times the channels, which become pixels.
+    (With a 1x1 one, pixel shuffle would be the transposed convolution again.)
+    """
+
+    def __init__(self, channels: int, design: str = "transposed") -> None:
         super().__init__()
-        self.transposed = nn.ConvTranspose2d(channels, channels, kernel_size=2, stride=2)
+        self.design = design
+        if design == "transposed":
+            self.transposed = nn.ConvTranspose2d(channels, channels, kernel_size=2, stride=2)
+        elif design == "bilinear":
+            self.mixed = nn.Conv2d(channels, channels, kernel_size=1)
+        else:
+            self.shuffled = nn.Conv2d(channels, 4 * channels, kernel_size=3, padding=1)
         self.depthwise = nn.Conv2d(channels, channels, kernel_size=3, padding=1, groups=channels)
         self.pointwise = nn.Conv2d(channels, channels, kernel_size=1)
         self.norm = ChannelLayerNorm(channels)
 
     def forward(self, x_ICYX: Tensor) -> Tensor:
         """Return [I, C, 2Y, 2X]."""
-        return self.norm(self.pointwise(self.depthwise(F.gelu(self.transposed(x_ICYX)))))
+        return self.norm(self.pointwise(self.depthwise(F.gelu(self.doubled(x_ICYX)))))
+
+    def doubled(self, x_ICYX: Tensor) -> Tensor:
+        """Return the map [I, C, 2Y, 2X] before the activation."""
+        if self.design == "transposed":
+            return self.transposed(x_ICYX)
+        if self.design == "bilinear":
+            return doubled_bilinearly(self.mixed(x_ICYX))
+        return F.pixel_shuffle(self.shuffled(x_ICYX), 2)
 
     def channels_last(self, x_IYXC: Tensor) -> Tensor:
-        """Return the same as [I, 2Y, 2X, C]: both dense convolutions as matrix products, channels always last."""
-        images, rows, columns, channels = x_IYXC.shape
-        # Kernel and stride are equal, so that every cell becomes four cells of its own: one product.
-        taps_4CC = self.transposed.weight.permute(2, 3, 1, 0).reshape(4 * channels, channels)
-        bias = self.transposed.bias
-        assert bias is not None
-        quads = F.linear(x_IYXC, taps_4CC, bias.repeat(4)).view(images, rows, columns, 2, 2, channels)
-        wide_IYXC = F.gelu(quads.permute(0, 1, 3, 2, 4, 5).reshape(images, 2 * rows, 2 * columns, channels))
+        """Return the same as [I, 2Y, 2X, C]: dense convolutions as matrix products where they can be,
+        channels always last."""
+        wide_IYXC = F.gelu(self.doubled_channels_last(x_IYXC))
         # Seen as [I, C, Y, X] this is torch's channels-last layout; the convolution keeps it.
         wide_IYXC = self.depthwise(wide_IYXC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         wide_IYXC = F.linear(wide_IYXC, self.pointwise.weight.flatten(1), self.pointwise.bias)
         return F.layer_norm(wide_IYXC, self.norm.weight.shape, self.norm.weight, self.norm.bias, self.norm.eps)
 
+    def doubled_channels_last(self, x_IYXC: Tensor) -> Tensor:
+        """Return the map [I, 2Y, 2X, C] before the activation."""
+        images, rows, columns, channels = x_IYXC.shape
+        if self.design == "bilinear":
+            mixed_IYXC = F.linear(x_IYXC, self.mixed.weight.flatten(1), self.mixed.bias)
+            return doubled_bilinearly(mixed_IYXC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        if self.design == "pixel_shuffle":
+            quads = self.shuffled(x_IYXC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            quads = quads.reshape(images, rows, columns, channels, 2, 2).permute(0, 1, 4, 2, 5, 3)
+            return quads.reshape(images, 2 * rows, 2 * columns, channels)
+        # Kernel and stride are equal, so that every cell becomes four cells of its own: one product.
+        taps_4CC = self.transposed.weight.permute(2, 3, 1, 0).reshape(4 * channels, channels)
+        bias = self.transposed.bias
+        assert bias is not None
+        quads = F.linear(x_IYXC, taps_4CC, bias.repeat(4)).view(images, rows, columns, 2, 2, channels)
+        return quads.permute(0, 1, 3, 2, 4, 5).reshape(images, 2 * rows, 2 * columns, channels)
+
+
+def doubled_bilinearly(x_ICYX: Tensor) -> Tensor:
+    """Return [I, C, 2Y, 2X]; the layout of the memory stays."""
+    return F.interpolate(x_ICYX, scale_factor=2, mode="bilinear", align_corners=False)
+
 
 class Upsampler(nn.Module):
     """`num_blocks` blocks, each with its own fresh weights (the release starts them as copies of one)."""
 
-    def __init__(self, channels: int, num_blocks: int) -> None:
+    def __init__(self, channels: int, num_blocks: int, design: str = "transposed") -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(UpsampleBlock(channels) for _ in range(num_blocks))
+        self.blocks = nn.ModuleList(UpsampleBlock(channels, design) for _ in range(num_blocks))
 
     def forward(self, x_ICYX: Tensor) -> Tensor:
         """Return [I, C, Y * 2**num_blocks, X * 2**num_blocks]; with no blocks, the input."""

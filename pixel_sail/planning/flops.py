@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pixel_sail.experts.settings import ExpertSettings
 from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.speed import Speed
-from pixel_sail.planning.parameters import expert_width
+from pixel_sail.planning.parameters import DOUBLING_TAPS, expert_width
 from pixel_sail.planning.workload import Workload
 
 BACKWARD_AND_FORWARD = 3
@@ -68,7 +68,8 @@ def forward_flops(
     if speed.experts == "mixed":
         per_token += sum(parts[name] for name in architecture.modality_experts)
     patches = sum(image.patches for image in work.images)
-    pixels, prompts = 3 * architecture.patch_size**2, architecture.num_visual_prompts * width * width
+    pixels = 3 * architecture.patch_size**2
+    prompts = architecture.num_visual_prompts * width * width if architecture.projects_prompts else 0
     embedding = patches * pixels * width + prompts
     if architecture.base == "eve":
         embedding = patches * architecture.patch_hidden_size * (pixels + 4 * width)
@@ -105,7 +106,7 @@ def _mask_head_macs(
         cells = image.patches
         head += cells * (width * width + width * channels) if width > channels else 0
         for _ in range(architecture.num_upsample_blocks):
-            upsampler += cells * 4 * channels * channels
+            upsampler += cells * DOUBLING_TAPS[architecture.upsampler] * channels * channels
             cells *= 4
             upsampler += cells * (9 * channels + channels * channels)
         head += cells * channels * channels

@@ -18,6 +18,9 @@ from pixel_sail.model.tokenization import load_tokenizer
 QWEN_VOCABULARY = 151_680
 """Rows of the token embedding with Qwen2.5's tokenizer and the added tokens."""
 
+DOUBLING_TAPS = {"transposed": 4, "bilinear": 1, "pixel_shuffle": 36}
+"""Weights per pair of channels of what doubles the map in a block; all act once per cell of the small map."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingParts:
@@ -62,15 +65,17 @@ def image_embedding_parameters(architecture: Architecture) -> int:
     if architecture.base == "eve":
         pieces = architecture.patch_hidden_size
         return linear(pixels // 4, pieces) + linear(4 * pieces, width) + 2 * width
-    return pixels * width + (width * width if architecture.num_visual_prompts else 0)
+    return pixels * width + (width * width if architecture.projects_prompts else 0)
 
 
 def mask_head_parameters(architecture: Architecture) -> int:
     """Return the parameters of pre-projection, upsampler and both projections."""
     width, channels, mask_dim = architecture.hidden_size, architecture.feature_size, architecture.mask_dim
     total = linear(width, width) + linear(width, channels) if width > channels else 0
-    transposed, depthwise = 4 * channels * channels + channels, 9 * channels + channels
-    block = transposed + depthwise + linear(channels, channels) + 2 * channels
+    doubling = DOUBLING_TAPS[architecture.upsampler] * channels * channels
+    doubling += (4 if architecture.upsampler == "pixel_shuffle" else 1) * channels
+    depthwise = 9 * channels + channels
+    block = doubling + depthwise + linear(channels, channels) + 2 * channels
     total += architecture.num_upsample_blocks * block
     return (
         total
