@@ -305,7 +305,7 @@ class PredictConfig:
     """Longest answer; None: as long as the task needs, 32 for masks alone and 512 where there is text to be said."""
     prompt: str = "standard"
     """standard: a plain request. paper: with the stray blanks of the released evaluation. short: the expression
-    alone, for referring segmentation only."""
+    or the question alone, for referring segmentation and region choices only."""
     mask: str = "union"
     """union of all generated [SEG], or only the `first` one as in the released evaluation."""
     answer: str = "generated"

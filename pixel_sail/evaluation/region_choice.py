@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pixel_sail.config import ConfigError
 from pixel_sail.data.sources import perbench
-from pixel_sail.data.wording.region import PERBENCH_CHOICE_PROMPT
+from pixel_sail.data.wording.region import MARKED_OBJECT, PERBENCH_CHOICE_PROMPT
 from pixel_sail.evaluation.answers import ItemAnswer, answers_task, region_question
 from pixel_sail.evaluation.cases import Case
 from pixel_sail.evaluation.measured import PAPER_PREFIX, Measured, measure, together
@@ -26,8 +26,9 @@ from pixel_sail.types import RegionChoice
 
 KIND = "region choices"
 
-PROMPTS = {"standard": PERBENCH_CHOICE_PROMPT, "paper": PERBENCH_CHOICE_PROMPT}
-"""The release has no stray blanks to leave out here."""
+PROMPTS = {"standard": PERBENCH_CHOICE_PROMPT, "paper": PERBENCH_CHOICE_PROMPT, "short": "{stem}"}
+"""The release has no stray blanks to leave out here. short: the question without its options, for models that were
+trained on short questions about regions; "the marked object" becomes the prompt's token."""
 
 
 PROTOCOLS = ("standard", "paper")
@@ -55,7 +56,8 @@ def load(
 
 
 def _question(item: RegionChoice, prompt: str) -> Question:
-    return region_question(item, wording(PROMPTS, prompt, KIND).format(question=item.question))
+    stem = item.question.partition("\n")[0].replace(MARKED_OBJECT, "<Prompt0>")
+    return region_question(item, wording(PROMPTS, prompt, KIND).format(question=item.question, stem=stem))
 
 
 def _case(item: RegionChoice, answer: ItemAnswer) -> Case:

@@ -82,6 +82,9 @@ PERBENCH_CAPTION_PROMPT = REGION_CAPTION_PROMPT + DETAILED_SUFFIX
 PERBENCH_CHOICE_PROMPT = "Please answer the question according to the <Prompt0>. {question}Select a correct choice."
 """Released evaluation prompt of PerBench's choices; questions end with a line break in the file."""
 
+MARKED_OBJECT = "the marked object"
+"""What drawn choices call their region."""
+
 PERBENCH_REFERRING_ANSWER = "It is [SEG]."
 """Released: the beginning forced on a second answer where the first to PerBench's visual referring had no mask."""
 
