@@ -1,5 +1,6 @@
 """Train a model: `scripts/train.py experiment=quickstart optim.lr=1e-3`, under python, torchrun, accelerate or
-deepspeed. With --dry-run it makes one step, says what the run would do, and writes nothing."""
+deepspeed. With --dry-run it makes one step, says what the run would do, and writes nothing.
+With -m every value of `key=a,b,c` is a run of its own, see pixel_sail/sweep/run.py."""
 
 import logging
 import sys
@@ -7,6 +8,7 @@ import sys
 from pixel_sail import dist
 from pixel_sail.config import ConfigError, TrainConfig, build, command_line_overrides, load_config
 from pixel_sail.evaluation.validation import validation_for
+from pixel_sail.sweep import run as sweep
 from pixel_sail.training.checkpoint import CheckpointError
 from pixel_sail.training.corridor import LeftCorridorError
 from pixel_sail.training.dry_run import dry_run
@@ -16,6 +18,7 @@ from pixel_sail.training.loop import train
 from pixel_sail.types import DataError
 
 DRY_RUN = "--dry-run"
+MULTIRUN = ("-m", "--multirun")
 
 
 def main() -> int:
@@ -57,4 +60,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(sweep.main() if set(MULTIRUN) & set(sys.argv) else main())

@@ -1,16 +1,31 @@
 """Every ablation file is one change: it composes with the experiment it belongs to, differs from it in the leaves it
 names and nowhere else, fits the functions it names, and makes a model that computes."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 from test_configs import bind_targets, names
+from test_plan_run import saved_bytes
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from pixel_sail.config import TrainConfig, load_config
+from pixel_sail.losses.total import LossConfig
+from pixel_sail.model.attention_mask import attention_mask
+from pixel_sail.model.attention_rules import training_rule
 from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
+from pixel_sail.model.decoder import attend
+from pixel_sail.model.generation import encode_images, generate
+from pixel_sail.model.image_embedding import PooledPrompts
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
+from pixel_sail.model.speed import REFERENCE, Speed
+from pixel_sail.model.upsampler import Upsampler
+from pixel_sail.planning.activations import activation_bytes
+from pixel_sail.planning.flops import forward_flops
 from pixel_sail.planning.parameters import parameter_counts
+from pixel_sail.planning.workload import of_batch
 from pixel_sail.training.checkpoint import differing_leaves
 
 ARCHITECTURE = "model.architecture."
@@ -54,3 +69,194 @@ def test_every_ablation_changes_exactly_the_leaves_it_names(ablation):
     with torch.device("meta"):
         model = PixelSailForSegmentation(PixelSailConfig.from_architecture(changed.model.architecture))
     assert sum(p.numel() for p in model.parameters()) == sum(parameter_counts(changed.model.architecture, {}).values())
+
+
+DESIGNS = ("transposed", "bilinear", "pixel_shuffle")
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_upsamplers_give_the_same_map_with_channels_first_and_last(design):
+    upsampler = Upsampler(6, 2, design).double()
+    torch.nn.init.normal_(upsampler.blocks[0].norm.weight)
+    x_ICYX = torch.randn(2, 6, 3, 5, dtype=torch.double)
+    found = upsampler.channels_last(x_ICYX.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    assert found.shape == (2, 6, 12, 20)
+    torch.testing.assert_close(found, upsampler(x_ICYX))
+
+
+def test_bilinear_doubling_by_hand():
+    """Cell centres lie a quarter of a cell beside the old ones: 3/4 of the nearer and 1/4 of the farther."""
+    upsampler = Upsampler(1, 1, "bilinear")
+    block = upsampler.blocks[0]
+    torch.nn.init.ones_(block.mixed.weight)
+    torch.nn.init.constant_(block.mixed.bias, 10.0)
+    found = block.doubled(torch.tensor([[[[0.0, 4.0]]]]))
+    assert found[0, 0].tolist() == [[10.0, 11.0, 13.0, 14.0]] * 2
+
+
+def test_pixel_shuffle_turns_four_channels_into_four_cells():
+    block = Upsampler(1, 1, "pixel_shuffle").blocks[0]
+    torch.nn.init.zeros_(block.shuffled.weight)
+    block.shuffled.bias.data = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert block.doubled(torch.zeros(1, 1, 1, 2))[0, 0].tolist() == [[1.0, 2.0, 1.0, 2.0], [3.0, 4.0, 3.0, 4.0]]
+
+
+VARIANTS = [
+    *({"upsampler": design, "mask_stride": 2} for design in DESIGNS),
+    *({"visual_prompts": kind} for kind in ("pooled", "off")),
+    {"prompt_projection": False},
+    {"image_attention": "causal"},
+]
+
+
+@pytest.fixture
+def batch(processor, draw_sample, make_batch):
+    """Two rows: prompts that are named in the text, one that is named but not painted, and a text without image."""
+    rng = np.random.default_rng(0)
+    drawn = [
+        draw_sample(rng, size_hw=(16, 24), masks_per_turn=(1, 2), prompts=(3, 7), sample_id="two"),
+        draw_sample(rng, size_hw=(40, 16), masks_per_turn=(1,), prompts=(3,), sample_id="tall"),
+        draw_sample(rng, size_hw=None, masks_per_turn=(0,), sample_id="text only"),
+    ]
+    named = ["what is <Prompt3> and <Prompt7>", "where is <Prompt3>, not <Prompt9>", "no image, but <Prompt3>"]
+    examples = []
+    for (sample, image), question in zip(drawn, named, strict=True):
+        turns = (replace(sample.turns[0], question=question), *sample.turns[1:])
+        examples.append(processor.encode_sample(replace(sample, turns=turns), image, independent_turns=False))
+    return make_batch(examples[:2], examples[2:])
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+def test_a_variant_gives_the_same_on_the_fast_path_and_packed_and_every_weight_learns(tiny_model, batch, changes):
+    model = tiny_model(**changes).train()
+    outputs = []
+    for speed in (REFERENCE, Speed()):
+        model.use(speed)
+        outputs.append(model(**batch.model_inputs()))
+    slow, fast = outputs
+    is_real = batch.sample_index_BT >= 0
+    torch.testing.assert_close(fast.hidden_BTD[is_real], slow.hidden_BTD[is_real], rtol=1e-4, atol=1e-5)
+    for found, expected in zip(fast.mask_logits, slow.mask_logits, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    fast.anchor.backward()
+    assert [name for name, value in model.named_parameters() if value.grad is None] == []
+    assert sum(p.numel() for p in model.parameters()) == sum(parameter_counts(model.config, {}).values())
+
+
+@pytest.mark.parametrize("speed", [Speed(), REFERENCE], ids=["default", "reference"])
+@pytest.mark.parametrize("design", DESIGNS)
+def test_the_plan_counts_what_an_upsampler_computes_and_keeps(tiny_model, batch, design, speed):
+    model = tiny_model(hidden_size=64, num_hidden_layers=1, mask_dim=32, mask_stride=1, upsampler=design).train()
+    model.use(speed)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(**batch.model_inputs())
+    work = of_batch(batch)
+    assert forward_flops(model.config, work, {}, speed).total == pytest.approx(counter.get_total_flops(), rel=0.02)
+    config = LossConfig()
+    config.points.num_points = 300
+    said = activation_bytes(model.config, work, element=4, num_points=300, checkpointing=False, speed=speed)
+    assert said.mask_head > 0.5 * said.total
+    assert said.total == pytest.approx(saved_bytes(model, batch, config), rel=0.2)
+
+
+def test_a_causal_image_has_half_the_pairs(tiny_model, batch):
+    work = of_batch(batch)
+    prefix, causal = (
+        forward_flops(tiny_model(image_attention=kind).config, work, {}).attention_minimal
+        for kind in ("prefix", "causal")
+    )
+    mask = attention_mask(batch.sample_index_BT, batch.branch_ids_BT, torch.zeros_like(batch.in_image_BT))[:, 0]
+    seen = int((mask & (batch.sample_index_BT >= 0)[:, :, None]).sum())
+    assert causal == 4.0 * 2 * 32 * seen < prefix
+
+
+def pooled_by_hand(model, batch):
+    """Return the embeddings with pooled prompts, token by token."""
+    embedded = model.embed(batch.input_ids_BT, batch.patches_SK, batch.patch_index_BT, batch.prompt_ids_BT)
+    expected = embedded.clone()
+    changed = []
+    for row, token in np.ndindex(*batch.input_ids_BT.shape):
+        for prompt, token_id in enumerate(model.config.prompt_token_ids):
+            own = batch.sample_index_BT[row] == batch.sample_index_BT[row, token]
+            covered = own & (batch.prompt_ids_BT[row] == prompt)
+            if int(batch.input_ids_BT[row, token]) == token_id and covered.any():
+                expected[row, token] = embedded[row, covered].mean(0)
+                changed.append((row, int(batch.sample_index_BT[row, token]), prompt))
+    return embedded, expected, changed
+
+
+def test_pooled_prompts_are_means_of_the_patches_of_their_own_image(tiny_model, batch):
+    model = tiny_model(visual_prompts="pooled")
+    embedded, expected, changed = pooled_by_hand(model, batch)
+    assert sorted(changed) == [(0, 0, 3), (0, 0, 7), (0, 1, 3)]
+    size = (len(batch.sample_ids), model.config.num_visual_prompts)
+    pooled = PooledPrompts.of(embedded, batch.sample_index_BT, batch.prompt_ids_BT, size)
+    found = pooled.put_into(embedded, batch.sample_index_BT, model.named_prompts(batch.input_ids_BT))
+    torch.testing.assert_close(found, expected)
+    plain = model.embed(
+        batch.input_ids_BT, batch.patches_SK, batch.patch_index_BT, torch.full_like(batch.prompt_ids_BT, -1)
+    )
+    assert torch.equal(plain, embedded), "nothing is added to patches"
+
+
+def test_prompts_reach_the_states_in_every_way_but_off(tiny_model, batch):
+    moved = {}
+    for kind in ("injection", "pooled", "off"):
+        model = tiny_model(visual_prompts=kind)
+        inputs = batch.model_inputs()
+        marked = model(**inputs).hidden_BTD
+        unmarked = model(**(inputs | {"prompt_ids_BT": torch.full_like(batch.prompt_ids_BT, -1)})).hidden_BTD
+        is_moved = (marked - unmarked).abs().amax(-1) > 0
+        moved[kind] = (bool((is_moved & batch.in_image_BT).any()), bool((is_moved & ~batch.in_image_BT).any()))
+    assert moved == {"injection": (True, True), "pooled": (False, True), "off": (False, False)}
+
+
+def test_unprojected_prompts_are_added_as_they_are(tiny_model, batch):
+    model = tiny_model(prompt_projection=False)
+    assert model.patch_embedding.prompt_projection is None
+    embed = (batch.input_ids_BT, batch.patches_SK, batch.patch_index_BT)
+    none = torch.full_like(batch.prompt_ids_BT, -1)
+    difference = model.embed(*embed, batch.prompt_ids_BT) - model.embed(*embed, none)
+    seven = model.embed_tokens.weight[model.config.token_id("<Prompt7>")]
+    covered = difference[batch.prompt_ids_BT == 7]
+    assert len(covered) > 0
+    torch.testing.assert_close(covered, seven.expand_as(covered))
+
+
+@pytest.mark.parametrize("way", ["dense", "segments", "flex"])
+def test_causal_images_see_no_later_token(batch, way):
+    where = (batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT)
+    queries, keys, values = (torch.randn(2, heads, batch.input_ids_BT.shape[1], 16) for heads in (4, 2, 2))
+    visible = attention_mask(*where) & torch.ones(queries.shape[2], queries.shape[2], dtype=torch.bool).tril()
+    with torch.no_grad():
+        rule = training_rule(way, *where, batch.spans, dtype=torch.float32, causal_images=True)
+        found, expected = rule(0, queries, keys, values), attend(queries, keys, values, visible)
+    is_real = (batch.sample_index_BT >= 0)[:, None, :, None]
+    torch.testing.assert_close(found * is_real, expected * is_real, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"visual_prompts": "pooled"}, {"image_attention": "causal"}], ids=str)
+def test_generation_continues_as_the_forward_pass_of_training(tiny_model, processor, draw_sample, make_batch, changes):
+    """Two images with the same prompt: what is generated is what one forward pass over everything says."""
+    model = tiny_model(seed=5, tie_word_embeddings=False, **changes)
+    rng, examples, texts = np.random.default_rng(4), [], []
+    for _ in range(2):
+        sample, image = draw_sample(rng, size_hw=(16, 24), masks_per_turn=(0,), prompts=(3,))
+        turn = replace(sample.turns[0], question="what is <Prompt3>", answer="")
+        examples.append(processor.encode_sample(replace(sample, turns=(turn,)), image, independent_turns=False))
+        texts.append([processor.question_ids(turn.question)])
+    span = examples[0].in_image_T
+    prefix = encode_images(
+        model,
+        torch.stack([example.patches_PK for example in examples]),
+        examples[0].grid_hw,
+        examples[0].position_ids_2T[:, span],
+        torch.stack([example.prompt_ids_T[span] for example in examples]),
+    )
+    answers = generate(model, prefix, texts, max_new_tokens=1, end_ids=())
+    for example, (answer,) in zip(examples, answers, strict=True):
+        inputs = make_batch([example]).model_inputs() | {"logit_positions_M2": None}
+        # The empty answer is the end token alone: the one before it says what comes first.
+        assert answer.token_ids == [int(model(**inputs).logits[0, -2].argmax())]
+    state = model(**(make_batch([examples[1]]).model_inputs())).hidden_BTD[0]
+    torch.testing.assert_close(prefix.hidden_ISD[1], state[: int(span.sum())], rtol=1e-4, atol=1e-5)

@@ -14,7 +14,7 @@ LAYERS = (
     ("refshapes", "losses", "metrics", "data"),
     ("config",),
     ("planning",),
-    ("training", "evaluation"),
+    ("training", "evaluation", "sweep"),
     ("vqa",),
 )
 """Lowest first; a module may import layers below its own and its own subpackage."""

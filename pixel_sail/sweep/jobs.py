@@ -1,0 +1,173 @@
+"""One job of a sweep: training, then evaluation, each a command that goes on where it stopped.
+
+Place in the flow: `run.py` calls `run_job` for every job of the grid, here or on a node of a cluster. A sweep's folder
+while it runs:
+
+    sweep.json                                  what was asked for, see run.py
+    jobs/ablation-stride_4__seed-2.json         {"overrides": [...], "evaluate": [...], "done": ["train"]}
+    jobs/ablation-stride_4__seed-2.log          all that its commands said
+    ablation-stride_4__seed-2/                  its run folder: log.jsonl, checkpoints/, export/, evaluation/
+
+A stage that is done is not started again. Training that was broken off continues from its last checkpoint, evaluation
+from the answers that are there.
+"""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pixel_sail.config import ConfigError
+from pixel_sail.files import replace_text
+from pixel_sail.sweep.grid import Job
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+SAVED_STATUS = 85
+"""Of a training that saved and wants to be started again."""
+MAX_STARTS = 20
+"""A training that asks for another start so often is taken for broken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What all jobs of a sweep have in common."""
+
+    folder: Path
+    launcher: tuple[str, ...] = (sys.executable,)
+    """What starts the training script: this Python, or torchrun with its arguments."""
+    evaluate: tuple[str, ...] = ()
+    """Overrides of scripts/evaluate.py; without any there is no evaluation."""
+
+    def file(self, job: Job, suffix: str) -> Path:
+        """Return the record (json) or the output (log) of a job."""
+        return self.folder / "jobs" / f"{job.name}.{suffix}"
+
+    def run_dir(self, job: Job) -> Path:
+        """Return the run folder of a job."""
+        return self.folder / job.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a job ended."""
+
+    name: str
+    status: str
+    """finished, skipped (was finished before), failed, interrupted or not started."""
+    seconds: float = 0.0
+    detail: str = ""
+
+
+@dataclass
+class Stop:
+    """Ends the commands that run, and keeps others from starting."""
+
+    is_set: bool = False
+    running: set["subprocess.Popen[bytes]"] = field(default_factory=set)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def stop(self) -> None:
+        """Tell every command to save and end."""
+        with self.lock:
+            self.is_set = True
+            for process in self.running:
+                process.terminate()
+
+    def start(self, command: Sequence[str], **options: Any) -> "subprocess.Popen[bytes] | None":
+        """Start a command, or return None when everything stops."""
+        with self.lock:
+            if self.is_set:
+                return None
+            process = subprocess.Popen(command, start_new_session=True, **options)
+            self.running.add(process)
+            return process
+
+    def ended(self, process: "subprocess.Popen[bytes]") -> None:
+        """Forget a command that has ended."""
+        with self.lock:
+            self.running.discard(process)
+
+
+def run_job(job: Job, settings: Settings, stop: Stop) -> Outcome:
+    """Run what is left of a job. Failures are told in the outcome, not raised, so that other jobs go on.
+
+    Raises: ConfigError when the job's folder belongs to other overrides.
+    """
+    record = read_record(job, settings)
+    commands = {"train": train_command(job, settings)}
+    if settings.evaluate:
+        commands["evaluate"] = evaluate_command(job, settings)
+    left = [stage for stage in commands if stage not in record["done"]]
+    if not left:
+        return Outcome(name=job.name, status="skipped")
+    started = time.monotonic()
+    for stage in left:
+        status = _run_command(commands[stage], settings.file(job, "log"), stop)
+        seconds = time.monotonic() - started
+        if stop.is_set and status != 0:
+            return Outcome(name=job.name, status="interrupted", seconds=seconds, detail=stage)
+        if status != 0:
+            detail = f"{stage} ended with status {status}, see {settings.file(job, 'log')}"
+            return Outcome(name=job.name, status="failed", seconds=seconds, detail=detail)
+        record["done"].append(stage)
+        replace_text(settings.file(job, "json"), json.dumps(record, indent=1) + "\n")
+    return Outcome(name=job.name, status="finished", seconds=seconds)
+
+
+def read_record(job: Job, settings: Settings) -> dict[str, Any]:
+    """Return what is known of a job. Another evaluation is done anew. Raises: ConfigError, see `run_job`."""
+    file = settings.file(job, "json")
+    asked = {"overrides": list(job.overrides), "evaluate": list(settings.evaluate), "done": []}
+    if not file.is_file():
+        replace_text(file, json.dumps(asked, indent=1) + "\n")
+        return asked
+    record: dict[str, Any] = json.loads(file.read_text())
+    if record["overrides"] != asked["overrides"]:
+        raise ConfigError(
+            f"{file}: found a job with overrides {record['overrides']}, expected {asked['overrides']}; choose another "
+            "--folder, or move this one away"
+        )
+    if record["evaluate"] != asked["evaluate"]:
+        record |= {"evaluate": asked["evaluate"], "done": [stage for stage in record["done"] if stage == "train"]}
+    return record
+
+
+def train_command(job: Job, settings: Settings) -> list[str]:
+    """Return the command that trains a job, or continues to."""
+    own = [f"run_dir='{settings.run_dir(job)}'", f"name='{job.name}'"]
+    return [*settings.launcher, str(SCRIPTS / "train.py"), *job.overrides, *own]
+
+
+def evaluate_command(job: Job, settings: Settings) -> list[str]:
+    """Return the command that scores a job's export, with one process."""
+    return [
+        *(sys.executable, str(SCRIPTS / "evaluate.py"), f"checkpoint='{settings.run_dir(job)}'"),
+        *settings.evaluate,
+    ]
+
+
+def _run_command(command: Sequence[str], log: Path, stop: Stop) -> int:
+    """Return the exit status of a command, its output added to a file; trainings that ask for it start again."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    status = SAVED_STATUS
+    for _ in range(MAX_STARTS):
+        with log.open("ab") as output:
+            output.write(f"\n$ {' '.join(command)}\n".encode())
+            output.flush()
+            process = stop.start(command, stdout=output, stderr=subprocess.STDOUT)
+            if process is None:
+                break
+            try:
+                status = process.wait()
+            finally:
+                stop.ended(process)
+        if status != SAVED_STATUS or stop.is_set:
+            break
+    return status

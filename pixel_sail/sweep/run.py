@@ -1,0 +1,144 @@
+"""The command line of sweeps: expand, run here or through Slurm, sum up.
+
+Place in the flow: `scripts/train.py -m` and `tools/sweep.py` call `main`. An example, two jobs at a time:
+
+    python scripts/train.py -m --jobs 2 --evaluate "evals=[refshapes_val] predict.prompt=short" \
+        experiment=refshapes_student deepspeed=none ablation=stride_4,stride_8 seed=1,2,3
+
+The same command again skips what is finished, continues what was broken off and tries again what failed. `sweep.json`
+in the sweep's folder says which job has which values; `tools/make_tables.py --sweep FOLDER` reads it.
+"""
+
+import argparse
+import json
+import logging
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import FrameType
+
+from pixel_sail.config import ConfigError, TrainConfig, load_config
+from pixel_sail.files import replace_text
+from pixel_sail.sweep.grid import Job, expand
+from pixel_sail.sweep.jobs import SAVED_STATUS, Outcome, Settings, Stop, read_record, run_job
+from pixel_sail.sweep.slurm import run_through_slurm
+
+logger = logging.getLogger("sweep")
+
+FILE_NAME = "sweep.json"
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options of the sweep, and the overrides."""
+    parser = argparse.ArgumentParser(prog="sweep", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("-m", "--multirun", action="store_true", help="taken for granted here")
+    parser.add_argument("--folder", type=Path, help="of the sweep; by default <paths.runs>/sweeps/<name of the run>")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="how many run at once on this machine")
+    parser.add_argument(
+        "--launcher", default="", help='what starts a training: "torchrun --standalone --nproc-per-node=8"'
+    )
+    parser.add_argument("--evaluate", default="", metavar="OVERRIDES", help="score every job with scripts/evaluate.py")
+    parser.add_argument(
+        "--slurm", metavar="SETTINGS", help='submit with submitit: "slurm_partition=gpu timeout_min=600"'
+    )
+    parser.add_argument("--list", action="store_true", help="print the jobs and start nothing")
+    options, overrides = parser.parse_known_args(list(arguments))
+    unknown = [argument for argument in overrides if argument.startswith("-")]
+    if unknown:
+        raise ConfigError(f"sweep: found {unknown}, expected options that --help lists, and key=value")
+    if options.jobs < 1:
+        raise ConfigError(f"sweep: --jobs is {options.jobs}, expected 1 or more")
+    return options, overrides
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a sweep; return 0 when every job is finished, 1 when one failed, 85 when it was told to stop, 2 for wrong
+    input."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    try:
+        options, overrides = parse(sys.argv[1:] if arguments is None else arguments)
+        jobs = expand(overrides)
+        # Every job's configuration is checked before the first one starts.
+        configs = [load_config("train", TrainConfig, [*job.overrides, f"name='{job.name}'"]) for job in jobs]
+        named = load_config("train", TrainConfig, [*jobs[0].overrides, *_default_name(jobs[0])]).name
+        folder = options.folder or Path(configs[0].paths.runs) / "sweeps" / named
+        if options.list:
+            print("\n".join(f"{job.name}: {' '.join(job.overrides)}" for job in jobs))
+            return 0
+        launcher = tuple(shlex.split(options.launcher)) or (sys.executable,)
+        settings = Settings(folder=folder.resolve(), launcher=launcher, evaluate=tuple(shlex.split(options.evaluate)))
+        for job in jobs:
+            read_record(job, settings)
+        _note(jobs, settings)
+        if options.slurm is not None:
+            outcomes = run_through_slurm(jobs, settings, shlex.split(options.slurm))
+        else:
+            outcomes = run_here(jobs, settings, num_at_once=options.jobs)
+    except ConfigError as error:
+        print(f"ConfigError: {error}", file=sys.stderr)
+        return 2
+    print(summary(outcomes, settings.folder))
+    if any(outcome.status in ("interrupted", "not started") for outcome in outcomes):
+        return SAVED_STATUS
+    return int(any(outcome.status == "failed" for outcome in outcomes))
+
+
+def _default_name(job: Job) -> list[str]:
+    """Return a name where no experiment brings one."""
+    return [] if any(override.startswith("experiment=") for override in job.overrides) else ["name=sweep"]
+
+
+def _note(jobs: Sequence[Job], settings: Settings) -> None:
+    """Write which job has which values; jobs of an earlier call with the same folder stay."""
+    file = settings.folder / FILE_NAME
+    known = json.loads(file.read_text())["jobs"] if file.is_file() else {}
+    known |= {job.name: {"swept": job.swept, "overrides": list(job.overrides)} for job in jobs}
+    replace_text(file, json.dumps({"jobs": known}, indent=1) + "\n")
+
+
+def run_here(jobs: Sequence[Job], settings: Settings, *, num_at_once: int) -> list[Outcome]:
+    """Run jobs on this machine. SIGTERM and Ctrl-C end what runs after a checkpoint and start nothing more."""
+    stop = Stop()
+
+    def run_one(job: Job) -> Outcome:
+        if stop.is_set:
+            return Outcome(name=job.name, status="not started")
+        logger.info("%s starts", job.name)
+        outcome = run_job(job, settings, stop)
+        logger.info("%s: %s after %.0f s%s", *(job.name, outcome.status, outcome.seconds, _behind(outcome.detail)))
+        return outcome
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        # Not in the handler itself: it may interrupt the thread that holds the lock.
+        threading.Thread(target=stop.stop).start()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with ThreadPoolExecutor(num_at_once) as pool:
+            return list(pool.map(run_one, jobs))
+    finally:
+        stop.stop()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _behind(detail: str) -> str:
+    return f" ({detail})" if detail else ""
+
+
+def summary(outcomes: Sequence[Outcome], folder: Path) -> str:
+    """Return one line per job, and the counts."""
+    width = max(len(outcome.name) for outcome in outcomes)
+    lines = [
+        f"{outcome.name:{width}}  {outcome.status:<11} {outcome.seconds:7.0f} s  {outcome.detail}".rstrip()
+        for outcome in outcomes
+    ]
+    kinds = ("finished", "skipped", "failed", "interrupted", "not started")
+    counts = {kind: sum(outcome.status == kind for outcome in outcomes) for kind in kinds}
+    said = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    return "\n".join([*lines, f"{len(outcomes)} jobs in {folder}: {said}"])

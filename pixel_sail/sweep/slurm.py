@@ -1,0 +1,69 @@
+"""Jobs of a sweep through Slurm, by the package submitit, which is not among the requirements.
+
+Place in the flow: `run.py` calls `run_through_slurm` in place of `run_here`. Settings are those of submitit's
+`update_parameters`, for example `slurm_partition=gpu timeout_min=600 gpus_per_node=8 cpus_per_task=64`; `cluster=local`
+or `cluster=debug` try the same without Slurm. The folder must be seen by all nodes.
+"""
+
+import importlib
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from pixel_sail.config import ConfigError
+from pixel_sail.sweep.grid import Job
+from pixel_sail.sweep.jobs import Outcome, Settings, Stop, run_job
+
+logger = logging.getLogger("sweep")
+
+
+class SlurmJob:
+    """What a node runs. Before its time is over submitit asks for `checkpoint` and starts what that returns."""
+
+    def __init__(self, job: Job, settings: Settings) -> None:
+        self.job = job
+        self.settings = settings
+
+    def __call__(self) -> Outcome:
+        """Run what is left of the job."""
+        self.stop = Stop()
+        return run_job(self.job, self.settings, self.stop)
+
+    def checkpoint(self) -> Any:
+        """Have the training save and end, and ask to be started again."""
+        self.stop.stop()
+        for process in tuple(self.stop.running):
+            process.wait()
+        return importlib.import_module("submitit").helpers.DelayedSubmission(SlurmJob(self.job, self.settings))
+
+
+def run_through_slurm(jobs: Sequence[Job], settings: Settings, parameters: Sequence[str]) -> list[Outcome]:
+    """Submit every job and wait for all. A job that Slurm lost counts as failed.
+
+    Raises: ConfigError without submitit, or for parameters that are not key=value.
+    """
+    try:
+        submitit: Any = importlib.import_module("submitit")
+    except ImportError as error:
+        raise ConfigError(
+            "sweep: --slurm needs the package submitit, which is not installed; pip install submitit, or leave --slurm "
+            "out to run here"
+        ) from error
+    chosen: dict[str, Any] = {}
+    for parameter in parameters:
+        key, separator, value = parameter.partition("=")
+        if not separator:
+            raise ConfigError(f"sweep: --slurm has {parameter!r}, expected key=value")
+        chosen[key] = int(value) if value.isdigit() else value
+    executor = submitit.AutoExecutor(folder=settings.folder / "slurm", cluster=chosen.pop("cluster", "slurm"))
+    executor.update_parameters(**chosen)
+    submitted = [executor.submit(SlurmJob(job, settings)) for job in jobs]
+    logger.info("submitted %s", ", ".join(str(one.job_id) for one in submitted))
+    outcomes = []
+    for job, one in zip(jobs, submitted, strict=True):
+        try:
+            outcomes.append(one.result())
+        except Exception as error:
+            # Whatever became of one job, the others are waited for.
+            outcomes.append(Outcome(name=job.name, status="failed", detail=f"Slurm job {one.job_id}: {error}"))
+    return outcomes
