@@ -38,9 +38,9 @@ def compare(first: Path, second: Path, *, seed: int = 0, resamples: int = RESAMP
 
     Raises: DataError when the runs were asked different questions, before any annotations are read.
     """
-    _check_same(first, second)
+    check_same(first, second)
     a, b = read_stored(first), read_stored(second)
-    _check_same_targets(a, b)
+    check_same_targets(a, b)
     measured = {"a": a.measure(), "b": b.measure()}
     common = [name for name in measured["a"].fractions if name in measured["b"].fractions]
     fractions = {f"{run}/{name}": measured[run].fractions[name] for run in measured for name in common}
@@ -64,7 +64,7 @@ def compare(first: Path, second: Path, *, seed: int = 0, resamples: int = RESAMP
     return result
 
 
-def _check_same(first: Path, second: Path) -> None:
+def check_same(first: Path, second: Path) -> None:
     """Find out whether both runs answered the same questions. Raises: DataError."""
     one, other = read_protocol(first), read_protocol(second)
     if one["questions_sha256"] == other["questions_sha256"]:
@@ -80,7 +80,7 @@ def _check_same(first: Path, second: Path) -> None:
     )
 
 
-def _check_same_targets(a: StoredEval, b: StoredEval) -> None:
+def check_same_targets(a: StoredEval, b: StoredEval) -> None:
     """Find out whether two copies of the annotations expect the same, wherever they lie. Raises: DataError."""
     for item, other in zip(a.task.items, b.task.items, strict=True):
         if replace(item, image_path=other.image_path) != other:

@@ -1,4 +1,4 @@
-"""The paper's Tables 1-3 with a checkpoint's scores as their first rows.
+"""The paper's Tables 1-4 with a checkpoint's scores as their first rows.
 
 Place in the flow: scores of a run -> here, with the numbers of `paper_tables.json` -> `Table` -> the report. The file
 holds what the paper prints and which score of which eval belongs into a column:

@@ -1,0 +1,110 @@
+"""Print the paper's Tables 1-4 beside runs of ours, and the tables of sweeps, as Markdown.
+
+    python tools/make_tables.py mine=runs/a other=runs/b/evaluation --vqa mine=runs/a/vqa/x_results.json
+    python tools/make_tables.py --sweep runs/sweeps/refshapes_ladder --baseline ladder_1_baseline --plot ladder.png
+
+A run is a folder with the results.jsonl of scripts/evaluate.py, or a run folder with such an `evaluation`. Without any
+run the paper's rows are printed alone. `--sweep` takes the folder of tools/sweep.py: mean and spread over seeds, and
+differences to the group whose name contains `--baseline` (by default the first), with intervals from a paired bootstrap
+over images. `--plot` draws the scores of every job over the groups.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pixel_sail.config import ConfigError
+from pixel_sail.evaluation.curves import Curve, Panel, save_panels
+from pixel_sail.evaluation.measured import Scores
+from pixel_sail.evaluation.run_tables import PROTOCOLS, scores_of, scores_of_vqa, tables_of_runs
+from pixel_sail.evaluation.sweep_tables import MAIN_SCORES, Group, differences_table, read_groups, scores_table_of
+from pixel_sail.files import replace_text
+from pixel_sail.types import DataError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the tables; wrong input ends with one message and exit status 2."""
+    options = _parse(arguments)
+    try:
+        if options.sweep is not None:
+            groups = read_groups(options.sweep)
+            tables = [scores_table_of(groups), differences_table(_baseline(groups, options.baseline), groups)]
+            if options.plot is not None:
+                save_panels(options.plot, panels(groups), title=options.sweep.name)
+        else:
+            tables = tables_of_runs(read_runs(options.runs, options.vqa), options.protocols)
+    except (ConfigError, DataError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    text = "\n\n".join("\n".join(table.markdown()) for table in tables) + "\n"
+    print(text, end="")
+    if options.out is not None:
+        replace_text(options.out, text)
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", metavar="NAME=FOLDER")
+    parser.add_argument("--vqa", action="append", default=[], metavar="NAME=FILE", help="results of lmms-eval of a run")
+    parser.add_argument("--protocols", nargs="+", choices=tuple(PROTOCOLS), default=list(PROTOCOLS))
+    parser.add_argument("--sweep", type=Path, metavar="FOLDER")
+    parser.add_argument(
+        "--baseline", metavar="TEXT", help="part of the name of the group that others are compared with"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of a sweep's scores")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the tables to this file too")
+    return parser.parse_args(arguments)
+
+
+def read_runs(runs: Sequence[str], vqa: Sequence[str]) -> dict[str, dict[str, Scores]]:
+    """Return run -> eval -> scores. Raises: ConfigError for an argument that is not NAME=PATH, DataError."""
+    found: dict[str, dict[str, Scores]] = {}
+    for arguments, read in ((runs, scores_of), (vqa, scores_of_vqa)):
+        for argument in arguments:
+            name, separator, path = argument.partition("=")
+            if not separator or not name or not path:
+                raise ConfigError(f"found {argument!r}, expected NAME=PATH, such as mine=runs/mine")
+            found.setdefault(name, {}).update(read(Path(path)))
+    return found
+
+
+def _baseline(groups: Sequence[Group], text: str | None) -> Group:
+    """Return the group that others are compared with. Raises: ConfigError unless exactly one name contains the text."""
+    if text is None:
+        return groups[0]
+    named = [group for group in groups if text in group.name]
+    if len(named) != 1:
+        raise ConfigError(
+            f"--baseline {text!r} fits {len(named)} of the groups {[group.name for group in groups]}, expected one"
+        )
+    return named[0]
+
+
+def panels(groups: Sequence[Group]) -> list[Panel]:
+    """Return one panel per eval and score: a curve for every seed over the groups, which are numbered from 1."""
+    results = [group.results() for group in groups]
+    names = dict.fromkeys(
+        (name, score)
+        for by_seed in results
+        for evals in by_seed.values()
+        for name, scores in evals.items()
+        for score in MAIN_SCORES
+        if score in scores
+    )
+    seeds = list(dict.fromkeys(seed for group in groups for seed in group.folders))
+    found = []
+    for name, score in names:
+        curves = []
+        for color, seed in enumerate(seeds):
+            values = [by_seed.get(seed, {}).get(name, {}).get(score, float("nan")) for by_seed in results]
+            xs = tuple(float(number) for number in range(1, len(groups) + 1))
+            curves.append(Curve(label=f"seed {seed}", xs=xs, ys=tuple(map(float, values)), color=color))
+        labels = ", ".join(f"{number}: {group.name.rpartition('=')[2]}" for number, group in enumerate(groups, 1))
+        found.append(Panel(title=f"{name} {score}", curves=tuple(curves), x_label=labels, y_label=score))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
