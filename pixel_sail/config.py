@@ -456,6 +456,11 @@ def command_line_overrides() -> list[str]:
 
 def build(node: Any, where: str) -> Any:
     """Call the function an open-set entry names; ConfigError for a wrong target or argument."""
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise ConfigError(
+            f"{where}: found no _target_ in {node}, expected a function and its arguments; the entry was changed where "
+            "no config file defines it"
+        )
     try:
         return instantiate(node, _convert_="all")
     except HydraException as error:

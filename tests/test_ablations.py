@@ -2,6 +2,7 @@
 names and nowhere else, fits the functions it names, and makes a model that computes."""
 
 from dataclasses import asdict, replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -31,6 +32,10 @@ from pixel_sail.training.checkpoint import differing_leaves
 ARCHITECTURE = "model.architecture."
 HIDDEN = {"data.sources.refshapes.hide", "data.sources.groupshapes.hide"}
 
+CARD = "pixel_sail_0_5b"
+BOTH = ("mask2former", "sam2")
+SHARES = "data.sources.osprey_short_form.prompt_shares"
+
 CHANGES = {
     "stride_16": ("quickstart", {ARCHITECTURE + "mask_stride"}),
     "stride_8": ("quickstart", {ARCHITECTURE + "mask_stride"}),
@@ -50,20 +55,36 @@ CHANGES = {
     "text_factor_1": ("quickstart", {"loss.text_factor_with_masks"}),
     "language_blind": ("quickstart", HIDDEN),
     "image_blind": ("quickstart", HIDDEN),
+    "text_factor_0": ("quickstart", {"loss.text_factor_with_masks"}),
+    **{f"teacher_{kind}": (CARD, {"experts."}) for kind in ("none", "mask2former", "sam2", "radio")},
+    **{f"teacher_weight_{w}": (CARD, {f"experts.{name}.weight" for name in BOTH}) for w in ("0_1", "1")},
+    **{f"teacher_loss_{kind}": (CARD, {f"experts.{name}.loss" for name in BOTH}) for kind in ("cosine", "normalized")},
+    **{f"ours_weight_{weight}": ("refshapes_distill", {"experts.ours.weight"}) for weight in ("0_1", "1")},
+    **{f"ours_loss_{kind}": ("refshapes_distill", {"experts.ours.loss"}) for kind in ("cosine", "normalized")},
+    **{name: (CARD, {"data."}) for name in names("ablation") if name.startswith("data_")},
+    **{f"marks_{kind}": ("refshapes_ladder", {SHARES}) for kind in ("mask", "box", "point", "scribble")},
     "ladder_1_baseline": ("refshapes_ladder", {ARCHITECTURE + "mask_stride", ARCHITECTURE + "visual_prompts"}),
     "ladder_2_upsampler": ("refshapes_ladder", {ARCHITECTURE + "visual_prompts"}),
     "ladder_3_prompts": ("refshapes_ladder", set()),
     "ladder_4_distillation": ("refshapes_ladder", {"experts.ours"}),
 }
-"""Ablation -> the experiment it is meant for, and the leaves in which it differs from it."""
+"""Ablation -> the experiment it is meant for, and the leaves in which it differs from it. A leaf that ends in a full
+stop stands for a group that is taken as a whole: everything that differs lies in it."""
+
+
+@cache
+def base_of(experiment):
+    return load_config("train", TrainConfig, [f"experiment={experiment}"])
 
 
 @pytest.mark.parametrize("ablation", names("ablation"))
 def test_every_ablation_changes_exactly_the_leaves_it_names(ablation):
     experiment, leaves = CHANGES[ablation]
-    base = load_config("train", TrainConfig, [f"experiment={experiment}"])
+    base = base_of(experiment)
     changed = load_config("train", TrainConfig, [f"experiment={experiment}", f"ablation={ablation}"])
-    assert {key for key, _ in differing_leaves(asdict(base), asdict(changed))} == leaves
+    found = {key for key, _ in differing_leaves(asdict(base), asdict(changed))}
+    whole = {leaf for leaf in leaves if leaf.endswith(".")}
+    assert {next((one for one in whole if key.startswith(one)), key) for key in found} == leaves
     bind_targets(changed.data.sources)
     bind_targets({name: own.model for name, own in changed.experts.items()})
     with torch.device("meta"):
