@@ -9,11 +9,14 @@ import pytest
 import torch
 from test_configs import bind_targets, names
 from test_plan_run import saved_bytes
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pixel_sail.config import TrainConfig, load_config
-from pixel_sail.losses.total import LossConfig
+from pixel_sail.data.loader import LaneShare, training_batches
+from pixel_sail.data.packing import LanePosition
+from pixel_sail.losses.total import Counts, LossConfig, combine, loss_sums
 from pixel_sail.model.attention_mask import attention_mask
 from pixel_sail.model.attention_rules import training_rule
 from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
@@ -21,13 +24,17 @@ from pixel_sail.model.decoder import attend
 from pixel_sail.model.generation import encode_images, generate
 from pixel_sail.model.image_embedding import PooledPrompts
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
+from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.speed import REFERENCE, Speed
+from pixel_sail.model.tokenization import model_token_ids
 from pixel_sail.model.upsampler import Upsampler
 from pixel_sail.planning.activations import activation_bytes
 from pixel_sail.planning.flops import forward_flops
 from pixel_sail.planning.parameters import parameter_counts
 from pixel_sail.planning.workload import of_batch
+from pixel_sail.training.build import build_model
 from pixel_sail.training.checkpoint import differing_leaves
+from pixel_sail.training.loop import build_mixture
 
 ARCHITECTURE = "model.architecture."
 HIDDEN = {"data.sources.refshapes.hide", "data.sources.groupshapes.hide"}
@@ -39,7 +46,7 @@ SHARES = "data.sources.osprey_short_form.prompt_shares"
 CHANGES = {
     "stride_16": ("quickstart", {ARCHITECTURE + "mask_stride"}),
     "stride_8": ("quickstart", {ARCHITECTURE + "mask_stride"}),
-    "stride_4": ("refer_mini", {ARCHITECTURE + "mask_stride"}),
+    "stride_4": ("quickstart", set()),
     "stride_2": ("quickstart", {ARCHITECTURE + "mask_stride"}),
     "upsampler_off": ("quickstart", {ARCHITECTURE + "mask_stride"}),
     "upsampler_bilinear": ("quickstart", {ARCHITECTURE + "upsampler"}),
@@ -281,3 +288,63 @@ def test_generation_continues_as_the_forward_pass_of_training(tiny_model, proces
         assert answer.token_ids == [int(model(**inputs).logits[0, -2].argmax())]
     state = model(**(make_batch([examples[1]]).model_inputs())).hidden_BTD[0]
     torch.testing.assert_close(prefix.hidden_ISD[1], state[: int(span.sum())], rtol=1e-4, atol=1e-5)
+
+
+RUN_HERE = [name for name in names("ablation") if CHANGES[name][0] != CARD]
+
+
+@pytest.mark.parametrize("ablation", RUN_HERE)
+def test_every_tiny_ablation_takes_a_first_step(data_root, ablation):
+    """Model, data and losses as the run builds them; gradients of everything that is trained, experts left out."""
+    overrides = [
+        f"experiment={CHANGES[ablation][0]}",
+        f"ablation={ablation}",
+        f"paths.data={data_root}",
+        "data.packs_per_micro_batch=2",
+    ]
+    config = load_config("train", TrainConfig, overrides)
+    model, processor = build_model(config.model, seed=0, experts={})
+    rows = config.data.packs_per_micro_batch
+    share = LaneShare(packs_per_step=rows, rank=0, world_size=1, packs_per_micro_batch=rows)
+    batches = training_batches(
+        build_mixture(config.data, seed=0),
+        processor,
+        config.data.packing,
+        share,
+        start=[LanePosition()] * rows,
+        num_workers=0,
+        max_skipped_share=config.data.max_skipped_share,
+    )
+    (batch,) = next(batches).batches
+    output = model(**batch.training_inputs())
+    terms = loss_sums(output, batch, config.loss)
+    loss = combine(terms, Counts(tokens=len(batch.targets_M), masks=len(batch.masks)), config.loss) + output.anchor
+    loss.backward()
+    assert torch.isfinite(loss) and loss.item() > 0
+    assert [name for name, value in model.named_parameters() if value.grad is None] == []
+
+
+LARGE = [
+    {},
+    *({"upsampler": design} for design in DESIGNS[1:]),
+    *({"mask_stride": stride} for stride in (16, 8, 2)),
+    *({"visual_prompts": kind} for kind in ("pooled", "off")),
+    {"image_attention": "causal"},
+]
+
+
+@pytest.mark.parametrize("size", ["sail_0_5b", "sail_3b"])
+def test_variants_of_the_papers_sizes_compute_without_memory(size, tokenizer, draw_sample, make_batch):
+    """Shapes of the whole forward pass on tensors without content; no number of them is real."""
+    for changes in LARGE:
+        architecture = load_config("train", TrainConfig, ["name=x", f"model={size}"]).model.architecture
+        token_ids = model_token_ids(tokenizer, num_visual_prompts=15)
+        architecture = replace(architecture, vocab_size=151680, token_ids=token_ids, num_hidden_layers=2, **changes)
+        config = PixelSailConfig.from_architecture(architecture)
+        drawn = draw_sample(np.random.default_rng(0), size_hw=(96, 128), masks_per_turn=(2,), prompts=(3,))
+        example = PixelSailProcessor.for_model(tokenizer, config).encode_sample(*drawn, independent_turns=False)
+        inputs = make_batch([example]).model_inputs()
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = PixelSailForSegmentation(config).eval()
+            (masks,) = model(**inputs).mask_logits
+        assert masks.shape == (2, 96 // architecture.mask_stride, 128 // architecture.mask_stride), changes

@@ -78,7 +78,8 @@ class PooledPrompts:
         # In float32: a region may cover hundreds of patches.
         values_ND = embeddings_BTD.flatten(0, 1).float()
         sums = values_ND.new_zeros(num_owners * num_prompts + 1, values_ND.shape[1]).index_add(0, row_N, values_ND)[:-1]
-        counts = torch.bincount(row_N, minlength=num_owners * num_prompts + 1)[:-1]
+        # Not counted by bincount, which looks at the largest number and so waits for the device.
+        counts = row_N.new_zeros(len(sums) + 1).index_add(0, row_N, torch.ones_like(row_N))[:-1]
         means = (sums / counts.clamp(min=1)[:, None]).to(embeddings_BTD.dtype)
         return cls(means_ORD=means.unflatten(0, size_OR), is_known_OR=(counts > 0).view(size_OR))
 
