@@ -1,0 +1,67 @@
+"""The stages start from each other, are composed of what exists, and their rehearsal asks for what they hold."""
+
+import json
+
+import pytest
+from running import load_tool
+from test_configs import bind_targets, names
+
+from pixel_sail.config import ConfigError, TrainConfig, build, load_config
+
+START_OF = {"pretrain": None, "sft": "stage_pretrain", "cotrain": "stage_sft", "finetune": "stage_cotrain"}
+
+
+@pytest.mark.parametrize("stage", names("stage"))
+def test_a_stage_starts_from_the_export_of_the_one_before(stage):
+    config = load_config("train", TrainConfig, ["model=sail_0_5b", f"stage={stage}", "paths.runs=r"])
+    assert config.name == f"stage_{stage}"
+    start = START_OF[stage]
+    assert config.model.init_from == (start and f"r/{start}/export")
+    bind_targets(config.data.sources)
+
+
+def test_data_of_the_command_line_stand_above_those_of_a_stage():
+    config = load_config("train", TrainConfig, ["model=sail_0_5b", "stage=finetune", "data=grefcoco"])
+    assert list(config.data.sources) == ["grefcoco"]
+
+
+@pytest.mark.parametrize("experiment", [name for name in names("experiment") if name.startswith("pixel_sail_")])
+def test_the_header_of_a_card_names_its_own_command_and_start(experiment):
+    config = load_config("train", TrainConfig, [f"experiment={experiment}", "paths.runs=r"])
+    size, _, dataset = experiment.removeprefix("pixel_sail_").partition("b")
+    start = f"pixel_sail_{size}b" if dataset else "stage_sft"
+    assert config.model.init_from == f"r/{start}/export"
+    assert bool(config.experts) == (not dataset)
+    assert (config.optim.precision, config.optim.lr, config.optim.warmup_fraction) == ("bf16", 4e-5, 0.05)
+    assert config.model.architecture.mask_dim == 512
+
+
+def test_the_rehearsal_composes_and_holds_its_figures_apart(data_root, tmp_path):
+    tool = load_tool("rehearse_stages")
+    stages = tool.stages(data_root, 2)
+    assert [stage.name for stage in stages] == ["pretrain_patches", "pretrain", "sft", "cotrain", "finetune"]
+    for stage in stages:
+        trained = load_config("train", TrainConfig, [*tool.COMMON, *stage.overrides])
+        judged = load_config("train", TrainConfig, [*tool.COMMON, *stage.overrides, *stage.held_out])
+        sources = [name for name in judged.data.sources if judged.data.repeats.get(name, 1.0) > 0]
+        assert len(sources) == 1
+        assert judged.data.sources[sources[0]] != trained.data.sources[sources[0]]
+    tool.HELD_OUT = 4
+    tool.write_files(data_root, tmp_path)
+    for name in ("captions", "chat"):
+        train, held = (json.loads((tmp_path / f"{name}{kind}.json").read_text()) for kind in ("", "_held_out"))
+        assert len(held) == 4 and len(train) > 4 and not [one for one in held if one in train]
+
+
+def test_a_losses_figure_is_the_mean_over_tokens_and_masks(data_root):
+    tool = load_tool("rehearse_stages")
+    overrides = ["experiment=quickstart", f"paths.data={data_root}", "data.packs_per_micro_batch=2"]
+    found = tool.held_out_losses(overrides)
+    # An untrained model of 448 words gives every token about the logarithm of their number; masks start at chance.
+    assert found["text"] == pytest.approx(6.1, abs=0.4)
+    assert 0.3 < found["bce"] < 2.0 and 0.3 < found["dice"] < 1.0
+
+
+def test_an_entry_without_a_function_is_refused_by_name():
+    with pytest.raises(ConfigError, match=r"data\.sources\.refshapes: found no _target_"):
+        build({"question_style": "short"}, "data.sources.refshapes")
