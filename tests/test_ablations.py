@@ -17,10 +17,7 @@ from pixel_sail.config import TrainConfig, load_config
 from pixel_sail.data.loader import LaneShare, training_batches
 from pixel_sail.data.packing import LanePosition
 from pixel_sail.losses.total import Counts, LossConfig, combine, loss_sums
-from pixel_sail.model.attention_mask import attention_mask
-from pixel_sail.model.attention_rules import training_rule
 from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
-from pixel_sail.model.decoder import attend
 from pixel_sail.model.generation import encode_images, generate
 from pixel_sail.model.image_embedding import PooledPrompts
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
@@ -34,7 +31,7 @@ from pixel_sail.planning.parameters import parameter_counts
 from pixel_sail.planning.workload import of_batch
 from pixel_sail.training.build import build_model
 from pixel_sail.training.checkpoint import differing_leaves
-from pixel_sail.training.loop import build_mixture
+from pixel_sail.training.prepare import build_mixture
 
 ARCHITECTURE = "model.architecture."
 HIDDEN = {"data.sources.refshapes.hide", "data.sources.groupshapes.hide"}
@@ -56,7 +53,7 @@ CHANGES = {
     "prompts_pooled": ("quickstart", {ARCHITECTURE + "visual_prompts"}),
     "prompts_off": ("quickstart", {ARCHITECTURE + "visual_prompts"}),
     "prompts_unprojected": ("quickstart", {ARCHITECTURE + "prompt_projection"}),
-    "attention_causal": ("quickstart", {ARCHITECTURE + "image_attention"}),
+    "attention_causal": ("quickstart", {ARCHITECTURE + "attention"}),
     "patch_14": ("quickstart", {ARCHITECTURE + "patch_size"}),
     "patch_32": ("quickstart", {ARCHITECTURE + "patch_size"}),
     "text_factor_1": ("quickstart", {"loss.text_factor_with_masks"}),
@@ -133,7 +130,6 @@ VARIANTS = [
     *({"upsampler": design, "mask_stride": 2} for design in DESIGNS),
     *({"visual_prompts": kind} for kind in ("pooled", "off")),
     {"prompt_projection": False},
-    {"image_attention": "causal"},
 ]
 
 
@@ -185,17 +181,6 @@ def test_the_plan_counts_what_an_upsampler_computes_and_keeps(tiny_model, batch,
     said = activation_bytes(model.config, work, element=4, num_points=300, checkpointing=False, speed=speed)
     assert said.mask_head > 0.5 * said.total
     assert said.total == pytest.approx(saved_bytes(model, batch, config), rel=0.2)
-
-
-def test_a_causal_image_has_half_the_pairs(tiny_model, batch):
-    work = of_batch(batch)
-    prefix, causal = (
-        forward_flops(tiny_model(image_attention=kind).config, work, {}).attention_minimal
-        for kind in ("prefix", "causal")
-    )
-    mask = attention_mask(batch.sample_index_BT, batch.branch_ids_BT, torch.zeros_like(batch.in_image_BT))[:, 0]
-    seen = int((mask & (batch.sample_index_BT >= 0)[:, :, None]).sum())
-    assert causal == 4.0 * 2 * 32 * seen < prefix
 
 
 def pooled_by_hand(model, batch):
@@ -251,22 +236,9 @@ def test_unprojected_prompts_are_added_as_they_are(tiny_model, batch):
     torch.testing.assert_close(covered, seven.expand_as(covered))
 
 
-@pytest.mark.parametrize("way", ["dense", "segments", "flex"])
-def test_causal_images_see_no_later_token(batch, way):
-    where = (batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT)
-    queries, keys, values = (torch.randn(2, heads, batch.input_ids_BT.shape[1], 16) for heads in (4, 2, 2))
-    visible = attention_mask(*where) & torch.ones(queries.shape[2], queries.shape[2], dtype=torch.bool).tril()
-    with torch.no_grad():
-        rule = training_rule(way, *where, batch.spans, dtype=torch.float32, causal_images=True)
-        found, expected = rule(0, queries, keys, values), attend(queries, keys, values, visible)
-    is_real = (batch.sample_index_BT >= 0)[:, None, :, None]
-    torch.testing.assert_close(found * is_real, expected * is_real, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("changes", [{"visual_prompts": "pooled"}, {"image_attention": "causal"}], ids=str)
-def test_generation_continues_as_the_forward_pass_of_training(tiny_model, processor, draw_sample, make_batch, changes):
+def test_pooled_prompts_are_the_same_in_generation(tiny_model, processor, draw_sample, make_batch):
     """Two images with the same prompt: what is generated is what one forward pass over everything says."""
-    model = tiny_model(seed=5, tie_word_embeddings=False, **changes)
+    model = tiny_model(seed=5, tie_word_embeddings=False, visual_prompts="pooled")
     rng, examples, texts = np.random.default_rng(4), [], []
     for _ in range(2):
         sample, image = draw_sample(rng, size_hw=(16, 24), masks_per_turn=(0,), prompts=(3,))
@@ -329,7 +301,7 @@ LARGE = [
     *({"upsampler": design} for design in DESIGNS[1:]),
     *({"mask_stride": stride} for stride in (16, 8, 2)),
     *({"visual_prompts": kind} for kind in ("pooled", "off")),
-    {"image_attention": "causal"},
+    {"attention": "causal"},
 ]
 
 

@@ -25,7 +25,7 @@ from pixel_sail.data.packing import LanePosition
 from pixel_sail.files import replace_text
 from pixel_sail.losses.total import count, loss_sums
 from pixel_sail.training.build import build_model
-from pixel_sail.training.loop import build_mixture
+from pixel_sail.training.prepare import build_mixture
 from pixel_sail.types import DataError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -80,19 +80,12 @@ def forward_flops(
         image_embedding=2.0 * embedding,
         decoder=2.0 * layers * tokens * per_token,
         attention=4.0 * layers * width * pairs,
-        attention_minimal=4.0 * layers * width * (work.seen_pairs - _future_pairs(architecture, work)),
+        attention_minimal=4.0 * layers * width * work.seen_pairs,
         text_head=2.0 * work.supervised * width * architecture.vocab_size,
         upsampler=2.0 * upsampler,
         mask_head=2.0 * mask_head,
         distill_head=2.0 * _distill_macs(architecture, work, experts),
     )
-
-
-def _future_pairs(architecture: Architecture, work: Workload) -> int:
-    """Return the pairs within images that a causal rule hides; an image has two delimiters beside its patches."""
-    if architecture.image_attention != "causal":
-        return 0
-    return sum((image.patches + 2) * (image.patches + 1) // 2 for image in work.images)
 
 
 def reads_pixel_map(experts: Mapping[str, ExpertSettings]) -> bool:
