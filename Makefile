@@ -7,7 +7,7 @@ VENV_PYTHON := .venv/bin/python
 TEST_ENV := env -u OMP_NUM_THREADS CUDA_VISIBLE_DEVICES= WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check format clean
+.PHONY: help setup quickstart test check format docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,10 @@ format: setup  ## let ruff repair and format the code
 	$(VENV_PYTHON) -m ruff check --fix .
 	$(VENV_PYTHON) -m ruff format .
 
+docs:  ## build the documentation into site/, every warning an error
+	@test -x .venv-docs/bin/mkdocs || (python3 -m venv .venv-docs && .venv-docs/bin/pip install -q -r requirements/docs.txt)
+	.venv-docs/bin/mkdocs build --strict --quiet
+
 clean:  ## remove .venv and caches; runs/ and data/ stay
-	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-docs site build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,64 @@
+"""A teacher of one's own: a fixed edge filter whose response the model learns to predict from its pixel map.
+
+Place in the flow: configuration -> `edges` -> `Recipe` -> `Expert` -> loss `distill/edges`. A real teacher loads
+safetensors in `build` and lists their hashes in `weights` (`pixel_sail/experts/weights.py`).
+"""
+
+from pathlib import Path
+
+import torch
+from tiny import draw_data, work_folder
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pixel_sail.config import build
+from pixel_sail.experts.expert import Expert, Recipe
+from pixel_sail.experts.preprocess import PatchMultiple, Preprocessing
+from pixel_sail.experts.settings import ExpertSettings
+from pixel_sail.experts.teachers import checked_recipe
+
+
+class Edges(nn.Module):
+    """Horizontal and vertical differences of the grey picture, at a quarter of its size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        across = torch.tensor([[-1.0, 0.0, 1.0]]).expand(3, 3)
+        self.register_buffer("filters_E1KK", torch.stack((across, across.T))[:, None])
+
+    def forward(self, pixels_B3HW: Tensor) -> Tensor:
+        """Return the features [B, E, Y, X]."""
+        grey_B1HW = pixels_B3HW.mean(1, keepdim=True)
+        edges_BEHW = F.conv2d(grey_B1HW, self.get_buffer("filters_E1KK").to(grey_B1HW.dtype), padding=1)
+        return F.avg_pool2d(edges_BEHW, 4)
+
+
+def edges(max_long_side: int) -> Recipe:
+    """Return the recipe: the `_target_` of `experts.NAME.model`."""
+    resize = PatchMultiple(patch_size=16, max_long_side=max_long_side)
+    return Recipe(
+        kind="edges",
+        channels=2,
+        preprocessing=Preprocessing(resize=resize),
+        weights={"code": "edges 1"},
+        build=Edges,
+    )
+
+
+def main(folder: Path) -> Tensor:
+    """Configure the teacher and return its features of one picture."""
+    draw_data(folder)
+    settings = ExpertSettings(
+        model={"_target_": "new_expert.edges", "max_long_side": 256}, channels=2, site="pixel_map"
+    )
+    recipe = checked_recipe("edges", settings, build, allow_random=False)
+    expert = Expert(recipe, device="cpu", precision="fp32", max_batch=4)
+    photo_HW3 = torch.zeros(64, 96, 3, dtype=torch.uint8)
+    photo_HW3[:, 48:] = 255
+    (features_EYX,) = expert.features([photo_HW3])
+    print(f"a photo of 64 x 96 gives features {tuple(features_EYX.shape)}")
+    return features_EYX
+
+
+if __name__ == "__main__":
+    main(work_folder())
