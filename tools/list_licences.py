@@ -1,0 +1,113 @@
+"""List the licences of the pinned packages, as their own metadata states them.
+
+Place in the flow: beside everything; run after a change of requirements/, in the environment that `make setup` made. It
+rewrites the table of docs/licences.md, a row of which is
+
+    | torch | 2.13.0 | BSD-3-Clause | cpu |
+
+Packages that are pinned but not installed here (those of another platform or of the documentation) keep the row that
+the page already has, and are named.
+
+    python tools/list_licences.py            # rewrites docs/licences.md
+    python tools/list_licences.py --check    # exit status 1 where a pinned package has no row
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from pixel_sail.files import replace_text
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "licences.md"
+FILES = ("cpu", "captions", "cuda", "dev", "docs")
+"""Requirement files without the ending, in the order in which a package is attributed to one."""
+HEAD = "| package | version | licence | pinned in requirements/ |\n|---|---|---|---|\n"
+NOT_STATED = "not stated"
+NOT_READ = "not read here"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """One pinned package."""
+
+    name: str
+    version: str
+    file: str
+    """Requirement file without its ending."""
+
+
+def pinned() -> list[Package]:
+    """Return every pinned package once, sorted by name."""
+    found: dict[str, Package] = {}
+    for file in FILES:
+        for line in (ROOT / "requirements" / f"{file}.txt").read_text().splitlines():
+            if match := re.match(r"([\w.-]+)==([^\s;]+)", line):
+                name, version = match.groups()
+                found.setdefault(normal(name), Package(name=name, version=version, file=file))
+    return [found[key] for key in sorted(found)]
+
+
+def normal(name: str) -> str:
+    """Return the name by which packages are compared."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def licence(name: str) -> str | None:
+    """Return what an installed package states of its licence on one short line, None where it is not installed."""
+    try:
+        fields = metadata.metadata(name)
+    except metadata.PackageNotFoundError:
+        return None
+    expression = fields.get("License-Expression")
+    classifiers = [
+        entry.rpartition(" :: ")[2] for entry in fields.get_all("Classifier") or [] if entry.startswith("License :: ")
+    ]
+    named = [entry for entry in classifiers if entry != "OSI Approved"]
+    # Some put the whole text of the licence into the field; its first line is the name.
+    text = (fields.get("License") or "").strip().split("\n")[0]
+    stated = expression or ", ".join(named) or (text if len(text) < 80 else "")
+    return stated.replace("|", "/") or NOT_STATED
+
+
+def rows_of(page: Path) -> dict[str, str]:
+    """Return the licence of every package that the page has a row of."""
+    if not page.exists():
+        return {}
+    rows = re.findall(r"^\| ([\w.-]+) \| (\S+) \| ([^|]*) \| \w+ \|$", page.read_text(), re.MULTILINE)
+    return {f"{normal(name)}=={version}": stated for name, version, stated in rows}
+
+
+def table(packages: Sequence[Package], known: dict[str, str]) -> str:
+    """Return the table; packages that are not installed take the row that is known of the same version."""
+    lines = []
+    for package in packages:
+        stated = licence(package.name) or known.get(f"{normal(package.name)}=={package.version}", NOT_READ)
+        lines.append(f"| {package.name} | {package.version} | {stated} | {package.file} |\n")
+    return HEAD + "".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rewrite the page, or check it; return the exit status."""
+    parser = argparse.ArgumentParser(description="List the licences of the pinned packages.")
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 where a pinned package is missing")
+    options = parser.parse_args(arguments)
+    packages, known = pinned(), rows_of(PAGE)
+    missing = [p.name for p in packages if f"{normal(p.name)}=={p.version}" not in known]
+    if options.check:
+        if missing:
+            print(f"{PAGE}: no row of {missing}; run python tools/list_licences.py", file=sys.stderr)
+        return 1 if missing else 0
+    before = PAGE.read_text().partition(HEAD)[0]
+    replace_text(PAGE, before + table(packages, known))
+    unread = [package.name for package in packages if licence(package.name) is None]
+    print(f"{PAGE}: {len(packages)} packages, {len(unread)} not installed here: {', '.join(unread)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
