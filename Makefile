@@ -33,7 +33,7 @@ format: setup  ## let ruff repair and format the code
 
 docs:  ## build the documentation into site/, every warning an error
 	@test -x .venv-docs/bin/mkdocs || (python3 -m venv .venv-docs && .venv-docs/bin/pip install -q -r requirements/docs.txt)
-	.venv-docs/bin/mkdocs build --strict --quiet
+	.venv-docs/bin/mkdocs build --strict
 
 clean:  ## remove .venv and caches; runs/ and data/ stay
 	rm -rf .venv .venv-docs site build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -18,7 +18,7 @@ PAGES = [
     for path in sorted(ROOT.rglob("*.md"))
     if not SKIPPED & set(path.relative_to(ROOT).parts) and path.relative_to(ROOT).parts[0] != "data"
 ] + [ROOT / "data" / "README.md"]
-FENCE = re.compile(r"^ *(```+)(\w*)\n(.*?)^ *\1 *$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^ *(```+)([^\n]*)\n(.*?)^ *\1 *$", re.MULTILINE | re.DOTALL)
 SCHEMAS = {
     "scripts/train.py": ("train", TrainConfig),
     "scripts/evaluate.py": ("evaluate", EvalConfig),
@@ -78,7 +78,8 @@ def test_every_test_a_page_names_exists(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_every_file_of_the_project_a_page_names_exists(page):
-    pattern = r"(?<![\w/.])((?:scripts|tools|configs|docs|requirements|tests|pixel_sail)/[\w./+-]*\.(?:py|sh|sbatch|yaml|txt|md|json))\b"
+    folders = "scripts|tools|configs|docs|requirements|tests|pixel_sail"
+    pattern = rf"(?<![\w/.])((?:{folders})/[\w./+-]*\.(?:py|sh|sbatch|yaml|txt|md|json))\b"
     for path in re.findall(pattern, page.read_text()):
         assert (ROOT / path).is_file(), f"{name(page)} names {path}"
 
@@ -128,9 +129,7 @@ def is_named(words):
     return "..." not in words and not any(word.startswith("+source@") for word in words)
 
 
-@pytest.mark.parametrize(
-    "page", sorted({page for page, _, words, _ in ALL_COMMANDS if is_named(words)}), ids=name
-)
+@pytest.mark.parametrize("page", sorted({page for page, _, words, _ in ALL_COMMANDS if is_named(words)}), ids=name)
 def test_every_command_a_page_shows_composes(page):
     for script, words, line in commands(page):
         if not is_named(words):
@@ -152,7 +151,9 @@ def test_every_command_a_page_shows_composes(page):
 
 def test_every_script_a_command_starts_exists():
     for page in PAGES:
-        for path in re.findall(r"(?:python3?|bash|sbatch)\s+((?:\S+\s+)??(?:scripts|tools|docs/examples)/\S+\.\w+)", page.read_text()):
+        for path in re.findall(
+            r"(?:python3?|bash|sbatch)\s+((?:\S+\s+)??(?:scripts|tools|docs/examples)/\S+\.\w+)", page.read_text()
+        ):
             assert (ROOT / path.split()[-1].strip("`,;")).is_file(), f"{name(page)}: {path}"
 
 
@@ -203,3 +204,23 @@ def test_snippets_name_files_that_exist():
     for page in PAGES:
         for path in re.findall(r'^--8<-- "([^":]+)', page.read_text(), re.MULTILINE):
             assert Path(ROOT / path).is_file(), f"{name(page)}: {path}"
+
+
+def test_every_example_is_shown_on_a_page():
+    shown = set(re.findall(r'^--8<-- "docs/examples/(\w+)\.py"', "".join(p.read_text() for p in PAGES), re.MULTILINE))
+    assert shown == {path.stem for path in (ROOT / "docs" / "examples").glob("*.py")} - {"tiny"}
+
+
+def test_a_wrong_link_anchor_test_file_or_setting_is_found(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    monkeypatch.setattr("test_docs.name", lambda path: path.name)
+    for text, check in (
+        ("[x](absent.md)", test_every_relative_link_leads_to_a_file_and_its_anchor),
+        ("# Here\n[x](#there)", test_every_relative_link_leads_to_a_file_and_its_anchor),
+        ("`test_docs.py::test_absent`", test_every_test_a_page_names_exists),
+        ("see tools/absent.py", test_every_file_of_the_project_a_page_names_exists),
+        ("```\npython scripts/train.py optim.absent=1\n```", test_every_command_a_page_shows_composes),
+    ):
+        page.write_text(text + "\n")
+        with pytest.raises(AssertionError, match=r"page\.md"):
+            check(page)

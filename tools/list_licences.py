@@ -94,7 +94,9 @@ def table(packages: Sequence[Package], known: dict[str, str]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Rewrite the page, or check it; return the exit status."""
     parser = argparse.ArgumentParser(description="List the licences of the pinned packages.")
-    parser.add_argument("--check", action="store_true", help="write nothing; status 1 where a pinned package is missing")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; status 1 where a pinned package is missing"
+    )
     options = parser.parse_args(arguments)
     packages, known = pinned(), rows_of(PAGE)
     missing = [p.name for p in packages if f"{normal(p.name)}=={p.version}" not in known]

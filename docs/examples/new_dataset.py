@@ -17,7 +17,7 @@ from tiny import SMALL, draw_data, work_folder
 from pixel_sail.config import TrainConfig, load_config
 from pixel_sail.data.packing import LaneStream, Pack
 from pixel_sail.training.build import build_model
-from pixel_sail.training.loop import build_mixture
+from pixel_sail.training.prepare import build_mixture
 from pixel_sail.types import Sample, Turn
 
 
