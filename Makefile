@@ -31,9 +31,13 @@ format: setup  ## let ruff repair and format the code
 	$(VENV_PYTHON) -m ruff check --fix .
 	$(VENV_PYTHON) -m ruff format .
 
-docs:  ## build the documentation into site/, every warning an error
-	@test -x .venv-docs/bin/mkdocs || (python3 -m venv .venv-docs && .venv-docs/bin/pip install -q -r requirements/docs.txt)
+docs: .venv-docs/.stamp  ## build the documentation into site/, every warning an error
 	.venv-docs/bin/mkdocs build --strict
+
+.venv-docs/.stamp: requirements/docs.txt
+	$${PYTHON:-python3} -m venv --clear .venv-docs
+	.venv-docs/bin/pip install --quiet --no-deps -r requirements/docs.txt
+	@touch $@
 
 clean:  ## remove .venv and caches; runs/ and data/ stay
 	rm -rf .venv .venv-docs site build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -60,16 +60,15 @@ def normal(name: str) -> str:
 def licence(name: str) -> str | None:
     """Return what an installed package states of its licence on one short line, None where it is not installed."""
     try:
-        fields = metadata.metadata(name)
+        fields = metadata.metadata(name).json
     except metadata.PackageNotFoundError:
         return None
-    expression = fields.get("License-Expression")
-    classifiers = [
-        entry.rpartition(" :: ")[2] for entry in fields.get_all("Classifier") or [] if entry.startswith("License :: ")
-    ]
+    expression = str(fields.get("license_expression", ""))
+    kinds = [entry for entry in fields.get("classifier", []) if entry.startswith("License :: ")]
+    classifiers = [entry.rpartition(" :: ")[2] for entry in kinds]
     named = [entry for entry in classifiers if entry != "OSI Approved"]
     # Some put the whole text of the licence into the field; its first line is the name.
-    text = (fields.get("License") or "").strip().split("\n")[0]
+    text = str(fields.get("license", "")).strip().split("\n")[0]
     stated = expression or ", ".join(named) or (text if len(text) < 80 else "")
     return stated.replace("|", "/") or NOT_STATED
 
