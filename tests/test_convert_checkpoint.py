@@ -22,12 +22,12 @@ from pixel_sail.conversion import sources, writer
 from pixel_sail.conversion.layouts import LAYOUTS, released_key
 from pixel_sail.conversion.plan import Rows
 from pixel_sail.conversion.roads import expected_shapes, plan_to_ours, plan_to_release, to_ours, to_release
-from pixel_sail.conversion.sizes import Chosen
+from pixel_sail.conversion.sizes import COPIED_SIZES, Chosen
 from pixel_sail.conversion.sources import open_source
 from pixel_sail.conversion.vocabulary import release_orders
 from pixel_sail.conversion.writer import shards_of, tensor_hash
 from pixel_sail.model.configuration_pixel_sail import Architecture
-from pixel_sail.model.convert import our_key
+from pixel_sail.model.convert import TOKEN_ROWS, our_key
 from pixel_sail.model.modeling_pixel_sail import load_model
 from pixel_sail.model.tokenization import load_tokenizer, train_tokenizer
 from pixel_sail.training.build import build_model
@@ -136,6 +136,45 @@ def test_text_logits_of_a_converted_base_are_unchanged(layout, kind, config_kind
         assert torch.equal(ours.patch_embedding.patch_projection.weight, patches)
     tokenizer = load_tokenizer(tmp_path / "ours", num_visual_prompts=2)
     assert ours.config.token_ids["[SEG]"] == tokenizer.get_vocab()["[SEG]"] == BASE_TOKENS
+
+
+EVE_KEYS = (
+    (r"decoder\.layers\.(\d+)\.image\.self_attn\.(.+)", r"model.layers.\1.self_attn.moe_\2"),
+    (r"decoder\.layers\.(\d+)\.image\.(.+)", r"model.layers.\1.moe_\2"),
+    (r"decoder\.(.+)", r"model.\1"),
+    (r"embed_tokens\.(.+)", r"model.embed_tokens.\1"),
+    (r"patch_embedding\.piece_projection\.(.+)", r"model.vision_tower.patch_embedding.0.\1"),
+    (r"patch_embedding\.patch_projection\.(.+)", r"model.vision_tower.patch_embedding.2.\1"),
+    (r"patch_embedding\.class_embedding", "model.vision_tower.class_embedding"),
+    (r"patch_embedding\.row_end_embedding", "model.vision_tower.split_embedding"),
+)
+"""Ours -> the published base."""
+
+
+@pytest.mark.parametrize("parts", [["self_attn", "layernorm", "mlp"], ["mlp"], []], ids="-".join)
+def test_an_evev2_base_keeps_every_weight_and_shows_its_own_sizes(parts, base_tokenizer, make_config, tmp_path):
+    base = text_model(Qwen2ForCausalLM, Qwen2Config, tie_word_embeddings=False)
+    save_tokenizer(base_tokenizer, tmp_path / "eve")
+    base.config.save_pretrained(tmp_path / "eve")
+    sizes = {name: getattr(base.config, name) for name in COPIED_SIZES} | {"vocab_size": base.config.vocab_size}
+    eve = {"base": "eve", "attention": "causal", "modality_experts": parts, "patch_size": 8, "patch_hidden_size": 12}
+    shapes = expected_shapes(make_config(**sizes, **eve))
+    generator = torch.Generator().manual_seed(3)
+    weights = {n: torch.randn(s, generator=generator) for n, s in shapes.items() if not n.startswith("mask_head")}
+    state = {
+        next((re.sub(own, key, name) for own, key in EVE_KEYS if re.fullmatch(own, name)), name): tensor
+        for name, tensor in weights.items()
+    }
+    assert ("model.layers.1.moe_mlp.up_proj.weight" in state) == ("mlp" in parts)
+    save_file(state, tmp_path / "eve" / "model.safetensors")
+    convert(tmp_path / "eve", "evev2", tmp_path / "ours")
+    model = load_model(tmp_path / "ours")
+    assert {name: getattr(model.config, name) for name in eve} == eve
+    ours = model.state_dict()
+    for name, tensor in weights.items():
+        found = ours[name][: len(tensor)] if name in TOKEN_ROWS else ours[name]
+        known = BASE_TOKENS if name in TOKEN_ROWS else len(tensor)
+        assert torch.equal(found[:known], tensor[:known]), name
 
 
 def test_training_starts_from_a_converted_base(qwen, tmp_path):
@@ -460,7 +499,7 @@ def test_the_tool_converts_and_reports_every_key(qwen, tmp_path, capsys):
     assert tool.main(arguments) == 2
     assert "expected a new folder" in capsys.readouterr().err
     assert tool.main(["--from", "evev2", "--to", str(tmp_path / "eve"), str(qwen)]) == 2
-    assert "evev2" in capsys.readouterr().err
+    assert "patch_embedding.patch_projection.weight" in capsys.readouterr().err
     assert tool.main(["--to-release", str(tmp_path / "released"), str(folder)]) == 2
     assert "expected 2 and true" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]

@@ -29,11 +29,12 @@ def test_data_of_the_command_line_stand_above_those_of_a_stage():
 def test_the_header_of_a_card_names_its_own_command_and_start(experiment):
     config = load_config("train", TrainConfig, [f"experiment={experiment}", "paths.runs=r"])
     size, _, dataset = experiment.removeprefix("pixel_sail_").partition("b")
-    start = f"pixel_sail_{size}b" if dataset else "stage_sft"
-    assert config.model.init_from == f"r/{start}/export"
-    assert bool(config.experts) == (not dataset)
+    is_eve = config.model.architecture.base == "eve"
+    start = f"pixel_sail_{size}b/export" if dataset else "evev2_base" if is_eve else "stage_sft/export"
+    assert config.model.init_from == f"r/{start}"
+    assert bool(config.experts) == (not dataset and not is_eve)
     assert (config.optim.precision, config.optim.lr, config.optim.warmup_fraction) == ("bf16", 4e-5, 0.05)
-    assert config.model.architecture.mask_dim == 512
+    assert config.model.architecture.mask_dim == (256 if is_eve else 512)
 
 
 def test_the_rehearsal_composes_and_holds_its_figures_apart(data_root, tmp_path):

@@ -4,6 +4,7 @@ Place in the flow: `plan` asks it what becomes of every key. One `Layout` per va
 
     release    single_transformer.model.layers.0.self_attn.q_proj.weight   ->  decoder.layers.0.self_attn.q_proj.weight
     sail       model.vis_embed.weight                                      ->  patch_embedding.patch_projection.weight
+    evev2      model.layers.0.moe_mlp.up_proj.weight                       ->  decoder.layers.0.image.mlp.up_proj.weight
     solo       model.embed_vision_patch.weight                             ->  patch_embedding.patch_projection.weight
     qwen2      lm_head.weight                                              ->  lm_head.weight
 """
@@ -64,6 +65,7 @@ LAYOUTS = {
             ),
             initialised=(_NO_PROMPTS, _NO_HEAD),
         ),
+        Layout(name="evev2", keys=_with_prefix(""), initialised=(_NO_HEAD,)),
         Layout(
             name="qwen2",
             keys=_with_prefix("", text_only=True),
@@ -75,12 +77,9 @@ LAYOUTS = {
 
 
 def find_layout(name: str) -> Layout:
-    """Return a layout. Raises: DataError for one that cannot be converted yet."""
+    """Return a layout. Raises: DataError for one that is not known."""
     if name not in LAYOUTS:
-        raise DataError(
-            f"--from {name}: found no table of its keys, expected one of {sorted(LAYOUTS)}; a base with weights per "
-            "modality (EVEv2) cannot be converted by this version"
-        )
+        raise DataError(f"--from {name}: found no table of its keys, expected one of {sorted(LAYOUTS)}")
     return LAYOUTS[name]
 
 

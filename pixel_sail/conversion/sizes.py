@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pixel_sail.conversion.sources import TensorInfo
-from pixel_sail.model.configuration_pixel_sail import Architecture
+from pixel_sail.model.configuration_pixel_sail import EXPERT_PARTS, Architecture
 from pixel_sail.types import DataError
 
 COPIED_SIZES = (
@@ -107,11 +107,27 @@ def base_architecture(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]
         "num_visual_prompts": chosen.num_visual_prompts,
     }
     patches = infos.get("patch_embedding.patch_projection.weight")
-    if patches is not None:
+    if patches is not None and len(patches.shape) == 2:
         fields["patch_size"] = math.isqrt(patches.shape[1] // 3)
+    pieces = infos.get("patch_embedding.piece_projection.weight")
+    if pieces is not None:
+        fields |= _eve_fields(pieces, infos)
     last = infos.get("mask_head.pixel_projector.2.weight")
     if last is not None:
         found = (re.match(r"mask_head\.upsampler\.blocks\.(\d+)\.", name) for name in infos)
         blocks = 1 + max((int(match[1]) for match in found if match), default=-1)
         fields |= {"mask_dim": last.shape[0], "mask_stride": max(1, math.ceil(fields["patch_size"] / 2**blocks))}
     return Architecture(**fields)
+
+
+def _eve_fields(pieces: TensorInfo, infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """Return what the tensors of an EVEv2 base show: a patch is 2 x 2 pieces, and which parts images have apart."""
+    own = {name.removeprefix("decoder.layers.0.image.").split(".")[0] for name in infos if ".layers.0.image." in name}
+    kinds = {"layernorm" if name.endswith("layernorm") else name for name in own}
+    return {
+        "base": "eve",
+        "attention": "causal",
+        "patch_size": 2 * pieces.shape[2],
+        "patch_hidden_size": pieces.shape[0],
+        "modality_experts": [part for part in EXPERT_PARTS if part in kinds],
+    }
