@@ -132,6 +132,12 @@ def test_text_logits_of_a_converted_base_are_unchanged(layout, kind, config_kind
     found = text_logits(ours, ids)[..., :BASE_TOKENS]
     assert (found - expected).abs().max() < 1e-5
     assert ours.config.attention_bias == (layout == "qwen2")
+    assert ours.config.attention == "prefix"
+    causal = to_ours(
+        source, layout, tmp_path / "causal", base=source, chosen=Chosen(**(vars(CHOSEN) | {"attention": "causal"}))
+    )
+    assert load_model(tmp_path / "causal").config.attention == "causal"
+    assert any("attention is causal" in remark for remark in causal.remarks) == (layout == "solo")
     if layout == "solo":
         assert torch.equal(ours.patch_embedding.patch_projection.weight, patches)
     tokenizer = load_tokenizer(tmp_path / "ours", num_visual_prompts=2)

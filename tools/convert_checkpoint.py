@@ -16,6 +16,7 @@ from pathlib import Path
 from pixel_sail.conversion.report import REPORT, summary
 from pixel_sail.conversion.roads import SHARD_BYTES, to_ours, to_release
 from pixel_sail.conversion.sizes import Chosen
+from pixel_sail.model.configuration_pixel_sail import ATTENTION
 from pixel_sail.types import DataError
 
 LAYOUT_NAMES = ("sail", "solo", "evev2", "qwen2", "release")
@@ -37,6 +38,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--mask-stride", type=int, default=defaults.mask_stride, help="where it has no mask head")
     parser.add_argument("--mask-dim", type=int, default=defaults.mask_dim, help="where it has no mask head")
     parser.add_argument("--visual-prompts", type=int, default=defaults.num_visual_prompts)
+    parser.add_argument("--attention", choices=ATTENTION, default=defaults.attention, help="among an image's patches")
     parser.add_argument("--max-long-side", type=int, default=defaults.max_long_side, help="pixels")
     parser.add_argument("--vocab-multiple", type=int, default=defaults.vocab_multiple)
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of everything that is initialised")
@@ -61,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 mask_dim=options.mask_dim,
                 num_visual_prompts=options.visual_prompts,
                 max_long_side=options.max_long_side,
+                attention=options.attention,
                 vocab_multiple=options.vocab_multiple,
                 seed=options.seed,
             )

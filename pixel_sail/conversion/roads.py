@@ -81,7 +81,7 @@ def to_ours(
         source, layout, architecture, source_tokens=source_tokens, target_tokens=tokenizer.get_vocab(), seed=chosen.seed
     )
     config = PixelSailConfig.from_architecture(architecture)
-    notes = tuple(remarks(settings)) + _image_remarks(layout)
+    notes = tuple(remarks(settings)) + _image_remarks(layout, architecture.attention)
     facts = {"layout": layout_name, "source": str(path), "base": str(base), "seed": chosen.seed, "remarks": notes}
     finish = partial(_finish_ours, config=config, tokenizer=tokenizer, plan=plan, facts=facts)
     write_folder(folder, plan.writes, shard_bytes=shard_bytes, finish=finish)
@@ -227,13 +227,13 @@ def _why_dropped(layout: Layout, key: str, architecture: Architecture) -> str | 
     return reason(layout.dropped, key)
 
 
-def _image_remarks(layout: Layout) -> tuple[str, ...]:
+def _image_remarks(layout: Layout, attention: str) -> tuple[str, ...]:
     """Return where the converted model treats images otherwise than the base did."""
     if layout.name != "solo":
         return ()
     return (
-        "images: SOLO was trained with causal attention, 1-D positions and a <vrow_sep> token between rows; here the "
-        "patches of an image see each other, have 2-D positions and no separators: text is unchanged, images need "
+        "images: SOLO was trained with causal attention, 1-D positions and a <vrow_sep> token between rows; here "
+        f"attention is {attention}, positions are 2-D and there are no separators: text is unchanged, images need "
         "training",
     )
 

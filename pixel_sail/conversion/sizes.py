@@ -38,6 +38,9 @@ class Chosen:
     mask_dim: int = 512
     num_visual_prompts: int = 15
     max_long_side: int = 1024
+    attention: str = "prefix"
+    """prefix: the patches of an image see each other. causal: only those before them, as SOLO was trained; EVEv2 has
+    nothing else."""
     vocab_multiple: int = 64
     seed: int = 0
     """Of everything that is initialised."""
@@ -104,6 +107,7 @@ def base_architecture(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]
         "mask_stride": chosen.mask_stride,
         "mask_dim": chosen.mask_dim,
         "max_long_side": chosen.max_long_side,
+        "attention": chosen.attention,
         "num_visual_prompts": chosen.num_visual_prompts,
     }
     patches = infos.get("patch_embedding.patch_projection.weight")
