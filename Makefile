@@ -18,8 +18,9 @@ setup:  ## install everything into .venv (needs only Python 3.11 or newer)
 quickstart: setup  ## train and evaluate a small model on drawn scenes
 	$(VENV_PYTHON) scripts/quickstart.py
 
+# Two at a time: most tests wait for the start of processes. A file stays in one of them, for what its tests share.
 test: setup  ## run all tests, on the CPU and offline
-	$(TEST_ENV) $(VENV_PYTHON) -m pytest -q tests
+	$(TEST_ENV) $(VENV_PYTHON) -m pytest -q -n 2 --dist loadfile tests
 
 check: setup  ## lint, formatting, types, configs and import direction
 	$(VENV_PYTHON) -m ruff check .
