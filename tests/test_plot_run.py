@@ -167,6 +167,14 @@ def test_heights_start_at_zero_where_that_wastes_little():
     assert bottom(-1.0, 1.0) < -1.0
 
 
+def test_things_have_names_on_the_axis_and_no_lines_between_them():
+    curve = Curve(label="seed 1", xs=(1.0, 2.0), ys=(0.3, 0.4))
+    axes = draw_panels([Panel(title="", curves=(curve,), x_names=("plain", "other"))], "").axes[0]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["plain", "other"]
+    (line,) = axes.get_lines()
+    assert line.get_linestyle() == "None" and line.get_marker() == "o"
+
+
 def test_costs_over_sizes_have_the_sizes_as_ticks():
     panel = size_panel("", [1332, 2664], {"dense": [0.1, 0.4], "ours": [0.1, 0.2]}, x_label="tokens", y_label="s")
     axes = draw_panels([panel], "").axes[0]

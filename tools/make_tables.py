@@ -101,8 +101,8 @@ def panels(groups: Sequence[Group]) -> list[Panel]:
             values = [by_seed.get(seed, {}).get(name, {}).get(score, float("nan")) for by_seed in results]
             xs = tuple(float(number) for number in range(1, len(groups) + 1))
             curves.append(Curve(label=f"seed {seed}", xs=xs, ys=tuple(map(float, values)), color=color))
-        labels = ", ".join(f"{number}: {group.name.rpartition('=')[2]}" for number, group in enumerate(groups, 1))
-        found.append(Panel(title=f"{name} {score}", curves=tuple(curves), x_label=labels, y_label=score))
+        labels = tuple(group.name.rpartition("=")[2] for group in groups)
+        found.append(Panel(title=f"{name} {score}", curves=tuple(curves), x_label="", x_names=labels, y_label=score))
     return found
 
 

@@ -53,6 +53,8 @@ class Panel:
     curves: tuple[Curve, ...]
     x_label: str = "step"
     y_label: str = ""
+    x_names: tuple[str, ...] = ()
+    """Of the places 1, 2, ... where they stand for things; the curves have dots only."""
     is_log: bool = False
     """Both axes are logarithmic; the curves' own xs are the ticks."""
 
@@ -113,7 +115,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
             curve.xs,
             [value if math.isfinite(value) else math.nan for value in means],
             color=color,
-            linestyle=PATTERNS[curve.pattern % len(PATTERNS)],
+            linestyle="none" if panel.x_names else PATTERNS[curve.pattern % len(PATTERNS)],
             marker="o" if len(curve.xs) <= FEW_POINTS else None,
             markersize=4,
             label=curve.label or None,
@@ -123,6 +125,9 @@ def _draw(axes: Axes, panel: Panel) -> None:
     axes.set_ylabel(panel.y_label)
     axes.grid(color="#e8e8e8")
     axes.spines[["top", "right"]].set_visible(False)
+    if panel.x_names:
+        axes.set_xticks(range(1, len(panel.x_names) + 1), panel.x_names, rotation=20, ha="right")
+        axes.set_xlim(0.5, len(panel.x_names) + 0.5)
     if panel.is_log:
         axes.loglog()
         ticks = sorted({x for curve in panel.curves for x in curve.xs})
