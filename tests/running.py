@@ -41,7 +41,13 @@ def load_tool(name: str) -> ModuleType:
 
 
 def environment(data_root: Path) -> dict[str, str]:
-    return os.environ | {"PIXEL_SAIL_DATA": str(data_root), "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "offline"}
+    """Return the environment of a started process.
+
+    One thread each, as torchrun has it: runs that are compared bit for bit are not to hang on how many threads a busy
+    machine lets them have (docs/experiments.md, the run in a hundred).
+    """
+    own = {"TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    return os.environ | {"PIXEL_SAIL_DATA": str(data_root)} | own
 
 
 def free_port() -> int:

@@ -193,8 +193,10 @@ def test_each_task_has_a_length_of_its_own_unless_the_config_says_one(whole, opt
 
 
 def test_a_prompt_the_task_does_not_have_is_refused_before_the_model_is_loaded(options, tmp_path):
-    config = load_config("evaluate", EvalConfig, [*options(tmp_path, "perbench_choice"), "predict.prompt=short"])
-    with pytest.raises(ConfigError, match="'short', but region choices"):
+    config = load_config(
+        "evaluate", EvalConfig, [*options(tmp_path, "refcocog_region_caption"), "predict.prompt=short"]
+    )
+    with pytest.raises(ConfigError, match="'short', but region captions"):
         run_evals(config)
     assert not list(tmp_path.iterdir())
 

@@ -30,6 +30,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Sequence
@@ -145,12 +146,18 @@ def command_line(arguments: argparse.Namespace, run_dir: Path) -> list[str]:
     return [*start, "scripts/train.py", *TINY, *own, *validation, *sharding, *arguments.overrides]
 
 
+def temporary_folder(work: Path) -> Path:
+    """Return the TMPDIR of the sessions in a work folder: a short name, for data workers put sockets there, whose paths
+    may have 107 characters."""
+    return Path(tempfile.gettempdir()) / f"soak_{hashlib.sha256(str(work.resolve()).encode()).hexdigest()[:8]}"
+
+
 class Session:
     """One start of the run: the process and where its output goes."""
 
     def __init__(self, command: Sequence[str], work: Path, mark: str) -> None:
-        self.temporary = work / "tmp"
-        self.temporary.mkdir(parents=True, exist_ok=True)
+        self.temporary = temporary_folder(work)
+        self.temporary.mkdir(exist_ok=True)
         # One thread: numbers are compared bit for bit, and two threads on busy cores wait for each other most of the
         # time.
         own = {MARK: mark, "PIXEL_SAIL_DATA": str(work / "data"), "TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1"}
@@ -357,7 +364,9 @@ def soak(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     seconds = time.monotonic() - since
     left_processes = processes_left(mark)
     faults += [f"process {pid} is left: {watched.names.get(pid)}" for pid in left_processes]
-    faults += [f"left: {path}" for path in leftover_files(work / "run", work / "tmp", shared_before, kills=len(kills))]
+    temporary = temporary_folder(work)
+    faults += [f"left: {path}" for path in leftover_files(work / "run", temporary, shared_before, kills=len(kills))]
+    shutil.rmtree(temporary)
     faults += checkpoint_faults(work / "run" / "checkpoints", keep=2)
     memory = watched.memory(shortest_s=30.0)
     faults += [f"memory grows: {row}" for row in memory if row["growth_mb"] > arguments.max_growth_mb]
