@@ -25,6 +25,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -134,16 +135,20 @@ def command_line(arguments: argparse.Namespace, run_dir: Path) -> list[str]:
     """Return the command that trains into `run_dir`."""
     start = [sys.executable]
     if arguments.launcher == "torchrun":
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        start = [*start, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+        start = [*start, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={arguments.port}"]
     own = [f"optim.steps={arguments.steps}", f"checkpoint.every={arguments.every}", f"run_dir={run_dir}"]
     validation = [f"validation.every={arguments.validate_every}"]
     if not arguments.validate_every:
         validation += ["evals=[]"]
     sharding = ["deepspeed=none"] if arguments.launcher == "python" else []
     return [*start, "scripts/train.py", *TINY, *own, *validation, *sharding, *arguments.overrides]
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def temporary_folder(work: Path) -> Path:
@@ -292,12 +297,13 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def leftover_files(run_dir: Path, temporary: Path, shared_before: set[str], *, kills: int) -> list[str]:
+def leftover_files(run_dir: Path, temporary: Path, shared_before: set[str], *, kills: int, port: int) -> list[str]:
     """Return temporary files of the run folder and TMPDIR, and what is new in /dev/shm and mapped by nobody.
 
     A killed data worker cannot take away its socket: Python keeps one `pymp-*` folder per worker in TMPDIR, without
     content. One that is killed between making a block of shared memory and taking its name away leaves the block. As
-    many of each as there were kills are allowed for.
+    many of each as there were kills are allowed for. DeepSpeed's buffers bear the port of their run, so that those of
+    another run on the machine are not taken for this one's.
     """
     from pixel_sail.training.run_lock import LOCK_FILE
 
@@ -307,7 +313,12 @@ def leftover_files(run_dir: Path, temporary: Path, shared_before: set[str], *, k
     names = [name for name in names_in(temporary) if not name.startswith("torchinductor_")]
     sockets = [name for name in names if name.startswith("pymp-")]
     left += [str(temporary / name) for name in names if name not in sockets[:kills]]
-    new = sorted(set(names_in(Path("/dev/shm"))) - shared_before)
+    own_buffer = re.compile(rf"_{port}_\d+$")
+    new = sorted(
+        name
+        for name in set(names_in(Path("/dev/shm"))) - shared_before
+        if not name.startswith("deepspeed_") or own_buffer.search(name)
+    )
     blocks = [name for name in new if name.startswith("torch_") and not is_mapped(f"/dev/shm/{name}")]
     others = [name for name in new if not name.startswith("torch_") and not is_mapped(f"/dev/shm/{name}")]
     return left + [f"/dev/shm/{name}" for name in (*others, *blocks[kills:])]
@@ -365,7 +376,8 @@ def soak(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     left_processes = processes_left(mark)
     faults += [f"process {pid} is left: {watched.names.get(pid)}" for pid in left_processes]
     temporary = temporary_folder(work)
-    faults += [f"left: {path}" for path in leftover_files(work / "run", temporary, shared_before, kills=len(kills))]
+    left_files = leftover_files(work / "run", temporary, shared_before, kills=len(kills), port=arguments.port)
+    faults += [f"left: {path}" for path in left_files]
     shutil.rmtree(temporary)
     faults += checkpoint_faults(work / "run" / "checkpoints", keep=2)
     memory = watched.memory(shortest_s=30.0)
@@ -398,6 +410,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     given, overrides = parser.parse_known_args(arguments)
     given.overrides = overrides
+    given.port = free_port()
     work = given.work.resolve()
     for name in ("run", "whole", "tmp"):
         shutil.rmtree(work / name, ignore_errors=True)
