@@ -1,7 +1,26 @@
 """Pixel-SAIL: pixel-grounded understanding with one decoder-only transformer (arXiv 2504.10465).
 
 Subpackages, in the order data flows through them: `types` (the nouns), `data` (files to batches), `model` (batches to
-text and mask logits), `losses`, `training`, `evaluation` and `metrics`.
+text and mask logits), `losses`, `training`, `evaluation` and `metrics`. For your own code there is one entry:
+
+    predictor = pixel_sail.Predictor.from_pretrained("runs/mine")
+    predictor.segment("photo.jpg", "the dog on the left").mask
 """
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pixel_sail.answers import AskResult, Box, Point
+    from pixel_sail.predictor import Ask, Chat, Predictor
+
+__all__ = ["Ask", "AskResult", "Box", "Chat", "Point", "Predictor"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names when they are first used: tools that need no model start without torch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'pixel_sail' has no attribute {name!r}")
+    from pixel_sail import answers, predictor
+
+    return getattr(answers if hasattr(answers, name) else predictor, name)

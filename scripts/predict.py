@@ -9,8 +9,8 @@ Writes <output>/<image>.json (answer, masks as COCO RLE, scores) and <image>.png
 import logging
 import sys
 
+from pixel_sail.ask_files import ask_files
 from pixel_sail.config import AskConfig, ConfigError, command_line_overrides, load_config
-from pixel_sail.evaluation.ask import ask_files
 from pixel_sail.types import DataError
 
 
@@ -18,8 +18,8 @@ def main() -> int:
     """Answer for every image; wrong input ends with one message and exit status 2."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     try:
-        for path, reply in ask_files(load_config("predict", AskConfig, command_line_overrides())):
-            print(f"{path}: {reply.text}")
+        for path, result in ask_files(load_config("predict", AskConfig, command_line_overrides())):
+            print(f"{path}: {result.answer}")
     except (ConfigError, DataError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2

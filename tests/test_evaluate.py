@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 from running import ROOT, launcher, start
 
+from pixel_sail.ask_files import ask_files
 from pixel_sail.config import AskConfig, ConfigError, EvalConfig, PredictConfig, load_config
 from pixel_sail.data.masks import decode_rle
 from pixel_sail.evaluation import refer_seg
-from pixel_sail.evaluation.ask import ask_files
-from pixel_sail.evaluation.predict import Predictor
+from pixel_sail.evaluation.predict import BatchPredictor
 from pixel_sail.evaluation.predictions import read_predictions
 from pixel_sail.evaluation.run import run_evals
 from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
@@ -86,13 +86,13 @@ def test_an_interrupted_evaluation_asks_only_what_is_missing(checkpoint, data_ro
     assert 1 < kept < len(written)
     part.write_bytes(b"".join(written[:kept]) + written[kept][:20])
     asked = []
-    ask = Predictor.ask_many
+    ask = BatchPredictor.ask_many
 
     def counting(self, requests):
         asked.extend(question for request in requests for question in request.questions)
         return ask(self, requests)
 
-    monkeypatch.setattr(Predictor, "ask_many", counting)
+    monkeypatch.setattr(BatchPredictor, "ask_many", counting)
     assert run_evals(config) == whole
     assert lines(tmp_path / "out", "refshapes_val") == expected
     assert len(asked) == images.count(images[-1])
@@ -107,7 +107,7 @@ def test_predictions_of_other_weights_are_not_continued(checkpoint, data_root, t
 
 
 def test_expressions_asked_together_get_the_answers_they_get_alone(checkpoint, data_root):
-    predictor = Predictor.from_pretrained(checkpoint, config=PredictConfig(max_new_tokens=6))
+    predictor = BatchPredictor.from_pretrained(checkpoint, config=PredictConfig(max_new_tokens=6))
     items = refer_seg.load(root=data_root / "refshapes", dataset="refshapes", split="val")
     group = refer_seg.by_image(items)[0]
     together = list(refer_seg.predict_image(predictor, group))
@@ -136,12 +136,21 @@ def test_a_question_about_an_image_leaves_json_and_picture(checkpoint, tmp_path)
     assert Image.open(tmp_path / "out" / "photo.png").size == (90, 60)
 
 
-@pytest.mark.parametrize("option", ["boxes=[[5,5,400,30]]", "points=[[-1,3]]", "boxes=[[5,5]]"])
-def test_a_visual_prompt_outside_the_image_is_an_error(checkpoint, tmp_path, option):
+@pytest.mark.parametrize(
+    ("option", "error", "message"),
+    [
+        ("boxes=[[5,5,400,30]]", DataError, r"prompt 0: found Box\(.*inside the image of 90 x 60"),
+        ("points=[[-1,3]]", DataError, r"prompt 0: found Point\(.*inside the image of 90 x 60"),
+        ("boxes=[[5,5]]", ConfigError, "boxes: found .5, 5., expected x0, y0, x1, y1"),
+        ("points=[[5]]", ConfigError, "points: found .5., expected x, y"),
+    ],
+)
+def test_a_visual_prompt_outside_the_image_is_an_error(checkpoint, tmp_path, option, error, message):
     Image.new("RGB", (90, 60)).save(tmp_path / "photo.png")
     options = [f"checkpoint={checkpoint}", f"image={tmp_path / 'photo.png'}", f"output={tmp_path / 'out'}"]
-    with pytest.raises(ConfigError, match="inside the image"):
+    with pytest.raises(error, match=message):
         list(ask_files(load_config("predict", AskConfig, [*options, "question=x", option])))
+    assert not (tmp_path / "out").exists()
 
 
 def test_predictions_carry_what_was_asked_and_answered(checkpoint, data_root, tmp_path):

@@ -20,7 +20,7 @@ from pixel_sail.evaluation.answers import ANSWERS, ItemAnswer
 from pixel_sail.evaluation.engine import answer_image, evaluate
 from pixel_sail.evaluation.photos import Photo
 from pixel_sail.evaluation.phrase_similarity import EncoderSimilarity
-from pixel_sail.evaluation.predict import Predictor
+from pixel_sail.evaluation.predict import BatchPredictor
 from pixel_sail.evaluation.record_files import RecordWriter, read_records
 from pixel_sail.evaluation.run import perbench_overall_of, run_evals
 from pixel_sail.evaluation.task import by_image
@@ -206,7 +206,7 @@ def test_a_prompt_the_task_does_not_have_is_refused_before_the_model_is_loaded(o
 
 @pytest.fixture()
 def predictor(checkpoint):
-    return Predictor.from_pretrained(checkpoint, config=PredictConfig(max_new_tokens=4))
+    return BatchPredictor.from_pretrained(checkpoint, config=PredictConfig(max_new_tokens=4))
 
 
 def perbench(data_root, task, file):

@@ -17,7 +17,7 @@ from pixel_sail.config import ConfigError, LoraConfig, TrainConfig, load_config
 from pixel_sail.data.collate import collate
 from pixel_sail.data.packing import LanePosition, Pack
 from pixel_sail.evaluation.batch_view import view_samples
-from pixel_sail.evaluation.predict import PredictConfig, Predictor
+from pixel_sail.evaluation.predict import BatchPredictor, PredictConfig
 from pixel_sail.experts.expert import Expert
 from pixel_sail.experts.ours import ours
 from pixel_sail.losses.mask import PointSampling
@@ -307,7 +307,7 @@ def whole_pass(model, ids, span, example):
 
 def test_visual_prompts_have_an_effect_on_what_is_predicted(eve_model, eve, draw_image):
     model = eve_model()
-    predictor = Predictor(model, eve, PredictConfig(answer="forced"))
+    predictor = BatchPredictor(model, eve, PredictConfig(answer="forced"))
     image = draw_image(np.random.default_rng(3), (24, 24))
     mask = np.zeros((24, 24), dtype=bool)
     mask[:12, :12] = True

@@ -15,7 +15,9 @@ LAYERS = (
     ("config",),
     ("planning",),
     ("training", "evaluation", "sweep"),
-    ("vqa",),
+    ("vqa", "answers"),
+    ("predictor",),
+    ("ask_files",),
 )
 """Lowest first; a module may import layers below its own and its own subpackage."""
 

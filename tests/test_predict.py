@@ -9,7 +9,7 @@ from PIL import Image
 
 from pixel_sail.config import PredictConfig
 from pixel_sail.evaluation import predict
-from pixel_sail.evaluation.predict import Predictor, Request, span_length
+from pixel_sail.evaluation.predict import BatchPredictor, Request, span_length
 from pixel_sail.model.generation import generate
 from pixel_sail.types import VisualPrompt
 
@@ -26,7 +26,7 @@ def predictor(tiny_model, processor):
     favourite = Counter(token for answer in answers for token in answer.token_ids).most_common(1)[0][0]
     with torch.no_grad():
         model.lm_head.weight[model.config.token_id("[SEG]")] = 1.01 * model.lm_head.weight[favourite]
-    return Predictor(model, processor, PredictConfig(max_new_tokens=5))
+    return BatchPredictor(model, processor, PredictConfig(max_new_tokens=5))
 
 
 @pytest.fixture()
@@ -115,9 +115,9 @@ def test_a_request_without_questions_gets_no_reply_and_text_needs_no_image(predi
 
 def test_half_precision_changes_few_answers(tiny_model, processor, images):
     model = tiny_model(seed=5, tie_word_embeddings=False, initializer_range=0.02)
-    single = Predictor(model, processor, PredictConfig(answer="forced"))
+    single = BatchPredictor(model, processor, PredictConfig(answer="forced"))
     expected = flat(single.ask_many(requests_of(single, images)))
-    half = Predictor(model.to(torch.bfloat16), processor, PredictConfig(answer="forced"))
+    half = BatchPredictor(model.to(torch.bfloat16), processor, PredictConfig(answer="forced"))
     found = flat(half.ask_many(requests_of(half, images)))
     together = flat(one_at_a_time(half, images))
     for reply, alone, exact in zip(found, together, expected, strict=True):

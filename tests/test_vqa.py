@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from running import ROOT
 
-from pixel_sail.evaluation.predict import Predictor, Reply
+from pixel_sail.evaluation.predict import BatchPredictor, Reply
 from pixel_sail.model.tokenization import special_tokens
 from pixel_sail.types import DataError
 from pixel_sail.vqa.answering import WINDOW, VqaQuestion, answer, answers, plain_answer
@@ -20,7 +20,7 @@ SPECIAL = special_tokens(15)
 
 @pytest.fixture(scope="module")
 def predictor(tiny_model, processor):
-    return Predictor(tiny_model(), processor)
+    return BatchPredictor(tiny_model(), processor)
 
 
 @pytest.fixture

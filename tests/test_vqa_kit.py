@@ -14,7 +14,7 @@ from PIL import Image
 from running import ROOT
 
 from pixel_sail.config import ConfigError
-from pixel_sail.evaluation.predict import Predictor, Reply
+from pixel_sail.evaluation.predict import BatchPredictor, Reply
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.types import DataError
 from pixel_sail.vqa.answering import answer
@@ -173,7 +173,7 @@ def test_every_task_file_is_known_to_the_tests():
 def test_the_kit_gets_for_every_document_what_the_model_says_alone(task, model, local_tasks, pictures, checkpoint):
     samples = evaluate(model, local_tasks, task)["samples"][task]
     rows = [row for row in rows_of(task, pictures) if row.get("data_type") != "video"]
-    predictor = Predictor.from_pretrained(checkpoint)
+    predictor = BatchPredictor.from_pretrained(checkpoint)
     expected = []
     for row in rows:
         image = row["image"][0] if task == "pixel_sail_seed_image" else row["image"]

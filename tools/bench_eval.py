@@ -5,10 +5,10 @@
     python tools/bench_eval.py --json runs/bench_eval.json --png runs/bench_eval.png
 
 The released method takes one expression at a time: the image is encoded again under a dense mask, the text head runs at
-every position, its cache grows by concatenation, and the mask features are made again. Ours is `Predictor.ask_many`:
-images of one grid together, each encoded once, all their expressions as one batch, features once per image. Both end
-with masks at image size in main memory. What the released code spends beyond that (hidden states of all layers kept,
-masks packed and unpacked, images decoded one by one) is not counted against it.
+every position, its cache grows by concatenation, and the mask features are made again. Ours is
+`BatchPredictor.ask_many`: images of one grid together, each encoded once, all their expressions as one batch, features
+once per image. Both end with masks at image size in main memory. What the released code spends beyond that (hidden
+states of all layers kept, masks packed and unpacked, images decoded one by one) is not counted against it.
 
 Weights are random, but every answer is "It is [SEG].": the layers add next to nothing to the token embeddings, and the
 text head maps each token to the one that follows it. Answers and masks of the two methods are compared in the same run.
@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from pixel_sail.config import PredictConfig
 from pixel_sail.evaluation.curves import save_panels, size_panel
-from pixel_sail.evaluation.predict import DTYPES, Predictor, PreparedImage, Request, resize_logits, span_length
+from pixel_sail.evaluation.predict import DTYPES, BatchPredictor, PreparedImage, Request, resize_logits, span_length
 from pixel_sail.evaluation.run import code_version
 from pixel_sail.files import replace_text
 from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
@@ -113,7 +113,7 @@ class GrowingCache:
 
 
 @torch.no_grad()
-def released_answer(predictor: Predictor, image: PreparedImage, question: str) -> tuple[list[int], np.ndarray]:
+def released_answer(predictor: BatchPredictor, image: PreparedImage, question: str) -> tuple[list[int], np.ndarray]:
     """Return the generated tokens and the masks [N, H, W] of one expression, computed as the released code does."""
     model, processor, grid = predictor.model, predictor.processor, image.grid_hw
     device, config = model.device, model.config
@@ -143,7 +143,7 @@ def released_answer(predictor: Predictor, image: PreparedImage, question: str) -
     return generated, (resize_logits(logits, image.size_hw).sigmoid() > 0.5).cpu().numpy()
 
 
-def build_predictor(size: str, *, precision: str, device: str, token_budget: int) -> Predictor:
+def build_predictor(size: str, *, precision: str, device: str, token_budget: int) -> BatchPredictor:
     """Return a predictor with random weights that answers everything with ANSWER."""
     tokenizer = train_tokenizer([ANSWER, f"Please segment {EXPRESSION}."] * 4, vocab_size=500, num_visual_prompts=15)
     token_ids = model_token_ids(tokenizer, num_visual_prompts=15)
@@ -163,10 +163,10 @@ def build_predictor(size: str, *, precision: str, device: str, token_budget: int
             model.lm_head.weight[following] = 2.0 * model.embed_tokens.weight[token]
     settings = PredictConfig(token_budget=token_budget, max_new_tokens=len(chain) + 4)
     model.to(device=torch.device(device), dtype=DTYPES[precision])
-    return Predictor(model, processor, settings)
+    return BatchPredictor(model, processor, settings)
 
 
-def draw_images(predictor: Predictor, number: int) -> list[PreparedImage]:
+def draw_images(predictor: BatchPredictor, number: int) -> list[PreparedImage]:
     """Return images of COCO's usual size."""
     rng = np.random.default_rng(0)
     drawn = (Image.fromarray(rng.integers(0, 256, (*IMAGE_HW, 3), dtype=np.uint8)) for _ in range(number))
@@ -180,7 +180,7 @@ def timed_seconds(start: float, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(predictor: Predictor, images: Sequence[PreparedImage], number: int, *, released_images: int) -> Point:
+def measure(predictor: BatchPredictor, images: Sequence[PreparedImage], number: int, *, released_images: int) -> Point:
     """Return both methods' time per expression, `number` expressions about each image."""
     questions = [f"Please segment {EXPRESSION} {index}." for index in range(number)]
     requests = [Request(image=image, questions=questions) for image in images]

@@ -77,6 +77,19 @@ def load_image(path: str | Path, *, where: str, expected_hw: SizeHW | None = Non
     return _to_rgb(image, f"{where}: {path}")
 
 
+def rgb_image(image: Image.Image, *, where: str) -> Image.Image:
+    """Return an image that was opened by somebody else as `load_image` returns a file: upright, 8-bit RGB.
+
+    Raises: DataError when it cannot be decoded or has pixel values without a known range.
+    """
+    try:
+        image.load()
+        upright = _upright(image, None)
+    except _DECODING_ERRORS as error:
+        raise DataError(f"{where}: the image cannot be decoded ({error}); open another file") from error
+    return _to_rgb(upright, where)
+
+
 def _upright(image: Image.Image, expected_hw: SizeHW | None) -> Image.Image:
     """Return the image turned by its EXIF orientation, or as stored where that is what the annotations count."""
     if expected_hw is not None and (image.height, image.width) == tuple(expected_hw):

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from pixel_sail import dist
 from pixel_sail.config import ConfigError
-from pixel_sail.evaluation.predict import Predictor, Reply, Request, span_length
+from pixel_sail.evaluation.predict import BatchPredictor, Reply, Request, span_length
 from pixel_sail.evaluation.record_files import Record, RecordFormat, RecordWriter, read_records, write_errors
 from pixel_sail.evaluation.task import Answered, Asked, Item, Question, Task, by_image
 from pixel_sail.files import replace_text
@@ -42,7 +42,12 @@ QUESTION_TOKENS = 32
 
 
 def evaluate(
-    predictor: Predictor, task: Task[Item, Record], output: Path, *, protocol: dict[str, Any], progress: bool = True
+    predictor: BatchPredictor,
+    task: Task[Item, Record],
+    output: Path,
+    *,
+    protocol: dict[str, Any],
+    progress: bool = True,
 ) -> list[Record]:
     """Ask every item exactly once, continuing what `output` already holds; return all records on every rank, in order.
 
@@ -75,7 +80,7 @@ def evaluate(
     return ordered
 
 
-def answer_own(predictor: Predictor, task: Task[Item, Record]) -> tuple[list[Item], list[Record]]:
+def answer_own(predictor: BatchPredictor, task: Task[Item, Record]) -> tuple[list[Item], list[Record]]:
     """Return this rank's share of the items and their records, without files: validation during training."""
     predictor = _with_length(predictor, task)
     own = batches(predictor, _pair(task, predictor.config.prompt))[dist.rank() :: dist.world_size()]
@@ -89,7 +94,7 @@ def answer_own(predictor: Predictor, task: Task[Item, Record]) -> tuple[list[Ite
     return items, records
 
 
-def answer_image(predictor: Predictor, task: Task[Item, Record], items: Sequence[Item]) -> list[Record]:
+def answer_image(predictor: BatchPredictor, task: Task[Item, Record], items: Sequence[Item]) -> list[Record]:
     """Return the records of items about one image, in the order of the items. Raises: DataError."""
     predictor = _with_length(predictor, task)
     asked = [Asked(item=item, question=task.question(item, predictor.config.prompt)) for item in items]
@@ -98,7 +103,7 @@ def answer_image(predictor: Predictor, task: Task[Item, Record], items: Sequence
     return [by_key[pair.question.key] for pair in asked]
 
 
-def batches(predictor: Predictor, asked: Sequence[Asked[Item]]) -> list[Batch[Item]]:
+def batches(predictor: BatchPredictor, asked: Sequence[Asked[Item]]) -> list[Batch[Item]]:
     """Return all items in batches of images with one patch grid within the token budget, dear batches first.
 
     An image whose questions alone exceed the budget is a batch of its own.
@@ -118,7 +123,7 @@ def batches(predictor: Predictor, asked: Sequence[Asked[Item]]) -> list[Batch[It
     return [batch for _, batch in sorted(costs, key=lambda pair: -pair[0])]
 
 
-def _cost(predictor: Predictor, grid_hw: SizeHW, batch: Batch[Any]) -> int:
+def _cost(predictor: BatchPredictor, grid_hw: SizeHW, batch: Batch[Any]) -> int:
     """Return about how many tokens a batch takes: the images, once for all that see the same prompts, and the texts."""
     overlays = [_by_overlay(group) for group in batch]
     per_question = QUESTION_TOKENS + (predictor.config.max_new_tokens or 0)
@@ -126,7 +131,7 @@ def _cost(predictor: Predictor, grid_hw: SizeHW, batch: Batch[Any]) -> int:
     return sum(map(len, overlays)) * (span_length(grid_hw) + num_questions * per_question)
 
 
-def _with_length(predictor: Predictor, task: Task[Any, Any]) -> Predictor:
+def _with_length(predictor: BatchPredictor, task: Task[Any, Any]) -> BatchPredictor:
     """Return the predictor with the task's length limit where the config does not say one."""
     is_open = predictor.config.max_new_tokens is None
     return predictor.changed(max_new_tokens=task.max_new_tokens) if is_open else predictor
@@ -145,7 +150,7 @@ class _Prepared(Generic[Item]):
 
 
 def _answer_batches(
-    predictor: Predictor, task: Task[Item, Record], own: Sequence[Batch[Item]]
+    predictor: BatchPredictor, task: Task[Item, Record], own: Sequence[Batch[Item]]
 ) -> Iterator[tuple[Batch[Item], list[Record]]]:
     """Yield batches with their records; the images of the next batch are opened while the model works on this one."""
     with ThreadPoolExecutor(max_workers=1) as pool:
@@ -156,7 +161,7 @@ def _answer_batches(
             yield batch, list(_answer(predictor, task, prepared))
 
 
-def _prepare(predictor: Predictor, batch: Batch[Item]) -> _Prepared[Item]:
+def _prepare(predictor: BatchPredictor, batch: Batch[Item]) -> _Prepared[Item]:
     """Open the images of a batch and decode the regions that are asked about. Raises: DataError."""
     prepared: _Prepared[Item] = _Prepared(requests=[], overlays=[])
     for group in batch:
@@ -169,7 +174,7 @@ def _prepare(predictor: Predictor, batch: Batch[Item]) -> _Prepared[Item]:
     return prepared
 
 
-def _answer(predictor: Predictor, task: Task[Item, Record], prepared: _Prepared[Item]) -> Iterator[Record]:
+def _answer(predictor: BatchPredictor, task: Task[Item, Record], prepared: _Prepared[Item]) -> Iterator[Record]:
     """Yield the records of one batch."""
     replies = predictor.ask_many(prepared.requests)
     retries = _retry(predictor, task, prepared.requests, replies)
@@ -185,7 +190,7 @@ def _answer(predictor: Predictor, task: Task[Item, Record], prepared: _Prepared[
 
 
 def _retry(
-    predictor: Predictor, task: Task[Any, Any], requests: Sequence[Request], replies: Sequence[Sequence[Reply]]
+    predictor: BatchPredictor, task: Task[Any, Any], requests: Sequence[Request], replies: Sequence[Sequence[Reply]]
 ) -> dict[tuple[int, int], Reply]:
     """Return, for each answer without a mask that is to be forced, its text with the masks of the forced answer."""
     if not task.retries_without_mask or predictor.config.answer != "generated":
@@ -237,7 +242,7 @@ def _pair(task: Task[Item, Any], prompt: str) -> list[Asked[Item]]:
     return asked
 
 
-def _check_prompt_ids(predictor: Predictor, asked: Sequence[Asked[Any]]) -> None:
+def _check_prompt_ids(predictor: BatchPredictor, asked: Sequence[Asked[Any]]) -> None:
     """Find out before hours of work whether the model has a token for every region. Raises: DataError."""
     number = predictor.processor.settings.num_visual_prompts
     for pair in asked:
@@ -250,7 +255,13 @@ def _check_prompt_ids(predictor: Predictor, asked: Sequence[Asked[Any]]) -> None
 
 
 def protocol_of(
-    predictor: Predictor, task: Task[Any, Any], *, checkpoint: str, weights_sha256: str, precision: str, eval_node: Any
+    predictor: BatchPredictor,
+    task: Task[Any, Any],
+    *,
+    checkpoint: str,
+    weights_sha256: str,
+    precision: str,
+    eval_node: Any,
 ) -> dict[str, Any]:
     """Return everything that a prediction file depends on."""
     limit = predictor.config.max_new_tokens

@@ -1,6 +1,6 @@
 """The only inference path: questions about images in, text and masks at image size out.
 
-Place in the flow: `evaluation/engine.py`, `scripts/predict.py` and validation during training call `Predictor`.
+Place in the flow: `evaluation/engine.py`, `scripts/predict.py` and validation during training call `BatchPredictor`.
 An image is encoded once for all questions that see the same visual prompts on it (prompts change the image's own
 states); images of one patch grid and all their questions run as one batch within a token budget. Pixel features are
 made once per image, and only when an answer holds a [SEG].
@@ -88,7 +88,7 @@ class _Part:
     texts: Sequence[list[int]]
 
 
-class Predictor:
+class BatchPredictor:
     """A model and its processor, ready to answer."""
 
     def __init__(
@@ -101,15 +101,20 @@ class Predictor:
     @classmethod
     def from_pretrained(
         cls, folder: str | Path, *, config: PredictConfig | None = None, precision: str = "fp32", device: str = "cpu"
-    ) -> "Predictor":
+    ) -> "BatchPredictor":
         """Load an exported folder."""
         model = load_model(folder, dtype=DTYPES[precision])
         model.to(torch.device(device))  # type: ignore[arg-type]
         return cls(model, PixelSailProcessor.from_pretrained(folder), config)
 
-    def changed(self, **settings: Any) -> "Predictor":
+    @property
+    def end_ids(self) -> tuple[int, int]:
+        """Return the tokens that end an answer."""
+        return self.processor.end_id, self.processor.turn_end_id
+
+    def changed(self, **settings: Any) -> "BatchPredictor":
         """Return the same model with other settings."""
-        return Predictor(self.model, self.processor, replace(self.config, **settings))
+        return BatchPredictor(self.model, self.processor, replace(self.config, **settings))
 
     def prepare(self, image: Image.Image) -> PreparedImage:
         """Return an opened image as patches."""
@@ -133,7 +138,7 @@ class Predictor:
         Raises: DataError for a visual prompt the model has no token for.
         """
         texts = [
-            [self._question_ids(question, follows_image=request.image is not None) for question in request.questions]
+            [self.question_ids(question, follows_image=request.image is not None) for question in request.questions]
             for request in requests
         ]
         replies: list[list[Reply]] = [[] for _ in requests]
@@ -142,7 +147,7 @@ class Predictor:
             for index, (part, own) in enumerate(zip(batch, answers, strict=True)):
                 image = requests[part.request].image
                 states = None if prefixes is None else prefixes.patch_states(index)
-                replies[part.request] += self._replies(own, states, (0, 0) if image is None else image.size_hw)
+                replies[part.request] += self.replies(own, states, (0, 0) if image is None else image.size_hw)
         return replies
 
     def _batches(self, requests: Sequence[Request], texts: Sequence[Sequence[list[int]]]) -> Iterator[list[_Part]]:
@@ -159,7 +164,7 @@ class Predictor:
             batch: list[_Part] = []
             for index in members:
                 # What a batch costs depends on its longest text and on the image with most texts.
-                per_text = max(map(len, texts[index])) + self._max_new_tokens()
+                per_text = max(map(len, texts[index])) + self.max_new_tokens
                 step = max(1, (self.config.token_budget - image_tokens) // per_text)
                 for start in range(0, len(texts[index]), step):
                     part = _Part(request=index, texts=texts[index][start : start + step])
@@ -172,47 +177,57 @@ class Predictor:
 
     def _cost(self, batch: Sequence[_Part], image_tokens: int) -> int:
         """Return the tokens of a batch with its padding."""
-        longest = max(len(text) for part in batch for text in part.texts) + self._max_new_tokens()
+        longest = max(len(text) for part in batch for text in part.texts) + self.max_new_tokens
         return len(batch) * (image_tokens + max(len(part.texts) for part in batch) * longest)
 
-    def _max_new_tokens(self) -> int:
+    @property
+    def max_new_tokens(self) -> int:
         """Return the length limit of generated answers."""
         if self.config.answer == "forced":
             return 0
         return SHORT_ANSWER_TOKENS if self.config.max_new_tokens is None else self.config.max_new_tokens
 
+    @torch.no_grad()
+    def encode(self, requests: Sequence[Request]) -> ImagePrefixes | None:
+        """Return the images of requests of one grid, their visual prompts painted on; None where there are none.
+
+        Raises: DataError for a visual prompt the model has no token for.
+        """
+        images = [request.image for request in requests if request.image is not None]
+        if not images:
+            return None
+        grid = images[0].grid_hw
+        painted = [self.processor.paint_prompts(request.prompts, grid, "question") for request in requests]
+        return encode_images(
+            self.model,
+            torch.stack([image.patches_PK for image in images]).to(self.model.device),
+            grid,
+            self.processor.image_span(grid).position_ids_2S.to(self.model.device),
+            torch.stack(painted).to(self.model.device),
+            self.processor.lead_ids,
+        )
+
     def _generate(
         self, requests: Sequence[Request], batch: Sequence[_Part]
     ) -> tuple[list[list[Answer]], ImagePrefixes | None]:
         """Return the answers of every part, and the images they look at; `requests` are those of the parts."""
-        prefixes = None
-        if requests[0].image is not None:
-            images = [request.image for request in requests if request.image is not None]
-            grid = images[0].grid_hw
-            painted = [self.processor.paint_prompts(request.prompts, grid, "question") for request in requests]
-            prefixes = encode_images(
-                self.model,
-                torch.stack([image.patches_PK for image in images]).to(self.model.device),
-                grid,
-                self.processor.image_span(grid).position_ids_2S.to(self.model.device),
-                torch.stack(painted).to(self.model.device),
-                self.processor.lead_ids,
-            )
+        prefixes = self.encode(requests)
         answers = generate(
             self.model,
             prefixes,
             [part.texts for part in batch],
-            max_new_tokens=self._max_new_tokens(),
-            end_ids=(self.processor.end_id, self.processor.turn_end_id),
+            max_new_tokens=self.max_new_tokens,
+            end_ids=self.end_ids,
         )
         return answers, prefixes
 
-    def _question_ids(self, question: str, *, follows_image: bool) -> list[int]:
+    def question_ids(self, question: str, *, follows_image: bool) -> list[int]:
         """Return the tokens of a question, with the forced answer behind it where one is configured."""
         ids = self.processor.question_ids(question, follows_image=follows_image)
         return ids + self.processor.text_ids(FORCED_ANSWER) if self.config.answer == "forced" else ids
 
-    def _replies(self, answers: Sequence[Answer], states_hwD: Tensor | None, image_hw: SizeHW) -> list[Reply]:
+    @torch.no_grad()
+    def replies(self, answers: Sequence[Answer], states_hwD: Tensor | None, image_hw: SizeHW) -> list[Reply]:
         """Turn tokens and [SEG] states of one image into text and masks."""
         counts = [len(answer.seg_states_ND) for answer in answers]
         probabilities = None

@@ -25,7 +25,7 @@ from pixel_sail.data.wording.referring import PAPER_REFER_PROMPT, SHORT_REFER_PR
 from pixel_sail.evaluation.cases import expression_case
 from pixel_sail.evaluation.engine import answer_image, answer_own
 from pixel_sail.evaluation.photos import Photo
-from pixel_sail.evaluation.predict import SHORT_ANSWER_TOKENS, Predictor
+from pixel_sail.evaluation.predict import SHORT_ANSWER_TOKENS, BatchPredictor
 from pixel_sail.evaluation.predictions import (
     PREDICTIONS,
     measure_boundaries,
@@ -125,12 +125,12 @@ def as_task(built: Any, where: str) -> Task[Any, Any]:
     )
 
 
-def predict_image(predictor: Predictor, group: Sequence[Expression]) -> list[Prediction]:
+def predict_image(predictor: BatchPredictor, group: Sequence[Expression]) -> list[Prediction]:
     """Answer all expressions about one image."""
     return answer_image(predictor, task_of(group), group)
 
 
-def score_in_memory(predictor: Predictor, task: ReferTask) -> tuple[IoUSums, list[Prediction]]:
+def score_in_memory(predictor: BatchPredictor, task: ReferTask) -> tuple[IoUSums, list[Prediction]]:
     """Return the scores over all ranks and this rank's predictions, without files: validation during training."""
     items, predictions = answer_own(predictor, task)
     return sum_over_ranks(score_predictions(items, predictions) if items else IoUSums()), predictions

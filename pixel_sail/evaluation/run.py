@@ -23,7 +23,7 @@ from pixel_sail.evaluation.confidence import bootstrap, seed_for
 from pixel_sail.evaluation.engine import evaluate, protocol_of
 from pixel_sail.evaluation.measured import Measured, Scores
 from pixel_sail.evaluation.paper_tables import paper_tables
-from pixel_sail.evaluation.predict import DTYPES, Predictor
+from pixel_sail.evaluation.predict import DTYPES, BatchPredictor
 from pixel_sail.evaluation.refer_seg import as_task
 from pixel_sail.evaluation.report import write_report
 from pixel_sail.evaluation.results import (
@@ -71,7 +71,7 @@ def run_evals(config: EvalConfig) -> dict[str, Scores]:
     if config.precision not in DTYPES:
         raise ConfigError(f"precision is {config.precision!r}, expected one of {sorted(DTYPES)}")
     plan = plan_evals(config)
-    predictor = Predictor.from_pretrained(
+    predictor = BatchPredictor.from_pretrained(
         folder, config=config.predict, precision=config.precision, device=str(dist.local_device())
     )
     weights = sha256(folder / "model.safetensors")

@@ -11,7 +11,7 @@ import numpy as np
 from pixel_sail.config import ConfigError, LogConfig, PredictConfig, ValidationConfig
 from pixel_sail.data.masks import decode_rle
 from pixel_sail.evaluation.overlay import PREDICTED_COLOR, TRUE_COLOR, Picture, paint
-from pixel_sail.evaluation.predict import Predictor
+from pixel_sail.evaluation.predict import BatchPredictor
 from pixel_sail.evaluation.predictions import prediction_key
 from pixel_sail.evaluation.refer_seg import KIND, ReferTask, as_task, score_in_memory
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
@@ -34,7 +34,7 @@ def validation_for(
     chosen = {name: task.first_images(config.max_images, predict.prompt) for name, task in tasks.items()}
 
     def evaluate(model: PixelSailForSegmentation, processor: PixelSailProcessor, step: int, log: RunLog) -> None:
-        predictor = Predictor(model, processor, predict)
+        predictor = BatchPredictor(model, processor, predict)
         for name, task in chosen.items():
             sums, predictions = score_in_memory(predictor, task)
             log.scalars(step, {f"{name}/{key}": value for key, value in sums.summary().items()})

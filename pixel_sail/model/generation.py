@@ -12,7 +12,7 @@ Axis letters: I images, Q texts of the image that has most, R = I x Q rows, S pr
 C text tokens so far, P patches, D width, A attention heads, G key-value heads, H = A / G, E head width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -112,7 +112,6 @@ class _PrefixRecorder:
         return attend(q_BATE, k_BGTE, v_BGTE, self.mask_SS)
 
 
-@torch.no_grad()
 def generate(
     model: PixelSailForSegmentation,
     prefixes: ImagePrefixes | None,
@@ -125,6 +124,28 @@ def generate(
 
     texts: tokens of every text of every image, images in the order of the prefixes; without prefixes (text only) the
     groups are the caller's own. Raises: ValueError for an empty text.
+    """
+    steps = generate_steps(model, prefixes, texts, max_new_tokens=max_new_tokens, end_ids=end_ids)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as finished:
+            answers: list[list[Answer]] = finished.value
+            return answers
+
+
+@torch.no_grad()
+def generate_steps(
+    model: PixelSailForSegmentation,
+    prefixes: ImagePrefixes | None,
+    texts: Sequence[Sequence[Sequence[int]]],
+    *,
+    max_new_tokens: int,
+    end_ids: Sequence[int],
+) -> Generator[list[list[int]], None, list[list[Answer]]]:
+    """Do what `generate` does, and yield after every step the tokens of all rows so far, those that fill up included.
+
+    The answers are the generator's return value. Raises: ValueError for an empty text.
     """
     num_columns = max((len(group) for group in texts), default=0)
     if num_columns == 0:
@@ -147,6 +168,7 @@ def generate(
             if not row.finished:
                 row.tokens.append(token)
                 row.finished = token in end_ids
+        yield [list(row.tokens) for row in rows]
         if all(row.finished for row in rows):
             break
         if step + 1 == max_new_tokens and not _ends_with_seg(model, rows):

@@ -18,7 +18,7 @@ from itertools import islice
 
 from PIL import Image
 
-from pixel_sail.evaluation.predict import Predictor, Request
+from pixel_sail.evaluation.predict import BatchPredictor, Request
 from pixel_sail.model.tokenization import special_tokens
 
 WINDOW = 64
@@ -38,7 +38,7 @@ class VqaQuestion:
 
 
 def answer(
-    predictor: Predictor,
+    predictor: BatchPredictor,
     image: Image.Image | None,
     question: str,
     *,
@@ -50,7 +50,7 @@ def answer(
     return next(answers(predictor, [asked]))
 
 
-def answers(predictor: Predictor, questions: Iterable[VqaQuestion]) -> Iterator[str]:
+def answers(predictor: BatchPredictor, questions: Iterable[VqaQuestion]) -> Iterator[str]:
     """Yield the greedy answer to every question, in order.
 
     `predictor.config.token_budget` limits what runs as one batch. Masks are not returned.
@@ -78,7 +78,7 @@ def _before_first(text: str, ends: Sequence[str]) -> str:
     return text[: min((place for end in ends if (place := text.find(end)) >= 0), default=len(text))]
 
 
-def _answer_window(predictor: Predictor, window: Sequence[VqaQuestion]) -> list[str]:
+def _answer_window(predictor: BatchPredictor, window: Sequence[VqaQuestion]) -> list[str]:
     """Return the answers to a few questions, asked together as far as they have the same length limit."""
     special = special_tokens(predictor.processor.settings.num_visual_prompts)
     texts = [""] * len(window)
@@ -95,7 +95,7 @@ def _answer_window(predictor: Predictor, window: Sequence[VqaQuestion]) -> list[
     return texts
 
 
-def _request(predictor: Predictor, same_picture: Sequence[VqaQuestion]) -> Request:
+def _request(predictor: BatchPredictor, same_picture: Sequence[VqaQuestion]) -> Request:
     """Return questions about one picture as the predictor takes them."""
     image = same_picture[0].image
     return Request(

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from pixel_sail import dist
 from pixel_sail.config import ConfigError, PredictConfig
-from pixel_sail.evaluation.predict import DTYPES, Predictor
+from pixel_sail.evaluation.predict import DTYPES, BatchPredictor
 from pixel_sail.evaluation.run import checkpoint_folder
 from pixel_sail.vqa.answering import answers
 from pixel_sail.vqa.kit_requests import DEFAULT_MAX_NEW_TOKENS, to_question
@@ -52,7 +52,7 @@ class PixelSail(lmms):
         # Several processes are often started with one --device cuda; each has a GPU of its own.
         self.device = dist.local_device() if device in (None, "cuda") else torch.device(device)
         self.max_new_tokens = max_new_tokens
-        self.predictor = Predictor.from_pretrained(
+        self.predictor = BatchPredictor.from_pretrained(
             checkpoint_folder(pretrained),
             config=PredictConfig(token_budget=token_budget),
             precision=precision,

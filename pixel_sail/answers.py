@@ -1,0 +1,153 @@
+"""What a person gives and gets when asking a model: marked regions in, answers with masks out.
+
+Place in the flow: `predictor.py` takes `Box`, `Point` and masks, and returns an `AskResult`. One as an example:
+
+    AskResult(answer="It is [SEG].", masks_NHW=<bool 1x427x640>, scores=(0.93,), timing=Timing(encode_s=0.21, ...))
+    .boxes     ((120, 48, 311, 402),)       .to_json()  {"answer": "It is [SEG].", "masks": [{"size": ...}], ...}
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pixel_sail.metrics.answer_text import grounded_text
+from pixel_sail.rle import check_mask, encode_mask
+from pixel_sail.types import RLE, BoolMask, DataError, SizeHW, VisualPrompt
+
+BoxXYXY = tuple[int, int, int, int]
+"""First and one past the last column and row of a region: x0, y0, x1, y1 in pixels."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A marked rectangle, x to the right and y downwards, in pixels of the image; x1 and y1 lie outside it."""
+
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """A marked pixel: x to the right, y downwards."""
+
+    x: float
+    y: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Where the seconds of an answer went."""
+
+    encode_s: float
+    """The image; 0 for a further question about one that is encoded already."""
+    generate_s: float
+    mask_s: float
+    """From [SEG] states to masks at image size."""
+
+    @property
+    def total_s(self) -> float:
+        """Return the sum."""
+        return self.encode_s + self.generate_s + self.mask_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskResult:
+    """An answer."""
+
+    answer: str
+    """As generated, with [SEG] and <p> marks, without the ending token."""
+    masks_NHW: NDArray[np.bool_]
+    """One mask per [SEG], at image size."""
+    scores: tuple[float, ...]
+    """Per mask, mean probability of its pixels (0 for an empty one)."""
+    timing: Timing | None = None
+    """None for answers that were made together with others."""
+
+    @property
+    def text(self) -> str:
+        """Return the answer as a person reads it, without marks."""
+        return grounded_text(self.answer).caption
+
+    @property
+    def phrases(self) -> tuple[str, ...]:
+        """Return the phrase that each mask belongs to, "" where the answer marks none."""
+        return grounded_text(self.answer).phrases
+
+    @property
+    def mask(self) -> BoolMask | None:
+        """Return the union of all masks, None when the answer holds no [SEG]."""
+        return np.asarray(self.masks_NHW.any(axis=0)) if len(self.masks_NHW) else None
+
+    @property
+    def boxes(self) -> tuple[BoxXYXY | None, ...]:
+        """Return the smallest box around each mask, None for an empty one."""
+        return tuple(bounding_box(mask) for mask in self.masks_NHW)
+
+    @property
+    def rles(self) -> tuple[RLE, ...]:
+        """Return the masks as COCO run-length encodings that fit into JSON."""
+        return tuple(encode_mask(mask) for mask in self.masks_NHW)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as numbers, texts, lists and dicts."""
+        return {
+            "answer": self.answer,
+            "text": self.text,
+            "phrases": list(self.phrases),
+            "masks": list(self.rles),
+            "scores": list(self.scores),
+            "boxes": [None if box is None else list(box) for box in self.boxes],
+            "timing": None if self.timing is None else asdict(self.timing),
+        }
+
+
+def bounding_box(mask: BoolMask) -> BoxXYXY | None:
+    """Return the smallest box around a mask, None for an empty one."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if len(rows) == 0:
+        return None
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def region_mask(region: Box | Point | BoolMask, image_hw: SizeHW, where: str) -> BoolMask:
+    """Return a marked region as a mask at image size; a box covers every pixel it touches.
+
+    Raises: DataError for a region outside the image, a mask of another size or type, and anything else.
+    """
+    height, width = image_hw
+    mask = np.zeros(image_hw, dtype=bool)
+    if isinstance(region, Box):
+        if not (0 <= region.x0 < region.x1 <= width and 0 <= region.y0 < region.y1 <= height):
+            raise DataError(
+                f"{where}: found {region}, expected x0 < x1 and y0 < y1 inside the image of {width} x {height} pixels"
+            )
+        columns = slice(int(region.x0), int(np.ceil(region.x1)))
+        mask[int(region.y0) : int(np.ceil(region.y1)), columns] = True
+    elif isinstance(region, Point):
+        if not (0 <= region.x < width and 0 <= region.y < height):
+            raise DataError(f"{where}: found {region}, expected x, y inside the image of {width} x {height} pixels")
+        mask[int(region.y), int(region.x)] = True
+    elif isinstance(region, np.ndarray):
+        check_mask(region, where)
+        if region.shape != image_hw:
+            raise DataError(
+                f"{where}: a mask of {region.shape} (height, width) found, expected the image's {image_hw}; resize it"
+            )
+        mask = region
+    else:
+        raise DataError(f"{where}: found {type(region).__name__}, expected Box, Point or a boolean array at image size")
+    return mask
+
+
+def visual_prompts(
+    regions: tuple[Box | Point | BoolMask, ...], image_hw: SizeHW, *, first: int = 0
+) -> tuple[VisualPrompt, ...]:
+    """Return regions as <Prompt{first}>, <Prompt{first + 1}>, ... Raises: DataError as `region_mask`."""
+    return tuple(
+        VisualPrompt(prompt_id=index, mask=region_mask(region, image_hw, f"prompt {index}"))
+        for index, region in enumerate(regions, start=first)
+    )

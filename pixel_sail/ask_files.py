@@ -1,0 +1,72 @@
+"""Free questions about image files.
+
+Place in the flow: `scripts/predict.py` calls `ask_files`, which asks a `Predictor`. For `photo.jpg` it writes
+`photo.json` and `photo.png`, the masks over the image:
+
+    {"image": "photo.jpg", "question": "Please segment the dog.", "answer": "It is [SEG].", "text": "It is.",
+     "phrases": [""], "masks": [{"size": [427, 640], "counts": "..."}], "scores": [0.93],
+     "boxes": [[120, 48, 311, 402]], "timing": {"encode_s": 0.21, "generate_s": 0.08, "mask_s": 0.02}}
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pixel_sail import dist
+from pixel_sail.answers import AskResult, Box, Point
+from pixel_sail.config import AskConfig, ConfigError
+from pixel_sail.data.images import load_image
+from pixel_sail.evaluation.overlay import PALETTE, Picture, paint
+from pixel_sail.files import replace_text
+from pixel_sail.predictor import Predictor
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+def ask_files(config: AskConfig) -> Iterator[tuple[Path, AskResult]]:
+    """Answer the question about every image, write the results, and yield each image with its answer.
+
+    Boxes, then points, are <Prompt0>, <Prompt1>, ... Raises: ConfigError for a missing checkpoint or no image;
+    DataError for an image, a visual prompt or a question that cannot be used.
+    """
+    predictor = Predictor.from_pretrained(
+        config.checkpoint, config=config.predict, precision=config.precision, device=str(dist.local_device())
+    )
+    regions = _regions(config)
+    for path in image_files(Path(config.image)):
+        image = load_image(path, where="image")
+        result = predictor.ask(image, config.question, regions)
+        write_result(Path(config.output), path, config.question, image, result)
+        yield path, result
+
+
+def image_files(path: Path) -> list[Path]:
+    """Return the image itself, or the images of a folder in order; ConfigError when there is none."""
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
+    if not files:
+        raise ConfigError(f"image {path}: the folder holds no image, expected files ending in {IMAGE_SUFFIXES}")
+    return files
+
+
+def _regions(config: AskConfig) -> list[Box | Point]:
+    """Return what is marked; ConfigError for a box or point of another number of coordinates."""
+    for name, regions, length in (("boxes", config.boxes, 4), ("points", config.points, 2)):
+        for region in regions:
+            if len(region) != length:
+                raise ConfigError(
+                    f"{name}: found {list(region)}, expected {'x0, y0, x1, y1' if length == 4 else 'x, y'}"
+                )
+    return [*(Box(*box) for box in config.boxes), *(Point(*point) for point in config.points)]
+
+
+def write_result(output: Path, path: Path, question: str, image: Image.Image, result: AskResult) -> None:
+    """Write an answer as JSON, and its masks as a picture."""
+    record = {"image": path.name, "question": question, **result.to_json()}
+    replace_text(output / f"{path.stem}.json", json.dumps(record, indent=1) + "\n")
+    picture: Picture = np.asarray(image)
+    for index, mask in enumerate(result.masks_NHW):
+        picture = paint(picture, mask, PALETTE[index % len(PALETTE)])
+    Image.fromarray(picture).save(output / f"{path.stem}.png")

@@ -1,0 +1,295 @@
+"""Ask a model about images from Python.
+
+Place in the flow: the outermost layer, for a person's own code; `evaluation/predict.py` does the work, so that answers
+are those that the evaluation scores. An image is encoded once for a whole chat; what was said before is read again with
+every question, which costs little beside the image.
+
+    predictor = pixel_sail.Predictor.from_pretrained("runs/mine")
+    predictor.segment("photo.jpg", "the dog on the left").mask            # bool [427, 640]
+    predictor.describe("photo.jpg", Box(10, 20, 200, 180)).text           # "A brown dog."
+    chat = predictor.chat("photo.jpg", [Point(120, 80)])
+    chat.ask("What is <Prompt0>?"), chat.ask("Please segment what it looks at.")
+"""
+
+import re
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from numpy.typing import NDArray
+from PIL import Image
+
+from pixel_sail.answers import AskResult, Box, Point, Timing, visual_prompts
+from pixel_sail.config import ConfigError, PredictConfig
+from pixel_sail.data.images import load_image, rgb_image
+from pixel_sail.data.wording.region import REGION_CAPTION_PROMPT
+from pixel_sail.evaluation.predict import DTYPES, BatchPredictor, Reply, Request
+from pixel_sail.evaluation.refer_seg import PROMPTS
+from pixel_sail.evaluation.run import checkpoint_folder
+from pixel_sail.model.generation import Answer, ImagePrefixes, generate_steps
+from pixel_sail.model.tokenization import END_TOKEN, IMAGE_TOKENS, SEG_TOKEN, TURN_END, TURN_START
+from pixel_sail.types import BoolMask, DataError, VisualPrompt
+
+ImageLike = str | Path | Image.Image | NDArray[np.uint8]
+"""An image file, an opened image, or pixels [H, W, 3] in red, green, blue."""
+
+Region = Box | Point | BoolMask
+"""What marks a part of an image; a mask is boolean and has the image's size."""
+
+LONGEST_ANSWER_TOKENS = 512
+"""Where nothing else is said."""
+
+DESCRIBE_IMAGE = "Please describe this image."
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_NAMED_PROMPT = re.compile(r"<Prompt(\d+)>")
+_CONTROL_TOKENS = (SEG_TOKEN, *IMAGE_TOKENS, TURN_START, TURN_END, END_TOKEN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """One question of many: an image (None: a question without one), a text, and regions called <Prompt0>, ..."""
+
+    image: ImageLike | None
+    text: str
+    prompts: Sequence[Region] = ()
+
+
+class Predictor:
+    """A model, ready to answer."""
+
+    def __init__(self, batch: BatchPredictor) -> None:
+        self.batch = batch
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        device: str | None = None,
+        precision: str = "fp32",
+        config: PredictConfig | None = None,
+    ) -> "Predictor":
+        """Load a model.
+
+        name: a run folder, an exported folder, or "owner/name" on the Hugging Face hub, there at `revision`; device:
+        None for CUDA where torch sees it, else the CPU; precision: fp32 or bf16; config: how answers are generated.
+        Raises: ConfigError for a model that is not there, and for a device or precision this machine does not have.
+        """
+        if precision not in DTYPES:
+            raise ConfigError(f"precision: found {precision!r}, expected one of {tuple(DTYPES)}")
+        has_cuda = torch.cuda.is_available()
+        place = device if device is not None else "cuda" if has_cuda else "cpu"
+        if place.startswith("cuda") and not has_cuda:
+            raise ConfigError(f"device: found {place!r}, but torch sees no CUDA device; use device='cpu'")
+        config = config if config is not None else PredictConfig()
+        if config.max_new_tokens is None:
+            config = replace(config, max_new_tokens=LONGEST_ANSWER_TOKENS)
+        folder = _local_folder(name, revision)
+        return cls(BatchPredictor.from_pretrained(folder, config=config, precision=precision, device=place))
+
+    def segment(self, image: ImageLike, text: str, prompts: Sequence[Region] = ()) -> AskResult:
+        """Return the mask of what a text names, such as "the red cup" or "what <Prompt0> holds".
+
+        The question is that of the evaluation, see `PredictConfig.prompt`. Raises: DataError as `ask`.
+        """
+        _check_text(text, len(prompts))
+        return self.ask(image, PROMPTS[self.batch.config.prompt].format(sent=text), prompts)
+
+    def describe(self, image: ImageLike, prompt: Region | None = None) -> AskResult:
+        """Return a description of a region, or of the whole image. Raises: DataError as `ask`."""
+        if prompt is None:
+            return self.ask(image, DESCRIBE_IMAGE)
+        return self.ask(image, REGION_CAPTION_PROMPT, [prompt])
+
+    def ask(self, image: ImageLike | None, text: str, prompts: Sequence[Region] = ()) -> AskResult:
+        """Return the answer to one question; its text calls the regions <Prompt0>, <Prompt1>, ...
+
+        Raises: DataError for an image, a region or a text that cannot be used.
+        """
+        return self.chat(image, prompts).ask(text)
+
+    def ask_many(self, asks: Sequence[Ask]) -> list[AskResult]:
+        """Return the answers of many questions, worked on together; questions about one image object and the same
+        regions share its encoding.
+
+        Raises: DataError as `ask`, with the number of the question.
+        """
+        groups: dict[Any, list[int]] = {}
+        for index, item in enumerate(asks):
+            _check_text(item.text, len(item.prompts), f"question {index}: ")
+            source = item.image if isinstance(item.image, str | Path) else id(item.image)
+            groups.setdefault((source, tuple(map(id, item.prompts))), []).append(index)
+        requests = []
+        for members in groups.values():
+            first = asks[members[0]]
+            image, prompts = _open(first.image, first.prompts, f"question {members[0]}")
+            prepared = None if image is None else self.batch.prepare(image)
+            questions = [asks[index].text for index in members]
+            requests.append(Request(image=prepared, questions=questions, prompts=prompts))
+        results: dict[int, AskResult] = {}
+        for members, replies in zip(groups.values(), self.batch.ask_many(requests), strict=True):
+            results |= {index: _result(reply) for index, reply in zip(members, replies, strict=True)}
+        return [results[index] for index in range(len(asks))]
+
+    def chat(self, image: ImageLike | None, prompts: Sequence[Region] = ()) -> "Chat":
+        """Begin a conversation about an image. Raises: DataError as `ask`."""
+        return Chat(self.batch, *_open(image, prompts, "image"))
+
+
+class Chat:
+    """Questions about one image, each of which knows those before."""
+
+    def __init__(self, batch: BatchPredictor, image: Image.Image | None, prompts: tuple[VisualPrompt, ...]) -> None:
+        self.batch = batch
+        self.results: list[AskResult] = []
+        """All answers so far."""
+        self._prepared = None if image is None else batch.prepare(image)
+        self._prompts = prompts
+        self._prefixes: ImagePrefixes | None = None
+        self._spoken_ids: list[int] = []
+
+    @property
+    def num_prompts(self) -> int:
+        """Return how many regions are marked."""
+        return len(self._prompts)
+
+    def mark(self, *regions: Region) -> None:
+        """Mark further regions, as the next <Prompt..>; the image is encoded anew with the next question, for marks
+        change how it looks to the model.
+
+        Raises: DataError as `Predictor.ask`.
+        """
+        if self._prepared is None:
+            raise DataError("prompts: found in a chat without an image, expected an image; give one to Predictor.chat")
+        self._prompts += visual_prompts(regions, self._prepared.size_hw, first=len(self._prompts))
+        self._prefixes = None
+
+    def ask(self, text: str) -> AskResult:
+        """Return the answer to the next question. Raises: DataError as `Predictor.ask`."""
+        for _ in self.stream(text):
+            pass
+        return self.results[-1]
+
+    def stream(self, text: str) -> Iterator[str]:
+        """Yield the answer piece by piece; `results[-1]` holds all of it once the last piece was taken.
+
+        A question whose answer is not taken to its end counts as not asked. Raises: DataError as `Predictor.ask`.
+        """
+        _check_text(text, len(self._prompts))
+        start = time.perf_counter()
+        encodes = self._prepared is not None and self._prefixes is None
+        if encodes:
+            self._prefixes = self.batch.encode([Request(image=self._prepared, questions=[], prompts=self._prompts)])
+        self._wait()
+        encoded = time.perf_counter()
+        is_first = not self._spoken_ids
+        question_ids = self.batch.question_ids(text, follows_image=is_first and self._prepared is not None)
+        heard_ids = [*self._spoken_ids, *question_ids]
+        answer = yield from self._pieces(heard_ids)
+        # States of what was said before stand in front of the new ones.
+        earlier = self._spoken_ids.count(self.batch.processor.seg_id)
+        answer = replace(answer, seg_states_ND=answer.seg_states_ND[earlier:])
+        self._wait()
+        generated = time.perf_counter()
+        states = None if self._prefixes is None else self._prefixes.patch_states(0)
+        size_hw = (0, 0) if self._prepared is None else self._prepared.size_hw
+        (reply,) = self.batch.replies([answer], states, size_hw)
+        timing = Timing(
+            encode_s=encoded - start if encodes else 0.0,
+            generate_s=generated - encoded,
+            mask_s=time.perf_counter() - generated,
+        )
+        said = [token for token in answer.token_ids if token not in self.batch.end_ids]
+        self._spoken_ids = [*heard_ids, *said, self.batch.processor.end_id]
+        self.results.append(_result(reply, timing))
+
+    def _pieces(self, heard_ids: list[int]) -> Generator[str, None, Answer]:
+        """Yield the answer's text as it grows, and return the answer."""
+        steps = generate_steps(
+            self.batch.model,
+            self._prefixes,
+            [[heard_ids]],
+            max_new_tokens=self.batch.max_new_tokens,
+            end_ids=self.batch.end_ids,
+        )
+        shown = ""
+        while True:
+            try:
+                ((token_ids,)) = next(steps)
+            except StopIteration as finished:
+                answers: list[list[Answer]] = finished.value
+                if rest := self.batch.processor.decode(answers[0][0].token_ids).removeprefix(shown):
+                    yield rest
+                return answers[0][0]
+            text = self.batch.processor.decode(token_ids)
+            # A character of several tokens is shown when it is whole.
+            if text.startswith(shown) and len(text) > len(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                yield text[len(shown) :]
+                shown = text
+
+    def _wait(self) -> None:
+        """Wait for the device, so that seconds are counted where they are spent."""
+        if self.batch.model.device.type == "cuda":
+            torch.cuda.synchronize(self.batch.model.device)
+
+
+def _result(reply: Reply, timing: Timing | None = None) -> AskResult:
+    return AskResult(answer=reply.text, masks_NHW=reply.masks_NHW, scores=reply.scores, timing=timing)
+
+
+def _local_folder(name: str | Path, revision: str | None) -> Path:
+    """Return the folder of a model, fetched from the hub where no such folder lies here. Raises: ConfigError."""
+    if Path(name).exists() or not _HUB_NAME.fullmatch(str(name)):
+        return checkpoint_folder(str(name))
+    try:
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(HUB_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(
+            f"model {name}: neither a folder here nor to be had from the Hugging Face hub ({error}); "
+            "give a run folder, an exported folder, or owner/name of a model you may read"
+        ) from error
+
+
+def _open(
+    image: ImageLike | None, regions: Sequence[Region], where: str
+) -> tuple[Image.Image | None, tuple[VisualPrompt, ...]]:
+    """Return the image as upright RGB, and its marked regions. Raises: DataError."""
+    if image is None:
+        if regions:
+            raise DataError(f"{where}: {len(regions)} prompts found without an image; give the image they mark")
+        return None, ()
+    if isinstance(image, str | Path):
+        if Path(image).is_dir():
+            raise DataError(f"{where}: {image} is a folder, expected an image file")
+        opened = load_image(image, where=where)
+    elif isinstance(image, Image.Image):
+        opened = rgb_image(image, where=where)
+    elif isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        opened = Image.fromarray(image)
+    else:
+        found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise DataError(f"{where}: found {found}, expected a path, a PIL image, or uint8 pixels [height, width, 3]")
+    return opened, visual_prompts(tuple(regions), (opened.height, opened.width))
+
+
+def _check_text(text: str, num_prompts: int, where: str = "") -> None:
+    """Raise DataError unless a text can be asked where so many regions are marked."""
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"{where}text: found {text!r}, expected a question of at least one word")
+    for token in _CONTROL_TOKENS:
+        if token in text:
+            raise DataError(f"{where}text: {token} found, which only the model may say; take it out of the question")
+    unmarked = sorted({int(number) for number in _NAMED_PROMPT.findall(text)} - set(range(num_prompts)))
+    if unmarked:
+        raise DataError(
+            f"{where}text: <Prompt{unmarked[0]}> found, but {num_prompts} regions are marked; mark it, or name one of "
+            "those that are, counted from <Prompt0>"
+        )
