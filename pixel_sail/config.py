@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
@@ -29,8 +28,9 @@ from pixel_sail.experts.settings import ExpertSettings
 from pixel_sail.losses.total import LossConfig
 from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.speed import Speed
+from pixel_sail.places import root_folder
 
-CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
+CONFIG_FOLDER = root_folder() / "configs"
 
 PRECISIONS = ("fp32", "bf16")
 

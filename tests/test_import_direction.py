@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "pixel_sail"
 
 LAYERS = (
-    ("types", "dist", "files"),
+    ("types", "dist", "files", "places"),
     ("rle",),
     ("model",),
     ("experts", "conversion"),
@@ -17,7 +17,7 @@ LAYERS = (
     ("training", "evaluation", "sweep"),
     ("vqa", "answers"),
     ("predictor",),
-    ("ask_files",),
+    ("ask_files", "cli"),
 )
 """Lowest first; a module may import layers below its own and its own subpackage."""
 

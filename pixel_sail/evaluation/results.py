@@ -23,11 +23,13 @@ from typing import Any
 
 import torch
 
+import pixel_sail
 from pixel_sail import dist
 from pixel_sail.evaluation.confidence import LEVEL, Interval, interval
 from pixel_sail.evaluation.measured import PAPER_PREFIX, Measured, Scores, Values
 from pixel_sail.files import replace_text
 from pixel_sail.metrics.visual_referring import perbench_overall
+from pixel_sail.places import is_bundled
 from pixel_sail.types import DataError
 
 FILE_NAME = "results.jsonl"
@@ -188,8 +190,11 @@ def read_rows(folder: Path) -> dict[str, Row]:
 
 
 def code_version() -> str:
-    """Return the commit of the code, with "+" when files differ from it, "unknown" outside a checkout."""
+    """Return the commit of the code, with "+" when files differ from it, "unknown" outside a checkout, and for an
+    installed wheel its version: the repository around a virtual environment is not ours."""
     root = Path(__file__).resolve().parent
+    if is_bundled():
+        return f"v{pixel_sail.__version__}"
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)

@@ -24,10 +24,10 @@ from typing import Any
 
 from pixel_sail.config import ConfigError
 from pixel_sail.files import replace_text
+from pixel_sail.places import root_folder
 from pixel_sail.sweep.grid import Job
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-
+SCRIPTS = root_folder() / "scripts"
 
 SAVED_STATUS = 85
 """Of a training that saved and wants to be started again."""

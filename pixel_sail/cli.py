@@ -1,0 +1,104 @@
+"""The command `pixel-sail`: one name for the scripts and tools, also where no checkout is.
+
+Place in the flow: the outermost layer. A subcommand becomes the Python process of its script, so that arguments,
+output, signals and exit status are the script's own:
+
+    pixel-sail train experiment=quickstart      is      python scripts/train.py experiment=quickstart
+    pixel-sail completion bash                  prints what bash needs to complete the subcommands
+
+Exit status 2 for a subcommand that does not exist.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+import pixel_sail
+from pixel_sail.places import root_folder
+
+COMMANDS = {
+    "train": ("scripts/train.py", "train a model, or go on with a run"),
+    "evaluate": ("scripts/evaluate.py", "score a checkpoint on benchmarks"),
+    "predict": ("scripts/predict.py", "ask a checkpoint about an image or a folder of images"),
+    "doctor": ("tools/doctor.py", "look for what would break a run on this machine"),
+    "check-data": ("tools/check_data.py", "find every damage in datasets"),
+    "plan": ("tools/plan_run.py", "say what a run will cost"),
+    "convert": ("tools/convert_checkpoint.py", "convert public weights to ours, and back"),
+    "export": ("tools/export_checkpoint.py", "make an exported folder of a checkpoint"),
+    "tables": ("tools/make_tables.py", "print the paper's tables, and those of sweeps"),
+    "score": ("tools/score.py", "score stored predictions again"),
+    "compare": ("tools/compare_runs.py", "compare two evaluations, item by item"),
+    "make-data": ("tools/make_refshapes.py", "draw the RefShapes benchmark"),
+    "make-tokenizer": ("tools/make_tokenizer.py", "train a small tokenizer for models that start from nothing"),
+}
+
+BASH = """_pixel_sail() {{
+    local word="${{COMP_WORDS[COMP_CWORD]}}"
+    if [ "$COMP_CWORD" -eq 1 ]; then
+        COMPREPLY=($(compgen -W "{names}" -- "$word"))
+    else
+        COMPREPLY=($(compgen -f -- "$word"))
+    fi
+}}
+complete -o filenames -F _pixel_sail pixel-sail
+"""
+ZSH = """_pixel_sail() {{
+    if (( CURRENT == 2 )); then
+        compadd {names}
+    else
+        _files
+    fi
+}}
+compdef _pixel_sail pixel-sail
+"""
+SHELLS = {"bash": BASH, "zsh": ZSH}
+
+
+def usage() -> str:
+    """Return the help text."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{about}" for name, (_, about) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: pixel-sail COMMAND [ARGUMENTS]",
+            "       pixel-sail COMMAND --help",
+            "",
+            *lines,
+            f"  {'completion':<{width}}print shell completion: source <(pixel-sail completion bash)",
+            "",
+            "Training and scoring take Hydra overrides, such as experiment=quickstart optim.steps=100.",
+        ]
+    )
+
+
+def completion(shell: str) -> str:
+    """Return the completion script of a shell. Raises: KeyError for one of another name."""
+    return SHELLS[shell].format(names=" ".join([*COMMANDS, "completion"]))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand in place of this process; return the exit status where none is run."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given:
+        print(usage(), file=sys.stderr)
+        return 2
+    name, *rest = given
+    if name in ("-h", "--help", "help"):
+        print(usage())
+    elif name == "--version":
+        print(f"pixel-sail {pixel_sail.__version__}")
+    elif name == "completion" and rest in ([shell] for shell in SHELLS):
+        print(completion(rest[0]), end="")
+    elif name in COMMANDS:
+        script = root_folder() / COMMANDS[name][0]
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, str(script), *rest])
+    else:
+        expected = f"completion and one of {', '.join(SHELLS)}" if name == "completion" else ", ".join(COMMANDS)
+        print(f"pixel-sail: found {' '.join(given)!r}, expected {expected}; see pixel-sail --help", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""The command pixel-sail runs the scripts, also from a wheel that was installed elsewhere."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from running import BIN, ROOT, environment
+
+from pixel_sail import __version__
+from pixel_sail.cli import COMMANDS, main
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """Return a folder with the unpacked wheel, built from a copy of what a checkout holds."""
+    work = tmp_path_factory.mktemp("wheel")
+    for name in ("pixel_sail", "configs", "scripts", "tools"):
+        shutil.copytree(ROOT / name, work / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff"):
+        shutil.copy(ROOT / name, work / "source" / name)
+    # Without dependencies and without a folder of its own to build in: nothing is fetched.
+    options = ("--no-deps", "--no-build-isolation", "--no-index", "--no-compile", "--target", str(work / "installed"))
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "install", *options, str(work / "source")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return work / "installed"
+
+
+def run_installed(installed, cwd, *arguments):
+    own = {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "pixel_sail.cli", *arguments],
+        cwd=cwd,
+        env=os.environ | own,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+def test_a_wheel_carries_every_config_and_script(installed):
+    for folder, pattern in (("configs", "*.yaml"), ("scripts", "*.py"), ("tools", "*.py")):
+        expected = {path.relative_to(ROOT) for path in (ROOT / folder).rglob(pattern)}
+        bundled = installed / "pixel_sail" / "bundled"
+        assert {path.relative_to(bundled) for path in (bundled / folder).rglob("*") if path.is_file()} == expected
+    assert (installed / "bin" / "pixel-sail").is_file()
+
+
+def test_a_wheel_names_its_version_as_the_code_of_its_results(installed, tmp_path):
+    code = "from pixel_sail.evaluation.results import code_version; print(code_version())"
+    # In a checkout of something else, whose commit says nothing about this code.
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    own = {"PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | own, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == f"v{__version__}"
+
+
+def test_an_installed_wheel_plans_draws_and_trains_outside_the_checkout(installed, tmp_path):
+    done = run_installed(installed, tmp_path, "plan", "experiment=quickstart", "gpu=cpu", "gpus=1")
+    assert done.returncode == 0, done.stderr
+    assert "parameters" in done.stdout
+
+    drawn = "data/refshapes"
+    made = run_installed(installed, tmp_path, "make-data", *("--out", drawn, "--train", "8", "--eval", "3"))
+    assert made.returncode == 0, made.stdout + made.stderr
+    options = ("--refer-root", drawn, "--dataset", "refshapes", "--split", "train", "--vocab-size", "400")
+    made = run_installed(installed, tmp_path, "make-tokenizer", *options, "--out", f"{drawn}/tokenizer")
+    assert made.returncode == 0, made.stdout + made.stderr
+    small = (
+        *("model.architecture.hidden_size=32", "model.architecture.num_hidden_layers=1", "optim.steps=2"),
+        *("deepspeed=none", "evals=[]", "log.tensorboard=false", "data.num_workers=0", "run_dir=runs/small"),
+    )
+    done = run_installed(installed, tmp_path, "train", "experiment=quickstart", *small)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "runs" / "small" / "export" / "model.safetensors").is_file()
+
+
+def test_the_command_gives_arguments_and_exit_status_of_its_script(data_root):
+    command = [str(BIN / "pixel-sail"), "train", "experiment=quickstart", "optim.stepz=1"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(data_root), capture_output=True, text=True)
+    assert done.returncode == 2 and "stepz" in done.stderr
+
+
+def test_every_command_has_its_script_and_a_line_of_help(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for name, (script, about) in COMMANDS.items():
+        assert (ROOT / script).is_file() and f"  {name} " in shown and about in shown
+    assert main(["--version"]) == 0 and capsys.readouterr().out == f"pixel-sail {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["completion"], ["completion", "fish"]])
+def test_what_does_not_exist_ends_with_status_2(capsys, arguments):
+    assert main(arguments) == 2
+    assert "pixel-sail" in capsys.readouterr().err
+
+
+def test_bash_completes_the_commands():
+    script = f'source <("{BIN / "pixel-sail"}" completion bash); COMP_WORDS=(pixel-sail e); COMP_CWORD=1; _pixel_sail; '
+    done = subprocess.run(["bash", "-c", script + 'echo "${COMPREPLY[@]}"'], capture_output=True, text=True)
+    assert done.stdout.split() == ["evaluate", "export"], done.stderr
