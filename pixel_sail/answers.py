@@ -13,11 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixel_sail.metrics.answer_text import grounded_text
-from pixel_sail.rle import check_mask, encode_mask
+from pixel_sail.rle import BoxXYXY, bounding_box, check_mask, encode_mask
 from pixel_sail.types import RLE, BoolMask, DataError, SizeHW, VisualPrompt
-
-BoxXYXY = tuple[int, int, int, int]
-"""First and one past the last column and row of a region: x0, y0, x1, y1 in pixels."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class AskResult:
     """An answer."""
 
     answer: str
-    """As generated, with [SEG] and <p> marks, without the ending token."""
+    """As generated, with [SEG] and `<p>` marks, without the ending token."""
     masks_NHW: NDArray[np.bool_]
     """One mask per [SEG], at image size."""
     scores: tuple[float, ...]
@@ -105,14 +102,6 @@ class AskResult:
         }
 
 
-def bounding_box(mask: BoolMask) -> BoxXYXY | None:
-    """Return the smallest box around a mask, None for an empty one."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if len(rows) == 0:
-        return None
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-
-
 def region_mask(region: Box | Point | BoolMask, image_hw: SizeHW, where: str) -> BoolMask:
     """Return a marked region as a mask at image size; a box covers every pixel it touches.
 
@@ -146,7 +135,7 @@ def region_mask(region: Box | Point | BoolMask, image_hw: SizeHW, where: str) ->
 def visual_prompts(
     regions: tuple[Box | Point | BoolMask, ...], image_hw: SizeHW, *, first: int = 0
 ) -> tuple[VisualPrompt, ...]:
-    """Return regions as <Prompt{first}>, <Prompt{first + 1}>, ... Raises: DataError as `region_mask`."""
+    """Return regions as `<Prompt{first}>`, `<Prompt{first + 1}>`, ... Raises: DataError as `region_mask`."""
     return tuple(
         VisualPrompt(prompt_id=index, mask=region_mask(region, image_hw, f"prompt {index}"))
         for index, region in enumerate(regions, start=first)

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pixel_sail import dist
 from pixel_sail.answers import AskResult, Box, Point
 from pixel_sail.config import AskConfig, ConfigError
 from pixel_sail.data.images import load_image
@@ -32,9 +31,7 @@ def ask_files(config: AskConfig) -> Iterator[tuple[Path, AskResult]]:
     Boxes, then points, are <Prompt0>, <Prompt1>, ... Raises: ConfigError for a missing checkpoint or no image;
     DataError for an image, a visual prompt or a question that cannot be used.
     """
-    predictor = Predictor.from_pretrained(
-        config.checkpoint, config=config.predict, precision=config.precision, device=str(dist.local_device())
-    )
+    predictor = Predictor.from_pretrained(config.checkpoint, config=config.predict, precision=config.precision)
     regions = _regions(config)
     for path in image_files(Path(config.image)):
         image = load_image(path, where="image")

@@ -202,7 +202,7 @@ class DeepSpeedConfig:
 
 @dataclass(kw_only=True)
 class LogConfig:
-    """Where progress goes; one JSON line per logged step is always written to <run_dir>/log.jsonl."""
+    """Where progress goes; one JSON line per logged step is always written to `<run_dir>/log.jsonl`."""
 
     every: int = 10
     """Steps between log lines."""
@@ -423,10 +423,47 @@ class AskConfig:
     predict: PredictConfig = field(default_factory=PredictConfig)
 
 
-Config = TypeVar("Config", TrainConfig, EvalConfig, AskConfig)
+@dataclass(kw_only=True)
+class DemoLimits:
+    """How much one user of the demo may ask for, and all together."""
+
+    upload_mb: float = 20.0
+    megapixels: float = 24.0
+    """Of an image as stored, checked before it is decoded."""
+    text_characters: int = 1000
+    turns: int = 50
+    """Questions about one image."""
+    answer_s: float = 120.0
+    """An answer that takes longer is broken off."""
+    waiting: int = 16
+    """Questions in the queue, the one being answered included."""
+    images: int = 16
+    """Images in memory with what was said about them; the one not asked about for longest goes first."""
+    idle_s: float = 3600.0
+    """An image nobody asked about for so long is forgotten."""
+
+
+@dataclass(kw_only=True)
+class DemoConfig:
+    """The demo in a browser."""
+
+    checkpoint: str = MISSING
+    host: str = "127.0.0.1"
+    """Address to listen at. Everybody who reaches it can ask: leave it local, or put a server with passwords before."""
+    port: int = 7860
+    names: list[str] = field(default_factory=list)
+    """Names under which browsers may call it beside `host` and the local ones."""
+    precision: str = "fp32"
+    examples: int = 4
+    """Drawn scenes that the page offers."""
+    predict: PredictConfig = field(default_factory=PredictConfig)
+    limits: DemoLimits = field(default_factory=DemoLimits)
+
+
+Config = TypeVar("Config", TrainConfig, EvalConfig, AskConfig, DemoConfig)
 
 _STORE = ConfigStore.instance()
-for _name, _node in (("train", TrainConfig), ("evaluate", EvalConfig), ("predict", AskConfig)):
+for _name, _node in (("train", TrainConfig), ("evaluate", EvalConfig), ("predict", AskConfig), ("demo", DemoConfig)):
     _STORE.store(name=f"{_name}_schema", node=_node)
 
 

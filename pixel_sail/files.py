@@ -22,6 +22,12 @@ def replace_text(path: Path, text: str) -> None:
     replace_bytes(path, text.encode())
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a text file, which is made where there is none; the file has it whole or not at all."""
+    before = path.read_text() if path.is_file() else ""
+    replace_text(path, before + line + "\n")
+
+
 def replace_bytes(path: Path, content: bytes) -> None:
     """Write a file aside and put it in place at once; missing folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -32,8 +32,10 @@ from pixel_sail.data.wording.region import REGION_CAPTION_PROMPT
 from pixel_sail.evaluation.predict import DTYPES, BatchPredictor, Reply, Request
 from pixel_sail.evaluation.refer_seg import PROMPTS
 from pixel_sail.evaluation.run import checkpoint_folder
+from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS
 from pixel_sail.model.generation import Answer, ImagePrefixes, generate_steps
 from pixel_sail.model.tokenization import END_TOKEN, IMAGE_TOKENS, SEG_TOKEN, TURN_END, TURN_START
+from pixel_sail.model_card import MODEL_FILES
 from pixel_sail.types import BoolMask, DataError, VisualPrompt
 
 ImageLike = str | Path | Image.Image | NDArray[np.uint8]
@@ -42,11 +44,7 @@ ImageLike = str | Path | Image.Image | NDArray[np.uint8]
 Region = Box | Point | BoolMask
 """What marks a part of an image; a mask is boolean and has the image's size."""
 
-LONGEST_ANSWER_TOKENS = 512
-"""Where nothing else is said."""
-
 DESCRIBE_IMAGE = "Please describe this image."
-HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _NAMED_PROMPT = re.compile(r"<Prompt(\d+)>")
 _CONTROL_TOKENS = (SEG_TOKEN, *IMAGE_TOKENS, TURN_START, TURN_END, END_TOKEN)
@@ -54,7 +52,7 @@ _CONTROL_TOKENS = (SEG_TOKEN, *IMAGE_TOKENS, TURN_START, TURN_END, END_TOKEN)
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """One question of many: an image (None: a question without one), a text, and regions called <Prompt0>, ..."""
+    """One question of many: an image (None: a question without one), a text, and regions called `<Prompt0>`, ..."""
 
     image: ImageLike | None
     text: str
@@ -91,12 +89,12 @@ class Predictor:
             raise ConfigError(f"device: found {place!r}, but torch sees no CUDA device; use device='cpu'")
         config = config if config is not None else PredictConfig()
         if config.max_new_tokens is None:
-            config = replace(config, max_new_tokens=LONGEST_ANSWER_TOKENS)
+            config = replace(config, max_new_tokens=LONG_ANSWER_TOKENS)
         folder = _local_folder(name, revision)
         return cls(BatchPredictor.from_pretrained(folder, config=config, precision=precision, device=place))
 
     def segment(self, image: ImageLike, text: str, prompts: Sequence[Region] = ()) -> AskResult:
-        """Return the mask of what a text names, such as "the red cup" or "what <Prompt0> holds".
+        """Return the mask of what a text names, such as "the red cup" or "what `<Prompt0>` holds".
 
         The question is that of the evaluation, see `PredictConfig.prompt`. Raises: DataError as `ask`.
         """
@@ -110,7 +108,7 @@ class Predictor:
         return self.ask(image, REGION_CAPTION_PROMPT, [prompt])
 
     def ask(self, image: ImageLike | None, text: str, prompts: Sequence[Region] = ()) -> AskResult:
-        """Return the answer to one question; its text calls the regions <Prompt0>, <Prompt1>, ...
+        """Return the answer to one question; its text calls the regions `<Prompt0>`, `<Prompt1>`, ...
 
         Raises: DataError for an image, a region or a text that cannot be used.
         """
@@ -162,7 +160,7 @@ class Chat:
         return len(self._prompts)
 
     def mark(self, *regions: Region) -> None:
-        """Mark further regions, as the next <Prompt..>; the image is encoded anew with the next question, for marks
+        """Mark further regions, as the next `<Prompt..>`; the image is encoded anew with the next question, for marks
         change how it looks to the model.
 
         Raises: DataError as `Predictor.ask`.
@@ -250,7 +248,7 @@ def _local_folder(name: str | Path, revision: str | None) -> Path:
     if Path(name).exists() or not _HUB_NAME.fullmatch(str(name)):
         return checkpoint_folder(str(name))
     try:
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(MODEL_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
             f"model {name}: neither a folder here nor to be had from the Hugging Face hub ({error}); "

@@ -1,4 +1,4 @@
-"""Masks as COCO run-length encodings that fit into JSON.
+"""Masks as COCO run-length encodings that fit into JSON, and their boxes.
 
 Place in the flow: below everything that writes masks: predictions, the drawn benchmark. Reading, with its checks, is in
 `data/masks.py`. A 2 x 2 mask whose left column is set: {"size": [2, 2], "counts": "022"}.
@@ -8,6 +8,9 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from pixel_sail.types import RLE, BoolMask, DataError
+
+BoxXYXY = tuple[int, int, int, int]
+"""First and one past the last column and row of a region: x0, y0, x1, y1 in pixels."""
 
 
 def encode_mask(mask: BoolMask) -> RLE:
@@ -28,3 +31,11 @@ def check_mask(mask: BoolMask, where: str) -> None:
 def json_safe(rle: RLE) -> RLE:
     """Return what pycocotools made with plain numbers and text."""
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
+
+
+def bounding_box(mask: BoolMask) -> BoxXYXY | None:
+    """Return the smallest box around a mask, None for an empty one."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if len(rows) == 0:
+        return None
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

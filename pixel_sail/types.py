@@ -58,7 +58,7 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class VisualPrompt:
-    """A marked region: the text calls it <Prompt{prompt_id}>, the patches under `mask` carry that token's embedding."""
+    """A marked region: the text calls it `<Prompt{prompt_id}>`, the patches under `mask` carry its embedding."""
 
     prompt_id: int
     mask: BoolMask
@@ -151,10 +151,10 @@ class VisualReferring:
     image_path: Path
     image_hw: SizeHW
     question: str
-    """With <Prompt{k}> where the file names a region."""
+    """With `<Prompt{k}>` where the file names a region."""
     regions: tuple[RLE, ...]
     prompt_ids: tuple[int, ...]
-    """Which <Prompt{k}> each region is: its place among all tags of the item, so gaps occur."""
+    """Which `<Prompt{k}>` each region is: its place among all tags of the item, so gaps occur."""
     answer: str
     targets: tuple[RLE, ...]
 

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import socket
 import subprocess
 import sys
 from functools import cache
@@ -12,6 +11,7 @@ from types import ModuleType
 import pytest
 
 from pixel_sail.data.sources.refer import expressions, load_refer
+from pixel_sail.dist import free_port
 from pixel_sail.model.tokenization import train_tokenizer
 from pixel_sail.refshapes import RefShapesSpec, write_refshapes
 
@@ -48,14 +48,6 @@ def environment(data_root: Path) -> dict[str, str]:
     """
     own = {"TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
     return os.environ | {"PIXEL_SAIL_DATA": str(data_root)} | own
-
-
-def free_port() -> int:
-    """Return a port that nothing listens on, so that tests of two checkouts may run at once."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def launcher(name: str) -> list[str]:

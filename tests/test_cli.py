@@ -1,10 +1,13 @@
 """The command pixel-sail runs the scripts, also from a wheel that was installed elsewhere."""
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 
+import httpx
 import pytest
 from running import BIN, ROOT, environment
 
@@ -50,7 +53,7 @@ def test_a_wheel_carries_every_config_and_script(installed):
 
 
 def test_a_wheel_names_its_version_as_the_code_of_its_results(installed, tmp_path):
-    code = "from pixel_sail.evaluation.results import code_version; print(code_version())"
+    code = "from pixel_sail.provenance import code_version; print(code_version())"
     # In a checkout of something else, whose commit says nothing about this code.
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     own = {"PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1"}
@@ -60,11 +63,16 @@ def test_a_wheel_names_its_version_as_the_code_of_its_results(installed, tmp_pat
     assert done.stdout.strip() == f"v{__version__}"
 
 
-def test_an_installed_wheel_plans_draws_and_trains_outside_the_checkout(installed, tmp_path):
+def test_an_installed_wheel_plans_outside_the_checkout(installed, tmp_path):
     done = run_installed(installed, tmp_path, "plan", "experiment=quickstart", "gpu=cpu", "gpus=1")
     assert done.returncode == 0, done.stderr
     assert "parameters" in done.stdout
 
+
+@pytest.fixture(scope="module")
+def trained(installed, tmp_path_factory):
+    """Return a folder in which an installed wheel drew its data and trained."""
+    tmp_path = tmp_path_factory.mktemp("elsewhere")
     drawn = "data/refshapes"
     made = run_installed(installed, tmp_path, "make-data", *("--out", drawn, "--train", "8", "--eval", "3"))
     assert made.returncode == 0, made.stdout + made.stderr
@@ -77,7 +85,43 @@ def test_an_installed_wheel_plans_draws_and_trains_outside_the_checkout(installe
     )
     done = run_installed(installed, tmp_path, "train", "experiment=quickstart", *small)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "runs" / "small" / "export" / "model.safetensors").is_file()
+    return tmp_path
+
+
+def test_an_installed_wheel_trains_outside_the_checkout(trained):
+    assert (trained / "runs" / "small" / "export" / "model.safetensors").is_file()
+
+
+def test_the_demo_of_an_installed_wheel_answers_and_ends_when_interrupted(installed, trained):
+    own = {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-m", "pixel_sail.cli", "demo", "checkpoint=runs/small", "port=0", "examples=1"]
+    demo = subprocess.Popen(command, cwd=trained, env=os.environ | own, stderr=subprocess.PIPE, text=True)
+    try:
+        said = []
+        for line in demo.stderr:
+            said.append(line)
+            if found := re.search(r"running on (http://127\.0\.0\.1:\d+)", line):
+                break
+        assert found, "".join(said)
+        assert "<canvas" in httpx.get(f"{found[1]}/", timeout=60).text
+        info = httpx.get(f"{found[1]}/api/info", timeout=60).json()
+        assert info["model"] == "small" and len(info["examples"]) == 1
+        demo.send_signal(signal.SIGINT)
+        _, rest = demo.communicate(timeout=60)
+    finally:
+        demo.kill()
+    assert demo.returncode == 0, rest
+
+
+def test_a_demo_without_a_checkpoint_says_what_is_missing():
+    for arguments, message in (([], "checkpoint"), (["checkpoint=runs/nowhere"], "runs/nowhere")):
+        done = subprocess.run(
+            [sys.executable, ROOT / "scripts" / "demo.py", *arguments],
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_the_command_gives_arguments_and_exit_status_of_its_script(data_root):

@@ -8,6 +8,7 @@ PACKAGE = ROOT / "pixel_sail"
 
 LAYERS = (
     ("types", "dist", "files", "places"),
+    ("provenance",),
     ("rle",),
     ("model",),
     ("experts", "conversion"),
@@ -15,9 +16,9 @@ LAYERS = (
     ("config",),
     ("planning",),
     ("training", "evaluation", "sweep"),
-    ("vqa", "answers"),
+    ("vqa", "answers", "model_card"),
     ("predictor",),
-    ("ask_files", "cli"),
+    ("ask_files", "demo", "cli"),
 )
 """Lowest first; a module may import layers below its own and its own subpackage."""
 

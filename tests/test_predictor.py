@@ -1,5 +1,9 @@
 """What a person's own code sees: questions about one image and many, chats, and refusals that say what to do."""
 
+import re
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -275,3 +279,13 @@ def test_the_package_names_what_it_offers():
     }
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = pixel_sail.Nothing
+
+
+def test_loading_warns_of_nothing(batch, tmp_path):  # noqa: F811
+    """Users take a warning of another library for a fault of theirs; another process, as those are given once only."""
+    batch.model.save_pretrained(tmp_path)
+    batch.processor.save_pretrained(tmp_path)
+    code = f"from pixel_sail import Predictor; Predictor.from_pretrained({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not re.search("warn|not supported|error", done.stderr, re.IGNORECASE), done.stderr

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
+from pixel_sail.rle import bounding_box
 from pixel_sail.types import BoolMask, DataError
 
 PROMPT_KINDS = ("mask", "box", "point", "scribble")
@@ -55,9 +56,11 @@ def draw_prompt(mask: BoolMask, shares: Mapping[str, float], rng: np.random.Gene
 
 def box_prompt(mask: BoolMask) -> BoolMask:
     """Return the tight rectangle around the region, filled."""
-    rows, columns = np.nonzero(mask.any(axis=1))[0], np.nonzero(mask.any(axis=0))[0]
+    bounds = bounding_box(mask)
+    assert bounds is not None, "an empty region has no box"
+    x0, y0, x1, y1 = bounds
     box = np.zeros_like(mask)
-    box[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = True
+    box[y0:y1, x0:x1] = True
     return box
 
 

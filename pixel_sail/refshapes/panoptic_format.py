@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from pixel_sail.rle import bounding_box
 from pixel_sail.types import BoolMask, DataError
 
 Json = dict[str, Any]
@@ -76,11 +77,12 @@ def _annotation(record: Mapping[str, Any], background_id: int, png_folder: Path)
         segment_id = _paint(colours, mask, len(infos))
         kept = {key: item[key] for key in ("category_id", "bbox", "area")}
         infos.append({"id": segment_id, **kept, "iscrowd": 0, "description": text})
-    rows, columns = np.nonzero(background.any(axis=1))[0], np.nonzero(background.any(axis=0))[0]
-    top, left = int(rows[0]), int(columns[0])
+    bounds = bounding_box(background)
+    assert bounds is not None, "checked above"
+    x0, y0, x1, y1 = bounds
     infos.append({
         "id": _paint(colours, background, len(infos)), "category_id": background_id, "iscrowd": 0,
-        "bbox": [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top], "area": int(background.sum()),
+        "bbox": [x0, y0, x1 - x0, y1 - y0], "area": int(background.sum()),
         "description": f"The muddy, cluttered background around {len(objects)} shapes.",
     })  # fmt: skip
     png = png_folder / Path(image["file_name"]).with_suffix(".png").name

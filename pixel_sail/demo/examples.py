@@ -1,0 +1,34 @@
+"""Drawn scenes that the page offers, so that the demo can be tried without a photo.
+
+Place in the flow: `scripts/demo.py` draws them with `pixel_sail/refshapes/`, as the quickstart draws its data:
+
+    draw_examples(4, "short")[0]  ->  Example(image=<240x320>, text="large red star")
+"""
+
+import numpy as np
+from PIL import Image
+
+from pixel_sail.demo.server import Example
+from pixel_sail.evaluation.refer_seg import PROMPTS
+from pixel_sail.refshapes.expressions import Describer
+from pixel_sail.refshapes.scene import SceneRules, sample_scene
+
+SEED = 20
+RULES = SceneRules(num_objects=(3, 5))
+
+
+def draw_examples(count: int, prompt: str) -> list[Example]:
+    """Return scenes, always the same, each with a question about one object; prompt: see `PredictConfig`."""
+    return [_draw(index, prompt) for index in range(count)]
+
+
+def _draw(index: int, prompt: str) -> Example:
+    rng = np.random.default_rng((SEED, index))
+    while True:
+        scene = sample_scene(rng, RULES)
+        describer = Describer(scene, rng, may_name_held_out=False)
+        # Colours are what a small model learns first.
+        for item in scene.objects:
+            if describer.by_filters.get((("colour", item.colour),)) == [item.index]:
+                text = f"the {item.colour} {item.shape}"
+                return Example(image=Image.fromarray(scene.pixels), text=PROMPTS[prompt].format(sent=text))

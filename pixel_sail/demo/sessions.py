@@ -1,0 +1,104 @@
+"""The images that users of the demo look at, each with its conversation.
+
+Place in the flow: `server.py` keeps one `Sessions`. A session begins with an image; its name is a random secret, so
+that nobody finds another user's photo by counting. Everything is in memory, nothing on disk:
+
+    sessions.open(image).name  ->  "Jt0Zr3...";   sessions.get("Jt0Zr3...").chat_with([Box(1, 2, 30, 40)]).ask("...")
+"""
+
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+
+from pixel_sail.config import DemoLimits
+from pixel_sail.demo.limits import Refusal
+from pixel_sail.predictor import Chat, Predictor, Region
+
+
+@dataclass(kw_only=True)
+class Session:
+    """One image and what was said about it."""
+
+    name: str
+    image: Image.Image
+    predictor: Predictor
+    used: float
+    regions: list[Region] = field(default_factory=list)
+    chat: Chat | None = None
+
+    def chat_with(self, regions: Sequence[Region]) -> tuple[Chat, bool]:
+        """Return the conversation with these regions, and whether it goes on from the one before.
+
+        Further regions are added to it; where one was changed or taken away the old answers speak of something else,
+        and a new conversation begins. Raises: DataError for a region that cannot be marked.
+        """
+        same = len(regions) >= len(self.regions) and all(
+            _equal(new, old) for new, old in zip(regions, self.regions, strict=False)
+        )
+        goes_on = self.chat is not None and same
+        if self.chat is None or not same:
+            self.chat = self.predictor.chat(self.image, regions)
+        elif len(regions) > len(self.regions):
+            self.chat.mark(*regions[len(self.regions) :])
+        self.regions = list(regions)
+        return self.chat, goes_on
+
+    def forget(self) -> None:
+        """Begin anew with the next question."""
+        self.chat, self.regions = None, []
+
+
+def _equal(one: Region, other: Region) -> bool:
+    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
+        return isinstance(one, np.ndarray) and isinstance(other, np.ndarray) and np.array_equal(one, other)
+    return one == other
+
+
+class Sessions:
+    """All sessions, the one used last at the end; safe to use from several threads."""
+
+    def __init__(self, predictor: Predictor, limits: DemoLimits, clock: Callable[[], float] = time.monotonic) -> None:
+        self.predictor = predictor
+        self.limits = limits
+        self.clock = clock
+        self._all: OrderedDict[str, Session] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """Return how many images are in memory."""
+        return len(self._all)
+
+    def open(self, image: Image.Image, *, replaces: str | None = None) -> Session:
+        """Begin a session instead of the one that the same user had; the oldest ones go where there are too many."""
+        now = self.clock()
+        session = Session(name=secrets.token_urlsafe(16), image=image, predictor=self.predictor, used=now)
+        with self._lock:
+            self._drop_idle(now)
+            if replaces is not None:
+                self._all.pop(replaces, None)
+            while len(self._all) >= self.limits.images:
+                self._all.popitem(last=False)
+            self._all[session.name] = session
+        return session
+
+    def get(self, name: object) -> Session:
+        """Return a session. Raises: Refusal for one that is gone or never was."""
+        now = self.clock()
+        with self._lock:
+            self._drop_idle(now)
+            session = self._all.get(name) if isinstance(name, str) else None
+            if session is None:
+                raise Refusal(404, "This image is no longer in memory. Load it again.")
+            session.used = now
+            self._all.move_to_end(session.name)
+        return session
+
+    def _drop_idle(self, now: float) -> None:
+        while self._all and now - next(iter(self._all.values())).used > self.limits.idle_s:
+            self._all.popitem(last=False)

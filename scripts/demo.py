@@ -1,0 +1,54 @@
+"""Ask a checkpoint in a browser.
+
+    scripts/demo.py checkpoint=runs/quickstart predict.prompt=short      then open http://127.0.0.1:7860
+    scripts/demo.py checkpoint=runs/mine precision=bf16 port=8000 limits.answer_s=30
+
+Photos and questions stay in the memory of this process; nothing is written. Ends with Ctrl-C.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+import uvicorn
+
+from pixel_sail.config import ConfigError, DemoConfig, command_line_overrides, load_config
+from pixel_sail.demo.examples import draw_examples
+from pixel_sail.demo.server import build_app
+from pixel_sail.predictor import Predictor
+
+MOST_CONNECTIONS = 64
+
+
+def main() -> int:
+    """Serve until interrupted; wrong input ends with one message and exit status 2."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    try:
+        config = load_config("demo", DemoConfig, command_line_overrides())
+        predictor = Predictor.from_pretrained(config.checkpoint, config=config.predict, precision=config.precision)
+    except ConfigError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    folder = Path(config.checkpoint)
+    app = build_app(
+        predictor,
+        # The last part only: users need not know where models lie.
+        name=folder.parent.name if folder.name == "export" else folder.name,
+        examples=draw_examples(config.examples, config.predict.prompt),
+        limits=config.limits,
+        names=[config.host, *config.names],
+    )
+    uvicorn.run(
+        app,
+        host=config.host,
+        port=config.port,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=MOST_CONNECTIONS,
+        timeout_graceful_shutdown=5,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

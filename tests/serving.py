@@ -1,0 +1,26 @@
+"""A demo that runs while a test asks it, as users' browsers do."""
+
+import threading
+import time
+from contextlib import contextmanager
+
+import uvicorn
+
+from pixel_sail.demo.server import build_app
+
+
+@contextmanager
+def served(predictor, **settings):
+    """Yield the address of a server on a free port; it has ended when the block ends."""
+    app = build_app(predictor, name="test", **settings)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()

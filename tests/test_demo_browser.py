@@ -1,0 +1,317 @@
+"""The demo in a real browser: load a photo, mark regions, ask, see and save masks, and be told what is wrong.
+
+Chromium comes from the system's packages (`apt-get install chromium`); PIXEL_SAIL_CHROMIUM names one elsewhere.
+"""
+
+import io
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import expect, sync_playwright
+from serving import served
+from test_demo import Gate
+from test_predict import predictor as batch  # noqa: F401, a fixture
+
+from pixel_sail import Box, Point, Predictor
+from pixel_sail.config import DemoLimits
+from pixel_sail.demo.examples import draw_examples
+from pixel_sail.demo.wire import read_regions
+from pixel_sail.rle import encode_mask
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = os.environ.get("PIXEL_SAIL_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--no-first-run",
+]  # fmt: skip
+LIMITS = DemoLimits(upload_mb=1.0)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason=f"no browser here: none of {', '.join(NAMES)} is installed"),
+]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def predictor(batch):  # noqa: F811
+    return Predictor(batch.changed(answer="forced"))
+
+
+@pytest.fixture
+def address(predictor):
+    with served(predictor, limits=LIMITS, examples=draw_examples(2, "standard")) as address:
+        yield address
+
+
+@pytest.fixture
+def open_page(browser, address):
+    """Return a function that opens the page as a user of its own; whatever its console reports fails the test."""
+    contexts, faults = [], []
+
+    def open_page(width=1280, height=800):
+        contexts.append(browser.new_context(viewport={"width": width, "height": height}))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(20_000)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        # The browser itself reports every refused request; that is what tests of refusals ask for.
+        page.on("console", lambda said: faults.append(said.text) if "status of 4" not in said.text else None)
+        page.goto(address)
+        expect(page.locator("#examples button")).to_have_count(2)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert faults == []
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """Return a small photo as a file, with its pixels."""
+    coarse = Image.fromarray(np.random.default_rng(4).integers(0, 256, (5, 8, 3), dtype=np.uint8))
+    image = coarse.resize((64, 40), Image.Resampling.BICUBIC)
+    image.save(tmp_path / "my photo.png")
+    return tmp_path / "my photo.png", image
+
+
+def load(page, path):
+    page.set_input_files("#file", path)
+    expect(page.locator("#ask")).to_be_enabled()
+
+
+def ask(page, text):
+    before = page.locator(".timing").count()
+    page.fill("#text", text)
+    page.click("#ask")
+    expect(page.locator(".timing")).to_have_count(before + 1)
+
+
+def drag(page, start, end, size_hw=(40, 64)):
+    """Draw from one place of the photo to another."""
+    places = [on_screen(page, place, size_hw) for place in (start, end)]
+    page.mouse.move(*places[0])
+    page.mouse.down()
+    page.mouse.move(*places[1], steps=6)
+    page.mouse.up()
+
+
+def on_screen(page, place, size_hw):
+    box = page.locator("#canvas").bounding_box()
+    return box["x"] + place[0] * box["width"] / size_hw[1], box["y"] + place[1] * box["height"] / size_hw[0]
+
+
+def picture(page):
+    """Return the pixels of the canvas, shrunk to the photo's size."""
+    shot = Image.open(io.BytesIO(page.locator("#canvas").screenshot())).convert("RGB")
+    return np.asarray(shot.resize((64, 40), Image.Resampling.BOX), dtype=np.float32)
+
+
+def saved(page, name):
+    with page.expect_download() as download:
+        page.get_by_role("button", name=name).last.click()
+    return download.value.suggested_filename, download.value.path().read_bytes()
+
+
+def test_load_mark_ask_see_and_save(open_page, predictor, photo):
+    page, (path, image) = open_page(), photo
+    load(page, path)
+    expect(page.locator("#model")).to_have_text("test")
+    before = picture(page)
+    assert np.abs(before - np.asarray(image)).mean() < 8
+    drag(page, (4, 5), (40, 30))
+    page.click("[data-tool=point]")
+    page.mouse.click(*on_screen(page, (52, 10), (40, 64)))
+    page.click("[data-tool=brush]")
+    drag(page, (10, 35), (50, 36))
+    expect(page.locator("#names button")).to_have_text(["<Prompt0>", "<Prompt1>", "<Prompt2>"])
+    page.fill("#text", "What is")
+    page.locator("#names button").nth(1).click()
+    assert page.input_value("#text") == "What is <Prompt1>"
+
+    with page.expect_request("**/api/ask") as request:
+        page.keyboard.press("Enter")
+        expect(page.locator(".timing")).to_have_count(1)
+    sent = json.loads(request.value.post_data)
+    assert sent["text"] == "What is <Prompt1>"
+    kinds = [next(iter(region)) for region in sent["regions"]]
+    assert kinds == ["box", "point", "png"]
+    np.testing.assert_allclose(sent["regions"][0]["box"], [4, 5, 40, 30], atol=0.3)
+    np.testing.assert_allclose(sent["regions"][1]["point"], [52, 10], atol=0.3)
+
+    # What is shown and saved is what the Predictor says about the same marks.
+    regions = read_regions(sent["regions"], (40, 64), 15, LIMITS)
+    assert isinstance(regions[0], Box) and isinstance(regions[1], Point)
+    assert regions[2][35, 11:50].all() and not regions[2][:30].any()
+    expected = predictor.ask(image, sent["text"], regions)
+    (mask,) = expected.masks_NHW
+    name, content = saved(page, "Save mask as PNG")
+    assert name == "my photo_1_1.png"
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(content)).convert("1")), mask)
+    name, content = saved(page, "Save mask as RLE")
+    assert name == "my photo_1_1.json" and json.loads(content) == encode_mask(mask)
+
+    # The mask is seen in its colour, and can be hidden.
+    with_mask = picture(page)
+    page.locator(".masks input").uncheck()
+    without = picture(page)
+    changed = np.abs(with_mask - without).sum(axis=2) > 30
+    assert 0 < mask.sum() < mask.size and (changed == mask).mean() > 0.97
+
+
+def test_history_of_one_photo(open_page, photo):
+    page, (path, _) = open_page(), photo
+    load(page, path)
+    ask(page, "the star")
+    ask(page, "the box")
+    assert "photo kept" in page.locator(".timing").nth(1).inner_text()
+    assert "photo kept" not in page.locator(".timing").nth(0).inner_text()
+    # Only the newest mask is shown, the older one can be shown again.
+    boxes = page.locator(".masks input")
+    expect(boxes.nth(0)).not_to_be_checked()
+    expect(boxes.nth(1)).to_be_checked()
+    one = picture(page)
+    boxes.nth(0).check()
+    assert np.abs(picture(page) - one).max() > 30
+    expect(page.locator(".break")).to_have_count(0)
+    # A further mark belongs to the conversation; one taken away begins another.
+    drag(page, (4, 5), (40, 30))
+    ask(page, "what is <Prompt0>")
+    page.click("#undo")
+    ask(page, "the star")
+    expect(page.locator(".break")).to_have_count(1)
+    page.click("#anew")
+    expect(page.locator("#history li")).to_have_count(0)
+    ask(page, "the star")
+    assert "photo kept" not in page.locator(".timing").inner_text()
+
+
+def test_an_example_is_loaded_with_its_question(open_page):
+    page = open_page()
+    page.locator("#examples button").first.click()
+    expect(page.locator("#ask")).to_be_enabled()
+    text = page.locator("#examples button span").first.inner_text()
+    assert page.input_value("#text") == text
+    page.click("#ask")
+    expect(page.locator(".question")).to_have_text(text)
+    expect(page.locator(".answer")).to_have_text("It is.")
+
+
+def test_a_wrong_file_is_refused_kindly(open_page, photo, tmp_path):
+    page, (path, _) = open_page(), photo
+    error = page.locator("#error")
+    for name, content, message in (
+        ("notes.txt", b"no photo at all", "no photo that can be read"),
+        ("cut.png", path.read_bytes()[:1500], "damaged"),
+        ("empty.jpg", b"", "empty"),
+        ("large.jpg", b"\0" * 1_100_000, "more than 1 MB"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        page.set_input_files("#file", tmp_path / name)
+        expect(error).to_contain_text(message)
+        expect(page.locator("#ask")).to_be_disabled()
+    load(page, path)
+    expect(error).to_be_hidden()
+    # What was loaded stays when the next file is refused, and so does a question that was refused.
+    page.set_input_files("#file", tmp_path / "notes.txt")
+    expect(error).to_contain_text("no photo that can be read")
+    page.fill("#text", "What is <Prompt5>?")
+    page.click("#ask")
+    expect(error).to_contain_text("<Prompt5> found")
+    assert page.input_value("#text") == "What is <Prompt5>?"
+    expect(page.locator("#history li")).to_have_count(0)
+    ask(page, "the star")
+
+
+def test_script_in_a_text_or_a_name_is_only_text(open_page, photo, tmp_path):
+    page, (path, _) = open_page(), photo
+    hostile = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+    dialogs = []
+    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+    named = tmp_path / "<img src=x onerror=alert(1)>.png"
+    shutil.copyfile(path, named)
+    load(page, named)
+    ask(page, hostile)
+    expect(page.locator(".question")).to_have_text(hostile)
+    assert page.locator("#history img, #history script").count() == 0 and dialogs == []
+    name, _ = saved(page, "Save mask as PNG")
+    assert name.endswith("_1_1.png") and "/" not in name
+
+
+def test_two_users_at_once(open_page, photo, tmp_path):
+    path, image = photo
+    other_path = tmp_path / "other.png"
+    Image.fromarray(255 - np.asarray(image)).save(other_path)
+    pages = [open_page(), open_page()]
+    for page, own in zip(pages, (path, other_path), strict=True):
+        load(page, own)
+    for text in ("the star", "the box"):
+        for page in pages:
+            page.fill("#text", text)
+        for page in pages:
+            page.click("#ask")
+        for page in pages:
+            expect(page.locator(".question").last).to_have_text(text)
+    for page in pages:
+        expect(page.locator(".timing")).to_have_count(2)
+    first, second = (saved(page, "Save mask as RLE")[1] for page in pages)
+    assert first != second
+
+
+def test_an_answer_can_be_stopped(open_page, photo, monkeypatch):
+    page, (path, _) = open_page(), photo
+    load(page, path)
+    gate = Gate(monkeypatch)
+    page.fill("#text", "the star")
+    page.click("#ask")
+    expect(page.locator("#ask")).to_have_text("Stop")
+    gate.pieces.release(2)
+    expect(page.locator(".answer")).to_have_text("0 1 ")
+    page.click("#ask")
+    expect(page.locator("#ask")).to_have_text("Ask")
+    assert page.input_value("#text") == "the star"
+    expect(page.locator("#history li")).to_have_count(0)
+    expect(page.locator("#error")).to_be_hidden()
+    for _ in range(100):
+        gate.pieces.release(1)
+        if gate.ended.wait(0.05):
+            break
+    assert gate.ended.is_set()
+
+
+def test_the_page_fits_a_narrow_screen(open_page, photo):
+    page, (path, _) = open_page(width=360, height=700), photo
+    load(page, path)
+    drag(page, (4, 5), (40, 30))
+    ask(page, "a-question-of-one-very-long-word-" * 4)
+    viewport = page.viewport_size["width"]
+    assert page.locator("body").evaluate("body => body.scrollWidth") <= viewport
+    for name in ("#canvas", "#tools", "#text", "#ask", ".masks"):
+        box = page.locator(name).bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= viewport, name
+    for button in page.locator("#tools button:visible, #ask, #anew").all():
+        assert button.bounding_box()["height"] >= 36
+
+
+def test_the_page_says_when_the_server_is_gone(browser, predictor, photo):
+    path, _ = photo
+    with browser.new_context() as context:
+        page = context.new_page()
+        with served(predictor) as address:
+            page.goto(address)
+            load(page, path)
+        page.fill("#text", "the star")
+        page.click("#ask")
+        expect(page.locator("#error")).to_contain_text("does not answer")
+        assert page.input_value("#text") == "the star"
