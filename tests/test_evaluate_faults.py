@@ -10,7 +10,6 @@ import os
 import resource
 import runpy
 import signal
-import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from running import ROOT, environment
+from running import ROOT, environment, free_port
 
 from pixel_sail.config import ConfigError, EvalConfig, load_config
 from pixel_sail.evaluation.run import run_evals
@@ -105,9 +104,7 @@ def kill_after(num_bytes: int) -> None:
 
 def start(bench: Bench, output: Path, *overrides: str, ranks: int = 1, faults: dict[int, Fault] | None = None) -> Ended:
     """Run an evaluation over some ranks; the others are killed when one ends badly, as launchers do."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     log = output.with_suffix(".log")
     log.unlink(missing_ok=True)
     processes = []

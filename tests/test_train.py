@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from running import ROOT, environment, free_port, launcher, start
 
+from pixel_sail.provenance import code_version
 from pixel_sail.training.log import TIMING_FIELDS
 
 SMALL = (
@@ -55,6 +57,12 @@ def test_six_steps_equal_three_steps_and_three_more_bit_for_bit(data_root, tmp_p
     assert log_lines(tmp_path / "parts") == log_lines(tmp_path / "whole")
     weights = [tmp_path / run / "export" / "model.safetensors" for run in ("whole", "parts")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+    starts = [json.loads(line) for line in (tmp_path / "parts" / "starts.jsonl").read_text().splitlines()]
+    assert [start["step"] for start in starts] == [0, 3]
+    assert "checkpoint.stop_after=3" in starts[0]["command"] and "checkpoint.stop_after=3" not in starts[1]["command"]
+    for made_by in starts:
+        assert made_by["code"] == code_version() and made_by["packages"]["torch"] == torch.__version__
+        assert made_by["world_size"] == 1 and made_by["device"].startswith("cpu")
 
 
 def test_two_processes_with_sharded_optimizer_continue_bit_for_bit(data_root, tmp_path):

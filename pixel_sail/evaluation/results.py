@@ -14,24 +14,20 @@ quickstart read them back. A row, shortened:
 
 import hashlib
 import json
-import platform
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import pixel_sail
-from pixel_sail import dist
 from pixel_sail.evaluation.confidence import LEVEL, Interval, interval
 from pixel_sail.evaluation.measured import PAPER_PREFIX, Measured, Scores, Values
-from pixel_sail.files import replace_text
+from pixel_sail.files import append_line
 from pixel_sail.metrics.visual_referring import perbench_overall
-from pixel_sail.places import is_bundled
+from pixel_sail.provenance import machine
 from pixel_sail.types import DataError
 
+EVALUATION = "evaluation"
+"""Folder inside a run folder that evaluations go to unless they are sent elsewhere."""
 FILE_NAME = "results.jsonl"
 
 PERBENCH_EVALS = ("perbench_caption", "perbench_choice", "perbench_visual_referring")
@@ -88,7 +84,7 @@ def result_row(name: str, kind: str, measured: Measured, resampled: Resampled, c
         "prompt": protocol["predict"]["prompt"],
         **{key: protocol[key] for key in ("checkpoint", "weights_sha256", "questions_sha256", "precision")},
         "config_sha256": config_sha256(protocol),
-        **_machine(),
+        **machine(),
         "asked": cost.asked,
         "seconds": {"asking": round(cost.asking_s, 2), "scoring": round(cost.scoring_s, 2)},
         "protocol": protocol,
@@ -143,7 +139,7 @@ def perbench_row(rows: Mapping[str, Row], resampled: Mapping[str, Resampled]) ->
         **{key: first[key] for key in shared if key in first},
         "config_sha256": {name: row["config_sha256"] for name, row in parts.items()},
         "questions_sha256": {name: row["questions_sha256"] for name, row in parts.items()},
-        **_machine(),
+        **machine(),
     }
 
 
@@ -171,9 +167,7 @@ def _perbench_values(parts: Mapping[str, Mapping[str, Any]], prefix: str) -> tup
 
 def append_row(folder: Path, row: Row) -> None:
     """Add a row to the results of a folder; the file has it whole or not at all."""
-    file = folder / FILE_NAME
-    before = file.read_text() if file.is_file() else ""
-    replace_text(file, before + json.dumps(row) + "\n")
+    append_line(folder / FILE_NAME, json.dumps(row))
 
 
 def read_rows(folder: Path) -> dict[str, Row]:
@@ -187,32 +181,3 @@ def read_rows(folder: Path) -> dict[str, Row]:
             f"{file}: found no readable results ({error!r}), expected the JSON lines of an evaluation; "
             "give the folder that scripts/evaluate.py wrote, or run it again"
         ) from error
-
-
-def code_version() -> str:
-    """Return the commit of the code, with "+" when files differ from it, "unknown" outside a checkout, and for an
-    installed wheel its version: the repository around a virtual environment is not ours."""
-    root = Path(__file__).resolve().parent
-    if is_bundled():
-        return f"v{pixel_sail.__version__}"
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def device_name() -> str:
-    """Return what this process computes on."""
-    device = dist.local_device()
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    return f"cpu {platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def _machine() -> Row:
-    return {"code": code_version(), "device": device_name(), "world_size": dist.world_size()}

@@ -27,12 +27,11 @@ from pixel_sail.evaluation.predict import DTYPES, BatchPredictor
 from pixel_sail.evaluation.refer_seg import as_task
 from pixel_sail.evaluation.report import write_report
 from pixel_sail.evaluation.results import (
+    EVALUATION,
     Cost,
     Resampled,
     Row,
     append_row,
-    code_version,
-    device_name,
     perbench_overall_of,
     perbench_row,
     result_row,
@@ -40,9 +39,10 @@ from pixel_sail.evaluation.results import (
 from pixel_sail.evaluation.tables import scores_table
 from pixel_sail.evaluation.task import Task
 from pixel_sail.files import sha256
+from pixel_sail.provenance import code_version, device_name
 from pixel_sail.types import MissingDataError
 
-__all__ = ["checkpoint_folder", "code_version", "perbench_overall_of", "run_evals"]
+__all__ = ["checkpoint_folder", "perbench_overall_of", "run_evals"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def run_evals(config: EvalConfig) -> dict[str, Scores]:
         folder, config=config.predict, precision=config.precision, device=str(dist.local_device())
     )
     weights = sha256(folder / "model.safetensors")
-    output = folder.parent / "evaluation" if config.output is None else Path(config.output)
+    output = folder.parent / EVALUATION if config.output is None else Path(config.output)
     rows: dict[str, Row] = {}
     resampled: dict[str, Resampled] = {}
     cases: dict[str, list[Case]] = {}

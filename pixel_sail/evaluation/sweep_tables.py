@@ -24,8 +24,8 @@ import numpy as np
 from pixel_sail.evaluation.comparison import check_same, check_same_targets
 from pixel_sail.evaluation.confidence import RESAMPLES, Interval, bootstrap, interval, seed_for
 from pixel_sail.evaluation.measured import Scores
+from pixel_sail.evaluation.results import EVALUATION, read_rows
 from pixel_sail.evaluation.results import FILE_NAME as RESULTS_NAME
-from pixel_sail.evaluation.results import read_rows
 from pixel_sail.evaluation.stored import read_stored
 from pixel_sail.evaluation.tables import Table
 from pixel_sail.types import DataError
@@ -50,8 +50,8 @@ class Group:
         """Return seed -> eval -> scores of the jobs that were evaluated. Raises: DataError."""
         found = {}
         for seed, folder in self.folders.items():
-            if (folder / "evaluation" / RESULTS_NAME).is_file():
-                found[seed] = {name: row["scores"] for name, row in read_rows(folder / "evaluation").items()}
+            if (folder / EVALUATION / RESULTS_NAME).is_file():
+                found[seed] = {name: row["scores"] for name, row in read_rows(folder / EVALUATION).items()}
         return found
 
 
@@ -143,7 +143,7 @@ def _differences(
     name: str, baseline: Group, group: Group, seeds: Sequence[str], *, seed: int, resamples: int
 ) -> list[GroupDifference]:
     """Return the differences of one eval; all jobs see the same resampled images."""
-    folders = {(side.name, own): side.folders[own] / "evaluation" / name for own in seeds for side in (baseline, group)}
+    folders = {(side.name, own): side.folders[own] / EVALUATION / name for own in seeds for side in (baseline, group)}
     reference = next(iter(folders.values()))
     stored = {}
     for place, folder in folders.items():

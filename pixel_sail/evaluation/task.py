@@ -40,7 +40,7 @@ class Question:
     text: str
     regions: tuple[RLE, ...] = ()
     prompt_ids: tuple[int, ...] = ()
-    """Which <Prompt{k}> each region is."""
+    """Which `<Prompt{k}>` each region is."""
 
     def prompts(self) -> tuple[VisualPrompt, ...]:
         """Return the visual prompts."""

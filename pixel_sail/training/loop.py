@@ -7,8 +7,10 @@ everything it does with them is on this page, the verbs are the other files of t
 """
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -17,8 +19,10 @@ from pixel_sail import dist
 from pixel_sail.config import TrainConfig
 from pixel_sail.data.loader import StepData, being_read, reading_table
 from pixel_sail.data.packing import LanePosition
+from pixel_sail.files import append_line, replace_text
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
+from pixel_sail.provenance import STARTS, machine, packages
 from pixel_sail.training import checkpoint
 from pixel_sail.training.checkpoint import TrainState
 from pixel_sail.training.checkpoint_writer import CheckpointWriter
@@ -109,10 +113,12 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
 
 
 def write_config(run: Run) -> None:
-    """Write the resolved configuration into the run folder."""
+    """Write the resolved configuration into the run folder, and add what this start of the run is made with."""
     if dist.rank() == 0:
-        run.run_dir.mkdir(parents=True, exist_ok=True)
-        (run.run_dir / "config.json").write_text(json.dumps(asdict(run.config), indent=1) + "\n")
+        replace_text(run.run_dir / "config.json", json.dumps(asdict(run.config), indent=1) + "\n")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        start = {"time": now, "step": run.state.step, "command": sys.argv, **machine(), "packages": packages()}
+        append_line(run.run_dir / STARTS, json.dumps(start))
 
 
 def update(run: Run, done: int, now: StepData, lanes: Sequence[LanePosition], writer: CheckpointWriter) -> StepReport:

@@ -44,7 +44,7 @@ class StepReport:
     """float64 [sources, columns]: sums over this step's samples of `source_columns`, sources in the order they were
     given."""
     distill: dict[str, float] = field(default_factory=dict)
-    """Per expert the unweighted mean over its images, under distill/<name>, and their number."""
+    """Per expert the unweighted mean over its images, under `distill/<name>`, and their number."""
 
     def scalars(self) -> dict[str, float]:
         """Return the numbers that are known, for the log."""

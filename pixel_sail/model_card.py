@@ -1,0 +1,200 @@
+"""The card of a trained model, and its way to the Hugging Face hub.
+
+Place in the flow: behind training and evaluation; `tools/publish_model.py` calls it. What stands on the card is read
+from what the run and its evaluation wrote, so that nothing has to be remembered:
+
+    runs/mine/{config.json, starts.jsonl, export/, evaluation/results.jsonl}  ->  runs/mine/export/README.md
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import safe_open
+
+from pixel_sail.config import ConfigError
+from pixel_sail.evaluation.results import EVALUATION, FILE_NAME, Row, read_rows
+from pixel_sail.evaluation.run import EXPORT
+from pixel_sail.evaluation.tables import scores_table
+from pixel_sail.files import replace_text, sha256
+from pixel_sail.provenance import STARTS
+from pixel_sail.types import DataError
+
+CARD = "README.md"
+MADE_BY = "<!-- Made by tools/publish_model.py: written anew whenever it is called. -->"
+MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+"""What belongs to a model on the hub."""
+UPLOADED = (*MODEL_FILES, CARD)
+
+LIMITS = """\
+- It knows what the data above show, and was scored on nothing but the table above.
+- A score beside a mask is the mean probability of its pixels. It is not calibrated, and says nothing about the words.
+- A mask is given for what the model was told is there: that it declines where nothing fits is learned only from data
+  with such questions.
+- Answers can be wrong or offensive; nothing filters them."""
+
+
+def write_card(run_dir: Path, *, name: str, license_name: str) -> Path:
+    """Write the card into the exported folder of a run, and return its file.
+
+    Raises: ConfigError for a run that has no export or no configuration, and for a card that was written by hand.
+    """
+    card = run_dir / EXPORT / CARD
+    if card.is_file() and MADE_BY not in card.read_text():
+        raise ConfigError(f"{card} was not made by this tool, and is left as it is; move it away to have one made")
+    replace_text(card, card_text(run_dir, name=name, license_name=license_name))
+    return card
+
+
+def card_text(run_dir: Path, *, name: str, license_name: str) -> str:
+    """Return the card of a run's exported model. Raises: ConfigError as `write_card`."""
+    export = run_dir / EXPORT
+    for file in (export / "config.json", export / "model.safetensors", run_dir / "config.json"):
+        if not file.is_file():
+            raise ConfigError(f"{file} is not there; give the folder of a run whose training finished")
+    config = json.loads((run_dir / "config.json").read_text())
+    head = {
+        "license": license_name,
+        "library_name": "pixel_sail",
+        "pipeline_tag": "image-segmentation",
+        "tags": ["pixel-sail", "referring-segmentation", "arxiv:2504.10465"],
+    }
+    # What JSON is, is YAML too.
+    front = [f"{key}: {json.dumps(value)}" for key, value in head.items()]
+    parts = [
+        "\n".join(["---", *front, "---", MADE_BY, ""]),
+        f"# {name.rpartition('/')[2]}\n",
+        _model(export, config),
+        _use(name, config["predict"]["prompt"]),
+        _data(config["data"]),
+        _recipe(run_dir, config),
+        _scores(run_dir, sha256(export / "model.safetensors")),
+        f"## Limits\n\n{LIMITS}\n",
+    ]
+    return "\n".join(parts)
+
+
+def _model(export: Path, config: Mapping[str, Any]) -> str:
+    """Return what the model is; its size is counted in the file of its weights."""
+    with safe_open(export / "model.safetensors", framework="pt") as file:
+        count = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    own = config["model"]["architecture"]
+    return (
+        "A Pixel-SAIL model ([arXiv 2504.10465](https://arxiv.org/abs/2504.10465)): one decoder-only transformer that "
+        f"answers questions about pictures with text and masks. {count / 1e6:,.1f} M parameters, base {own['base']}, "
+        f"{own['num_hidden_layers']} layers of width {own['hidden_size']}, patches of {own['patch_size']} pixels, mask "
+        f"logits every {own['mask_stride']} pixels, images up to {own['max_long_side']} pixels long, up to "
+        f"{own['num_visual_prompts']} marked regions.\n"
+    )
+
+
+def _use(name: str, prompt: str) -> str:
+    """Return how it is asked, with the wording it was trained on where that is not the usual one."""
+    lines, given = ["from pixel_sail import Predictor"], ""
+    if prompt != "standard":
+        lines.append("from pixel_sail.config import PredictConfig")
+        given = f', config=PredictConfig(prompt="{prompt}")'
+    lines += [
+        "",
+        f'predictor = Predictor.from_pretrained("{name}"{given})',
+        'predictor.segment("photo.jpg", "the dog on the left").mask',
+    ]
+    return "## Use\n\n```python\n" + "\n".join(lines) + "\n```\n"
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    """Return what it was trained on; folders of the machine stay out."""
+    lines = ["## Data", "", "| source | kind | share |", "|---|---|---|"]
+    for name, source in data["sources"].items():
+        details = [str(source[key]) for key in ("dataset", "split", "split_by") if source.get(key)]
+        kind = source["_target_"].removeprefix("pixel_sail.data.sources.").removesuffix(".load")
+        share = f"weight {data['weights'][name]}" if data["weights"] else f"{data['repeats'].get(name, 1)} x per epoch"
+        lines.append(f"| {name} | {' '.join([kind, *details])} | {share} |")
+    filtered = data["leakage"]["enabled"]
+    lines += [
+        "",
+        "Images of the RefCOCO family's evaluation splits were left out of every source."
+        if filtered
+        else "**Images of evaluation splits were not left out.**",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _recipe(run_dir: Path, config: Mapping[str, Any]) -> str:
+    """Return how it was trained, and by which code and packages in every start of the run."""
+    optim, data = config["optim"], config["data"]
+    rows = {
+        "steps": optim["steps"],
+        "packs per step, tokens per pack": f"{data['packs_per_step']}, {data['packing']['token_budget']}",
+        "learning rate": f"{optim['lr']} to {optim['final_lr']}, warm-up {optim['warmup_fraction']} of the steps",
+        "AdamW betas, weight decay": f"{optim['betas']}, {optim['weight_decay']}",
+        "largest gradient norm": optim["max_grad_norm"],
+        "precision": optim["precision"],
+        "seed": config["seed"],
+        "started from": Path(config["model"]["init_from"]).name if config["model"]["init_from"] else "drawn weights",
+        "experts": ", ".join(config["experts"]) or "none",
+        "averaged weights": optim["ema_decay"] or "no",
+    }
+    file = run_dir / STARTS
+    starts = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    for start in starts:
+        versions = ", ".join(f"{name} {version}" for name, version in start["packages"].items())
+        rows[f"from step {start['step']}"] = (
+            f"code {start['code']}, {start['world_size']} x {start['device']}, {versions}"
+        )
+    if not starts:
+        rows["code"] = "not recorded"
+    return "\n".join(
+        ["## Recipe", "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""]
+    )
+
+
+def _scores(run_dir: Path, weights_sha256: str) -> str:
+    """Return the scores of these very weights."""
+    folder = run_dir / EVALUATION
+    rows = read_rows(folder) if (folder / FILE_NAME).is_file() else {}
+    own = {name: row for name, row in rows.items() if row["weights_sha256"] == weights_sha256}
+    if not own:
+        return "## Scores\n\nThese weights were not scored.\n"
+    table = scores_table("Scores", {name: row["scores"] for name, row in own.items()}, _intervals(own))
+    settings = sorted({f"prompt {row['prompt']}, {row['precision']}, code {row['code']}" for row in own.values()})
+    limited = [f"{name} on {row['limit_images']} images only" for name, row in own.items() if row.get("limit_images")]
+    lines = [
+        *table.markdown(),
+        "",
+        "In brackets 95 % intervals over images. Names with `paper_` are computed as the released scripts do, the "
+        f"others by the usual definitions. Asked with: {'; '.join([*settings, *limited])}. "
+        f"Weights: sha256 {weights_sha256[:16]}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _intervals(rows: Mapping[str, Row]) -> dict[str, dict[str, tuple[float, float]]]:
+    return {
+        name: {score: (low, high) for score, (low, high) in row.get("intervals", {}).items()}
+        for name, row in rows.items()
+    }
+
+
+def push_model(folder: Path, name: str, *, public: bool) -> str:
+    """Upload an exported folder with its card to the hub, and return the commit that holds it.
+
+    Weights go as safetensors; what else lies in the folder stays here. Raises: DataError when the hub refuses.
+    """
+    try:
+        api = HfApi()
+        api.create_repo(name, private=not public, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=name, folder_path=folder, allow_patterns=list(UPLOADED), commit_message="Upload with pixel_sail"
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise DataError(
+            f"hub {name}: {error}; give owner/name of a model that you may write, and log in with `hf auth login`"
+        ) from error
+    return str(commit.oid)
