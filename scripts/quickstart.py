@@ -20,9 +20,9 @@ from pixel_sail.config import EvalConfig, TrainConfig, build, load_config
 from pixel_sail.evaluation.cases import spread_cases
 from pixel_sail.evaluation.predictions import read_predictions
 from pixel_sail.evaluation.report import write_report
-from pixel_sail.evaluation.results import code_version
 from pixel_sail.evaluation.tables import scores_table
 from pixel_sail.files import replace_text
+from pixel_sail.provenance import code_version
 
 ROOT = Path(__file__).resolve().parent.parent
 SPLITS = ("val", "testA", "testB")

@@ -1,12 +1,16 @@
 """The released method that the benchmark rebuilds is the released one; the benchmarks run and write what they say."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from running import load_tool
 
+from pixel_sail.evaluation.predict import Request
+from pixel_sail.model.generation import generate_steps
 from pixel_sail.model.speed import REFERENCE
 
 
@@ -85,3 +89,39 @@ def test_the_attention_and_head_benchmarks_write_growth_and_pictures(tmp_path):
 
 def test_growth_is_the_exponent(tmp_path):
     assert load_tool("bench_attention").growth([10, 20, 40], [1.0, 4.0, 16.0]) == pytest.approx(2.0)
+
+
+def test_the_benchmark_of_8_bit_weights_says_what_it_needs(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    assert load_tool("bench_int8").main([]) == 2
+    assert "pip install torchao" in capsys.readouterr().err
+
+
+def test_the_answers_that_8_bit_weights_are_timed_with_have_their_full_length():
+    predictor = load_tool("bench_int8").random_predictor(layers=1)
+    image = predictor.prepare(Image.fromarray(np.zeros((32, 48, 3), dtype=np.uint8)))
+    request = Request(image=image, questions=["Please segment the dog."])
+    tokens = []
+    for step in generate_steps(
+        predictor.model,
+        predictor.encode([request]),
+        [[predictor.question_ids(request.questions[0], follows_image=True)]],
+        max_new_tokens=predictor.max_new_tokens,
+        end_ids=predictor.end_ids,
+    ):
+        ((tokens),) = step
+    assert len(tokens) == 8
+
+
+def test_ranks_are_compared_on_one_run(data_root, monkeypatch, tmp_path, capsys):
+    small = ("model.architecture.hidden_size=32", "model.architecture.num_hidden_layers=1", "deepspeed=none")
+    monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
+    tool = load_tool("bench_ranks")
+    options = ("--steps", "5", "--rounds", "1", "--json", str(tmp_path / "ranks.json"))
+    assert tool.main([*options, "experiment=quickstart", *small]) == 0
+    found = json.loads((tmp_path / "ranks.json").read_text())["ranks"]
+    assert set(found) == {"1", "2"} and found["1"]["efficiency"] == 1.0 and found["2"]["efficiency"] > 0
+    assert found["2"]["last_loss"] == pytest.approx(found["1"]["last_loss"], rel=1e-5)
+    assert "efficiency" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no_such_key"):
+        tool.run(1, 1, ["experiment=quickstart", "no_such_key=1"], tmp_path / "broken")

@@ -1,6 +1,7 @@
 """What the pages say exists: links, anchors, tests, scripts, configuration groups and keys."""
 
 import ast
+import inspect
 import re
 import shlex
 from functools import cache
@@ -10,7 +11,7 @@ import pytest
 import yaml
 from running import ROOT
 
-from pixel_sail.config import AskConfig, ConfigError, EvalConfig, TrainConfig, load_config
+from pixel_sail.config import AskConfig, ConfigError, DemoConfig, EvalConfig, TrainConfig, load_config
 
 SKIPPED = {".venv", ".venv-docs", "site", "runs", "build", ".pytest_cache", "wandb"}
 PAGES = [
@@ -23,6 +24,7 @@ SCHEMAS = {
     "scripts/train.py": ("train", TrainConfig),
     "scripts/evaluate.py": ("evaluate", EvalConfig),
     "scripts/predict.py": ("predict", AskConfig),
+    "scripts/demo.py": ("demo", DemoConfig),
     "tools/plan_run.py": ("train", TrainConfig),
     "tools/doctor.py": ("train", TrainConfig),
     "tools/show_batch.py": ("train", TrainConfig),
@@ -223,3 +225,23 @@ def test_a_wrong_link_anchor_test_file_or_setting_is_found(tmp_path, monkeypatch
         page.write_text(text + "\n")
         with pytest.raises(AssertionError, match=r"page\.md"):
             check(page)
+
+
+API_PAGES = sorted((ROOT / "docs" / "api").glob("*.md"))
+MODULES = [
+    name for page in API_PAGES for name in re.findall(r"^::: pixel_sail\.([\w.]+)", page.read_text(), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_tags_in_docstrings_of_the_site_are_written_as_code(module):
+    # Elsewhere Markdown takes <Prompt0> for HTML, and the page lacks it.
+    path = ROOT / "pixel_sail" / f"{module.replace('.', '/')}.py"
+    path = path if path.is_file() else path.parent.with_suffix(".py")
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            text = inspect.cleandoc(node.value.value)
+            # Examples are indented blocks, which Markdown leaves alone.
+            prose = "\n".join(line for line in text.split("\n") if not line.startswith("    "))
+            found = re.search(r"</?[A-Za-z|][^ ]*>", re.sub(r"`[^`]*`", "", prose))
+            assert not found, f"{path}:{node.lineno}: put {found[0]} into backticks"

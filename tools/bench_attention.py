@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from pixel_sail.evaluation.curves import save_panels, size_panel
-from pixel_sail.evaluation.run import code_version
 from pixel_sail.files import replace_text
 from pixel_sail.model.attention_rules import training_rule
 from pixel_sail.model.spans import sample_spans
+from pixel_sail.provenance import code_version
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

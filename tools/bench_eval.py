@@ -36,7 +36,6 @@ from tqdm import tqdm
 from pixel_sail.config import PredictConfig
 from pixel_sail.evaluation.curves import save_panels, size_panel
 from pixel_sail.evaluation.predict import DTYPES, BatchPredictor, PreparedImage, Request, resize_logits, span_length
-from pixel_sail.evaluation.run import code_version
 from pixel_sail.files import replace_text
 from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
 from pixel_sail.model.decoder import attend
@@ -45,6 +44,7 @@ from pixel_sail.model.mask_head import mask_logits
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.tokenization import model_token_ids, train_tokenizer
+from pixel_sail.provenance import code_version
 
 SIZES = {
     # Width, depth and vocabulary keep the shares that decoder, text head and mask head have in the 0.5B model.

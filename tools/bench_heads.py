@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from pixel_sail.evaluation.curves import save_panels, size_panel
-from pixel_sail.evaluation.run import code_version
 from pixel_sail.files import replace_text
 from pixel_sail.losses.mask import PointSampling, point_losses
 from pixel_sail.losses.text import text_losses
@@ -32,6 +31,7 @@ from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.mask_head import MaskHead
 from pixel_sail.model.modeling_pixel_sail import masks_of_images
 from pixel_sail.model.text_head import TextHead
+from pixel_sail.provenance import code_version
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GRID = (30, 40)

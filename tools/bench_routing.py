@@ -23,12 +23,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pixel_sail.evaluation.run import code_version
 from pixel_sail.files import replace_text
 from pixel_sail.model.attention_rules import training_rule
 from pixel_sail.model.configuration_pixel_sail import EXPERT_PARTS, Architecture
 from pixel_sail.model.image_layout import image_tokens
 from pixel_sail.model.routed_decoder import Mixed, RoutedDecoder, TwoKinds
+from pixel_sail.provenance import code_version
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -43,7 +43,6 @@ from tqdm import tqdm
 from pixel_sail.config import OptimConfig
 from pixel_sail.data.collate import collate
 from pixel_sail.data.packing import LanePosition, Pack
-from pixel_sail.evaluation.run import code_version
 from pixel_sail.files import replace_text
 from pixel_sail.losses.mask import MaskSums, point_losses
 from pixel_sail.losses.total import Counts, LossConfig, combine, loss_sums
@@ -58,6 +57,7 @@ from pixel_sail.model.speed import REFERENCE, Speed
 from pixel_sail.model.tokenization import model_token_ids, train_tokenizer
 from pixel_sail.planning.flops import forward_flops, training_flops
 from pixel_sail.planning.workload import of_batch
+from pixel_sail.provenance import code_version
 from pixel_sail.training.optim import build_optimizer
 from pixel_sail.types import IGNORE_LABEL, Batch, Example, Sample, Turn
 

@@ -28,7 +28,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -40,6 +39,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from pixel_sail.dist import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "PIXEL_SAIL_SOAK"
@@ -142,13 +143,6 @@ def command_line(arguments: argparse.Namespace, run_dir: Path) -> list[str]:
         validation += ["evals=[]"]
     sharding = ["deepspeed=none"] if arguments.launcher == "python" else []
     return [*start, "scripts/train.py", *TINY, *own, *validation, *sharding, *arguments.overrides]
-
-
-def free_port() -> int:
-    """Return a port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def temporary_folder(work: Path) -> Path:

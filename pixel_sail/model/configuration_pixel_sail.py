@@ -10,7 +10,7 @@ Place in the flow: Hydra's `model` group fills `Architecture`, `PixelSailConfig`
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 BASES = ("sail", "eve")
 ATTENTION = ("prefix", "causal")
@@ -63,14 +63,14 @@ class Architecture:
     mask_dim: int = 256
     """Width of the dot product between a [SEG] state and a pixel feature."""
     num_visual_prompts: int = 15
-    """How many <Prompt{i}> tokens exist; 0 removes the visual-prompt path."""
+    """How many `<Prompt{i}>` tokens exist; 0 removes the visual-prompt path."""
     visual_prompts: str = "injection"
     """injection: a prompt's token embedding is added to the patches it covers (paper). pooled: the mean of these
     patches' embeddings stands in for the prompt's token in the text (the paper's plain baseline). off: neither."""
     prompt_projection: bool = True
     """Whether an injected embedding goes through a linear layer first (release: vp_embed)."""
     token_ids: dict[str, int] = field(default_factory=dict)
-    """Ids of the tokens the model itself looks at: <vision>, <vpatch>, </vision>, [SEG], <Prompt0> .. and the end."""
+    """Ids of the tokens that the model looks at: `<vision>`, `<vpatch>`, `</vision>`, [SEG], `<Prompt0>` .., end."""
 
     def validate(self) -> None:
         """Raise ValueError where sizes do not fit together."""
@@ -181,5 +181,9 @@ class PixelSailConfig(PreTrainedConfig, Architecture):
 
     @property
     def prompt_token_ids(self) -> list[int]:
-        """Return the token ids of <Prompt0> .. in order."""
+        """Return the token ids of `<Prompt0>` .. in order."""
         return [self.token_id(f"<Prompt{i}>") for i in range(self.num_visual_prompts)]
+
+
+# So that loaders of Hugging Face which look at a folder's config.json, such as that of tokenizers, know what it is.
+AutoConfig.register(PixelSailConfig.model_type, PixelSailConfig)

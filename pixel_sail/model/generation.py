@@ -5,8 +5,8 @@ batch have one patch grid. A [SEG] state is taken after the token was consumed, 
 was generated.
 
 Example: 4 images of 64 patches, 12 questions about each, run as one batch of 48 texts over 4 cached prefixes of 66
-tokens, none of which is copied; the answer "It is [SEG].<end>" costs 6 further single-token passes and gives one state
-per text.
+tokens, none of which is copied; the answer `It is [SEG].<end>` costs 6 further single-token passes and gives one
+state per text.
 
 Axis letters: I images, Q texts of the image that has most, R = I x Q rows, S prefix tokens, T tokens of this call,
 C text tokens so far, P patches, D width, A attention heads, G key-value heads, H = A / G, E head width.
@@ -143,7 +143,8 @@ def generate_steps(
     max_new_tokens: int,
     end_ids: Sequence[int],
 ) -> Generator[list[list[int]], None, list[list[Answer]]]:
-    """Do what `generate` does, and yield after every step the tokens of all rows so far, those that fill up included.
+    """Do what `generate` does, and yield after every step the tokens of all rows so far, those that fill up included;
+    the lists are those that grow.
 
     The answers are the generator's return value. Raises: ValueError for an empty text.
     """
@@ -168,7 +169,7 @@ def generate_steps(
             if not row.finished:
                 row.tokens.append(token)
                 row.finished = token in end_ids
-        yield [list(row.tokens) for row in rows]
+        yield [row.tokens for row in rows]
         if all(row.finished for row in rows):
             break
         if step + 1 == max_new_tokens and not _ends_with_seg(model, rows):
