@@ -27,7 +27,7 @@ from pixel_sail.data.packing import PackingSettings
 from pixel_sail.experts.settings import ExpertSettings
 from pixel_sail.losses.total import LossConfig
 from pixel_sail.model.configuration_pixel_sail import Architecture
-from pixel_sail.model.speed import Speed
+from pixel_sail.model.speed import CHECKPOINTING, Speed
 from pixel_sail.places import root_folder
 
 CONFIG_FOLDER = root_folder() / "configs"
@@ -160,9 +160,10 @@ class OptimConfig:
     max_grad_norm: float = 1.0
     precision: str = "fp32"
     """fp32 or bf16."""
-    activation_checkpointing: bool = False
-    """Keep only what goes into each decoder layer and compute the rest again in the backward pass: same numbers, less
-    memory, about a third more time."""
+    activation_checkpointing: str = "none"
+    """What the backward pass computes again instead of keeping it: same numbers, less memory. feed_forward: the second
+    half of every decoder layer, most of its memory for about a tenth more time. layers: everything but what goes into
+    each layer, about a third more time."""
     groups: dict[str, GroupConfig] = field(default_factory=dict)
     """Parameter groups by name; a parameter belongs to the first that matches it, the others to the group `default`."""
     ema_decay: float = 0.0
@@ -172,6 +173,10 @@ class OptimConfig:
         """Check the choices."""
         if self.precision not in PRECISIONS:
             raise ConfigError(f"optim.precision is {self.precision!r}, expected one of {PRECISIONS}")
+        if self.activation_checkpointing not in CHECKPOINTING:
+            raise ConfigError(
+                f"optim.activation_checkpointing is {self.activation_checkpointing!r}, expected one of {CHECKPOINTING}"
+            )
         if self.steps < 1:
             raise ConfigError(f"optim.steps is {self.steps}, expected 1 or more")
         if not 0.0 <= self.warmup_fraction <= 1.0:

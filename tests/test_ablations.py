@@ -7,11 +7,10 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from counting import counted_operations
 from test_configs import bind_targets, names
 from test_plan_run import saved_bytes
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from pixel_sail.config import TrainConfig, load_config
 from pixel_sail.data.loader import LaneShare, training_batches
@@ -104,9 +103,12 @@ def test_upsamplers_give_the_same_map_with_channels_first_and_last(design):
     upsampler = Upsampler(6, 2, design).double()
     torch.nn.init.normal_(upsampler.blocks[0].norm.weight)
     x_ICYX = torch.randn(2, 6, 3, 5, dtype=torch.double)
-    found = upsampler.channels_last(x_ICYX.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    assert found.shape == (2, 6, 12, 20)
-    torch.testing.assert_close(found, upsampler(x_ICYX))
+    last = torch.nn.Linear(6, 4).double()
+    expected = last(upsampler(x_ICYX).permute(0, 2, 3, 1))
+    for upsampler.recomputed in (False, True):
+        found = upsampler.channels_last(x_ICYX.permute(0, 2, 3, 1), last)
+        assert found.shape == (2, 12, 20, 4)
+        torch.testing.assert_close(found, expected)
 
 
 def test_bilinear_doubling_by_hand():
@@ -172,13 +174,13 @@ def test_a_variant_gives_the_same_on_the_fast_path_and_packed_and_every_weight_l
 def test_the_plan_counts_what_an_upsampler_computes_and_keeps(tiny_model, batch, design, speed):
     model = tiny_model(hidden_size=64, num_hidden_layers=1, mask_dim=32, mask_stride=1, upsampler=design).train()
     model.use(speed)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    with counted_operations() as counter:
         model(**batch.model_inputs())
     work = of_batch(batch)
     assert forward_flops(model.config, work, {}, speed).total == pytest.approx(counter.get_total_flops(), rel=0.02)
     config = LossConfig()
     config.points.num_points = 300
-    said = activation_bytes(model.config, work, element=4, num_points=300, checkpointing=False, speed=speed)
+    said = activation_bytes(model.config, work, element=4, num_points=300, checkpointing="none", speed=speed)
     assert said.mask_head > 0.5 * said.total
     assert said.total == pytest.approx(saved_bytes(model, batch, config), rel=0.2)
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from counting import counted_operations
 from running import launcher, load_tool, start
 from safetensors.torch import load_file, save_file
 from shared_data import parity_folder
@@ -80,8 +81,8 @@ def batch(examples, make_batch):
     return make_batch([examples[i] for i in (1, 4, 0)], [examples[i] for i in (3, 2)])
 
 
-def losses_and_gradients(model, batch, speed):
-    model.use(speed)
+def losses_and_gradients(model, batch, speed, checkpointing="none"):
+    model.use(speed, checkpointing)
     model.zero_grad()
     output = model(**batch.training_inputs())
     sums = loss_sums(output, batch, CONFIG)
@@ -232,11 +233,11 @@ def test_two_processes_with_and_without_images_train_as_one(data_root, tmp_path,
             assert own[name] == pytest.approx(expected[name], rel=1e-4), name
 
 
-def test_layers_that_are_computed_again_change_nothing(eve_model, batch):
+@pytest.mark.parametrize("checkpointing", ["feed_forward", "layers"])
+def test_layers_that_are_computed_again_change_nothing(eve_model, batch, checkpointing):
     model = eve_model().train()
     expected, gradients, _ = losses_and_gradients(model, batch, Speed())
-    model.decoder.gradient_checkpointing = True
-    found, again, _ = losses_and_gradients(model, batch, Speed())
+    found, again, _ = losses_and_gradients(model, batch, Speed(), checkpointing)
     assert torch.equal(found, expected)
     assert all(torch.allclose(again[name], value) for name, value in gradients.items())
 
@@ -519,13 +520,10 @@ def test_the_7b_configuration_has_the_parameters_that_the_plan_says():
 
 @pytest.mark.parametrize("experts", ["routed", "mixed"])
 def test_the_plan_counts_operations_and_activations(eve_model, batch, experts):
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
     model = eve_model(hidden_size=64, intermediate_size=176).train()
     speed = Speed(experts=experts)
     model.use(speed)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    with counted_operations() as counter:
         model(**batch.model_inputs())
     said = forward_flops(model.config, of_batch(batch), {}, speed)
     assert said.total == pytest.approx(counter.get_total_flops(), rel=0.02)
@@ -537,7 +535,7 @@ def test_the_plan_assumes_the_causal_triangle_of_an_eve_image():
     length = 1 + 22 * 30 + 100
     assert (work.images[0].rows, work.images[0].columns) == (22, 29)
     assert work.seen_pairs == length * (length + 1) // 2
-    assert activation_bytes(architecture, work, element=2, num_points=9, checkpointing=False).total > 0
+    assert activation_bytes(architecture, work, element=2, num_points=9, checkpointing="none").total > 0
 
 
 def test_adapters_and_groups_reach_the_weights_of_images(eve_model):

@@ -16,6 +16,7 @@ from pixel_sail.model.decoder import MaskedAttention, rotary_tables
 from pixel_sail.model.generation import encode_images, generate
 from pixel_sail.model.mask_head import MaskHead, mask_logits
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, load_model
+from pixel_sail.model.speed import CHECKPOINTING, Speed
 from pixel_sail.model.upsampler import Upsampler
 from pixel_sail.types import Sample, Turn, VisualPrompt
 
@@ -363,14 +364,15 @@ def test_the_anchor_gives_every_parameter_a_gradient(tiny_model, make_batch, mix
 def test_gradient_checkpointing_changes_no_gradient(tiny_model, make_batch, mixed_examples):
     inputs = make_batch(mixed_examples).model_inputs()
     gradients = []
-    for checkpointing in (False, True):
+    for checkpointing in CHECKPOINTING:
         model = tiny_model().train()
-        model.decoder.gradient_checkpointing = checkpointing
+        model.use(Speed(), checkpointing)
         output = model(**inputs)
         (output.logits.square().mean() + output.mask_logits[0].square().mean()).backward()
         gradients.append([value.grad for value in model.decoder.parameters()])
-    for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(recomputed, plain, **TOLERANCE)
+    for again in gradients[1:]:
+        for plain, recomputed in zip(gradients[0], again, strict=True):
+            torch.testing.assert_close(recomputed, plain, **TOLERANCE)
 
 
 IMAGE_HW = (16, 24)

@@ -6,9 +6,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from counting import counted_operations
 from running import launcher, load_tool, start
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from pixel_sail.config import DeepSpeedConfig, OptimConfig
 from pixel_sail.experts.settings import ExpertSettings
@@ -17,7 +16,7 @@ from pixel_sail.model.attention_mask import attention_mask
 from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
 from pixel_sail.model.distill_head import DistillSite
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
-from pixel_sail.model.speed import REFERENCE, Speed
+from pixel_sail.model.speed import CHECKPOINTING, REFERENCE, Speed
 from pixel_sail.planning.activations import activation_bytes
 from pixel_sail.planning.disk import checkpoint_bytes
 from pixel_sail.planning.flops import forward_flops, training_flops
@@ -95,28 +94,19 @@ def test_parameters_of_the_paper_sizes_are_those_of_models_without_memory(hidden
     assert sum(parameter_counts(architecture, {}).values()) == sum(p.numel() for p in model.parameters())
 
 
-def convolution_backward(grad_out, image, weight, *rest, **__):
-    """Each gradient costs as much as the forward pass: torch's own formula takes depthwise weights for full ones."""
-    _, _, _, _, is_transposed, _, _, output_mask = rest
-    cells = image[2] * image[3] if is_transposed else grad_out[2] * grad_out[3]
-    return sum(output_mask[:2]) * 2 * image[0] * cells * torch.Size(weight).numel()
-
-
 @pytest.mark.parametrize("speed", [Speed(), REFERENCE], ids=["default", "reference"])
 @pytest.mark.parametrize("size", SIZES)
 def test_operations_of_a_training_step_are_those_torch_counts(tiny_model, batch, size, speed):
     model = tiny_model(**SIZES[size]).train()
     model.use(speed)
-    # The counter knows plain products; the fused kernels of the CPU are not in its table.
-    formulas = {torch.ops.aten.convolution_backward: lambda *a, out_shape=None, **k: convolution_backward(*a, **k)}
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter, sdpa_kernel(SDPBackend.MATH):
+    with counted_operations() as counter:
         output = model(**batch.model_inputs())
         forward = counter.get_total_flops()
         loss = loss_sums(output, batch, LossConfig())
         (combine(loss, Counts(tokens=9, masks=7), LossConfig()) + output.anchor).backward()
     said = forward_flops(model.config, of_batch(batch), {}, speed)
     assert said.total == pytest.approx(forward, rel=0.02)
-    said_in_all = training_flops(said, checkpointing=False)["model"]
+    said_in_all = training_flops(said, model.config, checkpointing="none")["model"]
     assert said_in_all == pytest.approx(counter.get_total_flops(), rel=0.15)
 
 
@@ -152,24 +142,43 @@ def test_kept_activations_are_those_that_autograd_saves(tiny_model, batch, size,
     model.use(speed)
     config.points.num_points = 300
     said = activation_bytes(
-        model.config, of_batch(batch), element=dtype.itemsize, num_points=300, checkpointing=False, speed=speed
+        model.config, of_batch(batch), element=dtype.itemsize, num_points=300, checkpointing="none", speed=speed
     )
     assert said.total == pytest.approx(saved_bytes(model, batch, config), rel=0.15)
 
 
-def test_checkpointing_keeps_one_input_per_layer_and_one_layer(tiny_model, batch):
+def test_checkpointing_keeps_one_map_in_place_of_what_is_computed_again(tiny_model, batch):
     architecture, work = tiny_model(**SIZES["small"]).config, of_batch(batch)
-    whole, thin = (
-        activation_bytes(architecture, work, element=4, num_points=300, checkpointing=on) for on in (False, True)
+    whole, half, thin = (
+        activation_bytes(architecture, work, element=4, num_points=300, checkpointing=kind) for kind in CHECKPOINTING
     )
-    slots = work.rows * work.tokens_per_row
-    layers, residual = SIZES["small"]["num_hidden_layers"], slots * 64 * 4
-    one_layer = (whole.decoder - thin.decoder + layers * residual) / (layers - 1)
-    # Nine maps of the width (three per norm and its input, three of attention), two of the SwiGLU, three scalars; two
-    # maps of the keys of every call.
-    per_slot = 3 * 2 * 64 + 3 * 64 + 2 * 176 + 2 + 4
-    assert one_layer == pytest.approx(4 * (slots * per_slot + work.computed_keys * 2 * 64))
-    assert thin.mask_head == whole.mask_head and thin.dense_masks == whole.dense_masks == 0
+    layers, slots = SIZES["small"]["num_hidden_layers"], work.rows * work.tokens_per_row
+    key_value = architecture.num_key_value_heads * architecture.head_dim
+    # A norm's input, one number and its output; queries, mixed values, keys and values, a log-sum per head.
+    attention = 2 * 64 + 1 + 2 * 64 + 2 * key_value + architecture.num_attention_heads
+    norm_and_swiglu = 2 * 64 + 1 + 2 * 176
+    ends = 4 * slots * (layers * (attention + norm_and_swiglu)) - whole.decoder
+    again = norm_and_swiglu + 2 * 176  # and the plain way's two further maps, in one layer at a time
+    assert half.decoder + ends == pytest.approx(4 * slots * (layers * (attention + 64) + again))
+    assert thin.decoder + ends == pytest.approx(4 * slots * (layers * 64 + attention + again))
+    assert thin.mask_head == half.mask_head == whole.mask_head
+    assert thin.dense_masks == whole.dense_masks == 0
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_what_is_computed_twice_is_what_torch_counts(tiny_model, batch, checkpointing):
+    """The backward pass with and without it, products alone."""
+    model, counted = tiny_model(**SIZES["small"]).train(), []
+    for kind in ("none", checkpointing):
+        model.use(Speed(), kind)
+        loss = loss_of(model, batch, LossConfig())
+        with counted_operations() as counter:
+            loss.backward()
+        counted.append(counter.get_total_flops())
+    said = training_flops(
+        forward_flops(model.config, of_batch(batch), {}, Speed()), model.config, checkpointing=checkpointing
+    )
+    assert said["recomputed"] == pytest.approx(counted[1] - counted[0], rel=0.03)
 
 
 def test_plain_training_holds_exactly_these_bytes(tiny_model, batch):
@@ -271,7 +280,7 @@ def test_the_tool_states_its_assumptions_where_data_is_missing(tmp_path, monkeyp
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [(["gpu=abacus"], "abacus"), (["gpus=3"], "multiple of"), (["mfu=2"], "mfu 2"), (["checkpointing=maybe"], "maybe")],
+    [(["gpu=abacus"], "abacus"), (["gpus=3"], "multiple of"), (["mfu=2"], "mfu 2")],
 )
 def test_a_wrong_machine_is_refused_by_name(arguments, named, capsys):
     assert tool().main(["model=sail_0_5b", "data=refcoco", "packs=0", *arguments]) == 2

@@ -122,6 +122,18 @@ def test_two_processes_of_every_zero_stage_equal_one_process_for_20_steps(data_r
         assert len(uneven) >= 5, f"too few micro-batches without {missing} on one rank only"
 
 
+def test_layers_that_are_computed_again_are_gathered_again(data_root, mixed, tmp_path):
+    """Wide enough for ZeRO-3 to shard them, which it does to weights of more than 10,000 numbers."""
+    wide = ("model.architecture.hidden_size=128", "model.architecture.intermediate_size=256", "optim.steps=4")
+    train(data_root, tmp_path / "plain", *mixed, *wide, "deepspeed=none")
+    expected = [line["total"] for line in log_lines(tmp_path / "plain")]
+    for kind in ("feed_forward", "layers"):
+        sharded = ("deepspeed=zero3", f"optim.activation_checkpointing={kind}")
+        train(data_root, tmp_path / kind, *mixed, *wide, *sharded, ranks=2)
+        found = [line["total"] for line in log_lines(tmp_path / kind)]
+        assert len(found) == 4 and found == pytest.approx(expected, rel=TOLERANCE)
+
+
 def read_rank(run_dir: Path, rank: int) -> list[list[dict]]:
     return [json.loads(line) for line in (run_dir / "batches" / f"0000_{rank}.jsonl").read_text().splitlines()]
 

@@ -65,7 +65,7 @@ ONE_CHANGE = [
     replace(REFERENCE, text_loss="chunked"),
     replace(REFERENCE, mask_head="folded"),
     replace(REFERENCE, mask_head="points"),
-    replace(REFERENCE, swiglu="recomputed"),
+    replace(REFERENCE, elementwise="recomputed"),
     FAST,
 ]
 

@@ -142,7 +142,7 @@ def wait_for_lines(log_file: Path, number: int, processes: list[subprocess.Popen
 
 def test_activation_checkpointing_changes_no_number(data_root, tmp_path):
     train(data_root, tmp_path / "plain", "deepspeed=none", "optim.steps=3")
-    overrides = ("deepspeed=none", "optim.steps=3", "optim.activation_checkpointing=true")
+    overrides = ("deepspeed=none", "optim.steps=3", "optim.activation_checkpointing=layers")
     train(data_root, tmp_path / "again", *overrides, "checkpoint.stop_after=1")
     train(data_root, tmp_path / "again", *overrides[:2])
     assert log_lines(tmp_path / "again") == log_lines(tmp_path / "plain")

@@ -85,7 +85,7 @@ class Way:
     stride: int
     speed: Speed | None
     """None: the released method."""
-    checkpointing: bool = False
+    checkpointing: str = "none"
     """`optim.activation_checkpointing`"""
 
 
@@ -93,7 +93,8 @@ WAYS = {
     "released": Way(stride=2, speed=None),
     "reference": Way(stride=4, speed=REFERENCE),
     "ours": Way(stride=4, speed=Speed()),
-    "ours, checkpointing": Way(stride=4, speed=Speed(), checkpointing=True),
+    "ours, feed_forward": Way(stride=4, speed=Speed(), checkpointing="feed_forward"),
+    "ours, layers": Way(stride=4, speed=Speed(), checkpointing="layers"),
     "ours, stride 2": Way(stride=2, speed=Speed()),
 }
 
@@ -203,8 +204,7 @@ class Trainer:
         self.optimizer: Optimizer = build_optimizer(model, OptimConfig(lr=1e-5))
         self.loss: Callable[[PixelSailForSegmentation, Batch], Tensor]
         self.loss = released_loss if way.speed is None else our_loss
-        model.decoder.gradient_checkpointing = way.checkpointing
-        model.use(way.speed if way.speed is not None else REFERENCE)
+        model.use(way.speed if way.speed is not None else REFERENCE, way.checkpointing)
 
     def step(self) -> float:
         """Make one update; return the mean loss."""
@@ -302,7 +302,7 @@ def operations(way: Way, model: PixelSailForSegmentation, batches: Sequence[Batc
         if way.speed is None:
             work = replace(work, supervised=work.rows * work.tokens_per_row)
         forward = forward_flops(model.config, work, {}, way.speed or REFERENCE)
-        total += training_flops(forward, checkpointing=False)["model"]
+        total += training_flops(forward, model.config, checkpointing=way.checkpointing)["model"]
     return total
 
 

@@ -2,12 +2,12 @@
 
     python tools/plan_run.py experiment=quickstart gpu=cpu gpus=2
     python tools/plan_run.py name=x model=sail_3b data=cotrain_3b optim.steps=20000 optim.precision=bf16 gpus=32
-    python tools/plan_run.py ... mfu=0.45 gpu=h200 peak_tflops=989 checkpointing=true --json plan.json
+    python tools/plan_run.py ... mfu=0.45 gpu=h200 peak_tflops=989 --json plan.json
 
-Overrides are those of scripts/train.py; `gpu` (h100, h200, a100, 4090, cpu), `gpus`, `mfu`, `peak_tflops` and
-`checkpointing` describe the machine. `packs=N` packs of the configured data are looked at (16) where its files are
-there; `packs=0`, or files that are missing, mean stated assumptions (`text_tokens=`, `supervised_share=`,
-`masks_per_image=`, `images_with_masks=`, `filled=`). Nothing is trained and no GPU is used.
+Overrides are those of scripts/train.py; `gpu` (h100, h200, a100, 4090, cpu), `gpus`, `mfu` and `peak_tflops`
+describe the machine. `packs=N` packs of the configured data are looked at (16) where its files are there; `packs=0`, or
+files that are missing, mean stated assumptions (`text_tokens=`, `supervised_share=`, `masks_per_image=`,
+`images_with_masks=`, `filled=`). Nothing is trained and no GPU is used.
 
 The model's own operations at the given MFU make the time: whatever is computed twice or by experts is added at the same
 rate; loading data, validation and checkpoints are not. Frozen parameters save gradients and moments in the table, but
@@ -46,7 +46,7 @@ logger = logging.getLogger("plan_run")
 
 DEFAULT_PACKS = 16
 
-MACHINE_KEYS = {"gpu": str, "gpus": int, "mfu": float, "peak_tflops": float, "checkpointing": str}
+MACHINE_KEYS = {"gpu": str, "gpus": int, "mfu": float, "peak_tflops": float}
 ASSUMED_KEYS = {field.name: float for field in fields(Assumptions) if field.name != "photo_hw"}
 WHOLE_NUMBERS = ("text_tokens", "masks_per_image")
 
@@ -61,16 +61,14 @@ def split_arguments(arguments: Sequence[str]) -> tuple[Machine, Assumptions, int
         try:
             if key == "packs":
                 packs = int(value)
-            elif key == "checkpointing":
-                machine[key] = {"true": True, "false": False}[value]
             elif key in MACHINE_KEYS:
                 machine[key] = MACHINE_KEYS[key](value)
             elif key in ASSUMED_KEYS:
                 assumptions[key] = int(value) if key in WHOLE_NUMBERS else float(value)
             else:
                 overrides.append(argument)
-        except (ValueError, KeyError):
-            raise ConfigError(f"found {argument!r}, expected a number (true or false for checkpointing)") from None
+        except ValueError:
+            raise ConfigError(f"found {argument!r}, expected a number") from None
     if packs < 0:
         raise ConfigError(f"packs is {packs}, expected 0 or more")
     if not any(override.startswith(("name=", "experiment=")) for override in overrides):

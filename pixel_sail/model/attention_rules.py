@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pixel_sail.model.attention_mask import attention_mask
 from pixel_sail.model.decoder import AttentionRule, MaskedAttention
@@ -67,9 +66,9 @@ def _call(span: SampleSpan, offset: int, queries: int, *, shown: int, is_image: 
 
 
 class SegmentAttention:
-    """The rule as calls of torch's fused kernel, those of one shape together. Padding gets zeros."""
+    """The rule as calls of torch's fused CPU kernel, those of one shape together. Padding gets zeros."""
 
-    def __init__(self, spans: Sequence[SampleSpan], *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, spans: Sequence[SampleSpan], *, dtype: torch.dtype) -> None:
         groups: dict[tuple[int, int, bool], list[Call]] = defaultdict(list)
         for call in calls_of(spans):
             groups[call.queries, call.shown, call.is_image].append(call)
@@ -78,38 +77,78 @@ class SegmentAttention:
         self.masks: dict[tuple[int, int], Tensor] = {}
         for (queries, shown, is_image), _ in self.groups:
             if not is_image:
-                hidden_QQ = torch.ones(queries, queries, dtype=torch.bool, device=device).triu(1)
-                mask_QK = torch.zeros(queries, shown + queries, dtype=dtype, device=device)
-                mask_QK[:, shown:].masked_fill_(hidden_QQ, -torch.inf)
+                mask_QK = torch.zeros(queries, shown + queries, dtype=dtype)
+                mask_QK[:, shown:].masked_fill_(torch.ones(queries, queries, dtype=torch.bool).triu(1), -torch.inf)
                 self.masks[queries, shown] = mask_QK
 
     def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
         """Return the mixed values."""
-        num_rows, _, num_tokens, _ = q_BATE.shape
-        heads = q_BATE.shape[1] // k_BGTE.shape[1]
-        pieces: list[dict[int, Tensor]] = [{} for _ in range(num_rows)]
-        for (queries, shown, is_image), calls in self.groups:
-            q_IAQE = _stacked([_part(q_BATE, call.row, call.start, queries) for call in calls])
-            # Repeated, not left to the kernel: its backward pass over shared keys took a sixth longer on two cores.
-            k_IAKE, v_IAKE = (
-                _stacked([self.keys(x_BGTE, call) for call in calls]).repeat_interleave(heads, dim=1)
-                for x_BGTE in (k_BGTE, v_BGTE)
-            )
-            mask_QK = None if is_image else self.masks[queries, shown].to(q_IAQE.dtype)
-            mixed_IAQE = F.scaled_dot_product_attention(q_IAQE, k_IAKE, v_IAKE, attn_mask=mask_QK)
-            for call, mixed_AQE in zip(calls, mixed_IAQE, strict=True):
-                pieces[call.row][call.start] = mixed_AQE
-        return torch.stack([_joined(own, num_tokens, like_ATE=q_BATE[0]) for own in pieces])
+        if torch.is_autocast_enabled("cpu"):  # which knows nothing of the kernel's own name
+            dtype = torch.get_autocast_dtype("cpu")
+            q_BATE, k_BGTE, v_BGTE = (x.to(dtype) for x in (q_BATE, k_BGTE, v_BGTE))
+        mixed_BATE: Tensor = SegmentProducts.apply(q_BATE, k_BGTE, v_BGTE, self)
+        return mixed_BATE
+
+    def mask(self, shape: tuple[int, int, bool], dtype: torch.dtype) -> Tensor | None:
+        """Return what is added to the scores of calls of one shape."""
+        queries, shown, is_image = shape
+        return None if is_image else self.masks[queries, shown].to(dtype)
+
+
+class SegmentProducts(torch.autograd.Function):
+    """All calls of a layer as one function, which keeps queries, keys, values and result of the row and no pieces.
+
+    As slices, stacks and `scaled_dot_product_attention` under autograd the same keeps keys and values once per head and
+    call, and its backward pass fills a map of zeros for every slice.
+    """
 
     @staticmethod
-    def keys(x_BGTE: Tensor, call: Call) -> Tensor:
-        """Return the keys or values [G, K, E] that a call sees."""
-        own = _part(x_BGTE, call.row, call.start, call.queries)
-        if not call.shown:
-            return own
-        if call.prefix_start + call.shown == call.start:
-            return _part(x_BGTE, call.row, call.prefix_start, call.shown + call.queries)
-        return torch.cat((_part(x_BGTE, call.row, call.prefix_start, call.shown), own), dim=1)
+    def forward(ctx: Any, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor, segments: SegmentAttention) -> Tensor:
+        """Return the mixed values [B, A, T, E], which lie in memory as [B, T, A, E]."""
+        rows, heads, tokens, width = q_BATE.shape
+        mixed_BATE = q_BATE.new_zeros(rows, tokens, heads, width).transpose(1, 2)
+        log_sums = []
+        for shape, calls in segments.groups:
+            mixed_IAQE, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                _queries(q_BATE, calls),
+                _keys(k_BGTE, calls, heads),
+                _keys(v_BGTE, calls, heads),
+                attn_mask=segments.mask(shape, q_BATE.dtype),
+            )
+            for call, mixed_AQE in zip(calls, mixed_IAQE, strict=True):
+                _part(mixed_BATE, call.row, call.start, call.queries).copy_(mixed_AQE)
+            log_sums.append(log_sum)
+        ctx.save_for_backward(q_BATE, k_BGTE, v_BGTE, mixed_BATE, *log_sums)
+        ctx.segments = segments
+        return mixed_BATE
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Return the gradients of queries, keys and values."""
+        q_BATE, k_BGTE, v_BGTE, mixed_BATE, *log_sums = ctx.saved_tensors
+        segments: SegmentAttention = ctx.segments
+        heads, groups = q_BATE.shape[1], k_BGTE.shape[1]
+        grad_q_BATE, grad_k_BGTE, grad_v_BGTE = (torch.zeros_like(x) for x in (q_BATE, k_BGTE, v_BGTE))
+        for (shape, calls), log_sum in zip(segments.groups, log_sums, strict=True):
+            grad_q, *grad_kv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                _queries(gradients[0], calls),
+                _queries(q_BATE, calls),
+                _keys(k_BGTE, calls, heads),
+                _keys(v_BGTE, calls, heads),
+                _queries(mixed_BATE, calls),
+                log_sum,
+                0.0,
+                False,
+                attn_mask=segments.mask(shape, q_BATE.dtype),
+            )
+            for call, own_AQE in zip(calls, grad_q, strict=True):
+                _part(grad_q_BATE, call.row, call.start, call.queries).copy_(own_AQE)
+            for whole_BGTE, grad_IAKE in zip((grad_k_BGTE, grad_v_BGTE), grad_kv, strict=True):
+                for call, own_GKE in zip(calls, grad_IAKE.unflatten(1, (groups, -1)).sum(2), strict=True):
+                    shown_GKE, itself_GQE = own_GKE.split([call.shown, call.queries], dim=1)
+                    _part(whole_BGTE, call.row, call.prefix_start, call.shown).add_(shown_GKE)
+                    _part(whole_BGTE, call.row, call.start, call.queries).add_(itself_GQE)
+        return grad_q_BATE, grad_k_BGTE, grad_v_BGTE, None
 
 
 def _part(x_BATE: Tensor, row: int, start: int, length: int) -> Tensor:
@@ -120,13 +159,29 @@ def _stacked(parts: Sequence[Tensor]) -> Tensor:
     return parts[0][None] if len(parts) == 1 else torch.stack(list(parts))
 
 
-def _joined(pieces: dict[int, Tensor], num_tokens: int, *, like_ATE: Tensor) -> Tensor:
-    """Return the pieces of a row [A, T, E], which stand at their starts, with zeros behind the last."""
-    ordered = [pieces[start] for start in sorted(pieces)]
-    missing = num_tokens - sum(piece.shape[1] for piece in ordered)
-    if missing:
-        ordered.append(like_ATE.new_zeros(like_ATE.shape[0], missing, like_ATE.shape[2]))
-    return ordered[0] if len(ordered) == 1 else torch.cat(ordered, dim=1)
+def _queries(x_BATE: Tensor, calls: Sequence[Call]) -> Tensor:
+    """Return the tokens of calls of one shape [I, A, Q, E]."""
+    return _stacked([_part(x_BATE, call.row, call.start, call.queries) for call in calls])
+
+
+def _keys(x_BGTE: Tensor, calls: Sequence[Call], heads: int) -> Tensor:
+    """Return the keys or values that calls of one shape see [I, A, K, E], for every head.
+
+    Not left to the kernel: its backward pass over shared keys took 2.7 times as long on two cores.
+    """
+    seen_IGKE = _stacked([_seen(x_BGTE, call) for call in calls])
+    calls_, groups, keys, width = seen_IGKE.shape
+    return seen_IGKE[:, :, None].expand(calls_, groups, heads // groups, keys, width).flatten(1, 2)
+
+
+def _seen(x_BGTE: Tensor, call: Call) -> Tensor:
+    """Return the keys or values [G, K, E] that a call sees."""
+    own = _part(x_BGTE, call.row, call.start, call.queries)
+    if not call.shown:
+        return own
+    if call.prefix_start + call.shown == call.start:
+        return _part(x_BGTE, call.row, call.prefix_start, call.shown + call.queries)
+    return torch.cat((_part(x_BGTE, call.row, call.prefix_start, call.shown), own), dim=1)
 
 
 class VarlenAttention:
@@ -240,8 +295,10 @@ def chosen_attention(choice: str, device: torch.device, dtype: torch.dtype) -> s
     """Return what `auto` means here, and other choices as they are."""
     if choice != "auto":
         return choice
-    if device.type != "cuda":
+    if device.type == "cpu":
         return "segments"
+    if device.type != "cuda":
+        return "dense"
     return "varlen" if dtype in (torch.bfloat16, torch.float16) else "flex"
 
 
@@ -274,4 +331,6 @@ def training_rule(
         spans = sample_spans(sample_index_BT, branch_ids_BT, in_image_BT)
     if choice == "varlen":
         return VarlenAttention(spans, num_tokens=sample_index_BT.shape[1], device=device)
-    return SegmentAttention(spans, dtype=dtype, device=device)
+    if device.type != "cpu":
+        raise DataError(f"speed.attention is segments, a kernel of CPUs, and the model is on {device}; use auto")
+    return SegmentAttention(spans, dtype=dtype)

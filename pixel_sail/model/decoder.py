@@ -11,7 +11,7 @@ Axis letters: B rows, T tokens, S keys, D width, A attention heads, G key-value 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pixel_sail.model.configuration_pixel_sail import Architecture
+from pixel_sail.model.recomputed import GatedProjection, Norm, Rotation
 
 
 class AttentionRule(Protocol):
@@ -53,14 +54,21 @@ class Rotary:
 
     cos: Tensor
     sin: Tensor
+    recomputed: bool = False
+    """Whether the backward pass turns the gradient back instead of keeping what was turned."""
 
     def __call__(self, x_BATE: Tensor) -> Tensor:
         """Rotate queries or keys (first half against second half of the head)."""
+        if self.recomputed and torch.is_grad_enabled():
+            turned: Tensor = Rotation.apply(x_BATE, self.cos, self.sin)
+            return turned
         first, second = x_BATE.chunk(2, dim=-1)
         return x_BATE * self.cos + torch.cat((-second, first), dim=-1) * self.sin
 
 
-def rotary_tables(position_ids_2BT: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotary:
+def rotary_tables(
+    position_ids_2BT: Tensor, head_dim: int, theta: float, dtype: torch.dtype, *, recomputed: bool = False
+) -> Rotary:
     """Return the rotation of every token.
 
     The lower half of the frequencies turns with the row position, the upper half with the column position; text has
@@ -77,11 +85,14 @@ def rotary_tables(position_ids_2BT: Tensor, head_dim: int, theta: float, dtype: 
     # In float64, because the first float32 cosines of a process on several CPU threads were seen to differ in the last
     # bit from one run to the next; rounded afterwards, the tables are the same in every run.
     angles = angles.double()
-    return Rotary(cos=angles.cos().to(dtype), sin=angles.sin().to(dtype))
+    return Rotary(cos=angles.cos().to(dtype), sin=angles.sin().to(dtype), recomputed=recomputed)
 
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a learned scale; the statistics are float32."""
+
+    recomputed = True
+    """Whether the backward pass normalises again instead of keeping the result (see `Speed.elementwise`)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -90,6 +101,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis."""
+        if self.recomputed and torch.is_grad_enabled():
+            normed: Tensor = Norm.apply(x, self.weight, self.eps)
+            return normed
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
@@ -119,32 +133,6 @@ class Attention(nn.Module):
         return self.o_proj(mixed_BATE.transpose(1, 2).reshape(batch, num_tokens, -1))
 
 
-class GatedProjection(torch.autograd.Function):
-    """`F.linear(silu(gate) * up, weight)` that keeps gate and up, and makes their product again for the backward pass.
-
-    Plain autograd keeps four maps of the inner width instead of two.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, gate_TI: Tensor, up_TI: Tensor, weight_DI: Tensor) -> Tensor:
-        """Return the projection [T, D]."""
-        ctx.save_for_backward(gate_TI, up_TI, weight_DI)
-        return F.linear(F.silu(gate_TI) * up_TI, weight_DI)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the gradients of gate, up and weight."""
-        gate_TI, up_TI, weight_DI = ctx.saved_tensors
-        (upstream_TD,) = gradients
-        active_TI = F.silu(gate_TI)
-        product_TI = active_TI * up_TI
-        grad_weight_DI = upstream_TD.T @ product_TI if ctx.needs_input_grad[2] else None
-        grad_product_TI = torch.mm(upstream_TD, weight_DI, out=product_TI)
-        grad_up_TI = active_TI.mul_(grad_product_TI)
-        grad_product_TI.mul_(up_TI)
-        return torch.ops.aten.silu_backward(grad_product_TI, gate_TI), grad_up_TI, grad_weight_DI
-
-
 class DownProjection(nn.Linear):
     """The last layer of a SwiGLU, applied to the product of both halves."""
 
@@ -167,7 +155,7 @@ class SwiGLU(nn.Module):
     """Gated feed-forward layer without biases."""
 
     recomputed = True
-    """Whether the backward pass makes the product of both halves again (see `Speed.swiglu`)."""
+    """Whether the backward pass makes the product of both halves again (see `Speed.elementwise`)."""
 
     def __init__(self, config: Architecture) -> None:
         super().__init__()
@@ -188,6 +176,8 @@ class DecoderLayer(nn.Module):
 
     compiled = False
     """Whether the feed-forward half goes through torch.compile (see `Speed.compile`)."""
+    checkpointed = False
+    """Whether the backward pass computes the feed-forward half again (see `OptimConfig.activation_checkpointing`)."""
 
     def __init__(self, config: Architecture) -> None:
         super().__init__()
@@ -198,8 +188,17 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x_BTD: Tensor, rotary: Rotary, rule: AttentionRule, layer: int) -> Tensor:
         """Return the new states."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, rule, layer)
-        return self.feed_forward(x_BTD) if not self.compiled else compiled_feed_forward(DecoderLayer)(self, x_BTD)
+        return self.second_half(x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, rule, layer))
+
+    def second_half(self, x_BTD: Tensor, *others: Any) -> Tensor:
+        """Return `feed_forward` of the arguments, compiled and checkpointed where asked for."""
+        half: Callable[..., Tensor] = self.feed_forward
+        if self.compiled:
+            half = partial(compiled(type(self).feed_forward), self)
+        if self.checkpointed and torch.is_grad_enabled():
+            result: Tensor = checkpoint(half, x_BTD, *others, use_reentrant=False, preserve_rng_state=False)
+            return result
+        return half(x_BTD, *others)
 
     def feed_forward(self, x_BTD: Tensor) -> Tensor:
         """Return the states after the second half of the layer, which treats every token by itself."""
@@ -207,9 +206,9 @@ class DecoderLayer(nn.Module):
 
 
 @cache
-def compiled_feed_forward(layer_class: type[DecoderLayer]) -> Callable[..., Tensor]:
-    """Return the `feed_forward` of a kind of layer through torch.compile: one graph for all layers and all lengths."""
-    return torch.compile(layer_class.feed_forward, dynamic=True)
+def compiled(feed_forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a kind of layer's `feed_forward` through torch.compile: one graph for all layers and all lengths."""
+    return torch.compile(feed_forward, dynamic=True)
 
 
 class Decoder(nn.Module):
@@ -225,9 +224,14 @@ class Decoder(nn.Module):
         self.rope_theta = config.rope_theta
         self.gradient_checkpointing = False
 
+    def rotary(self, position_ids_2BT: Tensor, dtype: torch.dtype) -> Rotary:
+        """Return the rotation of every token, which all layers share."""
+        is_recomputed = self.norm.recomputed
+        return rotary_tables(position_ids_2BT, self.head_dim, self.rope_theta, dtype, recomputed=is_recomputed)
+
     def forward(self, x_BTD: Tensor, position_ids_2BT: Tensor, rule: AttentionRule) -> Tensor:
         """Return the states after the final norm [B, T, D]."""
-        rotary = rotary_tables(position_ids_2BT, self.head_dim, self.rope_theta, x_BTD.dtype)
+        rotary = self.rotary(position_ids_2BT, x_BTD.dtype)
         for index, layer in enumerate(self.layers):
             if self.gradient_checkpointing and self.training:
                 x_BTD = checkpoint(layer, x_BTD, rotary, rule, index, use_reentrant=False)

@@ -78,7 +78,7 @@ class MaskHead(nn.Module):
         first, activation, last = self.pixel_projector
         assert isinstance(last, nn.Linear)
         maps = [
-            activation(first(self.upsampler.channels_last(self._projected(states)))).flatten(0, 2) for states in groups
+            activation(self.upsampler.channels_last(self._projected(states), first)).flatten(0, 2) for states in groups
         ]
         bias_N1 = queries_ND @ last.bias[:, None]
         probes_NE = torch.cat((queries_ND @ last.weight, bias_N1), dim=1)

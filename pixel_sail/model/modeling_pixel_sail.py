@@ -28,11 +28,12 @@ from pixel_sail.model.eve_embedding import EveEmbedding
 from pixel_sail.model.image_embedding import PatchEmbedding, PooledPrompts
 from pixel_sail.model.image_layout import image_tokens
 from pixel_sail.model.mask_head import MaskHead, PointLogits, folded_logits, mask_logits
-from pixel_sail.model.routed_decoder import Mixed, RoutedDecoder, RoutedLayer, TokenKinds, TwoKinds
+from pixel_sail.model.routed_decoder import Mixed, RoutedDecoder, TokenKinds, TwoKinds
 from pixel_sail.model.speed import Speed
 from pixel_sail.model.text_head import TextHead
 from pixel_sail.model.tokenization import IMAGE_TOKENS
 from pixel_sail.model.transfer import to_device
+from pixel_sail.model.upsampler import Upsampler
 from pixel_sail.types import SampleSpan
 
 
@@ -262,15 +263,19 @@ class PixelSailForSegmentation(PreTrainedModel):
             return False
         return self.speed.mask_head != "maps"
 
-    def use(self, speed: Speed) -> None:
-        """Compute the same numbers in another way from now on."""
+    def use(self, speed: Speed, checkpointing: str = "none") -> None:
+        """Compute the same numbers in another way from now on; `checkpointing` is one of `CHECKPOINTING`."""
         self.speed = speed
-        for layer in self.decoder.layers:
-            assert isinstance(layer, DecoderLayer)
-            layer.compiled = speed.compile == "layers"
-            for mlp in (layer.mlp, layer.image.mlp if isinstance(layer, RoutedLayer) else None):
-                if mlp is not None:
-                    mlp.recomputed = speed.swiglu == "recomputed"
+        self.decoder.gradient_checkpointing = checkpointing == "layers"
+        for module in self.modules():
+            if isinstance(module, DecoderLayer):
+                module.compiled = speed.compile == "layers"
+                module.checkpointed = checkpointing == "feed_forward"
+            elif isinstance(module, SwiGLU):
+                # What is computed again stops before its last product, which only the plain way has as a step.
+                module.recomputed = speed.elementwise == "recomputed" and checkpointing == "none"
+            elif isinstance(module, (RMSNorm, Upsampler)):
+                module.recomputed = speed.elementwise == "recomputed"
 
     def images_with_pixel_map(
         self, masks_per_image: Sequence[int], distilled_images: Mapping[str, Sequence[int]]

@@ -27,8 +27,6 @@ from pixel_sail.model.decoder import (
     RMSNorm,
     Rotary,
     SwiGLU,
-    compiled_feed_forward,
-    rotary_tables,
 )
 
 TokenLayer = Callable[[Tensor], Tensor]
@@ -124,10 +122,7 @@ class RoutedLayer(DecoderLayer):
         """Return the new states: of arranged tokens [N, D] with `kinds`, else of text tokens [B, T, D]."""
         if kinds is None:
             return super().forward(x_BTD, rotary, rule, layer)
-        x_ND = x_BTD + self._attended(x_BTD, rotary, rule, layer, kinds)
-        if self.compiled:
-            return compiled_feed_forward(RoutedLayer)(self, x_ND, kinds)
-        return self.feed_forward(x_ND, kinds)
+        return self.second_half(x_BTD + self._attended(x_BTD, rotary, rule, layer, kinds), kinds)
 
     def _attended(self, x_ND: Tensor, rotary: Rotary, rule: AttentionRule, layer: int, kinds: TokenKinds) -> Tensor:
         own = self.self_attn
@@ -170,7 +165,7 @@ class RoutedDecoder(Decoder):
         """Return the states after the final norm [B, T, D]; without `kinds` all tokens are text."""
         if kinds is None:
             return super().forward(x_BTD, position_ids_2BT, rule)
-        rotary = rotary_tables(position_ids_2BT, self.head_dim, self.rope_theta, x_BTD.dtype)
+        rotary = self.rotary(position_ids_2BT, x_BTD.dtype)
         x_ND = kinds.arranged(x_BTD.flatten(0, 1))
         for index, layer in enumerate(self.layers):
             if self.gradient_checkpointing and self.training:

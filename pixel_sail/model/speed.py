@@ -3,7 +3,7 @@
 Place in the flow: `speed` of a training run becomes `model.speed`. Every choice has a slow, obvious reference beside a
 fast path, and tests that compare outputs and gradients of both:
 
-    Speed(attention="dense", text_loss="plain", mask_head="maps", swiglu="plain")    the reference
+    Speed(attention="dense", text_loss="plain", mask_head="maps", elementwise="plain")    the reference
     Speed()                                                                         what training uses
 """
 
@@ -15,10 +15,14 @@ CHOICES = {
     "attention": ("auto", "dense", "segments", "flex", "varlen"),
     "text_loss": ("chunked", "plain"),
     "mask_head": ("folded", "points", "maps"),
-    "swiglu": ("recomputed", "plain"),
+    "elementwise": ("recomputed", "plain"),
     "compile": ("off", "layers"),
     "experts": ("routed", "mixed"),
 }
+
+
+CHECKPOINTING = ("none", "feed_forward", "layers")
+"""What of a decoder the backward pass computes again, products included (`optim.activation_checkpointing`)."""
 
 
 @dataclass(kw_only=True)
@@ -35,8 +39,9 @@ class Speed:
     mask_head: str = "folded"
     """maps: features of the mask width at every cell, then logits. folded: the last layer goes into the [SEG] query
     and the upsampler runs as matrix products. points: as folded, and logits are made at the loss's points only."""
-    swiglu: str = "recomputed"
-    """recomputed: the backward pass makes the product of gate and value again instead of keeping it."""
+    elementwise: str = "recomputed"
+    """What lies between two matrix products: norms, rotation, activations, depthwise convolutions. recomputed: the
+    backward pass makes it again from what the product before it gave, instead of keeping every step."""
     compile: str = "off"
     """layers: the feed-forward halves of the decoder layers go through torch.compile, once for all lengths."""
     experts: str = "routed"
@@ -50,5 +55,5 @@ class Speed:
                 raise DataError(f"speed.{name} is {getattr(self, name)!r}, expected one of {allowed}")
 
 
-REFERENCE = Speed(attention="dense", text_loss="plain", mask_head="maps", swiglu="plain", experts="mixed")
+REFERENCE = Speed(attention="dense", text_loss="plain", mask_head="maps", elementwise="plain", experts="mixed")
 """The obvious way of everything."""

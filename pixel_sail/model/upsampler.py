@@ -7,8 +7,14 @@ Example: a 40 x 30 grid of 896 channels (a 640 x 480 image in patches of 16) lea
 Axis letters: I images of one grid size, C channels, Y X cells.
 """
 
+from collections.abc import Callable, Iterator
+
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from pixel_sail.model.recomputed import between_products
+
+Step = Callable[[Tensor], Tensor]
 
 
 class ChannelLayerNorm(nn.Module):
@@ -59,14 +65,15 @@ class UpsampleBlock(nn.Module):
             return doubled_bilinearly(self.mixed(x_ICYX))
         return F.pixel_shuffle(self.shuffled(x_ICYX), 2)
 
-    def channels_last(self, x_IYXC: Tensor) -> Tensor:
-        """Return the same as [I, 2Y, 2X, C]: dense convolutions as matrix products where they can be,
-        channels always last."""
-        wide_IYXC = F.gelu(self.doubled_channels_last(x_IYXC))
+    def normed_channels_last(self, x_IYXC: Tensor) -> Tensor:
+        """Return the block's last step."""
+        return F.layer_norm(x_IYXC, self.norm.weight.shape, self.norm.weight, self.norm.bias, self.norm.eps)
+
+    def mixed_channels_last(self, x_IYXC: Tensor) -> Tensor:
+        """Return the doubled map after the activation and both convolutions."""
         # Seen as [I, C, Y, X] this is torch's channels-last layout; the convolution keeps it.
-        wide_IYXC = self.depthwise(wide_IYXC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        wide_IYXC = F.linear(wide_IYXC, self.pointwise.weight.flatten(1), self.pointwise.bias)
-        return F.layer_norm(wide_IYXC, self.norm.weight.shape, self.norm.weight, self.norm.bias, self.norm.eps)
+        mixed_IYXC = self.depthwise(F.gelu(x_IYXC).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return F.linear(mixed_IYXC, self.pointwise.weight.flatten(1), self.pointwise.bias)
 
     def doubled_channels_last(self, x_IYXC: Tensor) -> Tensor:
         """Return the map [I, 2Y, 2X, C] before the activation."""
@@ -94,6 +101,9 @@ def doubled_bilinearly(x_ICYX: Tensor) -> Tensor:
 class Upsampler(nn.Module):
     """`num_blocks` blocks, each with its own fresh weights (the release starts them as copies of one)."""
 
+    recomputed = True
+    """Whether the backward pass makes again what lies between two products (see `Speed.elementwise`)."""
+
     def __init__(self, channels: int, num_blocks: int, design: str = "transposed") -> None:
         super().__init__()
         self.blocks = nn.ModuleList(UpsampleBlock(channels, design) for _ in range(num_blocks))
@@ -104,9 +114,26 @@ class Upsampler(nn.Module):
             x_ICYX = block(x_ICYX)
         return x_ICYX
 
-    def channels_last(self, x_IYXC: Tensor) -> Tensor:
-        """Return the same for channels on the last axis, in and out."""
+    def channels_last(self, x_IYXC: Tensor, last: Step) -> Tensor:
+        """Return `last` of the same, for channels on the last axis in and out: dense convolutions as matrix products
+        where they can be.
+
+        The linear layer behind the upsampler belongs to it here, because recomputing goes from product to product.
+        """
+        for step in self.products(last):
+            x_IYXC = between_products(step, x_IYXC) if self.recomputed else step(x_IYXC)
+        return x_IYXC
+
+    def products(self, last: Step) -> Iterator[Step]:
+        """Yield the steps, each from what one matrix product gave to what the next gives."""
+        norm: Step | None = None
         for block in self.blocks:
             assert isinstance(block, UpsampleBlock)
-            x_IYXC = block.channels_last(x_IYXC)
-        return x_IYXC
+            yield _one_after_other(norm, block.doubled_channels_last)
+            yield block.mixed_channels_last
+            norm = block.normed_channels_last
+        yield _one_after_other(norm, last)
+
+
+def _one_after_other(first: Step | None, second: Step) -> Step:
+    return second if first is None else lambda x: second(first(x))

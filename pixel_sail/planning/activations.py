@@ -44,25 +44,31 @@ def activation_bytes(
     *,
     element: int,
     num_points: int,
-    checkpointing: bool,
+    checkpointing: str,
     speed: Speed | None = None,
 ) -> Activations:
     """Return what one micro-batch keeps, with `element` bytes per number (4 or 2), computed as `speed` says (None: the
-    default).
+    default; attention `auto` is that of a CPU).
 
-    With activation checkpointing a layer keeps its input only, and one layer at a time is computed again.
+    With `checkpointing` (one of `CHECKPOINTING`) a layer keeps what enters it, or what enters its feed-forward half,
+    instead of what follows, and one layer at a time is computed again.
     """
     speed = speed if speed is not None else Speed()
     layers = architecture.num_hidden_layers
     tokens = work.rows * work.tokens_per_row
     residual = tokens * architecture.hidden_size * element
-    layer = layer_bytes(architecture, work, element, speed)
+    half = feed_forward_bytes(architecture, tokens, element, speed, checkpointing)
+    attention = attention_bytes(architecture, work, element, speed)
+    kept = {
+        "none": layers * (attention + half),
+        "feed_forward": layers * (attention + residual) + half,
+        "layers": layers * residual + attention + half,
+    }
     mask = work.rows * work.tokens_per_row**2 * element if speed.attention == "dense" else 0
     logits = architecture.vocab_size if speed.text_loss == "plain" else 0
-    kept_layers = layers * residual + layer if checkpointing else layers * layer
-    ends = norm_bytes(architecture, tokens, element) + _embedding_bytes(architecture, work, element)
+    ends = norm_bytes(architecture, tokens, element, speed) + _embedding_bytes(architecture, work, element)
     return Activations(
-        decoder=kept_layers + ends,
+        decoder=kept[checkpointing] + ends,
         dense_masks=mask,
         text_head=work.supervised * (architecture.hidden_size * element + (logits + 1) * FLOAT32),
         mask_head=mask_head_bytes(architecture, work, element, speed),
@@ -70,32 +76,44 @@ def activation_bytes(
     )
 
 
-def norm_bytes(architecture: Architecture, tokens: int, element: int) -> float:
-    """Return what an RMSNorm keeps: its input in float32, the normalised values, and what the next layer reads."""
-    return tokens * (architecture.hidden_size * (FLOAT32 + 2 * element) + FLOAT32)
+def norm_bytes(architecture: Architecture, tokens: int, element: int, speed: Speed) -> float:
+    """Return what an RMSNorm keeps: its input, one number per token, and what the next layer reads; plain also the
+    normalised values, and the input in float32."""
+    maps = 2 * element if speed.elementwise == "recomputed" else FLOAT32 + 2 * element
+    return tokens * (architecture.hidden_size * maps + FLOAT32)
 
 
-def layer_bytes(architecture: Architecture, work: Workload, element: int, speed: Speed) -> float:
-    """Return what one decoder layer keeps, the attention mask apart."""
-    width, inner = architecture.hidden_size, architecture.intermediate_size
+def attention_bytes(architecture: Architecture, work: Workload, element: int, speed: Speed) -> float:
+    """Return what the first half of a decoder layer keeps with its norm, the attention mask apart."""
+    width, key_value = architecture.hidden_size, architecture.num_key_value_heads * architecture.head_dim
     tokens = work.rows * work.tokens_per_row
     if speed.attention == "dense":
         # Rotated queries, keys and values repeated for every head, and the mixed values.
         maps = 4 * width * tokens
-    elif speed.attention == "flex":
-        maps = (2 * width + 2 * architecture.num_key_value_heads * architecture.head_dim) * tokens
-    else:
+    elif speed.attention == "varlen":
         # Rotated queries, the mixed values of each call and all of them in one row; keys and values of each call,
         # repeated for every head.
         maps = 3 * width * tokens + 2 * width * work.computed_keys
-    # A log-sum per head.
-    attention = maps * element + tokens * architecture.num_attention_heads * FLOAT32
-    # Gate and the other half; plain also the gate after the activation, and their product.
-    swiglu = tokens * (2 if speed.swiglu == "recomputed" else 4) * inner * element
-    norms = 2 * norm_bytes(architecture, tokens, element)
+    else:
+        # Rotated queries, keys, values, and the mixed values.
+        maps = (2 * width + 2 * key_value) * tokens
+    norm = norm_bytes(architecture, tokens, element, speed)
     # Both weights on every token keep everything twice.
     mixed = architecture.modality_experts if speed.experts == "mixed" else ()
-    return norms * (1 + ("layernorm" in mixed)) + attention + swiglu * (1 + ("mlp" in mixed))
+    # A log-sum per head.
+    return norm * (1 + ("layernorm" in mixed)) + maps * element + tokens * architecture.num_attention_heads * FLOAT32
+
+
+def feed_forward_bytes(
+    architecture: Architecture, tokens: int, element: int, speed: Speed, checkpointing: str
+) -> float:
+    """Return what the second half of a decoder layer keeps with its norm."""
+    # Gate and the other half; plain, and while computed again, also the gate after the activation and their product.
+    maps = 2 if speed.elementwise == "recomputed" and checkpointing == "none" else 4
+    swiglu = tokens * maps * architecture.intermediate_size * element
+    norm = norm_bytes(architecture, tokens, element, speed)
+    mixed = architecture.modality_experts if speed.experts == "mixed" else ()
+    return norm * (1 + ("layernorm" in mixed)) + swiglu * (1 + ("mlp" in mixed))
 
 
 def _embedding_bytes(architecture: Architecture, work: Workload, element: int) -> float:
@@ -112,6 +130,10 @@ def _embedding_bytes(architecture: Architecture, work: Workload, element: int) -
 def mask_head_bytes(architecture: Architecture, work: Workload, element: int, speed: Speed) -> float:
     """Return what upsampler and projections keep for the images that have masks, and the mask logits."""
     width, channels, mask_dim = architecture.hidden_size, architecture.feature_size, architecture.mask_dim
+    # Per cell of a block what both products gave. Plain: before and after GELU, after each of two convolutions, after
+    # the norm, and two statistics.
+    is_thin = speed.elementwise == "recomputed" and speed.mask_head != "maps"
+    per_cell = 2 * channels * element if is_thin else 5 * channels * element + 2 * FLOAT32
     total = 0.0
     for image in work.images:
         if not image.masks:
@@ -122,8 +144,7 @@ def mask_head_bytes(architecture: Architecture, work: Workload, element: int, sp
             total += cells * (width + channels) * element
         for _ in range(architecture.num_upsample_blocks):
             cells *= 4
-            # Before and after GELU, after each of two convolutions, after the norm; two statistics per cell.
-            total += cells * (5 * channels * element + 2 * FLOAT32)
+            total += cells * per_cell
         total += cells * (channels + (mask_dim if speed.mask_head == "maps" else 0)) * element
         # The losses read the logits in float32.
         total += image.masks * cells * FLOAT32

@@ -144,9 +144,19 @@ def teacher_flops(work: Workload, experts: Mapping[str, ExpertSettings]) -> dict
     return costs
 
 
-def training_flops(forward: ForwardFlops, *, checkpointing: bool) -> dict[str, float]:
-    """Return the operations of forward and backward pass: the model's own, and what is computed twice."""
-    recomputed = forward.decoder + forward.attention if checkpointing else 0.0
+def training_flops(forward: ForwardFlops, architecture: Architecture, *, checkpointing: str) -> dict[str, float]:
+    """Return the operations of forward and backward pass: the model's own, and what is computed twice.
+
+    `checkpointing` is one of `CHECKPOINTING`; the last product of what is computed again is left out.
+    """
+    width, inner = architecture.hidden_size, architecture.intermediate_size
+    key_value = architecture.num_key_value_heads * architecture.head_dim
+    # Of the products of a layer: two of three in the feed-forward half, and all but that third one.
+    products = 2 * width * width + 2 * width * key_value + 3 * width * inner
+    again = {"none": 0.0, "feed_forward": 2 * width * inner / products, "layers": 1 - width * inner / products}
+    recomputed = again[checkpointing] * forward.decoder
+    if checkpointing == "layers":
+        recomputed += forward.attention
     return {"model": BACKWARD_AND_FORWARD * forward.total, "recomputed": recomputed}
 
 

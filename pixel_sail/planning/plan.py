@@ -10,7 +10,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
+
 from pixel_sail.config import ConfigError, DeepSpeedConfig, TrainConfig
+from pixel_sail.model.attention_rules import chosen_attention
+from pixel_sail.model.speed import Speed
 from pixel_sail.planning import disk, flops, memory
 from pixel_sail.planning.activations import activation_bytes
 from pixel_sail.planning.parameters import TrainingParts, parameter_counts
@@ -35,8 +39,6 @@ class Machine:
     """Share of the peak that the model's own operations reach."""
     peak_tflops: float | None = None
     """None: that of the GPU."""
-    checkpointing: bool = False
-    """Whether decoder layers are computed again in the backward pass."""
 
     def __post_init__(self) -> None:
         """Check the choices. Raises: ConfigError."""
@@ -47,6 +49,12 @@ class Machine:
                 f"gpus is {self.gpus}, mfu {self.mfu}, peak_tflops {self.peak_tflops}; expected at least 1, a share in "
                 "(0, 1] and a positive number"
             )
+
+    def speed(self, config: TrainConfig) -> Speed:
+        """Return the configured speed with the attention that `auto` means on this machine."""
+        device = torch.device("cpu" if self.gpu == "cpu" else "cuda")
+        dtype = torch.bfloat16 if config.optim.precision == "bf16" else torch.float32
+        return replace(config.speed, attention=chosen_attention(config.speed.attention, device, dtype))
 
     def operations_per_second(self, precision: str) -> float:
         """Return what all GPUs do together at this MFU."""
@@ -84,7 +92,7 @@ def make_plan(
     parts = {name: micro_batches * mean([getattr(one, name) for one in forward]) for name in vars(forward[0])}
     step = flops.ForwardFlops(**parts)
     teachers = _teachers(config, works, micro_batches)
-    training = flops.training_flops(step, checkpointing=machine.checkpointing)
+    training = flops.training_flops(step, architecture, checkpointing=config.optim.activation_checkpointing)
     seconds = (training["model"] + sum(cost or 0.0 for cost in teachers.values())) / machine.operations_per_second(
         config.optim.precision
     ) + training["recomputed"] / machine.operations_per_second(config.optim.precision)
@@ -153,8 +161,8 @@ def _memory_rows(
                 work,
                 element=2 if precision == "bf16" else 4,
                 num_points=points.num_points,
-                checkpointing=machine.checkpointing,
-                speed=config.speed,
+                checkpointing=config.optim.activation_checkpointing,
+                speed=machine.speed(config),
             )
             for work in works
         ),

@@ -115,8 +115,7 @@ def prepare(config: TrainConfig, *, lock: bool) -> Run:
         checkpoint.load_parameters(model, saved[0])
         logger.info("continuing from %s", found)
     state = behind_rewinds(run_dir, state)
-    model.decoder.gradient_checkpointing = config.optim.activation_checkpointing
-    model.use(config.speed)
+    model.use(config.speed, config.optim.activation_checkpointing)
     own_optimizer = build_optimizer(model, config.optim)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
