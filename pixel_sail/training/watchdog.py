@@ -40,6 +40,9 @@ FIRST_STEPS = 3
 GRACE_S = 5.0
 """From the report of one rank to its end: the others write theirs before they notice that it is gone."""
 
+DUMP_S = 0.2
+"""For a data worker to write its stacks."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Watched:
@@ -136,8 +139,8 @@ class Watchdog:
         logger.error(
             "%s. The process ends with status %d; the last complete checkpoint is intact", message, STALLED_STATUS
         )
-        # Data workers write their stacks to stderr.
-        _signal_children(signal.SIGUSR2)
+        # Data workers write their stacks to stderr, piece by piece: two at once would mix in the middle of a line.
+        _signal_children(signal.SIGUSR2, pause_s=DUMP_S)
 
     def _write(self, file: TextIOWrapper, message: str, watched: _Watched) -> None:
         file.write(f"{message}\n\n")
@@ -150,9 +153,10 @@ class Watchdog:
         faulthandler.dump_traceback(file, all_threads=True)
 
 
-def _signal_children(number: signal.Signals) -> None:
-    """Send a signal to the data workers."""
+def _signal_children(number: signal.Signals, *, pause_s: float = 0.0) -> None:
+    """Send a signal to the data workers, with a pause after each."""
     for child in multiprocessing.active_children():
         if child.pid is not None:
             with contextlib.suppress(ProcessLookupError):  # it ended in between
                 os.kill(child.pid, number)
+            time.sleep(pause_s)
