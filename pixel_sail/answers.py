@@ -6,7 +6,8 @@ Place in the flow: `predictor.py` takes `Box`, `Point` and masks, and returns an
     .boxes     ((120, 48, 311, 402),)       .to_json()  {"answer": "It is [SEG].", "masks": [{"size": ...}], ...}
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,8 @@ def region_mask(region: Box | Point | BoolMask, image_hw: SizeHW, where: str) ->
     """
     height, width = image_hw
     mask = np.zeros(image_hw, dtype=bool)
+    if isinstance(region, Box | Point) and not all(isinstance(side, Real) for side in astuple(region)):
+        raise DataError(f"{where}: found {region}, expected numbers, in pixels of the image")
     if isinstance(region, Box):
         if not (0 <= region.x0 < region.x1 <= width and 0 <= region.y0 < region.y1 <= height):
             raise DataError(
@@ -133,10 +136,10 @@ def region_mask(region: Box | Point | BoolMask, image_hw: SizeHW, where: str) ->
 
 
 def visual_prompts(
-    regions: tuple[Box | Point | BoolMask, ...], image_hw: SizeHW, *, first: int = 0
+    regions: tuple[Box | Point | BoolMask, ...], image_hw: SizeHW, *, first: int = 0, where: str = ""
 ) -> tuple[VisualPrompt, ...]:
     """Return regions as `<Prompt{first}>`, `<Prompt{first + 1}>`, ... Raises: DataError as `region_mask`."""
     return tuple(
-        VisualPrompt(prompt_id=index, mask=region_mask(region, image_hw, f"prompt {index}"))
+        VisualPrompt(prompt_id=index, mask=region_mask(region, image_hw, f"{where}prompt {index}"))
         for index, region in enumerate(regions, start=first)
     )

@@ -9,7 +9,8 @@ Place in the flow: `scripts/predict.py` calls `ask_files`, which asks a `Predict
 """
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,23 +22,49 @@ from pixel_sail.data.images import load_image
 from pixel_sail.evaluation.overlay import PALETTE, Picture, paint
 from pixel_sail.files import replace_text
 from pixel_sail.predictor import Predictor
+from pixel_sail.types import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
-def ask_files(config: AskConfig) -> Iterator[tuple[Path, AskResult]]:
-    """Answer the question about every image, write the results, and yield each image with its answer.
+def ask_files(config: AskConfig) -> Iterator[tuple[Path, AskResult | DataError]]:
+    """Answer the question about every image, write the results, and yield each image with its answer, or with what is
+    wrong with it where there are others.
 
-    Boxes, then points, are <Prompt0>, <Prompt1>, ... Raises: ConfigError for a missing checkpoint or no image;
-    DataError for an image, a visual prompt or a question that cannot be used.
+    Boxes, then points, are `<Prompt0>`, `<Prompt1>`, ... Raises: ConfigError for a missing checkpoint, no image, or
+    results that would replace an image; DataError for a single image, a visual prompt or a question that cannot be used.
     """
+    files, output = image_files(Path(config.image)), Path(config.output)
+    names = result_names(files, output)
     predictor = Predictor.from_pretrained(config.checkpoint, config=config.predict, precision=config.precision)
     regions = _regions(config)
-    for path in image_files(Path(config.image)):
-        image = load_image(path, where="image")
-        result = predictor.ask(image, config.question, regions)
-        write_result(Path(config.output), path, config.question, image, result)
+    for path, name in zip(files, names, strict=True):
+        try:
+            image = load_image(path, where="image")
+            result = predictor.ask(image, config.question, regions)
+        except DataError as error:
+            if len(files) == 1:
+                raise
+            yield path, error
+            continue
+        write_result(output / name, path, config.question, image, result)
         yield path, result
+
+
+def result_names(files: Sequence[Path], output: Path) -> list[str]:
+    """Return what each image's results are called: as the image, with its ending where several differ in that only.
+
+    Raises: ConfigError where a result would replace one of the images, or the folder of results is none.
+    """
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"output: {output} is a file, expected a folder")
+    stems = Counter(path.stem for path in files)
+    names = [path.stem if stems[path.stem] == 1 else path.name for path in files]
+    images = {path.resolve() for path in files}
+    for name in names:
+        if (output / f"{name}.png").resolve() in images:
+            raise ConfigError(f"output: {output / name}.png is one of the images; give another folder for the results")
+    return names
 
 
 def image_files(path: Path) -> list[Path]:
@@ -59,11 +86,11 @@ def _regions(config: AskConfig) -> list[Box | Point]:
     return [*(Box(*box) for box in config.boxes), *(Point(*point) for point in config.points)]
 
 
-def write_result(output: Path, path: Path, question: str, image: Image.Image, result: AskResult) -> None:
-    """Write an answer as JSON, and its masks as a picture."""
+def write_result(place: Path, path: Path, question: str, image: Image.Image, result: AskResult) -> None:
+    """Write an answer as `<place>.json`, and its masks as a picture, `<place>.png`."""
     record = {"image": path.name, "question": question, **result.to_json()}
-    replace_text(output / f"{path.stem}.json", json.dumps(record, indent=1) + "\n")
+    replace_text(place.with_name(f"{place.name}.json"), json.dumps(record, indent=1) + "\n")
     picture: Picture = np.asarray(image)
     for index, mask in enumerate(result.masks_NHW):
         picture = paint(picture, mask, PALETTE[index % len(PALETTE)])
-    Image.fromarray(picture).save(output / f"{path.stem}.png")
+    Image.fromarray(picture).save(place.with_name(f"{place.name}.png"))

@@ -5,13 +5,19 @@ output, signals and exit status are the script's own:
 
     pixel-sail train experiment=quickstart      is      python scripts/train.py experiment=quickstart
     pixel-sail completion bash                  prints what bash needs to complete the subcommands
+    pixel-sail predict --help                   prints the script's words, then every setting:
+
+      image               needed            Image file or folder of images.
+      predict.mask        'union'           union of all generated [SEG], or only the `first` one as in ...
 
 Exit status 2 for a subcommand that does not exist.
 """
 
+import ast
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pixel_sail
 from pixel_sail.places import root_folder
@@ -34,6 +40,16 @@ COMMANDS = {
     "make-tokenizer": ("tools/make_tokenizer.py", "train a small tokenizer for models that start from nothing"),
 }
 
+SCHEMAS = {
+    "train": "TrainConfig",
+    "evaluate": "EvalConfig",
+    "predict": "AskConfig",
+    "demo": "DemoConfig",
+    "check-data": None,
+}
+"""Commands that take settings, whose help is made here, and the class of `config.py` that holds them; the others have
+options and help of their own."""
+
 BASH = """_pixel_sail() {{
     local word="${{COMP_WORDS[COMP_CWORD]}}"
     if [ "$COMP_CWORD" -eq 1 ]; then
@@ -54,6 +70,10 @@ ZSH = """_pixel_sail() {{
 compdef _pixel_sail pixel-sail
 """
 SHELLS = {"bash": BASH, "zsh": ZSH}
+
+PAGE_OF_SETTINGS = Path(__file__).with_name("config.py")
+"""Read as text, not imported, so that help comes at once."""
+WIDEST_DEFAULT = 16
 
 
 def usage() -> str:
@@ -78,6 +98,49 @@ def completion(shell: str) -> str:
     return SHELLS[shell].format(names=" ".join([*COMMANDS, "completion"]))
 
 
+def wants_help(arguments: Sequence[str]) -> bool:
+    """Return whether a command line asks for help."""
+    return any(argument in ("-h", "--help") for argument in arguments)
+
+
+def script_help(script: Path, schema: str | None = None, *, command: str | None = None) -> str:
+    """Return the words at the top of a script, and every setting of a class of `config.py` with default and meaning."""
+    about = ast.get_docstring(ast.parse(script.read_text())) or ""
+    lines = [f"usage: {command or script.name} KEY=VALUE ...", "", about]
+    if schema is not None:
+        page = ast.parse(PAGE_OF_SETTINGS.read_text())
+        classes = {item.name: item for item in page.body if isinstance(item, ast.ClassDef)}
+        rows = list(_settings(classes, schema, ""))
+        width = max(len(name) for name, _, _ in rows)
+        lines += ["", "Settings, with what they are where nothing is said:", ""]
+        lines += [f"  {name:<{width}}  {default:<{WIDEST_DEFAULT}}  {about}".rstrip() for name, default, about in rows]
+    return "\n".join(lines)
+
+
+def _settings(classes: dict[str, ast.ClassDef], schema: str, prefix: str) -> Iterator[tuple[str, str, str]]:
+    """Yield name, default and meaning of every setting, those of groups as `group.name`."""
+    body = classes[schema].body
+    for item, following in zip(body, [*body[1:], None], strict=True):
+        if not isinstance(item, ast.AnnAssign):
+            continue
+        name, kind = prefix + ast.unparse(item.target), ast.unparse(item.annotation)
+        if kind in classes:
+            yield from _settings(classes, kind, f"{name}.")
+        elif isinstance(item.value, ast.Call):
+            # Made when it is needed: an empty list or dict, or a group whose page is another file.
+            yield (name, "", _meaning(following)) if kind.startswith(("list", "dict")) else (f"{name}.*", "", kind)
+        else:
+            default = "needed" if item.value is None else ast.unparse(item.value).replace("MISSING", "needed")
+            yield name, default, _meaning(following)
+
+
+def _meaning(following: ast.stmt | None) -> str:
+    """Return the text below a field, on one line."""
+    if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+        return " ".join(str(following.value.value).split())
+    return ""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand in place of this process; return the exit status where none is run."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -91,6 +154,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pixel-sail {pixel_sail.__version__}")
     elif name == "completion" and rest in ([shell] for shell in SHELLS):
         print(completion(rest[0]), end="")
+    elif name in SCHEMAS and wants_help(rest):
+        script = root_folder() / COMMANDS[name][0]
+        print(script_help(script, SCHEMAS[name], command=f"pixel-sail {name}"))
     elif name in COMMANDS:
         script = root_folder() / COMMANDS[name][0]
         sys.stdout.flush()

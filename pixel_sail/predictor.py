@@ -24,6 +24,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors import SafetensorError
 
 from pixel_sail.answers import AskResult, Box, Point, Timing, visual_prompts
 from pixel_sail.config import ConfigError, PredictConfig
@@ -47,6 +48,8 @@ Region = Box | Point | BoolMask
 DESCRIBE_IMAGE = "Please describe this image."
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _NAMED_PROMPT = re.compile(r"<Prompt(\d+)>")
+_LOADING_ERRORS = (OSError, ValueError, KeyError, NotImplementedError, SafetensorError)
+"""What the libraries raise for a folder whose files are cut, lost or of another model, found by damaging them."""
 _CONTROL_TOKENS = (SEG_TOKEN, *IMAGE_TOKENS, TURN_START, TURN_END, END_TOKEN)
 
 
@@ -79,26 +82,38 @@ class Predictor:
 
         name: a run folder, an exported folder, or "owner/name" on the Hugging Face hub, there at `revision`; device:
         None for CUDA where torch sees it, else the CPU; precision: fp32 or bf16; config: how answers are generated.
-        Raises: ConfigError for a model that is not there, and for a device or precision this machine does not have.
+        Raises: ConfigError for a model that is not there or is damaged, and for a device or precision that this machine
+        does not have.
         """
         if precision not in DTYPES:
             raise ConfigError(f"precision: found {precision!r}, expected one of {tuple(DTYPES)}")
         has_cuda = torch.cuda.is_available()
         place = device if device is not None else "cuda" if has_cuda else "cpu"
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", place):
+            raise ConfigError(f"device: found {place!r}, expected 'cpu', 'cuda' or 'cuda:0', 'cuda:1', ...")
         if place.startswith("cuda") and not has_cuda:
             raise ConfigError(f"device: found {place!r}, but torch sees no CUDA device; use device='cpu'")
+        if int(place.partition(":")[2] or 0) >= max(1, torch.cuda.device_count()):
+            raise ConfigError(
+                f"device: found {place!r}, but torch sees {torch.cuda.device_count()}, counted from 'cuda:0'"
+            )
         config = config if config is not None else PredictConfig()
         if config.max_new_tokens is None:
             config = replace(config, max_new_tokens=LONG_ANSWER_TOKENS)
         folder = _local_folder(name, revision)
-        return cls(BatchPredictor.from_pretrained(folder, config=config, precision=precision, device=place))
+        try:
+            return cls(BatchPredictor.from_pretrained(folder, config=config, precision=precision, device=place))
+        except _LOADING_ERRORS as error:
+            raise ConfigError(
+                f"model {folder}: cannot be loaded ({type(error).__name__}: {error}); copy or export it anew"
+            ) from error
 
     def segment(self, image: ImageLike, text: str, prompts: Sequence[Region] = ()) -> AskResult:
         """Return the mask of what a text names, such as "the red cup" or "what `<Prompt0>` holds".
 
         The question is that of the evaluation, see `PredictConfig.prompt`. Raises: DataError as `ask`.
         """
-        _check_text(text, len(prompts))
+        _check_text(text, len(_region_list(prompts, "")))
         return self.ask(image, PROMPTS[self.batch.config.prompt].format(sent=text), prompts)
 
     def describe(self, image: ImageLike, prompt: Region | None = None) -> AskResult:
@@ -121,14 +136,16 @@ class Predictor:
         Raises: DataError as `ask`, with the number of the question.
         """
         groups: dict[Any, list[int]] = {}
-        for index, item in enumerate(asks):
-            _check_text(item.text, len(item.prompts), f"question {index}: ")
+        # Kept to the end: the numbers of objects that are gone are given to others.
+        marked = [_region_list(item.prompts, f"question {index}: ") for index, item in enumerate(asks)]
+        for index, (item, regions) in enumerate(zip(asks, marked, strict=True)):
+            _check_text(item.text, len(regions), f"question {index}: ")
             source = item.image if isinstance(item.image, str | Path) else id(item.image)
-            groups.setdefault((source, tuple(map(id, item.prompts))), []).append(index)
+            groups.setdefault((source, tuple(map(id, regions))), []).append(index)
         requests = []
         for members in groups.values():
             first = asks[members[0]]
-            image, prompts = _open(first.image, first.prompts, f"question {members[0]}")
+            image, prompts = _open(first.image, marked[members[0]], f"question {members[0]}")
             prepared = None if image is None else self.batch.prepare(image)
             questions = [asks[index].text for index in members]
             requests.append(Request(image=prepared, questions=questions, prompts=prompts))
@@ -257,9 +274,11 @@ def _local_folder(name: str | Path, revision: str | None) -> Path:
 
 
 def _open(
-    image: ImageLike | None, regions: Sequence[Region], where: str
+    image: ImageLike | None, prompts: Sequence[Region], where: str
 ) -> tuple[Image.Image | None, tuple[VisualPrompt, ...]]:
     """Return the image as upright RGB, and its marked regions. Raises: DataError."""
+    own = "" if where == "image" else f"{where}: "
+    regions = _region_list(prompts, own)
     if image is None:
         if regions:
             raise DataError(f"{where}: {len(regions)} prompts found without an image; give the image they mark")
@@ -275,7 +294,19 @@ def _open(
     else:
         found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
         raise DataError(f"{where}: found {found}, expected a path, a PIL image, or uint8 pixels [height, width, 3]")
-    return opened, visual_prompts(tuple(regions), (opened.height, opened.width))
+    if not (opened.height and opened.width):
+        raise DataError(f"{where}: found {opened.width} x {opened.height} pixels, expected at least one")
+    return opened, visual_prompts(regions, (opened.height, opened.width), where=own)
+
+
+def _region_list(prompts: Sequence[Region], where: str) -> tuple[Region, ...]:
+    """Return regions that were given in a list or as masks [N, H, W]. Raises: DataError for anything else."""
+    if isinstance(prompts, np.ndarray) and prompts.ndim != 3:
+        raise DataError(f"{where}prompts: found one array {prompts.shape}, expected a list of regions; write [mask]")
+    if not isinstance(prompts, Sequence | np.ndarray) or isinstance(prompts, str | bytes):
+        found = type(prompts).__name__
+        raise DataError(f"{where}prompts: found {found}, expected a list of regions, such as [Box(10, 20, 200, 180)]")
+    return tuple(prompts)
 
 
 def _check_text(text: str, num_prompts: int, where: str = "") -> None:
@@ -285,7 +316,13 @@ def _check_text(text: str, num_prompts: int, where: str = "") -> None:
     for token in _CONTROL_TOKENS:
         if token in text:
             raise DataError(f"{where}text: {token} found, which only the model may say; take it out of the question")
-    unmarked = sorted({int(number) for number in _NAMED_PROMPT.findall(text)} - set(range(num_prompts)))
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}text: holds half a character ({error.reason}), expected whole ones") from error
+    # Compared as texts: Python refuses to read numbers of thousands of digits.
+    numbers = {number.lstrip("0") or "0" for number in _NAMED_PROMPT.findall(text)}
+    unmarked = sorted(numbers - set(map(str, range(num_prompts))), key=lambda number: (len(number), number))
     if unmarked:
         raise DataError(
             f"{where}text: <Prompt{unmarked[0]}> found, but {num_prompts} regions are marked; mark it, or name one of "

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import uvicorn
 
+from pixel_sail.cli import script_help, wants_help
 from pixel_sail.config import ConfigError, DemoConfig, command_line_overrides, load_config
 from pixel_sail.demo.examples import draw_examples
 from pixel_sail.demo.server import build_app
@@ -22,6 +23,9 @@ MOST_CONNECTIONS = 64
 
 def main() -> int:
     """Serve until interrupted; wrong input ends with one message and exit status 2."""
+    if wants_help(sys.argv[1:]):
+        print(script_help(Path(__file__), "DemoConfig"))
+        return 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     try:
         config = load_config("demo", DemoConfig, command_line_overrides())

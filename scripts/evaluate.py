@@ -3,8 +3,10 @@
 import json
 import logging
 import sys
+from pathlib import Path
 
 from pixel_sail import dist
+from pixel_sail.cli import script_help, wants_help
 from pixel_sail.config import ConfigError, EvalConfig, command_line_overrides, load_config
 from pixel_sail.evaluation.run import run_evals
 from pixel_sail.types import DataError
@@ -12,6 +14,9 @@ from pixel_sail.types import DataError
 
 def main() -> int:
     """Run the configured evals and print their scores; wrong input ends with one message and exit status 2."""
+    if wants_help(sys.argv[1:]):
+        print(script_help(Path(__file__), "EvalConfig"))
+        return 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     dist.ensure_launch_environment()
     try:

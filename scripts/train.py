@@ -4,8 +4,10 @@ With -m every value of `key=a,b,c` is a run of its own, see pixel_sail/sweep/run
 
 import logging
 import sys
+from pathlib import Path
 
 from pixel_sail import dist
+from pixel_sail.cli import script_help, wants_help
 from pixel_sail.config import ConfigError, TrainConfig, build, command_line_overrides, load_config
 from pixel_sail.evaluation.validation import validation_for
 from pixel_sail.sweep import run as sweep
@@ -26,6 +28,9 @@ def main() -> int:
 
     Wrong input ends with one message and 2, a signal with 85 after a checkpoint, a lost process with 86.
     """
+    if wants_help(sys.argv[1:]):
+        print(script_help(Path(__file__), "TrainConfig"))
+        return 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     try:
         overrides = [argument for argument in command_line_overrides() if argument != DRY_RUN]

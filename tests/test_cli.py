@@ -2,17 +2,22 @@
 
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import MISSING, is_dataclass
+from dataclasses import fields as dataclass_fields
+from pathlib import Path
 
 import httpx
 import pytest
+from PIL import Image
 from running import BIN, ROOT, environment
 
-from pixel_sail import __version__
-from pixel_sail.cli import COMMANDS, main
+from pixel_sail import __version__, config
+from pixel_sail.cli import COMMANDS, SCHEMAS, main
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +141,81 @@ def test_every_command_has_its_script_and_a_line_of_help(capsys):
     for name, (script, about) in COMMANDS.items():
         assert (ROOT / script).is_file() and f"  {name} " in shown and about in shown
     assert main(["--version"]) == 0 and capsys.readouterr().out == f"pixel-sail {__version__}\n"
+
+
+def test_every_command_explains_itself(capsys):
+    for name, (script, _) in COMMANDS.items():
+        if name in SCHEMAS:
+            assert main([name, "seed=1", "--help"]) == 0
+            shown = capsys.readouterr().out
+            assert shown.startswith(f"usage: pixel-sail {name} KEY=VALUE") and len(shown.splitlines()) > 5
+        else:
+            # Options of its own, with help of their own.
+            assert "ArgumentParser(" in (ROOT / script).read_text(), name
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_scripts_explain_themselves_too(monkeypatch, capsys, name):
+    script = COMMANDS[name][0]
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: {Path(script).name} KEY=VALUE")
+
+
+@pytest.mark.parametrize(("name", "schema"), [(name, schema) for name, schema in SCHEMAS.items() if schema])
+def test_help_names_every_setting_its_default_and_its_meaning(capsys, name, schema):
+    assert main([name, "-h"]) == 0
+    shown = capsys.readouterr().out
+
+    def check(fields, prefix):
+        for field in fields:
+            kind = field.default_factory
+            if is_dataclass(kind) and kind.__module__ == config.__name__:
+                check(dataclass_fields(kind), f"{prefix}{field.name}.")
+                continue
+            (line,) = re.findall(rf"^  {prefix}{field.name}(?:\.\*)?(?: .*)?$", shown, re.MULTILINE)
+            if field.default == "???":
+                assert " needed" in line
+            elif field.default not in (MISSING, None, ""):
+                assert repr(field.default) in line
+
+    check(dataclass_fields(getattr(config, schema)), "")
+    if name == "predict":
+        assert "Image file or folder of images." in shown
+
+
+@pytest.mark.parametrize("script", ["predict", "demo"])
+def test_scripts_explain_themselves_where_they_are_called_by_name(script):
+    done = subprocess.run([sys.executable, ROOT / "scripts" / f"{script}.py", "-h"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: {script}.py KEY=VALUE") and not done.stderr
+
+
+def test_predict_of_an_installed_wheel_says_how_far_it_is_with_a_folder(installed, trained):
+    (trained / "photos").mkdir()
+    for name in ("a.png", "b.jpg"):
+        Image.new("RGB", (64, 48), "red").save(trained / "photos" / name)
+    options = ("checkpoint=runs/small", "image=photos", "question=star", "predict.max_new_tokens=2", "output=out")
+    done = run_installed(installed, trained, "predict", *options)
+    assert done.returncode == 0, done.stderr
+    assert [line.split(":")[0] for line in done.stdout.splitlines() if "photos" in line] == [
+        "1/2 photos/a.png",
+        "2/2 photos/b.jpg",
+    ]
+    assert {path.name for path in (trained / "out").iterdir()} == {"a.json", "a.png", "b.json", "b.png"}
+
+
+def test_a_demo_of_a_damaged_model_ends_with_one_message(trained, tmp_path):
+    shutil.copytree(trained / "runs" / "small" / "export", tmp_path / "damaged")
+    os.truncate(tmp_path / "damaged" / "model.safetensors", 100)
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "demo.py", f"checkpoint={tmp_path / 'damaged'}"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 2 and "cannot be loaded" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [[], ["trian"], ["completion"], ["completion", "fish"]])

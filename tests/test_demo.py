@@ -1,5 +1,6 @@
 """The demo's server: answers of the Predictor, limits, refusals that say what to do, and nothing left behind."""
 
+import asyncio
 import base64
 import io
 import json
@@ -14,14 +15,19 @@ import pytest
 from PIL import Image
 from running import load_tool
 from serving import served
+from test_evaluate import checkpoint  # noqa: F401, a fixture
 from test_predict import predictor as batch  # noqa: F401, a fixture
 
 from pixel_sail import Box, Point, Predictor
-from pixel_sail.config import DemoConfig, DemoLimits, load_config
+from pixel_sail.config import DemoConfig, DemoLimits, EvalConfig, load_config
+from pixel_sail.demo import limits as limits_module
 from pixel_sail.demo.examples import draw_examples
 from pixel_sail.demo.limits import Refusal
-from pixel_sail.demo.server import PAGE, Example
+from pixel_sail.demo.server import PAGE, Example, _Queue
 from pixel_sail.demo.sessions import Sessions
+from pixel_sail.evaluation import refer_seg
+from pixel_sail.evaluation.predictions import read_predictions
+from pixel_sail.evaluation.run import run_evals
 from pixel_sail.predictor import Chat
 from pixel_sail.rle import encode_mask
 
@@ -87,6 +93,34 @@ def test_the_answer_is_that_of_the_predictor(client, predictor, image):
     shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(result["pngs"][0]))))
     np.testing.assert_array_equal(shown, expected.masks_NHW[0])
     assert encode_mask(shown) == result["masks"][0]
+
+
+def test_evaluation_predictor_and_demo_give_one_photo_one_mask(
+    checkpoint,  # noqa: F811
+    data_root,
+    tmp_path,
+    monkeypatch,
+):
+    monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
+    options = [f"checkpoint={checkpoint}", f"output={tmp_path / 'out'}", "evals=[refshapes_val]", "progress=false"]
+    # The budget makes every expression a batch of its own, as the others ask one by one.
+    settings = load_config("evaluate", EvalConfig, [*options, "predict.answer=forced", "predict.token_budget=1"])
+    run_evals(settings)
+    scored = read_predictions(tmp_path / "out" / "refshapes_val" / "predictions.jsonl")
+    items = refer_seg.load(root=data_root / "refshapes", dataset="refshapes", split="val")
+    predictor = Predictor.from_pretrained(checkpoint, config=settings.predict)
+    masks = set()
+    with served(predictor) as address, httpx.Client(base_url=address, timeout=30) as client:
+        for item, prediction in list(zip(items, scored, strict=True))[:6]:
+            result = predictor.segment(item.image_path, item.text)
+            content = item.image_path.read_bytes()
+            session = client.post("/api/images", content=content, headers={"content-type": "image/jpeg"}).json()[
+                "session"
+            ]
+            shown = ask(client, session, f"Please segment {item.text} in this image.")[1]["result"]
+            assert shown["masks"] == list(result.rles) == [prediction.segmentation]
+            masks.add(str(shown["masks"]))
+    assert len(masks) > 3
 
 
 def test_an_answer_is_read_while_it_grows(batch, image):  # noqa: F811
@@ -161,6 +195,7 @@ BAD_UPLOADS = {
     "broken": (broken_png, 415, "damaged"),
     "long file": (lambda image: png(image) + b"\0" * 1_000_001, 413, "1 MB"),
     "many pixels": (lambda image: png(Image.new("1", (2000, 2000))), 413, "2000 x 2000"),
+    "a long side": (lambda image: png(Image.new("1", (66_000, 2))), 413, "66000 x 2"),
     "bomb": (lambda image: header_of_a_bomb(60_000), 413, "million pixels"),
     "script in a drawing": (
         lambda image: b"<svg xmlns='http://www.w3.org/2000/svg'><script>1</script></svg>",
@@ -247,7 +282,8 @@ def test_a_body_that_is_no_question_is_refused(nothing_left, client, image, what
 @pytest.mark.parametrize(
     "address",
     ["/../../etc/passwd", "/..%2f..%2fetc%2fpasswd", "/page/../server.py", "/server.py", "/index.html/",
-     "/api/images/x", "/api/images/..%2f..%2fserver.py", "/api/examples/1", "/api/examples/-1", "/page/"],
+     "/api/images/x", "/api/images/..%2f..%2fserver.py", "/api/examples/1", "/api/examples/-1", "/page/",
+     "/api/examples/00", "/api/examples/x", "/api/examples/" + "9" * 5000],
 )  # fmt: skip
 def test_no_other_file_of_the_server_can_be_read(client, address):
     response = client.get(address)
@@ -278,6 +314,13 @@ def test_a_server_may_have_further_names(predictor):
     with served(predictor, names=["box.example"]) as address:
         assert httpx.get(f"{address}/api/info", headers={"host": "box.example"}).status_code == 200
         assert httpx.get(f"{address}/api/info", headers={"host": "www.box.example"}).status_code == 400
+
+
+def test_a_server_may_listen_at_an_address_of_colons(predictor):
+    with served(predictor, names=["::1"]) as address:
+        for host in ("[::1]:7860", "[::1]"):
+            assert httpx.get(f"{address}/api/info", headers={"host": host}).status_code == 200
+        assert httpx.get(f"{address}/api/info", headers={"host": "[::2]:7860"}).status_code == 400
 
 
 class Gate:
@@ -334,6 +377,66 @@ def test_an_answer_nobody_waits_for_ends_early(client, image, monkeypatch):
         if gate.ended.wait(0.05):
             break
     assert gate.ended.is_set() and len(gate.said) < 100
+
+
+def test_a_question_whose_asker_left_before_its_answer_began_is_not_worked_on():
+    worked = []
+
+    async def leave():
+        queue, before = _Queue(DemoLimits()), threading.Event()
+        queue.pool.submit(before.wait, 20)
+        queue.take_place()
+        lines = queue.lines_of(lambda: iter(worked.append(1) or "abc"))
+        del lines
+        before.set()
+        for _ in range(200):
+            if queue.waiting == 0:
+                break
+            await asyncio.sleep(0.05)
+        assert queue.waiting == 0
+        queue.pool.shutdown()
+
+    asyncio.run(leave())
+    assert worked == []
+
+
+def test_a_place_in_the_queue_is_free_when_its_answer_ends(monkeypatch):
+    async def ask_again():
+        queue = _Queue(DemoLimits(waiting=1))
+        submit = queue.pool.submit
+        # The thread is slow to return from its work, as where many wait for the processor.
+        monkeypatch.setattr(queue.pool, "submit", lambda run: submit(lambda: (run(), time.sleep(0.1))))
+        for _ in range(3):
+            queue.take_place()
+            assert [line async for line in queue.lines_of(lambda: iter("abc"))] == ["a", "b", "c"]
+        queue.pool.shutdown()
+
+    asyncio.run(ask_again())
+
+
+def test_a_conversation_may_be_forgotten_while_a_question_waits_for_it(predictor, image, monkeypatch):
+    session = Sessions(predictor, DemoLimits()).open(image)
+    session.chat_with([Point(1, 1)])
+    mark = Chat.mark
+    monkeypatch.setattr(Chat, "mark", lambda chat, *regions: (session.forget(), mark(chat, *regions)))
+    chat, _ = session.chat_with([Point(1, 1), Point(40, 30)])
+    assert chat.num_prompts == 2 and chat.ask("a").answer
+
+
+def test_an_answer_of_more_masks_than_fit_into_memory_is_broken_off(client, image, monkeypatch):
+    session = opened(client, image)
+    made = []
+
+    def repeating(chat, text):
+        for _ in range(10):
+            yield " [SE"
+            yield "G]"
+        made.append(text)
+
+    monkeypatch.setattr(Chat, "stream", repeating)
+    monkeypatch.setattr(limits_module, "MOST_MASK_PX", 4 * 40 * 64 + 1)
+    pieces, last = ask(client, session, "a")
+    assert "more than 4 masks" in last["error"] and len(pieces) == 9 and made == []
 
 
 def test_an_answer_that_takes_too_long_is_broken_off(batch, image):  # noqa: F811

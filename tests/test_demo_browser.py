@@ -300,8 +300,27 @@ def test_the_page_fits_a_narrow_screen(open_page, photo):
     for name in ("#canvas", "#tools", "#text", "#ask", ".masks"):
         box = page.locator(name).bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= viewport, name
+    # The number of a mark is as large as elsewhere.
+    x, y = on_screen(page, (4, 5), (40, 64))
+    page.screenshot(path=photo[0].with_name("page.png"))
+    shot = Image.open(photo[0].with_name("page.png")).convert("RGB")
+    assert all(max(shot.getpixel((round(x + dx), round(y)))) < 40 for dx in (-8, 8))
     for button in page.locator("#tools button:visible, #ask, #anew").all():
         assert button.bounding_box()["height"] >= 36
+
+
+def test_the_keyboard_sees_where_a_photo_is_chosen(open_page, photo):
+    page, (path, _) = open_page(), photo
+    for _ in range(2):
+        for _ in range(20):
+            page.keyboard.press("Tab")
+            if page.evaluate("document.activeElement.id") == "file":
+                break
+        assert page.evaluate("document.activeElement.id") == "file"
+        assert page.locator("#stage").evaluate("element => getComputedStyle(element).outlineStyle") == "solid"
+        # The same with a photo in the way.
+        load(page, path)
+        page.focus("#text")
 
 
 def test_the_page_says_when_the_server_is_gone(browser, predictor, photo):

@@ -1,5 +1,6 @@
 """What a person's own code sees: questions about one image and many, chats, and refusals that say what to do."""
 
+import os
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_predict import predictor as batch  # noqa: F401, a fixture
 
 import pixel_sail
@@ -183,6 +185,35 @@ def test_many_questions_at_once_come_back_in_their_order(predictor, image, encod
         assert (result.masks_NHW != alone.masks_NHW).sum() <= 2
 
 
+def test_masks_in_an_array_are_regions_like_any_other(forced, image):
+    left = np.zeros((40, 64), dtype=bool)
+    left[:, :20] = True
+    pairs = [np.stack([left, ~left]), np.stack([~left, left])]
+    # Rows of an array are objects of a moment: one may have the number that another had.
+    asks = [Ask(image=image, text="what is <Prompt0>?", prompts=masks) for masks in pairs * 3]
+    alone = [forced.ask(image, "what is <Prompt0>?", list(masks)) for masks in pairs]
+    assert (alone[0].masks_NHW != alone[1].masks_NHW).sum() > 20
+    for result, expected in zip(forced.ask_many(asks), alone * 3, strict=True):
+        assert (result.masks_NHW != expected.masks_NHW).sum() <= 2
+    np.testing.assert_array_equal(forced.ask(image, asks[0].text, pairs[0]).masks_NHW, alone[0].masks_NHW)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"prompts": [Box(0, 0, 99, 5)]}, "question 1: prompt 0: found Box"),
+        ({"prompts": Box(0, 0, 9, 5)}, "question 1: prompts: found Box, expected a list"),
+        ({"image": None, "prompts": [Point(1, 1)]}, "question 1: 1 prompts found without an image"),
+        ({"text": ""}, "question 1: text"),
+        ({"image": "nowhere.png"}, "question 1: nowhere.png"),
+    ],
+)
+def test_a_question_of_many_that_cannot_be_asked_is_named(forced, image, how, message):
+    fine = Ask(image=image, text="a")
+    with pytest.raises(DataError, match=message):
+        forced.ask_many([fine, Ask(**({"image": image, "text": "b"} | how))])
+
+
 def test_a_result_tells_boxes_and_rles_as_json_does(forced, image):
     result = forced.ask(image, "a star")
     masks = np.zeros((2, 4, 6), dtype=bool)
@@ -218,6 +249,16 @@ def test_a_box_covers_every_pixel_it_touches(image):
         ({"prompts": [np.ones((40, 64))]}, "of bool"),
         ({"prompts": [np.zeros((40, 64), dtype=bool)]}, "marks no pixel"),
         ({"prompts": ["left"]}, "found str, expected Box, Point"),
+        ({"prompts": Box(0, 0, 9, 9)}, "prompts: found Box, expected a list of regions"),
+        ({"prompts": "left"}, "prompts: found str, expected a list of regions"),
+        ({"prompts": None}, "prompts: found NoneType, expected a list of regions"),
+        ({"prompts": np.ones((40, 64), dtype=bool)}, r"found one array \(40, 64\).* write \[mask\]"),
+        ({"prompts": [Box("0", 0, 9, 9)]}, "prompt 0: .*expected numbers"),
+        ({"prompts": [Point(1, None)]}, "prompt 0: .*expected numbers"),
+        ({"text": "a \ud800 b"}, "half a character"),
+        ({"text": f"<Prompt{'9' * 5000}>"}, "0 regions are marked"),
+        ({"image": np.zeros((0, 5, 3), dtype=np.uint8)}, "found 5 x 0 pixels"),
+        ({"image": Image.new("RGB", (0, 0))}, "found 0 x 0 pixels"),
         ({"prompts": [Point(i, 2 * i) for i in range(16)]}, "use fewer prompts"),
         ({"image": np.zeros((4, 4))}, r"found float64 \(4, 4\), expected a path"),
         ({"image": b"GIF89a"}, "found bytes, expected a path"),
@@ -265,6 +306,43 @@ def test_a_model_of_the_hub_is_fetched_at_its_revision(batch, image, tmp_path, m
 def test_a_model_that_cannot_be_had_is_refused(tmp_path, settings, message):
     with pytest.raises(ConfigError, match=message):
         Predictor.from_pretrained(**({"name": tmp_path} | settings))
+
+
+def without_tensor(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file(dict(list(weights.items())[1:]), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "config.json").write_text("{"),
+        lambda folder: (folder / "config.json").write_text("{}"),
+        lambda folder: (folder / "model.safetensors").write_bytes(b""),
+        lambda folder: os.truncate(folder / "model.safetensors", 5000),
+        without_tensor,
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        lambda folder: (folder / "tokenizer.json").write_text("{}"),
+        lambda folder: (folder / "processor_config.json").unlink(),
+    ],
+)
+def test_a_damaged_model_is_refused(batch, tmp_path, damage):  # noqa: F811
+    batch.model.save_pretrained(tmp_path)
+    batch.processor.save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ConfigError, match=f"{re.escape(str(tmp_path))}: cannot be loaded (?s:.*)export it anew"):
+        Predictor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("xyz", "expected 'cpu', 'cuda'"), ("", "expected 'cpu'"), ("mps", "expected 'cpu'"), ("cuda:2", "torch sees 2")],
+)
+def test_a_device_that_does_not_exist_is_refused(tmp_path, monkeypatch, device, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=message):
+        Predictor.from_pretrained(tmp_path, device=device)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")

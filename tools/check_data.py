@@ -14,7 +14,9 @@ completely. `strict=true` counts notes as trouble, `sheet=` is how many samples 
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from pixel_sail.cli import script_help, wants_help
 from pixel_sail.config import ConfigError
 from pixel_sail.data.checking.report import json_report, text_report
 from pixel_sail.evaluation.check_plan import parse_arguments
@@ -25,6 +27,9 @@ from pixel_sail.files import replace_text
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the check and return the exit status."""
+    if wants_help(sys.argv[1:] if arguments is None else arguments):
+        print(script_help(Path(__file__)))
+        return 0
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
         plan, settings = parse_arguments(sys.argv[1:] if arguments is None else arguments)

@@ -13,10 +13,18 @@ from PIL import Image, UnidentifiedImageError
 
 from pixel_sail.config import DemoLimits
 from pixel_sail.data.images import rgb_image
-from pixel_sail.types import DataError
+from pixel_sail.types import DataError, SizeHW
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 """Formats that are read; others of Pillow's, some of which start programs, are not even tried."""
+
+
+MOST_SIDE_PX = 65_500
+"""Longest side of a JPEG that can be written, as which photos are shown (libjpeg)."""
+
+MOST_MASK_PX = 200_000_000
+"""Pixels of all masks of an answer: each needs about 12 bytes while they are made. A model that says [SEG] over and
+over about a large photo would fill the memory."""
 
 
 class Refusal(Exception):
@@ -46,10 +54,17 @@ def decode_image(content: bytes, limits: DemoLimits) -> Image.Image:
         raise Refusal(
             413, f"The image has {width} x {height} pixels, more than {limits.megapixels:g} million. Make it smaller."
         )
+    if max(width, height) > MOST_SIDE_PX:
+        raise Refusal(413, f"The image has {width} x {height} pixels, a side of more than {MOST_SIDE_PX}. Cut it.")
     try:
         return rgb_image(opened, where="The image")
     except DataError as error:
         raise Refusal(415, "The image is damaged and cannot be decoded. Choose another one.") from error
+
+
+def most_masks(image_hw: SizeHW) -> int:
+    """Return how many masks an answer about an image of this size may have, one at least."""
+    return max(1, MOST_MASK_PX // (image_hw[0] * image_hw[1]))
 
 
 def check_text(text: object, limits: DemoLimits) -> str:

@@ -15,6 +15,7 @@ import json
 import logging
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -31,10 +32,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pixel_sail.config import DemoLimits
-from pixel_sail.demo.limits import Refusal, check_text, decode_image
+from pixel_sail.demo.limits import Refusal, check_text, decode_image, most_masks
 from pixel_sail.demo.sessions import Session, Sessions
 from pixel_sail.demo.wire import jpeg_bytes, read_regions, result_record
 from pixel_sail.evaluation.overlay import PALETTE
+from pixel_sail.model.tokenization import SEG_TOKEN
 from pixel_sail.predictor import Predictor
 from pixel_sail.types import DataError
 
@@ -91,6 +93,11 @@ class _Queue:
         """
         loop, lines, abandoned = asyncio.get_running_loop(), asyncio.Queue[T | None](), threading.Event()
 
+        def end() -> None:
+            # Before the end is read: who asks again at once must not find the own place still taken.
+            self.waiting -= 1
+            lines.put_nowait(None)
+
         def run() -> None:
             try:
                 for line in () if abandoned.is_set() else work():
@@ -98,10 +105,8 @@ class _Queue:
                     if abandoned.is_set():
                         break
             finally:
-                loop.call_soon_threadsafe(lines.put_nowait, None)
-
-        def give_place_back(_: asyncio.Future[None]) -> None:
-            self.waiting -= 1
+                # In the loop's thread, which alone counts.
+                loop.call_soon_threadsafe(end)
 
         async def read() -> AsyncIterator[T]:
             try:
@@ -110,9 +115,11 @@ class _Queue:
             finally:
                 abandoned.set()
 
-        # Its callback runs in the loop's thread, which alone counts.
-        asyncio.wrap_future(self.pool.submit(run)).add_done_callback(give_place_back)
-        return read()
+        self.pool.submit(run)
+        reader = read()
+        # A user may be gone before the first line is read; then nothing of `read` runs, its end neither.
+        weakref.finalize(reader, abandoned.set)
+        return reader
 
 
 class _AddHeaders:
@@ -158,8 +165,8 @@ class _Demo:
             *(Route(address, _page(name, kind)) for address, (name, kind) in PAGE.items()),
             Route("/api/info", self.info),
             Route("/api/images", self.upload, methods=["POST"]),
-            Route("/api/examples/{index:int}", self.example, methods=["POST"]),
-            Route("/api/examples/{index:int}", self.example_image),
+            Route("/api/examples/{index}", self.example, methods=["POST"]),
+            Route("/api/examples/{index}", self.example_image),
             Route("/api/images/{session}", self.image),
             Route("/api/ask", self.ask, methods=["POST"]),
             Route("/api/forget", self.forget, methods=["POST"]),
@@ -200,10 +207,11 @@ class _Demo:
         return Response(jpeg_bytes(self._example(request).image), media_type="image/jpeg")
 
     def _example(self, request: Request) -> Example:
-        index: int = request.path_params["index"]
-        if index >= len(self.examples):
+        # Looked up as a text: Python refuses to read numbers of thousands of digits.
+        found = {str(index): example for index, example in enumerate(self.examples)}.get(request.path_params["index"])
+        if found is None:
             raise Refusal(404, "There is no such example.")
-        return self.examples[index]
+        return found
 
     def _opened(self, image: Image.Image, request: Request) -> Response:
         """Begin a session; `?replaces=` names the one its user leaves, so that many photos push out nobody else's."""
@@ -231,10 +239,14 @@ class _Demo:
         text = check_text(question.get("text"), self.limits)
         size_hw = (session.image.height, session.image.width)
         given = question.get("regions", [])
-        regions = await self._decoded(read_regions, given, size_hw, self.num_prompts, self.limits)
         asked = time.monotonic()
-        # Refused before the answer begins, so that the status says so.
+        # Refused before the answer begins, so that the status says so, and before regions take memory.
         self.queue.take_place()
+        try:
+            regions = await self._decoded(read_regions, given, size_hw, self.num_prompts, self.limits)
+        except BaseException:
+            self.queue.waiting -= 1
+            raise
         lines = self.queue.lines_of(lambda: self._answer(session, text, regions, asked))
         return StreamingResponse((json.dumps(line) + "\n" async for line in lines), media_type="application/x-ndjson")
 
@@ -246,7 +258,16 @@ class _Demo:
             if len(chat.results) >= self.limits.turns:
                 yield {"error": f"There were {self.limits.turns} questions about this image. Begin a new conversation."}
                 return
+            said, most = "", most_masks((session.image.height, session.image.width))
             for piece in chat.stream(text):
+                said += piece
+                # Before they are made, which is after the last piece.
+                if said.count(SEG_TOKEN) > most:
+                    yield {
+                        "error": f"The answer has more than {most} masks, too many for a photo of this size. "
+                        "Make it smaller."
+                    }
+                    return
                 yield {"piece": piece}
                 if time.monotonic() - begun > self.limits.answer_s:
                     yield {"error": f"The answer took more than {self.limits.answer_s:g} s and was broken off."}
@@ -308,6 +329,11 @@ async def _gone(request: Request, error: Exception) -> Response:
     return Response(status_code=400)
 
 
+def _as_called(name: str) -> str:
+    """Return a name as browsers write it into requests: IPv6 addresses stand in brackets."""
+    return f"[{name}]" if ":" in name and not name.startswith("[") else name
+
+
 def build_app(
     predictor: Predictor,
     *,
@@ -326,7 +352,9 @@ def build_app(
         routes=demo.routes(),
         middleware=[
             Middleware(_AddHeaders),
-            Middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_NAMES, *names], www_redirect=False),
+            Middleware(
+                TrustedHostMiddleware, allowed_hosts=[*LOCAL_NAMES, *map(_as_called, names)], www_redirect=False
+            ),
         ],
         exception_handlers={Refusal: _refused, ClientDisconnect: _gone},
     )

@@ -41,13 +41,15 @@ class Session:
         same = len(regions) >= len(self.regions) and all(
             _equal(new, old) for new, old in zip(regions, self.regions, strict=False)
         )
-        goes_on = self.chat is not None and same
-        if self.chat is None or not same:
-            self.chat = self.predictor.chat(self.image, regions)
-        elif len(regions) > len(self.regions):
-            self.chat.mark(*regions[len(self.regions) :])
-        self.regions = list(regions)
-        return self.chat, goes_on
+        # Taken once: `forget` may be called meanwhile, by another thread.
+        chat, marked = self.chat, len(self.regions)
+        goes_on = chat is not None and same
+        if chat is None or not same:
+            chat = self.predictor.chat(self.image, regions)
+        elif len(regions) > marked:
+            chat.mark(*regions[marked:])
+        self.chat, self.regions = chat, list(regions)
+        return chat, goes_on
 
     def forget(self) -> None:
         """Begin anew with the next question."""

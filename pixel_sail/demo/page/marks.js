@@ -19,6 +19,7 @@ export class Picture {
     canvas.addEventListener("pointermove", (event) => this.move(event));
     canvas.addEventListener("pointerup", (event) => this.release(event));
     canvas.addEventListener("pointercancel", () => { this.draft = null; this.draw(); });
+    new ResizeObserver(() => this.draw()).observe(canvas);
   }
 
   show(image) {
@@ -118,7 +119,8 @@ export class Picture {
     context.drawImage(this.image, 0, 0, this.width, this.height);
     context.imageSmoothingEnabled = false;
     for (const mask of this.masks) if (mask.visible) context.drawImage(mask.layer, 0, 0);
-    const scale = Math.max(this.width, this.height) / 600;
+    // Pixels of the photo in one of the screen: marks can be read on a narrow screen as on a wide one.
+    const scale = this.width / (this.canvas.clientWidth || this.width);
     this.marks.forEach((mark, index) => this.drawMark(mark, String(index), scale));
     if (this.draft?.path) strokePath(context, this.draft.path, "rgba(255, 255, 255, 0.6)", this.brushWidth());
     else if (this.draft) {

@@ -1,0 +1,62 @@
+"""Questions about files: every image of a folder gets its own results, and none is replaced by them."""
+
+import json
+
+import pytest
+from PIL import Image
+from test_predict import predictor as batch  # noqa: F401, a fixture
+
+from pixel_sail import ask_files as module
+from pixel_sail.ask_files import ask_files
+from pixel_sail.config import AskConfig, ConfigError, PredictConfig
+from pixel_sail.types import DataError
+
+COLOURS = {"a.png": "red", "b.jpg": "blue", "b.png": "green"}
+
+
+@pytest.fixture
+def photos(tmp_path, batch):  # noqa: F811
+    batch.model.save_pretrained(tmp_path / "model")
+    batch.processor.save_pretrained(tmp_path / "model")
+    (tmp_path / "photos").mkdir()
+    for name, colour in COLOURS.items():
+        Image.new("RGB", (64, 48), colour).save(tmp_path / "photos" / name)
+    return tmp_path / "photos"
+
+
+def ask(photos, image, output):
+    forced = PredictConfig(answer="forced")
+    config = AskConfig(
+        checkpoint=str(photos.parent / "model"), image=str(image), question="a", output=str(output), predict=forced
+    )
+    return list(ask_files(config))
+
+
+def test_images_that_differ_in_their_ending_have_results_of_their_own(photos, tmp_path):
+    results = dict(ask(photos, photos, tmp_path / "out"))
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"a.json", "a.png", "b.jpg.json", "b.jpg.png", "b.png.json", "b.png.png"}
+    for name in ("b.jpg", "b.png"):
+        record = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+        assert record["image"] == name and record["masks"] == list(results[photos / name].rles)
+
+
+def test_results_never_replace_an_image(photos, monkeypatch):
+    before = {path.name: path.read_bytes() for path in photos.iterdir()}
+    # Said before the model is loaded.
+    monkeypatch.setattr(module, "Predictor", None)
+    for image in (photos, photos / "a.png"):
+        with pytest.raises(ConfigError, match=r"a\.png is one of the images; give another folder"):
+            ask(photos, image, photos.parent / "photos" / ".." / "photos")
+    with pytest.raises(ConfigError, match="is a file, expected a folder"):
+        ask(photos, photos, photos / "a.png")
+    assert {path.name: path.read_bytes() for path in photos.iterdir()} == before
+
+
+def test_a_broken_image_of_a_folder_keeps_no_other_from_its_answer(photos, tmp_path):
+    (photos / "aa.jpg").write_bytes(b"no photo")
+    results = dict(ask(photos, photos, tmp_path / "out"))
+    assert isinstance(results.pop(photos / "aa.jpg"), DataError)
+    assert len(results) == 3 and all(result.answer == "It is [SEG]." for result in results.values())
+    with pytest.raises(DataError, match="cannot be decoded"):
+        ask(photos, photos / "aa.jpg", tmp_path / "out")
