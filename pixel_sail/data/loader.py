@@ -13,7 +13,7 @@ and up to 4 workers can each make one of these micro-batches.
 import faulthandler
 import logging
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,7 +26,7 @@ from pixel_sail.data.packing import LanePosition, LaneStream, PackingSettings, S
 from pixel_sail.data.wire import Wire, pack, unpack
 from pixel_sail.experts.choice import ExpertChoice
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
-from pixel_sail.types import Batch, DataError
+from pixel_sail.types import Batch, DataError, Example
 
 logger = logging.getLogger(__name__)
 
@@ -161,9 +161,11 @@ def training_batches(
     max_skipped_share: float = 0.0,
     experts: Sequence[ExpertChoice] = (),
     reading_L: Tensor | None = None,
+    cost: Callable[[Example], float] = len,
 ) -> Iterator[StepData]:
     """Yield the data of one optimizer step after another, without end, from the positions of all lanes after `step`
-    steps. `experts`: whose features the samples come with. `reading_L`: from `reading_table`.
+    steps. `experts`: whose features the samples come with. `reading_L`: from `reading_table`. `cost`: what a sample
+    takes of a pack's budget.
 
     Raises: DataError when a sample is wrong and more were left out than `max_skipped_share` of the stream.
     """
@@ -182,6 +184,7 @@ def training_batches(
                 max_skipped_share=max_skipped_share,
                 experts=experts,
                 reading_L=reading_L,
+                cost=cost,
             )
             for lane in group
         ]

@@ -8,10 +8,11 @@ best; its whole state is which sample it reads next and which ones it holds back
 
     lookahead 3, budget 10, lengths 6 5 3 4 7 ...  ->  packs (6 4) (5 3) ..., after the first LanePosition(4, (1, 2))
 
+What a sample takes of the budget is its tokens, or its work in tokens (`balance`).
 A sample that cannot be used is left out by its name and reason, never replaced by another one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,9 +40,14 @@ class PackingSettings:
     """Most samples of a pack, 0 for no limit."""
     lookahead: int = 8
     """Samples a lane holds back to fill its packs well; 1 packs them strictly in order."""
+    balance: str = "tokens"
+    """What fills a pack: tokens, or flops, so that all ranks have equally much to do in a step. A sample then counts as
+    the tokens that would cost as much in the layers alone, and `token_budget` is that of the work."""
 
     def __post_init__(self) -> None:
         """Check the numbers. Raises: DataError."""
+        if self.balance not in ("tokens", "flops"):
+            raise DataError(f"data.packing.balance: found {self.balance!r}, expected tokens or flops")
         if self.token_budget < 1 or self.max_samples < 0 or self.lookahead < 1:
             raise DataError(
                 f"data.packing: found token_budget {self.token_budget}, max_samples {self.max_samples}, lookahead "
@@ -98,8 +104,10 @@ class LaneStream:
         max_skipped_share: float = 0.0,
         experts: Sequence[ExpertChoice] = (),
         reading_L: torch.Tensor | None = None,
+        cost: Callable[[Example], float] = len,
     ) -> None:
-        """`reading_L`: int64, where this lane notes the position of the stream it is reading, -1 in between."""
+        """`reading_L`: int64, where this lane notes the position of the stream it is reading, -1 in between. `cost`:
+        what a sample takes of the budget."""
         self.mixture = mixture
         self.processor = processor
         self.settings = settings
@@ -108,6 +116,7 @@ class LaneStream:
         self.start = LanePosition() if start is None else start
         self.max_skipped_share = max_skipped_share
         self.experts = tuple(experts)
+        self.cost = cost
         self.reading_L = torch.empty(num_lanes, dtype=torch.int64) if reading_L is None else reading_L
 
     def example(self, number: int) -> Example:
@@ -136,16 +145,16 @@ class LaneStream:
 
     def __iter__(self) -> Iterator[Pack]:
         """Yield packs without end. Raises: DataError once this lane alone left out more than the run allows."""
-        held = {number: self.example(number) for number in self.start.waiting}
+        held = {number: self._weighed(number) for number in self.start.waiting}
         upcoming, num_skipped = self.start.next, 0
         while True:
             chosen: list[Example] = []
             skipped: list[Skipped] = []
-            room = self.settings.token_budget
+            room = float(self.settings.token_budget)
             while True:
                 while len(held) < self.settings.lookahead:
                     try:
-                        held[upcoming] = self.example(upcoming)
+                        held[upcoming] = self._weighed(upcoming)
                     except ExpertCacheError:
                         # The sample is right, the cache is not: leaving samples out would train on other data.
                         raise
@@ -160,20 +169,24 @@ class LaneStream:
                 number = self._best_fit(held, room, is_first=not chosen)
                 if number is None or (self.settings.max_samples and len(chosen) == self.settings.max_samples):
                     break
-                example = held.pop(number)
+                example, cost = held.pop(number)
                 chosen.append(example)
-                room -= len(example)
+                room -= cost
             after = LanePosition(next=upcoming, waiting=tuple(held))
             yield Pack(lane=self.lane, after=after, examples=tuple(chosen), skipped=tuple(skipped))
 
+    def _weighed(self, number: int) -> tuple[Example, float]:
+        example = self.example(number)
+        return example, self.cost(example)
+
     @staticmethod
-    def _best_fit(held: dict[int, Example], room: int, *, is_first: bool) -> int | None:
-        """Return the sample to pack next: the oldest into an empty pack, so that none waits for ever, else the longest
-        that fits, the older of two."""
+    def _best_fit(held: dict[int, tuple[Example, float]], room: float, *, is_first: bool) -> int | None:
+        """Return the sample to pack next: the oldest into an empty pack, so that none waits for ever, else the one that
+        costs most and fits, the older of two."""
         if is_first:
             return min(held)
-        fitting = [number for number, example in held.items() if len(example) <= room]
-        return max(fitting, key=lambda number: (len(held[number]), -number), default=None)
+        fitting = [number for number, (_, cost) in held.items() if cost <= room]
+        return max(fitting, key=lambda number: (held[number][1], -number), default=None)
 
     def _stream_position(self, number: int) -> int:
         return self.lane + number * self.num_lanes

@@ -18,7 +18,7 @@ from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.image_layout import image_tokens
 from pixel_sail.model.patches import grid_size
 from pixel_sail.model.spans import sample_spans
-from pixel_sail.types import Batch, SizeHW
+from pixel_sail.types import IGNORE_LABEL, Batch, Example, SizeHW
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +136,28 @@ def of_batch(batch: Batch) -> Workload:
         samples=len(batch.sample_ids),
         real_tokens=int((batch.sample_index_BT >= 0).sum()),
         seen_pairs=visible_pairs(batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT),
+        computed_pairs=sum(call.queries * (call.shown + call.queries) for call in calls),
+        computed_keys=sum(call.shown + call.queries for call in calls),
+    )
+
+
+def of_example(example: Example) -> Workload:
+    """Return what one sample is alone in a row."""
+    where = (torch.zeros_like(example.input_ids_T)[None], example.branch_ids_T[None], example.in_image_T[None])
+    calls = calls_of(sample_spans(*where))
+    images: tuple[ImageLoad, ...] = ()
+    if example.grid_hw is not None:
+        rows, columns = example.grid_hw
+        height, width = example.masks[0].shape if example.masks else (0, 0)
+        images = (ImageLoad(rows=rows, columns=columns, masks=len(example.masks), photo_hw=(height, width)),)
+    return Workload(
+        rows=1,
+        tokens_per_row=len(example),
+        images=images,
+        supervised=int((example.labels_T != IGNORE_LABEL).sum()),
+        samples=1,
+        real_tokens=len(example),
+        seen_pairs=visible_pairs(*where),
         computed_pairs=sum(call.queries * (call.shown + call.queries) for call in calls),
         computed_keys=sum(call.shown + call.queries for call in calls),
     )

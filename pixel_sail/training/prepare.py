@@ -7,7 +7,7 @@ Place in the flow: `prepare` builds what the configuration names and brings it t
 """
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from pixel_sail.data.noted_files import noted_files
 from pixel_sail.experts.teachers import load_teachers
 from pixel_sail.losses.distill import DistillTerm
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
+from pixel_sail.planning.balance import SampleCost
 from pixel_sail.training import checkpoint
 from pixel_sail.training.accelerator import build_accelerator
 from pixel_sail.training.build import build_model
@@ -33,6 +34,7 @@ from pixel_sail.training.optim import build_optimizer
 from pixel_sail.training.rewind import behind_rewinds
 from pixel_sail.training.run_lock import RunLock
 from pixel_sail.training.step import Distillation, source_columns
+from pixel_sail.types import Example
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +148,11 @@ def prepare(config: TrainConfig, *, lock: bool) -> Run:
     )
 
 
+def sample_cost(config: TrainConfig) -> Callable[[Example], float]:
+    """Return what a sample takes of a pack's budget."""
+    return SampleCost(architecture=config.model.architecture) if config.data.packing.balance == "flops" else len
+
+
 def step_data(run: Run, reading_L: Tensor | None = None) -> Iterator[StepData]:
     """Yield the data of one step of a run after another; `reading_L` as in `data/loader.py`."""
     data = run.config.data
@@ -160,6 +167,7 @@ def step_data(run: Run, reading_L: Tensor | None = None) -> Iterator[StepData]:
         max_skipped_share=data.max_skipped_share,
         experts=run.distillation.teachers.choices if run.distillation is not None else (),
         reading_L=reading_L,
+        cost=sample_cost(run.config),
     )
 
 
