@@ -1,10 +1,13 @@
 """Sweeps: a grid becomes jobs, jobs go on where they stopped, one failure leaves the others alone, tables come out."""
 
+import errno
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -13,6 +16,7 @@ from running import ROOT, load_tool, start
 from pixel_sail.config import ConfigError
 from pixel_sail.evaluation.comparison import compare
 from pixel_sail.evaluation.sweep_tables import read_groups, scores_table_of
+from pixel_sail.files import replace_text
 from pixel_sail.sweep import jobs as sweep_jobs
 from pixel_sail.sweep import slurm
 from pixel_sail.sweep.grid import Job, expand
@@ -96,7 +100,8 @@ def starts(folder):
 
 def test_a_failed_job_loses_no_other_and_is_the_only_one_tried_again(fake_scripts, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "sweep"
-    command = [f"--folder={folder}", "--jobs=2", "--evaluate=evals=[x]", "experiment=quickstart", "seed=1,2,3,4"]
+    command = [f"--folder={folder}", "--jobs=2", "--evaluate=evals=[refshapes_val]", "experiment=quickstart"]
+    command += ["seed=1,2,3,4"]
     monkeypatch.setenv("FAILING", "2")
     assert main(command) == 1
     assert starts(folder) == {"seed-1": 1, "seed-2": 1, "seed-3": 3, "seed-4": 1}
@@ -109,10 +114,50 @@ def test_a_failed_job_loses_no_other_and_is_the_only_one_tried_again(fake_script
     assert starts(folder) == {"seed-1": 1, "seed-2": 2, "seed-3": 3, "seed-4": 1}
     assert "1 finished, 3 skipped" in capsys.readouterr().out
     # Another evaluation is done for all, and no training again; more seeds join the same folder.
-    assert main([*command[:2], "--evaluate=evals=[y]", "experiment=quickstart", "seed=1,2,3,4,5"]) == 0
+    assert main([*command[:2], "--evaluate=evals=[refshapes_testA]", "experiment=quickstart", "seed=1,2,3,4,5"]) == 0
     assert starts(folder) == {"seed-1": 1, "seed-2": 2, "seed-3": 3, "seed-4": 1, "seed-5": 1}
-    assert {path.read_text() for path in folder.glob("*/scored")} == {"[y]"}
+    assert {path.read_text() for path in folder.glob("*/scored")} == {"[refshapes_testA]"}
     assert list(json.loads((folder / "sweep.json").read_text())["jobs"]) == [f"seed-{n}" for n in (1, 2, 3, 4, 5)]
+
+
+def test_a_launcher_that_does_not_exist_fails_the_jobs_and_not_the_sweep(fake_scripts, tmp_path, capsys):
+    command = [f"--folder={tmp_path / 'sweep'}", "--launcher=no_such_launcher", "experiment=quickstart", "seed=1,2"]
+    assert main(command) == 1
+    said = capsys.readouterr().out
+    assert said.count("FileNotFoundError") == 2 and "no_such_launcher" in said and "2 failed" in said
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"overrides": []}', '{"overrides": 1, "evaluate": [], "done": []}'])
+def test_a_damaged_record_fails_its_own_job_only(fake_scripts, tmp_path, capsys, content):
+    folder = tmp_path / "sweep"
+    (folder / "jobs").mkdir(parents=True)
+    (folder / "jobs" / "seed-1.json").write_text(content)
+    assert main([f"--folder={folder}", "experiment=quickstart", "seed=1,2,4"]) == 1
+    assert starts(folder) == {"seed-2": 1, "seed-4": 1}
+    said = capsys.readouterr().out
+    assert f"DataError: {folder / 'jobs' / 'seed-1.json'}: found no record of a job" in said
+    assert "2 finished, 1 failed" in said
+
+
+def test_a_disk_that_is_full_for_one_job_loses_no_other(fake_scripts, tmp_path, monkeypatch, capsys):
+    def write(path, text):
+        if path.name == "seed-1.json" and "train" in json.loads(text)["done"]:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        replace_text(path, text)
+
+    monkeypatch.setattr(sweep_jobs, "replace_text", write)
+    folder = tmp_path / "sweep"
+    assert main([f"--folder={folder}", "--jobs=2", "experiment=quickstart", "seed=1,3,4"]) == 1
+    assert starts(folder) == {"seed-1": 1, "seed-3": 3, "seed-4": 1}
+    said = capsys.readouterr().out
+    assert "No space left on device" in said and "2 finished, 1 failed" in said
+
+
+def test_a_damaged_list_of_jobs_is_refused_before_anything_starts(fake_scripts, tmp_path, capsys):
+    (tmp_path / "sweep.json").write_text("{")
+    assert main([f"--folder={tmp_path}", "experiment=quickstart", "seed=1"]) == 2
+    assert str(tmp_path / "sweep.json") in capsys.readouterr().err
+    assert not starts(tmp_path)
 
 
 def test_a_folder_of_other_jobs_is_refused_before_anything_starts(fake_scripts, tmp_path, capsys):
@@ -157,6 +202,41 @@ from pixel_sail.sweep import jobs, run
 jobs.SCRIPTS = pathlib.Path(sys.argv[1])
 sys.exit(run.main(sys.argv[2:]))
 """
+
+
+EARLY = [
+    (["experiment=quickstart", "ablation=stride_4,marks_box"], "ablation-marks_box", "data.sources.osprey_short_form"),
+    (["experiment=quickstart", "ablation=stride_4,data_pix2cap"], "ablation-data_pix2cap", "no _target_"),
+    (["experiment=pixel_sail_7b", "ablation=stride_4,prompts_off"], "ablation-prompts_off", "base eve"),
+    (
+        ["experiment=quickstart", "+data.sources.refshapes.splitt=a,b"],
+        "splitt-a",
+        "unexpected keyword argument 'splitt'",
+    ),
+    (["experiment=quickstart", "data.sources.refshapes._target_=no.such"], "only", "no.such"),
+    (["experiment=quickstart", "evals.refshapes_val.root=a", "+evals.other.root=b,c"], "other.root-b", "evals.other"),
+    (["experiment=refshapes_distill", "experts.ours.share=1,3"], "share-3", "share is 3"),
+    (["experiment=refshapes_distill", "+experts.ours.model.weightz=a,b"], "weightz-a", "experts.ours.model"),
+    (["experiment=quickstart", "data.packs_per_micro_batch=8,3"], "batch-3", "multiple of 3"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "job", "named"), EARLY)
+def test_a_combination_that_training_would_refuse_is_named_before_any_job(
+    fake_scripts, tmp_path, capsys, overrides, job, named
+):
+    assert main([f"--folder={tmp_path / 'sweep'}", *overrides]) == 2
+    said = capsys.readouterr().err
+    assert re.match(rf"ConfigError: sweep: job '\S*{re.escape(job)}' \(experiment=", said) and named in said
+    assert "_partial_" not in said and not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize("evaluate", ["evals=[no_such]", "evals=[refshapes_val] predict.prompt=no_such"])
+def test_an_evaluation_that_cannot_be_is_refused_before_any_training(fake_scripts, tmp_path, capsys, evaluate):
+    assert main([f"--folder={tmp_path / 'sweep'}", f"--evaluate={evaluate}", "experiment=quickstart", "seed=1"]) == 2
+    said = capsys.readouterr().err
+    assert f"--evaluate '{evaluate}'" in said and "no_such" in said.partition(evaluate)[2]
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_a_stopped_sweep_has_its_trainings_save_and_starts_no_other(tmp_path):
@@ -222,6 +302,46 @@ def test_a_job_that_runs_out_of_time_is_submitted_again(tmp_path, monkeypatch):
     assert (again, resubmitted.job, job.stop.is_set) == ("again", job.job, True)
 
 
+ON_A_NODE = """
+import pathlib, signal, sys, types
+from pixel_sail.sweep import jobs, slurm
+from pixel_sail.sweep.grid import Job
+folder = jobs.SCRIPTS = pathlib.Path(sys.argv[1])
+sys.modules["submitit"] = types.SimpleNamespace(helpers=types.SimpleNamespace(DelayedSubmission=lambda job: job))
+job = slurm.SlurmJob(Job(name="a", overrides=(), swept={}), jobs.Settings(folder=folder / "sweep"))
+def checkpoint_and_requeue(*_):
+    print("again:", job.checkpoint().job.name)
+    sys.exit(3)
+signal.signal(signal.SIGUSR2, checkpoint_and_requeue)
+job()
+"""
+
+
+def test_the_signal_before_the_time_limit_has_the_training_save_and_the_job_submitted_again(tmp_path):
+    """The handler runs in the main thread, as that of submitit does, while the job waits for its training."""
+    (tmp_path / "train.py").write_text(SLEEPING)
+    run_dir = tmp_path / "sweep" / "a"
+    command = [sys.executable, "-c", ON_A_NODE, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            while not (run_dir / "running").exists():
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.send_signal(signal.SIGUSR2)
+            said, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, said) == (3, "again: a\n")
+    assert (run_dir / "saved").exists()
+
+
+def test_a_signal_before_the_job_has_begun_asks_for_another_start_too(tmp_path, monkeypatch):
+    helpers = types.SimpleNamespace(DelayedSubmission=lambda job: ("again", job.job))
+    monkeypatch.setitem(sys.modules, "submitit", types.SimpleNamespace(helpers=helpers))
+    job = Job(name="a", overrides=(), swept={})
+    assert slurm.SlurmJob(job, Settings(folder=tmp_path)).checkpoint() == ("again", job)
+
+
 def test_a_real_sweep_trains_scores_and_makes_its_tables(data_root, tmp_path, capsys):
     """One tiny training by the documented command; a copy with other answers stands in for a second group."""
     folder = tmp_path / "sweep"
@@ -260,6 +380,35 @@ def test_a_real_sweep_trains_scores_and_makes_its_tables(data_root, tmp_path, ca
     expected = f"{ciou.b - ciou.a:+.4f} | {low:+.4f} .. {high:+.4f} | {ciou.b - ciou.a:+.4f} |"
     assert f"| ablation=other: refshapes_val ciou | {expected}" in said
     assert out.read_text() == said and plot.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("ablation=a, lr=1", "ablation=a, lr=1"),
+        ("data_a, lr=1", "ablation=data_a, lr=1"),
+        ("data_b", "ablation=data_b, lr=1"),
+        ("ablation=data_b", "ablation=data_b, lr=1"),
+        ("10", "ablation=data_b_c, lr=10"),
+        ("_c", "ablation=data_b_c, lr=10"),
+    ],
+)
+def test_a_baseline_is_a_name_else_a_value_else_a_part_of_a_name(tmp_path, capsys, text, found):
+    swept = [("a", "1"), ("data_a", "1"), ("data_b", "1"), ("data_b_c", "10")]
+    jobs = {f"job_{index}": {"swept": {"ablation": a, "lr": lr}} for index, (a, lr) in enumerate(swept)}
+    (tmp_path / "sweep.json").write_text(json.dumps({"jobs": jobs}))
+    assert load_tool("make_tables").main([f"--sweep={tmp_path}", f"--baseline={text}"]) == 0
+    assert f"## Differences to {found}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("text", "said"), [("1", "fits 2 of the 3 groups"), ("data", "fits 2"), ("other", "fits 0")])
+def test_a_baseline_that_is_not_one_group_is_refused_with_the_names_to_choose_from(tmp_path, capsys, text, said):
+    swept = [("a", "1"), ("data_a", "1"), ("data_c", "10")]
+    jobs = {f"job_{index}": {"swept": {"ablation": a, "lr": lr}} for index, (a, lr) in enumerate(swept)}
+    (tmp_path / "sweep.json").write_text(json.dumps({"jobs": jobs}))
+    assert load_tool("make_tables").main([f"--sweep={tmp_path}", f"--baseline={text}"]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "'ablation=data_a, lr=1'" in error
 
 
 def test_spread_over_seeds_by_hand(tmp_path):

@@ -5,8 +5,8 @@
 
 A run is a folder with the results.jsonl of scripts/evaluate.py, or a run folder with such an `evaluation`. Without any
 run the paper's rows are printed alone. `--sweep` takes the folder of tools/sweep.py: mean and spread over seeds, and
-differences to the group whose name contains `--baseline` (by default the first), with intervals from a paired bootstrap
-over images. `--plot` draws the scores of every job over the groups.
+differences to the group that `--baseline` names (by default the first), with intervals from a paired bootstrap over
+images. `--plot` draws the scores of every job over the groups.
 """
 
 import argparse
@@ -51,7 +51,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--protocols", nargs="+", choices=tuple(PROTOCOLS), default=list(PROTOCOLS))
     parser.add_argument("--sweep", type=Path, metavar="FOLDER")
     parser.add_argument(
-        "--baseline", metavar="TEXT", help="part of the name of the group that others are compared with"
+        "--baseline",
+        metavar="TEXT",
+        help="the group that others are compared with: its name, a value, or a part of these",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of a sweep's scores")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the tables to this file too")
@@ -71,15 +73,29 @@ def read_runs(runs: Sequence[str], vqa: Sequence[str]) -> dict[str, dict[str, Sc
 
 
 def _baseline(groups: Sequence[Group], text: str | None) -> Group:
-    """Return the group that others are compared with. Raises: ConfigError unless exactly one name contains the text."""
+    """Return the group that others are compared with: the one of that name, else with that value, else whose name
+    contains the text. Raises: ConfigError unless it is exactly one.
+
+    For example "a" is `x=a` of the groups `x=a` and `x=ab`, "b" is `x=ab`.
+    """
     if text is None:
         return groups[0]
-    named = [group for group in groups if text in group.name]
+    named = [group for group in groups if text == group.name]
+    named = named or [group for group in groups if text in _settings(group)]
+    named = named or [group for group in groups if text in group.name]
     if len(named) != 1:
+        fitting = [group.name for group in named or groups]
         raise ConfigError(
-            f"--baseline {text!r} fits {len(named)} of the groups {[group.name for group in groups]}, expected one"
+            f"--baseline {text!r} fits {len(named)} of the {len(groups)} groups, expected one; give one of the names "
+            f"{fitting}"
         )
     return named[0]
+
+
+def _settings(group: Group) -> list[str]:
+    """Return the swept settings of a group, as key=value and as value alone."""
+    settings = group.name.split(", ")
+    return [*settings, *(setting.partition("=")[2] for setting in settings)]
 
 
 def panels(groups: Sequence[Group]) -> list[Panel]:

@@ -26,6 +26,7 @@ from pixel_sail.config import ConfigError
 from pixel_sail.files import replace_text
 from pixel_sail.places import root_folder
 from pixel_sail.sweep.grid import Job
+from pixel_sail.types import DataError
 
 SCRIPTS = root_folder() / "scripts"
 
@@ -71,7 +72,8 @@ class Stop:
 
     is_set: bool = False
     running: set["subprocess.Popen[bytes]"] = field(default_factory=set)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    """Of a kind that a signal handler may take again from the thread it interrupted in `stop`."""
 
     def stop(self) -> None:
         """Tell every command to save and end."""
@@ -96,39 +98,54 @@ class Stop:
 
 
 def run_job(job: Job, settings: Settings, stop: Stop) -> Outcome:
-    """Run what is left of a job. Failures are told in the outcome, not raised, so that other jobs go on.
+    """Run what is left of a job. Failures are told in the outcome, not raised, so that other jobs go on."""
+    started = time.monotonic()
+    try:
+        status, detail = _run_stages(job, settings, stop)
+    except (OSError, ValueError) as error:
+        # A launcher that does not exist, a full disk, a damaged record.
+        status, detail = "failed", f"{type(error).__name__}: {error}"
+    return Outcome(name=job.name, status=status, seconds=time.monotonic() - started, detail=detail)
 
-    Raises: ConfigError when the job's folder belongs to other overrides.
-    """
+
+def _run_stages(job: Job, settings: Settings, stop: Stop) -> tuple[str, str]:
+    """Return status and detail of the outcome. Raises: OSError, DataError and ConfigError, see `read_record`."""
     record = read_record(job, settings)
     commands = {"train": train_command(job, settings)}
     if settings.evaluate:
         commands["evaluate"] = evaluate_command(job, settings)
     left = [stage for stage in commands if stage not in record["done"]]
     if not left:
-        return Outcome(name=job.name, status="skipped")
-    started = time.monotonic()
+        return "skipped", ""
     for stage in left:
         status = _run_command(commands[stage], settings.file(job, "log"), stop)
-        seconds = time.monotonic() - started
         if stop.is_set and status != 0:
-            return Outcome(name=job.name, status="interrupted", seconds=seconds, detail=stage)
+            return "interrupted", stage
         if status != 0:
-            detail = f"{stage} ended with status {status}, see {settings.file(job, 'log')}"
-            return Outcome(name=job.name, status="failed", seconds=seconds, detail=detail)
+            return "failed", f"{stage} ended with status {status}, see {settings.file(job, 'log')}"
         record["done"].append(stage)
         replace_text(settings.file(job, "json"), json.dumps(record, indent=1) + "\n")
-    return Outcome(name=job.name, status="finished", seconds=seconds)
+    return "finished", ""
 
 
 def read_record(job: Job, settings: Settings) -> dict[str, Any]:
-    """Return what is known of a job. Another evaluation is done anew. Raises: ConfigError, see `run_job`."""
+    """Return what is known of a job. Another evaluation is done anew.
+
+    Raises: ConfigError when the job's folder belongs to other overrides, DataError for a damaged record, OSError.
+    """
     file = settings.file(job, "json")
     asked = {"overrides": list(job.overrides), "evaluate": list(settings.evaluate), "done": []}
     if not file.is_file():
         replace_text(file, json.dumps(asked, indent=1) + "\n")
         return asked
-    record: dict[str, Any] = json.loads(file.read_text())
+    try:
+        content = json.loads(file.read_text())
+        record: dict[str, Any] = {key: list(content[key]) for key in asked}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{file}: found no record of a job ({error!r}), expected lists of {sorted(asked)}; delete it, and the "
+            "job goes on from its last checkpoint"
+        ) from error
     if record["overrides"] != asked["overrides"]:
         raise ConfigError(
             f"{file}: found a job with overrides {record['overrides']}, expected {asked['overrides']}; choose another "

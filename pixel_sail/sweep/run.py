@@ -18,14 +18,17 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 from pixel_sail.config import ConfigError, TrainConfig, load_config
 from pixel_sail.files import replace_text
+from pixel_sail.sweep.checks import check_evaluation, checked_config
 from pixel_sail.sweep.grid import Job, expand
 from pixel_sail.sweep.jobs import SAVED_STATUS, Outcome, Settings, Stop, read_record, run_job
 from pixel_sail.sweep.slurm import run_through_slurm
+from pixel_sail.types import DataError
 
 logger = logging.getLogger("sweep")
 
@@ -63,17 +66,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options, overrides = parse(sys.argv[1:] if arguments is None else arguments)
         jobs = expand(overrides)
-        # Every job's configuration is checked before the first one starts.
-        configs = [load_config("train", TrainConfig, [*job.overrides, f"name='{job.name}'"]) for job in jobs]
+        # All of them before the first job starts.
+        configs = [checked_config(job) for job in jobs]
         named = load_config("train", TrainConfig, [*jobs[0].overrides, *_default_name(jobs[0])]).name
         folder = options.folder or Path(configs[0].paths.runs) / "sweeps" / named
+        launcher = tuple(shlex.split(options.launcher)) or (sys.executable,)
+        settings = Settings(folder=folder.resolve(), launcher=launcher, evaluate=tuple(shlex.split(options.evaluate)))
+        if settings.evaluate:
+            check_evaluation(settings.evaluate)
         if options.list:
             print("\n".join(f"{job.name}: {' '.join(job.overrides)}" for job in jobs))
             return 0
-        launcher = tuple(shlex.split(options.launcher)) or (sys.executable,)
-        settings = Settings(folder=folder.resolve(), launcher=launcher, evaluate=tuple(shlex.split(options.evaluate)))
-        for job in jobs:
-            read_record(job, settings)
+        _check_records(jobs, settings)
         _note(jobs, settings)
         if options.slurm is not None:
             outcomes = run_through_slurm(jobs, settings, shlex.split(options.slurm))
@@ -93,12 +97,33 @@ def _default_name(job: Job) -> list[str]:
     return [] if any(override.startswith("experiment=") for override in job.overrides) else ["name=sweep"]
 
 
+def _check_records(jobs: Sequence[Job], settings: Settings) -> None:
+    """Raise ConfigError where a job's folder belongs to other overrides."""
+    for job in jobs:
+        # A record that cannot be read or written is the failure of its job, which `run_job` tells.
+        with suppress(OSError, DataError):
+            read_record(job, settings)
+
+
 def _note(jobs: Sequence[Job], settings: Settings) -> None:
-    """Write which job has which values; jobs of an earlier call with the same folder stay."""
+    """Write which job has which values; jobs of an earlier call with the same folder stay.
+
+    Raises: ConfigError when the file is damaged or cannot be written.
+    """
     file = settings.folder / FILE_NAME
-    known = json.loads(file.read_text())["jobs"] if file.is_file() else {}
-    known |= {job.name: {"swept": job.swept, "overrides": list(job.overrides)} for job in jobs}
-    replace_text(file, json.dumps({"jobs": known}, indent=1) + "\n")
+    try:
+        known = dict(json.loads(file.read_text())["jobs"]) if file.is_file() else {}
+        known |= {job.name: {"swept": job.swept, "overrides": list(job.overrides)} for job in jobs}
+        replace_text(file, json.dumps({"jobs": known}, indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"{file}: cannot be read and written ({error}), expected a folder with room; choose another --folder"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{file}: found no list of jobs ({error!r}), expected what a sweep wrote; move the file away, the sweep "
+            "notes the jobs it is called with anew"
+        ) from error
 
 
 def run_here(jobs: Sequence[Job], settings: Settings, *, num_at_once: int) -> list[Outcome]:

@@ -8,6 +8,7 @@ or `cluster=debug` try the same without Slurm. The folder must be seen by all no
 import importlib
 import logging
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from pixel_sail.config import ConfigError
@@ -23,17 +24,31 @@ class SlurmJob:
     def __init__(self, job: Job, settings: Settings) -> None:
         self.job = job
         self.settings = settings
+        # Made on the node, as neither can be pickled.
+        self.stop: Stop | None = None
+        self.outcome: Future[Outcome] | None = None
 
     def __call__(self) -> Outcome:
-        """Run what is left of the job."""
-        self.stop = Stop()
-        return run_job(self.job, self.settings, self.stop)
+        """Run what is left of the job.
+
+        In a thread beside the main one, because submitit calls `checkpoint` from a signal handler, which interrupts the
+        main thread wherever it stands. Within `Popen.wait` that would be with a lock which `checkpoint` then waits for.
+        """
+        self.stop = stop = Stop()
+        with ThreadPoolExecutor(1) as pool:
+            self.outcome = pool.submit(run_job, self.job, self.settings, stop)
+            try:
+                return self.outcome.result()
+            finally:
+                stop.stop()
 
     def checkpoint(self) -> Any:
         """Have the training save and end, and ask to be started again."""
-        self.stop.stop()
-        for process in tuple(self.stop.running):
-            process.wait()
+        if self.stop is not None:
+            self.stop.stop()
+        if self.outcome is not None:
+            # Waits for the end. The main thread may stand in `result`, whose lock it may take again here.
+            self.outcome.exception()
         return importlib.import_module("submitit").helpers.DelayedSubmission(SlurmJob(self.job, self.settings))
 
 
