@@ -1,8 +1,11 @@
-"""Checkpoints of other layouts become ours and go back without losing a bit, and what does not fit leaves nothing."""
+"""Checkpoints of other bases become ours without losing a bit, and what does not fit leaves nothing."""
 
+import io
 import json
+import os
 import pickle
 import re
+import resource
 import shutil
 import weakref
 from pathlib import Path
@@ -10,103 +13,61 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from running import load_tool
+from drawn_checkpoints import (
+    BASE_TOKENS,
+    CHOSEN,
+    DECODER,
+    convert,
+    make_base_tokenizer,
+    other_tokenizer,
+    save_base,
+    text_logits,
+    text_model,
+    write_eve,
+    write_qwen,
+)
+from omegaconf import OmegaConf
+from running import ROOT, load_tool
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from shared_data import parity_folder
-from test_parity import _released_name
-from tokenizers import AddedToken
-from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import Tokenizer
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from pixel_sail.config import ModelConfig
-from pixel_sail.conversion import sources, writer
-from pixel_sail.conversion.layouts import LAYOUTS, released_key
+from pixel_sail.conversion import sources, vocabulary, writer
+from pixel_sail.conversion.layouts import LAYOUTS, reason
 from pixel_sail.conversion.plan import Rows
-from pixel_sail.conversion.roads import expected_shapes, plan_to_ours, plan_to_release, to_ours, to_release
-from pixel_sail.conversion.sizes import COPIED_SIZES, Chosen
+from pixel_sail.conversion.roads import expected_shapes, to_ours
+from pixel_sail.conversion.sizes import COPIED_SIZES, Chosen, base_architecture
 from pixel_sail.conversion.sources import open_source
-from pixel_sail.conversion.vocabulary import release_orders
 from pixel_sail.conversion.writer import shards_of, tensor_hash
 from pixel_sail.model.configuration_pixel_sail import Architecture
-from pixel_sail.model.convert import TOKEN_ROWS, our_key
+from pixel_sail.model.convert import TOKEN_ROWS
 from pixel_sail.model.modeling_pixel_sail import load_model
-from pixel_sail.model.tokenization import load_tokenizer, train_tokenizer
+from pixel_sail.model.tokenization import add_special_tokens, load_tokenizer, special_tokens
 from pixel_sail.training.build import build_model
 from pixel_sail.types import DataError
-
-DECODER = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-    "tie_word_embeddings": False,
-}
-CHOSEN = Chosen(patch_size=8, mask_stride=4, mask_dim=16, num_visual_prompts=2)
-BASE_TOKENS = 280
 
 
 @pytest.fixture(scope="session")
 def base_tokenizer():
-    """A tokenizer without the tokens of phrases, masks and prompts, as a base has it."""
-    full = train_tokenizer([], vocab_size=270, num_visual_prompts=0)
-    model = json.loads(full.backend_tokenizer.to_str())
-    late = ("[SEG]", "<p>", "</p>")
-    model["added_tokens"] = [token for token in model["added_tokens"] if token["content"] not in late]
-    kept = [token for token in sorted(model["model"]["vocab"], key=model["model"]["vocab"].get) if token not in late]
-    model["model"]["vocab"] = {token: index for index, token in enumerate(kept)}
-    for token in model["added_tokens"]:
-        token["id"] = model["model"]["vocab"][token["content"]]
-    tokenizer = type(full)(tokenizer_object=type(full.backend_tokenizer).from_str(json.dumps(model)))
-    tokenizer.add_tokens([f"word{i}" for i in range(BASE_TOKENS - len(tokenizer))])
-    return tokenizer
-
-
-def text_model(kind, config_kind, **changes):
-    torch.manual_seed(1)
-    model = kind(config_kind(**(DECODER | {"vocab_size": BASE_TOKENS + 8} | changes))).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter)
-    return model
-
-
-def save_base(folder, model, tokenizer, **arguments):
-    model.save_pretrained(folder, **arguments)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return make_base_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def qwen(base_tokenizer, tmp_path_factory):
-    """A random Qwen2 checkpoint of several shards."""
-    model = text_model(Qwen2ForCausalLM, Qwen2Config)
-    return save_base(tmp_path_factory.mktemp("qwen"), model, base_tokenizer, max_shard_size="20KB")
+    return write_qwen(tmp_path_factory.mktemp("qwen"), base_tokenizer)
 
 
 @pytest.fixture
 def damaged(qwen, tmp_path):
     return Path(shutil.copytree(qwen, tmp_path / "damaged"))
-
-
-def text_logits(model, ids):
-    count = torch.arange(ids.shape[1]).expand_as(ids)
-    none = torch.full_like(ids, -1)
-    with torch.no_grad():
-        return model(
-            ids,
-            torch.stack([count, count]),
-            torch.zeros_like(ids),
-            torch.zeros_like(ids),
-            torch.zeros_like(ids, dtype=torch.bool),
-            none,
-            none,
-            torch.zeros(0, 3 * model.config.patch_size**2),
-        ).logits
-
-
-def convert(source, layout, folder, **changes):
-    return to_ours(source, layout, folder, base=changes.pop("base", source), chosen=CHOSEN, **changes)
 
 
 @pytest.mark.parametrize(
@@ -144,35 +105,14 @@ def test_text_logits_of_a_converted_base_are_unchanged(layout, kind, config_kind
     assert ours.config.token_ids["[SEG]"] == tokenizer.get_vocab()["[SEG]"] == BASE_TOKENS
 
 
-EVE_KEYS = (
-    (r"decoder\.layers\.(\d+)\.image\.self_attn\.(.+)", r"model.layers.\1.self_attn.moe_\2"),
-    (r"decoder\.layers\.(\d+)\.image\.(.+)", r"model.layers.\1.moe_\2"),
-    (r"decoder\.(.+)", r"model.\1"),
-    (r"embed_tokens\.(.+)", r"model.embed_tokens.\1"),
-    (r"patch_embedding\.piece_projection\.(.+)", r"model.vision_tower.patch_embedding.0.\1"),
-    (r"patch_embedding\.patch_projection\.(.+)", r"model.vision_tower.patch_embedding.2.\1"),
-    (r"patch_embedding\.class_embedding", "model.vision_tower.class_embedding"),
-    (r"patch_embedding\.row_end_embedding", "model.vision_tower.split_embedding"),
-)
-"""Ours -> the published base."""
+EVE_SIZES = DECODER | {"vocab_size": BASE_TOKENS + 8, "rope_theta": 10_000.0}
 
 
 @pytest.mark.parametrize("parts", [["self_attn", "layernorm", "mlp"], ["mlp"], []], ids="-".join)
 def test_an_evev2_base_keeps_every_weight_and_shows_its_own_sizes(parts, base_tokenizer, make_config, tmp_path):
-    base = text_model(Qwen2ForCausalLM, Qwen2Config, tie_word_embeddings=False)
-    save_tokenizer(base_tokenizer, tmp_path / "eve")
-    base.config.save_pretrained(tmp_path / "eve")
-    sizes = {name: getattr(base.config, name) for name in COPIED_SIZES} | {"vocab_size": base.config.vocab_size}
     eve = {"base": "eve", "attention": "causal", "modality_experts": parts, "patch_size": 8, "patch_hidden_size": 12}
-    shapes = expected_shapes(make_config(**sizes, **eve))
-    generator = torch.Generator().manual_seed(3)
-    weights = {n: torch.randn(s, generator=generator) for n, s in shapes.items() if not n.startswith("mask_head")}
-    state = {
-        next((re.sub(own, key, name) for own, key in EVE_KEYS if re.fullmatch(own, name)), name): tensor
-        for name, tensor in weights.items()
-    }
-    assert ("model.layers.1.moe_mlp.up_proj.weight" in state) == ("mlp" in parts)
-    save_file(state, tmp_path / "eve" / "model.safetensors")
+    weights = write_eve(tmp_path / "eve", base_tokenizer, make_config(**EVE_SIZES, **eve))
+    assert ("decoder.layers.1.image.mlp.up_proj.weight" in weights) == ("mlp" in parts)
     convert(tmp_path / "eve", "evev2", tmp_path / "ours")
     model = load_model(tmp_path / "ours")
     assert {name: getattr(model.config, name) for name in eve} == eve
@@ -181,6 +121,45 @@ def test_an_evev2_base_keeps_every_weight_and_shows_its_own_sizes(parts, base_to
         found = ours[name][: len(tensor)] if name in TOKEN_ROWS else ours[name]
         known = BASE_TOKENS if name in TOKEN_ROWS else len(tensor)
         assert torch.equal(found[:known], tensor[:known]), name
+
+
+ROADS = {
+    "sail_0_5b": ("qwen2", "sail"),
+    "sail_3b": ("qwen2", "sail"),
+    "solo_7b": ("solo",),
+    "eve_7b": ("evev2",),
+    "tiny": (),
+}
+"""Model file -> the roads that lead to a start for it; tiny starts from random weights."""
+
+
+def architecture_of_file(name):
+    return OmegaConf.to_object(OmegaConf.load(ROOT / "configs" / "model" / f"{name}.yaml")["architecture"])
+
+
+@pytest.mark.parametrize(("name", "layout"), [(name, layout) for name, own in ROADS.items() for layout in own])
+def test_the_defaults_of_every_road_are_those_of_the_model_files(name, layout):
+    assert ROADS.keys() == {path.stem for path in (ROOT / "configs" / "model").glob("*.yaml")}
+    wanted = Architecture(**architecture_of_file(name))
+    held = {n: s for n, s in expected_shapes(wanted).items() if reason(LAYOUTS[layout].initialised, n) is None}
+    infos = {n: sources.TensorInfo(shape=shape, dtype=torch.bfloat16) for n, shape in held.items()}
+    base = {field: getattr(wanted, field) for field in (*COPIED_SIZES, "rope_theta")}
+    assert vars(base_architecture(base, infos, Chosen())) == vars(wanted)
+    assert Chosen().vocab_multiple == ModelConfig().vocab_multiple
+
+
+def test_a_start_made_without_options_is_taken_by_the_7b_model_file(base_tokenizer, make_config, tmp_path, capsys):
+    sizes = EVE_SIZES | {"patch_hidden_size": 12, "initializer_range": 0.2}
+    fields = architecture_of_file("eve_7b") | sizes
+    write_eve(tmp_path / "eve", base_tokenizer, make_config(**fields))
+    tool = load_tool("convert_checkpoint")
+    arguments = ["--from", "evev2", "--to", str(tmp_path / "ours"), str(tmp_path / "eve")]
+    for option, value, found in (("--attention", "prefix", "causal"), ("--patch-size", "16", "32")):
+        assert tool.main([option, value, *arguments]) == 2
+        assert f"{option} {value} given, the checkpoint has {found}" in capsys.readouterr().err
+    assert tool.main(arguments) == 0
+    ours = str(tmp_path / "ours")
+    build_model(ModelConfig(tokenizer=ours, init_from=ours, architecture=Architecture(**fields)), seed=0, experts={})
 
 
 def test_training_starts_from_a_converted_base(qwen, tmp_path):
@@ -210,107 +189,6 @@ def test_what_a_text_base_lacks_is_drawn_from_the_seed(qwen, tmp_path):
     assert entries["decoder.norm.weight"]["source"] == "model.norm.weight"
     assert entries.keys() == a.keys()
     assert all(entry["sha256"] == tensor_hash(a[name]) for name, entry in entries.items())
-
-
-def release_checkpoint(folder, base_tokenizer, make_config, order, **changes):
-    """Write a random checkpoint in the release's layout with its base folder; return its state."""
-    tokenizer = base_tokenizer.from_pretrained(save_tokenizer(base_tokenizer, folder / "base"))
-    missing = [token for token in order if token not in tokenizer.get_vocab()]
-    tokenizer.add_tokens([AddedToken(token, special=True) for token in missing], special_tokens=True)
-    config = make_config(vocab_size=len(tokenizer), mask_stride=2, token_ids={}, **changes)
-    model = text_model(Qwen2ForCausalLM, Qwen2Config, tie_word_embeddings=config.tie_word_embeddings)
-    model.config.save_pretrained(folder / "base")
-    shapes = expected_shapes(config)
-    generator = torch.Generator().manual_seed(3)
-    state = {_released_name(n): torch.randn(shape, generator=generator).bfloat16() for n, shape in shapes.items()}
-    if config.tie_word_embeddings:
-        state["single_transformer.lm_head.weight"] = state["single_transformer.model.embed_tokens.weight"].clone()
-    return state, tokenizer
-
-
-def save_tokenizer(tokenizer, folder):
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("order", [0, 1])
-def test_the_release_comes_back_bit_for_bit(tied, order, base_tokenizer, make_config, tmp_path):
-    prompts = 2 if order == 0 else 0
-    state, tokenizer = release_checkpoint(
-        tmp_path,
-        base_tokenizer,
-        make_config,
-        release_orders(2)[order],
-        tie_word_embeddings=tied,
-        num_visual_prompts=prompts,
-    )
-    torch.save({"state_dict": state, "meta": {"iter": 7}}, tmp_path / "iter_7.pth")
-    convert(tmp_path / "iter_7.pth", "release", tmp_path / "ours", base=tmp_path / "base")
-    ours = load_file(tmp_path / "ours" / "model.safetensors")
-    seg = load_model(tmp_path / "ours").config.token_ids["[SEG]"]
-    assert seg == tokenizer.get_vocab()["[SEG]"]
-    assert torch.equal(ours["embed_tokens.weight"][seg], state["single_transformer.model.embed_tokens.weight"][seg])
-    to_release(tmp_path / "ours", tmp_path / "back", shard_bytes=20_000)
-    assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
-    back = {}
-    for file in (tmp_path / "back").glob("*.safetensors"):
-        back |= load_file(file)
-    assert back.keys() == state.keys()
-    assert all(torch.equal(back[key], state[key]) and back[key].dtype == torch.bfloat16 for key in state)
-
-
-@pytest.mark.parametrize("name", ["p16_tied", "p32_untied"])
-def test_the_recorded_release_comes_back_bit_for_bit(name):
-    folder = parity_folder(name)
-    config = json.loads((folder / "config.json").read_text())
-    tokens = config["special_tokens"]
-    tool = load_tool("check_parity")
-    stride = max(1, -(-config["patch_size"] // 2 ** config["upsample_blocks"]))
-    architecture = Architecture(
-        **{field: config[field] for field in tool.COPIED_SIZES},
-        mask_stride=stride,
-        num_visual_prompts=config["num_visual_prompts"],
-        token_ids=tokens,
-    )
-    source = open_source(folder / "reference_state.safetensors")
-    there = plan_to_ours(source, LAYOUTS["release"], architecture, source_tokens=tokens, target_tokens=tokens, seed=0)
-    ours = {write.name: write.make() for write in there.writes}
-    assert ours.keys() == load_tool("check_parity").load_reference(folder, False).state_dict().keys() - (
-        {"lm_head.weight"} if config["tie_word_embeddings"] else set()
-    )
-    middle = sources.LoadedSource(folder, ours)
-    rows = config["vocab_size"]
-    plan = plan_to_release(middle, architecture, source_tokens=tokens, target_tokens=tokens, target_rows=rows)
-    back = {write.name: write.make() for write in plan.writes}
-    reference = load_file(folder / "reference_state.safetensors")
-    if config["tie_word_embeddings"]:
-        head = back.pop("single_transformer.lm_head.weight")
-        assert torch.equal(head, reference["single_transformer.model.embed_tokens.weight"])
-    assert back.keys() == reference.keys()
-    assert all(torch.equal(back[key], reference[key]) for key in reference)
-
-
-def test_every_name_goes_to_the_release_and_back(tiny_model):
-    for name in tiny_model(mask_stride=2).state_dict():
-        assert released_key(name) == _released_name(name)
-        assert our_key(released_key(name)) == name
-
-
-def test_an_export_comes_back_with_equal_logits(qwen, base_tokenizer, tmp_path):
-    convert(qwen, "qwen2", tmp_path / "base", shard_bytes=30_000)
-    before = load_model(tmp_path / "base")
-    # Two blocks, as the release builds them for patches of 8.
-    stride2 = Chosen(**(vars(CHOSEN) | {"mask_stride": 2}))
-    to_ours(qwen, "qwen2", tmp_path / "ours", base=qwen, chosen=stride2)
-    to_release(tmp_path / "ours", tmp_path / "released")
-    qwen_config = tmp_path / "released" / "config.json"
-    shutil.copy(qwen / "config.json", qwen_config)
-    # The release appends the prompt that is never used when it starts.
-    convert(tmp_path / "released", "release", tmp_path / "again")
-    again = load_model(tmp_path / "again")
-    ids = torch.randint(0, BASE_TOKENS, (1, 11))
-    assert torch.equal(text_logits(before, ids)[..., :BASE_TOKENS], text_logits(again, ids)[..., :BASE_TOKENS])
 
 
 def zero_pieces(state, stage, world):
@@ -452,12 +330,6 @@ def drop_key(folder):
     edit_json(sources.INDEX, lambda index: index["weight_map"].pop(name))(folder)
 
 
-def other_tokenizer(folder):
-    tokenizer = train_tokenizer([], vocab_size=320, num_visual_prompts=15)
-    tokenizer.add_tokens([f"other{i}" for i in range(20)])
-    tokenizer.save_pretrained(folder)
-
-
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -507,16 +379,8 @@ def test_the_tool_converts_and_reports_every_key(qwen, tmp_path, capsys):
     assert tool.main(["--from", "evev2", "--to", str(tmp_path / "eve"), str(qwen)]) == 2
     assert "patch_embedding.patch_projection.weight" in capsys.readouterr().err
     assert tool.main(["--to-release", str(tmp_path / "released"), str(folder)]) == 2
-    assert "expected 2 and true" in capsys.readouterr().err
+    assert "num_upsample_blocks 1, expected 2" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
-
-
-def test_the_wrong_tokenizer_of_a_release_is_noticed(base_tokenizer, make_config, tmp_path):
-    state, _ = release_checkpoint(tmp_path, base_tokenizer, make_config, release_orders(2)[0], num_visual_prompts=2)
-    save_file(state, tmp_path / "state.safetensors")
-    other_tokenizer(tmp_path / "base")
-    with pytest.raises(DataError, match=r"the release appends one of \[0, .*give the tokenizer of the base"):
-        convert(tmp_path / "state.safetensors", "release", tmp_path / "ours", base=tmp_path / "base")
 
 
 def test_a_spoilt_disk_is_noticed_when_the_shard_is_read_back(qwen, tmp_path, monkeypatch):
@@ -557,3 +421,140 @@ def test_no_more_than_one_shard_is_in_memory(qwen, tmp_path, monkeypatch):
     # While an embedding's rows are placed, source and target of it exist.
     assert 0 < peak <= max(largest, limit) + embedding < total
     assert live == {}
+
+
+PLAIN = ("<vision>", "<vpatch>", "</vision>", "<|im_start|>", "<|im_end|>")
+"""What SOLO's tokenizer has as ordinary pieces of its vocabulary."""
+
+
+def with_plain_pieces(tokenizer):
+    """The same vocabulary, but some special tokens are ordinary pieces, which no merge leads to."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["model"]["vocab"] |= {own["content"]: own["id"] for own in content["added_tokens"]}
+    content["added_tokens"] = [own for own in content["added_tokens"] if own["content"] not in PLAIN]
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
+
+
+def test_special_tokens_that_are_ordinary_pieces_become_special_under_their_ids(base_tokenizer, tmp_path):
+    plain = with_plain_pieces(base_tokenizer)
+    before = plain.get_vocab()
+    assert all(len(plain(token)["input_ids"]) > 1 and token in before for token in PLAIN)
+    plain.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path, num_visual_prompts=2)
+    assert {token: tokenizer.get_vocab()[token] for token in before} == before
+    for token in special_tokens(2):
+        assert tokenizer(f"a{token}b")["input_ids"].count(tokenizer.get_vocab()[token]) == 1
+    tokenizer.split_special_tokens = True
+    with pytest.raises(DataError, match="expected one id for each of these tokens"):
+        add_special_tokens(tokenizer, num_visual_prompts=2)
+
+
+def draw_sentencepiece(folder):
+    """Write a tokenizer.model in the manner of SOLO's."""
+    sentencepiece = pytest.importorskip("sentencepiece", reason="make setup installs it")
+    from sentencepiece import sentencepiece_model_pb2
+
+    written = io.BytesIO()
+    words = ("where is the red star", "the small box behind it", "a round one left of the star") * 5
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(words),
+        model_writer=written,
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        minloglevel=2,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+    )
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(written.getvalue())
+    model.pieces.extend(type(model.pieces[0])(piece=token, score=0.0, type=1) for token in PLAIN)
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "legacy": true}')
+    return sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
+
+
+def test_a_solo_checkpoint_with_a_sentencepiece_tokenizer_is_converted(tmp_path):
+    (tmp_path / "solo").mkdir()
+    theirs = draw_sentencepiece(tmp_path / "solo")
+    count = theirs.get_piece_size() + len(PLAIN)
+    model = text_model(MistralForCausalLM, MistralConfig, vocab_size=count)
+    model.save_pretrained(tmp_path / "solo")
+    state = load_file(tmp_path / "solo" / "model.safetensors")
+    state["model.embed_vision_patch.weight"] = torch.randn(32, 3 * 8 * 8)
+    save_file(state, tmp_path / "solo" / "model.safetensors")
+    convert(tmp_path / "solo", "solo", tmp_path / "ours")
+    tokenizer = load_tokenizer(tmp_path / "ours", num_visual_prompts=2)
+    vocabulary = tokenizer.get_vocab()
+    assert [vocabulary[token] for token in PLAIN] == list(range(count - len(PLAIN), count))
+    for text in ("where is the star", "a \u00e9  b\nc", "the red one"):
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == theirs.encode(text)
+        assert tokenizer.decode(theirs.encode(text)) == text
+    # As the fast tokenizer of Llama does with legacy=true: every piece of text gets a space before it.
+    framed = tokenizer("<|im_start|>the red<|im_end|>", add_special_tokens=False)["input_ids"]
+    assert framed == [vocabulary["<|im_start|>"], *theirs.encode("the red"), vocabulary["<|im_end|>"]]
+
+
+def test_a_sentencepiece_tokenizer_without_its_package_is_an_error_that_names_it(qwen, tmp_path, monkeypatch):
+    source = Path(shutil.copytree(qwen, tmp_path / "solo"))
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer.model").write_bytes(b"")
+    monkeypatch.setattr(vocabulary, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"no package sentencepiece.*pip install sentencepiece"):
+        convert(source, "qwen2", tmp_path / "ours")
+
+
+def test_a_full_disk_is_one_message_and_leaves_nothing(qwen, tmp_path, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # What a process may write to one file; beyond it writing fails as on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        arguments = ["--from", "qwen2", "--to", str(tmp_path / "ours"), "--patch-size", "8", str(qwen)]
+        assert load_tool("convert_checkpoint").main(arguments) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert re.match(r"DataError: \S+safetensors: could not be written .* nothing was kept", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_safetensors_says_of_a_file_that_changed_meanwhile_is_one_message(qwen, tmp_path, monkeypatch, capsys):
+    def fail(*arguments):
+        raise SafetensorError("invalid header")
+
+    monkeypatch.setattr(sources.SafetensorsSource, "read", fail)
+    arguments = ["--from", "qwen2", "--to", str(tmp_path / "ours"), "--patch-size", "8", str(qwen)]
+    assert load_tool("convert_checkpoint").main(arguments) == 2
+    assert capsys.readouterr().err == "SafetensorError: invalid header\n"
+
+
+def write_one(folder, value, finish=lambda working, hashes: None):
+    tensor = torch.full((2,), value)
+    info = sources.TensorInfo(shape=(2,), dtype=tensor.dtype)
+    write = writer.Write(name="a", info=info, make=lambda: tensor)
+    writer.write_folder(folder, [write], shard_bytes=1_000, finish=finish)
+
+
+def test_two_conversions_to_one_folder_leave_that_of_the_first_to_end(tmp_path):
+    stranger = tmp_path / ".writing_ours"
+    stranger.mkdir()
+    (stranger / "model.safetensors").write_bytes(b"somebody else's")
+    with pytest.raises(DataError, match="found something there, expected a new folder"):
+        # The second starts and ends while the first is at work.
+        write_one(tmp_path / "ours", 1.0, finish=lambda working, hashes: write_one(tmp_path / "ours", 2.0))
+    assert load_file(tmp_path / "ours" / "model.safetensors")["a"].tolist() == [2.0, 2.0]
+    assert (stranger / "model.safetensors").read_bytes() == b"somebody else's"
+    assert {path.name for path in tmp_path.iterdir()} == {"ours", ".writing_ours"}
+
+
+def test_every_file_is_on_disk_before_the_folder_gets_its_name(tmp_path, monkeypatch):
+    done = []
+    flush, rename = os.fsync, os.rename
+    monkeypatch.setattr(
+        writer.os, "fsync", lambda own: (done.append(Path(f"/proc/self/fd/{own}").readlink().name), flush(own))
+    )
+    monkeypatch.setattr(writer.os, "rename", lambda old, new: (done.append("renamed"), rename(old, new)))
+    write_one(tmp_path / "ours", 1.0, finish=lambda working, hashes: (working / "config.json").write_text("{}"))
+    before = done[: done.index("renamed")]
+    assert set(before[:2]) == {"model.safetensors", "config.json"}
+    assert before[2].startswith(".writing_ours_")
+    assert done[-2:] == ["renamed", tmp_path.name]

@@ -1,6 +1,6 @@
 """Convert a checkpoint into a folder that training and evaluation load, or an export of ours back into the release's.
 
-    python tools/convert_checkpoint.py --from qwen2 --to bases/qwen2_5_0_5b  Qwen2.5-0.5B
+    python tools/convert_checkpoint.py --from qwen2 --to runs/qwen2_5_0_5b  Qwen2.5-0.5B
     python tools/convert_checkpoint.py --from release --base Qwen2.5MM-0.5B --to exports/released  iter_139416.pth
     python tools/convert_checkpoint.py --to-release released  runs/mine/exports/step_00090000
 
@@ -13,9 +13,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from pixel_sail.conversion.report import REPORT, summary
 from pixel_sail.conversion.roads import SHARD_BYTES, to_ours, to_release
-from pixel_sail.conversion.sizes import Chosen
+from pixel_sail.conversion.sizes import DEFAULTS, Chosen
 from pixel_sail.model.configuration_pixel_sail import ATTENTION
 from pixel_sail.types import DataError
 
@@ -32,14 +34,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     target.add_argument("--to-release", type=Path, metavar="DIR", help="new folder in the release's layout")
     parser.add_argument("--base", type=Path, metavar="DIR", help="config.json and tokenizer; default: SOURCE")
     defaults = Chosen()
-    parser.add_argument(
-        "--patch-size", type=int, default=defaults.patch_size, help="where the checkpoint has no patches"
-    )
-    parser.add_argument("--mask-stride", type=int, default=defaults.mask_stride, help="where it has no mask head")
-    parser.add_argument("--mask-dim", type=int, default=defaults.mask_dim, help="where it has no mask head")
-    parser.add_argument("--visual-prompts", type=int, default=defaults.num_visual_prompts)
-    parser.add_argument("--attention", choices=ATTENTION, default=defaults.attention, help="among an image's patches")
-    parser.add_argument("--max-long-side", type=int, default=defaults.max_long_side, help="pixels")
+    for option, kind, of_what in (
+        ("patch_size", int, "pixels, where the checkpoint has no patches"),
+        ("mask_stride", int, "pixels, where it has no mask head"),
+        ("mask_dim", int, "where it has no mask head"),
+        ("max_long_side", int, "pixels"),
+        ("attention", str, "among an image's patches"),
+    ):
+        usual = " or ".join(f"{own[option]} ({base})" for base, own in DEFAULTS.items())
+        choices = ATTENTION if option == "attention" else None
+        name = f"--{option.replace('_', '-')}"
+        parser.add_argument(name, type=kind, choices=choices, help=f"{of_what}; default by base: {usual}")
+    parser.add_argument("--visual-prompts", type=int, default=defaults.num_visual_prompts, help="0: without")
     parser.add_argument("--vocab-multiple", type=int, default=defaults.vocab_multiple)
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of everything that is initialised")
     parser.add_argument("--shard-gb", type=float, default=SHARD_BYTES / 1e9, help="largest file, 1e9 bytes")
@@ -69,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             folder, base = options.to, options.base or options.source
             done = to_ours(options.source, options.layout, folder, base=base, chosen=chosen, shard_bytes=shard_bytes)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         kind = "DataError" if isinstance(error, DataError) else type(error).__name__
         print(f"{kind}: {error}", file=sys.stderr)
         return 2

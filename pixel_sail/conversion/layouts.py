@@ -96,23 +96,27 @@ def reason(table: tuple[tuple[str, str], ...], key: str) -> str | None:
     return next((why for pattern, why in table if re.fullmatch(pattern, key)), None)
 
 
-def released_key(ours: str) -> str:
-    """Return the release's name of a parameter of ours. Raises: DataError for one the release does not have."""
-    for pattern, released in RELEASED_KEYS:
+def released_key(ours: str, *, base: str) -> str:
+    """Return the release's name of a parameter of ours. Raises: DataError for one the release does not have.
+
+    base: that of the architecture; `patch_embedding.patch_projection` has another name for each.
+    """
+    for pattern, released in (*RELEASED_IMAGE_KEYS[base], *RELEASED_KEYS):
         if re.fullmatch(pattern, ours):
             key = re.sub(pattern, released, ours)
             # Both tables are written by hand; one that was changed alone must not rename a weight silently.
             if our_key(key) != ours:
                 raise DataError(f"{ours}: becomes {key} in the release, which comes back as {our_key(key)}")
             return key
-    raise DataError(f"{ours}: the release has no such parameter; expected a model of the SAIL base")
+    raise DataError(
+        f"{ours}: the release has no such parameter with base {base}, expected those of a model that it can build; "
+        "train with the settings of configs/model/"
+    )
 
 
 RELEASED_KEYS: tuple[tuple[str, str], ...] = (
     (r"embed_tokens\.(.+)", r"single_transformer.model.embed_tokens.\1"),
     (r"decoder\.(layers|norm)\.(.+)", r"single_transformer.model.\1.\2"),
-    (r"patch_embedding\.patch_projection\.(.+)", r"single_transformer.model.vis_embed.\1"),
-    (r"patch_embedding\.prompt_projection\.(.+)", r"single_transformer.model.vp_embed.\1"),
     (r"lm_head\.(.+)", r"single_transformer.lm_head.\1"),
     (r"mask_head\.pre_projector\.(.+)", r"image_feature_pre_projector.\1"),
     (r"mask_head\.seg_projector\.(.+)", r"seg_token_projector.\1"),
@@ -121,4 +125,19 @@ RELEASED_KEYS: tuple[tuple[str, str], ...] = (
     (r"mask_head\.upsampler\.blocks\.(\d+)\.(depthwise|pointwise)\.(.+)", r"upsample_blocks.\1.2.\2.\3"),
     (r"mask_head\.upsampler\.blocks\.(\d+)\.norm\.(.+)", r"upsample_blocks.\1.3.ln.\2"),
 )
-"""Ours -> released key, the other direction of `KEY_PATTERNS` for the SAIL base."""
+"""Ours -> released key, the other direction of `KEY_PATTERNS` for what both bases have."""
+
+RELEASED_IMAGE_KEYS: dict[str, tuple[tuple[str, str], ...]] = {
+    "sail": (
+        (r"patch_embedding\.patch_projection\.(.+)", r"single_transformer.model.vis_embed.\1"),
+        (r"patch_embedding\.prompt_projection\.(.+)", r"single_transformer.model.vp_embed.\1"),
+    ),
+    "eve": (
+        (r"patch_embedding\.piece_projection\.(.+)", r"single_transformer.model.vision_tower.patch_embedding.0.\1"),
+        (r"patch_embedding\.patch_projection\.(.+)", r"single_transformer.model.vision_tower.patch_embedding.2.\1"),
+        (r"patch_embedding\.class_embedding", "single_transformer.model.vision_tower.class_embedding"),
+        (r"patch_embedding\.row_end_embedding", "single_transformer.model.vision_tower.split_embedding"),
+        (r"decoder\.layers\.(\d+)\.image\.(self_attn\.)?(.+)", r"single_transformer.model.layers.\1.\2moe_\3"),
+    ),
+}
+"""The same for how images enter, by base; these come first."""

@@ -2,7 +2,7 @@
 
 Place in the flow: `tools/convert_checkpoint.py` calls one of them.
 
-    to_ours("base/Qwen2.5-0.5B", "qwen2", Path("bases/qwen2_5_0_5b"), ...)   a folder that `model.init_from` takes
+    to_ours("base/Qwen2.5-0.5B", "qwen2", Path("runs/qwen2_5_0_5b"), ...)    a folder that `model.init_from` takes
     to_release("exports/step_00090000", Path("released"), ...)               the release's names, one token per row
 """
 
@@ -18,12 +18,14 @@ from transformers import PreTrainedTokenizerBase
 
 from pixel_sail.conversion.layouts import Layout, find_layout, reason, released_key, renamed
 from pixel_sail.conversion.plan import Plan, Rows, make_plan
+from pixel_sail.conversion.released_limits import check_released, released_remarks
 from pixel_sail.conversion.report import write_report
 from pixel_sail.conversion.sizes import Chosen, base_architecture, read_base_config, remarks
 from pixel_sail.conversion.sources import TensorSource, open_source
 from pixel_sail.conversion.vocabulary import (
     UNUSED_PROMPT,
     add_release_tokens,
+    check_has_prompts,
     check_rows,
     count_prompts,
     read_tokenizer,
@@ -72,6 +74,8 @@ def to_ours(
     if layout_name == "release":
         add_release_tokens(base, tokenizer, rows=source_rows, num_visual_prompts=chosen.num_visual_prompts)
         architecture.num_visual_prompts = count_prompts(tokenizer)
+        if chosen.num_visual_prompts and any("vp_embed." in key for key in source.infos):
+            check_has_prompts(base, tokenizer)
     check_rows(base, tokenizer, source_rows)
     source_tokens = dict(tokenizer.get_vocab())
     add_special_tokens(tokenizer, num_visual_prompts=architecture.num_visual_prompts)
@@ -132,14 +136,15 @@ def to_release(path: Path, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> D
     if config.num_visual_prompts and UNUSED_PROMPT not in tokens:
         tokens[UNUSED_PROMPT] = len(tokens)  # the release appends it when it starts
     plan = plan_to_release(source, config, source_tokens=tokenizer.get_vocab(), target_tokens=tokens)
-    facts: dict[str, Any] = {"layout": "to release", "source": str(path), "remarks": ()}
+    notes = released_remarks(config)
+    facts: dict[str, Any] = {"layout": "to release", "source": str(path), "remarks": notes}
     write_folder(
         folder,
         plan.writes,
         shard_bytes=shard_bytes,
         finish=partial(_finish_release, tokenizer=tokenizer, plan=plan, facts=facts),
     )
-    return Done(plan=plan, remarks=())
+    return Done(plan=plan, remarks=notes)
 
 
 def plan_to_release(
@@ -154,7 +159,8 @@ def plan_to_release(
 
     The release has one row per token, unless `target_rows` says otherwise, and writes a tied head a second time.
     """
-    _check_released_sizes(source.path, config)
+    check_released(source.path, config)
+    rename = partial(released_key, base=config.base)
     count = len(target_tokens) if target_rows is None else target_rows
     shapes = {
         name: (count, *shape[1:]) if name in TOKEN_ROWS else shape for name, shape in expected_shapes(config).items()
@@ -170,15 +176,15 @@ def plan_to_release(
     again: dict[str, tuple[Callable[[], Tensor], str]] = {}
     if config.tie_word_embeddings and HEAD not in source.infos:
         note = "the token embedding once more, because the release writes a tied head twice"
-        again[released_key(HEAD)] = (lambda: rows.place(source.read(EMBEDDING)).clone(), note)
+        again[rename(HEAD)] = (lambda: rows.place(source.read(EMBEDDING)).clone(), note)
     return make_plan(
         source,
-        {released_key(name): shape for name, shape in shapes.items()},
-        rename=released_key,
+        {rename(name): shape for name, shape in shapes.items()},
+        rename=rename,
         dropped=lambda key: None,
         absent=again,
         rows=rows,
-        row_names=[released_key(name) for name in TOKEN_ROWS],
+        row_names=[rename(name) for name in TOKEN_ROWS],
         tied=None,
     )
 
@@ -236,19 +242,6 @@ def _image_remarks(layout: Layout, attention: str) -> tuple[str, ...]:
         f"attention is {attention}, positions are 2-D and there are no separators: text is unchanged, images need "
         "training",
     )
-
-
-def _check_released_sizes(path: Path, config: Architecture) -> None:
-    """Raise DataError for a model that the released code could not build."""
-    blocks = 1
-    while config.patch_size / 2 ** (blocks - 1) > 4:
-        blocks += 1
-    if config.num_upsample_blocks != blocks or not config.attention_bias:
-        raise DataError(
-            f"{path}: found {config.num_upsample_blocks} upsampling blocks and attention_bias="
-            f"{config.attention_bias}, expected {blocks} and true: the released code builds nothing else for patches "
-            f"of {config.patch_size}, and skips what does not fit without a word; train with another mask_stride"
-        )
 
 
 def _finish_ours(

@@ -2,7 +2,7 @@
 
 Place in the flow: `roads` builds the target's configuration here. Example, Qwen2.5-0.5B as a fresh base:
 
-    {"hidden_size": 896, "num_attention_heads": 14, ...} + Chosen(patch_size=16)  ->  Architecture(hidden_size=896, ...)
+    {"hidden_size": 896, "num_attention_heads": 14, ...} + Chosen(mask_dim=256)  ->  Architecture(hidden_size=896, ...)
 """
 
 import json
@@ -28,19 +28,27 @@ COPIED_SIZES = (
 )
 
 
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "sail": {"patch_size": 16, "mask_stride": 4, "mask_dim": 512, "max_long_side": 1024, "attention": "prefix"},
+    "eve": {"patch_size": 32, "mask_stride": 4, "mask_dim": 256, "max_long_side": 800, "attention": "causal"},
+}
+"""By base of the architecture: what is neither in the checkpoint nor chosen. As in `configs/model/`, so that training
+with one of those files takes what was converted without a word on the command line."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """What a base does not determine."""
+    """What a base does not determine. None: as in `DEFAULTS`, or as the checkpoint's tensors show it."""
 
-    patch_size: int = 16
-    """Pixels; only where the checkpoint has no patch embedding."""
-    mask_stride: int = 4
-    mask_dim: int = 512
-    num_visual_prompts: int = 15
-    max_long_side: int = 1024
-    attention: str = "prefix"
+    patch_size: int | None = None
+    """Pixels."""
+    mask_stride: int | None = None
+    mask_dim: int | None = None
+    max_long_side: int | None = None
+    attention: str | None = None
     """prefix: the patches of an image see each other. causal: only those before them, as SOLO was trained; EVEv2 has
     nothing else."""
+    num_visual_prompts: int = 15
     vocab_multiple: int = 64
     seed: int = 0
     """Of everything that is initialised."""
@@ -91,7 +99,7 @@ def remarks(config: Mapping[str, Any]) -> list[str]:
 def base_architecture(config: Mapping[str, Any], infos: Mapping[str, TensorInfo], chosen: Chosen) -> Architecture:
     """Return the architecture of a base; vocabulary and token ids are set later.
 
-    `infos`: tensors under our names. What they show (patch size, mask head, biases) overrules `chosen`.
+    `infos`: tensors under our names. Raises: DataError where they show something else than was chosen.
     """
     fields = {name: config[name] for name in COPIED_SIZES if name in config}
     rope = config.get("rope_parameters") or {}
@@ -103,29 +111,50 @@ def base_architecture(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
         "initializer_range": float(config.get("initializer_range", 0.02)),
         "attention_bias": "decoder.layers.0.self_attn.q_proj.bias" in infos,
-        "patch_size": chosen.patch_size,
-        "mask_stride": chosen.mask_stride,
-        "mask_dim": chosen.mask_dim,
-        "max_long_side": chosen.max_long_side,
-        "attention": chosen.attention,
         "num_visual_prompts": chosen.num_visual_prompts,
     }
+    shown = _shown(infos)
+    defaults = DEFAULTS[shown.get("base", "sail")]
+    given = {name: value for name in defaults if (value := getattr(chosen, name)) is not None}
+    _check_given(given, shown)
+    return Architecture(**(fields | defaults | given | shown))
+
+
+def _check_given(given: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
+    """Raise DataError for choices that the checkpoint has made already, otherwise."""
+    differing = [
+        f"--{name.replace('_', '-')} {value} given, the checkpoint has {shown[name]}"
+        for name, value in given.items()
+        if shown.get(name, value) != value
+    ]
+    if differing:
+        raise DataError(f"{'; '.join(differing)}: expected what its tensors show; leave the option out")
+
+
+def _shown(infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """Return the fields of an architecture that the tensors determine, apart from the decoder's."""
+    shown: dict[str, Any] = {}
     patches = infos.get("patch_embedding.patch_projection.weight")
     if patches is not None and len(patches.shape) == 2:
-        fields["patch_size"] = math.isqrt(patches.shape[1] // 3)
+        shown["patch_size"] = math.isqrt(patches.shape[1] // 3)
     pieces = infos.get("patch_embedding.piece_projection.weight")
-    if pieces is not None:
-        fields |= _eve_fields(pieces, infos)
+    if pieces is not None and len(pieces.shape) == 4:
+        shown |= _eve_fields(pieces, infos)
     last = infos.get("mask_head.pixel_projector.2.weight")
     if last is not None:
+        shown["mask_dim"] = last.shape[0]
         found = (re.match(r"mask_head\.upsampler\.blocks\.(\d+)\.", name) for name in infos)
         blocks = 1 + max((int(match[1]) for match in found if match), default=-1)
-        fields |= {"mask_dim": last.shape[0], "mask_stride": max(1, math.ceil(fields["patch_size"] / 2**blocks))}
-    return Architecture(**fields)
+        if "patch_size" in shown:
+            shown["mask_stride"] = max(1, math.ceil(shown["patch_size"] / 2**blocks))
+    return shown
 
 
 def _eve_fields(pieces: TensorInfo, infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
-    """Return what the tensors of an EVEv2 base show: a patch is 2 x 2 pieces, and which parts images have apart."""
+    """Return what the tensors of an EVEv2 base show: a patch is 2 x 2 pieces, and which parts images have apart.
+
+    Its attention is part of it: text comes before the image, which only causal attention takes.
+    """
     own = {name.removeprefix("decoder.layers.0.image.").split(".")[0] for name in infos if ".layers.0.image." in name}
     kinds = {"layernorm" if name.endswith("layernorm") else name for name in own}
     return {

@@ -6,11 +6,13 @@ it is started, so that its tokenizer folder lacks them; which order was used sho
     tokenizer of 151671 tokens, embedding of 151690 rows  ->  [SEG], <p>, </p>, <Prompt0> .. <Prompt14>, <NO_Prompt>
 """
 
+import re
+from importlib.util import find_spec
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import AddedToken
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pixel_sail.model.tokenization import PHRASE_TOKENS, SEG_TOKEN
 from pixel_sail.types import DataError
@@ -18,19 +20,31 @@ from pixel_sail.types import DataError
 UNUSED_PROMPT = "<NO_Prompt>"
 """A token of the release that is never an input."""
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+SENTENCEPIECE_FILE = "tokenizer.model"
+TOKENIZER_FILES = ("tokenizer.json", SENTENCEPIECE_FILE, "vocab.json")
 
 MAX_PADDING = 512
 """How many rows without a token an embedding may have; Qwen2.5-7B has 399, the most of the bases."""
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a folder as it is. Raises: DataError when there is none or its ids have holes."""
+    """Return the tokenizer of a folder as it is.
+
+    Raises: DataError when there is none, when its ids have holes, or when the package that reads it is not installed.
+    """
     # Without these Hugging Face makes a tokenizer of a few tokens up from config.json alone.
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    found = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not found:
         raise DataError(f"{folder}: found no tokenizer, expected one of {TOKENIZER_FILES}; name its folder with --base")
+    read = _read_sentencepiece if found == [SENTENCEPIECE_FILE] else _read_tokenizer_files
+    # Without the package Hugging Face takes the file for one of tiktoken, and asks for that.
+    if read is _read_sentencepiece and find_spec("sentencepiece") is None:
+        raise DataError(
+            f"{folder}: found {SENTENCEPIECE_FILE} and no package sentencepiece, expected that package to read "
+            "it with; install it (pip install sentencepiece, or the extra: pip install 'pixel-sail[solo]')"
+        )
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = read(folder)
     except (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
         raise DataError(
             f"{folder}: found no tokenizer that can be read ({str(error)[:200]}), expected the tokenizer files of the "
@@ -43,6 +57,23 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             "checkpoint was trained with"
         )
     return tokenizer
+
+
+def _read_tokenizer_files(folder: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that Hugging Face finds in a folder."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    return tokenizer
+
+
+def _read_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
+    """Return Llama's tokenizer, which Mistral has too, of a folder with nothing but `tokenizer.model`.
+
+    For a folder of Mistral AutoTokenizer (transformers 5.23) leaves out the space before the first word. The class of
+    Llama reads it as sentencepiece does, but forgets `legacy` when it is saved; the plain class keeps what was read.
+    """
+    llama = LlamaTokenizer.from_pretrained(str(folder), local_files_only=True)
+    names = {name: str(getattr(llama, name)) for name in ("bos_token", "eos_token", "unk_token")}
+    return PreTrainedTokenizerFast(tokenizer_object=llama.backend_tokenizer, **names)
 
 
 def check_rows(folder: Path, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
@@ -70,14 +101,17 @@ def release_orders(num_visual_prompts: int) -> tuple[tuple[str, ...], ...]:
 def add_release_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase, *, rows: int, num_visual_prompts: int) -> None:
     """Append what the release appended, so that the tokenizer has exactly one token for each of `rows`.
 
+    A tokenizer that has all tokens of an order already stays as it is. Every order has [SEG], <p> and </p>.
     Raises: DataError when no known order makes that number.
     """
     known = tokenizer.get_vocab()
-    candidates = [()] + [tuple(t for t in order if t not in known) for order in release_orders(num_visual_prompts)]
+    candidates = [tuple(t for t in order if t not in known) for order in release_orders(num_visual_prompts)]
     fitting = [tokens for tokens in candidates if len(tokenizer) + len(tokens) == rows]
     if not fitting:
+        lacking = [token for token in (SEG_TOKEN, *PHRASE_TOKENS) if token not in known]
         raise DataError(
-            f"{folder}: found a tokenizer of {len(tokenizer)} tokens for an embedding of {rows} rows, expected "
+            f"{folder}: found a tokenizer of {len(tokenizer)} tokens{f' without {lacking}' if lacking else ''} for an "
+            f"embedding of {rows} rows, expected "
             f"{sorted({rows - len(tokens) for tokens in candidates})} (the release appends one of "
             f"{[len(tokens) for tokens in candidates]} tokens); give the tokenizer of the base the checkpoint was "
             "trained from (--base) and its number of prompts (--visual-prompts)"
@@ -86,6 +120,25 @@ def add_release_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase, *, rows
 
 
 def count_prompts(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return how many <Prompt0>, <Prompt1> .. a tokenizer has."""
-    vocabulary = tokenizer.get_vocab()
-    return next(i for i in range(len(vocabulary) + 1) if f"<Prompt{i}>" not in vocabulary)
+    """Return how many <Prompt0>, <Prompt1> .. a tokenizer has. Raises: DataError when one in between is missing."""
+    found = [token for token in tokenizer.get_vocab() if re.fullmatch(r"<Prompt\d+>", token)]
+    expected = [f"<Prompt{i}>" for i in range(len(found))]
+    if set(found) != set(expected):
+        raise DataError(
+            f"tokenizer: found the prompts {sorted(found)}, expected {expected}; give the tokenizer the checkpoint was "
+            "trained with (--base)"
+        )
+    return len(found)
+
+
+def check_has_prompts(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise DataError when a checkpoint with weights for visual prompts would lose them for want of a token.
+
+    The release has these weights also where it was trained without prompts; whoever converts must say that it was.
+    """
+    if not count_prompts(tokenizer):
+        raise DataError(
+            f"{folder}: found vp_embed in the checkpoint and no <Prompt0> among its {len(tokenizer)} tokens, expected "
+            "both or neither; give the tokenizer the checkpoint was trained with (--base), or --visual-prompts 0 if it "
+            "was trained without prompts, which drops vp_embed"
+        )

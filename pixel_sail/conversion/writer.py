@@ -4,18 +4,23 @@ Place in the flow: the last step of a conversion. Never more than one shard is i
 
     new/model-00001-of-00002.safetensors  new/model-00002-of-00002.safetensors  new/model.safetensors.index.json
     new/config.json  new/tokenizer.json ...  new/conversion.json
+
+Until then it is `.writing_new_<8 digits>` beside it, a name of its own for every conversion. One that is killed leaves
+that folder behind; nothing reads or deletes it.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -42,21 +47,43 @@ def write_folder(
 ) -> None:
     """Write the tensors in order, shards of at most `shard_bytes` (a larger tensor has its own), and check them.
 
-    `finish(folder, sha256 by name)` writes whatever else belongs there. Raises: DataError when the folder exists, a
-    tensor is not what was announced, or what is read back differs from what was written.
+    `finish(folder, sha256 by name)` writes whatever else belongs there. Raises: DataError when the folder exists (also
+    when another conversion put it there meanwhile), a tensor is not what was announced or cannot be written, or what
+    is read back differs from what was written.
     """
-    if folder.exists():
-        raise DataError(f"{folder}: found something there, expected a new folder; delete it or choose another name")
-    working = folder.with_name(f".writing_{folder.name}")
-    shutil.rmtree(working, ignore_errors=True)
+    _check_absent(folder)
+    working = folder.with_name(f".writing_{folder.name}_{uuid.uuid4().hex[:8]}")
     working.mkdir(parents=True)
     try:
         hashes = _write_shards(working, writes, shard_bytes)
         finish(working, hashes)
-        os.replace(working, folder)
+        for path in (*working.rglob("*"), working):
+            _flush(path)
+        _check_absent(folder)
+        os.rename(working, folder)
+        _flush(folder.parent)
     except BaseException:
         shutil.rmtree(working, ignore_errors=True)
         raise
+
+
+def _check_absent(folder: Path) -> None:
+    """Raise DataError when something is where the new folder shall be."""
+    if folder.exists():
+        raise DataError(f"{folder}: found something there, expected a new folder; delete it or choose another name")
+
+
+def _flush(path: Path) -> None:
+    """Make sure that a file, or the names in a folder, are on disk: a renamed folder must not come back empty."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot flush a folder; renaming is then as safe as they make it.
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def shards_of(writes: Sequence[Write], shard_bytes: int) -> list[list[Write]]:
@@ -101,7 +128,15 @@ def _write_shard(path: Path, shard: Sequence[Write]) -> dict[str, str]:
         found = TensorInfo(shape=tuple(tensors[write.name].shape), dtype=tensors[write.name].dtype)
         if found != write.info:
             raise DataError(f"{path}: {write.name} became {found}, expected {write.info}; nothing was kept")
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except (SafetensorError, OSError) as error:
+        needed = sum(write.info.nbytes for write in shard)
+        free = shutil.disk_usage(path.parent).free
+        raise DataError(
+            f"{path}: could not be written ({error}), {free / 1e9:.3f} GB are free, expected room for "
+            f"{needed / 1e9:.3f} GB in this file; make room or choose another disk with --to, nothing was kept"
+        ) from error
     return {name: tensor_hash(tensor) for name, tensor in tensors.items()}
 
 

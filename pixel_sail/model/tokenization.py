@@ -13,6 +13,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from pixel_sail.types import DataError
+
 END_TOKEN = "<|endoftext|>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 IMAGE_TOKENS = ("<vision>", "<vpatch>", "</vision>")
@@ -39,10 +41,24 @@ def load_tokenizer(path: str | Path, *, num_visual_prompts: int) -> PreTrainedTo
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase, *, num_visual_prompts: int) -> None:
-    """Append the tokens of the model that a tokenizer lacks."""
-    known = tokenizer.get_vocab()
-    missing = [token for token in special_tokens(num_visual_prompts) if token not in known]
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing], special_tokens=True)
+    """Append the tokens of the model that a tokenizer lacks; those it has keep their ids.
+
+    A token that is an ordinary piece of the vocabulary (as `<vision>` in SOLO's) is made special too: text would be
+    cut into smaller pieces before it is ever found.
+    Raises: DataError when a token is still encoded as several.
+    """
+    tokens = special_tokens(num_visual_prompts)
+    special = {added.content for added in tokenizer.added_tokens_decoder.values() if added.special}
+    plain = [AddedToken(token, special=True, normalized=False) for token in tokens if token not in special]
+    tokenizer.add_tokens(plain, special_tokens=True)
+    vocabulary = tokenizer.get_vocab()
+    encoded = {token: tokenizer(token, add_special_tokens=False)["input_ids"] for token in tokens}
+    split = {token: ids for token, ids in encoded.items() if ids != [vocabulary[token]]}
+    if split:
+        raise DataError(
+            f"tokenizer {tokenizer.name_or_path}: encodes {split}, expected one id for each of these tokens; look at "
+            "its tokenizer_config.json (split_special_tokens must be false) or take the tokenizer of the base model"
+        )
 
 
 def model_token_ids(tokenizer: PreTrainedTokenizerBase, *, num_visual_prompts: int) -> dict[str, int]:
