@@ -10,6 +10,9 @@ import pytest
 
 SHARED = Path(os.environ.get("PIXEL_SAIL_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
+SHARED_CONFIGS = (f"hydra.searchpath=[file://{Path(__file__).parent / 'configs'}]", f"paths.data={SHARED / 'data'}")
+"""Overrides with which `load_config` knows the sources, mixtures, evals and experiments of this data, and its place."""
+
 
 def shared_data(name: str) -> Path:
     """Return one data folder, or skip the test where it is absent."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from running import load_tool
-from shared_data import SHARED, shared_data
+from shared_data import SHARED_CONFIGS, shared_data
 from torch.utils.flop_counter import FlopCounterMode
 
 from pixel_sail.model.configuration_pixel_sail import Architecture
@@ -98,12 +98,12 @@ def test_the_share_of_a_step_is_worker_time_over_workers_plus_own_time(bench):
     assert cost == pytest.approx({"worker_ms": 60.0, "data_ms": 9.0, "step_ms": 60.0, "share": 0.15})
 
 
-def test_the_tool_measures_the_real_photographs(bench, tmp_path, monkeypatch, capsys):
+def test_the_tool_measures_real_photographs(bench, tmp_path, capsys):
     shared_data("derived_gref_mini")
-    monkeypatch.setenv("PIXEL_SAIL_GREF_MINI", str(SHARED / "data/derived_gref_mini"))
-    monkeypatch.setenv("PIXEL_SAIL_REFER_MINI", str(SHARED / "data/derived_refer_mini"))
+    shared_data("derived_refer_mini")
     arguments = ["--packs", "2", "--samples", "2", "--processes", "1", "--json", str(tmp_path / "bench.json")]
-    assert bench.main([*arguments, f"paths.data={tmp_path}"]) == 0
+    tokenizer = f"model.tokenizer={tmp_path / 'none'}"
+    assert bench.main([*arguments, *SHARED_CONFIGS, "data=bench_photos", tokenizer]) == 0
     figures = json.loads((tmp_path / "bench.json").read_text())
     assert figures["data"] == ["gref_mini", "refer_mini"]
     assert figures["token_budget"] == 8192
@@ -113,6 +113,15 @@ def test_the_tool_measures_the_real_photographs(bench, tmp_path, monkeypatch, ca
     output = capsys.readouterr().out
     assert "29 samples an epoch" in output
     assert "stand in" in output
+
+
+def test_without_arguments_the_tool_measures_the_drawn_data(bench, data_root, monkeypatch, capsys):
+    monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
+    # Nothing but how long it takes: data and model are the tool's own choice.
+    assert bench.main(["--packs", "1", "--samples", "2", "--processes", "1"]) == 0
+    output = capsys.readouterr().out
+    assert "refshapes, " in output and "llava" in output
+    assert "of 8192 tokens" in output and "stand in" in output
 
 
 def test_the_tool_takes_the_overrides_of_training(bench, data_root, monkeypatch, capsys):

@@ -223,11 +223,23 @@ def test_the_readme_has_every_row_of_the_download_table():
         ("/y/images/mscoco/images/train2014", "ref_seg/images/train2014"),
         ("data/coco/annotations/panoptic_train2017.json", "coco"),
         ("data/refshapes/refshapes", "refshapes"),
+        ("data/refshapes/muse/MUSE_train.json", "refshapes"),
+        ("data/llava_data/LLaVA-Instruct-150K/llava_v1_5_mix665k.json", "llava_data"),
+        ("data/llava_data/LLaVA-Pretrain/images", "llava_data/LLaVA-Pretrain"),
+        ("/z/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", "llava_data/LLaVA-Pretrain"),
     ],
 )
 def test_a_path_leads_to_its_dataset(path, folder):
     assert [entry.folder for entry in downloads_of(path)] == [folder]
     assert advice_for(path)[0].startswith(f"data/{folder}: ")
+
+
+def test_every_drawn_file_is_of_the_row_that_says_what_is_drawn(data_root):
+    (row,) = (entry for entry in DOWNLOADS if entry.is_drawn)
+    named = {name.partition("/")[0] for name in row.holds.split(", ")}
+    assert {path.name for path in (data_root / row.folder).iterdir() if path.is_dir()} == named
+    files = [path for path in (data_root / row.folder).rglob("*") if path.is_file()]
+    assert [path for path in files if downloads_of(f"data/{path.relative_to(data_root)}") != [row]] == []
 
 
 def test_a_path_of_no_dataset_leads_nowhere():

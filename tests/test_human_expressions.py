@@ -1,11 +1,14 @@
 """Real human expressions end to end: the evals gref_mini and refcocos_local, and the second one's reader of boxes."""
 
 import json
+import re
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
-from shared_data import SHARED, shared_data
+from running import start
+from shared_data import SHARED_CONFIGS, shared_data
 
 from pixel_sail.config import EvalConfig, build, load_config
 from pixel_sail.data.masks import decode_rle
@@ -37,16 +40,9 @@ def refcocos_file():
     return [(record["image_id"], record["expression"], record["bbox_xyxy"] is not None) for record in records]
 
 
-@pytest.fixture(autouse=True)
-def places(monkeypatch):
-    monkeypatch.setenv("PIXEL_SAIL_GREF_MINI", str(SHARED / "data" / "derived_gref_mini"))
-    monkeypatch.setenv("PIXEL_SAIL_REFCOCOS", str(SHARED / "data" / "derived_refcocos_on_local_images"))
-    monkeypatch.setenv("PIXEL_SAIL_REFCOCOS_IMAGES", str(SHARED / "data"))
-
-
 def evaluate(checkpoint, folder, name, *overrides):
     options = [f"checkpoint={checkpoint}", f"output={folder}", f"evals=[{name}]", "progress=false", "examples=2"]
-    return run_evals(load_config("evaluate", EvalConfig, [*options, *overrides]))[name]
+    return run_evals(load_config("evaluate", EvalConfig, [*options, *SHARED_CONFIGS, *overrides]))[name]
 
 
 @pytest.mark.parametrize(
@@ -78,10 +74,21 @@ def test_human_expressions_are_asked_and_scored(
 @pytest.mark.parametrize(("name", "read_file"), [("gref_mini", gref_mini_file), ("refcocos_local", refcocos_file)])
 def test_all_human_expressions_are_items(name, read_file):
     sentences = read_file()
-    node = load_config("evaluate", EvalConfig, ["checkpoint=x", f"evals=[{name}]"]).evals[name]
+    node = load_config("evaluate", EvalConfig, ["checkpoint=x", f"evals=[{name}]", *SHARED_CONFIGS]).evals[name]
     items = build(node, name)
     assert sorted((item.image_id, item.text, item.target is not None) for item in items) == sorted(sentences)
     assert all(item.image_path.is_file() for item in items)
+
+
+def test_the_experiment_on_four_real_photographs_makes_a_step(data_root, tmp_path):
+    shared_data("derived_refer_mini")
+    folders = [f"paths.runs={tmp_path}", f"model.tokenizer={data_root / 'refshapes' / 'tokenizer'}"]
+    command = ["scripts/train.py", "experiment=refer_mini", *SHARED_CONFIGS, *folders, "deepspeed=none", "--dry-run"]
+    done = start([sys.executable, *command], data_root)
+    assert done.returncode == 0, done.stderr[-4000:]
+    losses = re.search(r"^step 1: total ([\d.]+), text ([\d.]+), bce ([\d.]+), dice ([\d.]+)", done.stdout, re.M)
+    assert losses is not None and all(float(loss) > 0 for loss in losses.groups()), done.stdout
+    assert "4 samples" in done.stdout
 
 
 # The reader.

@@ -1,4 +1,4 @@
-"""The Slurm scripts start what they promise: checked with a stand-in for srun, scontrol and python."""
+"""The Slurm scripts start what they promise (srun, scontrol and python are stand-ins), and what launchers hide."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from running import ROOT
+from running import ROOT, launcher, start
 
 SLURM = ROOT / "scripts" / "slurm"
 
@@ -155,3 +155,11 @@ def test_every_script_the_launching_page_names_exists():
     text = (ROOT / "docs" / "launching.md").read_text()
     named = {word.strip("`,.:;()") for word in text.split() if word.strip("`,.:;()").startswith(("scripts/", "tools/"))}
     assert named and not [name for name in named if not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize(("by", "status"), [("torchrun", 1), ("accelerate", 1), ("deepspeed", 85)])
+def test_what_launchers_make_of_the_status_of_a_training(tmp_path, by, status):
+    script = tmp_path / "interrupted.py"
+    script.write_text("import sys\n\nsys.exit(85)\n")
+    done = start([*launcher(by), str(script)], tmp_path)
+    assert done.returncode == status, done.stderr[-4000:]

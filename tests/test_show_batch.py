@@ -38,6 +38,24 @@ def test_the_first_batch_is_shown_as_text_and_pictures(data_root, tmp_path, monk
     assert np.asarray(Image.open(tmp_path / "view" / names[0])).std() > 10
 
 
+def test_a_tokenizer_that_is_not_there_or_empty_ends_with_one_message(data_root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "none", tmp_path / "empty"):
+        arguments = ["experiment=quickstart", f"model.tokenizer={folder}", f"out={tmp_path / 'view'}"]
+        assert load_tool("show_batch").main(arguments) == 2
+        printed = capsys.readouterr()
+        assert printed.err.startswith(f"ConfigError: model.tokenizer={folder}: ") and printed.out == ""
+    assert not (tmp_path / "view").exists()
+
+
+def test_help_is_the_words_at_the_top_and_every_setting(capsys):
+    assert load_tool("show_batch").main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: show_batch.py KEY=VALUE ...") and "out=FOLDER" in printed
+    assert "data.packs_per_step" in printed and "optim.lr" in printed
+
+
 def test_a_shown_batch_has_the_pixels_and_prompts_of_its_samples(processor, make_batch, draw_sample, tmp_path):
     rng = np.random.default_rng(1)
     sample, image = draw_sample(rng, size_hw=(16, 24), masks_per_turn=(2, 0), prompts=(2,))

@@ -1,12 +1,12 @@
 """Measure what the data costs: samples per second, memory per worker, padding, and the share of a training step.
 
-    python tools/bench_data.py                                         29 real photographs, the 0.5B model
+    python tools/bench_data.py                                         every kind of drawn data, the 0.5B model
     python tools/bench_data.py data=refcoco --token-budget 4608        any data group, model or experiment
     python tools/bench_data.py --json runs/bench_data.json --packs 64 data.packing.lookahead=16
 
-Overrides are those of scripts/train.py. Three things are run: samples one by one in this process (time per stage),
-packs of one lane (padding), and the training loader with worker processes (rate, memory, what the training process
-itself spends on taking packs over). From these
+Drawn data comes from tools/make_refshapes.py. Overrides are those of scripts/train.py. Three things are run: samples
+one by one in this process (time per stage), packs of one lane (padding), and the training loader with worker processes
+(rate, memory, what the training process itself spends on taking packs over). From these
 
     data work of a step    worker seconds per pack / workers + seconds per pack in the training process
     step                   3 x forward FLOPs of the pack / rate         (backward is twice the forward, none recomputed)
@@ -39,7 +39,7 @@ from pixel_sail.model.tokenization import load_tokenizer, train_tokenizer
 from pixel_sail.training.prepare import build_mixture
 from pixel_sail.types import IGNORE_LABEL, DataError, Example
 
-DEFAULTS = {"name": "bench_data", "data": "bench_photos", "model": "sail_0_5b"}
+DEFAULTS = {"name": "bench_data", "data": "refshapes_all", "model": "sail_0_5b"}
 """Overrides for groups that the command line leaves alone."""
 
 GOAL = 0.15

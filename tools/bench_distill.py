@@ -2,7 +2,7 @@
 
     python tools/bench_distill.py                                   small experts and student, minutes on two cores
     python tools/bench_distill.py --scale gpu --images 8            Swin-L, Hiera-L and the 0.5B student on one GPU
-    python tools/bench_distill.py --photos ../shared/data/tiny_coco --json runs/bench_distill.json
+    python tools/bench_distill.py --photos data/coco/val2017 --json runs/bench_distill.json
 
 All weights are random: times do not depend on them. A step is forward, losses, backward and AdamW on some photos of one
 size with one mask each. Measured in turn, `--repeats` times, the median is reported:

@@ -35,7 +35,7 @@ from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.tokenization import model_token_ids, train_tokenizer
 from pixel_sail.provenance import code_version, device_name
 
-MODEL = ["model=sail_0_5b", "data=bench_photos", "name=bench_int8"]
+MODEL = ["model=sail_0_5b", "name=bench_int8"]
 IMAGE_HW = (480, 640)
 ANSWER_TOKENS = 8
 QUESTION = "Please segment the small dog to the left of the man in the red shirt."

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pixel_sail.cli import script_help, wants_help
 from pixel_sail.config import ConfigError, TrainConfig, load_config
 from pixel_sail.data.collate import collate
 from pixel_sail.data.packing import LaneStream
@@ -25,8 +26,11 @@ from pixel_sail.types import Batch, DataError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the view and return the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if wants_help(given):
+        print(script_help(Path(__file__), "TrainConfig"))
+        return 0
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     folders = [argument.removeprefix("out=") for argument in given if argument.startswith("out=")]
     overrides = [argument for argument in given if not argument.startswith("out=")]
     if not any(override.startswith(("name=", "experiment=")) for override in overrides):
@@ -34,9 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = Path(folders[-1] if folders else "runs/first_batch")
     try:
         config = load_config("train", TrainConfig, overrides)
-        architecture = config.model.architecture
-        tokenizer = load_tokenizer(config.model.tokenizer, num_visual_prompts=architecture.num_visual_prompts)
-        processor = PixelSailProcessor.for_model(tokenizer, architecture)
+        processor = processor_of(config)
         batch = first_batch(config, processor)
     except (ConfigError, DataError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -45,6 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\n".join(batch_facts(batch)))
     print(f"written: {folder / 'index.html'}, {folder / 'batch.txt'}")
     return 0
+
+
+def processor_of(config: TrainConfig) -> PixelSailProcessor:
+    """Return the model's processor. Raises: ConfigError where its tokenizer is not there or cannot be used."""
+    architecture, folder = config.model.architecture, config.model.tokenizer
+    try:
+        tokenizer = load_tokenizer(folder, num_visual_prompts=architecture.num_visual_prompts)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.tokenizer={folder}: {error}") from error
+    return PixelSailProcessor.for_model(tokenizer, architecture)
 
 
 def first_batch(config: TrainConfig, processor: PixelSailProcessor) -> Batch:

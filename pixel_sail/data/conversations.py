@@ -2,8 +2,10 @@
 
 Place in the flow: `data/sources/llava.py` and `osprey.py` read the conversations of their records here.
 
-Example: [gpt "Hello!", human "<image>\\nWhat is it?", human "Be brief.", gpt "A dog.", human "Why?"] ->
-[("What is it?\\nBe brief.", "A dog.")].
+Example:
+
+    [gpt "Hello!", human "<image>\\nWhat is it?", human "Be brief.", gpt "A dog.", human "Why?"]
+    ->  [("What is it?\\nBe brief.", "A dog.")]
 
 Conversations collected from the web do not always alternate. As in the release, what gpt says before anybody asked is
 dropped, so is a question at the end that nobody answered, and messages of one side in a row are one message. (The
@@ -80,7 +82,7 @@ def _parse_message(message: Any, where: str) -> tuple[str, str]:
 
 
 def _without_markers(text: str) -> str:
-    """Take out <image> with the blanks around it; in the middle of a text a blank or line break stays."""
+    """Take out `<image>` with the blanks around it; in the middle of a text a blank or line break stays."""
     return _IMAGE_MARKER.sub(lambda match: "\n" if "\n" in match[0] else " ", text)
 
 

@@ -5,7 +5,7 @@ Place in the flow: `data/sources/gcg_benchmark.py` -> here -> `Task`, whose answ
 
     {_target_: pixel_sail.evaluation.grounded_caption.load, root: ..., split: val, image_dir: ...}
 
-An answer "<p> A man </p> [SEG] holds <p> a cup </p> [SEG]." with two masks is the caption "A man holds a cup." with the
+An answer `<p> A man </p> [SEG] holds <p> a cup </p> [SEG].` with two masks is the caption "A man holds a cup." with the
 phrases "A man" and "a cup". Scores: meteor, cider, ... of the caption (they need Java, `score_text: false` leaves them
 out), ap50, miou and recall of masks and phrases; with `paper_` before the name as the release computes them. The recall
 compares phrases by a text encoder, `similarity_model`; without one it is `word_recall`, by the words they share.

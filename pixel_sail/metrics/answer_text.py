@@ -4,7 +4,9 @@ Place in the flow: the text of a prediction, as generated -> here -> `metrics/ca
 `metrics/grounded_caption.py`. Functions that end in `_as_released` do what the released scripts do, for the `paper`
 protocol.
 
-Example: "<p> A man </p> [SEG] runs.<|endoftext|>" -> GroundedText(caption="A man runs.", phrases=("A man",)).
+Example:
+
+    "<p> A man </p> [SEG] runs.<|endoftext|>"  ->  GroundedText(caption="A man runs.", phrases=("A man",))
 """
 
 import re
@@ -27,7 +29,7 @@ class GroundedText:
 
 
 def plain_description(text: str) -> str:
-    """Return an answer without control tokens, marks, and the "<Prompt0>:" that it may begin with."""
+    """Return an answer without control tokens, marks, and the `<Prompt0>:` that it may begin with."""
     return _one_blank(_MARK.sub(" ", _LEADING_NAME.sub("", _CONTROL.sub(" ", text))))
 
 

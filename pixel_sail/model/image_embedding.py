@@ -21,7 +21,7 @@ from pixel_sail.model.patches import normalize_patches
 
 
 class PatchEmbedding(nn.Module):
-    """Raw patches through one linear layer, prompt tokens through another, both added onto the <vpatch> embeddings.
+    """Raw patches through one linear layer, prompt tokens through another, both added onto the `<vpatch>` embeddings.
 
     Without `prompt_projection` prompt tokens are added as they are; with other `visual_prompts` than injection not at
     all.
@@ -46,8 +46,8 @@ class PatchEmbedding(nn.Module):
         """Return the embeddings with the image and prompt terms added where an index is not -1.
 
         Patches are bytes, or float32 values that are normalised already.
-        `prompt_table_RD` holds the token embeddings of <Prompt0> .. <Prompt{R-1}>. Both projections run in every call,
-        also when nothing uses them, so that every rank of a distributed run owns a gradient for them.
+        `prompt_table_RD` holds the token embeddings of `<Prompt0>` .. `<Prompt{R-1}>`. Both projections run in every
+        call, also when nothing uses them, so that every rank of a distributed run owns a gradient for them.
         Source: reference model, input embedding; patches are flattened channel first.
         """
         if patches_SK.dtype == torch.uint8:

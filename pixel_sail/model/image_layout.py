@@ -6,7 +6,7 @@ layouts of a grid of 2 x 3, where in the second some text of the template stands
     sail   <vision> <vpatch>x6 </vision>                                  (row, column) positions
     eve    <|im_start|>user\\n <vision> <vpatch>x3 </vision> <vpatch>x3 </vision>      1-D positions
 
-In the eve layout <vision> is the class token and </vision> ends every row of patches.
+In the eve layout `<vision>` is the class token and `</vision>` ends every row of patches.
 
 Axis letters: S tokens, P patches.
 """
@@ -38,7 +38,7 @@ class ImageSpan:
 def image_span(base: str, grid_hw: SizeHW, image_ids: Sequence[int], lead_ids: Sequence[int] = ()) -> ImageSpan:
     """Return the layout of an image with this patch grid.
 
-    image_ids: ids of <vision>, <vpatch> and </vision>; lead_ids: text before the image, eve only.
+    image_ids: ids of `<vision>`, `<vpatch>` and `</vision>`; lead_ids: text before the image, eve only.
     """
     rows, columns = grid_hw
     vision_id, patch_id, end_id = image_ids
@@ -72,7 +72,7 @@ def image_tokens(base: str, grid_hw: SizeHW) -> int:
 def image_positions(grid_hw: SizeHW) -> Tensor:
     """Return the (row, column) positions [2, 1 + h * w + 1] of an image span in the sail layout.
 
-    <vision> stands at 0, patch (r, c) at (1 + r, 1 + c), </vision> at 1 + max(h, w); text goes on from there.
+    `<vision>` stands at 0, patch (r, c) at (1 + r, 1 + c), `</vision>` at 1 + max(h, w); text goes on from there.
     """
     rows, columns = grid_hw
     patch_rows = torch.arange(rows).repeat_interleave(columns) + 1

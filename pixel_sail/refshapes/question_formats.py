@@ -67,7 +67,7 @@ def _vres(rng: np.random.Generator, scene: Scene) -> list[Json]:
 
 
 def osprey_record(rng: np.random.Generator, scene: Scene, record: Json) -> Json:
-    """Return one item of each Osprey file about two to four of the image's objects, called <region1> and so on."""
+    """Return one item of each Osprey file about two to four of the image's objects, called `<region1>` and so on."""
     order = rng.permutation(len(scene.objects)).tolist()[: int(rng.integers(2, 5))]
     chosen = [scene.objects[index] for index in order]
     regions = [{key: record["objects"][index][key] for key in ("segmentation", "bbox")} for index in order]

@@ -32,7 +32,7 @@ class Download:
     sources: str
     """What to check it with: sources of configs/source."""
     aliases: tuple[str, ...] = ()
-    """Other paths that mean the same."""
+    """Other paths that mean the same, or lie in the folder and would be taken for another one's."""
     is_drawn: bool = False
     """Made by this project, nothing to download."""
 
@@ -161,6 +161,15 @@ DOWNLOADS = (
         sources="llava_mix665k",
     ),
     Download(
+        folder="llava_data/LLaVA-Pretrain",
+        holds="blip_laion_cc_sbu_558k.json, images with the folders that file names",
+        origin="the LLaVA project",
+        licence=UNKNOWN_LICENCE,
+        size="558,000 photographs",
+        sources="llava_pretrain",
+        aliases=("LLaVA-Pretrain",),
+    ),
+    Download(
         folder="region_caption",
         holds="finetune_refcocog_val_with_mask.json, mdetr_annotations/finetune_refcocog_val_captions.json",
         origin="the region captions of RefCOCOg as used by the GLaMM and Osprey projects",
@@ -180,11 +189,13 @@ DOWNLOADS = (
     ),
     Download(
         folder="refshapes",
-        holds="images/train2014, refshapes, grefshapes, groupshapes, perbench, osprey, llava, tokenizer",
+        holds="images/train2014, refshapes, grefshapes, groupshapes, perbench, osprey, llava, panoptic, pix2cap, "
+        "glamm_data, muse, reason_seg, tokenizer",
         origin="this project: `python tools/make_refshapes.py --out data/refshapes`, or `make quickstart`",
         licence="that of this project",
         size="about 190 MB",
         sources="refshapes,grefshapes,groupshapes",
+        aliases=("refshapes/images/train2014", "refshapes/glamm_data/annotations"),
         is_drawn=True,
     ),
     Download(

@@ -3,8 +3,12 @@
 Place in the flow: `data/panoptic.py` -> here -> `data/regions.py` -> `Sample` with visual prompts and one turn per
 region, wording from `data/wording/region_class.py`.
 
-Example: Turn(question="Name the class of <Prompt4>. The candidate categories: rug, dog, truck, others.",
-answer="<Prompt4>: dog"); now and then the right name is missing and the answer is "<Prompt4>: others."
+Example:
+
+    Turn(question="Name the class of <Prompt4>. The candidate categories: rug, dog, truck, others.",
+         answer="<Prompt4>: dog")
+
+Now and then the right name is missing and the answer is `<Prompt4>: others.`
 
 What the released loader got wrong, and what happens here:
 - a right name was added to ten drawn ones, so that a list of ten instead of eleven gave "others" away: every list has

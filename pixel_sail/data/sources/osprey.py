@@ -1,7 +1,7 @@
 """Osprey-724K: questions and answers about marked regions, and descriptions of them.
 
 Place in the flow: Osprey's JSON files -> here -> `data/regions.py` -> `Sample` with visual prompts. The five files hold
-records like this one (`description` in one of them only), in which regions are called <region1>, <region2>, ...:
+records like this one (`description` in one of them only), in which regions are called `<region1>`, `<region2>`, ...:
 
     {"file_name": "000000222016.jpg", "height": 640, "width": 480, "annotation": [{"segmentation": [[...]]}, ...],
      "conversations": [{"from": "human", "value": "What is <region1>?"}, {"from": "gpt", "value": "A red bus."}],
@@ -10,11 +10,11 @@ records like this one (`description` in one of them only), in which regions are 
     -> Turn(question="What is <Prompt11>?", answer="A red bus."), prompts=(VisualPrompt(prompt_id=11, mask=...),)
 
 What the released loader got wrong, and what happens here:
-- region names were replaced piece by piece, so that <region10> became "<<Prompt3>0>": a name is replaced as a whole;
+- region names were replaced piece by piece, so that `<region10>` became `<<Prompt3>0>`: a name is replaced as a whole;
 - an item with more regions than prompt tokens was replaced by a random other one: as many of its turns as have tokens
   for all their regions are asked, drawn anew every time, in the order of the file;
 - an item without regions ended the run: it is left out when the source is made, and counted;
-- a description lost everything up to the last colon of it: only its label "<region1>:" is removed;
+- a description lost everything up to the last colon of it: only its label `<region1>:` is removed;
 - a prompt's paint order came from the mask and not from the box or point made of it, which could hide it: see
   `PixelSailProcessor.paint_prompts`.
 """

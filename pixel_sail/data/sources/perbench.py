@@ -13,7 +13,8 @@ Place in the flow: PerBench's three JSON files -> here -> `RegionCaption`, `Regi
     -> VisualReferring(question="Segment what <Prompt0> holds.", regions=(rle0,), prompt_ids=(0,),
                        answer="It is <obj1>.", targets=(rle1,), ...)
 
-Unlike in the released loader every tag is found as a whole, so that <obj1> is not seen in <obj10>, nor obj1 in obj10.
+Unlike in the released loader every tag is found as a whole, so that `<obj1>` is not seen in `<obj10>`, nor obj1 in
+obj10.
 """
 
 import logging
@@ -71,9 +72,9 @@ def load_choices(annotations: str | Path, *, image_dir: str | Path) -> list[Regi
 def load_visual_referring(annotations: str | Path, *, image_dir: str | Path) -> list[VisualReferring]:
     """Return every record of STBench_VRES.json, in the order of the file.
 
-    A tag that the question names becomes <Prompt{k}>, k being its place among the record's tags; tags that the answer
-    names are the targets, in the order of the tags (released: the first one is what is scored). A tag in neither is not
-    used; such tags are counted in a warning. Raises: DataError.
+    A tag that the question names becomes `<Prompt{k}>`, k being its place among the record's tags; tags that the
+    answer names are the targets, in the order of the tags (released: the first one is what is scored). A tag in neither
+    is not used; such tags are counted in a warning. Raises: DataError.
     """
     result = []
     num_tags = num_unused = 0
@@ -140,7 +141,7 @@ class _Tags:
         return sorted({self._number[tag] for tag in self._pattern.findall(text)})
 
     def as_prompts(self, text: str) -> str:
-        """Return the text with <Prompt{number}> in place of every tag."""
+        """Return the text with `<Prompt{number}>` in place of every tag."""
         return self._pattern.sub(lambda match: f"<Prompt{self._number[match[0]]}>", text)
 
 

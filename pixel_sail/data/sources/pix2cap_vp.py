@@ -3,8 +3,10 @@
 Place in the flow: `data/panoptic.py` -> here -> `data/regions.py` -> `Sample` with visual prompts and one turn per
 region, wording from `data/wording/region_class.py`. The file is described in `pix2cap_seg.py`.
 
-Example: Turn(question="Describe <Prompt9> in detail.", answer="<Prompt9>: A blue bowl of rice behind the plate of
-fruit.") with VisualPrompt(prompt_id=9, mask=<the bowl, its box, a point or a scribble on it>).
+Example:
+
+    Turn(question="Describe <Prompt9> in detail.", answer="<Prompt9>: A blue bowl of rice behind the plate of fruit.")
+    with VisualPrompt(prompt_id=9, mask=<the bowl, its box, a point or a scribble on it>)
 
 What the released loader got wrong, and what happens here: a sample that used up all prompt tokens failed when it looked
 for one more, here it asks about no absent region; caches and random replacements, see `coco_panoptic.py`. A point or a

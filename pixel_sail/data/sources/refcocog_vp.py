@@ -3,8 +3,9 @@
 Place in the flow: `data/refer_annotations.py` -> here -> `data/regions.py` -> `Sample` with visual prompts. Reads what
 `refer.py` reads: RefCOCOg for the released fine-tuning on region captions, RefCOCO, RefCOCO+ or RefShapes as well.
 
-Example: the ref with the sentence "The tie of the standing man." -> Turn(question="Describe <Prompt4> in a few words.",
-answer="<Prompt4>: the tie of the standing man").
+Example: the ref with the sentence "The tie of the standing man." becomes
+
+    Turn(question="Describe <Prompt4> in a few words.", answer="<Prompt4>: the tie of the standing man")
 
 What the released loader got wrong, and what happens here:
 - one sentence per object was drawn when the source was made, the others were never seen: it is drawn for every sample;

@@ -4,7 +4,7 @@ Place in the flow: `data/sources/grounded_caption.py` asks `caption_question` fo
 phrases; the evaluation asks one of the two constant prompts. Question wordings are our own; what is marked "released"
 is a protocol fact that a published checkpoint was trained or scored with.
 
-Example: marked_phrase("a red hat") is "<p> a red hat </p> [SEG]".
+Example: marked_phrase("a red hat") is `<p> a red hat </p> [SEG]`.
 """
 
 import numpy as np

@@ -5,7 +5,7 @@ for the region's name, which `data/regions.py` fills in; the evaluation of regio
 constant prompts. Question wordings are our own; what is marked "released" is a protocol fact that a published
 checkpoint was trained or scored with.
 
-Example: DESCRIBE_QUESTIONS[0] -> "Describe <Prompt11>." -> answer "<Prompt11>: a man in a red coat."
+Example: DESCRIBE_QUESTIONS[0] becomes `Describe <Prompt11>.`, its answer `<Prompt11>: a man in a red coat.`
 """
 
 import numpy as np
