@@ -75,11 +75,14 @@ class MaskHead(nn.Module):
         if not folded:
             maps = [self.pixel_features(states_IhwC).flatten(0, 2) for states_IhwC in groups]
             return torch.cat(maps), queries_ND, queries_ND.clone()
-        first, activation, last = self.pixel_projector
+        first, _, last = self.pixel_projector
         assert isinstance(last, nn.Linear)
-        maps = [
-            activation(self.upsampler.channels_last(self._projected(states), first)).flatten(0, 2) for states in groups
-        ]
+
+        def cells_of(states_IhwC: Tensor) -> Tensor:
+            # Flat before the product, so that the activation may take the place of its result.
+            return self.upsampler.channels_last(self._projected(states_IhwC), lambda x: first(x.flatten(0, 2))).relu_()
+
+        maps = [cells_of(states_IhwC) for states_IhwC in groups]
         bias_N1 = queries_ND @ last.bias[:, None]
         probes_NE = torch.cat((queries_ND @ last.weight, bias_N1), dim=1)
         return maps[0] if len(maps) == 1 else torch.cat(maps), queries_ND, probes_NE

@@ -315,11 +315,16 @@ class PixelSailForSegmentation(PreTrainedModel):
         ]
         cells, queries_ND, probes = self.mask_head(groups or [hidden_BTD[:1, None, :1]], seg_states_ND, folded=folded)
         features: list[Tensor | None] = [None] * len(grids)
-        scale, first = 2**self.config.num_upsample_blocks, 0
-        for image in (image for images in same_grid.values() for image in images):
-            size = (grids[image][0] * scale, grids[image][1] * scale)
-            features[image] = cells[first : first + size[0] * size[1]].view(*size, -1)
-            first += size[0] * size[1]
+        scale = 2**self.config.num_upsample_blocks
+        sizes = {i: (grids[i][0] * scale, grids[i][1] * scale) for images in same_grid.values() for i in images}
+        if len(sizes) == 1:
+            # Whole, because the backward pass of a part fills a map of zeros.
+            ((image, size),) = sizes.items()
+            features[image] = cells.view(*size, -1)
+        elif sizes:
+            parts = cells.split([rows * columns for rows, columns in sizes.values()])
+            for (image, size), part in zip(sizes.items(), parts, strict=True):
+                features[image] = part.view(*size, -1)
         return cells, tuple(features), queries_ND, probes
 
     def predict_experts(
