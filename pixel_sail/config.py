@@ -17,9 +17,10 @@ from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.utils import instantiate
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from pixel_sail.data.leakage import LeakageConfig
@@ -77,6 +78,10 @@ class LoraConfig:
         check_patterns("model.lora.targets", self.targets)
 
 
+FRESH_PARTS = ("mask_head", "prompt_projection", "patch_embedding")
+"""Parts of a model whose weights depend on choices that ablations change."""
+
+
 @dataclass(kw_only=True)
 class ModelConfig:
     """What is trained, and from which weights."""
@@ -87,9 +92,18 @@ class ModelConfig:
     """Folder of a Hugging Face tokenizer."""
     init_from: str | None = None
     """Exported Pixel-SAIL folder whose weights training starts from; None starts from random weights."""
+    init_fresh: list[str] = field(default_factory=list)
+    """Parts that are drawn anew, or left out, where the weights of `init_from` were made for another `architecture`:
+    mask_head, prompt_projection, patch_embedding. Where they fit they are taken. Empty: what does not fit is an
+    error."""
     vocab_multiple: int = 64
     """The vocabulary is padded to a multiple of this."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def __post_init__(self) -> None:
+        """Check the names of parts."""
+        if unknown := sorted(set(self.init_fresh) - set(FRESH_PARTS)):
+            raise ConfigError(f"model.init_fresh: found {unknown}, expected some of {FRESH_PARTS}")
 
 
 @dataclass(kw_only=True)
@@ -328,6 +342,8 @@ class PredictConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"predict.{name} is {getattr(self, name)!r}, expected one of {allowed}")
+        if self.max_new_tokens is not None and self.max_new_tokens < 0:
+            raise ConfigError(f"predict.max_new_tokens is {self.max_new_tokens}, expected 0 or more, or null")
 
 
 @dataclass(kw_only=True)
@@ -479,7 +495,11 @@ def load_config(name: str, schema: type[Config], overrides: Sequence[str]) -> Co
     """
     try:
         with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-            composed = compose(name, list(overrides))
+            composed = compose(name, list(overrides), return_hydra_config=True)
+        # For names of what was chosen, such as ${hydra:runtime.choices.model}; not part of the result.
+        HydraConfig.instance().set_config(composed)
+        with open_dict(composed):
+            del composed["hydra"]
         OmegaConf.resolve(composed)
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:

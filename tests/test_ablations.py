@@ -10,7 +10,6 @@ import torch
 from counting import counted_operations
 from test_configs import bind_targets, names
 from test_plan_run import saved_bytes
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pixel_sail.config import TrainConfig, load_config
 from pixel_sail.data.loader import LaneShare, training_batches
@@ -20,9 +19,7 @@ from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
 from pixel_sail.model.generation import encode_images, generate
 from pixel_sail.model.image_embedding import PooledPrompts
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
-from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.speed import REFERENCE, Speed
-from pixel_sail.model.tokenization import model_token_ids
 from pixel_sail.model.upsampler import Upsampler
 from pixel_sail.planning.activations import activation_bytes
 from pixel_sail.planning.flops import forward_flops
@@ -45,34 +42,115 @@ CHANGES = {
     "stride_4": ("quickstart", set()),
     "stride_2": ("quickstart", {ARCHITECTURE + "mask_stride"}),
     "upsampler_off": ("quickstart", {ARCHITECTURE + "mask_stride"}),
+    "upsampler_transposed": ("quickstart", set()),
     "upsampler_bilinear": ("quickstart", {ARCHITECTURE + "upsampler"}),
     "upsampler_pixel_shuffle": ("quickstart", {ARCHITECTURE + "upsampler"}),
     "mask_dim_256": ("quickstart", {ARCHITECTURE + "mask_dim"}),
     "mask_dim_512": ("quickstart", {ARCHITECTURE + "mask_dim"}),
+    "prompts_injection": ("quickstart", set()),
     "prompts_pooled": ("quickstart", {ARCHITECTURE + "visual_prompts"}),
     "prompts_off": ("quickstart", {ARCHITECTURE + "visual_prompts"}),
     "prompts_unprojected": ("quickstart", {ARCHITECTURE + "prompt_projection"}),
+    "attention_prefix": ("quickstart", set()),
     "attention_causal": ("quickstart", {ARCHITECTURE + "attention"}),
     "patch_14": ("quickstart", {ARCHITECTURE + "patch_size"}),
+    "patch_16": ("quickstart", set()),
     "patch_32": ("quickstart", {ARCHITECTURE + "patch_size"}),
     "text_factor_1": ("quickstart", {"loss.text_factor_with_masks"}),
+    "text_factor_0_1": ("quickstart", set()),
     "language_blind": ("quickstart", HIDDEN),
     "image_blind": ("quickstart", HIDDEN),
     "text_factor_0": ("quickstart", {"loss.text_factor_with_masks"}),
     **{f"teacher_{kind}": (CARD, {"experts."}) for kind in ("none", "mask2former", "sam2", "radio")},
+    "teacher_both": (CARD, set()),
     **{f"teacher_weight_{w}": (CARD, {f"experts.{name}.weight" for name in BOTH}) for w in ("0_1", "1")},
     **{f"teacher_loss_{kind}": (CARD, {f"experts.{name}.loss" for name in BOTH}) for kind in ("cosine", "normalized")},
     **{f"ours_weight_{weight}": ("refshapes_distill", {"experts.ours.weight"}) for weight in ("0_1", "1")},
     **{f"ours_loss_{kind}": ("refshapes_distill", {"experts.ours.loss"}) for kind in ("cosine", "normalized")},
-    **{name: (CARD, {"data."}) for name in names("ablation") if name.startswith("data_")},
+    **{name: (CARD, {"data.sources.", "data.repeats."}) for name in names("ablation") if name.startswith("data_")},
+    "data_more_chat": (CARD, {"data.repeats.llava_mix665k"}),
     **{f"marks_{kind}": ("refshapes_ladder", {SHARES}) for kind in ("mask", "box", "point", "scribble")},
+    # Two leaves, the one exception: the paper's plain baseline has neither upsampler nor injected prompts.
     "ladder_1_baseline": ("refshapes_ladder", {ARCHITECTURE + "mask_stride", ARCHITECTURE + "visual_prompts"}),
     "ladder_2_upsampler": ("refshapes_ladder", {ARCHITECTURE + "visual_prompts"}),
     "ladder_3_prompts": ("refshapes_ladder", set()),
     "ladder_4_distillation": ("refshapes_ladder", {"experts.ours"}),
 }
-"""Ablation -> the experiment it is meant for, and the leaves in which it differs from it. A leaf that ends in a full
-stop stands for a group that is taken as a whole: everything that differs lies in it."""
+"""Ablation -> the experiment it is meant for, and the leaves in which it differs from it: none where it names what the
+experiment does anyway, for sweeps to name their baseline. A leaf that ends in a full stop stands for a group that is
+taken as a whole: everything that differs lies in it, and `MIXES` and `TEACHERS` say what it holds."""
+
+REF = {"refcoco": 4, "refcoco_plus": 4, "refcocog": 4}
+SEG = REF | dict.fromkeys(("coco_semantic", "coco_panoptic", "openpsg_gcg", "flickr30k_gcg", "refcocog_gcg", "muse"), 1)
+SEG |= {"grandf": 10, "pix2cap_seg": 2}
+CHAT = {"llava_mix665k": 1}
+OSPREY_REST = ("osprey_short_form", "osprey_conversation", "osprey_part_level", "osprey_positive_negative")
+OSPREY = {"osprey_detail": 10} | dict.fromkeys(OSPREY_REST, 1)
+REGIONS = {"pix2cap_vp": 10} | OSPREY
+COCO = {"coco_vp": 1}
+MIXES = {
+    "data_segmentation": SEG | CHAT,
+    "data_segmentation_3b": SEG | {"grefcoco": 4} | CHAT | {"pix2cap_vp": 5} | dict.fromkeys(OSPREY, 1),
+    "data_regions": CHAT | REGIONS | COCO | {"sam_captions": 1},
+    "data_grefcoco": {"grefcoco": 4},
+    "data_refcoco_chat": REF | CHAT,
+    "data_refcoco_grefcoco_chat": REF | {"grefcoco": 4} | CHAT,
+    "data_sam_captions": {"sam_captions": 1},
+    "data_pix2cap": {"pix2cap_vp": 5},
+    "data_pix2cap_osprey": REGIONS,
+    "data_pix2cap_osprey_coco": REGIONS | COCO,
+    "data_pix2cap_osprey_coco_chat": REGIONS | COCO | CHAT,
+    "data_marks_pix2cap": {"pix2cap_vp": 10, "pix2cap_vp_marked": 10},
+    "data_boxes_pix2cap": {"pix2cap_vp": 10, "pix2cap_vp_marked": 10},
+    "data_marks_all": REGIONS | {f"{name}_marked": repeats for name, repeats in REGIONS.items()} | COCO,
+    "data_more_chat": SEG | {"grefcoco": 3, "llava_mix665k": 2} | REGIONS | COCO,
+}
+"""Data ablation -> source and how often it occurs in an epoch: the released lists."""
+
+ALL = SEG | {"grefcoco": 3} | CHAT | REGIONS | COCO
+LISTS = {
+    "cotrain_0_5b": ALL,
+    "cotrain_3b": ALL | {"sam_captions": 1},
+    "cotrain_3b_more_chat": ALL | {"sam_captions": 1, "llava_mix665k": 2},
+    "refcoco": REF,
+    "reasonseg": {"reasonseg": 16},
+    "refcocog_captions": {"refcocog_vp": 4},
+}
+"""The same for released lists that are no ablation."""
+
+MARKED = {"mask": 0.2, "box": 0.4, "point": 0.4}
+SHARES_OF = {"data_boxes_pix2cap": {"mask": 0.2, "box": 0.8, "point": 0.0}}
+"""Shares of the kinds of marks in sources whose names end in _marked, where they are not `MARKED`."""
+
+TEACHERS = {
+    "teacher_none": {},
+    "teacher_mask2former": {"mask2former": ("pixel_map", 256, 1.0, "mse")},
+    "teacher_sam2": {"sam2": ("patch_states", 256, 1.0, "mse")},
+    "teacher_radio": {"radio": ("patch_states", 1024, 1.0, "mse")},
+    "teacher_both": {"mask2former": ("pixel_map", 256, 0.5, "mse"), "sam2": ("patch_states", 256, 0.5, "mse")},
+    **{
+        f"teacher_weight_{name}": {
+            "mask2former": ("pixel_map", 256, weight, "mse"),
+            "sam2": ("patch_states", 256, weight, "mse"),
+        }
+        for name, weight in (("0_1", 0.1), ("1", 1.0))
+    },
+    **{
+        f"teacher_loss_{name}": {
+            "mask2former": ("pixel_map", 256, 0.5, loss),
+            "sam2": ("patch_states", 256, 0.5, loss),
+        }
+        for name, loss in (("cosine", "cosine"), ("normalized", "normalized_mse"))
+    },
+    **{
+        f"ours_weight_{name}": {"ours": ("pixel_map", 128, weight, "mse")}
+        for name, weight in (("0_1", 0.1), ("1", 1.0))
+    },
+    "ours_loss_cosine": {"ours": ("pixel_map", 128, 0.5, "cosine")},
+    "ours_loss_normalized": {"ours": ("pixel_map", 128, 0.5, "normalized_mse")},
+    "ladder_4_distillation": {"ours": ("pixel_map", 128, 0.5, "mse")},
+}
+"""Ablation of the experts -> each with its site, channels, weight and loss."""
 
 
 @cache
@@ -80,19 +158,52 @@ def base_of(experiment):
     return load_config("train", TrainConfig, [f"experiment={experiment}"])
 
 
+@cache
+def changed_by(ablation):
+    return load_config("train", TrainConfig, [f"experiment={CHANGES[ablation][0]}", f"ablation={ablation}"])
+
+
 @pytest.mark.parametrize("ablation", names("ablation"))
 def test_every_ablation_changes_exactly_the_leaves_it_names(ablation):
     experiment, leaves = CHANGES[ablation]
-    base = base_of(experiment)
-    changed = load_config("train", TrainConfig, [f"experiment={experiment}", f"ablation={ablation}"])
-    found = {key for key, _ in differing_leaves(asdict(base), asdict(changed))}
+    changed = changed_by(ablation)
+    found = {key for key, _ in differing_leaves(asdict(base_of(experiment)), asdict(changed))}
     whole = {leaf for leaf in leaves if leaf.endswith(".")}
     assert {next((one for one in whole if key.startswith(one)), key) for key in found} == leaves
+    assert len(leaves) <= 2 or whole or ablation in ("language_blind", "image_blind")
     bind_targets(changed.data.sources)
     bind_targets({name: own.model for name, own in changed.experts.items()})
     with torch.device("meta"):
         model = PixelSailForSegmentation(PixelSailConfig.from_architecture(changed.model.architecture))
     assert sum(p.numel() for p in model.parameters()) == sum(parameter_counts(changed.model.architecture, {}).values())
+
+
+@cache
+def source_alone(name):
+    return load_config("train", TrainConfig, ["name=x", "data.sources={}", f"+source@data.sources={name}"]).data.sources
+
+
+@pytest.mark.parametrize("mix", [*MIXES, *LISTS])
+def test_a_mix_has_the_sources_and_repeats_of_the_release_and_nothing_else_of_its_own(mix):
+    data = changed_by(mix).data if mix in MIXES else load_config("train", TrainConfig, ["name=x", f"data={mix}"]).data
+    assert {name: data.repeats.get(name, 1) for name in data.sources} == (MIXES | LISTS)[mix]
+    assert not set(data.repeats) - set(data.sources) and not data.weights
+    for name, node in data.sources.items():
+        expected = source_alone(name)[name]
+        if name.endswith("_marked"):
+            shares = SHARES_OF.get(mix, MARKED)
+            assert {kind: node["prompt_shares"].get(kind, 0.0) for kind in shares} == shares
+            expected = expected | {"prompt_shares": node["prompt_shares"]}
+        assert node == expected, name
+
+
+@pytest.mark.parametrize("ablation", [name for name in names("ablation") if name.startswith(("teacher_", "ours_"))])
+def test_experts_are_those_of_the_table_with_their_weights_and_losses(ablation):
+    experts = changed_by(ablation).experts
+    assert {name: (own.site, own.channels, own.weight, own.loss) for name, own in experts.items()} == TEACHERS[ablation]
+    for name, own in experts.items():
+        alone = load_config("train", TrainConfig, ["name=x", f"experts={name}"]).experts[name]
+        assert own == replace(alone, weight=own.weight, loss=own.loss)
 
 
 DESIGNS = ("transposed", "bilinear", "pixel_shuffle")
@@ -296,29 +407,3 @@ def test_every_tiny_ablation_takes_a_first_step(data_root, ablation):
     loss.backward()
     assert torch.isfinite(loss) and loss.item() > 0
     assert [name for name, value in model.named_parameters() if value.grad is None] == []
-
-
-LARGE = [
-    {},
-    *({"upsampler": design} for design in DESIGNS[1:]),
-    *({"mask_stride": stride} for stride in (16, 8, 2)),
-    *({"visual_prompts": kind} for kind in ("pooled", "off")),
-    {"attention": "causal"},
-]
-
-
-@pytest.mark.parametrize("size", ["sail_0_5b", "sail_3b"])
-def test_variants_of_the_papers_sizes_compute_without_memory(size, tokenizer, draw_sample, make_batch):
-    """Shapes of the whole forward pass on tensors without content; no number of them is real."""
-    for changes in LARGE:
-        architecture = load_config("train", TrainConfig, ["name=x", f"model={size}"]).model.architecture
-        token_ids = model_token_ids(tokenizer, num_visual_prompts=15)
-        architecture = replace(architecture, vocab_size=151680, token_ids=token_ids, num_hidden_layers=2, **changes)
-        config = PixelSailConfig.from_architecture(architecture)
-        drawn = draw_sample(np.random.default_rng(0), size_hw=(96, 128), masks_per_turn=(2,), prompts=(3,))
-        example = PixelSailProcessor.for_model(tokenizer, config).encode_sample(*drawn, independent_turns=False)
-        inputs = make_batch([example]).model_inputs()
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            model = PixelSailForSegmentation(config).eval()
-            (masks,) = model(**inputs).mask_logits
-        assert masks.shape == (2, 96 // architecture.mask_stride, 128 // architecture.mask_stride), changes

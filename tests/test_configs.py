@@ -1,9 +1,12 @@
 """Every configuration file composes, fits its schema and names functions that exist with arguments they take."""
 
+import ast
 import inspect
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra.utils import get_method
 
 from pixel_sail.config import CONFIG_FOLDER, ConfigError, EvalConfig, TrainConfig, load_config
@@ -110,11 +113,59 @@ def test_a_missing_value_is_an_error_that_names_its_key():
         load_config("train", TrainConfig, [])
 
 
+def values(node):
+    """Yield every text of a configuration but those of its list of defaults, which name other configurations."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from () if key == "defaults" else values(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from values(value)
+    elif isinstance(node, str):
+        yield node
+
+
+PLACE = re.compile(r"/(?:home|mnt|root|work)/\S*|(?<!\.)\.\./\S*|~/\S*|\$\{oc\.env:[^}]*\}?")
+
+
+def machine_paths(text: str) -> list[str]:
+    """Return what in a configuration file leads to a place on a machine other than through `paths`."""
+    # Also in comments, whose commands a user copies.
+    return PLACE.findall(text) + [value for value in values(yaml.safe_load(text)) if value.startswith("/")]
+
+
 def test_no_config_but_paths_holds_a_machine_path():
-    for path in CONFIG_FOLDER.rglob("*.yaml"):
-        if path.parent.name != "paths":
-            text = path.read_text()
-            assert not [part for part in ("/home/", "/mnt/", "/root/", "/work/") if part in text], path
+    found = {path: machine_paths(path.read_text()) for path in CONFIG_FOLDER.rglob("*.yaml")}
+    assert {path.parent.name for path, places in found.items() if places} == {"paths"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "s: {root: /data/coco}",
+        "s: {image_dirs: [coco, /srv/coco]}",
+        "s: {root: ../data/coco}",
+        "s: {root: '${paths.data}/../coco'}",
+        "s: {root: ~/coco}",
+        "s: {root: '${oc.env:COCO,coco}'}",
+        "s: {root: '${oc.env:COCO,../coco}/train2014'}",
+        "# python tools/x.py --out /home/me/x\ns: {}",
+    ],
+)
+def test_a_machine_path_in_a_config_is_found(text):
+    assert machine_paths(text)
+
+
+def test_other_slashes_in_a_config_are_none():
+    text = "# a/b, 1 / 2, 3/4 ...\ndefaults:\n  - /source@sources: [refcoco]\n  - /data/x\ns: {root: '${paths.data}/a'}"
+    assert machine_paths(text) == []
+
+
+def test_no_help_of_a_program_names_a_place_outside_of_the_repository():
+    programs = [path for folder in ("scripts", "tools") for path in (CONFIG_FOLDER.parent / folder).glob("*.py")]
+    texts = {path: ast.get_docstring(ast.parse(path.read_text())) or "" for path in programs}
+    assert len(texts) > 20
+    assert {path: PLACE.findall(text) for path, text in texts.items() if PLACE.search(text)} == {}
 
 
 def test_configs_lie_where_the_package_looks_for_them():

@@ -1,23 +1,36 @@
 """The stages start from each other, are composed of what exists, and their rehearsal asks for what they hold."""
 
 import json
+import re
 
 import pytest
 from running import load_tool
 from test_configs import bind_targets, names
 
-from pixel_sail.config import ConfigError, TrainConfig, build, load_config
+from pixel_sail.config import FRESH_PARTS, ConfigError, TrainConfig, build, load_config
 
 START_OF = {"pretrain": None, "sft": "stage_pretrain", "cotrain": "stage_sft", "finetune": "stage_cotrain"}
+SIZES = ("sail_0_5b", "sail_3b")
 
 
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("stage", names("stage"))
-def test_a_stage_starts_from_the_export_of_the_one_before(stage):
-    config = load_config("train", TrainConfig, ["model=sail_0_5b", f"stage={stage}", "paths.runs=r"])
-    assert config.name == f"stage_{stage}"
+def test_a_stage_starts_from_the_export_of_the_one_before_of_its_own_size(stage, size):
+    config = load_config("train", TrainConfig, [f"model={size}", f"stage={stage}", "paths.runs=r"])
+    assert config.name == f"stage_{stage}_{size}" + ("_refcoco" if stage == "finetune" else "")
+    assert config.run_dir == f"r/{config.name}"
     start = START_OF[stage]
-    assert config.model.init_from == (start and f"r/{start}/export")
+    assert config.model.init_from == (start and f"r/{start}_{size}/export")
     bind_targets(config.data.sources)
+
+
+def test_runs_of_other_sizes_and_datasets_have_other_folders():
+    found = [
+        load_config("train", TrainConfig, [f"model={size}", "stage=finetune", f"data={data}"]).run_dir
+        for size in SIZES
+        for data in ("refcoco", "grefcoco", "reasonseg", "refcocog_captions")
+    ]
+    assert len(set(found)) == len(found)
 
 
 def test_data_of_the_command_line_stand_above_those_of_a_stage():
@@ -30,7 +43,10 @@ def test_the_header_of_a_card_names_its_own_command_and_start(experiment):
     config = load_config("train", TrainConfig, [f"experiment={experiment}", "paths.runs=r"])
     size, _, dataset = experiment.removeprefix("pixel_sail_").partition("b")
     is_eve = config.model.architecture.base == "eve"
-    start = f"pixel_sail_{size}b/export" if dataset else "evev2_base" if is_eve else "stage_sft/export"
+    base = "evev2_base" if is_eve else f"stage_sft_sail_{size}b/export"
+    start = f"pixel_sail_{size}b/export" if dataset else base
+    # A base may be of another design, a model of ours that learned masks may not.
+    assert config.model.init_fresh == ([] if dataset else list(FRESH_PARTS))
     assert config.model.init_from == f"r/{start}"
     assert bool(config.experts) == (not dataset and not is_eve)
     assert (config.optim.precision, config.optim.lr, config.optim.warmup_fraction) == ("bf16", 4e-5, 0.05)
@@ -45,13 +61,36 @@ def test_the_rehearsal_composes_and_holds_its_figures_apart(data_root, tmp_path)
         trained = load_config("train", TrainConfig, [*tool.COMMON, *stage.overrides])
         judged = load_config("train", TrainConfig, [*tool.COMMON, *stage.overrides, *stage.held_out])
         sources = [name for name in judged.data.sources if judged.data.repeats.get(name, 1.0) > 0]
-        assert len(sources) == 1
-        assert judged.data.sources[sources[0]] != trained.data.sources[sources[0]]
+        assert sources and all(judged.data.sources[name] != trained.data.sources[name] for name in sources)
+    # What each figure is taken on: words for captions and chat, both for the mix, masks for referring segmentation.
+    figures = {stage.name: stage.figures for stage in stages}
+    assert figures["pretrain_patches"] == figures["pretrain"] == figures["sft"] == ("text",)
+    assert figures["cotrain"] == ("text", "bce", "dice") and figures["finetune"] == ("bce", "dice")
     tool.HELD_OUT = 4
     tool.write_files(data_root, tmp_path)
-    for name in ("captions", "chat"):
+    for name in ("captions", "chat", "questions"):
         train, held = (json.loads((tmp_path / f"{name}{kind}.json").read_text()) for kind in ("", "_held_out"))
         assert len(held) == 4 and len(train) > 4 and not [one for one in held if one in train]
+
+
+def test_the_stages_train_one_after_another(data_root, tmp_path, monkeypatch, capsys):
+    """Two steps each, four with masks: every stage runs, starts from the one before and tells its figures."""
+    tool = load_tool("rehearse_stages")
+    monkeypatch.setattr(tool, "HELD_OUT", 4)
+    monkeypatch.setattr(tool, "BATCHES", 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert tool.main(["--data", str(data_root), "--out", str(tmp_path), "--steps", "2"]) in (0, 1)
+    told = re.findall(r"^(\w+) +held-out (\w+) +([\d.]+) -> ([\d.]+)$", capsys.readouterr().out, re.MULTILINE)
+    stages = tool.stages(data_root, 2)
+    assert [(name, figure) for name, figure, _, _ in told] == [(own.name, one) for own in stages for one in own.figures]
+    assert all(float(before) > 0 and float(after) > 0 and before != after for _, _, before, after in told)
+    start = None
+    for stage in stages:
+        run_dir = tmp_path / stage.name
+        assert json.loads((run_dir / "config.json").read_text())["model"]["init_from"] == start
+        last = json.loads((run_dir / "log.jsonl").read_text().splitlines()[-1])
+        assert last["step"] == (4 if "bce" in stage.figures else 2)
+        start = str(run_dir / "export")
 
 
 def test_a_losses_figure_is_the_mean_over_tokens_and_masks(data_root):

@@ -2,10 +2,11 @@
 
     python tools/rehearse_stages.py --out runs/rehearsal --steps 60
 
-Each stage starts from the export of the one before. Its figure is the loss of its own kind on data that it does not
-train on, before and after: nats per supervised token for captions and chat, the same and dice for the mix, dice of the
-masks for referring segmentation. RefShapes has no captions of whole images: they are put together from what its Osprey
-file says about each region. Ends with status 1 when a stage did not improve its figure.
+Each stage starts from the export of the one before. Its figures are losses of its own kind on data that it does not
+train on, before and after: nats per supervised token for captions and chat, the same and BCE and dice of the masks for
+the mix, BCE and dice for referring segmentation. RefShapes has no captions of whole images: they are put together from
+what its Osprey file says about each region. Needs what `make quickstart` draws. Ends with status 1 when a stage did not
+improve each of its figures.
 """
 
 import argparse
@@ -94,9 +95,12 @@ def stages(data: Path, steps: int) -> list[Stage]:
         ),
         Stage(
             name="cotrain",
-            overrides=("stage=cotrain", "data=refshapes_regions", f"optim.steps={2 * steps}", where, *masks),
-            held_out=(*val, "data.repeats.osprey_short_form=0"),
-            figures=("bce", "dice"),
+            overrides=(
+                *("stage=cotrain", "data=refshapes_regions", f"optim.steps={2 * steps}", where, *masks),
+                file.format("osprey_short_form", "questions.json"),
+            ),
+            held_out=(*val, file.format("osprey_short_form", "questions_held_out.json")),
+            figures=("text", "bce", "dice"),
         ),
         Stage(
             name="finetune",
@@ -108,11 +112,12 @@ def stages(data: Path, steps: int) -> list[Stage]:
 
 
 def write_files(data: Path, out: Path) -> None:
-    """Write captions and chat of RefShapes, the last records apart. Raises: DataError."""
+    """Write captions, chat and questions about regions of RefShapes, the last records apart. Raises: DataError."""
     folder = data / "refshapes"
     try:
         described = json.loads((folder / "osprey" / "osprey_detail_description.json").read_text())
         chat = json.loads((folder / "llava" / "llava_v1_5_mix665k.json").read_text())
+        questions = json.loads((folder / "osprey" / "osprey_short_form.json").read_text())
     except OSError as error:
         raise DataError(f"{folder}: {error}; draw the data with tools/make_refshapes.py first") from error
     captions = [
@@ -126,7 +131,7 @@ def write_files(data: Path, out: Path) -> None:
         }
         for record in described
     ]
-    for name, records in (("captions", captions), ("chat", chat)):
+    for name, records in (("captions", captions), ("chat", chat), ("questions", questions)):
         replace_text(out / f"{name}.json", json.dumps(records[:-HELD_OUT]))
         replace_text(out / f"{name}_held_out.json", json.dumps(records[-HELD_OUT:]))
 

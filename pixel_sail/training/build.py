@@ -1,24 +1,47 @@
 """Model and processor from the config.
 
 Place in the flow: `training/loop.py` calls `build_model` before the accelerator wraps anything. Starting weights are
-random, drawn from the run's seed, or come from an exported folder.
+random, drawn from the run's seed, or come from an exported folder. There the decoder and the vocabulary must be those
+that are configured; what has no weights is as configured, and parts of another design are drawn anew where
+`model.init_fresh` allows it. For example an upsampler of one block on a base with two:
+
+    build_model(ModelConfig(init_from="runs/base", init_fresh=["mask_head"],
+                            architecture=Architecture(mask_stride=8, ...), ...), seed=0, experts={})
 """
 
+import logging
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import set_seed
 
-from pixel_sail.config import ConfigError, LoraConfig, ModelConfig, matching
+from pixel_sail.config import FRESH_PARTS, ConfigError, LoraConfig, ModelConfig, matching
 from pixel_sail.experts.settings import ExpertSettings
-from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
+from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
 from pixel_sail.model.distill_head import DistillSite
 from pixel_sail.model.lora import LINEAR, add_lora
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, load_model
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.tokenization import load_tokenizer, model_token_ids
+
+logger = logging.getLogger(__name__)
+
+SETTINGS = ("attention", "visual_prompts", "max_long_side", "initializer_range")
+"""Fields of an architecture that no weight of a start depends on: the configuration decides."""
+
+DESIGN = ("mask_stride", "upsampler", "mask_dim", "prompt_projection", "patch_size", "patch_hidden_size")
+"""Fields that decide on the weights of `FRESH_PARTS` alone. All others must be those of the start."""
+
+NAMES = {
+    "mask_head": r"mask_head\.",
+    "prompt_projection": r"patch_embedding\.prompt_projection\.",
+    "patch_embedding": r"patch_embedding\.(?!prompt_projection\.)",
+}
+"""What the weights of each part are called."""
 
 
 def build_model(
@@ -27,7 +50,7 @@ def build_model(
     """Return the model in training mode (float32), with a linear layer for each expert and low-rank adapters
     where they are configured, and the processor that fits it.
 
-    Raises: ConfigError when `init_from` has other sizes than `architecture`, or an adapter has nothing to adapt.
+    Raises: ConfigError when `init_from` does not fit `architecture`, or an adapter has nothing to adapt.
     """
     architecture = config.architecture
     tokenizer = load_tokenizer(config.tokenizer, num_visual_prompts=architecture.num_visual_prompts)
@@ -39,7 +62,7 @@ def build_model(
         set_seed(seed)
         model = PixelSailForSegmentation(wanted)
     else:
-        model = _load_start(config.init_from, architecture)
+        model = _load_start(config, wanted, seed=seed)
     add_training_parts(model, config.lora, seed=seed, experts=experts)
     return model.train(), processor
 
@@ -63,14 +86,59 @@ def lora_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     return [name for name in linear if name in chosen]
 
 
-def _load_start(folder: str, architecture: Architecture) -> PixelSailForSegmentation:
-    """Return the model of an exported folder; ConfigError when it has other sizes than are configured."""
-    model = load_model(Path(folder), dtype=torch.float32)
+def _load_start(config: ModelConfig, wanted: PixelSailConfig, *, seed: int) -> PixelSailForSegmentation:
+    """Return a model as configured with the weights of an exported folder.
+
+    Raises: ConfigError when its decoder or vocabulary is another one, or a part does not fit and `init_fresh` does not
+    name it; ValueError when its weights are not those that its own config.json asks for.
+    """
+    assert config.init_from is not None
+    start = load_model(Path(config.init_from), dtype=torch.float32)
+    where = f"model.init_from {config.init_from}"
     differing = {
-        name: (getattr(model.config, name), value)
-        for name, value in vars(architecture).items()
-        if getattr(model.config, name) != value
+        name: (getattr(start.config, name), value)
+        for name, value in vars(config.architecture).items()
+        if getattr(start.config, name) != value
     }
-    if differing:
-        raise ConfigError(f"model.init_from {folder}: (found, configured) differ in {differing}")
+    if not differing:
+        return start
+    fixed = {name: pair for name, pair in differing.items() if name not in (*SETTINGS, *DESIGN)}
+    if fixed:
+        raise ConfigError(
+            f"{where}: (found, configured) differ in {fixed}, which no weights can be carried over to; set "
+            "model.architecture and model.tokenizer to what was found, or start from another folder"
+        )
+    weights = start.state_dict()
+    # Neither layers nor words have a part in what may be drawn.
+    small = replace(config.architecture, num_hidden_layers=1, vocab_size=1)
+    with torch.device("meta"):
+        shaped = PixelSailForSegmentation(PixelSailConfig.from_architecture(small)).state_dict()
+    unfit = [part for part in FRESH_PARTS if _shapes(weights, part) != _shapes(shaped, part)]
+    if refused := [part for part in unfit if part not in config.init_fresh]:
+        raise ConfigError(
+            f"{where}: its weights do not fit in {refused}; (found, configured) differ in {differing}. Configure what "
+            f"was found, start from a folder of this design, or write model.init_fresh=[{','.join(unfit)}] to draw "
+            "these parts anew"
+        )
+    kept = {name: tensor for name, tensor in weights.items() if not any(_is_of(part, name) for part in unfit)}
+    drawn = {}
+    if unfit:
+        set_seed(seed)
+        fresh = PixelSailForSegmentation(PixelSailConfig.from_architecture(small)).state_dict()
+        drawn = {name: tensor for name, tensor in fresh.items() if any(_is_of(part, name) for part in unfit)}
+    logger.info("%s: (found, configured) differ in %s", where, differing)
+    logger.info("%s: left out %s, drawn anew %s", where, sorted(weights.keys() - kept.keys()), sorted(drawn))
+    # Strict as any start: weights that are missing or too many end with their names.
+    model = PixelSailForSegmentation.from_pretrained(None, config=wanted, state_dict=kept | drawn, dtype=torch.float32)
+    assert isinstance(model, PixelSailForSegmentation)
     return model
+
+
+def _is_of(part: str, name: str) -> bool:
+    """Return whether a weight belongs to a part."""
+    return re.match(NAMES[part], name) is not None
+
+
+def _shapes(weights: Mapping[str, Tensor], part: str) -> dict[str, torch.Size]:
+    """Return the names and shapes of a part's weights."""
+    return {name: tensor.shape for name, tensor in weights.items() if _is_of(part, name)}

@@ -1,0 +1,135 @@
+"""Planned costs of cards and stages are what the planner says, and schedules said to be the release's are that."""
+
+import json
+import re
+
+import pytest
+from running import ROOT, load_tool
+from test_configs import names
+
+from pixel_sail.config import TrainConfig, load_config
+
+CARDS = [name for name in names("experiment") if name.startswith("pixel_sail_")]
+
+
+def header(card):
+    """Return the comments of a card as one line."""
+    lines = (ROOT / "configs" / "experiment" / f"{card}.yaml").read_text().splitlines()
+    return " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
+
+
+def plan(arguments, capsys):
+    """Return what tools/plan_run.py plans."""
+    assert load_tool("plan_run").main([*arguments, "--json", "-"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def cost_of(planned):
+    """Return the cost as a card says it."""
+    time = planned["time"]
+    (chosen,) = [row for row in planned["memory"] if row["chosen"]]
+    hours = f"{time['hours']:.2f} h, {time['gpu_hours']:.1f} GPU-hours"
+    spent = hours if time["hours"] >= 0.1 else f"{60 * time['hours']:.1f} minutes"
+    machine = f"{time['gpus']} {time['gpu'].upper()} at an assumed MFU of {time['mfu']}"
+    return f"planned {spent} on {machine}, {chosen['peak'] / 1e9:.1f} GB on each"
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_the_cost_line_of_a_card_is_what_its_command_plans(card, capsys):
+    text = header(card)
+    (command,) = re.findall(r"\(tools/plan_run\.py ([^)]*)\)", text)
+    assert command.split()[0] == f"experiment={card}"
+    cost = cost_of(plan(command.split(), capsys))
+    assert cost in text, f"configs/experiment/{card}.yaml must say: {cost}"
+
+
+CHECKPOINTED = "optim.activation_checkpointing=layers"
+MASKLESS = "images_with_masks=0"
+STAGES = {
+    "`pretrain`, patch": ("stage=pretrain", MASKLESS),
+    "`pretrain`, everything": ("stage=pretrain", MASKLESS),
+    "`sft`": ("stage=sft", MASKLESS),
+    "`cotrain`": ("stage=cotrain", "experts=sam2_mask2former"),
+    "`finetune`": ("stage=finetune",),
+}
+"""Row of docs/stages.md -> what is planned for it; the page says the same in words."""
+SIZES = {
+    "sail_0_5b": {"always": (), "`cotrain`": ()},
+    "sail_3b": {"always": (CHECKPOINTED,), "`cotrain`": ("data=cotrain_3b", "optim.steps=9017")},
+}
+
+
+def test_the_gpu_hours_of_the_stages_are_what_the_planner_says(capsys):
+    page = (ROOT / "docs" / "stages.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    assert len(rows) == len(STAGES)
+    planned = {}
+    for row, (start, overrides) in zip(rows, STAGES.items(), strict=True):
+        assert row.startswith(f"| {start}")
+        for column, (model, own) in enumerate(SIZES.items()):
+            arguments = ("name=x", f"model={model}", *overrides, *own["always"], *own.get(start, ()))
+            if arguments not in planned:
+                machine = ("gpu=a100", "gpus=32", "mfu=0.4", "packs=0")
+                planned[arguments] = plan([*arguments, *machine], capsys)["time"]["gpu_hours"]
+            found = row.strip("| ").split(" | ")[4 + column]
+            assert found == f"{planned[arguments]:.1f}", f"docs/stages.md, {start}, {model}"
+
+
+@pytest.mark.parametrize(
+    "overrides", [*([f"experiment={card}"] for card in CARDS), ["stage=cotrain"], ["stage=finetune"]]
+)
+def test_what_claims_the_released_schedule_has_it(overrides):
+    optim = load_config("train", TrainConfig, ["model=sail_0_5b", *overrides]).optim
+    found = (optim.lr, optim.final_lr, optim.warmup_fraction, optim.weight_decay, optim.decay_all, optim.max_grad_norm)
+    assert found == (4e-5, 0.0, 0.05, 0.05, True, 1.0)
+    assert tuple(optim.betas) == (0.9, 0.999) and not optim.groups
+
+
+RELEASED = {
+    **{f"pixel_sail_{size}": (8, 512) for size in ("0_5b", "3b")},
+    "pixel_sail_7b": (8, 256),
+    "pixel_sail_0_5b_refcoco": (32, 512),
+    "pixel_sail_0_5b_grefcoco": (32, 512),
+    "pixel_sail_0_5b_reasonseg": (4, 512),
+    "pixel_sail_0_5b_refcocog_captions": (8, 256),
+    "pixel_sail_3b_refcoco": (16, 512),
+    "pixel_sail_3b_grefcoco": (32, 512),
+    "pixel_sail_3b_refcocog_captions": (8, 256),
+}
+"""Card -> accumulated micro-batches and mask width of the released configuration."""
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_card_names_what_the_release_does_otherwise(card):
+    architecture = load_config("train", TrainConfig, [f"experiment={card}"]).model.architecture
+    accumulation, width = RELEASED[card]
+    ours = "as here" if width == architecture.mask_dim else f"(ours: {architecture.mask_dim}"
+    assert f"released accumulation {accumulation}, mask width {width} {ours}" in re.sub(" +", " ", header(card))
+    assert architecture.mask_stride == 4 and "mask stride 2 (ours: 4, as the paper)" in header(card)
+
+
+PASS = {
+    "refcoco": 4 * (16_994 + 16_992 + 21_899),
+    "grefcoco": 4 * 16_994,
+    "reasonseg": 16 * 239,
+    "refcocog_captions": 4 * 21_899,
+}
+"""Samples of a pass: one for each photograph of the train split, times the released repeats."""
+
+
+@pytest.mark.parametrize("card", [card for card in CARDS if re.search(r"\db_", card.replace("0_5b", "05b"))])
+def test_a_fine_tuning_takes_about_a_pass(card, capsys):
+    (command,) = re.findall(r"\(tools/plan_run\.py ([^)]*)\)", header(card))
+    planned = plan(command.split(), capsys)
+    steps = PASS[re.sub(r"^pixel_sail_(0_5b|3b)_", "", card)] / planned["data"]["samples"]
+    assert f"{steps:,.0f}." in header(card)
+    assert planned["time"]["steps"] == pytest.approx(steps, rel=0.05)
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_card_says_how_its_model_is_trained_and_scored(card):
+    text = header(card)
+    assert f"scripts/train.py experiment={card} " in text
+    assert f"scripts/evaluate.py checkpoint=runs/{card} " in text
+    is_row = "Pixel-SAIL" in text and re.fullmatch(r"pixel_sail_(0_5b|3b|7b)", card)
+    assert not is_row or re.search(rf"tools/make_tables\.py \S+=runs/{card} ", text)

@@ -1,0 +1,189 @@
+"""Every experiment with every ablation: the table of docs/ablations.md says which take which, others refuse by name.
+
+Those that are taken compose, fit the functions they name, and make a step with all losses, each different model once
+and on tensors without content, so that the paper's sizes cost no memory.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from fnmatch import filter as matching_names
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from running import ROOT
+from test_configs import bind_targets, names
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pixel_sail.config import CONFIG_FOLDER, ConfigError, TrainConfig, build, load_config
+from pixel_sail.data.mixture import Mixture
+from pixel_sail.losses.distill import DistillTerm
+from pixel_sail.losses.total import combine, count, loss_sums
+from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
+from pixel_sail.model.mask_head import PointLogits
+from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
+from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
+from pixel_sail.model.tokenization import model_token_ids
+from pixel_sail.training.build import add_training_parts
+
+EXPERIMENTS = names("experiment")
+ABLATIONS = names("ablation")
+CARDS = [name for name in EXPERIMENTS if name.startswith("pixel_sail_")]
+
+
+def named(text, there):
+    """Return the names that the patterns of a cell, `stride_2` or `data_*`, stand for."""
+    found = [name for pattern in re.findall(r"`([^`]+)`", text) for name in matching_names(there, pattern)]
+    assert found, f"docs/ablations.md: {text!r} names none of {there}"
+    return found
+
+
+def experiments_of(cell):
+    """Return the experiments that a cell such as "all but `pixel_sail_7b`" stands for."""
+    if not cell.startswith("all"):
+        return set(named(cell, EXPERIMENTS))
+    return set(EXPERIMENTS) - (set(named(cell, EXPERIMENTS)) if " but " in cell else set())
+
+
+@cache
+def taken_by():
+    """Return the experiments that take each ablation, as the page says."""
+    rows = re.findall(r"^\|[^|]*\| ([^|]*`[^|]*) \| ([^|]+) \|$", (ROOT / "docs" / "ablations.md").read_text(), re.M)
+    pairs = [(name, experiments_of(cell)) for files, cell in rows for name in named(files, ABLATIONS)]
+    assert sorted(name for name, _ in pairs) == ABLATIONS, "docs/ablations.md must name every ablation once"
+    return dict(pairs)
+
+
+@cache
+def unresolved(experiment):
+    """Return what an experiment is composed of before its ablation is merged."""
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
+        composed = compose("train", [f"experiment={experiment}"])
+    OmegaConf.set_struct(composed, False)
+    return composed
+
+
+def composed(experiment, ablation):
+    """Return what `load_config` returns; without Hydra, which takes ten times as long, where it would only merge."""
+    change = OmegaConf.load(CONFIG_FOLDER / "ablation" / f"{ablation}.yaml")
+    if "defaults" in change:
+        return load_config("train", TrainConfig, [f"experiment={experiment}", f"ablation={ablation}"])
+    merged = OmegaConf.merge(unresolved(experiment), change)
+    OmegaConf.resolve(merged)
+    if missing := OmegaConf.missing_keys(merged):
+        raise ConfigError(f"no value for {sorted(missing)}")
+    return OmegaConf.to_object(merged)
+
+
+@cache
+def outcome(experiment, ablation):
+    """Return the configuration, or the error of what happens before a model or a file is looked at."""
+    try:
+        config = composed(experiment, ablation)
+        PixelSailConfig.from_architecture(config.model.architecture)
+        for name, node in config.data.sources.items():
+            if "_target_" not in node:
+                build(node, f"data.sources.{name}")
+        data = config.data
+        sources = {name: [None] for name in data.sources}
+        Mixture(sources, data.repeats, seed=0, weights=data.weights, epoch_samples=data.epoch_samples)
+    except ValueError as error:
+        return error
+    bind_targets(config.data.sources)
+    bind_targets({name: own.model for name, own in config.experts.items()})
+    return config
+
+
+@pytest.mark.parametrize("ablation", ["stride_8", "teacher_weight_1", "language_blind", "data_more_chat"])
+def test_merging_an_ablation_here_is_composing_it(ablation):
+    (experiment, *_) = sorted(taken_by()[ablation])
+    overrides = [f"experiment={experiment}", f"ablation={ablation}"]
+    assert composed(experiment, ablation) == load_config("train", TrainConfig, overrides)
+
+
+NAMES_WHAT_IS_WRONG = r"^(model: \w+|data\.sources\.\w+:|no value for \['experts\.\w+\.model|.*llava_mix665k)"
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_takes_the_ablations_of_the_table_and_refuses_the_others_by_name(experiment):
+    wrong = {}
+    for ablation in ABLATIONS:
+        found = outcome(experiment, ablation)
+        if isinstance(found, ValueError) == (experiment in taken_by()[ablation]):
+            wrong[ablation] = found if isinstance(found, ValueError) else "taken, but not so in the table"
+        elif isinstance(found, ValueError):
+            assert re.match(NAMES_WHAT_IS_WRONG, str(found)), f"{ablation}: {found}"
+    assert not wrong
+
+
+def distinct_models():
+    """Return one configuration for every different architecture with its experts, by where it was met first."""
+    found = {}
+    for experiment in EXPERIMENTS:
+        base = load_config("train", TrainConfig, [f"experiment={experiment}"])
+        for ablation in (None, *ABLATIONS):
+            config = base if ablation is None else outcome(experiment, ablation)
+            if isinstance(config, ValueError):
+                continue
+            experts = [(name, own.site, own.channels, own.loss) for name, own in sorted(config.experts.items())]
+            found.setdefault(str((config.model.architecture, experts)), (f"{experiment} {ablation}", config))
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What makes a batch of one photograph with a marked region and two masks, for any architecture."""
+
+    tokenizer: object
+    draw_sample: object
+    make_batch: object
+
+    def batch(self, architecture, experts):
+        config = PixelSailConfig.from_architecture(architecture)
+        drawn = self.draw_sample(np.random.default_rng(0), size_hw=(64, 96), masks_per_turn=(2,), prompts=(3,))
+        example = PixelSailProcessor.for_model(self.tokenizer, config).encode_sample(*drawn, independent_turns=False)
+        # Features of any size: those that the losses compare with are given to them.
+        return replace(
+            self.make_batch([example]),
+            expert_names=tuple(experts),
+            expert_images=(0,) * len(experts),
+            expert_maps=tuple(torch.zeros(1, 1, 1) for _ in experts),
+            expert_scales=(None,) * len(experts),
+        )
+
+
+def step(config, drawing):
+    """Make the forward pass, all losses and the backward pass; return the parameters without a gradient of their own
+    shape."""
+    token_ids = model_token_ids(drawing.tokenizer, num_visual_prompts=config.model.architecture.num_visual_prompts)
+    architecture = replace(config.model.architecture, vocab_size=151_680, token_ids=token_ids, num_hidden_layers=2)
+    batch = drawing.batch(architecture, sorted(config.experts))
+    terms = [DistillTerm(name=name, loss=own.loss) for name, own in sorted(config.experts.items())]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = PixelSailForSegmentation(PixelSailConfig.from_architecture(architecture)).train()
+    # Outside: a layer that is made without being drawn cannot be made within the mode.
+    add_training_parts(model, config.model.lora, seed=0, experts=config.experts)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        output = model(**batch.training_inputs())
+        maps = {name: [torch.zeros(own.channels, 8, 8)] for name, own in config.experts.items()}
+        sums = loss_sums(output, batch, config.loss, terms, maps)
+        loss = combine(sums, count(batch, terms), config.loss, terms) + output.anchor
+        loss.backward()
+    assert sums.distill_SX.shape == (1, len(terms)) and loss.shape == ()
+    (masks,) = output.mask_logits
+    map_hw = masks.cells_YXC.shape[:2] if isinstance(masks, PointLogits) else masks.shape[1:]
+    assert len(masks) == 2
+    assert tuple(map_hw) == tuple(cells * 2**architecture.num_upsample_blocks for cells in batch.grids[0])
+    return [name for name, own in model.named_parameters() if own.grad is None or own.grad.shape != own.shape]
+
+
+def test_every_different_model_with_its_experts_makes_a_step(tokenizer, draw_sample, make_batch):
+    """Two layers, for all layers are alike; the other sizes are those of the experiments."""
+    drawing = Drawing(tokenizer=tokenizer, draw_sample=draw_sample, make_batch=make_batch)
+    models = distinct_models()
+    assert len(models) > 60
+    for where, config in models:
+        assert step(config, drawing) == [], where
