@@ -15,6 +15,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.patches import normalize_patches
@@ -92,5 +93,7 @@ class PooledPrompts:
 
 def rows_or_zero(rows_RD: Tensor, index_BT: Tensor) -> Tensor:
     """Return rows_RD[index_BT] as [B, T, D], with a row of zeros where the index is -1."""
+    zero = len(rows_RD)
     padded = torch.cat((rows_RD, rows_RD.new_zeros(1, rows_RD.shape[1])))
-    return padded[index_BT]
+    # As an embedding: the backward pass of plain indexing adds up one token after another on a CPU.
+    return F.embedding(torch.where(index_BT >= 0, index_BT, zero), padded, padding_idx=zero)

@@ -142,13 +142,10 @@ class PixelSailForSegmentation(PreTrainedModel):
         """Return token embeddings [B, T, D] with patches and visual prompts added."""
         prompt_ids = torch.tensor(self.config.prompt_token_ids, dtype=torch.long)
         prompt_tokens = to_device(prompt_ids, input_ids_BT.device)
-        inputs = (
-            self.embed_tokens(input_ids_BT),
-            patches_SK,
-            patch_index_BT,
-            self.embed_tokens(prompt_tokens),
-            prompt_ids_BT,
-        )
+        # Looked up together: every call of the embedding has a gradient as large as the vocabulary.
+        tokens_ND = self.embed_tokens(torch.cat((input_ids_BT.flatten(), prompt_tokens)))
+        words_ND, prompts_RD = tokens_ND.split((input_ids_BT.numel(), len(prompt_tokens)))
+        inputs = (words_ND.view(*input_ids_BT.shape, -1), patches_SK, patch_index_BT, prompts_RD, prompt_ids_BT)
         if isinstance(self.patch_embedding, EveEmbedding):
             return self.patch_embedding(*inputs, input_ids_BT)
         return self.patch_embedding(*inputs)
