@@ -9,14 +9,14 @@ layers kept, float32 logits of all positions with a shifted copy, an upsampler t
 the mask width at every cell, whole mask maps. Ours is the step of `training/loop.py` with the default `speed` group.
 Both train the same samples (one 480 x 640 picture with five expressions each) from the same weights with the same
 optimizer; what differs in shape is the stride, 2 against the paper's 4, and with it one more block of the upsampler.
-`ours, stride 2` has the released stride, too, `ours, checkpointing` trades time for memory
+`ours, stride 2` has the released stride, too, `ours, feed_forward` and `ours, layers` trade time for memory
 (`optim.activation_checkpointing`), `reference` is our slow path at stride 4.
 
 The ways take turns, step by step, in one process; times are medians over the rounds with the lowest and the highest.
 `cpu_time_ratio` compares processor seconds instead, which other programs on the machine disturb less.
 On a CPU memory is the highest resident size of a process of its own that makes two steps (`ru_maxrss`), less what it
 held before the model was built; on CUDA it is torch's own peak. `--json` holds `speed_ratio` and `memory_ratio`, ours
-divided by theirs, and everything that is printed.
+divided by theirs, the same of every way under `ratios`, and everything that is printed.
 """
 
 import argparse
@@ -395,10 +395,17 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, 
     return {"matmul_rate": rate, "ways": rows}
 
 
-def ratios(found: dict[str, Any]) -> dict[str, float]:
-    """Return ours divided by the released method's."""
+def ratios(found: dict[str, Any]) -> dict[str, Any]:
+    """Return ours divided by the released method's, and under `ratios` speed and memory of every way."""
     ours, theirs = found["ways"]["ours"], found["ways"]["released"]
     return {
+        "ratios": {
+            name: {
+                "speed": own["samples_per_second"] / theirs["samples_per_second"],
+                "memory": own["peak_bytes"] / theirs["peak_bytes"],
+            }
+            for name, own in found["ways"].items()
+        },
         "speed_ratio": ours["samples_per_second"] / theirs["samples_per_second"],
         "cpu_time_ratio": ours["cpu_seconds"] / theirs["cpu_seconds"],
         "memory_ratio": ours["peak_bytes"] / theirs["peak_bytes"],
@@ -420,6 +427,8 @@ def print_table(result: dict[str, Any]) -> None:
     for name, row in result["ways"].items():
         total = sum(row["seconds_by_part"].values())
         print(f"{name:20s} " + ", ".join(f"{part} {own / total:.0%}" for part, own in row["seconds_by_part"].items()))
+    for name, own in result.get("ratios", {}).items():
+        print(f"{name:20s} {own['speed']:.2f} times as fast as released, in {own['memory']:.2f} of its memory")
     for name in ("speed_ratio", "cpu_time_ratio", "memory_ratio", "memory_ratio_with_interpreter", "operations_ratio"):
         if name in result:
             print(f"{name} {result[name]:.3f}")
