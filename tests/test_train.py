@@ -89,9 +89,11 @@ def test_a_killed_run_goes_on_with_the_same_log(data_root, tmp_path):
     assert log_lines(tmp_path / "killed") == log_lines(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("number", "by"), [(signal.SIGUSR1, "python"), (signal.SIGTERM, "ranks")])
+@pytest.mark.parametrize(
+    ("number", "by"), [(signal.SIGUSR1, "python"), (signal.SIGUSR2, "python"), (signal.SIGTERM, "ranks")]
+)
 def test_a_signal_ends_the_run_after_a_checkpoint_with_its_own_status(data_root, tmp_path, number, by):
-    """SIGUSR1 as Slurm sends it, to data workers as well; SIGTERM to one of two training processes alone."""
+    """SIGUSR1 and SIGUSR2 as Slurm sends them, to data workers as well; SIGTERM to one of two training processes."""
     overrides = ("optim.steps=30", "data.num_workers=2", "deepspeed=none" if by == "python" else "deepspeed=zero2")
     command = [sys.executable, "scripts/train.py", *SMALL, f"run_dir={tmp_path / 'run'}", *overrides]
     port = free_port()
@@ -108,7 +110,7 @@ def test_a_signal_ends_the_run_after_a_checkpoint_with_its_own_status(data_root,
         for own in ranks
     ]
     wait_for_lines(tmp_path / "run" / "log.jsonl", 3, processes)
-    send = os.killpg if number == signal.SIGUSR1 else os.kill
+    send = os.kill if number == signal.SIGTERM else os.killpg
     send(processes[-1].pid, number)
     messages = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [85] * len(ranks), messages

@@ -5,6 +5,7 @@ with `REQUEUE_STATUS`. Slurm sends SIGUSR1 before the time limit, to every proce
 
     09:58:00 SIGUSR1 to rank 3 -> step 4,711 ends -> all ranks save -> "interrupted after step 4711" -> status 85
 
+SIGUSR2, which submitit has Slurm send to every process of a job, does the same; data workers only write their stacks.
 SIGTERM does the same where it is sent to the training processes alone. PyTorch's data workers end at a SIGTERM of their
 own and take the run with them; it then goes on from the last complete checkpoint.
 """
@@ -21,7 +22,7 @@ REQUEUE_STATUS = 85
 STALLED_STATUS = 86
 """Exit status that means: a process stood still or was lost; the run goes on from its last checkpoint."""
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class InterruptedRun(RuntimeError):
@@ -30,7 +31,7 @@ class InterruptedRun(RuntimeError):
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGUSR1 instead of dying of them. Must be made before any data worker is started.
+    """Notes SIGTERM, SIGUSR1 and SIGUSR2 instead of dying of them. Must be made before any data worker is started.
 
     Signals are ignored at first and noted from `listen` on: processes that start in between, the data workers and what
     starts them, inherit that they ignore signals, which are meant for the training process alone.
