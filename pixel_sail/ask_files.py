@@ -32,7 +32,8 @@ def ask_files(config: AskConfig) -> Iterator[tuple[Path, AskResult | DataError]]
     wrong with it where there are others.
 
     Boxes, then points, are `<Prompt0>`, `<Prompt1>`, ... Raises: ConfigError for a missing checkpoint, no image, or
-    results that would replace an image; DataError for a single image, a visual prompt or a question that cannot be used.
+    results that would replace an image; DataError for an image given alone, a visual prompt or a question that cannot
+    be used.
     """
     files, output = image_files(Path(config.image)), Path(config.output)
     names = result_names(files, output)

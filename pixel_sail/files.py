@@ -6,6 +6,7 @@ name goes through `replace_text` or is renamed by its writer:
     replace_text(Path("runs/a/metrics.json"), "{...}")    # a reader sees the old text or the new one, never a part
 """
 
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -34,3 +35,16 @@ def replace_bytes(path: Path, content: bytes) -> None:
     working = path.with_name(f".writing_{path.name}")
     working.write_bytes(content)
     os.replace(working, path)
+
+
+def flush(path: Path) -> None:
+    """Make sure that a file, or the names in a folder, are on disk: a renamed folder must not come back empty."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot flush a folder; renaming is then as safe as they make it.
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)

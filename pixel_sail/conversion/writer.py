@@ -9,7 +9,6 @@ Until then it is `.writing_new_<8 digits>` beside it, a name of its own for ever
 that folder behind; nothing reads or deletes it.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -25,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pixel_sail.conversion.sources import INDEX, TensorInfo
+from pixel_sail.files import flush
 from pixel_sail.types import DataError
 
 
@@ -58,10 +58,10 @@ def write_folder(
         hashes = _write_shards(working, writes, shard_bytes)
         finish(working, hashes)
         for path in (*working.rglob("*"), working):
-            _flush(path)
+            flush(path)
         _check_absent(folder)
         os.rename(working, folder)
-        _flush(folder.parent)
+        flush(folder.parent)
     except BaseException:
         shutil.rmtree(working, ignore_errors=True)
         raise
@@ -71,19 +71,6 @@ def _check_absent(folder: Path) -> None:
     """Raise DataError when something is where the new folder shall be."""
     if folder.exists():
         raise DataError(f"{folder}: found something there, expected a new folder; delete it or choose another name")
-
-
-def _flush(path: Path) -> None:
-    """Make sure that a file, or the names in a folder, are on disk: a renamed folder must not come back empty."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems cannot flush a folder; renaming is then as safe as they make it.
-        if error.errno != errno.EINVAL or not path.is_dir():
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def shards_of(writes: Sequence[Write], shard_bytes: int) -> list[list[Write]]:

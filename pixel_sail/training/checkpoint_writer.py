@@ -10,7 +10,6 @@ host memory at once; one thread of rank 0 writes the files while the next steps 
 A process that dies leaves at most one of the two hidden folders. Nothing reads them, the next start removes them.
 """
 
-import errno
 import json
 import logging
 import os
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pixel_sail import dist
-from pixel_sail.files import sha256
+from pixel_sail.files import flush, sha256
 from pixel_sail.training.checkpoint import (
     MANIFEST,
     MARKER,
@@ -150,9 +149,9 @@ def write_checkpoint(
         (working / MANIFEST).write_text(json.dumps(hashes, indent=1))
         (working / MARKER).touch()
         for path in (*sorted(working.iterdir()), working):
-            _flush(path)
+            flush(path)
         os.replace(working, final)
-        _flush(folder)
+        flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(working, ignore_errors=True)
         found = latest(folder)
@@ -189,16 +188,3 @@ def _delete(checkpoint: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         os.replace(checkpoint, doomed)
         shutil.rmtree(doomed)
-
-
-def _flush(path: Path) -> None:
-    """Make sure that a file, or the names in a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems cannot flush a folder; renaming is then as safe as they make it.
-        if error.errno != errno.EINVAL or not path.is_dir():
-            raise
-    finally:
-        os.close(descriptor)
