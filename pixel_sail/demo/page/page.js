@@ -129,7 +129,7 @@ async function ask() {
       result = line.result ?? result;
     }
     if (!result) throw new Error("The answer ended too early. Ask again.");
-    await finish(turn, answer, result);
+    await finish(turn, answer, result, stop.signal);
   } catch (error) {
     turn.remove();
     // The question is not lost.
@@ -159,7 +159,7 @@ async function* lines(response) {
   }
 }
 
-async function finish(turn, answer, result) {
+async function finish(turn, answer, result, signal) {
   if (!result.goes_on && state.turns > 0) {
     turn.before(make("li", { className: "break", text: "New conversation: the marks have changed." }));
   }
@@ -167,6 +167,8 @@ async function finish(turn, answer, result) {
   const palette = state.info.colours;
   const colours = result.pngs.map(() => palette[state.colours++ % palette.length]);
   const layers = await Promise.all(result.pngs.map((png, index) => maskLayer(png, colours[index])));
+  // Another photo may have been opened meanwhile.
+  signal.throwIfAborted();
   answer.replaceChildren(...colouredPhrases(result, colours));
   if (!/[\p{L}\p{N}]/u.test(result.text)) {
     answer.replaceChildren(make("span", { className: "empty", text: result.pngs.length ? "(no words)" : "(no answer)" }));
@@ -224,7 +226,8 @@ function download(kind, file, blob) {
   button.addEventListener("click", () => {
     const address = URL.createObjectURL(blob);
     make("a", { href: address, download: file }).click();
-    URL.revokeObjectURL(address);
+    // Later: some browsers begin to read after this has returned.
+    setTimeout(() => URL.revokeObjectURL(address), 60_000);
   });
   return button;
 }
