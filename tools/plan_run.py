@@ -39,7 +39,7 @@ from pixel_sail.planning.plan import Machine, make_plan, plan_text
 from pixel_sail.planning.workload import Assumptions, Workload, assumed, of_batch
 from pixel_sail.training.build import add_training_parts
 from pixel_sail.training.optim import freeze
-from pixel_sail.training.prepare import build_mixture
+from pixel_sail.training.prepare import build_mixture, sample_cost
 from pixel_sail.types import DataError
 
 logger = logging.getLogger("plan_run")
@@ -98,6 +98,7 @@ def measure(config: TrainConfig, num_packs: int) -> list[Workload]:
         start=[LanePosition()] * rows,
         num_workers=0,
         max_skipped_share=config.data.max_skipped_share,
+        cost=sample_cost(config),
     )
     return [of_batch(batch) for step in islice(steps, count) for batch in step.batches]
 

@@ -20,7 +20,8 @@ from pixel_sail.data.packing import LaneStream
 from pixel_sail.evaluation.batch_view import batch_facts, write_batch_view
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.tokenization import load_tokenizer
-from pixel_sail.training.prepare import build_mixture
+from pixel_sail.planning.parameters import fill_in_vocabulary
+from pixel_sail.training.prepare import build_mixture, sample_cost
 from pixel_sail.types import Batch, DataError
 
 
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config("train", TrainConfig, overrides)
         processor = processor_of(config)
+        fill_in_vocabulary(config.model)
         batch = first_batch(config, processor)
     except (ConfigError, DataError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -62,9 +64,9 @@ def processor_of(config: TrainConfig) -> PixelSailProcessor:
 def first_batch(config: TrainConfig, processor: PixelSailProcessor) -> Batch:
     """Return the first micro-batch of the first process. Raises: DataError."""
     mixture = build_mixture(config.data, seed=config.seed)
-    packs = []
-    for lane in range(config.data.packs_per_micro_batch):
-        stream = LaneStream(mixture, processor, config.data.packing, lane=lane, num_lanes=config.data.packs_per_step)
+    data, packs, cost = config.data, [], sample_cost(config)
+    for lane in range(data.packs_per_micro_batch):
+        stream = LaneStream(mixture, processor, data.packing, lane=lane, num_lanes=data.packs_per_step, cost=cost)
         packs.append(next(iter(stream)))
     return collate(packs, seg_id=processor.seg_id)
 

@@ -55,7 +55,7 @@ class Rotary:
     cos: Tensor
     sin: Tensor
     recomputed: bool = False
-    """Whether the backward pass turns the gradient back instead of keeping what was turned."""
+    """Whether it is one function, whose backward pass turns the gradient back, instead of a chain of steps."""
 
     def __call__(self, x_BATE: Tensor) -> Tensor:
         """Rotate queries or keys (first half against second half of the head)."""

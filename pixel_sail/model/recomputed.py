@@ -1,14 +1,14 @@
 """Layers that keep what enters them and make the rest again in the backward pass, where that costs little.
 
 Place in the flow: `decoder.py` and `upsampler.py` take these where `speed.elementwise` is `recomputed`. Between two
-matrix products lie norms, rotations, activations and small convolutions. Plain autograd keeps a map for each of their
-steps; here the outputs of products are kept and what lies between is computed twice. Of one 0.5B layer over 1,332
-tokens in float32 that leaves
+matrix products lie norms, rotations, activations and small convolutions. Plain autograd keeps a map for most of their
+steps; here the outputs of products are kept and most of what lies between is computed twice. One 0.5B layer over 1,332
+tokens in float32 then keeps, in MB,
 
-    states 4.8 MB, queries 4.8, keys and values 1.4, mixed values 4.8, states 4.8, gate 25.9, other half 25.9
+    states 4.8 and normed 4.8, queries 4.8, keys and values 1.4, mixed values 4.8, states 4.8 and normed 4.8, gate 25.9,
+    other half 25.9
 
-of what plain autograd keeps: four more maps of the states' width for norms and rotation, keys and values once per head,
-two more of the inner width.
+where plain autograd keeps two further maps of the states' width for the norms and two of the inner width.
 
 Axis letters: T tokens, D width, I inner width of the SwiGLU, B rows, A heads, E head width.
 """
@@ -63,7 +63,8 @@ class Norm(torch.autograd.Function):
 
 
 class Rotation(torch.autograd.Function):
-    """Rotary positions, which keep only their tables: the gradient is rotated back."""
+    """Rotary positions in half the passes over memory: the gradient is rotated back. Keeps its tables only, as plain
+    autograd does."""
 
     @staticmethod
     def forward(ctx: Any, x_BATE: Tensor, cos_B1TE: Tensor, sin_B1TE: Tensor) -> Tensor:

@@ -51,19 +51,22 @@ class ForwardFlops:
         return sum(value for name, value in vars(self).items() if name != "attention_minimal")
 
 
+def layer_macs(architecture: Architecture) -> dict[str, int]:
+    """Return the multiply-adds of one token in the products of a decoder layer, by part (names of
+    `modality_experts`)."""
+    width, inner = architecture.hidden_size, architecture.intermediate_size
+    key_value = architecture.num_key_value_heads * architecture.head_dim
+    return {"self_attn": 2 * width * width + 2 * width * key_value, "mlp": 3 * width * inner, "layernorm": 0}
+
+
 def forward_flops(
     architecture: Architecture, work: Workload, experts: Mapping[str, ExpertSettings], speed: Speed | None = None
 ) -> ForwardFlops:
     """Return the operations of one forward pass, computed as `speed` says (None: the default)."""
     speed = speed if speed is not None else Speed()
     width, layers = architecture.hidden_size, architecture.num_hidden_layers
-    key_value = architecture.num_key_value_heads * architecture.head_dim
     tokens = work.rows * work.tokens_per_row
-    parts = {
-        "self_attn": 2 * width * width + 2 * width * key_value,
-        "mlp": 3 * width * architecture.intermediate_size,
-        "layernorm": 0,
-    }
+    parts = layer_macs(architecture)
     per_token = sum(parts.values())
     if speed.experts == "mixed":
         per_token += sum(parts[name] for name in architecture.modality_experts)
@@ -149,11 +152,10 @@ def training_flops(forward: ForwardFlops, architecture: Architecture, *, checkpo
 
     `checkpointing` is one of `CHECKPOINTING`; the last product of what is computed again is left out.
     """
-    width, inner = architecture.hidden_size, architecture.intermediate_size
-    key_value = architecture.num_key_value_heads * architecture.head_dim
+    parts = layer_macs(architecture)
     # Of the products of a layer: two of three in the feed-forward half, and all but that third one.
-    products = 2 * width * width + 2 * width * key_value + 3 * width * inner
-    again = {"none": 0.0, "feed_forward": 2 * width * inner / products, "layers": 1 - width * inner / products}
+    third = parts["mlp"] / 3 / sum(parts.values())
+    again = {"none": 0.0, "feed_forward": 2 * third, "layers": 1 - third}
     recomputed = again[checkpointing] * forward.decoder
     if checkpointing == "layers":
         recomputed += forward.attention
