@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from one_device import step_on_one_device
 from running import load_tool, start
 from safetensors.torch import load_file
 from shared_data import parity_folder
@@ -120,6 +121,12 @@ def student(tiny_model):
     model = tiny_model()
     model.add_distill_head(SITES, seed=3)
     return model.train()
+
+
+@pytest.mark.parametrize("chosen", EVERY_COMBINATION)
+def test_a_step_runs_on_one_device_whatever_it_is(tiny_model, make_batch, examples, chosen):
+    batch = make_batch(with_targets(examples, chosen))
+    assert step_on_one_device(student(tiny_model), batch, torch.float32, CONFIG, TERMS) == []
 
 
 @pytest.mark.parametrize("chosen", EVERY_COMBINATION)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from counting import counted_operations
+from one_device import step_on_one_device
 from running import launcher, load_tool, start
 from safetensors.torch import load_file, save_file
 from shared_data import parity_folder
@@ -240,6 +241,14 @@ def test_layers_that_are_computed_again_change_nothing(eve_model, batch, checkpo
     found, again, _ = losses_and_gradients(model, batch, Speed(), checkpointing)
     assert torch.equal(found, expected)
     assert all(torch.allclose(again[name], value) for name, value in gradients.items())
+
+
+@pytest.mark.parametrize("speed", [Speed(attention="dense"), REFERENCE], ids=["fast", "reference"])
+def test_a_step_runs_on_one_device_whatever_it_is(eve_model, batch, speed):
+    for parts in PARTS:
+        model = eve_model(modality_experts=parts)
+        model.use(speed)
+        assert step_on_one_device(model, batch, torch.bfloat16, CONFIG) == [], parts
 
 
 def test_a_compiled_feed_forward_is_the_plain_one(eve_model):

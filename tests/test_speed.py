@@ -1,10 +1,12 @@
 """Every fast path gives the outputs and gradients of its slow reference, and asks the device for nothing."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from one_device import MixedDevices, TensorsOfNumbers, step_on_one_device
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,6 +21,7 @@ from pixel_sail.model.mask_head import MaskHead, PointLogits, folded_logits, mas
 from pixel_sail.model.spans import sample_spans
 from pixel_sail.model.speed import REFERENCE, Speed
 from pixel_sail.model.text_head import TextHead
+from pixel_sail.model.transfer import to_device
 from pixel_sail.types import DataError, SampleSpan
 
 FAST = Speed(attention="segments")
@@ -143,6 +146,46 @@ def test_every_real_token_gets_the_values_of_the_dense_mask(batch):
     fast = torch.autograd.grad((found * weights).sum(), (queries, keys, values))
     for one, other in zip(fast, slow, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def by_sequence(queries, keys, values, query_ends, key_ends, is_causal):
+    """Return what variable-length kernels promise, one sequence and one head after another, causal from the bottom
+    right."""
+    mixed, shared = torch.zeros_like(queries), queries.shape[1] // keys.shape[1]
+    for (first, last), (start, stop) in zip(pairwise(query_ends.tolist()), pairwise(key_ends.tolist()), strict=True):
+        visible = torch.ones(last - first, stop - start, dtype=torch.bool)
+        visible = visible.tril(stop - start - last + first) if is_causal else visible
+        for head in range(queries.shape[1]):
+            scores = queries[first:last, head] @ keys[start:stop, head // shared].T * queries.shape[2] ** -0.5
+            weights = scores.masked_fill(~visible, -torch.inf).softmax(1)
+            mixed[first:last, head] = weights @ values[start:stop, head // shared]
+    return mixed
+
+
+def old_varlen(q, k, v, query_ends, key_ends, max_q, max_k, is_causal=False):
+    """The kernel of torch 2.10, which wants as many heads of keys as of queries."""
+    assert q.shape[1] == k.shape[1]
+    assert (max_q, max_k) == (query_ends.diff().max(), key_ends.diff().max())
+    return by_sequence(q, k, v, query_ends, key_ends, is_causal)
+
+
+def new_varlen(q, k, v, query_ends, key_ends, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False):
+    """The kernel of later versions."""
+    assert enable_gqa or q.shape[1] == k.shape[1]
+    assert (max_q, max_k) == (query_ends.diff().max(), key_ends.diff().max())
+    return by_sequence(q, k, v, query_ends, key_ends, {(-1, -1): False, (-1, 0): True}[window_size])
+
+
+@pytest.mark.parametrize("kernel", [old_varlen, new_varlen])
+def test_what_variable_length_kernels_are_given_makes_the_values_of_the_dense_mask(batch, monkeypatch, kernel):
+    """The kernels are for CUDA only; a plain one that keeps their promises takes their place."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    where = (batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT)
+    shape = (*batch.input_ids_BT.shape, 16)
+    queries, keys, values = (torch.randn(shape[0], heads, *shape[1:], dtype=torch.double) for heads in (4, 2, 2))
+    is_real = (batch.sample_index_BT >= 0)[:, None, :, None]
+    found = training_rule("varlen", *where, batch.spans, dtype=torch.double)(0, queries, keys, values)
+    torch.testing.assert_close(found * is_real, attend(queries, keys, values, attention_mask(*where)) * is_real)
 
 
 def test_samples_of_one_shape_are_one_call(processor, draw_sample, make_batch):
@@ -325,6 +368,30 @@ def test_forward_losses_and_backward_ask_the_device_for_nothing(tiny_model, batc
         sample_spans(batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT)
         batch.input_ids_BT[batch.in_image_BT]
     assert "index" in reads.found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpointing", ["none", "feed_forward", "layers"])
+@pytest.mark.parametrize("speed", [
+    Speed(attention="varlen"), Speed(attention="dense", mask_head="points"), REFERENCE,
+], ids=["fast", "points", "reference"])  # fmt: skip
+def test_a_step_runs_on_one_device_whatever_it_is(tiny_model, batch, speed, checkpointing, dtype):
+    others = ({"visual_prompts": "pooled"}, {"tie_word_embeddings": False}, {"hidden_size": 1152})
+    for changes in ({}, *(others if checkpointing == "none" else ())):
+        with torch.device("meta"):
+            model = tiny_model(**changes)
+        model.use(speed, checkpointing)
+        assert step_on_one_device(model, batch, dtype, CONFIG) == [], changes
+
+
+def test_what_comes_from_the_host_is_noted():
+    found = []
+    on_device = torch.empty(4, device="meta")
+    with MixedDevices(found), TensorsOfNumbers(found):
+        to_device(torch.tensor([1.0]), on_device.device) + on_device.new_zeros(4)
+        on_device[torch.tensor([1])]
+        on_device.new_tensor([1.0, 2.0])
+    assert found == ["aten::index.Tensor", "new_tensor"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: torch's own check knows no other device")

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pixel_sail.model.patches import resized_size
+from pixel_sail.model.transfer import to_device
 from pixel_sail.types import SizeHW
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -110,7 +111,7 @@ class Preprocessing:
         size = self.size((height, width))
         if tuple(pixels_3HW.shape[1:]) != size:
             pixels_3HW = F.interpolate(pixels_3HW[None], size, mode="bilinear", align_corners=False)[0]
-        mean, std = (torch.tensor(values, device=photo_HW3.device)[:, None, None] for values in (self.mean, self.std))
+        mean, std = to_device(torch.tensor([self.mean, self.std]), photo_HW3.device)[..., None, None]
         return (pixels_3HW - mean) / std
 
     def identity(self) -> dict[str, Any]:

@@ -219,7 +219,6 @@ class VarlenAttention:
     def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
         """Return the mixed values."""
         num_rows, num_heads, num_tokens, width = q_BATE.shape
-        repeats = num_heads // k_BGTE.shape[1]
         q_NAE, k_NGE, v_NGE = (x.transpose(1, 2).flatten(0, 1) for x in (q_BATE, k_BGTE, v_BGTE))
         mixed_NAE = torch.zeros_like(q_NAE)
         for packed, is_causal in ((self.images, False), (self.texts, True)):
@@ -227,8 +226,8 @@ class VarlenAttention:
                 continue
             mixed = flash_varlen(
                 q_NAE.index_select(0, packed.queries),
-                k_NGE.index_select(0, packed.keys).repeat_interleave(repeats, dim=1),
-                v_NGE.index_select(0, packed.keys).repeat_interleave(repeats, dim=1),
+                k_NGE.index_select(0, packed.keys),
+                v_NGE.index_select(0, packed.keys),
                 packed,
                 is_causal=is_causal,
             )
@@ -248,15 +247,22 @@ class _Packed:
     max_keys: int
 
 
-def flash_varlen(q_NAE: Tensor, k_NAE: Tensor, v_NAE: Tensor, packed: _Packed, *, is_causal: bool) -> Tensor:
+def flash_varlen(q_NAE: Tensor, k_NGE: Tensor, v_NGE: Tensor, packed: _Packed, *, is_causal: bool) -> Tensor:
     """Return variable-length attention, causal from the bottom right where asked for."""
     from torch.nn.attention.varlen import varlen_attn
 
+    known = inspect.signature(varlen_attn).parameters
     # torch 2.10 names causality, later versions give it as a window.
-    has_flag = "is_causal" in inspect.signature(varlen_attn).parameters
-    causal: dict[str, Any] = {"is_causal": is_causal} if has_flag else {"window_size": (-1, 0 if is_causal else -1)}
+    options: dict[str, Any] = (
+        {"is_causal": is_causal} if "is_causal" in known else {"window_size": (-1, 0 if is_causal else -1)}
+    )
+    if "enable_gqa" in known:
+        options["enable_gqa"] = True
+    else:
+        repeats = q_NAE.shape[1] // k_NGE.shape[1]
+        k_NGE, v_NGE = k_NGE.repeat_interleave(repeats, dim=1), v_NGE.repeat_interleave(repeats, dim=1)
     mixed = varlen_attn(
-        q_NAE, k_NAE, v_NAE, packed.query_ends, packed.key_ends, packed.max_queries, packed.max_keys, **causal
+        q_NAE, k_NGE, v_NGE, packed.query_ends, packed.key_ends, packed.max_queries, packed.max_keys, **options
     )
     assert isinstance(mixed, Tensor)
     return mixed

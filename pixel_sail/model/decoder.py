@@ -143,9 +143,8 @@ class DownProjection(nn.Linear):
         """
         if up is None:
             return super().forward(gate)
-        weight = self.weight
-        if torch.is_autocast_enabled(gate.device.type):
-            weight = weight.to(gate.dtype)
+        # Under autocast both halves come out of their products in half precision, and the weight must follow.
+        weight = self.weight.to(gate.dtype)
         projected = GatedProjection.apply(gate.flatten(0, -2), up.flatten(0, -2), weight)
         assert isinstance(projected, Tensor)
         return projected.view(*gate.shape[:-1], projected.shape[-1])

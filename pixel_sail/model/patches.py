@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from pixel_sail.model.transfer import to_device
 from pixel_sail.types import BoolMask, SizeHW
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)
@@ -82,7 +83,7 @@ def normalize_patches(
 ) -> Tensor:
     """Return patches of bytes as float32, where pictures of these statistics have mean 0 and deviation 1."""
     pixels_SCQ = patches_SK.float().view(len(patches_SK), 3, patches_SK.shape[1] // 3) / 255.0
-    mean_C1, std_C1 = (pixels_SCQ.new_tensor(values)[:, None] for values in (mean, std))
+    mean_C1, std_C1 = to_device(torch.tensor([mean, std]), patches_SK.device)[..., None]
     return ((pixels_SCQ - mean_C1) / std_C1).view(patches_SK.shape)
 
 
