@@ -331,6 +331,9 @@ class PredictConfig:
     """generated, or `forced` to "It is [SEG]."."""
     token_budget: int = 16384
     """Most tokens worked on at once: those of the images of a batch and of all their texts, padding included."""
+    compile: str = "off"
+    """off, or `decode`: the passes that read one token each go through torch.compile, half a minute or more before the
+    first answer and a C++ compiler on a CPU."""
 
     def __post_init__(self) -> None:
         """Check the choices."""
@@ -338,6 +341,7 @@ class PredictConfig:
             "prompt": ("standard", "paper", "short"),
             "mask": ("union", "first"),
             "answer": ("generated", "forced"),
+            "compile": ("off", "decode"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -234,6 +234,7 @@ class Chat:
             [[heard_ids]],
             max_new_tokens=self.batch.max_new_tokens,
             end_ids=self.batch.end_ids,
+            compiled=self.batch.config.compile == "decode",
         )
         shown = ""
         while True:

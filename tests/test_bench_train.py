@@ -10,6 +10,8 @@ from PIL import Image
 from running import load_tool
 
 from pixel_sail.evaluation.predict import Request
+from pixel_sail.model import generation
+from pixel_sail.model.decoder import Decoder
 from pixel_sail.model.generation import generate_steps
 from pixel_sail.model.speed import REFERENCE
 
@@ -111,6 +113,19 @@ def test_the_answers_that_8_bit_weights_are_timed_with_have_their_full_length():
     ):
         ((tokens),) = step
     assert len(tokens) == 8
+
+
+def test_compiled_answers_are_compared_with_plain_ones(monkeypatch, tmp_path, capsys):
+    captured = torch.compile(Decoder.forward, dynamic=True, backend="aot_eager")
+    monkeypatch.setattr(generation, "compiled_decoder", lambda forward: captured)
+    tool = load_tool("bench_decode")
+    monkeypatch.setitem(tool.SIZES, "scaled", TINY)
+    monkeypatch.setattr(tool, "IMAGE_HW", (32, 48))
+    options = ("--answers", "1", "3", "--tokens", "3", "--rounds", "1", "--json", str(tmp_path / "decode.json"))
+    assert tool.main(options) == 0
+    points = json.loads((tmp_path / "decode.json").read_text())["points"]
+    assert [(point["answers"], point["changed_answers"]) for point in points] == [(1, 0), (3, 0)]
+    assert "compiled ms" in capsys.readouterr().out
 
 
 def test_ranks_are_compared_on_one_run(data_root, monkeypatch, tmp_path, capsys):

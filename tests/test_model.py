@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from pixel_sail.model import configuration_pixel_sail
+from pixel_sail.model import configuration_pixel_sail, generation
 from pixel_sail.model.attention_mask import attention_mask
 from pixel_sail.model.configuration_pixel_sail import Architecture
-from pixel_sail.model.decoder import MaskedAttention, rotary_tables
+from pixel_sail.model.decoder import Decoder, MaskedAttention, rotary_tables
 from pixel_sail.model.generation import encode_images, generate
 from pixel_sail.model.mask_head import MaskHead, mask_logits
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, load_model
@@ -445,6 +445,29 @@ def test_generation_with_cache_equals_full_forward_passes(tiny_model, processor,
         assert answer.token_ids == _slow_greedy(model, processor, make_batch, question, image, 6, end_ids)
         ((alone,),) = generate(model, prefix, [[text]], max_new_tokens=6, end_ids=end_ids)
         assert answer.token_ids == alone.token_ids
+
+
+def test_compiled_single_tokens_are_the_plain_ones_in_few_graphs(tiny_model, processor, make_batch, monkeypatch):
+    """With a backend that only captures: what a code generator makes of the graph is torch's own business."""
+    model = tiny_model(seed=5, tie_word_embeddings=False)
+    captured = torch.compile(Decoder.forward, dynamic=True, backend="aot_eager")
+    monkeypatch.setattr(generation, "compiled_decoder", lambda forward: captured)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    texts = [processor.question_ids(question) for question in QUESTIONS]
+    prefixes = [_prefix(model, processor, _image()), None]
+    for length in (3, 6, 9):
+        for prefix in prefixes:
+            for some in (texts, texts[:2]):
+                plain, compiled = (
+                    generate(model, prefix, [some], max_new_tokens=length, end_ids=(), compiled=compiled)[0]
+                    for compiled in (False, True)
+                )
+                assert [own.token_ids for own in compiled] == [own.token_ids for own in plain]
+                for own, other in zip(compiled, plain, strict=True):
+                    torch.testing.assert_close(own.seg_states_ND, other.seg_states_ND, rtol=1e-4, atol=1e-5)
+    # With an image and without, and for all lengths and numbers of texts the same.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
 def _force_seg(monkeypatch, model):

@@ -218,6 +218,7 @@ class BatchPredictor:
             [part.texts for part in batch],
             max_new_tokens=self.max_new_tokens,
             end_ids=self.end_ids,
+            compiled=self.config.compile == "decode",
         )
         return answers, prefixes
 

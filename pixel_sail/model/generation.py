@@ -12,8 +12,9 @@ Axis letters: I images, Q texts of the image that has most, R = I x Q rows, S pr
 C text tokens so far, P patches, D width, A attention heads, G key-value heads, H = A / G, E head width.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from pixel_sail.model.image_embedding import PooledPrompts
 from pixel_sail.model.image_layout import image_span, patch_places
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.tokenization import IMAGE_TOKENS
+from pixel_sail.model.transfer import to_device
 
 KeyValue = tuple[Tensor, Tensor]
 """Rotated keys and values of one layer, both [I, G, S, E]."""
@@ -119,13 +121,15 @@ def generate(
     *,
     max_new_tokens: int,
     end_ids: Sequence[int],
+    compiled: bool = False,
 ) -> list[list[Answer]]:
     """Continue texts greedily until an end token or the length limit, each after the prefix of its image.
 
     texts: tokens of every text of every image, images in the order of the prefixes; without prefixes (text only) the
-    groups are the caller's own. Raises: ValueError for an empty text.
+    groups are the caller's own. compiled: single tokens go through torch.compile, which takes time before the first
+    one and a C++ compiler on a CPU. Raises: ValueError for an empty text.
     """
-    steps = generate_steps(model, prefixes, texts, max_new_tokens=max_new_tokens, end_ids=end_ids)
+    steps = generate_steps(model, prefixes, texts, max_new_tokens=max_new_tokens, end_ids=end_ids, compiled=compiled)
     while True:
         try:
             next(steps)
@@ -142,6 +146,7 @@ def generate_steps(
     *,
     max_new_tokens: int,
     end_ids: Sequence[int],
+    compiled: bool = False,
 ) -> Generator[list[list[int]], None, list[list[Answer]]]:
     """Do what `generate` does, and yield after every step the tokens of all rows so far, those that fill up included;
     the lists are those that grow.
@@ -159,9 +164,9 @@ def generate_steps(
     start = prefixes.next_position if prefixes else 0
     rows = [_Row(position=start, finished=len(text) == 0) for text in padded]
     capacity = max(map(len, padded)) + max_new_tokens
-    cache = _TextCache(model, prefixes, rows, num_images=len(texts), capacity=capacity)
+    cache = _TextCache(model, prefixes, rows, num_images=len(texts), capacity=capacity, compiled=compiled)
     hidden_RTD = cache.extend(padded)
-    last = torch.tensor([max(len(text), 1) - 1 for text in padded], device=model.device)
+    last = to_device(torch.tensor([max(len(text), 1) - 1 for text in padded]), model.device)
     state_RD = hidden_RTD[torch.arange(len(rows), device=model.device), last]
     for step in range(max_new_tokens):
         next_R = model.lm_head(state_RD).argmax(-1).tolist()
@@ -196,11 +201,7 @@ def _ends_with_seg(model: PixelSailForSegmentation, rows: Sequence[_Row]) -> boo
 
 
 class _TextCache:
-    """Keys and values of all texts, and the rule by which their tokens see their image and what went before.
-
-    One softmax goes over both: the scores of a row over the prefix of its image come from one product per image, so
-    that no prefix is copied for its texts, and stand beside the scores over the row's own text.
-    """
+    """Keys and values of all texts, and what is known of them."""
 
     def __init__(
         self,
@@ -210,18 +211,22 @@ class _TextCache:
         *,
         num_images: int,
         capacity: int,
+        compiled: bool,
     ) -> None:
         self.model = model
-        self.prefixes = prefixes
+        self.pooled = None if prefixes is None else prefixes.pooled
         self.rows = rows
         self.num_images = num_images
         self.num_slots = 0
-        config = model.config
+        self.compiled = compiled
+        config, layers = model.config, model.decoder.layers
         shape = (len(rows), config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = [torch.empty(shape, dtype=model.dtype, device=model.device) for _ in model.decoder.layers]
-        self.values = [torch.empty_like(keys) for keys in self.keys]
+        # Zeros, because slots that nothing was written to are multiplied by a weight of 0 in a compiled step.
+        self.keys = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in layers]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        none = self.keys[0].new_zeros(num_images, shape[1], 0, shape[3])
+        self.images = [(none, none) for _ in layers] if prefixes is None else prefixes.key_values
         self.valid_RC = torch.zeros(len(rows), capacity, dtype=torch.bool, device=model.device)
-        self.mask_RTC = self.valid_RC[:, None]
 
     def extend(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """Consume the next tokens of every row (none: the row waits), note [SEG] states, return the states [R, T, D].
@@ -230,54 +235,87 @@ class _TextCache:
         """
         device, seg_id = self.model.device, self.model.config.token_id("[SEG]")
         length = max(map(len, texts))
-        tokens_RT = torch.tensor([[*text, *[0] * (length - len(text))] for text in texts], device=device)
-        counts = torch.tensor([len(text) for text in texts], device=device)
-        steps = torch.arange(length, device=device)
-        starts = torch.tensor([row.position for row in self.rows], device=device)
+        table = [
+            [len(text), row.position, *text, *[0] * (length - len(text))]
+            for row, text in zip(self.rows, texts, strict=True)
+        ]
+        counts_R1, starts_R1, tokens_RT = to_device(torch.tensor(table), device).split((1, 1, length), dim=1)
+        steps_T = torch.arange(length, device=device)
         first, self.num_slots = self.num_slots, self.num_slots + length
-        self.valid_RC[:, first : self.num_slots] = steps < counts[:, None]
-        slots, queries = torch.arange(self.num_slots, device=device), first + steps
+        self.valid_RC[:, first : self.num_slots] = steps_T < counts_R1
+        is_compiled = self.compiled and length == 1
+        # Sizes that stay the same from step to step are looked at whole, where every further size would cost time.
+        seen = self.valid_RC.shape[1] if is_compiled else self.num_slots
+        slots_C, new_T = torch.arange(seen, device=device), first + steps_T
         # A token always sees itself, so that the row of a padded or waiting text is never empty.
-        causal_TC, itself_TC = slots <= queries[:, None], slots == queries[:, None]
-        self.mask_RTC = (causal_TC & self.valid_RC[:, None, : self.num_slots]) | itself_TC
+        causal_TC, itself_TC = slots_C <= new_T[:, None], slots_C == new_T[:, None]
+        rule = _TextRule(
+            keys=self.keys,
+            values=self.values,
+            images=self.images,
+            num_images=self.num_images,
+            new_T=new_T,
+            mask_RTC=(causal_TC & self.valid_RC[:, None, :seen]) | itself_TC,
+        )
         embeddings_RTD = self.model.embed_tokens(tokens_RT)
-        if self.prefixes is not None and self.prefixes.pooled is not None:
+        if self.pooled is not None:
             image_R = torch.arange(len(self.rows), device=device) // (len(self.rows) // self.num_images)
             image_RT = image_R[:, None].expand_as(tokens_RT)
-            embeddings_RTD = self.prefixes.pooled.put_into(
-                embeddings_RTD, image_RT, self.model.named_prompts(tokens_RT)
-            )
-        hidden_RTD = self.model.decoder(embeddings_RTD, (starts[:, None] + steps).expand(2, -1, -1), self)
+            embeddings_RTD = self.pooled.put_into(embeddings_RTD, image_RT, self.model.named_prompts(tokens_RT))
+        decoder = self.model.decoder
+        decode = partial(compiled_decoder(type(decoder).forward), decoder) if is_compiled else decoder
+        hidden_RTD = decode(embeddings_RTD, (starts_R1 + steps_T).expand(2, -1, -1), rule)
         for index, (row, text) in enumerate(zip(self.rows, texts, strict=True)):
             row.position += len(text)
             row.seg_states += [hidden_RTD[index, place] for place, token in enumerate(text) if token == seg_id]
         return hidden_RTD
 
+
+@cache
+def compiled_decoder(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the `forward` of a kind of decoder through torch.compile: one graph for all numbers of rows and images
+    above 1."""
+    return torch.compile(forward, dynamic=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TextRule:
+    """The rule by which new tokens of all texts see their image and what went before, and are noted.
+
+    One softmax goes over both: the scores of a row over the prefix of its image come from one product per image, so
+    that no prefix is copied for its texts, and stand beside the scores over the row's own text.
+    """
+
+    keys: list[Tensor]
+    """By layer [R, G, C, E]; values alike. New ones are written into them."""
+    values: list[Tensor]
+    images: list[KeyValue]
+    """Of the prefixes, by layer."""
+    num_images: int
+    new_T: Tensor
+    """The slots of the new tokens."""
+    mask_RTC: Tensor
+    """What each sees of the first slots of its row."""
+
     def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
         """Return the mixed values. Scores and softmax are float32, as in a fused kernel."""
         length, width, num_groups = q_BATE.shape[2], q_BATE.shape[3], k_BGTE.shape[1]
-        new = slice(self.num_slots - length, self.num_slots)
-        self.keys[layer][:, :, new], self.values[layer][:, :, new] = k_BGTE, v_BGTE
-        own_keys_RGCE = self.keys[layer][:, :, : self.num_slots].float()
-        own_values_RGCE = self.values[layer][:, :, : self.num_slots].float()
-        image_keys_IGSE, image_values_IGSE = self.image_key_values(layer)
+        num_slots = self.mask_RTC.shape[2]
+        self.keys[layer].index_copy_(2, self.new_T, k_BGTE)
+        self.values[layer].index_copy_(2, self.new_T, v_BGTE)
+        own_keys_RGCE = self.keys[layer][:, :, :num_slots].float()
+        own_values_RGCE = self.values[layer][:, :, :num_slots].float()
+        image_keys_IGSE, image_values_IGSE = self.images[layer]
         # The H heads that share keys and values become further query rows.
         q_RGHTE = q_BATE.unflatten(1, (num_groups, -1)).float() * width**-0.5
         own_RGHTC = (q_RGHTE.flatten(2, 3) @ own_keys_RGCE.mT).unflatten(2, (-1, length))
         own_RGHTC = own_RGHTC.masked_fill(~self.mask_RTC[:, None, None], -torch.inf)
         seen_RGHTS = self.by_row(self.by_image(q_RGHTE) @ image_keys_IGSE.float().mT, q_RGHTE)
         weights = torch.cat((seen_RGHTS, own_RGHTC), dim=-1).softmax(-1)
-        seen_RGHTS, own_RGHTC = weights.split((seen_RGHTS.shape[-1], self.num_slots), dim=-1)
+        seen_RGHTS, own_RGHTC = weights.split((seen_RGHTS.shape[-1], num_slots), dim=-1)
         from_image_RGHTE = self.by_row(self.by_image(seen_RGHTS) @ image_values_IGSE.float(), q_RGHTE)
         from_text_RGHTE = (own_RGHTC.flatten(2, 3) @ own_values_RGCE).view_as(q_RGHTE)
         return (from_image_RGHTE + from_text_RGHTE).flatten(1, 2).to(q_BATE.dtype)
-
-    def image_key_values(self, layer: int) -> KeyValue:
-        """Return the prefixes' keys and values, of length 0 where there is no image."""
-        if self.prefixes is not None:
-            return self.prefixes.key_values[layer]
-        none = self.keys[layer].new_zeros(self.num_images, self.keys[layer].shape[1], 0, self.keys[layer].shape[3])
-        return none, none
 
     def by_image(self, x_RGHTZ: Tensor) -> Tensor:
         """Return all query rows of each image as one axis: [I, G, Q x H x T, Z]."""
