@@ -40,31 +40,18 @@ def test_the_rebuilt_released_step_has_the_loss_and_gradients_of_our_reference(
         torch.testing.assert_close(our_gradients[name], gradient, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_strides_share_every_weight_they_both_have(bench, monkeypatch):
-    monkeypatch.setitem(bench.SIZES, "scaled", TINY)
-    built = bench.build_models("scaled", [4, 2], "cpu", torch.float32)
+def test_strides_share_every_weight_they_both_have(bench):
+    built = bench.build_models("tiny", [4, 2], "cpu", torch.float32)
     (coarse, _), (fine, _) = built[4], built[2]
     shared = coarse.state_dict()
     assert all(torch.equal(value, fine.state_dict()[name]) for name, value in shared.items())
     assert len(fine.state_dict()) > len(shared)
 
 
-TINY = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 600,
-    "mask_dim": 16,
-}
-
-
 def test_the_training_benchmark_writes_ratios_of_ours_to_theirs(bench, monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(bench.SIZES, "scaled", TINY)
     held = {"released": 900, "ours": 400}
     monkeypatch.setattr(bench, "measured_memory", lambda name, arguments: {"before": 100, "peak": held[name]})
-    where = ["--image", "64", "96", "--samples", "2", "--samples-per-pack", "2", "--rounds", "1"]
+    where = ["--size", "tiny", "--image", "64", "96", "--samples", "2", "--samples-per-pack", "2", "--rounds", "1"]
     assert bench.main([*where, "--ways", "released", "ours", "--json", str(tmp_path / "out.json")]) == 0
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["memory_ratio"] == pytest.approx(300 / 800)
@@ -75,6 +62,11 @@ def test_the_training_benchmark_writes_ratios_of_ours_to_theirs(bench, monkeypat
         *("decoder", "text", "mask head", "mask losses", "optimizer")
     }
     assert "speed_ratio" in capsys.readouterr().out
+
+
+def test_memory_is_that_of_the_steps_and_not_of_the_libraries(bench):
+    held = bench.measured_memory("ours", ["--size", "tiny", "--image", "512", "512"])
+    assert 0 < held["peak"] - held["before"] < held["before"]
 
 
 def test_the_attention_and_head_benchmarks_write_growth_and_pictures(tmp_path):
@@ -119,7 +111,7 @@ def test_compiled_answers_are_compared_with_plain_ones(monkeypatch, tmp_path, ca
     captured = torch.compile(Decoder.forward, dynamic=True, backend="aot_eager")
     monkeypatch.setattr(generation, "compiled_decoder", lambda forward: captured)
     tool = load_tool("bench_decode")
-    monkeypatch.setitem(tool.SIZES, "scaled", TINY)
+    monkeypatch.setitem(tool.SIZES, "scaled", load_tool("bench_train").SIZES["tiny"])
     monkeypatch.setattr(tool, "IMAGE_HW", (32, 48))
     options = ("--answers", "1", "3", "--tokens", "3", "--rounds", "1", "--json", str(tmp_path / "decode.json"))
     assert tool.main(options) == 0

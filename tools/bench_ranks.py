@@ -25,6 +25,7 @@ from pixel_sail.provenance import code_version
 
 WARM_UP_SHARE = 0.25
 LOG_EVERY = 5
+LAUNCHERS_WORDS = '\nTraceback (most recent call last):\n  File "<frozen runpy>"'
 
 
 def run(ranks: int, steps: int, overrides: Sequence[str], folder: Path) -> list[dict[str, Any]]:
@@ -37,7 +38,9 @@ def run(ranks: int, steps: int, overrides: Sequence[str], folder: Path) -> list[
     command = [*launcher, str(root_folder() / "scripts" / "train.py"), *overrides, *own]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+        # The launcher's own words come last and say nothing of why.
+        said = done.stderr.partition(LAUNCHERS_WORDS)[0]
+        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{said[-3000:]}")
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 

@@ -123,14 +123,17 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, group_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x_BTD: Tensor, rotary: Rotary, rule: AttentionRule, layer: int) -> Tensor:
-        """Return the mixed states."""
+    def heads(self, x_BTD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rotated queries [B, A, T, E] and keys [B, G, T, E], and values [B, G, T, E]."""
         batch, num_tokens, _ = x_BTD.shape
         q_BATE = self.q_proj(x_BTD).view(batch, num_tokens, self.num_heads, self.head_dim).transpose(1, 2)
         k_BGTE = self.k_proj(x_BTD).view(batch, num_tokens, self.num_groups, self.head_dim).transpose(1, 2)
         v_BGTE = self.v_proj(x_BTD).view(batch, num_tokens, self.num_groups, self.head_dim).transpose(1, 2)
-        mixed_BATE = rule(layer, rotary(q_BATE), rotary(k_BGTE), v_BGTE)
-        return self.o_proj(mixed_BATE.transpose(1, 2).reshape(batch, num_tokens, -1))
+        return rotary(q_BATE), rotary(k_BGTE), v_BGTE
+
+    def joined(self, mixed_BATE: Tensor) -> Tensor:
+        """Return the states of mixed values."""
+        return self.o_proj(mixed_BATE.transpose(1, 2).flatten(2))
 
 
 class DownProjection(nn.Linear):
@@ -174,7 +177,7 @@ class DecoderLayer(nn.Module):
     """Pre-norm attention and feed-forward, each with a residual connection."""
 
     compiled = False
-    """Whether the feed-forward half goes through torch.compile (see `Speed.compile`)."""
+    """Whether both halves, but not the products of attention, go through torch.compile (see `Speed.compile`)."""
     checkpointed = False
     """Whether the backward pass computes the feed-forward half again (see `OptimConfig.activation_checkpointing`)."""
 
@@ -187,7 +190,12 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x_BTD: Tensor, rotary: Rotary, rule: AttentionRule, layer: int) -> Tensor:
         """Return the new states."""
-        return self.second_half(x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, rule, layer))
+        heads = partial(compiled(type(self).heads), self) if self.compiled else self.heads
+        return self.second_half(x_BTD + self.self_attn.joined(rule(layer, *heads(x_BTD, rotary))))
+
+    def heads(self, x_BTD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the queries, keys and values of the layer."""
+        return self.self_attn.heads(self.input_layernorm(x_BTD), rotary)
 
     def second_half(self, x_BTD: Tensor, *others: Any) -> Tensor:
         """Return `feed_forward` of the arguments, compiled and checkpointed where asked for."""
@@ -205,9 +213,9 @@ class DecoderLayer(nn.Module):
 
 
 @cache
-def compiled(feed_forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a kind of layer's `feed_forward` through torch.compile: one graph for all layers and all lengths."""
-    return torch.compile(feed_forward, dynamic=True)
+def compiled(part: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a part of a kind of layer through torch.compile: one graph for all layers and all lengths."""
+    return torch.compile(part, dynamic=True)
 
 
 class Decoder(nn.Module):

@@ -43,7 +43,8 @@ class Speed:
     """What lies between two matrix products: norms, rotation, activations, depthwise convolutions. recomputed: the
     backward pass makes it again from what the product before it gave, instead of keeping every step."""
     compile: str = "off"
-    """layers: the feed-forward halves of the decoder layers go through torch.compile, once for all lengths."""
+    """layers: norms, projections, rotation and feed-forward of the decoder layers go through torch.compile, once for
+    all lengths; of layers with weights for images, the feed-forward alone."""
     experts: str = "routed"
     """Where images have weights of their own. mixed: both weights compute every token and one result is kept. routed:
     each token is computed by its own weights only."""
