@@ -14,6 +14,7 @@ from running import launcher, load_tool, start
 from safetensors.torch import load_file, save_file
 from shared_data import parity_folder
 from torch.nn import functional as F
+from varlen_kernels import new_varlen
 
 from pixel_sail.config import ConfigError, LoraConfig, TrainConfig, load_config
 from pixel_sail.data.collate import collate
@@ -243,7 +244,18 @@ def test_layers_that_are_computed_again_change_nothing(eve_model, batch, checkpo
     assert all(torch.allclose(again[name], value) for name, value in gradients.items())
 
 
-@pytest.mark.parametrize("speed", [Speed(attention="dense"), REFERENCE], ids=["fast", "reference"])
+@pytest.mark.parametrize("parts", PARTS, ids="-".join)
+def test_variable_length_kernels_change_nothing(eve_model, batch, monkeypatch, parts):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", new_varlen)
+    model = eve_model(modality_experts=parts).train()
+    expected, slow, _ = losses_and_gradients(model, batch, REFERENCE)
+    found, fast, _ = losses_and_gradients(model, batch, Speed(attention="varlen"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    for name, gradient in slow.items():
+        torch.testing.assert_close(fast[name], gradient, rtol=1e-3, atol=2e-5 * float(gradient.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("speed", [Speed(attention="varlen"), REFERENCE], ids=["fast", "reference"])
 def test_a_step_runs_on_one_device_whatever_it_is(eve_model, batch, speed):
     for parts in PARTS:
         model = eve_model(modality_experts=parts)

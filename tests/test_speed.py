@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import cache
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ import torch
 from one_device import MixedDevices, TensorsOfNumbers, step_on_one_device
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from varlen_kernels import new_varlen, old_varlen
 
 from pixel_sail.config import TrainConfig, load_config
 from pixel_sail.losses.mask import PointSampling, choose_points, point_losses, sample_map
@@ -18,7 +18,7 @@ from pixel_sail.losses.total import Counts, LossConfig, combine, loss_sums
 from pixel_sail.model import decoder
 from pixel_sail.model.attention_mask import attention_mask
 from pixel_sail.model.attention_rules import calls_of, chosen_attention, training_rule
-from pixel_sail.model.decoder import MaskedAttention, SwiGLU, attend
+from pixel_sail.model.decoder import MaskedAttention, RMSNorm, SwiGLU, attend
 from pixel_sail.model.mask_head import MaskHead, PointLogits, folded_logits, mask_logits
 from pixel_sail.model.spans import sample_spans
 from pixel_sail.model.speed import REFERENCE, Speed
@@ -150,34 +150,6 @@ def test_every_real_token_gets_the_values_of_the_dense_mask(batch):
         torch.testing.assert_close(one, other)
 
 
-def by_sequence(queries, keys, values, query_ends, key_ends, is_causal):
-    """Return what variable-length kernels promise, one sequence and one head after another, causal from the bottom
-    right."""
-    mixed, shared = torch.zeros_like(queries), queries.shape[1] // keys.shape[1]
-    for (first, last), (start, stop) in zip(pairwise(query_ends.tolist()), pairwise(key_ends.tolist()), strict=True):
-        visible = torch.ones(last - first, stop - start, dtype=torch.bool)
-        visible = visible.tril(stop - start - last + first) if is_causal else visible
-        for head in range(queries.shape[1]):
-            scores = queries[first:last, head] @ keys[start:stop, head // shared].T * queries.shape[2] ** -0.5
-            weights = scores.masked_fill(~visible, -torch.inf).softmax(1)
-            mixed[first:last, head] = weights @ values[start:stop, head // shared]
-    return mixed
-
-
-def old_varlen(q, k, v, query_ends, key_ends, max_q, max_k, is_causal=False):
-    """The kernel of torch 2.10, which wants as many heads of keys as of queries."""
-    assert q.shape[1] == k.shape[1]
-    assert (max_q, max_k) == (query_ends.diff().max(), key_ends.diff().max())
-    return by_sequence(q, k, v, query_ends, key_ends, is_causal)
-
-
-def new_varlen(q, k, v, query_ends, key_ends, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False):
-    """The kernel of later versions."""
-    assert enable_gqa or q.shape[1] == k.shape[1]
-    assert (max_q, max_k) == (query_ends.diff().max(), key_ends.diff().max())
-    return by_sequence(q, k, v, query_ends, key_ends, {(-1, -1): False, (-1, 0): True}[window_size])
-
-
 @pytest.mark.parametrize("kernel", [old_varlen, new_varlen])
 def test_what_variable_length_kernels_are_given_makes_the_values_of_the_dense_mask(batch, monkeypatch, kernel):
     """The kernels are for CUDA only; a plain one that keeps their promises takes their place."""
@@ -186,8 +158,33 @@ def test_what_variable_length_kernels_are_given_makes_the_values_of_the_dense_ma
     shape = (*batch.input_ids_BT.shape, 16)
     queries, keys, values = (torch.randn(shape[0], heads, *shape[1:], dtype=torch.double) for heads in (4, 2, 2))
     is_real = (batch.sample_index_BT >= 0)[:, None, :, None]
-    found = training_rule("varlen", *where, batch.spans, dtype=torch.double)(0, queries, keys, values)
+    rule = training_rule("varlen", *where, batch.spans, dtype=torch.double)
+    arranged = (rule.arranged(x.transpose(1, 2)).transpose(1, 2) for x in (queries, keys, values))
+    found = rule.in_sequence(rule(0, *arranged).transpose(1, 2)).transpose(1, 2)
     torch.testing.assert_close(found * is_real, attend(queries, keys, values, attention_mask(*where)) * is_real)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_step_with_variable_length_kernels_is_that_of_the_reference(tiny_model, batch, monkeypatch, tied):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", new_varlen)
+    model = tiny_model(tie_word_embeddings=tied).train()
+    expected, slow, _ = losses_and_gradients(model, batch, REFERENCE)
+    found, fast, output = losses_and_gradients(model, batch, Speed(attention="varlen"))
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+    for name, gradient in slow.items():
+        torch.testing.assert_close(fast[name], gradient, rtol=1e-3, atol=2e-5 * float(gradient.abs().max()), msg=name)
+    assert output.hidden_BTD.shape[:2] == batch.input_ids_BT.shape
+
+
+def test_the_kernel_of_a_norm_is_the_norm():
+    torch.manual_seed(0)
+    norm = RMSNorm(24, 1e-5)
+    torch.nn.init.normal_(norm.weight)
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        states = torch.randn(3, 5, 24, dtype=dtype, requires_grad=True)
+        norm.to(dtype)
+        found = F.rms_norm(states, norm.weight.shape, norm.weight, norm.eps)
+        torch.testing.assert_close(found, norm(states), rtol=tolerance, atol=tolerance)
 
 
 def test_samples_of_one_shape_are_one_call(processor, draw_sample, make_batch):

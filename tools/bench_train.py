@@ -277,8 +277,7 @@ def our_states(model: PixelSailForSegmentation, batch: Batch) -> Tensor:
     embedded = model.embed(batch.input_ids_BT, batch.patches_SK, batch.patch_index_BT, batch.prompt_ids_BT)
     where = (batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT)
     rule = training_rule(model.speed.attention, *where, batch.spans, dtype=embedded.dtype)
-    states: Tensor = model.decoder(embedded, batch.position_ids_2BT, rule)
-    return states
+    return model.decode(embedded, batch.position_ids_2BT, rule, batch.input_ids_BT, batch.grids)
 
 
 def our_maps(model: PixelSailForSegmentation, hidden_BTD: Tensor, batch: Batch) -> list[Tensor]:

@@ -13,8 +13,10 @@ import inspect
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -186,68 +188,81 @@ def _seen(x_BGTE: Tensor, call: Call) -> Tensor:
 
 class VarlenAttention:
     """The rule as two calls of torch's variable-length flash kernels over all samples: images, and texts over all
-    their keys. CUDA and half precision only. Padding gets zeros."""
+    their keys. CUDA and half precision only. Padding gets zeros.
 
-    def __init__(self, spans: Sequence[SampleSpan], *, num_tokens: int, device: torch.device) -> None:
+    Takes the tokens of all rows as one row in an order of its own, images first, then texts, then padding, so that what
+    a kernel reads is a slice: `arranged` puts them into it once, where every layer would have to gather them.
+    """
+
+    def __init__(self, spans: Sequence[SampleSpan], *, shape: tuple[int, int], device: torch.device) -> None:
         calls = calls_of(spans)
-        self.images = self._packed([call for call in calls if call.is_image], num_tokens, device)
-        self.texts = self._packed([call for call in calls if not call.is_image], num_tokens, device)
+        first = {call: call.row * shape[1] for call in calls}
+        images = [call for call in calls if call.is_image]
+        texts = [call for call in calls if not call.is_image]
+        own = {call: np.arange(call.start, call.start + call.queries) + first[call] for call in calls}
+        tokens_N = np.arange(shape[0] * shape[1])
+        image_Q, text_Q = (np.concatenate([tokens_N[:0], *(own[call] for call in kind)]) for kind in (images, texts))
+        order_N = np.concatenate((image_Q, text_Q, np.setdiff1d(tokens_N, np.concatenate((image_Q, text_Q)))))
+        inverse_N = np.empty_like(order_N)
+        inverse_N[order_N] = tokens_N
+        keys = [
+            inverse_N[
+                np.concatenate((np.arange(call.prefix_start, call.prefix_start + call.shown) + first[call], own[call]))
+            ]
+            for call in texts
+        ]
+        self.sizes = (len(image_Q), len(text_Q), len(tokens_N) - len(image_Q) - len(text_Q))
+        self.shape = shape
+        self.order_N, self.inverse_N = (to_device(torch.from_numpy(x), device) for x in (order_N, inverse_N))
+        self.keys_K = to_device(torch.from_numpy(np.concatenate([tokens_N[:0], *keys])), device)
+        self.images = _Lengths.of(images, device)
+        self.texts = _Lengths.of(texts, device)
 
-    @staticmethod
-    def _packed(calls: Sequence[Call], num_tokens: int, device: torch.device) -> "_Packed | None":
-        if not calls:
-            return None
-        queries: list[int] = []
-        keys: list[int] = []
-        query_ends, key_ends = [0], [0]
-        for call in calls:
-            first = call.row * num_tokens
-            own = range(first + call.start, first + call.start + call.queries)
-            queries += own
-            keys += [*range(first + call.prefix_start, first + call.prefix_start + call.shown), *own]
-            query_ends.append(len(queries))
-            key_ends.append(len(keys))
-        return _Packed(
-            queries=to_device(torch.tensor(queries), device),
-            keys=to_device(torch.tensor(keys), device),
-            query_ends=to_device(torch.tensor(query_ends, dtype=torch.int32), device),
-            key_ends=to_device(torch.tensor(key_ends, dtype=torch.int32), device),
-            max_queries=max(call.queries for call in calls),
-            max_keys=max(call.shown + call.queries for call in calls),
-        )
+    def arranged(self, x_BTZ: Tensor) -> Tensor:
+        """Return what belongs to tokens in the order that the calls take [1, N, ...]."""
+        return x_BTZ.flatten(0, 1).index_select(0, self.order_N)[None]
+
+    def in_sequence(self, x_1NZ: Tensor) -> Tensor:
+        """Undo `arranged`: [B, T, ...]."""
+        return x_1NZ.squeeze(0).index_select(0, self.inverse_N).unflatten(0, self.shape)
 
     def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
-        """Return the mixed values."""
-        num_rows, num_heads, num_tokens, width = q_BATE.shape
-        q_NAE, k_NGE, v_NGE = (x.transpose(1, 2).flatten(0, 1) for x in (q_BATE, k_BGTE, v_BGTE))
-        mixed_NAE = torch.zeros_like(q_NAE)
-        for packed, is_causal in ((self.images, False), (self.texts, True)):
-            if packed is None:
-                continue
-            mixed = flash_varlen(
-                q_NAE.index_select(0, packed.queries),
-                k_NGE.index_select(0, packed.keys),
-                v_NGE.index_select(0, packed.keys),
-                packed,
-                is_causal=is_causal,
-            )
-            mixed_NAE = mixed_NAE.index_copy(0, packed.queries, mixed)
-        return mixed_NAE.view(num_rows, num_tokens, num_heads, width).transpose(1, 2)
+        """Return the mixed values of arranged tokens [1, A, N, E]."""
+        q_NAE, k_NGE, v_NGE = (x_BATE.squeeze(0).transpose(0, 1) for x_BATE in (q_BATE, k_BGTE, v_BGTE))
+        image_queries, text_queries, padding_NAE = q_NAE.split(self.sizes)
+        mixed = []
+        if self.images is not None:
+            keys, values = (x_NGE[: self.sizes[0]] for x_NGE in (k_NGE, v_NGE))
+            mixed.append(flash_varlen(image_queries, keys, values, self.images, is_causal=False))
+        if self.texts is not None:
+            keys, values = (x_NGE.index_select(0, self.keys_K) for x_NGE in (k_NGE, v_NGE))
+            mixed.append(flash_varlen(text_queries, keys, values, self.texts, is_causal=True))
+        if len(padding_NAE) or not mixed:
+            mixed.append(torch.zeros_like(padding_NAE))
+        return torch.cat(mixed).transpose(0, 1)[None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Packed:
-    """The calls of one kind for a variable-length kernel: which tokens, and where each call's tokens end."""
+class _Lengths:
+    """Where the tokens of each call of one kind end, for a variable-length kernel."""
 
-    queries: Tensor
-    keys: Tensor
     query_ends: Tensor
     key_ends: Tensor
     max_queries: int
     max_keys: int
 
+    @classmethod
+    def of(cls, calls: Sequence[Call], device: torch.device) -> "_Lengths | None":
+        """Return the lengths of calls, None where there are none."""
+        if not calls:
+            return None
+        queries, keys = ([call.queries for call in calls], [call.shown + call.queries for call in calls])
+        ends = torch.tensor([[0, *accumulate(queries)], [0, *accumulate(keys)]], dtype=torch.int32)
+        query_ends, key_ends = to_device(ends, device)
+        return cls(query_ends=query_ends, key_ends=key_ends, max_queries=max(queries), max_keys=max(keys))
 
-def flash_varlen(q_NAE: Tensor, k_NGE: Tensor, v_NGE: Tensor, packed: _Packed, *, is_causal: bool) -> Tensor:
+
+def flash_varlen(q_NAE: Tensor, k_NGE: Tensor, v_NGE: Tensor, lengths: _Lengths, *, is_causal: bool) -> Tensor:
     """Return variable-length attention, causal from the bottom right where asked for."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -262,7 +277,7 @@ def flash_varlen(q_NAE: Tensor, k_NGE: Tensor, v_NGE: Tensor, packed: _Packed, *
         repeats = q_NAE.shape[1] // k_NGE.shape[1]
         k_NGE, v_NGE = k_NGE.repeat_interleave(repeats, dim=1), v_NGE.repeat_interleave(repeats, dim=1)
     mixed = varlen_attn(
-        q_NAE, k_NGE, v_NGE, packed.query_ends, packed.key_ends, packed.max_queries, packed.max_keys, **options
+        q_NAE, k_NGE, v_NGE, lengths.query_ends, lengths.key_ends, lengths.max_queries, lengths.max_keys, **options
     )
     assert isinstance(mixed, Tensor)
     return mixed
@@ -336,7 +351,7 @@ def training_rule(
     if spans is None:
         spans = sample_spans(sample_index_BT, branch_ids_BT, in_image_BT)
     if choice == "varlen":
-        return VarlenAttention(spans, num_tokens=sample_index_BT.shape[1], device=device)
+        return VarlenAttention(spans, shape=(sample_index_BT.shape[0], sample_index_BT.shape[1]), device=device)
     if device.type != "cpu":
         raise DataError(f"speed.attention is segments, a kernel of CPUs, and the model is on {device}; use auto")
     return SegmentAttention(spans, dtype=dtype)

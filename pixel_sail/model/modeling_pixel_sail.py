@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pixel_sail.model.attention_rules import training_rule
+from pixel_sail.model.attention_rules import VarlenAttention, training_rule
 from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
 from pixel_sail.model.decoder import Attention, AttentionRule, Decoder, DecoderLayer, RMSNorm, SwiGLU
 from pixel_sail.model.distill_head import DistillHead, DistillSite
@@ -159,6 +159,20 @@ class PixelSailForSegmentation(PreTrainedModel):
         grids: Sequence[tuple[int, int]],
     ) -> Tensor:
         """Return the states after the final norm [B, T, D]; `grids` are those of all images among the tokens."""
+        if isinstance(rule, VarlenAttention):
+            positions_2BT = rule.arranged(position_ids_2BT.permute(1, 2, 0)).permute(2, 0, 1)
+            ids_BT = rule.arranged(input_ids_BT)
+            return rule.in_sequence(self._states(rule.arranged(embeddings_BTD), positions_2BT, rule, ids_BT, grids))
+        return self._states(embeddings_BTD, position_ids_2BT, rule, input_ids_BT, grids)
+
+    def _states(
+        self,
+        embeddings_BTD: Tensor,
+        position_ids_2BT: Tensor,
+        rule: AttentionRule,
+        input_ids_BT: Tensor,
+        grids: Sequence[tuple[int, int]],
+    ) -> Tensor:
         if not isinstance(self.decoder, RoutedDecoder):
             return self.decoder(embeddings_BTD, position_ids_2BT, rule)
         is_image_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
