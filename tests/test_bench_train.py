@@ -120,6 +120,28 @@ def test_compiled_answers_are_compared_with_plain_ones(monkeypatch, tmp_path, ca
     assert "compiled ms" in capsys.readouterr().out
 
 
+def test_kernels_and_bytes_of_a_step_are_counted_without_a_gpu(monkeypatch, tmp_path, capsys):
+    tool = load_tool("count_step")
+    options = ("--size", "tiny", "--image", "64", "96", "--samples", "2", "--json", str(tmp_path / "count.json"))
+    found = []
+    for layers in (2, 3):
+        monkeypatch.setitem(tool.SIZES["tiny"], "num_hidden_layers", layers)
+        assert tool.main(options) == 0
+        found.append(json.loads((tmp_path / "count.json").read_text()))
+    two, three = found
+    rows = three["rows"]
+    # Images and texts are a call each; the weights of a layer are seven products with two gradients each.
+    assert rows["forward _varlen_attn"]["kernels"] == 2 * 3 == rows["backward _varlen_attn_backward"]["kernels"]
+    assert rows["forward product"]["kernels"] - two["rows"]["forward product"]["kernels"] == 7
+    assert rows["backward product"]["kernels"] - two["rows"]["backward product"]["kernels"] == 14
+    weights, tokens = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48, three["tokens"]
+    more = rows["forward product"]["operations"] - two["rows"]["forward product"]["operations"]
+    assert more == 2 * weights * tokens
+    # No layer gathers its tokens or normalises in steps.
+    assert three["total"]["kernels"] - two["total"]["kernels"] <= 95
+    assert "MFU" in capsys.readouterr().out
+
+
 def test_ranks_are_compared_on_one_run(data_root, monkeypatch, tmp_path, capsys):
     small = ("model.architecture.hidden_size=32", "model.architecture.num_hidden_layers=1", "deepspeed=none")
     monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))

@@ -1,0 +1,236 @@
+"""Count what a training step asks of a GPU, without one: kernels, bytes through memory, operations, and the time that
+they cannot take less of.
+
+    python tools/count_step.py                                            0.5B, six pictures of 480 x 640 in a pack
+    python tools/count_step.py --size 3b --image 1024 1024 --samples 2
+    python tools/count_step.py --checkpointing layers --json runs/count.json
+
+Forward pass, losses and backward pass of one pack run on torch's device without memory, in bfloat16, with
+`speed.attention=varlen` as on a GPU. Every operation that would be a kernel is noted with the bytes that it reads and
+writes at least once and, for products and attention, its operations. The bound is the larger of operations / `--rate`
+and bytes / `--bandwidth` plus `--launch` for each kernel, added up: a lower limit that real kernels exceed, good for
+comparing two ways of computing and for seeing where time cannot be saved. It is no measurement. The optimizer and what
+ranks tell each other are not in it. Kernels of torch.compile are not either: it fuses what is counted here.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pixel_sail.data.collate import collate
+from pixel_sail.data.packing import LanePosition, Pack
+from pixel_sail.files import replace_text
+from pixel_sail.losses.total import LossConfig, combine, count, loss_sums
+from pixel_sail.model.attention_rules import calls_of
+from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
+from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
+from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
+from pixel_sail.model.speed import CHECKPOINTING, Speed
+from pixel_sail.model.tokenization import model_token_ids, train_tokenizer
+from pixel_sail.planning.flops import forward_flops, training_flops
+from pixel_sail.planning.workload import of_batch
+from pixel_sail.provenance import code_version
+from pixel_sail.types import Batch, Sample, Turn
+
+SIZES = {
+    "tiny": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 600, "mask_dim": 16},
+    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+             "num_key_value_heads": 2, "vocab_size": 151_680, "mask_dim": 512},
+    "3b": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
+           "num_key_value_heads": 2, "vocab_size": 151_680, "mask_dim": 512},
+}  # fmt: skip
+ANSWER = "It is [SEG]."
+QUESTION = "Please segment the small dog to the left of the man in the red shirt number"
+NO_KERNEL = ("detach", "alias", "lift_fresh", "empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view")
+PRODUCTS = ("mm", "addmm", "addmm_", "bmm")
+DATASHEET = 989e12
+"""Dense bfloat16 operations per second of an H100 or H200, of which MFU is a share."""
+
+
+@dataclass(kw_only=True)
+class Row:
+    """What one kind of kernel adds up to."""
+
+    kernels: int = 0
+    operations: float = 0.0
+    bytes: float = 0.0
+    seconds: float = 0.0
+
+
+def traffic(tensor: Tensor) -> int:
+    """Return the bytes that reading or writing a tensor moves; what is repeated by a stride of 0 moves once."""
+    own = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+    return math.prod(own) * tensor.element_size() if tensor.numel() else 0
+
+
+class Counter(TorchDispatchMode):
+    """Add up every operation on the device, by phase and name."""
+
+    def __init__(self, options: argparse.Namespace, attention: dict[bool, float]) -> None:
+        super().__init__()
+        self.options, self.attention = options, attention
+        self.phase = "forward"
+        self.rows: dict[str, Row] = defaultdict(Row)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and note it."""
+        result = function(*args, **(kwargs or {}))
+        name = function.name().split("::")[1].split(".")[0]
+        read, written = ([x for x in tree_leaves(x) if isinstance(x, Tensor)] for x in ((args, kwargs), result))
+        if function.is_view or name in NO_KERNEL or any(x.device.type == "cpu" for x in (*read, *written)):
+            return result
+        row = self.rows[f"{self.phase} {'product' if name in PRODUCTS else name}"]
+        operations = self.operations(name, args, read)
+        moved = sum(map(traffic, read)) + sum(map(traffic, written))
+        row.kernels += 1
+        row.operations += operations
+        row.bytes += moved
+        options = self.options
+        row.seconds += max(operations / options.rate, moved / options.bandwidth) / 1e12 + options.launch / 1e6
+        return result
+
+    def operations(self, name: str, args: Sequence[Any], read: Sequence[Tensor]) -> float:
+        """Return the operations of a product or of attention, 0 of anything else."""
+        if name in PRODUCTS:
+            left, right = read[-2:]
+            return 2.0 * left.numel() * right.shape[-1]
+        if name == "_varlen_attn":
+            return self.attention[bool(args[7])]
+        # The backward pass makes the scores again: five products where the forward pass has two.
+        return 2.5 * self.attention[bool(args[10])] if name == "_varlen_attn_backward" else 0.0
+
+
+class StandInNorm(torch.autograd.Function):
+    """Torch's fused norm, which has no kernel for the device without memory: the same tensors in and out."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor) -> Tensor:
+        """Return the normed states."""
+        ctx.save_for_backward(x, weight_D)
+        return torch.mul(x, weight_D)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """Return gradients of states and weight."""
+        x, weight_D = ctx.saved_tensors
+        return torch.addcmul(x, gradients[0], weight_D), torch.sum(x.flatten(0, -2), 0)
+
+
+def fused_norm(x: Tensor, shape: Sequence[int], weight_D: Tensor, eps: float) -> Tensor:
+    """Return what `F.rms_norm` would."""
+    normed: Tensor = StandInNorm.apply(x, weight_D)
+    return normed
+
+
+def packed(processor: PixelSailProcessor, options: argparse.Namespace) -> Batch:
+    """Return a pack of equal samples on the host."""
+    size_hw, rng, examples = (options.image[0], options.image[1]), np.random.default_rng(0), []
+    for index in range(options.samples):
+        mask = np.zeros(size_hw, dtype=bool)
+        mask[: size_hw[0] // 3, : size_hw[1] // 3] = True
+        turns = tuple(
+            Turn(question=f"{QUESTION} {turn}.", answer=ANSWER, masks=(mask,)) for turn in range(options.expressions)
+        )
+        sample = Sample(sample_id=str(index), source="drawn", image_path=None, image_hw=size_hw, turns=turns)
+        image = Image.fromarray(rng.integers(0, 256, (*size_hw, 3), dtype=np.uint8))
+        examples.append(processor.encode_sample(sample, image, independent_turns=False))
+    return collate([Pack(lane=0, after=LanePosition(next=1), examples=tuple(examples))], seg_id=processor.seg_id)
+
+
+def counted(options: argparse.Namespace) -> dict[str, Any]:
+    """Return everything that is counted."""
+    tokenizer = train_tokenizer([ANSWER, f"{QUESTION}."] * 4, vocab_size=500, num_visual_prompts=15)
+    token_ids = model_token_ids(tokenizer, num_visual_prompts=15)
+    fields = {**SIZES[options.size], "max_long_side": max(options.image), "token_ids": token_ids}
+    config = PixelSailConfig.from_architecture(Architecture(**fields))
+    with torch.device("meta"):
+        model = PixelSailForSegmentation(config).train()
+    model.to(device=torch.device("meta"), dtype=torch.bfloat16)
+    speed = Speed(attention="varlen")
+    model.use(speed, options.checkpointing)
+    batch = packed(PixelSailProcessor.for_model(tokenizer, config), options)
+    assert batch.spans is not None
+    attention = {
+        is_causal: sum(
+            4.0 * call.queries * (call.shown + call.queries) * config.hidden_size
+            for call in calls_of(batch.spans)
+            if call.is_image != is_causal
+        )
+        for is_causal in (False, True)
+    }
+    moved, losses, counter = batch.to("meta"), LossConfig(), Counter(options, attention)
+    with (
+        mock.patch.object(F, "rms_norm", fused_norm),
+        mock.patch.object(torch, "is_autocast_enabled", lambda device=None: False),
+        counter,
+    ):
+        output = model(**moved.training_inputs())
+        loss = combine(loss_sums(output, moved, losses), count(batch), losses) + output.anchor
+        counter.phase = "backward"
+        loss.backward()
+    total = Row(
+        kernels=sum(row.kernels for row in counter.rows.values()),
+        operations=sum(row.operations for row in counter.rows.values()),
+        bytes=sum(row.bytes for row in counter.rows.values()),
+        seconds=sum(row.seconds for row in counter.rows.values()),
+    )
+    needed = training_flops(forward_flops(config, of_batch(batch), {}, speed), config, checkpointing="none")["model"]
+    tokens = batch.input_ids_BT.numel()
+    return {
+        "tokens": tokens,
+        "total": asdict(total),
+        "tokens_per_second_at_most": tokens / total.seconds,
+        "mfu_at_most": needed / total.seconds / DATASHEET,
+        "rows": {name: asdict(row) for name, row in sorted(counter.rows.items(), key=lambda pair: -pair[1].seconds)},
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Count, print, and write what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=sorted(SIZES), default="0.5b")
+    parser.add_argument("--image", type=int, nargs=2, default=(480, 640), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--samples", type=int, default=6, help="in the pack")
+    parser.add_argument("--expressions", type=int, default=5, help="of each picture")
+    parser.add_argument("--checkpointing", choices=CHECKPOINTING, default="none")
+    parser.add_argument("--rate", type=float, default=700.0, help="TFLOP/s that products reach")
+    parser.add_argument("--bandwidth", type=float, default=4.0, help="TB/s of the memory")
+    parser.add_argument("--launch", type=float, default=3.0, help="microseconds between two kernels")
+    parser.add_argument("--top", type=int, default=20, help="kinds of kernels that are printed")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    found = counted(options)
+    total = found["total"]
+    print(f"{options.size} model, bf16, {options.samples} pictures of {options.image}, {found['tokens']} tokens")
+    print(f"{'':42s} {'kernels':>8s} {'TFLOP':>8s} {'GB':>8s} {'ms at least':>12s}")
+    for name, row in [*list(found["rows"].items())[: options.top], ("all", total)]:
+        print(
+            f"{name:42s} {row['kernels']:8d} {row['operations'] / 1e12:8.2f} {row['bytes'] / 1e9:8.2f} "
+            f"{1e3 * row['seconds']:12.2f}"
+        )
+    print(f"at most {found['tokens_per_second_at_most']:,.0f} tokens/s, MFU {found['mfu_at_most']:.0%}")
+    if options.json:
+        settings = {name: value for name, value in vars(options).items() if name not in ("json", "top")}
+        result = {**settings, "torch": torch.__version__, "code": code_version(), **found}
+        replace_text(options.json, json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
