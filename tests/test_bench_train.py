@@ -64,6 +64,25 @@ def test_the_training_benchmark_writes_ratios_of_ours_to_theirs(bench, monkeypat
     assert "speed_ratio" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("axis", "values"), [("image", [[16, 24], [32, 48]]), ("pack", [1, 2]), ("expressions", [1, 3])]
+)
+def test_growth_of_a_step_is_measured_along_an_axis(bench, monkeypatch, tmp_path, axis, values):
+    monkeypatch.setitem(bench.GROWTH, axis, [tuple(value) if axis == "image" else value for value in values])
+    where = ["--size", "tiny", "--image", "16", "24", "--rounds", "1", "--ways", "released", "ours"]
+    files = ["--json", str(tmp_path / "out.json"), "--png", str(tmp_path / "out.png")]
+    assert bench.main([*where, "--growth", axis, *files]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    first, last = found["points"]
+    assert [first["value"], last["value"]] == values and first["tokens"] < last["tokens"]
+    size = "value" if axis == "expressions" else "tokens"
+    expected = np.log(last["seconds"]["ours"] / first["seconds"]["ours"]) / np.log(last[size] / first[size])
+    assert found["exponents"]["ours"] == pytest.approx(expected)
+    assert (tmp_path / "out.png").stat().st_size > 0
+    with pytest.raises(SystemExit):
+        bench.main([*where, "--png", str(tmp_path / "other.png")])
+
+
 def test_memory_is_that_of_the_steps_and_not_of_the_libraries(bench):
     held = bench.measured_memory("ours", ["--size", "tiny", "--image", "512", "512"])
     assert 0 < held["peak"] - held["before"] < held["before"]

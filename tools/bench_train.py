@@ -3,6 +3,7 @@
     python tools/bench_train.py                                  the 0.5B model's proportions, scaled down for a CPU
     python tools/bench_train.py --size 0.5b --device cuda --precision bf16 --samples 16 --samples-per-pack 8
     python tools/bench_train.py --json runs/bench_train.json
+    python tools/bench_train.py --growth image --ways released ours --png runs/growth.png        also: pack, expressions
 
 The released method, rebuilt from our reference path: one sample per forward pass, a dense mask, the states of all
 layers kept, float32 logits of all positions with a shifted copy, an upsampler to stride 2 by convolutions, features of
@@ -18,11 +19,13 @@ On a CPU memory is the highest resident size of a process of its own that makes 
 held after a step of a tiny model, with which torch's libraries come into memory; on CUDA it is torch's own peak.
 `ours, compiled` (`speed.compile=layers`) needs a C++ compiler on a CPU and runs where `--ways` names it.
 `--json` holds `speed_ratio` and `memory_ratio`, ours divided by theirs, the same of every way under `ratios`, and
-everything that is printed.
+everything that is printed. `--growth` measures steps of one pack instead, of growing pictures, of more samples, or of
+more expressions per picture, and says with which exponent they take longer.
 """
 
 import argparse
 import json
+import math
 import os
 import resource
 import statistics
@@ -45,6 +48,7 @@ from tqdm import tqdm
 from pixel_sail.config import OptimConfig
 from pixel_sail.data.collate import collate
 from pixel_sail.data.packing import LanePosition, Pack
+from pixel_sail.evaluation.curves import save_panels, size_panel
 from pixel_sail.files import replace_text
 from pixel_sail.losses.mask import MaskSums, point_losses
 from pixel_sail.losses.total import Counts, LossConfig, combine, loss_sums
@@ -76,6 +80,12 @@ SIZES = {
            "num_key_value_heads": 2, "vocab_size": 151_680, "mask_dim": 512},
 }  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+GROWTH: dict[str, Sequence[Any]] = {
+    "image": ((240, 320), (480, 640), (720, 960)),
+    "pack": (1, 2, 4),
+    "expressions": (1, 5, 10),
+}
+"""What grows, and the points: (height, width), samples of the pack, expressions of each picture."""
 
 ANSWER = "It is [SEG]."
 EXPRESSION = "the small dog to the left of the man in the red shirt number"
@@ -401,6 +411,49 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, 
     return {"matmul_rate": rate, "ways": rows}
 
 
+def grown(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the seconds of a step of one pack at every point of an axis, and the exponents of all ways.
+
+    Exponents are over tokens, of expressions over their number, between the first and the last point.
+    """
+    points = []
+    for value in tqdm(GROWTH[options.growth], desc=options.growth, unit="point"):
+        samples = value if options.growth == "pack" else 1
+        changed = {"samples": samples, "samples_per_pack": samples}
+        changed |= {options.growth: value} if options.growth != "pack" else {}
+        made = trainers(argparse.Namespace(**(vars(options) | changed)), options.ways)
+        seconds: dict[str, list[float]] = {name: [] for name in made}
+        for _ in range(options.rounds + 1):
+            for name, trainer in made.items():
+                start = time.perf_counter()
+                trainer.step()
+                seconds[name].append(elapsed(start, trainer.model.device))
+        tokens = sum(int((batch.sample_index_BT >= 0).sum()) for batch in next(iter(made.values())).batches)
+        # The first step warms up.
+        medians = {name: statistics.median(own[1:]) for name, own in seconds.items()}
+        points.append({"value": value, "tokens": tokens, "seconds": medians})
+    sizes = [point["value" if options.growth == "expressions" else "tokens"] for point in points]
+    exponents = {
+        name: math.log(points[-1]["seconds"][name] / points[0]["seconds"][name]) / math.log(sizes[-1] / sizes[0])
+        for name in options.ways
+    }
+    return {"points": points, "sizes": sizes, "exponents": exponents}
+
+
+def show_growth(options: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Print the points of an axis, and draw them where a picture is wanted."""
+    print(f"{options.growth:>12s} {'tokens':>8s} " + " ".join(f"{name:>20s}" for name in options.ways) + "   seconds")
+    for point in found["points"]:
+        seconds = " ".join(f"{point['seconds'][name]:20.3f}" for name in options.ways)
+        print(f"{point['value']!s:>12s} {point['tokens']:8d} {seconds}")
+    print("growth " + ", ".join(f"{name} {exponent:.2f}" for name, exponent in found["exponents"].items()))
+    if options.png:
+        costs = {name: [point["seconds"][name] for point in found["points"]] for name in options.ways}
+        x_label = "expressions of the picture" if options.growth == "expressions" else "tokens of the pack"
+        panel = size_panel(f"a step, by {options.growth}", found["sizes"], costs, x_label=x_label, y_label="seconds")
+        save_panels(options.png, [panel], "")
+
+
 def ratios(found: dict[str, Any]) -> dict[str, Any]:
     """Return ours divided by the released method's, and under `ratios` speed and memory of every way."""
     ours, theirs = found["ways"]["ours"], found["ways"]["released"]
@@ -452,24 +505,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--image", type=int, nargs=2, default=(480, 640), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ways", nargs="+", choices=sorted(WAYS), default=DEFAULT_WAYS)
+    parser.add_argument("--growth", choices=sorted(GROWTH), help="measure this axis instead")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="of --growth")
     parser.add_argument("--child", choices=sorted(WAYS), help=argparse.SUPPRESS)
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
     if options.child:
         return child(options)
-    found = measure(options, given)
+    if options.png and not options.growth:
+        parser.error("--png draws what --growth measures; name an axis")
+    found = grown(options) if options.growth else measure(options, given)
     cuda = options.device.startswith("cuda")
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    settings = {name: value for name, value in vars(options).items() if name not in ("json", "child")}
+    settings = {name: value for name, value in vars(options).items() if name not in ("json", "png", "child")}
     result = {**settings, "device": device, "torch": torch.__version__, "code": code_version(), **found}
     result["speeds"] = {name: asdict(way.speed) if way.speed else "released" for name, way in WAYS.items()}
-    if {"ours", "released"} <= set(options.ways):
+    if not options.growth and {"ours", "released"} <= set(options.ways):
         result |= ratios(found)
     print(
         f"{options.size} model, {options.precision}, {device}, image {options.image}, {options.expressions} expressions"
     )
-    print_table(result)
+    if options.growth:
+        show_growth(options, found)
+    else:
+        print_table(result)
     if options.json:
         replace_text(options.json, json.dumps(result, indent=1) + "\n")
     return 0
