@@ -8,6 +8,7 @@ import pytest
 import torch
 from counting import counted_operations
 from running import launcher, load_tool, start
+from torch.nn import functional as F
 
 from pixel_sail.config import DeepSpeedConfig, OptimConfig
 from pixel_sail.experts.settings import ExpertSettings
@@ -16,6 +17,7 @@ from pixel_sail.model.attention_mask import attention_mask
 from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
 from pixel_sail.model.distill_head import DistillSite
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
+from pixel_sail.model.recomputed import Norm
 from pixel_sail.model.speed import CHECKPOINTING, REFERENCE, Speed
 from pixel_sail.planning.activations import activation_bytes
 from pixel_sail.planning.disk import checkpoint_bytes
@@ -118,13 +120,14 @@ def test_visible_pairs_are_those_of_the_mask(batch):
 
 def saved_bytes(model, batch, config):
     """Return the bytes of all storages that the forward pass saves, parameters apart."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    # By the storage itself: without memory there is no address.
+    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     storages, alive = {}, []
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in parameters:
+            storages[storage._cdata] = storage.nbytes()
             alive.append(tensor)
         return tensor
 
@@ -145,6 +148,19 @@ def test_kept_activations_are_those_that_autograd_saves(tiny_model, batch, size,
         model.config, of_batch(batch), element=dtype.itemsize, num_points=300, checkpointing="none", speed=speed
     )
     assert said.total == pytest.approx(saved_bytes(model, batch, config), rel=0.15)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_kept_activations_are_those_of_variable_length_kernels(tiny_model, batch, monkeypatch, size):
+    """On torch's device without memory, which has no kernel of a norm: ours keeps the same."""
+    monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: Norm.apply(x, weight, eps))
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device=None: False)
+    model, config = tiny_model(**SIZES[size]).train().to("meta").to(torch.bfloat16), LossConfig()
+    speed = Speed(attention="varlen")
+    model.use(speed)
+    config.points.num_points = 300
+    said = activation_bytes(model.config, of_batch(batch), element=2, num_points=300, checkpointing="none", speed=speed)
+    assert said.total == pytest.approx(saved_bytes(model, batch.to("meta"), config), rel=0.15)
 
 
 def test_checkpointing_keeps_one_map_in_place_of_what_is_computed_again(tiny_model, batch):

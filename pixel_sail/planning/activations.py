@@ -92,9 +92,9 @@ def attention_bytes(architecture: Architecture, work: Workload, element: int, sp
         # Rotated queries, keys and values repeated for every head, and the mixed values.
         maps = 4 * width * tokens
     elif speed.attention == "varlen":
-        # Rotated queries, the mixed values of each call and all of them in one row; keys and values of each call,
-        # repeated for every head.
-        maps = 3 * width * tokens + 2 * width * work.computed_keys
+        # Rotated queries, the mixed values of each call and all of them in one row; keys and values, and again those of
+        # texts in the order of their calls.
+        maps = (3 * width + 2 * key_value) * tokens + 2 * key_value * work.computed_keys
     else:
         # Rotated queries, keys, values, and the mixed values.
         maps = (2 * width + 2 * key_value) * tokens
