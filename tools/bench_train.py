@@ -15,7 +15,7 @@ optimizer; what differs in shape is the stride, 2 against the paper's 4, and wit
 
 The ways take turns, step by step, in one process; times are medians over the rounds with the lowest and the highest.
 `cpu_time_ratio` compares processor seconds instead, which other programs on the machine disturb less.
-On a CPU memory is the highest resident size of a process of its own that makes two steps (`ru_maxrss`), less what it
+On a CPU memory is the highest resident size of a process of its own that makes two steps (`VmHWM`), less what it
 held after a step of a tiny model, with which torch's libraries come into memory; on CUDA it is torch's own peak.
 `ours, compiled` (`speed.compile=layers`) needs a C++ compiler on a CPU and runs where `--ways` names it.
 `--json` holds `speed_ratio` and `memory_ratio`, ours divided by theirs, the same of every way under `ratios`, and
@@ -351,6 +351,13 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+def highest_resident_bytes() -> int:
+    """Return the most that this process has held. (`ru_maxrss` would start with what its parent held.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (kilobytes,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
+    return int(kilobytes) * 1024
+
+
 def child(options: argparse.Namespace) -> int:
     """Make two steps of one way and print the peak memory as JSON."""
     warm_up = {**vars(options), "size": "tiny", "image": (64, 64)}
@@ -362,8 +369,7 @@ def child(options: argparse.Namespace) -> int:
     if options.device.startswith("cuda"):
         print(json.dumps({"before": 0, "peak": torch.cuda.max_memory_allocated()}))
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"before": before, "peak": peak}))
+        print(json.dumps({"before": before, "peak": highest_resident_bytes()}))
     return 0
 
 
