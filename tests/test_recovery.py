@@ -157,6 +157,58 @@ def test_a_run_goes_on_with_other_numbers_of_processes_and_other_zero_stages(dat
     assert_same_run(tmp_path / "run", whole, without=("grad_norm",))
 
 
+WAITING = """
+import sys, time
+import torch
+from torch import distributed
+from torch.distributed import distributed_c10d
+from pixel_sail import dist
+from pixel_sail.config import TrainConfig, load_config
+from pixel_sail.training.prepare import prepare
+prepare(load_config("train", TrainConfig, sys.argv[1:]), lock=False)
+groups = list(distributed_c10d._world.pg_map)
+seconds = []
+for group in groups:
+    start = time.monotonic()
+    try:
+        if dist.rank() == 0:
+            distributed.all_reduce(torch.ones(3), group=group)
+    except RuntimeError:
+        seconds.append(round(time.monotonic() - start))
+if dist.rank() == 0:
+    print("waited", len(groups), seconds, file=sys.stderr)
+else:
+    time.sleep(600)
+"""
+
+
+def test_every_process_group_waits_as_long_as_configured(data_root, mixed, tmp_path):
+    """Those that DeepSpeed makes, too: the other process says nothing in any of them."""
+    (tmp_path / "waiting.py").write_text(WAITING)
+    overrides = ("deepspeed=zero2", "watchdog.peer_timeout_s=3", f"run_dir={tmp_path / 'run'}")
+    command, port = [sys.executable, str(tmp_path / "waiting.py"), *mixed, *overrides], free_port()
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment(data_root) | rank_variables(rank, 2, port=port),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        message = processes[0].communicate(timeout=120)[1]
+    finally:
+        for process in processes:
+            process.kill()
+    (line,) = (line for line in message.splitlines() if line.startswith("waited"))
+    _, number, seconds = line.split(maxsplit=2)
+    assert int(number) > 1, "DeepSpeed makes no group of its own any more"
+    # The first wait, or the connection that it breaks, ends a group; none waits for torch's own 30 minutes.
+    assert len(json.loads(seconds)) == int(number) and max(json.loads(seconds)) < 30, message[-3000:]
+
+
 @pytest.mark.parametrize("how", ["killed", "silent"])
 def test_a_run_that_loses_a_process_ends_in_time_and_says_so(data_root, mixed, tmp_path, how):
     """A killed process closes its connections; a stopped one says nothing, as a host whose cable was pulled."""

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
+from torch import distributed
+from torch.distributed import distributed_c10d
 
 from pixel_sail import dist
 from pixel_sail.config import ConfigError, TrainConfig, WatchdogConfig
@@ -57,6 +59,17 @@ def collective_timeout(config: WatchdogConfig) -> timedelta:
     if config.peer_timeout_s is not None:
         return timedelta(seconds=config.peer_timeout_s)
     return timedelta(seconds=max(1800.0, 2.0 * config.limit_s * config.slow_factor))
+
+
+def give_timeout(timeout: timedelta) -> None:
+    """Let every process group of this rank wait as long as the first one.
+
+    DeepSpeed makes groups of its own, without a timeout: they would wait for a lost process for torch's 30 minutes
+    (10 on GPUs), whatever was configured. Torch has no other way to reach them than by these names.
+    """
+    if distributed.is_initialized():
+        for group in list(distributed_c10d._world.pg_map):
+            distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def build_accelerator(config: TrainConfig, accumulation: int) -> Accelerator:

@@ -26,7 +26,7 @@ from pixel_sail.losses.distill import DistillTerm
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.planning.balance import SampleCost
 from pixel_sail.training import checkpoint
-from pixel_sail.training.accelerator import build_accelerator
+from pixel_sail.training.accelerator import build_accelerator, collective_timeout, give_timeout
 from pixel_sail.training.build import build_model
 from pixel_sail.training.checkpoint import TrainState
 from pixel_sail.training.finite import GradientCheck
@@ -124,6 +124,7 @@ def prepare(config: TrainConfig, *, lock: bool) -> Run:
     if config.deepspeed.enabled and config.optim.precision != "fp32":
         checkpoint.keep_given_values(model)
     wrapped, optimizer = accelerator.prepare(model, own_optimizer)
+    give_timeout(collective_timeout(config.watchdog))
     if saved is not None:
         checkpoint.restore_optimizer(
             wrapped, optimizer, accelerator, state=state, parameters=saved[0], moments=saved[1]
