@@ -6,7 +6,6 @@ Nothing can be read from there, and tensors of the host beside those of the devi
 """
 
 import sys
-from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -55,9 +54,7 @@ def step_on_one_device(model, batch, dtype, config, terms=()):
     """Make forward pass, losses and backward pass; return what came from the host meanwhile. The model is moved."""
     model.train().to("meta").to(dtype)
     moved, teachers, found = batch.to("meta"), Teachers(networks={}), []
-    # Which torch cannot ask about this device; no autocast is on.
-    no_autocast = mock.patch.object(torch, "is_autocast_enabled", lambda device=None: False)
-    with no_autocast, MixedDevices(found), TensorsOfNumbers(found):
+    with MixedDevices(found), TensorsOfNumbers(found):
         output = model(**moved.training_inputs())
         sums = loss_sums(output, moved, config, terms, teachers.maps(moved))
         loss = combine(sums, count(batch, terms), config, terms) + output.anchor

@@ -128,11 +128,22 @@ def test_the_answers_that_8_bit_weights_are_timed_with_have_their_full_length():
 
 def test_compiled_answers_are_compared_with_plain_ones(monkeypatch, tmp_path, capsys):
     captured = torch.compile(Decoder.forward, dynamic=True, backend="aot_eager")
-    monkeypatch.setattr(generation, "compiled_decoder", lambda forward: captured)
+    monkeypatch.setattr(generation, "through_compile", lambda forward: captured)
     tool = load_tool("bench_decode")
-    monkeypatch.setitem(tool.SIZES, "scaled", load_tool("bench_train").SIZES["tiny"])
     monkeypatch.setattr(tool, "IMAGE_HW", (32, 48))
-    options = ("--answers", "1", "3", "--tokens", "3", "--rounds", "1", "--json", str(tmp_path / "decode.json"))
+    options = (
+        "--size",
+        "tiny",
+        "--answers",
+        "1",
+        "3",
+        "--tokens",
+        "3",
+        "--rounds",
+        "1",
+        "--json",
+        str(tmp_path / "decode.json"),
+    )
     assert tool.main(options) == 0
     points = json.loads((tmp_path / "decode.json").read_text())["points"]
     assert [(point["answers"], point["changed_answers"]) for point in points] == [(1, 0), (3, 0)]

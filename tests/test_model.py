@@ -451,7 +451,7 @@ def test_compiled_single_tokens_are_the_plain_ones_in_few_graphs(tiny_model, pro
     """With a backend that only captures: what a code generator makes of the graph is torch's own business."""
     model = tiny_model(seed=5, tie_word_embeddings=False)
     captured = torch.compile(Decoder.forward, dynamic=True, backend="aot_eager")
-    monkeypatch.setattr(generation, "compiled_decoder", lambda forward: captured)
+    monkeypatch.setattr(generation, "through_compile", lambda forward: captured)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     texts = [processor.question_ids(question) for question in QUESTIONS]
@@ -467,7 +467,7 @@ def test_compiled_single_tokens_are_the_plain_ones_in_few_graphs(tiny_model, pro
                 for own, other in zip(compiled, plain, strict=True):
                     torch.testing.assert_close(own.seg_states_ND, other.seg_states_ND, rtol=1e-4, atol=1e-5)
     # With an image and without, and for all lengths and numbers of texts the same.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
 def _force_seg(monkeypatch, model):

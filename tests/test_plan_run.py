@@ -154,7 +154,6 @@ def test_kept_activations_are_those_that_autograd_saves(tiny_model, batch, size,
 def test_kept_activations_are_those_of_variable_length_kernels(tiny_model, batch, monkeypatch, size):
     """On torch's device without memory, which has no kernel of a norm: ours keeps the same."""
     monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: Norm.apply(x, weight, eps))
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device=None: False)
     model, config = tiny_model(**SIZES[size]).train().to("meta").to(torch.bfloat16), LossConfig()
     speed = Speed(attention="varlen")
     model.use(speed)

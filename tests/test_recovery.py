@@ -4,6 +4,7 @@ All runs train on one mixture of text alone, chat about an image, marked regions
 in most steps some ranks have no image, no region or no mask where others have.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -157,6 +158,27 @@ def test_a_run_goes_on_with_other_numbers_of_processes_and_other_zero_stages(dat
     assert_same_run(tmp_path / "run", whole, without=("grad_norm",))
 
 
+@contextlib.contextmanager
+def two_ranks(command, data_root):
+    """Yield two processes of one run, and kill what is left of them."""
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment(data_root) | rank_variables(rank, 2, port=port),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+
+
 WAITING = """
 import sys, time
 import torch
@@ -186,22 +208,8 @@ def test_every_process_group_waits_as_long_as_configured(data_root, mixed, tmp_p
     """Those that DeepSpeed makes, too: the other process says nothing in any of them."""
     (tmp_path / "waiting.py").write_text(WAITING)
     overrides = ("deepspeed=zero2", "watchdog.peer_timeout_s=3", f"run_dir={tmp_path / 'run'}")
-    command, port = [sys.executable, str(tmp_path / "waiting.py"), *mixed, *overrides], free_port()
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment(data_root) | rank_variables(rank, 2, port=port),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
+    with two_ranks([sys.executable, str(tmp_path / "waiting.py"), *mixed, *overrides], data_root) as processes:
         message = processes[0].communicate(timeout=120)[1]
-    finally:
-        for process in processes:
-            process.kill()
     (line,) = (line for line in message.splitlines() if line.startswith("waited"))
     _, number, seconds = line.split(maxsplit=2)
     assert int(number) > 1, "DeepSpeed makes no group of its own any more"
@@ -214,24 +222,10 @@ def test_a_run_that_loses_a_process_ends_in_time_and_says_so(data_root, mixed, t
     """A killed process closes its connections; a stopped one says nothing, as a host whose cable was pulled."""
     overrides = ("deepspeed=zero2", "optim.steps=2000", "watchdog.peer_timeout_s=5")
     command = [sys.executable, "scripts/train.py", *mixed, *overrides, f"run_dir={tmp_path / 'run'}"]
-    port = free_port()
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment(data_root) | rank_variables(rank, 2, port=port),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
+    with two_ranks(command, data_root) as processes:
         wait_for_lines(tmp_path / "run" / "log.jsonl", 2, processes)
         processes[1].send_signal(signal.SIGKILL if how == "killed" else signal.SIGSTOP)
         message = processes[0].communicate(timeout=120)[1]
-    finally:
-        for process in processes:
-            process.kill()
     assert processes[0].returncode == 86, message[-3000:]
     assert "LostPeer: rank 0 of 2 lost another process" in message
     assert "the same command goes on from the last complete checkpoint" in message

@@ -21,29 +21,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from pixel_sail.evaluation.predict import DTYPES, BatchPredictor, Request
 from pixel_sail.files import replace_text
-from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
 from pixel_sail.model.generation import Answer, ImagePrefixes, generate
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
-from pixel_sail.model.tokenization import model_token_ids, train_tokenizer
+from pixel_sail.planning.benchmarks import QUESTION, SIZES, drawn_picture, sized_config, small_tokenizer
 from pixel_sail.provenance import code_version, device_name
 
-SIZES = {
-    # As in bench_eval.py.
-    "scaled": {"hidden_size": 256, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 4,
-               "num_key_value_heads": 1, "vocab_size": 11_264, "mask_dim": 144},
-    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
-             "num_key_value_heads": 2, "vocab_size": 151_680, "mask_dim": 512},
-    "3b": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
-           "num_key_value_heads": 2, "vocab_size": 151_680, "mask_dim": 512},
-}  # fmt: skip
 IMAGE_HW = (480, 640)
-QUESTION = "Please segment the small dog to the left of the man in the red shirt number"
 SHORT = 2
 
 
@@ -62,10 +50,9 @@ class Point:
 
 def build_predictor(size: str, *, precision: str, device: str) -> BatchPredictor:
     """Return a predictor with random weights."""
-    tokenizer = train_tokenizer([f"{QUESTION}."] * 4, vocab_size=500, num_visual_prompts=15)
-    fields = {**SIZES[size], "token_ids": model_token_ids(tokenizer, num_visual_prompts=15)}
+    tokenizer = small_tokenizer()
+    config = sized_config(size, tokenizer)
     torch.manual_seed(0)
-    config = PixelSailConfig.from_architecture(Architecture(**fields))  # type: ignore[arg-type]
     model = PixelSailForSegmentation(config).eval()
     model.to(device=torch.device(device), dtype=DTYPES[precision])
     return BatchPredictor(model, PixelSailProcessor.for_model(tokenizer, config))
@@ -117,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     predictor = build_predictor(options.size, precision=options.precision, device=options.device)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*IMAGE_HW, 3), dtype=np.uint8))
+    image = drawn_picture(np.random.default_rng(0), IMAGE_HW)
     prefixes = predictor.encode([Request(image=predictor.prepare(image), questions=())])
     assert prefixes is not None
     points = [

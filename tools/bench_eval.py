@@ -29,7 +29,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,28 +36,16 @@ from pixel_sail.config import PredictConfig
 from pixel_sail.evaluation.curves import save_panels, size_panel
 from pixel_sail.evaluation.predict import DTYPES, BatchPredictor, PreparedImage, Request, resize_logits, span_length
 from pixel_sail.files import replace_text
-from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
 from pixel_sail.model.decoder import attend
 from pixel_sail.model.image_layout import image_positions
 from pixel_sail.model.mask_head import mask_logits
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
-from pixel_sail.model.tokenization import model_token_ids, train_tokenizer
+from pixel_sail.planning.benchmarks import ANSWER, QUESTION, SIZES, drawn_picture, sized_config, small_tokenizer
 from pixel_sail.provenance import code_version
-
-SIZES = {
-    # Width, depth and vocabulary keep the shares that decoder, text head and mask head have in the 0.5B model.
-    "scaled": {"hidden_size": 256, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 4,
-               "num_key_value_heads": 1, "vocab_size": 11_264, "mask_dim": 144},
-    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
-             "num_key_value_heads": 2, "vocab_size": 151_680, "mask_dim": 512},
-}  # fmt: skip
 
 IMAGE_HW = (480, 640)
 """COCO's usual size."""
-
-ANSWER = "It is [SEG]."
-EXPRESSION = "the small dog to the left of the man in the red shirt number"
 
 REFCOCO_SPLITS = {"expressions": 57_457, "images": 9_900}
 """All 8 splits of RefCOCO, RefCOCO+ and RefCOCOg (UMD), images counted once per split."""
@@ -145,12 +132,9 @@ def released_answer(predictor: BatchPredictor, image: PreparedImage, question: s
 
 def build_predictor(size: str, *, precision: str, device: str, token_budget: int) -> BatchPredictor:
     """Return a predictor with random weights that answers everything with ANSWER."""
-    tokenizer = train_tokenizer([ANSWER, f"Please segment {EXPRESSION}."] * 4, vocab_size=500, num_visual_prompts=15)
-    token_ids = model_token_ids(tokenizer, num_visual_prompts=15)
-    fields = {**SIZES[size], "token_ids": token_ids, "tie_word_embeddings": False}
-    architecture = Architecture(**fields)  # type: ignore[arg-type]
+    tokenizer = small_tokenizer()
+    config = sized_config(size, tokenizer, tie_word_embeddings=False)
     torch.manual_seed(0)
-    config = PixelSailConfig.from_architecture(architecture)
     model, processor = PixelSailForSegmentation(config).eval(), PixelSailProcessor.for_model(tokenizer, config)
     chain = [*processor.question_ids("x")[-1:], *processor.text_ids(ANSWER), processor.end_id]
     if len(set(chain)) != len(chain):
@@ -169,8 +153,7 @@ def build_predictor(size: str, *, precision: str, device: str, token_budget: int
 def draw_images(predictor: BatchPredictor, number: int) -> list[PreparedImage]:
     """Return images of COCO's usual size."""
     rng = np.random.default_rng(0)
-    drawn = (Image.fromarray(rng.integers(0, 256, (*IMAGE_HW, 3), dtype=np.uint8)) for _ in range(number))
-    return [predictor.prepare(image) for image in drawn]
+    return [predictor.prepare(drawn_picture(rng, IMAGE_HW)) for _ in range(number)]
 
 
 def timed_seconds(start: float, device: torch.device) -> float:
@@ -182,7 +165,7 @@ def timed_seconds(start: float, device: torch.device) -> float:
 
 def measure(predictor: BatchPredictor, images: Sequence[PreparedImage], number: int, *, released_images: int) -> Point:
     """Return both methods' time per expression, `number` expressions about each image."""
-    questions = [f"Please segment {EXPRESSION} {index}." for index in range(number)]
+    questions = [f"{QUESTION} {index}." for index in range(number)]
     requests = [Request(image=image, questions=questions) for image in images]
     device = predictor.model.device
     start = time.perf_counter()

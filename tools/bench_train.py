@@ -37,48 +37,32 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 from pixel_sail.config import OptimConfig
-from pixel_sail.data.collate import collate
-from pixel_sail.data.packing import LanePosition, Pack
 from pixel_sail.evaluation.curves import save_panels, size_panel
 from pixel_sail.files import replace_text
 from pixel_sail.losses.mask import MaskSums, point_losses
 from pixel_sail.losses.total import Counts, LossConfig, combine, loss_sums
 from pixel_sail.model.attention_mask import attention_mask
 from pixel_sail.model.attention_rules import training_rule
-from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
 from pixel_sail.model.decoder import MaskedAttention, rotary_tables
 from pixel_sail.model.mask_head import mask_logits
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, masks_of_images
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.speed import REFERENCE, Speed
-from pixel_sail.model.tokenization import model_token_ids, train_tokenizer
+from pixel_sail.planning.benchmarks import SIZES, drawn_examples, packed, sized_config, small_tokenizer
 from pixel_sail.planning.flops import forward_flops, training_flops
 from pixel_sail.planning.workload import of_batch
 from pixel_sail.provenance import code_version
+from pixel_sail.training.meter import peak_memory_bytes
 from pixel_sail.training.optim import build_optimizer
-from pixel_sail.types import IGNORE_LABEL, Batch, Example, Sample, Turn
+from pixel_sail.types import IGNORE_LABEL, Batch
 
-SIZES = {
-    "tiny": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": 600, "mask_dim": 16},
-    # As in bench_eval.py. At stride 2 its mask head weighs four times as much beside the decoder as in the 0.5B model,
-    # because it has a quarter of the layers; attention does so, too, because it is narrower.
-    "scaled": {"hidden_size": 256, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 4,
-               "num_key_value_heads": 1, "vocab_size": 11_264, "mask_dim": 144},
-    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
-             "num_key_value_heads": 2, "vocab_size": 151_680, "mask_dim": 512},
-    "3b": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
-           "num_key_value_heads": 2, "vocab_size": 151_680, "mask_dim": 512},
-}  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GROWTH: dict[str, Sequence[Any]] = {
     "image": ((240, 320), (480, 640), (720, 960)),
@@ -87,8 +71,6 @@ GROWTH: dict[str, Sequence[Any]] = {
 }
 """What grows, and the points: (height, width), samples of the pack, expressions of each picture."""
 
-ANSWER = "It is [SEG]."
-EXPRESSION = "the small dog to the left of the man in the red shirt number"
 LOSSES = LossConfig()
 
 
@@ -117,11 +99,10 @@ DEFAULT_WAYS = [name for name in WAYS if name != "ours, compiled"]
 
 def build_models(size: str, strides: Sequence[int], device: str, dtype: torch.dtype) -> dict[int, Any]:
     """Return (model, processor) of each stride, with equal weights wherever shapes are equal."""
-    tokenizer = train_tokenizer([ANSWER, f"Please segment {EXPRESSION}."] * 4, vocab_size=500, num_visual_prompts=15)
+    tokenizer = small_tokenizer()
     built: dict[int, Any] = {}
     for stride in sorted(set(strides)):
-        fields = {**SIZES[size], "mask_stride": stride, "token_ids": model_token_ids(tokenizer, num_visual_prompts=15)}
-        config = PixelSailConfig.from_architecture(Architecture(**fields))  # type: ignore[arg-type]
+        config = sized_config(size, tokenizer, mask_stride=stride)
         torch.manual_seed(0)
         model = PixelSailForSegmentation(config).train()
         if built:
@@ -130,33 +111,6 @@ def build_models(size: str, strides: Sequence[int], device: str, dtype: torch.dt
         model.to(device=torch.device(device), dtype=dtype)
         built[stride] = (model, PixelSailProcessor.for_model(tokenizer, config))
     return built
-
-
-def draw_examples(
-    processor: PixelSailProcessor, number: int, *, expressions: int, size_hw: tuple[int, int]
-) -> list[Example]:
-    """Return samples of one drawn picture each, every expression with a box for a mask."""
-    rng, examples = np.random.default_rng(0), []
-    for index in range(number):
-        turns = []
-        for turn in range(expressions):
-            mask = np.zeros(size_hw, dtype=bool)
-            top, left = (int(rng.integers(side // 2)) for side in size_hw)
-            mask[top : top + size_hw[0] // 3, left : left + size_hw[1] // 3] = True
-            turns.append(Turn(question=f"Please segment {EXPRESSION} {turn}.", answer=ANSWER, masks=(mask,)))
-        sample = Sample(
-            sample_id=str(index), source="drawn", image_path=None, image_hw=size_hw, turns=tuple(turns)
-        )  # fmt: skip
-        image = Image.fromarray(rng.integers(0, 256, (*size_hw, 3), dtype=np.uint8))
-        examples.append(processor.encode_sample(sample, image, independent_turns=False))
-    return examples
-
-
-def packed(examples: Sequence[Example], per_pack: int, seg_id: int, device: str) -> list[Batch]:
-    """Return the samples as batches of one row."""
-    groups = [examples[first : first + per_pack] for first in range(0, len(examples), per_pack)]
-    packs = [Pack(lane=0, after=LanePosition(next=1), examples=tuple(group)) for group in groups]
-    return [collate([pack], seg_id=seg_id).to(device) for pack in packs]
 
 
 def released_states(model: PixelSailForSegmentation, batch: Batch) -> list[Tensor]:
@@ -340,9 +294,10 @@ def trainers(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Tra
         built = build_models(options.size, [4, way.stride], options.device, DTYPES[options.precision])
         model, processor = built[way.stride]
         size_hw = (options.image[0], options.image[1])
-        examples = draw_examples(processor, options.samples, expressions=options.expressions, size_hw=size_hw)
+        examples = drawn_examples(processor, options.samples, expressions=options.expressions, size_hw=size_hw)
         per_pack = 1 if way.speed is None else options.samples_per_pack
-        made[name] = Trainer(way, model, packed(examples, per_pack, processor.seg_id, options.device))
+        batches = [batch.to(options.device) for batch in packed(examples, per_pack, processor.seg_id)]
+        made[name] = Trainer(way, model, batches)
     return made
 
 
@@ -351,25 +306,16 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def highest_resident_bytes() -> int:
-    """Return the most that this process has held. (`ru_maxrss` would start with what its parent held.)"""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (kilobytes,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
-    return int(kilobytes) * 1024
-
-
 def child(options: argparse.Namespace) -> int:
     """Make two steps of one way and print the peak memory as JSON."""
     warm_up = {**vars(options), "size": "tiny", "image": (64, 64)}
     trainers(argparse.Namespace(**warm_up), [options.child])[options.child].step()
-    before = resident_bytes()
+    device = torch.device(options.device)
+    before = resident_bytes() if device.type == "cpu" else 0
     (trainer,) = trainers(options, [options.child]).values()
     for _ in range(2):
         trainer.step()
-    if options.device.startswith("cuda"):
-        print(json.dumps({"before": 0, "peak": torch.cuda.max_memory_allocated()}))
-    else:
-        print(json.dumps({"before": before, "peak": highest_resident_bytes()}))
+    print(json.dumps({"before": before, "peak": peak_memory_bytes(device)}))
     return 0
 
 

@@ -24,39 +24,23 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pixel_sail.data.collate import collate
-from pixel_sail.data.packing import LanePosition, Pack
 from pixel_sail.files import replace_text
 from pixel_sail.losses.total import LossConfig, combine, count, loss_sums
 from pixel_sail.model.attention_rules import calls_of
-from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.speed import CHECKPOINTING, Speed
-from pixel_sail.model.tokenization import model_token_ids, train_tokenizer
+from pixel_sail.planning.benchmarks import SIZES, drawn_examples, packed, sized_config, small_tokenizer
 from pixel_sail.planning.flops import forward_flops, training_flops
 from pixel_sail.planning.workload import of_batch
 from pixel_sail.provenance import code_version
-from pixel_sail.types import Batch, Sample, Turn
 
-SIZES = {
-    "tiny": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": 600, "mask_dim": 16},
-    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
-             "num_key_value_heads": 2, "vocab_size": 151_680, "mask_dim": 512},
-    "3b": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
-           "num_key_value_heads": 2, "vocab_size": 151_680, "mask_dim": 512},
-}  # fmt: skip
-ANSWER = "It is [SEG]."
-QUESTION = "Please segment the small dog to the left of the man in the red shirt number"
 NO_KERNEL = ("detach", "alias", "lift_fresh", "empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view")
 PRODUCTS = ("mm", "addmm", "addmm_", "bmm")
 DATASHEET = 989e12
@@ -138,33 +122,18 @@ def fused_norm(x: Tensor, shape: Sequence[int], weight_D: Tensor, eps: float) ->
     return normed
 
 
-def packed(processor: PixelSailProcessor, options: argparse.Namespace) -> Batch:
-    """Return a pack of equal samples on the host."""
-    size_hw, rng, examples = (options.image[0], options.image[1]), np.random.default_rng(0), []
-    for index in range(options.samples):
-        mask = np.zeros(size_hw, dtype=bool)
-        mask[: size_hw[0] // 3, : size_hw[1] // 3] = True
-        turns = tuple(
-            Turn(question=f"{QUESTION} {turn}.", answer=ANSWER, masks=(mask,)) for turn in range(options.expressions)
-        )
-        sample = Sample(sample_id=str(index), source="drawn", image_path=None, image_hw=size_hw, turns=turns)
-        image = Image.fromarray(rng.integers(0, 256, (*size_hw, 3), dtype=np.uint8))
-        examples.append(processor.encode_sample(sample, image, independent_turns=False))
-    return collate([Pack(lane=0, after=LanePosition(next=1), examples=tuple(examples))], seg_id=processor.seg_id)
-
-
 def counted(options: argparse.Namespace) -> dict[str, Any]:
     """Return everything that is counted."""
-    tokenizer = train_tokenizer([ANSWER, f"{QUESTION}."] * 4, vocab_size=500, num_visual_prompts=15)
-    token_ids = model_token_ids(tokenizer, num_visual_prompts=15)
-    fields = {**SIZES[options.size], "max_long_side": max(options.image), "token_ids": token_ids}
-    config = PixelSailConfig.from_architecture(Architecture(**fields))
+    tokenizer = small_tokenizer()
+    config = sized_config(options.size, tokenizer, max_long_side=max(options.image))
     with torch.device("meta"):
         model = PixelSailForSegmentation(config).train()
     model.to(device=torch.device("meta"), dtype=torch.bfloat16)
     speed = Speed(attention="varlen")
     model.use(speed, options.checkpointing)
-    batch = packed(PixelSailProcessor.for_model(tokenizer, config), options)
+    processor, size_hw = PixelSailProcessor.for_model(tokenizer, config), (options.image[0], options.image[1])
+    examples = drawn_examples(processor, options.samples, expressions=options.expressions, size_hw=size_hw)
+    (batch,) = packed(examples, options.samples, processor.seg_id)
     assert batch.spans is not None
     attention = {
         is_causal: sum(
@@ -175,11 +144,7 @@ def counted(options: argparse.Namespace) -> dict[str, Any]:
         for is_causal in (False, True)
     }
     moved, losses, counter = batch.to("meta"), LossConfig(), Counter(options, attention)
-    with (
-        mock.patch.object(F, "rms_norm", fused_norm),
-        mock.patch.object(torch, "is_autocast_enabled", lambda device=None: False),
-        counter,
-    ):
+    with mock.patch.object(F, "rms_norm", fused_norm), counter:
         output = model(**moved.training_inputs())
         loss = combine(loss_sums(output, moved, losses), count(batch), losses) + output.anchor
         counter.phase = "backward"

@@ -11,13 +11,14 @@ call, K keys of a call, N all tokens of all rows.
 
 import inspect
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pixel_sail.model.attention_mask import attention_mask
@@ -196,25 +197,28 @@ class VarlenAttention:
 
     def __init__(self, spans: Sequence[SampleSpan], *, shape: tuple[int, int], device: torch.device) -> None:
         calls = calls_of(spans)
-        first = {call: call.row * shape[1] for call in calls}
         images = [call for call in calls if call.is_image]
         texts = [call for call in calls if not call.is_image]
-        own = {call: np.arange(call.start, call.start + call.queries) + first[call] for call in calls}
+
+        def places(call: Call, start: int, length: int) -> NDArray[np.int64]:
+            """Return tokens of a call's row, counted over all rows."""
+            return np.arange(start, start + length) + call.row * shape[1]
+
+        def own(call: Call) -> NDArray[np.int64]:
+            return places(call, call.start, call.queries)
+
         tokens_N = np.arange(shape[0] * shape[1])
-        image_Q, text_Q = (np.concatenate([tokens_N[:0], *(own[call] for call in kind)]) for kind in (images, texts))
+        image_Q, text_Q = (_joined(own(call) for call in kind) for kind in (images, texts))
         order_N = np.concatenate((image_Q, text_Q, np.setdiff1d(tokens_N, np.concatenate((image_Q, text_Q)))))
         inverse_N = np.empty_like(order_N)
         inverse_N[order_N] = tokens_N
-        keys = [
-            inverse_N[
-                np.concatenate((np.arange(call.prefix_start, call.prefix_start + call.shown) + first[call], own[call]))
-            ]
-            for call in texts
+        keys_K = inverse_N[
+            _joined(x for call in texts for x in (places(call, call.prefix_start, call.shown), own(call)))
         ]
         self.sizes = (len(image_Q), len(text_Q), len(tokens_N) - len(image_Q) - len(text_Q))
         self.shape = shape
-        self.order_N, self.inverse_N = (to_device(torch.from_numpy(x), device) for x in (order_N, inverse_N))
-        self.keys_K = to_device(torch.from_numpy(np.concatenate([tokens_N[:0], *keys])), device)
+        tables = (to_device(torch.from_numpy(table), device) for table in (order_N, inverse_N, keys_K))
+        self.order_N, self.inverse_N, self.keys_K = tables
         self.images = _Lengths.of(images, device)
         self.texts = _Lengths.of(texts, device)
 
@@ -240,6 +244,10 @@ class VarlenAttention:
         if len(padding_NAE) or not mixed:
             mixed.append(torch.zeros_like(padding_NAE))
         return torch.cat(mixed).transpose(0, 1)[None]
+
+
+def _joined(parts: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return np.concatenate([np.arange(0), *parts])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -193,7 +193,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x_BTD: Tensor, rotary: Rotary, rule: AttentionRule, layer: int) -> Tensor:
         """Return the new states."""
-        heads = partial(compiled(type(self).heads), self) if self.compiled else self.heads
+        heads = partial(through_compile(type(self).heads), self) if self.compiled else self.heads
         return self.second_half(x_BTD + self.self_attn.joined(rule(layer, *heads(x_BTD, rotary))))
 
     def heads(self, x_BTD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,7 +204,7 @@ class DecoderLayer(nn.Module):
         """Return `feed_forward` of the arguments, compiled and checkpointed where asked for."""
         half: Callable[..., Tensor] = self.feed_forward
         if self.compiled:
-            half = partial(compiled(type(self).feed_forward), self)
+            half = partial(through_compile(type(self).feed_forward), self)
         if self.checkpointed and torch.is_grad_enabled():
             result: Tensor = checkpoint(half, x_BTD, *others, use_reentrant=False, preserve_rng_state=False)
             return result
@@ -216,8 +216,9 @@ class DecoderLayer(nn.Module):
 
 
 @cache
-def compiled(part: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a part of a kind of layer through torch.compile: one graph for all layers and all lengths."""
+def through_compile(part: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of a kind of layer or decoder through torch.compile: one graph for all of its kind and all sizes
+    above 1."""
     return torch.compile(part, dynamic=True)
 
 

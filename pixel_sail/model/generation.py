@@ -12,14 +12,14 @@ Axis letters: I images, Q texts of the image that has most, R = I x Q rows, S pr
 C text tokens so far, P patches, D width, A attention heads, G key-value heads, H = A / G, E head width.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from pixel_sail.model.decoder import attend
+from pixel_sail.model.decoder import attend, through_compile
 from pixel_sail.model.image_embedding import PooledPrompts
 from pixel_sail.model.image_layout import image_span, patch_places
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
@@ -263,19 +263,12 @@ class _TextCache:
             image_RT = image_R[:, None].expand_as(tokens_RT)
             embeddings_RTD = self.pooled.put_into(embeddings_RTD, image_RT, self.model.named_prompts(tokens_RT))
         decoder = self.model.decoder
-        decode = partial(compiled_decoder(type(decoder).forward), decoder) if is_compiled else decoder
+        decode = partial(through_compile(type(decoder).forward), decoder) if is_compiled else decoder
         hidden_RTD = decode(embeddings_RTD, (starts_R1 + steps_T).expand(2, -1, -1), rule)
         for index, (row, text) in enumerate(zip(self.rows, texts, strict=True)):
             row.position += len(text)
             row.seg_states += [hidden_RTD[index, place] for place, token in enumerate(text) if token == seg_id]
         return hidden_RTD
-
-
-@cache
-def compiled_decoder(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return the `forward` of a kind of decoder through torch.compile: one graph for all numbers of rows and images
-    above 1."""
-    return torch.compile(forward, dynamic=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -159,29 +159,24 @@ class PixelSailForSegmentation(PreTrainedModel):
         grids: Sequence[tuple[int, int]],
     ) -> Tensor:
         """Return the states after the final norm [B, T, D]; `grids` are those of all images among the tokens."""
-        if isinstance(rule, VarlenAttention):
-            positions_2BT = rule.arranged(position_ids_2BT.permute(1, 2, 0)).permute(2, 0, 1)
-            ids_BT = rule.arranged(input_ids_BT)
-            return rule.in_sequence(self._states(rule.arranged(embeddings_BTD), positions_2BT, rule, ids_BT, grids))
-        return self._states(embeddings_BTD, position_ids_2BT, rule, input_ids_BT, grids)
+        own_order = rule if isinstance(rule, VarlenAttention) else None
+        if own_order is not None:
+            position_ids_2BT = own_order.arranged(position_ids_2BT.permute(1, 2, 0)).permute(2, 0, 1)
+            embeddings_BTD, input_ids_BT = own_order.arranged(embeddings_BTD), own_order.arranged(input_ids_BT)
+        if isinstance(self.decoder, RoutedDecoder):
+            kinds = self._token_kinds(input_ids_BT, grids)
+            hidden_BTD = self.decoder(embeddings_BTD, position_ids_2BT, rule, kinds)
+        else:
+            hidden_BTD = self.decoder(embeddings_BTD, position_ids_2BT, rule)
+        return hidden_BTD if own_order is None else own_order.in_sequence(hidden_BTD)
 
-    def _states(
-        self,
-        embeddings_BTD: Tensor,
-        position_ids_2BT: Tensor,
-        rule: AttentionRule,
-        input_ids_BT: Tensor,
-        grids: Sequence[tuple[int, int]],
-    ) -> Tensor:
-        if not isinstance(self.decoder, RoutedDecoder):
-            return self.decoder(embeddings_BTD, position_ids_2BT, rule)
+    def _token_kinds(self, input_ids_BT: Tensor, grids: Sequence[tuple[int, int]]) -> TokenKinds:
         is_image_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
         for token in IMAGE_TOKENS:
             is_image_BT = is_image_BT | (input_ids_BT == self.config.token_id(token))
-        kinds: TokenKinds = Mixed(is_image_BT)
         if self.speed.experts == "routed":
-            kinds = TwoKinds(is_image_BT, sum(image_tokens(self.config.base, grid) for grid in grids))
-        return self.decoder(embeddings_BTD, position_ids_2BT, rule, kinds)
+            return TwoKinds(is_image_BT, sum(image_tokens(self.config.base, grid) for grid in grids))
+        return Mixed(is_image_BT)
 
     def named_prompts(self, input_ids_BT: Tensor) -> Tensor:
         """Return which visual prompt each token is the name of [B, T], -1 for none."""

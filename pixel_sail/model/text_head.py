@@ -32,7 +32,7 @@ class TextHead(nn.Linear):
             return super().forward(states)
         device = states.device.type
         weight = self.weight
-        if torch.is_autocast_enabled(device):
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             states, weight = states.to(dtype), weight.to(dtype)
         losses: Tensor = ChunkedCrossEntropy.apply(states, weight, targets_M, CHUNK)

@@ -7,7 +7,6 @@ launched:
             16 samples, 878 tokens (1.8 % padding), 40 masks
 """
 
-import resource
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from pixel_sail.config import TrainConfig
 from pixel_sail.data.loader import StepData
 from pixel_sail.data.mixture import Mixture
 from pixel_sail.planning.disk import checkpoint_bytes
+from pixel_sail.training.meter import peak_memory_bytes
 from pixel_sail.training.optim import set_learning_rate
 from pixel_sail.training.prepare import prepare, step_data
 from pixel_sail.training.schedule import learning_rate
@@ -88,11 +88,9 @@ def _step_lines(report: StepReport, step: int) -> list[str]:
 
 
 def _memory_lines(device: torch.device) -> list[str]:
-    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    host_gb, gpu_gb = (
-        max(values) for values in zip(*dist.gather_objects((peak_kib / 2**20, gpu / 2**30)), strict=True)
-    )
+    host = peak_memory_bytes(torch.device("cpu"))
+    gpu = peak_memory_bytes(device) if device.type == "cuda" else 0
+    host_gb, gpu_gb = (max(values) / 2**30 for values in zip(*dist.gather_objects((host, gpu)), strict=True))
     lines = [f"memory: at most {host_gb:.2f} GiB in a process, its data workers not counted"]
     return lines + ([f"  at most {gpu_gb:.2f} GiB on a GPU"] if device.type == "cuda" else [])
 

@@ -1,0 +1,80 @@
+"""What the benchmarks of `tools/` run on: sizes of models, and drawn samples.
+
+Place in the flow: beside everything; `tools/bench_*.py` and `tools/count_step.py` take from here what they time or
+count, so that their figures are about the same models and the same work:
+
+    sized_config("scaled", small_tokenizer())    width 256, 6 layers, the 0.5B model's proportions
+    drawn_examples(processor, 2, expressions=5, size_hw=(480, 640))    a picture and five questions with a box each
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers import PreTrainedTokenizerFast
+
+from pixel_sail.data.collate import collate
+from pixel_sail.data.packing import LanePosition, Pack
+from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
+from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
+from pixel_sail.model.tokenization import model_token_ids, train_tokenizer
+from pixel_sail.types import Batch, Example, Sample, SizeHW, Turn
+
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 600, "mask_dim": 16},
+    # Width, depth and vocabulary scaled down together. At stride 2 its mask head weighs four times as much beside the
+    # decoder as in the 0.5B model, because it has a quarter of the layers; attention does so, too, because it is
+    # narrower.
+    "scaled": {"hidden_size": 256, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 4,
+               "num_key_value_heads": 1, "vocab_size": 11_264, "mask_dim": 144},
+    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+             "num_key_value_heads": 2, "vocab_size": 151_680, "mask_dim": 512},
+    "3b": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
+           "num_key_value_heads": 2, "vocab_size": 151_680, "mask_dim": 512},
+}  # fmt: skip
+
+ANSWER = "It is [SEG]."
+QUESTION = "Please segment the small dog to the left of the man in the red shirt number"
+"""To be ended by a number, which tells the questions about a picture apart."""
+PROMPTS = 15
+"""Visual prompts that the tokenizer knows."""
+
+
+def small_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer trained on the benchmarks' own words; the model's vocabulary is larger."""
+    return train_tokenizer([ANSWER, f"{QUESTION}."] * 4, vocab_size=500, num_visual_prompts=PROMPTS)
+
+
+def sized_config(size: str, tokenizer: PreTrainedTokenizerFast, **changes: Any) -> PixelSailConfig:
+    """Return the configuration of a model of one of `SIZES`, with some fields changed."""
+    token_ids = model_token_ids(tokenizer, num_visual_prompts=PROMPTS)
+    return PixelSailConfig.from_architecture(Architecture(**{**SIZES[size], "token_ids": token_ids, **changes}))
+
+
+def drawn_picture(rng: np.random.Generator, size_hw: SizeHW) -> Image.Image:
+    """Return a picture of noise."""
+    return Image.fromarray(rng.integers(0, 256, (*size_hw, 3), dtype=np.uint8))
+
+
+def drawn_examples(processor: PixelSailProcessor, number: int, *, expressions: int, size_hw: SizeHW) -> list[Example]:
+    """Return samples of one drawn picture each, every expression with a box for a mask."""
+    rng, examples = np.random.default_rng(0), []
+    for index in range(number):
+        turns = []
+        for turn in range(expressions):
+            mask = np.zeros(size_hw, dtype=bool)
+            top, left = (int(rng.integers(side // 2)) for side in size_hw)
+            mask[top : top + size_hw[0] // 3, left : left + size_hw[1] // 3] = True
+            turns.append(Turn(question=f"{QUESTION} {turn}.", answer=ANSWER, masks=(mask,)))
+        sample = Sample(sample_id=str(index), source="drawn", image_path=None, image_hw=size_hw, turns=tuple(turns))
+        examples.append(processor.encode_sample(sample, drawn_picture(rng, size_hw), independent_turns=False))
+    return examples
+
+
+def packed(examples: Sequence[Example], per_pack: int, seg_id: int) -> list[Batch]:
+    """Return the samples as batches of one row on the host."""
+    groups = [examples[first : first + per_pack] for first in range(0, len(examples), per_pack)]
+    packs = [Pack(lane=0, after=LanePosition(next=1), examples=tuple(group)) for group in groups]
+    return [collate([pack], seg_id=seg_id) for pack in packs]
