@@ -8,10 +8,12 @@ anything is built. Scripts call `load_config("train", TrainConfig, overrides)` a
 `data.sources` and `evals` are open sets: each entry names a function by `_target_` and its arguments.
 """
 
+import os
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, is_dataclass
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -20,7 +22,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.utils import instantiate
-from omegaconf import MISSING, OmegaConf, open_dict
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from pixel_sail.data.leakage import LeakageConfig
@@ -29,7 +31,8 @@ from pixel_sail.experts.settings import ExpertSettings
 from pixel_sail.losses.total import LossConfig
 from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.speed import CHECKPOINTING, Speed
-from pixel_sail.places import root_folder
+from pixel_sail.overrides import as_typed, needs_look, quoted
+from pixel_sail.places import expanded, root_folder
 
 CONFIG_FOLDER = root_folder() / "configs"
 
@@ -76,6 +79,21 @@ class LoraConfig:
         if self.rank < 0 or self.alpha <= 0:
             raise ConfigError(f"model.lora: rank is {self.rank}, alpha {self.alpha}; expected 0 or more, and above 0")
         check_patterns("model.lora.targets", self.targets)
+
+
+LONGEST_NAME = 200
+"""Bytes; file systems allow 255, and some names are made longer."""
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError unless a run's name can be the name of its folder."""
+    if not name.strip() or name in (".", "..") or "/" in name or not name.isprintable():
+        raise ConfigError(
+            f"name is {name!r}, expected the name of one folder: printable characters, no '/'; a folder elsewhere is "
+            "named by run_dir"
+        )
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        raise ConfigError(f"name has {len(os.fsencode(name))} bytes, expected at most {LONGEST_NAME}: {name!r}")
 
 
 FRESH_PARTS = ("mask_head", "prompt_projection", "patch_embedding")
@@ -373,6 +391,7 @@ class TrainConfig:
     """One training run."""
 
     name: str = MISSING
+    """Of the run, and of its folder in `paths.runs`."""
     run_dir: str = "${paths.runs}/${name}"
     seed: int = 0
     paths: PathsConfig = field(default_factory=PathsConfig)
@@ -396,6 +415,10 @@ class TrainConfig:
     predict: PredictConfig = field(default_factory=PredictConfig)
     evals: dict[str, Any] = field(default_factory=dict)
     """Name -> `_target_` and arguments of a function that returns expressions to score, or a task."""
+
+    def __post_init__(self) -> None:
+        """Check the name."""
+        check_name(self.name)
 
 
 @dataclass(kw_only=True)
@@ -448,6 +471,10 @@ class AskConfig:
     predict: PredictConfig = field(default_factory=PredictConfig)
 
 
+ASK_TEXTS = ("checkpoint", "image", "question", "output")
+"""Settings of `AskConfig` that scripts/predict.py also takes as options."""
+
+
 @dataclass(kw_only=True)
 class DemoLimits:
     """How much one user of the demo may ask for, and all together."""
@@ -492,32 +519,116 @@ for _name, _node in (("train", TrainConfig), ("evaluate", EvalConfig), ("predict
     _STORE.store(name=f"{_name}_schema", node=_node)
 
 
-def load_config(name: str, schema: type[Config], overrides: Sequence[str]) -> Config:
+def load_config(
+    name: str, schema: type[Config], overrides: Sequence[str], *, given: Mapping[str, str] = types.MappingProxyType({})
+) -> Config:
     """Compose `configs/<name>.yaml` with command-line overrides into a checked object.
 
+    Settings that hold text get the text that was typed, see `overrides.py`. A leading `~` of a path is the home
+    folder, and an empty `paths.data` or `paths.runs`, as of an empty variable, counts as not given.
+    given: texts by key of the schema that are taken as they are, without even `${...}`.
     Raises: ConfigError for unknown keys, wrong types, missing values and choices that do not exist.
     """
+    where = f"configs/{name}.yaml {[*overrides, *(f'--{key}={text}' for key, text in given.items())]}"
+    for override in overrides:
+        if override.startswith("-") or ("=" not in override and not override.startswith("~")):
+            raise ConfigError(f"{where}: found {override!r}, expected key=value; --help lists the keys")
+        if (key := override.partition("=")[0]) in given:
+            raise ConfigError(f"{where}: {key} is given twice, as {override!r} and as --{key}")
+    places = [f"{key}={quoted('given')}" for key in given]
     try:
         with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-            composed = compose(name, list(overrides), return_hydra_config=True)
+            composed = _composed(name, schema, [*overrides, *places])
         # For names of what was chosen, such as ${hydra:runtime.choices.model}; not part of the result.
         HydraConfig.instance().set_config(composed)
         with open_dict(composed):
             del composed["hydra"]
+        if "paths" in composed:
+            for key, default in asdict(PathsConfig()).items():
+                composed.paths[key] = _path(f"paths.{key}", composed.paths[key] or default)
         OmegaConf.resolve(composed)
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
             raise ConfigError(f"configs/{name}.yaml: no value for {missing}; give each as key=value")
+        _expand_homes(composed)
         result = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"configs/{name}.yaml {list(overrides)}: {error}") from error
+        plain = f"; --{', --'.join(ASK_TEXTS)} TEXT are taken as they stand" if schema is AskConfig else ""
+        cause = f": {str(error.__cause__).splitlines()[0]}" if str(error.__cause__ or "") else ""
+        raise ConfigError(f"{where}: {error}{cause}{plain}") from error
     assert is_dataclass(result) and isinstance(result, schema)
+    result = replace(result, **{key: text if key in _NO_PATHS else _path(key, text) for key, text in given.items()})
+    for key in _NEVER_EMPTY:
+        if getattr(result, key, None) == "":
+            raise ConfigError(f"{where}: {key} is empty, expected a value; a shell variable may not have been set")
     return result
+
+
+_NEVER_EMPTY = ("name", "run_dir", "checkpoint", "output", "image")
+"""Settings whose empty text would be read as the current folder."""
+_NO_PATHS = ("name", "question")
+"""Settings whose leading `~` is part of the text."""
+
+
+def _composed(name: str, schema: type, overrides: Sequence[str]) -> DictConfig:
+    """Return what Hydra composes of overrides as they were typed. Raises: HydraException, OmegaConfBaseException."""
+    before = None
+    if any(needs_look(override, schema) for override in overrides):
+        before = compose(name, as_typed([o for o in overrides if not needs_look(o, schema)], schema, lambda key: False))
+
+    def text_before(key: str) -> bool:
+        try:
+            return isinstance(OmegaConf.select(before, key), str)
+        except OmegaConfBaseException:
+            return False
+
+    return compose(name, as_typed(overrides, schema, text_before), return_hydra_config=True)
+
+
+def _path(key: str, path: str) -> str:
+    """Return a path with the home folder for `~`. Raises: ConfigError where there is none."""
+    found = expanded(path)
+    if found is None:
+        raise ConfigError(
+            f"{key} is {path!r}, but HOME is not set and the system does not know this user; write it out"
+        )
+    return found
+
+
+def _expand_homes(node: Any, where: str = "") -> None:
+    """Replace `~` in every path below a node."""
+    for key in range(len(node)) if isinstance(node, ListConfig) else list(node):
+        own, value = f"{where}{key}", node[key]
+        if isinstance(value, DictConfig | ListConfig):
+            _expand_homes(value, f"{own}.")
+        elif isinstance(value, str) and value.startswith("~") and own not in _NO_PATHS:
+            node[key] = _path(own, value)
 
 
 def command_line_overrides() -> list[str]:
     """Return the overrides of this process; the deepspeed launcher's own --local_rank argument is left out."""
     return [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+
+
+def plain_options(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return the options `--name TEXT` and `--name=TEXT` among arguments, and the other arguments.
+
+    The text is whatever stands there, also when it begins with a dash. Raises: ConfigError for an option without one.
+    """
+    found: list[tuple[str, str]] = []
+    rest: list[str] = []
+    left = iter(arguments)
+    for argument in left:
+        option, separator, text = argument.partition("=")
+        name = option.removeprefix("--")
+        if option == name or name not in names:
+            rest.append(argument)
+            continue
+        value = text if separator else next(left, None)
+        if value is None:
+            raise ConfigError(f"{argument}: found nothing behind it, expected {argument} TEXT")
+        found.append((name, value))
+    return found, rest
 
 
 def build(node: Any, where: str) -> Any:

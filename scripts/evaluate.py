@@ -18,8 +18,8 @@ def main() -> int:
         print(script_help(Path(__file__), "EvalConfig"))
         return 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    dist.ensure_launch_environment()
     try:
+        dist.ensure_launch_environment()
         config = load_config("evaluate", EvalConfig, command_line_overrides())
         dist.start_group()
         results = run_evals(config)
