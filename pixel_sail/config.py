@@ -482,6 +482,10 @@ class DemoLimits:
     upload_mb: float = 20.0
     megapixels: float = 24.0
     """Of an image as stored, checked before it is decoded."""
+    header_s: float = 10.0
+    """A connection that has not asked for anything after so many seconds is ended."""
+    transfer_s: float = 120.0
+    """A request with its photo must have come within so many seconds, and what is sent must be taken."""
     text_characters: int = 1000
     turns: int = 50
     """Questions about one image."""
