@@ -24,7 +24,7 @@ from pixel_sail.evaluation.predict import BatchPredictor, PredictConfig
 from pixel_sail.experts.expert import Expert
 from pixel_sail.experts.ours import ours
 from pixel_sail.losses.mask import PointSampling
-from pixel_sail.losses.total import Counts, LossConfig, combine, loss_sums
+from pixel_sail.losses.total import LossConfig, combine, count, loss_sums
 from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
 from pixel_sail.model.eve_embedding import EveEmbedding
 from pixel_sail.model.generation import encode_images, generate
@@ -88,9 +88,7 @@ def losses_and_gradients(model, batch, speed, checkpointing="none"):
     model.zero_grad()
     output = model(**batch.training_inputs())
     sums = loss_sums(output, batch, CONFIG)
-    (combine(sums, Counts(tokens=max(len(batch.targets_M), 1), masks=max(len(batch.masks), 1)), CONFIG)).backward(
-        retain_graph=True
-    )
+    combine(sums, count(batch), CONFIG).backward(retain_graph=True)
     output.anchor.backward()
     found = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
     return torch.cat((sums.text_S, sums.bce_S, sums.dice_S)).detach(), found, output

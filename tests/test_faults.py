@@ -17,7 +17,7 @@ from test_train import SMALL, log_lines
 from pixel_sail.config import TrainConfig, load_config
 from pixel_sail.data.images import load_image
 from pixel_sail.files import sha256
-from pixel_sail.losses.total import Counts, LossConfig, combine, loss_sums
+from pixel_sail.losses.total import LossConfig, combine, count, loss_sums
 from pixel_sail.training import checkpoint
 from pixel_sail.training.checkpoint import CheckpointError
 from pixel_sail.training.prepare import run_identity
@@ -141,7 +141,7 @@ def losses_of(processor, tiny_model, make_batch, image, masks):
     model, config = tiny_model().train(), LossConfig()
     output = model(**batch.model_inputs())
     terms = loss_sums(output, batch, config, (), {})
-    loss = combine(terms, Counts(tokens=len(batch.targets_M), masks=len(masks)), config, ()) + output.anchor
+    loss = combine(terms, count(batch), config, ()) + output.anchor
     loss.backward()
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
     return loss.item(), norm.item()

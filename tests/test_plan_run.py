@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pixel_sail.config import DeepSpeedConfig, OptimConfig
 from pixel_sail.experts.settings import ExpertSettings
-from pixel_sail.losses.total import Counts, LossConfig, combine, loss_sums
+from pixel_sail.losses.total import Counts, LossConfig, combine, count, loss_sums
 from pixel_sail.model.attention_mask import attention_mask
 from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
 from pixel_sail.model.distill_head import DistillSite
@@ -55,7 +55,7 @@ def batch(draw_sample, processor, make_batch):
 def loss_of(model, batch, config):
     output = model(**batch.training_inputs())
     terms = loss_sums(output, batch, config)
-    return combine(terms, Counts(tokens=len(batch.targets_M), masks=len(batch.masks)), config) + output.anchor
+    return combine(terms, count(batch), config) + output.anchor
 
 
 @pytest.mark.parametrize(
@@ -74,9 +74,9 @@ def test_parameters_by_part_are_those_of_the_real_model(make_config, changes):
     parts = {"token_embedding": "embed_tokens", "image_embedding": "patch_embedding", "text_head": "lm_head"}
     counts = parameter_counts(config, EXPERTS)
     named = dict(model.named_parameters())
-    for part, count in counts.items():
+    for part, number in counts.items():
         own = [p.numel() for name, p in named.items() if name.startswith(parts.get(part, part) + ".")]
-        assert count == sum(own), part
+        assert number == sum(own), part
     assert sum(counts.values()) == sum(p.numel() for p in named.values())
 
 
@@ -105,7 +105,7 @@ def test_operations_of_a_training_step_are_those_torch_counts(tiny_model, batch,
         output = model(**batch.model_inputs())
         forward = counter.get_total_flops()
         loss = loss_sums(output, batch, LossConfig())
-        (combine(loss, Counts(tokens=9, masks=7), LossConfig()) + output.anchor).backward()
+        (combine(loss, Counts(tokens=9, masks=7, samples=5), LossConfig()) + output.anchor).backward()
     said = forward_flops(model.config, of_batch(batch), {}, speed)
     assert said.total == pytest.approx(forward, rel=0.02)
     said_in_all = training_flops(said, model.config, checkpointing="none")["model"]
