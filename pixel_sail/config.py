@@ -490,6 +490,8 @@ Config = TypeVar("Config", TrainConfig, EvalConfig, AskConfig, DemoConfig)
 _STORE = ConfigStore.instance()
 for _name, _node in (("train", TrainConfig), ("evaluate", EvalConfig), ("predict", AskConfig), ("demo", DemoConfig)):
     _STORE.store(name=f"{_name}_schema", node=_node)
+    # Empty: its name alone is read, by `${program}` in the defaults of a file that several programs take.
+    _STORE.store(group="program", name=_name, node={}, package="_global_")
 
 
 def load_config(name: str, schema: type[Config], overrides: Sequence[str]) -> Config:
