@@ -28,6 +28,7 @@ from pixel_sail.data.packing import PackingSettings
 from pixel_sail.experts.settings import ExpertSettings
 from pixel_sail.losses.total import LossConfig
 from pixel_sail.model.configuration_pixel_sail import Architecture
+from pixel_sail.model.mask_head import INITS
 from pixel_sail.model.speed import CHECKPOINTING, Speed
 from pixel_sail.places import root_folder
 
@@ -96,12 +97,18 @@ class ModelConfig:
     """Parts that are drawn anew, or left out, where the weights of `init_from` were made for another `architecture`:
     mask_head, prompt_projection, patch_embedding. Where they fit they are taken. Empty: what does not fit is an
     error."""
+    init: str = "ours"
+    """How the mask head and the layers towards experts are drawn where they are new. ours: the signal keeps its
+    variance, each upsample block has weights of its own. torch (release): PyTorch's defaults, all blocks start alike.
+    Weights taken from `init_from` stay as they are."""
     vocab_multiple: int = 64
     """The vocabulary is padded to a multiple of this."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
-        """Check the names of parts."""
+        """Check the names of parts and the choice."""
+        if self.init not in INITS:
+            raise ConfigError(f"model.init is {self.init!r}, expected one of {INITS}")
         if unknown := sorted(set(self.init_fresh) - set(FRESH_PARTS)):
             raise ConfigError(f"model.init_fresh: found {unknown}, expected some of {FRESH_PARTS}")
 

@@ -182,6 +182,19 @@ def test_adapters_start_at_exactly_the_given_model(tiny_model, batch):
     assert all(parameter.any() for name, parameter in with_adapters.named_parameters() if name.endswith("lora_A"))
 
 
+def test_adapters_are_drawn_from_the_seed_and_each_its_own(tiny_model):
+    drawn = []
+    for seed in (0, 0, 1, 2):
+        model = tiny_model()
+        add_lora(model, lora_targets(model, LoraConfig()), rank=3, alpha=6.0, seed=seed)
+        drawn.append([value for name, value in model.named_parameters() if name.endswith("lora_A")])
+    first, again, other, third = drawn
+    assert all(torch.equal(one, same) for one, same in zip(first, again, strict=True))
+    for one, two, three in zip(first, other, third, strict=True):
+        assert not torch.equal(one, two) and not torch.equal(one, three) and not torch.equal(two, three)
+    assert not torch.equal(first[0], first[1][: len(first[0])])
+
+
 def test_an_adapted_layer_adds_its_thin_product(tiny_model):
     layer = adapted(tiny_model()).decoder.layers[0].mlp.up_proj
     assert isinstance(layer, LoraLinear)

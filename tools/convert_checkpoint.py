@@ -19,6 +19,7 @@ from pixel_sail.conversion.report import REPORT, summary
 from pixel_sail.conversion.roads import SHARD_BYTES, to_ours, to_release
 from pixel_sail.conversion.sizes import DEFAULTS, Chosen
 from pixel_sail.model.configuration_pixel_sail import ATTENTION
+from pixel_sail.model.mask_head import INITS
 from pixel_sail.types import DataError
 
 LAYOUT_NAMES = ("sail", "solo", "evev2", "qwen2", "release")
@@ -48,6 +49,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--visual-prompts", type=int, default=defaults.num_visual_prompts, help="0: without")
     parser.add_argument("--vocab-multiple", type=int, default=defaults.vocab_multiple)
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of everything that is initialised")
+    parser.add_argument("--init", choices=INITS, default=defaults.init, help="how a new mask head is drawn: model.init")
     parser.add_argument("--shard-gb", type=float, default=SHARD_BYTES / 1e9, help="largest file, 1e9 bytes")
     options = parser.parse_args(arguments)
     if options.to is not None and options.layout is None:
@@ -72,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 attention=options.attention,
                 vocab_multiple=options.vocab_multiple,
                 seed=options.seed,
+                init=options.init,
             )
             folder, base = options.to, options.base or options.source
             done = to_ours(options.source, options.layout, folder, base=base, chosen=chosen, shard_bytes=shard_bytes)

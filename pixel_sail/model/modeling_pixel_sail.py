@@ -110,9 +110,9 @@ class PixelSailForSegmentation(PreTrainedModel):
         elif isinstance(module, (MaskHead, EveEmbedding)):
             module.draw_weights()
 
-    def add_distill_head(self, sites: Mapping[str, DistillSite], *, seed: int) -> None:
+    def add_distill_head(self, sites: Mapping[str, DistillSite], *, seed: int, init: str = "ours") -> None:
         """Give the model a linear layer for each expert; exports leave them out."""
-        self.distill_head = DistillHead(self.config, sites, seed=seed)
+        self.distill_head = DistillHead(self.config, sites, seed=seed, init=init)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the token embedding (Hugging Face name)."""
