@@ -11,7 +11,7 @@ What is done differently from there (facts of the released code):
 - gIoU of PerBench is divided by the number of target masks, although only the first mask is compared: `num_targets`.
 
 - Ignored pixels of ReasonSeg are not ignored, and a target beside them is damaged: `released_target`. Where polygons of
-  one object overlap, the target is damaged in the same way: `Expression.released_target`.
+  one object overlap, the target of RefCOCO and gRefCOCO is damaged in the same way: `Expression.released_target`.
 
 Example: prediction of 4 pixels, target of 8, 4 in common, and one missing prediction of a target of 8: skipped, cIoU
 0.5 and gIoU 0.25; as an empty mask, cIoU 0.25.
