@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from pixel_sail.rle import check_mask, json_safe
+from pixel_sail.rle import check_mask, encode_as_released, json_safe
 from pixel_sail.types import RLE, BoolMask, DataError, SizeHW
 
 _MIN_POLYGON_NUMBERS = 6
@@ -53,7 +53,7 @@ def summed_as_released(segmentations: Sequence[object], size_hw: SizeHW, where: 
     if not any(_polygons_overlap(segmentation, size_hw, where) for segmentation in segmentations):
         return None
     sums = [_summed_polygons(segmentation, size_hw, where) for segmentation in segmentations]
-    return json_safe(coco_mask.encode(np.asfortranarray(np.bitwise_or.reduce(sums))))
+    return encode_as_released(np.bitwise_or.reduce(sums))
 
 
 def _polygons_overlap(segmentation: object, size_hw: SizeHW, where: str) -> bool:
