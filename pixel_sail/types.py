@@ -115,7 +115,8 @@ class Expression:
     ignored: RLE | None = None
     """Pixels that are not scored."""
     released_target: RLE | None = None
-    """What the released scripts take for the target, where that differs: overlapping polygons that were summed."""
+    """What the released scripts take for the target, where that differs: overlapping polygons that were summed, crowds
+    that were left out."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -310,6 +310,32 @@ def test_reasonseg_photos_are_asked_about_upright(tmp_path, orientation):
     assert task.items[0].target["size"] == list(expected.shape[:2])
 
 
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_paper_scores_of_a_turned_photo_compare_with_the_target_on_the_stored_one(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "val").mkdir()
+    Image.new("RGB", (48, 32)).save(tmp_path / "val" / "a.jpg", exif=exif)
+    shape = {"label": "target", "points": [[1, 1], [9, 1], [9, 9], [1, 9]]}
+    content = {"text": ["the corner"], "is_sentence": False, "shapes": [shape]}
+    (tmp_path / "val" / "a.json").write_text(json.dumps(content))
+    (item,) = refer_seg.load_reasonseg(root=tmp_path, split="val").items
+    lying = refer_seg.load_reasonseg(root=tmp_path, split="val", upright=False)
+    (photo,) = [question.photo for question in lying.questions("standard")]
+    assert photo.open("x").size == (48, 32) and not photo.is_upright
+    # The object is found on the upright photo, and the released target has its points elsewhere.
+    assert refer_seg.measure_predictions([item], [_marked(item, item.target)]).scores["ciou"] == 1.0
+    assert refer_seg.measure_predictions([item], [_marked(item, item.target)]).scores["paper_ciou"] == 0.0
+    # What a model must mark for the released script, on the photo as it lies there.
+    assert lying.score(lying.items, [_marked(lying.items[0], lying.items[0].target)])["paper_ciou"] > 0.999
+    assert refer_seg.measure_predictions([item], [_marked(item, item.released_target)]).scores["paper_ciou"] > 0.999
+
+
+def _marked(item, mask):
+    names = {"ref_id": item.ref_id, "sent_id": item.sent_id, "image_id": item.image_id, "text": item.text}
+    return Prediction(**names, segmentation=mask)
+
+
 def test_a_photo_of_another_size_is_refused_also_upright(tmp_path):
     Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
     with pytest.raises(DataError, match=r"image held upright is \(6, 8\) .*annotations say \(8, 6\)"):

@@ -3,6 +3,7 @@
     python tools/check_data.py                                            # all of configs/source
     python tools/check_data.py source=refcoco,refcocog sample=all
     python tools/check_data.py experiment=quickstart                      # the sources of a run, with its overrides
+    python tools/check_data.py evals=paper                                # what scripts/evaluate.py would ask
     python tools/check_data.py root=DIR dataset=refcocog split=val        # one folder of refs and instances
 
 Prints tables, writes report.json and report.html (with drawn samples) to `out=`, runs/data_check by default. Exit

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from pixel_sail.data.images import EXIF_TURNS
 from pixel_sail.types import DataError, MissingDataError, SizeHW
 
 _SIDEWAYS = range(5, 9)
@@ -27,6 +28,13 @@ def upright_hw(path: Path, where: str) -> SizeHW:
     """Return the size after the EXIF orientation is applied. Raises: DataError if the file is missing or no image."""
     (height, width), orientation = _read(path, where)
     return (width, height) if orientation in _SIDEWAYS else (height, width)
+
+
+def turn_of(path: Path, where: str) -> Image.Transpose | None:
+    """Return what makes the stored photo upright, None where it is. Raises: DataError if the file is missing or no
+    image."""
+    orientation = _read(path, where)[1]
+    return EXIF_TURNS.get(orientation) if isinstance(orientation, int) else None
 
 
 def _read(path: Path, where: str) -> tuple[SizeHW, object]:

@@ -11,8 +11,9 @@ nothing; pixels under a label with `ignore` in it belong to neither target nor b
 The size is that of the photo held upright, as the points were drawn on what the annotators saw.
 
 What the released code gets wrong and this does not: ignored pixels were trained as background, and scored as garbage
-because the values 0, 1 and 255 went through a run-length encoder that knows two; a missing prediction was left out of
-the cIoU, which is for the scorer to avoid.
+because the values 0, 1 and 255 went through a run-length encoder that knows two; a photo with an EXIF turn was shown
+lying on its side, with the points painted as if it stood; a missing prediction was left out of the cIoU, which is for
+the scorer to avoid.
 """
 
 import hashlib
@@ -27,11 +28,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from pixel_sail.data.fields import field, strings
-from pixel_sail.data.image_sizes import upright_hw
+from pixel_sail.data.image_sizes import stored_hw, turn_of, upright_hw
+from pixel_sail.data.masks import decode_rle
 from pixel_sail.data.noted_files import note_file
 from pixel_sail.data.wording.reasoning import evaluation_question, reasoning_turn
-from pixel_sail.rle import encode_mask
-from pixel_sail.types import BoolMask, DataError, Expression, MissingDataError, Sample, SizeHW, Source
+from pixel_sail.rle import encode_as_released, encode_mask
+from pixel_sail.types import RLE, BoolMask, DataError, Expression, MissingDataError, Sample, SizeHW, Source
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +82,16 @@ def load(*, root: str | Path, split: str = "train", name: str = "reasonseg", sen
     return ReasonSegSource(_json_files(Path(root), split), name=name, split=split, most=sentences_per_image)
 
 
-def expressions(*, root: str | Path, split: str, query: str = "all", sentences: str = "first") -> list[Expression]:
+def expressions(
+    *, root: str | Path, split: str, query: str = "all", sentences: str = "first", upright: bool = True
+) -> list[Expression]:
     """Return what is asked of one split, in the order of the file names; the photos must be there for their sizes.
 
     `text` is the whole released question, so the evaluation adds nothing to it. Ids count the items of the split from
     1, whatever `query` is. `target` is None where no target is drawn, `ignored` None where every pixel counts.
+    upright: photos are held upright; False: they stay as they are stored and the same points are painted on that, as
+    in the released evaluation, whose target misses the object of a photo with an EXIF turn. Where it is True such a
+    target, turned with the photo, is `released_target`.
     Raises: DataError; ValueError on an unknown query or sentences.
     """
     _check_choice("query", query, QUERIES)
@@ -94,8 +101,9 @@ def expressions(*, root: str | Path, split: str, query: str = "all", sentences: 
         item = read_item(path)
         if query != "all" and item.is_sentence != (query == "long"):
             continue
-        image_hw = upright_hw(item.image_path, str(path))
+        image_hw = upright_hw(item.image_path, str(path)) if upright else stored_hw(item.image_path, str(path))
         target, ignored = paint(item.shapes, image_hw)
+        released = _turned_as_released(item) if upright else None
         for sent_id, text in enumerate(item.texts[: 1 if sentences == "first" else None], start=1):
             result.append(
                 Expression(
@@ -107,9 +115,21 @@ def expressions(*, root: str | Path, split: str, query: str = "all", sentences: 
                     text=evaluation_question(text, is_sentence=item.is_sentence),
                     target=encode_mask(target) if target.any() else None,
                     ignored=None if ignored is None else encode_mask(ignored),
+                    released_target=released,
                 )
             )
     return result
+
+
+def _turned_as_released(item: ReasonItem) -> RLE | None:
+    """Return the released target of a photo with an EXIF turn, as it lies on the upright photo; None without a turn."""
+    turn = turn_of(item.image_path, str(item.json_path))
+    if turn is None:
+        return None
+    target, ignored = paint(item.shapes, stored_hw(item.image_path, str(item.json_path)))
+    values = target.astype(np.uint8) if ignored is None else target + ignored * np.uint8(255)
+    stored = decode_rle(encode_as_released(values))
+    return encode_mask(np.asarray(Image.fromarray(stored).transpose(turn)))
 
 
 class ReasonSegSource:

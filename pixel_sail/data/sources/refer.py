@@ -23,6 +23,7 @@ from pixel_sail.data.masks import decode_segmentation, merge_to_rle, summed_as_r
 from pixel_sail.data.refer_annotations import Ref, ReferAnnotations, Sentence, load_refer
 from pixel_sail.data.sources import hidden
 from pixel_sail.data.wording.referring import QUESTION_STYLES, referring_turn
+from pixel_sail.rle import encode_mask
 from pixel_sail.types import RLE, BoolMask, Expression, Sample, Source
 
 __all__ = ["TEXT_FIELDS", "ReferAnnotations", "ReferSource", "expressions", "load", "load_refer"]
@@ -69,7 +70,8 @@ def load(
 def expressions(annotations: ReferAnnotations, *, text_field: str = "sent") -> list[Expression]:
     """Return every sentence of every ref exactly once, sorted by (image_id, ref_id, sent_id).
 
-    The target is the union of the ref's instances, crowd or not, and None for a no-target ref. Raises: DataError.
+    The target is the union of the ref's instances, crowd or not, and None for a no-target ref. `released_target` is
+    what the released scripts make of it, where that differs. Raises: DataError.
     """
     _check_text_field(text_field)
     result = []
@@ -206,13 +208,18 @@ def _target_rle(ref: Ref, annotations: ReferAnnotations) -> RLE | None:
 
 
 def _released_target(ref: Ref, annotations: ReferAnnotations) -> RLE | None:
-    """Return the target of the released evaluation where it is another one; that of gRefCOCO unites as we do."""
-    if len(ref.ann_ids) != 1 or annotations.refs_file.name.startswith("grefs("):
+    """Return the target of the released evaluation where it is another one: that of gRefCOCO has no crowds."""
+    if not ref.ann_ids:
         return None
-    (ann_id,) = ref.ann_ids
-    where = f"{annotations.refs_file}: ref_id {ref.ref_id}, ann_id {ann_id}"
+    where = f"{annotations.refs_file}: ref_id {ref.ref_id}, ann_id {list(ref.ann_ids)}"
     size_hw = annotations.images[ref.image_id].size_hw
-    return summed_as_released(annotations.segmentations[ann_id], size_hw, where)
+    is_gref = annotations.refs_file.name.startswith("grefs(")
+    kept = [ann_id for ann_id in ref.ann_ids if not (is_gref and annotations.segmentations.is_crowd(ann_id))]
+    segmentations = [annotations.segmentations[ann_id] for ann_id in kept]
+    summed = summed_as_released(segmentations, size_hw, where)
+    if summed is not None or len(kept) == len(ref.ann_ids):
+        return summed
+    return merge_to_rle(segmentations, size_hw, where) if kept else encode_mask(np.zeros(size_hw, dtype=np.bool_))
 
 
 def _target_mask(ref: Ref, annotations: ReferAnnotations) -> BoolMask:
