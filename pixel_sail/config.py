@@ -23,6 +23,7 @@ from hydra.utils import instantiate
 from omegaconf import MISSING, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from pixel_sail.data.details import DETAILS, OURS
 from pixel_sail.data.leakage import LeakageConfig
 from pixel_sail.data.packing import PackingSettings
 from pixel_sail.experts.settings import ExpertSettings
@@ -119,6 +120,9 @@ class DataConfig:
 
     sources: dict[str, Any] = field(default_factory=dict)
     """Name -> `_target_` and arguments of a function that returns a `types.Source`."""
+    details: str = OURS
+    """ours or released: what the options of `configs/source/` stand at in which the project's data differ from the
+    release's, such as `data.sources.coco_vp.candidates`; each can be set by itself."""
     repeats: dict[str, float] = field(default_factory=dict)
     """Name -> how often its items occur in an epoch (default 1; fractions draw a random part)."""
     weights: dict[str, float] = field(default_factory=dict)
@@ -138,6 +142,11 @@ class DataConfig:
     """Sets of sequences filled in turn; more of them let more workers share the work of one step."""
     num_workers: int = 2
     """Loader processes per training process; as many are used as divide the micro-batches of all rounds."""
+
+    def __post_init__(self) -> None:
+        """Check the choice."""
+        if self.details not in DETAILS:
+            raise ConfigError(f"data.details is {self.details!r}, expected one of {DETAILS}")
 
 
 DEFAULT_GROUP = "default"

@@ -78,6 +78,9 @@ class Sample:
     """Size stated by the annotation file; the opened image must agree."""
     turns: tuple[Turn, ...]
     prompts: tuple[VisualPrompt, ...] = ()
+    part_drawn: float | None = None
+    """Where the turns do not fit into a pack together: which of the parts that do is kept, 0 .. 1, 0 for the first (see
+    data/turn_parts.py). None: a sample that is too long is an error."""
 
 
 class Source(Protocol):

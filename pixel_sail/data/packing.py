@@ -22,10 +22,11 @@ from PIL import Image
 
 from pixel_sail.data.images import load_image
 from pixel_sail.data.mixture import Mixture
+from pixel_sail.data.turn_parts import fitting_part
 from pixel_sail.experts.cache import ExpertCacheError
 from pixel_sail.experts.choice import ExpertChoice, expert_targets
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
-from pixel_sail.types import DataError, Example
+from pixel_sail.types import DataError, Example, Sample
 
 
 @dataclass(kw_only=True)
@@ -33,7 +34,7 @@ class PackingSettings:
     """How samples are put into sequences."""
 
     token_budget: int = 4096
-    """Most tokens of a pack; a longer sample is an error."""
+    """Most tokens of a pack; a longer sample is an error, but for conversations that may be divided between turns."""
     independent_turns: bool = False
     """True: every question of a sample sees the image and itself only. False (release): they form one conversation."""
     max_samples: int = 0
@@ -132,7 +133,10 @@ class LaneStream:
         image = None
         if sample.image_path is not None:
             image = load_image(sample.image_path, where=sample.sample_id, expected_hw=sample.image_hw)
-        example = self.processor.encode_sample(sample, image, independent_turns=self.settings.independent_turns)
+        example = self._encoded(sample, image)
+        if len(example) > self.settings.token_budget and sample.part_drawn is not None:
+            part = fitting_part(sample, self.processor, example.grid_hw, self.settings.token_budget)
+            example = self._encoded(part, image)
         if len(example) > self.settings.token_budget:
             raise DataError(
                 f"{sample.sample_id}: {len(example)} tokens found, at most data.packing.token_budget = "
@@ -142,6 +146,9 @@ class LaneStream:
         if not self.experts or image is None or sample.image_path is None:
             return example
         return with_expert_targets(example, self.experts, path=sample.image_path, image=image)
+
+    def _encoded(self, sample: Sample, image: Image.Image | None) -> Example:
+        return self.processor.encode_sample(sample, image, independent_turns=self.settings.independent_turns)
 
     def __iter__(self) -> Iterator[Pack]:
         """Yield packs without end. Raises: DataError once this lane alone left out more than the run allows."""

@@ -16,9 +16,10 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -115,16 +116,22 @@ def is_complete(path: Path) -> bool:
 
 
 def read(
-    path: Path, config: dict[str, Any], *, allow_changed_data: bool = False
+    path: Path,
+    config: dict[str, Any],
+    *,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    allow_changed_data: bool = False,
 ) -> tuple[TrainState, dict[str, Tensor], dict[str, Tensor]]:
     """Return state, parameters and moments of a checkpoint.
 
+    `defaults`: what a key counts as that a configuration lacks, as that of a run does which is older than the key.
     Raises: CheckpointError when a file differs from its hash, the run was configured otherwise, or (unless allowed)
     had other data.
     """
     verify(path)
     saved = json.loads((path / STATE).read_text())
-    differing = dict(differing_leaves(saved["config"], json.loads(json.dumps(config))))
+    then, now = (with_defaults(given, defaults) for given in (saved["config"], config))
+    differing = dict(differing_leaves(then, json.loads(json.dumps(now))))
     changed = {key: differing.pop(key) for key in list(differing) if key.split(".")[0] == DATA_FILES}
     if changed and not allow_changed_data:
         raise CheckpointError(
@@ -254,6 +261,16 @@ def _plain_weights(model: nn.Module, optimizer: Optimizer, accelerator: Accelera
     }
     whole = fold_lora(plain, {name: tensor.detach().clone() for name, tensor in whole.items()})
     return {name: tensor for name, tensor in whole.items() if not name.startswith(DISTILL_HEAD)}
+
+
+def with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a nested configuration with the defaults of keys that it lacks."""
+    both = {key: default for key, default in defaults.items() if key not in config}
+    for key, value in config.items():
+        default = defaults.get(key)
+        is_nested = isinstance(value, Mapping) and isinstance(default, Mapping)
+        both[key] = with_defaults(value, default) if is_nested else value
+    return both
 
 
 def differing_leaves(saved: Any, now: Any, path: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:

@@ -6,6 +6,7 @@ Place in the flow: `prepare` builds what the configuration names and brings it t
     Run(state=TrainState(step=500, ...), found=Path("runs/mine/checkpoints/step_00000500"), num_trained=1_214_464, ...)
 """
 
+import inspect
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from hydra.utils import get_object
 from torch import Tensor
 
 from pixel_sail import dist
@@ -49,6 +51,8 @@ FREE_DATA_KEYS = ("num_workers", "packs_per_micro_batch")
 
 FREE_OPTIM_KEYS = ("activation_checkpointing",)
 """The same within `optim`: a run that ran out of memory may go on with it."""
+
+SINGLE_VALUES = (bool, int, float, str)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +117,8 @@ def prepare(config: TrainConfig, *, lock: bool) -> Run:
             raise ConfigError(
                 f"run_dir {run_dir} holds {found.name}, but checkpoint.resume=never; choose another run_dir"
             )
-        state, *saved = checkpoint.read(found, identity, allow_changed_data=config.checkpoint.allow_changed_data)
+        allowed = config.checkpoint.allow_changed_data
+        state, *saved = checkpoint.read(found, identity, defaults=identity_defaults(config), allow_changed_data=allowed)
         checkpoint.load_parameters(model, saved[0])
         logger.info("continuing from %s", found)
     state = behind_rewinds(run_dir, state)
@@ -180,6 +185,21 @@ def run_identity(resolved: dict[str, Any]) -> dict[str, Any]:
     # A cache may move, but stored features are rounded: whether there is one belongs to the run.
     experts = {name: {**own, "cache": own["cache"] is not None} for name, own in identity.pop("experts").items()}
     return identity | {"experts": experts} if experts else identity
+
+
+def identity_defaults(config: TrainConfig) -> dict[str, Any]:
+    """Return what a key counts as that an identity lacks, so that a run goes on which is older than the key.
+
+    These are the defaults of the configuration and, for the sources of this run, of the functions they name; a default
+    that is no single value is left out.
+    """
+    defaults = run_identity(asdict(TrainConfig()))
+    sources = {}
+    for name, node in config.data.sources.items():
+        arguments = inspect.signature(get_object(node["_target_"])).parameters.values()
+        values = {argument.name: argument.default for argument in arguments}
+        sources[name] = {key: value for key, value in values.items() if value is None or type(value) in SINGLE_VALUES}
+    return defaults | {"data": defaults["data"] | {"sources": sources}}
 
 
 def data_identity(mixture: Mixture, files: Mapping[str, Collection[str]]) -> dict[str, Any]:
