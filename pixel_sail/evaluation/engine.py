@@ -318,7 +318,7 @@ def _claim(output: Path, protocol: dict[str, Any]) -> None:
             )
         if file.is_file() and file.read_text() != text:
             raise ConfigError(
-                f"{file}: found predictions of another protocol, {_changes(file, json.loads(text))}; expected the same "
+                f"{file}: found predictions of another protocol ({_changes(file, json.loads(text))}); expected the same "
                 "one. Choose another output folder, or remove this one"
             )
         with write_errors(file):
@@ -331,11 +331,11 @@ def _changes(file: Path, protocol: Mapping[str, Any]) -> str:
     try:
         found = dict(_flat_leaves(json.loads(file.read_text())))
     except (OSError, ValueError, TypeError, RecursionError):
-        return "which cannot be read"
+        return "the file cannot be read"
     expected = dict(_flat_leaves(protocol))
     changed = [key for key in sorted({*found, *expected}) if found.get(key) != expected.get(key)]
     named = [f"{key} {found.get(key)!r:.60} there, {expected.get(key)!r:.60} now" for key in changed]
-    return f"which differs in: {'; '.join(named[:6])}{' and more' if len(named) > 6 else ''}"
+    return f"differing in {'; '.join(named[:6])}{' and more' if len(named) > 6 else ''}"
 
 
 def _flat_leaves(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
