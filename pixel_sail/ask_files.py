@@ -21,6 +21,7 @@ from pixel_sail.config import AskConfig, ConfigError
 from pixel_sail.data.images import load_image
 from pixel_sail.evaluation.overlay import PALETTE, Picture, paint
 from pixel_sail.files import replace_text
+from pixel_sail.model.generation import NotFiniteError
 from pixel_sail.predictor import Predictor
 from pixel_sail.types import DataError
 
@@ -43,6 +44,9 @@ def ask_files(config: AskConfig) -> Iterator[tuple[Path, AskResult | DataError]]
         try:
             image = load_image(path, where="image")
             result = predictor.ask(image, config.question, regions)
+        except NotFiniteError as error:
+            # The model is at fault, not the image: the others would be asked in vain.
+            raise DataError(f"{path}: {error}") from None
         except DataError as error:
             if len(files) == 1:
                 raise

@@ -39,6 +39,7 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
 from pixel_sail.data.collate import collate
+from pixel_sail.data.images import open_image
 from pixel_sail.data.packing import LanePosition, Pack
 from pixel_sail.experts.cache import FeatureCache, cache_identity, encode_map
 from pixel_sail.experts.cache_writer import finish, make_plan, start_folder, write_shard
@@ -354,7 +355,7 @@ def photos_of(folder: Path | None, size_hw: SizeHW, num_images: int) -> list[Ima
     paths = sorted(folder.rglob("*.jpg"))[:num_images]
     if len(paths) < num_images:
         raise ValueError(f"{folder}: {len(paths)} photos found, {num_images} expected; give another folder")
-    return [Image.open(path).convert("RGB").resize((width, height)) for path in paths]
+    return [open_image(path).convert("RGB").resize((width, height)) for path in paths]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,6 +24,7 @@ from typing import Any
 from pixel_sail.config import ConfigError
 from pixel_sail.evaluation.comparison import Difference, compare
 from pixel_sail.evaluation.confidence import LEVEL, RESAMPLES
+from pixel_sail.evaluation.loaders import LOADER_HELP
 from pixel_sail.evaluation.results import read_rows
 from pixel_sail.evaluation.stored import read_protocol, stored_evals
 from pixel_sail.files import replace_text
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report: dict[str, Any] = {}
         for name in names:
             folders = [folder / name for folder in (options.run_a, options.run_b)]
-            differences = compare(*folders, seed=options.seed, resamples=options.resamples)
+            differences = compare(*folders, seed=options.seed, resamples=options.resamples, loaders=options.loader)
             weights = [read_protocol(folder)["weights_sha256"] for folder in folders]
             print(f"{name} (A {weights[0][:12]}, B {weights[1][:12]})\n{HEAD}")
             print("\n".join(map(_line, differences)) + "\n")
@@ -99,6 +100,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the comparison to this file, too")
     parser.add_argument("--resamples", type=int, default=RESAMPLES, help="bootstrap resamples of images")
     parser.add_argument("--seed", type=int, default=0, help="of the resamples")
+    parser.add_argument("--loader", action="append", default=[], metavar="NAME", help=LOADER_HELP)
     return parser.parse_args(arguments)
 
 

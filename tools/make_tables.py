@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pixel_sail.config import ConfigError
 from pixel_sail.evaluation.curves import Curve, Panel, save_panels
+from pixel_sail.evaluation.loaders import LOADER_HELP
 from pixel_sail.evaluation.measured import Scores
 from pixel_sail.evaluation.run_tables import PROTOCOLS, scores_of, scores_of_vqa, tables_of_runs
 from pixel_sail.evaluation.sweep_tables import MAIN_SCORES, Group, differences_table, read_groups, scores_table_of
@@ -29,7 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.sweep is not None:
             groups = read_groups(options.sweep)
-            tables = [scores_table_of(groups), differences_table(_baseline(groups, options.baseline), groups)]
+            tables = [
+                scores_table_of(groups),
+                differences_table(_baseline(groups, options.baseline), groups, loaders=options.loader),
+            ]
             if options.plot is not None:
                 save_panels(options.plot, panels(groups), title=options.sweep.name)
         else:
@@ -57,6 +61,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of a sweep's scores")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the tables to this file too")
+    parser.add_argument("--loader", action="append", default=[], metavar="NAME", help=LOADER_HELP)
     return parser.parse_args(arguments)
 
 

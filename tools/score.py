@@ -18,6 +18,7 @@ from pathlib import Path
 
 from pixel_sail.config import ConfigError
 from pixel_sail.data.sources.refer import expressions, load_refer
+from pixel_sail.evaluation.loaders import LOADER_HELP
 from pixel_sail.evaluation.measured import Scores
 from pixel_sail.evaluation.predictions import measure_predictions, read_predictions
 from pixel_sail.evaluation.stored import read_stored
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _score(options: argparse.Namespace) -> Scores:
     """Return the scores of what was asked for. Raises: DataError."""
     if options.evaluated is not None:
-        return read_stored(options.evaluated).measure().scores
+        return read_stored(options.evaluated, options.loader).measure().scores
     annotations = load_refer(
         options.refer_root, options.dataset, options.split, split_by=options.split_by, image_dir=options.image_dir
     )
@@ -56,6 +57,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", help="exact split name, for example testA")
     parser.add_argument("--split-by", help="part in brackets of refs(...).p, needed where there are several files")
     parser.add_argument("--image-dir", type=Path, help="photos; not opened, only named")
+    parser.add_argument("--loader", action="append", default=[], metavar="NAME", help=LOADER_HELP)
     options = parser.parse_args(arguments)
     if options.predictions is not None and None in (options.refer_root, options.dataset, options.split):
         parser.error("--predictions needs --refer-root, --dataset and --split")

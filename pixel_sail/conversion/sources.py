@@ -172,6 +172,9 @@ def _files_of_folder(folder: Path) -> dict[str, Path]:
             f"{index}: found no readable weight_map ({type(error).__name__}: {error}), expected tensor names and their "
             "files; download it again"
         ) from error
+    outside = sorted({str(path) for path in files.values() if path.parent != folder or path.name in ("", "..")})
+    if outside:
+        raise DataError(f"{index}: found weights in {outside[:3]}, expected files of {folder}; download it again")
     missing = sorted({path.name for path in files.values() if not path.is_file()})
     unlisted = sorted(path.name for path in set(found) - set(files.values()))
     if missing or unlisted:

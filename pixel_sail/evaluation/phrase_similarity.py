@@ -15,11 +15,31 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModel, AutoTokenizer
+from safetensors import SafetensorError
+from transformers import AutoModel
 
-from pixel_sail.types import MissingDataError
+from pixel_sail.model.folder import MODEL_CONFIG, check_no_code
+from pixel_sail.model.tokenization import read_tokenizer_files
+from pixel_sail.types import DataError, MissingDataError
 
 BATCH_SIZE = 256
+
+
+def _load(folder: Path) -> tuple[Any, Any]:
+    """Return tokenizer and encoder of a local folder. Raises: DataError."""
+    check_no_code(folder, MODEL_CONFIG)
+    try:
+        tokenizer = read_tokenizer_files(folder)
+        model = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True)
+    except DataError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise DataError(
+            f"{folder}: found no text encoder that can be read ({type(error).__name__}: {error}), expected "
+            "config.json, the tokenizer's files and model.safetensors of one such as bert-base-uncased; download it "
+            "again, or set similarity_model=null to compare words only"
+        ) from error
+    return tokenizer, model.eval()
 
 
 class EncoderSimilarity:
@@ -46,7 +66,7 @@ class EncoderSimilarity:
     def _encode(self, texts: Sequence[str]) -> None:
         """Add the unit vectors of new phrases."""
         if texts and self._encoder is None:
-            self._encoder = AutoTokenizer.from_pretrained(self._folder), AutoModel.from_pretrained(self._folder).eval()
+            self._encoder = _load(self._folder)
         for start in range(0, len(texts), BATCH_SIZE):
             assert self._encoder is not None
             tokenizer, model = self._encoder

@@ -6,8 +6,9 @@ quickstart read them back. A row, shortened:
     {"eval": "refcoco_val", "kind": "referring segmentation", "scores": {"ciou": 0.81, "paper_ciou": 0.8, ...},
      "intervals": {"ciou": [0.803, 0.818], ...}, "resampled": {"by": "image", "images": 1500, "resamples": 1000, ...},
      "protocols": {"standard": ["ciou", ...], "paper": ["paper_ciou", "paper_giou"]}, "prompt": "paper",
-     "count": 10834, "missing": 3, "weights_sha256": ..., "config_sha256": ..., "questions_sha256": ..., "code": ...,
-     "precision": "bf16", "device": "NVIDIA H100", "world_size": 8, "seconds": {"asking": 301.2, "scoring": 4.0}, ...}
+     "count": 10834, "missing": 3, "weights_sha256": ..., "model_sha256": ..., "config_sha256": ...,
+     "questions_sha256": ..., "code": ..., "precision": "bf16", "device": "NVIDIA H100", "world_size": 8,
+     "seconds": {"asking": 301.2, "scoring": 4.0}, ...}
 
 "limit_images" is there only where not every image was scored. A later row of the same eval replaces an earlier one.
 """
@@ -82,7 +83,10 @@ def result_row(name: str, kind: str, measured: Measured, resampled: Resampled, c
         "missing": measured.scores.get("missing", 0),
         **({"limit_images": limit} if limit else {}),
         "prompt": protocol["predict"]["prompt"],
-        **{key: protocol[key] for key in ("checkpoint", "weights_sha256", "questions_sha256", "precision")},
+        **{
+            key: protocol[key]
+            for key in ("checkpoint", "weights_sha256", "model_sha256", "questions_sha256", "precision")
+        },
         "config_sha256": config_sha256(protocol),
         **machine(),
         "asked": cost.asked,
@@ -126,7 +130,7 @@ def perbench_row(rows: Mapping[str, Row], resampled: Mapping[str, Resampled]) ->
         resamples=resampled[PERBENCH_EVALS[0]].resamples,
         seed=resampled[PERBENCH_EVALS[0]].seed,
     )
-    shared = ("prompt", "checkpoint", "weights_sha256", "precision", "limit_images")
+    shared = ("prompt", "checkpoint", "weights_sha256", "model_sha256", "precision", "limit_images")
     return {
         "eval": PERBENCH_OVERALL,
         "kind": "PerBench",

@@ -13,6 +13,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from pixel_sail.model.folder import TOKENIZER_CONFIG, check_no_code
 from pixel_sail.types import DataError
 
 END_TOKEN = "<|endoftext|>"
@@ -29,14 +30,26 @@ def special_tokens(num_visual_prompts: int) -> list[str]:
 
 
 def load_tokenizer(path: str | Path, *, num_visual_prompts: int) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a local folder with the tokens the model needs, added where they are missing."""
+    """Return the tokenizer of a local folder with the tokens the model needs, added where they are missing.
+
+    Raises: ValueError when there is none; DataError for one that comes with code of its own.
+    """
     if not Path(path).is_dir():
         raise ValueError(
             f"tokenizer {path}: no such folder; expected a Hugging Face tokenizer folder "
             "(tools/make_tokenizer.py writes one)"
         )
-    tokenizer = AutoTokenizer.from_pretrained(str(path))
+    tokenizer = read_tokenizer_files(path)
     add_special_tokens(tokenizer, num_visual_prompts=num_visual_prompts)
+    return tokenizer
+
+
+def read_tokenizer_files(folder: str | Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that Hugging Face finds in a local folder. Raises: DataError where it comes with code."""
+    check_no_code(folder, TOKENIZER_CONFIG)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=False
+    )
     return tokenizer
 
 
