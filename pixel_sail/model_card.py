@@ -20,7 +20,7 @@ from pixel_sail.config import ConfigError
 from pixel_sail.evaluation.results import EVALUATION, FILE_NAME, Row, read_rows
 from pixel_sail.evaluation.run import EXPORT
 from pixel_sail.evaluation.tables import scores_table
-from pixel_sail.files import replace_text, sha256
+from pixel_sail.files import read_json, read_json_lines, replace_text, sha256
 from pixel_sail.provenance import STARTS
 from pixel_sail.types import DataError
 
@@ -56,7 +56,9 @@ def card_text(run_dir: Path, *, name: str, license_name: str) -> str:
     for file in (export / "config.json", export / "model.safetensors", run_dir / "config.json"):
         if not file.is_file():
             raise ConfigError(f"{file} is not there; give the folder of a run whose training finished")
-    config = json.loads((run_dir / "config.json").read_text())
+    remedy = "give the folder of a run whose training finished, with the files it wrote"
+    kinds = dict.fromkeys(("model", "data", "optim", "predict"), dict) | {"seed": int}
+    config = read_json(run_dir / "config.json", kinds, fail=ConfigError, remedy=remedy)
     head = {
         "license": license_name,
         "library_name": "pixel_sail",
@@ -141,7 +143,8 @@ def _recipe(run_dir: Path, config: Mapping[str, Any]) -> str:
         "averaged weights": optim["ema_decay"] or "no",
     }
     file = run_dir / STARTS
-    starts = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    kinds = {"step": int, "packages": dict, "code": str, "world_size": int, "device": str}
+    starts = read_json_lines(file, kinds, fail=ConfigError, remedy="correct or delete that line")
     for start in starts:
         versions = ", ".join(f"{name} {version}" for name, version in start["packages"].items())
         rows[f"from step {start['step']}"] = (

@@ -24,7 +24,6 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError
 
 from pixel_sail.answers import AskResult, Box, Point, Timing, visual_prompts
 from pixel_sail.config import ConfigError, PredictConfig
@@ -48,8 +47,6 @@ Region = Box | Point | BoolMask
 DESCRIBE_IMAGE = "Please describe this image."
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _NAMED_PROMPT = re.compile(r"<Prompt(\d+)>")
-_LOADING_ERRORS = (OSError, ValueError, KeyError, NotImplementedError, SafetensorError)
-"""What the libraries raise for a folder whose files are cut, lost or of another model, found by damaging them."""
 _CONTROL_TOKENS = (SEG_TOKEN, *IMAGE_TOKENS, TURN_START, TURN_END, END_TOKEN)
 
 
@@ -103,10 +100,8 @@ class Predictor:
         folder = _local_folder(name, revision)
         try:
             return cls(BatchPredictor.from_pretrained(folder, config=config, precision=precision, device=place))
-        except _LOADING_ERRORS as error:
-            raise ConfigError(
-                f"model {folder}: cannot be loaded ({type(error).__name__}: {error}); copy or export it anew"
-            ) from error
+        except DataError as error:
+            raise ConfigError(f"model {folder}: cannot be loaded ({error})") from error
 
     def segment(self, image: ImageLike, text: str, prompts: Sequence[Region] = ()) -> AskResult:
         """Return the mask of what a text names, such as "the red cup" or "what `<Prompt0>` holds".

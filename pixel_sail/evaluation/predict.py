@@ -26,7 +26,7 @@ from pixel_sail.model.generation import Answer, ImagePrefixes, encode_images, ge
 from pixel_sail.model.mask_head import mask_logits
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, load_model
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
-from pixel_sail.types import BoolMask, SizeHW, VisualPrompt
+from pixel_sail.types import BoolMask, DataError, SizeHW, VisualPrompt
 
 FORCED_ANSWER = "It is [SEG]."
 """The answer that is put into the model's mouth with `predict.answer=forced` (released retry)."""
@@ -102,10 +102,20 @@ class BatchPredictor:
     def from_pretrained(
         cls, folder: str | Path, *, config: PredictConfig | None = None, precision: str = "fp32", device: str = "cpu"
     ) -> "BatchPredictor":
-        """Load an exported folder."""
+        """Load an exported folder. Raises: DataError where its files are damaged or do not belong together."""
         model = load_model(folder, dtype=DTYPES[precision])
+        processor = PixelSailProcessor.from_pretrained(folder)
+        vocabulary = processor.tokenizer.get_vocab()
+        wanted = model.config.token_ids
+        if others := {
+            name: (vocabulary.get(name), wanted[name]) for name in wanted if vocabulary.get(name) != wanted[name]
+        }:
+            raise DataError(
+                f"{folder}: (tokenizer, config.json) differ in the ids of {dict(list(others.items())[:5])}; the files "
+                "are of two models; copy or export them anew"
+            )
         model.to(torch.device(device))  # type: ignore[arg-type]
-        return cls(model, PixelSailProcessor.from_pretrained(folder), config)
+        return cls(model, processor, config)
 
     @property
     def end_ids(self) -> tuple[int, int]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pixel_sail.files import read_json
 from pixel_sail.model.attention_rules import VarlenAttention, training_rule
 from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
 from pixel_sail.model.decoder import Attention, AttentionRule, Decoder, DecoderLayer, RMSNorm, SwiGLU
@@ -28,13 +29,14 @@ from pixel_sail.model.eve_embedding import EveEmbedding
 from pixel_sail.model.image_embedding import PatchEmbedding, PooledPrompts
 from pixel_sail.model.image_layout import image_tokens
 from pixel_sail.model.mask_head import MaskHead, PointLogits, folded_logits, mask_logits
+from pixel_sail.model.reading import check_sizes, reading, weight_shapes
 from pixel_sail.model.routed_decoder import Mixed, RoutedDecoder, TokenKinds, TwoKinds
 from pixel_sail.model.speed import Speed
 from pixel_sail.model.text_head import TextHead
 from pixel_sail.model.tokenization import IMAGE_TOKENS
 from pixel_sail.model.transfer import to_device
 from pixel_sail.model.upsampler import Upsampler
-from pixel_sail.types import SampleSpan
+from pixel_sail.types import DataError, SampleSpan
 
 
 @dataclass(kw_only=True)
@@ -124,7 +126,7 @@ class PixelSailForSegmentation(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load a folder written by `save_pretrained`; missing, unexpected or misshapen weights raise ValueError.
+        """Load a folder written by `save_pretrained`; missing, unexpected or misshapen weights raise DataError.
 
         Hugging Face only warns and leaves missing weights random; a score made with such a model is worthless.
         """
@@ -135,7 +137,7 @@ class PixelSailForSegmentation(PreTrainedModel):
         model, info = loaded
         problems = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
         if problems:
-            raise ValueError(f"{args[0] if args else kwargs}: the weights do not fit the model: {problems}")
+            raise DataError(f"{args[0] if args else kwargs}: the weights do not fit the model: {problems}")
         return (model, info) if wants_info else model
 
     def embed(self, input_ids_BT: Tensor, patches_SK: Tensor, patch_index_BT: Tensor, prompt_ids_BT: Tensor) -> Tensor:
@@ -426,7 +428,10 @@ def states_of_images(
 
 
 def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> PixelSailForSegmentation:
-    """Return the model of an exported folder in evaluation mode; ValueError when weights and config disagree."""
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"{folder}: no config.json; expected a folder written by training's export or save_pretrained")
-    return PixelSailForSegmentation.from_pretrained(folder, dtype=dtype).eval()
+    """Return the model of an exported folder in evaluation mode; DataError when weights and config disagree."""
+    remedy = "expected a folder written by training's export or save_pretrained; copy or export it anew"
+    read_json(Path(folder) / "config.json", {}, fail=DataError, remedy=remedy)
+    with reading(f"model {folder}"):
+        config = PixelSailConfig.from_pretrained(folder)
+        check_sizes(config, weight_shapes(Path(folder)), Path(folder))
+        return PixelSailForSegmentation.from_pretrained(folder, dtype=dtype).eval()

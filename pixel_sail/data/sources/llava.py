@@ -34,7 +34,7 @@ def load(
     is about 3500 tokens. A single longer turn stays whole. Raises: DataError, ValueError.
     """
     if max_text_bytes < 1:
-        raise ValueError(
+        raise DataError(
             f"source {name}: found max_text_bytes {max_text_bytes}, expected at least 1; correct the config"
         )
     return LlavaSource(open_records(annotations), Path(image_dir), name=name, max_text_bytes=max_text_bytes)

@@ -116,9 +116,9 @@ class ReasonSegSource:
     """One item per photo with a text and a target; up to three of its texts as turns, none twice."""
 
     def __init__(self, files: Sequence[Path], *, name: str, split: str, most: int) -> None:
-        """Leave out what has no text or no target, and log how many. Raises: ValueError."""
+        """Leave out what has no text or no target, and log how many. Raises: DataError."""
         if most < 1:
-            raise ValueError(f"source {name}: found sentences_per_image {most}, expected 1 or more; correct the config")
+            raise DataError(f"source {name}: found sentences_per_image {most}, expected 1 or more; correct the config")
         self.name = name
         self._split = split
         self._most = most
@@ -238,4 +238,4 @@ def _is_usable(path: Path) -> bool:
 
 def _check_choice(name: str, found: str, expected: tuple[str, ...]) -> None:
     if found not in expected:
-        raise ValueError(f"{name}: found {found!r}, expected one of {expected}; correct the config")
+        raise DataError(f"{name}: found {found!r}, expected one of {expected}; correct the config")
