@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pixel_sail.data.details import DETAILS, OURS
 from pixel_sail.data.leakage import LeakageConfig
 from pixel_sail.data.packing import PackingSettings
+from pixel_sail.errors import ExpectedError
 from pixel_sail.experts.settings import ExpertSettings
 from pixel_sail.losses.total import LossConfig
 from pixel_sail.model.configuration_pixel_sail import Architecture
@@ -38,7 +39,7 @@ CONFIG_FOLDER = root_folder() / "configs"
 PRECISIONS = ("fp32", "bf16")
 
 
-class ConfigError(ValueError):
+class ConfigError(ExpectedError, ValueError):
     """A configuration is wrong; the message names the key, what was found and what was expected."""
 
 

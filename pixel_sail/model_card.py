@@ -20,7 +20,7 @@ from pixel_sail.config import ConfigError
 from pixel_sail.evaluation.results import EVALUATION, FILE_NAME, Row, read_rows
 from pixel_sail.evaluation.run import EXPORT
 from pixel_sail.evaluation.tables import scores_table
-from pixel_sail.files import replace_text
+from pixel_sail.files import read_json, read_json_lines, replace_text
 from pixel_sail.model.folder import MODEL_FILES, hash_of, holds_model, model_hashes, weight_files, weights_hash
 from pixel_sail.provenance import STARTS
 from pixel_sail.types import DataError
@@ -52,9 +52,11 @@ def write_card(run_dir: Path, *, name: str, license_name: str) -> Path:
 def card_text(run_dir: Path, *, name: str, license_name: str) -> str:
     """Return the card of a run's exported model. Raises: ConfigError as `write_card`."""
     export = run_dir / EXPORT
+    remedy = "give the folder of a run whose training finished, with the files it wrote"
     if not holds_model(export):
-        raise ConfigError(f"{export}: the model is not there; give the folder of a run whose training finished")
-    config = _read_config(run_dir / "config.json")
+        raise ConfigError(f"{export}: the model is not there; {remedy}")
+    kinds = dict.fromkeys(("model", "data", "optim", "predict"), dict) | {"seed": int}
+    config = read_json(run_dir / "config.json", kinds, fail=ConfigError, remedy=remedy)
     head = {
         "license": license_name,
         "library_name": "pixel_sail",
@@ -154,7 +156,8 @@ def _recipe(run_dir: Path, config: Mapping[str, Any]) -> str:
         "averaged weights": optim["ema_decay"] or "no",
     }
     file = run_dir / STARTS
-    starts = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    kinds = {"step": int, "packages": dict, "code": str, "world_size": int, "device": str}
+    starts = read_json_lines(file, kinds, fail=ConfigError, remedy="correct or delete that line")
     for start in starts:
         versions = ", ".join(f"{name} {version}" for name, version in start["packages"].items())
         rows[f"from step {start['step']}"] = (

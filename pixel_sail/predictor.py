@@ -98,7 +98,10 @@ class Predictor:
         if config.max_new_tokens is None:
             config = replace(config, max_new_tokens=LONG_ANSWER_TOKENS)
         folder = _local_folder(name, revision)
-        return cls(BatchPredictor.from_pretrained(folder, config=config, precision=precision, device=place))
+        try:
+            return cls(BatchPredictor.from_pretrained(folder, config=config, precision=precision, device=place))
+        except DataError as error:
+            raise ConfigError(f"model {folder}: cannot be loaded ({error})") from error
 
     def segment(self, image: ImageLike, text: str, prompts: Sequence[Region] = ()) -> AskResult:
         """Return the mask of what a text names, such as "the red cup" or "what `<Prompt0>` holds".

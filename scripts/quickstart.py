@@ -17,12 +17,15 @@ from pathlib import Path
 import torch
 
 from pixel_sail.config import EvalConfig, TrainConfig, build, load_config
+from pixel_sail.entry import one_message
 from pixel_sail.evaluation.cases import spread_cases
 from pixel_sail.evaluation.predictions import read_predictions
 from pixel_sail.evaluation.report import write_report
+from pixel_sail.evaluation.results import read_rows
 from pixel_sail.evaluation.tables import scores_table
-from pixel_sail.files import replace_text
+from pixel_sail.files import read_json, replace_text
 from pixel_sail.provenance import code_version
+from pixel_sail.types import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 SPLITS = ("val", "testA", "testB")
@@ -55,7 +58,8 @@ def launch(processes: int, script: str, *overrides: str) -> float:
     )
 
 
-def main() -> None:
+@one_message
+def main() -> int:
     """Draw, train, score, report."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     overrides = ["experiment=quickstart", *sys.argv[1:]]
@@ -76,6 +80,7 @@ def main() -> None:
         timing.add("evaluate", launch(processes, "scripts/evaluate.py", *options, f"output={run_dir / 'evaluation'}"))
     report(config, run_dir, timing)
     print(f"\nReport: {run_dir / 'report.html'}  scores: {run_dir / 'metrics.json'}")
+    return 0
 
 
 class Timing:
@@ -83,7 +88,8 @@ class Timing:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+        remedy = "delete it, and every stage is made again"
+        self.seconds: dict[str, float] = read_json(path, {}, fail=DataError, remedy=remedy) if path.is_file() else {}
 
     def has(self, stage: str) -> bool:
         """Return whether a stage is finished."""
@@ -97,8 +103,7 @@ class Timing:
 
 def report(config: TrainConfig, run_dir: Path, timing: Timing) -> None:
     """Write metrics.json, report.md and report.html from what the commands left behind."""
-    lines = [json.loads(line) for line in (run_dir / "evaluation" / "results.jsonl").read_text().splitlines()]
-    scores = {line["eval"]: line["scores"] for line in lines}
+    scores = {name: row["scores"] for name, row in read_rows(run_dir / "evaluation").items()}
     splits = {split: scores[f"refshapes_{split}"] for split in SPLITS}
     brief = {split: {key: row[key] for key in ("ciou", "giou", "count")} for split, row in splits.items()}
     seconds = round(sum(timing.seconds.values()), 1)
@@ -133,4 +138,4 @@ def report(config: TrainConfig, run_dir: Path, timing: Timing) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,7 +7,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "pixel_sail"
 
 LAYERS = (
-    ("types", "dist", "files", "places"),
+    ("errors",),
+    ("types", "dist", "entry", "files", "places"),
     ("provenance",),
     ("rle",),
     ("model",),

@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pixel_sail.config import ConfigError
+from pixel_sail.entry import one_message
 from pixel_sail.evaluation.comparison import Difference, compare
 from pixel_sail.evaluation.confidence import LEVEL, RESAMPLES
 from pixel_sail.evaluation.loaders import LOADER_HELP
@@ -33,31 +33,28 @@ from pixel_sail.types import DataError
 HEAD = f"{'score':<16}{'A':>9}{'B':>9}{'B - A':>10}   {'95 % interval':<20}{'A better':>9}{'B better':>10}{'equal':>8}"
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the comparison and return 0; where it is refused, write the reason to stderr and return 2."""
     options = _parse(arguments)
-    try:
-        names = _common(options.run_a, options.run_b, options.evals)
-        rows = [read_rows(folder) for folder in (options.run_a, options.run_b)]
-        report: dict[str, Any] = {}
-        for name in names:
-            folders = [folder / name for folder in (options.run_a, options.run_b)]
-            differences = compare(*folders, seed=options.seed, resamples=options.resamples, loaders=options.loader)
-            weights = [read_protocol(folder)["weights_sha256"] for folder in folders]
-            print(f"{name} (A {weights[0][:12]}, B {weights[1][:12]})\n{HEAD}")
-            print("\n".join(map(_line, differences)) + "\n")
-            report[name] = {
-                "weights_sha256": weights,
-                "code": [row[name]["code"] if name in row else None for row in rows],
-                "scores": [asdict(difference) | {"difference": _difference(difference)} for difference in differences],
-            }
-        if options.json is not None:
-            settings = {"level": LEVEL, "resamples": options.resamples, "seed": options.seed}
-            runs = {"a": str(options.run_a), "b": str(options.run_b)}
-            replace_text(options.json, json.dumps({**runs, **settings, "evals": report}, indent=1) + "\n")
-    except (ConfigError, DataError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    names = _common(options.run_a, options.run_b, options.evals)
+    rows = [read_rows(folder) for folder in (options.run_a, options.run_b)]
+    report: dict[str, Any] = {}
+    for name in names:
+        folders = [folder / name for folder in (options.run_a, options.run_b)]
+        differences = compare(*folders, seed=options.seed, resamples=options.resamples, loaders=options.loader)
+        weights = [read_protocol(folder)["weights_sha256"] for folder in folders]
+        print(f"{name} (A {weights[0][:12]}, B {weights[1][:12]})\n{HEAD}")
+        print("\n".join(map(_line, differences)) + "\n")
+        report[name] = {
+            "weights_sha256": weights,
+            "code": [row[name]["code"] if name in row else None for row in rows],
+            "scores": [asdict(difference) | {"difference": _difference(difference)} for difference in differences],
+        }
+    if options.json is not None:
+        settings = {"level": LEVEL, "resamples": options.resamples, "seed": options.seed}
+        runs = {"a": str(options.run_a), "b": str(options.run_b)}
+        replace_text(options.json, json.dumps({**runs, **settings, "evals": report}, indent=1) + "\n")
     return 0
 
 

@@ -29,6 +29,7 @@ import torch
 from pixel_sail.config import ConfigError, TrainConfig, load_config
 from pixel_sail.data.loader import LaneShare, training_batches
 from pixel_sail.data.packing import LanePosition
+from pixel_sail.entry import one_message
 from pixel_sail.files import replace_text
 from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
@@ -115,33 +116,28 @@ def training_parts(config: TrainConfig) -> TrainingParts:
     return TrainingParts(adapters=adapters, trained=trained)
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the plan; wrong input ends with one message and exit status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan to this file too, - prints it only")
     options, rest = parser.parse_known_args(arguments)
-    try:
-        machine, assumptions, packs, overrides = split_arguments(rest)
-        config = load_config("train", TrainConfig, overrides)
-        if remark := fill_in_vocabulary(config.model):
-            logger.warning(remark)
-        works, is_assumed = [], True
-        if packs:
-            try:
-                works, is_assumed = measure(config, packs), False
-            except DataError as error:
-                logger.warning("the data cannot be looked at, so its contents are assumed: %s", error)
-        if is_assumed:
-            data = config.data
-            works = [
-                assumed(config.model.architecture, data.packing.token_budget, data.packs_per_micro_batch, assumptions)
-            ]
-        parts = training_parts(config)
-        plan = make_plan(config, works, machine, assumptions=assumptions if is_assumed else None, training_parts=parts)
-    except (ConfigError, DataError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    machine, assumptions, packs, overrides = split_arguments(rest)
+    config = load_config("train", TrainConfig, overrides)
+    if remark := fill_in_vocabulary(config.model):
+        logger.warning(remark)
+    works, is_assumed = [], True
+    if packs:
+        try:
+            works, is_assumed = measure(config, packs), False
+        except DataError as error:
+            logger.warning("the data cannot be looked at, so its contents are assumed: %s", error)
+    if is_assumed:
+        data = config.data
+        works = [assumed(config.model.architecture, data.packing.token_budget, data.packs_per_micro_batch, assumptions)]
+    parts = training_parts(config)
+    plan = make_plan(config, works, machine, assumptions=assumptions if is_assumed else None, training_parts=parts)
     text = json.dumps(plan, indent=1) + "\n"
     if options.json is not None and str(options.json) == "-":
         print(text, end="")

@@ -16,24 +16,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pixel_sail.config import ConfigError
 from pixel_sail.data.sources.refer import expressions, load_refer
+from pixel_sail.entry import one_message
 from pixel_sail.evaluation.loaders import LOADER_HELP
 from pixel_sail.evaluation.measured import Scores
 from pixel_sail.evaluation.predictions import measure_predictions, read_predictions
 from pixel_sail.evaluation.stored import read_stored
-from pixel_sail.types import DataError
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the scores and return 0; on wrong data write the reason to stderr and return 2."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     options = _parse(arguments)
-    try:
-        print(json.dumps(_score(options)))
-    except (ConfigError, DataError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    print(json.dumps(_score(options)))
     return 0
 
 

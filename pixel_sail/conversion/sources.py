@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pixel_sail.model.reading import reading
 from pixel_sail.types import DataError
 
 INDEX = "model.safetensors.index.json"
@@ -74,7 +75,8 @@ class SafetensorsSource:
 
     def read(self, name: str) -> Tensor:
         """Return one tensor."""
-        with _open_safetensors(self._files[name]) as opened:
+        path = self._files[name]
+        with reading(f"{path}: {name}", "get it again"), _open_safetensors(path) as opened:
             tensor = opened.get_tensor(name)
         assert isinstance(tensor, Tensor)
         return tensor

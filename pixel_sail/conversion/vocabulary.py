@@ -15,14 +15,17 @@ from tokenizers import AddedToken
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pixel_sail.model.folder import TOKENIZER_CONFIG, check_no_code
-from pixel_sail.model.tokenization import PHRASE_TOKENS, SEG_TOKEN, read_tokenizer_files
+from pixel_sail.model.tokenization import (
+    PHRASE_TOKENS,
+    SEG_TOKEN,
+    SENTENCEPIECE_FILE,
+    TOKENIZER_FILES,
+    read_tokenizer_files,
+)
 from pixel_sail.types import DataError
 
 UNUSED_PROMPT = "<NO_Prompt>"
 """A token of the release that is never an input."""
-
-SENTENCEPIECE_FILE = "tokenizer.model"
-TOKENIZER_FILES = ("tokenizer.json", SENTENCEPIECE_FILE, "vocab.json")
 
 MAX_PADDING = 512
 """How many rows without a token an embedding may have; Qwen2.5-7B has 399, the most of the bases."""

@@ -22,12 +22,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
-from pixel_sail.config import ConfigError, PredictConfig
+from pixel_sail.config import PredictConfig
 from pixel_sail.model.generation import Answer, ImagePrefixes, NotFiniteError, encode_images, generate
 from pixel_sail.model.mask_head import mask_logits
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, first_not_finite, load_model
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
-from pixel_sail.types import BoolMask, SizeHW, VisualPrompt
+from pixel_sail.types import BoolMask, DataError, SizeHW, VisualPrompt
 
 FORCED_ANSWER = "It is [SEG]."
 """The answer that is put into the model's mouth with `predict.answer=forced` (released retry)."""
@@ -116,14 +116,18 @@ class BatchPredictor:
     def from_pretrained(
         cls, folder: str | Path, *, config: PredictConfig | None = None, precision: str = "fp32", device: str = "cpu"
     ) -> "BatchPredictor":
-        """Load an exported folder. Raises: ConfigError when it is damaged, asks for code to be run, or holds NaN."""
-        try:
-            model = load_model(folder, dtype=DTYPES[precision])
-            processor = PixelSailProcessor.from_pretrained(folder)
-        except LOADING_ERRORS as error:
-            raise ConfigError(
-                f"model {folder}: cannot be loaded ({type(error).__name__}: {error}); copy or export it anew"
-            ) from error
+        """Load an exported folder. Raises: DataError where its files are damaged or do not belong together."""
+        model = load_model(folder, dtype=DTYPES[precision])
+        processor = PixelSailProcessor.from_pretrained(folder)
+        vocabulary = processor.tokenizer.get_vocab()
+        wanted = model.config.token_ids
+        if others := {
+            name: (vocabulary.get(name), wanted[name]) for name in wanted if vocabulary.get(name) != wanted[name]
+        }:
+            raise DataError(
+                f"{folder}: (tokenizer, config.json) differ in the ids of {dict(list(others.items())[:5])}; the files "
+                "are of two models; copy or export them anew"
+            )
         model.to(torch.device(device))  # type: ignore[arg-type]
         return cls(model, processor, config)
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from pixel_sail.evaluation.confidence import LEVEL, Interval, interval
 from pixel_sail.evaluation.measured import PAPER_PREFIX, Measured, Scores, Values
-from pixel_sail.files import append_line
+from pixel_sail.files import append_line, read_json_lines
 from pixel_sail.metrics.visual_referring import perbench_overall
 from pixel_sail.provenance import machine
 from pixel_sail.types import DataError
@@ -170,18 +170,18 @@ def _perbench_values(parts: Mapping[str, Mapping[str, Any]], prefix: str) -> tup
 
 
 def append_row(folder: Path, row: Row) -> None:
-    """Add a row to the results of a folder; the file has it whole or not at all."""
+    """Add a row to the results of a folder; a row that is cut is as none. Raises: WriteError."""
     append_line(folder / FILE_NAME, json.dumps(row))
 
 
 def read_rows(folder: Path) -> dict[str, Row]:
     """Return the last row of every eval of a folder. Raises: DataError."""
     file = folder / FILE_NAME
-    try:
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        return {row["eval"]: row for row in rows}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    remedy = "correct or delete that line, or run the evaluation again"
+    rows = read_json_lines(file, {"eval": str, "scores": dict}, fail=DataError, remedy=remedy)
+    if not rows:
         raise DataError(
-            f"{file}: found no readable results ({error!r}), expected the JSON lines of an evaluation; "
-            "give the folder that scripts/evaluate.py wrote, or run it again"
-        ) from error
+            f"{file}: found no readable results, expected the JSON lines of an evaluation; give the folder that "
+            "scripts/evaluate.py wrote, or run it again"
+        )
+    return {row["eval"]: row for row in rows}

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pixel_sail.files import read_json
 from pixel_sail.model.attention_rules import VarlenAttention, training_rule
 from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
 from pixel_sail.model.decoder import Attention, AttentionRule, Decoder, DecoderLayer, RMSNorm, SwiGLU
@@ -30,6 +31,7 @@ from pixel_sail.model.folder import MODEL_CONFIG, check_no_code, weight_files
 from pixel_sail.model.image_embedding import PatchEmbedding, PooledPrompts
 from pixel_sail.model.image_layout import image_tokens
 from pixel_sail.model.mask_head import MaskHead, PointLogits, folded_logits, mask_logits
+from pixel_sail.model.reading import check_sizes, reading, weight_shapes
 from pixel_sail.model.routed_decoder import Mixed, RoutedDecoder, TokenKinds, TwoKinds
 from pixel_sail.model.speed import Speed
 from pixel_sail.model.text_head import TextHead
@@ -126,7 +128,7 @@ class PixelSailForSegmentation(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load a folder written by `save_pretrained`; missing, unexpected or misshapen weights raise ValueError.
+        """Load a folder written by `save_pretrained`; missing, unexpected or misshapen weights raise DataError.
 
         Hugging Face only warns and leaves missing weights random; a score made with such a model is worthless.
         """
@@ -137,7 +139,7 @@ class PixelSailForSegmentation(PreTrainedModel):
         model, info = loaded
         problems = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
         if problems:
-            raise ValueError(f"{args[0] if args else kwargs}: the weights do not fit the model: {problems}")
+            raise DataError(f"{args[0] if args else kwargs}: the weights do not fit the model: {problems}")
         return (model, info) if wants_info else model
 
     def embed(self, input_ids_BT: Tensor, patches_SK: Tensor, patch_index_BT: Tensor, prompt_ids_BT: Tensor) -> Tensor:
@@ -430,16 +432,20 @@ def states_of_images(
 def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> PixelSailForSegmentation:
     """Return the model of an exported folder in evaluation mode.
 
-    Raises: ValueError when weights and config disagree; DataError for a configuration that asks for code to be run, and
-    for weights that are not finite.
+    Raises: DataError when weights and config disagree, a file is damaged, the configuration asks for code to be run, or
+    weights are not finite.
     """
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"{folder}: no config.json; expected a folder written by training's export or save_pretrained")
+    folder = Path(folder)
+    remedy = "expected a folder written by training's export or save_pretrained; copy or export it anew"
+    read_json(folder / MODEL_CONFIG, {}, fail=DataError, remedy=remedy)
     check_no_code(folder, MODEL_CONFIG)
-    weight_files(Path(folder))
-    model: PixelSailForSegmentation = PixelSailForSegmentation.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, use_safetensors=True
-    ).eval()
+    weight_files(folder)
+    with reading(f"model {folder}"):
+        config = PixelSailConfig.from_pretrained(folder)
+        check_sizes(config, weight_shapes(folder), folder)
+        model: PixelSailForSegmentation = PixelSailForSegmentation.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True
+        ).eval()
     if (name := first_not_finite(model)) is not None:
         raise DataError(
             f"{folder}: found NaN or infinite numbers in {name}, expected finite weights; the training that wrote them "

@@ -13,7 +13,7 @@ Base eve writes an image into the first question, in the chat template of its la
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from pixel_sail.files import check_fields, read_json
 from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.image_layout import ImageSpan, image_span
 from pixel_sail.model.patches import covered_patches, grid_size, image_to_patches, visible_owners
@@ -29,6 +30,8 @@ from pixel_sail.model.tokenization import END_TOKEN, IMAGE_TOKENS, SEG_TOKEN, TU
 from pixel_sail.types import IGNORE_LABEL, BoolMask, DataError, Example, Sample, SizeHW, VisualPrompt
 
 SETTINGS_FILE = "processor_config.json"
+MOST_PROMPTS = 10_000
+"""Visual prompts; a damaged file must not make tokens for hours."""
 QUESTION_TEMPLATE = "<|im_start|>user\n{question}<|im_end|>\n"
 """Neither a system prompt nor an assistant header, as in the release."""
 CHAT_LEAD, CHAT_QUESTION = "<|im_start|>user\n", "{question}<|im_end|>\n<|im_start|>assistant\n"
@@ -46,6 +49,25 @@ class ProcessorSettings:
     """Layout, template and resizing, see `Architecture`."""
     attention: str = "prefix"
     sizing: str = "long_side"
+
+
+def _read_settings(file: Path) -> ProcessorSettings:
+    """Return the settings of an exported folder. Raises: DataError."""
+    remedy = "expected an exported Pixel-SAIL folder; copy or export it anew"
+    sizes = ("patch_size", "max_long_side", "num_visual_prompts")
+    found = read_json(file, dict.fromkeys(sizes, int), fail=DataError, remedy=remedy)
+    texts = {name: str for name in found if name not in sizes}
+    check_fields(found, str(file), texts, fail=DataError, remedy=remedy)
+    known = {field.name for field in fields(ProcessorSettings)}
+    if unknown := sorted(found.keys() - known):
+        raise DataError(f"{file}: found {unknown}, expected {sorted(known)}; {remedy}")
+    if not (
+        found["patch_size"] > 0 and found["max_long_side"] > 0 and 0 <= found["num_visual_prompts"] <= MOST_PROMPTS
+    ):
+        raise DataError(
+            f"{file}: found {found}, expected sizes above 0 and at most {MOST_PROMPTS} visual prompts; {remedy}"
+        )
+    return ProcessorSettings(**found)
 
 
 class PixelSailProcessor:
@@ -84,11 +106,8 @@ class PixelSailProcessor:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "PixelSailProcessor":
-        """Read what `save_pretrained` wrote."""
-        file = Path(folder) / SETTINGS_FILE
-        if not file.is_file():
-            raise ValueError(f"{folder}: no {SETTINGS_FILE}; expected an exported Pixel-SAIL folder")
-        settings = ProcessorSettings(**json.loads(file.read_text()))
+        """Read what `save_pretrained` wrote. Raises: DataError."""
+        settings = _read_settings(Path(folder) / SETTINGS_FILE)
         tokenizer = load_tokenizer(folder, num_visual_prompts=settings.num_visual_prompts)
         return cls(tokenizer, settings)
 

@@ -109,7 +109,7 @@ def prepare(config: TrainConfig, *, lock: bool) -> Run:
         mixture = build_mixture(config.data, seed=config.seed)
     identity = run_identity(asdict(config)) | {checkpoint.DATA_FILES: data_identity(mixture, files)}
     num_columns = len(source_columns(experts))
-    state = TrainState.start(num_lanes=share.num_lanes, num_sources=len(mixture.names), num_columns=num_columns)
+    state = start = TrainState.start(num_lanes=share.num_lanes, num_sources=len(mixture.names), num_columns=num_columns)
     saved = None
     found = checkpoint.latest(run_dir / "checkpoints")
     if found is not None:
@@ -119,7 +119,9 @@ def prepare(config: TrainConfig, *, lock: bool) -> Run:
             )
         allowed = config.checkpoint.allow_changed_data
         state, *saved = checkpoint.read(found, identity, defaults=identity_defaults(config), allow_changed_data=allowed)
+        checkpoint.check_fits(found, state, start)
         checkpoint.load_parameters(model, saved[0])
+        checkpoint.check_moments(model, saved[1], is_averaged=config.optim.ema_decay > 0)
         logger.info("continuing from %s", found)
     state = behind_rewinds(run_dir, state)
     model.use(config.speed, config.optim.activation_checkpointing)

@@ -17,6 +17,7 @@ import logging
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -56,7 +57,7 @@ class RunLock:
         """Return why the folder cannot be had, None where it is ours now."""
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            file = (run_dir / LOCK_FILE).open("a+")
+            file = (run_dir / LOCK_FILE).open("a+", errors="replace")
         except OSError as error:
             return f"{self._name} {run_dir} cannot be written to ({error}); choose another one"
         try:
@@ -76,9 +77,15 @@ class RunLock:
                 f"{self._name} {run_dir} is in use by {_holder(file.read())} ({error}); wait for that run to end, end "
                 f"it, or choose another {self._name}"
             )
-        file.truncate(0)
-        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}) + "\n")
-        file.flush()
+        try:
+            file.truncate(0)
+            file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}) + "\n")
+            file.flush()
+        except OSError as error:
+            # Closing tries to write the rest again.
+            with suppress(OSError):
+                file.close()
+            return f"run_dir {run_dir} cannot be written to ({error}); make room, or choose another one"
         self._file = file
         return None
 
@@ -87,9 +94,9 @@ def _holder(text: str) -> str:
     """Return who holds a lock, from what it wrote into the file; that may be unfinished."""
     try:
         holder = json.loads(text)
-    except json.JSONDecodeError:
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+    except (ValueError, KeyError, TypeError, RecursionError):
         return "another process"
-    return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
 
 
 def _now() -> str:

@@ -30,7 +30,7 @@ from pixel_sail.data.prompts import MASK_ONLY
 from pixel_sail.data.regions import RegionSettings, RegionTurn, region_sample
 from pixel_sail.data.sources.coco_panoptic import CocoClasses
 from pixel_sail.data.wording.region_class import OTHERS, class_answer, class_question
-from pixel_sail.types import Sample, Source
+from pixel_sail.types import DataError, Sample, Source
 
 
 def load(
@@ -89,11 +89,11 @@ class CocoRegionSource(PanopticSource):
         others_share: float = 0.05,
         adds_right_name: bool = False,
     ) -> None:
-        """Check the settings and the file. Raises: ValueError, DataError."""
+        """Check the settings and the file. Raises: DataError, DataError."""
         check_at_least(name, 1, num_candidates=num_candidates)
         settings.check_count(name, regions_per_sample)
         if not 0.0 <= others_share <= 1.0:
-            raise ValueError(f"source {name}: found others_share {others_share}, expected 0 .. 1; correct the config")
+            raise DataError(f"source {name}: found others_share {others_share}, expected 0 .. 1; correct the config")
         self._classes = classes
         self._settings = settings
         self._regions_per_sample = regions_per_sample

@@ -73,7 +73,7 @@ def load(
     long description, whatever the file. Raises: DataError, ValueError.
     """
     if content not in CONTENTS:
-        raise ValueError(f"source {name}: found content {content!r}, expected one of {CONTENTS}; correct the config")
+        raise DataError(f"source {name}: found content {content!r}, expected one of {CONTENTS}; correct the config")
     settings = RegionSettings(num_prompts=num_prompts, shares=dict(prompt_shares), absent_share=absent_share)
     settings.check_count(name, regions_per_sample)
     return OspreySource(
@@ -113,7 +113,7 @@ class OspreySource:
     ) -> None:
         """Note which records can be used. Raises: DataError, ValueError without an image folder."""
         if not image_dirs:
-            raise ValueError(f"source {name}: found no image_dirs, expected at least one folder; correct the config")
+            raise DataError(f"source {name}: found no image_dirs, expected at least one folder; correct the config")
         self.name = name
         self._records = records
         self._image_dirs = tuple(image_dirs)

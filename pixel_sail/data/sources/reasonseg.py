@@ -162,9 +162,9 @@ class ReasonSegSource:
         released_wording: bool = False,
         ignored_as_background: bool = False,
     ) -> None:
-        """Leave out what has no text or no target, and log how many. Raises: ValueError."""
+        """Leave out what has no text or no target, and log how many. Raises: DataError."""
         if most < 1:
-            raise ValueError(f"source {name}: found sentences_per_image {most}, expected 1 or more; correct the config")
+            raise DataError(f"source {name}: found sentences_per_image {most}, expected 1 or more; correct the config")
         self.name = name
         self._split = split
         self._most = most
@@ -296,4 +296,4 @@ def _is_usable(path: Path) -> bool:
 
 def _check_choice(name: str, found: str, expected: tuple[str, ...]) -> None:
     if found not in expected:
-        raise ValueError(f"{name}: found {found!r}, expected one of {expected}; correct the config")
+        raise DataError(f"{name}: found {found!r}, expected one of {expected}; correct the config")

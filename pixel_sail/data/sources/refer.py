@@ -26,7 +26,7 @@ from pixel_sail.data.refer_annotations import Ref, ReferAnnotations, Sentence, l
 from pixel_sail.data.sources import hidden
 from pixel_sail.data.wording.referring import QUESTION_STYLES, referring_turn
 from pixel_sail.rle import encode_mask
-from pixel_sail.types import RLE, BoolMask, Expression, Sample, Source
+from pixel_sail.types import RLE, BoolMask, DataError, Expression, Sample, Source
 
 __all__ = ["TEXT_FIELDS", "ReferAnnotations", "ReferSource", "expressions", "load", "load_refer"]
 
@@ -118,15 +118,15 @@ class ReferSource:
         question_style: str = "varied",
         draws: str = OURS,
     ) -> None:
-        """Check the settings. Raises: ValueError, DataError."""
+        """Check the settings. Raises: DataError."""
         _check_text_field(text_field)
         if question_style not in QUESTION_STYLES:
-            raise ValueError(
+            raise DataError(
                 f"source {name}: found question_style {question_style!r}, expected one of {QUESTION_STYLES}; "
                 "correct the config"
             )
         if expressions_per_image < 1:
-            raise ValueError(
+            raise DataError(
                 f"source {name}: found expressions_per_image {expressions_per_image}, expected at least 1; "
                 "correct the config"
             )
@@ -258,4 +258,4 @@ def _target_mask(ref: Ref, annotations: ReferAnnotations) -> BoolMask:
 
 def _check_text_field(text_field: str) -> None:
     if text_field not in TEXT_FIELDS:
-        raise ValueError(f"text_field: found {text_field!r}, expected one of {TEXT_FIELDS}; correct the config")
+        raise DataError(f"text_field: found {text_field!r}, expected one of {TEXT_FIELDS}; correct the config")
