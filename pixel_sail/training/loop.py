@@ -50,6 +50,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
     InterruptedRun and LeftCorridorError after a checkpoint, where a signal or a band of the corridor asked for it.
     """
     run = prepare(config, lock=True)
+    config = run.config
     write_config(run)
     device = run.accelerator.device
     stop = StopSignals()
@@ -66,7 +67,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
         device=device,
     )
     watchdog = Watchdog(run.run_dir, config.watchdog, lambda: being_read(run.mixture, reading_L))
-    state, steps = run.state, config.optim.steps
+    state, steps = run.state, config.optim.num_steps
     last = min(steps, state.step + (config.checkpoint.stop_after or steps))
     run_log = RunLog(run.run_dir, config.log, steps=steps, start=state.step, resolved=asdict(config))
     with writer, run_log as log, watchdog:
