@@ -44,10 +44,11 @@ def run(*command: str) -> float:
     return time.monotonic() - started
 
 
-def num_processes(packs_per_step: int) -> int:
-    """Return one process per GPU, or two where there is none, as far as they can share the global batch evenly."""
+def num_processes(packs_per_step: int | None) -> int:
+    """Return one process per GPU, or two where there is none, as far as they can share the global batch evenly. None:
+    the batch is fitted to them."""
     wanted = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
-    return max(number for number in range(1, wanted + 1) if packs_per_step % number == 0)
+    return max(number for number in range(1, wanted + 1) if packs_per_step is None or packs_per_step % number == 0)
 
 
 def launch(processes: int, script: str, *overrides: str) -> float:
@@ -72,7 +73,9 @@ def main() -> int:
     timing = Timing(run_dir / "timing.json")
     processes = num_processes(config.data.packs_per_step)
     if not timing.has("train"):
-        micro = min(config.data.packs_per_micro_batch, config.data.packs_per_step // processes)
+        micro = config.data.packs_per_micro_batch
+        if config.data.packs_per_step is not None:
+            micro = min(micro, config.data.packs_per_step // processes)
         share = f"data.packs_per_micro_batch={micro}"
         timing.add("train", launch(processes, "scripts/train.py", *overrides, share))
     if not timing.has("evaluate"):
@@ -116,11 +119,13 @@ def report(config: TrainConfig, run_dir: Path, timing: Timing) -> None:
         name = f"refshapes_{split}"
         predictions = read_predictions(run_dir / "evaluation" / name / "predictions.jsonl")
         cases[split] = spread_cases(build(evals[name], name), predictions, EXAMPLES_PER_SPLIT)
+    made_with = json.loads((run_dir / "config.json").read_text())
+    steps, packs = made_with["optim"]["steps"], made_with["data"]["packs_per_step"]
     write_report(
         run_dir,
         title="Pixel-SAIL quickstart: referring segmentation on RefShapes",
         facts=[
-            f"{config.optim.steps} steps of {config.data.packs_per_step} images, seed {config.seed}",
+            f"{steps} steps of {packs} images, seed {config.seed}",
             f"training {timing.seconds['train']:.0f} s, scoring {timing.seconds['evaluate']:.0f} s",
             f"code {code_version()}",
             "testA: all objects of a picture have one shape. testB: pairs of colour and shape not seen in training.",

@@ -36,9 +36,10 @@ from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.routed_decoder import Mixed, RoutedLayer, TwoKinds
 from pixel_sail.model.speed import REFERENCE, Speed
 from pixel_sail.planning.activations import activation_bytes
+from pixel_sail.planning.assumed import assumed_sample
 from pixel_sail.planning.flops import forward_flops
 from pixel_sail.planning.parameters import parameter_counts
-from pixel_sail.planning.workload import Assumptions, assumed, of_batch
+from pixel_sail.planning.workload import of_batch
 from pixel_sail.training.build import lora_targets
 from pixel_sail.types import DataError, VisualPrompt
 
@@ -541,7 +542,7 @@ def test_the_plan_counts_operations_and_activations(eve_model, batch, experts):
 
 def test_the_plan_assumes_the_causal_triangle_of_an_eve_image():
     architecture = Architecture(base="eve", attention="causal", patch_size=32, max_long_side=800)
-    work = assumed(architecture, 800, 1, Assumptions(text_tokens=100))
+    work = assumed_sample(architecture, (480, 640), text_tokens=100, supervised=50, masks=4)
     length = 1 + 22 * 30 + 100
     assert (work.images[0].rows, work.images[0].columns) == (22, 29)
     assert work.seen_pairs == length * (length + 1) // 2

@@ -40,6 +40,7 @@ COMMON = (
     *("model=tiny", "model.architecture.hidden_size=64", "model.architecture.intermediate_size=176"),
     *("model.architecture.num_attention_heads=2", "model.architecture.num_key_value_heads=1"),
     *("deepspeed=none", "optim.precision=fp32", "optim.lr=1.5e-3", "log.tensorboard=false"),
+    *("optim.epochs=null", "data.samples_per_step=null"),
     *("data.packs_per_step=16", "data.packs_per_micro_batch=8", "data.lane_rounds=1", "data.num_workers=1"),
     *("data.packing.token_budget=512", "data.packing.max_samples=1", "data.packing.independent_turns=true"),
     *("data.leakage.held_out=[]", "loss.points.num_points=1024", "loss.points.oversample_ratio=1.0"),

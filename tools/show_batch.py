@@ -22,7 +22,7 @@ from pixel_sail.evaluation.batch_view import batch_facts, write_batch_view
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.tokenization import load_tokenizer
 from pixel_sail.planning.parameters import fill_in_vocabulary
-from pixel_sail.training.prepare import build_mixture, sample_cost
+from pixel_sail.training.prepare import build_mixture, measure_length, sample_cost
 from pixel_sail.types import Batch
 
 
@@ -60,8 +60,11 @@ def first_batch(config: TrainConfig, processor: PixelSailProcessor) -> Batch:
     """Return the first micro-batch of the first process. Raises: DataError."""
     mixture = build_mixture(config.data, seed=config.seed)
     data, packs, cost = config.data, [], sample_cost(config)
+    packs_per_step = data.packs_per_step
+    if packs_per_step is None:
+        packs_per_step = measure_length(config, mixture, processor).packs_per_step
     for lane in range(data.packs_per_micro_batch):
-        stream = LaneStream(mixture, processor, data.packing, lane=lane, num_lanes=data.packs_per_step, cost=cost)
+        stream = LaneStream(mixture, processor, data.packing, lane=lane, num_lanes=packs_per_step, cost=cost)
         packs.append(next(iter(stream)))
     return collate(packs, seg_id=processor.seg_id)
 

@@ -13,7 +13,7 @@ Base eve writes an image into the first question, in the chat template of its la
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -189,11 +189,19 @@ class PixelSailProcessor:
         would have alone; otherwise the turns form one conversation, each seeing the ones before.
         Raises: DataError when masks and [SEG] tokens do not match, an answer is missing or a prompt cannot be painted.
         """
-        parts = _TokenParts()
-        patches, grid = torch.zeros(0, 3 * self.settings.patch_size**2, dtype=torch.uint8), None
-        if image is not None:
-            self._check_mask_sizes(sample, image)
-            patches, grid = self.image_patches(image)
+        size_hw = None if image is None else (image.height, image.width)
+        example = self.lay_out(sample, size_hw, independent_turns=independent_turns)
+        return example if image is None else replace(example, patches_PK=self.image_patches(image)[0])
+
+    def lay_out(self, sample: Sample, size_hw: SizeHW | None, *, independent_turns: bool) -> Example:
+        """Return a sample as tokens like `encode_sample`, from the size of its image and without pixels: P is 0.
+
+        Raises: DataError as `encode_sample`.
+        """
+        parts, grid = _TokenParts(), None
+        if size_hw is not None:
+            self._check_mask_sizes(sample, size_hw)
+            grid = self.grid_of(size_hw)
             parts.add_image(self, grid, self.paint_prompts(sample.prompts, grid, sample.sample_id))
         elif sample.prompts or any(turn.masks for turn in sample.turns):
             raise DataError(f"{sample.sample_id}: masks or visual prompts found, but the sample has no image")
@@ -204,7 +212,7 @@ class PixelSailProcessor:
         start = parts.next_position
         for index, turn in enumerate(sample.turns):
             answer_ids = [*self.text_ids(turn.answer), self.end_id]
-            first = image is not None and (index == 0 or independent_turns)
+            first = size_hw is not None and (index == 0 or independent_turns)
             question_ids = self.question_ids(turn.question, follows_image=first)
             if self.is_chat:
                 self._check_no_image_token(answer_ids, sample.sample_id)
@@ -214,18 +222,19 @@ class PixelSailProcessor:
             parts.add_text(question_ids, answer_ids, branch=index + 1 if independent_turns else 1)
             masks.extend(turn.masks)
             ignored.extend([turn.ignored] * len(turn.masks))
+        patches = torch.zeros(0, 3 * self.settings.patch_size**2, dtype=torch.uint8)
         return parts.example(sample, patches, grid, tuple(masks), tuple(ignored))
 
     @staticmethod
-    def _check_mask_sizes(sample: Sample, image: Image.Image) -> None:
+    def _check_mask_sizes(sample: Sample, size_hw: SizeHW) -> None:
         """Raise DataError unless every mask has the size of the image."""
         masks = [mask for turn in sample.turns for mask in turn.masks] + [prompt.mask for prompt in sample.prompts]
         masks += [turn.ignored for turn in sample.turns if turn.ignored is not None]
         for mask in masks:
-            if mask.shape != (image.height, image.width):
+            if mask.shape != size_hw:
                 raise DataError(
                     f"{sample.sample_id}: a mask of {mask.shape} (height, width) found, expected the image's "
-                    f"{(image.height, image.width)}; the annotations belong to another image"
+                    f"{size_hw}; the annotations belong to another image"
                 )
 
     def _check_masks(self, sample: Sample, index: int, question_ids: list[int], answer_ids: list[int]) -> None:

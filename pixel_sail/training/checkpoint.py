@@ -231,12 +231,23 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def verify(path: Path) -> None:
     """Compare every file of a checkpoint with its hash. Raises: CheckpointError for one that differs or is missing."""
     for name, expected in _manifest(path).items():
-        found = sha256(path / name)
-        if found != expected:
-            raise CheckpointError(
-                f"{path / name}: sha256 {found[:12]}.. found, {expected[:12]}.. expected from {MANIFEST}; the file was "
-                f"damaged or changed. {_GO_BACK}"
-            )
+        _verify_file(path / name, expected)
+
+
+def _verify_file(file: Path, expected: str) -> None:
+    found = sha256(file)
+    if found != expected:
+        raise CheckpointError(
+            f"{file}: sha256 {found[:12]}.. found, {expected[:12]}.. expected from {MANIFEST}; the file was "
+            f"damaged or changed. {_GO_BACK}"
+        )
+
+
+def saved_config(path: Path) -> dict[str, Any]:
+    """Return the configuration that a checkpoint belongs to. Raises: CheckpointError as `verify`, for this file."""
+    _verify_file(path / STATE, _manifest(path)[STATE])
+    config: dict[str, Any] = json.loads((path / STATE).read_text())["config"]
+    return config
 
 
 def _manifest(path: Path) -> dict[str, str]:

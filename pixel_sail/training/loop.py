@@ -51,6 +51,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
     """
     check_boards(config.log)
     run = prepare(config, lock=True)
+    config = run.config
     write_config(run)
     device = run.accelerator.device
     stop = StopSignals()
@@ -67,7 +68,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
         device=device,
     )
     watchdog = Watchdog(run.run_dir, config.watchdog, lambda: being_read(run.mixture, reading_L))
-    state, steps = run.state, config.optim.steps
+    state, steps = run.state, config.optim.num_steps
     last = min(steps, state.step + (config.checkpoint.stop_after or steps))
     run_log = RunLog(run.run_dir, config.log, steps=steps, start=state.step, resolved=asdict(config))
     with writer, run_log as log, watchdog:

@@ -8,6 +8,7 @@ Place in the flow: `prepare` builds what the configuration names and brings it t
 
 import inspect
 import logging
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from pixel_sail.experts.teachers import load_teachers
 from pixel_sail.losses.distill import DistillTerm
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.planning.balance import SampleCost
+from pixel_sail.planning.length import Length, is_wished, length_lines, measured_length, with_length
 from pixel_sail.training import checkpoint
 from pixel_sail.training.accelerator import build_accelerator, collective_timeout, give_timeout
 from pixel_sail.training.build import build_model
@@ -46,8 +48,8 @@ FREE_KEYS = (
 )
 """Groups that may change between the sessions of one run without changing its numbers."""
 
-FREE_DATA_KEYS = ("num_workers", "packs_per_micro_batch")
-"""The same within `data`: how the work is shared out, not what it is."""
+FREE_DATA_KEYS = ("num_workers", "packs_per_micro_batch", "planned_samples")
+"""The same within `data`: how the work is shared out and planned, not what it is."""
 
 FREE_OPTIM_KEYS = ("activation_checkpointing",)
 """The same within `optim`: a run that ran out of memory may go on with it."""
@@ -60,6 +62,9 @@ class Run:
     """What the steps of a run are made with, on one rank."""
 
     config: TrainConfig
+    """With the steps of the run and the packs of a step, where it was asked for passes or samples."""
+    length: Length | None
+    """As it was measured; None where the configuration or a checkpoint states it."""
     run_dir: Path
     lock: RunLock | None
     accelerator: Accelerator
@@ -97,21 +102,31 @@ def prepare(config: TrainConfig, *, lock: bool) -> Run:
     Raises: ConfigError, DataError and CheckpointError.
     """
     dist.ensure_launch_environment()
-    share = lane_share(config.data)
+    run_dir = Path(config.run_dir)
+    found = checkpoint.latest(run_dir / "checkpoints")
+    if found is not None:
+        config = with_saved_length(config, found)
+    if config.data.packs_per_step is not None:
+        # What cannot be shared out evenly is said before anything is loaded.
+        lane_share(config.data)
     # Experts and model before the accelerator: once it knows of ZeRO-3, whatever Hugging Face loads is sharded.
     distillation = build_distillation(config)
     experts = distillation.terms if distillation is not None else ()
     model, processor = build_model(config.model, seed=config.seed, experts=config.experts)
-    accelerator = build_accelerator(config, share.accumulation)
-    run_dir = Path(config.run_dir)
-    run_lock = RunLock(run_dir) if lock else None
     with noted_files() as files:
         mixture = build_mixture(config.data, seed=config.seed)
+    length = None
+    if is_wished(config):
+        length = measure_length(config, mixture, processor)
+        config = with_length(config, packs_per_step=length.packs_per_step, steps=length.steps)
+    share = lane_share(config.data)
+    accelerator = build_accelerator(config, share.accumulation)
+    check_agreement(config)
+    run_lock = RunLock(run_dir) if lock else None
     identity = run_identity(asdict(config)) | {checkpoint.DATA_FILES: data_identity(mixture, files)}
     num_columns = len(source_columns(experts))
     state = start = TrainState.start(num_lanes=share.num_lanes, num_sources=len(mixture.names), num_columns=num_columns)
     saved = None
-    found = checkpoint.latest(run_dir / "checkpoints")
     if found is not None:
         if config.checkpoint.resume == "never":
             raise ConfigError(
@@ -138,6 +153,7 @@ def prepare(config: TrainConfig, *, lock: bool) -> Run:
         )
     return Run(
         config=config,
+        length=length,
         run_dir=run_dir,
         lock=run_lock,
         accelerator=accelerator,
@@ -154,6 +170,48 @@ def prepare(config: TrainConfig, *, lock: bool) -> Run:
         num_parameters=num_parameters,
         num_trained=num_trained,
     )
+
+
+def with_saved_length(config: TrainConfig, found: Path) -> TrainConfig:
+    """Return the configuration with the numbers of a run that was asked for passes, or for samples of a step, as its
+    checkpoint has them: they stay, on other processes and with other data too. Raises: CheckpointError."""
+    if not is_wished(config):
+        return config
+    saved = checkpoint.saved_config(found)
+    packs_per_step, steps = config.data.packs_per_step, config.optim.steps
+    return with_length(
+        config,
+        packs_per_step=saved["data"]["packs_per_step"] if packs_per_step is None else packs_per_step,
+        steps=saved["optim"]["steps"] if steps is None else steps,
+    )
+
+
+def measure_length(config: TrainConfig, mixture: Mixture, processor: PixelSailProcessor, **limits: int) -> Length:
+    """Return the length of a run over its data. Raises: ConfigError and DataError.
+
+    Every process measures for itself, and all find the same: DeepSpeed wants to know the packs of a step before there
+    is a group in which one process could tell the others.
+    """
+    # Texts come one at a time. Threads would only make the tokenizer warn of the data workers' fork.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if dist.rank() == 0:
+        logger.info("length of the run: looking at samples of the mixture")
+    group = dist.launched_world_size() * config.data.packs_per_micro_batch
+    length = measured_length(config, mixture, processor, group=group, cost=sample_cost(config), **limits)
+    if dist.rank() == 0:
+        for line in length_lines(length):
+            logger.log(logging.WARNING if length.is_far_off else logging.INFO, "%s", line)
+    return length
+
+
+def check_agreement(config: TrainConfig) -> None:
+    """Raise ConfigError unless all processes came to the same length; every rank must call it."""
+    found = dist.gather_objects((config.optim.num_steps, config.data.num_packs))
+    if len(set(found)) > 1:
+        raise ConfigError(
+            f"the processes found other lengths for this run, (steps, packs of a step) by rank: {found}; their nodes "
+            "hold other data. Give all of them the same files"
+        )
 
 
 def sample_cost(config: TrainConfig) -> Callable[[Example], float]:
@@ -232,7 +290,7 @@ def build_distillation(config: TrainConfig) -> Distillation | None:
 def lane_share(config: DataConfig) -> LaneShare:
     """Return this process's part of every optimizer step."""
     return LaneShare(
-        packs_per_step=config.packs_per_step,
+        packs_per_step=config.num_packs,
         rounds=config.lane_rounds,
         rank=dist.rank(),
         world_size=dist.launched_world_size(),
