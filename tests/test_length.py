@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import sys
 from dataclasses import asdict, replace
 from itertools import islice
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import load_tool, start
+from running import load_tool
 from shared_data import shared_data
 from test_train import SMALL, log_lines, train
 
@@ -106,7 +105,7 @@ def test_the_forecast_is_what_packs_of_drawn_pictures_hold(data_root, overrides)
     mixture, settings = build_mixture(config.data, seed=0), config.data.packing
     cost = SampleCost(architecture=config.model.architecture) if settings.balance == "flops" else len
     forecast = forecast_packs(mixture, processor, settings, cost=cost)
-    found = samples_per_pack(mixture, processor, settings, packs=80, cost=cost)
+    found = samples_per_pack(mixture, processor, settings, packs=60, cost=cost)
     assert found > 1.5
     assert forecast.samples_per_pack == pytest.approx(found, rel=0.03)
     assert forecast == forecast_packs(mixture, processor, settings, cost=cost)
@@ -238,8 +237,8 @@ def test_passes_over_an_unknown_number_of_samples_are_refused():
         (("data.packs_per_step=null",), ("data.packs_per_step=32 data.samples_per_step=null",)),
         (("optim.steps=null", "optim.epochs=0"), ("optim.epochs is 0", "above 0")),
         (("optim.steps=null", "optim.epochs=-1"), ("optim.epochs is -1", "above 0")),
-        (("optim.steps=null", "optim.epochs=.nan"), ("optim.epochs is nan", "above 0")),
-        (("optim.steps=null", "optim.epochs=.inf"), ("optim.epochs is inf", "above 0")),
+        (("optim.steps=null", "optim.epochs=nan"), ("optim.epochs is nan", "above 0")),
+        (("optim.steps=null", "optim.epochs=inf"), ("optim.epochs is inf", "above 0")),
         (("optim.steps=0",), ("optim.steps is 0", "1 or more")),
         (("data.packs_per_step=0",), ("data.packs_per_step is 0", "1 or more")),
         (("data.packs_per_step=null", "data.samples_per_step=0"), ("data.samples_per_step is 0", "1 or more")),
@@ -308,7 +307,7 @@ def test_processes_that_find_other_lengths_stop(monkeypatch):
 
 
 PASSES = (
-    *("optim.steps=null", "optim.epochs=0.3", "data.packs_per_step=null", "data.samples_per_step=10"),
+    *("optim.steps=null", "optim.epochs=1.5", "data.packs_per_step=null", "data.samples_per_step=10"),
     *("data.packs_per_micro_batch=1", "deepspeed=none"),
 )
 
@@ -319,7 +318,7 @@ def test_a_run_of_passes_keeps_its_length_on_another_number_of_processes_and_wit
     said = train(own, run_dir, *PASSES, "checkpoint.stop_after=1", by="torchrun")
     config = json.loads((run_dir / "config.json").read_text())
     steps, packs = config["optim"]["steps"], config["data"]["packs_per_step"]
-    assert config["optim"]["epochs"] == 0.3 and config["data"]["samples_per_step"] == 10
+    assert config["optim"]["epochs"] == 1.5 and config["data"]["samples_per_step"] == 10
     assert packs % 2 == 0 and steps > 1
     assert said.count(f"a step: {packs} packs") == 1 and f"the run: {steps} steps" in said
     with (own / "refshapes" / "refshapes" / "instances.json").open("a") as file:
@@ -328,10 +327,11 @@ def test_a_run_of_passes_keeps_its_length_on_another_number_of_processes_and_wit
     assert "looking at samples" not in said
     lines = log_lines(run_dir)
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
-    assert lines[-1]["epoch"] == pytest.approx(0.3, abs=0.5 * 0.3 / steps + 0.1)
+    assert lines[-1]["epoch"] == pytest.approx(1.5, abs=1.5 / steps)
     assert lines[-1]["lr"] < lines[1]["lr"], "the schedule ends with the run"
-    done = start([sys.executable, "scripts/train.py", *SMALL, f"run_dir={run_dir}", *PASSES, "optim.epochs=0.4"], own)
-    assert done.returncode == 2 and "'optim.epochs': (0.3, 0.4)" in done.stderr
+    identity = checkpoint.saved_config(checkpoint.latest(run_dir / "checkpoints"))
+    assert (identity["optim"]["epochs"], identity["optim"]["steps"]) == (1.5, steps)
+    assert (identity["data"]["samples_per_step"], identity["data"]["packs_per_step"]) == (10, packs)
 
 
 # Plans

@@ -20,11 +20,12 @@ from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.recomputed import Norm
 from pixel_sail.model.speed import CHECKPOINTING, REFERENCE, Speed
 from pixel_sail.planning.activations import activation_bytes
+from pixel_sail.planning.assumed import assumed_sample
 from pixel_sail.planning.disk import checkpoint_bytes
 from pixel_sail.planning.flops import forward_flops, training_flops
 from pixel_sail.planning.memory import training_state
 from pixel_sail.planning.parameters import parameter_counts
-from pixel_sail.planning.workload import Assumptions, assumed, of_batch
+from pixel_sail.planning.workload import of_batch
 from pixel_sail.training.optim import build_optimizer
 
 EXPERTS = {
@@ -280,7 +281,9 @@ def test_the_tool_measures_data_that_is_there_and_says_so(data_root, tmp_path, m
     assert tool().main(["experiment=quickstart", "gpu=cpu", "gpus=2", "packs=8", "--json", str(out)]) == 0
     plan = json.loads(out.read_text())
     assert plan["data"]["source"] == "measured" and plan["data"]["samples"] == 16 and plan["data"]["masks"] > 16
-    assert "measured on the data" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "measured on the data" in said and "a step: 16 packs, 16.0 samples expected" in said
+    assert plan["length"]["passes"] == pytest.approx(1650 * 16 / plan["length"]["items"])
     assert plan["time"]["hours"] == pytest.approx(plan["flops"]["step"] * 1650 / (2 * 0.4 * 0.1e12) / 3600)
     assert [row["sharding"] for row in plan["memory"] if row["chosen"]] == ["zero2"]
 
@@ -304,7 +307,7 @@ def test_a_wrong_machine_is_refused_by_name(arguments, named, capsys):
 
 def test_assumed_samples_have_the_grid_of_their_photo():
     architecture = Architecture(patch_size=16)
-    work = assumed(architecture, 8192, 1, Assumptions(text_tokens=100, filled=0.95, images_with_masks=0.6))
-    # 480 x 640 is a grid of 30 x 40; 7,782 tokens hold five samples of 1,200 + 2 + 100.
-    assert (work.samples, work.real_tokens, work.num_masks) == (5, 5 * 1302, 12)
-    assert work.seen_pairs == 5 * (1202**2 + 100 * 1202 + 5050)
+    work = assumed_sample(architecture, (480, 640), text_tokens=100, supervised=50, masks=4)
+    # 480 x 640 is a grid of 30 x 40.
+    assert (work.samples, work.real_tokens, work.num_masks) == (1, 1302, 4)
+    assert work.seen_pairs == 1202**2 + 100 * 1202 + 5050
