@@ -90,6 +90,17 @@ def test_a_checkpoint_whose_hashes_lack_a_file_is_refused(complete_checkpoint):
         checkpoint.read(complete_checkpoint, {"seed": 1})
 
 
+def test_a_key_that_the_saved_configuration_lacks_counts_as_its_default(complete_checkpoint):
+    defaults = {"seed": 0, "data": {"details": "ours"}}
+    now = {"seed": 1, "data": {"details": "ours"}}
+    assert checkpoint.read(complete_checkpoint, now, defaults=defaults)[0].step == 3
+    for changed, found in (({**now, "data": {"details": "released"}}, "data.details"), ({**now, "more": 1}, "more")):
+        with pytest.raises(CheckpointError, match=rf"started with another configuration.*'{found}'"):
+            checkpoint.read(complete_checkpoint, changed, defaults=defaults)
+    with pytest.raises(CheckpointError, match=r"'seed': \(1, 0\)"):
+        checkpoint.read(complete_checkpoint, {}, defaults=defaults)
+
+
 def test_folders_without_the_marker_are_not_checkpoints(complete_checkpoint):
     folder = complete_checkpoint.parent
     for unfinished in (".writing_step_00000004", "step_00000005"):

@@ -404,8 +404,9 @@ def with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dic
     both = {key: default for key, default in defaults.items() if key not in config}
     for key, value in config.items():
         default = defaults.get(key)
-        is_nested = isinstance(value, Mapping) and isinstance(default, Mapping)
-        both[key] = with_defaults(value, default) if is_nested else value
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            value = with_defaults(value, default)
+        both[key] = value
     return both
 
 
