@@ -242,7 +242,10 @@ def test_layers_that_are_computed_again_change_nothing(eve_model, batch, checkpo
     expected, gradients, _ = losses_and_gradients(model, batch, Speed())
     found, again, _ = losses_and_gradients(model, batch, Speed(), checkpointing)
     assert torch.equal(found, expected)
-    assert all(torch.allclose(again[name], value) for name, value in gradients.items())
+    # Parts of a gradient may be added in another order.
+    for name, value in gradients.items():
+        torch.testing.assert_close(again[name], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()), msg=name)
+    assert max(float(value.abs().max()) for value in gradients.values()) > 0.01
 
 
 @pytest.mark.parametrize("speed", [Speed(attention="varlen"), REFERENCE], ids=["fast", "reference"])

@@ -178,7 +178,11 @@ def test_adapters_start_at_exactly_the_given_model(tiny_model, batch):
     model = tiny_model()
     with_adapters = copy.deepcopy(model)
     add_lora(with_adapters, lora_targets(model, LoraConfig()), rank=3, alpha=6.0, seed=0)
-    assert torch.equal(with_adapters(**batch.model_inputs()).logits, model(**batch.model_inputs()).logits)
+    thin = {name: value for name, value in with_adapters.named_parameters() if name.endswith("lora_B")}
+    assert thin and not any(value.any() for value in thin.values())
+    # An adapted feed-forward part is computed in another way, which may round otherwise.
+    found, expected = (own(**batch.model_inputs()).logits for own in (with_adapters, model))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert all(parameter.any() for name, parameter in with_adapters.named_parameters() if name.endswith("lora_A"))
 
 

@@ -414,14 +414,19 @@ def test_a_compiled_layer_is_two_graphs_for_all_layers_and_lengths(tiny_model, m
         states = torch.randn(1, length, 32, requires_grad=True)
         places = torch.arange(length).expand(2, 1, -1)
         mask = MaskedAttention(mask_B1TS=torch.ones(1, 1, length, length, dtype=torch.bool).tril())
+        # Not the sum of squares: the last norm makes it a constant, whose gradient is rounding noise.
+        weights = torch.randn(1, length, 32)
         for speed, found in ((Speed(), plain), (Speed(compile="layers"), compiled)):
             model.use(speed)
             result = model.decoder(states, places, mask)
             learned = [states, *model.decoder.parameters()]
-            found.append((result.detach(), *torch.autograd.grad(result.square().sum(), learned)))
+            found.append((result.detach(), *torch.autograd.grad((result * weights).sum(), learned)))
+    assert min(float(of_states.abs().max()) for _, of_states, *_ in plain) > 0.1
     for (result, of_states, *own), (expected, of_expected, *others) in zip(compiled, plain, strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(of_states, of_expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            of_states, of_expected, rtol=1e-3, atol=2e-5 * max(1.0, float(of_expected.abs().max()))
+        )
         for one, other in zip(own, others, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-5 * max(1.0, float(other.abs().max())))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

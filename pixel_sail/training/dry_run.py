@@ -11,6 +11,7 @@ launched:
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from pixel_sail.training.meter import peak_memory_bytes
 from pixel_sail.training.optim import set_learning_rate
 from pixel_sail.training.prepare import measure_length, prepare, step_data
 from pixel_sail.training.schedule import learning_rate
-from pixel_sail.training.step import StepReport, optimizer_step
+from pixel_sail.training.step import SOURCE_COLUMNS, StepReport, optimizer_step
 
 SHOWN_POSITIONS = 1024
 """Positions of the stream that are looked at where only the answer depends on them."""
@@ -63,7 +64,7 @@ def dry_run(config: TrainConfig) -> list[str]:
         *_start_lines(config, run.found, run.num_parameters, run.num_trained),
         *_data_lines(run.mixture, now),
         *length_lines(length),
-        *_step_lines(report, run.state.step + 1),
+        *_step_lines(report, run.state.step + 1, run.mixture.names),
         f"time of this first step, later ones are faster: {has_data - started:.1f} s waiting for data, "
         f"{done - has_data:.1f} s computing",
         *_memory_lines(device),
@@ -82,18 +83,22 @@ def _start_lines(config: TrainConfig, found: Path | None, num_parameters: int, n
 
 def _data_lines(mixture: Mixture, step_data: StepData) -> list[str]:
     sizes = ", ".join(f"{name} {len(source)}" for name, source in zip(mixture.names, mixture.sources, strict=True))
-    skipped = [f"  left out: {skip.source}, position {skip.position}: {skip.reason}" for skip in step_data.skipped]
+    everywhere = [skip for own in dist.gather_objects(step_data.skipped) for skip in own]
+    skipped = [f"  left out: {skip.source}, position {skip.position}: {skip.reason}" for skip in everywhere]
     return [f"data: items of each source: {sizes}; {mixture.epoch_length} samples in an epoch", *skipped]
 
 
-def _step_lines(report: StepReport, step: int) -> list[str]:
+def _step_lines(report: StepReport, step: int, sources: Sequence[str]) -> list[str]:
     numbers = report.scalars()
     sizes = ("tokens", "padding_frac", "supervised_tokens", "masks", "samples")
     losses = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if name not in sizes)
+    of_sources = report.by_source[:, SOURCE_COLUMNS.index("samples")].tolist()
+    counts = ", ".join(f"{name} {int(number)}" for name, number in zip(sources, of_sources, strict=True))
     return [
         f"step {step}: {losses}",
         f"  {report.samples} samples, {report.tokens} tokens ({report.padding_frac:.1%} padding), "
         f"{report.supervised_tokens} of them supervised, {report.masks} masks",
+        f"  samples of each source: {counts}",
     ]
 
 
