@@ -14,7 +14,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from pixel_sail.config import ModelConfig
+from pixel_sail.config import ModelConfig, check_plain
 from pixel_sail.model.distill_head import PREFIX as DISTILL_HEAD
 from pixel_sail.model.lora import fold_lora
 from pixel_sail.training import checkpoint
@@ -26,12 +26,14 @@ def export_saved(run_dir: Path, saved: Path, folder: Path) -> None:
     """Write what the checkpoint `saved` of a run holds, complete or not at all.
 
     Averaged weights where the run averages them, adapters folded in, no layers towards experts.
-    Raises: CheckpointError for a damaged checkpoint; ConfigError for a tokenizer that is not there any more.
+    Raises: CheckpointError for a damaged checkpoint; DataError for a configuration that asks for anything to be looked
+    up; ConfigError for a tokenizer that is not there any more.
     """
     checkpoint.verify(saved)
-    plain = OmegaConf.merge(
-        OmegaConf.structured(ModelConfig), json.loads((run_dir / "config.json").read_text())["model"]
-    )
+    stored = json.loads((run_dir / "config.json").read_text())["model"]
+    # The run may be somebody else's: ${oc.env:...} would put the environment of this process into its settings.
+    check_plain(stored, str(run_dir / "config.json"))
+    plain = OmegaConf.merge(OmegaConf.structured(ModelConfig), stored)
     config = OmegaConf.to_object(plain)
     assert isinstance(config, ModelConfig)
     # The checkpoint has all weights: those that the run started from may be gone.
