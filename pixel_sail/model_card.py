@@ -14,7 +14,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from pixel_sail.config import ConfigError
 from pixel_sail.evaluation.results import EVALUATION, FILE_NAME, Row, read_rows
@@ -65,16 +65,22 @@ def card_text(run_dir: Path, *, name: str, license_name: str) -> str:
     }
     # What JSON is, is YAML too.
     front = [f"{key}: {json.dumps(value)}" for key, value in head.items()]
-    parts = [
-        "\n".join(["---", *front, "---", MADE_BY, ""]),
-        f"# {name.rpartition('/')[2]}\n",
-        _model(export, config),
-        _use(name, config["predict"]["prompt"]),
-        _data(config["data"]),
-        _recipe(run_dir, config),
-        _scores(run_dir, export),
-        f"## Limits\n\n{LIMITS}\n",
-    ]
+    try:
+        parts = [
+            "\n".join(["---", *front, "---", MADE_BY, ""]),
+            f"# {name.rpartition('/')[2]}\n",
+            _model(export, config),
+            _use(name, config["predict"]["prompt"]),
+            _data(config["data"]),
+            _recipe(run_dir, config),
+            _scores(run_dir, export),
+            f"## Limits\n\n{LIMITS}\n",
+        ]
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, SafetensorError) as error:
+        raise ConfigError(
+            f"{run_dir}: found files that are not those of a run ({type(error).__name__}: {error}), expected "
+            f"config.json, {STARTS}, {EXPORT}/ and {EVALUATION}/ as training and evaluation wrote them"
+        ) from error
     return "\n".join(parts)
 
 

@@ -82,6 +82,15 @@ def open_image(source: str | Path | BinaryIO, formats: Sequence[str] = ()) -> Im
         ) from None
 
 
+def check_format(image: Image.Image, where: str) -> None:
+    """Raise DataError for an image opened by somebody else, before it is decoded, unless its format is read here."""
+    if image.format is not None and image.format not in _readable_formats():
+        raise DataError(
+            f"{where}: found an image of the format {image.format}, expected one of {', '.join(_readable_formats())}; "
+            "convert it"
+        )
+
+
 def load_image(path: str | Path, *, where: str, expected_hw: SizeHW | None = None) -> Image.Image:
     """Return the image as 8-bit RGB.
 
@@ -113,11 +122,7 @@ def rgb_image(image: Image.Image, *, where: str) -> Image.Image:
     Raises: DataError when it cannot be decoded or has pixel values without a known range, and for a format that is not
     read, such as EPS.
     """
-    if image.format is not None and image.format not in _readable_formats():
-        raise DataError(
-            f"{where}: found an image of the format {image.format}, expected one of {', '.join(_readable_formats())}; "
-            "convert it"
-        )
+    check_format(image, where)
     try:
         image.load()
         upright = _upright(image, None)
