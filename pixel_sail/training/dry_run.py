@@ -17,6 +17,7 @@ from pixel_sail.config import TrainConfig
 from pixel_sail.data.loader import StepData
 from pixel_sail.data.mixture import Mixture
 from pixel_sail.planning.disk import checkpoint_bytes
+from pixel_sail.training.log import check_boards
 from pixel_sail.training.meter import peak_memory_bytes
 from pixel_sail.training.optim import set_learning_rate
 from pixel_sail.training.prepare import prepare, step_data
@@ -29,6 +30,7 @@ def dry_run(config: TrainConfig) -> list[str]:
 
     Raises: what `training.loop.train` raises before and in its first step.
     """
+    check_boards(config.log)
     run = prepare(config, lock=False)
     data = step_data(run)
     started = time.monotonic()
