@@ -58,11 +58,11 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder that results go to, and see that it can be written to, before work begins. Raises: WriteError."""
-    with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f"{WRITING}{os.getpid()}"
+def check_writable(folder: Path) -> None:
+    """See that results can be written to a folder, or it can be made, before work begins. Raises: WriteError."""
+    with writing(folder):
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        probe = there / f"{WRITING}{os.getpid()}"
         probe.touch()
         probe.unlink()
 

@@ -174,9 +174,9 @@ def read(
 
 def _train_state(fields: Any, path: Path) -> TrainState:
     """Return where a run stands, from what its checkpoint says. Raises: CheckpointError."""
-    where, rules = f"{path / STATE}: train_state", {"fail": CheckpointError, "remedy": _GO_BACK}
+    where = f"{path / STATE}: train_state"
     kinds = {"step": int, "lanes": list, "num_skipped": int, "source_sums": list}
-    check_fields(fields, where, kinds, **rules)
+    check_fields(fields, where, kinds, fail=CheckpointError, remedy=_GO_BACK)
     if fields["step"] != step_of(path.name) or fields["num_skipped"] < 0:
         raise CheckpointError(
             f"{where}: found step {fields['step']} and {fields['num_skipped']} samples left out, expected the step of "
@@ -187,7 +187,7 @@ def _train_state(fields: Any, path: Path) -> TrainState:
         raise CheckpointError(f"{where}: found source_sums {str(sums)[:200]}, expected lists of numbers; {_GO_BACK}")
     return TrainState(
         step=fields["step"],
-        lanes=read_lanes(fields["lanes"], where, **rules),
+        lanes=read_lanes(fields["lanes"], where, fail=CheckpointError, remedy=_GO_BACK),
         num_skipped=fields["num_skipped"],
         source_sums=tuple(tuple(row) for row in sums),
     )
