@@ -560,7 +560,16 @@ def load_config(name: str, schema: type[Config], overrides: Sequence[str]) -> Co
     """
     try:
         with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-            composed = compose(name, list(overrides), return_hydra_config=True)
+            try:
+                composed = compose(name, list(overrides), return_hydra_config=True)
+            except OmegaConfBaseException:
+                raise
+            except ValueError as error:
+                # What Hydra raises for `recipe=null`.
+                raise ConfigError(
+                    f"configs/{name}.yaml {list(overrides)}: {error}; to choose none of a group leave it out, or put ~ "
+                    "before its name"
+                ) from error
         # For names of what was chosen, such as ${hydra:runtime.choices.model}; not part of the result.
         HydraConfig.instance().set_config(composed)
         with open_dict(composed):

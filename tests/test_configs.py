@@ -121,6 +121,12 @@ def test_a_recipe_that_does_not_exist_is_an_error_that_lists_those_that_do():
         load_config("evaluate", EvalConfig, ["checkpoint=x", "recipe=nobody"])
 
 
+def test_null_for_a_group_is_an_error_that_says_how_to_choose_none():
+    with pytest.raises(ConfigError, match=r"'recipe=null'.*leave it out, or put ~ before its name"):
+        load_config("train", TrainConfig, ["name=x", "recipe=null"])
+    assert load_config("train", TrainConfig, ["name=x", "~recipe"]) == load_config("train", TrainConfig, ["name=x"])
+
+
 @pytest.mark.parametrize("name", names("deepspeed"))
 def test_the_deepspeed_dictionary_leaves_nothing_to_auto(name):
     config = load_config("train", TrainConfig, ["name=x", f"deepspeed={name}"])

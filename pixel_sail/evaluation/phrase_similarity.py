@@ -8,6 +8,7 @@ it with two lists of phrases. The release takes bert-base-uncased:
 Vectors are remembered by phrase, as most phrases of a benchmark occur many times.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from pixel_sail.model.tokenization import read_tokenizer_files
 from pixel_sail.types import DataError, MissingDataError
 
 BATCH_SIZE = 256
+
+BERT_BASE_UNCASED = {"model_type": "bert", "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12}
+"""What its config.json says; the cased model has another vocabulary."""
 
 
 def _load(folder: Path) -> tuple[Any, Any]:
@@ -53,6 +57,8 @@ class EncoderSimilarity:
                 f"{folder}: found no config.json, expected the folder of a Hugging Face text encoder such as "
                 "bert-base-uncased; download it, or set similarity_model=null to compare words only"
             )
+        self.is_released = self._is_bert_base_uncased()
+        """Whether it is of the kind that the release takes; its weights are not looked at."""
         self._encoder: tuple[Any, Any] | None = None
         self._vectors: dict[str, NDArray[np.float32]] = {}
 
@@ -61,6 +67,16 @@ class EncoderSimilarity:
         self._encode([text for text in dict.fromkeys((*first, *second)) if text not in self._vectors])
         a, b = (np.stack([self._vectors[text] for text in texts]) for texts in (first, second))
         return (a @ b.T).astype(np.float64)
+
+    def _is_bert_base_uncased(self) -> bool:
+        file = self._folder / "config.json"
+        try:
+            config = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{file}: cannot be read ({error}), expected a Hugging Face config; get it again"
+            ) from error
+        return isinstance(config, dict) and config.items() >= BERT_BASE_UNCASED.items()
 
     @torch.no_grad()
     def _encode(self, texts: Sequence[str]) -> None:

@@ -303,7 +303,7 @@ class BatchPredictor:
                 own = probabilities[first : first + number]
                 on = own > 0.5
                 masks = on.cpu().numpy()
-                scores = tuple(((own * on).sum((1, 2)) / on.sum((1, 2)).clamp_min(1)).tolist())
+                scores = tuple(((own.float() * on).sum((1, 2)) / on.sum((1, 2)).clamp_min(1)).tolist())
             first += number
             forced = FORCED_ANSWER if self.config.answer == "forced" else ""
             text = (forced + self.processor.decode(answer.token_ids)).strip()
@@ -317,5 +317,5 @@ def span_length(grid_hw: SizeHW) -> int:
 
 
 def resize_logits(logits_NYX: Tensor, size_hw: tuple[int, int]) -> Tensor:
-    """Return logits at image size [N, H, W], float32, bilinear as in the release."""
-    return F.interpolate(logits_NYX[:, None].float(), size=size_hw, mode="bilinear", align_corners=False)[:, 0]
+    """Return logits at image size [N, H, W], bilinear and in the precision they have, as in the release."""
+    return F.interpolate(logits_NYX[:, None], size=size_hw, mode="bilinear", align_corners=False)[:, 0]
