@@ -1,7 +1,8 @@
 """Processes: the environment a launcher leaves behind, and sums over ranks.
 
-Place in the flow: above `types`; training and evaluation ask it who they are. Works the same under plain `python` (one
-process), `torchrun`, `accelerate launch` and the `deepspeed` launcher, which leave for the second of two processes
+Place in the flow: the lowest layer beside `types`; training and evaluation ask it who they are. Works the same under
+plain `python` (one process), `torchrun`, `accelerate launch` and the `deepspeed` launcher, which leave for the second
+of two processes
 
     RANK=1 LOCAL_RANK=1 WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500
 """
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pixel_sail.types import DataError
+from pixel_sail.errors import ExpectedError
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 OTHER_LAUNCHERS = {
@@ -31,7 +32,7 @@ OTHER_LAUNCHERS = {
 that is set counts the tasks."""
 
 
-class LaunchError(DataError):
+class LaunchError(ExpectedError):
     """The launcher's variables do not describe a group of processes."""
 
 

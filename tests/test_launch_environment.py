@@ -1,12 +1,16 @@
 """What launchers, platforms and schedulers leave in the environment, and the one message for what does not fit."""
 
+import logging
 import os
 
 import pytest
 import torch
+from accelerate import DeepSpeedPlugin
 
 from pixel_sail import dist
+from pixel_sail.config import TrainConfig, load_config
 from pixel_sail.dist import LaunchError, ensure_launch_environment
+from pixel_sail.training.accelerator import deepspeed_dictionary, leave_out_launcher_settings
 
 OTHERS = ("SLURM_", "OMPI_", "PMI_", "MV2_", "JSM_", "ENVIRONMENT")
 
@@ -97,6 +101,31 @@ def test_every_process_of_a_machine_with_gpus_has_one_of_them(leave, monkeypatch
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(LaunchError, match=named):
         leave(**TWO | {"LOCAL_RANK": local})
+
+
+def test_how_the_launcher_would_train_is_left_out_and_logged(monkeypatch, caplog):
+    # As `accelerate launch` leaves them that read a file with a DeepSpeed section.
+    told = {
+        "ACCELERATE_CONFIG_DS_FIELDS": "gradient_accumulation_steps,zero_stage,mixed_precision",
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": "/nowhere/ds.json",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto",
+        "ACCELERATE_MIXED_PRECISION": "fp16",
+        "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
+        "ACCELERATE_USE_FSDP": "true",
+    }
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        monkeypatch.delenv(name)
+    for name, value in (told | {"ACCELERATE_CPU_AFFINITY": "1", "RANK": "0"}).items():
+        monkeypatch.setenv(name, value)
+    with caplog.at_level(logging.INFO):
+        leave_out_launcher_settings()
+    assert [name for name in os.environ if name.startswith("ACCELERATE_")] == ["ACCELERATE_CPU_AFFINITY"]
+    assert "deepspeed_zero_stage=3" in caplog.text and "mixed_precision=fp16" in caplog.text
+    config = load_config("train", TrainConfig, ["name=x", "deepspeed=zero1"])
+    plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_dictionary(config, 4))
+    assert (plugin.zero_stage, plugin.gradient_accumulation_steps) == (1, 4)
 
 
 @pytest.mark.parametrize("task", ["0", "1"])

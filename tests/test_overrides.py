@@ -113,6 +113,18 @@ def test_a_choice_that_looks_like_a_number_is_the_file_of_that_name(tmp_path):
     assert as_typed(unchanged, TrainConfig, lambda key: False) == unchanged
 
 
+@pytest.mark.parametrize("value", ["2024_11_05", "1e5", "1.10", "true", "007"])
+def test_a_name_that_yaml_reads_as_something_else_is_refused(tmp_path, value):
+    (tmp_path / "experiment").mkdir()
+    file, path = tmp_path / "experiment" / "mine.yaml", f"hydra.searchpath=[file://{tmp_path}]"
+    file.write_text(f"# @package _global_\nname: {value}\n")
+    with pytest.raises(ConfigError, match=r"mine.yaml: name is .*put the value in quotation marks"):
+        load_config("train", TrainConfig, ["experiment=mine", path])
+    assert load_config("train", TrainConfig, ["experiment=mine", path, "name=a"]).name == "a"
+    file.write_text(f"# @package _global_\nname: '{value}'\n")
+    assert load_config("train", TrainConfig, ["experiment=mine", path]).name == value
+
+
 def test_plain_options_are_taken_as_they_stand():
     rng = random.Random(0)
     drawn = ["".join(rng.choices("ab'\"\\ ,()[]{}=:$~#\n\té红0_1.-?", k=rng.randint(1, 9))) for _ in range(8)]
