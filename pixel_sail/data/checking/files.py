@@ -12,7 +12,7 @@ from typing import Any
 from pixel_sail.data.checking.findings import FileFact, Findings, Kind
 from pixel_sail.data.checking.known import expected_images, expected_megabytes
 from pixel_sail.data.images import load_image
-from pixel_sail.files import sha256
+from pixel_sail.files import is_hidden, sha256
 from pixel_sail.types import DataError, SizeHW
 
 SIZE_TOLERANCE = 0.02
@@ -98,6 +98,6 @@ def _count_images(folders: Iterable[Path], findings: Findings) -> None:
         known = expected_images(folder) if folder.is_dir() else None
         if known is None:
             continue
-        count = sum(path.suffix == ".jpg" for path in folder.iterdir())
+        count = sum(path.suffix == ".jpg" and not is_hidden(path) for path in folder.iterdir())
         if count != known[0]:
             findings.note(Kind.COUNT, folder, f"found {count} images, {known[0]} are known ({known[1]})")
