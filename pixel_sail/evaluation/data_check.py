@@ -48,7 +48,9 @@ def run_check(plan: CheckPlan, settings: CheckSettings) -> CheckResult:
     found: dict[ReferFolder, tuple[ReferCheck, Findings]] = {}
     for folder in dict.fromkeys(folders.values()):
         findings = Findings()
-        check = check_refer(folder, findings, sample=settings.sample, progress=settings.progress)
+        with remarks() as heard:
+            check = check_refer(folder, findings, sample=settings.sample, progress=settings.progress)
+        note_remarks(heard, findings)
         found[folder] = (check, findings)
     evaluated = evaluation_photos(plan, {folder: check for folder, (check, _) in found.items()})
     result = CheckResult()

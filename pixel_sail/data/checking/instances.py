@@ -216,7 +216,7 @@ def short_polygons(segmentation: object) -> list[int]:
         isinstance(part, list) and len(part) >= 6 for part in segmentation
     ):
         return []
-    return [number for number, part in enumerate(segmentation) if _is_even_list(part) and len(part) < 6]
+    return [number for number, part in enumerate(parts) if _is_even_list(part) and len(part) < 6]
 
 
 def _is_even_list(polygon: object) -> bool:

@@ -6,6 +6,7 @@ sample of the items is drawn, opened and measured, and every item that fails is 
     osprey/conversation/17   item   the mask of turn 0 is (480, 640), expected (427, 640)
 """
 
+import os
 import re
 import time
 from collections import Counter
@@ -20,7 +21,6 @@ from pixel_sail.data.checking.files import ABSENT_PHOTO, ABSENT_PHOTOS, check_im
 from pixel_sail.data.checking.findings import Findings, Kind, Lengths, Share
 from pixel_sail.data.checking.leakage import photo_key
 from pixel_sail.data.images import load_image
-from pixel_sail.data.masks import SHORT_POLYGON
 from pixel_sail.data.remarks import Remark, remarks
 from pixel_sail.data.wording.referring import NO_TARGET_ANSWER
 from pixel_sail.model.tokenization import SEG_TOKEN
@@ -124,7 +124,7 @@ def _find_photos(source: Source, result: ItemCheck, findings: Findings, progress
             folders[path.parent] = path.parent.is_dir()
         if not folders[path.parent]:
             findings.trouble(Kind.MISSING_FILE, path.parent, ABSENT_PHOTOS)
-        elif not path.is_file():
+        elif not os.path.isfile(path):  # Unlike Path.is_file also of names that are too long.
             findings.trouble(Kind.MISSING_IMAGE, path, ABSENT_PHOTO)
 
 
