@@ -8,7 +8,7 @@ beginning, and the whole of it is never written out:
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import chain
 
 SHOWN_CHARS = 60
@@ -18,7 +18,7 @@ MAX_MESSAGE_CHARS = 4000
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _MAX_DEPTH = 12
 _MAX_INTEGER_BITS = 1024
-_BRACKETS = {list: "[]", tuple: "()", set: "{}", frozenset: "{}", dict: "{}"}
+_BRACKETS: dict[type, str] = {list: "[]", tuple: "()", set: "{}", frozenset: "{}", dict: "{}"}
 
 
 def shown(value: object, limit: int = SHOWN_CHARS) -> str:
@@ -53,13 +53,14 @@ def _written(value: object, limit: int, depth: int) -> str:
         return "..."
     parts: list[str] = []
     length = 0
-    items: Iterable[object] = chain.from_iterable(value.items()) if isinstance(value, Mapping) else value  # type: ignore[attr-defined]
+    assert isinstance(value, Iterable), "all of these are containers"
+    items = chain.from_iterable(value.items()) if isinstance(value, dict) else value
     for item in items:
         if length > limit:
             break
         parts.append(_written(item, limit - length, depth - 1))
         length += len(parts[-1]) + 2
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         parts = [": ".join(parts[i : i + 2]) for i in range(0, len(parts), 2)]
     end = "," if len(parts) == 1 and isinstance(value, tuple) else ""
     return brackets[0] + ", ".join(parts) + end + brackets[1]

@@ -130,6 +130,8 @@ class _PlainUnpickler(pickle._Unpickler):
     about three seconds for a file of 17 MB.
     """
 
+    stack: list[Any]
+
     def __init__(self, data: bytes, path: Path) -> None:
         super().__init__(io.BytesIO(data), encoding=_PYTHON2_ENCODING)
         self._path = path

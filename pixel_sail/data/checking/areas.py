@@ -29,7 +29,7 @@ class AreaCheck:
     def add(self, num_pixels: int, row: dict[str, Any], where: str) -> None:
         """Compare a mask with what its record states, if it states an area."""
         stated = row.get("area")
-        if type(stated) not in (int, float):
+        if not isinstance(stated, int | float):
             return
         self.checked += 1
         difference = abs(num_pixels - stated)

@@ -152,7 +152,7 @@ def _check_mask(
     for kind, message in problems:
         findings.trouble(kind, where, message)
     if short := short_polygons(segmentation):
-        found = f"found {len(short)} of {len(segmentation)} polygons with fewer than three points, the first {short[0]}"
+        found = f"found {len(short)} polygons with fewer than three points, the first is polygon {short[0]}"
         findings.note(Kind.SHORT_POLYGON, where, f"{found}; they are left out, the others painted")
     is_damaged = any(kind is not Kind.OUTSIDE_IMAGE for kind, _ in problems)
     if is_damaged or not is_chosen:
@@ -212,9 +212,8 @@ def segmentation_problems(
 
 def short_polygons(segmentation: object) -> list[int]:
     """Return which polygons have fewer than three points where another has them; the reader leaves them out."""
-    if not isinstance(segmentation, list) or not any(
-        isinstance(part, list) and len(part) >= 6 for part in segmentation
-    ):
+    parts = segmentation if isinstance(segmentation, list) else []
+    if not any(isinstance(part, list) and len(part) >= 6 for part in parts):
         return []
     return [number for number, part in enumerate(parts) if _is_even_list(part) and len(part) < 6]
 

@@ -72,10 +72,7 @@ def check_items(
 def note_remarks(heard: Iterable[Remark], findings: Findings) -> None:
     """Add what readers remarked."""
     for remark in heard:
-        kind = Kind.SHORT_POLYGON if remark.topic == SHORT_POLYGON else Kind.REMARK
-        findings.note(
-            kind, remark.where, f"{remark.topic}: {remark.message}" if kind is Kind.REMARK else remark.message
-        )
+        findings.note(Kind.REMARK, remark.where, f"{remark.topic}: {remark.message}")
 
 
 def _check_item(
