@@ -8,7 +8,6 @@ photographs of several folders look them up with `find_image`. A message looks l
 
 import os
 import re
-import struct
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,10 +44,6 @@ DECODING_ERRORS = (
     SyntaxError,
     EOFError,
     ValueError,
-    ArithmeticError,
-    LookupError,
-    TypeError,
-    struct.error,
     RuntimeError,
     MemoryError,
 )

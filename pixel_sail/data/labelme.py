@@ -50,7 +50,7 @@ def read_shape(record: object, where: str, *, is_ignored: bool) -> Shape:
     points = _points(record, where)
     assert isinstance(record, dict), "a record without points was refused"
     kind = record.get("shape_type") or "polygon"
-    if kind != "mask" and kind not in PAINTERS:
+    if not isinstance(kind, str) or (kind != "mask" and kind not in PAINTERS):
         raise DataError(
             f"{where}: found shape_type {shown(kind)}, expected one of {(*PAINTERS, 'mask')}; lines and points have no "
             "area, draw the region as a polygon"

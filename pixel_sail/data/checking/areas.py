@@ -10,7 +10,7 @@ from typing import Any
 
 from pixel_sail.data.checking.findings import Findings, Kind
 
-TOLERANCE = 0.2
+TOLERANCE = 0.15
 """Largest difference, as a share of the stated area, that is not counted."""
 
 MIN_DIFFERENCE_PX = 30
