@@ -28,6 +28,9 @@ class Kind(StrEnum):
     DUPLICATE_ANNOTATION_ID = "duplicate annotation id"
     MASK_SIZE = "mask size"
     BAD_MASK = "undecodable mask"
+    SHARES = "coordinates within 0..1"
+    SHORT_POLYGON = "short polygon"
+    AREA = "stated area"
     OUTSIDE_IMAGE = "polygon outside image"
     EMPTY_MASK = "empty mask"
     REF_RECORD = "ref record"
@@ -41,6 +44,7 @@ class Kind(StrEnum):
     SOURCE = "source"
     ITEM = "item"
     LOADER = "loader warns"
+    REMARK = "remark"
 
 
 @dataclass(frozen=True, kw_only=True)
