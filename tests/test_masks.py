@@ -149,8 +149,8 @@ def test_a_remark_nobody_listens_to_is_logged_once_per_file(caplog):
 
 
 def test_the_sum_as_released_leaves_short_polygons_out_as_the_union_does():
-    plain = summed_as_released([FIRST_SQUARE, SECOND_SQUARE], SIZE_HW, "t")
-    assert plain is not None and plain == summed_as_released([FIRST_SQUARE, [1, 1], SECOND_SQUARE], SIZE_HW, "t")
+    plain = summed_as_released([[FIRST_SQUARE, SECOND_SQUARE]], SIZE_HW, "t")
+    assert plain is not None and plain == summed_as_released([[FIRST_SQUARE, [1, 1], SECOND_SQUARE]], SIZE_HW, "t")
 
 
 def test_merging_nothing_is_refused():
