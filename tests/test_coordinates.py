@@ -23,6 +23,11 @@ PIXELS = [10, 10, 30, 10, 30, 20, 10, 20]
 LOOK = r"within 0 \.\. 1 in an image of \(48, 64\) \(height, width\); such coordinates look like shares"
 
 
+@pytest.fixture(autouse=True)
+def index_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIXEL_SAIL_CACHE", str(tmp_path / "index_cache"))
+
+
 def test_shares_are_told_from_pixels_by_the_size_of_the_image():
     assert look_like_shares(SHARES, HW) and look_like_shares([0.0, 1.02], HW)
     assert not look_like_shares(PIXELS, HW) and not look_like_shares([0.5, 1.2], HW)

@@ -162,9 +162,10 @@ def test_a_list_is_asked_for_by_its_key_only(written):
 
 @pytest.mark.parametrize("end", ["", "\n", "\r\n\n"])
 @pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
-def test_json_lines_are_read_as_a_list(written, mark, end):
+def test_json_lines_are_read_as_a_list(tmp_path, mark, end):
     rows = [{"id": 7, "text": "caf\u00e9\nnext"}, {"id": 9, "more": [{"id": 1}]}, {"id": 11}]
-    path = written(mark + ("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + end).encode())
+    path = tmp_path / "lines.json"
+    path.write_bytes(mark + ("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + end).encode())
     records = open_records(path)
     assert list(records) == rows
     assert records.integers("id").tolist() == [7, 9, 11]
@@ -181,13 +182,14 @@ def test_json_lines_are_read_as_a_list(written, mark, end):
         (b'{"id": 1}\n[2]', "at byte 10 of 13: found '\\[' after the end of the data"),
     ],
 )
-def test_what_is_neither_one_value_nor_json_lines_is_refused(written, content, reason):
+def test_what_is_neither_one_value_nor_json_lines_is_refused(tmp_path, content, reason):
+    (tmp_path / "lines.json").write_bytes(content)
     with pytest.raises(DataError, match=reason):
-        open_records(written(content))
+        open_records(tmp_path / "lines.json")
 
 
 def test_an_index_that_cannot_be_read_names_the_variable_for_another_folder(written, monkeypatch):
-    path = written(b'[{"id": 1}]')
+    path = written([{"id": 1}])
     open_records(path)
 
     def refused(file, **_):

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from pixel_sail.data.images import DECODING_ERRORS, existing_file, image_file, open_image, reason
 from pixel_sail.data.noted_files import note_file
 from pixel_sail.data.records import open_records
+from pixel_sail.data.remarks import STATED_AREA, areas_differ, remark
 from pixel_sail.files import sha256
 from pixel_sail.texts import shown
 from pixel_sail.types import BoolMask, DataError, SizeHW
@@ -55,6 +56,8 @@ class Segment:
     """A group of things that were not told apart."""
     description: str
     """Pix2Cap's text, "" where there is none."""
+    area: float | None = None
+    """In pixels, as the file states it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +164,7 @@ class PanopticFile:
                 )
             masks[segment.segment_id] = mask
             unlisted &= ~mask
+            self._compare_area(segment, int(mask.sum()), image.where)
         if self.lists_all and unlisted.any():
             raise DataError(
                 f"{image.where}: found {int(unlisted.sum())} pixels of unlisted segments (one is "
@@ -168,6 +172,12 @@ class PanopticFile:
                 "and PNG folder do not belong together"
             )
         return masks
+
+    def _compare_area(self, segment: Segment, num_pixels: int, where: str) -> None:
+        """Remark that the PNG shows another area than the file states: one of them was changed without the other."""
+        if segment.area is not None and areas_differ(num_pixels, segment.area):
+            found = f"segment {segment.segment_id} has {num_pixels} pixels in the PNG, the file states {segment.area:g}"
+            remark(STATED_AREA, self._annotations.where, where, found)
 
     def _record(self, number: int) -> tuple[int, str, tuple[Segment, ...]]:
         """Return image id, PNG name and segments of one record."""
@@ -303,7 +313,7 @@ def read_segment_ids(path: Path, size_hw: SizeHW, where: str) -> NDArray[np.int3
 def _segment(info: object, where: str) -> Segment:
     segment_id = _integer(info, "id", where)
     assert isinstance(info, dict), "_integer accepts nothing else"
-    is_crowd, description = info.get("iscrowd", 0), info.get("description", "")
+    is_crowd, description, area = info.get("iscrowd", 0), info.get("description", ""), info.get("area")
     if not 0 < segment_id < 256**3:
         raise DataError(f"{where}: found id {segment_id}, expected 1 .. {256**3 - 1}, a colour; repair the file")
     if is_crowd not in (0, 1):
@@ -318,6 +328,7 @@ def _segment(info: object, where: str) -> Segment:
         category_id=_integer(info, "category_id", where),
         is_crowd=bool(is_crowd),
         description=description.strip(),
+        area=area if isinstance(area, int | float) else None,
     )
 
 

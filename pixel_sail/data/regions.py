@@ -131,7 +131,8 @@ def _fill(text: str, named: Mapping[str, int], sample_id: str) -> str:
     def token(match: re.Match[str]) -> str:
         if match[1] not in named:
             raise DataError(
-                f"{sample_id}: {shown(text)} names {shown(match[0])}, found regions {sorted(named)}; repair the item"
+                f"{sample_id}: {shown(text)} names {shown(match[0])[1:-1]}, found regions {sorted(named)}; repair "
+                "the item"
             )
         return f"<Prompt{named[match[1]]}>"
 

@@ -12,6 +12,15 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+STATED_AREA = "stated area"
+"""Topic of the remarks about masks whose pixels are not those of the area beside them."""
+
+AREA_TOLERANCE = 0.15
+"""Largest difference, as a share of the stated area, that is not remarked."""
+
+MIN_AREA_DIFFERENCE_PX = 30
+"""Differences below are not remarked: of small objects much is outline, which area and pixels count differently."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -27,6 +36,11 @@ class Remark:
 _HEARD: ContextVar[dict[Remark, None] | None] = ContextVar("remarks", default=None)
 _logged: set[tuple[str, str]] = set()
 """Topics and files of this process that the log knows."""
+
+
+def areas_differ(num_pixels: int, stated: float) -> bool:
+    """Say whether the pixels of a mask are too many or too few for the area a file states."""
+    return not abs(num_pixels - stated) <= max(MIN_AREA_DIFFERENCE_PX, AREA_TOLERANCE * abs(stated))
 
 
 def remark(topic: str, file: str, where: str, message: str) -> None:

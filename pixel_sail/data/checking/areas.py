@@ -9,12 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pixel_sail.data.checking.findings import Findings, Kind
-
-TOLERANCE = 0.15
-"""Largest difference, as a share of the stated area, that is not counted."""
-
-MIN_DIFFERENCE_PX = 30
-"""Differences below are not counted: of small objects much is outline, which area and pixels count differently."""
+from pixel_sail.data.remarks import AREA_TOLERANCE, areas_differ
 
 SHOWN = 3
 
@@ -32,8 +27,7 @@ class AreaCheck:
         if not isinstance(stated, int | float):
             return
         self.checked += 1
-        difference = abs(num_pixels - stated)
-        if not difference <= max(MIN_DIFFERENCE_PX, TOLERANCE * abs(stated)):
+        if areas_differ(num_pixels, stated):
             self.differing.append(f"{where.rpartition(': ')[2]}: {num_pixels} pixels, stated {stated:g}")
 
     def report(self, path: Path, findings: Findings) -> None:
@@ -45,6 +39,6 @@ class AreaCheck:
         findings.note(
             Kind.AREA,
             path,
-            f"{found}than {TOLERANCE:.0%} ({examples}); holes that are written as polygons are filled, or the "
+            f"{found}than {AREA_TOLERANCE:.0%} ({examples}); holes that are written as polygons are filled, or the "
             "coordinates are of another scale",
         )
