@@ -1,6 +1,6 @@
 """The nouns of pixel_sail: what flows from annotation files to scores.
 
-Place in the flow: everything else imports this module, it imports nothing of the project. Read it first, then
+Place in the flow: everything else imports this module, it imports `texts.py` alone. Read it first, then
 `data/sources/refer.py`, `data/collate.py`, `model/modeling_pixel_sail.py`, `losses/`, `training/loop.py`.
 
     TRAIN  annotations --sources--> Sample --processor--> Example --packing, collate--> Batch --model--> losses
@@ -16,6 +16,7 @@ Axis letters: B rows of a packed batch, T tokens, P patches of one image, S patc
 flattened patch (3 * patch_size ** 2), N masks, H W pixels. Sizes are always (height, width).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +25,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from pixel_sail.texts import has_half_character, limited, shown
 
 BoolMask = NDArray[np.bool_]
 """A binary mask [H, W] at the resolution of its image. Always a union of its parts, never a sum."""
@@ -40,9 +43,22 @@ IGNORE_LABEL = -100
 class DataError(ValueError):
     """A file, annotation or sample is wrong. The message names where, what was found, what was expected, what to do."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(limited(message))
+
 
 class MissingDataError(DataError):
     """A file or folder of a dataset is not there at all, as where a dataset was not downloaded."""
+
+
+def check_texts(texts: Iterable[str], where: str) -> None:
+    """Raise DataError for a text that cannot be tokenised; of all texts of samples and evaluations."""
+    for text in texts:
+        if has_half_character(text):
+            raise DataError(
+                f"{where}: found half a character in {shown(text)}, expected Unicode text; the writer of the file cut "
+                "a character in two, repair or leave out the record"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +94,10 @@ class Sample:
     """Size stated by the annotation file; the opened image must agree."""
     turns: tuple[Turn, ...]
     prompts: tuple[VisualPrompt, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the texts. Raises: DataError."""
+        check_texts((text for turn in self.turns for text in (turn.question, turn.answer)), self.sample_id)
 
 
 class Source(Protocol):
@@ -117,6 +137,10 @@ class Expression:
     released_target: RLE | None = None
     """What the released scripts take for the target, where that differs: overlapping polygons that were summed."""
 
+    def __post_init__(self) -> None:
+        """Check the texts. Raises: DataError."""
+        check_texts((self.text,), f"{self.image_path.name}: ref_id {self.ref_id}, sent_id {self.sent_id}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RegionCaption:
@@ -127,6 +151,10 @@ class RegionCaption:
     image_hw: SizeHW
     region: RLE
     references: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Check the texts. Raises: DataError."""
+        check_texts(self.references, f"item {self.item_id}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +169,10 @@ class RegionChoice:
     """As in the file, with its options."""
     answer: str
     """The right option, as in the file."""
+
+    def __post_init__(self) -> None:
+        """Check the texts. Raises: DataError."""
+        check_texts((self.question, self.answer), f"item {self.item_id}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +190,10 @@ class VisualReferring:
     answer: str
     targets: tuple[RLE, ...]
 
+    def __post_init__(self) -> None:
+        """Check the texts. Raises: DataError."""
+        check_texts((self.question, self.answer), f"item {self.item_id}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class GroundedCaption:
@@ -170,6 +206,10 @@ class GroundedCaption:
     phrases: tuple[str, ...]
     masks: tuple[RLE, ...]
     """One per phrase."""
+
+    def __post_init__(self) -> None:
+        """Check the texts. Raises: DataError."""
+        check_texts((*self.captions, *self.phrases), f"image {self.image_id}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "pixel_sail"
 
 LAYERS = (
+    ("texts",),
     ("types", "dist", "files", "places"),
     ("provenance",),
     ("rle",),
