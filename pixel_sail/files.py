@@ -11,6 +11,15 @@ import hashlib
 import os
 from pathlib import Path
 
+DEBRIS = frozenset({"__MACOSX", "Thumbs.db", "ehthumbs.db", "desktop.ini", "@eaDir"})
+"""What operating systems and file servers leave in folders, beside names that begin with a dot."""
+
+
+def is_hidden(path: Path) -> bool:
+    """Say whether a name is no content of a folder: it begins with a dot, as the `._x.jpg` of Mac archives, or is
+    another program's debris."""
+    return path.name.startswith(".") or path.name in DEBRIS
+
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file, hexadecimal."""
