@@ -20,11 +20,12 @@ from pixel_sail.config import build
 from pixel_sail.data.checking.downloads import advice_for
 from pixel_sail.data.checking.files import annotation_files, check_paths, file_fact
 from pixel_sail.data.checking.findings import FileFact, Findings, Kind, SourceReport
-from pixel_sail.data.checking.items import ItemCheck, check_items
+from pixel_sail.data.checking.items import ItemCheck, check_items, note_remarks
 from pixel_sail.data.checking.known import is_known, refer_name
 from pixel_sail.data.checking.leakage import coco_key, note_leakage, photo_key
 from pixel_sail.data.checking.refer_files import ReferCheck, ReferFolder, check_refer, refs_files
 from pixel_sail.data.checking.refs import read_refs
+from pixel_sail.data.remarks import remarks
 from pixel_sail.evaluation.check_plan import CheckPlan, CheckSettings, Node
 from pixel_sail.types import Sample, Source
 
@@ -47,7 +48,9 @@ def run_check(plan: CheckPlan, settings: CheckSettings) -> CheckResult:
     found: dict[ReferFolder, tuple[ReferCheck, Findings]] = {}
     for folder in dict.fromkeys(folders.values()):
         findings = Findings()
-        check = check_refer(folder, findings, sample=settings.sample, progress=settings.progress)
+        with remarks() as heard:
+            check = check_refer(folder, findings, sample=settings.sample, progress=settings.progress)
+        note_remarks(heard, findings)
         found[folder] = (check, findings)
     evaluated = evaluation_photos(plan, {folder: check for folder, (check, _) in found.items()})
     result = CheckResult()
@@ -163,7 +166,7 @@ def _build(name: str, node: Node, findings: Findings) -> Source | None:
         is_complete = not any(Path(subject).suffix for subject in findings.subjects(Kind.MISSING_FILE))
     if not is_complete:
         return None
-    with _warnings() as warned:
+    with _warnings() as warned, remarks() as heard:
         try:
             source: Source | None = build(node, name)
         except ValueError as error:
@@ -172,6 +175,7 @@ def _build(name: str, node: Node, findings: Findings) -> Source | None:
             source = None
     for message in warned:
         findings.note(Kind.LOADER, name, message)
+    note_remarks(heard, findings)
     return source
 
 

@@ -202,7 +202,8 @@ def _target_rle(ref: Ref, annotations: ReferAnnotations) -> RLE | None:
         return None
     segmentations = [annotations.segmentations[ann_id] for ann_id in ref.ann_ids]
     where = f"{annotations.refs_file}: ref_id {ref.ref_id}, ann_id {list(ref.ann_ids)}"
-    return merge_to_rle(segmentations, annotations.images[ref.image_id].size_hw, where)
+    size_hw = annotations.images[ref.image_id].size_hw
+    return merge_to_rle(segmentations, size_hw, where, annotations.segmentations.shows_pixels)
 
 
 def _released_target(ref: Ref, annotations: ReferAnnotations) -> RLE | None:
@@ -212,14 +213,16 @@ def _released_target(ref: Ref, annotations: ReferAnnotations) -> RLE | None:
     (ann_id,) = ref.ann_ids
     where = f"{annotations.refs_file}: ref_id {ref.ref_id}, ann_id {ann_id}"
     size_hw = annotations.images[ref.image_id].size_hw
-    return summed_as_released(annotations.segmentations[ann_id], size_hw, where)
+    segmentations = annotations.segmentations
+    return summed_as_released(segmentations[ann_id], size_hw, where, segmentations.shows_pixels)
 
 
 def _target_mask(ref: Ref, annotations: ReferAnnotations) -> BoolMask:
     size_hw = annotations.images[ref.image_id].size_hw
     where = f"{annotations.refs_file}: ref_id {ref.ref_id}"
+    segmentations = annotations.segmentations
     masks = [
-        decode_segmentation(annotations.segmentations[ann_id], size_hw, f"{where}, ann_id {ann_id}")
+        decode_segmentation(segmentations[ann_id], size_hw, f"{where}, ann_id {ann_id}", segmentations.shows_pixels)
         for ann_id in ref.ann_ids
     ]
     return union_masks(masks, size_hw)
