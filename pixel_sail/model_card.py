@@ -14,20 +14,20 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import safe_open
 
 from pixel_sail.config import ConfigError
+from pixel_sail.errors import ExpectedError
 from pixel_sail.evaluation.results import EVALUATION, FILE_NAME, Row, read_rows
 from pixel_sail.evaluation.run import EXPORT
 from pixel_sail.evaluation.tables import scores_table
-from pixel_sail.files import replace_text, sha256
+from pixel_sail.files import read_json, read_json_lines, replace_text
+from pixel_sail.model.folder import MODEL_FILES, hash_of, holds_model, model_hashes, weights_hash
+from pixel_sail.model.reading import weight_shapes
 from pixel_sail.provenance import STARTS
 from pixel_sail.types import DataError
 
 CARD = "README.md"
 MADE_BY = "<!-- Made by tools/publish_model.py: written anew whenever it is called. -->"
-MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
-"""What belongs to a model on the hub."""
 UPLOADED = (*MODEL_FILES, CARD)
 
 LIMITS = """\
@@ -53,10 +53,11 @@ def write_card(run_dir: Path, *, name: str, license_name: str) -> Path:
 def card_text(run_dir: Path, *, name: str, license_name: str) -> str:
     """Return the card of a run's exported model. Raises: ConfigError as `write_card`."""
     export = run_dir / EXPORT
-    for file in (export / "config.json", export / "model.safetensors", run_dir / "config.json"):
-        if not file.is_file():
-            raise ConfigError(f"{file} is not there; give the folder of a run whose training finished")
-    config = json.loads((run_dir / "config.json").read_text())
+    remedy = "give the folder of a run whose training finished, with the files it wrote"
+    if not holds_model(export):
+        raise ConfigError(f"{export}: the model is not there; {remedy}")
+    kinds = dict.fromkeys(("model", "data", "optim", "predict"), dict) | {"seed": int}
+    config = read_json(run_dir / "config.json", kinds, fail=ConfigError, remedy=remedy)
     head = {
         "license": license_name,
         "library_name": "pixel_sail",
@@ -65,28 +66,38 @@ def card_text(run_dir: Path, *, name: str, license_name: str) -> str:
     }
     # What JSON is, is YAML too.
     front = [f"{key}: {json.dumps(value)}" for key, value in head.items()]
+    shapes = weight_shapes(export)
+    try:
+        told = [
+            _model(config, num_parameters=sum(map(math.prod, shapes.values()))),
+            _use(name, config["predict"]["prompt"]),
+            _data(config["data"]),
+            _recipe(run_dir, config),
+        ]
+    except ExpectedError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"{run_dir / 'config.json'}: found no configuration of a run ({type(error).__name__}: {error}); {remedy}"
+        ) from error
     parts = [
         "\n".join(["---", *front, "---", MADE_BY, ""]),
         f"# {name.rpartition('/')[2]}\n",
-        _model(export, config),
-        _use(name, config["predict"]["prompt"]),
-        _data(config["data"]),
-        _recipe(run_dir, config),
-        _scores(run_dir, sha256(export / "model.safetensors")),
+        *told,
+        _scores(run_dir, export),
         f"## Limits\n\n{LIMITS}\n",
     ]
     return "\n".join(parts)
 
 
-def _model(export: Path, config: Mapping[str, Any]) -> str:
-    """Return what the model is; its size is counted in the file of its weights."""
-    with safe_open(export / "model.safetensors", framework="pt") as file:
-        count = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+def _model(config: Mapping[str, Any], *, num_parameters: int) -> str:
+    """Return what the model is."""
     own = config["model"]["architecture"]
     return (
         "A Pixel-SAIL model ([arXiv 2504.10465](https://arxiv.org/abs/2504.10465)): one decoder-only transformer that "
-        f"answers questions about pictures with text and masks. {count / 1e6:,.1f} M parameters, base {own['base']}, "
-        f"{own['num_hidden_layers']} layers of width {own['hidden_size']}, patches of {own['patch_size']} pixels, mask "
+        f"answers questions about pictures with text and masks. {num_parameters / 1e6:,.1f} M parameters, base "
+        f"{own['base']}, {own['num_hidden_layers']} layers of width {own['hidden_size']}, "
+        f"patches of {own['patch_size']} pixels, mask "
         f"logits every {own['mask_stride']} pixels, images up to {own['max_long_side']} pixels long, up to "
         f"{own['num_visual_prompts']} marked regions.\n"
     )
@@ -141,7 +152,8 @@ def _recipe(run_dir: Path, config: Mapping[str, Any]) -> str:
         "averaged weights": optim["ema_decay"] or "no",
     }
     file = run_dir / STARTS
-    starts = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    kinds = {"step": int, "packages": dict, "code": str, "world_size": int, "device": str}
+    starts = read_json_lines(file, kinds, fail=ConfigError, remedy="correct or delete that line")
     for start in starts:
         versions = ", ".join(f"{name} {version}" for name, version in start["packages"].items())
         rows[f"from step {start['step']}"] = (
@@ -154,11 +166,17 @@ def _recipe(run_dir: Path, config: Mapping[str, Any]) -> str:
     )
 
 
-def _scores(run_dir: Path, weights_sha256: str) -> str:
-    """Return the scores of these very weights."""
+def _scores(run_dir: Path, export: Path) -> str:
+    """Return the scores of this very model; rows from before `model_sha256` was written name the weights alone."""
+    hashes = model_hashes(export)
+    weights_sha256, model_sha256 = weights_hash(export, hashes), hash_of(hashes)
     folder = run_dir / EVALUATION
     rows = read_rows(folder) if (folder / FILE_NAME).is_file() else {}
-    own = {name: row for name, row in rows.items() if row["weights_sha256"] == weights_sha256}
+    own = {
+        name: row
+        for name, row in rows.items()
+        if row["weights_sha256"] == weights_sha256 and row.get("model_sha256", model_sha256) == model_sha256
+    }
     if not own:
         return "## Scores\n\nThese weights were not scored.\n"
     table = scores_table("Scores", {name: row["scores"] for name, row in own.items()}, _intervals(own))

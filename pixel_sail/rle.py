@@ -5,6 +5,7 @@ Place in the flow: below everything that writes masks: predictions, the drawn be
 """
 
 import numpy as np
+from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from pixel_sail.types import RLE, BoolMask, DataError
@@ -39,3 +40,12 @@ def bounding_box(mask: BoolMask) -> BoxXYXY | None:
     if len(rows) == 0:
         return None
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def encode_as_released(values_HW: NDArray[np.uint8]) -> RLE:
+    """Return a map of more values than 0 and 1 as the released evaluation encodes it.
+
+    The encoder starts a new run wherever the value changes, down the columns, and takes every second run for the mask:
+    a border between two values above 0 turns one of them into background, and what follows may be inverted.
+    """
+    return json_safe(coco_mask.encode(np.asfortranarray(values_HW)))

@@ -14,7 +14,7 @@ from test_plan_run import saved_bytes
 from pixel_sail.config import TrainConfig, load_config
 from pixel_sail.data.loader import LaneShare, training_batches
 from pixel_sail.data.packing import LanePosition
-from pixel_sail.losses.total import Counts, LossConfig, combine, loss_sums
+from pixel_sail.losses.total import LossConfig, combine, count, loss_sums
 from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
 from pixel_sail.model.generation import encode_images, generate
 from pixel_sail.model.image_embedding import PooledPrompts
@@ -404,7 +404,7 @@ def test_every_tiny_ablation_takes_a_first_step(data_root, ablation):
     (batch,) = next(batches).batches
     output = model(**batch.training_inputs())
     terms = loss_sums(output, batch, config.loss)
-    loss = combine(terms, Counts(tokens=len(batch.targets_M), masks=len(batch.masks)), config.loss) + output.anchor
+    loss = combine(terms, count(batch), config.loss) + output.anchor
     loss.backward()
     assert torch.isfinite(loss) and loss.item() > 0
     assert [name for name, value in model.named_parameters() if value.grad is None] == []

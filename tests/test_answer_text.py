@@ -46,6 +46,19 @@ def test_released_grounded_text_lists_all_phrases():
     assert grounded_text_as_released(answer) == expected
 
 
+@pytest.mark.parametrize(
+    ("answer", "caption", "phrases"),
+    [
+        ("A dog\nand <p> a\ncat </p> [SEG].", "A dogand acat .", ("acat",)),
+        ("'A dog runs.'", "A dog runs.", ()),
+        ("'<p> A dog's tail </p> [SEG]'<|endoftext|>", "A dog's tail", ("A dog's tail",)),
+        ("<p> a   big  cat </p> [SEG]", "a big cat", ("a  big cat",)),
+    ],
+)
+def test_released_grounded_text_joins_lines_and_loses_outer_apostrophes(answer, caption, phrases):
+    assert grounded_text_as_released(answer) == GroundedText(caption=caption, phrases=phrases)
+
+
 def test_released_object_caption_keeps_its_colon():
     assert object_caption_as_released(" <Prompt0>: A hat.<|endoftext|>") == ": A hat."
 

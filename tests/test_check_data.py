@@ -242,3 +242,47 @@ def test_training_photos_of_an_evaluation_split_are_noted(check, tmp_path, monke
     assert [m.split(";")[0] for m in messages] == [
         "found 1 of 1 photos also in the evaluation split refcoco+(unc) val, which has 1"
     ]
+
+
+def _evals(folder, file):
+    return (
+        "evals=[perbench_visual_referring,refshapes_val]",
+        f"paths.data={folder.parent}",
+        f"evals.perbench_visual_referring.annotations={file}",
+        f"evals.perbench_visual_referring.image_dir={folder / 'images/train2014'}",
+    )
+
+
+def test_a_check_of_evals_counts_perbench_records_with_a_tag_in_both_texts(check, tmp_path, data_root):
+    folder = data_root / "refshapes"
+    records = json.loads((folder / "perbench" / "STBench_VRES.json").read_text())
+    records[0]["answer"] = "It is not <obj0>, it is <obj1>."
+    file = tmp_path / "STBench_VRES.json"
+    file.write_text(json.dumps(records))
+    status, screen, sources = check(*_evals(folder, file))
+    found = sources["perbench_visual_referring"]
+    assert (status, _troubles(found), found["items"]) == (0, [], len(records))
+    assert found["images"]["checked"] == found["images"]["sound"] == len({record["image_name"] for record in records})
+    assert [fact["path"] for fact in found["files"]] == [str(file)]
+    (note,) = found["findings"]
+    assert note["message"].startswith(f"{file}: 1 of {len(records)} records name a tag in question and answer")
+    assert "1 of" in screen and sources["refshapes_val"]["findings"] == []
+
+
+def test_a_check_of_evals_names_absent_photos_and_files_that_cannot_be_read(check, tmp_path, data_root):
+    folder = data_root / "refshapes"
+    file = tmp_path / "STBench_VRES.json"
+    file.write_text("[{}]")
+    status, _, sources = check(*_evals(folder, file), f"+evals.refshapes_val.image_dir={tmp_path}")
+    assert status == 1
+    assert _kinds(sources["perbench_visual_referring"]) == {"source"}
+    assert _kinds(sources["refshapes_val"]) == {"missing image"}
+    absent = file.with_name("nothing.json")
+    status, _, sources = check(*_evals(folder, absent))
+    assert (status, _kinds(sources["perbench_visual_referring"])) == (1, {"missing file"})
+    assert _kinds(sources["refshapes_val"]) == set()
+
+
+def test_a_check_of_no_eval_is_refused():
+    with pytest.raises(ConfigError, match="evals is empty"):
+        parse_arguments(["evals=[]"])

@@ -3,14 +3,18 @@
 import ast
 import inspect
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from hydra.utils import get_method
+from shared_data import SHARED_CONFIGS
 
-from pixel_sail.config import CONFIG_FOLDER, ConfigError, EvalConfig, TrainConfig, load_config
+from pixel_sail.config import CONFIG_FOLDER, ConfigError, EvalConfig, PredictConfig, TrainConfig, load_config
 from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
+from pixel_sail.sweep.checks import checked_config
+from pixel_sail.sweep.grid import expand
 from pixel_sail.training.accelerator import deepspeed_dictionary
 
 
@@ -75,6 +79,52 @@ def test_every_eval_binds_and_carries_its_own_name(name):
     evals = load_config("evaluate", EvalConfig, ["checkpoint=x", f"evals=[{name}]"]).evals
     assert list(evals) == [name]
     bind_targets(evals)
+
+
+@pytest.mark.parametrize("experiment", names("experiment"))
+def test_every_experiment_composes_as_released(experiment):
+    config = load_config("train", TrainConfig, [f"experiment={experiment}", "recipe=released"])
+    assert (config.name, config.model.architecture.mask_stride, config.optim.decay_all) == (experiment, 2, True)
+    assert (config.optim.precision, config.data.leakage.held_out) == ("bf16", [])
+    PixelSailConfig.from_architecture(config.model.architecture)
+
+
+def test_an_ablation_and_the_command_line_change_one_thing_of_a_recipe_and_a_stage_does_not():
+    card = "experiment=pixel_sail_0_5b"
+    changed = load_config("train", TrainConfig, [card, "recipe=released", "ablation=stride_4", "optim.precision=fp32"])
+    assert (changed.model.architecture.mask_stride, changed.optim.precision) == (4, "fp32")
+    assert changed.optim.decay_all
+    staged = load_config("train", TrainConfig, ["stage=pretrain", "model=sail_0_5b", "recipe=released"])
+    assert staged.model.architecture.mask_stride == 2
+    assert staged.name == "stage_pretrain_sail_0_5b"
+
+
+def test_an_evaluation_as_released_is_another_half_of_the_same_recipe():
+    plain = load_config("evaluate", EvalConfig, ["checkpoint=x", "evals=paper"])
+    config = load_config("evaluate", EvalConfig, ["checkpoint=x", "evals=paper", "recipe=released"])
+    assert config.precision == "bf16"
+    assert config.predict == PredictConfig(max_new_tokens=512, prompt="paper", mask="first", answer="generated")
+    assert replace(config, precision=plain.precision, predict=plain.predict) == plain
+    one = load_config("evaluate", EvalConfig, ["checkpoint=x", "recipe=released", "predict.max_new_tokens=32"])
+    assert (one.predict.max_new_tokens, one.predict.prompt) == (32, "paper")
+
+
+def test_a_recipe_goes_with_experiments_of_another_folder_and_is_swept():
+    config = load_config("train", TrainConfig, ["experiment=refer_mini", "recipe=released", *SHARED_CONFIGS])
+    assert (config.name, config.optim.decay_all) == ("refer_mini", True)
+    jobs = expand(["experiment=quickstart", "recipe=released", "ablation=stride_4,stride_8"])
+    assert [checked_config(job).model.architecture.mask_stride for job in jobs] == [4, 8]
+
+
+def test_a_recipe_that_does_not_exist_is_an_error_that_lists_those_that_do():
+    with pytest.raises(ConfigError, match=r"(?s)recipe/nobody.*released"):
+        load_config("evaluate", EvalConfig, ["checkpoint=x", "recipe=nobody"])
+
+
+def test_null_for_a_group_is_an_error_that_says_how_to_choose_none():
+    with pytest.raises(ConfigError, match=r"'recipe=null'.*leave it out, or put ~ before its name"):
+        load_config("train", TrainConfig, ["name=x", "recipe=null"])
+    assert load_config("train", TrainConfig, ["name=x", "~recipe"]) == load_config("train", TrainConfig, ["name=x"])
 
 
 @pytest.mark.parametrize("name", names("deepspeed"))

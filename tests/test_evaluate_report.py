@@ -157,11 +157,71 @@ def test_overlapping_polygons_are_summed_as_released():
     expected = np.zeros((4, 4), dtype=bool)
     expected[:2, :2] = expected[1:3, 1:3] = True
     expected[1, 1] = False
-    assert (decode_rle(summed_as_released(squares, (4, 4), "x")) == expected).all()
+    assert (decode_rle(summed_as_released([squares], (4, 4), "x")) == expected).all()
     apart = [squares[0], [2, 2, 4, 2, 4, 4, 2, 4]]
-    assert summed_as_released(apart, (4, 4), "x") is None
-    assert summed_as_released(squares[:1], (4, 4), "x") is None
-    assert summed_as_released(encode_mask(expected), (4, 4), "x") is None
+    assert summed_as_released([apart], (4, 4), "x") is None
+    assert summed_as_released([squares[:1]], (4, 4), "x") is None
+    assert summed_as_released([encode_mask(expected)], (4, 4), "x") is None
+    assert summed_as_released([], (4, 4), "x") is None
+
+
+def square(x0, y0, x1, y1):
+    return [x0, y0, x1, y0, x1, y1, x0, y1]
+
+
+def toggled(values_HW):
+    """Encode as the released code does: a new run wherever the value changes, down the columns."""
+    flat = values_HW.T.ravel()
+    toggles = np.cumsum(np.concatenate([[flat[0] > 0], flat[1:] != flat[:-1]]))
+    return (toggles % 2 == 1).reshape(values_HW.T.shape).T
+
+
+def test_instances_of_grefcoco_are_united_bit_by_bit_after_their_polygons_are_summed():
+    one = [square(0, 0, 5, 5), square(3, 3, 6, 6)]
+    other = [square(0, 3, 4, 8)]
+    sums = np.zeros((8, 8), dtype=np.uint8)
+    sums[:5, :5] += 1
+    sums[3:6, 3:6] += 1
+    values = sums.copy()
+    values[3:8, :4] |= 1
+    assert set(np.unique(values)) == {0, 1, 2, 3}
+    summed = decode_rle(summed_as_released([one, other], (8, 8), "x"))
+    assert (summed == toggled(values)).all() and not (summed == (values > 0)).all()
+    # Two instances that overlap each other are no sum of polygons: 1 or 1 is 1.
+    assert summed_as_released([one[:1], other], (8, 8), "x") is None
+    everything = {"size": [8, 8], "counts": [0, 64]}
+    assert (decode_rle(summed_as_released([one, everything], (8, 8), "x")) == toggled(sums | 1)).all()
+
+
+def test_the_target_of_grefcoco_as_released_loses_what_two_polygons_of_an_instance_share(tmp_path):
+    crowd = {"size": [12, 12], "counts": [0, 12, 132]}
+    rows = [([square(0, 0, 6, 5), square(4, 3, 8, 7)], 0), ([square(8, 8, 10, 10)], 0), (crowd, 1)]
+    folder = tmp_path / "grefcoco"
+    folder.mkdir()
+    image = {"id": 1, "height": 12, "width": 12, "file_name": "a.jpg"}
+    annotations = [
+        {"id": number, "image_id": 1, "segmentation": segmentation, "iscrowd": iscrowd}
+        for number, (segmentation, iscrowd) in enumerate(rows, start=1)
+    ]
+    (folder / "instances.json").write_text(json.dumps({"images": [image], "annotations": annotations}))
+    meant = [[1, 2], [2], [2, 3], [3], [-1]]
+    grefs = [
+        {"ref_id": number, "image_id": 1, "ann_id": ann_ids, "split": "val",
+         "sentences": [{"sent_id": number, "sent": "x", "raw": "x"}]}
+        for number, ann_ids in enumerate(meant)
+    ]  # fmt: skip
+    (folder / "grefs(unc).json").write_text(json.dumps(grefs))
+    items = expressions(load_refer(tmp_path, "grefcoco", "val"))
+    damaged, alone, beside_crowd, only_crowd, nothing = items
+    areas = [decode_rle(rle).sum() for rle in (damaged.target, damaged.released_target)]
+    assert areas == [46, 42]
+    perfect = Prediction(ref_id=0, sent_id=0, image_id=1, text="x", segmentation=damaged.target)
+    assert score_prediction(damaged, perfect).iou_sum == 1.0
+    assert released_prediction(damaged, perfect).iou_sum == pytest.approx(42 / 46, abs=1e-5)
+    assert alone.released_target is None and nothing.released_target is None
+    # A crowd belongs to the target of ours and to none of the released ones.
+    assert (decode_rle(beside_crowd.target).sum(), decode_rle(beside_crowd.released_target).sum()) == (16, 4)
+    assert (decode_rle(only_crowd.target).sum(), decode_rle(only_crowd.released_target).sum()) == (12, 0)
 
 
 def test_no_drawn_target_is_damaged(data_root):

@@ -19,12 +19,13 @@ from pixel_sail.evaluation import grounded_caption, predict, refer_seg, region_c
 from pixel_sail.evaluation.answers import ANSWERS, ItemAnswer
 from pixel_sail.evaluation.engine import answer_image, evaluate
 from pixel_sail.evaluation.photos import Photo
-from pixel_sail.evaluation.phrase_similarity import EncoderSimilarity
+from pixel_sail.evaluation.phrase_similarity import BERT_BASE_UNCASED, EncoderSimilarity
 from pixel_sail.evaluation.predict import BatchPredictor
 from pixel_sail.evaluation.record_files import RecordWriter, read_records
 from pixel_sail.evaluation.run import perbench_overall_of, run_evals
 from pixel_sail.evaluation.task import by_image
 from pixel_sail.evaluation.validation import validation_for
+from pixel_sail.metrics.grounded_caption import word_overlap
 from pixel_sail.rle import encode_mask
 from pixel_sail.types import DataError, Expression, Prediction, VisualReferring
 
@@ -76,9 +77,10 @@ def options(checkpoint, data_root, region_file):
            for task, name in perbench.items()},
         "refcocog_region_caption": {"annotations": region_file, "captions": "null"},
         "gcg_val": {"root": folder / "glamm_data" / "annotations" / "gcg_val_test", "score_text": "false"},
+        "refshapes_val": {"root": folder},
     }  # fmt: skip
     for name, place in places.items():
-        if name != "reasonseg_val":
+        if name not in ("reasonseg_val", "refshapes_val"):
             place["image_dir"] = folder / "images" / "train2014"
         if name.endswith("caption"):
             place["protocols"] = "[]"
@@ -113,9 +115,20 @@ def test_every_task_answers_and_scores_every_item(whole):
     assert min(counts.values()) >= 2
     assert set(scores["perbench_choice"]) == {"accuracy", "paper_accuracy", "ambiguous", "unparsed", "count"}
     assert {"ciou", "giou", "each_giou", "paper_ciou", "paper_giou"} <= set(scores["perbench_visual_referring"])
-    assert {"ap50", "miou", "word_recall", "paper_ap50", "paper_word_recall"} <= set(scores["gcg_val"])
+    assert {"ap50", "miou", "word_recall", "paper_ap50", "paper_miou"} <= set(scores["gcg_val"])
+    assert not {"paper_word_recall", "paper_recall", "recall"} & set(scores["gcg_val"])
     report = (folder / "report.html").read_text()
     assert all(f"Examples from {name}" in report for name in EVALS) and "paper_accuracy" in report
+
+
+def test_every_eval_can_be_asked_as_released(options, tmp_path):
+    as_released = [*options(tmp_path, *EVALS, "refshapes_val"), "recipe=released", "max_images=1", "resamples=0"]
+    config = load_config("evaluate", EvalConfig, as_released)
+    assert config.predict == PredictConfig(max_new_tokens=4, prompt="paper", mask="first")
+    scores = run_evals(config)
+    assert set(scores) == {*EVALS, "refshapes_val"}
+    protocols = [json.loads((tmp_path / name / "protocol.json").read_text()) for name in scores]
+    assert {protocol["precision"] for protocol in protocols} == {"bf16"}
 
 
 def test_two_processes_write_the_same_predictions(whole, options, data_root, tmp_path):
@@ -310,6 +323,32 @@ def test_reasonseg_photos_are_asked_about_upright(tmp_path, orientation):
     assert task.items[0].target["size"] == list(expected.shape[:2])
 
 
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_paper_scores_of_a_turned_photo_compare_with_the_target_on_the_stored_one(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "val").mkdir()
+    Image.new("RGB", (48, 32)).save(tmp_path / "val" / "a.jpg", exif=exif)
+    shape = {"label": "target", "points": [[1, 1], [9, 1], [9, 9], [1, 9]]}
+    content = {"text": ["the corner"], "is_sentence": False, "shapes": [shape]}
+    (tmp_path / "val" / "a.json").write_text(json.dumps(content))
+    (item,) = refer_seg.load_reasonseg(root=tmp_path, split="val").items
+    lying = refer_seg.load_reasonseg(root=tmp_path, split="val", upright=False)
+    (photo,) = [question.photo for question in lying.questions("standard")]
+    assert photo.open("x").size == (48, 32) and not photo.is_upright
+    # The object is found on the upright photo, and the released target has its points elsewhere.
+    assert refer_seg.measure_predictions([item], [_marked(item, item.target)]).scores["ciou"] == 1.0
+    assert refer_seg.measure_predictions([item], [_marked(item, item.target)]).scores["paper_ciou"] == 0.0
+    # What a model must mark for the released script, on the photo as it lies there.
+    assert lying.score(lying.items, [_marked(lying.items[0], lying.items[0].target)])["paper_ciou"] > 0.999
+    assert refer_seg.measure_predictions([item], [_marked(item, item.released_target)]).scores["paper_ciou"] > 0.999
+
+
+def _marked(item, mask):
+    names = {"ref_id": item.ref_id, "sent_id": item.sent_id, "image_id": item.image_id, "text": item.text}
+    return Prediction(**names, segmentation=mask)
+
+
 def test_a_photo_of_another_size_is_refused_also_upright(tmp_path):
     Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
     with pytest.raises(DataError, match=r"image held upright is \(6, 8\) .*annotations say \(8, 6\)"):
@@ -377,7 +416,7 @@ def grounded(data_root):
 def test_the_true_grounded_captions_score_one(grounded):
     task, written = grounded
     scores = task.score(task.items, written)
-    names = [prefix + name for prefix in ("", "paper_") for name in ("ap50", "miou", "word_recall")]
+    names = ["ap50", "miou", "word_recall", "paper_ap50", "paper_miou"]
     assert {name: scores[name] for name in names} == dict.fromkeys(names, pytest.approx(1.0))
     assert (scores["count"], scores["targets"]) == (len(task.items), sum(len(item.masks) for item in task.items))
     wrong = [replace(answer, answer=answer.answer.replace("<p>", "").replace("</p>", "")) for answer in written]
@@ -444,6 +483,37 @@ def test_phrases_are_compared_by_an_encoder_whatever_else_is_in_the_batch(proces
     assert EncoderSimilarity(tmp_path)(["a box"], ["a red star"])[0, 0] == pytest.approx(matrix[1, 2], abs=1e-5)
     with pytest.raises(DataError, match=r"found no config\.json"):
         EncoderSimilarity(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        (None, {"word_recall"}),
+        (BERT_BASE_UNCASED | {"hidden_act": "gelu"}, {"recall", "paper_recall"}),
+        (BERT_BASE_UNCASED | {"vocab_size": 28996}, {"recall"}),
+        ({"model_type": "roberta"}, {"recall"}),
+        ([], {"recall"}),
+    ],
+)
+def test_the_released_recall_is_printed_only_where_phrases_are_compared_as_released(
+    grounded, tmp_path, monkeypatch, caplog, config, names
+):
+    task, written = grounded
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        monkeypatch.setattr(EncoderSimilarity, "__call__", lambda self, *texts: word_overlap(*texts))
+    scoring = grounded_caption.Scoring(similarity_model=None if config is None else tmp_path, score_text=False)
+    grounded_caption._check(task.items, scoring)
+    assert ("there will be no paper_recall" in caplog.text) == ("paper_recall" not in names)
+    measured = grounded_caption._measure(task.items, written, scoring=scoring)
+    assert {name for name in measured.scores if "recall" in name} == names
+    assert {name for name in measured.fractions if "recall" in name} == names
+
+
+def test_a_damaged_similarity_model_is_refused_before_anything_is_asked(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(DataError, match=r"config\.json: cannot be read .*expected a Hugging Face config"):
+        EncoderSimilarity(tmp_path)
 
 
 # The file.

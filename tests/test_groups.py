@@ -87,7 +87,7 @@ def test_every_trained_parameter_gets_a_gradient_from_any_batch_and_no_frozen_on
         build_optimizer(model, optim)
         output = model(**data.model_inputs())
         terms = loss_sums(output, data, LossConfig())
-        (combine(terms, Counts(tokens=9, masks=3), LossConfig()) + output.anchor).backward()
+        (combine(terms, Counts(tokens=9, masks=3, samples=3), LossConfig()) + output.anchor).backward()
         with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
         assert with_gradient == {name for name, _ in model.named_parameters() if expected_to_train(tuning, name)}
 

@@ -103,9 +103,28 @@ def test_tags_without_brackets_are_not_found_inside_other_names(tmp_path):
     assert (item.question, item.prompt_ids) == ("obj10, subobj1, <Prompt1>?", (1,))
 
 
-def test_a_tag_in_question_and_answer_is_region_and_target(tmp_path):
+def test_a_tag_in_question_and_answer_is_a_region_and_no_target(tmp_path, caplog):
     (item,) = _vres(tmp_path, question="Is it <obj0>?", answer="<obj0> and <obj1>")
-    assert ([_place(rle) for rle in item.regions], [_place(rle) for rle in item.targets]) == ([0], [0, 1])
+    assert ([_place(rle) for rle in item.regions], [_place(rle) for rle in item.targets]) == ([0], [1])
+    assert "1 of 1 records name a tag in question and answer" in caplog.text
+    assert "0 of them have no other target" in caplog.text
+
+
+def test_records_without_a_tag_in_both_texts_are_not_counted(tmp_path, caplog):
+    _vres(tmp_path)
+    assert caplog.text == ""
+
+
+def test_a_record_whose_answer_names_given_regions_only_is_left_out(tmp_path, caplog):
+    tags = {f"<obj{i}>": _column(i) for i in range(2)}
+    shared = {"image_name": "a.jpg", "question": "Is <obj0> or <obj1> larger?", "segmentations": tags}
+    asked = {"image_name": "b.jpg", "question": "What is beside <obj0>?", "segmentations": tags, "answer": "<obj1>."}
+    file = _write(tmp_path, [shared | {"answer": "<obj1> is."}, asked])
+    (item,) = load_visual_referring(file, image_dir=tmp_path)
+    assert item.item_id == "b.jpg/1"
+    assert "1 of 2 records name a tag" in caplog.text and "1 of them have no other target" in caplog.text
+    with pytest.raises(DataError, match=r"file\.json: found 1 records, none with a tag that its answer names"):
+        load_visual_referring(_write(tmp_path, [shared | {"answer": "<obj1> is."}]), image_dir=tmp_path)
 
 
 def test_uncompressed_masks_are_read(tmp_path):

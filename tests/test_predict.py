@@ -99,6 +99,19 @@ def test_batches_hold_images_of_one_grid_and_keep_to_the_budget(predictor, image
     assert all(image_tokens + text_tokens <= 200 for image_tokens, _, text_tokens in batches)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_are_resized_and_cut_at_one_half_in_the_precision_of_the_model(predictor, images, monkeypatch, dtype):
+    # sigmoid(0.004) is 0.501, which bf16 rounds to 0.5: not above it.
+    monkeypatch.setattr(
+        predict, "mask_logits", lambda queries, features: torch.full((len(queries), 10, 16), 0.004, dtype=dtype)
+    )
+    masks = [reply.masks_NHW for reply in flat(predictor.ask_many(requests_of(predictor, images))) if reply.scores]
+    assert len(masks) > 0
+    assert all(mask.all() if dtype is torch.float32 else not mask.any() for mask in masks)
+    resized = predict.resize_logits(torch.randn(2, 5, 6, dtype=dtype), (9, 7))
+    assert (resized.dtype, resized.shape) == (dtype, (2, 9, 7))
+
+
 def test_a_request_without_questions_gets_no_reply_and_text_needs_no_image(predictor, images):
     prepared = predictor.prepare(images[0])
     replies = predictor.ask_many(

@@ -6,14 +6,16 @@ import shutil
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from shared_data import shared_data
 
+from pixel_sail.data.image_sizes import upright_hw
 from pixel_sail.data.images import load_image
 from pixel_sail.data.masks import decode_rle
 from pixel_sail.data.sources.reasonseg import expressions, load, paint, read_item
 from pixel_sail.data.wording.reasoning import PHRASE_QUESTIONS, SENTENCE_QUESTIONS, evaluation_question, reasoning_turn
 from pixel_sail.data.wording.referring import REFER_ANSWERS
+from pixel_sail.metrics.released_iou import released_target
 from pixel_sail.refshapes.grounded_format import grounded_record, write_grounded
 from pixel_sail.refshapes.scene import SceneRules, encode_jpeg, sample_scene
 from pixel_sail.types import DataError
@@ -187,6 +189,40 @@ def test_masks_fit_the_photo_as_it_is_opened(tmp_path, orientation):
     assert expressions(root=tmp_path, split="train")[0].image_hw == (image.height, image.width)
 
 
+@pytest.mark.parametrize("orientation", [2, 3, 5, 6, 7, 8])
+@pytest.mark.parametrize("ignored", [[], [shape("ignore", INNER)]])
+def test_a_turned_photo_has_the_target_that_the_released_script_paints_on_the_stored_one(
+    tmp_path, orientation, ignored
+):
+    write(tmp_path, exif=orientation, size_hw=(9, 12), split="val", shapes=[shape("target", TARGET), *ignored])
+    (upright,) = expressions(root=tmp_path, split="val")
+    (stored,) = expressions(root=tmp_path, split="val", upright=False)
+    path = tmp_path / "val" / "a.jpg"
+    assert stored.image_hw == (9, 12)
+    as_released = decode_rle(released_target(stored.target, stored.ignored))
+    turned = ImageOps.exif_transpose(_with_orientation(as_released, tmp_path / "m.png", orientation))
+    assert (decode_rle(upright.released_target) == np.asarray(turned)).all()
+    assert upright.released_target["size"] == upright.target["size"] == list(upright_hw(path, "x"))
+    assert upright.released_target != upright.target and stored.released_target is None
+    # The points are those of the upright photo: painted on the stored one they lie elsewhere.
+    assert (decode_rle(stored.target) == paint(read_item(path.with_suffix(".json")).shapes, (9, 12))[0]).all()
+
+
+def _with_orientation(mask, path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(mask).save(path, exif=exif)
+    return Image.open(path)
+
+
+@pytest.mark.parametrize("orientation", [None, 1])
+def test_a_photo_without_a_turn_has_one_target(tmp_path, orientation):
+    write(tmp_path, exif=orientation, split="val")
+    (upright,) = expressions(root=tmp_path, split="val")
+    assert upright.released_target is None
+    assert expressions(root=tmp_path, split="val", upright=False) == [upright]
+
+
 def test_wrong_settings_are_refused(tmp_path):
     write(tmp_path)
     with pytest.raises(ValueError, match="sentences_per_image 0"):
@@ -230,6 +266,29 @@ def test_every_wording_is_used_and_holds_its_text_once():
         assert evaluation_question("a {b}", is_sentence=is_sentence) in asked
     phrases = {reasoning_turn("the box.", mask, rng(s), is_sentence=False).question for s in range(50)}
     assert "Find the box in this image and return its segmentation." in phrases
+
+
+def test_the_released_training_asks_what_the_evaluation_asks(tmp_path):
+    write(tmp_path, "phrase", text=["the box.", "what holds things"])
+    write(tmp_path, "whole", text=["Where is the box?"], is_sentence=True)
+    for option in ("ours", "released"):
+        source = load(root=tmp_path, wording=option)
+        turns = [turn for seed in range(40) for index in range(2) for turn in source.get(index, rng(seed)).turns]
+        asked, answered = ({getattr(turn, side) for turn in turns} for side in ("question", "answer"))
+        released = {evaluation_question(text, is_sentence=False) for text in ("the box.", "what holds things")}
+        released |= {evaluation_question("Where is the box?", is_sentence=True)}
+        if option == "released":
+            assert (asked, answered) == (released, {"It is [SEG]."})
+        else:
+            assert len(asked) == 3 * 4 and answered == set(REFER_ANSWERS)
+
+
+def test_ignored_pixels_are_background_in_the_release(tmp_path):
+    write(tmp_path, shapes=[shape("target", TARGET), shape("ignore", INNER)])
+    for option, ignored in (("ours", INNER_MASK), ("released", None)):
+        (turn,) = load(root=tmp_path, ignored_pixels=option).get(0, rng()).turns
+        np.testing.assert_array_equal(turn.masks[0], OUTER_MASK & ~INNER_MASK)
+        np.testing.assert_array_equal(turn.ignored, ignored)
 
 
 def test_real_files_load(tmp_path):

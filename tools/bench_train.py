@@ -44,10 +44,11 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from pixel_sail.config import OptimConfig
+from pixel_sail.entry import one_message
 from pixel_sail.evaluation.curves import save_panels, size_panel
 from pixel_sail.files import replace_text
 from pixel_sail.losses.mask import MaskSums, point_losses
-from pixel_sail.losses.total import Counts, LossConfig, combine, loss_sums
+from pixel_sail.losses.total import LossConfig, combine, count, loss_sums
 from pixel_sail.model.attention_mask import attention_mask
 from pixel_sail.model.attention_rules import training_rule
 from pixel_sail.model.decoder import MaskedAttention, rotary_tables
@@ -163,7 +164,7 @@ def our_loss(model: PixelSailForSegmentation, batch: Batch) -> Tensor:
     output = model(**batch.training_inputs())
     assert output.anchor is not None
     sums = loss_sums(output, batch, LOSSES)
-    return combine(sums, Counts(tokens=len(batch.targets_M), masks=len(batch.masks)), LOSSES) + output.anchor
+    return combine(sums, count(batch), LOSSES) + output.anchor
 
 
 class Trainer:
@@ -445,6 +446,7 @@ def print_table(result: dict[str, Any]) -> None:
             print(f"{name} {result[name]:.3f}")
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and write what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

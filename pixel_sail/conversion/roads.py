@@ -33,6 +33,7 @@ from pixel_sail.conversion.vocabulary import (
 from pixel_sail.conversion.writer import write_folder
 from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
 from pixel_sail.model.convert import TOKEN_ROWS
+from pixel_sail.model.folder import MODEL_CONFIG, check_no_code
 from pixel_sail.model.image_embedding import PatchEmbedding
 from pixel_sail.model.mask_head import MaskHead
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
@@ -141,6 +142,7 @@ def plan_to_ours(
 def to_release(path: Path, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> Done:
     """Convert an exported folder of ours into the release's layout. Raises: DataError; no folder is left then."""
     source, tokenizer = open_source(path), read_tokenizer(path)
+    check_no_code(path, MODEL_CONFIG)
     config = PixelSailConfig.from_pretrained(path)
     tokens = dict(tokenizer.get_vocab())
     if config.num_visual_prompts and UNUSED_PROMPT not in tokens:

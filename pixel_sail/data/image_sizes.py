@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from pixel_sail.data.images import EXIF_TURNS, open_image
 from pixel_sail.types import DataError, MissingDataError, SizeHW
 
 _SIDEWAYS = range(5, 9)
@@ -29,9 +30,16 @@ def upright_hw(path: Path, where: str) -> SizeHW:
     return (width, height) if orientation in _SIDEWAYS else (height, width)
 
 
+def turn_of(path: Path, where: str) -> Image.Transpose | None:
+    """Return what makes the stored photo upright, None where it is. Raises: DataError if the file is missing or no
+    image."""
+    orientation = _read(path, where)[1]
+    return EXIF_TURNS.get(orientation) if isinstance(orientation, int) else None
+
+
 def _read(path: Path, where: str) -> tuple[SizeHW, object]:
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return (image.height, image.width), image.getexif().get(ExifTags.Base.Orientation, 1)
     except FileNotFoundError:
         raise MissingDataError(

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from pixel_sail.rle import check_mask, json_safe
+from pixel_sail.rle import check_mask, encode_as_released, json_safe
 from pixel_sail.types import RLE, BoolMask, DataError, SizeHW
 
 _MIN_POLYGON_NUMBERS = 6
@@ -42,21 +43,33 @@ def merge_to_rle(segmentations: Sequence[object], size_hw: SizeHW, where: str) -
     return json_safe(coco_mask.merge(parts, intersect=False))
 
 
-def summed_as_released(segmentation: object, size_hw: SizeHW, where: str) -> RLE | None:
-    """Return what the released RefCOCO evaluation takes for an instance of overlapping polygons, None for all others.
+def summed_as_released(segmentations: Sequence[object], size_hw: SizeHW, where: str) -> RLE | None:
+    """Return what the released evaluation takes for a target of these instances, None where it is their union.
 
-    It adds the polygons up and encodes the sum, where 2s begin a new run: the overlap becomes a hole, and what
-    follows in the order of the columns may be inverted. Of 1,236 real COCO instances one has such an overlap.
-    Raises: DataError.
+    It adds the polygons of each instance up, unites the sums of several instances bit by bit (gRefCOCO), and encodes
+    the result, where 2s and 3s begin a new run: the overlap of two polygons becomes a hole, and what follows in the
+    order of the columns may be inverted. Of 1,236 real COCO instances one has such an overlap. Raises: DataError.
     """
-    if not isinstance(segmentation, list | tuple) or len(segmentation) < 2:
+    if not any(_polygons_overlap(segmentation, size_hw, where) for segmentation in segmentations):
         return None
+    sums = [_summed_polygons(segmentation, size_hw, where) for segmentation in segmentations]
+    return encode_as_released(np.bitwise_or.reduce(sums))
+
+
+def _polygons_overlap(segmentation: object, size_hw: SizeHW, where: str) -> bool:
+    if not isinstance(segmentation, list | tuple) or len(segmentation) < 2:
+        return False
     union = _polygons_to_rle(segmentation, size_hw, where)
     parts = coco_mask.frPyObjects(list(segmentation), *size_hw)
-    if int(coco_mask.area(parts).sum()) == int(coco_mask.area(union)):
-        return None
-    summed_HW = coco_mask.decode(parts).sum(axis=2).astype(np.uint8)
-    return json_safe(coco_mask.encode(np.asfortranarray(summed_HW)))
+    return int(coco_mask.area(parts).sum()) > int(coco_mask.area(union))
+
+
+def _summed_polygons(segmentation: object, size_hw: SizeHW, where: str) -> NDArray[np.uint8]:
+    """Return how many polygons of an instance cover each pixel; 0 or 1 for an RLE."""
+    if isinstance(segmentation, list | tuple):
+        parts_HWN = coco_mask.decode(coco_mask.frPyObjects(list(segmentation), *size_hw))
+        return parts_HWN.sum(axis=2).astype(np.uint8)
+    return decode_segmentation(segmentation, size_hw, where).astype(np.uint8)
 
 
 def union_masks(masks: Sequence[BoolMask], size_hw: SizeHW) -> BoolMask:

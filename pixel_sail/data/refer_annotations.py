@@ -78,10 +78,18 @@ class Segmentations(Mapping[int, Any]):
 
     def __getitem__(self, ann_id: int) -> Any:
         """Return a segmentation as in the file, None where the annotation has none."""
+        return self._record(ann_id).get("segmentation")
+
+    def is_crowd(self, ann_id: int) -> bool:
+        """Return whether an annotation marks a crowd."""
+        return bool(self._record(ann_id).get("iscrowd"))
+
+    def _record(self, ann_id: int) -> dict[str, Any]:
         place = int(np.searchsorted(self._ids, ann_id))
         if place == len(self._ids) or self._ids[place] != ann_id:
             raise KeyError(ann_id)
-        return self._records[int(self._numbers[place])].get("segmentation")
+        record: dict[str, Any] = self._records[int(self._numbers[place])]
+        return record
 
     def __iter__(self) -> Iterator[int]:
         """Yield the annotation ids, ascending."""
@@ -103,7 +111,7 @@ class ReferAnnotations:
     """By image id."""
     refs_by_image: dict[int, tuple[Ref, ...]]
     """By image id, ascending; refs by ref_id and sentences by sent_id, ascending."""
-    segmentations: Mapping[int, Any]
+    segmentations: Segmentations
     """COCO segmentation as in the file, by annotation id; read and decoded only when asked for."""
     num_skipped: int
     """Refs of the split that have no sentence (the released gRefCOCO file has some)."""

@@ -5,6 +5,7 @@ Place in the flow: `tools/check_data.py` hands over its arguments, `data_check.p
     (nothing)                                 every file of configs/source whose data is to be downloaded or is there
     source=refcoco,refcocog                   these
     experiment=quickstart  data=refcoco ...   the sources of a run, with any override of scripts/train.py
+    evals=perbench  evals=[refcoco_val,...]   what scripts/evaluate.py would ask: whether it can be read, and its photos
     root=DIR dataset=NAME split=val           one REFER folder; split_by= and image_dir= as for the source
 
 and in each case sample=200 (or all), sheet=6, strict=true, progress=false, out=FOLDER.
@@ -17,7 +18,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from pixel_sail.config import CONFIG_FOLDER, ConfigError, TrainConfig, load_config
+from pixel_sail.config import CONFIG_FOLDER, ConfigError, EvalConfig, TrainConfig, load_config
 from pixel_sail.data.checking.downloads import downloads_of
 
 REFER_KEYS = ("root", "dataset", "split", "split_by", "image_dir")
@@ -54,6 +55,8 @@ class CheckPlan:
     sources: dict[str, Node]
     evals: dict[str, Node] = field(default_factory=dict)
     data_folder: Path
+    checked_evals: dict[str, Node] = field(default_factory=dict)
+    """Evals that are gone through themselves, where `evals` are only what the sources are compared with."""
     are_trained_on: bool = True
     """False: the sources are just folders, and their evaluation splits may be what they are."""
     left_out: tuple[str, ...] = ()
@@ -79,10 +82,16 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[CheckPlan, CheckSettings]
         if source is not None:
             raise ConfigError("found root= and source=, expected one of them")
         return _refer_plan(refer, overrides), settings
-    if source is not None or not any(o.startswith(("data=", "experiment=")) for o in overrides):
+    names_run = any(o.startswith(("data=", "experiment=")) for o in overrides)
+    if source is None and not names_run and any(o.startswith("evals=") for o in overrides):
+        config = load_config("evaluate", EvalConfig, ["checkpoint=data_check", *overrides])
+        if not config.evals:
+            raise ConfigError("evals is empty; name some, for example evals=perbench")
+        return CheckPlan(sources={}, checked_evals=config.evals, data_folder=Path(config.paths.data)), settings
+    if source is not None or not names_run:
         return _source_plan(source, overrides), settings
-    config = load_config("train", TrainConfig, _named(overrides))
-    return CheckPlan(sources=config.data.sources, evals=config.evals, data_folder=Path(config.paths.data)), settings
+    run = load_config("train", TrainConfig, _named(overrides))
+    return CheckPlan(sources=run.data.sources, evals=run.evals, data_folder=Path(run.paths.data)), settings
 
 
 def _settings(own: dict[str, str]) -> CheckSettings:

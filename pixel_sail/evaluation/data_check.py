@@ -1,4 +1,4 @@
-"""All sources of a check, one after another, into reports.
+"""All sources and evals of a check, one after another, into reports.
 
 Place in the flow: `tools/check_data.py` -> `check_plan.py` -> here -> `data_report.py`. The annotation files of REFER
 folders are gone through first, each once, because the evaluation splits they hold are what the other sources are
@@ -8,25 +8,36 @@ many of its photos are in refcoco(unc) val.
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from pixel_sail.config import build
 from pixel_sail.data.checking.downloads import advice_for
-from pixel_sail.data.checking.files import annotation_files, check_paths, file_fact
-from pixel_sail.data.checking.findings import FileFact, Findings, Kind, SourceReport
-from pixel_sail.data.checking.items import ItemCheck, check_items
+from pixel_sail.data.checking.files import (
+    ABSENT_PHOTO,
+    ABSENT_PHOTOS,
+    annotation_files,
+    check_image,
+    check_paths,
+    file_fact,
+)
+from pixel_sail.data.checking.findings import FileFact, Findings, Kind, Lengths, Share, SourceReport
+from pixel_sail.data.checking.items import ItemCheck, check_items, chosen_items
 from pixel_sail.data.checking.known import is_known, refer_name
 from pixel_sail.data.checking.leakage import coco_key, note_leakage, photo_key
 from pixel_sail.data.checking.refer_files import ReferCheck, ReferFolder, check_refer, refs_files
 from pixel_sail.data.checking.refs import read_refs
 from pixel_sail.evaluation.check_plan import CheckPlan, CheckSettings, Node
+from pixel_sail.evaluation.refer_seg import as_task
+from pixel_sail.evaluation.task import Task
 from pixel_sail.types import Sample, Source
+
+Built = TypeVar("Built")
 
 TRAINING_SPLIT = "train"
 Evaluated = dict[tuple[str, str], frozenset[str]]
@@ -59,6 +70,8 @@ def run_check(plan: CheckPlan, settings: CheckSettings) -> CheckResult:
         report, samples = _check_source(name, node, files, evaluated if is_trained_on else {}, settings)
         result.reports.append(report)
         result.samples[name] = samples
+    for name, node in plan.checked_evals.items():
+        result.reports.append(_check_eval(name, node, settings))
     return result
 
 
@@ -117,7 +130,7 @@ def _check_source(
     settings: CheckSettings,
 ) -> tuple[SourceReport, list[Sample]]:
     findings = Findings() if files is None else files[1]
-    source = _build(name, node, findings)
+    source: Source | None = _build(name, node, findings, lambda: build(node, name))
     items = None
     if source is not None:
         items = check_items(
@@ -130,7 +143,7 @@ def _check_source(
     facts = check.files if check is not None else _facts(source, node, findings)
     report = SourceReport(
         name=name,
-        reads=f"{node['_target_']}({', '.join(f'{k}={v}' for k, v in node.items() if k != '_target_')})",
+        reads=_reads(node),
         items=None if source is None else len(source),
         files=facts,
         splits=() if check is None else check.splits,
@@ -145,6 +158,43 @@ def _check_source(
     return report, items.shown
 
 
+def _check_eval(name: str, node: Node, settings: CheckSettings) -> SourceReport:
+    """Return what is found in an eval: whether it can be read, what its reader warns about, and its photos."""
+    findings = Findings()
+    task: Task[Any, Any] | None = _build(name, node, findings, lambda: as_task(build(node, name), name))
+    questions = [] if task is None else task.questions("standard")
+    photos = list({question.photo.path: question.photo for question in questions}.values())
+    opened = set(chosen_items(len(photos), settings.sample, seed=0))
+    images = Share()
+    for number, photo in enumerate(tqdm(photos, desc=f"{name}: photos", disable=not settings.progress, leave=False)):
+        if not photo.path.parent.is_dir():
+            findings.trouble(Kind.MISSING_FILE, photo.path.parent, ABSENT_PHOTOS)
+        elif number in opened:
+            is_sound = check_image(photo.path, None if photo.is_upright else photo.size_hw, findings)
+            images += Share(checked=1, sound=int(is_sound))
+        elif not photo.path.is_file():
+            findings.trouble(Kind.MISSING_IMAGE, photo.path, ABSENT_PHOTO)
+    return SourceReport(
+        name=name,
+        reads=_reads(node),
+        items=None if task is None else len(task.items),
+        files=_facts(task, node, findings),
+        splits=(),
+        images=images,
+        masks=Share(),
+        empty_masks=0,
+        texts=Lengths.of([len(question.text) for question in questions]),
+        milliseconds=None,
+        findings=findings.all(),
+        to_download=_advice(findings),
+    )
+
+
+def _reads(node: Node) -> str:
+    """Return a function and its arguments as text."""
+    return f"{node['_target_']}({', '.join(f'{k}={v}' for k, v in node.items() if k != '_target_')})"
+
+
 def _own_dataset(node: Node) -> str | None:
     """Return the dataset whose training split a source is: how its splits overlap is told with its files."""
     folder = refer_folder(node)
@@ -154,8 +204,8 @@ def _own_dataset(node: Node) -> str | None:
     return names[0] if len(names) == 1 else None
 
 
-def _build(name: str, node: Node, findings: Findings) -> Source | None:
-    """Return the source as training builds it, None (and trouble) where that fails; its warnings become notes."""
+def _build(name: str, node: Node, findings: Findings, make: Callable[[], Built]) -> Built | None:
+    """Return the source or eval as a run makes it, None (and trouble) where that fails; its warnings become notes."""
     if refer_folder(node) is None:
         is_complete = check_paths(node, findings)
     else:
@@ -165,14 +215,14 @@ def _build(name: str, node: Node, findings: Findings) -> Source | None:
         return None
     with _warnings() as warned:
         try:
-            source: Source | None = build(node, name)
+            built: Built | None = make()
         except ValueError as error:
             # DataError and ConfigError are ValueErrors, and so is what sources say about a wrong setting.
             findings.trouble(Kind.SOURCE, name, f"cannot be built: {error}")
-            source = None
+            built = None
     for message in warned:
         findings.note(Kind.LOADER, name, message)
-    return source
+    return built
 
 
 @contextmanager
@@ -194,12 +244,12 @@ def _warnings() -> Iterator[list[str]]:
         package.removeHandler(collector)
 
 
-def _facts(source: Any, node: Node, findings: Findings) -> tuple[FileFact, ...]:
-    """Return the annotation files of a source: those it holds on to and those its arguments name."""
+def _facts(built: Any, node: Node, findings: Findings) -> tuple[FileFact, ...]:
+    """Return the annotation files of a source or eval: those it holds on to and those its arguments name."""
     if refer_folder(node) is not None:
         return ()
     named = [Path(value) for key, value in node.items() if key != "_target_" and isinstance(value, str)]
-    paths = dict.fromkeys([path for path in named if path.is_file()] + annotation_files(source))
+    paths = dict.fromkeys([path for path in named if path.is_file()] + annotation_files(built))
     return tuple(fact for path in paths if (fact := file_fact(path, findings)) is not None)
 
 

@@ -8,9 +8,12 @@ Place in the flow: `data/sources/gcg_benchmark.py` -> here -> `Task`, whose answ
 An answer `<p> A man </p> [SEG] holds <p> a cup </p> [SEG].` with two masks is the caption "A man holds a cup." with the
 phrases "A man" and "a cup". Scores: meteor, cider, ... of the caption (they need Java, `score_text: false` leaves them
 out), ap50, miou and recall of masks and phrases; with `paper_` before the name as the release computes them. The recall
-compares phrases by a text encoder, `similarity_model`; without one it is `word_recall`, by the words they share.
+compares phrases by a text encoder, `similarity_model`; without one it is `word_recall`, by the words they share. There
+is a `paper_recall` only where that encoder is bert-base-uncased, as in the release; any other one would give another
+score, which must not stand beside published ones.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -33,6 +36,8 @@ from pixel_sail.metrics.grounded_caption import GroundedCaptionScores, Similarit
 from pixel_sail.metrics.java_tools import CaptionTools
 from pixel_sail.types import RLE, GroundedCaption
 
+logger = logging.getLogger(__name__)
+
 KIND = "grounded captions"
 
 PROMPTS = {"standard": STANDARD_CAPTION_PROMPT, "paper": PAPER_CAPTION_PROMPT}
@@ -48,9 +53,22 @@ class Scoring:
     similarity_model: Path | None
     score_text: bool
 
-    def similarity(self) -> Similarity:
-        """Return the function that compares phrases. Raises: DataError when its model is not there."""
-        return word_overlap if self.similarity_model is None else EncoderSimilarity(self.similarity_model)
+    def similarity(self) -> "Comparison":
+        """Return how phrases are compared. Raises: DataError when the model is not there."""
+        if self.similarity_model is None:
+            return Comparison(compare=word_overlap, name="word_recall", is_released=False)
+        encoder = EncoderSimilarity(self.similarity_model)
+        return Comparison(compare=encoder, name="recall", is_released=encoder.is_released)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """How alike two phrases are, and what the recall that rests on it is called."""
+
+    compare: Similarity
+    name: str
+    is_released: bool
+    """It is what the release compares by, so that there is a recall in protocol `paper`."""
 
 
 def load(
@@ -64,7 +82,8 @@ def load(
 ) -> Task[GroundedCaption, ItemAnswer]:
     """Return one split; root, split, image_dir and refuse_unpaired are those of `gcg_benchmark.load`.
 
-    similarity_model: folder of a Hugging Face text encoder (release: bert-base-uncased). Raises: DataError.
+    similarity_model: folder of a Hugging Face text encoder, bert-base-uncased for the released recall; None: phrases
+    are compared by their words, and there is no released recall. Raises: DataError.
     """
     items = gcg_benchmark.load(root=root, split=split, image_dir=image_dir, refuse_unpaired=refuse_unpaired)
     model = None if similarity_model is None else Path(similarity_model)
@@ -102,7 +121,13 @@ def _panel(masks: Sequence[RLE]) -> Panel:
 
 def _check(items: Sequence[GroundedCaption], scoring: Scoring) -> None:
     """Find out before inference whether answers can be scored. Raises: DataError."""
-    scoring.similarity()
+    if not scoring.similarity().is_released:
+        found = "null" if scoring.similarity_model is None else str(scoring.similarity_model)
+        logger.warning(
+            "%s: similarity_model is %s, expected the folder of bert-base-uncased for the released recall; there will "
+            "be no paper_recall (docs/evaluation.md says where to get it)",
+            *(KIND, found),
+        )
     if scoring.score_text:
         check_caption_tools("standard")
         check_references({item.image_id: item.captions for item in items}, "standard")
@@ -111,19 +136,20 @@ def _check(items: Sequence[GroundedCaption], scoring: Scoring) -> None:
 def _measure(items: Sequence[GroundedCaption], answers: Sequence[ItemAnswer], *, scoring: Scoring) -> Measured:
     scores: dict[str, float | int] = {}
     fractions: dict[str, ItemFractions] = {}
-    similarity = scoring.similarity()
-    recall = "recall" if scoring.similarity_model is not None else "word_recall"
+    comparison = scoring.similarity()
     references = {item.image_id: item.captions for item in items}
     with CaptionTools() if scoring.score_text else nullcontext() as tools:
         for protocol, read in READERS.items():
             prefix = "" if protocol == "standard" else f"{protocol}_"
             texts = {answer.item_id: read(answer.answer) for answer in answers}
-            masks = _score_masks(items, answers, texts, similarity, protocol)
+            masks = _score_masks(items, answers, texts, comparison.compare, protocol)
             summary = masks.summary()
-            summary[recall] = summary.pop("recall")
+            found = summary.pop("recall")
             each = masks.fractions()
             fractions[f"{prefix}miou"] = ItemFractions.of(image["miou"] for image in each)
-            fractions[f"{prefix}{recall}"] = ItemFractions.of(image["recall"] for image in each)
+            if protocol == "standard" or comparison.is_released:
+                summary[comparison.name] = found
+                fractions[f"{prefix}{comparison.name}"] = ItemFractions.of(image["recall"] for image in each)
             if tools is not None:
                 captions = {image_id: text.caption for image_id, text in texts.items()}
                 result = score_captions(references, captions, protocol="standard", tools=tools)

@@ -80,14 +80,18 @@ def load_with_boundaries(
     return replace(task_of(items), measure=measure_boundaries)
 
 
-def load_reasonseg(*, root: str | Path, split: str, query: str = "all", sentences: str = "first") -> ReferTask:
+def load_reasonseg(
+    *, root: str | Path, split: str, query: str = "all", sentences: str = "first", upright: bool = True
+) -> ReferTask:
     """Return one split of ReasonSeg: the `_target_` of an eval; the arguments are those of `reasonseg.expressions`.
 
-    In the released script a question whose answer has no mask has no part in cIoU.
+    In the released script a question whose answer has no mask has no part in cIoU. There the model also sees a photo
+    with an EXIF turn as it is stored: `upright: false` asks so. With `upright: true` the `paper_` scores compare with
+    the released target, but the answer is that about the upright photo, turned back.
     Raises: DataError; ValueError on an unknown query or sentences.
     """
-    items = reasonseg.expressions(root=root, split=split, query=query, sentences=sentences)
-    return task_of(items, prompts=WHOLE_QUESTION, is_upright=True, missing_as_released="skipped")
+    items = reasonseg.expressions(root=root, split=split, query=query, sentences=sentences, upright=upright)
+    return task_of(items, prompts=WHOLE_QUESTION, is_upright=upright, missing_as_released="skipped")
 
 
 def task_of(

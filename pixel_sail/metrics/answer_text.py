@@ -63,12 +63,16 @@ def region_caption_as_released(text: str) -> str:
 
 
 def grounded_text_as_released(text: str) -> GroundedText:
-    """Return the description and all marked phrases, in order, whether a [SEG] follows them or not."""
-    for removed in ("<s>", "<|endoftext|>"):
-        text = text.replace(removed, "")
-    text = _after_assistant(_one_blank(text))
+    """Return the description and all marked phrases, in order, whether a [SEG] follows them or not.
+
+    A line break is nothing, so that the words beside it become one, and outer apostrophes of the description are left
+    out.
+    """
+    for removed, put in (("<s>", ""), ("\n", ""), ("  ", " "), ("<|endoftext|>", "")):
+        text = text.replace(removed, put)
+    text = _after_assistant(text)
     phrases = tuple(phrase.strip() for phrase in re.findall(r"<p>(.*?)</p>", text))
-    return GroundedText(caption=_one_blank(_without_tags(text)), phrases=phrases)
+    return GroundedText(caption=_one_blank(_without_tags(text)).strip("'").strip(), phrases=phrases)
 
 
 def _after_assistant(text: str) -> str:

@@ -19,7 +19,8 @@ up to recall 0.5), mIoU 0.5, recall 0.5. paper: AP50 0.505, mIoU 1.0, recall 0.5
   `standard` finds as many as can be.
 
 Similarity of phrases is given as a function of two lists of texts, [A] and [B], that returns a matrix [A, B] of 0-1.
-The release takes the cosine of mean-pooled bert-base-uncased; `word_overlap` is for trying out without a model.
+The release takes the cosine of mean-pooled bert-base-uncased; `word_overlap` is for trying out without a model
+and no released score may be named after it.
 """
 
 from collections import Counter

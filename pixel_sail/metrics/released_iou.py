@@ -11,7 +11,7 @@ What is done differently from there (facts of the released code):
 - gIoU of PerBench is divided by the number of target masks, although only the first mask is compared: `num_targets`.
 
 - Ignored pixels of ReasonSeg are not ignored, and a target beside them is damaged: `released_target`. Where polygons of
-  one object overlap, the target is damaged in the same way: `Expression.released_target`.
+  one object overlap, the target of RefCOCO and gRefCOCO is damaged in the same way: `Expression.released_target`.
 
 Example: prediction of 4 pixels, target of 8, 4 in common, and one missing prediction of a target of 8: skipped, cIoU
 0.5 and gIoU 0.25; as an empty mask, cIoU 0.25.
@@ -23,7 +23,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from pixel_sail.metrics.iou import counted_areas
-from pixel_sail.rle import json_safe
+from pixel_sail.rle import encode_as_released
 from pixel_sail.types import RLE, DataError
 
 UNION_EPSILON = 1e-10
@@ -101,10 +101,8 @@ class ReleasedIoUSums:
 def released_target(target: RLE | None, ignored: RLE | None) -> RLE | None:
     """Return what the released ReasonSeg script takes for the target of an item with ignored pixels.
 
-    It hands a map of 0, 1 (target) and 255 (ignored) to an encoder that starts a new run wherever the value changes,
-    down the columns: a border between target and ignored pixels turns the one into background and the other too, and
-    what follows in the order of the columns may be inverted. Without ignored pixels it is the target.
-    Raises: DataError if sizes differ.
+    It hands a map of 0, 1 (target) and 255 (ignored) to its encoder, see `rle.encode_as_released`. Without ignored
+    pixels it is the target. Raises: DataError if sizes differ.
     """
     if ignored is None:
         return target
@@ -116,4 +114,4 @@ def released_target(target: RLE | None, ignored: RLE | None) -> RLE | None:
                 "(height, width); repair the annotations"
             )
         values_HW[coco_mask.decode(target) > 0] = 1
-    return json_safe(coco_mask.encode(np.asfortranarray(values_HW)))
+    return encode_as_released(values_HW)

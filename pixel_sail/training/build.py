@@ -27,6 +27,7 @@ from pixel_sail.model.lora import LINEAR, add_lora
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, load_model
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.tokenization import load_tokenizer, model_token_ids
+from pixel_sail.types import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +107,11 @@ def _load_start(config: ModelConfig, wanted: PixelSailConfig, *, seed: int) -> P
     name it; ValueError when its weights are not those that its own config.json asks for.
     """
     assert config.init_from is not None
-    start = load_model(Path(config.init_from), dtype=torch.float32)
     where = f"model.init_from {config.init_from}"
+    try:
+        start = load_model(Path(config.init_from), dtype=torch.float32)
+    except DataError as error:
+        raise ConfigError(f"{where}: {error}") from error
     differing = {
         name: (getattr(start.config, name), value)
         for name, value in vars(config.architecture).items()

@@ -13,7 +13,8 @@ Place in the flow: PerBench's three JSON files -> here -> `RegionCaption`, `Regi
     -> VisualReferring(question="Segment what <Prompt0> holds.", regions=(rle0,), prompt_ids=(0,),
                        answer="It is <obj1>.", targets=(rle1,), ...)
 
-Unlike in the released loader every tag is found as a whole, so that `<obj1>` is not seen in `<obj10>`, nor obj1 in
+As in the released loader, a tag of the question is a region and never a target, whatever the answer says. Unlike there,
+every tag is found as a whole, so that `<obj1>` is not seen in `<obj10>`, nor obj1 in
 obj10.
 """
 
@@ -72,12 +73,14 @@ def load_choices(annotations: str | Path, *, image_dir: str | Path) -> list[Regi
 def load_visual_referring(annotations: str | Path, *, image_dir: str | Path) -> list[VisualReferring]:
     """Return every record of STBench_VRES.json, in the order of the file.
 
-    A tag that the question names becomes `<Prompt{k}>`, k being its place among the record's tags; tags that the
-    answer names are the targets, in the order of the tags (released: the first one is what is scored). A tag in neither
-    is not used; such tags are counted in a warning. Raises: DataError.
+    A tag that the question names becomes `<Prompt{k}>`, k being its place among the record's tags. Tags that the answer
+    names and the question does not are the targets, in the order of the tags (released: the first one is what is
+    scored): a region that is given is never asked for. A record whose answer names given regions only has nothing to be
+    found and is left out. How many records name a tag in both, how many are left out, and how many tags stand in
+    neither text, is said in warnings. Raises: DataError.
     """
     result = []
-    num_tags = num_unused = 0
+    num_records = num_repeated = num_left_out = num_tags = num_unused = 0
     for number, record, where in _records(annotations):
         segmentations = _field(record, "segmentations", dict, where)
         rles = [stated_rle(segmentation, f"{where}, {tag!r}") for tag, segmentation in segmentations.items()]
@@ -86,14 +89,20 @@ def load_visual_referring(annotations: str | Path, *, image_dir: str | Path) -> 
             raise DataError(f"{where}: found masks of sizes {sizes}, expected one size; repair the file")
         tags = _Tags(list(segmentations), where)
         question, answer = (_field(record, key, str, where) for key in ("question", "answer"))
-        asked, targets = tags.named_in(question), tags.named_in(answer)
-        if not targets:
+        asked, answered = tags.named_in(question), tags.named_in(answer)
+        if not answered:
             raise DataError(
                 f"{where}: found answer {answer!r}, which names none of {list(segmentations)}; expected one at least, "
                 "repair the file"
             )
+        targets = [tag for tag in answered if tag not in asked]
+        num_records += 1
+        num_repeated += len(targets) < len(answered)
         num_tags += len(rles)
-        num_unused += len(set(range(len(rles))) - {*asked, *targets})
+        num_unused += len(set(range(len(rles))) - {*asked, *answered})
+        if not targets:
+            num_left_out += 1
+            continue
         result.append(
             VisualReferring(
                 item_id=f"{record['image_name']}/{number}",
@@ -105,6 +114,17 @@ def load_visual_referring(annotations: str | Path, *, image_dir: str | Path) -> 
                 answer=answer,
                 targets=tuple(rles[i] for i in targets),
             )
+        )
+    if num_records and not result:
+        raise DataError(
+            f"{annotations}: found {num_records} records, none with a tag that its answer names and its question does "
+            "not; expected one at least, repair the file"
+        )
+    if num_repeated:
+        logger.warning(
+            "%s: %d of %d records name a tag in question and answer; there it is a region that is given and no target. "
+            "%d of them have no other target and are left out",
+            *(annotations, num_repeated, num_records, num_left_out),
         )
     if num_unused:
         logger.warning("%s: %d of %d masks are named in no question or answer", annotations, num_unused, num_tags)

@@ -11,8 +11,9 @@ nothing; pixels under a label with `ignore` in it belong to neither target nor b
 The size is that of the photo held upright, as the points were drawn on what the annotators saw.
 
 What the released code gets wrong and this does not: ignored pixels were trained as background, and scored as garbage
-because the values 0, 1 and 255 went through a run-length encoder that knows two; a missing prediction was left out of
-the cIoU, which is for the scorer to avoid.
+because the values 0, 1 and 255 went through a run-length encoder that knows two; a photo with an EXIF turn was shown
+lying on its side, with the points painted as if it stood; a missing prediction was left out of the cIoU, which is for
+the scorer to avoid.
 """
 
 import hashlib
@@ -26,12 +27,14 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from pixel_sail.data.details import OURS, is_released
 from pixel_sail.data.fields import field, strings
-from pixel_sail.data.image_sizes import upright_hw
+from pixel_sail.data.image_sizes import stored_hw, turn_of, upright_hw
+from pixel_sail.data.masks import decode_rle
 from pixel_sail.data.noted_files import note_file
 from pixel_sail.data.wording.reasoning import evaluation_question, reasoning_turn
-from pixel_sail.rle import encode_mask
-from pixel_sail.types import BoolMask, DataError, Expression, MissingDataError, Sample, SizeHW, Source
+from pixel_sail.rle import encode_as_released, encode_mask
+from pixel_sail.types import RLE, BoolMask, DataError, Expression, MissingDataError, Sample, SizeHW, Source
 
 logger = logging.getLogger(__name__)
 
@@ -71,20 +74,41 @@ class ReasonItem:
         return self.json_path.with_suffix(".jpg")
 
 
-def load(*, root: str | Path, split: str = "train", name: str = "reasonseg", sentences_per_image: int = 3) -> Source:
+def load(
+    *,
+    root: str | Path,
+    split: str = "train",
+    name: str = "reasonseg",
+    sentences_per_image: int = 3,
+    wording: str = OURS,
+    ignored_pixels: str = OURS,
+) -> Source:
     """Return one split as a training source: the `_target_` of `configs/source/reasonseg.yaml`.
 
-    root: folder with the folders train, val and test. sentences_per_image: most turns of one sample.
-    Raises: DataError; ValueError on a wrong setting.
+    root: folder with the folders train, val and test. sentences_per_image: most turns of one sample. wording, ours:
+    several questions and answers; released: the one of each that the evaluation asks. ignored_pixels, ours: in no loss;
+    released: background. Raises: DataError; ValueError on a wrong setting.
     """
-    return ReasonSegSource(_json_files(Path(root), split), name=name, split=split, most=sentences_per_image)
+    return ReasonSegSource(
+        _json_files(Path(root), split),
+        name=name,
+        split=split,
+        most=sentences_per_image,
+        released_wording=is_released(name, "wording", wording),
+        ignored_as_background=is_released(name, "ignored_pixels", ignored_pixels),
+    )
 
 
-def expressions(*, root: str | Path, split: str, query: str = "all", sentences: str = "first") -> list[Expression]:
+def expressions(
+    *, root: str | Path, split: str, query: str = "all", sentences: str = "first", upright: bool = True
+) -> list[Expression]:
     """Return what is asked of one split, in the order of the file names; the photos must be there for their sizes.
 
     `text` is the whole released question, so the evaluation adds nothing to it. Ids count the items of the split from
     1, whatever `query` is. `target` is None where no target is drawn, `ignored` None where every pixel counts.
+    upright: photos are held upright; False: they stay as they are stored and the same points are painted on that, as
+    in the released evaluation, whose target misses the object of a photo with an EXIF turn. Where it is True such a
+    target, turned with the photo, is `released_target`.
     Raises: DataError; ValueError on an unknown query or sentences.
     """
     _check_choice("query", query, QUERIES)
@@ -94,8 +118,9 @@ def expressions(*, root: str | Path, split: str, query: str = "all", sentences: 
         item = read_item(path)
         if query != "all" and item.is_sentence != (query == "long"):
             continue
-        image_hw = upright_hw(item.image_path, str(path))
+        image_hw = upright_hw(item.image_path, str(path)) if upright else stored_hw(item.image_path, str(path))
         target, ignored = paint(item.shapes, image_hw)
+        released = _turned_as_released(item) if upright else None
         for sent_id, text in enumerate(item.texts[: 1 if sentences == "first" else None], start=1):
             result.append(
                 Expression(
@@ -107,21 +132,44 @@ def expressions(*, root: str | Path, split: str, query: str = "all", sentences: 
                     text=evaluation_question(text, is_sentence=item.is_sentence),
                     target=encode_mask(target) if target.any() else None,
                     ignored=None if ignored is None else encode_mask(ignored),
+                    released_target=released,
                 )
             )
     return result
 
 
+def _turned_as_released(item: ReasonItem) -> RLE | None:
+    """Return the released target of a photo with an EXIF turn, as it lies on the upright photo; None without a turn."""
+    turn = turn_of(item.image_path, str(item.json_path))
+    if turn is None:
+        return None
+    target, ignored = paint(item.shapes, stored_hw(item.image_path, str(item.json_path)))
+    values = target.astype(np.uint8) if ignored is None else target + ignored * np.uint8(255)
+    stored = decode_rle(encode_as_released(values))
+    return encode_mask(np.asarray(Image.fromarray(stored).transpose(turn)))
+
+
 class ReasonSegSource:
     """One item per photo with a text and a target; up to three of its texts as turns, none twice."""
 
-    def __init__(self, files: Sequence[Path], *, name: str, split: str, most: int) -> None:
-        """Leave out what has no text or no target, and log how many. Raises: ValueError."""
+    def __init__(
+        self,
+        files: Sequence[Path],
+        *,
+        name: str,
+        split: str,
+        most: int,
+        released_wording: bool = False,
+        ignored_as_background: bool = False,
+    ) -> None:
+        """Leave out what has no text or no target, and log how many. Raises: DataError."""
         if most < 1:
-            raise ValueError(f"source {name}: found sentences_per_image {most}, expected 1 or more; correct the config")
+            raise DataError(f"source {name}: found sentences_per_image {most}, expected 1 or more; correct the config")
         self.name = name
         self._split = split
         self._most = most
+        self._released_wording = released_wording
+        self._ignored_as_background = ignored_as_background
         self._files = [path for path in files if _is_usable(path)]
         if len(self._files) < len(files):
             num_left_out = len(files) - len(self._files)
@@ -144,7 +192,17 @@ class ReasonSegSource:
         sample_id = f"{self.name}/{self._split}/{item.json_path.stem}"
         mask, ignored = paint(item.shapes, upright_hw(item.image_path, sample_id))
         chosen = [item.texts[i] for i in rng.permutation(len(item.texts))[: self._most]]
-        turns = [reasoning_turn(text, mask, rng, is_sentence=item.is_sentence, ignored=ignored) for text in chosen]
+        turns = [
+            reasoning_turn(
+                text,
+                mask,
+                rng,
+                is_sentence=item.is_sentence,
+                ignored=None if self._ignored_as_background else ignored,
+                as_released=self._released_wording,
+            )
+            for text in chosen
+        ]
         return Sample(
             sample_id=sample_id, source=self.name, image_path=item.image_path, image_hw=None, turns=tuple(turns)
         )
@@ -238,4 +296,4 @@ def _is_usable(path: Path) -> bool:
 
 def _check_choice(name: str, found: str, expected: tuple[str, ...]) -> None:
     if found not in expected:
-        raise ValueError(f"{name}: found {found!r}, expected one of {expected}; correct the config")
+        raise DataError(f"{name}: found {found!r}, expected one of {expected}; correct the config")
