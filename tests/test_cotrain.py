@@ -1,4 +1,4 @@
-"""The card of the 0.5B model with all that is as released, as it is launched, on drawn files of all its sources: one step of two processes."""
+"""The card of the 0.5B model, all as released: two processes make one step on drawn files of all its sources."""
 
 import re
 
