@@ -138,8 +138,25 @@ def write_checkpoint(
     Raises: CheckpointError when the disk refuses, or a value is not finite; what was written so far is removed.
     """
     final = folder / checkpoint_name(state.step)
-    if is_complete(final):
-        return final
+    if not is_complete(final):
+        _write(final, state, parameters, moments, config)
+    try:
+        for old in superseded(folder, final, keep):
+            _delete(old)
+    except OSError as error:
+        raise CheckpointError(f"{final} is whole, but an older one could not be deleted: {error}") from error
+    return final
+
+
+def _write(
+    final: Path,
+    state: TrainState,
+    parameters: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+) -> None:
+    """Write one checkpoint. Raises: CheckpointError as `write_checkpoint`."""
+    folder = final.parent
     if broken := not_finite({**parameters, **moments}):
         found = latest(folder)
         raise CheckpointError(
@@ -171,12 +188,6 @@ def write_checkpoint(
             + (f"{found.name} is whole" if found else "no checkpoint is whole yet")
             + ". Make room or mend the disk, then start the same command again"
         ) from error
-    try:
-        for old in superseded(folder, final, keep):
-            _delete(old)
-    except OSError as error:
-        raise CheckpointError(f"{final} is whole, but an older one could not be deleted: {error}") from error
-    return final
 
 
 def superseded(folder: Path, newest: Path, keep: int) -> list[Path]:
