@@ -22,6 +22,7 @@ from pixel_sail.training.checkpoint import (
     checkpoint_name,
     complete_checkpoints,
     latest,
+    not_finite,
     read,
     step_of,
 )
@@ -146,6 +147,11 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path, spoil):
         with pytest.raises(CheckpointError, match=rf"not finite, among them .*{spoil}.*step_00000001 is the last"):
             writer.save(TrainState(step=2), model, optimizer, ACCELERATOR)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def test_large_values_whose_sum_overflows_are_finite():
+    assert not_finite({"large": torch.full((9,), 3e38), "sound": torch.ones(3), "empty": torch.ones(0)}) == []
+    assert not_finite({"opposite": torch.tensor([float("inf"), float("-inf")])}) == ["opposite"]
 
 
 RANK = """

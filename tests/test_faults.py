@@ -154,6 +154,11 @@ def test_tensors_of_other_shapes_names_or_types_are_refused_and_never_broadcast(
 def test_a_step_that_failed_tells_what_the_last_checkpoint_holds(complete_checkpoint):
     assert "step_00000003, are finite, the largest is 1. " in checkpoint.condition(complete_checkpoint)
     assert checkpoint.condition(None) == "there is no checkpoint yet"
+    save_file({"exp_avg.weight": torch.full((2,), float("nan"))}, complete_checkpoint / checkpoint.OPTIMIZER)
+    sealed(complete_checkpoint)
+    assert "is not finite in ['exp_avg.weight'] itself. Delete" in checkpoint.condition(complete_checkpoint)
+    with pytest.raises(CheckpointError, match=r"optimizer.*not finite.*Delete this checkpoint folder"):
+        checkpoint.read(complete_checkpoint, {"seed": 1})
 
 
 def test_folders_without_the_marker_are_not_checkpoints(complete_checkpoint):

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pixel_sail import dist
-from pixel_sail.files import WRITING, flush, remove_folder, sha256, writing
+from pixel_sail.files import WRITING, flush, remove, sha256, writing
 from pixel_sail.training.checkpoint import (
     MANIFEST,
     MARKER,
@@ -168,7 +168,7 @@ def _write(
     working = folder / f"{WRITING}{final.name}"
     try:
         _delete(final)
-        remove_folder(working)
+        remove(working)
         working.mkdir(parents=True)
         save_file(dict(parameters), working / MODEL)
         save_file(dict(moments), working / OPTIMIZER)
@@ -209,6 +209,6 @@ def _delete(checkpoint: Path) -> None:
     """Delete a checkpoint; it loses its name first, so that no half of it is ever taken for a whole."""
     if checkpoint.exists():
         doomed = checkpoint.with_name(f"{DELETING}{checkpoint.name}")
-        remove_folder(doomed)
+        remove(doomed)
         os.replace(checkpoint, doomed)
-        shutil.rmtree(doomed)
+        remove(doomed)
