@@ -222,35 +222,37 @@ def replace_folder(working: Path, final: Path) -> None:
     with writing(final):
         for path in (*(path for path in working.rglob("*") if path.is_file()), working):
             flush(path)
-        if not final.exists():
+        if not os.path.lexists(final):
             os.replace(working, final)
             flush(final.parent)
             return
         if _exchange(working, final):
             flush(final.parent)
-            shutil.rmtree(working)
+            remove(working)
             return
-        remove_folder(aside)
+        remove(aside)
         os.replace(final, aside)
         os.replace(working, final)
         flush(final.parent)
-        shutil.rmtree(aside)
+        remove(aside)
 
 
 def recover_folder(final: Path) -> None:
     """Mend what a process left that died in `replace_folder`, or before it; call it before a folder is written."""
     aside = final.with_name(f"{REPLACED}{final.name}")
     with writing(final):
-        if aside.is_dir() and not final.exists():
+        if aside.is_dir() and not os.path.lexists(final):
             os.replace(aside, final)
-        remove_folder(aside)
-        remove_folder(final.with_name(f"{WRITING}{final.name}"))
+        remove(aside)
+        remove(final.with_name(f"{WRITING}{final.name}"))
 
 
-def remove_folder(path: Path) -> None:
-    """Delete a folder, if it is there."""
+def remove(path: Path) -> None:
+    """Delete a folder, a file or a link, if it is there; what a link leads to stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _exchange(first: Path, second: Path) -> bool:
