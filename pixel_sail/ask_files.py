@@ -11,6 +11,7 @@ Place in the flow: `scripts/predict.py` calls `ask_files`, which asks a `Predict
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ from pixel_sail.answers import AskResult, Box, Point
 from pixel_sail.config import AskConfig, ConfigError
 from pixel_sail.data.images import load_image
 from pixel_sail.evaluation.overlay import PALETTE, Picture, paint
-from pixel_sail.files import replace_text
+from pixel_sail.files import make_folder, replace_bytes, replace_text
+from pixel_sail.model.generation import NotFiniteError
 from pixel_sail.predictor import Predictor
 from pixel_sail.types import DataError
 
@@ -37,12 +39,16 @@ def ask_files(config: AskConfig) -> Iterator[tuple[Path, AskResult | DataError]]
     """
     files, output = image_files(Path(config.image)), Path(config.output)
     names = result_names(files, output)
+    make_folder(output)
     predictor = Predictor.from_pretrained(config.checkpoint, config=config.predict, precision=config.precision)
     regions = _regions(config)
     for path, name in zip(files, names, strict=True):
         try:
             image = load_image(path, where="image")
             result = predictor.ask(image, config.question, regions)
+        except NotFiniteError as error:
+            # The model is at fault, not the image: the others would be asked in vain.
+            raise DataError(f"{path}: {error}") from None
         except DataError as error:
             if len(files) == 1:
                 raise
@@ -94,4 +100,6 @@ def write_result(place: Path, path: Path, question: str, image: Image.Image, res
     picture: Picture = np.asarray(image)
     for index, mask in enumerate(result.masks_NHW):
         picture = paint(picture, mask, PALETTE[index % len(PALETTE)])
-    Image.fromarray(picture).save(place.with_name(f"{place.name}.png"))
+    content = BytesIO()
+    Image.fromarray(picture).save(content, format="PNG")
+    replace_bytes(place.with_name(f"{place.name}.png"), content.getvalue())

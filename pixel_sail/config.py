@@ -8,6 +8,7 @@ anything is built. Scripts call `load_config("train", TrainConfig, overrides)` a
 `data.sources` and `evals` are open sets: each entry names a function by `_target_` and its arguments.
 """
 
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -23,11 +24,14 @@ from hydra.utils import instantiate
 from omegaconf import MISSING, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from pixel_sail.data.details import DETAILS, OURS
 from pixel_sail.data.leakage import LeakageConfig
 from pixel_sail.data.packing import PackingSettings
+from pixel_sail.errors import ExpectedError
 from pixel_sail.experts.settings import ExpertSettings
 from pixel_sail.losses.total import LossConfig
 from pixel_sail.model.configuration_pixel_sail import Architecture
+from pixel_sail.model.mask_head import INITS
 from pixel_sail.model.speed import CHECKPOINTING, Speed
 from pixel_sail.places import root_folder
 
@@ -36,7 +40,7 @@ CONFIG_FOLDER = root_folder() / "configs"
 PRECISIONS = ("fp32", "bf16")
 
 
-class ConfigError(ValueError):
+class ConfigError(ExpectedError, ValueError):
     """A configuration is wrong; the message names the key, what was found and what was expected."""
 
 
@@ -96,12 +100,18 @@ class ModelConfig:
     """Parts that are drawn anew, or left out, where the weights of `init_from` were made for another `architecture`:
     mask_head, prompt_projection, patch_embedding. Where they fit they are taken. Empty: what does not fit is an
     error."""
+    init: str = "ours"
+    """How the mask head and the layers towards experts are drawn where they are new. ours: the signal keeps its
+    variance, each upsample block has weights of its own. torch (release): PyTorch's defaults, all blocks start alike.
+    Weights taken from `init_from` stay as they are."""
     vocab_multiple: int = 64
     """The vocabulary is padded to a multiple of this."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
-        """Check the names of parts."""
+        """Check the names of parts and the choice."""
+        if self.init not in INITS:
+            raise ConfigError(f"model.init is {self.init!r}, expected one of {INITS}")
         if unknown := sorted(set(self.init_fresh) - set(FRESH_PARTS)):
             raise ConfigError(f"model.init_fresh: found {unknown}, expected some of {FRESH_PARTS}")
 
@@ -112,6 +122,9 @@ class DataConfig:
 
     sources: dict[str, Any] = field(default_factory=dict)
     """Name -> `_target_` and arguments of a function that returns a `types.Source`."""
+    details: str = OURS
+    """ours or released: what the options of `configs/source/` stand at in which the project's data differ from the
+    release's, such as `data.sources.coco_vp.candidates`; each can be set by itself."""
     repeats: dict[str, float] = field(default_factory=dict)
     """Name -> how often its items occur in an epoch (default 1; fractions draw a random part)."""
     weights: dict[str, float] = field(default_factory=dict)
@@ -123,14 +136,41 @@ class DataConfig:
     max_skipped_share: float = 0.001
     """The run fails when more of the stream's samples than this (of an epoch at least) could not be used."""
     packing: PackingSettings = field(default_factory=PackingSettings)
-    packs_per_step: int = 8
-    """Sequences of one optimizer step, over all processes and accumulation steps."""
+    packs_per_step: int | None = 8
+    """Sequences of one optimizer step, over all processes and accumulation steps. Exactly one of this and
+    `samples_per_step` is set."""
+    samples_per_step: int | None = None
+    """Instead: samples of one optimizer step. The number of packs follows from how many samples a pack holds, which is
+    measured, and is rounded to what the processes can share (planning/length.py)."""
+    planned_samples: int | None = None
+    """Samples of an epoch that `tools/plan_run.py` assumes where the files are not there. Training counts them."""
     packs_per_micro_batch: int = 1
     """Sequences of one forward pass on one process."""
     lane_rounds: int = 1
     """Sets of sequences filled in turn; more of them let more workers share the work of one step."""
     num_workers: int = 2
     """Loader processes per training process; as many are used as divide the micro-batches of all rounds."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers and the choice."""
+        if self.details not in DETAILS:
+            raise ConfigError(f"data.details is {self.details!r}, expected one of {DETAILS}")
+        if (self.packs_per_step is None) == (self.samples_per_step is None):
+            raise ConfigError(
+                f"data.packs_per_step is {self.packs_per_step}, data.samples_per_step is {self.samples_per_step}; "
+                "expected exactly one of them: data.packs_per_step=32 data.samples_per_step=null for a number of packs,"
+                " data.packs_per_step=null data.samples_per_step=128 for a number of samples"
+            )
+        for name in ("packs_per_step", "samples_per_step", "planned_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"data.{name} is {value}, expected 1 or more")
+
+    @property
+    def num_packs(self) -> int:
+        """Return the packs of a step, which are known once the length of the run is (planning/length.py)."""
+        assert self.packs_per_step is not None, "data.samples_per_step was not resolved"
+        return self.packs_per_step
 
 
 DEFAULT_GROUP = "default"
@@ -162,7 +202,11 @@ class GroupConfig:
 class OptimConfig:
     """AdamW, warm-up and cosine decay."""
 
-    steps: int = 1000
+    steps: int | None = 1000
+    """Optimizer steps of the run. Exactly one of this and `epochs` is set."""
+    epochs: float | None = None
+    """Instead: passes over the data. The number of steps follows from the samples of an epoch and of a step, which are
+    measured (planning/length.py), and is part of the run from then on."""
     lr: float = 4e-5
     final_lr: float = 0.0
     warmup_fraction: float = 0.05
@@ -191,8 +235,16 @@ class OptimConfig:
             raise ConfigError(
                 f"optim.activation_checkpointing is {self.activation_checkpointing!r}, expected one of {CHECKPOINTING}"
             )
-        if self.steps < 1:
+        if (self.steps is None) == (self.epochs is None):
+            raise ConfigError(
+                f"optim.steps is {self.steps}, optim.epochs is {self.epochs}; expected exactly one of them: "
+                "optim.steps=100 optim.epochs=null for a number of steps, optim.steps=null optim.epochs=1 for passes "
+                "over the data"
+            )
+        if self.steps is not None and self.steps < 1:
             raise ConfigError(f"optim.steps is {self.steps}, expected 1 or more")
+        if self.epochs is not None and not 0.0 < self.epochs < math.inf:
+            raise ConfigError(f"optim.epochs is {self.epochs}, expected a number above 0")
         if not 0.0 <= self.warmup_fraction <= 1.0:
             raise ConfigError(f"optim.warmup_fraction is {self.warmup_fraction}, expected 0 .. 1")
         if not 0.0 <= self.ema_decay < 1.0:
@@ -201,6 +253,12 @@ class OptimConfig:
             raise ConfigError(
                 f"optim.groups: {DEFAULT_GROUP!r} is the name of the parameters in no group; rename yours"
             )
+
+    @property
+    def num_steps(self) -> int:
+        """Return the steps of the run, which are known once its length is (planning/length.py)."""
+        assert self.steps is not None, "optim.epochs was not resolved"
+        return self.steps
 
 
 @dataclass(kw_only=True)

@@ -20,14 +20,13 @@ from pixel_sail.config import ConfigError
 from pixel_sail.evaluation.results import EVALUATION, FILE_NAME, Row, read_rows
 from pixel_sail.evaluation.run import EXPORT
 from pixel_sail.evaluation.tables import scores_table
-from pixel_sail.files import replace_text, sha256
+from pixel_sail.files import read_json, read_json_lines, replace_text
+from pixel_sail.model.folder import MODEL_FILES, hash_of, holds_model, model_hashes, weight_files, weights_hash
 from pixel_sail.provenance import STARTS
 from pixel_sail.types import DataError
 
 CARD = "README.md"
 MADE_BY = "<!-- Made by tools/publish_model.py: written anew whenever it is called. -->"
-MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
-"""What belongs to a model on the hub."""
 UPLOADED = (*MODEL_FILES, CARD)
 
 LIMITS = """\
@@ -53,10 +52,11 @@ def write_card(run_dir: Path, *, name: str, license_name: str) -> Path:
 def card_text(run_dir: Path, *, name: str, license_name: str) -> str:
     """Return the card of a run's exported model. Raises: ConfigError as `write_card`."""
     export = run_dir / EXPORT
-    for file in (export / "config.json", export / "model.safetensors", run_dir / "config.json"):
-        if not file.is_file():
-            raise ConfigError(f"{file} is not there; give the folder of a run whose training finished")
-    config = json.loads((run_dir / "config.json").read_text())
+    remedy = "give the folder of a run whose training finished, with the files it wrote"
+    if not holds_model(export):
+        raise ConfigError(f"{export}: the model is not there; {remedy}")
+    kinds = dict.fromkeys(("model", "data", "optim", "predict"), dict) | {"seed": int}
+    config = read_json(run_dir / "config.json", kinds, fail=ConfigError, remedy=remedy)
     head = {
         "license": license_name,
         "library_name": "pixel_sail",
@@ -72,16 +72,31 @@ def card_text(run_dir: Path, *, name: str, license_name: str) -> str:
         _use(name, config["predict"]["prompt"]),
         _data(config["data"]),
         _recipe(run_dir, config),
-        _scores(run_dir, sha256(export / "model.safetensors")),
+        _scores(run_dir, export),
         f"## Limits\n\n{LIMITS}\n",
     ]
     return "\n".join(parts)
 
 
+def _read_config(file: Path) -> dict[str, Any]:
+    """Return the configuration of a run. Raises: ConfigError."""
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{file}: cannot be read ({error}); give the folder of a run whose training finished"
+        ) from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{file}: found a {type(config).__name__}, expected the configuration of a run")
+    return config
+
+
 def _model(export: Path, config: Mapping[str, Any]) -> str:
     """Return what the model is; its size is counted in the file of its weights."""
-    with safe_open(export / "model.safetensors", framework="pt") as file:
-        count = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    count = 0
+    for path in weight_files(export):
+        with safe_open(path, framework="pt") as file:
+            count += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
     own = config["model"]["architecture"]
     return (
         "A Pixel-SAIL model ([arXiv 2504.10465](https://arxiv.org/abs/2504.10465)): one decoder-only transformer that "
@@ -141,7 +156,8 @@ def _recipe(run_dir: Path, config: Mapping[str, Any]) -> str:
         "averaged weights": optim["ema_decay"] or "no",
     }
     file = run_dir / STARTS
-    starts = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    kinds = {"step": int, "packages": dict, "code": str, "world_size": int, "device": str}
+    starts = read_json_lines(file, kinds, fail=ConfigError, remedy="correct or delete that line")
     for start in starts:
         versions = ", ".join(f"{name} {version}" for name, version in start["packages"].items())
         rows[f"from step {start['step']}"] = (
@@ -154,11 +170,17 @@ def _recipe(run_dir: Path, config: Mapping[str, Any]) -> str:
     )
 
 
-def _scores(run_dir: Path, weights_sha256: str) -> str:
-    """Return the scores of these very weights."""
+def _scores(run_dir: Path, export: Path) -> str:
+    """Return the scores of this very model; rows from before `model_sha256` was written name the weights alone."""
+    hashes = model_hashes(export)
+    weights_sha256, model_sha256 = weights_hash(export, hashes), hash_of(hashes)
     folder = run_dir / EVALUATION
     rows = read_rows(folder) if (folder / FILE_NAME).is_file() else {}
-    own = {name: row for name, row in rows.items() if row["weights_sha256"] == weights_sha256}
+    own = {
+        name: row
+        for name, row in rows.items()
+        if row["weights_sha256"] == weights_sha256 and row.get("model_sha256", model_sha256) == model_sha256
+    }
     if not own:
         return "## Scores\n\nThese weights were not scored.\n"
     table = scores_table("Scores", {name: row["scores"] for name, row in own.items()}, _intervals(own))

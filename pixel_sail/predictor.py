@@ -24,7 +24,6 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError
 
 from pixel_sail.answers import AskResult, Box, Point, Timing, visual_prompts
 from pixel_sail.config import ConfigError, PredictConfig
@@ -34,9 +33,9 @@ from pixel_sail.evaluation.predict import DTYPES, BatchPredictor, Reply, Request
 from pixel_sail.evaluation.refer_seg import PROMPTS
 from pixel_sail.evaluation.run import checkpoint_folder
 from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS
-from pixel_sail.model.generation import Answer, ImagePrefixes, generate_steps
+from pixel_sail.model.folder import MODEL_FILES
+from pixel_sail.model.generation import Answer, ImagePrefixes, NotFiniteError, generate_steps
 from pixel_sail.model.tokenization import END_TOKEN, IMAGE_TOKENS, SEG_TOKEN, TURN_END, TURN_START
-from pixel_sail.model_card import MODEL_FILES
 from pixel_sail.types import BoolMask, DataError, VisualPrompt
 
 ImageLike = str | Path | Image.Image | NDArray[np.uint8]
@@ -48,8 +47,6 @@ Region = Box | Point | BoolMask
 DESCRIBE_IMAGE = "Please describe this image."
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _NAMED_PROMPT = re.compile(r"<Prompt(\d+)>")
-_LOADING_ERRORS = (OSError, ValueError, KeyError, NotImplementedError, SafetensorError)
-"""What the libraries raise for a folder whose files are cut, lost or of another model, found by damaging them."""
 _CONTROL_TOKENS = (SEG_TOKEN, *IMAGE_TOKENS, TURN_START, TURN_END, END_TOKEN)
 
 
@@ -103,10 +100,8 @@ class Predictor:
         folder = _local_folder(name, revision)
         try:
             return cls(BatchPredictor.from_pretrained(folder, config=config, precision=precision, device=place))
-        except _LOADING_ERRORS as error:
-            raise ConfigError(
-                f"model {folder}: cannot be loaded ({type(error).__name__}: {error}); copy or export it anew"
-            ) from error
+        except DataError as error:
+            raise ConfigError(f"model {folder}: cannot be loaded ({error})") from error
 
     def segment(self, image: ImageLike, text: str, prompts: Sequence[Region] = ()) -> AskResult:
         """Return the mask of what a text names, such as "the red cup" or "what `<Prompt0>` holds".
@@ -199,6 +194,13 @@ class Chat:
         A question whose answer is not taken to its end counts as not asked. Raises: DataError as `Predictor.ask`.
         """
         _check_text(text, len(self._prompts))
+        try:
+            yield from self._answer(text)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{error}; {self.batch.why_not_finite()}", request=0, question=0) from None
+
+    def _answer(self, text: str) -> Iterator[str]:
+        """Yield the answer to a checked question and add it to the results. Raises: NotFiniteError."""
         start = time.perf_counter()
         encodes = self._prepared is not None and self._prefixes is None
         if encodes:

@@ -1,7 +1,7 @@
 """The nouns of pixel_sail: what flows from annotation files to scores.
 
-Place in the flow: everything else imports this module, it imports nothing of the project. Read it first, then
-`data/sources/refer.py`, `data/collate.py`, `model/modeling_pixel_sail.py`, `losses/`, `training/loop.py`.
+Place in the flow: everything else imports this module, it imports nothing of the project but `errors`. Read it first,
+then `data/sources/refer.py`, `data/collate.py`, `model/modeling_pixel_sail.py`, `losses/`, `training/loop.py`.
 
     TRAIN  annotations --sources--> Sample --processor--> Example --packing, collate--> Batch --model--> losses
     EVAL   annotations --sources--> Expression --predictor--> Prediction --metrics--> sums and counts --> ratios
@@ -25,6 +25,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pixel_sail.errors import ExpectedError
+
 BoolMask = NDArray[np.bool_]
 """A binary mask [H, W] at the resolution of its image. Always a union of its parts, never a sum."""
 
@@ -37,7 +39,7 @@ IGNORE_LABEL = -100
 """Label of a token that no text loss is computed for (the convention of torch's cross-entropy)."""
 
 
-class DataError(ValueError):
+class DataError(ExpectedError, ValueError):
     """A file, annotation or sample is wrong. The message names where, what was found, what was expected, what to do."""
 
 
@@ -78,6 +80,9 @@ class Sample:
     """Size stated by the annotation file; the opened image must agree."""
     turns: tuple[Turn, ...]
     prompts: tuple[VisualPrompt, ...] = ()
+    part_drawn: float | None = None
+    """Where the turns do not fit into a pack together: which of the parts that do is kept, 0 .. 1, 0 for the first (see
+    data/turn_parts.py). None: a sample that is too long is an error."""
 
 
 class Source(Protocol):

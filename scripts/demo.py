@@ -13,26 +13,24 @@ from pathlib import Path
 import uvicorn
 
 from pixel_sail.cli import script_help, wants_help
-from pixel_sail.config import ConfigError, DemoConfig, command_line_overrides, load_config
+from pixel_sail.config import DemoConfig, command_line_overrides, load_config
 from pixel_sail.demo.examples import draw_examples
 from pixel_sail.demo.server import build_app
+from pixel_sail.entry import one_message
 from pixel_sail.predictor import Predictor
 
 MOST_CONNECTIONS = 64
 
 
+@one_message
 def main() -> int:
     """Serve until interrupted; wrong input ends with one message and exit status 2."""
     if wants_help(sys.argv[1:]):
         print(script_help(Path(__file__), "DemoConfig"))
         return 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    try:
-        config = load_config("demo", DemoConfig, command_line_overrides())
-        predictor = Predictor.from_pretrained(config.checkpoint, config=config.predict, precision=config.precision)
-    except ConfigError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    config = load_config("demo", DemoConfig, command_line_overrides())
+    predictor = Predictor.from_pretrained(config.checkpoint, config=config.predict, precision=config.precision)
     folder = Path(config.checkpoint)
     app = build_app(
         predictor,

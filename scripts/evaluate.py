@@ -7,11 +7,12 @@ from pathlib import Path
 
 from pixel_sail import dist
 from pixel_sail.cli import script_help, wants_help
-from pixel_sail.config import ConfigError, EvalConfig, command_line_overrides, load_config
+from pixel_sail.config import EvalConfig, command_line_overrides, load_config
+from pixel_sail.entry import one_message
 from pixel_sail.evaluation.run import run_evals
-from pixel_sail.types import DataError
 
 
+@one_message
 def main() -> int:
     """Run the configured evals and print their scores; wrong input ends with one message and exit status 2."""
     if wants_help(sys.argv[1:]):
@@ -19,16 +20,12 @@ def main() -> int:
         return 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     dist.ensure_launch_environment()
-    try:
-        config = load_config("evaluate", EvalConfig, command_line_overrides())
-        dist.start_group()
-        results = run_evals(config)
-        if dist.rank() == 0:
-            print(json.dumps(results, indent=1))
-        dist.shutdown()
-    except (ConfigError, DataError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    config = load_config("evaluate", EvalConfig, command_line_overrides())
+    dist.start_group()
+    results = run_evals(config)
+    if dist.rank() == 0:
+        print(json.dumps(results, indent=1))
+    dist.shutdown()
     return 0
 
 

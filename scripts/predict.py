@@ -12,27 +12,25 @@ from pathlib import Path
 
 from pixel_sail.ask_files import ask_files, image_files
 from pixel_sail.cli import script_help, wants_help
-from pixel_sail.config import AskConfig, ConfigError, command_line_overrides, load_config
+from pixel_sail.config import AskConfig, command_line_overrides, load_config
+from pixel_sail.entry import one_message
 from pixel_sail.types import DataError
 
 
+@one_message
 def main() -> int:
     """Answer for every image; exit status 1 where some of several could not be used, 2 for other wrong input."""
     if wants_help(sys.argv[1:]):
         print(script_help(Path(__file__), "AskConfig"))
         return 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    try:
-        config = load_config("predict", AskConfig, command_line_overrides())
-        count, unused = len(image_files(Path(config.image))), 0
-        for number, (path, result) in enumerate(ask_files(config), start=1):
-            unused += isinstance(result, DataError)
-            said = f"{type(result).__name__}: {result}" if isinstance(result, DataError) else result.answer
-            # Each line as soon as it is known, also into a pipe: a folder can take hours.
-            print(f"{number}/{count} {path}: {said}" if count > 1 else f"{path}: {said}", flush=True)
-    except (ConfigError, DataError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    config = load_config("predict", AskConfig, command_line_overrides())
+    count, unused = len(image_files(Path(config.image))), 0
+    for number, (path, result) in enumerate(ask_files(config), start=1):
+        unused += isinstance(result, DataError)
+        said = f"{type(result).__name__}: {result}" if isinstance(result, DataError) else result.answer
+        # Each line as soon as it is known, also into a pipe: a folder can take hours.
+        print(f"{number}/{count} {path}: {said}" if count > 1 else f"{path}: {said}", flush=True)
     if unused:
         print(f"{unused} of {count} images could not be used, see above", file=sys.stderr)
     return int(unused > 0)

@@ -17,12 +17,15 @@ from pathlib import Path
 import torch
 
 from pixel_sail.config import EvalConfig, TrainConfig, build, load_config
+from pixel_sail.entry import one_message
 from pixel_sail.evaluation.cases import spread_cases
 from pixel_sail.evaluation.predictions import read_predictions
 from pixel_sail.evaluation.report import write_report
+from pixel_sail.evaluation.results import read_rows
 from pixel_sail.evaluation.tables import scores_table
-from pixel_sail.files import replace_text
+from pixel_sail.files import read_json, replace_text
 from pixel_sail.provenance import code_version
+from pixel_sail.types import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 SPLITS = ("val", "testA", "testB")
@@ -41,10 +44,11 @@ def run(*command: str) -> float:
     return time.monotonic() - started
 
 
-def num_processes(packs_per_step: int) -> int:
-    """Return one process per GPU, or two where there is none, as far as they can share the global batch evenly."""
+def num_processes(packs_per_step: int | None) -> int:
+    """Return one process per GPU, or two where there is none, as far as they can share the global batch evenly. None:
+    the batch is fitted to them."""
     wanted = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
-    return max(number for number in range(1, wanted + 1) if packs_per_step % number == 0)
+    return max(number for number in range(1, wanted + 1) if packs_per_step is None or packs_per_step % number == 0)
 
 
 def launch(processes: int, script: str, *overrides: str) -> float:
@@ -55,7 +59,8 @@ def launch(processes: int, script: str, *overrides: str) -> float:
     )
 
 
-def main() -> None:
+@one_message
+def main() -> int:
     """Draw, train, score, report."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     overrides = ["experiment=quickstart", *sys.argv[1:]]
@@ -68,7 +73,9 @@ def main() -> None:
     timing = Timing(run_dir / "timing.json")
     processes = num_processes(config.data.packs_per_step)
     if not timing.has("train"):
-        micro = min(config.data.packs_per_micro_batch, config.data.packs_per_step // processes)
+        micro = config.data.packs_per_micro_batch
+        if config.data.packs_per_step is not None:
+            micro = min(micro, config.data.packs_per_step // processes)
         share = f"data.packs_per_micro_batch={micro}"
         timing.add("train", launch(processes, "scripts/train.py", *overrides, share))
     if not timing.has("evaluate"):
@@ -76,6 +83,7 @@ def main() -> None:
         timing.add("evaluate", launch(processes, "scripts/evaluate.py", *options, f"output={run_dir / 'evaluation'}"))
     report(config, run_dir, timing)
     print(f"\nReport: {run_dir / 'report.html'}  scores: {run_dir / 'metrics.json'}")
+    return 0
 
 
 class Timing:
@@ -83,7 +91,8 @@ class Timing:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+        remedy = "delete it, and every stage is made again"
+        self.seconds: dict[str, float] = read_json(path, {}, fail=DataError, remedy=remedy) if path.is_file() else {}
 
     def has(self, stage: str) -> bool:
         """Return whether a stage is finished."""
@@ -97,8 +106,7 @@ class Timing:
 
 def report(config: TrainConfig, run_dir: Path, timing: Timing) -> None:
     """Write metrics.json, report.md and report.html from what the commands left behind."""
-    lines = [json.loads(line) for line in (run_dir / "evaluation" / "results.jsonl").read_text().splitlines()]
-    scores = {line["eval"]: line["scores"] for line in lines}
+    scores = {name: row["scores"] for name, row in read_rows(run_dir / "evaluation").items()}
     splits = {split: scores[f"refshapes_{split}"] for split in SPLITS}
     brief = {split: {key: row[key] for key in ("ciou", "giou", "count")} for split, row in splits.items()}
     seconds = round(sum(timing.seconds.values()), 1)
@@ -111,11 +119,13 @@ def report(config: TrainConfig, run_dir: Path, timing: Timing) -> None:
         name = f"refshapes_{split}"
         predictions = read_predictions(run_dir / "evaluation" / name / "predictions.jsonl")
         cases[split] = spread_cases(build(evals[name], name), predictions, EXAMPLES_PER_SPLIT)
+    made_with = json.loads((run_dir / "config.json").read_text())
+    steps, packs = made_with["optim"]["steps"], made_with["data"]["packs_per_step"]
     write_report(
         run_dir,
         title="Pixel-SAIL quickstart: referring segmentation on RefShapes",
         facts=[
-            f"{config.optim.steps} steps of {config.data.packs_per_step} images, seed {config.seed}",
+            f"{steps} steps of {packs} images, seed {config.seed}",
             f"training {timing.seconds['train']:.0f} s, scoring {timing.seconds['evaluate']:.0f} s",
             f"code {code_version()}",
             "testA: all objects of a picture have one shape. testB: pairs of colour and shape not seen in training.",
@@ -133,4 +143,4 @@ def report(config: TrainConfig, run_dir: Path, timing: Timing) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,21 +8,20 @@ from pathlib import Path
 
 from pixel_sail import dist
 from pixel_sail.cli import script_help, wants_help
-from pixel_sail.config import ConfigError, TrainConfig, build, command_line_overrides, load_config
+from pixel_sail.config import TrainConfig, build, command_line_overrides, load_config
+from pixel_sail.data.loader import is_lost_worker
+from pixel_sail.entry import one_message
 from pixel_sail.evaluation.validation import validation_for
 from pixel_sail.sweep import run as sweep
-from pixel_sail.training.checkpoint import CheckpointError
-from pixel_sail.training.corridor import LeftCorridorError
 from pixel_sail.training.dry_run import dry_run
-from pixel_sail.training.finite import NonFiniteLossError
-from pixel_sail.training.interruption import REQUEUE_STATUS, STALLED_STATUS, InterruptedRun
+from pixel_sail.training.interruption import InterruptedRun, LostPeer, LostWorker
 from pixel_sail.training.loop import train
-from pixel_sail.types import DataError
 
 DRY_RUN = "--dry-run"
 MULTIRUN = ("-m", "--multirun")
 
 
+@one_message
 def main() -> int:
     """Run training and return the exit status.
 
@@ -32,35 +31,35 @@ def main() -> int:
         print(script_help(Path(__file__), "TrainConfig"))
         return 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    overrides = [argument for argument in command_line_overrides() if argument != DRY_RUN]
+    config = load_config("train", TrainConfig, overrides)
+    evals = {name: build(node, f"evals.{name}") for name, node in config.evals.items()}
+    evaluate = validation_for(evals, config.predict, config.validation, config.log) if evals else None
     try:
-        overrides = [argument for argument in command_line_overrides() if argument != DRY_RUN]
-        config = load_config("train", TrainConfig, overrides)
-        evals = {name: build(node, f"evals.{name}") for name, node in config.evals.items()}
-        evaluate = validation_for(evals, config.predict, config.validation, config.log) if evals else None
         if DRY_RUN in sys.argv:
             lines = dry_run(config)
             if dist.rank() == 0:
                 print("\n".join(lines))
         else:
             train(config, evaluate)
+    except InterruptedRun:
         dist.shutdown()
-    except (ConfigError, DataError, CheckpointError, NonFiniteLossError, LeftCorridorError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    except InterruptedRun as interrupted:
-        print(f"InterruptedRun: {interrupted}", file=sys.stderr)
-        dist.shutdown()
-        return REQUEUE_STATUS
+        raise
     except RuntimeError as error:
-        if not dist.is_lost_peer(error):
-            raise
-        print(
-            f"LostPeer: rank {dist.rank()} of {dist.world_size()} lost another process, or heard nothing from it for "
-            f"too long (watchdog.peer_timeout_s): {error}. Look for the first error of the other processes and "
-            "for nodes that are down; the same command goes on from the last complete checkpoint",
-            file=sys.stderr,
-        )
-        return STALLED_STATUS
+        if is_lost_worker(error):
+            raise LostWorker(
+                f"rank {dist.rank()} of {dist.world_size()}: {error}. Mostly the machine ran out of memory (dmesg says "
+                "so), or of shared memory where it was a bus error: lower data.num_workers, or enlarge /dev/shm. The "
+                "same command goes on from the last complete checkpoint"
+            ) from error
+        if dist.is_lost_peer(error):
+            raise LostPeer(
+                f"rank {dist.rank()} of {dist.world_size()} lost another process, or heard nothing from it for "
+                f"too long (watchdog.peer_timeout_s): {error}. Look for the first error of the other processes and "
+                "for nodes that are down; the same command goes on from the last complete checkpoint"
+            ) from error
+        raise
+    dist.shutdown()
     return 0
 
 

@@ -1,6 +1,12 @@
-"""What several test files share: one untrained tokenizer, tiny models, drawn images, samples and batches."""
+"""What several test files share: one untrained tokenizer, tiny models, drawn images, samples and batches.
+
+A run of the tests says which processor and BLAS it ran on: these decide how numbers are rounded.
+"""
 
 import os
+import platform
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +24,28 @@ from pixel_sail.types import Sample, Turn, VisualPrompt
 
 NUM_PROMPTS = 15
 WORDS = ("red", "left", "star", "the small", "box", "behind it", "of", "round")
+
+
+def machine_line():
+    """Return processor, cores, torch, instruction set and BLAS of this run."""
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.M) if cpuinfo.is_file() else None
+    blas = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+    return (
+        f"machine: {named[1].strip() if named else platform.machine()}, {len(os.sched_getaffinity(0))} cores, "
+        f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, BLAS {blas[1] if blas else 'unknown'}, "
+        f"oneDNN {'on' if torch.backends.mkldnn.is_available() else 'off'}"
+    )
+
+
+def pytest_report_header():
+    return machine_line()
+
+
+def pytest_terminal_summary(terminalreporter):
+    # There is no header with -q, which `make test` says.
+    if not terminalreporter.showheader:
+        terminalreporter.write_line(machine_line())
 
 
 @pytest.fixture(scope="session", autouse=True)

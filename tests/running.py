@@ -21,8 +21,13 @@ BIN = Path(sys.executable).parent
 
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    write_refshapes(root / "refshapes", RefShapesSpec(seed=3, num_train=10, num_eval=3), num_workers=1)
+    return make_data_root(tmp_path_factory.mktemp("data"))
+
+
+def make_data_root(root: Path, *, num_train: int = 10, num_eval: int = 3) -> Path:
+    """Draw the small benchmark and its tokenizer below a folder."""
+    spec = RefShapesSpec(seed=3, num_train=num_train, num_eval=num_eval)
+    write_refshapes(root / "refshapes", spec, num_workers=1)
     texts = [item.text for item in expressions(load_refer(root / "refshapes", "refshapes", "train"))]
     train_tokenizer(texts, vocab_size=400, num_visual_prompts=15).save_pretrained(str(root / "refshapes" / "tokenizer"))
     return root

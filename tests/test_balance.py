@@ -11,8 +11,9 @@ from pixel_sail.config import TrainConfig, load_config
 from pixel_sail.data.packing import LaneStream, PackingSettings
 from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.speed import Speed
+from pixel_sail.planning.assumed import assumed_sample
 from pixel_sail.planning.balance import SampleCost
-from pixel_sail.planning.workload import Assumptions, assumed, of_batch, of_example
+from pixel_sail.planning.workload import of_batch, of_example
 from pixel_sail.training.prepare import sample_cost
 from pixel_sail.types import DataError
 
@@ -98,10 +99,8 @@ def test_the_figures_of_the_documentation():
     )
 
     def per_token(photo_hw, masks):
-        given = Assumptions(photo_hw=photo_hw, text_tokens=100, masks_per_image=masks, images_with_masks=1.0)
-        return SampleCost(architecture=architecture).of(assumed(architecture, 1, 1, given)) / (
-            assumed(architecture, 1, 1, given).real_tokens
-        )
+        sample = assumed_sample(architecture, photo_hw, text_tokens=100, supervised=50, masks=masks)
+        return SampleCost(architecture=architecture).of(sample) / sample.real_tokens
 
     found = [per_token(photo_hw, masks) for photo_hw in ((480, 640), (1024, 1024)) for masks in (0, 5)]
     assert found == pytest.approx([1.16, 1.28, 1.50, 1.62], abs=0.006)

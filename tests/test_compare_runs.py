@@ -165,9 +165,9 @@ def test_an_unfinished_or_changed_eval_is_refused(runs, data_root, items):
 def test_only_functions_of_the_package_are_called(runs, tmp_path):
     node = {"_target_": "os.mkdir", "path": str(tmp_path / "made"), "max_images": 0}
     write_eval(runs / "c" / "val", node, [])
-    with pytest.raises(DataError, match=r"found _target_ 'os\.mkdir'"):
+    with pytest.raises(DataError, match=r"found the loader 'os\.mkdir'"):
         compare(runs / "a" / "val", runs / "c" / "val")
-    with pytest.raises(DataError, match=r"found _target_ 'os\.mkdir'"):
+    with pytest.raises(DataError, match=r"found the loader 'os\.mkdir'"):
         read_stored(runs / "c" / "val")
     assert not (tmp_path / "made").exists()
 

@@ -196,6 +196,7 @@ def test_two_micro_batches_with_global_counts_equal_one_batch(tiny_model, make_b
     whole = Counts(
         tokens=sum(c.tokens for c in shares),
         masks=sum(c.masks for c in shares),
+        samples=sum(c.samples for c in shares),
         distilled=tuple(map(sum, zip(*(c.distilled for c in shares), strict=True))),
     )
 
@@ -205,6 +206,19 @@ def test_two_micro_batches_with_global_counts_equal_one_batch(tiny_model, make_b
 
     together = total(make_batch(chosen))
     torch.testing.assert_close(sum(total(batch) for batch in batches), together, rtol=1e-5, atol=1e-6)
+
+
+def test_means_of_samples_count_a_sample_without_features_with_zero(tiny_model, make_batch, examples):
+    model, config = student(tiny_model), replace(CONFIG, mean="sample")
+    batch = make_batch(with_targets(examples, (["map", "states"], ["map"], [])))
+    output = model(**batch.model_inputs())
+    sums = loss_sums(output, batch, config, TERMS, NO_NETWORKS.maps(batch))
+    plain = combine(replace(sums, distill_SX=torch.zeros(3, 2)), count(batch, TERMS), config, TERMS)
+    expected = sum(term.weight * column.sum() / 3 for term, column in zip(TERMS, sums.distill_SX.T, strict=True))
+    torch.testing.assert_close(
+        combine(sums, count(batch, TERMS), config, TERMS) - plain, expected, rtol=1e-5, atol=1e-6
+    )
+    assert [int(n) for n in (sums.distill_SX > 0).sum(0)] == [2, 1]
 
 
 def test_a_batch_crosses_processes_with_maps_scales_and_photos(make_batch, examples):

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import resource
 import runpy
+import shutil
 import signal
 import sys
 from dataclasses import dataclass
@@ -18,11 +19,16 @@ import numpy as np
 import pytest
 import torch
 from running import ROOT, environment, free_port
+from safetensors.torch import load_file, save_file
 
-from pixel_sail.config import ConfigError, EvalConfig, load_config
+from pixel_sail.ask_files import ask_files
+from pixel_sail.config import AskConfig, ConfigError, EvalConfig, load_config
 from pixel_sail.evaluation.run import run_evals
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
+from pixel_sail.predictor import Ask, Predictor
 from pixel_sail.refshapes import RefShapesSpec, write_refshapes
+from pixel_sail.training.run_lock import LOCK_FILE, RunLock
+from pixel_sail.types import DataError
 
 EVAL = "refshapes_val"
 NUM_IMAGES = 7
@@ -343,6 +349,97 @@ def test_absent_java_is_said_before_anything_is_asked(bench, tmp_path, monkeypat
     assert not (tmp_path / "out").exists()
 
 
+def run(bench: Bench, output: Path, monkeypatch, *overrides: str):
+    """Run an evaluation in this process."""
+    monkeypatch.setenv("PIXEL_SAIL_DATA", str(bench.data))
+    return run_evals(load_config("evaluate", EvalConfig, bench.options(output, *overrides)))
+
+
+def test_the_same_answer_in_two_files_counts_once(bench, whole, tmp_path, monkeypatch):
+    output, part = copied(whole, tmp_path, kept_lines=6)
+    part.with_name("part-1.jsonl").write_text("".join(part.read_text().splitlines(keepends=True)[3:5]))
+    run(bench, output, monkeypatch)
+    assert lines(output) == lines(whole) and scores(output) == scores(whole)
+
+
+def test_two_different_answers_to_one_item_are_named(bench, whole, tmp_path, monkeypatch):
+    output, part = copied(whole, tmp_path, kept_lines=6)
+    other = json.loads(part.read_text().splitlines()[3]) | {"answer": "No."}
+    second = part.with_name("part-1.jsonl")
+    second.write_text(json.dumps(other) + "\n")
+    with pytest.raises(DataError, match=f"{second}: found another answer .*{other['sent_id']}.* than in {part}"):
+        run(bench, output, monkeypatch)
+    second.unlink()
+    run(bench, output, monkeypatch)
+    assert lines(output) == lines(whole)
+
+
+def test_answers_to_no_item_are_named(bench, whole, tmp_path, monkeypatch):
+    output, part = copied(whole, tmp_path, kept_lines=99)
+    alien = json.loads(part.read_text().splitlines()[3]) | {"ref_id": 987, "sent_id": 654}
+    part.with_name("part-1.jsonl").write_text(json.dumps(alien) + "\n")
+    with pytest.raises(DataError, match=r"0 items unanswered and 1 answers to no item, such as .*654"):
+        run(bench, output, monkeypatch)
+
+
+def test_a_second_evaluation_in_one_folder_is_refused_and_names_the_first(bench, tmp_path):
+    # Locks of one process do not exclude each other; the second evaluation is a process of its own.
+    lock = RunLock(tmp_path / "out", name="output")
+    try:
+        ended = start(bench, tmp_path / "out")
+    finally:
+        lock.release()
+    check_message(ended, f"output {tmp_path / 'out'} is in use by process {os.getpid()}", "choose another output")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK_FILE]
+
+
+# Numbers of the model that are not finite.
+
+
+def broken(bench: Bench, folder: Path, name: str, value: float) -> Path:
+    """Return a copy of the model with one weight changed."""
+    shutil.copytree(bench.checkpoint, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights[name].view(-1)[0] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(bench, tmp_path, monkeypatch, value):
+    folder = broken(bench, tmp_path / "model", "decoder.norm.weight", value)
+    with pytest.raises(ConfigError, match=r"found NaN or infinite numbers in decoder\.norm\.weight"):
+        run(bench, tmp_path / "out", monkeypatch, f"checkpoint={folder}")
+    with pytest.raises(ConfigError, match=r"found NaN or infinite numbers in decoder\.norm\.weight"):
+        Predictor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"), [("generated", "of the answer are not finite"), ("forced", "logits of a mask")]
+)
+def test_numbers_that_become_infinite_end_an_evaluation_with_the_item(bench, tmp_path, monkeypatch, answer, said):
+    folder = broken(bench, tmp_path / "model", "decoder.norm.weight", 3e38)
+    with pytest.raises(DataError) as refusal:
+        run(bench, tmp_path / "out", monkeypatch, f"checkpoint={folder}", f"predict.answer={answer}")
+    assert said in str(refusal.value) and "all weights are finite, so" in str(refusal.value)
+    assert str(refusal.value).startswith("item (") and "train2014" in str(refusal.value)
+    assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
+def test_numbers_that_become_infinite_end_a_question_with_the_image(bench, tmp_path):
+    folder = broken(bench, tmp_path / "model", "decoder.norm.weight", 3e38)
+    photos = sorted((bench.data / "refshapes" / "images" / "train2014").iterdir())[:2]
+    for photo in photos:
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        shutil.copy(photo, tmp_path / "photos")
+    options = {"checkpoint": str(folder), "image": str(tmp_path / "photos"), "question": "the star"}
+    with pytest.raises(DataError, match=f"{photos[0].name}: the logits of token .* of the answer are not finite"):
+        list(ask_files(AskConfig(**options, output=str(tmp_path / "out"))))
+    asks = [Ask(image=photo, text="the star") for photo in photos]
+    with pytest.raises(DataError, match="are not finite; all weights are finite, so"):
+        Predictor.from_pretrained(folder).ask_many(asks)
+
+
 # Answers of something else.
 
 
@@ -356,12 +453,16 @@ def test_answers_to_other_questions_are_not_continued(bench, whole, monkeypatch,
     check_refused(bench, whole, monkeypatch, changed)
 
 
-def check_refused(bench, output, monkeypatch, *overrides):
+def check_refused(bench, output, monkeypatch, *overrides, said=""):
     monkeypatch.setenv("PIXEL_SAIL_DATA", str(bench.data))
-    files = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
-    with pytest.raises(ConfigError, match=r"protocol\.json: found predictions of another protocol .*[Cc]hoose another"):
+    files = {path: path.read_bytes() for path in output.rglob("*") if path.is_file() and path.name != LOCK_FILE}
+    with pytest.raises(
+        ConfigError, match=r"protocol\.json: found predictions of another protocol .*[Cc]hoose another"
+    ) as refusal:
         run_evals(load_config("evaluate", EvalConfig, bench.options(output, *overrides)))
-    assert files == {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    after = {path: path.read_bytes() for path in output.rglob("*") if path.is_file() and path.name != LOCK_FILE}
+    assert files == after
+    assert said in str(refusal.value)
 
 
 def test_answers_of_other_weights_are_not_continued_even_under_the_same_name(bench, whole, tiny_model, monkeypatch):
@@ -372,6 +473,26 @@ def test_answers_of_other_weights_are_not_continued_even_under_the_same_name(ben
         check_refused(bench, whole, monkeypatch)
     finally:
         weights.write_bytes(own)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("config.json", '"rope_theta": 1000000.0', '"rope_theta": 10000.0'),
+        ("processor_config.json", '"max_long_side": 32', '"max_long_side": 48'),
+        ("tokenizer.json", '"add_prefix_space": false', '"add_prefix_space": true'),
+        ("special_tokens_map.json", "", '{"eos_token": "<|im_end|>"}'),
+    ],
+)
+def test_answers_of_a_model_with_another_file_are_not_continued(bench, whole, monkeypatch, name, old, new):
+    file = bench.checkpoint / name
+    own = file.read_text() if file.is_file() else None
+    assert own is None or old in own
+    try:
+        file.write_text((own or "").replace(old, new) if old else new)
+        check_refused(bench, whole, monkeypatch, said=f"model_files.{name}")
+    finally:
+        file.write_text(own) if own is not None else file.unlink()
 
 
 def test_answers_about_other_annotations_are_not_continued(bench, whole, monkeypatch):

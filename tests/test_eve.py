@@ -24,7 +24,7 @@ from pixel_sail.evaluation.predict import BatchPredictor, PredictConfig
 from pixel_sail.experts.expert import Expert
 from pixel_sail.experts.ours import ours
 from pixel_sail.losses.mask import PointSampling
-from pixel_sail.losses.total import Counts, LossConfig, combine, loss_sums
+from pixel_sail.losses.total import LossConfig, combine, count, loss_sums
 from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
 from pixel_sail.model.eve_embedding import EveEmbedding
 from pixel_sail.model.generation import encode_images, generate
@@ -36,9 +36,10 @@ from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.routed_decoder import Mixed, RoutedLayer, TwoKinds
 from pixel_sail.model.speed import REFERENCE, Speed
 from pixel_sail.planning.activations import activation_bytes
+from pixel_sail.planning.assumed import assumed_sample
 from pixel_sail.planning.flops import forward_flops
 from pixel_sail.planning.parameters import parameter_counts
-from pixel_sail.planning.workload import Assumptions, assumed, of_batch
+from pixel_sail.planning.workload import of_batch
 from pixel_sail.training.build import lora_targets
 from pixel_sail.types import DataError, VisualPrompt
 
@@ -88,9 +89,7 @@ def losses_and_gradients(model, batch, speed, checkpointing="none"):
     model.zero_grad()
     output = model(**batch.training_inputs())
     sums = loss_sums(output, batch, CONFIG)
-    (combine(sums, Counts(tokens=max(len(batch.targets_M), 1), masks=max(len(batch.masks), 1)), CONFIG)).backward(
-        retain_graph=True
-    )
+    combine(sums, count(batch), CONFIG).backward(retain_graph=True)
     output.anchor.backward()
     found = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
     return torch.cat((sums.text_S, sums.bce_S, sums.dice_S)).detach(), found, output
@@ -243,7 +242,10 @@ def test_layers_that_are_computed_again_change_nothing(eve_model, batch, checkpo
     expected, gradients, _ = losses_and_gradients(model, batch, Speed())
     found, again, _ = losses_and_gradients(model, batch, Speed(), checkpointing)
     assert torch.equal(found, expected)
-    assert all(torch.allclose(again[name], value) for name, value in gradients.items())
+    # Parts of a gradient may be added in another order.
+    for name, value in gradients.items():
+        torch.testing.assert_close(again[name], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()), msg=name)
+    assert max(float(value.abs().max()) for value in gradients.values()) > 0.01
 
 
 @pytest.mark.parametrize("speed", [Speed(attention="varlen"), REFERENCE], ids=["fast", "reference"])
@@ -543,7 +545,7 @@ def test_the_plan_counts_operations_and_activations(eve_model, batch, experts):
 
 def test_the_plan_assumes_the_causal_triangle_of_an_eve_image():
     architecture = Architecture(base="eve", attention="causal", patch_size=32, max_long_side=800)
-    work = assumed(architecture, 800, 1, Assumptions(text_tokens=100))
+    work = assumed_sample(architecture, (480, 640), text_tokens=100, supervised=50, masks=4)
     length = 1 + 22 * 30 + 100
     assert (work.images[0].rows, work.images[0].columns) == (22, 29)
     assert work.seen_pairs == length * (length + 1) // 2

@@ -56,7 +56,8 @@ def test_a_new_expert_answers_to_the_edge_in_the_photo(example, tmp_path):
     assert features_EYX.shape == (2, 16, 24)
     # The photo is black up to column 48 and white from there: columns 11 and 12 of the map lie on either side.
     assert (features_EYX[0, 1:-1, 11:13] > 0.1).all()
-    assert features_EYX[0, 1:-1, 2:10].abs().max() == 0
+    # Black is no zero after normalisation: whether three of it minus three of it is one hangs on the order of adding.
+    assert features_EYX[0, 1:-1, 2:10].abs().max() < 1e-4
 
 
 def test_a_new_base_gives_text_the_states_it_had(example, tmp_path):

@@ -273,10 +273,12 @@ def test_batches_of_like_photos_give_what_each_gives_alone(drawn):
     expert = Expert(recipe, device="cpu", precision="fp32", max_batch=8)
     together = expert.features(drawn)
     for photo, feature in zip(drawn, together, strict=True):
-        torch.testing.assert_close(feature, expert.features([photo])[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(feature, expert.features([photo])[0], rtol=1e-4, atol=1e-5)
     limited = Expert(recipe, device="cpu", precision="fp32", max_batch=1).features(drawn)
     for feature, alone in zip(together, limited, strict=True):
-        torch.testing.assert_close(feature, alone, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(feature, alone, rtol=1e-4, atol=1e-5)
+    # Two photos are further apart than that by far.
+    assert (together[0][:, :4, :4] - together[1][:, :4, :4]).abs().max() > 1e-2
 
 
 def test_random_weights_are_equal_in_every_process_and_leave_the_global_generator_alone():

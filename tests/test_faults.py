@@ -17,7 +17,7 @@ from test_train import SMALL, log_lines
 from pixel_sail.config import TrainConfig, load_config
 from pixel_sail.data.images import load_image
 from pixel_sail.files import sha256
-from pixel_sail.losses.total import Counts, LossConfig, combine, loss_sums
+from pixel_sail.losses.total import LossConfig, combine, count, loss_sums
 from pixel_sail.training import checkpoint
 from pixel_sail.training.checkpoint import CheckpointError
 from pixel_sail.training.prepare import run_identity
@@ -90,6 +90,17 @@ def test_a_checkpoint_whose_hashes_lack_a_file_is_refused(complete_checkpoint):
         checkpoint.read(complete_checkpoint, {"seed": 1})
 
 
+def test_a_key_that_the_saved_configuration_lacks_counts_as_its_default(complete_checkpoint):
+    defaults = {"seed": 0, "data": {"details": "ours"}}
+    now = {"seed": 1, "data": {"details": "ours"}}
+    assert checkpoint.read(complete_checkpoint, now, defaults=defaults)[0].step == 3
+    for changed, found in (({**now, "data": {"details": "released"}}, "data.details"), ({**now, "more": 1}, "more")):
+        with pytest.raises(CheckpointError, match=rf"started with another configuration.*'{found}'"):
+            checkpoint.read(complete_checkpoint, changed, defaults=defaults)
+    with pytest.raises(CheckpointError, match=r"'seed': \(1, 0\)"):
+        checkpoint.read(complete_checkpoint, {}, defaults=defaults)
+
+
 def test_folders_without_the_marker_are_not_checkpoints(complete_checkpoint):
     folder = complete_checkpoint.parent
     for unfinished in (".writing_step_00000004", "step_00000005"):
@@ -141,7 +152,7 @@ def losses_of(processor, tiny_model, make_batch, image, masks):
     model, config = tiny_model().train(), LossConfig()
     output = model(**batch.model_inputs())
     terms = loss_sums(output, batch, config, (), {})
-    loss = combine(terms, Counts(tokens=len(batch.targets_M), masks=len(masks)), config, ()) + output.anchor
+    loss = combine(terms, count(batch), config, ()) + output.anchor
     loss.backward()
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
     return loss.item(), norm.item()

@@ -136,9 +136,10 @@ def test_sample_is_a_function_of_index_and_rng_and_survives_pickling(tmp_path):
 BAD_REF = {"sentence": "x", "segmentation": [[1]]}
 
 
-def refcocog_source(tmp_path, *records):
+def refcocog_source(tmp_path, *records, **settings):
     Image.new("RGB", (8, 6)).save(tmp_path / "y.jpg")
-    return refcocog_gcg.load(annotations=write(tmp_path / "refcocog.json", list(records)), image_dir=[tmp_path])
+    annotations = write(tmp_path / "refcocog.json", list(records))
+    return refcocog_gcg.load(annotations=annotations, image_dir=[tmp_path], **settings)
 
 
 def test_refcocog_polygons_are_united_and_the_size_is_that_of_the_photo(tmp_path):
@@ -198,13 +199,13 @@ def flickr_annotation(number, *spans, mask=LEFT, **changes):
     return {**base, "tokens_positive": [list(span) for span in spans], **changes}
 
 
-def flickr_source(tmp_path, *annotations, caption="Two guys and a big cat, a cat", hw=(40, 50)):
+def flickr_source(tmp_path, *annotations, caption="Two guys and a big cat, a cat", hw=(40, 50), **settings):
     images = [
         {"id": 7, "file_name": "7.jpg", "height": hw[0], "width": hw[1], "caption": caption},
         {"id": 8, "file_name": "8.jpg", "height": hw[0], "width": hw[1], "caption": "Nobody is here"},
     ]
     content = {"images": images, "annotations": list(annotations), "categories": []}
-    return flickr_gcg.load(annotations=write(tmp_path / "flickr.json", content), image_dir=tmp_path)
+    return flickr_gcg.load(annotations=write(tmp_path / "flickr.json", content), image_dir=tmp_path, **settings)
 
 
 def large(mask):
@@ -326,6 +327,34 @@ def test_a_benchmark_with_unpaired_masks_is_refused_unless_asked_for(tmp_path, c
 def test_a_wrong_benchmark_file_is_refused(tmp_path, captions, masks, reason):
     with pytest.raises(DataError, match=reason):
         gcg_benchmark.load(**benchmark(tmp_path, captions, masks))
+
+
+CAPITALS = {
+    "img_file_name": "y.jpg",
+    "caption": "The Man by A Tree.",
+    "refs": [{"sentence": "A Tree", "bbox": [0, 0, 3, 3], "segmentation": [[0, 0, 3, 0, 3, 3, 0, 3]]}],
+}
+
+
+@pytest.mark.parametrize("layout", ["grandf", "refcocog", "flickr"])
+def test_the_question_of_the_evaluation_is_asked_unless_the_wording_is_the_released(tmp_path, layout):
+    for option, expected in (("ours", {*CAPTION_QUESTIONS}), ("released", {*CAPTION_QUESTIONS[1:]})):
+        if layout == "grandf":
+            source = grandf_source(tmp_path, grandf_record(), wording=option)
+        elif layout == "refcocog":
+            source = refcocog_source(tmp_path, {"7": CAPITALS}, wording=option)
+        else:
+            source = flickr_source(tmp_path, flickr_annotation(1, (0, 8), mask=large(LEFT)), wording=option)
+        assert {source.get(0, rng(seed)).turns[0].question for seed in range(80)} == expected
+    assert CAPTION_QUESTIONS[0] == STANDARD_CAPTION_PROMPT
+
+
+def test_refcocog_captions_are_in_lower_case_in_the_release(tmp_path):
+    answers = {
+        option: refcocog_source(tmp_path, {"7": CAPITALS}, letters=option).get(0, rng()).turns[0].answer
+        for option in ("ours", "released")
+    }
+    assert answers == {"ours": "The Man by <p> A Tree </p> [SEG].", "released": "the man by <p> a tree </p> [SEG]."}
 
 
 def test_the_released_prompt_keeps_its_five_blanks():

@@ -7,7 +7,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "pixel_sail"
 
 LAYERS = (
-    ("types", "dist", "files", "places"),
+    ("errors",),
+    ("types", "dist", "entry", "files", "places"),
     ("provenance",),
     ("rle",),
     ("model",),
@@ -22,8 +23,9 @@ LAYERS = (
 )
 """Lowest first; a module may import layers below its own and its own subpackage."""
 
-EXCEPTIONS = {("evaluation", "training"): {"validation.py"}}
-"""(importing, imported): files that may. Validation logs through the training run's log."""
+EXCEPTIONS = {("evaluation", "training"): {"validation.py", "run.py"}}
+"""(importing, imported): files that may. Validation logs through the training run's log; an evaluation locks its folder
+as a run does."""
 
 
 def layer_of(name: str) -> int:

@@ -1,6 +1,7 @@
 """Conversations about images and about nothing: markers go, sides alternate, no turn is cut."""
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,11 +9,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from shared_data import shared_data
 
 from pixel_sail.data.conversations import conversation_turns, may_have_turns
 from pixel_sail.data.images import load_image
-from pixel_sail.data.sources.llava import conversation_parts, load
+from pixel_sail.data.mixture import Mixture
+from pixel_sail.data.packing import LaneStream, PackingSettings
+from pixel_sail.data.sources.llava import load
+from pixel_sail.data.turn_parts import divided
 from pixel_sail.types import DataError
 
 
@@ -97,28 +102,73 @@ def test_no_word_is_lost_but_before_the_first_question_and_after_the_last_answer
     assert may_have_turns(_messages(*messages)) == bool(turns)
 
 
-PAIRS = st.lists(st.tuples(st.text(min_size=1, max_size=30), st.text(min_size=1, max_size=30)), min_size=1, max_size=12)
-
-
-@given(pairs=PAIRS, max_bytes=st.integers(1, 200))
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=12), room=st.integers(-5, 60))
 @settings(deadline=None)
-def test_parts_hold_whole_turns_in_order_and_as_many_as_fit(pairs, max_bytes):
-    parts = conversation_parts(pairs, max_bytes)
-    assert [pair for part in parts for pair in part] == pairs
-    sizes = [[len((question + answer).encode()) for question, answer in part] for part in parts]
-    assert all(sum(part) <= max_bytes or len(part) == 1 for part in sizes)
-    assert all(sum(part) + following[0] > max_bytes for part, following in pairwise(sizes))
+def test_parts_hold_whole_turns_in_order_and_as_many_as_fit(lengths, room):
+    parts = divided(lengths, room)
+    assert [index for part in parts for index in part] == list(range(len(lengths)))
+    sizes = [[lengths[index] for index in part] for part in parts]
+    assert all(sum(part) <= room or len(part) == 1 for part in sizes)
+    assert all(sum(part) + following[0] > room for part, following in pairwise(sizes))
 
 
-def test_of_a_long_conversation_one_part_is_drawn_and_every_turn_is_reached(tmp_path):
-    talk = [(who, f"{who}{i} " + "word " * 20) for i in range(10) for who in "hg"]
-    source = _source(tmp_path, [{"id": "a", "conversations": _messages(*talk)}], max_text_bytes=700)
-    whole = conversation_turns(_messages(*talk), "x")
-    seen = [_turns(source, seed=seed) for seed in range(60)]
-    assert all(turns == whole[whole.index(turns[0]) :][: len(turns)] for turns in seen)
-    assert {len(turns) for turns in seen} == {1, 3}
-    assert {turn for turns in seen for turn in turns} == set(whole)
-    assert _turns(source, seed=5) == _turns(source, seed=5)
+TALK = [(who, f"{who}{i} " + "word " * 20) for i in range(10) for who in "hg"]
+
+
+def _packed_texts(tmp_path, processor, budget, *, image=None, epochs=1, **options):
+    """Return the text of the samples of a long conversation, as packed, one per epoch."""
+    record = {"id": "a", "conversations": _messages(*TALK)} | ({} if image is None else {"image": image})
+    mixture = Mixture({"chat": _source(tmp_path, [record], **options)}, {}, seed=0)
+    stream = LaneStream(mixture, processor, PackingSettings(token_budget=budget), lane=0, num_lanes=1)
+    examples = [stream.example(number) for number in range(epochs)]
+    assert all(len(example) <= budget for example in examples)
+    return [processor.tokenizer.decode(example.input_ids_T.tolist()) for example in examples]
+
+
+def _numbers(text):
+    """Return which turns a text has, all of them whole."""
+    asked, answered = ([int(n) for n in re.findall(rf"{who}(\d) (?:word ?){{20}}", text)] for who in "hg")
+    assert asked == answered
+    return asked
+
+
+def test_of_a_long_conversation_one_part_is_drawn_and_every_turn_is_reached(tmp_path, processor):
+    (whole,) = _packed_texts(tmp_path, processor, 10_000)
+    assert _numbers(whole) == list(range(10))
+    room = len(processor.text_ids(whole)) * 35 // 100
+    seen = [_numbers(text) for text in _packed_texts(tmp_path, processor, room, epochs=40)]
+    assert all(numbers == list(range(numbers[0], numbers[0] + len(numbers))) for numbers in seen)
+    assert {tuple(numbers) for numbers in seen} == {(0, 1, 2), (3, 4, 5), (6, 7, 8), (9,)}
+    assert seen == [_numbers(text) for text in _packed_texts(tmp_path, processor, room, epochs=40)]
+
+
+def test_of_a_long_conversation_the_release_keeps_the_beginning(tmp_path, processor):
+    (whole,) = _packed_texts(tmp_path, processor, 10_000)
+    room = len(processor.text_ids(whole)) * 35 // 100
+    texts = _packed_texts(tmp_path, processor, room, epochs=10, long_conversations="released")
+    assert [_numbers(text) for text in texts] == [[0, 1, 2]] * 10
+    assert _packed_texts(tmp_path, processor, 10_000, long_conversations="released") == [whole]
+
+
+def test_the_image_of_a_long_conversation_takes_its_share_of_the_pack(tmp_path, processor):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (64, 48)).save(tmp_path / "images" / "a.png")
+    num_image = len(processor.image_span(processor.grid_of((48, 64))).token_ids_S)
+    (whole,) = _packed_texts(tmp_path, processor, 10_000)
+    room = len(processor.text_ids(whole[: whole.index("h3")]))  # of three turns and the beginning of the fourth
+    for image, budget in ((None, room), ("a.png", room + num_image)):
+        counts = []
+        for extra in (0, -8):
+            options = {"image": image, "long_conversations": "released"}
+            (text,) = _packed_texts(tmp_path, processor, budget + extra, **options)
+            counts.append(len(_numbers(text)))
+        assert counts == [3, 2]
+
+
+def test_a_turn_longer_than_a_pack_is_refused_by_its_name(tmp_path, processor):
+    for option in ("ours", "released"):
+        with pytest.raises(DataError, match=r"llava_mix665k/record=0.*at most data\.packing\.token_budget = 20"):
+            _packed_texts(tmp_path, processor, 20, long_conversations=option)
 
 
 def test_records_with_and_without_image(tmp_path):
@@ -147,11 +197,6 @@ def test_malformed_records_are_refused_by_file_and_record(tmp_path, record, mess
     with pytest.raises(DataError, match=rf"llava\.json\[1\]: {message}"):
         source.get(1, np.random.default_rng(0))
     assert _turns(source) == [("a", "b")]
-
-
-def test_a_limit_below_one_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="max_text_bytes 0, expected at least 1"):
-        _source(tmp_path, [], max_text_bytes=0)
 
 
 def test_drawn_llava_file_loads_whole(data_root):

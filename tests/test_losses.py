@@ -20,6 +20,7 @@ from pixel_sail.losses.mask import (
 )
 from pixel_sail.losses.text import text_losses
 from pixel_sail.losses.total import Counts, LossConfig, combine, count, loss_sums, text_weights
+from pixel_sail.types import DataError
 
 SAMPLING = PointSampling(num_points=16, oversample_ratio=3.0, importance_ratio=0.75)
 CONFIG = LossConfig(points=SAMPLING)
@@ -197,7 +198,9 @@ def examples(processor, draw_sample):
 def _total(model, batches, config):
     """Return the loss of batches that share their counts, as the training step makes it."""
     counts = [count(batch) for batch in batches]
-    whole = Counts(tokens=sum(c.tokens for c in counts), masks=sum(c.masks for c in counts))
+    whole = Counts(
+        tokens=sum(c.tokens for c in counts), masks=sum(c.masks for c in counts), samples=sum(c.samples for c in counts)
+    )
     return sum(combine(loss_sums(model(**b.model_inputs()), b, config), whole, config) for b in batches)
 
 
@@ -236,7 +239,54 @@ def test_total_is_the_formula_of_the_module_docstring(tiny_model, make_batch, ex
     expected = (factor * costs).sum().item() / len(costs) + 2.0 * bce / 3 + 0.5 * dice / 3
     found = combine(loss_sums(output, batch, CONFIG), count(batch), CONFIG)
     assert found.item() == pytest.approx(expected, rel=1e-5)
-    assert count(batch) == Counts(tokens=len(costs), masks=3)
+    assert count(batch) == Counts(tokens=len(costs), masks=3, samples=4)
+
+
+SAMPLE_MEANS = replace(CONFIG, mean="sample")
+
+
+def _released_loss(model, batch_of_one):
+    """Return the release's loss of a sample that stands alone: its own means, text times 0.1 beside masks."""
+    output = model(**batch_of_one.model_inputs())
+    text = F.cross_entropy(output.logits, batch_of_one.targets_M)
+    if not batch_of_one.masks:
+        return CONFIG.text * text + output.anchor
+    (logits,) = output.mask_logits
+    sums = point_losses(logits, torch.stack(batch_of_one.masks), SAMPLING, _generator(batch_of_one.point_seeds[0]))
+    masks = len(batch_of_one.masks)
+    text = CONFIG.text_factor_with_masks * CONFIG.text * text
+    return text + (CONFIG.bce * sums.bce + CONFIG.dice * sums.dice) / masks + output.anchor
+
+
+@pytest.mark.parametrize("cut", [(4,), (1, 3), (3, 1), (2, 1, 1), (1, 1, 1, 1)], ids=str)
+def test_means_of_samples_are_the_released_loss_however_samples_are_packed(tiny_model, make_batch, examples, cut):
+    model = tiny_model().train()
+    expected = sum(_released_loss(model, make_batch([example])) for example in examples) / len(examples)
+    expected.backward()
+    slow = _gradients(model)
+    model.zero_grad()
+    rest, batches = list(examples), []
+    for size in cut:
+        batches.append(make_batch(rest[:size]))
+        rest = rest[size:]
+    found = _total(model, batches, SAMPLE_MEANS)
+    found.backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    for name, value in _gradients(model).items():
+        torch.testing.assert_close(value, slow[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_means_of_samples_and_global_means_differ_where_samples_are_unequal(tiny_model, make_batch, examples):
+    model, batch = tiny_model(), make_batch(examples)
+    both = [_total(model, [batch], config).item() for config in (CONFIG, SAMPLE_MEANS)]
+    assert abs(both[0] - both[1]) > 0.01 * both[0]
+    alone = make_batch(examples[:1])
+    assert _total(model, [alone], SAMPLE_MEANS).item() == pytest.approx(_total(model, [alone], CONFIG).item(), rel=1e-6)
+
+
+def test_a_mean_that_does_not_exist_is_refused():
+    with pytest.raises(DataError, match=r"loss\.mean is 'batch', expected one of"):
+        LossConfig(mean="batch")
 
 
 def test_text_of_samples_with_masks_counts_a_tenth(make_batch, examples):

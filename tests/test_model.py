@@ -79,7 +79,7 @@ def test_a_mask_logit_is_the_dot_product_of_query_and_feature():
     queries, features = torch.randn(2, 5), torch.randn(3, 4, 5)
     logits = mask_logits(queries, features)
     for n, y, x in itertools.product(range(2), range(3), range(4)):
-        assert logits[n, y, x].item() == pytest.approx(float(queries[n] @ features[y, x]), abs=1e-6)
+        assert logits[n, y, x].item() == pytest.approx(float(queries[n] @ features[y, x]), abs=1e-5)
 
 
 def _may_see(sample, branch, in_image, query, key):
@@ -178,9 +178,12 @@ def test_gradient_reaches_a_state_from_exactly_the_tokens_it_may_see(tiny_model,
     embeddings = model.embed(batch.input_ids_BT, batch.patches_SK, batch.patch_index_BT, batch.prompt_ids_BT)
     embeddings = embeddings.detach().requires_grad_()
     hidden = model.decoder(embeddings, batch.position_ids_2BT, MaskedAttention(mask_B1TS=visible[None, None]))
+    # Not the sum of squares: the norm makes it a constant, whose gradient is rounding noise.
+    weights = torch.randn(hidden.shape[-1])
     for token in range(0, hidden.shape[1], 5):
-        (gradient,) = torch.autograd.grad(hidden[0, token].square().sum(), embeddings, retain_graph=True)
-        assert (gradient[0].abs().sum(-1) > 0).tolist() == visible[token].tolist()
+        (gradient,) = torch.autograd.grad(hidden[0, token] @ weights, embeddings, retain_graph=True)
+        reached = gradient[0].abs().sum(-1)
+        assert reached[visible[token]].min() > 0.01 and not reached[~visible[token]].any()
 
 
 def test_a_changed_later_token_leaves_earlier_text_and_other_samples_alone(tiny_model, make_batch, mixed_examples):
@@ -191,9 +194,9 @@ def test_a_changed_later_token_leaves_earlier_text_and_other_samples_alone(tiny_
     changed = len(mixed_examples[0]) - 4
     inputs["input_ids_BT"] = batch.input_ids_BT.clone()
     inputs["input_ids_BT"][0, changed] += 1
-    moved = (model(**inputs).hidden_BTD[0] - before).abs().amax(-1) > 0
+    moved = (model(**inputs).hidden_BTD[0] - before).abs().amax(-1)
     expected = [changed <= token < len(mixed_examples[0]) for token in range(len(moved))]
-    assert moved.tolist() == expected
+    assert (moved > 0.0).tolist() == (moved > 0.01).tolist() == expected
 
 
 def test_visual_prompts_change_only_the_embeddings_of_covered_patches(tiny_model, processor, draw_sample, make_batch):
@@ -245,7 +248,9 @@ def test_upsampler_cells_stay_at_their_place():
     quiet = torch.zeros(1, 4, 5, 5)
     loud = quiet.clone()
     loud[0, :, 1, 3] = 1.0
-    rows, columns = ((upsampler(loud) - upsampler(quiet)).abs().amax((0, 1)) > 0).nonzero().unbind(1)
+    difference = (upsampler(loud) - upsampler(quiet)).abs().amax((0, 1))
+    # The faintest corner is reached by 2e-4.
+    rows, columns = (difference > 1e-5).nonzero().unbind(1)
     # Two 3 x 3 convolutions, the first at half resolution, widen the 4 x 4 cells of a patch by 3 on every side.
     assert (int(rows.min()), int(rows.max())) == (4 - 3, 7 + 3)
     assert (int(columns.min()), int(columns.max())) == (12 - 3, 15 + 3)

@@ -122,6 +122,17 @@ def test_an_absent_region_is_asked_for_in_words_that_fit(tmp_path):
         assert questions is None or absent.question.replace(token, "{region}") in questions
 
 
+def test_the_release_asks_for_a_long_description_of_an_absent_region_in_every_file(tmp_path):
+    records = [_record(1, "a <region1>", "b")]
+    for single_word in (False, True):
+        source = _source(
+            tmp_path, records, absent_share=1.0, single_word_answers=single_word, absent_questions="released"
+        )
+        for seed in range(10):
+            absent = get(source, seed=seed).turns[0]
+            assert absent.question.replace(absent.answer.split()[0], "{region}") in DETAILED_QUESTIONS
+
+
 def test_descriptions_are_drawn_and_lose_only_their_label(tmp_path):
     texts = ["<region1>: A sign: stop, left of <region3>.", "Region2: b", "<region3>: c", "  ", "<region5>:", "f"]
     source = _source(tmp_path, [_described(*texts)], content="description", regions_per_sample=3)

@@ -13,6 +13,7 @@ import yaml
 from drawn_panoptic import (
     DATA,
     DOG,
+    GRASS,
     PIXELS,
     SEGMENTS,
     changed,
@@ -25,6 +26,7 @@ from drawn_panoptic import (
 )
 from hydra.utils import get_method
 from PIL import Image
+from shared_data import shared_data
 
 from pixel_sail.config import CONFIG_FOLDER
 from pixel_sail.data.sources import coco_panoptic, coco_semantic, coco_vp, pix2cap_seg, pix2cap_vp
@@ -91,6 +93,10 @@ def test_wrong_settings_are_refused_when_the_source_is_made(tmp_path):
     for make, settings in (
         (coco_panoptic.load, {"classes_per_sample": 0}),
         (coco_panoptic.load, {"instances_per_class": -1}),
+        (coco_panoptic.load, {"class_names": "mine"}),
+        (coco_panoptic.load, {"many_instances": "all"}),
+        (coco_semantic.load, {"crowds": "all"}),
+        (coco_vp.load, {"candidates": "11"}),
         (coco_semantic.load, {"classes_per_sample": 0}),
         (coco_vp.load, {"regions_per_sample": 16}),
         (coco_vp.load, {"num_candidates": 0}),
@@ -204,6 +210,77 @@ def test_names_may_come_from_a_class_file(tmp_path):
         coco_panoptic.load(root=root, class_file=tmp_path / "absent.txt")
 
 
+COCO_NAMES = {
+    "orange": "orange fruit",
+    "remote": "tv remote",
+    "scissors": "scissor",
+    "floor-wood": "wood floor",
+    "light": "lamp",
+    "net": "tennis net",
+    "wall-tile": "tile wall",
+    "wall-wood": "wood wall",
+}
+
+
+def test_the_released_class_names_are_those_of_its_class_list(tmp_path):
+    names = [*COCO_NAMES, "floor-other-merged", "wall-brick", "dog"]
+    data = copy.deepcopy(DATA)
+    data["categories"] = [{"id": i, "name": name, "isthing": 0} for i, name in enumerate(names)]
+    data["annotations"][1]["segments_info"] = [segment_entry(1, 0)]
+    root = write(tmp_path, data)
+    for module in (coco_panoptic, coco_semantic, coco_vp):
+        found = {option: module.load(root=root, class_names=option)._classes.names for option in ("ours", "released")}
+        assert module.load(root=root)._classes.names == found["ours"]
+        changed_names = {i for i, name in found["ours"].items() if found["released"][i] != name}
+        assert changed_names == set(range(len(COCO_NAMES)))
+        assert list(found["released"].values()) == [*COCO_NAMES.values(), "floor", "brick wall", "dog"]
+
+
+def test_the_released_names_are_eight_others_of_coco(tmp_path):
+    file = shared_data("panopticapi_sample") / "panoptic_coco_categories.json"
+    names = {row["id"]: row["name"] for row in json.loads(file.read_text())}
+    assert len(names) == 133 and set(COCO_NAMES) <= set(names.values())
+    spoken = segmentation.spoken_names({i: COCO_NAMES.get(name, name) for i, name in names.items()}, "here")
+    before = segmentation.spoken_names(names, "here")
+    assert sum(spoken[i] != before[i] for i in names) == 8
+    assert segmentation.RELEASED_NAMES == COCO_NAMES
+
+
+def test_a_class_file_goes_before_the_released_names(tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("18:puppy\n193:lawn\n199:brick-work\n")
+    source = coco_panoptic.load(root=write(tmp_path), class_file=names, class_names="released")
+    assert "puppy" in source._classes.names.values()
+
+
+def test_crowds_are_background_in_the_release(tmp_path):
+    root = write(tmp_path)
+    for turn in drawn_turns(coco_panoptic.load(root=root, crowds="released")):
+        assert turn.ignored is None
+        assert mask_areas(turn) in ([3, 3], [8], [3])
+    assert any(turn.ignored is not None for turn in drawn_turns(coco_panoptic.load(root=root, crowds="ours")))
+    for option, area in (("ours", 10), ("released", 6)):
+        turns = drawn_turns(coco_semantic.load(root=root, crowds=option))
+        assert {tuple(mask_areas(turn)) for turn in turns if "dog" in turn.question} == {(area,)}
+
+
+def test_images_with_nothing_but_crowds_are_left_out_where_crowds_are_background(tmp_path):
+    data = copy.deepcopy(DATA)
+    data["annotations"][0]["segments_info"] = [segment_entry(3, DOG, iscrowd=1)]
+    root = write(tmp_path, data)
+    assert [len(coco_semantic.load(root=root, crowds=option)) for option in ("ours", "released")] == [2, 1]
+    stuff = [segment_entry(9, GRASS, iscrowd=1)]
+    root = write(tmp_path / "stuff", changed(segments_info=stuff), np.where(PIXELS == 9, 9, 0))
+    assert [len(coco_panoptic.load(root=root, crowds=option)) for option in ("ours", "released")] == [1, 0]
+
+
+def test_the_release_spells_out_any_number_of_things(tmp_path):
+    root = write(tmp_path)
+    for option, answers in (("ours", set(REFER_ANSWERS)), ("released", {"dog-1 [SEG] dog-2 [SEG]."})):
+        source = coco_panoptic.load(root=root, instances_per_class=1, many_instances=option)
+        assert {turn.answer for turn in drawn_turns(source) if "dog" in turn.question} <= answers
+
+
 # Pix2Cap
 
 
@@ -274,6 +351,25 @@ def test_region_is_classified_among_candidates(tmp_path):
             answer = names[number] if is_listed else "others."
             assert turn.answer == f"<Prompt{prompt.prompt_id}>: {answer}"
     assert 60 < right[False] < 140, "a quarter of 400"
+
+
+def test_the_release_lists_one_candidate_more_where_the_right_one_was_not_drawn(tmp_path):
+    """Three names, of which two are drawn: the right one is among them in two of three cases."""
+    root = write(tmp_path)
+    for share, numbers in ((0.0, (2, 3)), (1.0, (1, 2))):
+        source = coco_vp.load(root=root, num_candidates=2, others_share=share, absent_share=0.0, candidates="released")
+        counts, places = Counter(), Counter()
+        for turn in drawn_turns(source, range(120)):
+            *candidates, last = turn.question.rsplit(": ", 1)[1].removesuffix(".").split(", ")
+            assert last == "others" and len(set(candidates)) == len(candidates)
+            counts[len(candidates)] += 1
+            name = turn.answer.split(": ")[1]
+            assert (name in candidates) == (share == 0.0) and (name == "others.") == (share == 1.0)
+            if name in candidates:
+                places[len(candidates), candidates.index(name)] += 1
+        assert set(counts) == set(numbers), share
+        assert 0.58 < counts[numbers[0]] / counts.total() < 0.75, "two of three"
+        assert len(places) == (5 if share == 0.0 else 0), "the right one stands anywhere"
 
 
 def test_absent_region_is_asked_for_without_candidates(tmp_path):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pixel_sail.config import DeepSpeedConfig, OptimConfig
 from pixel_sail.experts.settings import ExpertSettings
-from pixel_sail.losses.total import Counts, LossConfig, combine, loss_sums
+from pixel_sail.losses.total import Counts, LossConfig, combine, count, loss_sums
 from pixel_sail.model.attention_mask import attention_mask
 from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
 from pixel_sail.model.distill_head import DistillSite
@@ -20,11 +20,12 @@ from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.recomputed import Norm
 from pixel_sail.model.speed import CHECKPOINTING, REFERENCE, Speed
 from pixel_sail.planning.activations import activation_bytes
+from pixel_sail.planning.assumed import assumed_sample
 from pixel_sail.planning.disk import checkpoint_bytes
 from pixel_sail.planning.flops import forward_flops, training_flops
 from pixel_sail.planning.memory import training_state
 from pixel_sail.planning.parameters import parameter_counts
-from pixel_sail.planning.workload import Assumptions, assumed, of_batch
+from pixel_sail.planning.workload import of_batch
 from pixel_sail.training.optim import build_optimizer
 
 EXPERTS = {
@@ -55,7 +56,7 @@ def batch(draw_sample, processor, make_batch):
 def loss_of(model, batch, config):
     output = model(**batch.training_inputs())
     terms = loss_sums(output, batch, config)
-    return combine(terms, Counts(tokens=len(batch.targets_M), masks=len(batch.masks)), config) + output.anchor
+    return combine(terms, count(batch), config) + output.anchor
 
 
 @pytest.mark.parametrize(
@@ -74,9 +75,9 @@ def test_parameters_by_part_are_those_of_the_real_model(make_config, changes):
     parts = {"token_embedding": "embed_tokens", "image_embedding": "patch_embedding", "text_head": "lm_head"}
     counts = parameter_counts(config, EXPERTS)
     named = dict(model.named_parameters())
-    for part, count in counts.items():
+    for part, number in counts.items():
         own = [p.numel() for name, p in named.items() if name.startswith(parts.get(part, part) + ".")]
-        assert count == sum(own), part
+        assert number == sum(own), part
     assert sum(counts.values()) == sum(p.numel() for p in named.values())
 
 
@@ -105,7 +106,7 @@ def test_operations_of_a_training_step_are_those_torch_counts(tiny_model, batch,
         output = model(**batch.model_inputs())
         forward = counter.get_total_flops()
         loss = loss_sums(output, batch, LossConfig())
-        (combine(loss, Counts(tokens=9, masks=7), LossConfig()) + output.anchor).backward()
+        (combine(loss, Counts(tokens=9, masks=7, samples=5), LossConfig()) + output.anchor).backward()
     said = forward_flops(model.config, of_batch(batch), {}, speed)
     assert said.total == pytest.approx(forward, rel=0.02)
     said_in_all = training_flops(said, model.config, checkpointing="none")["model"]
@@ -280,7 +281,9 @@ def test_the_tool_measures_data_that_is_there_and_says_so(data_root, tmp_path, m
     assert tool().main(["experiment=quickstart", "gpu=cpu", "gpus=2", "packs=8", "--json", str(out)]) == 0
     plan = json.loads(out.read_text())
     assert plan["data"]["source"] == "measured" and plan["data"]["samples"] == 16 and plan["data"]["masks"] > 16
-    assert "measured on the data" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "measured on the data" in said and "a step: 16 packs, 16.0 samples expected" in said
+    assert plan["length"]["passes"] == pytest.approx(1650 * 16 / plan["length"]["items"])
     assert plan["time"]["hours"] == pytest.approx(plan["flops"]["step"] * 1650 / (2 * 0.4 * 0.1e12) / 3600)
     assert [row["sharding"] for row in plan["memory"] if row["chosen"]] == ["zero2"]
 
@@ -304,7 +307,7 @@ def test_a_wrong_machine_is_refused_by_name(arguments, named, capsys):
 
 def test_assumed_samples_have_the_grid_of_their_photo():
     architecture = Architecture(patch_size=16)
-    work = assumed(architecture, 8192, 1, Assumptions(text_tokens=100, filled=0.95, images_with_masks=0.6))
-    # 480 x 640 is a grid of 30 x 40; 7,782 tokens hold five samples of 1,200 + 2 + 100.
-    assert (work.samples, work.real_tokens, work.num_masks) == (5, 5 * 1302, 12)
-    assert work.seen_pairs == 5 * (1202**2 + 100 * 1202 + 5050)
+    work = assumed_sample(architecture, (480, 640), text_tokens=100, supervised=50, masks=4)
+    # 480 x 640 is a grid of 30 x 40.
+    assert (work.samples, work.real_tokens, work.num_masks) == (1, 1302, 4)
+    assert work.seen_pairs == 1202**2 + 100 * 1202 + 5050

@@ -21,6 +21,7 @@ from pixel_sail.data.prompts import (
 from pixel_sail.data.region_names import name_regions, named_regions, renumber, split_label
 from pixel_sail.data.regions import RegionSettings, RegionTurn, region_sample
 from pixel_sail.data.wording import region as wording
+from pixel_sail.data.wording import region_class
 from pixel_sail.types import DataError
 
 MASKS = hypothesis_numpy.arrays(bool, st.tuples(st.integers(1, 40), st.integers(1, 40))).filter(np.any)
@@ -273,6 +274,14 @@ def test_every_wording_is_drawn_and_names_the_region_once(questions, draw):
     assert {draw(rng) for _ in range(400)} == set(questions)
     assert all(question.count("{region}") == 1 and question.count("{") == 1 for question in questions)
     assert len(set(questions)) == len(questions) >= 5
+
+
+def test_the_prompts_of_region_captions_are_questions_of_training():
+    asked = wording.REGION_CAPTION_PROMPT.replace("<Prompt0>", "{region}")
+    assert "{region}" in asked
+    assert asked in wording.DETAILED_QUESTIONS and asked in region_class.DESCRIBE_QUESTIONS
+    # SAM's captions are asked for with the suffix that PerBench's are.
+    assert wording.PERBENCH_CAPTION_PROMPT == wording.REGION_CAPTION_PROMPT + wording.DETAILED_SUFFIX
 
 
 def test_evaluation_prompts_are_those_of_the_protocol():

@@ -268,6 +268,29 @@ def test_every_wording_is_used_and_holds_its_text_once():
     assert "Find the box in this image and return its segmentation." in phrases
 
 
+def test_the_released_training_asks_what_the_evaluation_asks(tmp_path):
+    write(tmp_path, "phrase", text=["the box.", "what holds things"])
+    write(tmp_path, "whole", text=["Where is the box?"], is_sentence=True)
+    for option in ("ours", "released"):
+        source = load(root=tmp_path, wording=option)
+        turns = [turn for seed in range(40) for index in range(2) for turn in source.get(index, rng(seed)).turns]
+        asked, answered = ({getattr(turn, side) for turn in turns} for side in ("question", "answer"))
+        released = {evaluation_question(text, is_sentence=False) for text in ("the box.", "what holds things")}
+        released |= {evaluation_question("Where is the box?", is_sentence=True)}
+        if option == "released":
+            assert (asked, answered) == (released, {"It is [SEG]."})
+        else:
+            assert len(asked) == 3 * 4 and answered == set(REFER_ANSWERS)
+
+
+def test_ignored_pixels_are_background_in_the_release(tmp_path):
+    write(tmp_path, shapes=[shape("target", TARGET), shape("ignore", INNER)])
+    for option, ignored in (("ours", INNER_MASK), ("released", None)):
+        (turn,) = load(root=tmp_path, ignored_pixels=option).get(0, rng()).turns
+        np.testing.assert_array_equal(turn.masks[0], OUTER_MASK & ~INNER_MASK)
+        np.testing.assert_array_equal(turn.ignored, ignored)
+
+
 def test_real_files_load(tmp_path):
     shared = shared_data("reasonseg_sample")
     (tmp_path / "test").mkdir()

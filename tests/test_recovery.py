@@ -10,11 +10,23 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 from running import BIN, ROOT, environment, free_port
 from test_train import SMALL, log_lines, rank_variables, wait_for_lines
+from torch.nn import functional as F
+
+from pixel_sail.config import TrainConfig, load_config
+from pixel_sail.data.loader import LaneShare, training_batches
+from pixel_sail.data.packing import LanePosition
+from pixel_sail.losses.mask import point_losses
+from pixel_sail.training.build import build_model
+from pixel_sail.training.optim import build_optimizer, set_learning_rate
+from pixel_sail.training.prepare import build_mixture
+from pixel_sail.training.schedule import learning_rate
 
 STEPS = int(os.environ.get("MIXED_STEPS", "20"))
 """More of them by hand: `MIXED_STEPS=200 pytest tests/test_recovery.py -k two_processes`."""
@@ -121,6 +133,64 @@ def test_two_processes_of_every_zero_stage_equal_one_process_for_20_steps(data_r
             if len({batch[missing] > 0 for batch in micro}) == 2
         ]
         assert len(uneven) >= 5, f"too few micro-batches without {missing} on one rank only"
+
+
+SAMPLE_MEANS = ("loss.mean=sample", "optim.steps=3", "data.packs_per_step=6")
+
+
+def released_losses(config):
+    """Return the totals of a plain loop that does as the released training: every sample alone, its own means."""
+    model, processor = build_model(config.model, seed=config.seed, experts={})
+    model.train()
+    optimizer = build_optimizer(model, config.optim)
+    share = LaneShare(packs_per_step=config.data.packs_per_step, rank=0, world_size=1, packs_per_micro_batch=1)
+    steps = training_batches(
+        build_mixture(config.data, seed=config.seed),
+        processor,
+        config.data.packing,
+        share,
+        start=[LanePosition()] * share.num_lanes,
+        num_workers=0,
+    )
+    totals = []
+    for step, data in enumerate(islice(steps, config.optim.steps)):
+        losses = [released_loss(model, batch, config.loss) for batch in data.batches]
+        total = sum(losses) / len(losses)
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
+        set_learning_rate(optimizer, learning_rate(step, config.optim))
+        optimizer.step()
+        optimizer.zero_grad()
+        totals.append(total.item())
+    return totals
+
+
+def released_loss(model, batch, config):
+    """Return the loss of a sample that is alone: means over its tokens and its masks, text times 0.1 beside masks."""
+    assert len(batch.sample_ids) == 1
+    output = model(**batch.model_inputs())
+    text = F.cross_entropy(output.logits.float(), batch.targets_M)
+    if not batch.masks:
+        return config.text * text + output.anchor
+    (logits,) = output.mask_logits
+    generator = torch.Generator().manual_seed(batch.point_seeds[0])
+    sums = point_losses(logits, torch.stack(batch.masks), config.points, generator)
+    masks = (config.bce * sums.bce + config.dice * sums.dice) / len(batch.masks)
+    return config.text * config.text_factor_with_masks * text + masks + output.anchor
+
+
+@pytest.mark.parametrize(("ranks", "stage", "accumulation"), [(1, 2, 1), (1, 0, 3), (2, 0, 1), (2, 2, 3)])
+def test_means_of_samples_train_as_the_release_does(data_root, mixed, tmp_path, ranks, stage, accumulation):
+    config = load_config("train", TrainConfig, [*mixed, *SAMPLE_MEANS, f"paths.data={data_root}"])
+    own = (f"data.packs_per_micro_batch={6 // ranks // accumulation}", f"deepspeed=zero{stage}")
+    train(data_root, tmp_path / "run", *mixed, *SAMPLE_MEANS, *own, ranks=ranks)
+    lines = log_lines(tmp_path / "run")
+    assert [line["total"] for line in lines] == pytest.approx(released_losses(config), rel=1e-6)
+    # The mix has samples with and without masks, and the global means are others.
+    weights = config.loss
+    for line in lines:
+        parts = weights.text * line["text"] + weights.bce * line["bce"] + weights.dice * line["dice"]
+        assert abs(parts - line["total"]) > 1e-3
 
 
 def test_layers_that_are_computed_again_are_gathered_again(data_root, mixed, tmp_path):

@@ -64,6 +64,18 @@ def test_every_sentence_of_every_object_is_reached_and_stands_for_its_mask(tmp_p
     assert (sample.sample_id, sample.image_hw) == ("vp/train/image=1", (4, 8))
 
 
+def test_the_released_fine_tuning_asks_one_question(tmp_path):
+    root = _refer_root(tmp_path, REFS)
+    asked = {}
+    for option in ("ours", "released"):
+        source = refcocog_vp.load(root=root, dataset="toy", absent_share=0.5, wording=option)
+        turns = [turn for seed in range(60) for turn in get(source, seed=seed).turns]
+        assert any("not in the image" in turn.answer for turn in turns)
+        asked[option] = {re.sub(r"<Prompt\d+>", "{region}", turn.question) for turn in turns}
+    assert asked["released"] == {"Please give me a short description of {region}."}
+    assert asked["ours"] == set(SHORT_QUESTIONS)
+
+
 def test_shared_refcocog_sample_loads_as_marked_objects():
     root = shared_data("derived_refer_mini")
     source = refcocog_vp.load(root=root, split="val", absent_share=0.0)

@@ -124,6 +124,41 @@ def test_absent_files_are_data_errors(tmp_path):
         load_refer(tmp_path, "toy", "train")
 
 
+def test_the_release_draws_five_objects_with_replacement_and_asks_for_each_with_one_sentence(tmp_path):
+    source = _source(_write(tmp_path), draws="released", question_style="short")
+    sentences = {"top left box", "upper box", "the a box .", "lower box", "the b box"}
+    same, seen = set(), Counter()
+    for seed in range(60):
+        sample = source.get(source._image_ids.index(1), np.random.default_rng(seed))
+        assert len(sample.turns) == 5
+        masks = {turn.masks[0].tobytes(): [] for turn in sample.turns}
+        for turn in sample.turns:
+            masks[turn.masks[0].tobytes()].append(turn.question)
+        assert all(len(set(texts)) == 1 for texts in masks.values())
+        same.add(len(masks))
+        seen.update(turn.question for turn in sample.turns)
+    assert same == {1, 2}
+    assert set(seen) == sentences
+    alone = source.get(source._image_ids.index(2), np.random.default_rng(0))
+    assert [turn.question for turn in alone.turns] == ["the left column"] * 5
+
+
+def test_of_several_refs_of_an_object_the_release_keeps_the_last_but_those_of_grefcoco(tmp_path):
+    refs = [_ref(1, 1, 10, "train", (1, "first")), _ref(2, 1, 10, "train", (2, "second"))]
+    root = _write(tmp_path, refs=refs)
+    for option, expected in (("ours", {"first", "second"}), ("released", {"second"})):
+        source = _source(root, draws=option, question_style="short")
+        turns = [turn for seed in range(20) for turn in source.get(0, np.random.default_rng(seed)).turns]
+        assert {turn.question for turn in turns} == expected
+    refs = [_ref(1, 1, [10], "train", (1, "first")), _ref(2, 1, [10], "train", (2, "second"))]
+    refs += [_ref(3, 1, [-1], "train", (3, "nothing"))]
+    _write(tmp_path, dataset="grefs", refs=refs, name="grefs(unc).json")
+    source = load(root=root, dataset="grefs", draws="released", question_style="short")
+    turns = [turn for seed in range(20) for turn in source.get(0, np.random.default_rng(seed)).turns]
+    assert {turn.question for turn in turns} == {"first", "second", "nothing"}
+    assert {turn.answer for turn in turns if turn.question == "nothing"} == {NO_TARGET_ANSWER}
+
+
 def test_the_first_folder_name_that_exists_is_read(tmp_path):
     names = ["grefcoco", "grefs"]
     root = _write(tmp_path, dataset="grefs", refs=GREFS, name="grefs(unc).json")

@@ -47,7 +47,7 @@ def test_the_config_reads_files_in_their_places_and_samples_become_tokens(data_r
         (tmp_path / folder).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / folder).symlink_to(drawn / "images/train2014")
     config = OmegaConf.load(CONFIG_FOLDER / "source" / f"{name}.yaml")
-    source = instantiate(OmegaConf.merge({"paths": {"data": str(tmp_path)}}, config)[name])
+    source = instantiate(OmegaConf.merge({"paths": {"data": str(tmp_path)}, "data": {"details": "ours"}}, config)[name])
     assert source.name == name and len(source) >= 3
     copy = pickle.loads(pickle.dumps(source))  # what a worker process gets
     for index in range(len(source)):

@@ -14,7 +14,7 @@ from varlen_kernels import new_varlen, old_varlen
 from pixel_sail.config import TrainConfig, load_config
 from pixel_sail.losses.mask import PointSampling, choose_points, point_losses, sample_map
 from pixel_sail.losses.text import text_losses
-from pixel_sail.losses.total import Counts, LossConfig, combine, loss_sums
+from pixel_sail.losses.total import Counts, LossConfig, combine, count, loss_sums
 from pixel_sail.model import decoder
 from pixel_sail.model.attention_mask import attention_mask
 from pixel_sail.model.attention_rules import calls_of, chosen_attention, training_rule
@@ -59,7 +59,7 @@ def losses_and_gradients(model, batch, speed):
     model.zero_grad()
     output = model(**batch.training_inputs())
     sums = loss_sums(output, batch, CONFIG)
-    counts = Counts(tokens=len(batch.targets_M), masks=len(batch.masks))
+    counts = count(batch)
     (combine(sums, counts, CONFIG) + output.anchor).backward()
     found = {name: value.grad.clone() for name, value in model.named_parameters()}
     return torch.cat((sums.text_S, sums.bce_S, sums.dice_S)).detach(), found, output
@@ -353,7 +353,7 @@ def test_forward_losses_and_backward_ask_the_device_for_nothing(tiny_model, batc
     with HostReads() as reads:
         output = model(**batch.training_inputs())
         sums = loss_sums(output, batch, CONFIG)
-        (combine(sums, Counts(tokens=9, masks=9), CONFIG) + output.anchor).backward()
+        (combine(sums, Counts(tokens=9, masks=9, samples=9), CONFIG) + output.anchor).backward()
     assert reads.found == []
     with HostReads() as reads:
         sample_spans(batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT)
@@ -414,14 +414,19 @@ def test_a_compiled_layer_is_two_graphs_for_all_layers_and_lengths(tiny_model, m
         states = torch.randn(1, length, 32, requires_grad=True)
         places = torch.arange(length).expand(2, 1, -1)
         mask = MaskedAttention(mask_B1TS=torch.ones(1, 1, length, length, dtype=torch.bool).tril())
+        # Not the sum of squares: the last norm makes it a constant, whose gradient is rounding noise.
+        weights = torch.randn(1, length, 32)
         for speed, found in ((Speed(), plain), (Speed(compile="layers"), compiled)):
             model.use(speed)
             result = model.decoder(states, places, mask)
             learned = [states, *model.decoder.parameters()]
-            found.append((result.detach(), *torch.autograd.grad(result.square().sum(), learned)))
+            found.append((result.detach(), *torch.autograd.grad((result * weights).sum(), learned)))
+    assert min(float(of_states.abs().max()) for _, of_states, *_ in plain) > 0.1
     for (result, of_states, *own), (expected, of_expected, *others) in zip(compiled, plain, strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(of_states, of_expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            of_states, of_expected, rtol=1e-3, atol=2e-5 * max(1.0, float(of_expected.abs().max()))
+        )
         for one, other in zip(own, others, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-5 * max(1.0, float(other.abs().max())))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

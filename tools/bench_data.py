@@ -28,16 +28,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from pixel_sail.config import ConfigError, TrainConfig, load_config
+from pixel_sail.config import TrainConfig, load_config
 from pixel_sail.data.images import load_image
 from pixel_sail.data.loader import LaneShare, training_batches
 from pixel_sail.data.mixture import Mixture
 from pixel_sail.data.packing import LanePosition, LaneStream, PackingSettings
+from pixel_sail.entry import one_message
+from pixel_sail.files import replace_text
 from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.tokenization import load_tokenizer, train_tokenizer
 from pixel_sail.training.prepare import build_mixture
-from pixel_sail.types import IGNORE_LABEL, DataError, Example
+from pixel_sail.types import IGNORE_LABEL, Example
 
 DEFAULTS = {"name": "bench_data", "data": "refshapes_all", "model": "sail_0_5b"}
 """Overrides for groups that the command line leaves alone."""
@@ -288,6 +290,7 @@ def report(options: argparse.Namespace, config: TrainConfig) -> dict[str, object
     return {"data": list(mixture.names), "tokenizer": tokenizer, "token_budget": settings.token_budget, **measured}
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; wrong input ends with one message and exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -302,14 +305,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = {override.partition("=")[0].lstrip("+~") for override in overrides}
     missing = [f"{key}={value}" for key, value in DEFAULTS.items() if key not in given and "experiment" not in given]
     budget = [] if "data.packing.token_budget" in given else [f"data.packing.token_budget={options.token_budget}"]
-    try:
-        result = report(options, load_config("train", TrainConfig, [*missing, *budget, *overrides]))
-    except (ConfigError, DataError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    result = report(options, load_config("train", TrainConfig, [*missing, *budget, *overrides]))
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        replace_text(options.json, json.dumps(result, indent=1) + "\n")
     return 0
 
 

@@ -39,13 +39,16 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
 from pixel_sail.data.collate import collate
+from pixel_sail.data.images import load_image
 from pixel_sail.data.packing import LanePosition, Pack
+from pixel_sail.entry import one_message
 from pixel_sail.experts.cache import FeatureCache, cache_identity, encode_map
 from pixel_sail.experts.cache_writer import finish, make_plan, start_folder, write_shard
 from pixel_sail.experts.expert import DTYPES, Expert, Recipe
 from pixel_sail.experts.mask2former import mask2former
 from pixel_sail.experts.sam2 import sam2
 from pixel_sail.experts.teachers import Teachers, student_grid
+from pixel_sail.files import replace_text
 from pixel_sail.losses.distill import DistillTerm, resized_features
 from pixel_sail.losses.total import LossConfig, combine, count, loss_sums
 from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
@@ -53,7 +56,7 @@ from pixel_sail.model.distill_head import DistillSite
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.tokenization import model_token_ids, train_tokenizer
-from pixel_sail.types import Batch, Example, ExpertTarget, Sample, SizeHW, Turn
+from pixel_sail.types import Batch, DataError, Example, ExpertTarget, Sample, SizeHW, Turn
 
 TERMS = (DistillTerm(name="mask2former", weight=0.5), DistillTerm(name="sam2", weight=0.5))
 SITES = {"mask2former": "pixel_map", "sam2": "patch_states"}
@@ -353,10 +356,11 @@ def photos_of(folder: Path | None, size_hw: SizeHW, num_images: int) -> list[Ima
         return [Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for _ in range(num_images)]
     paths = sorted(folder.rglob("*.jpg"))[:num_images]
     if len(paths) < num_images:
-        raise ValueError(f"{folder}: {len(paths)} photos found, {num_images} expected; give another folder")
-    return [Image.open(path).convert("RGB").resize((width, height)) for path in paths]
+        raise DataError(f"{folder}: {len(paths)} photos found, {num_images} expected; give another folder")
+    return [load_image(path, where="--photos").resize((width, height)) for path in paths]
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; wrong input ends with one message and exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -370,11 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type == "cpu":
         torch.set_num_threads(1)
     scale = SCALES[options.scale]
-    try:
-        photos = photos_of(options.photos, scale.photo_hw, options.images)
-    except (ValueError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    photos = photos_of(options.photos, scale.photo_hw, options.images)
     with tempfile.TemporaryDirectory() as folder:
         result = measure(Bench(scale, photos, device, Path(folder)), options.repeats)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "one CPU thread, CPU time"
@@ -391,8 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"  reading the cache: {reading}, {result['reading_share_of_step']:.1%} of a step's time")
     print(f"  GFLOP per image: {result['gflop_per_image']}; whole experts to student {result['experts_to_student']}")
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        replace_text(options.json, json.dumps(result, indent=1) + "\n")
     return 0
 
 

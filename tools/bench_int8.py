@@ -24,8 +24,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pixel_sail.config import ConfigError, PredictConfig, TrainConfig, load_config
+from pixel_sail.config import PredictConfig, TrainConfig, load_config
 from pixel_sail.demo.examples import draw_examples
+from pixel_sail.entry import one_message
 from pixel_sail.evaluation.predict import BatchPredictor, Request
 from pixel_sail.evaluation.run import checkpoint_folder
 from pixel_sail.files import replace_text
@@ -112,6 +113,7 @@ def agreement(folder: str, scenes: int) -> dict[str, float]:
     return {"scenes": scenes, "changed_texts": changed, "mean_iou": statistics.fmean(overlaps), "worst": min(overlaps)}
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; exit status 2 where torchao is missing or a checkpoint is not there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -126,11 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError:
         print("torchao is not installed: pip install torchao", file=sys.stderr)
         return 2
-    try:
-        found = agreement(options.agreement, options.scenes) if options.agreement else {}
-    except ConfigError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    found = agreement(options.agreement, options.scenes) if options.agreement else {}
     plain = random_predictor(options.layers)
     ways = {
         "float32": lambda: plain,

@@ -47,7 +47,7 @@ from pixel_sail.config import OptimConfig
 from pixel_sail.evaluation.curves import save_panels, size_panel
 from pixel_sail.files import replace_text
 from pixel_sail.losses.mask import MaskSums, point_losses
-from pixel_sail.losses.total import Counts, LossConfig, combine, loss_sums
+from pixel_sail.losses.total import LossConfig, combine, count, loss_sums
 from pixel_sail.model.attention_mask import attention_mask
 from pixel_sail.model.attention_rules import training_rule
 from pixel_sail.model.decoder import MaskedAttention, rotary_tables
@@ -163,7 +163,7 @@ def our_loss(model: PixelSailForSegmentation, batch: Batch) -> Tensor:
     output = model(**batch.training_inputs())
     assert output.anchor is not None
     sums = loss_sums(output, batch, LOSSES)
-    return combine(sums, Counts(tokens=len(batch.targets_M), masks=len(batch.masks)), LOSSES) + output.anchor
+    return combine(sums, count(batch), LOSSES) + output.anchor
 
 
 class Trainer:

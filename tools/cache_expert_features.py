@@ -37,6 +37,7 @@ from pixel_sail import dist
 from pixel_sail.config import ConfigError, TrainConfig, build, load_config
 from pixel_sail.data.images import load_image
 from pixel_sail.data.mixture import Mixture
+from pixel_sail.entry import one_message
 from pixel_sail.experts.cache import (
     StoredMap,
     StudentGrid,
@@ -327,6 +328,7 @@ def run(options: argparse.Namespace, config: TrainConfig) -> None:
             print(f"  written     {job.folder}; train with experts.{name}.cache={job.folder}")
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build the caches; wrong input ends with one message and exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -341,16 +343,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not any(override.startswith(("name=", "experiment=")) for override in overrides):
         overrides.append("name=cache_expert_features")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        config = load_config("train", TrainConfig, overrides)
-        if not config.experts:
-            raise ConfigError("experts is empty; choose a group, for example experts=sam2_mask2former")
-        dist.start_group()
-        run(options, config)
-        dist.shutdown()
-    except (ConfigError, DataError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    config = load_config("train", TrainConfig, overrides)
+    if not config.experts:
+        raise ConfigError("experts is empty; choose a group, for example experts=sam2_mask2former")
+    dist.start_group()
+    run(options, config)
+    dist.shutdown()
     return 0
 
 

@@ -18,25 +18,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pixel_sail.cli import script_help, wants_help
-from pixel_sail.config import ConfigError
 from pixel_sail.data.checking.report import json_report, text_report
+from pixel_sail.entry import one_message
 from pixel_sail.evaluation.check_plan import parse_arguments
 from pixel_sail.evaluation.data_check import run_check
 from pixel_sail.evaluation.data_report import write_data_report
 from pixel_sail.files import replace_text
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the check and return the exit status."""
     if wants_help(sys.argv[1:] if arguments is None else arguments):
         print(script_help(Path(__file__)))
         return 0
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    try:
-        plan, settings = parse_arguments(sys.argv[1:] if arguments is None else arguments)
-    except ConfigError as error:
-        print(f"ConfigError: {error}", file=sys.stderr)
-        return 2
+    plan, settings = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     result = run_check(plan, settings)
     replace_text(settings.out / "report.json", json_report(result.reports, settings=vars(settings) | {"out": None}))
     write_data_report(settings.out / "report.html", result)

@@ -21,9 +21,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pixel_sail.config import ConfigError
+from pixel_sail.entry import one_message
 from pixel_sail.evaluation.comparison import Difference, compare
 from pixel_sail.evaluation.confidence import LEVEL, RESAMPLES
+from pixel_sail.evaluation.loaders import LOADER_HELP
 from pixel_sail.evaluation.results import read_rows
 from pixel_sail.evaluation.stored import read_protocol, stored_evals
 from pixel_sail.files import replace_text
@@ -32,31 +33,28 @@ from pixel_sail.types import DataError
 HEAD = f"{'score':<16}{'A':>9}{'B':>9}{'B - A':>10}   {'95 % interval':<20}{'A better':>9}{'B better':>10}{'equal':>8}"
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the comparison and return 0; where it is refused, write the reason to stderr and return 2."""
     options = _parse(arguments)
-    try:
-        names = _common(options.run_a, options.run_b, options.evals)
-        rows = [read_rows(folder) for folder in (options.run_a, options.run_b)]
-        report: dict[str, Any] = {}
-        for name in names:
-            folders = [folder / name for folder in (options.run_a, options.run_b)]
-            differences = compare(*folders, seed=options.seed, resamples=options.resamples)
-            weights = [read_protocol(folder)["weights_sha256"] for folder in folders]
-            print(f"{name} (A {weights[0][:12]}, B {weights[1][:12]})\n{HEAD}")
-            print("\n".join(map(_line, differences)) + "\n")
-            report[name] = {
-                "weights_sha256": weights,
-                "code": [row[name]["code"] if name in row else None for row in rows],
-                "scores": [asdict(difference) | {"difference": _difference(difference)} for difference in differences],
-            }
-        if options.json is not None:
-            settings = {"level": LEVEL, "resamples": options.resamples, "seed": options.seed}
-            runs = {"a": str(options.run_a), "b": str(options.run_b)}
-            replace_text(options.json, json.dumps({**runs, **settings, "evals": report}, indent=1) + "\n")
-    except (ConfigError, DataError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    names = _common(options.run_a, options.run_b, options.evals)
+    rows = [read_rows(folder) for folder in (options.run_a, options.run_b)]
+    report: dict[str, Any] = {}
+    for name in names:
+        folders = [folder / name for folder in (options.run_a, options.run_b)]
+        differences = compare(*folders, seed=options.seed, resamples=options.resamples, loaders=options.loader)
+        weights = [read_protocol(folder)["weights_sha256"] for folder in folders]
+        print(f"{name} (A {weights[0][:12]}, B {weights[1][:12]})\n{HEAD}")
+        print("\n".join(map(_line, differences)) + "\n")
+        report[name] = {
+            "weights_sha256": weights,
+            "code": [row[name]["code"] if name in row else None for row in rows],
+            "scores": [asdict(difference) | {"difference": _difference(difference)} for difference in differences],
+        }
+    if options.json is not None:
+        settings = {"level": LEVEL, "resamples": options.resamples, "seed": options.seed}
+        runs = {"a": str(options.run_a), "b": str(options.run_b)}
+        replace_text(options.json, json.dumps({**runs, **settings, "evals": report}, indent=1) + "\n")
     return 0
 
 
@@ -99,6 +97,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the comparison to this file, too")
     parser.add_argument("--resamples", type=int, default=RESAMPLES, help="bootstrap resamples of images")
     parser.add_argument("--seed", type=int, default=0, help="of the resamples")
+    parser.add_argument("--loader", action="append", default=[], metavar="NAME", help=LOADER_HELP)
     return parser.parse_args(arguments)
 
 

@@ -13,13 +13,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from pixel_sail.conversion.report import REPORT, summary
 from pixel_sail.conversion.roads import SHARD_BYTES, to_ours, to_release
 from pixel_sail.conversion.sizes import DEFAULTS, Chosen
+from pixel_sail.entry import one_message
 from pixel_sail.model.configuration_pixel_sail import ATTENTION
-from pixel_sail.types import DataError
+from pixel_sail.model.mask_head import INITS
 
 LAYOUT_NAMES = ("sail", "solo", "evev2", "qwen2", "release")
 
@@ -48,6 +47,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--visual-prompts", type=int, default=defaults.num_visual_prompts, help="0: without")
     parser.add_argument("--vocab-multiple", type=int, default=defaults.vocab_multiple)
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of everything that is initialised")
+    parser.add_argument("--init", choices=INITS, default=defaults.init, help="how a new mask head is drawn: model.init")
     parser.add_argument("--shard-gb", type=float, default=SHARD_BYTES / 1e9, help="largest file, 1e9 bytes")
     options = parser.parse_args(arguments)
     if options.to is not None and options.layout is None:
@@ -55,30 +55,27 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Convert; wrong input ends with one message and exit status 2."""
     options = parse(arguments)
     shard_bytes = int(options.shard_gb * 1e9)
-    try:
-        if options.to_release is not None:
-            folder, done = options.to_release, to_release(options.source, options.to_release, shard_bytes=shard_bytes)
-        else:
-            chosen = Chosen(
-                patch_size=options.patch_size,
-                mask_stride=options.mask_stride,
-                mask_dim=options.mask_dim,
-                num_visual_prompts=options.visual_prompts,
-                max_long_side=options.max_long_side,
-                attention=options.attention,
-                vocab_multiple=options.vocab_multiple,
-                seed=options.seed,
-            )
-            folder, base = options.to, options.base or options.source
-            done = to_ours(options.source, options.layout, folder, base=base, chosen=chosen, shard_bytes=shard_bytes)
-    except (ValueError, OSError, SafetensorError) as error:
-        kind = "DataError" if isinstance(error, DataError) else type(error).__name__
-        print(f"{kind}: {error}", file=sys.stderr)
-        return 2
+    if options.to_release is not None:
+        folder, done = options.to_release, to_release(options.source, options.to_release, shard_bytes=shard_bytes)
+    else:
+        chosen = Chosen(
+            patch_size=options.patch_size,
+            mask_stride=options.mask_stride,
+            mask_dim=options.mask_dim,
+            num_visual_prompts=options.visual_prompts,
+            max_long_side=options.max_long_side,
+            attention=options.attention,
+            vocab_multiple=options.vocab_multiple,
+            seed=options.seed,
+            init=options.init,
+        )
+        folder, base = options.to, options.base or options.source
+        done = to_ours(options.source, options.layout, folder, base=base, chosen=chosen, shard_bytes=shard_bytes)
     for line in (*summary(done.plan), *done.remarks):
         print(line)
     print(f"{folder}: {len(done.plan.writes)} tensors, read back and equal; every key in {REPORT}")

@@ -29,7 +29,8 @@ from typing import Any
 import torch
 
 from pixel_sail import dist
-from pixel_sail.config import ConfigError, TrainConfig, load_config
+from pixel_sail.config import TrainConfig, load_config
+from pixel_sail.entry import one_message
 from pixel_sail.evaluation.check_plan import node_paths
 from pixel_sail.files import replace_text
 from pixel_sail.planning import checks
@@ -219,6 +220,7 @@ def _of_rank(rank: int, finding: Finding) -> Finding:
     return Finding(name=finding.name, status=finding.status, found=f"rank {rank}: {finding.found}", fix=finding.fix)
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Examine, print and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -227,11 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, overrides = parser.parse_known_args(arguments)
     if not any(override.startswith(("name=", "experiment=")) for override in overrides):
         overrides = ["name=doctor", *overrides] if overrides else ["experiment=quickstart"]
-    try:
-        config = load_config("train", TrainConfig, overrides)
-    except ConfigError as error:
-        print(f"ConfigError: {error}", file=sys.stderr)
-        return 2
+    config = load_config("train", TrainConfig, overrides)
     if dist.launched_world_size() > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(dist.local_device())

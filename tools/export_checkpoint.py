@@ -12,15 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pixel_sail.config import ConfigError
-from pixel_sail.training.checkpoint import CheckpointError, complete_checkpoints
+from pixel_sail.entry import one_message
+from pixel_sail.files import make_folder, recover_folder
+from pixel_sail.training.checkpoint import CheckpointError, checkpoint_name, complete_checkpoints
 from pixel_sail.training.saved_export import export_saved
-from pixel_sail.types import DataError
 
 
 def chosen(run_dir: Path, step: int | None) -> Path:
     """Return the checkpoint of a step, None: the newest. Raises: CheckpointError when it is not there."""
     found = complete_checkpoints(run_dir / "checkpoints")
-    wanted = [path for path in found if step is None or path.name == f"step_{step:08d}"]
+    wanted = [path for path in found if step is None or path.name == checkpoint_name(step)]
     if not wanted:
         names = [path.name for path in found]
         what = "a complete checkpoint" if step is None else f"step {step}"
@@ -28,6 +29,7 @@ def chosen(run_dir: Path, step: int | None) -> Path:
     return wanted[-1]
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Export; wrong input ends with one message and exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -35,16 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--step", type=int, help="default: the newest")
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="default: exports/step_* in the run folder")
     options = parser.parse_args(arguments)
-    try:
-        saved = chosen(options.run, options.step)
-        folder = options.to or options.run / "exports" / saved.name
-        if folder.exists():
-            raise ConfigError(f"{folder} is there already; delete it or name another one with --to")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        export_saved(options.run, saved, folder)
-    except (CheckpointError, ConfigError, DataError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    saved = chosen(options.run, options.step)
+    folder = options.to or options.run / "exports" / saved.name
+    if folder.parent.is_dir():
+        recover_folder(folder)
+    if folder.exists():
+        raise ConfigError(f"{folder} is there already; delete it or name another one with --to")
+    make_folder(folder.parent)
+    export_saved(options.run, saved, folder)
     print(folder)
     return 0
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pixel_sail.config import ConfigError
+from pixel_sail.entry import one_message
 from pixel_sail.evaluation.run import checkpoint_folder
 from pixel_sail.model.mask_head import MaskHead, mask_logits
 from pixel_sail.model.modeling_pixel_sail import load_model
@@ -60,6 +60,7 @@ def largest_difference(program: Callable[[Tensor, Tensor], Tensor], path: MaskPa
     return max(found)
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write and compare; exit status 1 for a program that differs, 2 for wrong input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,11 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.pt2")
     parser.add_argument("--onnx", type=Path, metavar="FILE.onnx")
     options = parser.parse_args(arguments)
-    try:
-        model = load_model(checkpoint_folder(options.checkpoint))
-    except ConfigError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    model = load_model(checkpoint_folder(options.checkpoint))
     path, width = MaskPath(model.mask_head).eval(), model.config.hidden_size
     rows, columns, masks = (torch.export.Dim(name, min=1, max=LARGEST_SIDE) for name in ("rows", "columns", "masks"))
     dynamic = {"states_hwD": {0: rows, 1: columns}, "seg_states_ND": {0: masks}}

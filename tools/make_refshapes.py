@@ -11,10 +11,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from pixel_sail.entry import one_message
 from pixel_sail.refshapes import RefShapesSpec, write_refshapes
-from pixel_sail.types import DataError
 
 
+@one_message
 def main() -> int:
     """Read the command line, draw the dataset, and return the exit status."""
     parser = argparse.ArgumentParser(description="Draw the RefShapes benchmark.")
@@ -25,12 +26,8 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="worker processes; the result does not depend on it")
     options = parser.parse_args()
     spec = RefShapesSpec(seed=options.seed, num_train=options.train, num_eval=options.eval)
-    try:
-        with tqdm(total=len(spec.jobs()), unit="image") as bar:
-            is_new = write_refshapes(options.out, spec, num_workers=options.workers, on_image=bar.update)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    with tqdm(total=len(spec.jobs()), unit="image") as bar:
+        is_new = write_refshapes(options.out, spec, num_workers=options.workers, on_image=bar.update)
     print(f"{options.out}: {'written' if is_new else 'already holds exactly this dataset, reused'}")
     return 0
 

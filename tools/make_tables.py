@@ -15,28 +15,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pixel_sail.config import ConfigError
+from pixel_sail.entry import one_message
 from pixel_sail.evaluation.curves import Curve, Panel, save_panels
+from pixel_sail.evaluation.loaders import LOADER_HELP
 from pixel_sail.evaluation.measured import Scores
 from pixel_sail.evaluation.run_tables import PROTOCOLS, scores_of, scores_of_vqa, tables_of_runs
 from pixel_sail.evaluation.sweep_tables import MAIN_SCORES, Group, differences_table, read_groups, scores_table_of
 from pixel_sail.files import replace_text
-from pixel_sail.types import DataError
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables; wrong input ends with one message and exit status 2."""
     options = _parse(arguments)
-    try:
-        if options.sweep is not None:
-            groups = read_groups(options.sweep)
-            tables = [scores_table_of(groups), differences_table(_baseline(groups, options.baseline), groups)]
-            if options.plot is not None:
-                save_panels(options.plot, panels(groups), title=options.sweep.name)
-        else:
-            tables = tables_of_runs(read_runs(options.runs, options.vqa), options.protocols)
-    except (ConfigError, DataError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    if options.sweep is not None:
+        groups = read_groups(options.sweep)
+        tables = [
+            scores_table_of(groups),
+            differences_table(_baseline(groups, options.baseline), groups, loaders=options.loader),
+        ]
+        if options.plot is not None:
+            save_panels(options.plot, panels(groups), title=options.sweep.name)
+    else:
+        tables = tables_of_runs(read_runs(options.runs, options.vqa), options.protocols)
     text = "\n\n".join("\n".join(table.markdown()) for table in tables) + "\n"
     print(text, end="")
     if options.out is not None:
@@ -57,6 +58,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of a sweep's scores")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the tables to this file too")
+    parser.add_argument("--loader", action="append", default=[], metavar="NAME", help=LOADER_HELP)
     return parser.parse_args(arguments)
 
 

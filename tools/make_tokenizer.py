@@ -9,8 +9,6 @@ bytes.
 
 import argparse
 import logging
-import os
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +23,8 @@ from pixel_sail.data.wording.referring import (
     SHORT_REFER_PROMPT,
     STANDARD_REFER_PROMPT,
 )
+from pixel_sail.entry import one_message
+from pixel_sail.files import WRITING, recover_folder, replace_folder, writing
 from pixel_sail.model.processing_pixel_sail import QUESTION_TEMPLATE
 from pixel_sail.model.tokenization import TURN_END, TURN_START, train_tokenizer
 from pixel_sail.types import DataError
@@ -44,6 +44,7 @@ def turn(question: str, answer: str) -> str:
     return QUESTION_TEMPLATE.format(question=question).replace(TURN_START, "").replace(TURN_END, "") + answer
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the tokenizer folder, complete or not at all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -55,19 +56,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO)
-    try:
-        tokenizer = train_tokenizer(
-            texts(options.refer_root, options.dataset, options.split),
-            vocab_size=options.vocab_size,
-            num_visual_prompts=options.num_visual_prompts,
-        )
-    except (DataError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    working = options.out.with_name(f".writing_{options.out.name}")
-    tokenizer.save_pretrained(str(working))
-    shutil.rmtree(options.out, ignore_errors=True)
-    os.replace(working, options.out)
+    recover_folder(options.out)
+    if options.out.exists() and not (options.out / "tokenizer.json").is_file():
+        raise DataError(f"--out {options.out}: found something that is no tokenizer, expected none, or one to replace")
+    tokenizer = train_tokenizer(
+        texts(options.refer_root, options.dataset, options.split),
+        vocab_size=options.vocab_size,
+        num_visual_prompts=options.num_visual_prompts,
+    )
+    working = options.out.with_name(f"{WRITING}{options.out.name}")
+    with writing(options.out):
+        tokenizer.save_pretrained(str(working))
+    replace_folder(working, options.out)
     print(f"{options.out}: {len(tokenizer)} tokens")
     return 0
 

@@ -2,12 +2,15 @@
 
     python tools/plan_run.py experiment=quickstart gpu=cpu gpus=2
     python tools/plan_run.py name=x model=sail_3b data=cotrain_3b optim.steps=20000 optim.precision=bf16 gpus=32
+    python tools/plan_run.py name=x model=sail_3b data=cotrain_3b optim.steps=null optim.epochs=1 gpus=32 packs=0
     python tools/plan_run.py ... mfu=0.45 gpu=h200 peak_tflops=989 --json plan.json
 
 Overrides are those of scripts/train.py; `gpu` (h100, h200, a100, 4090, cpu), `gpus`, `mfu` and `peak_tflops`
-describe the machine. `packs=N` packs of the configured data are looked at (16) where its files are there; `packs=0`, or
-files that are missing, mean stated assumptions (`text_tokens=`, `supervised_share=`, `masks_per_image=`,
-`images_with_masks=`, `filled=`). Nothing is trained and no GPU is used.
+describe the machine. Where the files of the configured data are there, `packs=N` packs (16) say what a step costs, and
+the lengths of up to 4,096 samples how many of them a pack holds. `packs=0`, or files that are missing, mean stated
+assumptions: samples with photographs of COCO's sizes (`text_tokens=`, `supervised_share=`, `masks_per_image=`,
+`images_with_masks=`), packed as the run packs them, and `data.planned_samples` of them in an epoch. Nothing is trained
+and no GPU is used.
 
 The model's own operations at the given MFU make the time: whatever is computed twice or by experts is added at the same
 rate; loading data, validation and checkpoints are not. Frozen parameters save gradients and moments in the table, but
@@ -29,14 +32,17 @@ import torch
 from pixel_sail.config import ConfigError, TrainConfig, load_config
 from pixel_sail.data.loader import LaneShare, training_batches
 from pixel_sail.data.packing import LanePosition
+from pixel_sail.entry import one_message
 from pixel_sail.files import replace_text
 from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.tokenization import load_tokenizer, train_tokenizer
+from pixel_sail.planning.assumed import Assumptions, assumed_packs
+from pixel_sail.planning.length import Length, length_of, measured_length
 from pixel_sail.planning.parameters import TrainingParts, fill_in_vocabulary
 from pixel_sail.planning.plan import Machine, make_plan, plan_text
-from pixel_sail.planning.workload import Assumptions, Workload, assumed, of_batch
+from pixel_sail.planning.workload import Workload, of_batch
 from pixel_sail.training.build import add_training_parts
 from pixel_sail.training.optim import freeze
 from pixel_sail.training.prepare import build_mixture, sample_cost
@@ -76,8 +82,11 @@ def split_arguments(arguments: Sequence[str]) -> tuple[Machine, Assumptions, int
     return Machine(**machine), Assumptions(**assumptions), packs, overrides
 
 
-def measure(config: TrainConfig, num_packs: int) -> list[Workload]:
-    """Return the micro-batches made of the first packs of the data. Raises: DataError when files are missing."""
+def measure(config: TrainConfig, num_packs: int, *, gpus: int) -> tuple[list[Workload], Length]:
+    """Return the micro-batches made of the first packs of the data, and the length of the run over it.
+
+    Raises: DataError when files are missing.
+    """
     mixture = build_mixture(config.data, seed=config.seed)
     architecture, folder = config.model.architecture, Path(config.model.tokenizer)
     prompts = architecture.num_visual_prompts
@@ -90,17 +99,30 @@ def measure(config: TrainConfig, num_packs: int) -> list[Workload]:
     rows = config.data.packs_per_micro_batch
     count = max(num_packs // rows, 1)
     share = LaneShare(packs_per_step=rows, rank=0, world_size=1, packs_per_micro_batch=rows)
+    processor, cost = PixelSailProcessor.for_model(tokenizer, architecture), sample_cost(config)
     steps = training_batches(
         mixture,
-        PixelSailProcessor.for_model(tokenizer, architecture),
+        processor,
         config.data.packing,
         share,
         start=[LanePosition()] * rows,
         num_workers=0,
         max_skipped_share=config.data.max_skipped_share,
-        cost=sample_cost(config),
+        cost=cost,
     )
-    return [of_batch(batch) for step in islice(steps, count) for batch in step.batches]
+    works = [of_batch(batch) for step in islice(steps, count) for batch in step.batches]
+    return works, measured_length(config, mixture, processor, group=gpus * rows, cost=cost)
+
+
+def assume(config: TrainConfig, assumptions: Assumptions, *, gpus: int) -> tuple[list[Workload], Length]:
+    """Return micro-batches of assumed samples, and the length of the run over as many as are planned for an epoch.
+
+    Raises: ConfigError where the length depends on a number of samples that nothing states.
+    """
+    data = config.data
+    rows = data.packs_per_micro_batch
+    works, forecast = assumed_packs(config.model.architecture, data.packing, assumptions, rows=rows)
+    return works, length_of(config, forecast, items=data.planned_samples, group=gpus * rows, is_assumed=True)
 
 
 def training_parts(config: TrainConfig) -> TrainingParts:
@@ -115,33 +137,32 @@ def training_parts(config: TrainConfig) -> TrainingParts:
     return TrainingParts(adapters=adapters, trained=trained)
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the plan; wrong input ends with one message and exit status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan to this file too, - prints it only")
     options, rest = parser.parse_known_args(arguments)
-    try:
-        machine, assumptions, packs, overrides = split_arguments(rest)
-        config = load_config("train", TrainConfig, overrides)
-        if remark := fill_in_vocabulary(config.model):
-            logger.warning(remark)
-        works, is_assumed = [], True
-        if packs:
-            try:
-                works, is_assumed = measure(config, packs), False
-            except DataError as error:
-                logger.warning("the data cannot be looked at, so its contents are assumed: %s", error)
-        if is_assumed:
-            data = config.data
-            works = [
-                assumed(config.model.architecture, data.packing.token_budget, data.packs_per_micro_batch, assumptions)
-            ]
-        parts = training_parts(config)
-        plan = make_plan(config, works, machine, assumptions=assumptions if is_assumed else None, training_parts=parts)
-    except (ConfigError, DataError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    machine, assumptions, packs, overrides = split_arguments(rest)
+    config = load_config("train", TrainConfig, overrides)
+    if remark := fill_in_vocabulary(config.model):
+        logger.warning(remark)
+    measured = None
+    if packs:
+        try:
+            measured = measure(config, packs, gpus=machine.gpus)
+        except DataError as error:
+            logger.warning("the data cannot be looked at, so its contents are assumed: %s", error)
+    works, length = measured or assume(config, assumptions, gpus=machine.gpus)
+    plan = make_plan(
+        config,
+        works,
+        machine,
+        length=length,
+        assumptions=assumptions if measured is None else None,
+        training_parts=training_parts(config),
+    )
     text = json.dumps(plan, indent=1) + "\n"
     if options.json is not None and str(options.json) == "-":
         print(text, end="")

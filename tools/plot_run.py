@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from pixel_sail.entry import one_message
 from pixel_sail.evaluation.curves import COLORS, Curve, Panel, save_panels
 from pixel_sail.training.log import LOG_FILE
 from pixel_sail.types import DataError
@@ -181,6 +182,7 @@ def labels_of(paths: Sequence[Path]) -> list[str]:
     return [str(path) if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw; wrong input ends with one message and exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -189,17 +191,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--smooth", type=int, default=1, metavar="N", help="running mean over N log lines, odd")
     parser.add_argument("--out", type=Path, metavar="PNG", help="default: curves.png in the folder of the first run")
     options = parser.parse_args(arguments)
-    try:
-        if options.smooth < 1 or options.smooth % 2 == 0:
-            raise DataError(f"--smooth is {options.smooth}, expected 1, 3, 5, ...: as many lines before as after")
-        runs = [read_run(path, label) for path, label in zip(options.runs, labels_of(options.runs), strict=True)]
-        keys = options.keys.split(",") if options.keys else DEFAULT_KEYS
-        panels = make_panels(runs, keys, smooth=options.smooth, must_exist=options.keys is not None)
-        if not panels:
-            raise DataError(f"{options.runs[0]}: found none of {', '.join(DEFAULT_KEYS)}; name others with --keys")
-    except DataError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    if options.smooth < 1 or options.smooth % 2 == 0:
+        raise DataError(f"--smooth is {options.smooth}, expected 1, 3, 5, ...: as many lines before as after")
+    runs = [read_run(path, label) for path, label in zip(options.runs, labels_of(options.runs), strict=True)]
+    keys = options.keys.split(",") if options.keys else DEFAULT_KEYS
+    panels = make_panels(runs, keys, smooth=options.smooth, must_exist=options.keys is not None)
+    if not panels:
+        raise DataError(f"{options.runs[0]}: found none of {', '.join(DEFAULT_KEYS)}; name others with --keys")
     title = " / ".join(run.label for run in runs) + (f", mean of {options.smooth} lines" if options.smooth > 1 else "")
     first = options.runs[0]
     out = options.out or (first if first.is_dir() else first.parent) / "curves.png"

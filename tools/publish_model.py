@@ -12,11 +12,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pixel_sail.config import ConfigError
+from pixel_sail.entry import one_message
 from pixel_sail.model_card import push_model, write_card
-from pixel_sail.types import DataError
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write and upload; wrong input ends with one message and exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -27,15 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload to this model on the hub")
     parser.add_argument("--public", action="store_true", help="make it visible to all, if it is new there")
     options = parser.parse_args(arguments)
-    try:
-        card = write_card(options.run, name=options.push or options.run.resolve().name, license_name=options.license)
-        print(card)
-        if options.push:
-            commit = push_model(card.parent, options.push, public=options.public)
-            print(f'Predictor.from_pretrained("{options.push}", revision="{commit}")')
-    except (ConfigError, DataError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    card = write_card(options.run, name=options.push or options.run.resolve().name, license_name=options.license)
+    print(card)
+    if options.push:
+        commit = push_model(card.parent, options.push, public=options.public)
+        print(f'Predictor.from_pretrained("{options.push}", revision="{commit}")')
     return 0
 
 

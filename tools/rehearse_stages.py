@@ -20,9 +20,10 @@ from pathlib import Path
 
 import torch
 
-from pixel_sail.config import ConfigError, TrainConfig, load_config
+from pixel_sail.config import TrainConfig, load_config
 from pixel_sail.data.loader import LaneShare, training_batches
 from pixel_sail.data.packing import LanePosition
+from pixel_sail.entry import one_message
 from pixel_sail.files import replace_text
 from pixel_sail.losses.total import count, loss_sums
 from pixel_sail.training.build import build_model
@@ -39,6 +40,7 @@ COMMON = (
     *("model=tiny", "model.architecture.hidden_size=64", "model.architecture.intermediate_size=176"),
     *("model.architecture.num_attention_heads=2", "model.architecture.num_key_value_heads=1"),
     *("deepspeed=none", "optim.precision=fp32", "optim.lr=1.5e-3", "log.tensorboard=false"),
+    *("optim.epochs=null", "data.samples_per_step=null"),
     *("data.packs_per_step=16", "data.packs_per_micro_batch=8", "data.lane_rounds=1", "data.num_workers=1"),
     *("data.packing.token_budget=512", "data.packing.max_samples=1", "data.packing.independent_turns=true"),
     *("data.leakage.held_out=[]", "loss.points.num_points=1024", "loss.points.oversample_ratio=1.0"),
@@ -177,6 +179,7 @@ def run_stage(stage: Stage, start: Path | None, out: Path) -> dict[str, tuple[fl
     return {figure: (before[figure], after[figure]) for figure in stage.figures}
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages and print their figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -187,17 +190,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     out = options.out.resolve()
-    try:
-        write_files(options.data.resolve(), out)
-        start, improved = None, True
-        for stage in stages(options.data.resolve(), options.steps):
-            for figure, (before, after) in run_stage(stage, start, out).items():
-                improved &= after < before
-                print(f"{stage.name:18} held-out {figure:5} {before:.4f} -> {after:.4f}", flush=True)
-            start = out / stage.name / "export"
-    except (ConfigError, DataError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    write_files(options.data.resolve(), out)
+    start, improved = None, True
+    for stage in stages(options.data.resolve(), options.steps):
+        for figure, (before, after) in run_stage(stage, start, out).items():
+            improved &= after < before
+            print(f"{stage.name:18} held-out {figure:5} {before:.4f} -> {after:.4f}", flush=True)
+        start = out / stage.name / "export"
     return int(not improved)
 
 

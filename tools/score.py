@@ -16,30 +16,27 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pixel_sail.config import ConfigError
 from pixel_sail.data.sources.refer import expressions, load_refer
+from pixel_sail.entry import one_message
+from pixel_sail.evaluation.loaders import LOADER_HELP
 from pixel_sail.evaluation.measured import Scores
 from pixel_sail.evaluation.predictions import measure_predictions, read_predictions
 from pixel_sail.evaluation.stored import read_stored
-from pixel_sail.types import DataError
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the scores and return 0; on wrong data write the reason to stderr and return 2."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     options = _parse(arguments)
-    try:
-        print(json.dumps(_score(options)))
-    except (ConfigError, DataError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    print(json.dumps(_score(options)))
     return 0
 
 
 def _score(options: argparse.Namespace) -> Scores:
     """Return the scores of what was asked for. Raises: DataError."""
     if options.evaluated is not None:
-        return read_stored(options.evaluated).measure().scores
+        return read_stored(options.evaluated, options.loader).measure().scores
     annotations = load_refer(
         options.refer_root, options.dataset, options.split, split_by=options.split_by, image_dir=options.image_dir
     )
@@ -56,6 +53,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", help="exact split name, for example testA")
     parser.add_argument("--split-by", help="part in brackets of refs(...).p, needed where there are several files")
     parser.add_argument("--image-dir", type=Path, help="photos; not opened, only named")
+    parser.add_argument("--loader", action="append", default=[], metavar="NAME", help=LOADER_HELP)
     options = parser.parse_args(arguments)
     if options.predictions is not None and None in (options.refer_root, options.dataset, options.split):
         parser.error("--predictions needs --refer-root, --dataset and --split")

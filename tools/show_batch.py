@@ -14,17 +14,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pixel_sail.cli import script_help, wants_help
-from pixel_sail.config import ConfigError, TrainConfig, load_config
+from pixel_sail.config import TrainConfig, load_config
 from pixel_sail.data.collate import collate
 from pixel_sail.data.packing import LaneStream
+from pixel_sail.entry import one_message
 from pixel_sail.evaluation.batch_view import batch_facts, write_batch_view
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.tokenization import load_tokenizer
 from pixel_sail.planning.parameters import fill_in_vocabulary
-from pixel_sail.training.prepare import build_mixture, sample_cost
-from pixel_sail.types import Batch, DataError
+from pixel_sail.training.prepare import build_mixture, measure_length, sample_cost
+from pixel_sail.types import Batch
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the view and return the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -37,14 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not any(override.startswith(("name=", "experiment=")) for override in overrides):
         overrides.append("name=show_batch")
     folder = Path(folders[-1] if folders else "runs/first_batch")
-    try:
-        config = load_config("train", TrainConfig, overrides)
-        processor = processor_of(config)
-        fill_in_vocabulary(config.model)
-        batch = first_batch(config, processor)
-    except (ConfigError, DataError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+    config = load_config("train", TrainConfig, overrides)
+    processor = processor_of(config)
+    fill_in_vocabulary(config.model)
+    batch = first_batch(config, processor)
     write_batch_view(folder, batch, processor)
     print("\n".join(batch_facts(batch)))
     print(f"written: {folder / 'index.html'}, {folder / 'batch.txt'}")
@@ -52,12 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def processor_of(config: TrainConfig) -> PixelSailProcessor:
-    """Return the model's processor. Raises: ConfigError where its tokenizer is not there or cannot be used."""
+    """Return the model's processor. Raises: DataError where its tokenizer is not there or cannot be used."""
     architecture, folder = config.model.architecture, config.model.tokenizer
-    try:
-        tokenizer = load_tokenizer(folder, num_visual_prompts=architecture.num_visual_prompts)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.tokenizer={folder}: {error}") from error
+    tokenizer = load_tokenizer(folder, num_visual_prompts=architecture.num_visual_prompts)
     return PixelSailProcessor.for_model(tokenizer, architecture)
 
 
@@ -65,8 +60,11 @@ def first_batch(config: TrainConfig, processor: PixelSailProcessor) -> Batch:
     """Return the first micro-batch of the first process. Raises: DataError."""
     mixture = build_mixture(config.data, seed=config.seed)
     data, packs, cost = config.data, [], sample_cost(config)
+    packs_per_step = data.packs_per_step
+    if packs_per_step is None:
+        packs_per_step = measure_length(config, mixture, processor).packs_per_step
     for lane in range(data.packs_per_micro_batch):
-        stream = LaneStream(mixture, processor, data.packing, lane=lane, num_lanes=data.packs_per_step, cost=cost)
+        stream = LaneStream(mixture, processor, data.packing, lane=lane, num_lanes=packs_per_step, cost=cost)
         packs.append(next(iter(stream)))
     return collate(packs, seg_id=processor.seg_id)
 

@@ -33,6 +33,7 @@ from pixel_sail.conversion.vocabulary import (
 from pixel_sail.conversion.writer import write_folder
 from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
 from pixel_sail.model.convert import TOKEN_ROWS
+from pixel_sail.model.folder import MODEL_CONFIG, check_no_code
 from pixel_sail.model.image_embedding import PatchEmbedding
 from pixel_sail.model.mask_head import MaskHead
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
@@ -82,11 +83,20 @@ def to_ours(
     architecture.vocab_size = -(-len(tokenizer) // chosen.vocab_multiple) * chosen.vocab_multiple
     architecture.token_ids = model_token_ids(tokenizer, num_visual_prompts=architecture.num_visual_prompts)
     plan = plan_to_ours(
-        source, layout, architecture, source_tokens=source_tokens, target_tokens=tokenizer.get_vocab(), seed=chosen.seed
+        source,
+        layout,
+        architecture,
+        source_tokens=source_tokens,
+        target_tokens=tokenizer.get_vocab(),
+        seed=chosen.seed,
+        init=chosen.init,
     )
     config = PixelSailConfig.from_architecture(architecture)
     notes = tuple(remarks(settings)) + _image_remarks(layout, architecture.attention)
-    facts = {"layout": layout_name, "source": str(path), "base": str(base), "seed": chosen.seed, "remarks": notes}
+    facts = {
+        **{"layout": layout_name, "source": str(path), "base": str(base)},
+        **{"seed": chosen.seed, "init": chosen.init, "remarks": notes},
+    }
     finish = partial(_finish_ours, config=config, tokenizer=tokenizer, plan=plan, facts=facts)
     write_folder(folder, plan.writes, shard_bytes=shard_bytes, finish=finish)
     return Done(plan=plan, remarks=notes)
@@ -100,6 +110,7 @@ def plan_to_ours(
     source_tokens: Mapping[str, int],
     target_tokens: Mapping[str, int],
     seed: int,
+    init: str = "ours",
 ) -> Plan:
     """Return what becomes of every tensor on the way to ours; see `plan.make_plan`."""
     expected = expected_shapes(architecture)
@@ -121,7 +132,7 @@ def plan_to_ours(
         expected,
         rename=partial(renamed, layout),
         dropped=lambda key: _why_dropped(layout, key, architecture),
-        absent=starting_values(layout, expected, architecture, seed=seed),
+        absent=starting_values(layout, expected, architecture, seed=seed, init=init),
         rows=rows,
         row_names=TOKEN_ROWS,
         tied=tied,
@@ -131,6 +142,7 @@ def plan_to_ours(
 def to_release(path: Path, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> Done:
     """Convert an exported folder of ours into the release's layout. Raises: DataError; no folder is left then."""
     source, tokenizer = open_source(path), read_tokenizer(path)
+    check_no_code(path, MODEL_CONFIG)
     config = PixelSailConfig.from_pretrained(path)
     tokens = dict(tokenizer.get_vocab())
     if config.num_visual_prompts and UNUSED_PROMPT not in tokens:
@@ -202,7 +214,7 @@ def architecture_of(config: Architecture) -> Architecture:
 
 
 def starting_values(
-    layout: Layout, expected: Mapping[str, tuple[int, ...]], architecture: Architecture, *, seed: int
+    layout: Layout, expected: Mapping[str, tuple[int, ...]], architecture: Architecture, *, seed: int, init: str
 ) -> dict[str, tuple[Callable[[], Tensor], str]]:
     """Return what makes each parameter that the layout may lack, drawn from `seed`, and the note why."""
     allowed = {name: why for name in expected if (why := reason(layout.initialised, name)) is not None}
@@ -216,7 +228,7 @@ def starting_values(
             nn.init.normal_(linear.weight, std=architecture.initializer_range)
         head = drawn["mask_head"]
         assert isinstance(head, MaskHead)
-        head.draw_weights()
+        head.draw_weights(init)
     values = drawn.state_dict()
     return {name: (values[name].clone, f"initialised because {why}") for name, why in allowed.items()}
 

@@ -52,6 +52,8 @@ class Chosen:
     vocab_multiple: int = 64
     seed: int = 0
     """Of everything that is initialised."""
+    init: str = "ours"
+    """How a new mask head is drawn: ours or torch, as `model.init`."""
 
 
 def read_base_config(folder: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pixel_sail.model.reading import reading
 from pixel_sail.types import DataError
 
 INDEX = "model.safetensors.index.json"
@@ -74,7 +75,8 @@ class SafetensorsSource:
 
     def read(self, name: str) -> Tensor:
         """Return one tensor."""
-        with _open_safetensors(self._files[name]) as opened:
+        path = self._files[name]
+        with reading(f"{path}: {name}", "get it again"), _open_safetensors(path) as opened:
             tensor = opened.get_tensor(name)
         assert isinstance(tensor, Tensor)
         return tensor
@@ -172,6 +174,9 @@ def _files_of_folder(folder: Path) -> dict[str, Path]:
             f"{index}: found no readable weight_map ({type(error).__name__}: {error}), expected tensor names and their "
             "files; download it again"
         ) from error
+    outside = sorted({str(path) for path in files.values() if path.parent != folder or path.name in ("", "..")})
+    if outside:
+        raise DataError(f"{index}: found weights in {outside[:3]}, expected files of {folder}; download it again")
     missing = sorted({path.name for path in files.values() if not path.is_file()})
     unlisted = sorted(path.name for path in set(found) - set(files.values()))
     if missing or unlisted:

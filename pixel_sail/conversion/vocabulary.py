@@ -12,16 +12,20 @@ from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import AddedToken
-from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from pixel_sail.model.tokenization import PHRASE_TOKENS, SEG_TOKEN
+from pixel_sail.model.folder import TOKENIZER_CONFIG, check_no_code
+from pixel_sail.model.tokenization import (
+    PHRASE_TOKENS,
+    SEG_TOKEN,
+    SENTENCEPIECE_FILE,
+    TOKENIZER_FILES,
+    read_tokenizer_files,
+)
 from pixel_sail.types import DataError
 
 UNUSED_PROMPT = "<NO_Prompt>"
 """A token of the release that is never an input."""
-
-SENTENCEPIECE_FILE = "tokenizer.model"
-TOKENIZER_FILES = ("tokenizer.json", SENTENCEPIECE_FILE, "vocab.json")
 
 MAX_PADDING = 512
 """How many rows without a token an embedding may have; Qwen2.5-7B has 399, the most of the bases."""
@@ -36,7 +40,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     found = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not found:
         raise DataError(f"{folder}: found no tokenizer, expected one of {TOKENIZER_FILES}; name its folder with --base")
-    read = _read_sentencepiece if found == [SENTENCEPIECE_FILE] else _read_tokenizer_files
+    read = _read_sentencepiece if found == [SENTENCEPIECE_FILE] else read_tokenizer_files
     # Without the package Hugging Face takes the file for one of tiktoken, and asks for that.
     if read is _read_sentencepiece and find_spec("sentencepiece") is None:
         raise DataError(
@@ -45,6 +49,8 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         )
     try:
         tokenizer = read(folder)
+    except DataError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
         raise DataError(
             f"{folder}: found no tokenizer that can be read ({str(error)[:200]}), expected the tokenizer files of the "
@@ -59,18 +65,13 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _read_tokenizer_files(folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that Hugging Face finds in a folder."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    return tokenizer
-
-
 def _read_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
     """Return Llama's tokenizer, which Mistral has too, of a folder with nothing but `tokenizer.model`.
 
     For a folder of Mistral AutoTokenizer (transformers 5.23) leaves out the space before the first word. The class of
     Llama reads it as sentencepiece does, but forgets `legacy` when it is saved; the plain class keeps what was read.
     """
+    check_no_code(folder, TOKENIZER_CONFIG)
     llama = LlamaTokenizer.from_pretrained(str(folder), local_files_only=True)
     names = {name: str(getattr(llama, name)) for name in ("bos_token", "eos_token", "unk_token")}
     return PreTrainedTokenizerFast(tokenizer_object=llama.backend_tokenizer, **names)

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pixel_sail.conversion.sources import INDEX, TensorInfo
-from pixel_sail.files import flush
+from pixel_sail.files import WRITING, flush, writing
 from pixel_sail.types import DataError
 
 
@@ -52,16 +52,17 @@ def write_folder(
     is read back differs from what was written.
     """
     _check_absent(folder)
-    working = folder.with_name(f".writing_{folder.name}_{uuid.uuid4().hex[:8]}")
-    working.mkdir(parents=True)
+    working = folder.with_name(f"{WRITING}{folder.name}_{uuid.uuid4().hex[:8]}")
     try:
-        hashes = _write_shards(working, writes, shard_bytes)
-        finish(working, hashes)
-        for path in (*working.rglob("*"), working):
-            flush(path)
-        _check_absent(folder)
-        os.rename(working, folder)
-        flush(folder.parent)
+        with writing(folder):
+            working.mkdir(parents=True)
+            hashes = _write_shards(working, writes, shard_bytes)
+            finish(working, hashes)
+            for path in (*working.rglob("*"), working):
+                flush(path)
+            _check_absent(folder)
+            os.rename(working, folder)
+            flush(folder.parent)
     except BaseException:
         shutil.rmtree(working, ignore_errors=True)
         raise

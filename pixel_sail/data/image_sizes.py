@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from pixel_sail.data.images import EXIF_TURNS
+from pixel_sail.data.images import EXIF_TURNS, open_image
 from pixel_sail.types import DataError, MissingDataError, SizeHW
 
 _SIDEWAYS = range(5, 9)
@@ -39,7 +39,7 @@ def turn_of(path: Path, where: str) -> Image.Transpose | None:
 
 def _read(path: Path, where: str) -> tuple[SizeHW, object]:
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return (image.height, image.width), image.getexif().get(ExifTags.Base.Orientation, 1)
     except FileNotFoundError:
         raise MissingDataError(

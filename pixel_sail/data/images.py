@@ -8,7 +8,9 @@ photographs of several folders look them up with `find_image`. A message looks l
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -34,6 +36,13 @@ MAX_16_BIT = 65535
 MAX_SIDE_PX = 65_535
 """Longest side of a JPEG; a file that states a longer one is wrong, and a mask of it would fill the memory."""
 
+RASTER_FORMATS = (
+    *("JPEG", "MPO", "PNG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "DIB", "TIFF"),
+    *("PPM", "TGA", "PCX", "SGI", "ICO", "DDS", "QOI"),
+)
+"""Pillow's names of the formats that are read. All are decoded by Pillow itself; others, such as EPS, are drawings for
+which it starts programs, whatever the file is called."""
+
 _DECODING_ERRORS = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, EOFError, ValueError)
 """What Pillow raises on damaged files, found by altering bytes of files of all formats."""
 
@@ -52,6 +61,27 @@ def find_image(folders: Sequence[Path], file_name: str) -> Path:
     return next((path for path in paths if path.is_file()), paths[0])
 
 
+@cache
+def _readable_formats() -> tuple[str, ...]:
+    """Return the raster formats that this version of Pillow knows."""
+    Image.init()
+    return tuple(name for name in RASTER_FORMATS if name in Image.OPEN)
+
+
+def open_image(source: str | Path | BinaryIO, formats: Sequence[str] = ()) -> Image.Image:
+    """Open an image file, by its content, as one of some formats, by default of all raster formats.
+
+    The only call of Pillow's `open` in the project. Raises: what Pillow raises, see `_DECODING_ERRORS`.
+    """
+    tried = tuple(formats) or _readable_formats()
+    try:
+        return Image.open(source, formats=tried)
+    except UnidentifiedImageError:
+        raise UnidentifiedImageError(
+            f"it is none of {', '.join(tried)}; drawings such as EPS, PDF or SVG are not read, convert them"
+        ) from None
+
+
 def load_image(path: str | Path, *, where: str, expected_hw: SizeHW | None = None) -> Image.Image:
     """Return the image as 8-bit RGB.
 
@@ -62,7 +92,7 @@ def load_image(path: str | Path, *, where: str, expected_hw: SizeHW | None = Non
     has pixel values without a known range.
     """
     try:
-        with Image.open(path) as opened:
+        with open_image(path) as opened:
             opened.load()
             image: Image.Image = _upright(opened, expected_hw)
     except FileNotFoundError:
@@ -80,8 +110,14 @@ def load_image(path: str | Path, *, where: str, expected_hw: SizeHW | None = Non
 def rgb_image(image: Image.Image, *, where: str) -> Image.Image:
     """Return an image that was opened by somebody else as `load_image` returns a file: upright, 8-bit RGB.
 
-    Raises: DataError when it cannot be decoded or has pixel values without a known range.
+    Raises: DataError when it cannot be decoded or has pixel values without a known range, and for a format that is not
+    read, such as EPS.
     """
+    if image.format is not None and image.format not in _readable_formats():
+        raise DataError(
+            f"{where}: found an image of the format {image.format}, expected one of {', '.join(_readable_formats())}; "
+            "convert it"
+        )
     try:
         image.load()
         upright = _upright(image, None)

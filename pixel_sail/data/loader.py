@@ -12,6 +12,7 @@ and up to 4 workers can each make one of these micro-batches.
 
 import faulthandler
 import logging
+import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -147,6 +148,11 @@ def being_read(mixture: Mixture, reading_L: Tensor) -> list[str]:
 def usable_workers(requested: int, num_groups: int) -> int:
     """Return the largest number of workers up to `requested` that divides the groups evenly, so that order is kept."""
     return max((n for n in range(1, requested + 1) if num_groups % n == 0), default=0)
+
+
+def is_lost_worker(error: RuntimeError) -> bool:
+    """Return whether an error means that a data worker was killed; torch has no class of its own for it."""
+    return re.match(r"DataLoader worker \(pid.*\) (is killed by signal|exited unexpectedly)", str(error)) is not None
 
 
 def training_batches(

@@ -15,6 +15,7 @@ A sample that cannot be used is left out by its name and reason, never replaced 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,10 +23,13 @@ from PIL import Image
 
 from pixel_sail.data.images import load_image
 from pixel_sail.data.mixture import Mixture
+from pixel_sail.data.turn_parts import fitting_part
 from pixel_sail.experts.cache import ExpertCacheError
 from pixel_sail.experts.choice import ExpertChoice, expert_targets
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
-from pixel_sail.types import DataError, Example
+from pixel_sail.types import DataError, Example, Sample
+
+Item = TypeVar("Item")
 
 
 @dataclass(kw_only=True)
@@ -33,7 +37,7 @@ class PackingSettings:
     """How samples are put into sequences."""
 
     token_budget: int = 4096
-    """Most tokens of a pack; a longer sample is an error."""
+    """Most tokens of a pack; a longer sample is an error, but for conversations that may be divided between turns."""
     independent_turns: bool = False
     """True: every question of a sample sees the image and itself only. False (release): they form one conversation."""
     max_samples: int = 0
@@ -89,6 +93,45 @@ class Pack:
     """What was left out since the pack before."""
 
 
+def fill_packs(
+    read: Callable[[int], tuple[Item, float] | None],
+    settings: PackingSettings,
+    *,
+    held: dict[int, tuple[Item, float]],
+    upcoming: int,
+) -> Iterator[tuple[tuple[Item, ...], LanePosition]]:
+    """Yield the samples of one pack after another, without end, and where the lane is after each.
+
+    read: sample `number` of the lane and what it takes of the budget, None for one that is left out. held: samples
+    that were read and wait, by number; upcoming: the number to read next.
+    """
+    while True:
+        chosen: list[Item] = []
+        room = float(settings.token_budget)
+        while True:
+            while len(held) < settings.lookahead:
+                sample = read(upcoming)
+                if sample is not None:
+                    held[upcoming] = sample
+                upcoming += 1
+            number = _best_fit(held, room, is_first=not chosen)
+            if number is None or (settings.max_samples and len(chosen) == settings.max_samples):
+                break
+            item, cost = held.pop(number)
+            chosen.append(item)
+            room -= cost
+        yield tuple(chosen), LanePosition(next=upcoming, waiting=tuple(held))
+
+
+def _best_fit(held: dict[int, tuple[Item, float]], room: float, *, is_first: bool) -> int | None:
+    """Return the sample to pack next: the oldest into an empty pack, so that none waits for ever, else the one that
+    costs most and fits, the older of two."""
+    if is_first:
+        return min(held)
+    fitting = [number for number, (_, cost) in held.items() if cost <= room]
+    return max(fitting, key=lambda number: (held[number][1], -number), default=None)
+
+
 class LaneStream:
     """The packs of one lane, in order, from any position."""
 
@@ -129,10 +172,10 @@ class LaneStream:
     def _read(self, number: int) -> Example:
         drawn = self.mixture.draw(self._stream_position(number))
         sample = drawn.sample
-        image = None
-        if sample.image_path is not None:
-            image = load_image(sample.image_path, where=sample.sample_id, expected_hw=sample.image_hw)
-        example = self.processor.encode_sample(sample, image, independent_turns=self.settings.independent_turns)
+        example, image = self._encode(sample)
+        if len(example) > self.settings.token_budget and sample.part_drawn is not None:
+            part = fitting_part(sample, self.processor, example.grid_hw, self.settings.token_budget)
+            example, image = self._encode(part)
         if len(example) > self.settings.token_budget:
             raise DataError(
                 f"{sample.sample_id}: {len(example)} tokens found, at most data.packing.token_budget = "
@@ -143,50 +186,41 @@ class LaneStream:
             return example
         return with_expert_targets(example, self.experts, path=sample.image_path, image=image)
 
+    def _encode(self, sample: Sample) -> tuple[Example, Image.Image | None]:
+        """Return a sample as tokens, and its opened image."""
+        image = None
+        if sample.image_path is not None:
+            image = load_image(sample.image_path, where=sample.sample_id, expected_hw=sample.image_hw)
+        independent_turns = self.settings.independent_turns
+        return self.processor.encode_sample(sample, image, independent_turns=independent_turns), image
+
     def __iter__(self) -> Iterator[Pack]:
         """Yield packs without end. Raises: DataError once this lane alone left out more than the run allows."""
         held = {number: self._weighed(number) for number in self.start.waiting}
-        upcoming, num_skipped = self.start.next, 0
-        while True:
-            chosen: list[Example] = []
-            skipped: list[Skipped] = []
-            room = float(self.settings.token_budget)
-            while True:
-                while len(held) < self.settings.lookahead:
-                    try:
-                        held[upcoming] = self._weighed(upcoming)
-                    except ExpertCacheError:
-                        # The sample is right, the cache is not: leaving samples out would train on other data.
-                        raise
-                    except DataError as error:
-                        num_skipped += 1
-                        skipped.append(self._skipped(upcoming, error))
-                        if num_skipped > allowed_skips(
-                            self.mixture, self._stream_position(upcoming), self.max_skipped_share
-                        ):
-                            raise
-                    upcoming += 1
-                number = self._best_fit(held, room, is_first=not chosen)
-                if number is None or (self.settings.max_samples and len(chosen) == self.settings.max_samples):
-                    break
-                example, cost = held.pop(number)
-                chosen.append(example)
-                room -= cost
-            after = LanePosition(next=upcoming, waiting=tuple(held))
-            yield Pack(lane=self.lane, after=after, examples=tuple(chosen), skipped=tuple(skipped))
+        skipped: list[Skipped] = []
+        num_skipped = 0
+
+        def read(number: int) -> tuple[Example, float] | None:
+            nonlocal num_skipped
+            try:
+                return self._weighed(number)
+            except ExpertCacheError:
+                # The sample is right, the cache is not: leaving samples out would train on other data.
+                raise
+            except DataError as error:
+                num_skipped += 1
+                skipped.append(self._skipped(number, error))
+                if num_skipped > allowed_skips(self.mixture, self._stream_position(number), self.max_skipped_share):
+                    raise
+                return None
+
+        for examples, after in fill_packs(read, self.settings, held=held, upcoming=self.start.next):
+            yield Pack(lane=self.lane, after=after, examples=examples, skipped=tuple(skipped))
+            skipped.clear()
 
     def _weighed(self, number: int) -> tuple[Example, float]:
         example = self.example(number)
         return example, self.cost(example)
-
-    @staticmethod
-    def _best_fit(held: dict[int, tuple[Example, float]], room: float, *, is_first: bool) -> int | None:
-        """Return the sample to pack next: the oldest into an empty pack, so that none waits for ever, else the one that
-        costs most and fits, the older of two."""
-        if is_first:
-            return min(held)
-        fitting = [number for number, (_, cost) in held.items() if cost <= room]
-        return max(fitting, key=lambda number: (held[number][1], -number), default=None)
 
     def _stream_position(self, number: int) -> int:
         return self.lane + number * self.num_lanes

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from pixel_sail.data.images import open_image
 from pixel_sail.data.noted_files import note_file
 from pixel_sail.data.records import open_records
 from pixel_sail.files import sha256
@@ -279,7 +280,7 @@ def segments_by_category(image: PanopticImage, known: Sequence[int]) -> dict[int
 def read_segment_ids(path: Path, size_hw: SizeHW, where: str) -> NDArray[np.int32]:
     """Return the segment id of every pixel [H, W] of a panoptic PNG. Raises: DataError."""
     try:
-        with Image.open(path) as opened:
+        with open_image(path) as opened:
             opened.load()
             mode, pixels = opened.mode, np.asarray(opened)
     except FileNotFoundError:

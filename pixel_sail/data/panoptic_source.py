@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pixel_sail.data.panoptic import PanopticFile, PanopticImage, Segment
-from pixel_sail.types import Sample, Turn
+from pixel_sail.types import DataError, Sample, Turn
 
 
 class PanopticSource:
@@ -56,9 +56,9 @@ class PanopticSource:
 
 
 def check_at_least(source: str, smallest: int, **settings: int) -> None:
-    """Raise ValueError naming the first setting of a source that is too small."""
+    """Raise DataError naming the first setting of a source that is too small."""
     for setting, value in settings.items():
         if value < smallest:
-            raise ValueError(
+            raise DataError(
                 f"source {source}: found {setting} {value}, expected at least {smallest}; correct the config"
             )

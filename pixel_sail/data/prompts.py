@@ -27,10 +27,10 @@ SCRIBBLE_CORNERS = (2, 5)
 
 
 def check_shares(shares: Mapping[str, float], where: str) -> None:
-    """Raise ValueError unless shares are of known kinds, finite, not negative and not all zero."""
+    """Raise DataError unless shares are of known kinds, finite, not negative and not all zero."""
     is_sound = set(shares) <= set(PROMPT_KINDS) and all(0 <= share < np.inf for share in shares.values())
     if not is_sound or sum(shares.values()) <= 0:
-        raise ValueError(
+        raise DataError(
             f"{where}: found prompt shares {dict(shares)}, expected finite shares of {PROMPT_KINDS}, none negative and "
             "not all zero; correct the config"
         )

@@ -35,15 +35,15 @@ class RegionSettings:
     """How likely, for each turn, a question about a prompt that is not painted comes before it (once per sample)."""
 
     def __post_init__(self) -> None:
-        """Check the choices. Raises: ValueError."""
+        """Check the choices. Raises: DataError."""
         check_shares(self.shares, "prompt_shares")
         if not 0.0 <= self.absent_share <= 1.0:
-            raise ValueError(f"absent_share: found {self.absent_share}, expected 0 .. 1; correct the config")
+            raise DataError(f"absent_share: found {self.absent_share}, expected 0 .. 1; correct the config")
 
     def check_count(self, source: str, regions_per_sample: int) -> None:
-        """Raise ValueError unless samples have a region and never more than there are prompt tokens."""
+        """Raise DataError unless samples have a region and never more than there are prompt tokens."""
         if not 1 <= regions_per_sample <= self.num_prompts:
-            raise ValueError(
+            raise DataError(
                 f"source {source}: found regions_per_sample {regions_per_sample}, expected 1 .. num_prompts = "
                 f"{self.num_prompts}; correct the config"
             )

@@ -12,7 +12,7 @@ import warnings
 from PIL import Image, UnidentifiedImageError
 
 from pixel_sail.config import DemoLimits
-from pixel_sail.data.images import rgb_image
+from pixel_sail.data.images import open_image, rgb_image
 from pixel_sail.types import DataError, SizeHW
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -44,7 +44,7 @@ def decode_image(content: bytes, limits: DemoLimits) -> Image.Image:
         with warnings.catch_warnings():
             # Pillow warns of large images; here their size is checked before a pixel is decoded.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = Image.open(io.BytesIO(content), formats=FORMATS)
+            opened = open_image(io.BytesIO(content), FORMATS)
     except Image.DecompressionBombError as error:
         raise Refusal(413, f"The image has more than {limits.megapixels:g} million pixels. Make it smaller.") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:

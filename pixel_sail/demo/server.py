@@ -36,6 +36,7 @@ from pixel_sail.demo.limits import Refusal, check_text, decode_image, most_masks
 from pixel_sail.demo.sessions import Session, Sessions
 from pixel_sail.demo.wire import jpeg_bytes, read_regions, result_record
 from pixel_sail.evaluation.overlay import PALETTE
+from pixel_sail.model.generation import NotFiniteError
 from pixel_sail.model.tokenization import SEG_TOKEN
 from pixel_sail.predictor import Predictor
 from pixel_sail.types import DataError
@@ -273,6 +274,9 @@ class _Demo:
                     yield {"error": f"The answer took more than {self.limits.answer_s:g} s and was broken off."}
                     return
             yield {"result": result_record(chat.results[-1], goes_on=goes_on, wait_s=begun - asked)}
+        except NotFiniteError as error:
+            log.error("a question could not be answered: %s", error)
+            yield {"error": "The model is broken: its numbers are not finite. The log of the server says where."}
         except DataError as error:
             yield {"error": str(error)}
         except Exception:

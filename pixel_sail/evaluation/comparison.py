@@ -8,6 +8,7 @@ Both runs are resampled with the same images, so what is hard for both does not 
 The difference is b - a. Items without a part in a score (N-acc of an item with a target) are not counted for it.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,13 +34,15 @@ class Difference:
     equal: int | None = None
 
 
-def compare(first: Path, second: Path, *, seed: int = 0, resamples: int = RESAMPLES) -> list[Difference]:
-    """Return the differences of all scores of one eval, given its folder in both runs.
+def compare(
+    first: Path, second: Path, *, seed: int = 0, resamples: int = RESAMPLES, loaders: Collection[str] = ()
+) -> list[Difference]:
+    """Return the differences of all scores of one eval, given its folder in both runs; `loaders` as in `read_stored`.
 
     Raises: DataError when the runs were asked different questions, before any annotations are read.
     """
     check_same(first, second)
-    a, b = read_stored(first), read_stored(second)
+    a, b = read_stored(first, loaders), read_stored(second, loaders)
     check_same_targets(a, b)
     measured = {"a": a.measure(), "b": b.measure()}
     common = [name for name in measured["a"].fractions if name in measured["b"].fractions]
@@ -69,8 +72,9 @@ def check_same(first: Path, second: Path) -> None:
     one, other = read_protocol(first), read_protocol(second)
     if one["questions_sha256"] == other["questions_sha256"]:
         return
-    keys = sorted({*one["eval"], *other["eval"]})
-    changed = [key for key in keys if one["eval"].get(key) != other["eval"].get(key)]
+    sides = [{**protocol["eval"]["settings"], **protocol["eval"]} for protocol in (one, other)]
+    keys = sorted({*sides[0], *sides[1]} - {"settings"})
+    changed = [key for key in keys if sides[0].get(key) != sides[1].get(key)]
     prompts = [protocol["predict"]["prompt"] for protocol in (one, other)]
     raise DataError(
         f"{first} and {second}: found different questions (sha256 {one['questions_sha256'][:12]} and "

@@ -2,7 +2,8 @@
 
 Place in the flow: `run.py` builds tasks and calls `evaluate`, which returns the records that the task then scores.
 
-    <output>/protocol.json                what asked the questions: hashes of checkpoint and questions, settings, eval
+    <output>/protocol.json                what asked the questions: hashes of all files of the model and of the
+                                          questions, settings, eval
     <output>/part-0.jsonl part-1.jsonl    records of each rank, one line per item
     <output>/predictions.jsonl            all of them in the order of the annotations, written at the end
 
@@ -17,7 +18,7 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,10 +29,11 @@ from tqdm import tqdm
 
 from pixel_sail import dist
 from pixel_sail.config import ConfigError
-from pixel_sail.evaluation.predict import BatchPredictor, Reply, Request, span_length
+from pixel_sail.evaluation.predict import BatchPredictor, NotFiniteError, Reply, Request, span_length
 from pixel_sail.evaluation.record_files import Record, RecordFormat, RecordWriter, read_records, write_errors
 from pixel_sail.evaluation.task import Answered, Asked, Item, Question, Task, by_image
 from pixel_sail.files import replace_text
+from pixel_sail.model.folder import hash_of, weights_hash
 from pixel_sail.types import DataError, SizeHW
 
 Batch = list[list[Asked[Item]]]
@@ -51,13 +53,14 @@ def evaluate(
 ) -> list[Record]:
     """Ask every item exactly once, continuing what `output` already holds; return all records on every rank, in order.
 
-    Raises: ConfigError when `output` was made with another protocol; DataError when an item stayed unanswered.
+    Raises: ConfigError when `output` was made with another protocol; DataError when an item stayed unanswered, has two
+    different answers, or makes the model's numbers NaN.
     """
     predictor = _with_length(predictor, task)
     asked = _pair(task, predictor.config.prompt)
     _check_prompt_ids(predictor, asked)
     _claim(output, protocol)
-    done = {task.format.key(record) for record in _read_parts(output, task)}
+    done = _read_parts(output, task).keys()
     # Every rank has read what is done before any rank adds to it, so that all deal out the same remainder.
     dist.barrier()
     remaining = [batch for batch in batches(predictor, asked) if _keys(batch) - done]
@@ -176,8 +179,8 @@ def _prepare(predictor: BatchPredictor, batch: Batch[Item]) -> _Prepared[Item]:
 
 def _answer(predictor: BatchPredictor, task: Task[Item, Record], prepared: _Prepared[Item]) -> Iterator[Record]:
     """Yield the records of one batch."""
-    replies = predictor.ask_many(prepared.requests)
-    retries = _retry(predictor, task, prepared.requests, replies)
+    replies = _ask(predictor, prepared.requests, prepared.overlays)
+    retries = _retry(predictor, task, prepared, replies)
     for number, overlay in enumerate(prepared.overlays):
         for index, (pair, reply) in enumerate(zip(overlay, replies[number], strict=True)):
             answered = Answered(
@@ -189,18 +192,31 @@ def _answer(predictor: BatchPredictor, task: Task[Item, Record], prepared: _Prep
             yield task.record(pair.item, answered)
 
 
+def _ask(
+    predictor: BatchPredictor, requests: Sequence[Request], overlays: Sequence[Sequence[Asked[Any]]]
+) -> list[list[Reply]]:
+    """Return the replies to every request. Raises: DataError with the item whose numbers are not finite."""
+    try:
+        return predictor.ask_many(requests)
+    except NotFiniteError as error:
+        question = overlays[error.request][error.question].question
+        raise DataError(f"item {question.key} of image {question.image_id} ({question.photo.path}): {error}") from None
+
+
 def _retry(
-    predictor: BatchPredictor, task: Task[Any, Any], requests: Sequence[Request], replies: Sequence[Sequence[Reply]]
+    predictor: BatchPredictor, task: Task[Any, Any], prepared: _Prepared[Any], replies: Sequence[Sequence[Reply]]
 ) -> dict[tuple[int, int], Reply]:
     """Return, for each answer without a mask that is to be forced, its text with the masks of the forced answer."""
     if not task.retries_without_mask or predictor.config.answer != "generated":
         return {}
     again = [[i for i, reply in enumerate(own) if len(reply.masks_NHW) == 0] for own in replies]
-    forced = predictor.changed(answer="forced").ask_many(
+    forced = _ask(
+        predictor.changed(answer="forced"),
         [
             replace(request, questions=[request.questions[i] for i in indices])
-            for request, indices in zip(requests, again, strict=True)
-        ]
+            for request, indices in zip(prepared.requests, again, strict=True)
+        ],
+        [[own[i] for i in indices] for own, indices in zip(prepared.overlays, again, strict=True)],
     )
     return {
         (number, index): replace(replies[number][index], masks_NHW=reply.masks_NHW, scores=reply.scores)
@@ -259,19 +275,21 @@ def protocol_of(
     task: Task[Any, Any],
     *,
     checkpoint: str,
-    weights_sha256: str,
+    hashes: Mapping[str, str],
     precision: str,
-    eval_node: Any,
+    eval_entry: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return everything that a prediction file depends on."""
+    """Return everything that a prediction file depends on; `hashes` are those of the model's files by name."""
     limit = predictor.config.max_new_tokens
     tokens = task.max_new_tokens if limit is None else limit
     return {
         "checkpoint": checkpoint,
-        "weights_sha256": weights_sha256,
+        "weights_sha256": weights_hash(Path(checkpoint), hashes),
+        "model_files": dict(hashes),
+        "model_sha256": hash_of(hashes),
         "precision": precision,
         "predict": vars(predictor.config) | {"token_budget": None, "max_new_tokens": tokens},
-        "eval": eval_node,
+        "eval": dict(eval_entry),
         "task": task.kind,
         "retries_without_mask": task.retries_without_mask,
         "questions_sha256": _digest(task.questions(predictor.config.prompt)),
@@ -300,28 +318,65 @@ def _claim(output: Path, protocol: dict[str, Any]) -> None:
             )
         if file.is_file() and file.read_text() != text:
             raise ConfigError(
-                f"{file}: found predictions of another protocol (checkpoint, settings, eval or data changed); "
-                "expected the same one. Choose another output folder, or remove this one"
+                f"{file}: found predictions of another protocol ({_changes(file, json.loads(text))}); expected "
+                "the same one. Choose another output folder, or remove this one"
             )
         with write_errors(file):
             replace_text(file, text)
     dist.barrier()
 
 
-def _read_parts(output: Path, task: Task[Any, Record]) -> list[Record]:
-    """Return the records of all ranks so far."""
-    return [record for part in sorted(output.glob("part-*.jsonl")) for record in read_records(part, task.format)]
+def _changes(file: Path, protocol: Mapping[str, Any]) -> str:
+    """Return in words what differs between a protocol and the one in a file."""
+    try:
+        found = dict(_flat_leaves(json.loads(file.read_text())))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return "the file cannot be read"
+    expected = dict(_flat_leaves(protocol))
+    changed = [key for key in sorted({*found, *expected}) if found.get(key) != expected.get(key)]
+    named = [f"{key} {found.get(key)!r:.60} there, {expected.get(key)!r:.60} now" for key in changed]
+    return f"differing in {'; '.join(named[:6])}{' and more' if len(named) > 6 else ''}"
+
+
+def _flat_leaves(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested dictionaries, each with its keys joined by dots."""
+    if isinstance(content, dict) and content:
+        for key, value in content.items():
+            yield from _flat_leaves(value, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, content
+
+
+def _read_parts(output: Path, task: Task[Any, Record]) -> dict[Any, Record]:
+    """Return the records of all ranks so far by key; the same answer in two files counts once.
+
+    Raises: DataError for two different answers to one item, naming the file of the second.
+    """
+    by_key: dict[Any, Record] = {}
+    first: dict[Any, Path] = {}
+    for part in sorted(output.glob("part-*.jsonl")):
+        for record in read_records(part, task.format):
+            key = task.format.key(record)
+            if by_key.setdefault(key, record) != record:
+                raise DataError(
+                    f"{part}: found another answer for {task.format.key_name} {key} than in {first[key]}, expected "
+                    "one; two evaluations wrote into one folder. Remove the line from one of the files, or from "
+                    "both to have it asked again"
+                )
+            first.setdefault(key, part)
+    return by_key
 
 
 def _complete(output: Path, task: Task[Any, Record], keys: Sequence[Any]) -> list[Record]:
-    """Return one record per key, in order. Raises: DataError when one is missing, double or of another benchmark."""
-    merged = _read_parts(output, task)
-    answered = {task.format.key(record): record for record in merged}
+    """Return one record per key, in order. Raises: DataError when one is missing or of another benchmark."""
+    answered = _read_parts(output, task)
     unanswered = [key for key in keys if key not in answered]
-    if unanswered or len(merged) != len(keys):
+    alien = answered.keys() - set(keys)
+    if unanswered or alien:
         raise DataError(
-            f"{output}: found {len(merged)} predictions, {len(unanswered)} items unanswered, expected one for each of "
-            f"{len(keys)} items; remove the folder and run again"
+            f"{output}: found answers to {len(answered)} items, {len(unanswered)} items unanswered and {len(alien)} "
+            f"answers to no item{f', such as {min(map(str, alien))}' if alien else ''}, expected one for each of "
+            f"{len(keys)} items; run again for what is missing, remove lines that answer no item"
         )
     return [answered[key] for key in keys]
 

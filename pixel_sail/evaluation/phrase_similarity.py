@@ -8,7 +8,6 @@ it with two lists of phrases. The release takes bert-base-uncased:
 Vectors are remembered by phrase, as most phrases of a benchmark occur many times.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,35 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModel, AutoTokenizer
+from safetensors import SafetensorError
+from transformers import AutoModel
 
+from pixel_sail.files import read_json
+from pixel_sail.model.folder import MODEL_CONFIG, check_no_code
+from pixel_sail.model.tokenization import read_tokenizer_files
 from pixel_sail.types import DataError, MissingDataError
 
 BATCH_SIZE = 256
 
 BERT_BASE_UNCASED = {"model_type": "bert", "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12}
 """What its config.json says; the cased model has another vocabulary."""
+
+
+def _load(folder: Path) -> tuple[Any, Any]:
+    """Return tokenizer and encoder of a local folder. Raises: DataError."""
+    check_no_code(folder, MODEL_CONFIG)
+    try:
+        tokenizer = read_tokenizer_files(folder)
+        model = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True)
+    except DataError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise DataError(
+            f"{folder}: found no text encoder that can be read ({type(error).__name__}: {error}), expected "
+            "config.json, the tokenizer's files and model.safetensors of one such as bert-base-uncased; download it "
+            "again, or set similarity_model=null to compare words only"
+        ) from error
+    return tokenizer, model.eval()
 
 
 class EncoderSimilarity:
@@ -49,20 +69,14 @@ class EncoderSimilarity:
         return (a @ b.T).astype(np.float64)
 
     def _is_bert_base_uncased(self) -> bool:
-        file = self._folder / "config.json"
-        try:
-            config = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"{file}: cannot be read ({error}), expected a Hugging Face config; get it again"
-            ) from error
-        return isinstance(config, dict) and config.items() >= BERT_BASE_UNCASED.items()
+        config = read_json(self._folder / "config.json", {}, fail=DataError, remedy="get it again")
+        return all(config.get(key) == value for key, value in BERT_BASE_UNCASED.items())
 
     @torch.no_grad()
     def _encode(self, texts: Sequence[str]) -> None:
         """Add the unit vectors of new phrases."""
         if texts and self._encoder is None:
-            self._encoder = AutoTokenizer.from_pretrained(self._folder), AutoModel.from_pretrained(self._folder).eval()
+            self._encoder = _load(self._folder)
         for start in range(0, len(texts), BATCH_SIZE):
             assert self._encoder is not None
             tokenizer, model = self._encoder

@@ -18,21 +18,33 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
 from pixel_sail.config import PredictConfig
-from pixel_sail.model.generation import Answer, ImagePrefixes, encode_images, generate
+from pixel_sail.model.generation import Answer, ImagePrefixes, NotFiniteError, encode_images, generate
 from pixel_sail.model.mask_head import mask_logits
-from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, load_model
+from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, first_not_finite, load_model
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
-from pixel_sail.types import BoolMask, SizeHW, VisualPrompt
+from pixel_sail.types import BoolMask, DataError, SizeHW, VisualPrompt
 
 FORCED_ANSWER = "It is [SEG]."
 """The answer that is put into the model's mouth with `predict.answer=forced` (released retry)."""
 
 SHORT_ANSWER_TOKENS = 32
 """Longest answer where nothing else is said: enough for masks alone."""
+
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    NotImplementedError,
+    SafetensorError,
+)
+"""What the libraries raise for a folder whose files are cut, lost or of another model, found by damaging them."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -86,6 +98,8 @@ class _Part:
 
     request: int
     texts: Sequence[list[int]]
+    first: int
+    """The number of the first one among the questions of the request."""
 
 
 class BatchPredictor:
@@ -102,10 +116,20 @@ class BatchPredictor:
     def from_pretrained(
         cls, folder: str | Path, *, config: PredictConfig | None = None, precision: str = "fp32", device: str = "cpu"
     ) -> "BatchPredictor":
-        """Load an exported folder."""
+        """Load an exported folder. Raises: DataError where its files are damaged or do not belong together."""
         model = load_model(folder, dtype=DTYPES[precision])
+        processor = PixelSailProcessor.from_pretrained(folder)
+        vocabulary = processor.tokenizer.get_vocab()
+        wanted = model.config.token_ids
+        if others := {
+            name: (vocabulary.get(name), wanted[name]) for name in wanted if vocabulary.get(name) != wanted[name]
+        }:
+            raise DataError(
+                f"{folder}: (tokenizer, config.json) differ in the ids of {dict(list(others.items())[:5])}; the files "
+                "are of two models; copy or export them anew"
+            )
         model.to(torch.device(device))  # type: ignore[arg-type]
-        return cls(model, PixelSailProcessor.from_pretrained(folder), config)
+        return cls(model, processor, config)
 
     @property
     def end_ids(self) -> tuple[int, int]:
@@ -126,7 +150,7 @@ class BatchPredictor:
     ) -> list[Reply]:
         """Answer every question about one image (None: a text-only question), each independently of the others.
 
-        Raises: DataError for a visual prompt the model has no token for.
+        Raises: DataError for a visual prompt the model has no token for; NotFiniteError.
         """
         prepared = None if image is None else self.prepare(image)
         return self.ask_many([Request(image=prepared, questions=questions, prompts=prompts)])[0]
@@ -135,7 +159,8 @@ class BatchPredictor:
     def ask_many(self, requests: Sequence[Request]) -> list[list[Reply]]:
         """Answer the questions of every request, as `ask` would answer them one by one.
 
-        Raises: DataError for a visual prompt the model has no token for.
+        Raises: DataError for a visual prompt the model has no token for; NotFiniteError with the first question whose
+        numbers are not finite.
         """
         texts = [
             [self.question_ids(question, follows_image=request.image is not None) for question in request.questions]
@@ -143,12 +168,34 @@ class BatchPredictor:
         ]
         replies: list[list[Reply]] = [[] for _ in requests]
         for batch in self._batches(requests, texts):
-            answers, prefixes = self._generate([requests[part.request] for part in batch], batch)
-            for index, (part, own) in enumerate(zip(batch, answers, strict=True)):
-                image = requests[part.request].image
-                states = None if prefixes is None else prefixes.patch_states(index)
-                replies[part.request] += self.replies(own, states, (0, 0) if image is None else image.size_hw)
+            try:
+                self._answer_batch(requests, batch, replies)
+            except NotFiniteError as error:
+                part = batch[error.request]
+                raise NotFiniteError(
+                    f"{error}; {self.why_not_finite()}", request=part.request, question=part.first + error.question
+                ) from None
         return replies
+
+    def _answer_batch(self, requests: Sequence[Request], batch: Sequence[_Part], replies: list[list[Reply]]) -> None:
+        """Add the replies to the questions of a batch. Raises: NotFiniteError with places within the batch."""
+        answers, prefixes = self._generate([requests[part.request] for part in batch], batch)
+        for index, (part, own) in enumerate(zip(batch, answers, strict=True)):
+            image = requests[part.request].image
+            states = None if prefixes is None else prefixes.patch_states(index)
+            replies[part.request] += self.replies(
+                own, states, (0, 0) if image is None else image.size_hw, request=index
+            )
+
+    def why_not_finite(self) -> str:
+        """Return in words why numbers are not finite, after looking at all weights."""
+        name = first_not_finite(self.model)
+        if name is None:
+            return (
+                "all weights are finite, so the numbers grew too large between the layers; the training diverged, or "
+                "this precision is too coarse for the model: try precision=fp32, else take an earlier checkpoint"
+            )
+        return f"the weights hold NaN or infinite numbers, first in {name}; take an earlier checkpoint"
 
     def _batches(self, requests: Sequence[Request], texts: Sequence[Sequence[list[int]]]) -> Iterator[list[_Part]]:
         """Yield what is answered together: questions about images of one grid, within the token budget where it can be.
@@ -167,7 +214,7 @@ class BatchPredictor:
                 per_text = max(map(len, texts[index])) + self.max_new_tokens
                 step = max(1, (self.config.token_budget - image_tokens) // per_text)
                 for start in range(0, len(texts[index]), step):
-                    part = _Part(request=index, texts=texts[index][start : start + step])
+                    part = _Part(request=index, texts=texts[index][start : start + step], first=start)
                     if batch and self._cost([*batch, part], image_tokens) > self.config.token_budget:
                         yield batch
                         batch = []
@@ -228,15 +275,26 @@ class BatchPredictor:
         return ids + self.processor.text_ids(FORCED_ANSWER) if self.config.answer == "forced" else ids
 
     @torch.no_grad()
-    def replies(self, answers: Sequence[Answer], states_hwD: Tensor | None, image_hw: SizeHW) -> list[Reply]:
-        """Turn tokens and [SEG] states of one image into text and masks."""
+    def replies(
+        self, answers: Sequence[Answer], states_hwD: Tensor | None, image_hw: SizeHW, *, request: int = 0
+    ) -> list[Reply]:
+        """Turn tokens and [SEG] states of one image into text and masks.
+
+        Raises: NotFiniteError, with the number `request`, for masks that are not finite.
+        """
         counts = [len(answer.seg_states_ND) for answer in answers]
         probabilities = None
         if states_hwD is not None and any(counts):
             head = self.model.mask_head
             features = head.pixel_features(states_hwD[None])[0]
             queries = head.seg_queries(torch.cat([answer.seg_states_ND for answer in answers]))
-            probabilities = resize_logits(mask_logits(queries, features), image_hw).sigmoid()
+            logits_NYX = mask_logits(queries, features)
+            is_finite_N = logits_NYX.isfinite().all(2).all(1).tolist()
+            probabilities = resize_logits(logits_NYX, image_hw).sigmoid()
+            owners = [index for index, number in enumerate(counts) for _ in range(number)]
+            for index, is_finite in zip(owners, is_finite_N, strict=True):
+                if not is_finite:
+                    raise NotFiniteError("the logits of a mask are not finite", request=request, question=index)
         replies, first = [], 0
         for answer, number in zip(answers, counts, strict=True):
             masks = np.zeros((0, *image_hw), dtype=bool)

@@ -6,8 +6,9 @@ quickstart read them back. A row, shortened:
     {"eval": "refcoco_val", "kind": "referring segmentation", "scores": {"ciou": 0.81, "paper_ciou": 0.8, ...},
      "intervals": {"ciou": [0.803, 0.818], ...}, "resampled": {"by": "image", "images": 1500, "resamples": 1000, ...},
      "protocols": {"standard": ["ciou", ...], "paper": ["paper_ciou", "paper_giou"]}, "prompt": "paper",
-     "count": 10834, "missing": 3, "weights_sha256": ..., "config_sha256": ..., "questions_sha256": ..., "code": ...,
-     "precision": "bf16", "device": "NVIDIA H100", "world_size": 8, "seconds": {"asking": 301.2, "scoring": 4.0}, ...}
+     "count": 10834, "missing": 3, "weights_sha256": ..., "model_sha256": ..., "config_sha256": ...,
+     "questions_sha256": ..., "code": ..., "precision": "bf16", "device": "NVIDIA H100", "world_size": 8,
+     "seconds": {"asking": 301.2, "scoring": 4.0}, ...}
 
 "limit_images" is there only where not every image was scored. A later row of the same eval replaces an earlier one.
 """
@@ -21,7 +22,7 @@ from typing import Any
 
 from pixel_sail.evaluation.confidence import LEVEL, Interval, interval
 from pixel_sail.evaluation.measured import PAPER_PREFIX, Measured, Scores, Values
-from pixel_sail.files import append_line
+from pixel_sail.files import append_line, read_json_lines
 from pixel_sail.metrics.visual_referring import perbench_overall
 from pixel_sail.provenance import machine
 from pixel_sail.types import DataError
@@ -82,7 +83,10 @@ def result_row(name: str, kind: str, measured: Measured, resampled: Resampled, c
         "missing": measured.scores.get("missing", 0),
         **({"limit_images": limit} if limit else {}),
         "prompt": protocol["predict"]["prompt"],
-        **{key: protocol[key] for key in ("checkpoint", "weights_sha256", "questions_sha256", "precision")},
+        **{
+            key: protocol[key]
+            for key in ("checkpoint", "weights_sha256", "model_sha256", "questions_sha256", "precision")
+        },
         "config_sha256": config_sha256(protocol),
         **machine(),
         "asked": cost.asked,
@@ -126,7 +130,7 @@ def perbench_row(rows: Mapping[str, Row], resampled: Mapping[str, Resampled]) ->
         resamples=resampled[PERBENCH_EVALS[0]].resamples,
         seed=resampled[PERBENCH_EVALS[0]].seed,
     )
-    shared = ("prompt", "checkpoint", "weights_sha256", "precision", "limit_images")
+    shared = ("prompt", "checkpoint", "weights_sha256", "model_sha256", "precision", "limit_images")
     return {
         "eval": PERBENCH_OVERALL,
         "kind": "PerBench",
@@ -166,18 +170,18 @@ def _perbench_values(parts: Mapping[str, Mapping[str, Any]], prefix: str) -> tup
 
 
 def append_row(folder: Path, row: Row) -> None:
-    """Add a row to the results of a folder; the file has it whole or not at all."""
+    """Add a row to the results of a folder; a row that is cut is as none. Raises: WriteError."""
     append_line(folder / FILE_NAME, json.dumps(row))
 
 
 def read_rows(folder: Path) -> dict[str, Row]:
     """Return the last row of every eval of a folder. Raises: DataError."""
     file = folder / FILE_NAME
-    try:
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        return {row["eval"]: row for row in rows}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    remedy = "correct or delete that line, or run the evaluation again"
+    rows = read_json_lines(file, {"eval": str, "scores": dict}, fail=DataError, remedy=remedy)
+    if not rows:
         raise DataError(
-            f"{file}: found no readable results ({error!r}), expected the JSON lines of an evaluation; "
-            "give the folder that scripts/evaluate.py wrote, or run it again"
-        ) from error
+            f"{file}: found no readable results, expected the JSON lines of an evaluation; give the folder that "
+            "scripts/evaluate.py wrote, or run it again"
+        )
+    return {row["eval"]: row for row in rows}

@@ -3,6 +3,7 @@
 Place in the flow: `scripts/evaluate.py` and the quickstart call `run_evals`, which leaves behind
 
     <output>/<eval>/...        predictions, see `engine.py`
+    <output>/.lock             who is writing into the folder, see `training/run_lock.py`
     <output>/results.jsonl     one row per eval, see `results.py`
     <output>/report.html       the scores of this call, the paper's tables, and pictures from every eval
 
@@ -21,6 +22,7 @@ from pixel_sail.config import ConfigError, EvalConfig, build
 from pixel_sail.evaluation.cases import Case, ranked, spread
 from pixel_sail.evaluation.confidence import bootstrap, seed_for
 from pixel_sail.evaluation.engine import evaluate, protocol_of
+from pixel_sail.evaluation.loaders import eval_entry
 from pixel_sail.evaluation.measured import Measured, Scores
 from pixel_sail.evaluation.paper_tables import paper_tables
 from pixel_sail.evaluation.predict import DTYPES, BatchPredictor
@@ -38,8 +40,9 @@ from pixel_sail.evaluation.results import (
 )
 from pixel_sail.evaluation.tables import scores_table
 from pixel_sail.evaluation.task import Task
-from pixel_sail.files import sha256
+from pixel_sail.model.folder import holds_model, model_hashes
 from pixel_sail.provenance import code_version, device_name
+from pixel_sail.training.run_lock import RunLock
 from pixel_sail.types import MissingDataError
 
 __all__ = ["checkpoint_folder", "perbench_overall_of", "run_evals"]
@@ -65,17 +68,27 @@ class Plan:
 def run_evals(config: EvalConfig) -> dict[str, Scores]:
     """Score the checkpoint on every eval and return {eval name: scores}, on every rank.
 
-    Raises: ConfigError when the checkpoint or the evals are missing; DataError for wrong annotations or images.
+    Raises: ConfigError when the checkpoint or the evals are missing, and while another process writes into the folder;
+    DataError for wrong annotations or images, and for numbers of the model that are not finite.
     """
     folder = checkpoint_folder(config.checkpoint)
     if config.precision not in DTYPES:
         raise ConfigError(f"precision is {config.precision!r}, expected one of {sorted(DTYPES)}")
     plan = plan_evals(config)
+    output = folder.parent / EVALUATION if config.output is None else Path(config.output)
+    lock = RunLock(output, name="output")
+    try:
+        return _run_plan(config, plan, folder, output)
+    finally:
+        lock.release()
+
+
+def _run_plan(config: EvalConfig, plan: Plan, folder: Path, output: Path) -> dict[str, Scores]:
+    """Ask and score all evals of a plan; the folder is ours alone."""
+    hashes = model_hashes(folder)
     predictor = BatchPredictor.from_pretrained(
         folder, config=config.predict, precision=config.precision, device=str(dist.local_device())
     )
-    weights = sha256(folder / "model.safetensors")
-    output = folder.parent / EVALUATION if config.output is None else Path(config.output)
     rows: dict[str, Row] = {}
     resampled: dict[str, Resampled] = {}
     cases: dict[str, list[Case]] = {}
@@ -84,9 +97,9 @@ def run_evals(config: EvalConfig) -> dict[str, Scores]:
             predictor,
             task,
             checkpoint=str(folder),
-            weights_sha256=weights,
+            hashes=hashes,
             precision=config.precision,
-            eval_node=config.evals[name] | {"max_images": config.max_images},
+            eval_entry=eval_entry(config.evals[name], config.max_images),
         )
         started, num_before = time.monotonic(), _num_answered(output / name)
         records = evaluate(predictor, task, output / name, protocol=protocol, progress=config.progress)
@@ -222,9 +235,10 @@ def _facts(config: EvalConfig, plan: Plan, weights: str) -> list[str]:
 def checkpoint_folder(name: str) -> Path:
     """Return the exported folder of a checkpoint given as that folder or as its run folder."""
     for folder in (Path(name), Path(name) / EXPORT):
-        if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
+        if holds_model(folder):
             return folder
     raise ConfigError(
-        f"checkpoint {name}: neither it nor its {EXPORT}/ holds config.json and model.safetensors; "
+        f"checkpoint {name}: neither it nor its {EXPORT}/ holds config.json and model.safetensors (or "
+        "model.safetensors.index.json and the files that it lists); "
         "give a run folder whose training finished, or an exported folder"
     )

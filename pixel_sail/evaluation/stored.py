@@ -1,27 +1,27 @@
 """Evals of an evaluation folder, read back to be scored again or compared.
 
 Place in the flow: `<output>/<eval>/protocol.json` and `predictions.jsonl` -> `StoredEval` -> `comparison.py` for
-`tools/compare_runs.py`. The protocol holds the eval's own config entry, so the items come from where they came from:
+`tools/compare_runs.py`. The protocol says which loader read the items with what settings, so they come from where they
+came from:
 
     read_stored(Path("runs/a/evaluation/refcoco_val")).measure().scores["ciou"] == 0.81
 
-Neither model nor photos are needed. `_target_` may name functions of this package only.
+Neither model nor photos are needed. The folder may be anybody's: what it can name is in `loaders.py`.
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pixel_sail.config import build
+from pixel_sail.evaluation.loaders import LIMIT, load_entry, read_entry
 from pixel_sail.evaluation.measured import Measured
 from pixel_sail.evaluation.record_files import read_records
 from pixel_sail.evaluation.refer_seg import as_task
 from pixel_sail.evaluation.task import Question, Task
 from pixel_sail.types import DataError
-
-PACKAGE = "pixel_sail."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,28 +63,33 @@ def read_protocol(folder: Path) -> dict[str, Any]:
     """Return what made the predictions of one eval. Raises: DataError."""
     file = folder / "protocol.json"
     try:
-        protocol: dict[str, Any] = json.loads(file.read_text())
-        target = protocol["eval"]["_target_"]
-        complete = {"questions_sha256", "weights_sha256", "predict"} <= protocol.keys()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        protocol = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file}: found no protocol ({error!r}), expected that of an eval; evaluate again") from error
-    if not complete or not str(target).startswith(PACKAGE):
+    if not isinstance(protocol, dict):
+        raise DataError(f"{file}: found no protocol but a {type(protocol).__name__}, expected that of an eval")
+    predict = protocol.get("predict")
+    hashes = [protocol.get(name) for name in ("questions_sha256", "weights_sha256")]
+    if not all(isinstance(value, str) for value in hashes) or not isinstance(predict, dict):
         raise DataError(
-            f"{file}: found _target_ {target!r} and fields {sorted(protocol)}, expected a function of {PACKAGE} and "
-            "the hashes of questions and weights; the file is of another version, evaluate again"
+            f"{file}: found no protocol of this version, expected the hashes of questions and weights and the settings "
+            "`predict`; evaluate again"
         )
-    return protocol
+    if not isinstance(predict.get("prompt"), str):
+        raise DataError(f"{file}: found predict.prompt {predict.get('prompt')!r:.80}, expected the name of a wording")
+    return protocol | {"eval": read_entry(protocol.get("eval"), str(file))}
 
 
-def read_stored(folder: Path) -> StoredEval:
+def read_stored(folder: Path, loaders: Collection[str] = ()) -> StoredEval:
     """Return one eval with its items and records.
 
+    loaders: functions of the user's own that the folder may name, see `loaders.py`.
     Raises: DataError when the evaluation is unfinished or the annotations are no longer those that were asked about.
     """
     protocol = read_protocol(folder)
-    node = dict(protocol["eval"])
-    max_images, prompt = node.pop("max_images", 0), protocol["predict"]["prompt"]
-    task = as_task(build(node, str(folder)), str(folder)).first_images(max_images, prompt)
+    where, prompt = str(folder / "protocol.json"), protocol["predict"]["prompt"]
+    loaded = as_task(load_entry(protocol["eval"], where, loaders), where)
+    task = loaded.first_images(protocol["eval"][LIMIT], prompt)
     file = folder / "predictions.jsonl"
     if not file.is_file():
         raise DataError(f"{file}: found no such file, expected all predictions; the evaluation was not finished")

@@ -15,7 +15,7 @@ other images. How it varies with the seed is beside it.
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,8 +124,10 @@ class GroupDifference:
         return statistics.mean(self.by_seed.values())
 
 
-def differences(baseline: Group, group: Group, *, seed: int = 0, resamples: int = RESAMPLES) -> list[GroupDifference]:
-    """Return the differences of all main scores over the seeds that both groups have.
+def differences(
+    baseline: Group, group: Group, *, seed: int = 0, resamples: int = RESAMPLES, loaders: Collection[str] = ()
+) -> list[GroupDifference]:
+    """Return the differences of all main scores over the seeds that both groups have; `loaders` as in `read_stored`.
 
     Raises: DataError when jobs were asked different questions.
     """
@@ -135,12 +137,19 @@ def differences(baseline: Group, group: Group, *, seed: int = 0, resamples: int 
     found = []
     for name in names:
         shared = [own for own in seeds if name in first[own] and name in second[own]]
-        found += _differences(name, baseline, group, shared, seed=seed, resamples=resamples)
+        found += _differences(name, baseline, group, shared, seed=seed, resamples=resamples, loaders=loaders)
     return found
 
 
 def _differences(
-    name: str, baseline: Group, group: Group, seeds: Sequence[str], *, seed: int, resamples: int
+    name: str,
+    baseline: Group,
+    group: Group,
+    seeds: Sequence[str],
+    *,
+    seed: int,
+    resamples: int,
+    loaders: Collection[str],
 ) -> list[GroupDifference]:
     """Return the differences of one eval; all jobs see the same resampled images."""
     folders = {(side.name, own): side.folders[own] / EVALUATION / name for own in seeds for side in (baseline, group)}
@@ -148,7 +157,7 @@ def _differences(
     stored = {}
     for place, folder in folders.items():
         check_same(reference, folder)
-        stored[place] = read_stored(folder)
+        stored[place] = read_stored(folder, loaders)
     one = next(iter(stored.values()))
     measured = {}
     for place, evaluation in stored.items():
@@ -176,13 +185,15 @@ def _differences(
     return found
 
 
-def differences_table(baseline: Group, groups: Sequence[Group], *, resamples: int = RESAMPLES) -> Table:
+def differences_table(
+    baseline: Group, groups: Sequence[Group], *, resamples: int = RESAMPLES, loaders: Collection[str] = ()
+) -> Table:
     """Return the differences of all groups to the baseline, a row for each eval and score."""
     rows = []
     for group in groups:
         if group.name == baseline.name:
             continue
-        for one in differences(baseline, group, resamples=resamples):
+        for one in differences(baseline, group, resamples=resamples, loaders=loaders):
             ends = "" if one.interval is None else f"{one.interval[0]:+.4f} .. {one.interval[1]:+.4f}"
             seeds = ", ".join(f"{value:+.4f}" for value in one.by_seed.values())
             rows.append((f"{group.name}: {one.eval} {one.score}", (f"{one.mean:+.4f}", ends, seeds)))

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pixel_sail import files
 from pixel_sail.model.patches import grid_size
 from pixel_sail.types import DataError, SizeHW
 
@@ -121,7 +122,13 @@ class FeatureCache:
         """Read the index. Raises: ExpertCacheError when it is absent, unfinished, or not what is `wanted`."""
         self.folder = folder
         self.where = where
-        index = read_json(folder / INDEX, where)
+        index = read_json(folder / INDEX, where, {"identity": dict, "shards": list})
+        for number, shard in enumerate(index["shards"]):
+            files.check_fields(
+                *(shard, f"{where}: {folder / INDEX}: shard {number}", {"file": str, "items": dict}),
+                fail=ExpertCacheError,
+                remedy="build the cache again",
+            )
         found = index["identity"]
         # Maps of the expert's own size serve every student; the loss resizes them.
         expected = wanted if found.get("pooled_to") is not None else {**wanted, "pooled_to": None}
@@ -191,13 +198,10 @@ class FeatureCache:
         )
 
 
-def read_json(path: Path, where: str) -> Any:
+def read_json(path: Path, where: str, fields: files.Fields) -> dict[str, Any]:
     """Return a JSON file of a cache. Raises: ExpertCacheError."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+    if not path.exists():
         raise ExpertCacheError(
             f"{where}: {path} is absent; build the cache with tools/cache_expert_features.py, or let it finish"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ExpertCacheError(f"{where}: {path} cannot be read ({error}); build the cache again") from error
+        )
+    return files.read_json(path, fields, fail=ExpertCacheError, remedy=f"{where}: build the cache again")

@@ -25,7 +25,7 @@ from pixel_sail.experts.cache import (
     identity_digest,
     read_json,
 )
-from pixel_sail.files import replace_text, sha256
+from pixel_sail.files import flush, replace_text, sha256, writing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ def start_folder(folder: Path, plan: Plan) -> None:
     if not path.is_file():
         replace_text(path, json.dumps(content) + "\n")
         return
-    found = read_json(path, "cache")
+    found = read_json(path, "cache", {"identity": dict, "dtype": str, "shards": list})
     differing = [name for name in content if found.get(name) != content[name]]
     if differing:
         raise ExpertCacheError(
@@ -91,10 +91,10 @@ def write_shard(
             tensors[key + SCALE_SUFFIX] = scales
     final = folder / f"{shard_name(number)}.safetensors"
     working = folder / f".writing_{final.name}"
-    save_file(tensors, working, metadata={"identity": identity_digest(plan.identity)})
-    with working.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(working, final)
+    with writing(final):
+        save_file(tensors, working, metadata={"identity": identity_digest(plan.identity)})
+        flush(working)
+        os.replace(working, final)
     items = {key: checksum(maps[key]) for key in sorted(maps)}
     left_out = {key: unusable[key] for key in sorted(unusable)}
     content = {"file": final.name, "sha256": sha256(final), "items": items, "unusable": left_out}
@@ -107,8 +107,9 @@ def finish(folder: Path, plan: Plan, *, verify: bool = False) -> None:
     Raises: ExpertCacheError when a shard is missing or is not what its JSON file says.
     """
     shards = []
+    kinds = {"file": str, "sha256": str, "items": dict, "unusable": dict}
     for number, keys in enumerate(plan.shards):
-        content = read_json(folder / f"{shard_name(number)}.json", "cache")
+        content = read_json(folder / f"{shard_name(number)}.json", "cache", kinds)
         if sorted([*content["items"], *content["unusable"]]) != list(keys):
             raise ExpertCacheError(f"{folder / content['file']}: holds other images than {PLAN} says; build it again")
         if verify and sha256(folder / content["file"]) != content["sha256"]:

@@ -15,6 +15,7 @@ from pixel_sail.experts.expert import Recipe
 from pixel_sail.experts.preprocess import AreaMultiple, PatchMultiple, Preprocessing
 from pixel_sail.experts.weights import file_hashes
 from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
+from pixel_sail.model.folder import MODEL_CONFIG, check_no_code
 from pixel_sail.model.image_layout import image_span
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, load_model
 from pixel_sail.model.patches import CLIP_MEAN, CLIP_STD, PIXEL_MEAN, PIXEL_STD
@@ -75,6 +76,7 @@ def ours(weights: str) -> Recipe:
     folder = Path(weights)
     if not (folder / "config.json").is_file():
         raise DataError(f"experts: ours: {folder} holds no config.json; expected the `export` folder of a run")
+    check_no_code(folder, MODEL_CONFIG)
     config = PixelSailConfig.from_pretrained(folder)
 
     is_eve = config.base == "eve"

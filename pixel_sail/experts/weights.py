@@ -22,6 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pixel_sail.files import sha256
+from pixel_sail.model.folder import KERNELS, MODEL_CONFIG, check_no_code
 from pixel_sail.types import DataError
 
 Network = TypeVar("Network", bound=PreTrainedModel)
@@ -57,6 +58,7 @@ class WeightSource:
         """Return the network's configuration."""
         if self.folder is None:
             return kind(**self.architecture)
+        check_no_code(self.folder, MODEL_CONFIG, keys=KERNELS)
         return kind.from_pretrained(self.folder, **self.architecture)
 
     def identity(self) -> dict[str, str]:
@@ -127,6 +129,8 @@ def load_strictly(
     the files need not hold.
     Raises: DataError naming missing, unexpected or misshapen tensors.
     """
+    # RADIO's configuration names code that a class of transformers never runs; a kernel it would fetch.
+    check_no_code(folder, MODEL_CONFIG, keys=KERNELS)
     loaded: Any = kind.from_pretrained(
         folder,
         config=config,

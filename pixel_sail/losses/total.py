@@ -5,10 +5,20 @@ whole global batch (all ranks, all micro-batches), so that a token or a mask wei
 
     total = text_weight * sum(w * CE) / tokens + bce_weight * sum(BCE) / masks + dice_weight * sum(Dice) / masks
             + for each expert: expert_weight * sum(distillation) / its distilled images
+
+With `loss.mean=sample` every sample takes its own means first, whatever it is packed with, and the samples of the
+global batch are averaged. A sample without masks, or without features of an expert, counts there with 0:
+
+    total = sum over samples (text_weight * w * mean(CE) + bce_weight * mean(BCE) + dice_weight * mean(Dice)
+            + for each expert: expert_weight * distillation) / samples
+
+The first weighs all masks and all tokens alike; the second is what the released training computes, one sample per
+process (bytedance/Sa2VA at 9832e1a, sa2va_eval/projects/ST/models/sa2va_ST.py).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +28,9 @@ from pixel_sail.losses.mask import PointSampling, point_losses
 from pixel_sail.losses.text import text_losses
 from pixel_sail.model.modeling_pixel_sail import PixelSailOutput
 from pixel_sail.model.transfer import to_device
-from pixel_sail.types import Batch
+from pixel_sail.types import Batch, DataError
+
+MEANS = ("global", "sample")
 
 
 @dataclass(kw_only=True)
@@ -30,7 +42,15 @@ class LossConfig:
     """Further factor on the text loss of a sample that has masks."""
     bce: float = 2.0
     dice: float = 0.5
+    mean: str = "global"
+    """global: over all tokens and all masks of the global batch. sample (release): within each sample, then over the
+    samples of the global batch; one without masks counts with 0."""
     points: PointSampling = field(default_factory=PointSampling)
+
+    def __post_init__(self) -> None:
+        """Check the choice. Raises: DataError."""
+        if self.mean not in MEANS:
+            raise DataError(f"loss.mean is {self.mean!r}, expected one of {MEANS}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +61,17 @@ class LossSums:
     bce_S: Tensor
     dice_S: Tensor
     distill_SX: Tensor
-    """One column per expert; no column without experts."""
+    """One column per expert; no column without experts. A sample has one image at most."""
+    tokens_S: Tensor
+    masks_S: Tensor
+    """How many supervised tokens and masks the sums are of, in float32."""
+
+    def means_SC(self) -> Tensor:
+        """Return (text, bce, dice, then the experts) of each sample as means over its own tokens and masks."""
+        text_S = self.text_S / self.tokens_S.clamp(min=1)
+        masks_S = self.masks_S.clamp(min=1)
+        means = torch.stack((text_S, self.bce_S / masks_S, self.dice_S / masks_S), dim=1)
+        return torch.cat((means, self.distill_SX), dim=1)
 
     def detached(self) -> Tensor:
         """Return (text, bce, dice, then the experts) of each sample as one float64 tensor without history."""
@@ -55,6 +85,7 @@ class Counts:
 
     tokens: int
     masks: int
+    samples: int
     distilled: tuple[int, ...] = ()
     """Images of each expert."""
 
@@ -62,15 +93,22 @@ class Counts:
 def count(batch: Batch, experts: Sequence[DistillTerm] = ()) -> Counts:
     """Return what this micro-batch contributes to the global counts."""
     distilled = tuple(batch.expert_names.count(term.name) for term in experts)
-    return Counts(tokens=len(batch.targets_M), masks=len(batch.masks), distilled=distilled)
+    return Counts(
+        tokens=len(batch.targets_M), masks=len(batch.masks), samples=len(batch.sample_ids), distilled=distilled
+    )
+
+
+def masks_per_sample(batch: Batch) -> list[int]:
+    """Return how many masks each sample has."""
+    found = [0] * len(batch.sample_ids)
+    for sample, num_masks in zip(batch.image_samples, batch.masks_per_image, strict=True):
+        found[sample] = num_masks
+    return found
 
 
 def text_weights(batch: Batch, config: LossConfig) -> Tensor:
     """Return the factor [M] of every supervised token."""
-    per_sample = [1.0] * len(batch.sample_ids)
-    for sample, num_masks in zip(batch.image_samples, batch.masks_per_image, strict=True):
-        if num_masks:
-            per_sample[sample] = config.text_factor_with_masks
+    per_sample = [config.text_factor_with_masks if masks else 1.0 for masks in masks_per_sample(batch)]
     return to_device(torch.tensor(per_sample), batch.targets_M.device)[batch.target_samples_M]
 
 
@@ -110,6 +148,8 @@ def loss_sums(
         bce_S=torch.stack(bce),
         dice_S=torch.stack(dice),
         distill_SX=distill_sums(output, batch, experts, expert_maps or {}),
+        tokens_S=zeros.index_add(0, batch.target_samples_M, torch.ones_like(text_M)),
+        masks_S=to_device(torch.tensor(masks_per_sample(batch), dtype=torch.float32), zeros.device),
     )
 
 
@@ -149,9 +189,24 @@ def ignored_masks(batch: Batch, own: slice) -> Tensor | None:
 
 def combine(sums: LossSums, counts: Counts, config: LossConfig, experts: Sequence[DistillTerm] = ()) -> Tensor:
     """Return the share of one micro-batch in the global loss; a count of zero divides by one."""
+    if config.mean == "sample":
+        means_C = sums.means_SC().sum(0) / max(counts.samples, 1)
+        return weighted_sum(list(means_C), config, experts)
     tokens, masks = max(counts.tokens, 1), max(counts.masks, 1)
     text, bce, dice = sums.text_S.sum(), sums.bce_S.sum(), sums.dice_S.sum()
     total = config.text * text / tokens + (config.bce * bce + config.dice * dice) / masks
     for column, (term, num_images) in enumerate(zip(experts, counts.distilled, strict=True)):
         total = total + term.weight * sums.distill_SX[:, column].sum() / max(num_images, 1)
+    return total
+
+
+Number = TypeVar("Number", float, Tensor)
+
+
+def weighted_sum(means: Sequence[Number], config: LossConfig, experts: Sequence[DistillTerm] = ()) -> Number:
+    """Return the loss that means of (text, bce, dice, then the experts) make."""
+    text, bce, dice, *distilled = means
+    total = config.text * text + config.bce * bce + config.dice * dice
+    for mean, term in zip(distilled, experts, strict=True):
+        total = total + term.weight * mean
     return total

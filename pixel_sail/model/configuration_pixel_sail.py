@@ -12,11 +12,18 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from pixel_sail.types import DataError
+
 BASES = ("sail", "eve")
 ATTENTION = ("prefix", "causal")
 EXPERT_PARTS = ("self_attn", "layernorm", "mlp")
 UPSAMPLERS = ("transposed", "bilinear", "pixel_shuffle")
 VISUAL_PROMPTS = ("injection", "pooled", "off")
+POSITIVE = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "patch_size", "mask_dim"),
+)
+"""Sizes that no model has none of."""
 
 MAX_FEATURE_SIZE = 1024
 """Widest channel count of the upsampler; wider decoders are projected down first (release: `min(hidden, 1024)`)."""
@@ -73,59 +80,62 @@ class Architecture:
     """Ids of the tokens that the model looks at: `<vision>`, `<vpatch>`, `</vision>`, [SEG], `<Prompt0>` .., end."""
 
     def validate(self) -> None:
-        """Raise ValueError where sizes do not fit together."""
+        """Raise DataError where sizes do not fit together."""
         self._validate_base()
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
+            raise DataError(
                 f"model: hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
                 f"{self.num_attention_heads}; change one of them"
             )
         if self.head_dim % 4:
-            raise ValueError(
+            raise DataError(
                 f"model: head_dim is {self.head_dim}; rotary rows and columns take a quarter of it each, so it must be "
                 "a multiple of 4"
             )
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
+            raise DataError(
                 f"model: num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}"
             )
         if self.max_long_side < self.patch_size:
-            raise ValueError(
+            raise DataError(
                 f"model: max_long_side is {self.max_long_side}, expected at least one patch ({self.patch_size} pixels)"
             )
         if not 1 <= self.mask_stride <= self.patch_size:
-            raise ValueError(
+            raise DataError(
                 f"model: mask_stride is {self.mask_stride}, expected 1 .. patch_size ({self.patch_size}); "
                 "patch_size itself switches the upsampler off"
             )
         choices = {"upsampler": UPSAMPLERS, "visual_prompts": VISUAL_PROMPTS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"model: {name} is {getattr(self, name)!r}, expected one of {allowed}")
+                raise DataError(f"model: {name} is {getattr(self, name)!r}, expected one of {allowed}")
 
     def _validate_base(self) -> None:
-        """Raise ValueError for an unknown base or attention, or one that does not fit the other."""
+        """Raise DataError for an unknown base or attention, one that does not fit the other, or a size below 1."""
+        small = {name: getattr(self, name) for name in POSITIVE if getattr(self, name) < 1}
+        if small:
+            raise DataError(f"model: {small}, expected sizes of at least 1")
         for name, value, allowed in (("base", self.base, BASES), ("attention", self.attention, ATTENTION)):
             if value not in allowed:
-                raise ValueError(f"model: {name} is {value!r}, expected one of {allowed}")
+                raise DataError(f"model: {name} is {value!r}, expected one of {allowed}")
         unknown = sorted(set(self.modality_experts) - set(EXPERT_PARTS))
         if unknown or len(set(self.modality_experts)) < len(self.modality_experts):
-            raise ValueError(
+            raise DataError(
                 f"model: modality_experts is {list(self.modality_experts)}, expected some of {EXPERT_PARTS}, each once"
             )
         if self.base == "eve":
             if self.attention != "causal":
-                raise ValueError("model: base eve has text before its image, which only attention=causal takes")
+                raise DataError("model: base eve has text before its image, which only attention=causal takes")
             if self.patch_size % 2 or self.patch_hidden_size < 1:
-                raise ValueError(
+                raise DataError(
                     f"model: patch_size is {self.patch_size} and patch_hidden_size {self.patch_hidden_size}; base eve "
                     "expects an even number (each patch is 2 x 2 pieces) and at least 1"
                 )
             if self.visual_prompts != "injection":
-                raise ValueError(f"model: visual_prompts is {self.visual_prompts!r}; base eve takes injection only")
+                raise DataError(f"model: visual_prompts is {self.visual_prompts!r}; base eve takes injection only")
         elif self.modality_experts:
-            raise ValueError(f"model: modality_experts is {list(self.modality_experts)}, which needs base=eve")
+            raise DataError(f"model: modality_experts is {list(self.modality_experts)}, which needs base=eve")
 
     @property
     def sizing(self) -> str:
@@ -174,9 +184,9 @@ class PixelSailConfig(PreTrainedConfig, Architecture):
         return cls(**vars(architecture))
 
     def token_id(self, token: str) -> int:
-        """Return the id of a token the model needs; ValueError when the configuration lacks it."""
+        """Return the id of a token the model needs; DataError when the configuration lacks it."""
         if token not in self.token_ids:
-            raise ValueError(f"config.token_ids has no {token!r}; it holds {sorted(self.token_ids)}")
+            raise DataError(f"config.token_ids has no {token!r}; it holds {sorted(self.token_ids)}")
         return self.token_ids[token]
 
     @property

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
+from pixel_sail.types import DataError
 
 KEY_PATTERNS: tuple[tuple[str, str], ...] = (
     (r"single_transformer\.model\.embed_tokens\.(.+)", r"embed_tokens.\1"),
@@ -54,7 +55,7 @@ def our_key(released_key: str) -> str:
     for pattern, replacement in KEY_PATTERNS:
         if re.fullmatch(pattern, released_key):
             return re.sub(pattern, replacement, released_key)
-    raise ValueError(
+    raise DataError(
         f"released state dict: unknown key {released_key!r}; expected a Pixel-SAIL checkpoint "
         "(single_transformer.*, upsample_blocks.*, image_feature_projector.*, seg_token_projector.*)"
     )
@@ -66,12 +67,12 @@ def row_sources(
     """Return for each target row the source row it copies, -1 for rows no token uses.
 
     Named tokens are matched by name. An id that neither side names maps to itself.
-    Raises: ValueError for a token that only one side knows (`DROPPED_TOKENS` may be missing in the target).
+    Raises: DataError for a token that only one side knows (`DROPPED_TOKENS` may be missing in the target).
     """
     lost = set(source_tokens) - set(target_tokens) - DROPPED_TOKENS
     invented = set(target_tokens) - set(source_tokens)
     if lost or invented:
-        raise ValueError(
+        raise DataError(
             f"vocabularies differ: {sorted(lost)[:10]} only in the checkpoint, {sorted(invented)[:10]} only in the "
             "target; give the tokenizer the checkpoint was trained with"
         )
@@ -98,7 +99,7 @@ def convert_release_state(
 
     A tied text head may be absent; when it is present it must equal the embedding. Rows that no token uses (padding of
     the vocabulary) become zero.
-    Raises: ValueError for unknown, missing, duplicate or misshapen tensors, naming all of them.
+    Raises: DataError for unknown, missing, duplicate or misshapen tensors, naming all of them.
     """
     state: dict[str, Tensor] = {}
     for key, tensor in released.items():
@@ -112,7 +113,7 @@ def convert_release_state(
     if embedding is not None and model.config.tie_word_embeddings:
         state.setdefault("lm_head.weight", embedding)
     if model.config.tie_word_embeddings and not torch.equal(state["lm_head.weight"], state["embed_tokens.weight"]):
-        raise ValueError("released state dict: lm_head differs from embed_tokens, but tie_word_embeddings is true")
+        raise DataError("released state dict: lm_head differs from embed_tokens, but tie_word_embeddings is true")
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     problems = [f"missing {name} {expected[name]}" for name in sorted(expected.keys() - found.keys())]
@@ -120,7 +121,7 @@ def convert_release_state(
     shared = sorted(expected.keys() & found.keys())
     problems += [f"{n}: found {found[n]}, expected {expected[n]}" for n in shared if found[n] != expected[n]]
     if problems:
-        raise ValueError("released state dict does not fit the model: " + "; ".join(problems[:20]))
+        raise DataError("released state dict does not fit the model: " + "; ".join(problems[:20]))
     return state
 
 

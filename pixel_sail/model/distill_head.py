@@ -35,20 +35,41 @@ def linear_name(expert: str) -> str:
     return f"{expert}_distill_linear"
 
 
+def _draw_ours(layer: nn.Linear, generator: torch.Generator) -> None:
+    nn.init.normal_(layer.weight, std=layer.in_features**-0.5, generator=generator)
+    nn.init.zeros_(layer.bias)
+
+
+def _draw_as_torch(layer: nn.Linear, generator: torch.Generator) -> None:
+    """What `nn.Linear.reset_parameters` does, which takes no generator."""
+    bound = layer.in_features**-0.5
+    nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
+    nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+
+
+_DRAWN = {"ours": _draw_ours, "torch": _draw_as_torch}
+"""One for each of `mask_head.INITS`."""
+
+
 class DistillHead(nn.ModuleDict):
     """One linear layer per expert."""
 
-    def __init__(self, config: Architecture, sites: Mapping[str, DistillSite], *, seed: int) -> None:
-        """Draw the layers from a generator of their own each, so that no other weight depends on them."""
+    def __init__(
+        self, config: Architecture, sites: Mapping[str, DistillSite], *, seed: int, init: str = "ours"
+    ) -> None:
+        """Draw the layers from a generator of their own each, so that no other weight depends on them.
+
+        init: ours, with the variance of the states and no bias; or torch (release), the default of `nn.Linear`.
+        """
         super().__init__()
         self.site_of = {name: sites[name].site for name in sorted(sites)}
         for name in self.site_of:
             width = config.mask_dim if self.site_of[name] == "pixel_map" else config.hidden_size
             layer = nn.utils.skip_init(nn.Linear, width, sites[name].channels)
-            generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+            # A generator on the CPU takes the lower 32 bits of its seed: both must be in them.
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))
             with torch.no_grad():
-                nn.init.normal_(layer.weight, std=width**-0.5, generator=generator)
-                nn.init.zeros_(layer.bias)
+                _DRAWN[init](layer, generator)
             self[linear_name(name)] = layer
 
     def reads(self, site: str) -> list[str]:

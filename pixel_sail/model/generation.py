@@ -25,6 +25,19 @@ from pixel_sail.model.image_layout import image_span, patch_places
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.tokenization import IMAGE_TOKENS
 from pixel_sail.model.transfer import to_device
+from pixel_sail.types import DataError
+
+
+class NotFiniteError(DataError):
+    """The model's states or logits for one text are NaN or infinite, so that its answer would mean nothing."""
+
+    def __init__(self, message: str, *, request: int, question: int) -> None:
+        super().__init__(message)
+        self.request = request
+        """The number of the image among those asked about."""
+        self.question = question
+        """The number of the text among those of the image."""
+
 
 KeyValue = tuple[Tensor, Tensor]
 """Rotated keys and values of one layer, both [I, G, S, E]."""
@@ -127,7 +140,7 @@ def generate(
 
     texts: tokens of every text of every image, images in the order of the prefixes; without prefixes (text only) the
     groups are the caller's own. compiled: single tokens go through torch.compile, which takes time before the first
-    one and a C++ compiler on a CPU. Raises: ValueError for an empty text.
+    one and a C++ compiler on a CPU. Raises: ValueError for an empty text; NotFiniteError.
     """
     steps = generate_steps(model, prefixes, texts, max_new_tokens=max_new_tokens, end_ids=end_ids, compiled=compiled)
     while True:
@@ -151,7 +164,8 @@ def generate_steps(
     """Do what `generate` does, and yield after every step the tokens of all rows so far, those that fill up included;
     the lists are those that grow.
 
-    The answers are the generator's return value. Raises: ValueError for an empty text.
+    The answers are the generator's return value. Raises: ValueError for an empty text; NotFiniteError with the first
+    text whose states are not finite.
     """
     num_columns = max((len(group) for group in texts), default=0)
     if num_columns == 0:
@@ -169,8 +183,19 @@ def generate_steps(
     last = to_device(torch.tensor([max(len(text), 1) - 1 for text in padded]), model.device)
     state_RD = hidden_RTD[torch.arange(len(rows), device=model.device), last]
     for step in range(max_new_tokens):
-        next_R = model.lm_head(state_RD).argmax(-1).tolist()
-        for row, token in zip(rows, next_R, strict=True):
+        logits_RV = model.lm_head(state_RD)
+        best_R1 = logits_RV.argmax(-1, keepdim=True)
+        # NaN counts as largest, so the largest logit alone tells; it comes with the tokens, in one transfer.
+        is_finite_R1 = logits_RV.gather(-1, best_R1).isfinite()
+        chosen = torch.cat((best_R1, is_finite_R1.long()), dim=1).tolist()
+        next_R = [token for token, _ in chosen]
+        for index, (row, (token, is_finite)) in enumerate(zip(rows, chosen, strict=True)):
+            if not row.finished and not is_finite:
+                raise NotFiniteError(
+                    f"the logits of token {len(row.tokens)} of the answer are not finite",
+                    request=index // num_columns,
+                    question=index % num_columns,
+                )
             if not row.finished:
                 row.tokens.append(token)
                 row.finished = token in end_ids

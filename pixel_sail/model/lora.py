@@ -54,7 +54,8 @@ def add_lora(model: nn.Module, names: Sequence[str], *, rank: int, alpha: float,
     for name in names:
         linear = model.get_submodule(name)
         assert isinstance(linear, LINEAR), f"{name} is a {type(linear).__name__}"
-        generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+        # A generator on the CPU takes the lower 32 bits of its seed: both must be in them.
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))
         parent, _, own = name.rpartition(".")
         adapted = LoraLinear(linear, rank=rank, alpha=alpha, generator=generator)
         setattr(model.get_submodule(parent), own, adapted.train(linear.training))

@@ -19,6 +19,9 @@ from torch.nn import functional as F
 from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.upsampler import Upsampler
 
+INITS = ("ours", "torch")
+"""How new weights of the mask head and of the distillation layers are drawn: see `MaskHead.draw_weights`."""
+
 
 def two_layer(size_in: int, size_middle: int, size_out: int) -> nn.Sequential:
     """Return Linear, ReLU, Linear."""
@@ -37,12 +40,23 @@ class MaskHead(nn.Module):
         self.seg_projector = two_layer(width, channels, config.mask_dim)
 
     @torch.no_grad()
-    def draw_weights(self) -> None:
-        """Draw starting weights that keep the variance of what differs between pixels, and mask logits of order one.
+    def draw_weights(self, init: str = "ours") -> None:
+        """Draw starting weights, from the global generator.
 
-        PyTorch's defaults, which the release uses, start with biases that outweigh the signal: after two blocks nine
-        tenths of the features' energy is the same at every pixel, and the layer norms keep it so.
+        ours: the variance of what differs between pixels is kept, and mask logits are of order one.
+        torch (release): PyTorch's defaults, and all upsample blocks are copies of one. These start with biases that
+        outweigh the signal: after two blocks nine tenths of the features' energy is the same at every pixel, and the
+        layer norms keep it so.
         """
+        {"ours": self._draw_ours, "torch": self._draw_as_torch}[init]()
+
+    def _draw_as_torch(self) -> None:
+        for layer in self.modules():
+            if isinstance(layer, (nn.ConvTranspose2d, nn.Conv2d, nn.Linear)):
+                layer.reset_parameters()
+        self.upsampler.copy_first_block()
+
+    def _draw_ours(self) -> None:
         for layer in self.modules():
             if isinstance(layer, nn.ConvTranspose2d):
                 # Kernel and stride are equal, so that every output cell sees one tap of each input channel.

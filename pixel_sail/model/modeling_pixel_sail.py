@@ -10,6 +10,7 @@ Axis letters: B rows, T tokens, S patches of the batch, K values of a patch, N m
 D width, Y X cells of a mask-feature map, h w patch grid.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,21 +21,24 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pixel_sail.files import read_json
 from pixel_sail.model.attention_rules import VarlenAttention, training_rule
 from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
 from pixel_sail.model.decoder import Attention, AttentionRule, Decoder, DecoderLayer, RMSNorm, SwiGLU
 from pixel_sail.model.distill_head import DistillHead, DistillSite
 from pixel_sail.model.eve_embedding import EveEmbedding
+from pixel_sail.model.folder import MODEL_CONFIG, check_no_code, weight_files
 from pixel_sail.model.image_embedding import PatchEmbedding, PooledPrompts
 from pixel_sail.model.image_layout import image_tokens
 from pixel_sail.model.mask_head import MaskHead, PointLogits, folded_logits, mask_logits
+from pixel_sail.model.reading import check_sizes, reading, weight_shapes
 from pixel_sail.model.routed_decoder import Mixed, RoutedDecoder, TokenKinds, TwoKinds
 from pixel_sail.model.speed import Speed
 from pixel_sail.model.text_head import TextHead
 from pixel_sail.model.tokenization import IMAGE_TOKENS
 from pixel_sail.model.transfer import to_device
 from pixel_sail.model.upsampler import Upsampler
-from pixel_sail.types import SampleSpan
+from pixel_sail.types import DataError, SampleSpan
 
 
 @dataclass(kw_only=True)
@@ -110,9 +114,9 @@ class PixelSailForSegmentation(PreTrainedModel):
         elif isinstance(module, (MaskHead, EveEmbedding)):
             module.draw_weights()
 
-    def add_distill_head(self, sites: Mapping[str, DistillSite], *, seed: int) -> None:
+    def add_distill_head(self, sites: Mapping[str, DistillSite], *, seed: int, init: str = "ours") -> None:
         """Give the model a linear layer for each expert; exports leave them out."""
-        self.distill_head = DistillHead(self.config, sites, seed=seed)
+        self.distill_head = DistillHead(self.config, sites, seed=seed, init=init)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the token embedding (Hugging Face name)."""
@@ -124,7 +128,7 @@ class PixelSailForSegmentation(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load a folder written by `save_pretrained`; missing, unexpected or misshapen weights raise ValueError.
+        """Load a folder written by `save_pretrained`; missing, unexpected or misshapen weights raise DataError.
 
         Hugging Face only warns and leaves missing weights random; a score made with such a model is worthless.
         """
@@ -135,7 +139,7 @@ class PixelSailForSegmentation(PreTrainedModel):
         model, info = loaded
         problems = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
         if problems:
-            raise ValueError(f"{args[0] if args else kwargs}: the weights do not fit the model: {problems}")
+            raise DataError(f"{args[0] if args else kwargs}: the weights do not fit the model: {problems}")
         return (model, info) if wants_info else model
 
     def embed(self, input_ids_BT: Tensor, patches_SK: Tensor, patch_index_BT: Tensor, prompt_ids_BT: Tensor) -> Tensor:
@@ -426,7 +430,38 @@ def states_of_images(
 
 
 def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> PixelSailForSegmentation:
-    """Return the model of an exported folder in evaluation mode; ValueError when weights and config disagree."""
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"{folder}: no config.json; expected a folder written by training's export or save_pretrained")
-    return PixelSailForSegmentation.from_pretrained(folder, dtype=dtype).eval()
+    """Return the model of an exported folder in evaluation mode.
+
+    Raises: DataError when weights and config disagree, a file is damaged, the configuration asks for code to be run, or
+    weights are not finite.
+    """
+    folder = Path(folder)
+    remedy = "expected a folder written by training's export or save_pretrained; copy or export it anew"
+    read_json(folder / MODEL_CONFIG, {}, fail=DataError, remedy=remedy)
+    check_no_code(folder, MODEL_CONFIG)
+    weight_files(folder)
+    with reading(f"model {folder}"):
+        config = PixelSailConfig.from_pretrained(folder)
+        check_sizes(config, weight_shapes(folder), folder)
+        model: PixelSailForSegmentation = PixelSailForSegmentation.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True
+        ).eval()
+    if (name := first_not_finite(model)) is not None:
+        raise DataError(
+            f"{folder}: found NaN or infinite numbers in {name}, expected finite weights; the training that wrote them "
+            "broke down, take an earlier checkpoint"
+        )
+    return model
+
+
+def first_not_finite(model: nn.Module) -> str | None:
+    """Return the name of the first parameter or buffer with a number that is not finite, None where all are.
+
+    0.12 s per GB of float32 and 0.2 s per GB of bfloat16 on one CPU core (2 s for 3 billion parameters).
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and tensor.numel():
+            low, high = torch.aminmax(tensor)
+            if not math.isfinite(low.item()) or not math.isfinite(high.item()):
+                return name
+    return None

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from pixel_sail.model.transfer import to_device
-from pixel_sail.types import BoolMask, SizeHW
+from pixel_sail.types import BoolMask, DataError, SizeHW
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
@@ -43,7 +43,7 @@ def resized_size(size_hw: SizeHW, patch_size: int, max_long_side: int, sizing: s
     """
     height, width = size_hw
     if height < 1 or width < 1:
-        raise ValueError(f"image size {size_hw}: both sides must be at least 1 pixel")
+        raise DataError(f"image size {size_hw}: both sides must be at least 1 pixel")
     if sizing == "area":
         # The smallest n with n * patch_size >= side * max_long_side / sqrt(height * width), in whole numbers: a side
         # that comes out exactly must not be rounded up.

@@ -13,7 +13,7 @@ Base eve writes an image into the first question, in the chat template of its la
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from pixel_sail.files import check_fields, read_json
 from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.image_layout import ImageSpan, image_span
 from pixel_sail.model.patches import covered_patches, grid_size, image_to_patches, visible_owners
@@ -29,6 +30,8 @@ from pixel_sail.model.tokenization import END_TOKEN, IMAGE_TOKENS, SEG_TOKEN, TU
 from pixel_sail.types import IGNORE_LABEL, BoolMask, DataError, Example, Sample, SizeHW, VisualPrompt
 
 SETTINGS_FILE = "processor_config.json"
+MOST_PROMPTS = 10_000
+"""Visual prompts; a damaged file must not make tokens for hours."""
 QUESTION_TEMPLATE = "<|im_start|>user\n{question}<|im_end|>\n"
 """Neither a system prompt nor an assistant header, as in the release."""
 CHAT_LEAD, CHAT_QUESTION = "<|im_start|>user\n", "{question}<|im_end|>\n<|im_start|>assistant\n"
@@ -46,6 +49,25 @@ class ProcessorSettings:
     """Layout, template and resizing, see `Architecture`."""
     attention: str = "prefix"
     sizing: str = "long_side"
+
+
+def _read_settings(file: Path) -> ProcessorSettings:
+    """Return the settings of an exported folder. Raises: DataError."""
+    remedy = "expected an exported Pixel-SAIL folder; copy or export it anew"
+    sizes = ("patch_size", "max_long_side", "num_visual_prompts")
+    found = read_json(file, dict.fromkeys(sizes, int), fail=DataError, remedy=remedy)
+    texts = {name: str for name in found if name not in sizes}
+    check_fields(found, str(file), texts, fail=DataError, remedy=remedy)
+    known = {field.name for field in fields(ProcessorSettings)}
+    if unknown := sorted(found.keys() - known):
+        raise DataError(f"{file}: found {unknown}, expected {sorted(known)}; {remedy}")
+    if not (
+        found["patch_size"] > 0 and found["max_long_side"] > 0 and 0 <= found["num_visual_prompts"] <= MOST_PROMPTS
+    ):
+        raise DataError(
+            f"{file}: found {found}, expected sizes above 0 and at most {MOST_PROMPTS} visual prompts; {remedy}"
+        )
+    return ProcessorSettings(**found)
 
 
 class PixelSailProcessor:
@@ -84,11 +106,8 @@ class PixelSailProcessor:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "PixelSailProcessor":
-        """Read what `save_pretrained` wrote."""
-        file = Path(folder) / SETTINGS_FILE
-        if not file.is_file():
-            raise ValueError(f"{folder}: no {SETTINGS_FILE}; expected an exported Pixel-SAIL folder")
-        settings = ProcessorSettings(**json.loads(file.read_text()))
+        """Read what `save_pretrained` wrote. Raises: DataError."""
+        settings = _read_settings(Path(folder) / SETTINGS_FILE)
         tokenizer = load_tokenizer(folder, num_visual_prompts=settings.num_visual_prompts)
         return cls(tokenizer, settings)
 
@@ -170,11 +189,19 @@ class PixelSailProcessor:
         would have alone; otherwise the turns form one conversation, each seeing the ones before.
         Raises: DataError when masks and [SEG] tokens do not match, an answer is missing or a prompt cannot be painted.
         """
-        parts = _TokenParts()
-        patches, grid = torch.zeros(0, 3 * self.settings.patch_size**2, dtype=torch.uint8), None
-        if image is not None:
-            self._check_mask_sizes(sample, image)
-            patches, grid = self.image_patches(image)
+        size_hw = None if image is None else (image.height, image.width)
+        example = self.lay_out(sample, size_hw, independent_turns=independent_turns)
+        return example if image is None else replace(example, patches_PK=self.image_patches(image)[0])
+
+    def lay_out(self, sample: Sample, size_hw: SizeHW | None, *, independent_turns: bool) -> Example:
+        """Return a sample as tokens like `encode_sample`, from the size of its image and without pixels: P is 0.
+
+        Raises: DataError as `encode_sample`.
+        """
+        parts, grid = _TokenParts(), None
+        if size_hw is not None:
+            self._check_mask_sizes(sample, size_hw)
+            grid = self.grid_of(size_hw)
             parts.add_image(self, grid, self.paint_prompts(sample.prompts, grid, sample.sample_id))
         elif sample.prompts or any(turn.masks for turn in sample.turns):
             raise DataError(f"{sample.sample_id}: masks or visual prompts found, but the sample has no image")
@@ -185,7 +212,7 @@ class PixelSailProcessor:
         start = parts.next_position
         for index, turn in enumerate(sample.turns):
             answer_ids = [*self.text_ids(turn.answer), self.end_id]
-            first = image is not None and (index == 0 or independent_turns)
+            first = size_hw is not None and (index == 0 or independent_turns)
             question_ids = self.question_ids(turn.question, follows_image=first)
             if self.is_chat:
                 self._check_no_image_token(answer_ids, sample.sample_id)
@@ -195,18 +222,19 @@ class PixelSailProcessor:
             parts.add_text(question_ids, answer_ids, branch=index + 1 if independent_turns else 1)
             masks.extend(turn.masks)
             ignored.extend([turn.ignored] * len(turn.masks))
+        patches = torch.zeros(0, 3 * self.settings.patch_size**2, dtype=torch.uint8)
         return parts.example(sample, patches, grid, tuple(masks), tuple(ignored))
 
     @staticmethod
-    def _check_mask_sizes(sample: Sample, image: Image.Image) -> None:
+    def _check_mask_sizes(sample: Sample, size_hw: SizeHW) -> None:
         """Raise DataError unless every mask has the size of the image."""
         masks = [mask for turn in sample.turns for mask in turn.masks] + [prompt.mask for prompt in sample.prompts]
         masks += [turn.ignored for turn in sample.turns if turn.ignored is not None]
         for mask in masks:
-            if mask.shape != (image.height, image.width):
+            if mask.shape != size_hw:
                 raise DataError(
                     f"{sample.sample_id}: a mask of {mask.shape} (height, width) found, expected the image's "
-                    f"{(image.height, image.width)}; the annotations belong to another image"
+                    f"{size_hw}; the annotations belong to another image"
                 )
 
     def _check_masks(self, sample: Sample, index: int, question_ids: list[int], answer_ids: list[int]) -> None:

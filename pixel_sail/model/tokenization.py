@@ -13,6 +13,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from pixel_sail.model.folder import TOKENIZER_CONFIG, check_no_code
+from pixel_sail.model.reading import reading
 from pixel_sail.types import DataError
 
 END_TOKEN = "<|endoftext|>"
@@ -20,6 +22,10 @@ TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 IMAGE_TOKENS = ("<vision>", "<vpatch>", "</vision>")
 SEG_TOKEN = "[SEG]"
 PHRASE_TOKENS = ("<p>", "</p>")
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+TOKENIZER_FILES = ("tokenizer.json", SENTENCEPIECE_FILE, "vocab.json")
+"""One of them makes a folder a tokenizer."""
 
 
 def special_tokens(num_visual_prompts: int) -> list[str]:
@@ -29,14 +35,29 @@ def special_tokens(num_visual_prompts: int) -> list[str]:
 
 
 def load_tokenizer(path: str | Path, *, num_visual_prompts: int) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a local folder with the tokens the model needs, added where they are missing."""
-    if not Path(path).is_dir():
-        raise ValueError(
-            f"tokenizer {path}: no such folder; expected a Hugging Face tokenizer folder "
-            "(tools/make_tokenizer.py writes one)"
+    """Return the tokenizer of a local folder with the tokens the model needs, added where they are missing.
+
+    Raises: DataError when the folder is not there, cannot be read, or comes with code of its own.
+    """
+    # Without these Hugging Face makes a tokenizer of a few tokens up from config.json alone.
+    if not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+        found = "no such folder" if not Path(path).is_dir() else f"none of {TOKENIZER_FILES} in it"
+        raise DataError(
+            f"tokenizer {path}: {found}; expected a Hugging Face tokenizer folder. Download that of the base "
+            "model, or make a small one with tools/make_tokenizer.py, and name it with model.tokenizer=FOLDER"
         )
-    tokenizer = AutoTokenizer.from_pretrained(str(path))
-    add_special_tokens(tokenizer, num_visual_prompts=num_visual_prompts)
+    with reading(f"tokenizer {path}", "get its files anew"):
+        tokenizer = read_tokenizer_files(path)
+        add_special_tokens(tokenizer, num_visual_prompts=num_visual_prompts)
+    return tokenizer
+
+
+def read_tokenizer_files(folder: str | Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that Hugging Face finds in a local folder. Raises: DataError where it comes with code."""
+    check_no_code(folder, TOKENIZER_CONFIG)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=False
+    )
     return tokenizer
 
 
@@ -70,12 +91,12 @@ def model_token_ids(tokenizer: PreTrainedTokenizerBase, *, num_visual_prompts: i
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, num_visual_prompts: int) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer trained on `texts`; with no texts it has one token per byte.
 
-    Raises: ValueError when the vocabulary cannot hold the bytes and the special tokens.
+    Raises: DataError when the vocabulary cannot hold the bytes and the special tokens.
     """
     specials = special_tokens(num_visual_prompts)
     smallest = 256 + len(specials)
     if vocab_size < smallest:
-        raise ValueError(f"tokenizer: vocab_size is {vocab_size}, expected at least {smallest} (256 bytes + specials)")
+        raise DataError(f"tokenizer: vocab_size is {vocab_size}, expected at least {smallest} (256 bytes + specials)")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

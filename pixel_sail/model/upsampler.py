@@ -99,7 +99,7 @@ def doubled_bilinearly(x_ICYX: Tensor) -> Tensor:
 
 
 class Upsampler(nn.Module):
-    """`num_blocks` blocks, each with its own fresh weights (the release starts them as copies of one)."""
+    """`num_blocks` blocks, each with its own fresh weights (the release starts them as copies of one: `model.init`)."""
 
     recomputed = True
     """Whether the backward pass makes again what lies between two products (see `Speed.elementwise`)."""
@@ -113,6 +113,11 @@ class Upsampler(nn.Module):
         for block in self.blocks:
             x_ICYX = block(x_ICYX)
         return x_ICYX
+
+    def copy_first_block(self) -> None:
+        """Give all blocks the weights of the first; they stay parameters of their own."""
+        for block in self.blocks[1:]:
+            block.load_state_dict(self.blocks[0].state_dict())
 
     def channels_last(self, x_IYXC: Tensor, last: Step) -> Tensor:
         """Return `last` of the same, for channels on the last axis in and out: dense convolutions as matrix products

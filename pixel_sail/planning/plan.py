@@ -17,8 +17,10 @@ from pixel_sail.model.attention_rules import chosen_attention
 from pixel_sail.model.speed import Speed
 from pixel_sail.planning import disk, flops, memory
 from pixel_sail.planning.activations import activation_bytes
+from pixel_sail.planning.assumed import USUAL_HW, Assumptions
+from pixel_sail.planning.length import Length, length_lines
 from pixel_sail.planning.parameters import TrainingParts, parameter_counts
-from pixel_sail.planning.workload import Assumptions, Workload, mean
+from pixel_sail.planning.workload import Workload, mean
 
 PEAK_TFLOPS = {"h100": 989.0, "h200": 989.0, "a100": 312.0, "4090": 165.0, "cpu": 0.1}
 """Dense bf16 products with float32 sums, from the vendors' data sheets; cpu: an order of magnitude, two cores."""
@@ -68,16 +70,18 @@ def make_plan(
     works: Sequence[Workload],
     machine: Machine,
     *,
+    length: Length,
     assumptions: Assumptions | None,
     training_parts: TrainingParts | None = None,
 ) -> dict[str, Any]:
     """Return the plan.
 
     works: micro-batches of the configured size, from real data or assumed (then `assumptions` says how); the
-    vocabulary must be filled in. training_parts: what is trained, by default everything and without adapters.
+    vocabulary must be filled in. length: packs of a step and steps. training_parts: what is trained, by default
+    everything and without adapters.
     Raises: ConfigError when the packs of a step cannot be shared out over the GPUs.
     """
-    rows, per_step = config.data.packs_per_micro_batch, config.data.packs_per_step
+    rows, per_step = config.data.packs_per_micro_batch, length.packs_per_step
     if per_step % (machine.gpus * rows):
         raise ConfigError(
             f"data.packs_per_step is {per_step}, expected a multiple of {machine.gpus * rows}: {machine.gpus} GPUs "
@@ -101,6 +105,12 @@ def make_plan(
         "name": config.name,
         "data": {"source": "assumed" if assumptions else "measured", **_data_numbers(works, micro_batches)},
         "assumptions": asdict(assumptions) if assumptions else None,
+        "length": {
+            **asdict(length),
+            "samples_per_step": length.samples_per_step,
+            "passes": length.passes,
+            "lines": length_lines(length),
+        },
         "parameters": {**counts, "total": num_parameters, "trained": own.trained},
         "flops": {
             "forward": parts,
@@ -112,11 +122,11 @@ def make_plan(
         },
         "time": {
             **asdict(machine),
-            "steps": config.optim.steps,
+            "steps": length.steps,
             "step_seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            "hours": config.optim.steps * seconds / 3600,
-            "gpu_hours": config.optim.steps * seconds / 3600 * machine.gpus,
+            "hours": length.steps * seconds / 3600,
+            "gpu_hours": length.steps * seconds / 3600 * machine.gpus,
         },
         "memory": _memory_rows(config, works, machine, num_parameters, own.trained),
         "disk": _disk(config, counts, own.trained, assumptions or Assumptions()),
@@ -217,7 +227,7 @@ def _disk(config: TrainConfig, counts: dict[str, int], trained: int, assumptions
         "checkpoints_kept": config.checkpoint.keep,
         "run_folder": disk.run_folder_bytes(checkpoint, exported=exported, keep=config.checkpoint.keep),
         "expert_cache_per_100k_images": disk.all_cache_bytes(
-            config.model.architecture, config.experts, assumptions.photo_hw, 100_000
+            config.model.architecture, config.experts, assumptions.photo_hw or USUAL_HW, 100_000
         ),
     }
 
@@ -227,9 +237,13 @@ def plan_text(plan: dict[str, Any]) -> str:
     data, time, counts, work = plan["data"], plan["time"], plan["parameters"], plan["flops"]
     lines = [f"run {plan['name']}", "", "parameters"]
     lines += [f"  {name:20}{count:>16,}" for name, count in counts.items() if count]
+    lines += ["", "length", *(f"  {line}" for line in plan["length"]["lines"])]
     lines += ["", f"one step, {data['source']}" + ("" if data["source"] == "assumed" else " on the data")]
     if plan["assumptions"]:
-        lines += ["  assumed: " + ", ".join(f"{key}={value}" for key, value in plan["assumptions"].items())]
+        lines += [
+            "  assumed: "
+            + ", ".join(f"{key}={'COCO' if value is None else value}" for key, value in plan["assumptions"].items())
+        ]
     lines += [
         f"  {data['tokens']:,.0f} tokens in {data['samples']:,.0f} samples, {data['images']:,.0f} images, "
         f"{data['masks']:,.0f} masks",

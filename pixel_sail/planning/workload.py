@@ -1,7 +1,7 @@
 """What one micro-batch holds: the numbers that FLOPs and memory depend on.
 
 Place in the flow: `plan.py` takes `Workload`s either from real batches (`of_batch`) or from stated assumptions
-(`assumed`), averages over them, and says which. One row with five pictures of 480 x 640 and 100 text tokens each:
+(`assumed.py`), averages over them, and says which. One row with five pictures of 480 x 640 and 100 text tokens each:
 
     Workload(rows=1, tokens_per_row=6510, images=(ImageLoad(rows=30, columns=40, masks=4, photo_hw=(480, 640)), ...),
              supervised=250, samples=5, real_tokens=6510, seen_pairs=7850270, computed_pairs=7875020,
@@ -14,9 +14,6 @@ import torch
 from torch import Tensor
 
 from pixel_sail.model.attention_rules import calls_of
-from pixel_sail.model.configuration_pixel_sail import Architecture
-from pixel_sail.model.image_layout import image_tokens
-from pixel_sail.model.patches import grid_size
 from pixel_sail.model.spans import sample_spans
 from pixel_sail.types import IGNORE_LABEL, Batch, Example, SizeHW
 
@@ -59,60 +56,6 @@ class Workload:
     def num_masks(self) -> int:
         """Return the masks of all images."""
         return sum(image.masks for image in self.images)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Assumptions:
-    """What is taken for granted where no data is at hand."""
-
-    photo_hw: SizeHW = (480, 640)
-    """Most COCO photographs have this size or its turn."""
-    text_tokens: int = 100
-    """Of one sample, questions and answers together."""
-    supervised_share: float = 0.5
-    """Of the text tokens."""
-    masks_per_image: int = 4
-    images_with_masks: float = 0.6
-    """Share of the images that have masks."""
-    filled: float = 0.95
-    """Share of a pack's slots that hold a token."""
-
-
-def assumed(architecture: Architecture, token_budget: int, rows: int, assumptions: Assumptions) -> Workload:
-    """Return a micro-batch of equal samples, at least one in every row."""
-    grid = grid_size(assumptions.photo_hw, architecture.patch_size, architecture.max_long_side, architecture.sizing)
-    image = image_tokens(architecture.base, grid)
-    length = image + assumptions.text_tokens
-    is_prefix = architecture.attention == "prefix"
-    per_row = max(int(token_budget * assumptions.filled) // length, 1)
-    num_images = per_row * rows
-    with_masks = round(num_images * assumptions.images_with_masks)
-    images = tuple(
-        ImageLoad(
-            rows=grid[0],
-            columns=grid[1],
-            masks=assumptions.masks_per_image if index < with_masks else 0,
-            photo_hw=assumptions.photo_hw,
-        )
-        for index in range(num_images)
-    )
-    return Workload(
-        rows=rows,
-        tokens_per_row=per_row * length,
-        images=images,
-        supervised=num_images * round(assumptions.text_tokens * assumptions.supervised_share),
-        samples=num_images,
-        real_tokens=num_images * length,
-        seen_pairs=num_images
-        * (prefix_pairs(image, assumptions.text_tokens) if is_prefix else length * (length + 1) // 2),
-        computed_pairs=num_images * ((length - assumptions.text_tokens) ** 2 + assumptions.text_tokens * length),
-        computed_keys=num_images * (2 * length - assumptions.text_tokens),
-    )
-
-
-def prefix_pairs(image_tokens: int, text_tokens: int) -> int:
-    """Return the visible pairs of one sample: all within the image, text sees the image and its own past."""
-    return image_tokens**2 + text_tokens * image_tokens + text_tokens * (text_tokens + 1) // 2
 
 
 def of_batch(batch: Batch) -> Workload:

@@ -23,13 +23,14 @@ def checked_config(job: Job) -> TrainConfig:
     try:
         config = load_config("train", TrainConfig, [*job.overrides, f"name='{job.name}'"])
         PixelSailConfig.from_architecture(config.model.architecture)
-        # What one process cannot share out evenly, several cannot either.
-        LaneShare(
-            packs_per_step=config.data.packs_per_step,
-            rank=0,
-            world_size=1,
-            packs_per_micro_batch=config.data.packs_per_micro_batch,
-        )
+        if config.data.packs_per_step is not None:
+            # What one process cannot share out evenly, several cannot either.
+            LaneShare(
+                packs_per_step=config.data.packs_per_step,
+                rank=0,
+                world_size=1,
+                packs_per_micro_batch=config.data.packs_per_micro_batch,
+            )
         for name, node in config.data.sources.items():
             _check_node(node, f"data.sources.{name}")
         for name, node in config.evals.items():

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 from pixel_sail.config import ConfigError, TrainConfig, load_config
+from pixel_sail.entry import one_message
 from pixel_sail.files import replace_text
 from pixel_sail.sweep.checks import check_evaluation, checked_config
 from pixel_sail.sweep.grid import Job, expand
@@ -59,33 +60,30 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, overrides
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a sweep; return 0 when every job is finished, 1 when one failed, 85 when it was told to stop, 2 for wrong
     input."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    try:
-        options, overrides = parse(sys.argv[1:] if arguments is None else arguments)
-        jobs = expand(overrides)
-        # All of them before the first job starts.
-        configs = [checked_config(job) for job in jobs]
-        named = load_config("train", TrainConfig, [*jobs[0].overrides, *_default_name(jobs[0])]).name
-        folder = options.folder or Path(configs[0].paths.runs) / "sweeps" / named
-        launcher = tuple(shlex.split(options.launcher)) or (sys.executable,)
-        settings = Settings(folder=folder.resolve(), launcher=launcher, evaluate=tuple(shlex.split(options.evaluate)))
-        if settings.evaluate:
-            check_evaluation(settings.evaluate)
-        if options.list:
-            print("\n".join(f"{job.name}: {' '.join(job.overrides)}" for job in jobs))
-            return 0
-        _check_records(jobs, settings)
-        _note(jobs, settings)
-        if options.slurm is not None:
-            outcomes = run_through_slurm(jobs, settings, shlex.split(options.slurm))
-        else:
-            outcomes = run_here(jobs, settings, num_at_once=options.jobs)
-    except ConfigError as error:
-        print(f"ConfigError: {error}", file=sys.stderr)
-        return 2
+    options, overrides = parse(sys.argv[1:] if arguments is None else arguments)
+    jobs = expand(overrides)
+    # All of them before the first job starts.
+    configs = [checked_config(job) for job in jobs]
+    named = load_config("train", TrainConfig, [*jobs[0].overrides, *_default_name(jobs[0])]).name
+    folder = options.folder or Path(configs[0].paths.runs) / "sweeps" / named
+    launcher = tuple(shlex.split(options.launcher)) or (sys.executable,)
+    settings = Settings(folder=folder.resolve(), launcher=launcher, evaluate=tuple(shlex.split(options.evaluate)))
+    if settings.evaluate:
+        check_evaluation(settings.evaluate)
+    if options.list:
+        print("\n".join(f"{job.name}: {' '.join(job.overrides)}" for job in jobs))
+        return 0
+    _check_records(jobs, settings)
+    _note(jobs, settings)
+    if options.slurm is not None:
+        outcomes = run_through_slurm(jobs, settings, shlex.split(options.slurm))
+    else:
+        outcomes = run_here(jobs, settings, num_at_once=options.jobs)
     print(summary(outcomes, settings.folder))
     if any(outcome.status in ("interrupted", "not started") for outcome in outcomes):
         return SAVED_STATUS

@@ -1,9 +1,9 @@
 """Model and processor from the config.
 
 Place in the flow: `training/loop.py` calls `build_model` before the accelerator wraps anything. Starting weights are
-random, drawn from the run's seed, or come from an exported folder. There the decoder and the vocabulary must be those
-that are configured; what has no weights is as configured, and parts of another design are drawn anew where
-`model.init_fresh` allows it. For example an upsampler of one block on a base with two:
+random, drawn from the run's seed as `model.init` says, or come from an exported folder. There the decoder and the
+vocabulary must be those that are configured; what has no weights is as configured, and parts of another design are
+drawn anew where `model.init_fresh` allows it. For example an upsampler of one block on a base with two:
 
     build_model(ModelConfig(init_from="runs/base", init_fresh=["mask_head"],
                             architecture=Architecture(mask_stride=8, ...), ...), seed=0, experts={})
@@ -27,6 +27,7 @@ from pixel_sail.model.lora import LINEAR, add_lora
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, load_model
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.tokenization import load_tokenizer, model_token_ids
+from pixel_sail.types import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -59,21 +60,34 @@ def build_model(
     wanted = PixelSailConfig.from_architecture(architecture)
     processor = PixelSailProcessor.for_model(tokenizer, wanted)
     if config.init_from is None:
-        set_seed(seed)
-        model = PixelSailForSegmentation(wanted)
+        model = _drawn(wanted, init=config.init, seed=seed)
     else:
         model = _load_start(config, wanted, seed=seed)
-    add_training_parts(model, config.lora, seed=seed, experts=experts)
+    add_training_parts(model, config.lora, seed=seed, experts=experts, init=config.init)
     return model.train(), processor
 
 
+def _drawn(wanted: PixelSailConfig, *, init: str, seed: int) -> PixelSailForSegmentation:
+    """Return a model with random weights; what `init` says nothing about is the same for each."""
+    set_seed(seed)
+    model = PixelSailForSegmentation(wanted)
+    if init != "ours":
+        model.mask_head.draw_weights(init)
+    return model
+
+
 def add_training_parts(
-    model: PixelSailForSegmentation, lora: LoraConfig, *, seed: int, experts: Mapping[str, ExpertSettings]
+    model: PixelSailForSegmentation,
+    lora: LoraConfig,
+    *,
+    seed: int,
+    experts: Mapping[str, ExpertSettings],
+    init: str = "ours",
 ) -> None:
     """Give a model what only training needs: a linear layer for each expert, and low-rank adapters."""
     if experts:
         sites = {name: DistillSite(site=own.site, channels=own.channels) for name, own in experts.items()}
-        model.add_distill_head(sites, seed=seed)
+        model.add_distill_head(sites, seed=seed, init=init)
     if lora.rank:
         add_lora(model, lora_targets(model, lora), rank=lora.rank, alpha=lora.alpha, seed=seed)
 
@@ -93,14 +107,19 @@ def _load_start(config: ModelConfig, wanted: PixelSailConfig, *, seed: int) -> P
     name it; ValueError when its weights are not those that its own config.json asks for.
     """
     assert config.init_from is not None
-    start = load_model(Path(config.init_from), dtype=torch.float32)
     where = f"model.init_from {config.init_from}"
+    try:
+        start = load_model(Path(config.init_from), dtype=torch.float32)
+    except DataError as error:
+        raise ConfigError(f"{where}: {error}") from error
     differing = {
         name: (getattr(start.config, name), value)
         for name, value in vars(config.architecture).items()
         if getattr(start.config, name) != value
     }
     if not differing:
+        if config.init != "ours":
+            logger.info("%s: all weights are taken, model.init=%s draws none of them", where, config.init)
         return start
     fixed = {name: pair for name, pair in differing.items() if name not in (*SETTINGS, *DESIGN)}
     if fixed:
@@ -123,8 +142,7 @@ def _load_start(config: ModelConfig, wanted: PixelSailConfig, *, seed: int) -> P
     kept = {name: tensor for name, tensor in weights.items() if not any(_is_of(part, name) for part in unfit)}
     drawn = {}
     if unfit:
-        set_seed(seed)
-        fresh = PixelSailForSegmentation(PixelSailConfig.from_architecture(small)).state_dict()
+        fresh = _drawn(PixelSailConfig.from_architecture(small), init=config.init, seed=seed).state_dict()
         drawn = {name: tensor for name, tensor in fresh.items() if any(_is_of(part, name) for part in unfit)}
     logger.info("%s: (found, configured) differ in %s", where, differing)
     logger.info("%s: left out %s, drawn anew %s", where, sorted(weights.keys() - kept.keys()), sorted(drawn))

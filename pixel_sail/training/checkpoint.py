@@ -14,22 +14,33 @@ whole.
 
 import json
 import logging
-import os
-import shutil
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pixel_sail import dist
 from pixel_sail.data.packing import LanePosition
-from pixel_sail.files import sha256
+from pixel_sail.errors import ExpectedError
+from pixel_sail.files import (
+    WRITING,
+    check_fields,
+    read_json,
+    reason_of,
+    recover_folder,
+    replace_folder,
+    sha256,
+    writing,
+)
 from pixel_sail.model.distill_head import PREFIX as DISTILL_HEAD
 from pixel_sail.model.lora import fold_lora
 from pixel_sail.training.average import AVERAGE, update_average
@@ -46,7 +57,7 @@ DATA_FILES = "data_files"
 logger = logging.getLogger(__name__)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ExpectedError, RuntimeError):
     """A checkpoint is damaged or belongs to another run."""
 
 
@@ -101,12 +112,25 @@ def latest(folder: Path) -> Path | None:
 def latest_step(folder: Path) -> int:
     """Return the step of the newest complete checkpoint, 0 where there is none."""
     found = latest(folder)
-    return 0 if found is None else int(found.name.removeprefix("step_"))
+    return 0 if found is None else step_of(found.name)
+
+
+def checkpoint_name(step: int) -> str:
+    """Return what the checkpoint of a step is called."""
+    return f"step_{step:08d}"
+
+
+def step_of(name: str) -> int:
+    """Return the step of a checkpoint's name, -1 for any other: copies that somebody keeps under a name like
+    `step_00000500_best` are no checkpoints of the run."""
+    found = re.fullmatch(r"step_([0-9]{8,})", name)
+    return int(found[1]) if found and checkpoint_name(int(found[1])) == name else -1
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if is_complete(path))
+    found = [path for path in folder.glob("step_*") if step_of(path.name) >= 0 and is_complete(path)]
+    return sorted(found, key=lambda path: step_of(path.name))
 
 
 def is_complete(path: Path) -> bool:
@@ -115,16 +139,23 @@ def is_complete(path: Path) -> bool:
 
 
 def read(
-    path: Path, config: dict[str, Any], *, allow_changed_data: bool = False
+    path: Path,
+    config: dict[str, Any],
+    *,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    allow_changed_data: bool = False,
 ) -> tuple[TrainState, dict[str, Tensor], dict[str, Tensor]]:
     """Return state, parameters and moments of a checkpoint.
 
-    Raises: CheckpointError when a file differs from its hash, the run was configured otherwise, or (unless allowed)
-    had other data.
+    `defaults`: what a key counts as that a configuration lacks, as that of a run does which is older than the key.
+    Raises: CheckpointError when a file differs from its hash or holds something else than it should, the run was
+    configured otherwise, or (unless allowed) had other data.
     """
     verify(path)
-    saved = json.loads((path / STATE).read_text())
-    differing = dict(differing_leaves(saved["config"], json.loads(json.dumps(config))))
+    saved = read_json(path / STATE, {"config": dict, "train_state": dict}, fail=CheckpointError, remedy=_GO_BACK)
+    state = _train_state(saved["train_state"], path)
+    then, now = (with_defaults(given, defaults) for given in (saved["config"], config))
+    differing = dict(differing_leaves(then, json.loads(json.dumps(now))))
     changed = {key: differing.pop(key) for key in list(differing) if key.split(".")[0] == DATA_FILES}
     if changed and not allow_changed_data:
         raise CheckpointError(
@@ -138,52 +169,159 @@ def read(
             f"{path}: the run was started with another configuration; (saved, now): {differing}. "
             "Choose another run_dir, or go back to the saved values"
         )
-    fields = saved["train_state"]
-    lanes = tuple(LanePosition(next=lane["next"], waiting=tuple(lane["waiting"])) for lane in fields["lanes"])
-    state = TrainState(
+    return state, read_tensors(path / MODEL), read_tensors(path / OPTIMIZER)
+
+
+def _train_state(fields: Any, path: Path) -> TrainState:
+    """Return where a run stands, from what its checkpoint says. Raises: CheckpointError."""
+    where, rules = f"{path / STATE}: train_state", {"fail": CheckpointError, "remedy": _GO_BACK}
+    kinds = {"step": int, "lanes": list, "num_skipped": int, "source_sums": list}
+    check_fields(fields, where, kinds, **rules)
+    if fields["step"] != step_of(path.name) or fields["num_skipped"] < 0:
+        raise CheckpointError(
+            f"{where}: found step {fields['step']} and {fields['num_skipped']} samples left out, expected the step of "
+            f"{path.name} and no negative number; {_GO_BACK}"
+        )
+    sums = fields["source_sums"]
+    if not all(isinstance(row, list) and all(map(_is_number, row)) for row in sums):
+        raise CheckpointError(f"{where}: found source_sums {str(sums)[:200]}, expected lists of numbers; {_GO_BACK}")
+    return TrainState(
         step=fields["step"],
-        lanes=lanes,
+        lanes=read_lanes(fields["lanes"], where, **rules),
         num_skipped=fields["num_skipped"],
-        source_sums=tuple(tuple(row) for row in fields["source_sums"]),
+        source_sums=tuple(tuple(row) for row in sums),
     )
-    return state, load_file(path / MODEL), load_file(path / OPTIMIZER)
+
+
+def read_lanes(lanes: Sequence[Any], where: str, *, fail: type[ExpectedError], remedy: str) -> tuple[LanePosition, ...]:
+    """Return positions of lanes from JSON. Raises: `fail`."""
+    for number, lane in enumerate(lanes):
+        own = f"{where}: lane {number}"
+        check_fields(lane, own, {"next": int, "waiting": list}, fail=fail, remedy=remedy)
+        numbers = [lane["next"], *lane["waiting"]]
+        if not all(_is_number(value) and isinstance(value, int) and value >= 0 for value in numbers):
+            raise fail(f"{own}: found {str(numbers)[:200]}, expected positions from 0; {remedy}")
+    return tuple(LanePosition(next=lane["next"], waiting=tuple(lane["waiting"])) for lane in lanes)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_fits(path: Path, state: TrainState, start: TrainState) -> None:
+    """Raise CheckpointError unless a state is about as many lanes, sources and numbers as the start of the run."""
+    sizes = [(len(own.lanes), [len(row) for row in own.source_sums]) for own in (state, start)]
+    if sizes[0] != sizes[1]:
+        raise CheckpointError(
+            f"{path / STATE}: (lanes, sums of each source) found {sizes[0]}, expected {sizes[1]}; {_GO_BACK}"
+        )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file of a checkpoint, all float32. Raises: CheckpointError."""
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: found no safetensors ({reason_of(error)}); {_GO_BACK}") from error
+    if others := {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype != torch.float32}:
+        raise CheckpointError(f"{path}: found {str(others)[:300]}, expected float32; {_GO_BACK}")
+    return tensors
 
 
 def verify(path: Path) -> None:
     """Compare every file of a checkpoint with its hash. Raises: CheckpointError for one that differs or is missing."""
     for name, expected in _manifest(path).items():
-        found = sha256(path / name)
-        if found != expected:
-            raise CheckpointError(
-                f"{path / name}: sha256 {found[:12]}.. found, {expected[:12]}.. expected from {MANIFEST}; the file was "
-                f"damaged or changed. {_GO_BACK}"
-            )
+        _verify_file(path / name, expected)
+
+
+def _verify_file(file: Path, expected: str) -> None:
+    found = sha256(file)
+    if found != expected:
+        raise CheckpointError(
+            f"{file}: sha256 {found[:12]}.. found, {expected[:12]}.. expected from {MANIFEST}; the file was "
+            f"damaged or changed. {_GO_BACK}"
+        )
+
+
+def saved_config(path: Path) -> dict[str, Any]:
+    """Return the configuration that a checkpoint belongs to. Raises: CheckpointError as `verify`, for this file."""
+    _verify_file(path / STATE, _manifest(path)[STATE])
+    config: dict[str, Any] = json.loads((path / STATE).read_text())["config"]
+    return config
 
 
 def _manifest(path: Path) -> dict[str, str]:
     """Return the hash of each file of a checkpoint. Raises: CheckpointError when one of them is not there."""
     names = {MODEL, OPTIMIZER, STATE}
     missing = sorted(name for name in {MANIFEST, *names} if not (path / name).is_file())
-    try:
-        manifest = {} if missing else json.loads((path / MANIFEST).read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path / MANIFEST}: {error}; {_GO_BACK}") from error
+    manifest: dict[str, Any] = {}
+    if not missing:
+        manifest = read_json(path / MANIFEST, {}, fail=CheckpointError, remedy=_GO_BACK)
     if missing or set(manifest) != names:
         raise CheckpointError(
             f"{path}: files {missing} are missing, {MANIFEST} has hashes of {sorted(manifest)}, expected all of "
             f"{sorted(names)}; {_GO_BACK}"
         )
+    check_fields(manifest, str(path / MANIFEST), dict.fromkeys(names, str), fail=CheckpointError, remedy=_GO_BACK)
     return manifest
 
 
-def load_parameters(model: nn.Module, parameters: dict[str, Tensor]) -> None:
-    """Copy saved parameters into a model that is not wrapped yet; names must agree exactly."""
+def load_parameters(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    """Copy saved parameters into a model that is not wrapped yet; names and shapes must agree exactly.
+
+    Raises: CheckpointError.
+    """
     own = dict(model.named_parameters())
-    if own.keys() != parameters.keys():
-        raise CheckpointError(f"parameters differ: {sorted(own.keys() ^ parameters.keys())[:10]}")
+    check_shapes("parameters", parameters, {name: parameter.shape for name, parameter in own.items()})
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(parameters[name])
+
+
+def check_moments(model: nn.Module, moments: Mapping[str, Tensor], *, is_averaged: bool) -> None:
+    """Raise CheckpointError unless saved moments (and averages) are those of a model that is not wrapped yet."""
+    keys = (*MOMENTS, AVERAGE) if is_averaged else MOMENTS
+    trained = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
+    check_shapes("moments", moments, {f"{key}.{name}": shape for key in keys for name, shape in trained.items()})
+
+
+def check_shapes(what: str, found: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
+    """Raise CheckpointError unless there is a tensor of each name and shape, and no other: a copy would broadcast."""
+    names = sorted(found.keys() ^ expected.keys())
+    if names:
+        raise CheckpointError(
+            f"{what} differ in {len(names)} names, found alone or expected alone: {names[:10]}; the checkpoint is of "
+            f"another model or damaged. {_GO_BACK}"
+        )
+    shapes = {name: (tuple(found[name].shape), tuple(expected[name])) for name in expected}
+    if others := {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}:
+        raise CheckpointError(
+            f"{what}: (found, expected) shapes differ in {len(others)}: {dict(list(others.items())[:5])}; the "
+            f"checkpoint is of another model or damaged. {_GO_BACK}"
+        )
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of tensors with a NaN or an infinite value."""
+    # A sum in float64 cannot overflow, and is finite exactly where all of a float32 tensor is.
+    return [name for name, tensor in tensors.items() if not torch.isfinite(tensor.sum(dtype=torch.float64))]
+
+
+def condition(checkpoint: Path | None) -> str:
+    """Return what is known about the numbers in a checkpoint, and what to do with it, after a step that failed."""
+    if checkpoint is None:
+        return "there is no checkpoint yet"
+    try:
+        with safe_open(checkpoint / MODEL, framework="pt") as file:
+            names = list(file.keys())
+            highest = max((float(file.get_tensor(name).abs().max()) for name in names), default=0.0)
+    except (SafetensorError, OSError) as error:
+        return f"the last checkpoint, {checkpoint.name}, cannot be read ({reason_of(error)}): {_GO_BACK}"
+    return (
+        f"the weights of the last checkpoint, {checkpoint.name}, are finite, the largest is {highest:.3g}. Where the "
+        "run fails again, these weights are the cause: delete this checkpoint folder to continue from the one before, "
+        "or begin a new run with a lower optim.lr"
+    )
 
 
 def keep_given_values(model: nn.Module) -> None:
@@ -230,15 +368,20 @@ def export(folder: Path, model: nn.Module, optimizer: Optimizer, accelerator: Ac
     """
     state = _plain_weights(model, optimizer, accelerator)
     if dist.rank() == 0:
-        working = folder.with_name(f".writing_{folder.name}")
-        shutil.rmtree(working, ignore_errors=True)
         plain = accelerator.unwrap_model(model)
         plain.config.averaged_weights = AVERAGE in _state_keys(optimizer)
-        plain.save_pretrained(working, state_dict={name: _host_copy(tensor) for name, tensor in state.items()})
-        processor.save_pretrained(working)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(working, folder)
+        write_export(folder, plain, processor, {name: _host_copy(tensor) for name, tensor in state.items()})
     dist.barrier()
+
+
+def write_export(folder: Path, model: Any, processor: Any, weights: dict[str, Tensor]) -> None:
+    """Write a plain Hugging Face folder in place of an older one. Raises: WriteError; the older one is whole then."""
+    recover_folder(folder)
+    working = folder.with_name(f"{WRITING}{folder.name}")
+    with writing(folder):
+        model.save_pretrained(working, state_dict=weights)
+        processor.save_pretrained(working)
+    replace_folder(working, folder)
 
 
 def _plain_weights(model: nn.Module, optimizer: Optimizer, accelerator: Accelerator) -> dict[str, Tensor]:
@@ -254,6 +397,17 @@ def _plain_weights(model: nn.Module, optimizer: Optimizer, accelerator: Accelera
     }
     whole = fold_lora(plain, {name: tensor.detach().clone() for name, tensor in whole.items()})
     return {name: tensor for name, tensor in whole.items() if not name.startswith(DISTILL_HEAD)}
+
+
+def with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a nested configuration with the defaults of keys that it lacks."""
+    both = {key: default for key, default in defaults.items() if key not in config}
+    for key, value in config.items():
+        default = defaults.get(key)
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            value = with_defaults(value, default)
+        both[key] = value
+    return both
 
 
 def differing_leaves(saved: Any, now: Any, path: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pixel_sail import dist
-from pixel_sail.files import flush, sha256
+from pixel_sail.files import WRITING, flush, remove_folder, sha256, writing
 from pixel_sail.training.checkpoint import (
     MANIFEST,
     MARKER,
@@ -38,15 +38,18 @@ from pixel_sail.training.checkpoint import (
     STATE,
     CheckpointError,
     TrainState,
+    checkpoint_name,
     collect,
     complete_checkpoints,
     is_complete,
     latest,
+    not_finite,
+    step_of,
 )
 
 logger = logging.getLogger(__name__)
 
-WRITING, DELETING = ".writing_", ".deleting_"
+DELETING = ".deleting_"
 
 PENDING, WRITTEN, FAILED = 0, 1, 2
 
@@ -132,15 +135,23 @@ def write_checkpoint(
 ) -> Path:
     """Write the checkpoint of `state.step` under `folder`, then delete all but the newest `keep` complete ones.
 
-    Raises: CheckpointError when the disk refuses; what was written so far is removed.
+    Raises: CheckpointError when the disk refuses, or a value is not finite; what was written so far is removed.
     """
-    final = folder / f"step_{state.step:08d}"
+    final = folder / checkpoint_name(state.step)
     if is_complete(final):
         return final
+    if broken := not_finite({**parameters, **moments}):
+        found = latest(folder)
+        raise CheckpointError(
+            f"{final}: not written: {len(broken)} tensors are not finite, among them {broken[:5]}; "
+            + (f"{found.name} is the last that is. " if found else "there is no checkpoint yet. ")
+            + "Where the same command ends here again, begin a new run with a lower optim.lr, or delete that one to "
+            "continue from the one before"
+        )
     working = folder / f"{WRITING}{final.name}"
     try:
         _delete(final)
-        shutil.rmtree(working, ignore_errors=True)
+        remove_folder(working)
         working.mkdir(parents=True)
         save_file(dict(parameters), working / MODEL)
         save_file(dict(moments), working / OPTIMIZER)
@@ -170,21 +181,23 @@ def write_checkpoint(
 
 def superseded(folder: Path, newest: Path, keep: int) -> list[Path]:
     """Return the complete checkpoints that `keep` others, up to and with `newest`, make dispensable."""
-    return [path for path in complete_checkpoints(folder) if path.name <= newest.name][:-keep]
+    return [path for path in complete_checkpoints(folder) if step_of(path.name) <= step_of(newest.name)][:-keep]
 
 
 def remove_unfinished(folder: Path) -> None:
     """Delete folders that a process was writing or deleting when it died."""
     for prefix in (WRITING, DELETING):
         for path in folder.glob(f"{prefix}step_*"):
-            logger.info("removing %s, left by a run that died while writing or deleting it", path)
-            shutil.rmtree(path)
+            if step_of(path.name.removeprefix(prefix)) >= 0:
+                logger.info("removing %s, left by a run that died while writing or deleting it", path)
+                with writing(path):
+                    shutil.rmtree(path)
 
 
 def _delete(checkpoint: Path) -> None:
     """Delete a checkpoint; it loses its name first, so that no half of it is ever taken for a whole."""
     if checkpoint.exists():
         doomed = checkpoint.with_name(f"{DELETING}{checkpoint.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
+        remove_folder(doomed)
         os.replace(checkpoint, doomed)
         shutil.rmtree(doomed)

@@ -10,20 +10,20 @@ With `action: stop` the step is saved and the run ends. Started again, it ends a
 the band is changed.
 """
 
-import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pixel_sail import dist
 from pixel_sail.config import BandConfig
-from pixel_sail.training.log import RunLog
+from pixel_sail.errors import ExpectedError
+from pixel_sail.training.log import RunLog, lines_up_to
 
 logger = logging.getLogger(__name__)
 
 
-class LeftCorridorError(RuntimeError):
+class LeftCorridorError(ExpectedError, RuntimeError):
     """A number of the run is not where it was expected, and its band says stop."""
 
 
@@ -39,7 +39,7 @@ class Corridor:
         self._open = dict(bands)
         if not bands:
             return
-        past = list(_lines(log_file, last=start)) if dist.rank() == 0 else []
+        past = lines_up_to(log_file, start) if dist.rank() == 0 else []
         for line in dist.gather_objects(past)[0]:
             stop = self._stop(self._judge(line["step"], line))
             if stop is not None:
@@ -82,12 +82,3 @@ class Corridor:
 
     def _stop(self, findings: Mapping[str, str]) -> str | None:
         return next((finding for name, finding in findings.items() if self._bands[name].action == "stop"), None)
-
-
-def _lines(path: Path, *, last: int) -> Iterator[dict[str, Any]]:
-    """Yield the whole lines of a log up to a step."""
-    for text in path.read_text().splitlines(keepends=True) if path.is_file() else ():
-        if text.endswith("\n"):
-            line = json.loads(text)
-            if line["step"] <= last:
-                yield line

@@ -3,11 +3,15 @@
 Place in the flow: `scripts/train.py --dry-run` prints what `dry_run` returns, on rank 0 of as many processes as were
 launched:
 
+    an epoch: 2,910 samples; 1.00 of them in a pack (standard error 0.0 %, from 1,024 samples)
+    a step: 16 packs, 16.0 samples expected
+    the run: 1,650 steps, 9.072 passes
     step 1: total 3.43, text 0.61, bce 0.54, dice 0.87, grad_norm 18.5
             16 samples, 878 tokens (1.8 % padding), 40 masks
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,19 +21,25 @@ from pixel_sail.config import TrainConfig
 from pixel_sail.data.loader import StepData
 from pixel_sail.data.mixture import Mixture
 from pixel_sail.planning.disk import checkpoint_bytes
+from pixel_sail.planning.length import length_lines
 from pixel_sail.training.meter import peak_memory_bytes
 from pixel_sail.training.optim import set_learning_rate
-from pixel_sail.training.prepare import prepare, step_data
+from pixel_sail.training.prepare import measure_length, prepare, step_data
 from pixel_sail.training.schedule import learning_rate
-from pixel_sail.training.step import StepReport, optimizer_step
+from pixel_sail.training.step import SOURCE_COLUMNS, StepReport, optimizer_step
+
+SHOWN_POSITIONS = 1024
+"""Positions of the stream that are looked at where only the answer depends on them."""
 
 
 def dry_run(config: TrainConfig) -> list[str]:
     """Make the next step of a run and forget it; return what is to be said about it, on every rank.
 
-    Raises: what `training.loop.train` raises before and in its first step.
+    Raises: what `training.loop.train` raises before and in its first step, and for samples it would soon come to.
     """
     run = prepare(config, lock=False)
+    config = run.config
+    length = run.length or measure_length(config, run.mixture, run.processor, max_positions=SHOWN_POSITIONS)
     data = step_data(run)
     started = time.monotonic()
     now = next(data)
@@ -53,7 +63,8 @@ def dry_run(config: TrainConfig) -> list[str]:
         f"{config.run_dir}",
         *_start_lines(config, run.found, run.num_parameters, run.num_trained),
         *_data_lines(run.mixture, now),
-        *_step_lines(report, run.state.step + 1),
+        *length_lines(length),
+        *_step_lines(report, run.state.step + 1, run.mixture.names),
         f"time of this first step, later ones are faster: {has_data - started:.1f} s waiting for data, "
         f"{done - has_data:.1f} s computing",
         *_memory_lines(device),
@@ -72,18 +83,22 @@ def _start_lines(config: TrainConfig, found: Path | None, num_parameters: int, n
 
 def _data_lines(mixture: Mixture, step_data: StepData) -> list[str]:
     sizes = ", ".join(f"{name} {len(source)}" for name, source in zip(mixture.names, mixture.sources, strict=True))
-    skipped = [f"  left out: {skip.source}, position {skip.position}: {skip.reason}" for skip in step_data.skipped]
+    everywhere = [skip for own in dist.gather_objects(step_data.skipped) for skip in own]
+    skipped = [f"  left out: {skip.source}, position {skip.position}: {skip.reason}" for skip in everywhere]
     return [f"data: items of each source: {sizes}; {mixture.epoch_length} samples in an epoch", *skipped]
 
 
-def _step_lines(report: StepReport, step: int) -> list[str]:
+def _step_lines(report: StepReport, step: int, sources: Sequence[str]) -> list[str]:
     numbers = report.scalars()
     sizes = ("tokens", "padding_frac", "supervised_tokens", "masks", "samples")
     losses = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if name not in sizes)
+    of_sources = report.by_source[:, SOURCE_COLUMNS.index("samples")].tolist()
+    counts = ", ".join(f"{name} {int(number)}" for name, number in zip(sources, of_sources, strict=True))
     return [
         f"step {step}: {losses}",
         f"  {report.samples} samples, {report.tokens} tokens ({report.padding_frac:.1%} padding), "
         f"{report.supervised_tokens} of them supervised, {report.masks} masks",
+        f"  samples of each source: {counts}",
     ]
 
 
@@ -101,9 +116,9 @@ def _output_lines(config: TrainConfig, num_parameters: int, num_trained: int) ->
     lines = [
         f"the run would write to {Path(config.run_dir).resolve()}:",
         f"  log.jsonl, a line every {config.log.every} steps; config.json",
-        f"  checkpoints/, {size:,.1f} MB each, every {every} steps and after step {config.optim.steps}; "
+        f"  checkpoints/, {size:,.1f} MB each, every {every} steps and after step {config.optim.num_steps}; "
         f"{config.checkpoint.keep} stay",
-        f"  export/, {4 * num_parameters / 1e6:,.1f} MB, after step {config.optim.steps}",
+        f"  export/, {4 * num_parameters / 1e6:,.1f} MB, after step {config.optim.num_steps}",
     ]
     if config.log.tensorboard:
         lines.append("  tensorboard/")

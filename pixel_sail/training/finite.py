@@ -15,9 +15,10 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from pixel_sail import dist
+from pixel_sail.errors import ExpectedError
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(ExpectedError, RuntimeError):
     """A loss or a gradient became NaN or infinite; the update was not made."""
 
 
@@ -69,4 +70,4 @@ class GradientCheck:
 def blame(sample_ids: Sequence[str]) -> str:
     """Return the end of the message: whether it was this rank, by what samples."""
     cause = f"holds it, among its samples {list(sample_ids)}" if sample_ids else "is not the cause"
-    return f"rank {dist.rank()} {cause}; no update was made, the last checkpoint is intact"
+    return f"rank {dist.rank()} {cause}; no update was made"

@@ -16,6 +16,8 @@ from types import FrameType
 import torch
 from torch import distributed
 
+from pixel_sail.errors import ExpectedError
+
 REQUEUE_STATUS = 85
 """Exit status that means: saved, start me again. `scripts/slurm/train.sbatch` goes by it."""
 
@@ -25,9 +27,21 @@ STALLED_STATUS = 86
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-class InterruptedRun(RuntimeError):
+class InterruptedRun(ExpectedError, RuntimeError):
     """The run ended to be started again: a signal asked for it and its last step is saved, or it goes back and past the
     data it broke down on."""
+
+    status = REQUEUE_STATUS
+
+
+class LostPeer(ExpectedError, RuntimeError):
+    """Another process of the run was lost, or says nothing any more."""
+
+    status = STALLED_STATUS
+
+
+class LostWorker(LostPeer):
+    """A data worker of this process was killed."""
 
 
 class StopSignals:

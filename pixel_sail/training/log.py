@@ -11,9 +11,12 @@ When a run continues from step S, lines after S are cut off first: those steps a
 """
 
 import json
+import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixel_sail import dist
-from pixel_sail.config import LogConfig
-from pixel_sail.files import replace_text
+from pixel_sail.config import ConfigError, LogConfig
+from pixel_sail.files import json_line, replace_bytes, replace_text, whole_lines, writing
 from pixel_sail.training.progress import Progress
+from pixel_sail.types import DataError
 
 LOG_FILE = "log.jsonl"
 
@@ -42,9 +46,11 @@ class RunLog:
         self._numbers: dict[str, float] = {}
         if not self.active:
             return
-        run_dir.mkdir(parents=True, exist_ok=True)
-        cut_log(run_dir / LOG_FILE, start)
-        self._file = (run_dir / LOG_FILE).open("a")
+        self._path = run_dir / LOG_FILE
+        with writing(self._path):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            cut_log(self._path, start)
+            self._file = self._path.open("a")
         self._progress = Progress(steps=steps, start=start, shown=config.progress)
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -78,8 +84,7 @@ class RunLog:
         if not self.active:
             return
         line = {"step": step, **values, "seconds": round(time.monotonic() - self.started, 2)}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._write(line)
         self._progress.numbers(step, values)
         if self._board is not None:
             for name, value in values.items():
@@ -95,7 +100,11 @@ class RunLog:
     def note(self, step: int, content: Mapping[str, Any]) -> None:
         """Write one line of something else than numbers, to the JSON log alone."""
         if self.active:
-            self._file.write(json.dumps({"step": step, **content}) + "\n")
+            self._write({"step": step, **content})
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        with writing(self._path):
+            self._file.write(json.dumps(line) + "\n")
             self._file.flush()
 
     def overlays(self, step: int, name: str, images: Sequence[tuple[str, NDArray[np.uint8]]]) -> None:
@@ -112,14 +121,51 @@ class RunLog:
 
 
 def cut_log(path: Path, last_step: int) -> None:
-    """Remove the lines after `last_step`, and an unfinished last line, from a log that is continued."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= last_step:
-            kept.append(line)
-    replace_text(path, "".join(kept))
+    """Remove the lines after `last_step`, and an unfinished last line, from a log that is continued.
+
+    Raises: DataError for damage among the lines that stay.
+    """
+    if path.is_file():
+        replace_bytes(path, b"".join(line + b"\n" for line in _kept_lines(path, last_step)))
+
+
+def lines_up_to(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """Return the lines of a log that `cut_log` keeps. Raises: DataError as `cut_log`."""
+    return [_log_line(path, number, line) for number, line in enumerate(_kept_lines(path, last_step), start=1)]
+
+
+def _kept_lines(path: Path, last_step: int) -> list[bytes]:
+    """Return the lines up to the last one of `last_step` or before; what is behind it is made again."""
+    lines = whole_lines(path.read_bytes()).splitlines() if path.is_file() else []
+    last = 0
+    for number, line in enumerate(lines, start=1):
+        with suppress(DataError):
+            if _log_line(path, number, line)["step"] <= last_step:
+                last = number
+    kept = lines[:last]
+    for number, line in enumerate(kept, start=1):
+        _log_line(path, number, line)
+    return kept
+
+
+def _log_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    remedy = "correct or delete that line"
+    return json_line(line, f"{path}, line {number}", {"step": int}, fail=DataError, remedy=remedy)
+
+
+def check_boards(config: LogConfig) -> None:
+    """Raise ConfigError where TensorBoard or wandb is asked for and cannot be imported; call it before a run begins."""
+    wanted = {"tensorboard": config.tensorboard, "wandb": config.wandb != "disabled"}
+    modules = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+    off = {"tensorboard": "log.tensorboard=false", "wandb": "log.wandb=disabled"}
+    for name in (name for name, is_wanted in wanted.items() if is_wanted):
+        try:
+            import_module(modules[name])
+        except ImportError as error:
+            raise ConfigError(
+                f"log.{name}: {getattr(config, name)!r} asks for {name}, which cannot be imported ({error}); install "
+                f"it (pip install {name}), or set {off[name]}"
+            ) from error
 
 
 def _start_wandb(run_dir: Path, config: LogConfig, resolved: dict[str, Any]) -> Any:
@@ -129,13 +175,22 @@ def _start_wandb(run_dir: Path, config: LogConfig, resolved: dict[str, Any]) -> 
     id_file = run_dir / "wandb_id"
     if not id_file.is_file():
         replace_text(id_file, uuid.uuid4().hex[:8])
-    wandb.init(
-        project=config.wandb_project,
-        dir=str(run_dir),
-        id=id_file.read_text(),
-        resume="allow",
-        mode=config.wandb,  # type: ignore[arg-type]
-        name=run_dir.name,
-        config=resolved,
-    )
+    run_id = id_file.read_bytes().decode(errors="replace").strip()
+    if not re.fullmatch(r"[\w-]{1,64}", run_id):
+        raise DataError(f"{id_file}: found {run_id[:80]!r}, expected the id of a wandb run; delete it to begin another")
+    try:
+        wandb.init(
+            project=config.wandb_project,
+            dir=str(run_dir),
+            id=run_id,
+            resume="allow",
+            mode=config.wandb,  # type: ignore[arg-type]
+            name=run_dir.name,
+            config=resolved,
+        )
+    except wandb.Error as error:
+        raise ConfigError(
+            f"log.wandb is {config.wandb!r}, but wandb does not start ({error}); log in, or set log.wandb=offline or "
+            "log.wandb=disabled"
+        ) from error
     return wandb

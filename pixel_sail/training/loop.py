@@ -29,7 +29,7 @@ from pixel_sail.training.checkpoint_writer import CheckpointWriter
 from pixel_sail.training.corridor import Corridor, LeftCorridorError
 from pixel_sail.training.finite import NonFiniteLossError
 from pixel_sail.training.interruption import InterruptedRun, StopSignals
-from pixel_sail.training.log import LOG_FILE, RunLog
+from pixel_sail.training.log import LOG_FILE, RunLog, check_boards
 from pixel_sail.training.meter import Meter
 from pixel_sail.training.optim import set_learning_rate
 from pixel_sail.training.prepare import Run, prepare, step_data
@@ -49,7 +49,9 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
     Raises: ConfigError, DataError and CheckpointError before the first step; NonFiniteLossError in mid-run;
     InterruptedRun and LeftCorridorError after a checkpoint, where a signal or a band of the corridor asked for it.
     """
+    check_boards(config.log)
     run = prepare(config, lock=True)
+    config = run.config
     write_config(run)
     device = run.accelerator.device
     stop = StopSignals()
@@ -66,7 +68,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
         device=device,
     )
     watchdog = Watchdog(run.run_dir, config.watchdog, lambda: being_read(run.mixture, reading_L))
-    state, steps = run.state, config.optim.steps
+    state, steps = run.state, config.optim.num_steps
     last = min(steps, state.step + (config.checkpoint.stop_after or steps))
     run_log = RunLog(run.run_dir, config.log, steps=steps, start=state.step, resolved=asdict(config))
     with writer, run_log as log, watchdog:
@@ -141,9 +143,12 @@ def update(run: Run, done: int, now: StepData, lanes: Sequence[LanePosition], wr
         )
     except NonFiniteLossError as error:
         writer.wait()
+        told = error
+        if dist.rank() == 0:
+            told = NonFiniteLossError(f"{error}; {checkpoint.condition(checkpoint.latest(run.checkpoints))}")
         raise rewind(
             run.run_dir,
-            error,
+            told,
             from_step=checkpoint.latest_step(run.checkpoints),
             failed_step=done + 1,
             lanes=lanes,

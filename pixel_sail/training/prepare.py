@@ -6,13 +6,16 @@ Place in the flow: `prepare` builds what the configuration names and brings it t
     Run(state=TrainState(step=500, ...), found=Path("runs/mine/checkpoints/step_00000500"), num_trained=1_214_464, ...)
 """
 
+import inspect
 import logging
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from hydra.utils import get_object
 from torch import Tensor
 
 from pixel_sail import dist
@@ -25,6 +28,7 @@ from pixel_sail.experts.teachers import load_teachers
 from pixel_sail.losses.distill import DistillTerm
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.planning.balance import SampleCost
+from pixel_sail.planning.length import Length, is_wished, length_lines, measured_length, with_length
 from pixel_sail.training import checkpoint
 from pixel_sail.training.accelerator import build_accelerator, collective_timeout, give_timeout
 from pixel_sail.training.build import build_model
@@ -44,11 +48,13 @@ FREE_KEYS = (
 )
 """Groups that may change between the sessions of one run without changing its numbers."""
 
-FREE_DATA_KEYS = ("num_workers", "packs_per_micro_batch")
-"""The same within `data`: how the work is shared out, not what it is."""
+FREE_DATA_KEYS = ("num_workers", "packs_per_micro_batch", "planned_samples")
+"""The same within `data`: how the work is shared out and planned, not what it is."""
 
 FREE_OPTIM_KEYS = ("activation_checkpointing",)
 """The same within `optim`: a run that ran out of memory may go on with it."""
+
+SINGLE_VALUES = (bool, int, float, str)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +62,9 @@ class Run:
     """What the steps of a run are made with, on one rank."""
 
     config: TrainConfig
+    """With the steps of the run and the packs of a step, where it was asked for passes or samples."""
+    length: Length | None
+    """As it was measured; None where the configuration or a checkpoint states it."""
     run_dir: Path
     lock: RunLock | None
     accelerator: Accelerator
@@ -93,28 +102,41 @@ def prepare(config: TrainConfig, *, lock: bool) -> Run:
     Raises: ConfigError, DataError and CheckpointError.
     """
     dist.ensure_launch_environment()
-    share = lane_share(config.data)
+    run_dir = Path(config.run_dir)
+    found = checkpoint.latest(run_dir / "checkpoints")
+    if found is not None:
+        config = with_saved_length(config, found)
+    if config.data.packs_per_step is not None:
+        # What cannot be shared out evenly is said before anything is loaded.
+        lane_share(config.data)
     # Experts and model before the accelerator: once it knows of ZeRO-3, whatever Hugging Face loads is sharded.
     distillation = build_distillation(config)
     experts = distillation.terms if distillation is not None else ()
     model, processor = build_model(config.model, seed=config.seed, experts=config.experts)
-    accelerator = build_accelerator(config, share.accumulation)
-    run_dir = Path(config.run_dir)
-    run_lock = RunLock(run_dir) if lock else None
     with noted_files() as files:
         mixture = build_mixture(config.data, seed=config.seed)
+    length = None
+    if is_wished(config):
+        length = measure_length(config, mixture, processor)
+        config = with_length(config, packs_per_step=length.packs_per_step, steps=length.steps)
+    share = lane_share(config.data)
+    accelerator = build_accelerator(config, share.accumulation)
+    check_agreement(config)
+    run_lock = RunLock(run_dir) if lock else None
     identity = run_identity(asdict(config)) | {checkpoint.DATA_FILES: data_identity(mixture, files)}
     num_columns = len(source_columns(experts))
-    state = TrainState.start(num_lanes=share.num_lanes, num_sources=len(mixture.names), num_columns=num_columns)
+    state = start = TrainState.start(num_lanes=share.num_lanes, num_sources=len(mixture.names), num_columns=num_columns)
     saved = None
-    found = checkpoint.latest(run_dir / "checkpoints")
     if found is not None:
         if config.checkpoint.resume == "never":
             raise ConfigError(
                 f"run_dir {run_dir} holds {found.name}, but checkpoint.resume=never; choose another run_dir"
             )
-        state, *saved = checkpoint.read(found, identity, allow_changed_data=config.checkpoint.allow_changed_data)
+        allowed = config.checkpoint.allow_changed_data
+        state, *saved = checkpoint.read(found, identity, defaults=identity_defaults(config), allow_changed_data=allowed)
+        checkpoint.check_fits(found, state, start)
         checkpoint.load_parameters(model, saved[0])
+        checkpoint.check_moments(model, saved[1], is_averaged=config.optim.ema_decay > 0)
         logger.info("continuing from %s", found)
     state = behind_rewinds(run_dir, state)
     model.use(config.speed, config.optim.activation_checkpointing)
@@ -131,6 +153,7 @@ def prepare(config: TrainConfig, *, lock: bool) -> Run:
         )
     return Run(
         config=config,
+        length=length,
         run_dir=run_dir,
         lock=run_lock,
         accelerator=accelerator,
@@ -147,6 +170,48 @@ def prepare(config: TrainConfig, *, lock: bool) -> Run:
         num_parameters=num_parameters,
         num_trained=num_trained,
     )
+
+
+def with_saved_length(config: TrainConfig, found: Path) -> TrainConfig:
+    """Return the configuration with the numbers of a run that was asked for passes, or for samples of a step, as its
+    checkpoint has them: they stay, on other processes and with other data too. Raises: CheckpointError."""
+    if not is_wished(config):
+        return config
+    saved = checkpoint.saved_config(found)
+    packs_per_step, steps = config.data.packs_per_step, config.optim.steps
+    return with_length(
+        config,
+        packs_per_step=saved["data"]["packs_per_step"] if packs_per_step is None else packs_per_step,
+        steps=saved["optim"]["steps"] if steps is None else steps,
+    )
+
+
+def measure_length(config: TrainConfig, mixture: Mixture, processor: PixelSailProcessor, **limits: int) -> Length:
+    """Return the length of a run over its data. Raises: ConfigError and DataError.
+
+    Every process measures for itself, and all find the same: DeepSpeed wants to know the packs of a step before there
+    is a group in which one process could tell the others.
+    """
+    # Texts come one at a time. Threads would only make the tokenizer warn of the data workers' fork.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if dist.rank() == 0:
+        logger.info("length of the run: looking at samples of the mixture")
+    group = dist.launched_world_size() * config.data.packs_per_micro_batch
+    length = measured_length(config, mixture, processor, group=group, cost=sample_cost(config), **limits)
+    if dist.rank() == 0:
+        for line in length_lines(length):
+            logger.log(logging.WARNING if length.is_far_off else logging.INFO, "%s", line)
+    return length
+
+
+def check_agreement(config: TrainConfig) -> None:
+    """Raise ConfigError unless all processes came to the same length; every rank must call it."""
+    found = dist.gather_objects((config.optim.num_steps, config.data.num_packs))
+    if len(set(found)) > 1:
+        raise ConfigError(
+            f"the processes found other lengths for this run, (steps, packs of a step) by rank: {found}; their nodes "
+            "hold other data. Give all of them the same files"
+        )
 
 
 def sample_cost(config: TrainConfig) -> Callable[[Example], float]:
@@ -182,6 +247,21 @@ def run_identity(resolved: dict[str, Any]) -> dict[str, Any]:
     return identity | {"experts": experts} if experts else identity
 
 
+def identity_defaults(config: TrainConfig) -> dict[str, Any]:
+    """Return what a key counts as that an identity lacks, so that a run goes on which is older than the key.
+
+    These are the defaults of the configuration and, for the sources of this run, of the functions they name; a default
+    that is no single value is left out.
+    """
+    defaults = run_identity(asdict(TrainConfig()))
+    sources = {}
+    for name, node in config.data.sources.items():
+        arguments = inspect.signature(get_object(node["_target_"])).parameters.values()
+        values = {argument.name: argument.default for argument in arguments}
+        sources[name] = {key: value for key, value in values.items() if value is None or type(value) in SINGLE_VALUES}
+    return defaults | {"data": defaults["data"] | {"sources": sources}}
+
+
 def data_identity(mixture: Mixture, files: Mapping[str, Collection[str]]) -> dict[str, Any]:
     """Return what a continued run compares its data by: items of each source, and the annotation files it read."""
     sizes = {name: len(source) for name, source in zip(mixture.names, mixture.sources, strict=True)}
@@ -210,7 +290,7 @@ def build_distillation(config: TrainConfig) -> Distillation | None:
 def lane_share(config: DataConfig) -> LaneShare:
     """Return this process's part of every optimizer step."""
     return LaneShare(
-        packs_per_step=config.packs_per_step,
+        packs_per_step=config.num_packs,
         rounds=config.lane_rounds,
         rank=dist.rank(),
         world_size=dist.launched_world_size(),

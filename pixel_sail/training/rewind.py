@@ -20,13 +20,15 @@ from typing import Any
 
 from pixel_sail import dist
 from pixel_sail.data.packing import LanePosition
-from pixel_sail.training.checkpoint import TrainState
+from pixel_sail.files import append_line, read_json_lines
+from pixel_sail.training.checkpoint import CheckpointError, TrainState, read_lanes
 from pixel_sail.training.finite import NonFiniteLossError
 from pixel_sail.training.interruption import InterruptedRun
 
 logger = logging.getLogger(__name__)
 
 REWINDS_FILE = "rewinds.jsonl"
+_REMEDY = "delete that line; the run then goes on as if it had not gone back there"
 
 
 def rewind(
@@ -55,8 +57,7 @@ def rewind(
             "lanes": [asdict(lane) for lane in lanes],
             "reason": str(error),
         }
-        with (run_dir / REWINDS_FILE).open("a") as file:
-            file.write(json.dumps(note) + "\n")
+        append_line(run_dir / REWINDS_FILE, json.dumps(note))
     return InterruptedRun(
         f"step {failed_step} failed: {error}. Rewind {earlier + 1} of {limit}: the same command goes on from step "
         f"{from_step} with the data behind that of step {failed_step}"
@@ -68,13 +69,16 @@ def behind_rewinds(run_dir: Path, state: TrainState) -> TrainState:
     notes = [note for note in _notes(run_dir) if note["from_step"] == state.step]
     if not notes:
         return state
+    note, file = notes[-1], run_dir / REWINDS_FILE
     if dist.rank() == 0:
-        failed = notes[-1]["failed_step"]
+        failed = note["failed_step"]
         logger.warning("rewind to step %d: going on with the data behind that of step %d", state.step, failed)
-    lanes = tuple(LanePosition(next=lane["next"], waiting=tuple(lane["waiting"])) for lane in notes[-1]["lanes"])
+    lanes = read_lanes(note["lanes"], str(file), fail=CheckpointError, remedy=_REMEDY)
+    if len(lanes) != len(state.lanes):
+        raise CheckpointError(f"{file}: found {len(lanes)} lanes, expected {len(state.lanes)}; {_REMEDY}")
     return replace(state, lanes=lanes)
 
 
 def _notes(run_dir: Path) -> list[dict[str, Any]]:
-    file = run_dir / REWINDS_FILE
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    kinds = {"from_step": int, "failed_step": int, "lanes": list}
+    return read_json_lines(run_dir / REWINDS_FILE, kinds, fail=CheckpointError, remedy=_REMEDY)

@@ -1,8 +1,8 @@
 """One run per folder.
 
-Place in the flow: `training/loop.py` takes the lock on rank 0 before anything is read from or written to the folder.
-The lock is the kernel's and ends with the process that holds it, however that ends; the text in the file only says who
-it is:
+Place in the flow: `training/loop.py` takes the lock on rank 0 before anything is read from or written to the folder,
+and `evaluation/run.py` that of the folder it writes its answers to. The lock is the kernel's and ends with the process
+that holds it, however that ends; the text in the file only says who it is:
 
     runs/<name>/.lock    {"host": "node7", "pid": 4711, "since": "2030-05-04 13:07:55"}
 
@@ -17,6 +17,7 @@ import logging
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -32,11 +33,14 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class RunLock:
-    """The right to write to a run folder; keep it as long as the run lasts."""
+    """The right to write to a folder; keep it as long as the run or the evaluation lasts."""
 
-    def __init__(self, run_dir: Path) -> None:
-        """Take the lock, on rank 0; every rank must call it. Raises: ConfigError, on every rank, when another process
-        holds it."""
+    def __init__(self, run_dir: Path, *, name: str = "run_dir") -> None:
+        """Take the lock, on rank 0; every rank must call it. `name` is the setting that chose the folder.
+
+        Raises: ConfigError, on every rank, when another process holds it.
+        """
+        self._name = name
         self._file: TextIO | None = None
         refusal = self._take(run_dir) if dist.rank() == 0 else None
         refusal = dist.gather_objects(refusal)[0]
@@ -53,28 +57,35 @@ class RunLock:
         """Return why the folder cannot be had, None where it is ours now."""
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            file = (run_dir / LOCK_FILE).open("a+")
+            file = (run_dir / LOCK_FILE).open("a+", errors="replace")
         except OSError as error:
-            return f"run_dir {run_dir} cannot be written to ({error}); choose another one"
+            return f"{self._name} {run_dir} cannot be written to ({error}); choose another one"
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 logger.warning(
-                    "run_dir %s lies on a file system without locks (%s): nothing keeps a second run out of it; see to "
+                    "%s %s lies on a file system without locks (%s): nothing keeps a second run out of it; see to "
                     "it that there is one only",
+                    self._name,
                     run_dir,
                     error,
                 )
                 return None
             file.seek(0)
             return (
-                f"run_dir {run_dir} is in use by {_holder(file.read())} ({error}); wait for that run to end, end it, "
-                "or choose another run_dir"
+                f"{self._name} {run_dir} is in use by {_holder(file.read())} ({error}); wait for that run to end, end "
+                f"it, or choose another {self._name}"
             )
-        file.truncate(0)
-        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}) + "\n")
-        file.flush()
+        try:
+            file.truncate(0)
+            file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}) + "\n")
+            file.flush()
+        except OSError as error:
+            # Closing tries to write the rest again.
+            with suppress(OSError):
+                file.close()
+            return f"run_dir {run_dir} cannot be written to ({error}); make room, or choose another one"
         self._file = file
         return None
 
@@ -83,9 +94,9 @@ def _holder(text: str) -> str:
     """Return who holds a lock, from what it wrote into the file; that may be unfinished."""
     try:
         holder = json.loads(text)
-    except json.JSONDecodeError:
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+    except (ValueError, KeyError, TypeError, RecursionError):
         return "another process"
-    return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
 
 
 def _now() -> str:

@@ -6,17 +6,16 @@ exports by itself (`checkpoint.export`), to the same files:
     runs/mine/checkpoints/step_00000500/  ->  runs/mine/exports/step_00000500/{config.json, model.safetensors, ...}
 """
 
-import json
-import os
-import shutil
 from pathlib import Path
 
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
+from omegaconf.errors import OmegaConfBaseException
 
-from pixel_sail.config import ModelConfig
+from pixel_sail.config import ConfigError, ModelConfig
+from pixel_sail.files import read_json, reason_of
 from pixel_sail.model.distill_head import PREFIX as DISTILL_HEAD
 from pixel_sail.model.lora import fold_lora
+from pixel_sail.model.reading import check_sizes
 from pixel_sail.training import checkpoint
 from pixel_sail.training.average import AVERAGE
 from pixel_sail.training.build import build_model
@@ -26,29 +25,36 @@ def export_saved(run_dir: Path, saved: Path, folder: Path) -> None:
     """Write what the checkpoint `saved` of a run holds, complete or not at all.
 
     Averaged weights where the run averages them, adapters folded in, no layers towards experts.
-    Raises: CheckpointError for a damaged checkpoint; ConfigError for a tokenizer that is not there any more.
+    Raises: CheckpointError for a damaged checkpoint; ConfigError or DataError for a damaged configuration, or a
+    tokenizer that is not there any more; WriteError.
     """
     checkpoint.verify(saved)
-    plain = OmegaConf.merge(
-        OmegaConf.structured(ModelConfig), json.loads((run_dir / "config.json").read_text())["model"]
-    )
-    config = OmegaConf.to_object(plain)
-    assert isinstance(config, ModelConfig)
+    config = _model_config(run_dir / "config.json")
+    weights = checkpoint.read_tensors(saved / checkpoint.MODEL)
+    check_sizes(config.architecture, weights, saved / checkpoint.MODEL)
     # The checkpoint has all weights: those that the run started from may be gone.
     config.init_from = None
     model, processor = build_model(config, seed=0, experts={})
-    weights = load_file(saved / checkpoint.MODEL)
     averages = {
         name.removeprefix(f"{AVERAGE}."): tensor
-        for name, tensor in load_file(saved / checkpoint.OPTIMIZER).items()
+        for name, tensor in checkpoint.read_tensors(saved / checkpoint.OPTIMIZER).items()
         if name.startswith(f"{AVERAGE}.")
     }
     weights = {name: tensor for name, tensor in (weights | averages).items() if not name.startswith(DISTILL_HEAD)}
     checkpoint.load_parameters(model, weights)
     model.config.averaged_weights = bool(averages)
-    working = folder.with_name(f".writing_{folder.name}")
-    shutil.rmtree(working, ignore_errors=True)
-    model.save_pretrained(working, state_dict=fold_lora(model, weights))
-    processor.save_pretrained(working)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(working, folder)
+    checkpoint.write_export(folder, model, processor, fold_lora(model, weights))
+
+
+def _model_config(path: Path) -> ModelConfig:
+    """Return the model's part of a run's configuration. Raises: ConfigError."""
+    remedy = "give the folder of a run, with the config.json that the run wrote"
+    own = read_json(path, {"model": dict}, fail=ConfigError, remedy=remedy)["model"]
+    try:
+        # Values as they are: a file that names variables of the environment is none that a run wrote.
+        plain = OmegaConf.merge(OmegaConf.structured(ModelConfig), own)
+        config = OmegaConf.to_object(plain)
+    except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path}: found no model that can be made ({reason_of(error)}); {remedy}") from error
+    assert isinstance(config, ModelConfig)
+    return config

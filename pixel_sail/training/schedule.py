@@ -11,8 +11,9 @@ from pixel_sail.config import OptimConfig
 
 def learning_rate(step: int, config: OptimConfig) -> float:
     """Return the learning rate of a step counted from 0: linear warm-up, then cosine decay to `final_lr`."""
-    warmup = round(config.warmup_fraction * config.steps)
+    steps = config.num_steps
+    warmup = round(config.warmup_fraction * steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(config.steps - warmup, 1)
+    progress = (step - warmup) / max(steps - warmup, 1)
     return config.final_lr + (config.lr - config.final_lr) * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))

@@ -16,7 +16,16 @@ from torch.optim import Optimizer
 from pixel_sail import dist
 from pixel_sail.experts.teachers import Teachers
 from pixel_sail.losses.distill import DistillTerm
-from pixel_sail.losses.total import Counts, LossConfig, LossSums, combine, count, loss_sums
+from pixel_sail.losses.total import (
+    Counts,
+    LossConfig,
+    LossSums,
+    combine,
+    count,
+    loss_sums,
+    masks_per_sample,
+    weighted_sum,
+)
 from pixel_sail.model.transfer import to_device
 from pixel_sail.training.finite import GradientCheck, NonFiniteLossError, blame
 from pixel_sail.types import Batch
@@ -27,11 +36,12 @@ class StepReport:
     """What one step did, summed over all ranks."""
 
     total: float
+    """What the step minimises."""
     text: float
-    """Mean over supervised tokens, factors of samples included."""
+    """Mean over supervised tokens, factors of samples included, whatever `loss.mean` is."""
     bce: float
     dice: float
-    """Means over masks, unweighted."""
+    """Means over masks, unweighted, whatever `loss.mean` is."""
     grad_norm: float | None
     """None where DeepSpeed clips without telling the norm (ZeRO-0)."""
     tokens: int
@@ -89,12 +99,14 @@ def optimizer_step(
     """
     experts = distillation.terms if distillation is not None else ()
     totals = _global_totals(batches, accelerator.device, experts)
-    counts = Counts(tokens=int(totals[0]), masks=int(totals[1]), distilled=tuple(totals[5:].tolist()))
+    counts = Counts(
+        tokens=int(totals[0]), masks=int(totals[1]), samples=int(totals[4]), distilled=tuple(totals[5:].tolist())
+    )
     # DeepSpeed and DDP average gradients over ranks and micro-batches; the losses are already shares of a global mean.
     unaverage = dist.world_size() * len(batches)
     sample_ids = tuple(name for batch in batches for name in batch.sample_ids)
-    num_columns = len(source_columns(experts))
-    by_source = torch.zeros(len(sources), num_columns, dtype=torch.float64, device=accelerator.device)
+    # One row per source, and one for the sums of all samples' own means.
+    sums = torch.zeros(len(sources) + 1, len(source_columns(experts)), dtype=torch.float64, device=accelerator.device)
     for index, batch in enumerate(batches):
         on_host, batch = batch, batch.to(accelerator.device)
         expert_maps = distillation.teachers.maps(batch) if distillation is not None else {}
@@ -102,11 +114,12 @@ def optimizer_step(
             output = model(**batch.training_inputs())
             terms = loss_sums(output, batch, config, experts, expert_maps)
             loss = combine(terms, counts, config, experts) + output.anchor
-            by_source.index_add_(0, _source_of_samples(batch, sources), sample_rows(on_host, terms, experts))
+            sums.index_add_(0, _source_of_samples(batch, sources), sample_rows(on_host, terms, experts))
+            sums[-1, _losses(experts)] += terms.means_SC().detach().double().sum(0)
             if index + 1 == len(batches):
-                is_bad_here = not bool(torch.isfinite(by_source).all())
-                by_source = dist.sum_over_ranks(by_source)
-                losses = _finish_losses(by_source, sample_ids if is_bad_here else (), counts, config, experts)
+                is_bad_here = not bool(torch.isfinite(sums).all())
+                sums = dist.sum_over_ranks(sums)
+                losses = _finish_losses(sums, sample_ids if is_bad_here else (), counts, config, experts)
             gradients.backward(loss * unaverage, sample_ids)
             grad_norm = None
             if accelerator.sync_gradients:
@@ -125,19 +138,17 @@ def optimizer_step(
         padding_frac=1.0 - float(totals[2] / totals[3]),
         supervised_tokens=counts.tokens,
         masks=counts.masks,
-        samples=int(totals[4]),
-        by_source=by_source.cpu(),
+        samples=counts.samples,
+        by_source=sums[:-1].cpu(),
     )
 
 
 def sample_rows(batch: Batch, terms: LossSums, experts: Sequence[DistillTerm] = ()) -> Tensor:
     """Return `source_columns` of every sample of a micro-batch, which is on the host: float64 [S, columns]."""
     num_samples, device = len(batch.sample_ids), terms.text_S.device
-    counts = torch.zeros(num_samples, 3, dtype=torch.float64)
-    counts[:, 0] = 1.0
+    counts = torch.ones(num_samples, 3, dtype=torch.float64)
     counts[:, 1] = torch.bincount(batch.target_samples_M.cpu(), minlength=num_samples)
-    for sample, num_masks in zip(batch.image_samples, batch.masks_per_image, strict=True):
-        counts[sample, 2] = num_masks
+    counts[:, 2] = torch.tensor(masks_per_sample(batch))
     images = torch.zeros(num_samples, len(experts), dtype=torch.float64)
     own = batch.distilled_images()
     for column, term in enumerate(experts):
@@ -157,22 +168,29 @@ def _global_totals(batches: Sequence[Batch], device: torch.device, experts: Sequ
     for batch in batches:
         counts = count(batch, experts)
         real = int((batch.sample_index_BT >= 0).sum())
-        sizes = [counts.tokens, counts.masks, real, batch.input_ids_BT.numel(), len(batch.sample_ids)]
+        sizes = [counts.tokens, counts.masks, real, batch.input_ids_BT.numel(), counts.samples]
         local += torch.tensor([*sizes, *counts.distilled])
     return dist.sum_over_ranks(local.to(device)).cpu()
 
 
+def _losses(experts: Sequence[DistillTerm]) -> slice:
+    """Return the columns of `source_columns` that hold losses."""
+    return slice(3, 6 + len(experts))
+
+
 def _finish_losses(
-    by_source: Tensor, suspects: Sequence[str], counts: Counts, config: LossConfig, experts: Sequence[DistillTerm]
+    sums: Tensor, suspects: Sequence[str], counts: Counts, config: LossConfig, experts: Sequence[DistillTerm]
 ) -> dict[str, float]:
     """Return the global losses; raise on every rank when one of them is not finite, naming this rank's suspects."""
-    text, bce, dice, *distilled = by_source[:, 3 : 6 + len(experts)].sum(0).tolist()
+    text, bce, dice, *distilled = sums[:-1, _losses(experts)].sum(0).tolist()
     tokens, masks = max(counts.tokens, 1), max(counts.masks, 1)
     means = {"text": text / tokens, "bce": bce / masks, "dice": dice / masks}
-    total = config.text * means["text"] + config.bce * means["bce"] + config.dice * means["dice"]
     for term, loss, num_images in zip(experts, distilled, counts.distilled, strict=True):
         means[f"distill/{term.name}"] = loss / max(num_images, 1)
-        total += term.weight * means[f"distill/{term.name}"]
+    minimised = list(means.values())
+    if config.mean == "sample":
+        minimised = (sums[-1, _losses(experts)] / max(counts.samples, 1)).tolist()
+    total = weighted_sum(minimised, config, experts)
     if total - total != 0.0:  # NaN and infinity alike
         raise NonFiniteLossError(f"losses {means} are not finite; {blame(suspects)}")
     return {"total": total, **means}

@@ -18,6 +18,7 @@ from torch import Tensor
 from pixel_sail import dist
 from pixel_sail.data.mixture import Mixture
 from pixel_sail.data.packing import Skipped, allowed_skips
+from pixel_sail.files import append_lines
 from pixel_sail.losses.distill import DistillTerm
 from pixel_sail.types import DataError
 
@@ -60,8 +61,7 @@ def record_skipped(
         return before
     everyone = sorted((skip for skips in dist.gather_objects(own) for skip in skips), key=lambda skip: skip.position)
     if dist.rank() == 0:
-        with (run_dir / SKIPPED_FILE).open("a") as file:
-            file.writelines(json.dumps(asdict(skip)) + "\n" for skip in everyone)
+        append_lines(run_dir / SKIPPED_FILE, [json.dumps(asdict(skip)) for skip in everyone])
     total = before + new
     if total > allowed_skips(mixture, position, max_share):
         counts = dict(Counter(skip.source for skip in everyone))

@@ -7,16 +7,18 @@ Example: two dogs and a crowd of dogs give Turn(question="Cover all the dog at o
 mode.", answer="Sure, [SEG].", masks=(<the pixels of all three segments>,)).
 
 What the released loader got wrong, and what happens here: crowds were left out of "all the person", here they belong to
-it; masks were kept in memory for ever and images without a segment were replaced by a random other one, see
-`coco_panoptic.py`.
+it, unless `crowds=released`; masks were kept in memory for ever and images without a segment were replaced by a random
+other one, see `coco_panoptic.py`.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from pixel_sail.data.details import OURS, is_released
 from pixel_sail.data.masks import union_masks
-from pixel_sail.data.panoptic import PanopticFile, open_panoptic
+from pixel_sail.data.panoptic import PanopticFile, Segment, open_panoptic
 from pixel_sail.data.panoptic_source import PanopticSource, check_at_least
 from pixel_sail.data.sources.coco_panoptic import CocoClasses
 from pixel_sail.data.wording.segmentation import semantic_turn
@@ -34,11 +36,21 @@ def load(
     name: str = "coco_semantic",
     classes_per_sample: int = 5,
     class_file: str | Path | None = None,
+    class_names: str = OURS,
+    crowds: str = OURS,
 ) -> Source:
-    """Return one split as a training source; the arguments are those of `coco_panoptic.load`. Raises: DataError."""
+    """Return one split as a training source; the arguments are those of `coco_panoptic.load`.
+
+    crowds, ours: part of their class; released: background. Raises: DataError, ValueError.
+    """
     file = open_panoptic(root, split, annotations=annotations, png_dir=png_dir, image_dir=image_dir)
     return CocoSemanticSource(
-        file, CocoClasses(file, class_file), name=name, split=split, classes_per_sample=classes_per_sample
+        file,
+        CocoClasses(file, class_file, released_names=is_released(name, "class_names", class_names)),
+        name=name,
+        split=split,
+        classes_per_sample=classes_per_sample,
+        crowds_as_background=is_released(name, "crowds", crowds),
     )
 
 
@@ -81,22 +93,38 @@ class CocoSemanticSource(PanopticSource):
     """One item per image with a segment."""
 
     def __init__(
-        self, file: PanopticFile, classes: CocoClasses, *, name: str, split: str, classes_per_sample: int = 5
+        self,
+        file: PanopticFile,
+        classes: CocoClasses,
+        *,
+        name: str,
+        split: str,
+        classes_per_sample: int = 5,
+        crowds_as_background: bool = False,
     ) -> None:
         """Check the settings and the file. Raises: ValueError, DataError."""
         check_at_least(name, 1, classes_per_sample=classes_per_sample)
         self._classes = classes
         self._classes_per_sample = classes_per_sample
-        super().__init__(file, name=name, split=split, has_content=bool, content="a segment")
+        self._crowds_as_background = crowds_as_background
+        content = "a segment that is not a crowd" if crowds_as_background else "a segment"
+        super().__init__(
+            file, name=name, split=split, has_content=lambda segments: bool(self._used(segments)), content=content
+        )
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
         """Return image `index` with up to `classes_per_sample` classes drawn from `rng`. Raises: DataError."""
         image = self._image(index)
         masks = self._file.masks(image)
-        groups = list(self._classes.of(image).items())
+        used = {category_id: self._used(group) for category_id, group in self._classes.of(image).items()}
+        groups = [(category_id, group) for category_id, group in used.items() if group]
         turns = []
         for i in rng.permutation(len(groups))[: self._classes_per_sample]:
             category_id, group = groups[i]
             union = union_masks([masks[segment.segment_id] for segment in group], image.image_hw)
             turns.append(semantic_turn(self._classes.names[category_id], union, rng))
         return self._sample(image, turns)
+
+    def _used(self, segments: Sequence[Segment]) -> list[Segment]:
+        """Return the segments that belong to a class."""
+        return [segment for segment in segments if not (self._crowds_as_background and segment.is_crowd)]

@@ -12,7 +12,7 @@ Now and then the right name is missing and the answer is `<Prompt4>: others.`
 
 What the released loader got wrong, and what happens here:
 - a right name was added to ten drawn ones, so that a list of ten instead of eleven gave "others" away: every list has
-  `num_candidates` names, with the right one among them or not;
+  `num_candidates` names, with the right one among them or not, unless `candidates=released`;
 - a sample that used up all prompt tokens had none left for the question about an absent region and failed: then no
   such question is asked;
 - the caches and the random replacements, see `coco_panoptic.py`.
@@ -23,13 +23,14 @@ from pathlib import Path
 
 import numpy as np
 
+from pixel_sail.data.details import OURS, is_released
 from pixel_sail.data.panoptic import PanopticFile, PanopticImage, Segment, open_panoptic
 from pixel_sail.data.panoptic_source import PanopticSource, check_at_least
 from pixel_sail.data.prompts import MASK_ONLY
 from pixel_sail.data.regions import RegionSettings, RegionTurn, region_sample
 from pixel_sail.data.sources.coco_panoptic import CocoClasses
 from pixel_sail.data.wording.region_class import OTHERS, class_answer, class_question
-from pixel_sail.types import Sample, Source
+from pixel_sail.types import DataError, Sample, Source
 
 
 def load(
@@ -47,23 +48,28 @@ def load(
     prompt_shares: Mapping[str, float] = MASK_ONLY,
     num_prompts: int = 15,
     absent_share: float = 0.05,
+    class_names: str = OURS,
+    candidates: str = OURS,
 ) -> Source:
-    """Return one split as a training source; all defaults are the released values.
+    """Return one split as a training source; all numbers are the released ones.
 
-    root, split, annotations, png_dir, image_dir, class_file: as in `coco_panoptic.load`. regions_per_sample: most turns
-    of one sample. num_candidates: names a question lists beside "others". others_share: how often the right one is left
-    out. prompt_shares, num_prompts, absent_share: see `RegionSettings`. Raises: DataError, ValueError.
+    root, split, annotations, png_dir, image_dir, class_file, class_names: as in `coco_panoptic.load`.
+    regions_per_sample: most turns of one sample. num_candidates: names a question lists beside "others". others_share:
+    how often the right one is left out. candidates, ours: always num_candidates; released: so many drawn names, and the
+    right one where it is not among them, less the right one where the answer is "others". prompt_shares, num_prompts,
+    absent_share: see `RegionSettings`. Raises: DataError, ValueError.
     """
     file = open_panoptic(root, split, annotations=annotations, png_dir=png_dir, image_dir=image_dir)
     return CocoRegionSource(
         file,
-        CocoClasses(file, class_file),
+        CocoClasses(file, class_file, released_names=is_released(name, "class_names", class_names)),
         RegionSettings(num_prompts=num_prompts, shares=dict(prompt_shares), absent_share=absent_share),
         name=name,
         split=split,
         regions_per_sample=regions_per_sample,
         num_candidates=num_candidates,
         others_share=others_share,
+        adds_right_name=is_released(name, "candidates", candidates),
     )
 
 
@@ -81,17 +87,19 @@ class CocoRegionSource(PanopticSource):
         regions_per_sample: int = 5,
         num_candidates: int = 10,
         others_share: float = 0.05,
+        adds_right_name: bool = False,
     ) -> None:
-        """Check the settings and the file. Raises: ValueError, DataError."""
+        """Check the settings and the file. Raises: DataError, DataError."""
         check_at_least(name, 1, num_candidates=num_candidates)
         settings.check_count(name, regions_per_sample)
         if not 0.0 <= others_share <= 1.0:
-            raise ValueError(f"source {name}: found others_share {others_share}, expected 0 .. 1; correct the config")
+            raise DataError(f"source {name}: found others_share {others_share}, expected 0 .. 1; correct the config")
         self._classes = classes
         self._settings = settings
         self._regions_per_sample = regions_per_sample
         self._num_candidates = num_candidates
         self._others_share = others_share
+        self._adds_right_name = adds_right_name
         super().__init__(
             file,
             name=name,
@@ -127,9 +135,18 @@ class CocoRegionSource(PanopticSource):
         """Return the question about one region with its candidates."""
         has_right_one = rng.random() >= self._others_share
         wrong = [name for other, name in self._classes.names.items() if other != category_id]
-        num_wrong = self._num_candidates - 1 if has_right_one else self._num_candidates
+        num_wrong = self._num_wrong(has_right_one, rng)
         candidates = [wrong[i] for i in rng.permutation(len(wrong))[:num_wrong]]
         if has_right_one:
             candidates.insert(int(rng.integers(len(candidates) + 1)), self._classes.names[category_id])
         answer = class_answer(self._classes.names[category_id] if has_right_one else f"{OTHERS}.")
         return RegionTurn(question=class_question(rng, [*candidates, OTHERS]), answer=answer, region=region)
+
+    def _num_wrong(self, has_right_one: bool, rng: np.random.Generator) -> int:
+        """Return how many wrong names are listed."""
+        if self._adds_right_name:
+            # Drawn from all names, among which the right one may be; it is then one of them.
+            num_names = len(self._classes.names)
+            is_drawn = rng.random() * num_names < self._num_candidates
+            return self._num_candidates - 1 if is_drawn else self._num_candidates
+        return self._num_candidates - 1 if has_right_one else self._num_candidates

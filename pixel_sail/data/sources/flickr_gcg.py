@@ -15,6 +15,7 @@ loader gets wrong: see `grounded_caption.py`.
 from pathlib import Path
 from typing import Any
 
+from pixel_sail.data.details import OURS
 from pixel_sail.data.fields import ImageFolders, field, stated_hw
 from pixel_sail.data.phrases import Phrase, Span
 from pixel_sail.data.records import open_records
@@ -26,12 +27,15 @@ MIN_SIDE_PX = 32
 """Both limits as in the released recipe."""
 
 
-def load(*, annotations: str | Path, image_dir: ImageFolders, name: str = "flickr30k_gcg") -> Source:
+def load(
+    *, annotations: str | Path, image_dir: ImageFolders, name: str = "flickr30k_gcg", wording: str = OURS
+) -> Source:
     """Return the training source: the `_target_` of `configs/source/flickr30k_gcg.yaml`.
 
-    annotations: the JSON file. image_dir: one folder of photos, or several to look in. Raises: DataError.
+    annotations: the JSON file. image_dir: one folder of photos, or several to look in. wording: see
+    `GroundedCaptionSource`. Raises: DataError, ValueError.
     """
-    return GroundedCaptionSource(FlickrLayout(annotations), image_dir, name=name)
+    return GroundedCaptionSource(FlickrLayout(annotations), image_dir, name=name, wording=wording)
 
 
 class FlickrLayout:

@@ -12,6 +12,7 @@ A record that states no size has that of its masks. What the released loader get
 
 from pathlib import Path
 
+from pixel_sail.data.details import OURS
 from pixel_sail.data.fields import ImageFolders, field, stated_hw
 from pixel_sail.data.phrases import Phrase, Span
 from pixel_sail.data.records import open_records
@@ -19,12 +20,13 @@ from pixel_sail.data.sources.grounded_caption import CaptionRecord, GroundedCapt
 from pixel_sail.types import DataError, SizeHW, Source
 
 
-def load(*, annotations: str | Path, image_dir: ImageFolders, name: str = "grandf") -> Source:
+def load(*, annotations: str | Path, image_dir: ImageFolders, name: str = "grandf", wording: str = OURS) -> Source:
     """Return the training source: the `_target_` of `configs/source/grandf.yaml` and `openpsg_gcg.yaml`.
 
-    annotations: the JSON file. image_dir: one folder of photos, or several to look in. Raises: DataError.
+    annotations: the JSON file. image_dir: one folder of photos, or several to look in. wording: see
+    `GroundedCaptionSource`. Raises: DataError, ValueError.
     """
-    return GroundedCaptionSource(GrandfLayout(annotations), image_dir, name=name)
+    return GroundedCaptionSource(GrandfLayout(annotations), image_dir, name=name, wording=wording)
 
 
 class GrandfLayout:

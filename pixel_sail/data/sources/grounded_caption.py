@@ -21,6 +21,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pixel_sail.data.details import OURS, is_released
 from pixel_sail.data.fields import ImageFolders, folders
 from pixel_sail.data.image_sizes import stored_hw
 from pixel_sail.data.images import find_image
@@ -84,8 +85,10 @@ class GroundedCaptionSource:
     what is not used: both are logged. A malformed record stays in, and `get` says what is wrong with it.
     """
 
-    def __init__(self, layout: CaptionLayout, image_dir: ImageFolders, *, name: str) -> None:
+    def __init__(self, layout: CaptionLayout, image_dir: ImageFolders, *, name: str, wording: str = OURS) -> None:
+        """`wording`, ours: the evaluation's question is asked, too; released: it is not. Raises: ValueError."""
         self.name = name
+        self._released_wording = is_released(name, "wording", wording)
         self._layout = layout
         self._folders = folders(image_dir)
         self._items = self._usable_items()
@@ -112,13 +115,14 @@ class GroundedCaptionSource:
         image_path = find_image(self._folders, record.file_name)
         image_hw = record.image_hw if record.image_hw is not None else stored_hw(image_path, sample_id)
         masks = tuple(_united(record, place.phrases, image_hw) for place in placement.places)
+        question = caption_question(rng, as_released=self._released_wording)
         answer = mark_caption(record.caption, placement, sample_id)
         return Sample(
             sample_id=sample_id,
             source=self.name,
             image_path=image_path,
             image_hw=image_hw,
-            turns=(Turn(question=caption_question(rng), answer=answer, masks=masks),),
+            turns=(Turn(question=question, answer=answer, masks=masks),),
         )
 
     def _usable_items(self) -> NDArray[np.int64]:

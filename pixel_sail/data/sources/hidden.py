@@ -12,7 +12,7 @@ from collections import defaultdict
 from dataclasses import replace
 
 from pixel_sail.data.refer_annotations import ReferAnnotations, ReferImage
-from pixel_sail.types import SizeHW
+from pixel_sail.types import DataError, SizeHW
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def hide(annotations: ReferAnnotations, what: str) -> ReferAnnotations:
         return _hide_text(annotations)
     if what == "image":
         return replace(annotations, images=_swap_images(annotations.images))
-    raise ValueError(f"hide: found {what!r}, expected one of {HIDDEN}; correct the config")
+    raise DataError(f"hide: found {what!r}, expected one of {HIDDEN}; correct the config")
 
 
 def _hide_text(annotations: ReferAnnotations) -> ReferAnnotations:

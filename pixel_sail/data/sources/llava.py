@@ -10,7 +10,8 @@ Place in the flow: llava_v1_5_mix665k.json (665k records, 1 GB) -> here -> `Samp
 
 What the released loader got wrong, and what happens here:
 - long conversations were cut within a word of an answer, which a model then learned to stop at, and what followed was
-  never seen: they are divided between turns into parts of up to `max_text_bytes`, of which one is drawn;
+  never seen: what does not fit into a pack (`data.packing.token_budget`) with its image is divided between turns into
+  parts that do (`data/turn_parts.py`), of which one is drawn, or with `long_conversations=released` the first one kept;
 - messages of one side in a row: see `data/conversations.py`.
 """
 
@@ -20,34 +21,32 @@ from typing import Any
 import numpy as np
 
 from pixel_sail.data.conversations import conversation_turns
+from pixel_sail.data.details import OURS, is_released
 from pixel_sail.data.records import Records, open_records
 from pixel_sail.types import DataError, Sample, Source, Turn
 
 
 def load(
-    *, annotations: str | Path, image_dir: str | Path, name: str = "llava_mix665k", max_text_bytes: int = 12_000
+    *, annotations: str | Path, image_dir: str | Path, name: str = "llava_mix665k", long_conversations: str = OURS
 ) -> Source:
     """Return the file as a training source.
 
-    annotations: the JSON file. image_dir: folder that the paths of the records start from. max_text_bytes: most text
-    of a sample with several turns, in bytes of UTF-8, of which a token takes 3 to 4 in English, 1 at least; the default
-    is about 3500 tokens. A single longer turn stays whole. Raises: DataError, ValueError.
+    annotations: the JSON file. image_dir: folder that the paths of the records start from. long_conversations: of one
+    that is longer than a pack, ours: a part drawn at random; released: the turns from the beginning on (the release
+    cuts the next turn, here it is left out). A single turn that is longer is an error. Raises: DataError, ValueError.
     """
-    if max_text_bytes < 1:
-        raise ValueError(
-            f"source {name}: found max_text_bytes {max_text_bytes}, expected at least 1; correct the config"
-        )
-    return LlavaSource(open_records(annotations), Path(image_dir), name=name, max_text_bytes=max_text_bytes)
+    keeps_beginning = is_released(name, "long_conversations", long_conversations)
+    return LlavaSource(open_records(annotations), Path(image_dir), name=name, keeps_beginning=keeps_beginning)
 
 
 class LlavaSource:
     """One item per record."""
 
-    def __init__(self, records: Records, image_dir: Path, *, name: str, max_text_bytes: int = 12_000) -> None:
+    def __init__(self, records: Records, image_dir: Path, *, name: str, keeps_beginning: bool = False) -> None:
         self.name = name
         self._records = records
         self._image_dir = image_dir
-        self._max_text_bytes = max_text_bytes
+        self._keeps_beginning = keeps_beginning
 
     def __len__(self) -> int:
         """Return the number of records."""
@@ -58,20 +57,22 @@ class LlavaSource:
         return self._image_of(self._checked_record(index), index)
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
-        """Return record `index`, of a long conversation one part drawn from `rng`. Raises: DataError."""
+        """Return record `index`; which part is kept of a conversation that is too long is drawn from `rng`.
+
+        Raises: DataError.
+        """
         record = self._checked_record(index)
         where = f"{self._records.where}[{index}]"
         pairs = conversation_turns(record.get("conversations"), where)
         if not pairs:
             raise DataError(f"{where}: found no question with an answer, expected at least one; repair the file")
-        parts = conversation_parts(pairs, self._max_text_bytes)
-        part = parts[rng.integers(len(parts))]
         return Sample(
             sample_id=f"{self.name}/record={index}",
             source=self.name,
             image_path=self._image_of(record, index),
             image_hw=None,
-            turns=tuple(Turn(question=question, answer=answer) for question, answer in part),
+            turns=tuple(Turn(question=question, answer=answer) for question, answer in pairs),
+            part_drawn=0.0 if self._keeps_beginning else float(rng.random()),
         )
 
     def _checked_record(self, index: int) -> dict[str, Any]:
@@ -92,17 +93,3 @@ class LlavaSource:
                 "field; repair the file"
             )
         return self._image_dir / image
-
-
-def conversation_parts(pairs: list[tuple[str, str]], max_bytes: int) -> list[list[tuple[str, str]]]:
-    """Divide a conversation into parts of whole turns, each with at most `max_bytes` of text or with one turn."""
-    parts: list[list[tuple[str, str]]] = []
-    used = 0
-    for question, answer in pairs:
-        size = len(question.encode()) + len(answer.encode())
-        if not parts or used + size > max_bytes:
-            parts.append([])
-            used = 0
-        parts[-1].append((question, answer))
-        used += size
-    return parts

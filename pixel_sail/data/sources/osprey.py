@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixel_sail.data.conversations import conversation_turns, may_have_turns
+from pixel_sail.data.details import OURS, is_released
 from pixel_sail.data.images import MAX_SIDE_PX, find_image
 from pixel_sail.data.masks import decode_segmentation
 from pixel_sail.data.prompts import MASK_ONLY
@@ -61,16 +62,18 @@ def load(
     prompt_shares: Mapping[str, float] = MASK_ONLY,
     num_prompts: int = 15,
     absent_share: float = 0.05,
+    absent_questions: str = OURS,
 ) -> Source:
     """Return one of Osprey's files as a training source.
 
     annotations: the JSON file. image_dirs: folders of the photographs, looked through in this order. content: one of
     CONTENTS. single_word_answers: every question of a conversation asks for one. regions_per_sample: most described
     regions of one sample; conversations show all. prompt_shares, num_prompts, absent_share: see `RegionSettings`.
-    Raises: DataError, ValueError.
+    absent_questions, ours: about a region that is not there conversations ask as they do about others; released: for a
+    long description, whatever the file. Raises: DataError, ValueError.
     """
     if content not in CONTENTS:
-        raise ValueError(f"source {name}: found content {content!r}, expected one of {CONTENTS}; correct the config")
+        raise DataError(f"source {name}: found content {content!r}, expected one of {CONTENTS}; correct the config")
     settings = RegionSettings(num_prompts=num_prompts, shares=dict(prompt_shares), absent_share=absent_share)
     settings.check_count(name, regions_per_sample)
     return OspreySource(
@@ -81,6 +84,7 @@ def load(
         content=content,
         single_word_answers=single_word_answers,
         regions_per_sample=regions_per_sample,
+        absent_questions=absent_questions,
     )
 
 
@@ -105,17 +109,18 @@ class OspreySource:
         content: str,
         single_word_answers: bool = False,
         regions_per_sample: int = 5,
+        absent_questions: str = OURS,
     ) -> None:
         """Note which records can be used. Raises: DataError, ValueError without an image folder."""
         if not image_dirs:
-            raise ValueError(f"source {name}: found no image_dirs, expected at least one folder; correct the config")
+            raise DataError(f"source {name}: found no image_dirs, expected at least one folder; correct the config")
         self.name = name
         self._records = records
         self._image_dirs = tuple(image_dirs)
         self._settings = settings
         self._content = content
         self._question_suffix = SINGLE_WORD_SUFFIX if single_word_answers else ""
-        if content == "description":
+        if is_released(name, "absent_questions", absent_questions) or content == "description":
             self._absent_question = detailed_question
         else:
             self._absent_question = name_question if single_word_answers else describe_question

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from pixel_sail.data.details import OURS, is_released
 from pixel_sail.data.fields import field, strings
 from pixel_sail.data.image_sizes import stored_hw, turn_of, upright_hw
 from pixel_sail.data.masks import decode_rle
@@ -73,13 +74,29 @@ class ReasonItem:
         return self.json_path.with_suffix(".jpg")
 
 
-def load(*, root: str | Path, split: str = "train", name: str = "reasonseg", sentences_per_image: int = 3) -> Source:
+def load(
+    *,
+    root: str | Path,
+    split: str = "train",
+    name: str = "reasonseg",
+    sentences_per_image: int = 3,
+    wording: str = OURS,
+    ignored_pixels: str = OURS,
+) -> Source:
     """Return one split as a training source: the `_target_` of `configs/source/reasonseg.yaml`.
 
-    root: folder with the folders train, val and test. sentences_per_image: most turns of one sample.
-    Raises: DataError; ValueError on a wrong setting.
+    root: folder with the folders train, val and test. sentences_per_image: most turns of one sample. wording, ours:
+    several questions and answers; released: the one of each that the evaluation asks. ignored_pixels, ours: in no loss;
+    released: background. Raises: DataError; ValueError on a wrong setting.
     """
-    return ReasonSegSource(_json_files(Path(root), split), name=name, split=split, most=sentences_per_image)
+    return ReasonSegSource(
+        _json_files(Path(root), split),
+        name=name,
+        split=split,
+        most=sentences_per_image,
+        released_wording=is_released(name, "wording", wording),
+        ignored_as_background=is_released(name, "ignored_pixels", ignored_pixels),
+    )
 
 
 def expressions(
@@ -135,13 +152,24 @@ def _turned_as_released(item: ReasonItem) -> RLE | None:
 class ReasonSegSource:
     """One item per photo with a text and a target; up to three of its texts as turns, none twice."""
 
-    def __init__(self, files: Sequence[Path], *, name: str, split: str, most: int) -> None:
-        """Leave out what has no text or no target, and log how many. Raises: ValueError."""
+    def __init__(
+        self,
+        files: Sequence[Path],
+        *,
+        name: str,
+        split: str,
+        most: int,
+        released_wording: bool = False,
+        ignored_as_background: bool = False,
+    ) -> None:
+        """Leave out what has no text or no target, and log how many. Raises: DataError."""
         if most < 1:
-            raise ValueError(f"source {name}: found sentences_per_image {most}, expected 1 or more; correct the config")
+            raise DataError(f"source {name}: found sentences_per_image {most}, expected 1 or more; correct the config")
         self.name = name
         self._split = split
         self._most = most
+        self._released_wording = released_wording
+        self._ignored_as_background = ignored_as_background
         self._files = [path for path in files if _is_usable(path)]
         if len(self._files) < len(files):
             num_left_out = len(files) - len(self._files)
@@ -164,7 +192,17 @@ class ReasonSegSource:
         sample_id = f"{self.name}/{self._split}/{item.json_path.stem}"
         mask, ignored = paint(item.shapes, upright_hw(item.image_path, sample_id))
         chosen = [item.texts[i] for i in rng.permutation(len(item.texts))[: self._most]]
-        turns = [reasoning_turn(text, mask, rng, is_sentence=item.is_sentence, ignored=ignored) for text in chosen]
+        turns = [
+            reasoning_turn(
+                text,
+                mask,
+                rng,
+                is_sentence=item.is_sentence,
+                ignored=None if self._ignored_as_background else ignored,
+                as_released=self._released_wording,
+            )
+            for text in chosen
+        ]
         return Sample(
             sample_id=sample_id, source=self.name, image_path=item.image_path, image_hw=None, turns=tuple(turns)
         )
@@ -258,4 +296,4 @@ def _is_usable(path: Path) -> bool:
 
 def _check_choice(name: str, found: str, expected: tuple[str, ...]) -> None:
     if found not in expected:
-        raise ValueError(f"{name}: found {found!r}, expected one of {expected}; correct the config")
+        raise DataError(f"{name}: found {found!r}, expected one of {expected}; correct the config")

@@ -6,12 +6,13 @@ Place in the flow: `RefCOCOg_GCG_train.json` -> here -> `grounded_caption.py`. O
                 "caption": "The standing man wears a striped tie next to a boy.",
                 "refs": [{"sentence": "a striped tie", "bbox": [16, 45, 28, 41], "segmentation": [[16.2, 84.9, ...]]}]}}
 
-The file states no size, so the photo is asked. The caption keeps its capitals. What the released loader gets wrong: see
-`grounded_caption.py`; it also cut the end off a phrase that another one overlapped.
+The file states no size, so the photo is asked. The caption keeps its capitals, unless `letters=released`. What the
+released loader gets wrong: see `grounded_caption.py`; it also cut the end off a phrase that another one overlapped.
 """
 
 from pathlib import Path
 
+from pixel_sail.data.details import OURS, is_released
 from pixel_sail.data.fields import ImageFolders, field, stated_hw
 from pixel_sail.data.phrases import Phrase
 from pixel_sail.data.records import open_records
@@ -19,19 +20,30 @@ from pixel_sail.data.sources.grounded_caption import CaptionRecord, GroundedCapt
 from pixel_sail.types import DataError, Source
 
 
-def load(*, annotations: str | Path, image_dir: ImageFolders, name: str = "refcocog_gcg") -> Source:
+def load(
+    *,
+    annotations: str | Path,
+    image_dir: ImageFolders,
+    name: str = "refcocog_gcg",
+    wording: str = OURS,
+    letters: str = OURS,
+) -> Source:
     """Return the training source: the `_target_` of `configs/source/refcocog_gcg.yaml`.
 
-    annotations: the JSON file. image_dir: one folder of photos, or several to look in. Raises: DataError.
+    annotations: the JSON file. image_dir: one folder of photos, or several to look in. wording: see
+    `GroundedCaptionSource`. letters, ours: captions as they are; released: in lower case.
+    Raises: DataError, ValueError.
     """
-    return GroundedCaptionSource(RefcocogLayout(annotations), image_dir, name=name)
+    layout = RefcocogLayout(annotations, lower_case=is_released(name, "letters", letters))
+    return GroundedCaptionSource(layout, image_dir, name=name, wording=wording)
 
 
 class RefcocogLayout:
     """Records of this format."""
 
-    def __init__(self, annotations: str | Path) -> None:
+    def __init__(self, annotations: str | Path, *, lower_case: bool = False) -> None:
         self._records = open_records(annotations)
+        self._lower_case = lower_case
         self.where = str(annotations)
 
     def __len__(self) -> int:
@@ -59,7 +71,7 @@ class RefcocogLayout:
             item_id=f"item={index}/{key}",
             file_name=file_name,
             image_hw=stated_hw(record, where),
-            caption=caption,
+            caption=caption.lower() if self._lower_case else caption,
             phrases=tuple(phrases),
             num_unmasked=len(refs) - len(phrases),
         )

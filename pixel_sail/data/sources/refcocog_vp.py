@@ -14,16 +14,17 @@ What the released loader got wrong, and what happens here:
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from pixel_sail.data.details import OURS, is_released
 from pixel_sail.data.masks import decode_segmentation, union_masks
 from pixel_sail.data.prompts import MASK_ONLY
 from pixel_sail.data.refer_annotations import Ref, ReferAnnotations, load_refer
 from pixel_sail.data.regions import RegionSettings, RegionTurn, region_sample
-from pixel_sail.data.wording.region import REGION_ANSWER, short_question
+from pixel_sail.data.wording.region import REGION_ANSWER, released_short_question, short_question
 from pixel_sail.types import BoolMask, DataError, Sample, Source
 
 logger = logging.getLogger(__name__)
@@ -44,29 +45,39 @@ def load(
     prompt_shares: Mapping[str, float] = MASK_ONLY,
     num_prompts: int = 15,
     absent_share: float = 0.05,
+    wording: str = OURS,
 ) -> Source:
     """Return one split as a training source.
 
     root, dataset, split, split_by, image_dir: as in `refer.load`. regions_per_sample: most regions of one sample.
-    prompt_shares, num_prompts, absent_share: see `RegionSettings`. Raises: DataError, ValueError.
+    prompt_shares, num_prompts, absent_share: see `RegionSettings`. wording, ours: one of several short questions;
+    released: always the same one. Raises: DataError, ValueError.
     """
+    question = released_short_question if is_released(name, "wording", wording) else short_question
     settings = RegionSettings(num_prompts=num_prompts, shares=dict(prompt_shares), absent_share=absent_share)
     settings.check_count(name, regions_per_sample)
     annotations = load_refer(root, dataset, split, split_by=split_by, image_dir=image_dir)
-    return ReferRegionSource(annotations, settings, name=name, regions_per_sample=regions_per_sample)
+    return ReferRegionSource(annotations, settings, name=name, regions_per_sample=regions_per_sample, question=question)
 
 
 class ReferRegionSource:
     """One item per image with an object that somebody referred to."""
 
     def __init__(
-        self, annotations: ReferAnnotations, settings: RegionSettings, *, name: str, regions_per_sample: int = 5
+        self,
+        annotations: ReferAnnotations,
+        settings: RegionSettings,
+        *,
+        name: str,
+        regions_per_sample: int = 5,
+        question: Callable[[np.random.Generator], str] = short_question,
     ) -> None:
         """Gather the sentences of every object; those without text are left out and counted."""
         self.name = name
         self._annotations = annotations
         self._settings = settings
         self._regions_per_sample = regions_per_sample
+        self._question = question
         objects = {image_id: _objects(refs) for image_id, refs in annotations.refs_by_image.items()}
         self._objects = {image_id: found for image_id, found in objects.items() if found}
         self._image_ids = tuple(self._objects)
@@ -99,7 +110,7 @@ class ReferRegionSource:
         drawn = [objects[i] for i in rng.permutation(len(objects))[:count]]
         turns = [
             RegionTurn(
-                question=short_question(rng), answer=REGION_ANSWER + texts[rng.integers(len(texts))], region=number
+                question=self._question(rng), answer=REGION_ANSWER + texts[rng.integers(len(texts))], region=number
             )
             for number, (_, texts) in enumerate(drawn)
         ]
@@ -112,7 +123,7 @@ class ReferRegionSource:
             source=self.name,
             image_path=image.path,
             image_hw=image.size_hw,
-            absent_question=short_question,
+            absent_question=self._question,
         )
 
     def _mask(self, ann_ids: tuple[int, ...], image_id: int) -> BoolMask:

@@ -6,7 +6,8 @@ RefShapes and gRefCOCO; their file layouts are described there.
 
 Differs from the released loader, which froze one sentence per object when it was made (most were never seen), drew five
 objects with replacement (one conversation asked the same thing twice), and added up polygons and instances instead of
-uniting them (masks with 2s, where they overlap). Here sentences are drawn anew in every epoch, without repeats.
+uniting them (masks with 2s, where they overlap). Here sentences are drawn anew in every epoch, without repeats unless
+`draws=released`.
 
 Example: the ref {"ref_id": 8, "image_id": 519404, "ann_id": 1241542, "split": "val", "sentences": [{"sent_id": 2,
 "sent": "the tie of the standing man", "raw": "The tie of the standing man."}]} becomes
@@ -19,12 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
+from pixel_sail.data.details import OURS, is_released
 from pixel_sail.data.masks import decode_segmentation, merge_to_rle, summed_as_released, union_masks
 from pixel_sail.data.refer_annotations import Ref, ReferAnnotations, Sentence, load_refer
 from pixel_sail.data.sources import hidden
 from pixel_sail.data.wording.referring import QUESTION_STYLES, referring_turn
 from pixel_sail.rle import encode_mask
-from pixel_sail.types import RLE, BoolMask, Expression, Sample, Source
+from pixel_sail.types import RLE, BoolMask, DataError, Expression, Sample, Source
 
 __all__ = ["TEXT_FIELDS", "ReferAnnotations", "ReferSource", "expressions", "load", "load_refer"]
 
@@ -46,6 +48,7 @@ def load(
     text_field: str = "raw",
     question_style: str = "varied",
     hide: str = "none",
+    draws: str = OURS,
 ) -> Source:
     """Return one split as a training source: the `_target_` of `configs/source/refcoco.yaml` and its like.
 
@@ -54,7 +57,9 @@ def load(
     split: exact name in the file. split_by: the part in brackets, `unc` or `umd`; needed where there are several files.
     image_dir: photos, where they are in none of IMAGE_FOLDERS. name: of the source in logs, the dataset by default.
     expressions_per_image: most turns of one sample. text_field: `raw` or `sent`. question_style: `varied` or `fixed`.
-    hide: `text` or `image` for a blind baseline.
+    hide: `text` or `image` for a blind baseline. draws, ours: no expression twice in a sample; released: always
+    `expressions_per_image` turns, each about one of the objects drawn with replacement, and an object is asked for with
+    one of its sentences only (of its last ref, where several refs name it).
     Raises: DataError.
     """
     annotations = load_refer(root, dataset, split, split_by=split_by, image_dir=image_dir)
@@ -64,6 +69,7 @@ def load(
         expressions_per_image=expressions_per_image,
         text_field=text_field,
         question_style=question_style,
+        draws=draws,
     )
 
 
@@ -110,16 +116,17 @@ class ReferSource:
         expressions_per_image: int = 5,
         text_field: str = "raw",
         question_style: str = "varied",
+        draws: str = OURS,
     ) -> None:
-        """Check the settings. Raises: ValueError, DataError."""
+        """Check the settings. Raises: DataError."""
         _check_text_field(text_field)
         if question_style not in QUESTION_STYLES:
-            raise ValueError(
+            raise DataError(
                 f"source {name}: found question_style {question_style!r}, expected one of {QUESTION_STYLES}; "
                 "correct the config"
             )
         if expressions_per_image < 1:
-            raise ValueError(
+            raise DataError(
                 f"source {name}: found expressions_per_image {expressions_per_image}, expected at least 1; "
                 "correct the config"
             )
@@ -128,6 +135,7 @@ class ReferSource:
         self._expressions_per_image = expressions_per_image
         self._text_field = text_field
         self._question_style = question_style
+        self._draws_as_released = is_released(name, "draws", draws)
         self._image_ids = self._usable_image_ids()
 
     def __len__(self) -> int:
@@ -142,7 +150,7 @@ class ReferSource:
         """Return image `index` with up to `expressions_per_image` different expressions, in an order drawn from `rng`.
 
         Every ref of the image is asked for once before any ref is asked for with a second sentence, and no text occurs
-        twice. Masks are decoded here and not kept. Raises: DataError.
+        twice, unless `draws=released`. Masks are decoded here and not kept. Raises: DataError.
         """
         image_id = self._image_ids[index]
         image = self._annotations.images[image_id]
@@ -164,7 +172,9 @@ class ReferSource:
         )
 
     def _draw(self, refs: tuple[Ref, ...], rng: np.random.Generator) -> list[tuple[Ref, str]]:
-        """Return the (ref, text) pairs of one sample, all texts different."""
+        """Return the (ref, text) pairs of one sample."""
+        if self._draws_as_released:
+            return self._draw_as_released(refs, rng)
         queues = []
         for ref in refs:
             texts = [text for sentence in ref.sentences if (text := self._text(sentence))]
@@ -180,6 +190,20 @@ class ReferSource:
                 if len(drawn) == self._expressions_per_image:
                     return [(ref, text) for text, ref in drawn.items()]
         return [(ref, text) for text, ref in drawn.items()]
+
+    def _draw_as_released(self, refs: tuple[Ref, ...], rng: np.random.Generator) -> list[tuple[Ref, str]]:
+        """Return always `expressions_per_image` pairs, of objects drawn with replacement with one sentence each.
+
+        The release draws the sentences once per run and repeat; in a run of one pass that is the same.
+        """
+        objects: dict[object, tuple[Ref, list[str]]] = {}
+        for ref in refs:
+            if texts := [text for sentence in ref.sentences if (text := self._text(sentence))]:
+                # gRefCOCO keeps refs apart, the other datasets know an object by its annotation.
+                key = ref.ref_id if self._annotations.refs_file.name.startswith("grefs(") else ref.ann_ids
+                objects[key] = (ref, texts)
+        asked = [(ref, texts[rng.integers(len(texts))]) for ref, texts in objects.values()]
+        return [asked[i] for i in rng.integers(len(asked), size=self._expressions_per_image)]
 
     def _text(self, sentence: Sentence) -> str:
         """Return the sentence in lower case, without one closing full stop; "" if nothing is left."""
@@ -234,4 +258,4 @@ def _target_mask(ref: Ref, annotations: ReferAnnotations) -> BoolMask:
 
 def _check_text_field(text_field: str) -> None:
     if text_field not in TEXT_FIELDS:
-        raise ValueError(f"text_field: found {text_field!r}, expected one of {TEXT_FIELDS}; correct the config")
+        raise DataError(f"text_field: found {text_field!r}, expected one of {TEXT_FIELDS}; correct the config")

@@ -38,6 +38,7 @@ def marked_phrase(phrase: str) -> str:
     return f"<p> {phrase} </p> [SEG]"
 
 
-def caption_question(rng: np.random.Generator) -> str:
-    """Return one of the questions, all equally likely."""
-    return CAPTION_QUESTIONS[rng.integers(len(CAPTION_QUESTIONS))]
+def caption_question(rng: np.random.Generator, *, as_released: bool = False) -> str:
+    """Return one of the questions, all equally likely; `as_released`: not the one for a detailed description."""
+    questions = [question for question in CAPTION_QUESTIONS if not as_released or question != STANDARD_CAPTION_PROMPT]
+    return questions[rng.integers(len(questions))]

@@ -9,7 +9,7 @@ image? Please output segmentation mask." and answered "It is [SEG]."
 
 import numpy as np
 
-from pixel_sail.data.wording.referring import REFER_ANSWERS
+from pixel_sail.data.wording.referring import FIXED_REFER_ANSWER, REFER_ANSWERS
 from pixel_sail.types import BoolMask, Turn
 
 SENTENCE_PROMPT = "{sent} Please output segmentation mask."
@@ -39,9 +39,21 @@ def evaluation_question(text: str, *, is_sentence: bool) -> str:
 
 
 def reasoning_turn(
-    text: str, mask: BoolMask, rng: np.random.Generator, *, is_sentence: bool, ignored: BoolMask | None = None
+    text: str,
+    mask: BoolMask,
+    rng: np.random.Generator,
+    *,
+    is_sentence: bool,
+    ignored: BoolMask | None = None,
+    as_released: bool = False,
 ) -> Turn:
-    """Return the turn that asks for what `text` means and answers with `mask`; `ignored` pixels do not count."""
+    """Return the turn that asks for what `text` means and answers with `mask`; `ignored` pixels do not count.
+
+    `as_released`: the one question and answer of the release, which the evaluation asks, instead of one of several.
+    """
+    if as_released:
+        question = evaluation_question(text, is_sentence=is_sentence)
+        return Turn(question=question, answer=FIXED_REFER_ANSWER, masks=(mask,), ignored=ignored)
     templates = SENTENCE_QUESTIONS if is_sentence else PHRASE_QUESTIONS
     sent = text if is_sentence else text.removesuffix(".")
     question = templates[rng.integers(len(templates))].format(sent=sent)

@@ -22,7 +22,11 @@ DESCRIBE_QUESTIONS = (
 )
 """A description of any length."""
 
+CAPTION_QUESTION = "Can you provide me with a detailed description of the region in the picture marked by {region}?"
+"""Released: what region benchmarks ask, also a question of training."""
+
 DETAILED_QUESTIONS = (
+    CAPTION_QUESTION,  # so that no test question is a new one, with its suffix neither
     "Describe {region} as precisely as you can.",
     "Give a thorough description of {region}.",
     "What exactly is {region}, how does it look, and what surrounds it?",
@@ -40,6 +44,9 @@ DETAILED_QUESTIONS = (
 )
 """A long description."""
 
+RELEASED_SHORT_QUESTION = "Please give me a short description of {region}."
+"""The only question of the released fine-tuning on region captions."""
+
 SHORT_QUESTIONS = (
     "Describe {region} in a few words.",
     "Which phrase refers to {region}?",
@@ -49,7 +56,7 @@ SHORT_QUESTIONS = (
     "In brief, what is {region}?",
     "Name {region} together with what sets it apart.",
     "One short phrase for {region}, please.",
-    "Please give me a short description of {region}.",  # released
+    RELEASED_SHORT_QUESTION,
 )
 """A phrase, as in referring expressions."""
 
@@ -71,9 +78,7 @@ DETAILED_SUFFIX = " Please provide as detailed as possible."  # released
 SINGLE_WORD_SUFFIX = " Answer the question using a single word or phrase."  # released
 """Follows every question of Osprey's short form."""
 
-REGION_CAPTION_PROMPT = (
-    "Can you provide me with a detailed description of the region in the picture marked by <Prompt0>?"
-)
+REGION_CAPTION_PROMPT = CAPTION_QUESTION.replace("{region}", "<Prompt0>")
 """Released evaluation prompt of RefCOCOg region captions."""
 
 PERBENCH_CAPTION_PROMPT = REGION_CAPTION_PROMPT + DETAILED_SUFFIX
@@ -102,6 +107,11 @@ def detailed_question(rng: np.random.Generator) -> str:
 def short_question(rng: np.random.Generator) -> str:
     """Return a question for a phrase that refers to {region}."""
     return _draw(SHORT_QUESTIONS, rng)
+
+
+def released_short_question(rng: np.random.Generator) -> str:
+    """Return the released question for a phrase that refers to {region}, as if it were drawn."""
+    return RELEASED_SHORT_QUESTION
 
 
 def name_question(rng: np.random.Generator) -> str:

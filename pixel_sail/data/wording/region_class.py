@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pixel_sail.data.wording.region import CAPTION_QUESTION
+
 CLASS_QUESTIONS = (
     "What kind of object is {region}?",
     "Which category does {region} belong to?",
@@ -23,6 +25,7 @@ CANDIDATES = " The candidate categories: {names}."  # released
 OTHERS = "others"  # released: the last candidate, and the answer where no other candidate is right
 
 DESCRIBE_QUESTIONS = (
+    CAPTION_QUESTION,  # released; what region benchmarks ask
     "Describe {region} in detail.",
     "What can be seen at {region}? Say all that matters.",
     "Please write a full description of {region}.",

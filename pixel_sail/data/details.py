@@ -1,0 +1,19 @@
+"""Details of the training data in which this project differs from the release, each an option of the source it is of.
+
+Place in the flow: the `load` of a source calls `is_released` for each such option; the files of `configs/source/` set
+all of them to `${data.details}`, so that `data.details=released` switches all and
+
+    data.sources.coco_vp.candidates=released
+
+one. Called from Python without the option, a source does what it does by default, `ours`.
+"""
+
+OURS, RELEASED = "ours", "released"
+DETAILS = (OURS, RELEASED)
+
+
+def is_released(source: str, option: str, value: str) -> bool:
+    """Say whether an option of a source asks for what the release does. Raises: ValueError for an unknown value."""
+    if value not in DETAILS:
+        raise ValueError(f"source {source}: found {option} {value!r}, expected one of {DETAILS}; correct the config")
+    return value == RELEASED

@@ -1,0 +1,70 @@
+"""Folders of models and tokenizers that come from elsewhere, read so that damage is told in one message.
+
+Place in the flow: `tokenization.py`, `processing_pixel_sail.py` and `modeling_pixel_sail.py` load what a folder holds
+within `reading`; the libraries below them raise a dozen classes for files that are cut, lost or of another model:
+
+    with reading("tokenizer data/tokenizer"):
+        AutoTokenizer.from_pretrained("data/tokenizer")
+    DataError: tokenizer data/tokenizer: cannot be loaded (Exception: EOF while parsing a string ...); ...
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+
+from pixel_sail.errors import ExpectedError
+from pixel_sail.files import reason_of
+from pixel_sail.types import DataError
+
+LOADING_ERRORS = (
+    *(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, ImportError, MemoryError),
+    *(RuntimeError, SafetensorError, StrictDataclassError),
+)
+"""What the libraries raise for a folder whose files are cut, lost or of another model, found by damaging them."""
+
+
+_WIDTHS = ("vocab_size", "hidden_size", "intermediate_size", "mask_dim", "patch_size", "num_visual_prompts")
+"""Sizes of a configuration that no tensor of its model can be narrower than all of."""
+
+
+@contextmanager
+def reading(what: str, remedy: str = "copy or export it anew") -> Iterator[None]:
+    """Turn what libraries raise for damaged files into DataError; nothing but their loading belongs in here."""
+    try:
+        yield
+    except ExpectedError:
+        raise
+    except Exception as error:
+        # The library tokenizers raises plain Exception.
+        if not isinstance(error, LOADING_ERRORS) and type(error) is not Exception:
+            raise
+        raise DataError(f"{what}: cannot be loaded ({type(error).__name__}: {reason_of(error)}); {remedy}") from error
+
+
+def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor in the safetensors of a folder. Raises: DataError."""
+    shapes = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with reading(str(path)), safe_open(path, framework="pt") as file:
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return shapes
+
+
+def check_sizes(config: Any, weights: Mapping[str, Any], where: Path) -> None:
+    """Raise DataError where a configuration is of a far larger model than the weights it came with.
+
+    Making such a model would take all memory, or not end. `weights`: tensors, or shapes, by name.
+    """
+    shapes = [getattr(value, "shape", value) for value in weights.values()]
+    widest = max((size for shape in shapes for size in shape), default=0)
+    limits = {**dict.fromkeys(_WIDTHS, widest), "num_hidden_layers": len(shapes)}
+    found = {name: getattr(config, name) for name, limit in limits.items() if getattr(config, name, 0) > limit}
+    if found:
+        raise DataError(
+            f"{where}: found {len(shapes)} tensors, {widest} wide at most, and a configuration with {found}; expected "
+            "the weights of this model; copy or export both anew"
+        )

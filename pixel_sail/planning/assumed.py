@@ -1,0 +1,156 @@
+"""Packs of assumed samples, for plans of runs whose data are not at hand.
+
+Place in the flow: `tools/plan_run.py` plans with them where files are missing. Samples are drawn, then packed by the
+rule of `data/packing.py`, so that what a plan says follows from the same packing as the run:
+
+    assumed_packs(architecture, PackingSettings(token_budget=8192), Assumptions(), rows=1)
+      ->  micro-batches such as Workload(rows=1, tokens_per_row=7915, samples=6, ...), and
+          PackForecast(samples_per_pack=6.5, ...)
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pixel_sail.data.packing import LanePosition, PackingSettings, fill_packs
+from pixel_sail.data.packing_forecast import PackForecast, summed_up
+from pixel_sail.model.configuration_pixel_sail import Architecture
+from pixel_sail.model.image_layout import image_tokens
+from pixel_sail.model.patches import grid_size
+from pixel_sail.planning.balance import SampleCost
+from pixel_sail.planning.workload import ImageLoad, Workload
+from pixel_sail.types import SizeHW
+
+COCO_SIZES: dict[SizeHW, int] = {
+    (480, 640): 30,
+    (427, 640): 31,
+    (640, 480): 10,
+    (640, 427): 8,
+    (375, 500): 6,
+    (500, 375): 5,
+    (612, 612): 4,
+    (360, 640): 3,
+    (333, 500): 2,
+    (640, 640): 1,
+}
+"""Sizes of COCO's photographs, in percent: those of 397 of them, sizes of nearly the same patch grid put together. With
+patches of 16 pixels they have 1,106 tokens on the average, the 397 have 1,100."""
+
+USUAL_HW: SizeHW = (480, 640)
+
+NUM_SAMPLES = 2048
+"""Drawn for a plan. Samples of a pack vary by a tenth, so that their mean is known to half a percent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assumptions:
+    """What is taken for granted where no data is at hand."""
+
+    photo_hw: SizeHW | None = None
+    """Size of every photograph; None: sizes drawn from those of COCO's."""
+    text_tokens: int = 100
+    """Of one sample, questions and answers together: the mean of a geometric distribution."""
+    supervised_share: float = 0.5
+    """Of the text tokens."""
+    masks_per_image: int = 4
+    images_with_masks: float = 0.6
+    """Share of the images that have masks."""
+
+
+def assumed_sample(
+    architecture: Architecture, photo_hw: SizeHW, *, text_tokens: int, supervised: int, masks: int
+) -> Workload:
+    """Return one sample alone in a row."""
+    grid = grid_size(photo_hw, architecture.patch_size, architecture.max_long_side, architecture.sizing)
+    image = image_tokens(architecture.base, grid)
+    length = image + text_tokens
+    is_prefix = architecture.attention == "prefix"
+    return Workload(
+        rows=1,
+        tokens_per_row=length,
+        images=(ImageLoad(rows=grid[0], columns=grid[1], masks=masks, photo_hw=photo_hw),),
+        supervised=supervised,
+        samples=1,
+        real_tokens=length,
+        seen_pairs=prefix_pairs(image, text_tokens) if is_prefix else length * (length + 1) // 2,
+        computed_pairs=image**2 + text_tokens * length,
+        computed_keys=image + length,
+    )
+
+
+def prefix_pairs(image_tokens: int, text_tokens: int) -> int:
+    """Return the visible pairs of one sample: all within the image, text sees the image and its own past."""
+    return image_tokens**2 + text_tokens * image_tokens + text_tokens * (text_tokens + 1) // 2
+
+
+def assumed_samples(architecture: Architecture, assumptions: Assumptions, number: int) -> list[Workload]:
+    """Return samples as assumed, always the same."""
+    rng = np.random.default_rng(0)
+    sizes, percents = list(COCO_SIZES), np.array(list(COCO_SIZES.values()))
+    samples = []
+    for _ in range(number):
+        drawn_hw = sizes[rng.choice(len(sizes), p=percents / percents.sum())]
+        text = assumptions.text_tokens
+        if text > 1:
+            text = int(rng.geometric(1 / text))
+        has_masks = rng.random() < assumptions.images_with_masks
+        samples.append(
+            assumed_sample(
+                architecture,
+                assumptions.photo_hw or drawn_hw,
+                text_tokens=text,
+                supervised=round(text * assumptions.supervised_share),
+                masks=assumptions.masks_per_image if has_masks else 0,
+            )
+        )
+    return samples
+
+
+def assumed_packs(
+    architecture: Architecture,
+    packing: PackingSettings,
+    assumptions: Assumptions,
+    *,
+    rows: int,
+    num_samples: int = NUM_SAMPLES,
+) -> tuple[list[Workload], PackForecast]:
+    """Return micro-batches of `rows` packs of assumed samples, and what a pack holds. A sample that is longer than a
+    pack has one of its own."""
+    samples = assumed_samples(architecture, assumptions, num_samples)
+    weigh = SampleCost(architecture=architecture).of if packing.balance == "flops" else _tokens
+    costs = [weigh(sample) for sample in samples]
+
+    def read(number: int) -> tuple[Workload, float]:
+        return samples[number % num_samples], costs[number % num_samples]
+
+    packs: list[tuple[Workload, ...]] = []
+
+    def noted() -> Iterator[tuple[int, LanePosition]]:
+        for pack, after in fill_packs(read, packing, held={}, upcoming=0):
+            packs.append(pack)
+            yield len(pack), after
+
+    forecast = summed_up(noted(), num_positions=num_samples)
+    grouped = [packs[start : start + rows] for start in range(0, len(packs) - rows + 1, rows)]
+    return [together(group) for group in grouped or [packs]], forecast
+
+
+def _tokens(work: Workload) -> float:
+    return work.real_tokens
+
+
+def together(packs: Sequence[Sequence[Workload]]) -> Workload:
+    """Return the micro-batch of some packs of samples, one pack in a row."""
+    samples = [sample for pack in packs for sample in pack]
+    return Workload(
+        rows=len(packs),
+        tokens_per_row=max(sum(sample.real_tokens for sample in pack) for pack in packs),
+        images=tuple(image for sample in samples for image in sample.images),
+        supervised=sum(sample.supervised for sample in samples),
+        samples=len(samples),
+        real_tokens=sum(sample.real_tokens for sample in samples),
+        seen_pairs=sum(sample.seen_pairs for sample in samples),
+        computed_pairs=sum(sample.computed_pairs for sample in samples),
+        computed_keys=sum(sample.computed_keys for sample in samples),
+    )

@@ -1,0 +1,118 @@
+"""RefShapes laid out as the released mixes expect the public datasets: every file of `data=cotrain_0_5b` in its place.
+
+Place in the flow: tests call `draw_and_lay_out`; by hand,
+
+    python tests/drawn_cotrain.py DIR
+    PIXEL_SAIL_DATA=DIR torchrun --nproc-per-node=2 scripts/train.py experiment=pixel_sail_0_5b ... --dry-run
+
+draws the benchmark below DIR, with a tokenizer, lays it out and prints the whole command.
+"""
+
+import json
+import pickle
+import shlex
+import sys
+from pathlib import Path
+
+from running import make_data_root
+from tiny_experts import MASK2FORMER, SAM2
+
+PHOTOS = (
+    *("ref_seg/images/train2014", "coco/train2017", "llava_data/llava_images/train2014"),
+    *(
+        "glamm_data/images/grandf/train",
+        "glamm_data/images/flickr30k/Flickr30K",
+        "glamm_data/images/coco2014/train2014",
+    ),
+)
+"""Folders that hold photographs; the drawn ones stand in each."""
+
+FILES = {
+    "ref_seg/refcoco": "refshapes",
+    "ref_seg/refcoco+": "refshapes",
+    "ref_seg/grefcoco": "grefshapes",
+    "coco/annotations/panoptic_train2017.json": "panoptic/annotations/panoptic_train.json",
+    "coco/annotations/panoptic_train2017": "panoptic/annotations/panoptic_train",
+    "pixel2cap/pix2cap_coco_train.json": "pix2cap/pix2cap_coco_train.json",
+    "glamm_data/annotations": "glamm_data/annotations",
+    "muse/MUSE_train.json": "muse/MUSE_train.json",
+    "llava_data/LLaVA-Instruct-150K/llava_v1_5_mix665k.json": "llava/llava_v1_5_mix665k.json",
+    "osprey-724k/osprey_conversation.json": "osprey/osprey_conversation.json",
+    "osprey-724k/osprey_short_form.json": "osprey/osprey_short_form.json",
+    "osprey-724k/osprey_detail_description.json": "osprey/osprey_detail_description.json",
+    # Drawn scenes have no parts and no absent classes; the records are of the same form.
+    "osprey-724k/osprey_part_level.json": "osprey/osprey_conversation.json",
+    "osprey-724k/osprey_lvis_positive_negative.json": "osprey/osprey_conversation.json",
+}
+"""Place of the released mix -> file or folder of RefShapes."""
+
+SPLITS_OF_REFCOCOG = {"train": "train", "val": "val", "testA": "test", "testB": "test"}
+
+TINY = (
+    # "Its own" tokenizer, sizes of a test, random weights and random teachers; all else is the card's.
+    *("model.tokenizer=${paths.data}/refshapes/tokenizer", "model.init_from=null", "allow_random_experts=true"),
+    *("model.architecture.hidden_size=32", "model.architecture.intermediate_size=48"),
+    *("model.architecture.num_hidden_layers=2", "model.architecture.num_attention_heads=2"),
+    *("model.architecture.num_key_value_heads=1", "model.architecture.mask_dim=16"),
+    *("loss.points.num_points=64", "data.num_workers=1", "log.tensorboard=false"),
+)
+
+
+WHOLE_EPOCH = (
+    *("data.packs_per_step=4", "data.lane_rounds=1", "data.packs_per_micro_batch=1"),
+    *("data.packing.token_budget=10240", "data.packing.lookahead=1"),
+)
+"""A step of so many tokens, in the order of the stream, holds every sample of an epoch of two drawn photos."""
+
+
+def draw_and_lay_out(root: Path) -> None:
+    """Draw a benchmark of two training photos below `root` and put everything that the released mixes read there."""
+    drawn = make_data_root(root, num_train=2, num_eval=1) / "refshapes"
+    places = FILES | dict.fromkeys(PHOTOS, "images/train2014")
+    for place, origin in places.items():
+        assert (drawn / origin).exists(), origin
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        (root / place).symlink_to(drawn / origin)
+    # RefCOCOg has other names for its splits.
+    refcocog = root / "ref_seg" / "refcocog"
+    refcocog.mkdir()
+    (refcocog / "instances.json").symlink_to(drawn / "refshapes" / "instances.json")
+    refs = pickle.loads((drawn / "refshapes" / "refs(unc).p").read_bytes())
+    refs = [{**ref, "split": SPLITS_OF_REFCOCOG[ref["split"]]} for ref in refs]
+    (refcocog / "refs(umd).p").write_bytes(pickle.dumps(json.loads(json.dumps(refs)), protocol=2))
+
+
+def tiny_teachers() -> tuple[str, ...]:
+    """Return overrides that make the two teachers of the cards small networks with random weights."""
+    models = {
+        "mask2former": {"architecture": MASK2FORMER, "shortest_edge": 64, "longest_edge": 110},
+        "sam2": {"architecture": SAM2, "side": 64},
+    }
+    words = []
+    for name, arguments in models.items():
+        node = {"_target_": f"pixel_sail.experts.{name}.{name}", "random": True, **arguments}
+        words += [
+            f"+experts.{name}.model={_word(node)}",
+            f"experts.{name}.channels={32 if name == 'mask2former' else 16}",
+        ]
+    return tuple(words)
+
+
+def _word(value: object) -> str:
+    """Return a value as Hydra reads it on a command line."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_word(own)}" for key, own in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_word, value)) + "]"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def main() -> None:
+    root = Path(sys.argv[1]).resolve()
+    draw_and_lay_out(root)
+    command = ["torchrun", "--nproc-per-node=2", "scripts/train.py", "experiment=pixel_sail_0_5b"]
+    print(f"PIXEL_SAIL_DATA={root}", shlex.join([*command, *TINY, *tiny_teachers(), *WHOLE_EPOCH, "--dry-run"]))
+
+
+if __name__ == "__main__":
+    main()

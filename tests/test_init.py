@@ -1,0 +1,175 @@
+"""`model.init`: how the mask head and the layers towards experts are drawn, wherever they are new."""
+
+import json
+import logging
+
+import pytest
+import torch
+from drawn_checkpoints import CHOSEN, make_base_tokenizer, write_qwen
+from running import load_tool
+from safetensors.torch import load_file
+from test_start import base, build, configured  # noqa: F401, a fixture and what makes the card small
+from torch import nn
+
+from pixel_sail.config import ConfigError, TrainConfig, load_config
+from pixel_sail.experts.settings import ExpertSettings
+from pixel_sail.model.configuration_pixel_sail import UPSAMPLERS, Architecture
+from pixel_sail.model.mask_head import INITS, MaskHead
+from pixel_sail.training.build import build_model
+
+WIDE = {"hidden_size": 1056, "num_attention_heads": 4, "mask_dim": 64, "mask_stride": 4}
+"""Wider than the upsampler may be, so that there is a pre-projector; two blocks."""
+
+LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+
+
+def drawn_head(init, seed=0, **changes):
+    torch.manual_seed(seed)
+    head = MaskHead(Architecture(**(WIDE | changes))).requires_grad_(False)
+    head.draw_weights(init)
+    return head
+
+
+def layers_of(head):
+    return {name: layer for name, layer in head.named_modules() if isinstance(layer, LAYERS)}
+
+
+def assert_uniform(values, bound):
+    """Mean, spread and range of a uniform draw from -bound to bound."""
+    # Five standard deviations of a sample's mean; a standard deviation varies by 0.45 / sqrt(count) of itself.
+    count = values.numel()
+    assert values.abs().max() <= bound and values.abs().max() > bound * (1 - 20 / count)
+    assert values.mean().item() == pytest.approx(0.0, abs=5 * bound / (3 * count) ** 0.5)
+    assert values.std().item() == pytest.approx(bound / 3**0.5, rel=2.5 / count**0.5)
+
+
+@pytest.mark.parametrize("design", UPSAMPLERS)
+def test_torch_draws_every_layer_as_torch_does_by_default(design):
+    head = drawn_head("torch", upsampler=design)
+    layers = layers_of(head)
+    assert len(layers) == 6 + 2 * 3
+    for name, layer in layers.items():
+        # A transposed convolution takes the channels it gives for those it reads.
+        fan_in = layer.weight[0].numel()
+        assert_uniform(layer.weight, fan_in**-0.5)
+        assert_uniform(layer.bias, fan_in**-0.5)
+        fresh = type(layer)(**_arguments(layer))
+        assert layer.weight.std().item() == pytest.approx(fresh.weight.std().item(), rel=0.1), name
+    for block in head.upsampler.blocks:
+        assert bool((block.norm.weight == 1).all()) and not block.norm.bias.any()
+
+
+def _arguments(layer):
+    if isinstance(layer, nn.Linear):
+        return {"in_features": layer.in_features, "out_features": layer.out_features}
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "groups")
+    return {name: getattr(layer, name) for name in names}
+
+
+def test_widths_of_the_two_draws_at_the_size_of_the_half_billion_model():
+    found = {}
+    for init in INITS:
+        head = drawn_head(init, hidden_size=896, num_attention_heads=14, mask_dim=512)
+        block = head.upsampler.blocks[0]
+        layers = (block.transposed, block.depthwise, head.pixel_projector[0], head.pixel_projector[2])
+        found[init] = [layer.weight.std().item() for layer in layers]
+    assert found["ours"] == pytest.approx([0.0334, 0.333, 0.0334, 0.0070], rel=0.02)
+    assert found["torch"] == pytest.approx([0.0096, 0.192, 0.0193, 0.0193], rel=0.02)
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_upsample_blocks_start_alike_as_torch_and_each_its_own_as_ours(init):
+    blocks = drawn_head(init, mask_stride=2).upsampler.blocks
+    assert len(blocks) == 3
+    first = blocks[0].state_dict()
+    for block in blocks[1:]:
+        for name, value in block.state_dict().items():
+            # Norms and our biases are the constants they are in every block.
+            constant = init == "ours" and value.unique().numel() == 1
+            assert torch.equal(value, first[name]) == (init == "torch" or "norm" in name or constant), name
+            assert value.data_ptr() != first[name].data_ptr(), "one parameter for two blocks"
+
+
+def test_ours_is_the_draw_of_old():
+    head = drawn_head("ours", seed=3)
+    torch.manual_seed(3)
+    expected = MaskHead(Architecture(**WIDE)).requires_grad_(False)
+    for name, layer in layers_of(expected).items():
+        fan_in = layer.in_channels if isinstance(layer, nn.ConvTranspose2d) else layer.weight[0].numel()
+        layer.weight.normal_(std=fan_in**-0.5)
+        if name in ("pixel_projector.2", "seg_projector.2"):
+            layer.weight.mul_(64**-0.25)
+        layer.bias.zero_()
+    assert all(torch.equal(value, head.state_dict()[name]) for name, value in expected.state_dict().items())
+
+
+EXPERTS = {
+    "map": ExpertSettings(model=None, site="pixel_map", channels=300),
+    "states": ExpertSettings(model=None, site="patch_states", channels=200),
+}
+
+
+def fresh_model(data_root, init, seed=1):
+    overrides = [] if init is None else [f"model.init={init}"]
+    config = configured(data_root, "model.init_from=null", *overrides)
+    return build_model(config.model, seed=seed, experts=EXPERTS)[0].state_dict()
+
+
+def test_a_run_draws_its_mask_head_and_expert_layers_as_told_and_nothing_else(data_root):
+    plain, ours, as_torch = (fresh_model(data_root, init) for init in (None, *INITS))
+    assert all(torch.equal(plain[name], ours[name]) for name in plain), "ours is the default"
+    changed = {name for name in ours if not torch.equal(ours[name], as_torch[name])}
+    heads = {name for name in ours if name.startswith(("mask_head.", "distill_head.")) and ".norm." not in name}
+    assert changed == heads
+    again, other = fresh_model(data_root, "torch"), fresh_model(data_root, "torch", seed=2)
+    assert all(torch.equal(again[name], as_torch[name]) for name in again)
+    assert all(not torch.equal(other[name], as_torch[name]) for name in heads)
+
+
+def test_layers_towards_experts_are_drawn_as_torch_draws_linear_layers(data_root):
+    found = fresh_model(data_root, "torch")
+    for name, width in (("map", 512), ("states", 32)):
+        for part in ("weight", "bias"):
+            assert_uniform(found[f"distill_head.{name}_distill_linear.{part}"], width**-0.5)
+    ours = fresh_model(data_root, "ours")
+    assert not ours["distill_head.states_distill_linear.bias"].any()
+
+
+def test_a_part_that_is_drawn_anew_follows_the_choice_and_one_that_is_taken_does_not(data_root, base, caplog):  # noqa: F811
+    start = load_file(f"{base}/model.safetensors")
+    with caplog.at_level(logging.INFO):
+        taken = build(configured(data_root, f"model.init_from={base}", "model.init=torch")).state_dict()
+    assert "all weights are taken, model.init=torch draws none of them" in caplog.text
+    assert all(torch.equal(taken[name], value) for name, value in start.items())
+    overrides = (f"model.init_from={base}", "model.architecture.mask_stride=2")
+    drawn = {init: build(configured(data_root, *overrides, f"model.init={init}")).state_dict() for init in INITS}
+    for name in ("transposed", "depthwise", "pointwise"):
+        first, last = (drawn["torch"][f"mask_head.upsampler.blocks.{i}.{name}.weight"] for i in (0, 2))
+        assert torch.equal(first, last)
+        assert not torch.equal(first, drawn["ours"][f"mask_head.upsampler.blocks.0.{name}.weight"])
+    assert_uniform(drawn["torch"]["mask_head.pixel_projector.2.weight"], 32**-0.5)
+    assert all(torch.equal(drawn["torch"][name], value) for name, value in start.items() if "mask_head" not in name)
+
+
+def test_a_converted_start_has_the_mask_head_that_was_asked_for(tmp_path):
+    qwen = write_qwen(tmp_path / "qwen", make_base_tokenizer())
+    tool, weights = load_tool("convert_checkpoint"), {}
+    sizes = ("--patch-size", str(CHOSEN.patch_size), "--mask-stride", "2", "--mask-dim", "64")
+    for init in INITS:
+        arguments = ["--from", "qwen2", "--to", str(tmp_path / init), *sizes, "--init", init, str(qwen)]
+        assert tool.main(arguments) == 0
+        weights[init] = load_file(tmp_path / init / "model.safetensors")
+        assert json.loads((tmp_path / init / "conversion.json").read_text())["init"] == init
+    alike = {name for name, value in weights["ours"].items() if torch.equal(value, weights["torch"][name])}
+    norms = {name for name in alike if name.startswith("mask_head.")}
+    assert all(".norm." in name for name in norms)
+    assert {name for name in weights["ours"] if not name.startswith("mask_head.")} <= alike
+    width = weights["torch"]["mask_head.seg_projector.0.weight"].shape[1]
+    assert_uniform(weights["torch"]["mask_head.seg_projector.0.weight"], width**-0.5)
+    first, second = (weights["torch"][f"mask_head.upsampler.blocks.{i}.transposed.weight"] for i in range(2))
+    assert torch.equal(first, second)
+
+
+def test_an_unknown_choice_is_an_error():
+    with pytest.raises(ConfigError, match=r"model\.init is 'xavier', expected one of \('ours', 'torch'\)"):
+        load_config("train", TrainConfig, ["name=x", "model.init=xavier"])
