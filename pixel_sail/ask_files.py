@@ -9,6 +9,7 @@ Place in the flow: `scripts/predict.py` calls `ask_files`, which asks a `Predict
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from io import BytesIO
@@ -19,9 +20,9 @@ from PIL import Image
 
 from pixel_sail.answers import AskResult, Box, Point
 from pixel_sail.config import AskConfig, ConfigError
-from pixel_sail.data.images import load_image
+from pixel_sail.data.images import existing_file, load_image
 from pixel_sail.evaluation.overlay import PALETTE, Picture, paint
-from pixel_sail.files import make_folder, replace_bytes, replace_text
+from pixel_sail.files import check_writable, is_hidden, replace_bytes, replace_text
 from pixel_sail.model.generation import NotFiniteError
 from pixel_sail.predictor import Predictor
 from pixel_sail.types import DataError
@@ -39,7 +40,7 @@ def ask_files(config: AskConfig) -> Iterator[tuple[Path, AskResult | DataError]]
     """
     files, output = image_files(Path(config.image)), Path(config.output)
     names = result_names(files, output)
-    make_folder(output)
+    check_writable(output)
     predictor = Predictor.from_pretrained(config.checkpoint, config=config.predict, precision=config.precision)
     regions = _regions(config)
     for path, name in zip(files, names, strict=True):
@@ -67,16 +68,20 @@ def result_names(files: Sequence[Path], output: Path) -> list[str]:
         raise ConfigError(f"output: {output} is a file, expected a folder")
     stems = Counter(path.stem for path in files)
     names = [path.stem if stems[path.stem] == 1 else path.name for path in files]
-    images = {path.resolve() for path in files}
+    # Unlike `Path.resolve` it says nothing about links that lead to themselves; opening the image does.
+    images = {os.path.realpath(path) for path in files}
     for name in names:
-        if (output / f"{name}.png").resolve() in images:
+        if os.path.realpath(output / f"{name}.png") in images:
             raise ConfigError(f"output: {output / name}.png is one of the images; give another folder for the results")
     return names
 
 
 def image_files(path: Path) -> list[Path]:
     """Return the image itself, or the images of a folder in order; ConfigError when there is none."""
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
+    path = existing_file(path)
+    if not path.is_dir():
+        return [path]
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(p))
     if not files:
         raise ConfigError(f"image {path}: the folder holds no image, expected files ending in {IMAGE_SUFFIXES}")
     return files

@@ -34,6 +34,7 @@ from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.mask_head import INITS
 from pixel_sail.model.speed import CHECKPOINTING, Speed
 from pixel_sail.places import root_folder
+from pixel_sail.types import DataError
 
 CONFIG_FOLDER = root_folder() / "configs"
 
@@ -589,8 +590,32 @@ def command_line_overrides() -> list[str]:
     return [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
 
 
+def check_plain(settings: Any, where: str) -> None:
+    """Raise DataError where settings of a file ask for anything to be looked up or called."""
+    waiting = [settings]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            if special := [key for key in value if key.startswith("_")]:
+                raise DataError(
+                    f"{where}: found {special[0]!r:.80} among the settings, expected plain ones; settings of a file "
+                    "call nothing"
+                )
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, str) and ("${" in value or "\0" in value):
+            raise DataError(
+                f"{where}: found the setting {value!r:.80}, expected plain text; settings of a file look nothing up"
+            )
+
+
 def build(node: Any, where: str) -> Any:
-    """Call the function an open-set entry names; ConfigError for a wrong target or argument."""
+    """Call the function an open-set entry names; ConfigError for a wrong target or argument.
+
+    For entries of the user's own configuration only: what it names is run. Files of runs and evaluations, which may be
+    somebody else's, pass `check_plain` and name nothing that is called (`evaluation/loaders.py`).
+    """
     if not isinstance(node, dict) or "_target_" not in node:
         raise ConfigError(
             f"{where}: found no _target_ in {node}, expected a function and its arguments; the entry was changed where "

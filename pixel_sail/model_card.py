@@ -14,14 +14,15 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import safe_open
 
 from pixel_sail.config import ConfigError
+from pixel_sail.errors import ExpectedError
 from pixel_sail.evaluation.results import EVALUATION, FILE_NAME, Row, read_rows
 from pixel_sail.evaluation.run import EXPORT
 from pixel_sail.evaluation.tables import scores_table
 from pixel_sail.files import read_json, read_json_lines, replace_text
-from pixel_sail.model.folder import MODEL_FILES, hash_of, holds_model, model_hashes, weight_files, weights_hash
+from pixel_sail.model.folder import MODEL_FILES, hash_of, holds_model, model_hashes, weights_hash
+from pixel_sail.model.reading import weight_shapes
 from pixel_sail.provenance import STARTS
 from pixel_sail.types import DataError
 
@@ -65,43 +66,38 @@ def card_text(run_dir: Path, *, name: str, license_name: str) -> str:
     }
     # What JSON is, is YAML too.
     front = [f"{key}: {json.dumps(value)}" for key, value in head.items()]
+    shapes = weight_shapes(export)
+    try:
+        told = [
+            _model(config, num_parameters=sum(map(math.prod, shapes.values()))),
+            _use(name, config["predict"]["prompt"]),
+            _data(config["data"]),
+            _recipe(run_dir, config),
+        ]
+    except ExpectedError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"{run_dir / 'config.json'}: found no configuration of a run ({type(error).__name__}: {error}); {remedy}"
+        ) from error
     parts = [
         "\n".join(["---", *front, "---", MADE_BY, ""]),
         f"# {name.rpartition('/')[2]}\n",
-        _model(export, config),
-        _use(name, config["predict"]["prompt"]),
-        _data(config["data"]),
-        _recipe(run_dir, config),
+        *told,
         _scores(run_dir, export),
         f"## Limits\n\n{LIMITS}\n",
     ]
     return "\n".join(parts)
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    """Return the configuration of a run. Raises: ConfigError."""
-    try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{file}: cannot be read ({error}); give the folder of a run whose training finished"
-        ) from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{file}: found a {type(config).__name__}, expected the configuration of a run")
-    return config
-
-
-def _model(export: Path, config: Mapping[str, Any]) -> str:
-    """Return what the model is; its size is counted in the file of its weights."""
-    count = 0
-    for path in weight_files(export):
-        with safe_open(path, framework="pt") as file:
-            count += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+def _model(config: Mapping[str, Any], *, num_parameters: int) -> str:
+    """Return what the model is."""
     own = config["model"]["architecture"]
     return (
         "A Pixel-SAIL model ([arXiv 2504.10465](https://arxiv.org/abs/2504.10465)): one decoder-only transformer that "
-        f"answers questions about pictures with text and masks. {count / 1e6:,.1f} M parameters, base {own['base']}, "
-        f"{own['num_hidden_layers']} layers of width {own['hidden_size']}, patches of {own['patch_size']} pixels, mask "
+        f"answers questions about pictures with text and masks. {num_parameters / 1e6:,.1f} M parameters, base "
+        f"{own['base']}, {own['num_hidden_layers']} layers of width {own['hidden_size']}, "
+        f"patches of {own['patch_size']} pixels, mask "
         f"logits every {own['mask_stride']} pixels, images up to {own['max_long_side']} pixels long, up to "
         f"{own['num_visual_prompts']} marked regions.\n"
     )

@@ -16,6 +16,7 @@ GOOD = {
     "transformers": "5.23.0",
     "accelerate": "1.15.0",
     "deepspeed": "0.19.8",
+    "hydra-core": "1.3.8",
 }
 
 
@@ -36,6 +37,7 @@ def test_the_tested_versions_are_fine():
         ("transformers", "4.57.0", "4.x"),
         ("accelerate", "1.9.0", "older"),
         ("deepspeed", "0.18.2", "0.19"),
+        ("hydra-core", "1.3.7", "_target_"),
     ],
 )
 def test_known_bad_versions_are_refused_with_reason_and_fix(package, version, reason):

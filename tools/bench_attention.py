@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pixel_sail.entry import one_message
 from pixel_sail.evaluation.curves import save_panels, size_panel
 from pixel_sail.files import replace_text
 from pixel_sail.model.attention_rules import training_rule
@@ -64,6 +65,7 @@ def growth(tokens: Sequence[int], seconds: Sequence[float]) -> float:
     return math.log(seconds[-1] / seconds[0]) / math.log(tokens[-1] / tokens[0])
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and write what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from pixel_sail.entry import one_message
 from pixel_sail.evaluation.predict import DTYPES, BatchPredictor, Request
 from pixel_sail.files import replace_text
 from pixel_sail.model.generation import Answer, ImagePrefixes, generate
@@ -92,6 +93,7 @@ def measure(predictor: BatchPredictor, prefixes: ImagePrefixes, number: int, *, 
     )
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and write what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -33,6 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pixel_sail.config import PredictConfig
+from pixel_sail.entry import one_message
 from pixel_sail.evaluation.curves import save_panels, size_panel
 from pixel_sail.evaluation.predict import DTYPES, BatchPredictor, PreparedImage, Request, resize_logits, span_length
 from pixel_sail.files import replace_text
@@ -198,6 +199,7 @@ def projected_seconds(points: Sequence[Point]) -> float:
     return nearest.shared_seconds * REFCOCO_SPLITS["expressions"]
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and write what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pixel_sail.entry import one_message
 from pixel_sail.evaluation.curves import save_panels, size_panel
 from pixel_sail.files import replace_text
 from pixel_sail.losses.mask import PointSampling, point_losses
@@ -96,6 +97,7 @@ def table(title: str, sizes: Sequence[int], curves: dict[str, list[float]]) -> d
     return grown
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and write what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

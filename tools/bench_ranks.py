@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pixel_sail.entry import one_message
 from pixel_sail.files import replace_text
 from pixel_sail.places import root_folder
 from pixel_sail.provenance import code_version
@@ -49,6 +50,7 @@ def rate(log: Sequence[dict[str, Any]]) -> float:
     return statistics.median(line["samples_per_s"] for line in log[int(WARM_UP_SHARE * len(log)) :])
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print rates and efficiencies."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

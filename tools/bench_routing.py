@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pixel_sail.entry import one_message
 from pixel_sail.files import replace_text
 from pixel_sail.model.attention_rules import training_rule
 from pixel_sail.model.configuration_pixel_sail import EXPERT_PARTS, Architecture
@@ -98,6 +99,7 @@ def measured(runs: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, li
     return seconds
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and write what the command line asks for; exit status 1 when both ways differ in their result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

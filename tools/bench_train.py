@@ -44,6 +44,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from pixel_sail.config import OptimConfig
+from pixel_sail.entry import one_message
 from pixel_sail.evaluation.curves import save_panels, size_panel
 from pixel_sail.files import replace_text
 from pixel_sail.losses.mask import MaskSums, point_losses
@@ -445,6 +446,7 @@ def print_table(result: dict[str, Any]) -> None:
             print(f"{name} {result[name]:.3f}")
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and write what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -120,7 +120,8 @@ class Job:
             usable = [(key, photo) for key, photo in group if isinstance(photo, Tensor)]
             features = self.expert.features([photo for _, photo in usable])
             for (key, _), own in zip(usable, features, strict=True):
-                maps[key] = encode_map(self.pooled(own, self.images[key].hw), self.plan.dtype)
+                image = self.images[key]
+                maps[key] = encode_map(self.pooled(own, image.hw), self.plan.dtype, f"{image.where}: {image.path}")
         return maps, unusable
 
     def pooled(self, features_Ehw: Tensor, image_hw: SizeHW) -> Tensor:
@@ -343,6 +344,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not any(override.startswith(("name=", "experiment=")) for override in overrides):
         overrides.append("name=cache_expert_features")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    dist.ensure_launch_environment()
+    dist.ensure_launch_environment()
     config = load_config("train", TrainConfig, overrides)
     if not config.experts:
         raise ConfigError("experts is empty; choose a group, for example experts=sam2_mask2former")

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pixel_sail.entry import one_message
 from pixel_sail.files import replace_text
 from pixel_sail.losses.total import LossConfig, combine, count, loss_sums
 from pixel_sail.model.attention_rules import calls_of
@@ -166,6 +167,7 @@ def counted(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Count, print, and write what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

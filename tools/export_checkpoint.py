@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pixel_sail.config import ConfigError
 from pixel_sail.entry import one_message
-from pixel_sail.files import make_folder, recover_folder
+from pixel_sail.files import check_writable, recover_folder
 from pixel_sail.training.checkpoint import CheckpointError, checkpoint_name, complete_checkpoints
 from pixel_sail.training.saved_export import export_saved
 
@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recover_folder(folder)
     if folder.exists():
         raise ConfigError(f"{folder} is there already; delete it or name another one with --to")
-    make_folder(folder.parent)
+    check_writable(folder.parent)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     export_saved(options.run, saved, folder)
     print(folder)
     return 0

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from pixel_sail.entry import one_message
 from pixel_sail.files import replace_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,6 +91,7 @@ def table(packages: Sequence[Package], known: dict[str, str]) -> str:
     return HEAD + "".join(lines)
 
 
+@one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Rewrite the page, or check it; return the exit status."""
     parser = argparse.ArgumentParser(description="List the licences of the pinned packages.")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pixel_sail.entry import one_message
 from pixel_sail.evaluation.curves import COLORS, Curve, Panel, save_panels
+from pixel_sail.files import whole_lines
 from pixel_sail.training.log import LOG_FILE
 from pixel_sail.types import DataError
 
@@ -67,10 +68,8 @@ def read_run(path: Path, label: str) -> Run:
     if not file.is_file():
         raise DataError(f"{file}: no such file; expected a run folder with {LOG_FILE} in it, or such a file")
     records: list[dict[str, float]] = []
-    lines = file.read_text(errors="replace").splitlines(keepends=True)
+    lines = whole_lines(file.read_bytes()).decode(errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
-        if number == len(lines) and not line.endswith("\n"):
-            break
         record = parse_line(line, f"{file}:{number}")
         while records and records[-1]["step"] > record["step"]:
             records.pop()
@@ -92,7 +91,7 @@ def parse_line(line: str, where: str) -> dict[str, float]:
     """Return the numbers of a line. Raises: DataError."""
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{where}: found no JSON ({error}), expected one object per line as training writes it"
         ) from None

@@ -318,8 +318,8 @@ def _claim(output: Path, protocol: dict[str, Any]) -> None:
             )
         if file.is_file() and file.read_text() != text:
             raise ConfigError(
-                f"{file}: found predictions of another protocol ({_changes(file, json.loads(text))}); expected "
-                "the same one. Choose another output folder, or remove this one"
+                f"{file}: found predictions of another protocol ({_changes(file, json.loads(text))}); expected the "
+                "same one. Choose another output folder, or remove this one"
             )
         with write_errors(file):
             replace_text(file, text)

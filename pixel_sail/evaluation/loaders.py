@@ -19,7 +19,7 @@ from typing import Any
 from hydra.errors import HydraException
 from hydra.utils import get_method
 
-from pixel_sail.config import ConfigError
+from pixel_sail.config import ConfigError, check_plain
 from pixel_sail.data.sources import boxed_expressions, coco_semantic, reasonseg
 from pixel_sail.evaluation import grounded_caption, refer_seg, region_caption, region_choice, visual_referring
 from pixel_sail.types import DataError, MissingDataError
@@ -76,28 +76,8 @@ def read_entry(entry: Any, where: str) -> dict[str, Any]:
         raise DataError(
             f"{where}: found {LIMIT} {limit!r} and loader {entry['loader']!r:.80}, expected 0 or more, a name"
         )
-    _check_plain(entry["settings"], where)
+    check_plain(entry["settings"], where)
     return entry
-
-
-def _check_plain(settings: Any, where: str) -> None:
-    """Raise DataError where settings of a file ask for anything to be looked up or called."""
-    waiting = [settings]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict):
-            if special := [key for key in value if key.startswith("_")]:
-                raise DataError(
-                    f"{where}: found {special[0]!r:.80} among the settings, expected plain ones; settings of a file "
-                    "call nothing"
-                )
-            waiting += [*value, *value.values()]
-        elif isinstance(value, list):
-            waiting += value
-        elif isinstance(value, str) and ("${" in value or "\0" in value):
-            raise DataError(
-                f"{where}: found the setting {value!r:.80}, expected plain text; settings of a file look nothing up"
-            )
 
 
 def load_entry(entry: Mapping[str, Any], where: str, own: Collection[str] = ()) -> Any:

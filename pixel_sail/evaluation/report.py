@@ -13,7 +13,6 @@ The pictures are `Case`s of `cases.py`, the tables come from `tables.py` and `pa
 import base64
 import html
 import io
-import json
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -24,7 +23,8 @@ from PIL import Image
 from pixel_sail.evaluation.cases import Case, sheet
 from pixel_sail.evaluation.overlay import Picture
 from pixel_sail.evaluation.tables import Table
-from pixel_sail.files import replace_text
+from pixel_sail.files import read_json_lines, replace_bytes, replace_text
+from pixel_sail.types import DataError
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
@@ -109,16 +109,15 @@ def _figure(case: Case, png: bytes) -> str:
 
 def _save_png(path: Path, picture: Picture) -> bytes:
     """Write a picture and return its bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="PNG")
-    path.write_bytes(buffer.getvalue())
+    replace_bytes(path, buffer.getvalue())
     return buffer.getvalue()
 
 
 def loss_curve(log_file: Path, width: int = 720, height: int = 200) -> str:
     """Return the total loss over steps of a log.jsonl as an SVG drawing."""
-    lines = [json.loads(line) for line in log_file.read_text().splitlines()]
+    lines = read_json_lines(log_file, {"step": int}, fail=DataError, remedy="correct or delete that line")
     points = [(line["step"], line["total"]) for line in lines if "total" in line]
     if len(points) < 2:
         return "<p class=dim>fewer than two logged steps</p>"

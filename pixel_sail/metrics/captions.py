@@ -6,8 +6,8 @@ Place in the flow: references and answers by item id (cleaned by `metrics/answer
 - `standard`: as COCO: PTB tokens, METEOR 1.5, CIDEr, BLEU and ROUGE-L of the answer against its references. Also what
   the release does for RefCOCOg regions and grounded captions.
 - `paper`: as the release does for PerBench, where reference and hypothesis are exchanged: NLTK's METEOR on words
-  between blanks, which it compares in lower case, and CIDEr on PTB tokens, whose word weights then come from the
-  answers. Its values are not comparable with METEOR and CIDEr elsewhere.
+  between blanks, in lower case, and CIDEr on PTB tokens, whose word weights then come from the answers. Its
+  values are not comparable with METEOR and CIDEr elsewhere.
 
 These scores are no sums over items: CIDEr weighs words by how many items' references hold them, METEOR and BLEU divide
 sums by sums. So the captions of all ranks are gathered first and scored in one go; what each item scores is kept too.

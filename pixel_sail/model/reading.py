@@ -36,8 +36,11 @@ def reading(what: str, remedy: str = "copy or export it anew") -> Iterator[None]
     """Turn what libraries raise for damaged files into DataError; nothing but their loading belongs in here."""
     try:
         yield
-    except ExpectedError:
-        raise
+    except ExpectedError as error:
+        # That of a configuration says what is wrong with it, not where it lies.
+        if what.split()[-1] in str(error):
+            raise
+        raise DataError(f"{what}: {error}; {remedy}") from error
     except Exception as error:
         # The library tokenizers raises plain Exception.
         if not isinstance(error, LOADING_ERRORS) and type(error) is not Exception:
@@ -47,7 +50,7 @@ def reading(what: str, remedy: str = "copy or export it anew") -> Iterator[None]
 
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor in the safetensors of a folder. Raises: DataError."""
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with reading(str(path)), safe_open(path, framework="pt") as file:
             shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

@@ -81,6 +81,13 @@ RULES = (
         reason="checkpoints reach into the optimizer state as DeepSpeed 0.19 lays it out",
         fix="pip install 'deepspeed>=0.19'",
     ),
+    Rule(
+        package="hydra-core",
+        below="1.3.8",
+        status=BAD,
+        reason="a `_target_` may name anything there, and be run from a configuration of others",
+        fix="pip install 'hydra-core>=1.3.8'",
+    ),
 )
 """The first rule that applies to a package is told."""
 

@@ -22,6 +22,7 @@ from pixel_sail.data.loader import StepData
 from pixel_sail.data.mixture import Mixture
 from pixel_sail.planning.disk import checkpoint_bytes
 from pixel_sail.planning.length import length_lines
+from pixel_sail.training.log import check_boards
 from pixel_sail.training.meter import peak_memory_bytes
 from pixel_sail.training.optim import set_learning_rate
 from pixel_sail.training.prepare import measure_length, prepare, step_data
@@ -37,6 +38,7 @@ def dry_run(config: TrainConfig) -> list[str]:
 
     Raises: what `training.loop.train` raises before and in its first step, and for samples it would soon come to.
     """
+    check_boards(config.log)
     run = prepare(config, lock=False)
     config = run.config
     length = run.length or measure_length(config, run.mixture, run.processor, max_positions=SHOWN_POSITIONS)

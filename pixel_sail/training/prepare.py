@@ -136,11 +136,12 @@ def prepare(config: TrainConfig, *, lock: bool) -> Run:
         state, *saved = checkpoint.read(found, identity, defaults=identity_defaults(config), allow_changed_data=allowed)
         checkpoint.check_fits(found, state, start)
         checkpoint.load_parameters(model, saved[0])
-        checkpoint.check_moments(model, saved[1], is_averaged=config.optim.ema_decay > 0)
         logger.info("continuing from %s", found)
     state = behind_rewinds(run_dir, state)
     model.use(config.speed, config.optim.activation_checkpointing)
     own_optimizer = build_optimizer(model, config.optim)
+    if saved is not None:
+        checkpoint.check_moments(model, saved[1], is_averaged=config.optim.ema_decay > 0)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if config.deepspeed.enabled and config.optim.precision != "fp32":

@@ -74,7 +74,7 @@ def behind_rewinds(run_dir: Path, state: TrainState) -> TrainState:
         failed = note["failed_step"]
         logger.warning("rewind to step %d: going on with the data behind that of step %d", state.step, failed)
     lanes = read_lanes(note["lanes"], str(file), fail=CheckpointError, remedy=_REMEDY)
-    if len(lanes) != len(state.lanes):
+    if state.lanes and len(lanes) != len(state.lanes):
         raise CheckpointError(f"{file}: found {len(lanes)} lanes, expected {len(state.lanes)}; {_REMEDY}")
     return replace(state, lanes=lanes)
 

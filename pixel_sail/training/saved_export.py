@@ -11,7 +11,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pixel_sail.config import ConfigError, ModelConfig
+from pixel_sail.config import ConfigError, ModelConfig, check_plain
 from pixel_sail.files import read_json, reason_of
 from pixel_sail.model.distill_head import PREFIX as DISTILL_HEAD
 from pixel_sail.model.lora import fold_lora
@@ -25,8 +25,8 @@ def export_saved(run_dir: Path, saved: Path, folder: Path) -> None:
     """Write what the checkpoint `saved` of a run holds, complete or not at all.
 
     Averaged weights where the run averages them, adapters folded in, no layers towards experts.
-    Raises: CheckpointError for a damaged checkpoint; ConfigError or DataError for a damaged configuration, or a
-    tokenizer that is not there any more; WriteError.
+    Raises: CheckpointError for a damaged checkpoint; ConfigError or DataError for a configuration that is damaged or
+    asks for anything to be looked up, or a tokenizer that is not there any more; WriteError.
     """
     checkpoint.verify(saved)
     config = _model_config(run_dir / "config.json")
@@ -50,8 +50,9 @@ def _model_config(path: Path) -> ModelConfig:
     """Return the model's part of a run's configuration. Raises: ConfigError."""
     remedy = "give the folder of a run, with the config.json that the run wrote"
     own = read_json(path, {"model": dict}, fail=ConfigError, remedy=remedy)["model"]
+    # The run may be somebody else's: ${oc.env:...} would put the environment of this process into its settings.
+    check_plain(own, str(path))
     try:
-        # Values as they are: a file that names variables of the environment is none that a run wrote.
         plain = OmegaConf.merge(OmegaConf.structured(ModelConfig), own)
         config = OmegaConf.to_object(plain)
     except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:

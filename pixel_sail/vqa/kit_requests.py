@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from pixel_sail.data.images import check_format
 from pixel_sail.types import DataError
 from pixel_sail.vqa.answering import VqaQuestion
 
@@ -44,7 +45,7 @@ def to_question(arguments: Sequence[Any], documents: Documents, *, default_max_n
 def one_image(visuals: Sequence[Any], where: str) -> Image.Image | None:
     """Return the only picture, None where there is none.
 
-    Raises: DataError for several pictures, and for a video, a sound or anything else.
+    Raises: DataError for several pictures, for a video, a sound or anything else, and for a drawing such as EPS.
     """
     for visual in visuals:
         if not isinstance(visual, Image.Image):
@@ -52,6 +53,7 @@ def one_image(visuals: Sequence[Any], where: str) -> Image.Image | None:
                 f"{where}: {type(visual).__name__} found, expected a picture; the model sees neither videos nor "
                 "sounds, leave the task out"
             )
+        check_format(visual, where)
     if len(visuals) > 1:
         raise DataError(
             f"{where}: {len(visuals)} pictures found, expected one or none, as the model was trained on; leave the "
