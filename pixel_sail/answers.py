@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pixel_sail.data.coordinates import check_pixels
 from pixel_sail.metrics.answer_text import grounded_text
 from pixel_sail.rle import BoxXYXY, bounding_box, check_mask, encode_mask
 from pixel_sail.types import RLE, BoolMask, DataError, SizeHW, VisualPrompt
@@ -106,12 +107,16 @@ class AskResult:
 def region_mask(region: Box | Point | BoolMask, image_hw: SizeHW, where: str) -> BoolMask:
     """Return a marked region as a mask at image size; a box covers every pixel it touches.
 
-    Raises: DataError for a region outside the image, a mask of another size or type, and anything else.
+    Raises: DataError for a region outside the image, fractions within 0 .. 1, which look like shares of the image, a
+    mask of another size or type, and anything else.
     """
     height, width = image_hw
     mask = np.zeros(image_hw, dtype=bool)
     if isinstance(region, Box | Point) and not all(isinstance(side, Real) for side in astuple(region)):
         raise DataError(f"{where}: found {region}, expected numbers, in pixels of the image")
+    if isinstance(region, Box | Point) and not all(float(side).is_integer() for side in astuple(region)):
+        # A box of whole numbers is meant as it is: the pixel in the corner can be marked.
+        check_pixels([float(side) for side in astuple(region)], image_hw, where)
     if isinstance(region, Box):
         if not (0 <= region.x0 < region.x1 <= width and 0 <= region.y0 < region.y1 <= height):
             raise DataError(

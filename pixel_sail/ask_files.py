@@ -21,9 +21,9 @@ from PIL import Image
 
 from pixel_sail.answers import AskResult, Box, Point
 from pixel_sail.config import ASK_TEXTS, AskConfig, ConfigError, load_config, plain_options
-from pixel_sail.data.images import load_image
+from pixel_sail.data.images import existing_file, load_image
 from pixel_sail.evaluation.overlay import PALETTE, Picture, paint
-from pixel_sail.files import check_writable, replace_bytes, replace_text
+from pixel_sail.files import check_writable, is_hidden, replace_bytes, replace_text
 from pixel_sail.model.generation import NotFiniteError
 from pixel_sail.predictor import Predictor
 from pixel_sail.types import DataError
@@ -116,12 +116,10 @@ def result_names(files: Sequence[Path], output: Path) -> list[str]:
 
 def image_files(path: Path) -> list[Path]:
     """Return the image itself, or the images of a folder in order; ConfigError when there is none."""
-    # ._photo.jpg beside photo.jpg is what an archive made on a Mac has, and no image.
-    files = (
-        sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("._"))
-        if path.is_dir()
-        else [path]
-    )
+    path = existing_file(path)
+    if not path.is_dir():
+        return [path]
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(p))
     if not files:
         raise ConfigError(f"image {path}: the folder holds no image, expected files ending in {IMAGE_SUFFIXES}")
     return files

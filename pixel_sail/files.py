@@ -34,6 +34,15 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 logger = logging.getLogger(__name__)
 
+DEBRIS = frozenset({"__MACOSX", "Thumbs.db", "ehthumbs.db", "desktop.ini", "@eaDir"})
+"""What operating systems and file servers leave in folders, beside names that begin with a dot."""
+
+
+def is_hidden(path: Path) -> bool:
+    """Say whether a name is no content of a folder: it begins with a dot, as the `._x.jpg` of Mac archives, or is
+    another program's debris."""
+    return path.name.startswith(".") or path.name in DEBRIS
+
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file, hexadecimal."""
@@ -49,6 +58,9 @@ def writing(path: Path) -> Iterator[None]:
     except WriteError:
         raise
     except (OSError, SafetensorError) as error:
+        # safetensors has one class for a disk that refuses and for tensors that make no file.
+        if isinstance(error, SafetensorError) and "I/O error" not in str(error):
+            raise
         reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
         named = getattr(error, "filename", None)
         inside = f"{named}: " if named not in (None, str(path)) else ""
@@ -213,35 +225,37 @@ def replace_folder(working: Path, final: Path) -> None:
     with writing(final):
         for path in (*(path for path in working.rglob("*") if path.is_file()), working):
             flush(path)
-        if not final.exists():
+        if not os.path.lexists(final):
             os.replace(working, final)
             flush(final.parent)
             return
         if _exchange(working, final):
             flush(final.parent)
-            shutil.rmtree(working)
+            remove(working)
             return
-        remove_folder(aside)
+        remove(aside)
         os.replace(final, aside)
         os.replace(working, final)
         flush(final.parent)
-        shutil.rmtree(aside)
+        remove(aside)
 
 
 def recover_folder(final: Path) -> None:
     """Mend what a process left that died in `replace_folder`, or before it; call it before a folder is written."""
     aside = final.with_name(f"{REPLACED}{final.name}")
     with writing(final):
-        if aside.is_dir() and not final.exists():
+        if aside.is_dir() and not os.path.lexists(final):
             os.replace(aside, final)
-        remove_folder(aside)
-        remove_folder(final.with_name(f"{WRITING}{final.name}"))
+        remove(aside)
+        remove(final.with_name(f"{WRITING}{final.name}"))
 
 
-def remove_folder(path: Path) -> None:
-    """Delete a folder, if it is there."""
+def remove(path: Path) -> None:
+    """Delete a folder, a file or a link, if it is there; what a link leads to stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from pixel_sail.config import ConfigError
 from pixel_sail.errors import ExpectedError
-from pixel_sail.evaluation.results import EVALUATION, FILE_NAME, Row, read_rows
+from pixel_sail.evaluation.results import EVALUATION, FILE_NAME, SCORED, Row, read_rows
 from pixel_sail.evaluation.run import EXPORT
 from pixel_sail.evaluation.tables import scores_table
 from pixel_sail.files import read_json, read_json_lines, replace_text
@@ -36,6 +36,10 @@ LIMITS = """\
 - A mask is given for what the model was told is there: that it declines where nothing fits is learned only from data
   with such questions.
 - Answers can be wrong or offensive; nothing filters them."""
+
+
+_ROW = SCORED | dict.fromkeys(("weights_sha256", "prompt", "precision", "code"), str)
+"""What the card takes from a row of results."""
 
 
 def write_card(run_dir: Path, *, name: str, license_name: str) -> Path:
@@ -171,7 +175,7 @@ def _scores(run_dir: Path, export: Path) -> str:
     hashes = model_hashes(export)
     weights_sha256, model_sha256 = weights_hash(export, hashes), hash_of(hashes)
     folder = run_dir / EVALUATION
-    rows = read_rows(folder) if (folder / FILE_NAME).is_file() else {}
+    rows = read_rows(folder, fields=_ROW) if (folder / FILE_NAME).is_file() else {}
     own = {
         name: row
         for name, row in rows.items()

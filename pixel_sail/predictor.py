@@ -101,7 +101,7 @@ class Predictor:
         try:
             return cls(BatchPredictor.from_pretrained(folder, config=config, precision=precision, device=place))
         except DataError as error:
-            raise ConfigError(f"model {folder}: cannot be loaded ({error})") from error
+            raise ConfigError(f"model {folder}: cannot be loaded ({error}); copy or export it anew") from error
 
     def segment(self, image: ImageLike, text: str, prompts: Sequence[Region] = ()) -> AskResult:
         """Return the mask of what a text names, such as "the red cup" or "what `<Prompt0>` holds".

@@ -1,7 +1,7 @@
 """The nouns of pixel_sail: what flows from annotation files to scores.
 
-Place in the flow: everything else imports this module, it imports nothing of the project but `errors`. Read it first,
-then `data/sources/refer.py`, `data/collate.py`, `model/modeling_pixel_sail.py`, `losses/`, `training/loop.py`.
+Place in the flow: everything else imports this module, it imports `errors.py` and `texts.py` alone. Read it first, then
+`data/sources/refer.py`, `data/collate.py`, `model/modeling_pixel_sail.py`, `losses/`, `training/loop.py`.
 
     TRAIN  annotations --sources--> Sample --processor--> Example --packing, collate--> Batch --model--> losses
     EVAL   annotations --sources--> Expression --predictor--> Prediction --metrics--> sums and counts --> ratios
@@ -16,6 +16,7 @@ Axis letters: B rows of a packed batch, T tokens, P patches of one image, S patc
 flattened patch (3 * patch_size ** 2), N masks, H W pixels. Sizes are always (height, width).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pixel_sail.errors import ExpectedError
+from pixel_sail.texts import has_half_character, limited, shown
 
 BoolMask = NDArray[np.bool_]
 """A binary mask [H, W] at the resolution of its image. Always a union of its parts, never a sum."""
@@ -42,9 +44,22 @@ IGNORE_LABEL = -100
 class DataError(ExpectedError, ValueError):
     """A file, annotation or sample is wrong. The message names where, what was found, what was expected, what to do."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(limited(message))
+
 
 class MissingDataError(DataError):
     """A file or folder of a dataset is not there at all, as where a dataset was not downloaded."""
+
+
+def check_texts(texts: Iterable[str], where: str) -> None:
+    """Raise DataError for a text that cannot be tokenised; of all texts of samples and evaluations."""
+    for text in texts:
+        if has_half_character(text):
+            raise DataError(
+                f"{where}: found half a character in {shown(text)}, expected Unicode text; the writer of the file cut "
+                "a character in two, repair or leave out the record"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +98,10 @@ class Sample:
     part_drawn: float | None = None
     """Where the turns do not fit into a pack together: which of the parts that do is kept, 0 .. 1, 0 for the first (see
     data/turn_parts.py). None: a sample that is too long is an error."""
+
+    def __post_init__(self) -> None:
+        """Check the texts. Raises: DataError."""
+        check_texts((text for turn in self.turns for text in (turn.question, turn.answer)), self.sample_id)
 
 
 class Source(Protocol):
@@ -123,6 +142,10 @@ class Expression:
     """What the released scripts take for the target, where that differs: overlapping polygons that were summed, crowds
     that were left out."""
 
+    def __post_init__(self) -> None:
+        """Check the texts. Raises: DataError."""
+        check_texts((self.text,), f"{self.image_path.name}: ref_id {self.ref_id}, sent_id {self.sent_id}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RegionCaption:
@@ -133,6 +156,10 @@ class RegionCaption:
     image_hw: SizeHW
     region: RLE
     references: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Check the texts. Raises: DataError."""
+        check_texts(self.references, f"item {self.item_id}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +174,10 @@ class RegionChoice:
     """As in the file, with its options."""
     answer: str
     """The right option, as in the file."""
+
+    def __post_init__(self) -> None:
+        """Check the texts. Raises: DataError."""
+        check_texts((self.question, self.answer), f"item {self.item_id}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +195,10 @@ class VisualReferring:
     answer: str
     targets: tuple[RLE, ...]
 
+    def __post_init__(self) -> None:
+        """Check the texts. Raises: DataError."""
+        check_texts((self.question, self.answer), f"item {self.item_id}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class GroundedCaption:
@@ -176,6 +211,10 @@ class GroundedCaption:
     phrases: tuple[str, ...]
     masks: tuple[RLE, ...]
     """One per phrase."""
+
+    def __post_init__(self) -> None:
+        """Check the texts. Raises: DataError."""
+        check_texts((*self.captions, *self.phrases), f"image {self.image_id}")
 
 
 @dataclass(frozen=True, kw_only=True)

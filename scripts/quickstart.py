@@ -21,7 +21,7 @@ from pixel_sail.entry import one_message
 from pixel_sail.evaluation.cases import spread_cases
 from pixel_sail.evaluation.predictions import read_predictions
 from pixel_sail.evaluation.report import write_report
-from pixel_sail.evaluation.results import read_rows
+from pixel_sail.evaluation.results import SCORED, read_rows
 from pixel_sail.evaluation.tables import scores_table
 from pixel_sail.files import read_json, replace_text
 from pixel_sail.provenance import code_version
@@ -106,7 +106,7 @@ class Timing:
 
 def report(config: TrainConfig, run_dir: Path, timing: Timing) -> None:
     """Write metrics.json, report.md and report.html from what the commands left behind."""
-    scores = {name: row["scores"] for name, row in read_rows(run_dir / "evaluation").items()}
+    scores = {name: row["scores"] for name, row in read_rows(run_dir / "evaluation", fields=SCORED).items()}
     splits = {split: scores[f"refshapes_{split}"] for split in SPLITS}
     brief = {split: {key: row[key] for key in ("ciou", "giou", "count")} for split, row in splits.items()}
     seconds = round(sum(timing.seconds.values()), 1)

@@ -58,11 +58,8 @@ TINY = (
 )
 
 
-WHOLE_EPOCH = (
-    *("data.packs_per_step=4", "data.lane_rounds=1", "data.packs_per_micro_batch=1"),
-    *("data.packing.token_budget=10240", "data.packing.lookahead=1"),
-)
-"""A step of so many tokens, in the order of the stream, holds every sample of an epoch of two drawn photos."""
+WHOLE_EPOCH = ("data.packing.token_budget=10240", "data.packing.lookahead=1", "data.lane_rounds=1")
+"""The 128 samples of a step of the card, in the order of the stream, hold every one of an epoch of two drawn photos."""
 
 
 def draw_and_lay_out(root: Path) -> None:

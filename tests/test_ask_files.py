@@ -1,6 +1,7 @@
 """Questions about files: every image of a folder gets its own results, and none is replaced by them."""
 
 import json
+import unicodedata
 
 import pytest
 from PIL import Image
@@ -30,6 +31,14 @@ def ask(photos, image, output):
         checkpoint=str(photos.parent / "model"), image=str(image), question="a", output=str(output), predict=forced
     )
     return list(ask_files(config))
+
+
+def test_what_a_mac_leaves_in_a_folder_is_no_image_and_names_may_be_composed_otherwise(tmp_path):
+    for name in ("a.png", "._a.png", ".b.png", unicodedata.normalize("NFD", "\u00e9.png")):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    stored = tmp_path / unicodedata.normalize("NFD", "\u00e9.png")
+    assert module.image_files(tmp_path) == [tmp_path / "a.png", stored]
+    assert module.image_files(tmp_path / "\u00e9.png") == [stored]
 
 
 def test_images_that_differ_in_their_ending_have_results_of_their_own(photos, tmp_path):

@@ -14,7 +14,7 @@ from pixel_sail.config import CONFIG_FOLDER
 from pixel_sail.data.checking.downloads import DOWNLOADS, advice_for, downloads_of
 from pixel_sail.data.checking.files import annotation_files, check_paths, file_fact
 from pixel_sail.data.checking.findings import Findings, Kind, Lengths, Share
-from pixel_sail.data.checking.instances import segmentation_problems
+from pixel_sail.data.checking.instances import read_instances, segmentation_problems
 from pixel_sail.data.checking.items import ItemCheck, check_items, check_sample, chosen_items
 from pixel_sail.data.checking.known import KNOWN_FILE, expected_images, known_split
 from pixel_sail.data.checking.leakage import photo_key
@@ -68,6 +68,65 @@ def test_generalised_refs_may_have_no_target_and_no_sentence(tmp_path):
     (row,) = read_refs(path, findings)
     assert row.ann_ids == ()
     assert [(f.kind, f.is_trouble) for f in findings.all()] == [(Kind.NO_SENTENCE, False)]
+
+
+def checked_instances(tmp_path, *annotations):
+    images = [{"id": 1, "file_name": "a.jpg", "height": 100, "width": 100}]
+    path = tmp_path / "instances.json"
+    annotations = [{"id": i, "image_id": 1} | row for i, row in enumerate(annotations, start=1)]
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    findings = Findings()
+    read_instances(path, findings, is_chosen=lambda _: True, is_used=lambda _: True, progress=False)
+    return [(found.kind, found.is_trouble, found.message) for found in findings.all()]
+
+
+def square(start, end):
+    return [start, start, end, start, end, end, start, end]
+
+
+def test_masks_that_differ_from_the_stated_area_are_counted_with_examples(tmp_path):
+    rows = [
+        {"segmentation": [square(10, 50)], "area": 1600},
+        {"segmentation": [square(10, 50)], "area": 1500.5},
+        {"segmentation": [square(10, 50), square(20, 40)], "area": 1200},
+        {"segmentation": [square(10, 50)], "area": 16},
+        {"segmentation": [square(10, 14)], "area": 30},
+        {"segmentation": [square(10, 50)]},
+    ]
+    ((kind, is_trouble, message),) = checked_instances(tmp_path, *rows)
+    assert (kind, is_trouble) == (Kind.AREA, False)
+    assert message.startswith(
+        "found 2 of 5 masks whose pixels differ from the stated area by more than 15% (annotations[2], id 3: 1600 "
+        "pixels, stated 1200; annotations[3], id 4: 1600 pixels, stated 16)"
+    )
+
+
+def test_shares_are_a_trouble_and_the_corner_of_a_file_in_pixels_is_none(tmp_path):
+    shares, corner = {"segmentation": [[0.1, 0.2, 0.6, 0.2, 0.6, 0.8]]}, {"segmentation": [square(0, 1)]}
+    assert [(kind, bad) for kind, bad, _ in checked_instances(tmp_path, shares, corner)] == [(Kind.SHARES, True)] * 2
+    assert checked_instances(tmp_path, {"segmentation": [square(10, 50)]}, corner) == []
+
+
+def test_lists_of_encodings_are_sound_and_short_polygons_are_noted(tmp_path):
+    rle = {"size": [100, 100], "counts": [0, 50, 9950]}
+    assert checked_instances(tmp_path, {"segmentation": [rle], "area": 50}) == []
+    ((kind, is_trouble, message),) = checked_instances(tmp_path, {"segmentation": [square(10, 50), [1, 1, 2, 2]]})
+    assert (kind, is_trouble) == (Kind.SHORT_POLYGON, False)
+    assert message.startswith("found 1 polygons with fewer than three points, the first is polygon 1")
+    ((kind, is_trouble, _),) = checked_instances(tmp_path, {"segmentation": [[1, 1, 2, 2]]})
+    assert (kind, is_trouble) == (Kind.BAD_MASK, True)
+    ((kind, is_trouble, _),) = checked_instances(tmp_path, {"segmentation": [rle | {"size": [1, 2]}]})
+    assert (kind, is_trouble) == (Kind.MASK_SIZE, True)
+
+
+def test_half_a_character_in_a_ref_is_named(tmp_path):
+    sentence = {"sent_id": 1, "sent": "\ud800 star", "raw": "a star"}
+    ref = {"ref_id": 1, "image_id": 1, "ann_id": 10, "split": "val", "sentences": [sentence]}
+    (tmp_path / "refs(unc).p").write_bytes(pickle.dumps([ref]))
+    findings = Findings()
+    read_refs(tmp_path / "refs(unc).p", findings)
+    (found,) = findings.all()
+    assert (found.kind, found.is_trouble) == (Kind.REF_RECORD, True) and "half a character" in found.message
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1", b"\x80\x04"])

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,7 +16,16 @@ from running import ROOT, free_port
 from torch import nn
 
 from pixel_sail.training import checkpoint_writer
-from pixel_sail.training.checkpoint import CheckpointError, TrainState, complete_checkpoints, latest, read
+from pixel_sail.training.checkpoint import (
+    CheckpointError,
+    TrainState,
+    checkpoint_name,
+    complete_checkpoints,
+    latest,
+    not_finite,
+    read,
+    step_of,
+)
 from pixel_sail.training.checkpoint_writer import CheckpointWriter, superseded
 
 ACCELERATOR = SimpleNamespace(unwrap_model=lambda model: model)
@@ -127,6 +137,23 @@ def test_a_clean_end_still_raises_what_the_last_save_met(tmp_path, small_files):
         writer.save(TrainState(step=2), *trained(400), ACCELERATOR)
 
 
+@pytest.mark.parametrize("spoil", ["weight", "exp_avg_sq"])
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path, spoil):
+    model, optimizer = trained()
+    with writer_to(tmp_path, asynchronous=False) as writer:
+        writer.save(TrainState(step=1), model, optimizer, ACCELERATOR)
+        tensor = model.weight if spoil == "weight" else optimizer.state[model.weight][spoil]
+        tensor.data[1, 2] = float("nan") if spoil == "weight" else float("inf")
+        with pytest.raises(CheckpointError, match=rf"not finite, among them .*{spoil}.*step_00000001 is the last"):
+            writer.save(TrainState(step=2), model, optimizer, ACCELERATOR)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def test_large_values_whose_sum_overflows_are_finite():
+    assert not_finite({"large": torch.full((9,), 3e38), "sound": torch.ones(3), "empty": torch.ones(0)}) == []
+    assert not_finite({"opposite": torch.tensor([float("inf"), float("-inf")])}) == ["opposite"]
+
+
 RANK = """
 import resource, sys, types, torch
 from pathlib import Path
@@ -178,6 +205,25 @@ def test_rotation_keeps_the_newest_and_never_deletes_the_one_just_written(tmp_pa
     # Checkpoints of later steps, whoever put them there, do not make an earlier one superfluous.
     assert superseded(tmp_path, tmp_path / "step_00000002", 1) == []
     assert superseded(tmp_path, tmp_path / "step_00000003", 1) == [tmp_path / "step_00000002"]
+
+
+@pytest.mark.parametrize("name", ["step_00000003_best", "step_00000004.bak", "step_5", "step_0000000006", "step_x"])
+def test_copies_under_other_names_are_neither_counted_nor_deleted_nor_resumed_from(tmp_path, name):
+    model, optimizer = trained()
+    with writer_to(tmp_path, keep=1, asynchronous=False) as writer:
+        writer.save(TrainState(step=1), model, optimizer, ACCELERATOR)
+        shutil.copytree(tmp_path / "step_00000001", tmp_path / name)
+        for step in (2, 3):
+            writer.save(TrainState(step=step), model, optimizer, ACCELERATOR)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000003"]
+    assert files_of(tmp_path / name).keys() == files_of(tmp_path / "step_00000003").keys()
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    for step in (99_999_999, 100_000_000, 5):
+        (tmp_path / checkpoint_name(step)).mkdir()
+        (tmp_path / checkpoint_name(step) / "COMPLETE").touch()
+    assert [step_of(path.name) for path in complete_checkpoints(tmp_path)] == [5, 99_999_999, 100_000_000]
 
 
 def test_what_a_killed_process_left_is_ignored_and_removed_at_the_next_start(tmp_path):

@@ -28,7 +28,7 @@ from drawn_checkpoints import (
 )
 from omegaconf import OmegaConf
 from running import ROOT, load_tool
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import (
@@ -518,13 +518,28 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(qwen, tmp_path, capsys):
 
 
 def test_what_safetensors_says_of_a_file_that_changed_meanwhile_is_one_message(qwen, tmp_path, monkeypatch, capsys):
-    def fail(*arguments):
-        raise SafetensorError("invalid header")
+    class Changed:
+        def __init__(self, *arguments, **options):
+            self.opened = safe_open(*arguments, **options)
 
-    monkeypatch.setattr(sources.SafetensorsSource, "read", fail)
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            del self.opened
+
+        def __getattr__(self, name):
+            return getattr(self.opened, name)
+
+        def get_tensor(self, name):
+            raise SafetensorError("invalid header")
+
+    monkeypatch.setattr(sources, "safe_open", Changed)
     arguments = ["--from", "qwen2", "--to", str(tmp_path / "ours"), "--patch-size", "8", str(qwen)]
     assert load_tool("convert_checkpoint").main(arguments) == 2
-    assert capsys.readouterr().err == "SafetensorError: invalid header\n"
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"DataError: .*safetensors: .*\(SafetensorError: invalid header\); get it again\n", said)
+    assert not (tmp_path / "ours").exists()
 
 
 def write_one(folder, value, finish=lambda working, hashes: None):

@@ -182,3 +182,13 @@ def test_shared_refs_give_the_same_expressions_after_conversion(tool, tmp_path, 
     after = [expressions(load_refer(tmp_path, "refcocog", split, split_by="google")) for split in splits]
     assert before == after
     assert set(used) == {"refs(google).jsonl"}
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_grefs_written_as_json_lines_are_read_as_a_list(tmp_path, mark):
+    path = tmp_path / "grefs(x).json"
+    path.write_text(mark + "\n".join(map(json.dumps, REFS)), encoding="utf-8")
+    assert read_refs(path) == REFS
+    path.write_text(json.dumps(REFS[0]) + "\n[1]")
+    with pytest.raises(DataError, match="after the end of the data"):
+        read_refs(path)

@@ -1,4 +1,4 @@
-"""The card of the 0.5B model as it is launched, on drawn files of all its sources: one step of two processes."""
+"""The card of the 0.5B model, all as released: two processes make one step on drawn files of all its sources."""
 
 import re
 
@@ -8,7 +8,7 @@ from running import launcher, start
 
 from pixel_sail.config import TrainConfig, load_config
 
-CARD = ("experiment=pixel_sail_0_5b",)
+CARD = ("experiment=pixel_sail_0_5b", "recipe=released")
 
 
 def counted(line):

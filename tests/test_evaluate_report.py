@@ -362,8 +362,8 @@ def test_intervals_stand_behind_the_scores_and_html_is_escaped():
 # Rows.
 
 PROTOCOL = {
-    "checkpoint": "runs/a/export", "weights_sha256": "w", "questions_sha256": "q", "precision": "fp32",
-    "predict": {"prompt": "paper"}, "eval": {"max_images": 0},
+    "checkpoint": "runs/a/export", "weights_sha256": "w", "model_sha256": "m", "questions_sha256": "q",
+    "precision": "fp32", "predict": {"prompt": "paper"}, "eval": {"max_images": 0},
 }  # fmt: skip
 
 

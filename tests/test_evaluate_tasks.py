@@ -492,7 +492,6 @@ def test_phrases_are_compared_by_an_encoder_whatever_else_is_in_the_batch(proces
         (BERT_BASE_UNCASED | {"hidden_act": "gelu"}, {"recall", "paper_recall"}),
         (BERT_BASE_UNCASED | {"vocab_size": 28996}, {"recall"}),
         ({"model_type": "roberta"}, {"recall"}),
-        ([], {"recall"}),
     ],
 )
 def test_the_released_recall_is_printed_only_where_phrases_are_compared_as_released(
@@ -510,10 +509,14 @@ def test_the_released_recall_is_printed_only_where_phrases_are_compared_as_relea
     assert {name for name in measured.fractions if "recall" in name} == names
 
 
-def test_a_damaged_similarity_model_is_refused_before_anything_is_asked(tmp_path):
+def test_a_damaged_similarity_model_is_refused_before_anything_is_asked(grounded, tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(DataError, match=r"config\.json: cannot be read .*expected a Hugging Face config"):
-        EncoderSimilarity(tmp_path)
+    scoring = grounded_caption.Scoring(similarity_model=tmp_path, score_text=False)
+    with pytest.raises(DataError, match=r"config\.json: .*; get it again"):
+        grounded_caption._check(grounded[0].items, scoring)
+    (tmp_path / "config.json").write_text(json.dumps(BERT_BASE_UNCASED))
+    with pytest.raises(DataError, match="expected"):
+        grounded_caption._check(grounded[0].items, scoring)
 
 
 # The file.

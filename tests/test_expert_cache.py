@@ -37,7 +37,7 @@ from pixel_sail.experts.expert import Expert
 from pixel_sail.experts.mask2former import mask2former
 from pixel_sail.experts.teachers import Teachers
 from pixel_sail.losses.distill import resized_features
-from pixel_sail.types import Sample, Turn
+from pixel_sail.types import DataError, Sample, Turn
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "cache_expert_features.py"
 GRID = StudentGrid(site="pixel_map", patch_size=8, max_long_side=64, cells_per_patch=2)
@@ -91,6 +91,24 @@ def test_int8_is_wrong_by_half_a_level_at_most_and_zero_maps_stay_zero():
     # A value by hand: the largest is 127 levels, half of it 63.5, rounded to the even 64.
     by_hand = encode_map(torch.tensor([[[2.0, 1.0, -2.0]]]), "int8")
     assert by_hand.features_EYX.tolist() == [[[127, 64, -127]]] and by_hand.scales_E.item() == pytest.approx(2 / 127)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+def test_features_that_are_not_finite_are_refused_with_the_image(dtype, bad):
+    features = torch.ones(2, 3, 4)
+    features[1, 2, 3] = bad
+    with pytest.raises(DataError, match="photo 7: found 1 of 24 expert features that are not finite"):
+        encode_map(features, dtype, "photo 7")
+
+
+def test_features_too_large_for_fp16_are_refused_there_and_kept_by_int8():
+    features = torch.tensor([[[65504.0, -7e4]]])
+    with pytest.raises(DataError, match="photo 7: found an expert feature of magnitude 70000, expected at most 65504"):
+        encode_map(features, "fp16", "photo 7")
+    stored = encode_map(features, "int8", "photo 7")
+    assert decode_map(stored.features_EYX, stored.scales_E)[0, 0, 1].item() == pytest.approx(-7e4)
+    assert encode_map(features[..., :1], "fp16").features_EYX.item() == 65504
 
 
 def test_an_interrupted_build_continues_to_the_same_bytes(tmp_path):

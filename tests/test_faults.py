@@ -30,7 +30,9 @@ def rows():
     """Return the cells of every row of the tables of faults."""
     lines = [line for line in PAGE.read_text().splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return [row for row in cells if len(row) == 3 and row[0] != "fault" and set(row[0]) - set("-:")]
+    return [
+        row for row in cells if len(row) == 3 and row[0] not in ("fault", "what is planted") and set(row[0]) - set("-:")
+    ]
 
 
 def test_every_test_the_page_names_exists():
@@ -99,6 +101,77 @@ def test_a_key_that_the_saved_configuration_lacks_counts_as_its_default(complete
             checkpoint.read(complete_checkpoint, changed, defaults=defaults)
     with pytest.raises(CheckpointError, match=r"'seed': \(1, 0\)"):
         checkpoint.read(complete_checkpoint, {}, defaults=defaults)
+
+
+STATES = {
+    "a step of another folder": {"step": 4},
+    "no whole number": {"step": 3.0},
+    "a truth value": {"num_skipped": True},
+    "a negative number": {"num_skipped": -1},
+    "lanes that are none": {"lanes": [3]},
+    "a lane without a place": {"lanes": [{"waiting": []}]},
+    "a lane before the first sample": {"lanes": [{"next": -1, "waiting": []}]},
+    "a lane that waits for words": {"lanes": [{"next": 1, "waiting": ["x"]}]},
+    "sums that are words": {"source_sums": [["x"]]},
+    "sums that are no rows": {"source_sums": [1.0]},
+}
+
+
+def sealed(folder: Path) -> None:
+    """Make the hashes agree with the files."""
+    names = (checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE)
+    (folder / checkpoint.MANIFEST).write_text(json.dumps({name: sha256(folder / name) for name in names}))
+
+
+@pytest.mark.parametrize("change", STATES)
+def test_a_state_of_wrong_types_is_refused_though_its_hash_agrees(complete_checkpoint, change):
+    file = complete_checkpoint / checkpoint.STATE
+    saved = json.loads(file.read_text())
+    saved["train_state"] |= STATES[change]
+    file.write_text(json.dumps(saved))
+    sealed(complete_checkpoint)
+    with pytest.raises(CheckpointError, match=r"state\.json: train_state.*found .*expected .*Delete this checkpoint"):
+        checkpoint.read(complete_checkpoint, {"seed": 1})
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", '{"model.safetensors": 3}', "[" * 100_000, "\0"])
+def test_a_manifest_that_holds_no_hashes_is_refused(complete_checkpoint, content):
+    (complete_checkpoint / checkpoint.MANIFEST).write_text(content)
+    with pytest.raises(CheckpointError, match=r"manifest\.json.*expected .*Delete this checkpoint"):
+        checkpoint.read(complete_checkpoint, {"seed": 1})
+
+
+def test_tensors_of_other_shapes_names_or_types_are_refused_and_never_broadcast(complete_checkpoint):
+    model = torch.nn.Linear(3, 2)
+    sound = {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
+    moments = {f"{key}.{name}": tensor for key in checkpoint.MOMENTS for name, tensor in sound.items()}
+    checkpoint.load_parameters(model, sound)
+    checkpoint.check_moments(model, moments, is_averaged=False)
+    for shape in ((), (1,), (3,), (1, 3), (3, 2)):
+        with pytest.raises(CheckpointError, match=r"weight.*\(2, 3\)"):
+            checkpoint.load_parameters(model, sound | {"weight": torch.zeros(shape)})
+        with pytest.raises(CheckpointError, match=r"exp_avg\.weight.*\(2, 3\)"):
+            checkpoint.check_moments(model, moments | {"exp_avg.weight": torch.zeros(shape)}, is_averaged=False)
+    assert model.weight.eq(1).all()
+    for other in (moments | {"exp_avg.new": torch.ones(1)}, sound, {}):
+        with pytest.raises(CheckpointError, match="moments differ in"):
+            checkpoint.check_moments(model, other, is_averaged=False)
+    with pytest.raises(CheckpointError, match="average"):
+        checkpoint.check_moments(model, moments, is_averaged=True)
+    save_file({"weight": torch.ones(100, dtype=torch.int64)}, complete_checkpoint / checkpoint.MODEL)
+    sealed(complete_checkpoint)
+    with pytest.raises(CheckpointError, match="expected float32"):
+        checkpoint.read(complete_checkpoint, {"seed": 1})
+
+
+def test_a_step_that_failed_tells_what_the_last_checkpoint_holds(complete_checkpoint):
+    assert "step_00000003, are finite, the largest is 1. " in checkpoint.condition(complete_checkpoint)
+    assert checkpoint.condition(None) == "there is no checkpoint yet"
+    save_file({"exp_avg.weight": torch.full((2,), float("nan"))}, complete_checkpoint / checkpoint.OPTIMIZER)
+    sealed(complete_checkpoint)
+    assert "is not finite in ['exp_avg.weight'] itself. Delete" in checkpoint.condition(complete_checkpoint)
+    with pytest.raises(CheckpointError, match=r"optimizer.*not finite.*Delete this checkpoint folder"):
+        checkpoint.read(complete_checkpoint, {"seed": 1})
 
 
 def test_folders_without_the_marker_are_not_checkpoints(complete_checkpoint):

@@ -14,6 +14,7 @@ from shared_data import shared_data
 
 from pixel_sail.config import CONFIG_FOLDER
 from pixel_sail.data.masks import decode_rle
+from pixel_sail.data.remarks import remarks
 from pixel_sail.data.sources import flickr_gcg, gcg_benchmark, grandf, refcocog_gcg
 from pixel_sail.data.wording.grounded_caption import CAPTION_QUESTIONS, PAPER_CAPTION_PROMPT, STANDARD_CAPTION_PROMPT
 from pixel_sail.rle import encode_mask
@@ -128,6 +129,25 @@ def test_sample_is_a_function_of_index_and_rng_and_survives_pickling(tmp_path):
     questions = [source.get(0, rng(seed)).turns[0].question for seed in range(60)]
     assert questions == [copy.get(0, rng(seed)).turns[0].question for seed in range(60)]
     assert set(questions) == set(CAPTION_QUESTIONS)
+
+
+def test_spans_of_other_words_are_remarked_and_train_nothing(tmp_path, caplog):
+    groundings = {
+        "the brother": {"token_positives": [0, 5], "rle_masks": [encode_mask(LEFT)]},
+        "puppy": {"token_positives": [0, 5], "rle_masks": [encode_mask(RIGHT)]},
+        "ball": {"token_positives": [15, 19], "rle_masks": [encode_mask(OVER)]},
+    }
+    record = grandf_record("A boy throws a ball.", groundings=groundings)
+    with remarks() as heard:
+        source = grandf_source(tmp_path, record)
+    assert "2 are not in their caption" in caplog.text
+    assert [remark.message for remark in heard] == [
+        "the span [0, 5] holds 'A boy', the phrase is 'the brother'; left out",
+        "the span [0, 5] holds 'A boy', the phrase is 'puppy'; left out",
+    ]
+    (turn,) = source.get(0, rng()).turns
+    assert turn.answer == "A boy throws a <p> ball </p> [SEG]."
+    np.testing.assert_array_equal(turn.masks, [OVER])
 
 
 # --- RefCOCOg ---

@@ -1,13 +1,16 @@
 """Image files of every kind become upright 8-bit RGB, and damaged or foreign ones stop with their name."""
 
 import io
+import unicodedata
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pixel_sail.data.images import find_image, load_image
+from pixel_sail.data.image_sizes import stored_hw
+from pixel_sail.data.images import existing_file, find_image, image_file, load_image
+from pixel_sail.data.remarks import remarks
 from pixel_sail.model.patches import grid_size, image_to_patches
 from pixel_sail.types import DataError
 
@@ -206,6 +209,108 @@ def test_altered_bytes_end_in_an_image_or_in_the_named_error(tmp_path, pixels):
             assert str(error).startswith(f"toy/7: {tmp_path / 'a'}: ")
             refused += 1
     assert 50 < refused < 300
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Invalid size"), NotImplementedError("DDS"), MemoryError()])
+def test_whatever_a_decoder_raises_names_the_file_and_the_sample(tmp_path, monkeypatch, pixels, error):
+    # AVIF, DDS and JPEG 2000 raise these for damaged files; not every Pillow is built with all three.
+    def fails(self):
+        raise error
+
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fails)
+    with pytest.raises(DataError, match=rf"sample 1: .*a\.png: cannot be decoded \({str(error) or 'MemoryError'}\)"):
+        load_image(tmp_path / "a.png", where="sample 1")
+
+
+@pytest.mark.parametrize("image_format", ["AVIF", "DDS", "JPEG2000"])
+def test_damaged_files_of_rare_formats_are_refused(tmp_path, pixels, image_format):
+    buffer = io.BytesIO()
+    try:
+        Image.fromarray(pixels).save(buffer, image_format)
+    except (OSError, KeyError) as error:
+        pytest.skip(f"this Pillow does not write {image_format}: {error}")
+    content, generator, refused = buffer.getvalue(), np.random.default_rng(0), 0
+    for _ in range(60):
+        altered = bytearray(content)
+        for place in generator.integers(min(len(altered), 200), size=4):
+            altered[place] = generator.integers(256)
+        (tmp_path / "a.jpg").write_bytes(altered)
+        try:
+            load_image(tmp_path / "a.jpg", where="sample 1")
+        except DataError as error:
+            refused += 1
+            assert "a.jpg: cannot be decoded (" in str(error)
+    assert refused > 5
+
+
+def remarked(path):
+    with remarks() as heard:
+        load_image(path, where="photo")
+    return [(remark.topic, remark.message.partition(";")[0]) for remark in heard]
+
+
+@pytest.mark.parametrize(
+    ("largest", "is_dark"), [(4095, True), (16383, True), (16384, False), (65535, False), (0, False)]
+)
+def test_levels_of_twelve_bits_in_a_file_of_sixteen_are_remarked(tmp_path, largest, is_dark):
+    levels = np.linspace(0, largest, 64).astype(np.uint16).reshape(8, 8)
+    for name in ("a.png", "a.tif"):
+        Image.fromarray(levels).save(tmp_path / name)
+        expected = f"the largest level is about {largest} of 65535, so the image is nearly black"
+        assert remarked(tmp_path / name) == ([("dark 16-bit image", expected)] if is_dark else [])
+
+
+def test_sixteen_bit_colours_of_twelve_bits_are_remarked(tmp_path):
+    # A PNG of 16-bit colours by hand, as Pillow writes none.
+    def chunk(kind, data):
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    for largest, is_dark in ((4095, True), (65535, False)):
+        row = b"\0" + np.full(3 * 4, largest, dtype=">u2").tobytes()
+        header = (4).to_bytes(4, "big") + (2).to_bytes(4, "big") + bytes([16, 2, 0, 0, 0])
+        png = (
+            b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row * 2)) + chunk(b"IEND", b"")
+        )
+        (tmp_path / "a.png").write_bytes(png)
+        assert bool(remarked(tmp_path / "a.png")) is is_dark
+
+
+def test_a_dark_image_of_eight_bits_is_not_remarked(tmp_path):
+    Image.new("RGB", (4, 4), (9, 9, 9)).save(tmp_path / "a.png")
+    assert remarked(tmp_path / "a.png") == []
+
+
+@pytest.mark.parametrize(("stored", "asked"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_name_is_found_in_the_other_unicode_form_and_remarked(tmp_path, pixels, stored, asked):
+    name = "caf\u00e9/\u00fcber \uac00.png"
+    path = tmp_path / unicodedata.normalize(stored, name)
+    path.parent.mkdir()
+    Image.fromarray(pixels).save(path)
+    wanted = unicodedata.normalize(asked, name)
+    assert str(tmp_path / wanted) != str(path)
+    with remarks() as heard:
+        assert find_image([tmp_path / "absent", tmp_path], wanted) == image_file(tmp_path, wanted) == path
+        np.testing.assert_array_equal(_load(tmp_path / wanted), pixels)
+        assert stored_hw(tmp_path / wanted, "w") == pixels.shape[:2]
+    assert {remark.topic for remark in heard} == {"Unicode form of a file name"}
+
+
+def test_the_exact_unicode_form_goes_first_and_an_absent_name_stays(tmp_path, pixels):
+    for form in ("NFC", "NFD"):
+        Image.fromarray(pixels).save(tmp_path / unicodedata.normalize(form, "\u00e9.png"))
+    for form in ("NFC", "NFD"):
+        exact = tmp_path / unicodedata.normalize(form, "\u00e9.png")
+        assert existing_file(exact) == exact
+    assert existing_file(tmp_path / "\u00e8.png") == tmp_path / "\u00e8.png"
+    assert existing_file(tmp_path / ("\u00e9" * 300)).name == "\u00e9" * 300
+
+
+def test_a_name_that_is_too_long_is_a_missing_image(tmp_path):
+    path = find_image([tmp_path], "x" * 5000)
+    with pytest.raises(DataError, match="sample 1") as caught:
+        load_image(path, where="sample 1")
+    assert len(str(caught.value)) < 4100
 
 
 def test_an_image_is_looked_for_in_all_folders_under_both_coco_names(tmp_path):

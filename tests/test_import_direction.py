@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "pixel_sail"
 
 LAYERS = (
-    ("errors",),
+    ("errors", "texts"),
     ("types", "dist", "entry", "files", "places", "overrides"),
     ("provenance",),
     ("rle",),

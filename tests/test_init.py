@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -13,14 +14,22 @@ from torch import nn
 
 from pixel_sail.config import ConfigError, TrainConfig, load_config
 from pixel_sail.experts.settings import ExpertSettings
+from pixel_sail.model import configuration_pixel_sail
 from pixel_sail.model.configuration_pixel_sail import UPSAMPLERS, Architecture
 from pixel_sail.model.mask_head import INITS, MaskHead
 from pixel_sail.training.build import build_model
+from pixel_sail.training.checkpoint import differing_leaves, with_defaults
+from pixel_sail.training.prepare import identity_defaults, run_identity
 
-WIDE = {"hidden_size": 1056, "num_attention_heads": 4, "mask_dim": 64, "mask_stride": 4}
-"""Wider than the upsampler may be, so that there is a pre-projector; two blocks."""
+WIDE = {"hidden_size": 96, "num_attention_heads": 4, "mask_dim": 64, "mask_stride": 4}
+"""Wider than `narrow` lets the upsampler be, so that there is a pre-projector; two blocks."""
 
 LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    monkeypatch.setattr(configuration_pixel_sail, "MAX_FEATURE_SIZE", 64)
 
 
 def drawn_head(init, seed=0, **changes):
@@ -43,6 +52,7 @@ def assert_uniform(values, bound):
     assert values.std().item() == pytest.approx(bound / 3**0.5, rel=2.5 / count**0.5)
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("design", UPSAMPLERS)
 def test_torch_draws_every_layer_as_torch_does_by_default(design):
     head = drawn_head("torch", upsampler=design)
@@ -77,6 +87,7 @@ def test_widths_of_the_two_draws_at_the_size_of_the_half_billion_model():
     assert found["torch"] == pytest.approx([0.0096, 0.192, 0.0193, 0.0193], rel=0.02)
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("init", INITS)
 def test_upsample_blocks_start_alike_as_torch_and_each_its_own_as_ours(init):
     blocks = drawn_head(init, mask_stride=2).upsampler.blocks
@@ -90,6 +101,7 @@ def test_upsample_blocks_start_alike_as_torch_and_each_its_own_as_ours(init):
             assert value.data_ptr() != first[name].data_ptr(), "one parameter for two blocks"
 
 
+@pytest.mark.usefixtures("narrow")
 def test_ours_is_the_draw_of_old():
     head = drawn_head("ours", seed=3)
     torch.manual_seed(3)
@@ -168,6 +180,15 @@ def test_a_converted_start_has_the_mask_head_that_was_asked_for(tmp_path):
     assert_uniform(weights["torch"]["mask_head.seg_projector.0.weight"], width**-0.5)
     first, second = (weights["torch"][f"mask_head.upsampler.blocks.{i}.transposed.weight"] for i in range(2))
     assert torch.equal(first, second)
+
+
+def test_a_run_that_is_older_than_the_choice_goes_on_as_ours(data_root):
+    for init in INITS:
+        config = configured(data_root, f"model.init={init}")
+        old = run_identity(asdict(config))
+        del old["model"]["init"]
+        then, now = (with_defaults(own, identity_defaults(config)) for own in (old, run_identity(asdict(config))))
+        assert dict(differing_leaves(then, now)) == ({} if init == "ours" else {"model.init": ("ours", "torch")})
 
 
 def test_an_unknown_choice_is_an_error():

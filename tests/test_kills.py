@@ -21,6 +21,7 @@ from test_expert_cache import IDENTITY, compute
 from pixel_sail import files
 from pixel_sail.config import PredictConfig
 from pixel_sail.data.sources.refer import expressions, load_refer
+from pixel_sail.errors import WriteError
 from pixel_sail.evaluation.engine import evaluate
 from pixel_sail.evaluation.predict import BatchPredictor
 from pixel_sail.evaluation.refer_seg import as_task
@@ -199,6 +200,36 @@ def test_a_folder_without_its_name_gets_it_back_before_a_new_one_is_written(tmp_
     (tmp_path / "new").mkdir()
     replace_folder(tmp_path / "new", tmp_path / "export")
     assert [path.name for path in tmp_path.iterdir()] == ["export"] and not list((tmp_path / "export").iterdir())
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_what_is_no_folder_is_replaced_and_what_a_link_leads_to_stays(tmp_path, monkeypatch, exchanges, kind):
+    if not exchanges:
+        monkeypatch.setattr(files, "_exchange", lambda first, second: False)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").touch()
+    if kind == "link":
+        (tmp_path / "export").symlink_to(tmp_path / "elsewhere")
+    else:
+        (tmp_path / "export").touch()
+    export(tmp_path, 1.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "export"]
+    assert (tmp_path / "elsewhere" / "kept").exists() and (tmp_path / "export" / "model").exists()
+
+
+def test_an_export_that_finds_no_room_leaves_the_older_one_and_nothing_else(tmp_path):
+    export(tmp_path, 1.0)
+
+    class Full(Written):
+        def save_pretrained(self, folder, state_dict=None):
+            super().save_pretrained(folder)
+            raise OSError(28, "No space left on device", str(folder))
+
+    with pytest.raises(WriteError, match=r"export: cannot be written .*No space left"):
+        checkpoint.write_export(tmp_path / "export", Written("model", 2.0), Full("processor", 2.0), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    assert load_file(tmp_path / "export" / "model")["weight"][0, 0] == 1
 
 
 def test_killed_while_a_feature_cache_is_built(tmp_path):

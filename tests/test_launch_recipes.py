@@ -120,6 +120,20 @@ def test_an_interrupted_run_is_requeued_and_a_failed_one_is_not(submit):
     assert done.returncode == 2 and calls.count("scontrol requeue 4711") == 1
 
 
+@pytest.mark.parametrize("status", ["86", "137"])
+def test_a_job_that_lost_a_process_goes_on_as_long_as_checkpoints_are_completed(submit, tmp_path, status):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "step_00000500").mkdir(parents=True)
+    arguments = ("train.sbatch", "name=x", f"run_dir={tmp_path / 'run'}")
+    done, _, calls = submit(*arguments, nodes=1, gpus="2", STATUS=status)
+    assert done.returncode == int(status) and not calls.count("scontrol requeue 4711")
+    assert "no checkpoint was completed since this start" in done.stdout
+    saver = tmp_path / "env.sh"
+    saver.write_text(f"if [[ $0 == rank ]]; then mkdir -p {checkpoints}/step_00001000; fi\n")
+    done, _, calls = submit(*arguments, nodes=1, gpus="2", STATUS=status, BASH_ENV=str(saver))
+    assert done.returncode == 0 and calls.count("scontrol requeue 4711") == 1, done.stdout + done.stderr
+
+
 def test_the_shell_outlives_the_warning_signals_until_the_training_has_saved(submit, tmp_path):
     # The signals go to the script alone, as Slurm sends them; the task needs a second to save.
     sender = tmp_path / "bin" / "kill_later"

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pycocotools import mask as coco_mask
 
-from pixel_sail.data.masks import check_rle, decode_rle, decode_segmentation, merge_to_rle, union_masks
+from pixel_sail.data.masks import (
+    check_rle,
+    decode_rle,
+    decode_segmentation,
+    merge_to_rle,
+    summed_as_released,
+    union_masks,
+)
+from pixel_sail.data.remarks import remarks
 from pixel_sail.rle import encode_mask
 from pixel_sail.types import DataError
 
@@ -83,7 +91,12 @@ def test_summed_masks_cannot_be_encoded():
     [
         ([[0, 0, 2, 0, 2, 2, 0]], "7 numbers"),
         ([[0, 0, 2, 2]], "4 numbers"),
-        ([FIRST_SQUARE, []], "polygon 1: found 0 numbers"),
+        ([[], [0, 0, 2, 2]], "polygon 0: found 0 numbers"),
+        ([FIRST_SQUARE, [0, 0, 2]], "polygon 1: found 3 numbers"),
+        ([FIRST_SQUARE, [0, "1"]], "polygon 1: found coordinate '1'"),
+        ([FIRST_SQUARE, {"size": [4, 4], "counts": [16]}], "polygons and run-length encodings in one list"),
+        ([{"size": [4, 5], "counts": [20]}], r"part 0: found RLE size \[4, 5\], expected \[4, 4\]"),
+        ([{"size": [4, 4], "counts": [16]}, {"size": [4, 4], "counts": [15]}], "part 1: found RLE runs that cover 15"),
         ([], "empty polygon list"),
         ([0, 0, 2, 0, 2, 2], "wrap a single polygon"),
         ([[0, 0, 2, 0, float("nan"), 2]], "coordinate nan"),
@@ -105,6 +118,39 @@ def test_damaged_segmentation_is_refused_with_place_and_reason(segmentation, rea
     with pytest.raises(DataError, match=reason) as caught:
         decode_segmentation(segmentation, SIZE_HW, "file.json: annotation 12")
     assert str(caught.value).startswith("file.json: annotation 12")
+
+
+@pytest.mark.parametrize("counts", [RUNS_DOWN_COLUMNS, "02210O3", b"02210O3"])
+def test_a_list_of_one_encoding_is_that_encoding(counts):
+    segmentation = [{"size": [4, 4], "counts": counts}]
+    np.testing.assert_array_equal(decode_segmentation(segmentation, SIZE_HW, "test"), TWO_SQUARES)
+    assert summed_as_released(segmentation * 2, SIZE_HW, "test") is None
+
+
+def test_a_list_of_encodings_is_their_union():
+    parts = [encode_mask(decode_segmentation([square], SIZE_HW, "t")) for square in (FIRST_SQUARE, SECOND_SQUARE)]
+    np.testing.assert_array_equal(decode_segmentation(parts, SIZE_HW, "test"), TWO_SQUARES)
+    np.testing.assert_array_equal(decode_rle(merge_to_rle([parts], SIZE_HW, "test")), TWO_SQUARES)
+
+
+@pytest.mark.parametrize("short", [[], [0, 0], [3, 3, 3, 4], (1, 1, 4, 4)])
+def test_a_short_polygon_among_good_ones_is_left_out_and_remarked(short):
+    with remarks() as heard:
+        mask = decode_segmentation([FIRST_SQUARE, short, SECOND_SQUARE], SIZE_HW, "f.json: annotation 12")
+    np.testing.assert_array_equal(mask, TWO_SQUARES)
+    assert [(r.topic, r.where) for r in heard] == [("short polygon", "f.json: annotation 12")]
+    assert [r.message for r in heard] == ["left out 1 of 3 polygons, polygon 1 has fewer than three points"]
+
+
+def test_a_remark_nobody_listens_to_is_logged_once_per_file(caplog):
+    for number, file in enumerate(("once.json", "once.json", "another.json")):
+        decode_segmentation([FIRST_SQUARE, []], SIZE_HW, f"{file}: annotation {number}")
+    assert [record.args[0] for record in caplog.records] == ["once.json: annotation 0", "another.json: annotation 2"]
+
+
+def test_the_sum_as_released_leaves_short_polygons_out_as_the_union_does():
+    plain = summed_as_released([[FIRST_SQUARE, SECOND_SQUARE]], SIZE_HW, "t")
+    assert plain is not None and plain == summed_as_released([[FIRST_SQUARE, [1, 1], SECOND_SQUARE]], SIZE_HW, "t")
 
 
 def test_merging_nothing_is_refused():

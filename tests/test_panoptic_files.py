@@ -26,6 +26,7 @@ from shared_data import shared_data
 from pixel_sail.data.images import load_image
 from pixel_sail.data.masks import decode_segmentation, union_masks
 from pixel_sail.data.panoptic import load_categories, open_panoptic
+from pixel_sail.data.remarks import remarks
 from pixel_sail.data.sources import coco_panoptic, coco_semantic, coco_vp, pix2cap_seg, pix2cap_vp
 from pixel_sail.data.wording import segmentation
 from pixel_sail.refshapes.formats import CATEGORY_ID, RULES
@@ -90,6 +91,17 @@ def test_absent_files_are_data_errors(tmp_path):
         open_panoptic(tmp_path, "train2017")
     with pytest.raises(DataError, match="expected the folder of panoptic PNGs"):
         open_panoptic(tmp_path, "train2017", png_dir=tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(("area", "differs"), [(400, True), (33, False), (3, False), (None, False), ("x", False)])
+def test_a_segment_whose_pixels_are_not_the_stated_area_is_remarked(tmp_path, area, differs):
+    data = copy.deepcopy(DATA)
+    data["annotations"][1]["segments_info"][0]["area"] = area
+    file = open_panoptic(write(tmp_path, data), "train2017")
+    with remarks() as heard:
+        file.masks(file.image(1))
+    found = [remark.message for remark in heard]
+    assert found == (["segment 1 has 3 pixels in the PNG, the file states 400"] if differs else [])
 
 
 def test_masks_are_the_pixels_of_their_colour(tmp_path):

@@ -87,6 +87,60 @@ def test_a_span_with_other_words_is_believed_only_if_it_ends_between_words():
     assert marked("two young men", Phrase(text="two men", span=(0, 6)))[1].not_found == (0,)
 
 
+@pytest.mark.parametrize(
+    ("caption", "phrase", "span"),
+    [
+        ("A boy throws a ball.", "the brother", (0, 5)),
+        ("A boy throws a ball.", "puppy", (0, 5)),
+        ("A red cup.", "a red ball", (0, 9)),
+        ("Two men.", "two dogs", (0, 7)),
+    ],
+)
+def test_a_span_of_other_words_is_not_believed(caption, phrase, span):
+    placement = place_phrases(caption, [Phrase(text=phrase, span=span)])
+    assert (placement.places, placement.not_found, placement.misplaced) == ((), (0,), (0,))
+
+
+@pytest.mark.parametrize(
+    ("caption", "phrase", "span"),
+    [
+        ("A man sits.", "the man", (0, 5)),
+        ("A dog, wet, runs.", "A dog wet", (0, 10)),
+        ("The old man with a hat.", "an old man", (0, 22)),
+        ("a boy", "young boy", (0, 5)),
+    ],
+)
+def test_a_span_that_words_the_phrase_otherwise_is_believed(caption, phrase, span):
+    placement = place_phrases(caption, [Phrase(text=phrase, span=span)])
+    assert [place.span for place in placement.places] == [span]
+    assert placement.misplaced == ()
+
+
+def test_two_wordings_are_not_united_on_a_span_that_holds_neither():
+    phrases = [Phrase(text=text, span=(0, 5)) for text in ("young boy", "old boy")]
+    placement = place_phrases("A boy throws a ball.", phrases)
+    assert [place.phrases for place in placement.places] == [(0,)]
+    assert placement.overlapped == (1,)
+    placement = place_phrases("A boy throws a ball.", [*phrases, Phrase(text="a boy", span=(0, 5))])
+    assert [place.phrases for place in placement.places] == [(2,)]
+    assert placement.overlapped == (0, 1)
+
+
+def test_a_span_may_count_bytes_or_units_of_utf_16():
+    caption = "Caf\u00e9 \U0001f600: a cup, a cup."
+    starts = [caption.index("a cup"), caption.rindex("a cup")]
+    for start in starts:
+        for encoding, size in (("utf-8", 1), ("utf-16-le", 2)):
+            at = len(caption[:start].encode(encoding)) // size
+            (place,) = place_phrases(caption, [Phrase(text="a cup", span=(at, at + 5))]).places
+            assert place.span == (start, start + 5)
+
+
+def test_phrases_of_the_same_words_keep_their_own_occurrences():
+    phrases = [Phrase(text="a cup", span=(7, 12)), Phrase(text="a cup", span=(0, 5))]
+    assert [place.phrases for place in place_phrases("a cup, a cup", phrases).places] == [(1,), (0,)]
+
+
 @pytest.mark.parametrize("span", [(-1, 3), (5, 5), (3, 99), (4, 2), (3, 4)])
 def test_a_span_that_is_not_on_text_is_not_found(span):
     assert marked("abc def", Phrase(span=span))[1].not_found == (0,)

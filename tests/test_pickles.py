@@ -48,6 +48,57 @@ def test_stack_global_is_refused(tmp_path):
         load_plain_pickle(path)
 
 
+def doubled(times):
+    value = ["ha"] * 10
+    for _ in range(times):
+        value = [value, value]
+    return value
+
+
+def endless():
+    value = []
+    value.append([value])
+    return value
+
+
+def nested(depth):
+    value = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (pickle.dumps([{"ref_id": doubled(40)}]), "found shared values that come to more than"),
+        (pickle.dumps([["x" * 10**5] * 10**4] * 2), "found shared values that come to more than"),
+        (pickle.dumps(endless()), "found a container that holds itself"),
+        (pickle.dumps(nested(60)), "found values nested deeper than 50"),
+        # Tuples and frozen sets as keys of a dict, doubled 40 times: their hash would never be computed to its end.
+        (b"\x80\x02}K\x01\x85" + b"2\x86" * 40 + b"K\x01s.", "found shared values that come to more than"),
+        (b"\x80\x04}(K\x01\x91" + b"2\x86" * 40 + b"K\x01s.", "found shared values that come to more than"),
+    ],
+)
+def test_values_larger_than_their_file_are_refused_at_once(tmp_path, content, reason):
+    (tmp_path / "a.p").write_bytes(content)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=reason) as caught:
+        load_plain_pickle(tmp_path / "a.p")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(str(caught.value)) < 400
+    assert peak < 20_000_000
+
+
+def test_texts_that_are_shared_as_in_published_files_are_read(tmp_path):
+    refs = [
+        {"ref_id": i, "split": "train", "sentences": [{"sent": "the tie", "raw": "the tie"}] * 3} for i in range(500)
+    ]
+    (tmp_path / "a.p").write_bytes(pickle.dumps(refs, protocol=2))
+    assert load_plain_pickle(tmp_path / "a.p") == refs
+
+
 @pytest.mark.parametrize(
     ("value", "name"),
     [

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import unicodedata
 
 import numpy as np
 import pytest
@@ -129,6 +130,23 @@ def test_files_without_text_or_target_are_left_out_and_counted(tmp_path, caplog)
     source = load(root=tmp_path)
     assert [source.image_path(i).name for i in range(len(source))] == ["c.jpg"]
     assert "left out 2 of 3 files" in caplog.text
+
+
+def test_what_operating_systems_leave_in_a_folder_is_no_item(tmp_path):
+    write(tmp_path, "a")
+    for name in ("._a.json", "._a.jpg", ".DS_Store", "Thumbs.db", ".hidden.json"):
+        (tmp_path / "train" / name).write_bytes(b"\0\5\x16\7")
+    assert len(load(root=tmp_path)) == len(expressions(root=tmp_path, split="train")) == 1
+
+
+def test_photo_and_file_may_have_two_unicode_forms_of_one_name(tmp_path):
+    write(tmp_path, unicodedata.normalize("NFD", "caf\u00e9"))
+    folder = tmp_path / "train"
+    (folder / unicodedata.normalize("NFD", "caf\u00e9.jpg")).rename(folder / "caf\u00e9.jpg")
+    (item,) = expressions(root=tmp_path, split="train")
+    assert item.image_path == folder / "caf\u00e9.jpg"
+    assert len(load(root=tmp_path)) == 1
+    np.testing.assert_array_equal(load(root=tmp_path).get(0, rng()).turns[0].masks[0], OUTER_MASK)
 
 
 def test_files_in_windows_letters_and_with_a_byte_order_mark_are_read(tmp_path):

@@ -161,6 +161,46 @@ def test_a_list_is_asked_for_by_its_key_only(written):
     assert list(open_records(written({"": [1, 2]}, "empty_key.json"), "")) == [1, 2]
 
 
+@pytest.mark.parametrize("end", ["", "\n", "\r\n\n"])
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+def test_json_lines_are_read_as_a_list(tmp_path, mark, end):
+    rows = [{"id": 7, "text": "caf\u00e9\nnext"}, {"id": 9, "more": [{"id": 1}]}, {"id": 11}]
+    path = tmp_path / "lines.json"
+    path.write_bytes(mark + ("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + end).encode())
+    records = open_records(path)
+    assert list(records) == rows
+    assert records.integers("id").tolist() == [7, 9, 11]
+    with pytest.raises(DataError, match="found one list, expected a list under 'images'"):
+        open_records(path, "images")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'{"id": 1} {"id": 2}', "at byte 10 of 19: found .*, expected an object on a line of its own"),
+        (b'{"id": 1}\n{"id": 2', "at byte 10 of 18: found invalid JSON"),
+        (b'{"id": 1}\n{"id": 2}\n[3]', "at byte 20 of 23: found .*, expected an object on a line of its own"),
+        (b'{"id": 1}\n[2]', "at byte 10 of 13: found '\\[' after the end of the data"),
+    ],
+)
+def test_what_is_neither_one_value_nor_json_lines_is_refused(tmp_path, content, reason):
+    (tmp_path / "lines.json").write_bytes(content)
+    with pytest.raises(DataError, match=reason):
+        open_records(tmp_path / "lines.json")
+
+
+def test_an_index_that_cannot_be_read_names_the_variable_for_another_folder(written, monkeypatch):
+    path = written([{"id": 1}])
+    open_records(path)
+
+    def refused(file, **_):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(records_module.np, "load", refused)
+    with pytest.raises(DataError, match=r"spans_0\.npy: found an index file that cannot be read .*PIXEL_SAIL_CACHE"):
+        open_records(path)
+
+
 def test_an_absent_file_is_a_data_error(tmp_path):
     for path in (tmp_path / "none.json", tmp_path):
         with pytest.raises(DataError, match="found no such file"):

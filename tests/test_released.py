@@ -14,7 +14,7 @@ from pixel_sail.config import EvalConfig, TrainConfig, load_config
 PROGRAMS = {"train": ("Model and training", TrainConfig), "evaluate": ("Evaluation", EvalConfig)}
 """Program -> heading of its table in docs/faq.md, and its schema."""
 
-NO_SWITCH = re.compile(r"(none needed|no switch): \w")
+NO_SWITCH = re.compile(r"(none needed|no switch|no switch in the recipe): [\w`]")
 START = {"train": ("name=x", "model=sail_0_5b", "data=cotrain_0_5b", "optim.steps=1"), "evaluate": ("checkpoint=x",)}
 
 

@@ -8,7 +8,7 @@ import pytest
 from running import ROOT, start
 from test_train import SMALL, log_lines, train
 
-from pixel_sail.config import TrainConfig, load_config
+from pixel_sail.config import ConfigError, TrainConfig, load_config
 from pixel_sail.data.loader import training_batches
 from pixel_sail.data.packing import LanePosition
 from pixel_sail.training.build import build_model
@@ -67,6 +67,8 @@ def test_rewinds_are_counted(tmp_path):
     assert len((tmp_path / REWINDS_FILE).read_text().splitlines()) == 2
     assert behind_rewinds(tmp_path, TrainState(step=2)).lanes == tuple(lanes)
     assert behind_rewinds(tmp_path, TrainState(step=4)) == TrainState(step=4)
+    with pytest.raises(ConfigError, match=r"a run with 2 lanes of data, this start would have 4; start it on as many"):
+        behind_rewinds(tmp_path, TrainState(step=2, lanes=(LanePosition(),) * 4))
     with pytest.raises(NonFiniteLossError, match=r"not finite$"):
         rewind(tmp_path / "none", error, from_step=0, failed_step=1, lanes=lanes, limit=0)
     assert json.loads((tmp_path / REWINDS_FILE).read_text().splitlines()[1])["reason"] == "losses are not finite"

@@ -20,7 +20,9 @@ from PIL import Image
 from running import ROOT, load_tool
 from test_train import SMALL
 from torch import distributed
+from torch.utils.data import get_worker_info
 
+from pixel_sail.data.mixture import Mixture
 from pixel_sail.files import sha256
 
 STEP = "run/checkpoints/step_00000002"
@@ -138,9 +140,9 @@ def train_arguments(folder: Path, *overrides: str) -> list[str]:
     return [*SMALL, *fixed, f"paths.data={folder / 'data'}", f"run_dir={folder / 'run'}", *overrides]
 
 
-def call(entry: str, folder: Path, monkeypatch) -> int:
+def call(entry: str, folder: Path, monkeypatch, *overrides: str) -> int:
     """Run an entry point on a folder; return its status."""
-    export, overrides = folder / "run" / "export", []
+    export = folder / "run" / "export"
     if entry == "start":
         entry, overrides = "train", [f"model.init_from={export}", f"run_dir={folder / 'new'}", "optim.steps=1"]
     if entry in ("train", "evaluate", "predict"):
@@ -222,6 +224,46 @@ def whole(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("entry", READS)
 def test_undamaged_files_are_used(entry, finished, monkeypatch):
     assert call(entry, restored(finished), monkeypatch) == 0
+
+
+def test_a_killed_data_worker_ends_with_86_and_says_so(finished, monkeypatch, capfd):
+    draw = Mixture.draw
+
+    def draw_or_die(self, position):
+        if get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return draw(self, position)
+
+    monkeypatch.setattr(Mixture, "draw", draw_or_die)
+    folder = restored(finished)
+    assert call("train", folder, monkeypatch, "data.num_workers=1") == 86
+    assert re.search(
+        r"^LostWorker: rank 0 of 1: DataLoader worker .*The same command goes on", capfd.readouterr().err, re.M
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "module"), [("log.wandb=offline", "wandb"), ("log.tensorboard=true", "torch.utils.tensorboard")]
+)
+def test_a_log_that_cannot_be_imported_is_told_before_anything_is_made(setting, module, finished, monkeypatch, capfd):
+    folder = restored(finished)
+    monkeypatch.setitem(sys.modules, module, None)
+    assert call("train", folder, monkeypatch, setting, f"run_dir={folder / 'other'}") == 2
+    assert f"ConfigError: {setting.partition('=')[0]}: " in capfd.readouterr().err
+    assert not (folder / "other").exists()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["model.tokenizer=/nonexistent", "model.init_from=/nonexistent", "model.architecture.num_attention_heads=0"],
+)
+@pytest.mark.parametrize("dry", [False, True])
+def test_a_start_that_is_not_there_is_told_by_training_and_its_rehearsal(setting, dry, finished, monkeypatch, capfd):
+    folder = restored(finished)
+    assert call("train", folder, monkeypatch, setting, f"run_dir={folder / 'other'}", *["--dry-run"][: int(dry)]) == 2
+    said = capfd.readouterr().err
+    assert "Traceback" not in said and len(re.findall(r"^\w+Error: .*", said, re.MULTILINE)) == 1
+    assert not (folder / "other").exists()
 
 
 @pytest.mark.parametrize(("entry", "file", "damages"), pairs())

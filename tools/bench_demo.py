@@ -29,6 +29,7 @@ import httpx
 from PIL import Image
 
 from pixel_sail.demo.examples import draw_examples
+from pixel_sail.entry import one_message
 from pixel_sail.files import replace_text
 from pixel_sail.places import root_folder
 
@@ -130,6 +131,7 @@ def summary(log: Log) -> dict[str, Any]:
     }
 
 
+@one_message
 def main() -> int:
     """Print the table; exit status 1 where a question failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

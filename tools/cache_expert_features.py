@@ -120,7 +120,8 @@ class Job:
             usable = [(key, photo) for key, photo in group if isinstance(photo, Tensor)]
             features = self.expert.features([photo for _, photo in usable])
             for (key, _), own in zip(usable, features, strict=True):
-                maps[key] = encode_map(self.pooled(own, self.images[key].hw), self.plan.dtype)
+                image = self.images[key]
+                maps[key] = encode_map(self.pooled(own, image.hw), self.plan.dtype, f"{image.where}: {image.path}")
         return maps, unusable
 
     def pooled(self, features_Ehw: Tensor, image_hw: SizeHW) -> Tensor:

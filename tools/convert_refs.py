@@ -16,12 +16,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pixel_sail.data.refs_files import convert, is_current
+from pixel_sail.files import is_hidden
 from pixel_sail.types import DataError
 
 
 def pickles_below(path: Path) -> list[Path]:
     """Return the refs pickles of a folder and the folders in it, or the file itself."""
-    return [path] if path.is_file() else sorted(path.rglob("*refs(*).p"))
+    return [path] if path.is_file() else sorted(found for found in path.rglob("*refs(*).p") if not is_hidden(found))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,8 +20,8 @@ from pixel_sail.data.packing import LaneStream
 from pixel_sail.entry import one_message
 from pixel_sail.evaluation.batch_view import batch_facts, write_batch_view
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
-from pixel_sail.model.tokenization import load_tokenizer
 from pixel_sail.planning.parameters import fill_in_vocabulary
+from pixel_sail.training.build import configured_tokenizer
 from pixel_sail.training.prepare import build_mixture, measure_length, sample_cost
 from pixel_sail.types import Batch
 
@@ -50,10 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def processor_of(config: TrainConfig) -> PixelSailProcessor:
-    """Return the model's processor. Raises: DataError where its tokenizer is not there or cannot be used."""
-    architecture, folder = config.model.architecture, config.model.tokenizer
-    tokenizer = load_tokenizer(folder, num_visual_prompts=architecture.num_visual_prompts)
-    return PixelSailProcessor.for_model(tokenizer, architecture)
+    """Return the model's processor. Raises: ConfigError where its tokenizer is not there or cannot be used."""
+    return PixelSailProcessor.for_model(configured_tokenizer(config.model), config.model.architecture)
 
 
 def first_batch(config: TrainConfig, processor: PixelSailProcessor) -> Batch:

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pixel_sail.files import is_hidden
 from pixel_sail.model.reading import reading
 from pixel_sail.types import DataError
 
@@ -155,7 +156,7 @@ def _tensors_of(path: Path, content: Any) -> dict[str, Tensor]:
 
 def _files_of_folder(folder: Path) -> dict[str, Path]:
     """Return tensor name -> file for a Hugging Face folder."""
-    found = sorted(folder.glob("*.safetensors"))
+    found = sorted(path for path in folder.glob("*.safetensors") if not is_hidden(path))
     index = folder / INDEX
     if not index.is_file():
         if len(found) != 1:

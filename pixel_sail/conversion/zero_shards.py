@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pixel_sail.conversion.sources import TensorInfo, TensorSource, load_safely
+from pixel_sail.files import is_hidden
 from pixel_sail.types import DataError
 
 OPTIMIZER = "optimizer_state_dict"
@@ -78,8 +79,10 @@ def open_zero_folder(path: Path) -> TensorSource:
     """Return the checkpoint. Raises: DataError when a shard is absent, damaged or unsafe, or sizes do not add up."""
     latest = path / "latest"
     folder = path / latest.read_text().strip() if latest.is_file() else path
-    optimizer_files = sorted(folder.glob("*_optim_states.pt"), key=_rank)
-    model_files = sorted(folder.glob("*_model_states.pt"), key=_rank)
+    optimizer_files, model_files = (
+        sorted((file for file in folder.glob(f"*_{kind}_states.pt") if not is_hidden(file)), key=_rank)
+        for kind in ("optim", "model")
+    )
     if not optimizer_files or not model_files:
         raise DataError(
             f"{folder}: found {len(model_files)} *_model_states.pt and {len(optimizer_files)} *_optim_states.pt, "

@@ -16,13 +16,12 @@ both are joined by a line break.)
 import re
 from typing import Any
 
+from pixel_sail.texts import has_half_character, shown
 from pixel_sail.types import DataError
 
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 
 _IMAGE_MARKER = re.compile(r"\s*<image>\s*")
-_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
-"""One half of a character that JSON wrote as two; no tokenizer takes it."""
 
 
 def conversation_turns(messages: Any, where: str) -> list[tuple[str, str]]:
@@ -32,7 +31,7 @@ def conversation_turns(messages: Any, where: str) -> list[tuple[str, str]]:
     """
     if not isinstance(messages, list):
         raise DataError(
-            f"{where}: found conversations = {_short(messages)}, expected a list of messages; repair the file"
+            f"{where}: found conversations = {shown(messages)}, expected a list of messages; repair the file"
         )
     turns: list[tuple[str, str]] = []
     said: list[tuple[str, list[str]]] = []
@@ -46,7 +45,8 @@ def conversation_turns(messages: Any, where: str) -> list[tuple[str, str]]:
         question, answer = ("\n".join(text for text in texts if text) for texts in (questions, answers))
         if not question or not answer:
             raise DataError(
-                f"{where}: found question {question!r} with answer {answer!r}, expected text in both; repair the file"
+                f"{where}: found question {shown(question)} with answer {shown(answer)}, expected text in both; "
+                "repair the file"
             )
         turns.append((question, answer))
     return turns
@@ -74,18 +74,13 @@ def _parse_message(message: Any, where: str) -> tuple[str, str]:
     text = message.get("value") if isinstance(message, dict) else None
     if role is None or not isinstance(text, str):
         raise DataError(
-            f"{where}: found {_short(message)}, expected {{'from': 'human' or 'gpt', 'value': text}}; repair the file"
+            f"{where}: found {shown(message)}, expected {{'from': 'human' or 'gpt', 'value': text}}; repair the file"
         )
-    if _HALF_CHARACTER.search(text):
-        raise DataError(f"{where}: found half a character in {_short(text)}, expected Unicode text; repair the file")
+    if has_half_character(text):
+        raise DataError(f"{where}: found half a character in {shown(text)}, expected Unicode text; repair the file")
     return role, (_without_markers(text) if role == "human" else text).strip()
 
 
 def _without_markers(text: str) -> str:
     """Take out `<image>` with the blanks around it; in the middle of a text a blank or line break stays."""
     return _IMAGE_MARKER.sub(lambda match: "\n" if "\n" in match[0] else " ", text)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

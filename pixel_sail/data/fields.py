@@ -8,6 +8,7 @@ Place in the flow: the sources take records of `data/records.py` apart with it. 
 from pathlib import Path
 from typing import TypeVar
 
+from pixel_sail.texts import shown
 from pixel_sail.types import DataError, SizeHW
 
 T = TypeVar("T")
@@ -22,10 +23,10 @@ ImageFolders = str | Path | list[str | Path]
 def field(record: object, name: str, kind: type[T], where: str) -> T:
     """Return a field that must be there and of this type. Raises: DataError."""
     if not isinstance(record, dict):
-        raise DataError(f"{where}: found {_short(record)}, expected an object with {name!r}; repair the record")
+        raise DataError(f"{where}: found {shown(record)}, expected an object with {name!r}; repair the record")
     value = record.get(name)
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise DataError(f"{where}: found {name} = {_short(value)}, expected {kind.__name__}; repair the record")
+        raise DataError(f"{where}: found {name} = {shown(value)}, expected {kind.__name__}; repair the record")
     return value
 
 
@@ -34,7 +35,7 @@ def strings(record: object, name: str, where: str) -> list[str]:
     values = field(record, name, list, where)
     for value in values:
         if not isinstance(value, str):
-            raise DataError(f"{where}: found {_short(value)} among {name}, expected texts only; repair the record")
+            raise DataError(f"{where}: found {shown(value)} among {name}, expected texts only; repair the record")
     return values
 
 
@@ -54,8 +55,3 @@ def stated_hw(record: object, where: str) -> SizeHW | None:
 def folders(paths: ImageFolders) -> list[Path]:
     """Return the folders named by a config, which may name one or several."""
     return [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -10,9 +10,9 @@ Which of the two sizes is right depends on what the annotators saw:
 
 from pathlib import Path
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 
-from pixel_sail.data.images import EXIF_TURNS, open_image
+from pixel_sail.data.images import DECODING_ERRORS, EXIF_TURNS, existing_file, open_image, reason
 from pixel_sail.types import DataError, MissingDataError, SizeHW
 
 _SIDEWAYS = range(5, 9)
@@ -38,6 +38,7 @@ def turn_of(path: Path, where: str) -> Image.Transpose | None:
 
 
 def _read(path: Path, where: str) -> tuple[SizeHW, object]:
+    path = existing_file(path)
     try:
         with open_image(path) as image:
             return (image.height, image.width), image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -45,5 +46,5 @@ def _read(path: Path, where: str) -> tuple[SizeHW, object]:
         raise MissingDataError(
             f"{where}: {path}: no such image file; check configs/paths and the image folder"
         ) from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, EOFError, ValueError) as error:
-        raise DataError(f"{where}: {path}: cannot be read ({error}); replace the file") from error
+    except DECODING_ERRORS as error:
+        raise DataError(f"{where}: {path}: cannot be read ({reason(error)}); replace the file") from error

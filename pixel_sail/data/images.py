@@ -6,7 +6,9 @@ photographs of several folders look them up with `find_image`. A message looks l
     refcoco/train/image=9: /data/train2014/COCO_9.jpg: cannot be decoded (image file is truncated); replace the file
 """
 
+import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from pixel_sail.data.remarks import remark
 from pixel_sail.types import DataError, SizeHW
 
 EXIF_TURNS = {
@@ -43,8 +46,27 @@ RASTER_FORMATS = (
 """Pillow's names of the formats that are read. All are decoded by Pillow itself; others, such as EPS, are drawings for
 which it starts programs, whatever the file is called."""
 
-_DECODING_ERRORS = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, EOFError, ValueError)
-"""What Pillow raises on damaged files, found by altering bytes of files of all formats."""
+DECODING_ERRORS = (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    OSError,
+    SyntaxError,
+    EOFError,
+    ValueError,
+    RuntimeError,
+    MemoryError,
+)
+"""What Pillow raises on damaged files, found by altering bytes of files of all formats. RuntimeError (to which
+NotImplementedError belongs) comes from AVIF and DDS, MemoryError from the sizes that a damaged JPEG 2000 states."""
+
+OTHER_FORM = "Unicode form of a file name"
+"""Topic of the remarks about files that are called otherwise than asked for."""
+
+LOW_LEVELS = "dark 16-bit image"
+"""Topic of the remarks about files whose levels use the lowest bits only."""
+
+_USED_16_BITS = 14
+"""Cameras of 10 to 14 bits write their levels into files of 16."""
 
 _COCO_2014 = re.compile(r"COCO_(?:train|val)2014_(\d{12}\.jpg)")
 
@@ -57,8 +79,36 @@ def find_image(folders: Sequence[Path], file_name: str) -> Path:
     """
     match = _COCO_2014.fullmatch(file_name)
     names = [file_name] if match is None else [file_name, match[1]]
-    paths = [folder / name for name in names for folder in folders]
-    return next((path for path in paths if path.is_file()), paths[0])
+    paths = [image_file(folder, name) for name in names for folder in folders]
+    return next((path for path in paths if os.path.isfile(path)), paths[0])
+
+
+def image_file(folder: Path, file_name: str) -> Path:
+    """Return the file of this name in a folder, which may be there in the other Unicode form (see `existing_file`)."""
+    path = folder / file_name
+    return path if file_name.isascii() else existing_file(path)
+
+
+def existing_file(path: Path) -> Path:
+    """Return the path under which a file exists: the same letters may be composed or decomposed Unicode.
+
+    Macs write names decomposed ("e" and an accent), most other programs composed, and archives keep what they got. The
+    exact name goes first; where nothing fits, the path is returned as it was given.
+    """
+    # Not Path.exists, which raises an error for names that are too long.
+    if str(path).isascii() or os.path.exists(path):
+        return path
+    found = Path(path.anchor)
+    for part in path.parts[1 if path.anchor else 0 :]:
+        forms = dict.fromkeys((part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD"))))
+        present = next((found / form for form in forms if os.path.exists(found / form)), None)
+        if present is None:
+            return path
+        found = present
+    remark(
+        OTHER_FORM, str(path.parent), str(found), "found under the other Unicode form of the name that was asked for"
+    )
+    return found
 
 
 @cache
@@ -100,20 +150,29 @@ def load_image(path: str | Path, *, where: str, expected_hw: SizeHW | None = Non
     Raises: DataError when the file is missing, cannot be decoded, has another size than the annotations state, or
     has pixel values without a known range.
     """
+    path = existing_file(Path(path))
     try:
         with open_image(path) as opened:
+            is_16_bit = _is_16_bit(opened)
             opened.load()
             image: Image.Image = _upright(opened, expected_hw)
     except FileNotFoundError:
         raise DataError(f"{where}: {path}: no such image file; check configs/paths and the image folder") from None
-    except _DECODING_ERRORS as error:
-        raise DataError(f"{where}: {path}: cannot be decoded ({error}); replace the file") from error
+    except DECODING_ERRORS as error:
+        raise DataError(f"{where}: {path}: cannot be decoded ({reason(error)}); replace the file") from error
     if expected_hw is not None and (image.height, image.width) != tuple(expected_hw):
         raise DataError(
             f"{where}: {path}: image is {(image.height, image.width)} (height, width), annotations say "
             f"{tuple(expected_hw)}; the image folder does not belong to these annotations"
         )
+    if is_16_bit:
+        _remark_low_levels(image, path, where)
     return _to_rgb(image, f"{where}: {path}")
+
+
+def reason(error: BaseException) -> str:
+    """Return what an error of Pillow says, or what it is called where it says nothing."""
+    return str(error) or type(error).__name__
 
 
 def rgb_image(image: Image.Image, *, where: str) -> Image.Image:
@@ -126,9 +185,31 @@ def rgb_image(image: Image.Image, *, where: str) -> Image.Image:
     try:
         image.load()
         upright = _upright(image, None)
-    except _DECODING_ERRORS as error:
-        raise DataError(f"{where}: the image cannot be decoded ({error}); open another file") from error
+    except DECODING_ERRORS as error:
+        raise DataError(f"{where}: the image cannot be decoded ({reason(error)}); open another file") from error
     return _to_rgb(upright, where)
+
+
+def _is_16_bit(opened: Image.Image) -> bool:
+    """Say whether the levels of a file that is not read yet have 16 bits; of colours Pillow keeps the upper 8."""
+    return opened.mode.startswith("I") or any(";16" in str(tile) for tile in getattr(opened, "tile", ()))
+
+
+def _remark_low_levels(image: Image.Image, path: Path, where: str) -> None:
+    """Remark that an image is nearly black because 16 bits hold levels of 14 or fewer."""
+    if image.mode.startswith("I"):
+        largest = int(np.asarray(image).max(initial=0))
+    else:
+        # Of colours Pillow keeps the upper 8 of 16 bits, the transparency aside.
+        largest = 256 * max(int(band.getextrema()[1]) for band in image.split()[:3])  # type: ignore[arg-type]
+    if 0 < largest < 1 << _USED_16_BITS:
+        remark(
+            LOW_LEVELS,
+            str(path.parent),
+            f"{where}: {path}",
+            f"the largest level is about {largest} of {MAX_16_BIT}, so the image is nearly black; a camera of "
+            f"{largest.bit_length()} bits wrote 16-bit files, scale their levels up if this is not meant",
+        )
 
 
 def _upright(image: Image.Image, expected_hw: SizeHW | None) -> Image.Image:

@@ -3,73 +3,91 @@
 Place in the flow: annotation files -> here -> masks of `Turn` (training) or `Expression.target` (evaluation); predicted
 masks -> here -> `Prediction.segmentation`.
 
-Several parts are always united, never summed: pycocotools starts a new run wherever the value changes, so a mask that
-holds a 2 comes back from an encode-decode round trip with holes or inverted columns.
+A segmentation is a list of polygons, a run-length encoding, or (as RRSIS-D writes it) a list of encodings; polygons of
+fewer than three points among better ones are left out, told by a remark. Several parts are always united, never summed:
+pycocotools starts a new run wherever the value changes, so a mask that holds a 2 comes back from an encode-decode round
+trip with holes or inverted columns. A polygon within another one is filled as well, as COCO has no holes.
 
 Example: two overlapping squares [[0, 0, 2, 0, 2, 2, 0, 2], [1, 1, 3, 1, 3, 3, 1, 3]] on a 4x4 image are 7 pixels, and
 as RLE {"size": [4, 4], "counts": "02210O3"}: the runs 0 2 2 3 2 2 5 down the columns, background first.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard
 
 import numpy as np
-from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
+from pixel_sail.data.coordinates import check_pixels
+from pixel_sail.data.remarks import remark
 from pixel_sail.rle import check_mask, encode_as_released, json_safe
+from pixel_sail.texts import shown
 from pixel_sail.types import RLE, BoolMask, DataError, SizeHW
+
+ShowsPixels = Callable[[], bool]
+"""Says whether the file of a segmentation has coordinates above 1, see `data/coordinates.py`."""
+
+SHORT_POLYGON = "short polygon"
+"""Topic of the remarks about polygons that are left out."""
 
 _MIN_POLYGON_NUMBERS = 6
 _MAX_COORDINATE_PX = 100_000
 """Larger coordinates cannot belong to a photograph, and pycocotools would allocate memory in proportion to them."""
 
 
-def decode_segmentation(segmentation: object, size_hw: SizeHW, where: str) -> BoolMask:
+def decode_segmentation(
+    segmentation: object, size_hw: SizeHW, where: str, shows_pixels: ShowsPixels | None = None
+) -> BoolMask:
     """Return one instance as a mask at image resolution, whatever COCO format it is stored in.
 
-    Formats: list of polygons (united), compressed RLE (`counts` str or bytes), uncompressed RLE (`counts` list).
-    `where` names file and annotation in errors. Raises: DataError.
+    Formats: list of polygons (united), compressed RLE (`counts` str or bytes), uncompressed RLE (`counts` list), list
+    of RLEs (united). `where` names file and annotation in errors. Raises: DataError.
     """
-    return decode_rle(_to_rle(segmentation, size_hw, where))
+    return decode_rle(_to_rle(segmentation, size_hw, where, shows_pixels))
 
 
-def merge_to_rle(segmentations: Sequence[object], size_hw: SizeHW, where: str) -> RLE:
+def merge_to_rle(
+    segmentations: Sequence[object], size_hw: SizeHW, where: str, shows_pixels: ShowsPixels | None = None
+) -> RLE:
     """Return the union of one or more instances, of any COCO format, as RLE. Raises: DataError."""
     if not segmentations:
         raise DataError(f"{where}: found no segmentation, expected at least one; use None for an absent target")
-    parts = [_to_rle(segmentation, size_hw, where) for segmentation in segmentations]
+    parts = [_to_rle(segmentation, size_hw, where, shows_pixels) for segmentation in segmentations]
     return json_safe(coco_mask.merge(parts, intersect=False))
 
 
-def summed_as_released(segmentations: Sequence[object], size_hw: SizeHW, where: str) -> RLE | None:
+def summed_as_released(
+    segmentations: Sequence[object], size_hw: SizeHW, where: str, shows_pixels: ShowsPixels | None = None
+) -> RLE | None:
     """Return what the released evaluation takes for a target of these instances, None where it is their union.
 
     It adds the polygons of each instance up, unites the sums of several instances bit by bit (gRefCOCO), and encodes
     the result, where 2s and 3s begin a new run: the overlap of two polygons becomes a hole, and what follows in the
     order of the columns may be inverted. Of 1,236 real COCO instances one has such an overlap. Raises: DataError.
     """
-    if not any(_polygons_overlap(segmentation, size_hw, where) for segmentation in segmentations):
+    polygons = [
+        _checked_polygons(segmentation, size_hw, where, shows_pixels) if _is_polygons(segmentation) else None
+        for segmentation in segmentations
+    ]
+    if not any(own is not None and _overlap(own, size_hw) for own in polygons):
         return None
-    sums = [_summed_polygons(segmentation, size_hw, where) for segmentation in segmentations]
+    sums = [
+        decode_segmentation(segmentation, size_hw, where).astype(np.uint8)
+        if own is None
+        else coco_mask.decode(coco_mask.frPyObjects(own, *size_hw)).sum(axis=2).astype(np.uint8)
+        for segmentation, own in zip(segmentations, polygons, strict=True)
+    ]
     return encode_as_released(np.bitwise_or.reduce(sums))
 
 
-def _polygons_overlap(segmentation: object, size_hw: SizeHW, where: str) -> bool:
-    if not isinstance(segmentation, list | tuple) or len(segmentation) < 2:
-        return False
-    union = _polygons_to_rle(segmentation, size_hw, where)
-    parts = coco_mask.frPyObjects(list(segmentation), *size_hw)
-    return int(coco_mask.area(parts).sum()) > int(coco_mask.area(union))
+def _is_polygons(segmentation: object) -> TypeGuard[Sequence[object]]:
+    return isinstance(segmentation, list | tuple) and not any(isinstance(part, dict) for part in segmentation)
 
 
-def _summed_polygons(segmentation: object, size_hw: SizeHW, where: str) -> NDArray[np.uint8]:
-    """Return how many polygons of an instance cover each pixel; 0 or 1 for an RLE."""
-    if isinstance(segmentation, list | tuple):
-        parts_HWN = coco_mask.decode(coco_mask.frPyObjects(list(segmentation), *size_hw))
-        return parts_HWN.sum(axis=2).astype(np.uint8)
-    return decode_segmentation(segmentation, size_hw, where).astype(np.uint8)
+def _overlap(polygons: Sequence[Sequence[float]], size_hw: SizeHW) -> bool:
+    parts = coco_mask.frPyObjects(list(polygons), *size_hw)
+    return int(coco_mask.area(parts).sum()) > int(coco_mask.area(coco_mask.merge(parts, intersect=False)))
 
 
 def union_masks(masks: Sequence[BoolMask], size_hw: SizeHW) -> BoolMask:
@@ -99,7 +117,7 @@ def check_rle(rle: object, size_hw: SizeHW | None, where: str) -> RLE:
     """
     if not isinstance(rle, dict) or not isinstance(rle.get("counts"), str | bytes):
         raise DataError(
-            f"{where}: found {_short(rle)}, expected a compressed RLE {{'size': [height, width], 'counts': str}}; "
+            f"{where}: found {shown(rle)}, expected a compressed RLE {{'size': [height, width], 'counts': str}}; "
             "write masks with encode_mask"
         )
     height, width = _checked_size(rle, size_hw, where)
@@ -107,22 +125,32 @@ def check_rle(rle: object, size_hw: SizeHW | None, where: str) -> RLE:
     runs = _run_lengths(counts)
     if runs is None:
         raise DataError(
-            f"{where}: found RLE counts {_short(rle['counts'])} that do not parse, expected COCO's compressed counts; "
+            f"{where}: found RLE counts {shown(rle['counts'])} that do not parse, expected COCO's compressed counts; "
             "the text was cut or altered, write the file again"
         )
     _check_runs(runs, (height, width), where)
     return {"size": [height, width], "counts": counts.decode("ascii")}
 
 
-def _to_rle(segmentation: object, size_hw: SizeHW, where: str) -> RLE:
+def _to_rle(segmentation: object, size_hw: SizeHW, where: str, shows_pixels: ShowsPixels | None) -> RLE:
     """Return any COCO segmentation as compressed RLE."""
+    if isinstance(segmentation, list | tuple) and any(isinstance(part, dict) for part in segmentation):
+        if not all(isinstance(part, dict) for part in segmentation):
+            raise DataError(
+                f"{where}: found polygons and run-length encodings in one list, expected one kind; repair it"
+            )
+        parts = [_to_rle(part, size_hw, f"{where}: part {i}", None) for i, part in enumerate(segmentation)]
+        union: RLE = coco_mask.merge(parts, intersect=False)
+        return union
     if isinstance(segmentation, list | tuple):
-        return _polygons_to_rle(segmentation, size_hw, where)
+        polygons = _checked_polygons(segmentation, size_hw, where, shows_pixels)
+        merged: RLE = coco_mask.merge(coco_mask.frPyObjects(polygons, *size_hw), intersect=False)
+        return merged
     if isinstance(segmentation, dict) and isinstance(segmentation.get("counts"), list):
         height, width = _checked_size(segmentation, size_hw, where)
         runs = segmentation["counts"]
         if not all(type(run) is int for run in runs):
-            raise DataError(f"{where}: found RLE counts {_short(runs)}, expected integers; repair the annotation")
+            raise DataError(f"{where}: found RLE counts {shown(runs)}, expected integers; repair the annotation")
         _check_runs(runs, (height, width), where)
         compressed: RLE = coco_mask.frPyObjects({"size": [height, width], "counts": runs}, height, width)
         return compressed
@@ -134,23 +162,33 @@ def _to_rle(segmentation: object, size_hw: SizeHW, where: str) -> RLE:
     )
 
 
-def _polygons_to_rle(polygons: Sequence[object], size_hw: SizeHW, where: str) -> RLE:
-    """Return the union of polygons [x0, y0, x1, y1, ...] in pixels."""
+def _checked_polygons(
+    polygons: Sequence[object], size_hw: SizeHW, where: str, shows_pixels: ShowsPixels | None
+) -> list[list[float]]:
+    """Return the polygons [x0, y0, x1, y1, ...] in pixels, those of fewer than three points left out."""
     if not polygons:
         raise DataError(f"{where}: found an empty polygon list, expected at least one polygon; repair the annotation")
-    for index, polygon in enumerate(polygons):
-        _check_polygon(polygon, f"{where}: polygon {index}")
-    height, width = size_hw
-    merged: RLE = coco_mask.merge(coco_mask.frPyObjects(list(polygons), height, width), intersect=False)
-    return merged
+    checked = [_checked_polygon(polygon, f"{where}: polygon {index}") for index, polygon in enumerate(polygons)]
+    short = [index for index, polygon in enumerate(checked) if len(polygon) < _MIN_POLYGON_NUMBERS]
+    if len(short) == len(checked):
+        raise DataError(
+            f"{where}: polygon 0: found {len(checked[0])} numbers, expected at least {_MIN_POLYGON_NUMBERS} (x, y "
+            "pairs of three points) in one polygon; repair the annotation"
+        )
+    if short:
+        message = f"left out {len(short)} of {len(checked)} polygons, polygon {short[0]} has fewer than three points"
+        remark(SHORT_POLYGON, where.partition(": ")[0], where, message)
+    kept = [polygon for polygon in checked if len(polygon) >= _MIN_POLYGON_NUMBERS]
+    check_pixels([value for polygon in kept for value in polygon], size_hw, where, shows_pixels)
+    return kept
 
 
-def _check_polygon(polygon: object, where: str) -> None:
+def _checked_polygon(polygon: object, where: str) -> list[float]:
     if not isinstance(polygon, list | tuple):
         raise DataError(
-            f"{where}: found {_short(polygon)}, expected a list [x0, y0, x1, y1, ...]; wrap a single polygon in a list"
+            f"{where}: found {shown(polygon)}, expected a list [x0, y0, x1, y1, ...]; wrap a single polygon in a list"
         )
-    if len(polygon) < _MIN_POLYGON_NUMBERS or len(polygon) % 2:
+    if len(polygon) % 2:
         raise DataError(
             f"{where}: found {len(polygon)} numbers, expected an even count of at least {_MIN_POLYGON_NUMBERS} "
             "(x, y pairs of three points); repair the annotation"
@@ -158,19 +196,20 @@ def _check_polygon(polygon: object, where: str) -> None:
     for value in polygon:
         if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > _MAX_COORDINATE_PX:
             raise DataError(
-                f"{where}: found coordinate {value!r}, expected a finite number within {_MAX_COORDINATE_PX} px; "
+                f"{where}: found coordinate {shown(value)}, expected a finite number within {_MAX_COORDINATE_PX} px; "
                 "repair the annotation"
             )
+    return list(polygon)
 
 
 def _checked_size(rle: dict[str, Any], size_hw: SizeHW | None, where: str) -> SizeHW:
     """Return the size an RLE states, which must be that of its image."""
     size = rle.get("size")
     if not isinstance(size, list | tuple) or len(size) != 2 or not all(type(s) is int and s > 0 for s in size):
-        raise DataError(f"{where}: found RLE size {size!r}, expected [height, width]; repair the annotation")
+        raise DataError(f"{where}: found RLE size {shown(size)}, expected [height, width]; repair the annotation")
     if size_hw is not None and tuple(size) != tuple(size_hw):
         raise DataError(
-            f"{where}: found RLE size {list(size)}, expected {list(size_hw)} (height, width of the image); "
+            f"{where}: found RLE size {shown(list(size))}, expected {list(size_hw)} (height, width of the image); "
             "the mask belongs to another image or has its sides swapped"
         )
     return size[0], size[1]
@@ -207,8 +246,3 @@ def _run_lengths(counts: bytes) -> list[int] | None:
         runs.append(value + runs[-2] if len(runs) > 2 else value)
         value = shift = 0
     return runs if shift == 0 else None
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -13,6 +13,7 @@ Records are read one at a time, and neither records nor masks are kept.
 """
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
-from pixel_sail.data.images import open_image
+from pixel_sail.data.images import DECODING_ERRORS, existing_file, image_file, open_image, reason
 from pixel_sail.data.noted_files import note_file
 from pixel_sail.data.records import open_records
+from pixel_sail.data.remarks import STATED_AREA, areas_differ, remark
 from pixel_sail.files import sha256
+from pixel_sail.texts import shown
 from pixel_sail.types import BoolMask, DataError, SizeHW
 
 logger = logging.getLogger(__name__)
@@ -39,9 +41,6 @@ IMAGE_FOLDERS = ("Images", ".", "images")
 
 UNLABELLED = 0
 """Id of the pixels that no segment owns."""
-
-_DECODING_ERRORS = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, EOFError, ValueError)
-"""What Pillow raises on damaged files."""
 
 _RESERVED_TEXT = ("[SEG]", "<Prompt", "{region")
 """What a description must not hold, as it would become a mask or a prompt further on."""
@@ -57,6 +56,8 @@ class Segment:
     """A group of things that were not told apart."""
     description: str
     """Pix2Cap's text, "" where there is none."""
+    area: float | None = None
+    """In pixels, as the file states it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +164,7 @@ class PanopticFile:
                 )
             masks[segment.segment_id] = mask
             unlisted &= ~mask
+            self._compare_area(segment, int(mask.sum()), image.where)
         if self.lists_all and unlisted.any():
             raise DataError(
                 f"{image.where}: found {int(unlisted.sum())} pixels of unlisted segments (one is "
@@ -171,6 +173,12 @@ class PanopticFile:
             )
         return masks
 
+    def _compare_area(self, segment: Segment, num_pixels: int, where: str) -> None:
+        """Remark that the PNG shows another area than the file states: one of them was changed without the other."""
+        if segment.area is not None and areas_differ(num_pixels, segment.area):
+            found = f"segment {segment.segment_id} has {num_pixels} pixels in the PNG, the file states {segment.area:g}"
+            remark(STATED_AREA, self._annotations.where, where, found)
+
     def _record(self, number: int) -> tuple[int, str, tuple[Segment, ...]]:
         """Return image id, PNG name and segments of one record."""
         where = f"{self._annotations.where}[{number}]"
@@ -178,9 +186,11 @@ class PanopticFile:
         image_id = _integer(record, "image_id", where)
         file_name, infos = record.get("file_name"), record.get("segments_info")
         if not isinstance(file_name, str) or not file_name.endswith(".png"):
-            raise DataError(f"{where}: found file_name = {file_name!r}, expected the name of a PNG; repair the file")
+            raise DataError(
+                f"{where}: found file_name = {shown(file_name)}, expected the name of a PNG; repair the file"
+            )
         if not isinstance(infos, list):
-            raise DataError(f"{where}: found segments_info = {infos!r}, expected a list; repair the file")
+            raise DataError(f"{where}: found segments_info = {shown(infos)}, expected a list; repair the file")
         segments = tuple(_segment(info, f"{where}: segments_info[{i}]") for i, info in enumerate(infos))
         if len({segment.segment_id for segment in segments}) < len(segments):
             raise DataError(f"{where}: found a segment id twice, expected different ids; repair the file")
@@ -188,9 +198,10 @@ class PanopticFile:
 
     def _image_path(self, png_name: str, stated_name: object) -> Path:
         """Return the photo: named as the PNG (release), or, where only that exists, as `images` says."""
-        path = self.image_dir / Path(png_name).with_suffix(".jpg")
-        if isinstance(stated_name, str) and not path.is_file() and (self.image_dir / stated_name).is_file():
-            return self.image_dir / stated_name
+        path = image_file(self.image_dir, str(Path(png_name).with_suffix(".jpg")))
+        if isinstance(stated_name, str) and not os.path.isfile(path):
+            stated = image_file(self.image_dir, stated_name)
+            return stated if os.path.isfile(stated) else path
         return path
 
 
@@ -233,7 +244,7 @@ def load_categories(file: Path) -> dict[int, Category]:
         category_id, is_thing = _integer(record, "id", where), _integer(record, "isthing", where)
         name = record.get("name")
         if not isinstance(name, str) or not name.strip():
-            raise DataError(f"{where}: found name = {name!r}, expected text; repair the file")
+            raise DataError(f"{where}: found name = {shown(name)}, expected text; repair the file")
         if category_id in result or is_thing not in (0, 1):
             raise DataError(f"{where}: found id {category_id}, isthing {is_thing}, expected a new id and 0 or 1")
         result[category_id] = Category(name=name, is_thing=bool(is_thing))
@@ -254,7 +265,7 @@ def load_class_file(path: str | Path, known: Sequence[int]) -> dict[int, str]:
         head, colon, rest = line.partition(":")
         if line.strip() and (not colon or not head.strip().isdecimal() or int(head) in names):
             raise DataError(
-                f"{path}: line {number}: found {line!r}, expected id:name,synonym,... with an id of its own"
+                f"{path}: line {number}: found {shown(line)}, expected id:name,synonym,... with an id of its own"
             )
         if line.strip():
             names[int(head)] = rest.split(",")[0].strip()
@@ -279,14 +290,15 @@ def segments_by_category(image: PanopticImage, known: Sequence[int]) -> dict[int
 
 def read_segment_ids(path: Path, size_hw: SizeHW, where: str) -> NDArray[np.int32]:
     """Return the segment id of every pixel [H, W] of a panoptic PNG. Raises: DataError."""
+    path = existing_file(path)
     try:
         with open_image(path) as opened:
             opened.load()
             mode, pixels = opened.mode, np.asarray(opened)
     except FileNotFoundError:
         raise DataError(f"{where}: {path}: found no such PNG, expected it; unpack the panoptic PNGs") from None
-    except _DECODING_ERRORS as error:
-        raise DataError(f"{where}: {path}: cannot be decoded ({error}); replace the file") from error
+    except DECODING_ERRORS as error:
+        raise DataError(f"{where}: {path}: cannot be decoded ({reason(error)}); replace the file") from error
     if mode != "RGB":
         raise DataError(f"{where}: {path}: found a PNG of mode {mode}, expected 8-bit RGB; it is no panoptic PNG")
     rgb = pixels.astype(np.int32)
@@ -301,13 +313,13 @@ def read_segment_ids(path: Path, size_hw: SizeHW, where: str) -> NDArray[np.int3
 def _segment(info: object, where: str) -> Segment:
     segment_id = _integer(info, "id", where)
     assert isinstance(info, dict), "_integer accepts nothing else"
-    is_crowd, description = info.get("iscrowd", 0), info.get("description", "")
+    is_crowd, description, area = info.get("iscrowd", 0), info.get("description", ""), info.get("area")
     if not 0 < segment_id < 256**3:
         raise DataError(f"{where}: found id {segment_id}, expected 1 .. {256**3 - 1}, a colour; repair the file")
     if is_crowd not in (0, 1):
-        raise DataError(f"{where}: found iscrowd = {is_crowd!r}, expected 0 or 1; repair the file")
+        raise DataError(f"{where}: found iscrowd = {shown(is_crowd)}, expected 0 or 1; repair the file")
     if not isinstance(description, str):
-        raise DataError(f"{where}: found description = {description!r}, expected text; repair the file")
+        raise DataError(f"{where}: found description = {shown(description)}, expected text; repair the file")
     reserved = [text for text in _RESERVED_TEXT if text in description]
     if reserved:
         raise DataError(f"{where}: found {reserved[0]!r} in a description, expected plain text; repair the file")
@@ -316,11 +328,12 @@ def _segment(info: object, where: str) -> Segment:
         category_id=_integer(info, "category_id", where),
         is_crowd=bool(is_crowd),
         description=description.strip(),
+        area=area if isinstance(area, int | float) else None,
     )
 
 
 def _integer(record: object, field: str, where: str) -> int:
     value: Any = record.get(field) if isinstance(record, dict) else None
     if type(value) is not int:
-        raise DataError(f"{where}: found {field} = {value!r}, expected an integer; repair the file")
+        raise DataError(f"{where}: found {field} = {shown(value)}, expected an integer; repair the file")
     return value

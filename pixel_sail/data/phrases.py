@@ -7,11 +7,15 @@ stands, and `mark_caption` writes the answer a model is trained on:
     -> "<p> A man in a red hat </p> [SEG]."     ("Red hat" lies inside the longer phrase and is dropped)
 
 Rules, in this order:
-1. A stated span counts if it holds the phrase. Otherwise the phrase is looked for as whole words, upper or lower case
-   alike, and the occurrence nearest to the stated span is taken; a span that only differs in wording is believed if
-   it begins and ends with whole words. What is left is "not found".
-2. Longer phrases are placed first. Phrases on the very same characters share one place (their masks are united). A
-   phrase without a stated span may move to another occurrence that is free. What still overlaps is "overlapped".
+1. A stated span counts if it holds the phrase, whether it counts characters, bytes of UTF-8 or units of UTF-16.
+   Otherwise the phrase is looked for as whole words, upper or lower case alike, and the occurrence nearest to the
+   stated span is taken. Where there is none, a span that begins and ends with whole words is believed if it words the
+   phrase otherwise: articles and marks aside, the words of one are among those of the other, in order ("two men" for
+   "two young men", "the man" for "A man"). What is left is "not found", and "misplaced" if its span holds other words.
+2. Longer phrases are placed first, of equal ones those that are in the caption word for word. Phrases on the very same
+   characters share one place (their masks are united), but for those whose span is only believed: two wordings need
+   not be one thing. A phrase without a stated span may move to another occurrence that is free. What still overlaps is
+   "overlapped".
 """
 
 import re
@@ -20,6 +24,8 @@ from dataclasses import dataclass
 
 from pixel_sail.data.wording.grounded_caption import MARKS, marked_phrase
 from pixel_sail.types import DataError
+
+_ARTICLES = frozenset({"a", "an", "the"})
 
 Span = tuple[int, int]
 """First character and one past the last."""
@@ -51,24 +57,30 @@ class Placement:
     places: tuple[Place, ...]
     """In reading order; no two overlap."""
     not_found: tuple[int, ...]
+    misplaced: tuple[int, ...]
+    """Those of `not_found` whose stated span holds other words."""
     overlapped: tuple[int, ...]
 
 
 def place_phrases(caption: str, phrases: Sequence[Phrase]) -> Placement:
     """Return a place for as many phrases as can be marked side by side."""
     options = [_options(caption, phrase) for phrase in phrases]
-    found = sorted((i for i, spans in enumerate(options) if spans), key=lambda i: _longest_first(options[i][0]))
+    found = sorted((i for i, option in enumerate(options) if option.spans), key=lambda i: options[i].rank())
     taken: dict[Span, list[int]] = {}
     overlapped = []
     for index in found:
-        span = next((span for span in options[index] if span in taken or _is_free(span, taken)), None)
+        may_share = not options[index].is_reworded
+        spans = options[index].spans
+        span = next((span for span in spans if (span in taken and may_share) or _is_free(span, taken)), None)
         if span is None:
             overlapped.append(index)
         else:
             taken.setdefault(span, []).append(index)
+    not_found = tuple(i for i, option in enumerate(options) if not option.spans)
     return Placement(
         places=tuple(Place(span=span, phrases=tuple(sorted(taken[span]))) for span in sorted(taken)),
-        not_found=tuple(i for i, spans in enumerate(options) if not spans),
+        not_found=not_found,
+        misplaced=tuple(i for i in not_found if phrases[i].text.strip() and _trimmed(caption, phrases[i].span)),
         overlapped=tuple(sorted(overlapped)),
     )
 
@@ -96,20 +108,63 @@ def plain_caption(text: str) -> str:
     return text
 
 
-def _options(caption: str, phrase: Phrase) -> list[Span]:
-    """Return the spans a phrase could have, the best first; none when it is not in the caption."""
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """Where a phrase could stand."""
+
+    spans: tuple[Span, ...] = ()
+    """The best first; none when it is not in the caption."""
+    is_reworded: bool = False
+    """The caption has other words there."""
+
+    def rank(self) -> tuple[int, bool, int]:
+        """Return the key by which phrases are placed: longest first."""
+        start, end = self.spans[0]
+        return start - end, self.is_reworded, start
+
+
+def _options(caption: str, phrase: Phrase) -> _Options:
     words = phrase.text.strip().strip('"').removesuffix(".").split()
     stated = _trimmed(caption, phrase.span)
-    if stated is not None and caption[slice(*stated)].lower().split() == " ".join(words).lower().split():
-        return [stated]
+    for span in (stated, *_in_other_units(caption, phrase.span)):
+        if span is not None and caption[slice(*span)].lower().split() == " ".join(words).lower().split():
+            return _Options(spans=(span,))
     pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, words)) + r"(?!\w)"
     found = [match.span() for match in re.finditer(pattern, caption, re.IGNORECASE)] if words else []
     if phrase.span is None:
-        return found
+        return _Options(spans=tuple(found))
     if found:
         start = phrase.span[0]
-        return [min(found, key=lambda span: (abs(span[0] - start), span))]
-    return [stated] if stated is not None and _is_whole_words(caption, stated) else []
+        return _Options(spans=(min(found, key=lambda span: (abs(span[0] - start), span)),))
+    if stated is None or not _is_whole_words(caption, stated):
+        return _Options()
+    if words and not _is_rewording(" ".join(words), caption[slice(*stated)]):
+        return _Options()
+    return _Options(spans=(stated,), is_reworded=bool(words))
+
+
+def _in_other_units(caption: str, span: Span | None) -> list[Span | None]:
+    """Return the characters a span means if it counts bytes of UTF-8 or units of UTF-16, where that differs."""
+    if span is None or caption.isascii():
+        return []
+    spans = []
+    for encoding, size in (("utf-8", 1), ("utf-16-le", 2)):
+        data = caption.encode(encoding, "surrogatepass")
+        if 0 <= span[0] < span[1] <= len(data) // size:
+            before, within = (data[a * size : b * size].decode(encoding, "ignore") for a, b in ((0, span[0]), span))
+            spans.append(_trimmed(caption, (len(before), len(before) + len(within))))
+    return spans
+
+
+def _is_rewording(phrase: str, other: str) -> bool:
+    """Say whether the words of one text are among those of the other in order, articles and marks aside."""
+    shorter, longer = sorted((_content_words(phrase), _content_words(other)), key=len)
+    remaining = iter(longer)
+    return bool(shorter) and all(word in remaining for word in shorter)
+
+
+def _content_words(text: str) -> list[str]:
+    return [word for word in re.findall(r"\w+", text.lower()) if word not in _ARTICLES]
 
 
 def _trimmed(caption: str, span: Span | None) -> Span | None:
@@ -127,7 +182,3 @@ def _is_whole_words(caption: str, span: Span) -> bool:
 
 def _is_free(span: Span, taken: dict[Span, list[int]]) -> bool:
     return all(span[1] <= start or span[0] >= end for start, end in taken)
-
-
-def _longest_first(span: Span) -> tuple[int, int]:
-    return span[0] - span[1], span[0]

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from pixel_sail.texts import shown
 from pixel_sail.types import DataError
 
 MAX_FIELDS = 32
@@ -41,7 +42,7 @@ class RecordList:
 
 @dataclass(frozen=True, kw_only=True)
 class Scan:
-    """All lists at the top of a file, by key; the key is "" when the file is one list."""
+    """All lists at the top of a file, by key; the key is "" when the file is one list or consists of JSON lines."""
 
     is_object: bool
     lists: dict[str, RecordList]
@@ -61,6 +62,8 @@ def scan(path: Path, digest: str) -> Scan:
         result = Scan(is_object=False, lists={"": scanner.records()})
     elif scanner.peek() == "{":
         result = Scan(is_object=True, lists=scanner.lists_of_object())
+        if scanner.peek() == "{":
+            result = Scan(is_object=False, lists={"": scanner.lines()})
     else:
         scanner.fail(_named(scanner.peek()), "a list or an object")
     if scanner.peek():
@@ -77,7 +80,8 @@ class _Scanner:
         # Latin-1 gives one character per byte, so positions in the text are positions in the file. Everything that
         # structures JSON is ASCII; letters beyond it are only skipped here, and read as UTF-8 when records are parsed.
         self.text = data.decode("latin-1")
-        self.position = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
+        self.start = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
+        self.position = self.start
         self._decode = json.JSONDecoder().raw_decode
 
     def peek(self) -> str:
@@ -115,21 +119,26 @@ class _Scanner:
     def records(self) -> RecordList:
         """Step over one list; return where its elements stand."""
         self.take("[")
-        positions = array("q")
-        fields: dict[str, array[int]] = {}
-        count = 0
+        elements = _Elements()
         more = self.peek() != "]"
         if not more:
             self.position += 1
         while more:
-            record, start, end = self.value()
-            positions.extend((start, end))
-            _note_fields(fields, record, count)
-            count += 1
+            elements.add(*self.value())
             more = self.take(",]") == ","
-        # A field that was missing somewhere stopped growing there.
-        whole = {name: np.array(values, dtype=np.int64) for name, values in fields.items() if len(values) == count}
-        return RecordList(positions=np.array(positions, dtype=np.int64).reshape(-1, 2), fields=whole)
+        return elements.done()
+
+    def lines(self) -> RecordList:
+        """Begin again and step over JSON lines, an object on each; return where they stand."""
+        self.position = self.start
+        elements = _Elements()
+        while self.peek():
+            value, start, end = self.value()
+            if not isinstance(value, dict) or (elements.last_end and "\n" not in self.text[elements.last_end : start]):
+                self.position = start
+                self.fail(f"found {shown(self.text[start : start + 20])}", "an object on a line of its own, as before")
+            elements.add(value, start, end)
+        return elements.done()
 
     def lists_of_object(self) -> dict[str, RecordList]:
         """Step over the object; return its lists."""
@@ -142,7 +151,7 @@ class _Scanner:
         while more:
             key = self.key()
             if key in keys:
-                self.fail(f"found {key!r} for the second time", "each key once")
+                self.fail(f"found {shown(key)} for the second time", "each key once")
             keys.add(key)
             self.take(":")
             if self.peek() == "[":
@@ -158,6 +167,28 @@ class _Scanner:
             f"{self.path}: at byte {self.position} of {len(self.text)}: {found}, expected {expected}; the download is "
             "incomplete or the file is damaged, get it again"
         )
+
+
+class _Elements:
+    """What is noted of the elements of a list while it is gone through."""
+
+    def __init__(self) -> None:
+        self.last_end = 0
+        self._positions = array("q")
+        self._fields: dict[str, array[int]] = {}
+
+    def add(self, record: Any, start: int, end: int) -> None:
+        """Note an element and where it stands."""
+        _note_fields(self._fields, record, len(self._positions) // 2)
+        self._positions.extend((start, end))
+        self.last_end = end
+
+    def done(self) -> RecordList:
+        """Return all of it; a field that was missing somewhere stopped growing there."""
+        positions = np.array(self._positions, dtype=np.int64).reshape(-1, 2)
+        whole = {name: values for name, values in self._fields.items() if len(values) == len(positions)}
+        fields = {name: np.array(values, dtype=np.int64) for name, values in whole.items()}
+        return RecordList(positions=positions, fields=fields)
 
 
 def _note_fields(fields: "dict[str, array[int]]", record: Any, number: int) -> None:

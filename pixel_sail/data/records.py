@@ -26,6 +26,7 @@ from pixel_sail.data.noted_files import note_file
 from pixel_sail.data.record_scan import scan
 from pixel_sail.files import sha256
 from pixel_sail.places import expanded
+from pixel_sail.texts import shown
 from pixel_sail.types import DataError, MissingDataError
 
 INDEX_VERSION = 2
@@ -56,6 +57,7 @@ def cache_folder() -> Path:
 def open_records(path: str | Path, key: str | None = None) -> "Records":
     """Return the records of a JSON file: of the list it consists of, or of the list under `key` of its object.
 
+    JSON lines, a record on each, are a list as well.
     Text is UTF-8, with or without a byte-order mark; NaN and Infinity, which many writers produce, are read as floats.
     Raises: DataError if the file is absent, is not JSON, or has no such list; the message names the place in the file.
     """
@@ -68,7 +70,7 @@ def open_records(path: str | Path, key: str | None = None) -> "Records":
     assert contents is not None, folder
     lists: dict[str, Any] = contents["lists"]
     if (key is not None) != contents["is_object"] or (key or "") not in lists:
-        found = f"an object with the lists {sorted(lists)}" if contents["is_object"] else "one list"
+        found = f"an object with the lists {shown(sorted(lists), 300)}" if contents["is_object"] else "one list"
         expected = "one list" if key is None else f"a list under {key!r}"
         raise DataError(f"{path}: found {found}, expected {expected}; the file is not the one this dataset reads")
     where = str(path) if key is None else f"{path}: {key}"
@@ -139,7 +141,8 @@ class Records(Sequence[Any]):
             value = record.get(field) if isinstance(record, dict) else None
             if type(value) is not int or not _INT64.min <= value <= _INT64.max:
                 raise DataError(
-                    f"{self.where}[{index}]: found {field} = {value!r}, expected an integer of 64 bits; repair the file"
+                    f"{self.where}[{index}]: found {field} = {shown(value)}, expected an integer of 64 bits; repair "
+                    "the file"
                 )
             values[index] = value
         return values
@@ -191,8 +194,14 @@ class Lookup:
 
 
 def _mapped_array(file: Path) -> NDArray[np.int64]:
-    """Map an index file, as a plain array: reading single numbers of np.memmap is slow."""
-    return np.asarray(np.load(file, mmap_mode="r"))
+    """Map an index file, as a plain array: reading single numbers of np.memmap is slow. Raises: DataError."""
+    try:
+        return np.asarray(np.load(file, mmap_mode="r"))
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(
+            f"{file}: found an index file that cannot be read ({error}), as in the cache of another user; name a "
+            f"folder of your own with the environment variable {CACHE_VARIABLE}, or remove {file.parent}"
+        ) from error
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -23,8 +23,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pixel_sail.data.coordinates import shows_pixels
+from pixel_sail.data.images import image_file
 from pixel_sail.data.records import Records, open_records
 from pixel_sail.data.refs_files import find_refs_file, read_refs
+from pixel_sail.texts import shown
 from pixel_sail.types import DataError, SizeHW
 
 logger = logging.getLogger(__name__)
@@ -99,6 +102,10 @@ class Segmentations(Mapping[int, Any]):
         """Return the number of annotations that the split uses."""
         return len(self._ids)
 
+    def shows_pixels(self) -> bool:
+        """Say whether the file has a polygon beyond the pixel in the corner."""
+        return shows_pixels(self._records)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReferAnnotations:
@@ -169,9 +176,11 @@ def split_image_ids(
     present = {str(record.get("split")) for record in records}
     missing = sorted(set(splits) - present)
     if missing:
-        raise DataError(f"{refs_file}: found splits {sorted(present)}, expected {missing}; ask for ones that exist")
+        raise DataError(
+            f"{refs_file}: found splits {shown(sorted(present))}, expected {missing}; ask for ones that exist"
+        )
     return frozenset(
-        _field(record, "image_id", (int,), f"{refs_file}: ref_id {record.get('ref_id')!r}")
+        _field(record, "image_id", (int,), f"{refs_file}: ref_id {shown(record.get('ref_id'))}")
         for record in records
         if record.get("split") in splits
     )
@@ -193,22 +202,23 @@ def _records_of_split(refs_file: Path, split: str) -> list[dict[str, Any]]:
     for number, record in enumerate(content):
         if not isinstance(record.get("split"), str):
             raise DataError(
-                f"{refs_file}: refs[{number}]: found split {record.get('split')!r}, expected a name; repair the file"
+                f"{refs_file}: refs[{number}]: found split {shown(record.get('split'))}, expected a name; repair the "
+                "file"
             )
     splits = Counter(record["split"] for record in content)
     if split not in splits:
-        present = ", ".join(f"{name} ({count} refs)" for name, count in sorted(splits.items()))
+        present = ", ".join(f"{shown(name)[1:-1]} ({count} refs)" for name, count in sorted(splits.items())[:20])
         raise DataError(f"{refs_file}: found splits {present or 'none'}, expected {split!r}; ask for one that exists")
     return [record for record in content if record["split"] == split]
 
 
 def _parse_ref(record: dict[str, Any], refs_file: Path) -> Ref:
-    where = f"{refs_file}: ref_id {record.get('ref_id')!r}"
+    where = f"{refs_file}: ref_id {shown(record.get('ref_id'))}"
     ann_id = _field(record, "ann_id", (int, list), where)
     ann_ids = tuple(ann_id) if isinstance(ann_id, list) else (ann_id,)
     is_no_target = isinstance(ann_id, list) and ann_ids == _NO_TARGET_IDS
     if not ann_ids or not all(type(item) is int for item in ann_ids):
-        raise DataError(f"{where}: found ann_id {ann_id!r}, expected ids or [-1] for no target; repair the file")
+        raise DataError(f"{where}: found ann_id {shown(ann_id)}, expected ids or [-1] for no target; repair the file")
     sentences = [
         Sentence(
             sent_id=_field(sentence, "sent_id", (int,), where),
@@ -295,7 +305,7 @@ def _parse_image(row: dict[str, Any], instances_file: Path, *, photos: Path) -> 
     if height < 1 or width < 1:
         raise DataError(f"{where}: found size ({height}, {width}), expected positive height and width; repair the file")
     return ReferImage(
-        image_id=row["id"], path=photos / _field(row, "file_name", (str,), where), size_hw=(height, width)
+        image_id=row["id"], path=image_file(photos, _field(row, "file_name", (str,), where)), size_hw=(height, width)
     )
 
 
@@ -303,5 +313,5 @@ def _field(record: Any, key: str, kinds: tuple[type, ...], where: str) -> Any:
     value = record.get(key) if isinstance(record, dict) else None
     if type(value) not in kinds:
         expected = " or ".join(kind.__name__ for kind in kinds)
-        raise DataError(f"{where}: found {key} = {value!r}, expected {expected}; repair the file")
+        raise DataError(f"{where}: found {key} = {shown(value)}, expected {expected}; repair the file")
     return value

@@ -20,7 +20,9 @@ from typing import Any
 
 from pixel_sail.data.noted_files import note_file
 from pixel_sail.data.pickles import load_plain_pickle
+from pixel_sail.data.records import open_records
 from pixel_sail.files import replace_text, sha256
+from pixel_sail.texts import shown
 from pixel_sail.types import DataError, MissingDataError
 
 FORMAT, VERSION = "pixel_sail refs", 1
@@ -53,11 +55,11 @@ def find_refs_file(folder: Path, split_by: str | None) -> Path:
     names = sorted(path.name for path in folder.iterdir() if _REFS_NAME.fullmatch(path.name))
     if split_by is not None and not forms:
         raise MissingDataError(
-            f"{folder}: found {names}, expected a file for split_by={split_by!r}; pass one that exists"
+            f"{folder}: found {shown(names, 200)}, expected a file for split_by={split_by!r}; pass one that exists"
         )
     raise (DataError if forms else MissingDataError)(
-        f"{folder}: found {names}, expected exactly one refs(*).p or grefs(*).json; pass split_by to choose, or "
-        "download the annotations"
+        f"{folder}: found {shown(names, 200)}, expected exactly one refs(*).p or grefs(*).json; pass split_by to "
+        "choose, or download the annotations"
     )
 
 
@@ -70,7 +72,12 @@ def read_refs(file: Path) -> Refs:
         return refs
     if file.is_file():
         note_file(file, sha256(file))
-    return _checked_list(_read_json(file) if file.suffix == ".json" else load_plain_pickle(file), file)
+    return _checked_list(read_content(file), file)
+
+
+def read_content(file: Path) -> Any:
+    """Return what a file of refs holds that is no .jsonl file of ours, unchecked. Raises: DataError."""
+    return _read_json(file) if file.suffix == ".json" else load_plain_pickle(file)
 
 
 def is_current(pickle: Path) -> bool:
@@ -126,7 +133,7 @@ def _header(file: Path) -> dict[str, Any]:
         raise DataError(f"{file}: found first line {first[:80]!r}, expected {expected}; {_again()}")
     for key, kind in (("source_sha256", str), ("num_refs", int), ("refs_sha256", str)):
         if type(header.get(key)) is not kind:
-            raise DataError(f"{file}: found {key} = {header.get(key)!r} in the first line; {_again()}")
+            raise DataError(f"{file}: found {key} = {shown(header.get(key))} in the first line; {_again()}")
     return header
 
 
@@ -164,4 +171,7 @@ def _read_json(file: Path) -> Any:
     except OSError as error:
         raise DataError(f"{file}: found no readable file ({error.strerror}), expected JSON; check the path") from error
     except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and error.doc.startswith("{"):
+            # JSON lines; the scan says what is wrong if they are none.
+            return list(open_records(file))
         raise DataError(f"{file}: found invalid JSON ({error}), expected a complete file; download it again") from error

@@ -12,6 +12,7 @@ brackets. A name is replaced as a whole; the release replaces piece by piece, an
 import re
 from collections.abc import Mapping
 
+from pixel_sail.texts import shown
 from pixel_sail.types import DataError
 
 _WORD = "(?:region|regon|regin)"
@@ -33,7 +34,9 @@ def name_regions(text: str, num_regions: int, where: str) -> str:
         digits = match[1] or match[2]
         number = int(digits) if digits else 1
         if not 1 <= number <= num_regions or (not digits and num_regions > 1):
-            raise DataError(f"{where}: found {match[0]!r} in a text, expected one of {num_regions} regions; repair it")
+            raise DataError(
+                f"{where}: found {shown(match[0])} in a text, expected one of {num_regions} regions; repair it"
+            )
         return f"{{region{number - 1}}}"
 
     return _NAME.sub(placeholder, text)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from pixel_sail.data.prompts import MASK_ONLY, check_shares, draw_prompt
+from pixel_sail.texts import shown
 from pixel_sail.types import BoolMask, DataError, Sample, SizeHW, Turn, VisualPrompt
 
 ABSENT_ANSWER = "{region} is not in the image."  # released
@@ -129,7 +130,10 @@ def _fill(text: str, named: Mapping[str, int], sample_id: str) -> str:
 
     def token(match: re.Match[str]) -> str:
         if match[1] not in named:
-            raise DataError(f"{sample_id}: {text!r} names {match[0]}, found regions {sorted(named)}; repair the item")
+            raise DataError(
+                f"{sample_id}: {shown(text)} names {shown(match[0])[1:-1]}, found regions {sorted(named)}; repair "
+                "the item"
+            )
         return f"<Prompt{named[match[1]]}>"
 
     return _PLACEHOLDER.sub(token, text)

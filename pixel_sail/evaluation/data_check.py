@@ -27,11 +27,12 @@ from pixel_sail.data.checking.files import (
     file_fact,
 )
 from pixel_sail.data.checking.findings import FileFact, Findings, Kind, Lengths, Share, SourceReport
-from pixel_sail.data.checking.items import ItemCheck, check_items, chosen_items
+from pixel_sail.data.checking.items import ItemCheck, check_items, chosen_items, note_remarks
 from pixel_sail.data.checking.known import is_known, refer_name
 from pixel_sail.data.checking.leakage import coco_key, note_leakage, photo_key
 from pixel_sail.data.checking.refer_files import ReferCheck, ReferFolder, check_refer, refs_files
 from pixel_sail.data.checking.refs import read_refs
+from pixel_sail.data.remarks import remarks
 from pixel_sail.evaluation.check_plan import CheckPlan, CheckSettings, Node
 from pixel_sail.evaluation.refer_seg import as_task
 from pixel_sail.evaluation.task import Task
@@ -58,7 +59,9 @@ def run_check(plan: CheckPlan, settings: CheckSettings) -> CheckResult:
     found: dict[ReferFolder, tuple[ReferCheck, Findings]] = {}
     for folder in dict.fromkeys(folders.values()):
         findings = Findings()
-        check = check_refer(folder, findings, sample=settings.sample, progress=settings.progress)
+        with remarks() as heard:
+            check = check_refer(folder, findings, sample=settings.sample, progress=settings.progress)
+        note_remarks(heard, findings)
         found[folder] = (check, findings)
     evaluated = evaluation_photos(plan, {folder: check for folder, (check, _) in found.items()})
     result = CheckResult()
@@ -213,7 +216,7 @@ def _build(name: str, node: Node, findings: Findings, make: Callable[[], Built])
         is_complete = not any(Path(subject).suffix for subject in findings.subjects(Kind.MISSING_FILE))
     if not is_complete:
         return None
-    with _warnings() as warned:
+    with _warnings() as warned, remarks() as heard:
         try:
             built: Built | None = make()
         except ValueError as error:
@@ -222,6 +225,7 @@ def _build(name: str, node: Node, findings: Findings, make: Callable[[], Built])
             built = None
     for message in warned:
         findings.note(Kind.LOADER, name, message)
+    note_remarks(heard, findings)
     return built
 
 

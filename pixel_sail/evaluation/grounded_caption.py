@@ -121,7 +121,10 @@ def _panel(masks: Sequence[RLE]) -> Panel:
 
 def _check(items: Sequence[GroundedCaption], scoring: Scoring) -> None:
     """Find out before inference whether answers can be scored. Raises: DataError."""
-    if not scoring.similarity().is_released:
+    comparison = scoring.similarity()
+    # A model that cannot be read is found out now, not after the answers.
+    comparison.compare(("a man",), ("a man",))
+    if not comparison.is_released:
         found = "null" if scoring.similarity_model is None else str(scoring.similarity_model)
         logger.warning(
             "%s: similarity_model is %s, expected the folder of bert-base-uncased for the released recall; there will "

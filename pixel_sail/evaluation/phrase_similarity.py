@@ -8,7 +8,6 @@ it with two lists of phrases. The release takes bert-base-uncased:
 Vectors are remembered by phrase, as most phrases of a benchmark occur many times.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from transformers import AutoModel
 
+from pixel_sail.files import read_json
 from pixel_sail.model.folder import MODEL_CONFIG, check_no_code
 from pixel_sail.model.tokenization import read_tokenizer_files
 from pixel_sail.types import DataError, MissingDataError
@@ -69,14 +69,8 @@ class EncoderSimilarity:
         return (a @ b.T).astype(np.float64)
 
     def _is_bert_base_uncased(self) -> bool:
-        file = self._folder / "config.json"
-        try:
-            config = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"{file}: cannot be read ({error}), expected a Hugging Face config; get it again"
-            ) from error
-        return isinstance(config, dict) and config.items() >= BERT_BASE_UNCASED.items()
+        config = read_json(self._folder / "config.json", {}, fail=DataError, remedy="get it again")
+        return all(config.get(key) == value for key, value in BERT_BASE_UNCASED.items())
 
     @torch.no_grad()
     def _encode(self, texts: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 from pixel_sail.evaluation.confidence import LEVEL, Interval, interval
 from pixel_sail.evaluation.measured import PAPER_PREFIX, Measured, Scores, Values
-from pixel_sail.files import append_line, read_json_lines
+from pixel_sail.files import Fields, append_line, read_json_lines
 from pixel_sail.metrics.visual_referring import perbench_overall
 from pixel_sail.provenance import machine
 from pixel_sail.types import DataError
@@ -169,19 +169,26 @@ def _perbench_values(parts: Mapping[str, Mapping[str, Any]], prefix: str) -> tup
     return meteor, accuracy, ciou, giou
 
 
+_NAMED: dict[str, type] = {"eval": str}
+SCORED: dict[str, type] = {"eval": str, "scores": dict}
+"""Rows that scores are taken from."""
+
+
 def append_row(folder: Path, row: Row) -> None:
     """Add a row to the results of a folder; a row that is cut is as none. Raises: WriteError."""
     append_line(folder / FILE_NAME, json.dumps(row))
 
 
-def read_rows(folder: Path) -> dict[str, Row]:
-    """Return the last row of every eval of a folder. Raises: DataError."""
+def read_rows(folder: Path, *, fields: Fields = _NAMED) -> dict[str, Row]:
+    """Return the last row of every eval of a folder, each with these fields. Raises: DataError."""
     file = folder / FILE_NAME
-    remedy = "correct or delete that line, or run the evaluation again"
-    rows = read_json_lines(file, {"eval": str, "scores": dict}, fail=DataError, remedy=remedy)
+    expected = (
+        "expected the JSON lines of an evaluation; give the folder that scripts/evaluate.py wrote, or run it again"
+    )
+    try:
+        rows = read_json_lines(file, fields, fail=DataError, remedy="correct or delete that line")
+    except DataError as error:
+        raise DataError(f"{file}: found no readable results ({error}), {expected}") from error
     if not rows:
-        raise DataError(
-            f"{file}: found no readable results, expected the JSON lines of an evaluation; give the folder that "
-            "scripts/evaluate.py wrote, or run it again"
-        )
+        raise DataError(f"{file}: found no readable results, {expected}")
     return {row["eval"]: row for row in rows}

@@ -18,7 +18,7 @@ from typing import Any
 
 from pixel_sail.evaluation.measured import PAPER_PREFIX, Scores
 from pixel_sail.evaluation.paper_tables import FILE
-from pixel_sail.evaluation.results import EVALUATION, PERBENCH_OVERALL, perbench_overall_of, read_rows
+from pixel_sail.evaluation.results import EVALUATION, PERBENCH_OVERALL, SCORED, perbench_overall_of, read_rows
 from pixel_sail.evaluation.tables import Table
 from pixel_sail.types import DataError
 
@@ -33,7 +33,9 @@ Runs = Mapping[str, Mapping[str, Scores]]
 def scores_of(folder: Path) -> dict[str, Scores]:
     """Return the scores of every eval of an evaluation folder, or of a run folder's `evaluation`. Raises: DataError."""
     inner = folder / EVALUATION
-    scores = {name: row["scores"] for name, row in read_rows(inner if inner.is_dir() else folder).items()}
+    scores = {
+        name: row["scores"] for name, row in read_rows(inner if inner.is_dir() else folder, fields=SCORED).items()
+    }
     overall = perbench_overall_of(scores)
     return scores | ({PERBENCH_OVERALL: overall} if overall else {})
 

@@ -24,7 +24,7 @@ import numpy as np
 from pixel_sail.evaluation.comparison import check_same, check_same_targets
 from pixel_sail.evaluation.confidence import RESAMPLES, Interval, bootstrap, interval, seed_for
 from pixel_sail.evaluation.measured import Scores
-from pixel_sail.evaluation.results import EVALUATION, read_rows
+from pixel_sail.evaluation.results import EVALUATION, SCORED, read_rows
 from pixel_sail.evaluation.results import FILE_NAME as RESULTS_NAME
 from pixel_sail.evaluation.stored import read_stored
 from pixel_sail.evaluation.tables import Table
@@ -51,7 +51,9 @@ class Group:
         found = {}
         for seed, folder in self.folders.items():
             if (folder / EVALUATION / RESULTS_NAME).is_file():
-                found[seed] = {name: row["scores"] for name, row in read_rows(folder / EVALUATION).items()}
+                found[seed] = {
+                    name: row["scores"] for name, row in read_rows(folder / EVALUATION, fields=SCORED).items()
+                }
         return found
 
 

@@ -89,15 +89,28 @@ def image_key(path: Path) -> str:
         raise DataError(f"{path}: image cannot be read ({error})") from error
 
 
-def encode_map(features_EYX: Tensor, dtype: str) -> StoredMap:
+def encode_map(features_EYX: Tensor, dtype: str, where: str = "expert features") -> StoredMap:
     """Return a float map as it is stored: "fp16", or "int8" with scales.
 
-    The error of int8 is at most half a level, 1 / 254 of the channel's largest magnitude.
+    The error of int8 is at most half a level, 1 / 254 of the channel's largest magnitude. `where` names the image.
+    Raises: DataError for features that are not finite or, for fp16, too large for it.
     """
     features_EYX = features_EYX.float().cpu()
+    num_bad = int((~features_EYX.isfinite()).sum())
+    if num_bad:
+        raise DataError(
+            f"{where}: found {num_bad} of {features_EYX.numel()} expert features that are not finite, expected "
+            "numbers; compute this expert in fp32 (experts.*.precision), or leave the image out"
+        )
     if dtype == "fp16":
         limit = torch.finfo(torch.float16).max
-        return StoredMap(features_EYX=features_EYX.clamp(-limit, limit).half().contiguous(), scales_E=None)
+        largest = float(features_EYX.abs().max()) if features_EYX.numel() else 0.0
+        if largest > limit:
+            raise DataError(
+                f"{where}: found an expert feature of magnitude {largest:g}, expected at most {limit:g}, the largest "
+                "of fp16; store this expert as int8 (--dtype int8)"
+            )
+        return StoredMap(features_EYX=features_EYX.half().contiguous(), scales_E=None)
     scales_E = features_EYX.abs().amax(dim=(1, 2)) / INT8_LEVELS
     levels = features_EYX / scales_E.clamp(min=torch.finfo(torch.float32).tiny)[:, None, None]
     return StoredMap(features_EYX=levels.round().to(torch.int8).contiguous(), scales_E=scales_E.contiguous())

@@ -21,7 +21,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pixel_sail.files import sha256
+from pixel_sail.files import is_hidden, sha256
 from pixel_sail.model.folder import KERNELS, MODEL_CONFIG, check_no_code
 from pixel_sail.types import DataError
 
@@ -98,14 +98,14 @@ def weights_folder(weights: str | None, revision: str | None, *, where: str) -> 
                 "elsewhere and give its folder"
             ) from error
     for pattern in ("config.json", "*.safetensors"):
-        if not list(folder.glob(pattern)):
+        if all(is_hidden(path) for path in folder.glob(pattern)):
             raise DataError(f"{where}: {folder} holds no {pattern}; pickled weights are not read")
     return folder
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of the configuration and of all weights of a folder, by file name."""
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    files = [folder / "config.json", *sorted(path for path in folder.glob("*.safetensors") if not is_hidden(path))]
     return {file.name: _hash(file, os.stat(file).st_mtime_ns) for file in files}
 
 

@@ -54,6 +54,8 @@ class ProcessorSettings:
 def _read_settings(file: Path) -> ProcessorSettings:
     """Return the settings of an exported folder. Raises: DataError."""
     remedy = "expected an exported Pixel-SAIL folder; copy or export it anew"
+    if not file.is_file():
+        raise DataError(f"{file.parent}: no {SETTINGS_FILE}; {remedy}")
     sizes = ("patch_size", "max_long_side", "num_visual_prompts")
     found = read_json(file, dict.fromkeys(sizes, int), fail=DataError, remedy=remedy)
     texts = {name: str for name in found if name not in sizes}

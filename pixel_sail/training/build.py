@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from pixel_sail.config import FRESH_PARTS, ConfigError, LoraConfig, ModelConfig, matching
 from pixel_sail.experts.settings import ExpertSettings
@@ -54,7 +54,7 @@ def build_model(
     Raises: ConfigError when `init_from` does not fit `architecture`, or an adapter has nothing to adapt.
     """
     architecture = config.architecture
-    tokenizer = load_tokenizer(config.tokenizer, num_visual_prompts=architecture.num_visual_prompts)
+    tokenizer = configured_tokenizer(config)
     architecture.vocab_size = -(-len(tokenizer) // config.vocab_multiple) * config.vocab_multiple
     architecture.token_ids = model_token_ids(tokenizer, num_visual_prompts=architecture.num_visual_prompts)
     wanted = PixelSailConfig.from_architecture(architecture)
@@ -74,6 +74,14 @@ def _drawn(wanted: PixelSailConfig, *, init: str, seed: int) -> PixelSailForSegm
     if init != "ours":
         model.mask_head.draw_weights(init)
     return model
+
+
+def configured_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Return the tokenizer a configuration names. Raises: ConfigError where it is not there or cannot be read."""
+    try:
+        return load_tokenizer(config.tokenizer, num_visual_prompts=config.architecture.num_visual_prompts)
+    except DataError as error:
+        raise ConfigError(f"model.tokenizer={config.tokenizer}: {error}") from error
 
 
 def add_training_parts(

@@ -15,6 +15,7 @@ whole.
 import json
 import logging
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from torch.optim import Optimizer
 
 from pixel_sail import dist
 from pixel_sail.data.packing import LanePosition
-from pixel_sail.errors import ExpectedError
+from pixel_sail.errors import ExpectedError, WriteError
 from pixel_sail.files import (
     WRITING,
     check_fields,
@@ -218,13 +219,17 @@ def check_fits(path: Path, state: TrainState, start: TrainState) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file of a checkpoint, all float32. Raises: CheckpointError."""
+    """Return the tensors of a file of a checkpoint, all float32 and finite. Raises: CheckpointError."""
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: found no safetensors ({reason_of(error)}); {_GO_BACK}") from error
     if others := {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype != torch.float32}:
         raise CheckpointError(f"{path}: found {str(others)[:300]}, expected float32; {_GO_BACK}")
+    if broken := not_finite(tensors):
+        raise CheckpointError(
+            f"{path}: {len(broken)} tensors are not finite, among them {broken[:5]}; no run goes on from it. {_GO_BACK}"
+        )
     return tensors
 
 
@@ -303,20 +308,28 @@ def check_shapes(what: str, found: Mapping[str, Tensor], expected: Mapping[str, 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the names of tensors with a NaN or an infinite value."""
-    # A sum in float64 cannot overflow, and is finite exactly where all of a float32 tensor is.
-    return [name for name, tensor in tensors.items() if not torch.isfinite(tensor.sum(dtype=torch.float64))]
+    # A sum is finite only where all of it is, and costs a twentieth of asking each element; it may overflow, though.
+    suspects = [name for name, tensor in tensors.items() if not torch.isfinite(tensor.sum())]
+    return [name for name in suspects if not torch.isfinite(tensors[name]).all()]
 
 
 def condition(checkpoint: Path | None) -> str:
     """Return what is known about the numbers in a checkpoint, and what to do with it, after a step that failed."""
     if checkpoint is None:
         return "there is no checkpoint yet"
+    highest, broken = 0.0, list[str]()
     try:
-        with safe_open(checkpoint / MODEL, framework="pt") as file:
-            names = list(file.keys())
-            highest = max((float(file.get_tensor(name).abs().max()) for name in names), default=0.0)
+        for part in (MODEL, OPTIMIZER):
+            with safe_open(checkpoint / part, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    tensor = file.get_tensor(name)
+                    broken += not_finite({name: tensor})
+                    if part == MODEL and tensor.numel():
+                        highest = max(highest, float(tensor.abs().max()))
     except (SafetensorError, OSError) as error:
-        return f"the last checkpoint, {checkpoint.name}, cannot be read ({reason_of(error)}): {_GO_BACK}"
+        return f"the last checkpoint, {checkpoint.name}, cannot be read ({reason_of(error)}). {_GO_BACK}"
+    if broken:
+        return f"the last checkpoint, {checkpoint.name}, is not finite in {broken[:5]} itself. {_GO_BACK}"
     return (
         f"the weights of the last checkpoint, {checkpoint.name}, are finite, the largest is {highest:.3g}. Where the "
         "run fails again, these weights are the cause: delete this checkpoint folder to continue from the one before, "
@@ -378,10 +391,15 @@ def write_export(folder: Path, model: Any, processor: Any, weights: dict[str, Te
     """Write a plain Hugging Face folder in place of an older one. Raises: WriteError; the older one is whole then."""
     recover_folder(folder)
     working = folder.with_name(f"{WRITING}{folder.name}")
-    with writing(folder):
-        model.save_pretrained(working, state_dict=weights)
-        processor.save_pretrained(working)
-    replace_folder(working, folder)
+    try:
+        with writing(folder):
+            model.save_pretrained(working, state_dict=weights)
+            processor.save_pretrained(working)
+        replace_folder(working, folder)
+    except WriteError:
+        # Half a folder would keep the room that is missing.
+        shutil.rmtree(working, ignore_errors=True)
+        raise
 
 
 def _plain_weights(model: nn.Module, optimizer: Optimizer, accelerator: Accelerator) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pixel_sail import dist
-from pixel_sail.files import WRITING, flush, remove_folder, sha256, writing
+from pixel_sail.files import WRITING, flush, remove, sha256, writing
 from pixel_sail.training.checkpoint import (
     MANIFEST,
     MARKER,
@@ -138,8 +138,25 @@ def write_checkpoint(
     Raises: CheckpointError when the disk refuses, or a value is not finite; what was written so far is removed.
     """
     final = folder / checkpoint_name(state.step)
-    if is_complete(final):
-        return final
+    if not is_complete(final):
+        _write(final, state, parameters, moments, config)
+    try:
+        for old in superseded(folder, final, keep):
+            _delete(old)
+    except OSError as error:
+        raise CheckpointError(f"{final} is whole, but an older one could not be deleted: {error}") from error
+    return final
+
+
+def _write(
+    final: Path,
+    state: TrainState,
+    parameters: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+) -> None:
+    """Write one checkpoint. Raises: CheckpointError as `write_checkpoint`."""
+    folder = final.parent
     if broken := not_finite({**parameters, **moments}):
         found = latest(folder)
         raise CheckpointError(
@@ -151,7 +168,7 @@ def write_checkpoint(
     working = folder / f"{WRITING}{final.name}"
     try:
         _delete(final)
-        remove_folder(working)
+        remove(working)
         working.mkdir(parents=True)
         save_file(dict(parameters), working / MODEL)
         save_file(dict(moments), working / OPTIMIZER)
@@ -171,12 +188,6 @@ def write_checkpoint(
             + (f"{found.name} is whole" if found else "no checkpoint is whole yet")
             + ". Make room or mend the disk, then start the same command again"
         ) from error
-    try:
-        for old in superseded(folder, final, keep):
-            _delete(old)
-    except OSError as error:
-        raise CheckpointError(f"{final} is whole, but an older one could not be deleted: {error}") from error
-    return final
 
 
 def superseded(folder: Path, newest: Path, keep: int) -> list[Path]:
@@ -198,6 +209,6 @@ def _delete(checkpoint: Path) -> None:
     """Delete a checkpoint; it loses its name first, so that no half of it is ever taken for a whole."""
     if checkpoint.exists():
         doomed = checkpoint.with_name(f"{DELETING}{checkpoint.name}")
-        remove_folder(doomed)
+        remove(doomed)
         os.replace(checkpoint, doomed)
-        shutil.rmtree(doomed)
+        remove(doomed)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pixel_sail import dist
+from pixel_sail.config import ConfigError
 from pixel_sail.data.packing import LanePosition
 from pixel_sail.files import append_line, read_json_lines
 from pixel_sail.training.checkpoint import CheckpointError, TrainState, read_lanes
@@ -65,7 +66,10 @@ def rewind(
 
 
 def behind_rewinds(run_dir: Path, state: TrainState) -> TrainState:
-    """Return the state of a checkpoint, or of the start, with the data moved on by the last rewind to it."""
+    """Return the state of a checkpoint, or of the start, with the data moved on by the last rewind to it.
+
+    Raises: ConfigError where a run without a checkpoint was started with another number of packs in a step.
+    """
     notes = [note for note in _notes(run_dir) if note["from_step"] == state.step]
     if not notes:
         return state
@@ -75,7 +79,10 @@ def behind_rewinds(run_dir: Path, state: TrainState) -> TrainState:
         logger.warning("rewind to step %d: going on with the data behind that of step %d", state.step, failed)
     lanes = read_lanes(note["lanes"], str(file), fail=CheckpointError, remedy=_REMEDY)
     if state.lanes and len(lanes) != len(state.lanes):
-        raise CheckpointError(f"{file}: found {len(lanes)} lanes, expected {len(state.lanes)}; {_REMEDY}")
+        raise ConfigError(
+            f"{file} is of a run with {len(lanes)} lanes of data, this start would have {len(state.lanes)}; start it "
+            "on as many processes as before, or choose another run_dir"
+        )
     return replace(state, lanes=lanes)
 
 

@@ -5,14 +5,15 @@ Place in the flow: `refer_files.py` and `items.py` look at files through these f
     check_image(Path("COCO_9.jpg"), (480, 640), findings)  ->  False, and findings hold "unreadable image"
 """
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pixel_sail.data.checking.findings import FileFact, Findings, Kind
 from pixel_sail.data.checking.known import expected_images, expected_megabytes
-from pixel_sail.data.images import load_image
-from pixel_sail.files import sha256
+from pixel_sail.data.images import existing_file, load_image
+from pixel_sail.files import is_hidden, sha256
 from pixel_sail.types import DataError, SizeHW
 
 SIZE_TOLERANCE = 0.02
@@ -41,7 +42,8 @@ def file_fact(path: Path, findings: Findings) -> FileFact | None:
 
 def check_image(path: Path, expected_hw: SizeHW | None, findings: Findings) -> bool:
     """Return whether an image can be decoded in full and has the stated size; add what is wrong."""
-    if not path.is_file():
+    path = existing_file(path)
+    if not os.path.isfile(path):
         findings.trouble(Kind.MISSING_IMAGE, path, ABSENT_PHOTO)
         return False
     try:
@@ -98,6 +100,6 @@ def _count_images(folders: Iterable[Path], findings: Findings) -> None:
         known = expected_images(folder) if folder.is_dir() else None
         if known is None:
             continue
-        count = sum(path.suffix == ".jpg" for path in folder.iterdir())
+        count = sum(path.suffix == ".jpg" and not is_hidden(path) for path in folder.iterdir())
         if count != known[0]:
             findings.note(Kind.COUNT, folder, f"found {count} images, {known[0]} are known ({known[1]})")

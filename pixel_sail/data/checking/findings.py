@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from statistics import median
 
+from pixel_sail.texts import limited
+
 
 class Kind(StrEnum):
     """What may be wrong, in the order of the report."""
@@ -28,6 +30,9 @@ class Kind(StrEnum):
     DUPLICATE_ANNOTATION_ID = "duplicate annotation id"
     MASK_SIZE = "mask size"
     BAD_MASK = "undecodable mask"
+    SHARES = "coordinates within 0..1"
+    SHORT_POLYGON = "short polygon"
+    AREA = "stated area"
     OUTSIDE_IMAGE = "polygon outside image"
     EMPTY_MASK = "empty mask"
     REF_RECORD = "ref record"
@@ -41,6 +46,7 @@ class Kind(StrEnum):
     SOURCE = "source"
     ITEM = "item"
     LOADER = "loader warns"
+    REMARK = "remark"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +69,15 @@ class Findings:
 
     def trouble(self, kind: Kind, subject: object, message: str) -> None:
         """Add something that must be mended."""
-        self._found[Finding(kind=kind, subject=str(subject), message=message)] = None
+        self._add(kind, subject, message, is_trouble=True)
 
     def note(self, kind: Kind, subject: object, message: str) -> None:
         """Add something that is worth knowing."""
-        self._found[Finding(kind=kind, subject=str(subject), message=message, is_trouble=False)] = None
+        self._add(kind, subject, message, is_trouble=False)
+
+    def _add(self, kind: Kind, subject: object, message: str, *, is_trouble: bool) -> None:
+        subject, message = limited(str(subject)), limited(message)
+        self._found[Finding(kind=kind, subject=subject, message=message, is_trouble=is_trouble)] = None
 
     def all(self) -> tuple[Finding, ...]:
         """Return everything found: troubles first, by kind, in the order of discovery."""

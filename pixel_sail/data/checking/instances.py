@@ -10,14 +10,19 @@ Example: {"id": 10, "image_id": 1, "segmentation": {"size": [640, 480], "counts"
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from pixel_sail.data.checking.areas import AreaCheck
 from pixel_sail.data.checking.findings import Findings, Kind, Share
+from pixel_sail.data.coordinates import check_pixels, shows_pixels
 from pixel_sail.data.masks import decode_segmentation
 from pixel_sail.data.records import Records, open_records
+from pixel_sail.data.remarks import remarks
+from pixel_sail.texts import shown
 from pixel_sail.types import DataError, SizeHW
 
 OUTSIDE_TOLERANCE_PX = 1.0
@@ -41,6 +46,9 @@ class Instances:
     image_of_annotation: dict[int, int] = field(default_factory=dict)
     masks: Share = field(default_factory=Share)
     empty_masks: int = 0
+    in_pixels: Callable[[], bool] | None = None
+    """Says whether the file has coordinates above 1."""
+    areas: AreaCheck = field(default_factory=AreaCheck)
 
 
 def read_instances(
@@ -57,6 +65,7 @@ def read_instances(
         findings.trouble(Kind.UNREADABLE_FILE, path, str(error).removeprefix(f"{path}: "))
         return result
     result.is_read = True
+    result.in_pixels = partial(shows_pixels, annotation_rows)
     folder = path.parent.name
     for number in tqdm(range(len(image_rows)), desc=f"{folder}: images", disable=not progress, leave=False):
         row = _parse(image_rows, number, Kind.IMAGE_RECORD, findings)
@@ -66,6 +75,7 @@ def read_instances(
         row = _parse(annotation_rows, number, Kind.ANNOTATION_RECORD, findings)
         if row is not None:
             _read_annotation(row, f"{path}: annotations[{number}]", result, findings, is_chosen, is_used)
+    result.areas.report(path, findings)
     return result
 
 
@@ -77,9 +87,7 @@ def _parse(rows: Records, number: int, kind: Kind, findings: Findings) -> dict[s
         findings.trouble(kind, f"{rows.where}[{number}]", str(error))
         return None
     if not isinstance(row, dict):
-        findings.trouble(
-            kind, f"{rows.where}[{number}]", f"found {str(row)[:60]!r}, expected an object; repair the file"
-        )
+        findings.trouble(kind, f"{rows.where}[{number}]", f"found {shown(row)}, expected an object; repair the file")
         return None
     return row
 
@@ -87,7 +95,7 @@ def _parse(rows: Records, number: int, kind: Kind, findings: Findings) -> dict[s
 def _read_image(row: dict[str, Any], where: str, result: Instances, findings: Findings) -> None:
     image_id = row.get("id")
     if type(image_id) is not int:
-        findings.trouble(Kind.IMAGE_RECORD, where, f"found id {image_id!r}, expected an integer; repair the file")
+        findings.trouble(Kind.IMAGE_RECORD, where, f"found id {shown(image_id)}, expected an integer; repair the file")
         return
     where = f"{where}, id {image_id}"
     if image_id in result.images:
@@ -95,13 +103,15 @@ def _read_image(row: dict[str, Any], where: str, result: Instances, findings: Fi
         return
     file_name, height, width = (row.get(key) for key in ("file_name", "height", "width"))
     if not isinstance(file_name, str) or not file_name:
-        findings.trouble(Kind.IMAGE_RECORD, where, f"found file_name {file_name!r}, expected a name; repair the file")
+        findings.trouble(
+            Kind.IMAGE_RECORD, where, f"found file_name {shown(file_name)}, expected a name; repair the file"
+        )
         file_name = None
     size_hw = None
     if type(height) is int and type(width) is int and height > 0 and width > 0:
         size_hw = (height, width)
     else:
-        found = f"found height {height!r} and width {width!r}"
+        found = f"found height {shown(height)} and width {shown(width)}"
         findings.trouble(Kind.IMAGE_RECORD, where, f"{found}, expected positive integers; repair the file")
     result.images[image_id] = ImageRow(file_name=file_name, size_hw=size_hw)
 
@@ -116,7 +126,7 @@ def _read_annotation(
 ) -> None:
     annotation_id, image_id = row.get("id"), row.get("image_id")
     if type(annotation_id) is not int or type(image_id) is not int:
-        found = f"found id {annotation_id!r} and image_id {image_id!r}"
+        found = f"found id {shown(annotation_id)} and image_id {shown(image_id)}"
         findings.trouble(Kind.ANNOTATION_RECORD, where, f"{found}, expected integers; repair the file")
         return
     where = f"{where}, id {annotation_id}"
@@ -131,45 +141,67 @@ def _read_annotation(
             findings.trouble(Kind.UNKNOWN_ID, where, f"{found}, expected one of the images; repair the file")
         return
     if image.size_hw is not None:
-        _check_mask(row.get("segmentation"), image.size_hw, where, result, findings, is_chosen(annotation_id))
+        _check_mask(row, image.size_hw, where, result, findings, is_chosen(annotation_id))
 
 
 def _check_mask(
-    segmentation: object, size_hw: SizeHW, where: str, result: Instances, findings: Findings, is_chosen: bool
+    row: dict[str, Any], size_hw: SizeHW, where: str, result: Instances, findings: Findings, is_chosen: bool
 ) -> None:
-    problems = segmentation_problems(segmentation, size_hw)
+    segmentation = row.get("segmentation")
+    problems = segmentation_problems(segmentation, size_hw, result.in_pixels)
     for kind, message in problems:
         findings.trouble(kind, where, message)
+    if short := short_polygons(segmentation):
+        found = f"found {len(short)} polygons with fewer than three points, the first is polygon {short[0]}"
+        findings.note(Kind.SHORT_POLYGON, where, f"{found}; they are left out, the others painted")
     is_damaged = any(kind is not Kind.OUTSIDE_IMAGE for kind, _ in problems)
     if is_damaged or not is_chosen:
         # Damaged ones outside the sample are named, but the share is that of the sample.
         result.masks += Share(checked=int(is_chosen))
         return
     try:
-        has_pixels = bool(decode_segmentation(segmentation, size_hw, where).any())
+        with remarks():  # A short polygon was noted above.
+            num_pixels = int(decode_segmentation(segmentation, size_hw, where, result.in_pixels).sum())
     except DataError as error:
         findings.trouble(Kind.BAD_MASK, where, str(error).removeprefix(f"{where}: "))
         result.masks += Share(checked=1)
         return
+    has_pixels = num_pixels > 0
+    result.areas.add(num_pixels, row, where)
     if not has_pixels:
         findings.trouble(Kind.EMPTY_MASK, where, "found no pixel in the image, expected at least one; repair the file")
     result.empty_masks += not has_pixels
     result.masks += Share(checked=1, sound=int(has_pixels and not problems))
 
 
-def segmentation_problems(segmentation: object, size_hw: SizeHW) -> list[tuple[Kind, str]]:
+def segmentation_problems(
+    segmentation: object, size_hw: SizeHW, in_pixels: Callable[[], bool] | None = None
+) -> list[tuple[Kind, str]]:
     """Return what is wrong with a segmentation as far as it shows without decoding it."""
+    if isinstance(segmentation, list) and segmentation and all(isinstance(part, dict) for part in segmentation):
+        return [problem for part in segmentation for problem in segmentation_problems(part, size_hw)]
     if isinstance(segmentation, dict):
         size = segmentation.get("size")
         if size != list(size_hw):
-            return [(Kind.MASK_SIZE, f"found size {size!r}, expected {list(size_hw)} (height, width of the image)")]
+            return [
+                (Kind.MASK_SIZE, f"found size {shown(size)}, expected {list(size_hw)} (height, width of the image)")
+            ]
         return []
     if not isinstance(segmentation, list) or not segmentation:
-        return [(Kind.BAD_MASK, f"found {str(segmentation)[:60]}, expected polygons or an RLE; repair the file")]
+        return [(Kind.BAD_MASK, f"found {shown(segmentation)}, expected polygons or an RLE; repair the file")]
     problems = []
+    short = short_polygons(segmentation)
+    kept = [polygon for number, polygon in enumerate(segmentation) if number not in short]
+    if all(_is_polygon(polygon) for polygon in kept):
+        try:
+            check_pixels([value for polygon in kept for value in polygon], size_hw, "", in_pixels)
+        except DataError as error:
+            return [(Kind.SHARES, str(error).removeprefix(": "))]
     for number, polygon in enumerate(segmentation):
+        if number in short:
+            continue
         if not _is_polygon(polygon):
-            found = f"found polygon {number} = {str(polygon)[:60]}"
+            found = f"found polygon {number} = {shown(polygon)}"
             problems.append((Kind.BAD_MASK, f"{found}, expected finite x, y pairs of three points; repair the file"))
         elif (reach := _reach_outside(polygon, size_hw)) > OUTSIDE_TOLERANCE_PX:
             found = f"found polygon {number} {reach:.1f} px outside the image"
@@ -178,10 +210,22 @@ def segmentation_problems(segmentation: object, size_hw: SizeHW) -> list[tuple[K
     return problems
 
 
-def _is_polygon(polygon: object) -> bool:
-    if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
+def short_polygons(segmentation: object) -> list[int]:
+    """Return which polygons have fewer than three points where another has them; the reader leaves them out."""
+    parts = segmentation if isinstance(segmentation, list) else []
+    if not any(isinstance(part, list) and len(part) >= 6 for part in parts):
+        return []
+    return [number for number, part in enumerate(parts) if _is_even_list(part) and len(part) < 6]
+
+
+def _is_even_list(polygon: object) -> bool:
+    if not isinstance(polygon, list) or len(polygon) % 2:
         return False
     return all(type(value) in (int, float) and math.isfinite(value) for value in polygon)
+
+
+def _is_polygon(polygon: object) -> bool:
+    return isinstance(polygon, list) and len(polygon) >= 6 and _is_even_list(polygon)
 
 
 def _reach_outside(polygon: Sequence[float], size_hw: SizeHW) -> float:

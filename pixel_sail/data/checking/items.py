@@ -6,9 +6,11 @@ sample of the items is drawn, opened and measured, and every item that fails is 
     osprey/conversation/17   item   the mask of turn 0 is (480, 640), expected (427, 640)
 """
 
+import os
 import re
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from pixel_sail.data.checking.files import ABSENT_PHOTO, ABSENT_PHOTOS, check_im
 from pixel_sail.data.checking.findings import Findings, Kind, Lengths, Share
 from pixel_sail.data.checking.leakage import photo_key
 from pixel_sail.data.images import load_image
+from pixel_sail.data.remarks import Remark, remarks
 from pixel_sail.data.wording.referring import NO_TARGET_ANSWER
 from pixel_sail.model.tokenization import SEG_TOKEN
 from pixel_sail.types import BoolMask, DataError, Sample, Source
@@ -59,23 +62,38 @@ def check_items(
     result = ItemCheck()
     _find_photos(source, result, findings, progress)
     indices = chosen_items(len(source), sample, seed)
-    for index in tqdm(indices, desc=f"{source.name}: items", disable=not progress, leave=False):
-        start = time.perf_counter()
-        try:
-            drawn = source.get(index, np.random.default_rng([seed, index]))
-        except DataError as error:
-            findings.trouble(Kind.ITEM, f"{source.name} item {index}", str(error))
-            continue
-        is_open = drawn.image_path is None or _opens(drawn, result, findings)
-        seconds = time.perf_counter() - start
-        if not is_open:
-            continue
-        result.seconds.append(seconds)
-        result.text_lengths += [len(text) for turn in drawn.turns for text in (turn.question, turn.answer)]
-        is_sound = check_sample(drawn, result, findings)
-        if is_sound and len(result.shown) < num_shown:
-            result.shown.append(drawn)
+    with remarks() as heard:
+        for index in tqdm(indices, desc=f"{source.name}: items", disable=not progress, leave=False):
+            _check_item(source, index, result, findings, num_shown=num_shown, seed=seed)
+    note_remarks(heard, findings)
     return result
+
+
+def note_remarks(heard: Iterable[Remark], findings: Findings) -> None:
+    """Add what readers remarked."""
+    for remark in heard:
+        findings.note(Kind.REMARK, remark.where, f"{remark.topic}: {remark.message}")
+
+
+def _check_item(
+    source: Source, index: int, result: ItemCheck, findings: Findings, *, num_shown: int, seed: int
+) -> None:
+    """Draw one item, open its image and measure it."""
+    start = time.perf_counter()
+    try:
+        drawn = source.get(index, np.random.default_rng([seed, index]))
+    except DataError as error:
+        findings.trouble(Kind.ITEM, f"{source.name} item {index}", str(error))
+        return
+    is_open = drawn.image_path is None or _opens(drawn, result, findings)
+    seconds = time.perf_counter() - start
+    if not is_open:
+        return
+    result.seconds.append(seconds)
+    result.text_lengths += [len(text) for turn in drawn.turns for text in (turn.question, turn.answer)]
+    is_sound = check_sample(drawn, result, findings)
+    if is_sound and len(result.shown) < num_shown:
+        result.shown.append(drawn)
 
 
 def chosen_items(size: int, sample: int | None, seed: int) -> list[int]:
@@ -103,7 +121,7 @@ def _find_photos(source: Source, result: ItemCheck, findings: Findings, progress
             folders[path.parent] = path.parent.is_dir()
         if not folders[path.parent]:
             findings.trouble(Kind.MISSING_FILE, path.parent, ABSENT_PHOTOS)
-        elif not path.is_file():
+        elif not os.path.isfile(path):  # Unlike Path.is_file also of names that are too long.
             findings.trouble(Kind.MISSING_IMAGE, path, ABSENT_PHOTO)
 
 

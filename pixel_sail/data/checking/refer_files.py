@@ -8,6 +8,7 @@ names all damages. Example:
     images/train2014/COCO_train2014_000000000009.jpg   missing image   ...
 """
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -23,6 +24,7 @@ from pixel_sail.data.checking.findings import FileFact, Findings, Kind, Lengths,
 from pixel_sail.data.checking.instances import Instances, read_instances
 from pixel_sail.data.checking.known import images_overlap_by_design, known_split, refer_name
 from pixel_sail.data.checking.refs import RefRow, read_refs
+from pixel_sail.data.images import image_file
 from pixel_sail.data.refer_annotations import IMAGE_FOLDERS
 
 _REFS_FILE = re.compile(r"(?P<stem>g?refs\((?P<split_by>.+)\))\.(?P<suffix>jsonl?|p)")
@@ -112,7 +114,7 @@ def check_refer(folder: ReferFolder, findings: Findings, *, sample: int | None, 
         for split, group in _by_split(rows[split_by]).items():
             names = {image.file_name for row in group if (image := instances.images.get(row.image_id)) is not None}
             key = (refer_name(folder.dataset, split_by), split)
-            photos[key] = frozenset(folder.photos() / name for name in names if name is not None)
+            photos[key] = frozenset(image_file(folder.photos(), name) for name in names if name is not None)
         _check_overlap(rows[split_by], folder.dataset, split_by, path, findings)
     return ReferCheck(
         files=tuple(fact for fact in facts if fact is not None),
@@ -226,8 +228,8 @@ def _check_photos(
         row: Any = instances.images[image_id]
         if row.file_name is None:
             continue
-        path = photos / row.file_name
-        if not path.is_file():
+        path = image_file(photos, row.file_name)
+        if not os.path.isfile(path):
             findings.trouble(Kind.MISSING_IMAGE, path, ABSENT_PHOTO)
             result += Share(checked=int(image_id in chosen))
         elif image_id in chosen:

@@ -7,7 +7,6 @@ Place in the flow: `refer_files.py` calls `read_refs` for each file of a folder.
     and  "sentence missing: sent_ids lists 2, found no sentence with it"
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from pixel_sail.data import refs_files
 from pixel_sail.data.checking.findings import Findings, Kind
-from pixel_sail.data.pickles import load_plain_pickle
+from pixel_sail.texts import has_half_character, shown
 from pixel_sail.types import DataError
 
 NO_TARGET = (-1,)
@@ -46,17 +45,19 @@ def read_refs(path: Path, findings: Findings) -> list[RefRow]:
     for number, record in enumerate(records):
         where = f"refs[{number}]"
         if not isinstance(record, dict):
-            findings.trouble(Kind.REF_RECORD, f"{path}: {where}", f"found {record!r:.60}, expected a dict; repair it")
+            findings.trouble(Kind.REF_RECORD, f"{path}: {where}", f"found {shown(record)}, expected a dict; repair it")
             continue
         ref_id = _integer(record, "ref_id", f"{path}: {where}", findings)
-        where = f"{where}, ref_id {record.get('ref_id')!r}"
+        where = f"{where}, ref_id {shown(record.get('ref_id'))}"
         if ref_id is not None and first_with.setdefault(ref_id, number) != number:
             found = f"found the id again (first in refs[{first_with[ref_id]}])"
             findings.trouble(Kind.DUPLICATE_REF_ID, f"{path}: {where}", f"{found}, expected each once; renumber it")
         image_id = _integer(record, "image_id", f"{path}: {where}", findings)
         split = record.get("split")
         if not isinstance(split, str) or not split:
-            findings.trouble(Kind.REF_RECORD, f"{path}: {where}", f"found split {split!r}, expected a name; repair it")
+            findings.trouble(
+                Kind.REF_RECORD, f"{path}: {where}", f"found split {shown(split)}, expected a name; repair it"
+            )
         ann_ids = _annotation_ids(record, f"{path}: {where}", is_generalised, findings)
         lengths = _sentences(record, ref_id, pairs, f"{path}: {where}", is_generalised, findings)
         if image_id is not None:
@@ -71,13 +72,9 @@ def _read(path: Path, findings: Findings) -> list[Any]:
     try:
         if path.suffix == ".jsonl":
             return list(refs_files.read_refs(path))
-        content = json.loads(path.read_bytes()) if path.suffix == ".json" else load_plain_pickle(path)
+        content = refs_files.read_content(path)
     except DataError as error:
         findings.trouble(Kind.UNREADABLE_FILE, path, str(error).removeprefix(f"{path}: "))
-        return []
-    except (OSError, ValueError, RecursionError) as error:
-        found = f"found invalid JSON ({error})"
-        findings.trouble(Kind.UNREADABLE_FILE, path, f"{found}, expected a complete file; download it again")
         return []
     if not isinstance(content, list):
         found = f"found {type(content).__name__}"
@@ -89,7 +86,7 @@ def _read(path: Path, findings: Findings) -> list[Any]:
 def _integer(record: dict[str, Any], key: str, where: str, findings: Findings) -> int | None:
     value = record.get(key)
     if type(value) is not int:
-        findings.trouble(Kind.REF_RECORD, where, f"found {key} {value!r:.60}, expected an integer; repair the file")
+        findings.trouble(Kind.REF_RECORD, where, f"found {key} {shown(value)}, expected an integer; repair the file")
         return None
     return value
 
@@ -101,7 +98,7 @@ def _annotation_ids(record: dict[str, Any], where: str, is_generalised: bool, fi
         return ()
     if not ids or not all(type(value) is int and value >= 0 for value in ids):
         expected = "expected ids, or [-1] for no target" if is_generalised else "expected an id"
-        findings.trouble(Kind.REF_RECORD, where, f"found ann_id {found!r:.60}, {expected}; repair the file")
+        findings.trouble(Kind.REF_RECORD, where, f"found ann_id {shown(found)}, {expected}; repair the file")
         return ()
     return ids
 
@@ -117,7 +114,7 @@ def _sentences(
     """Return the length of every sentence; add those that are missing, repeated or damaged."""
     sentences = record.get("sentences")
     if not isinstance(sentences, list):
-        findings.trouble(Kind.NO_SENTENCE, where, f"found sentences {sentences!r:.60}, expected a list; repair it")
+        findings.trouble(Kind.NO_SENTENCE, where, f"found sentences {shown(sentences)}, expected a list; repair it")
         return ()
     if not sentences:
         # The published gRefCOCO file has such refs, which every reader leaves out.
@@ -128,7 +125,7 @@ def _sentences(
         spot = f"{where}, sentence {number}"
         sent_id = sentence.get("sent_id") if isinstance(sentence, dict) else None
         if type(sent_id) is not int:
-            findings.trouble(Kind.REF_RECORD, spot, f"found {sentence!r:.60}, expected a dict with sent_id; repair it")
+            findings.trouble(Kind.REF_RECORD, spot, f"found {shown(sentence)}, expected a dict with sent_id; repair it")
             continue
         present.add(sent_id)
         if (ref_id, sent_id) in pairs:
@@ -139,7 +136,7 @@ def _sentences(
     listed = record.get("sent_ids")
     for sent_id in listed if isinstance(listed, list) else ():
         if sent_id not in present and sentences:
-            found = f"sent_ids lists {sent_id!r}, found no sentence with it"
+            found = f"sent_ids lists {shown(sent_id)}, found no sentence with it"
             findings.trouble(Kind.NO_SENTENCE, where, f"{found}; get the file again")
     return tuple(lengths)
 
@@ -149,9 +146,12 @@ def _text_length(sentence: dict[str, Any], where: str, findings: Findings) -> It
     wrong = [key for key in ("sent", "raw") if not isinstance(sentence.get(key), str)]
     for key in wrong:
         findings.trouble(
-            Kind.NO_SENTENCE, where, f"found {key} {sentence.get(key)!r:.60}, expected text; get the file again"
+            Kind.NO_SENTENCE, where, f"found {key} {shown(sentence.get(key))}, expected text; get the file again"
         )
     if not wrong:
+        if any(has_half_character(sentence[key]) for key in ("sent", "raw")):
+            found = f"found half a character in {shown(sentence)}"
+            findings.trouble(Kind.REF_RECORD, where, f"{found}, expected Unicode text; repair the sentence")
         if not sentence["sent"].strip():
             findings.note(Kind.EMPTY_TEXT, where, "found no letters; the sentence is left out of training")
         yield len(sentence["sent"])

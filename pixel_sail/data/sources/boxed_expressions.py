@@ -12,14 +12,19 @@ compare models with one another, and with nothing that was scored on masks.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pixel_sail.data.coordinates import check_pixels, shows_pixels
 from pixel_sail.data.fields import field, stated_hw
+from pixel_sail.data.images import image_file
 from pixel_sail.data.records import open_records
 from pixel_sail.rle import encode_mask
+from pixel_sail.texts import shown
 from pixel_sail.types import RLE, DataError, Expression, SizeHW
 
 
@@ -30,12 +35,12 @@ def load(*, annotations: str | Path, image_dir: str | Path) -> list[Expression]:
     """
     records = open_records(annotations)
     return [
-        _expression(record, number, Path(image_dir), f"{records.where}[{number}]")
+        _expression(record, number, Path(image_dir), f"{records.where}[{number}]", partial(shows_pixels, records))
         for number, record in enumerate(records)
     ]
 
 
-def _expression(record: Any, number: int, image_dir: Path, where: str) -> Expression:
+def _expression(record: Any, number: int, image_dir: Path, where: str, in_pixels: Callable[[], bool]) -> Expression:
     size_hw = stated_hw(record, where)
     if size_hw is None:
         raise DataError(f"{where}: found neither height nor width, expected both; repair the record")
@@ -46,14 +51,14 @@ def _expression(record: Any, number: int, image_dir: Path, where: str) -> Expres
         ref_id=number,
         sent_id=0,
         image_id=field(record, "image_id", int, where),
-        image_path=image_dir / field(record, "local_image", str, where),
+        image_path=image_file(image_dir, field(record, "local_image", str, where)),
         image_hw=size_hw,
         text=text,
-        target=_box_rle(record, size_hw, where),
+        target=_box_rle(record, size_hw, where, in_pixels),
     )
 
 
-def _box_rle(record: dict[str, Any], size_hw: SizeHW, where: str) -> RLE | None:
+def _box_rle(record: dict[str, Any], size_hw: SizeHW, where: str, in_pixels: Callable[[], bool]) -> RLE | None:
     """Return the pixels whose centres lie in the box, None where nothing is meant."""
     # A record without the key is damaged: no box must be said.
     box = record.get("bbox_xyxy", "nothing")
@@ -62,15 +67,16 @@ def _box_rle(record: dict[str, Any], size_hw: SizeHW, where: str) -> RLE | None:
     is_numbers = isinstance(box, list) and len(box) == 4 and all(type(value) in (int, float) for value in box)
     if not is_numbers or not (0 <= box[0] < box[2] <= size_hw[1] and 0 <= box[1] < box[3] <= size_hw[0]):
         raise DataError(
-            f"{where}: found bbox_xyxy = {box!r}, expected [left, top, right, bottom] inside the image of {size_hw} "
-            "(height, width), or null; repair the record"
+            f"{where}: found bbox_xyxy = {shown(box)}, expected [left, top, right, bottom] inside the image of "
+            f"{size_hw} (height, width), or null; repair the record"
         )
+    check_pixels(box, size_hw, f"{where}: bbox_xyxy", in_pixels)
     # Pixel i has its centre at i + 0.5.
     left, top, right, bottom = (math.ceil(value - 0.5) for value in box)
     mask = np.zeros(size_hw, dtype=bool)
     mask[top:bottom, left:right] = True
     if not mask.any():
         raise DataError(
-            f"{where}: found bbox_xyxy = {box!r} without one pixel, expected a larger one; repair the record"
+            f"{where}: found bbox_xyxy = {shown(box)} without one pixel, expected a larger one; repair the record"
         )
     return encode_mask(mask)

@@ -12,14 +12,17 @@ annotations that are marked `ignore`, have no area, or lie outside the image are
 loader gets wrong: see `grounded_caption.py`.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pixel_sail.data.coordinates import check_pixels, shows_pixels
 from pixel_sail.data.details import OURS
 from pixel_sail.data.fields import ImageFolders, field, stated_hw
 from pixel_sail.data.phrases import Phrase, Span
 from pixel_sail.data.records import open_records
 from pixel_sail.data.sources.grounded_caption import CaptionRecord, GroundedCaptionSource, MaskedPhrase
+from pixel_sail.texts import shown
 from pixel_sail.types import DataError, SizeHW, Source
 
 MIN_WORDS = 3
@@ -75,6 +78,7 @@ class FlickrLayout:
             file_name=file_name,
             image_hw=image_hw,
             caption=caption,
+            shows_pixels=partial(shows_pixels, self._annotations),
             phrases=tuple(phrases),
             num_unmasked=num_left_out,
         )
@@ -86,7 +90,11 @@ def _is_left_out(annotation: dict[str, Any], caption: str, image_hw: SizeHW, whe
         return True
     box, area = field(annotation, "bbox", list, where), annotation.get("area")
     if len(box) != 4 or not isinstance(area, int | float) or not all(isinstance(side, int | float) for side in box):
-        raise DataError(f"{where}: found bbox {box} and area {area!r}, expected [x, y, w, h] and a number; repair it")
+        raise DataError(
+            f"{where}: found bbox {shown(box)} and area {shown(area)}, expected [x, y, w, h] and a number; repair it"
+        )
+    if min(box[2:]) > 0 and not all(float(side).is_integer() for side in box):
+        check_pixels(box, image_hw, f"{where}: bbox")
     x, y, width, height = box
     shown_width = min(x + width, image_hw[1]) - max(x, 0)
     shown_height = min(y + height, image_hw[0]) - max(y, 0)
@@ -97,5 +105,7 @@ def _spans(annotation: dict[str, Any], where: str) -> list[Span]:
     spans = field(annotation, "tokens_positive", list, where)
     for span in spans:
         if not isinstance(span, list) or len(span) != 2 or not all(type(value) is int for value in span):
-            raise DataError(f"{where}: found tokens_positive {spans}, expected [[start, end], ...]; repair the record")
+            raise DataError(
+                f"{where}: found tokens_positive {shown(spans)}, expected [[start, end], ...]; repair the record"
+            )
     return [(start, end) for start, end in spans]

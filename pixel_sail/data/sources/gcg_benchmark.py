@@ -16,13 +16,16 @@ the exception and goes on with too few; here such a file is refused, unless the 
 
 import logging
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
+from pixel_sail.data.coordinates import shows_pixels
 from pixel_sail.data.fields import ImageFolders, field, folders, stated_hw, strings
 from pixel_sail.data.image_sizes import stored_hw
 from pixel_sail.data.images import find_image
 from pixel_sail.data.masks import merge_to_rle
 from pixel_sail.data.records import Records, open_records
+from pixel_sail.texts import shown
 from pixel_sail.types import DataError, GroundedCaption, SizeHW
 
 logger = logging.getLogger(__name__)
@@ -43,6 +46,7 @@ def load(
     captions, masks = open_records(captions_file, "annotations"), open_records(masks_file, "annotations")
     captions_of, masks_of = _numbers_by_image(captions), _numbers_by_image(masks)
     sizes = _stated_sizes(open_records(masks_file, "images"))
+    in_pixels = partial(shows_pixels, masks)
     items = []
     unpaired: list[str] = []
     for number, image in enumerate(open_records(captions_file, "images")):
@@ -66,7 +70,7 @@ def load(
                 captions=tuple(field(record, "caption", str, where) for record in written),
                 phrases=tuple(phrases),
                 masks=tuple(
-                    merge_to_rle([segmentation], image_hw, f"{masks_file}: image {image_id}, mask {i}")
+                    merge_to_rle([segmentation], image_hw, f"{masks_file}: image {image_id}, mask {i}", in_pixels)
                     for i, segmentation in enumerate(segmentations)
                 ),
             )
@@ -97,7 +101,7 @@ def _image_id(record: object, name: str, where: str) -> str:
     """Return an id as text; files have names like sa_10010541, but a number is as good."""
     value = record.get(name) if isinstance(record, dict) else None
     if type(value) is not int and not isinstance(value, str):
-        raise DataError(f"{where}: found {name} = {value!r}, expected a text or a number; get the file again")
+        raise DataError(f"{where}: found {name} = {shown(value)}, expected a text or a number; get the file again")
     return str(value)
 
 

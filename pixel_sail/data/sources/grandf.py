@@ -10,13 +10,16 @@ Place in the flow: `GranDf_HA_GCG_train.json` or `OpenPsgGCG_train.json` -> here
 A record that states no size has that of its masks. What the released loader gets wrong: see `grounded_caption.py`.
 """
 
+from functools import partial
 from pathlib import Path
 
+from pixel_sail.data.coordinates import shows_pixels
 from pixel_sail.data.details import OURS
 from pixel_sail.data.fields import ImageFolders, field, stated_hw
 from pixel_sail.data.phrases import Phrase, Span
 from pixel_sail.data.records import open_records
 from pixel_sail.data.sources.grounded_caption import CaptionRecord, GroundedCaptionSource, MaskedPhrase
+from pixel_sail.texts import shown
 from pixel_sail.types import DataError, SizeHW, Source
 
 
@@ -48,9 +51,9 @@ class GrandfLayout:
         groundings = {} if record.get("groundings") is None else field(record, "groundings", dict, where)
         phrases = [
             MaskedPhrase(
-                phrase=Phrase(text=text, span=_span(item, f"{where}, {text!r}")),
-                segmentations=tuple(field(item, "rle_masks", list, f"{where}, {text!r}")),
-                where=f"{where}, {text!r}",
+                phrase=Phrase(text=text, span=_span(item, f"{where}, {shown(text)}")),
+                segmentations=tuple(field(item, "rle_masks", list, f"{where}, {shown(text)}")),
+                where=f"{where}, {shown(text)}",
             )
             for text, item in groundings.items()
             if item is not None and item != {}
@@ -61,6 +64,7 @@ class GrandfLayout:
             file_name=file_name,
             image_hw=stated_hw(record, where) or _size_of_masks(masked),
             caption=caption,
+            shows_pixels=partial(shows_pixels, self._records),
             phrases=masked,
             num_unmasked=len(groundings) - len(masked),
         )
@@ -72,7 +76,7 @@ def _span(grounding: object, where: str) -> Span | None:
         return None
     span = field(grounding, "token_positives", list, where)
     if len(span) != 2 or not all(type(value) is int for value in span):
-        raise DataError(f"{where}: found token_positives {span}, expected [start, end]; repair the record")
+        raise DataError(f"{where}: found token_positives {shown(span)}, expected [start, end]; repair the record")
     return span[0], span[1]
 
 

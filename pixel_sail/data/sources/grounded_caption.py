@@ -25,12 +25,17 @@ from pixel_sail.data.details import OURS, is_released
 from pixel_sail.data.fields import ImageFolders, folders
 from pixel_sail.data.image_sizes import stored_hw
 from pixel_sail.data.images import find_image
-from pixel_sail.data.masks import decode_segmentation, union_masks
+from pixel_sail.data.masks import ShowsPixels, decode_segmentation, union_masks
 from pixel_sail.data.phrases import Phrase, Placement, mark_caption, place_phrases
+from pixel_sail.data.remarks import remark
 from pixel_sail.data.wording.grounded_caption import caption_question
+from pixel_sail.texts import shown
 from pixel_sail.types import BoolMask, DataError, Sample, SizeHW, Turn
 
 logger = logging.getLogger(__name__)
+
+SPAN_OF_OTHER_WORDS = "span of other words"
+"""Topic of the remarks about phrases that are not where the file says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +60,8 @@ class CaptionRecord:
     """None where the file states no size."""
     caption: str
     phrases: tuple[MaskedPhrase, ...]
+    shows_pixels: ShowsPixels
+    """Of the file."""
     num_unmasked: int = 0
     """Phrases of the file that have no mask, or that the dataset's recipe leaves out."""
 
@@ -139,6 +146,8 @@ class GroundedCaptionSource:
             num_unmasked += record.num_unmasked
             num_lost += len(placement.not_found)
             num_overlapped += len(placement.overlapped)
+            for i in placement.misplaced:
+                _remark_misplaced(record, i, self._layout.where)
             if placement.places:
                 usable.append(index)
         num_left_out = len(self._layout) - len(usable)
@@ -152,10 +161,21 @@ class GroundedCaptionSource:
         return np.array(usable, dtype=np.int64)
 
 
+def _remark_misplaced(record: CaptionRecord, index: int, file: str) -> None:
+    """Remark that a span of the file holds other words than its phrase."""
+    item = record.phrases[index]
+    assert item.phrase.span is not None, "only a stated span can be wrong"
+    held = record.caption[slice(*item.phrase.span)]
+    message = (
+        f"the span {list(item.phrase.span)} holds {shown(held)}, the phrase is {shown(item.phrase.text)}; left out"
+    )
+    remark(SPAN_OF_OTHER_WORDS, file, item.where, message)
+
+
 def _united(record: CaptionRecord, indices: tuple[int, ...], image_hw: SizeHW) -> BoolMask:
     """Return the union of all masks of the phrases at one place."""
     masks = [
-        decode_segmentation(segmentation, image_hw, record.phrases[index].where)
+        decode_segmentation(segmentation, image_hw, record.phrases[index].where, record.shows_pixels)
         for index in indices
         for segmentation in record.phrases[index].segmentations
     ]

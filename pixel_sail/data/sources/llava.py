@@ -22,7 +22,9 @@ import numpy as np
 
 from pixel_sail.data.conversations import conversation_turns
 from pixel_sail.data.details import OURS, is_released
+from pixel_sail.data.images import image_file
 from pixel_sail.data.records import Records, open_records
+from pixel_sail.texts import shown
 from pixel_sail.types import DataError, Sample, Source, Turn
 
 
@@ -89,7 +91,7 @@ class LlavaSource:
             return None
         if not isinstance(image, str) or not image:
             raise DataError(
-                f"{self._records.where}[{index}]: found image = {image!r}, expected the path of one image or no such "
-                "field; repair the file"
+                f"{self._records.where}[{index}]: found image = {shown(image)}, expected the path of one image or no "
+                "such field; repair the file"
             )
-        return self._image_dir / image
+        return image_file(self._image_dir, image)

@@ -15,15 +15,17 @@ used, was replaced by a random one. Here the first is a DataError, the second le
 """
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pixel_sail.data.coordinates import shows_pixels
 from pixel_sail.data.fields import ImageFolders, field, folders, stated_hw, strings
 from pixel_sail.data.images import find_image
-from pixel_sail.data.masks import decode_segmentation
+from pixel_sail.data.masks import ShowsPixels, decode_segmentation
 from pixel_sail.data.records import Records, open_records
 from pixel_sail.data.wording.muse import muse_answer, muse_question
 from pixel_sail.types import DataError, Sample, SizeHW, Source, Turn
@@ -70,8 +72,9 @@ class MuseSource:
         file_name, image_hw = _file_name(record, where), stated_hw(record, where)
         if image_hw is None:
             raise DataError(f"{where}: found no height and width, expected both; repair the record")
+        in_pixels = partial(shows_pixels, self._records)
         turns = [
-            _turn(question, objects, text, image_hw, f"{where}, question {number_in_item}", rng)
+            _turn(question, objects, text, image_hw, f"{where}, question {number_in_item}", rng, in_pixels)
             for number_in_item, (question, objects, text) in enumerate(_questions(record, where))
             if objects
         ]
@@ -129,7 +132,13 @@ def _questions(record: object, where: str) -> list[tuple[str, list[Any], str | N
 
 
 def _turn(
-    question: str, objects: list[Any], text: str | None, image_hw: SizeHW, where: str, rng: np.random.Generator
+    question: str,
+    objects: list[Any],
+    text: str | None,
+    image_hw: SizeHW,
+    where: str,
+    rng: np.random.Generator,
+    in_pixels: ShowsPixels,
 ) -> Turn:
     """Return one question with its answer and one mask per object."""
     if text is not None and text.count(SLOT) != len(objects):
@@ -141,7 +150,7 @@ def _turn(
     for item in objects:
         if not isinstance(item, dict) or "segmentation" not in item:
             raise DataError(f"{where}: found an object without segmentation, expected one; repair the record")
-        masks.append(decode_segmentation(item["segmentation"], image_hw, where))
+        masks.append(decode_segmentation(item["segmentation"], image_hw, where, in_pixels))
     asked = muse_question(question, rng)
     answer = muse_answer([_name(item, where, rng) for item in objects], rng) if text is None else text
     return Turn(question=asked, answer=answer.replace(SLOT, "[SEG]").strip(), masks=tuple(masks))

@@ -22,6 +22,7 @@ What the released loader got wrong, and what happens here:
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixel_sail.data.conversations import conversation_turns, may_have_turns
+from pixel_sail.data.coordinates import shows_pixels
 from pixel_sail.data.details import OURS, is_released
 from pixel_sail.data.images import MAX_SIDE_PX, find_image
-from pixel_sail.data.masks import decode_segmentation
+from pixel_sail.data.masks import ShowsPixels, decode_segmentation
 from pixel_sail.data.prompts import MASK_ONLY
 from pixel_sail.data.records import Records, open_records
 from pixel_sail.data.region_names import name_regions, named_regions, renumber, split_label
@@ -43,6 +45,7 @@ from pixel_sail.data.wording.region import (
     detailed_question,
     name_question,
 )
+from pixel_sail.texts import shown
 from pixel_sail.types import BoolMask, DataError, Sample, SizeHW, Source
 
 logger = logging.getLogger(__name__)
@@ -144,13 +147,14 @@ class OspreySource:
         record = _checked_record(self._records[number], where)
         size_hw = record["height"], record["width"]
         regions = record["annotation"]
+        in_pixels = partial(shows_pixels, self._records)
         if self._content == "conversations":
             asked = self._conversation(record, len(regions), rng, where)
         else:
             asked = self._descriptions(record, len(regions), rng, where)
         return region_sample(
             _renumbered(asked),
-            [_mask(regions[region], size_hw, f"{where}, region {region + 1}") for region in asked.shown],
+            [_mask(regions[region], size_hw, f"{where}, region {region + 1}", in_pixels) for region in asked.shown],
             rng,
             self._settings,
             sample_id=f"{self.name}/record={number}",
@@ -173,14 +177,14 @@ class OspreySource:
         if num_regions <= self._settings.num_prompts:
             return _Asked(turns=turns, shown=list(range(num_regions)))
         needed = [named_regions(turn.question, turn.answer) for turn in turns]
-        chosen, shown = self._fitting(needed, rng.permutation(len(turns)).tolist(), len(turns), where)
-        return _Asked(turns=[turns[i] for i in sorted(chosen)], shown=shown)
+        chosen, marked = self._fitting(needed, rng.permutation(len(turns)).tolist(), len(turns), where)
+        return _Asked(turns=[turns[i] for i in sorted(chosen)], shown=marked)
 
     def _descriptions(self, record: dict[str, Any], num_regions: int, rng: np.random.Generator, where: str) -> _Asked:
         """Return 1 .. `regions_per_sample` described regions; what their descriptions mention is shown as well."""
         texts = record.get("description")
         if not isinstance(texts, list) or len(texts) != num_regions:
-            found = f"{len(texts)} descriptions" if isinstance(texts, list) else f"description = {texts!r}"
+            found = f"{len(texts)} descriptions" if isinstance(texts, list) else f"description = {shown(texts)}"
             raise DataError(f"{where}: found {found}, expected one for each of {num_regions} regions; repair the file")
         described = {}
         for region, text in enumerate(texts):
@@ -189,12 +193,12 @@ class OspreySource:
         order = [list(described)[i] for i in rng.permutation(len(described))]
         count = int(rng.integers(1, self._regions_per_sample + 1))
         needed = [{region} | named_regions(described[region]) for region in order]
-        chosen, shown = self._fitting(needed, list(range(len(order))), count, where)
+        chosen, marked = self._fitting(needed, list(range(len(order))), count, where)
         turns = [
             RegionTurn(question=detailed_question(rng), answer=REGION_ANSWER + described[order[i]], region=order[i])
             for i in chosen
         ]
-        return _Asked(turns=turns, shown=shown)
+        return _Asked(turns=turns, shown=marked)
 
     def _fitting(self, needed: list[set[int]], order: list[int], count: int, where: str) -> tuple[list[int], list[int]]:
         """Go through `order` and take up to `count` entries while there are prompt tokens for all regions they need.
@@ -202,17 +206,17 @@ class OspreySource:
         Returns the entries and the regions.
         """
         chosen: list[int] = []
-        shown: set[int] = set()
+        marked: set[int] = set()
         for i in order:
-            if len(chosen) < count and len(shown | needed[i]) <= self._settings.num_prompts:
+            if len(chosen) < count and len(marked | needed[i]) <= self._settings.num_prompts:
                 chosen.append(i)
-                shown |= needed[i]
+                marked |= needed[i]
         if not chosen:
             raise DataError(
                 f"{where}: found no turn about at most {self._settings.num_prompts} regions, expected one, as there "
                 "are no more prompt tokens; raise num_prompts and model.num_visual_prompts or leave the record out"
             )
-        return chosen, sorted(shown)
+        return chosen, sorted(marked)
 
     def _usable(self) -> NDArray[np.int32]:
         """Return the numbers of the records with regions and text; log how many have not, or have many regions."""
@@ -253,15 +257,19 @@ def _checked_record(record: Any, where: str) -> dict[str, Any]:
     for key, kind in (("file_name", str), ("height", int), ("width", int), ("annotation", list)):
         value = record.get(key)
         if type(value) is not kind or not value:
-            raise DataError(f"{where}: found {key} = {value!r}, expected a {kind.__name__} of content; repair the file")
+            raise DataError(
+                f"{where}: found {key} = {shown(value)}, expected a {kind.__name__} of content; repair the file"
+            )
         if isinstance(value, int) and not 1 <= value <= MAX_SIDE_PX:
-            raise DataError(f"{where}: found {key} = {value!r}, expected 1 .. {MAX_SIDE_PX} pixels; repair the file")
+            raise DataError(
+                f"{where}: found {key} = {shown(value)}, expected 1 .. {MAX_SIDE_PX} pixels; repair the file"
+            )
     return record
 
 
-def _mask(region: Any, size_hw: SizeHW, where: str) -> BoolMask:
+def _mask(region: Any, size_hw: SizeHW, where: str, in_pixels: ShowsPixels) -> BoolMask:
     segmentation = region.get("segmentation") if isinstance(region, dict) else None
-    mask = decode_segmentation(segmentation, size_hw, where)
+    mask = decode_segmentation(segmentation, size_hw, where, in_pixels)
     if not mask.any():
         raise DataError(f"{where}: found a segmentation without pixels, expected at least one; repair the file")
     return mask
@@ -270,7 +278,7 @@ def _mask(region: Any, size_hw: SizeHW, where: str) -> BoolMask:
 def _description(text: Any, region: int, num_regions: int, where: str) -> str:
     """Return the description of a region without its label, other regions named by placeholders."""
     if not isinstance(text, str):
-        raise DataError(f"{where}: found {text!r}, expected text; repair the file")
+        raise DataError(f"{where}: found {shown(text)}, expected text; repair the file")
     label, rest = split_label(text)
     if label not in (None, region):
         raise DataError(

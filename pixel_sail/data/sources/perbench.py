@@ -24,8 +24,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pixel_sail.data.images import image_file
 from pixel_sail.data.masks import merge_to_rle
 from pixel_sail.data.records import open_records
+from pixel_sail.texts import shown
 from pixel_sail.types import RLE, DataError, RegionCaption, RegionChoice, SizeHW, VisualReferring
 
 logger = logging.getLogger(__name__)
@@ -37,11 +39,11 @@ def load_captions(annotations: str | Path, *, image_dir: str | Path) -> list[Reg
     for number, record, where in _records(annotations):
         for index, item in enumerate(_field(record, "object_annotations", list, where)):
             here = f"{where}, object {index}"
-            region = stated_rle(_field(item, "segmentation", dict, here), here)
+            region = stated_rle(_segmentation(item, "segmentation", here), here)
             result.append(
                 RegionCaption(
                     item_id=f"{record['image_name']}/{number}.{index}",
-                    image_path=Path(image_dir) / record["image_name"],
+                    image_path=image_file(Path(image_dir), record["image_name"]),
                     image_hw=_size_hw(region),
                     region=region,
                     references=(_field(item, "caption", str, here),),
@@ -56,11 +58,11 @@ def load_choices(annotations: str | Path, *, image_dir: str | Path) -> list[Regi
     for number, record, where in _records(annotations):
         for index, item in enumerate(_field(record, "mcqs", list, where)):
             here = f"{where}, question {index}"
-            region = stated_rle(_field(item, "object", dict, here), here)
+            region = stated_rle(_segmentation(item, "object", here), here)
             result.append(
                 RegionChoice(
                     item_id=f"{record['image_name']}/{number}.{index}",
-                    image_path=Path(image_dir) / record["image_name"],
+                    image_path=image_file(Path(image_dir), record["image_name"]),
                     image_hw=_size_hw(region),
                     region=region,
                     question=_field(item, "question", str, here),
@@ -83,7 +85,7 @@ def load_visual_referring(annotations: str | Path, *, image_dir: str | Path) -> 
     num_records = num_repeated = num_left_out = num_tags = num_unused = 0
     for number, record, where in _records(annotations):
         segmentations = _field(record, "segmentations", dict, where)
-        rles = [stated_rle(segmentation, f"{where}, {tag!r}") for tag, segmentation in segmentations.items()]
+        rles = [stated_rle(segmentation, f"{where}, {shown(tag)}") for tag, segmentation in segmentations.items()]
         if len({_size_hw(rle) for rle in rles}) != 1:
             sizes = sorted({_size_hw(rle) for rle in rles})
             raise DataError(f"{where}: found masks of sizes {sizes}, expected one size; repair the file")
@@ -92,8 +94,8 @@ def load_visual_referring(annotations: str | Path, *, image_dir: str | Path) -> 
         asked, answered = tags.named_in(question), tags.named_in(answer)
         if not answered:
             raise DataError(
-                f"{where}: found answer {answer!r}, which names none of {list(segmentations)}; expected one at least, "
-                "repair the file"
+                f"{where}: found answer {shown(answer)}, which names none of {shown(list(segmentations))}; expected "
+                "one at least, repair the file"
             )
         targets = [tag for tag in answered if tag not in asked]
         num_records += 1
@@ -106,7 +108,7 @@ def load_visual_referring(annotations: str | Path, *, image_dir: str | Path) -> 
         result.append(
             VisualReferring(
                 item_id=f"{record['image_name']}/{number}",
-                image_path=Path(image_dir) / record["image_name"],
+                image_path=image_file(Path(image_dir), record["image_name"]),
                 image_hw=_size_hw(rles[0]),
                 question=tags.as_prompts(question),
                 regions=tuple(rles[i] for i in asked),
@@ -134,13 +136,14 @@ def load_visual_referring(annotations: str | Path, *, image_dir: str | Path) -> 
 def stated_rle(segmentation: Any, where: str) -> RLE:
     """Return an RLE of a file that states the size of its images nowhere else, compressed and checked.
 
-    Raises: DataError, also for polygons, which say nothing about the size.
+    A list of RLEs is united. Raises: DataError, also for polygons, which say nothing about the size.
     """
-    size = segmentation.get("size") if isinstance(segmentation, dict) else None
+    first = segmentation[0] if isinstance(segmentation, list) and segmentation else segmentation
+    size = first.get("size") if isinstance(first, dict) else None
     if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
         raise DataError(
-            f"{where}: found size {size!r} of a {type(segmentation).__name__}, expected an RLE with its [height, width]"
-            "; repair the file"
+            f"{where}: found size {shown(size)} of a {type(segmentation).__name__}, expected an RLE with its "
+            "[height, width]; repair the file"
         )
     return merge_to_rle([segmentation], (size[0], size[1]), where)
 
@@ -180,11 +183,19 @@ def _records(annotations: str | Path) -> Iterator[tuple[int, dict[str, Any], str
         yield number, record, where
 
 
+def _segmentation(record: Any, key: str, where: str) -> Any:
+    """Return an RLE or a list of RLEs."""
+    is_list = isinstance(record, dict) and isinstance(record.get(key), list)
+    return _field(record, key, list if is_list else dict, where)
+
+
 def _field(record: Any, key: str, kind: type, where: str) -> Any:
     """Return a field that must be of this type and not be empty."""
     value = record.get(key) if isinstance(record, dict) else None
     if type(value) is not kind or not value:
-        raise DataError(f"{where}: found {key} = {value!r}, expected a {kind.__name__} of content; repair the file")
+        raise DataError(
+            f"{where}: found {key} = {shown(value)}, expected a {kind.__name__} of content; repair the file"
+        )
     return value
 
 

@@ -6,8 +6,9 @@ Place in the flow: `<root>/<split>/x.jpg` with `x.json` beside it -> here -> `Sa
      "shapes": [{"label": "target", "points": [[853.0, 512.0], [841.0, 513.0], ...]},
                 {"label": "ignore", "points": [...]}, {"label": "flag", "points": [...]}]}
 
-Shapes are painted from large to small, outline included, so that a small one inside a large one wins. `flag` means
-nothing; pixels under a label with `ignore` in it belong to neither target nor background. Files are UTF-8 or cp1252.
+Files are of the layout of LabelMe: shapes may be polygons, rectangles, circles or masks, see `data/labelme.py`. They
+are painted from large to small, outline included, so that a small one inside a large one wins. `flag` means nothing;
+pixels under a label with `ignore` in it belong to neither target nor background. Files are UTF-8 or cp1252.
 The size is that of the photo held upright, as the points were drawn on what the annotators saw.
 
 What the released code gets wrong and this does not: ignored pixels were trained as background, and scored as garbage
@@ -19,21 +20,26 @@ the scorer to avoid.
 import hashlib
 import json
 import logging
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
+from pixel_sail.data.coordinates import check_pixels
 from pixel_sail.data.details import OURS, is_released
 from pixel_sail.data.fields import field, strings
 from pixel_sail.data.image_sizes import stored_hw, turn_of, upright_hw
+from pixel_sail.data.images import existing_file
+from pixel_sail.data.labelme import Shape, paint_shape, read_shape
 from pixel_sail.data.masks import decode_rle
 from pixel_sail.data.noted_files import note_file
 from pixel_sail.data.wording.reasoning import evaluation_question, reasoning_turn
+from pixel_sail.files import is_hidden
 from pixel_sail.rle import encode_as_released, encode_mask
+from pixel_sail.texts import shown
 from pixel_sail.types import RLE, BoolMask, DataError, Expression, MissingDataError, Sample, SizeHW, Source
 
 logger = logging.getLogger(__name__)
@@ -44,18 +50,8 @@ QUERIES = ("all", "short", "long")
 SENTENCES = ("first", "all")
 """Which texts of an item are scored; the published protocol asks the first only."""
 
-_MAX_COORDINATE_PX = 100_000
-
-Points = list[tuple[int, int]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """One polygon."""
-
-    points: Points
-    """(x, y) in pixels, cut to whole numbers as the benchmark's own painting does."""
-    is_ignored: bool
+_NO_TARGETS = ("background", "negative")
+"""Labels with one of these in it are no target; they are refused, as every label but `ignore` and `flag` is painted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +63,13 @@ class ReasonItem:
     """Without blanks around them, none empty, none twice."""
     is_sentence: bool
     shapes: tuple[Shape, ...]
+    stated_hw: SizeHW | None
+    """Size of the photo that was drawn on, where the file states it."""
 
     @property
     def image_path(self) -> Path:
         """Return the photo beside the file."""
-        return self.json_path.with_suffix(".jpg")
+        return existing_file(self.json_path.with_suffix(".jpg"))
 
 
 def load(
@@ -118,9 +116,12 @@ def expressions(
         item = read_item(path)
         if query != "all" and item.is_sentence != (query == "long"):
             continue
-        image_hw = upright_hw(item.image_path, str(path)) if upright else stored_hw(item.image_path, str(path))
-        target, ignored = paint(item.shapes, image_hw)
+        image_hw = upright_hw(item.image_path, str(path))
+        target, ignored = paint_item(item, image_hw)
         released = _turned_as_released(item) if upright else None
+        if not upright:
+            image_hw = stored_hw(item.image_path, str(path))
+            target, ignored = paint(item.shapes, image_hw)
         for sent_id, text in enumerate(item.texts[: 1 if sentences == "first" else None], start=1):
             result.append(
                 Expression(
@@ -181,7 +182,7 @@ class ReasonSegSource:
 
     def image_path(self, index: int) -> Path:
         """Return the photo of an item."""
-        return self._files[index].with_suffix(".jpg")
+        return existing_file(self._files[index].with_suffix(".jpg"))
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
         """Return a photo with texts in an order drawn from `rng`. Raises: DataError.
@@ -190,7 +191,7 @@ class ReasonSegSource:
         """
         item = read_item(self._files[index])
         sample_id = f"{self.name}/{self._split}/{item.json_path.stem}"
-        mask, ignored = paint(item.shapes, upright_hw(item.image_path, sample_id))
+        mask, ignored = paint_item(item, upright_hw(item.image_path, sample_id))
         chosen = [item.texts[i] for i in rng.permutation(len(item.texts))[: self._most]]
         turns = [
             reasoning_turn(
@@ -213,48 +214,69 @@ def read_item(path: Path) -> ReasonItem:
     record = _read_json(path)
     texts = dict.fromkeys(text.strip() for text in strings(record, "text", str(path)))
     shapes = field(record, "shapes", list, str(path))
-    labelled = [(field(shape, "label", str, f"{path}: shape {i}").lower(), shape, i) for i, shape in enumerate(shapes)]
+    labelled = [(_label(shape, f"{path}: shape {i}"), shape, i) for i, shape in enumerate(shapes)]
     return ReasonItem(
         json_path=path,
         texts=tuple(text for text in texts if text),
         is_sentence=field(record, "is_sentence", bool, str(path)),
         shapes=tuple(
-            Shape(points=_points(shape, f"{path}: shape {i}"), is_ignored="ignore" in label)
+            read_shape(shape, f"{path}: shape {i}", is_ignored="ignore" in label)
             for label, shape, i in labelled
             if label != "flag"
         ),
+        stated_hw=_stated_hw(record, str(path)),
     )
+
+
+def paint_item(item: ReasonItem, image_hw: SizeHW) -> tuple[BoolMask, BoolMask | None]:
+    """Return the target and the ignored pixels of a file on its photo, whose upright size is `image_hw`.
+
+    Raises: DataError where the shapes were not drawn on this photo, as far as that shows: the file states another size,
+    all coordinates look like shares, or a target lies outside.
+    """
+    if item.stated_hw not in (None, image_hw):
+        raise DataError(
+            f"{item.json_path}: found imageHeight and imageWidth {item.stated_hw}, expected {image_hw} as of the photo "
+            "held upright; the photo was resized or turned after it was drawn on, or is another one"
+        )
+    numbers = [value for shape in item.shapes for point in shape.points for value in point]
+    check_pixels(numbers, image_hw, str(item.json_path))
+    return paint(item.shapes, image_hw)
 
 
 def paint(shapes: Sequence[Shape], size_hw: SizeHW) -> tuple[BoolMask, BoolMask | None]:
     """Return the target and the ignored pixels, which do not overlap; None if nothing is ignored.
 
-    Areas are counted in pixels within the photo; of two equal ones the later in the file is painted last.
+    Areas are counted in pixels within the photo; of two equal ones the later in the file is painted last. Raises:
+    DataError for a target outside the photo.
     """
-    painted = [(_paint_one(shape.points, size_hw), shape.is_ignored) for shape in shapes]
+    painted = [(paint_shape(shape, size_hw), shape) for shape in shapes]
     target, ignored = np.zeros(size_hw, dtype=np.bool_), np.zeros(size_hw, dtype=np.bool_)
-    for mask, is_ignored in sorted(painted, key=lambda pair: -int(pair[0].sum())):
-        target[mask], ignored[mask] = not is_ignored, is_ignored
+    for mask, shape in sorted(painted, key=lambda pair: -int(pair[0].sum())):
+        if not (shape.is_ignored or mask.any()):
+            raise DataError(
+                f"{shape.where}: found a {shape.kind} without a pixel in the photo of {size_hw} (height, width), "
+                "expected one at least; photo and file do not belong together"
+            )
+        target[mask], ignored[mask] = not shape.is_ignored, shape.is_ignored
     return target, ignored if ignored.any() else None
 
 
-def _paint_one(points: Points, size_hw: SizeHW) -> BoolMask:
-    canvas = Image.new("1", (size_hw[1], size_hw[0]))
-    ImageDraw.Draw(canvas).polygon(points if len(points) > 1 else points * 2, fill=1, outline=1)
-    return np.array(canvas, dtype=np.bool_)
+def _stated_hw(record: object, where: str) -> SizeHW | None:
+    """Return the size LabelMe notes of the photo, None where the file has none. Raises: DataError."""
+    if not isinstance(record, dict) or record.get("imageHeight") is None or record.get("imageWidth") is None:
+        return None
+    return field(record, "imageHeight", int, where), field(record, "imageWidth", int, where)
 
 
-def _points(shape: dict[str, Any], where: str) -> Points:
-    points = field(shape, "points", list, where)
-    for point in points:
-        is_pair = isinstance(point, list) and len(point) == 2 and all(type(value) in (int, float) for value in point)
-        if not is_pair or not all(abs(value) <= _MAX_COORDINATE_PX for value in point):
-            raise DataError(
-                f"{where}: found point {point!r}, expected [x, y] within {_MAX_COORDINATE_PX} px; repair the file"
-            )
-    if not points:
-        raise DataError(f"{where}: found no points, expected a polygon; repair the file")
-    return [(int(x), int(y)) for x, y in points]
+def _label(shape: object, where: str) -> str:
+    """Return the label of a shape in lower case. Raises: DataError."""
+    label = field(shape, "label", str, where).lower()
+    if any(name in label for name in _NO_TARGETS):
+        raise DataError(
+            f"{where}: found the label {shown(label)}, expected target, ignore or flag; leave out what is no target"
+        )
+    return label
 
 
 def _read_json(path: Path) -> object:
@@ -279,10 +301,14 @@ def _json_files(root: Path, split: str) -> list[Path]:
     folder = root / split
     if not folder.is_dir():
         raise MissingDataError(f"{folder}: found no such folder, expected photos with JSON files; check root and split")
-    files = {path.with_suffix(".json") for path in folder.iterdir() if path.suffix in (".jpg", ".json")}
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".jpg", ".json") and not is_hidden(path):
+            # Photo and file may have the two Unicode forms of one name.
+            files.setdefault(unicodedata.normalize("NFC", path.stem), existing_file(path.with_suffix(".json")))
     if not files:
         raise DataError(f"{folder}: found no .jpg and no .json, expected photos with JSON files; unpack the dataset")
-    return sorted(files)
+    return sorted(files.values())
 
 
 def _is_usable(path: Path) -> bool:

@@ -10,13 +10,16 @@ The file states no size, so the photo is asked. The caption keeps its capitals, 
 released loader gets wrong: see `grounded_caption.py`; it also cut the end off a phrase that another one overlapped.
 """
 
+from functools import partial
 from pathlib import Path
 
+from pixel_sail.data.coordinates import shows_pixels
 from pixel_sail.data.details import OURS, is_released
 from pixel_sail.data.fields import ImageFolders, field, stated_hw
 from pixel_sail.data.phrases import Phrase
 from pixel_sail.data.records import open_records
 from pixel_sail.data.sources.grounded_caption import CaptionRecord, GroundedCaptionSource, MaskedPhrase
+from pixel_sail.texts import shown
 from pixel_sail.types import DataError, Source
 
 
@@ -57,14 +60,14 @@ class RefcocogLayout:
         if not isinstance(outer, dict) or len(outer) != 1:
             raise DataError(f"{where}: found {type(outer).__name__}, expected an object of one key; repair the record")
         ((key, record),) = outer.items()
-        where = f"{where} ({key})"
+        where = f"{where} ({shown(key)[1:-1]})"
         file_name, caption = field(record, "img_file_name", str, where), field(record, "caption", str, where)
         refs = field(record, "refs", list, where)
         phrases = []
         for ref in refs:
             sentence = field(ref, "sentence", str, where)
             if ref.get("segmentation"):
-                at = f"{where}, {sentence!r}"
+                at = f"{where}, {shown(sentence)}"
                 segmentations = (ref["segmentation"],)
                 phrases.append(MaskedPhrase(phrase=Phrase(text=sentence), segmentations=segmentations, where=at))
         return CaptionRecord(
@@ -72,6 +75,7 @@ class RefcocogLayout:
             file_name=file_name,
             image_hw=stated_hw(record, where),
             caption=caption.lower() if self._lower_case else caption,
+            shows_pixels=partial(shows_pixels, self._records),
             phrases=tuple(phrases),
             num_unmasked=len(refs) - len(phrases),
         )

@@ -129,7 +129,8 @@ class ReferRegionSource:
     def _mask(self, ann_ids: tuple[int, ...], image_id: int) -> BoolMask:
         size_hw = self._annotations.images[image_id].size_hw
         where = f"{self._annotations.refs_file}: image_id {image_id}, ann_id {list(ann_ids)}"
-        parts = [decode_segmentation(self._annotations.segmentations[ann_id], size_hw, where) for ann_id in ann_ids]
+        stored = self._annotations.segmentations
+        parts = [decode_segmentation(stored[ann_id], size_hw, where, stored.shows_pixels) for ann_id in ann_ids]
         mask = union_masks(parts, size_hw)
         if not mask.any():
             raise DataError(f"{where}: found a segmentation without pixels, expected at least one; repair the file")

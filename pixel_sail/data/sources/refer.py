@@ -228,7 +228,8 @@ def _target_rle(ref: Ref, annotations: ReferAnnotations) -> RLE | None:
         return None
     segmentations = [annotations.segmentations[ann_id] for ann_id in ref.ann_ids]
     where = f"{annotations.refs_file}: ref_id {ref.ref_id}, ann_id {list(ref.ann_ids)}"
-    return merge_to_rle(segmentations, annotations.images[ref.image_id].size_hw, where)
+    size_hw = annotations.images[ref.image_id].size_hw
+    return merge_to_rle(segmentations, size_hw, where, annotations.segmentations.shows_pixels)
 
 
 def _released_target(ref: Ref, annotations: ReferAnnotations) -> RLE | None:
@@ -238,19 +239,23 @@ def _released_target(ref: Ref, annotations: ReferAnnotations) -> RLE | None:
     where = f"{annotations.refs_file}: ref_id {ref.ref_id}, ann_id {list(ref.ann_ids)}"
     size_hw = annotations.images[ref.image_id].size_hw
     is_gref = annotations.refs_file.name.startswith("grefs(")
-    kept = [ann_id for ann_id in ref.ann_ids if not (is_gref and annotations.segmentations.is_crowd(ann_id))]
-    segmentations = [annotations.segmentations[ann_id] for ann_id in kept]
-    summed = summed_as_released(segmentations, size_hw, where)
+    stored = annotations.segmentations
+    kept = [ann_id for ann_id in ref.ann_ids if not (is_gref and stored.is_crowd(ann_id))]
+    segmentations = [stored[ann_id] for ann_id in kept]
+    summed = summed_as_released(segmentations, size_hw, where, stored.shows_pixels)
     if summed is not None or len(kept) == len(ref.ann_ids):
         return summed
-    return merge_to_rle(segmentations, size_hw, where) if kept else encode_mask(np.zeros(size_hw, dtype=np.bool_))
+    if not kept:
+        return encode_mask(np.zeros(size_hw, dtype=np.bool_))
+    return merge_to_rle(segmentations, size_hw, where, stored.shows_pixels)
 
 
 def _target_mask(ref: Ref, annotations: ReferAnnotations) -> BoolMask:
     size_hw = annotations.images[ref.image_id].size_hw
     where = f"{annotations.refs_file}: ref_id {ref.ref_id}"
+    segmentations = annotations.segmentations
     masks = [
-        decode_segmentation(annotations.segmentations[ann_id], size_hw, f"{where}, ann_id {ann_id}")
+        decode_segmentation(segmentations[ann_id], size_hw, f"{where}, ann_id {ann_id}", segmentations.shows_pixels)
         for ann_id in ref.ann_ids
     ]
     return union_masks(masks, size_hw)

@@ -15,13 +15,16 @@ The released loader takes the annotation whose own id is that of the image; here
 
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pixel_sail.data.coordinates import shows_pixels
 from pixel_sail.data.images import MAX_SIDE_PX, find_image
 from pixel_sail.data.masks import merge_to_rle
 from pixel_sail.data.records import open_records
-from pixel_sail.types import RLE, DataError, RegionCaption, SizeHW
+from pixel_sail.texts import shown
+from pixel_sail.types import DataError, RegionCaption
 
 
 def load_region_captions(
@@ -36,6 +39,7 @@ def load_region_captions(
     regions = open_records(annotations, "annotations")
     region_of_image = regions.lookup("image_id")
     references = None if captions is None else _read_captions(captions)
+    in_pixels = partial(shows_pixels, regions)
     result = []
     for number, image_id in enumerate(images.integers("id").tolist()):
         image = images[number]
@@ -47,18 +51,13 @@ def load_region_captions(
                 item_id=str(image_id),
                 image_path=find_image([Path(image_dir)], _text(image, "file_name", where)),
                 image_hw=size_hw,
-                region=_region(regions[place].get("segmentation"), size_hw, f"{regions.where}[{place}]"),
+                region=merge_to_rle(
+                    [regions[place].get("segmentation")], size_hw, f"{regions.where}[{place}]", in_pixels
+                ),
                 references=_references(image, image_id, references, captions, where),
             )
         )
     return result
-
-
-def _region(segmentation: Any, size_hw: SizeHW, where: str) -> RLE:
-    """Return the union of polygons, of one RLE or of a list of RLEs."""
-    if isinstance(segmentation, list) and segmentation and all(isinstance(part, dict) for part in segmentation):
-        return merge_to_rle(segmentation, size_hw, where)
-    return merge_to_rle([segmentation], size_hw, where)
 
 
 def _references(
@@ -85,7 +84,7 @@ def _read_captions(path: str | Path) -> dict[int, tuple[str, ...]]:
         where = f"{records.where}[{number}]"
         image_id = record.get("image_id") if isinstance(record, dict) else None
         if type(image_id) not in (int, str) or not str(image_id).isdecimal():
-            raise DataError(f"{where}: found image_id = {image_id!r}, expected a number; repair the file")
+            raise DataError(f"{where}: found image_id = {shown(image_id)}, expected a number; repair the file")
         found[int(str(image_id))].append(_text(record, "caption", where))
     return {image_id: tuple(texts) for image_id, texts in found.items()}
 
@@ -93,12 +92,12 @@ def _read_captions(path: str | Path) -> dict[int, tuple[str, ...]]:
 def _text(record: Any, key: str, where: str) -> str:
     value = record.get(key) if isinstance(record, dict) else None
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where}: found {key} = {value!r}, expected text; repair the file")
+        raise DataError(f"{where}: found {key} = {shown(value)}, expected text; repair the file")
     return value
 
 
 def _positive(record: Any, key: str, where: str) -> int:
     value = record.get(key) if isinstance(record, dict) else None
     if type(value) is not int or not 1 <= value <= MAX_SIDE_PX:
-        raise DataError(f"{where}: found {key} = {value!r}, expected 1 .. {MAX_SIDE_PX} pixels; repair the file")
+        raise DataError(f"{where}: found {key} = {shown(value)}, expected 1 .. {MAX_SIDE_PX} pixels; repair the file")
     return value

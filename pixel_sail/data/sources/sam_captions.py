@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pixel_sail.data.images import image_file
 from pixel_sail.data.masks import decode_rle
 from pixel_sail.data.prompts import MASK_ONLY
 from pixel_sail.data.records import Records, open_records
@@ -30,6 +31,7 @@ from pixel_sail.data.regions import RegionSettings, RegionTurn, region_sample
 from pixel_sail.data.sources.perbench import stated_rle
 from pixel_sail.data.wording.marker import remove_marker
 from pixel_sail.data.wording.region import DETAILED_SUFFIX, REGION_ANSWER, detailed_question
+from pixel_sail.texts import shown
 from pixel_sail.types import BoolMask, DataError, Sample, Source
 
 logger = logging.getLogger(__name__)
@@ -83,7 +85,7 @@ class SamCaptionSource:
     def image_path(self, index: int) -> Path:
         """Return the photo of an item. Raises: DataError."""
         number = int(self._numbers[index])
-        return self._image_dir / _image_name(self._records[number], f"{self._records.where}[{number}]")
+        return image_file(self._image_dir, _image_name(self._records[number], f"{self._records.where}[{number}]"))
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
         """Return objects drawn from all of an item's photograph. Raises: DataError naming file, record and object."""
@@ -110,7 +112,7 @@ class SamCaptionSource:
             self._settings,
             sample_id=f"{self.name}/record={number}/item={index}",
             source=self.name,
-            image_path=self._image_dir / image_name,
+            image_path=image_file(self._image_dir, image_name),
             image_hw=(masks[0].shape[0], masks[0].shape[1]),
             absent_question=lambda draw: detailed_question(draw) + DETAILED_SUFFIX,
         )
@@ -142,7 +144,7 @@ def _captions(record: Any, where: str) -> dict[int, str]:
     """Return the captions that say something, without the marker, by the place of their objects in the record."""
     objects = record.get("object_annotations")
     if not isinstance(objects, list):
-        raise DataError(f"{where}: found object_annotations = {objects!r}, expected a list; repair the file")
+        raise DataError(f"{where}: found object_annotations = {shown(objects)}, expected a list; repair the file")
     found = {}
     for place, item in enumerate(objects):
         text = _text_of(item)
@@ -161,7 +163,7 @@ def _text_of(item: Any) -> str | None:
 def _image_name(record: Any, where: str) -> str:
     image_name = record.get("image_name") if isinstance(record, dict) else None
     if not isinstance(image_name, str) or not image_name:
-        raise DataError(f"{where}: found image_name = {image_name!r}, expected a file name; repair the file")
+        raise DataError(f"{where}: found image_name = {shown(image_name)}, expected a file name; repair the file")
     return image_name
 
 
