@@ -596,16 +596,12 @@ def load_config(
     Raises: ConfigError for unknown keys, wrong types, missing values and choices that do not exist.
     """
     where = f"configs/{name}.yaml {[*overrides, *(f'--{key}={text}' for key, text in given.items())]}"
-    for override in overrides:
-        if override.startswith("-") or ("=" not in override and not override.startswith("~")):
-            raise ConfigError(f"{where}: found {override!r}, expected key=value; --help lists the keys")
-        if (key := override.partition("=")[0]) in given:
-            raise ConfigError(f"{where}: {key} is given twice, as {override!r} and as --{key}")
-    places = [f"{key}={quoted('given')}" for key in given]
+    _check_forms(where, overrides, given)
+    stand_ins: list[str] = [f"{key}={quoted('given')}" for key in given]
     try:
         with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
             try:
-                composed = _composed(name, schema, [*overrides, *places])
+                composed = _composed(name, schema, [*overrides, *stand_ins])
             except OmegaConfBaseException:
                 raise
             except ValueError as error:
@@ -633,11 +629,20 @@ def load_config(
         raise ConfigError(f"{where}: {error}{cause}{plain}") from error
     assert is_dataclass(result) and isinstance(result, schema)
     texts: dict[str, Any] = {key: text if key in _NO_PATHS else _path(key, text) for key, text in given.items()}
-    result = replace(result, **texts)
+    config = replace(result, **texts)
     for key in _NEVER_EMPTY:
-        if getattr(result, key, None) == "":
+        if getattr(config, key, None) == "":
             raise ConfigError(f"{where}: {key} is empty, expected a value; a shell variable may not have been set")
-    return result
+    return config
+
+
+def _check_forms(where: str, overrides: Sequence[str], given: Mapping[str, str]) -> None:
+    """Raise ConfigError for what is no override, and for a setting that is also given as an option."""
+    for override in overrides:
+        if override.startswith("-") or ("=" not in override and not override.startswith("~")):
+            raise ConfigError(f"{where}: found {override!r}, expected key=value; --help lists the keys")
+        if (key := override.partition("=")[0]) in given:
+            raise ConfigError(f"{where}: {key} is given twice, as {override!r} and as --{key}")
 
 
 _NEVER_EMPTY = ("name", "run_dir", "checkpoint", "output", "image")

@@ -61,7 +61,7 @@ def kind_of(schema: type, key: str) -> Any:
     """Return the type of a setting: Any within an open set, None where the schema has no such key."""
     kind: Any = schema
     for part in key.split("."):
-        if is_dataclass(kind):
+        if isinstance(kind, type) and is_dataclass(kind):
             kind = _fields(kind).get(part)
         elif get_origin(kind) is dict:
             kind = get_args(kind)[1]
@@ -71,7 +71,7 @@ def kind_of(schema: type, key: str) -> Any:
 
 
 @cache
-def _fields(schema: Any) -> dict[str, Any]:
+def _fields(schema: type) -> dict[str, Any]:
     return get_type_hints(schema)
 
 
