@@ -27,7 +27,7 @@ from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from pixel_sail.data.details import DETAILS, OURS
+from pixel_sail.data.details import DETAILS
 from pixel_sail.data.leakage import LeakageConfig
 from pixel_sail.data.packing import PackingSettings
 from pixel_sail.errors import ExpectedError
@@ -142,7 +142,7 @@ class DataConfig:
 
     sources: dict[str, Any] = field(default_factory=dict)
     """Name -> `_target_` and arguments of a function that returns a `types.Source`."""
-    details: str = OURS
+    details: str = "ours"
     """ours or released: what the options of `configs/source/` stand at in which the project's data differ from the
     release's, such as `data.sources.coco_vp.candidates`; each can be set by itself."""
     repeats: dict[str, float] = field(default_factory=dict)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_configs import names
 
 from pixel_sail.config import CONFIG_FOLDER, FRESH_PARTS, ConfigError, TrainConfig, load_config
+from pixel_sail.model.modeling_pixel_sail import load_model
 from pixel_sail.training.build import NAMES, build_model
 
 ARCHITECTURE = "model.architecture."
@@ -143,3 +144,11 @@ def test_tensors_that_the_start_lacks_or_has_too_many_are_an_error_whatever_is_a
 def test_a_part_that_does_not_exist_cannot_be_drawn():
     with pytest.raises(ConfigError, match=r"model\.init_fresh: found \['decoder'\]"):
         load_config("train", TrainConfig, [CARD, "model.init_fresh=[decoder,mask_head]"])
+
+
+def test_a_start_in_several_files_is_the_start_in_one(data_root, base, tmp_path):
+    whole = load_model(base)
+    whole.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert not (tmp_path / "model.safetensors").exists() and len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    found = build(configured(data_root, f"model.init_from={tmp_path}")).state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in whole.state_dict().items())
