@@ -9,6 +9,7 @@ Place in the flow: `scripts/predict.py` calls `ask_files`, which asks a `Predict
 """
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from pixel_sail.answers import AskResult, Box, Point
-from pixel_sail.config import AskConfig, ConfigError
+from pixel_sail.config import ASK_TEXTS, AskConfig, ConfigError, load_config, plain_options
 from pixel_sail.data.images import existing_file, load_image
 from pixel_sail.evaluation.overlay import PALETTE, Picture, paint
 from pixel_sail.files import check_writable, is_hidden, replace_bytes, replace_text
@@ -27,7 +28,44 @@ from pixel_sail.model.generation import NotFiniteError
 from pixel_sail.predictor import Predictor
 from pixel_sail.types import DataError
 
+REGIONS = {"box": ("boxes", 4), "point": ("points", 2)}
+"""Option -> the setting it adds to, and its number of coordinates."""
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+def ask_config(arguments: Sequence[str]) -> AskConfig:
+    """Return the configuration of a command line: `--image FILE`, `--question TEXT`, `--checkpoint FOLDER` and
+    `--output FOLDER` as they stand, `--box X0,Y0,X1,Y1` and `--point X,Y` as often as wanted, and overrides.
+
+    Raises: ConfigError as `load_config`, and for an option that is given twice or has no such numbers.
+    """
+    options, overrides = plain_options(arguments, (*ASK_TEXTS, *REGIONS))
+    texts: dict[str, str] = {}
+    regions: dict[str, list[str]] = {}
+    for name, text in options:
+        if name in REGIONS:
+            setting, length = REGIONS[name]
+            regions.setdefault(setting, []).append(f"[{','.join(map(repr, _numbers(name, text, length)))}]")
+        elif name in texts:
+            raise ConfigError(f"--{name} is given twice: {texts[name]!r} and {text!r}")
+        else:
+            texts[name] = text
+    for setting, written in regions.items():
+        if any(override.startswith(f"{setting}=") for override in overrides):
+            raise ConfigError(f"{setting}=... and options of the same are given; use one of both")
+        overrides.append(f"{setting}=[{','.join(written)}]")
+    return load_config("predict", AskConfig, overrides, given=texts)
+
+
+def _numbers(name: str, text: str, length: int) -> list[float]:
+    """Return the coordinates of an option. Raises: ConfigError."""
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != length or not all(map(math.isfinite, numbers)):
+        raise ConfigError(f"--{name}: found {text!r}, expected {length} numbers with commas between, in pixels")
+    return numbers
 
 
 def ask_files(config: AskConfig) -> Iterator[tuple[Path, AskResult | DataError]]:

@@ -9,11 +9,14 @@ anything is built. Scripts call `load_config("train", TrainConfig, overrides)` a
 """
 
 import math
+import os
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, is_dataclass
+import types
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
@@ -21,7 +24,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.utils import instantiate
-from omegaconf import MISSING, OmegaConf, open_dict
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from pixel_sail.data.details import DETAILS, OURS
@@ -33,7 +36,8 @@ from pixel_sail.losses.total import LossConfig
 from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.mask_head import INITS
 from pixel_sail.model.speed import CHECKPOINTING, Speed
-from pixel_sail.places import root_folder
+from pixel_sail.overrides import as_typed, kind_of, needs_look, quoted
+from pixel_sail.places import expanded, root_folder
 from pixel_sail.types import DataError
 
 CONFIG_FOLDER = root_folder() / "configs"
@@ -81,6 +85,21 @@ class LoraConfig:
         if self.rank < 0 or self.alpha <= 0:
             raise ConfigError(f"model.lora: rank is {self.rank}, alpha {self.alpha}; expected 0 or more, and above 0")
         check_patterns("model.lora.targets", self.targets)
+
+
+LONGEST_NAME = 200
+"""Bytes; file systems allow 255, and some names are made longer."""
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError unless a run's name can be the name of its folder."""
+    if not name.strip() or name in (".", "..") or "/" in name or not name.isprintable():
+        raise ConfigError(
+            f"name is {name!r}, expected the name of one folder: printable characters, no '/'; a folder elsewhere is "
+            "named by run_dir"
+        )
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        raise ConfigError(f"name has {len(os.fsencode(name))} bytes, expected at most {LONGEST_NAME}: {name!r}")
 
 
 FRESH_PARTS = ("mask_head", "prompt_projection", "patch_embedding")
@@ -432,6 +451,7 @@ class TrainConfig:
     """One training run."""
 
     name: str = MISSING
+    """Of the run, and of its folder in `paths.runs`."""
     run_dir: str = "${paths.runs}/${name}"
     seed: int = 0
     paths: PathsConfig = field(default_factory=PathsConfig)
@@ -455,6 +475,10 @@ class TrainConfig:
     predict: PredictConfig = field(default_factory=PredictConfig)
     evals: dict[str, Any] = field(default_factory=dict)
     """Name -> `_target_` and arguments of a function that returns expressions to score, or a task."""
+
+    def __post_init__(self) -> None:
+        """Check the name."""
+        check_name(self.name)
 
 
 @dataclass(kw_only=True)
@@ -507,6 +531,10 @@ class AskConfig:
     predict: PredictConfig = field(default_factory=PredictConfig)
 
 
+ASK_TEXTS = ("checkpoint", "image", "question", "output")
+"""Settings of `AskConfig` that scripts/predict.py also takes as options."""
+
+
 @dataclass(kw_only=True)
 class DemoLimits:
     """How much one user of the demo may ask for, and all together."""
@@ -514,6 +542,10 @@ class DemoLimits:
     upload_mb: float = 20.0
     megapixels: float = 24.0
     """Of an image as stored, checked before it is decoded."""
+    header_s: float = 10.0
+    """A connection that has not asked for anything after so many seconds is ended."""
+    transfer_s: float = 120.0
+    """A request with its photo must have come within so many seconds, and what is sent must be taken."""
     text_characters: int = 1000
     turns: int = 50
     """Questions about one image."""
@@ -553,41 +585,147 @@ for _name, _node in (("train", TrainConfig), ("evaluate", EvalConfig), ("predict
     _STORE.store(group="program", name=_name, node={}, package="_global_")
 
 
-def load_config(name: str, schema: type[Config], overrides: Sequence[str]) -> Config:
+def load_config(
+    name: str, schema: type[Config], overrides: Sequence[str], *, given: Mapping[str, str] = types.MappingProxyType({})
+) -> Config:
     """Compose `configs/<name>.yaml` with command-line overrides into a checked object.
 
+    Settings that hold text get the text that was typed, see `overrides.py`. A leading `~` of a path is the home
+    folder, and an empty `paths.data` or `paths.runs`, as of an empty variable, counts as not given.
+    given: texts by key of the schema that are taken as they are, without even `${...}`.
     Raises: ConfigError for unknown keys, wrong types, missing values and choices that do not exist.
     """
+    where = f"configs/{name}.yaml {[*overrides, *(f'--{key}={text}' for key, text in given.items())]}"
+    _check_forms(where, overrides, given)
+    stand_ins: list[str] = [f"{key}={quoted('given')}" for key in given]
     try:
         with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
             try:
-                composed = compose(name, list(overrides), return_hydra_config=True)
+                composed = _composed(name, schema, [*overrides, *stand_ins])
             except OmegaConfBaseException:
                 raise
             except ValueError as error:
                 # What Hydra raises for `recipe=null`.
                 raise ConfigError(
-                    f"configs/{name}.yaml {list(overrides)}: {error}; to choose none of a group leave it out, or put ~ "
-                    "before its name"
+                    f"{where}: {error}; to choose none of a group leave it out, or put ~ before its name"
                 ) from error
+            _check_files(composed, schema, {override.partition("=")[0] for override in overrides})
         # For names of what was chosen, such as ${hydra:runtime.choices.model}; not part of the result.
         HydraConfig.instance().set_config(composed)
         with open_dict(composed):
             del composed["hydra"]
+        if "paths" in composed:
+            for key, default in asdict(PathsConfig()).items():
+                composed.paths[key] = _path(f"paths.{key}", composed.paths[key] or default)
         OmegaConf.resolve(composed)
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
             raise ConfigError(f"configs/{name}.yaml: no value for {missing}; give each as key=value")
+        _expand_homes(composed)
         result = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"configs/{name}.yaml {list(overrides)}: {error}") from error
+        plain = f"; --{', --'.join(ASK_TEXTS)} TEXT are taken as they stand" if schema is AskConfig else ""
+        cause = f": {str(error.__cause__).splitlines()[0]}" if str(error.__cause__ or "") else ""
+        raise ConfigError(f"{where}: {error}{cause}{plain}") from error
     assert is_dataclass(result) and isinstance(result, schema)
-    return result
+    texts: dict[str, Any] = {key: text if key in _NO_PATHS else _path(key, text) for key, text in given.items()}
+    config = replace(result, **texts)
+    for key in _NEVER_EMPTY:
+        if getattr(config, key, None) == "":
+            raise ConfigError(f"{where}: {key} is empty, expected a value; a shell variable may not have been set")
+    return config
+
+
+def _check_forms(where: str, overrides: Sequence[str], given: Mapping[str, str]) -> None:
+    """Raise ConfigError for what is no override, and for a setting that is also given as an option."""
+    for override in overrides:
+        if override.startswith("-") or ("=" not in override and not override.startswith("~")):
+            raise ConfigError(f"{where}: found {override!r}, expected key=value; --help lists the keys")
+        if (key := override.partition("=")[0]) in given:
+            raise ConfigError(f"{where}: {key} is given twice, as {override!r} and as --{key}")
+
+
+_NEVER_EMPTY = ("name", "run_dir", "checkpoint", "output", "image")
+"""Settings whose empty text would be read as the current folder."""
+_NO_PATHS = ("name", "question")
+"""Settings whose leading `~` is part of the text."""
+
+
+def _composed(name: str, schema: type, overrides: Sequence[str]) -> DictConfig:
+    """Return what Hydra composes of overrides as they were typed. Raises: HydraException, OmegaConfBaseException."""
+    before = OmegaConf.create()
+    if any(needs_look(override, schema) for override in overrides):
+        before = compose(name, as_typed([o for o in overrides if not needs_look(o, schema)], schema, lambda key: False))
+
+    def text_before(key: str) -> bool:
+        try:
+            return isinstance(OmegaConf.select(before, key), str)
+        except OmegaConfBaseException:
+            return False
+
+    return compose(name, as_typed(overrides, schema, text_before), return_hydra_config=True)
+
+
+def _check_files(composed: DictConfig, schema: type, given: Collection[str]) -> None:
+    """Raise ConfigError where a chosen file has a number for a text that no override gives: `name: 2024_11_05` is
+    20241105 by the rules of YAML, and another run's name may be the same."""
+    chosen = [(group, name) for group, name in composed.hydra.runtime.choices.items() if isinstance(name, str)]
+    folders = [Path(source.path) for source in composed.hydra.runtime.config_sources if source.schema == "file"]
+    for file in (folder / group / f"{name}.yaml" for group, name in chosen for folder in folders):
+        text = file.read_text() if file.is_file() else ""
+        content = OmegaConf.create(text) if "@package _global_" in text else OmegaConf.create()
+        settings: Any = OmegaConf.to_container(content)
+        for key, value in settings.items():
+            if kind_of(schema, str(key)) is str and isinstance(value, int | float) and key not in given:
+                raise ConfigError(
+                    f"{file}: {key} is {value!r} as YAML reads it, expected text; put the value in quotation marks"
+                )
+
+
+def _path(key: str, path: str) -> str:
+    """Return a path with the home folder for `~`. Raises: ConfigError where there is none."""
+    found = expanded(path)
+    if found is None:
+        raise ConfigError(
+            f"{key} is {path!r}, but HOME is not set and the system does not know this user; write it out"
+        )
+    return found
+
+
+def _expand_homes(node: Any, where: str = "") -> None:
+    """Replace `~` in every path below a node."""
+    for key in range(len(node)) if isinstance(node, ListConfig) else list(node):
+        own, value = f"{where}{key}", node[key]
+        if isinstance(value, DictConfig | ListConfig):
+            _expand_homes(value, f"{own}.")
+        elif isinstance(value, str) and value.startswith("~") and own not in _NO_PATHS:
+            node[key] = _path(own, value)
 
 
 def command_line_overrides() -> list[str]:
     """Return the overrides of this process; the deepspeed launcher's own --local_rank argument is left out."""
     return [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+
+
+def plain_options(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return the options `--name TEXT` and `--name=TEXT` among arguments, and the other arguments.
+
+    The text is whatever stands there, also when it begins with a dash. Raises: ConfigError for an option without one.
+    """
+    found: list[tuple[str, str]] = []
+    rest: list[str] = []
+    left = iter(arguments)
+    for argument in left:
+        option, separator, text = argument.partition("=")
+        name = option.removeprefix("--")
+        if option == name or name not in names:
+            rest.append(argument)
+            continue
+        value = text if separator else next(left, None)
+        if value is None:
+            raise ConfigError(f"{argument}: found nothing behind it, expected {argument} TEXT")
+        found.append((name, value))
+    return found, rest
 
 
 def check_plain(settings: Any, where: str) -> None:

@@ -1,17 +1,39 @@
 """Processes: the environment a launcher leaves behind, and sums over ranks.
 
 Place in the flow: the lowest layer beside `types`; training and evaluation ask it who they are. Works the same under
-plain `python` (one process), `torchrun`, `accelerate launch` and the `deepspeed` launcher.
+plain `python` (one process), `torchrun`, `accelerate launch` and the `deepspeed` launcher, which leave for the second
+of two processes
+
+    RANK=1 LOCAL_RANK=1 WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500
 """
 
 import os
+import re
 import socket
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from pixel_sail.errors import ExpectedError
+
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+OTHER_LAUNCHERS = {
+    "srun": ("SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")),
+    "mpirun": ("OMPI_COMM_WORLD_RANK", ("OMPI_COMM_WORLD_SIZE",)),
+    "mpiexec": ("PMI_RANK", ("PMI_SIZE",)),
+    "mpirun_rsh": ("MV2_COMM_WORLD_RANK", ("MV2_COMM_WORLD_SIZE",)),
+    "jsrun": ("JSM_NAMESPACE_RANK", ("JSM_NAMESPACE_SIZE",)),
+}
+"""Programs that start tasks without setting `VARIABLES` -> their number of a task, and the first of these variables
+that is set counts the tasks."""
+
+
+class LaunchError(ExpectedError):
+    """The launcher's variables do not describe a group of processes."""
 
 
 def free_port() -> int:
@@ -22,11 +44,78 @@ def free_port() -> int:
 
 
 def ensure_launch_environment() -> None:
-    """Give a process that no launcher started the variables of a group of one, so that DeepSpeed need not guess."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return
-    single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update(single, MASTER_PORT=str(free_port()))
+    """Check the launcher's variables, and fill in those that a single process can do without, so that DeepSpeed need
+    not guess. A variable that is empty counts as not set.
+
+    Raises: LaunchError for variables that are missing or do not fit together, and for a task that another program
+    started beside others without numbering it, which would do the whole work once more.
+    """
+    given = {name: value for name in VARIABLES if (value := os.environ.get(name, "").strip())}
+    for name in VARIABLES:
+        os.environ.pop(name, None)
+    os.environ.update(given)
+    number, local, size, _, port = (_number(given, name) for name in VARIABLES if name != "MASTER_ADDR")
+    if number is None:
+        _refuse_unnumbered_tasks()
+    if number is None and (size or 1) > 1:
+        raise LaunchError(f"RANK is not set, expected 0 .. {(size or 1) - 1} as WORLD_SIZE is {size}; {_HOW}")
+    if size is None and (number or 0) > 0:
+        raise LaunchError(f"WORLD_SIZE is not set, expected the number of all processes as RANK is {number}; {_HOW}")
+    number, size = number or 0, 1 if size is None else size
+    if size < 1 or number >= size:
+        raise LaunchError(f"RANK is {number} and WORLD_SIZE {size}, expected RANK from 0 to WORLD_SIZE - 1; {_HOW}")
+    if port is not None and not 0 < port < 2**16:
+        raise LaunchError(f"MASTER_PORT is {port}, expected 1 .. 65535; {_HOW}")
+    num_gpus = torch.cuda.device_count()
+    if local is None and size > 1 and num_gpus > 1:
+        raise LaunchError(f"LOCAL_RANK is not set, expected which of the {num_gpus} GPUs this process takes; {_HOW}")
+    if num_gpus and (local or 0) >= num_gpus:
+        raise LaunchError(
+            f"LOCAL_RANK is {local}, but torch sees {num_gpus} GPUs, counted from 0; start at most as many processes "
+            "on this node"
+        )
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in given]
+    if size > 1 and missing:
+        raise LaunchError(
+            f"{' and '.join(missing)} not set, expected where rank 0 listens as WORLD_SIZE is {size}; {_HOW}"
+        )
+    filled = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    if "MASTER_PORT" in missing:
+        filled["MASTER_PORT"] = str(free_port())
+    os.environ.update(filled | given)
+
+
+_HOW = (
+    "start with torchrun, accelerate launch or deepspeed, or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and "
+    "MASTER_PORT for every process; a single process needs none of them"
+)
+
+
+def _number(given: Mapping[str, str], name: str) -> int | None:
+    """Return a variable as a number, None where it is not set. Raises: LaunchError."""
+    if name not in given:
+        return None
+    if not re.fullmatch(r"[0-9]{1,9}", given[name]):
+        raise LaunchError(f"{name} is {given[name]!r}, expected a number, 0 or more; {_HOW}")
+    return int(given[name])
+
+
+def _refuse_unnumbered_tasks() -> None:
+    """Raise LaunchError where another program started several tasks of which this is one."""
+    for program, (number, sizes) in OTHER_LAUNCHERS.items():
+        name = next((size for size in sizes if os.environ.get(size)), sizes[-1])
+        count = os.environ.get(name, "")
+        # The script of a Slurm job is numbered like a task, but runs once.
+        is_script = os.environ.get("ENVIRONMENT") == "BATCH" and not os.environ.get("SLURM_STEP_ID")
+        if not os.environ.get(number) or not count.isdecimal() or int(count) < 2 or (program == "srun" and is_script):
+            continue
+        raise LaunchError(
+            f"found task {os.environ[number]} of {count} that {program} started ({number}, {name}), but no RANK and "
+            "WORLD_SIZE: every task would do the whole work alone. Use scripts/slurm/train.sbatch or evaluate.sbatch, "
+            f"or let {program} start one task per node and that torchrun --nproc-per-node=GPUS, or set RANK=${number}, "
+            f"WORLD_SIZE=${name}, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for every task. For a process of its own set "
+            "RANK=0 and WORLD_SIZE=1"
+        )
 
 
 def start_group() -> None:
@@ -42,7 +131,7 @@ def start_group() -> None:
 
 def rank() -> int:
     """Return this process's rank, 0 without a group."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK") or 0)
 
 
 def world_size() -> int:
@@ -52,7 +141,7 @@ def world_size() -> int:
 
 def launched_world_size() -> int:
     """Return the number of processes the launcher started, also before the group exists."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -93,5 +182,5 @@ def shutdown() -> None:
 def local_device() -> torch.device:
     """Return the device of this process: its own GPU where there are GPUs, else the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
     return torch.device("cpu")

@@ -14,12 +14,11 @@ import uvicorn
 
 from pixel_sail.cli import script_help, wants_help
 from pixel_sail.config import DemoConfig, command_line_overrides, load_config
+from pixel_sail.demo.connections import connection_options
 from pixel_sail.demo.examples import draw_examples
 from pixel_sail.demo.server import build_app
 from pixel_sail.entry import one_message
 from pixel_sail.predictor import Predictor
-
-MOST_CONNECTIONS = 64
 
 
 @one_message
@@ -46,8 +45,8 @@ def main() -> int:
         port=config.port,
         access_log=False,
         server_header=False,
-        limit_concurrency=MOST_CONNECTIONS,
         timeout_graceful_shutdown=5,
+        **connection_options(config.limits),
     )
     return 0
 

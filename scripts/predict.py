@@ -1,18 +1,21 @@
 """Ask a checkpoint about an image or a folder of images.
 
     scripts/predict.py checkpoint=runs/quickstart image=photo.jpg question="Please segment the red star in this image."
-    scripts/predict.py checkpoint=... image=photo.jpg question="What is <Prompt0>?" "boxes=[[10,20,200,180]]"
+    scripts/predict.py --checkpoint FOLDER --image 'photo (1).jpg' --question 'What is <Prompt0>?' --box 10,20,200,180
 
 Writes <output>/<image>.json (answer, masks as COCO RLE, scores) and <image>.png (the masks over the image).
+--checkpoint, --image, --question and --output are the settings of these names, taken as they stand, also with ${...};
+--box X0,Y0,X1,Y1 and --point X,Y may be given several times. Options and settings may stand in any order.
 """
 
+import io
 import logging
 import sys
 from pathlib import Path
 
-from pixel_sail.ask_files import ask_files, image_files
+from pixel_sail.ask_files import ask_config, ask_files, image_files
 from pixel_sail.cli import script_help, wants_help
-from pixel_sail.config import AskConfig, command_line_overrides, load_config
+from pixel_sail.config import command_line_overrides
 from pixel_sail.entry import one_message
 from pixel_sail.types import DataError
 
@@ -24,7 +27,10 @@ def main() -> int:
         print(script_help(Path(__file__), "AskConfig"))
         return 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    config = load_config("predict", AskConfig, command_line_overrides())
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # File names and answers may hold what the terminal's encoding has not.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    config = ask_config(command_line_overrides())
     count, unused = len(image_files(Path(config.image))), 0
     for number, (path, result) in enumerate(ask_files(config), start=1):
         unused += isinstance(result, DataError)

@@ -32,7 +32,6 @@ def main() -> int:
         return 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     dist.ensure_launch_environment()
-    dist.ensure_launch_environment()
     overrides = [argument for argument in command_line_overrides() if argument != DRY_RUN]
     config = load_config("train", TrainConfig, overrides)
     evals = {name: build(node, f"evals.{name}") for name, node in config.evals.items()}

@@ -6,14 +6,18 @@ from contextlib import contextmanager
 
 import uvicorn
 
+from pixel_sail.config import DemoLimits
+from pixel_sail.demo.connections import MOST_CONNECTIONS, connection_options
 from pixel_sail.demo.server import build_app
 
 
 @contextmanager
-def served(predictor, **settings):
+def served(predictor, *, most=MOST_CONNECTIONS, **settings):
     """Yield the address of a server on a free port; it has ended when the block ends."""
     app = build_app(predictor, name="test", **settings)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=5))
+    options = connection_options(settings.get("limits") or DemoLimits(), most)
+    config = uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=5, **options)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -107,6 +107,10 @@ def test_a_given_run_folder_is_made_absolute_and_passed_last(submit, tmp_path):
     _, tasks, _ = submit("train.sbatch", "name=x", nodes=1, gpus="1", RUN_DIR="/tmp/pixel_sail_run_dir_of_a_test")
     Path("/tmp/pixel_sail_run_dir_of_a_test").rmdir()
     assert tasks[-1]["args"][-1] == "run_dir=/tmp/pixel_sail_run_dir_of_a_test"
+    # Files of variables expand nothing.
+    home = tmp_path / "home"
+    _, tasks, _ = submit("train.sbatch", "name=x", nodes=1, gpus="1", RUN_DIR="~/mine", HOME=str(home))
+    assert tasks[-1]["args"][-1] == f"run_dir={home}/mine"
 
 
 def test_an_interrupted_run_is_requeued_and_a_failed_one_is_not(submit):

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shared_data import shared_data
 
+from pixel_sail import places
 from pixel_sail.data import records as records_module
 from pixel_sail.data.record_scan import MAX_FIELDS
 from pixel_sail.data.records import cache_folder, open_records
@@ -401,3 +402,41 @@ def test_shared_files_read_as_a_whole_read_gives_them(folder, file, key):
     path = shared_data(folder) / file
     whole = json.loads(path.read_bytes())
     assert list(open_records(path, key)) == (whole if key is None else whole[key])
+
+
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [
+        ({"PIXEL_SAIL_CACHE": "/c"}, "/c"),
+        ({"PIXEL_SAIL_CACHE": "~/c", "HOME": "/home/me"}, "/home/me/c"),
+        ({"PIXEL_SAIL_CACHE": "", "XDG_CACHE_HOME": "/x"}, "/x/pixel_sail"),
+        ({"PIXEL_SAIL_CACHE": "", "XDG_CACHE_HOME": "", "HOME": "/home/me"}, "/home/me/.cache/pixel_sail"),
+        ({"PIXEL_SAIL_CACHE": "", "XDG_CACHE_HOME": "relative", "HOME": "/home/me"}, "/home/me/.cache/pixel_sail"),
+    ],
+)
+def test_the_cache_needs_no_home_folder_where_a_variable_names_one(monkeypatch, variables, folder):
+    def unknown(number):
+        raise KeyError(number)
+
+    monkeypatch.setattr(places.pwd, "getpwuid", unknown)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cache_folder() == Path(folder)
+
+
+@pytest.mark.parametrize("home", [None, ""])
+@pytest.mark.parametrize("cache", ["", "~/c"])
+def test_a_user_without_a_home_folder_is_told_which_variable_to_set(monkeypatch, home, cache):
+    def unknown(number):
+        raise KeyError(number)
+
+    monkeypatch.setattr(places.pwd, "getpwuid", unknown)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    if home is not None:
+        monkeypatch.setenv("HOME", home)
+    monkeypatch.setenv("PIXEL_SAIL_CACHE", cache)
+    with pytest.raises(DataError, match="PIXEL_SAIL_CACHE"):
+        cache_folder()

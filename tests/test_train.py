@@ -53,7 +53,8 @@ def test_six_steps_equal_three_steps_and_three_more_bit_for_bit(data_root, tmp_p
     train(data_root, tmp_path / "whole", "data.num_workers=2", "deepspeed=none")
     train(data_root, tmp_path / "parts", "data.num_workers=2", "deepspeed=none", "checkpoint.stop_after=3")
     assert len(log_lines(tmp_path / "parts")) == 3
-    train(data_root, tmp_path / "parts", "data.num_workers=1", "deepspeed=none")
+    said = train(data_root, tmp_path / "parts", "data.num_workers=1", "deepspeed=none", "name=renamed")
+    assert "is the run 'quickstart', which goes on under the name 'renamed'" in said
     assert log_lines(tmp_path / "parts") == log_lines(tmp_path / "whole")
     weights = [tmp_path / run / "export" / "model.safetensors" for run in ("whole", "parts")]
     assert weights[0].read_bytes() == weights[1].read_bytes()

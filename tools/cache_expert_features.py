@@ -345,7 +345,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overrides.append("name=cache_expert_features")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     dist.ensure_launch_environment()
-    dist.ensure_launch_environment()
     config = load_config("train", TrainConfig, overrides)
     if not config.experts:
         raise ConfigError("experts is empty; choose a group, for example experts=sam2_mask2former")

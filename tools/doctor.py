@@ -78,7 +78,7 @@ def gpu_finding() -> Finding:
         seen_by_driver=driver_gpus(),
         seen_by_torch=len(names),
         torch_cuda=torch.version.cuda,
-        processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        processes=int(os.environ.get("LOCAL_WORLD_SIZE") or 1),
         without_bf16=weak,
     )
 
@@ -124,7 +124,7 @@ def shared_memory_finding(config: TrainConfig) -> Finding:
         packs=config.data.packs_per_micro_batch,
         patch_size=config.model.architecture.patch_size,
         workers=config.data.num_workers,
-        processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        processes=int(os.environ.get("LOCAL_WORLD_SIZE") or 1),
     )
     return checks.check_shared_memory(free=shutil.disk_usage("/dev/shm").free, needed=needed)
 

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from pixel_sail.data.noted_files import note_file
 from pixel_sail.data.record_scan import scan
 from pixel_sail.files import sha256
+from pixel_sail.places import expanded
 from pixel_sail.texts import shown
 from pixel_sail.types import DataError, MissingDataError
 
@@ -37,10 +38,20 @@ _INT64 = np.iinfo(np.int64)
 
 
 def cache_folder() -> Path:
-    """Return where index files are kept: $PIXEL_SAIL_CACHE, or pixel_sail below the user's cache folder."""
-    if CACHE_VARIABLE in os.environ:
-        return Path(os.environ[CACHE_VARIABLE]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pixel_sail"
+    """Return where index files are kept: $PIXEL_SAIL_CACHE, or pixel_sail below the user's cache folder.
+
+    A variable that is empty counts as not set, and so does an XDG_CACHE_HOME that is no absolute path (as the XDG
+    standard says). Raises: DataError where the user has no home folder.
+    """
+    own, cache = os.environ.get(CACHE_VARIABLE), os.environ.get("XDG_CACHE_HOME", "")
+    folder = f"{cache}/pixel_sail" if os.path.isabs(cache) else "~/.cache/pixel_sail"
+    found = expanded(own or folder)
+    if found is None:
+        raise DataError(
+            f"{own or folder}: found no home folder (HOME is not set, and the system does not know this user), "
+            f"expected a folder for small files; name one with the environment variable {CACHE_VARIABLE}"
+        )
+    return Path(found)
 
 
 def open_records(path: str | Path, key: str | None = None) -> "Records":

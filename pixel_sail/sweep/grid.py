@@ -1,7 +1,7 @@
 """Overrides with several values -> one job for every combination.
 
 Place in the flow: `run.py` expands the command line, `jobs.py` runs what comes out. Values are written as Hydra's
-multirun takes them: `a,b,c`, `range(1,4)`, `choice(a,b)`. An example of the data:
+multirun takes them: `a,b,c`, `range(1,4)`, `choice(a,b)`; texts stay what was typed. An example of the data:
 
     expand(["experiment=refshapes_ladder", "ablation=stride_4,stride_8", "seed=1,2"])[1] == Job(
         name="ablation-stride_4__seed-2",
@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from pixel_sail.config import ConfigError
+from pixel_sail.config import ConfigError, TrainConfig
+from pixel_sail.overrides import sweep_as_typed
 
 OWN_KEYS = ("run_dir", "name")
 """What the sweep gives every job itself."""
@@ -44,7 +45,7 @@ def expand(overrides: Sequence[str]) -> list[Job]:
     Raises: ConfigError for an override that cannot be read, or one that the sweep sets itself, or two jobs of one name.
     """
     try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        parsed = OverridesParser.create().parse_overrides(sweep_as_typed(overrides, TrainConfig))
     except HydraException as error:
         raise ConfigError(f"sweep: {error}") from error
     axes: list[tuple[str, list[str], bool]] = []

@@ -24,6 +24,7 @@ from typing import Any
 
 from pixel_sail.config import ConfigError
 from pixel_sail.files import replace_text
+from pixel_sail.overrides import quoted
 from pixel_sail.places import root_folder
 from pixel_sail.sweep.grid import Job
 from pixel_sail.types import DataError
@@ -158,14 +159,14 @@ def read_record(job: Job, settings: Settings) -> dict[str, Any]:
 
 def train_command(job: Job, settings: Settings) -> list[str]:
     """Return the command that trains a job, or continues to."""
-    own = [f"run_dir='{settings.run_dir(job)}'", f"name='{job.name}'"]
+    own = [f"run_dir={quoted(str(settings.run_dir(job)))}", f"name={quoted(job.name)}"]
     return [*settings.launcher, str(SCRIPTS / "train.py"), *job.overrides, *own]
 
 
 def evaluate_command(job: Job, settings: Settings) -> list[str]:
     """Return the command that scores a job's export, with one process."""
     return [
-        *(sys.executable, str(SCRIPTS / "evaluate.py"), f"checkpoint='{settings.run_dir(job)}'"),
+        *(sys.executable, str(SCRIPTS / "evaluate.py"), f"checkpoint={quoted(str(settings.run_dir(job)))}"),
         *settings.evaluate,
     ]
 

@@ -18,6 +18,8 @@ from torch.distributed import distributed_c10d
 from pixel_sail import dist
 from pixel_sail.config import ConfigError, TrainConfig, WatchdogConfig
 
+logger = logging.getLogger(__name__)
+
 
 def deepspeed_dictionary(config: TrainConfig, accumulation: int) -> dict[str, Any]:
     """Return the complete DeepSpeed configuration of a run."""
@@ -72,10 +74,31 @@ def give_timeout(timeout: timedelta) -> None:
             distributed_c10d._set_pg_timeout(timeout, group)
 
 
+LAUNCHER_SETTINGS = (
+    *("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_", "ACCELERATE_CONFIG_DS_FIELDS", "ACCELERATE_GRADIENT_"),
+    *("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DOWNCAST_BF16", "ACCELERATE_FP8_", "ACCELERATE_DYNAMO_"),
+    *("ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG"),
+)
+"""Beginnings of the variables by which `accelerate launch`, or the file that `accelerate config` wrote once, says how
+to train."""
+
+
+def leave_out_launcher_settings() -> None:
+    """Forget how the launcher would train, and log it: `optim` and `deepspeed` decide, whatever started the processes.
+
+    Accelerate would refuse its own DeepSpeed section beside ours, and follow it, or compile, where we say nothing.
+    """
+    left_out = {name: os.environ.pop(name) for name in sorted(os.environ) if name.startswith(LAUNCHER_SETTINGS)}
+    if left_out and dist.rank() == 0:
+        said = " ".join(f"{name.removeprefix('ACCELERATE_').lower()}={value}" for name, value in left_out.items())
+        logger.info("optim and deepspeed decide how to train; left out of what accelerate was told: %s", said)
+
+
 def build_accelerator(config: TrainConfig, accumulation: int) -> Accelerator:
     """Return the accelerator of this process; its process group exists afterwards."""
     for noisy in ("DeepSpeed", "deepspeed", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    leave_out_launcher_settings()
     handlers = [InitProcessGroupKwargs(timeout=collective_timeout(config.watchdog))]
     mixed_precision = "bf16" if config.optim.precision == "bf16" else "no"
     if not config.deepspeed.enabled:
@@ -100,6 +123,6 @@ def build_accelerator(config: TrainConfig, accumulation: int) -> Accelerator:
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise ConfigError(
             f"deepspeed.enabled is true, but under this launcher accelerate chose {accelerator.distributed_type}; "
-            "launch without its own --cpu or --fsdp options, or set deepspeed=none"
+            "launch without its own --cpu option, or set deepspeed=none"
         )
     return accelerator

@@ -7,6 +7,7 @@ Place in the flow: `prepare` builds what the configuration names and brings it t
 """
 
 import inspect
+import json
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -137,6 +138,8 @@ def prepare(config: TrainConfig, *, lock: bool) -> Run:
         checkpoint.check_fits(found, state, start)
         checkpoint.load_parameters(model, saved[0])
         logger.info("continuing from %s", found)
+        if (before := name_of_run(run_dir)) not in (None, config.name):
+            logger.warning("%s is the run %r, which goes on under the name %r", run_dir, before, config.name)
     state = behind_rewinds(run_dir, state)
     model.use(config.speed, config.optim.activation_checkpointing)
     own_optimizer = build_optimizer(model, config.optim)
@@ -213,6 +216,14 @@ def check_agreement(config: TrainConfig) -> None:
             f"the processes found other lengths for this run, (steps, packs of a step) by rank: {found}; their nodes "
             "hold other data. Give all of them the same files"
         )
+
+
+def name_of_run(run_dir: Path) -> str | None:
+    """Return the name that the last start of a run had, None where its configuration cannot be read."""
+    try:
+        return str(json.loads((run_dir / "config.json").read_text())["name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def sample_cost(config: TrainConfig) -> Callable[[Example], float]:
