@@ -6,6 +6,7 @@ import re
 import pytest
 from running import ROOT, load_tool
 from test_configs import names
+from test_released import recipe
 
 from pixel_sail.config import TrainConfig, load_config
 
@@ -105,7 +106,19 @@ def test_a_card_names_what_the_release_does_otherwise(card):
     accumulation, width = RELEASED[card]
     ours = "as here" if width == architecture.mask_dim else f"(ours: {architecture.mask_dim}"
     assert f"released accumulation {accumulation}, mask width {width} {ours}" in re.sub(" +", " ", header(card))
-    assert architecture.mask_stride == 4 and "mask stride 2 (ours: 4, as the paper)" in header(card)
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_card_and_the_recipe_are_all_that_the_release_does_otherwise(card):
+    """Each setting of the recipe is the card's own, or named in the line that says what the release does otherwise."""
+    text = header(card)
+    plain = load_config("train", TrainConfig, [f"experiment={card}"])
+    assert f"scripts/train.py experiment={card} recipe=released" in text.replace("\\ ", "")
+    assert re.search(rf"scripts/evaluate\.py checkpoint=runs/{card} [^#]*recipe=released", text)
+    assert "docs/faq.md lists every difference" in text
+    for setting in recipe("train"):
+        is_own = load_config("train", TrainConfig, [f"experiment={card}", setting]) == plain
+        assert is_own or f"{setting} (ours: " in text, setting
 
 
 PASS = {
