@@ -628,6 +628,13 @@ def load_config(
         cause = f": {str(error.__cause__).splitlines()[0]}" if str(error.__cause__ or "") else ""
         raise ConfigError(f"{where}: {error}{cause}{plain}") from error
     assert is_dataclass(result) and isinstance(result, schema)
+    if isinstance(result, TrainConfig) and not result.data.leakage.enabled:
+        for override in overrides:
+            if override.startswith("leakage@data.leakage="):
+                raise ConfigError(
+                    f"{where}: {override} is without effect, as data.leakage.enabled is false (recipe=released sets "
+                    "it); add data.leakage.enabled=true to keep evaluation images out, or leave it out"
+                )
     texts: dict[str, Any] = {key: text if key in _NO_PATHS else _path(key, text) for key, text in given.items()}
     config = replace(result, **texts)
     for key in _NEVER_EMPTY:

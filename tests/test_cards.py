@@ -118,7 +118,7 @@ def test_a_card_and_the_recipe_are_all_that_the_release_does_otherwise(card):
     assert "docs/faq.md lists every difference" in text
     for setting in recipe("train"):
         is_own = load_config("train", TrainConfig, [f"experiment={card}", setting]) == plain
-        assert is_own or f"{setting} (ours: " in text, setting
+        assert is_own or f"{setting} (by itself: " in text, setting
 
 
 PASS = {

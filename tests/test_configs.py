@@ -99,6 +99,16 @@ def test_an_ablation_and_the_command_line_change_one_thing_of_a_recipe_and_a_sta
     assert staged.name == "stage_pretrain_sail_0_5b"
 
 
+def test_a_leakage_group_beside_the_recipe_is_refused_and_a_key_takes_it_back():
+    card, group = ["experiment=pixel_sail_0_5b", "recipe=released"], "leakage@data.leakage=refcoco_family"
+    assert not load_config("train", TrainConfig, card).data.leakage.enabled
+    with pytest.raises(ConfigError, match=r"is without effect.*add data\.leakage\.enabled=true"):
+        load_config("train", TrainConfig, [*card, group])
+    kept = load_config("train", TrainConfig, [*card, group, "data.leakage.enabled=true"])
+    assert kept == load_config("train", TrainConfig, [*card, "data.leakage.enabled=true"])
+    assert len(kept.data.leakage.held_out) == 4
+
+
 def test_an_evaluation_as_released_is_another_half_of_the_same_recipe():
     plain = load_config("evaluate", EvalConfig, ["checkpoint=x", "evals=paper"])
     config = load_config("evaluate", EvalConfig, ["checkpoint=x", "evals=paper", "recipe=released"])

@@ -408,7 +408,7 @@ def broken(bench: Bench, folder: Path, name: str, value: float) -> Path:
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_weights_that_are_not_finite_are_refused_by_name(bench, tmp_path, monkeypatch, value):
     folder = broken(bench, tmp_path / "model", "decoder.norm.weight", value)
-    with pytest.raises(ConfigError, match=r"found NaN or infinite numbers in decoder\.norm\.weight"):
+    with pytest.raises(DataError, match=r"found NaN or infinite numbers in decoder\.norm\.weight"):
         run(bench, tmp_path / "out", monkeypatch, f"checkpoint={folder}")
     with pytest.raises(ConfigError, match=r"found NaN or infinite numbers in decoder\.norm\.weight"):
         Predictor.from_pretrained(folder)

@@ -280,7 +280,7 @@ def test_a_training_runs_nothing_of_what_it_starts_from(model, sound, trap, make
     config = ModelConfig(tokenizer=str(sound), init_from=str(model))
     if kind == "tokenizer code":
         config = ModelConfig(tokenizer=str(model))
-    with pytest.raises(DataError):
+    with pytest.raises(ConfigError, match=str(model)):
         build_model(config, seed=0, experts={})
 
 

@@ -285,7 +285,15 @@ def saved_run(folder, **identity):
     return folder
 
 
-def test_a_checkpoint_says_how_long_its_run_is(tmp_path):
+def test_passes_that_whole_steps_cannot_make_are_said():
+    config = config_of("optim.steps=null", "optim.epochs=0.5", "data.packs_per_step=8")
+    found = length_of(config, forecast_of(5.0), items=10, group=1, is_assumed=False)
+    assert found.steps == 1 and found.misses_passes
+    assert "the data are gone through 4.000 times, not 0.5" in length_lines(found)[-1]
+    assert not length_of(config, forecast_of(5.0), items=8000, group=1, is_assumed=False).misses_passes
+
+
+def test_a_checkpoint_says_how_long_its_run_is(tmp_path, monkeypatch):
     saved = saved_run(tmp_path / "step_00000002", optim={"steps": 77}, data={"packs_per_step": 12})
     found = with_saved_length(config_of(*WISHED), saved)
     assert (found.optim.steps, found.data.packs_per_step) == (77, 12)
@@ -293,6 +301,9 @@ def test_a_checkpoint_says_how_long_its_run_is(tmp_path):
     assert (found.optim.steps, found.data.packs_per_step) == (77, 4)
     given = config_of("optim.steps=5")
     assert with_saved_length(given, saved) is given
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    with pytest.raises(ConfigError, match=r"a step of this run has 12 packs.*evenly over 20 .*processes that divides"):
+        with_saved_length(config_of(*WISHED), saved)
     (saved / checkpoint.STATE).write_text("{")
     with pytest.raises(CheckpointError, match="Delete this checkpoint folder"):
         with_saved_length(config_of(*WISHED), saved)

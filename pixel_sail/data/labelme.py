@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from pixel_sail.data.fields import field
-from pixel_sail.data.images import DECODING_ERRORS, reason
+from pixel_sail.data.images import DECODING_ERRORS, open_image, reason
 from pixel_sail.texts import shown
 from pixel_sail.types import BoolMask, DataError, SizeHW
 
@@ -146,7 +146,7 @@ def _mask_pixels(record: dict[str, object], points: Points, where: str) -> BoolM
     """Return the pixels of a mask, which LabelMe stores as a PNG of the size of its rectangle."""
     text = field(record, "mask", str, where)
     try:
-        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as opened:
+        with open_image(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as opened:
             pixels = np.asarray(opened.convert("L")) > 0
     except DECODING_ERRORS as error:
         raise DataError(f"{where}: found a mask that is no PNG ({reason(error)}), expected one; repair it") from error

@@ -21,7 +21,7 @@ from transformers import AutoModel
 from pixel_sail.files import read_json
 from pixel_sail.model.folder import MODEL_CONFIG, check_no_code
 from pixel_sail.model.tokenization import read_tokenizer_files
-from pixel_sail.types import DataError, MissingDataError
+from pixel_sail.types import DataError
 
 BATCH_SIZE = 256
 
@@ -53,7 +53,7 @@ class EncoderSimilarity:
         """Remember the folder of a Hugging Face encoder; it is loaded when first needed. Raises: DataError."""
         self._folder = Path(folder)
         if not (self._folder / "config.json").is_file():
-            raise MissingDataError(
+            raise DataError(
                 f"{folder}: found no config.json, expected the folder of a Hugging Face text encoder such as "
                 "bert-base-uncased; download it, or set similarity_model=null to compare words only"
             )

@@ -59,6 +59,12 @@ class Length:
         wanted = self.wanted_samples_per_step
         return wanted is not None and abs(self.samples_per_step / wanted - 1) > FAR_OFF
 
+    @property
+    def misses_passes(self) -> bool:
+        """Return whether the run will go through the data noticeably more or less often than wanted."""
+        wanted, passes = self.wanted_passes, self.passes
+        return wanted is not None and passes is not None and abs(passes / wanted - 1) > FAR_OFF
+
 
 def is_wished(config: TrainConfig) -> bool:
     """Return whether the length of a run is still to be measured."""
@@ -140,7 +146,7 @@ def length_lines(length: Length) -> list[str]:
         f"{forecast.num_positions:,} {kind})",
         f"a step: {length.packs_per_step} packs, {length.samples_per_step:.1f} samples expected"
         + ("" if wanted_samples is None else f" ({wanted_samples} wanted)"),
-        f"the run: {length.steps:,} steps"
+        f"the run: {length.steps:,} step{'' if length.steps == 1 else 's'}"
         + ("" if passes is None else f", {passes:.3f} passes")
         + ("" if wanted_passes is None else f" ({wanted_passes:g} wanted)"),
     ]
@@ -149,5 +155,10 @@ def length_lines(length: Length) -> list[str]:
             f"a step is far from {wanted_samples} samples, because its packs are shared out evenly: another number of "
             "processes, another data.packs_per_micro_batch, or packs of fewer samples (data.packing.max_samples) come "
             "nearer"
+        )
+    if length.misses_passes:
+        lines.append(
+            f"the data are gone through {passes:.3f} times, not {wanted_passes:g}: steps are whole and at least one; "
+            "fewer samples in a step (data.samples_per_step, data.packs_per_step) come nearer"
         )
     return lines

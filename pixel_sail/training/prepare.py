@@ -183,11 +183,16 @@ def with_saved_length(config: TrainConfig, found: Path) -> TrainConfig:
         return config
     saved = checkpoint.saved_config(found)
     packs_per_step, steps = config.data.packs_per_step, config.optim.steps
-    return with_length(
-        config,
-        packs_per_step=saved["data"]["packs_per_step"] if packs_per_step is None else packs_per_step,
-        steps=saved["optim"]["steps"] if steps is None else steps,
-    )
+    if packs_per_step is None:
+        packs_per_step = saved["data"]["packs_per_step"]
+        group = dist.launched_world_size() * config.data.packs_per_micro_batch
+        if packs_per_step % group:
+            raise ConfigError(
+                f"{found}: a step of this run has {packs_per_step} packs, found when it began for "
+                f"data.samples_per_step={config.data.samples_per_step}; they cannot be shared out evenly over "
+                f"{group} (processes x data.packs_per_micro_batch). Go on with a number of processes that divides them"
+            )
+    return with_length(config, packs_per_step=packs_per_step, steps=saved["optim"]["steps"] if steps is None else steps)
 
 
 def measure_length(config: TrainConfig, mixture: Mixture, processor: PixelSailProcessor, **limits: int) -> Length:
@@ -204,7 +209,7 @@ def measure_length(config: TrainConfig, mixture: Mixture, processor: PixelSailPr
     length = measured_length(config, mixture, processor, group=group, cost=sample_cost(config), **limits)
     if dist.rank() == 0:
         for line in length_lines(length):
-            logger.log(logging.WARNING if length.is_far_off else logging.INFO, "%s", line)
+            logger.log(logging.WARNING if length.is_far_off or length.misses_passes else logging.INFO, "%s", line)
     return length
 
 
