@@ -129,10 +129,9 @@ def _regions(config: AskConfig) -> list[Box | Point]:
     """Return what is marked; ConfigError for a box or point of another number of coordinates."""
     for name, regions, length in (("boxes", config.boxes, 4), ("points", config.points, 2)):
         for region in regions:
-            if len(region) != length:
-                raise ConfigError(
-                    f"{name}: found {list(region)}, expected {'x0, y0, x1, y1' if length == 4 else 'x, y'}"
-                )
+            if not isinstance(region, list) or len(region) != length:
+                expected = "[[x0, y0, x1, y1], ...]" if length == 4 else "[[x, y], ...]"
+                raise ConfigError(f"{name}: found {region!r:.100} among them, expected {expected}")
     return [*(Box(*box) for box in config.boxes), *(Point(*point) for point in config.points)]
 
 

@@ -38,6 +38,7 @@ from pixel_sail.model.mask_head import INITS
 from pixel_sail.model.speed import CHECKPOINTING, Speed
 from pixel_sail.overrides import as_typed, kind_of, needs_look, quoted
 from pixel_sail.places import expanded, root_folder
+from pixel_sail.texts import has_half_character
 from pixel_sail.types import DataError
 
 CONFIG_FOLDER = root_folder() / "configs"
@@ -47,6 +48,13 @@ PRECISIONS = ("fp32", "bf16")
 
 class ConfigError(ExpectedError, ValueError):
     """A configuration is wrong; the message names the key, what was found and what was expected."""
+
+
+def check_range(name: str, value: float, low: float = 0.0, high: float = math.inf) -> None:
+    """Raise ConfigError unless a setting is a finite number of this range."""
+    if not (math.isfinite(value) and low <= value <= high):
+        most = "" if high == math.inf else f" and at most {high:g}"
+        raise ConfigError(f"{name} is {value}, expected a number of at least {low:g}{most}")
 
 
 def check_patterns(where: str, patterns: Sequence[str]) -> None:
@@ -82,7 +90,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.rank < 0 or self.alpha <= 0:
+        if self.rank < 0 or not 0 < self.alpha < math.inf:
             raise ConfigError(f"model.lora: rank is {self.rank}, alpha {self.alpha}; expected 0 or more, and above 0")
         check_patterns("model.lora.targets", self.targets)
 
@@ -132,6 +140,7 @@ class ModelConfig:
         """Check the names of parts and the choice."""
         if self.init not in INITS:
             raise ConfigError(f"model.init is {self.init!r}, expected one of {INITS}")
+        check_range("model.vocab_multiple", self.vocab_multiple, low=1)
         if unknown := sorted(set(self.init_fresh) - set(FRESH_PARTS)):
             raise ConfigError(f"model.init_fresh: found {unknown}, expected some of {FRESH_PARTS}")
 
@@ -181,6 +190,11 @@ class DataConfig:
                 "expected exactly one of them: data.packs_per_step=32 data.samples_per_step=null for a number of packs,"
                 " data.packs_per_step=null data.samples_per_step=128 for a number of samples"
             )
+        for name in ("packs_per_micro_batch", "lane_rounds"):
+            check_range(f"data.{name}", getattr(self, name), low=1)
+        for name in ("num_workers", "epoch_samples"):
+            check_range(f"data.{name}", getattr(self, name))
+        check_range("data.max_skipped_share", self.max_skipped_share, high=1)
         for name in ("packs_per_step", "samples_per_step", "planned_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -255,6 +269,10 @@ class OptimConfig:
             raise ConfigError(
                 f"optim.activation_checkpointing is {self.activation_checkpointing!r}, expected one of {CHECKPOINTING}"
             )
+        for name in ("lr", "final_lr", "eps", "weight_decay", "max_grad_norm"):
+            check_range(f"optim.{name}", getattr(self, name))
+        for beta in self.betas:
+            check_range("optim.betas", beta, high=math.nextafter(1.0, 0.0))
         if (self.steps is None) == (self.epochs is None):
             raise ConfigError(
                 f"optim.steps is {self.steps}, optim.epochs is {self.epochs}; expected exactly one of them: "
@@ -316,6 +334,8 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         """Check the choices."""
+        check_range("log.every", self.every, low=1)
+        check_range("log.overlays", self.overlays)
         if self.peak_tflops is not None and self.peak_tflops <= 0:
             raise ConfigError(f"log.peak_tflops is {self.peak_tflops}, expected a number above 0")
         if self.wandb not in ("disabled", "offline", "online"):
@@ -365,10 +385,8 @@ class WatchdogConfig:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        if self.limit_s < 0 or self.slow_factor < 1:
-            raise ConfigError(
-                f"watchdog: limit_s is {self.limit_s}, slow_factor {self.slow_factor}; expected 0 or more, 1 or more"
-            )
+        check_range("watchdog.limit_s", self.limit_s)
+        check_range("watchdog.slow_factor", self.slow_factor, low=1)
         if self.peer_timeout_s is not None and self.peer_timeout_s <= 0:
             raise ConfigError(f"watchdog.peer_timeout_s is {self.peer_timeout_s}, expected more than 0 seconds")
 
@@ -437,6 +455,11 @@ class ValidationConfig:
     max_images: int = 64
     """Images of each eval that are scored during training; the number is part of the logged result."""
 
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for name in ("every", "max_images"):
+            check_range(f"validation.{name}", getattr(self, name))
+
 
 @dataclass(kw_only=True)
 class PathsConfig:
@@ -477,8 +500,9 @@ class TrainConfig:
     """Name -> `_target_` and arguments of a function that returns expressions to score, or a task."""
 
     def __post_init__(self) -> None:
-        """Check the name."""
+        """Check the name, and the seed, of which NumPy's old generator takes 32 bits."""
         check_name(self.name)
+        check_range("seed", self.seed, high=2**32 - 1)
 
 
 @dataclass(kw_only=True)
@@ -637,6 +661,8 @@ def load_config(
                 )
     texts: dict[str, Any] = {key: text if key in _NO_PATHS else _path(key, text) for key, text in given.items()}
     config = replace(result, **texts)
+    if has_half_character(getattr(config, "run_dir", "")):
+        raise ConfigError(f"{where}: run_dir holds bytes that are no UTF-8, expected a name that is text")
     for key in _NEVER_EMPTY:
         if getattr(config, key, None) == "":
             raise ConfigError(f"{where}: {key} is empty, expected a value; a shell variable may not have been set")

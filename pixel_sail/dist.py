@@ -26,6 +26,7 @@ OTHER_LAUNCHERS = {
     "mpirun": ("OMPI_COMM_WORLD_RANK", ("OMPI_COMM_WORLD_SIZE",)),
     "mpiexec": ("PMI_RANK", ("PMI_SIZE",)),
     "mpirun_rsh": ("MV2_COMM_WORLD_RANK", ("MV2_COMM_WORLD_SIZE",)),
+    "flux run": ("FLUX_TASK_RANK", ("FLUX_JOB_SIZE",)),
     "jsrun": ("JSM_NAMESPACE_RANK", ("JSM_NAMESPACE_SIZE",)),
 }
 """Programs that start tasks without setting `VARIABLES` -> their number of a task, and the first of these variables
@@ -169,6 +170,9 @@ def barrier() -> None:
 
 def is_lost_peer(error: RuntimeError) -> bool:
     """Return whether an error means that another process was lost or silent; gloo has no class of its own for it."""
+    if "EADDRINUSE" in str(error):
+        # The address of the group is taken: nobody was there to be lost.
+        return False
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 

@@ -53,6 +53,11 @@ def main() -> int:
                 "so), or of shared memory where it was a bus error: lower data.num_workers, or enlarge /dev/shm. The "
                 "same command goes on from the last complete checkpoint"
             ) from error
+        if "EADDRINUSE" in str(error):
+            raise dist.LaunchError(
+                f"the address of the process group is taken ({error}); give MASTER_PORT another number, or launch with "
+                "torchrun --standalone"
+            ) from error
         if dist.is_lost_peer(error):
             raise LostPeer(
                 f"rank {dist.rank()} of {dist.world_size()} lost another process, or heard nothing from it for "

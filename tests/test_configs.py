@@ -16,6 +16,7 @@ from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
 from pixel_sail.sweep.checks import checked_config
 from pixel_sail.sweep.grid import expand
 from pixel_sail.training.accelerator import deepspeed_dictionary
+from pixel_sail.types import DataError
 
 
 def names(group: str) -> list[str]:
@@ -85,7 +86,7 @@ def test_every_eval_binds_and_carries_its_own_name(name):
 def test_every_experiment_composes_as_released(experiment):
     config = load_config("train", TrainConfig, [f"experiment={experiment}", "recipe=released"])
     assert (config.name, config.model.architecture.mask_stride, config.optim.decay_all) == (experiment, 2, True)
-    assert (config.optim.precision, config.data.leakage.held_out) == ("bf16", [])
+    assert (config.optim.precision, config.data.leakage.enabled) == ("bf16", False)
     PixelSailConfig.from_architecture(config.model.architecture)
 
 
@@ -230,3 +231,20 @@ def test_no_help_of_a_program_names_a_place_outside_of_the_repository():
 
 def test_configs_lie_where_the_package_looks_for_them():
     assert Path(__file__).resolve().parent.parent / "configs" == CONFIG_FOLDER
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("optim.lr=-1", "optim.lr=nan", "optim.lr=inf", "optim.betas=[1,2]", "optim.max_grad_norm=nan"),
+        *("optim.weight_decay=-1", "data.packs_per_micro_batch=0", "data.lane_rounds=0", "data.num_workers=-1"),
+        *("data.max_skipped_share=nan", "data.max_skipped_share=-1", "model.vocab_multiple=0", "model.lora.alpha=nan"),
+        *("seed=-1", "seed=100000000000", "log.every=0", "validation.every=-1", "watchdog.limit_s=nan"),
+        *("loss.points.importance_ratio=2", "loss.points.num_points=0", "run_dir=runs/\udcff"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_by_its_name(setting):
+    with pytest.raises((ConfigError, DataError)) as refusal:
+        load_config("train", TrainConfig, ["name=x", setting])
+    assert setting.partition("=")[0].rpartition(".")[2] in str(refusal.value)
+    assert "expected" in str(refusal.value)

@@ -34,6 +34,12 @@ def test_shares_are_told_from_pixels_by_the_size_of_the_image():
     assert not look_like_shares(SHARES, (4, 4)) and not look_like_shares([], HW)
 
 
+def test_shares_may_lie_a_little_beyond_the_border():
+    with pytest.raises(DataError, match="look like shares"):
+        check_pixels([-0.1, 0.2, 0.6, 0.2, 0.6, 0.8], (48, 64), "x")
+    check_pixels([-3.0, 0.2, 0.6, 0.2, 0.6, 0.8], (48, 64), "x")
+
+
 def test_the_pixel_in_the_corner_counts_where_the_file_shows_pixels():
     with pytest.raises(DataError, match=LOOK):
         decode_segmentation([CORNER], HW, "w")

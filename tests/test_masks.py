@@ -110,6 +110,7 @@ def test_summed_masks_cannot_be_encoded():
         ({"size": [4, 4], "counts": [0.0, 16]}, "expected integers"),
         ({"size": [4, 4], "counts": "02210O"}, "cover 11 pixels"),
         ({"size": [4, 4], "counts": "02210o"}, "do not parse"),
+        ({"size": [4, 4], "counts": "\ud800"}, "do not parse"),
         ({"size": [4, 4], "counts": "no counts"}, "do not parse"),
         ({"size": [4, 4]}, "expected a compressed RLE"),
     ],

@@ -18,7 +18,7 @@ from pixel_sail.model.mask_head import MaskHead, mask_logits
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, load_model
 from pixel_sail.model.speed import CHECKPOINTING, Speed
 from pixel_sail.model.upsampler import Upsampler
-from pixel_sail.types import Sample, Turn, VisualPrompt
+from pixel_sail.types import DataError, Sample, Turn, VisualPrompt
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -535,3 +535,11 @@ def test_patch_states_of_the_prefix_are_those_of_the_forward_pass(tiny_model, pr
     expected = hidden[batch.patch_index_BT[0] >= 0].view(2, 3, -1)
     torch.testing.assert_close(prefix.patch_states(0), expected, **TOLERANCE)
     assert prefix.next_position == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("rms_norm_eps", None), ("hidden_size", 32.0), ("token_ids", True), ("attention_bias", 1)]
+)
+def test_a_value_of_another_type_is_refused_by_its_name(make_config, name, value):
+    with pytest.raises(DataError, match=f"model: {name} is {value}, expected a "):
+        make_config(**{name: value})

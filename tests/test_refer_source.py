@@ -430,3 +430,11 @@ def test_shared_grefcoco_sample_loads():
     assert len(turns) == 27
     assert {t.answer for t in turns if not t.masks[0].any()} == {NO_TARGET_ANSWER}
     assert sum(not t.masks[0].any() for t in turns) == 5
+
+
+@pytest.mark.parametrize("height", [10**9, 10**400])
+def test_an_image_size_that_no_photo_has_is_refused(tmp_path, height):
+    images = [{**image, "height": height} for image in INSTANCES["images"]]
+    _write(tmp_path, instances={**INSTANCES, "images": images})
+    with pytest.raises(DataError, match=r"image id \d+: found .*expected (at most|a number of 64 bits)"):
+        load_refer(tmp_path, "toy", "train")

@@ -20,6 +20,9 @@ from pixel_sail.types import DataError, SizeHW
 _LARGEST_SHARE = 1.05
 """Exporters round, and enlarge by half a pixel."""
 
+_LARGEST_OVERHANG = 0.5
+"""How far a share may lie beyond the left or upper border."""
+
 _SMALLEST_IMAGE_PX = 8
 """In an image with a smaller side a region of one pixel is nothing special."""
 
@@ -39,7 +42,7 @@ def look_like_shares(numbers: Sequence[float], size_hw: SizeHW) -> bool:
     """Say whether all coordinates of a region lie in 0 .. 1 of an image that is larger."""
     if not numbers or min(size_hw) < _SMALLEST_IMAGE_PX:
         return False
-    return min(numbers) >= 1 - _LARGEST_SHARE and max(numbers) <= _LARGEST_SHARE
+    return min(numbers) >= -_LARGEST_OVERHANG and max(numbers) <= _LARGEST_SHARE
 
 
 def check_pixels(

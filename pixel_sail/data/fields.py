@@ -13,7 +13,7 @@ from pixel_sail.types import DataError, SizeHW
 
 T = TypeVar("T")
 
-_MAX_PIXELS = 1 << 28
+MAX_PIXELS = 1 << 28
 """No photograph has more, and a mask of a size that is a slip of the pen would fill the memory."""
 
 ImageFolders = str | Path | list[str | Path]
@@ -44,9 +44,9 @@ def stated_hw(record: object, where: str) -> SizeHW | None:
     if isinstance(record, dict) and record.get("height") is None and record.get("width") is None:
         return None
     height, width = field(record, "height", int, where), field(record, "width", int, where)
-    if min(height, width) < 1 or height * width > _MAX_PIXELS:
+    if min(height, width) < 1 or height * width > MAX_PIXELS:
         raise DataError(
-            f"{where}: found height {height} and width {width}, expected at least 1 and no more than {_MAX_PIXELS} "
+            f"{where}: found height {height} and width {width}, expected at least 1 and no more than {MAX_PIXELS} "
             "pixels; repair the record"
         )
     return height, width

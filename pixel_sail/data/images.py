@@ -124,6 +124,8 @@ def open_image(source: str | Path | BinaryIO, formats: Sequence[str] = ()) -> Im
     The only call of Pillow's `open` in the project. Raises: what Pillow raises, see `_DECODING_ERRORS`.
     """
     tried = tuple(formats) or _readable_formats()
+    if isinstance(source, str | Path) and Path(source).exists() and not Path(source).is_file():
+        raise UnidentifiedImageError(f"{source} is no regular file")
     try:
         return Image.open(source, formats=tried)
     except UnidentifiedImageError:

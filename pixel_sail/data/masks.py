@@ -121,7 +121,7 @@ def check_rle(rle: object, size_hw: SizeHW | None, where: str) -> RLE:
             "write masks with encode_mask"
         )
     height, width = _checked_size(rle, size_hw, where)
-    counts: bytes = rle["counts"].encode("utf-8") if isinstance(rle["counts"], str) else rle["counts"]
+    counts: bytes = rle["counts"].encode("utf-8", "surrogatepass") if isinstance(rle["counts"], str) else rle["counts"]
     runs = _run_lengths(counts)
     if runs is None:
         raise DataError(

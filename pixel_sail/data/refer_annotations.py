@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixel_sail.data.coordinates import shows_pixels
+from pixel_sail.data.fields import MAX_PIXELS
 from pixel_sail.data.images import image_file
 from pixel_sail.data.records import Records, open_records
 from pixel_sail.data.refs_files import find_refs_file, read_refs
@@ -35,6 +36,9 @@ logger = logging.getLogger(__name__)
 IMAGE_FOLDERS = ("images/train2014", "images/mscoco/images/train2014", "coco2014/train2014")
 """Where photos are looked for below the root and then below the dataset's folder, in this order; the first stands for
 all when none exists."""
+
+MAX_ID = (1 << 63) - 1
+"""Of refs, annotations and images: what an index of 64 bits holds."""
 
 _NO_TARGET_IDS = (-1,)
 
@@ -217,7 +221,7 @@ def _parse_ref(record: dict[str, Any], refs_file: Path) -> Ref:
     ann_id = _field(record, "ann_id", (int, list), where)
     ann_ids = tuple(ann_id) if isinstance(ann_id, list) else (ann_id,)
     is_no_target = isinstance(ann_id, list) and ann_ids == _NO_TARGET_IDS
-    if not ann_ids or not all(type(item) is int for item in ann_ids):
+    if not ann_ids or not all(type(item) is int and abs(item) <= MAX_ID for item in ann_ids):
         raise DataError(f"{where}: found ann_id {shown(ann_id)}, expected ids or [-1] for no target; repair the file")
     sentences = [
         Sentence(
@@ -304,6 +308,10 @@ def _parse_image(row: dict[str, Any], instances_file: Path, *, photos: Path) -> 
     height, width = _field(row, "height", (int,), where), _field(row, "width", (int,), where)
     if height < 1 or width < 1:
         raise DataError(f"{where}: found size ({height}, {width}), expected positive height and width; repair the file")
+    if height * width > MAX_PIXELS:
+        raise DataError(
+            f"{where}: found size {shown((height, width))}, expected at most {MAX_PIXELS} pixels; repair the file"
+        )
     return ReferImage(
         image_id=row["id"], path=image_file(photos, _field(row, "file_name", (str,), where)), size_hw=(height, width)
     )
@@ -314,4 +322,6 @@ def _field(record: Any, key: str, kinds: tuple[type, ...], where: str) -> Any:
     if type(value) not in kinds:
         expected = " or ".join(kind.__name__ for kind in kinds)
         raise DataError(f"{where}: found {key} = {shown(value)}, expected {expected}; repair the file")
+    if type(value) is int and abs(value) > MAX_ID:
+        raise DataError(f"{where}: found {key} = {shown(value)}, expected a number of 64 bits; repair the file")
     return value

@@ -38,8 +38,13 @@ _logged: set[tuple[str, str]] = set()
 """Topics and files of this process that the log knows."""
 
 
+_MOST_AREA = 1 << 60
+
+
 def areas_differ(num_pixels: int, stated: float) -> bool:
     """Say whether the pixels of a mask are too many or too few for the area a file states."""
+    # A number of hundreds of digits does not become a float.
+    stated = min(max(stated, -_MOST_AREA), _MOST_AREA)
     return not abs(num_pixels - stated) <= max(MIN_AREA_DIFFERENCE_PX, AREA_TOLERANCE * abs(stated))
 
 

@@ -316,7 +316,7 @@ def _claim(output: Path, protocol: dict[str, Any]) -> None:
                 f"{output}: found answers without protocol.json, so that nobody knows what they answer; expected both. "
                 "Choose another output folder, or remove this one"
             )
-        if file.is_file() and file.read_text() != text:
+        if file.is_file() and file.read_bytes() != text.encode():
             raise ConfigError(
                 f"{file}: found predictions of another protocol ({_changes(file, json.loads(text))}); expected the "
                 "same one. Choose another output folder, or remove this one"

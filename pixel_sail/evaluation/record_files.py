@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
+from pixel_sail.texts import shown
 from pixel_sail.types import DataError
 
 logger = logging.getLogger(__name__)
@@ -169,13 +170,13 @@ def check_kinds(line: Json, kinds: dict[str, type], where: str) -> None:
     """Raise DataError unless every field that is there has its type."""
     for name, kind in kinds.items():
         if name in line and type(line[name]) is not kind:
-            raise DataError(f"{where}: found {name} = {line[name]!r}, expected {kind.__name__}; repair the line")
+            raise DataError(f"{where}: found {name} = {shown(line[name])}, expected {kind.__name__}; repair the line")
 
 
 def _parse_line(line: bytes, where: str) -> Json:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: found no JSON ({error}), expected one record; remove or repair the line") from error
     if not isinstance(record, dict):
         raise DataError(f"{where}: found {type(record).__name__}, expected a JSON object; remove or repair the line")
@@ -191,7 +192,7 @@ def _split_unfinished(data: bytes) -> tuple[bytes, bytes]:
     rest = data[end:]
     try:
         json.loads(rest)
-    except ValueError:
+    except (ValueError, RecursionError):
         return data[:end], rest
     return data, b""
 

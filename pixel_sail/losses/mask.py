@@ -10,6 +10,7 @@ most uncertain and 3,136 fresh ones are scored, both maps being read bilinearly 
 Axis letters: N masks, Y X logit cells, H W mask pixels, Q points.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from pixel_sail.model.mask_head import PointLogits
 from pixel_sail.model.transfer import to_device
+from pixel_sail.types import DataError
 
 
 @dataclass(kw_only=True)
@@ -29,6 +31,14 @@ class PointSampling:
     """Candidates per kept point."""
     importance_ratio: float = 0.75
     """Share of points taken from the most uncertain candidates; the rest is uniform."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers. Raises: DataError."""
+        if not (self.num_points >= 1 and 1 <= self.oversample_ratio < math.inf and 0 <= self.importance_ratio <= 1):
+            raise DataError(
+                f"loss.points: found num_points {self.num_points}, oversample_ratio {self.oversample_ratio}, "
+                f"importance_ratio {self.importance_ratio}; expected at least 1, at least 1, and 0 .. 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,6 +81,7 @@ class Architecture:
 
     def validate(self) -> None:
         """Raise DataError where sizes do not fit together."""
+        self._validate_types()
         self._validate_base()
         if self.hidden_size % self.num_attention_heads:
             raise DataError(
@@ -110,6 +111,14 @@ class Architecture:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise DataError(f"model: {name} is {getattr(self, name)!r}, expected one of {allowed}")
+
+    def _validate_types(self) -> None:
+        """Raise DataError for a value of another type than its default's, as a damaged config.json may have it."""
+        kinds: dict[type, tuple[type, ...]] = {float: (int, float), list: (list, tuple)}
+        for name, default in vars(Architecture()).items():
+            value, kind = getattr(self, name), type(default)
+            if not isinstance(value, kinds.get(kind, (kind,))) or isinstance(value, bool) != (kind is bool):
+                raise DataError(f"model: {name} is {value!r:.100}, expected a {kind.__name__}")
 
     def _validate_base(self) -> None:
         """Raise DataError for an unknown base or attention, one that does not fit the other, or a size below 1."""

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from pixel_sail.files import check_fields, read_json
 from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.image_layout import ImageSpan, image_span
-from pixel_sail.model.patches import covered_patches, grid_size, image_to_patches, visible_owners
+from pixel_sail.model.patches import RESAMPLING, covered_patches, grid_size, image_to_patches, visible_owners
 from pixel_sail.model.tokenization import END_TOKEN, IMAGE_TOKENS, SEG_TOKEN, TURN_END, load_tokenizer
 from pixel_sail.types import IGNORE_LABEL, BoolMask, DataError, Example, Sample, SizeHW, VisualPrompt
 
@@ -68,6 +68,10 @@ def _read_settings(file: Path) -> ProcessorSettings:
     ):
         raise DataError(
             f"{file}: found {found}, expected sizes above 0 and at most {MOST_PROMPTS} visual prompts; {remedy}"
+        )
+    if found.get("sizing", "long_side") not in RESAMPLING:
+        raise DataError(
+            f"{file}: found sizing {found['sizing']!r:.100}, expected one of {sorted(RESAMPLING)}; {remedy}"
         )
     return ProcessorSettings(**found)
 

@@ -6,7 +6,9 @@ loop, which is how the tests compare the two.
 
 import logging
 import os
+import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +16,12 @@ from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import distributed
 from torch.distributed import distributed_c10d
+from torch.utils.cpp_extension import get_default_build_root
 
 from pixel_sail import dist
 from pixel_sail.config import ConfigError, TrainConfig, WatchdogConfig
 
+STALE_LOCK_S = 900.0
 logger = logging.getLogger(__name__)
 
 
@@ -94,11 +98,27 @@ def leave_out_launcher_settings() -> None:
         logger.info("optim and deepspeed decide how to train; left out of what accelerate was told: %s", said)
 
 
+def check_build_lock(folder: Path) -> None:
+    """Raise ConfigError for the lock of a process that was killed while DeepSpeed compiled its extension for CPUs.
+
+    torch would wait for it without end and without a word. The compiler takes a minute or two.
+    """
+    for lock in folder.glob("**/deepspeed_shm_comm/lock"):
+        age_s = time.time() - lock.stat().st_mtime
+        if age_s > STALE_LOCK_S:
+            raise ConfigError(
+                f"{lock}: found the lock of a compilation that began {age_s / 60:.0f} minutes ago, expected none; the "
+                "process that compiled was killed. Delete this file"
+            )
+
+
 def build_accelerator(config: TrainConfig, accumulation: int) -> Accelerator:
     """Return the accelerator of this process; its process group exists afterwards."""
     for noisy in ("DeepSpeed", "deepspeed", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     leave_out_launcher_settings()
+    if config.deepspeed.enabled and not torch.cuda.is_available():
+        check_build_lock(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()))
     handlers = [InitProcessGroupKwargs(timeout=collective_timeout(config.watchdog))]
     mixed_precision = "bf16" if config.optim.precision == "bf16" else "no"
     if not config.deepspeed.enabled:

@@ -227,7 +227,7 @@ def name_of_run(run_dir: Path) -> str | None:
     """Return the name that the last start of a run had, None where its configuration cannot be read."""
     try:
         return str(json.loads((run_dir / "config.json").read_text())["name"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
