@@ -405,6 +405,15 @@ def broken(bench: Bench, folder: Path, name: str, value: float) -> Path:
     return folder
 
 
+def test_weights_of_whole_numbers_are_refused(bench, tmp_path, monkeypatch):
+    folder = broken(bench, tmp_path / "model", "decoder.norm.weight", 1.0)
+    weights = load_file(folder / "model.safetensors")
+    weights["decoder.norm.weight"] = weights["decoder.norm.weight"].int()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DataError, match=r"found \{'decoder\.norm\.weight': 'I32'\}, expected weights of"):
+        run(bench, tmp_path / "out", monkeypatch, f"checkpoint={folder}")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_weights_that_are_not_finite_are_refused_by_name(bench, tmp_path, monkeypatch, value):
     folder = broken(bench, tmp_path / "model", "decoder.norm.weight", value)

@@ -2,15 +2,16 @@
 
 import logging
 import os
+import time
 
 import pytest
 import torch
 from accelerate import DeepSpeedPlugin
 
 from pixel_sail import dist
-from pixel_sail.config import TrainConfig, load_config
+from pixel_sail.config import ConfigError, TrainConfig, load_config
 from pixel_sail.dist import LaunchError, ensure_launch_environment
-from pixel_sail.training.accelerator import deepspeed_dictionary, leave_out_launcher_settings
+from pixel_sail.training.accelerator import check_build_lock, deepspeed_dictionary, leave_out_launcher_settings
 
 OTHERS = ("SLURM_", "OMPI_", "PMI_", "MV2_", "JSM_", "ENVIRONMENT")
 
@@ -143,3 +144,14 @@ def test_tasks_that_nobody_numbered_are_refused_with_what_to_start_instead(leave
         # Within the script of a job, too.
         leave(**{number: task, size: "2", "SLURM_STEP_ID": "0", "ENVIRONMENT": "BATCH"})
     assert "torchrun --nproc-per-node" in str(caught.value) and f"RANK=${number}" in str(caught.value)
+
+
+def test_the_lock_of_a_compilation_that_was_killed_is_named(tmp_path):
+    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    check_build_lock(tmp_path)
+    os.utime(lock, (time.time() - 3600,) * 2)
+    with pytest.raises(ConfigError, match=r"deepspeed_shm_comm/lock: found .*60 minutes ago.*Delete this file"):
+        check_build_lock(tmp_path)
+    check_build_lock(tmp_path / "absent")

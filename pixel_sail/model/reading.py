@@ -27,6 +27,9 @@ LOADING_ERRORS = (
 """What the libraries raise for a folder whose files are cut, lost or of another model, found by damaging them."""
 
 
+WEIGHT_TYPES = ("F32", "F16", "BF16", "F64")
+"""Types of numbers, as safetensors names them, that a model is loaded from."""
+
 _WIDTHS = ("vocab_size", "hidden_size", "intermediate_size", "mask_dim", "patch_size", "num_visual_prompts")
 """Sizes of a configuration that no tensor of its model can be narrower than all of."""
 
@@ -53,6 +56,12 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with reading(str(path)), safe_open(path, framework="pt") as file:
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            if others := {name: kind for name, kind in kinds.items() if kind not in WEIGHT_TYPES}:
+                raise DataError(
+                    f"{path}: found {dict(list(others.items())[:3])}, expected weights of {WEIGHT_TYPES}; other types "
+                    "would be rounded without a word. Convert or export them anew"
+                )
             shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     return shapes
 
