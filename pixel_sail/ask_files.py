@@ -130,8 +130,10 @@ def _regions(config: AskConfig) -> list[Box | Point]:
     for name, regions, length in (("boxes", config.boxes, 4), ("points", config.points, 2)):
         for region in regions:
             if not isinstance(region, list) or len(region) != length:
-                expected = "[[x0, y0, x1, y1], ...]" if length == 4 else "[[x, y], ...]"
-                raise ConfigError(f"{name}: found {region!r:.100} among them, expected {expected}")
+                raise ConfigError(
+                    f"{name}: found {region!r:.100}, expected {'x0, y0, x1, y1' if length == 4 else 'x, y'} in a list "
+                    "of its own"
+                )
     return [*(Box(*box) for box in config.boxes), *(Point(*point) for point in config.points)]
 
 

@@ -142,6 +142,9 @@ def test_a_question_about_an_image_leaves_json_and_picture(checkpoint, tmp_path)
         ("boxes=[[5,5,400,30]]", DataError, r"prompt 0: found Box\(.*inside the image of 90 x 60"),
         ("points=[[-1,3]]", DataError, r"prompt 0: found Point\(.*inside the image of 90 x 60"),
         ("boxes=[[5,5]]", ConfigError, "boxes: found .5, 5., expected x0, y0, x1, y1"),
+        ("boxes=[1,2,3,4]", ConfigError, "boxes: found 1, expected x0, y0, x1, y1 in a list"),
+        ("boxes=[null]", ConfigError, "boxes: found None, expected"),
+        ("points=[7]", ConfigError, "points: found 7, expected x, y in a list"),
         ("points=[[5]]", ConfigError, "points: found .5., expected x, y"),
     ],
 )
