@@ -1,5 +1,7 @@
 """Boundary IoU against an erosion written out pixel by pixel, and against numbers worked out by hand."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -55,7 +57,7 @@ def test_the_ends_of_the_scale(prediction, target, expected):
 
 def test_predictions_are_scored_by_expression_and_ignored_pixels_do_not_count():
     target, ignored = square(30, 30), square(30, 30, side=10)
-    item = {"sent_id": 0, "image_id": 1, "image_path": None, "image_hw": (128, 128), "text": "it"}
+    item = {"sent_id": 0, "image_id": 1, "image_path": Path("one.jpg"), "image_hw": (128, 128), "text": "it"}
     expressions = [
         Expression(ref_id=1, target=encode_mask(target), ignored=encode_mask(ignored), **item),
         Expression(ref_id=2, target=encode_mask(target), **item),

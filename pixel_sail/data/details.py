@@ -8,12 +8,14 @@ all of them to `${data.details}`, so that `data.details=released` switches all a
 one. Called from Python without the option, a source does what it does by default, `ours`.
 """
 
+from pixel_sail.types import DataError
+
 OURS, RELEASED = "ours", "released"
 DETAILS = (OURS, RELEASED)
 
 
 def is_released(source: str, option: str, value: str) -> bool:
-    """Say whether an option of a source asks for what the release does. Raises: ValueError for an unknown value."""
+    """Say whether an option of a source asks for what the release does. Raises: DataError for an unknown value."""
     if value not in DETAILS:
-        raise ValueError(f"source {source}: found {option} {value!r}, expected one of {DETAILS}; correct the config")
+        raise DataError(f"source {source}: found {option} {value!r}, expected one of {DETAILS}; correct the config")
     return value == RELEASED
