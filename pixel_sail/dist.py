@@ -8,6 +8,7 @@ of two processes
 """
 
 import os
+import random
 import re
 import socket
 from collections.abc import Mapping
@@ -33,15 +34,28 @@ OTHER_LAUNCHERS = {
 that is set counts the tasks."""
 
 
+PORTS = (15_000, 32_000)
+"""Where a free port is looked for: below 32768, where Linux begins with those of outgoing connections."""
+
+
 class LaunchError(ExpectedError):
     """The launcher's variables do not describe a group of processes."""
 
 
 def free_port() -> int:
-    """Return a port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port of this machine that nobody listens on.
+
+    None of those that systems give to outgoing connections: between this call and its use one might be taken.
+    """
+    for _ in range(100):
+        port = random.SystemRandom().randrange(*PORTS)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise LaunchError(f"found no free port among a hundred of {PORTS[0]} .. {PORTS[1]}, expected one; give MASTER_PORT")
 
 
 def ensure_launch_environment() -> None:

@@ -155,3 +155,8 @@ def test_the_lock_of_a_compilation_that_was_killed_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"deepspeed_shm_comm/lock: found .*60 minutes ago.*Delete this file"):
         check_build_lock(tmp_path)
     check_build_lock(tmp_path / "absent")
+
+
+def test_a_free_port_is_none_of_those_of_outgoing_connections():
+    ports = {dist.free_port() for _ in range(20)}
+    assert len(ports) > 15 and all(15_000 <= port < 32_000 for port in ports)
