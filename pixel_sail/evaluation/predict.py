@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,17 +33,6 @@ FORCED_ANSWER = "It is [SEG]."
 
 SHORT_ANSWER_TOKENS = 32
 """Longest answer where nothing else is said: enough for masks alone."""
-
-LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    NotImplementedError,
-    SafetensorError,
-)
-"""What the libraries raise for a folder whose files are cut, lost or of another model, found by damaging them."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
