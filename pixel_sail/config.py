@@ -44,6 +44,7 @@ from pixel_sail.types import DataError
 CONFIG_FOLDER = root_folder() / "configs"
 
 PRECISIONS = ("fp32", "bf16")
+OPTIMIZERS = ("adamw", "muon")
 
 
 class ConfigError(ExpectedError, ValueError):
@@ -233,9 +234,30 @@ class GroupConfig:
 
 
 @dataclass(kw_only=True)
-class OptimConfig:
-    """AdamW, warm-up and cosine decay."""
+class MuonConfig:
+    """Orthogonal updates of the weights that training/roles.py names, under `optim.optimizer=muon`."""
 
+    lr_scale: float = 1.0
+    """Factor on the learning rate of their group. Updates are scaled to be as large as AdamW's."""
+    momentum: float = 0.95
+    """Of the mean of gradients, in Nesterov's form."""
+    ns_steps: int = 5
+    """Newton-Schulz steps."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_range("optim.muon.lr_scale", self.lr_scale, low=math.nextafter(0.0, 1.0))
+        check_range("optim.muon.momentum", self.momentum, high=math.nextafter(1.0, 0.0))
+        check_range("optim.muon.ns_steps", self.ns_steps, low=1, high=100)
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """The optimizer, and the learning rate over the steps."""
+
+    optimizer: str = "adamw"
+    """adamw; or muon: orthogonal updates for matrices (training/roles.py), AdamW for the rest."""
+    muon: MuonConfig = field(default_factory=MuonConfig)
     steps: int | None = 1000
     """Optimizer steps of the run. Exactly one of this and `epochs` is set."""
     epochs: float | None = None
@@ -263,6 +285,8 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         """Check the choices."""
+        if self.optimizer not in OPTIMIZERS:
+            raise ConfigError(f"optim.optimizer is {self.optimizer!r}, expected one of {OPTIMIZERS}")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"optim.precision is {self.precision!r}, expected one of {PRECISIONS}")
         if self.activation_checkpointing not in CHECKPOINTING:
@@ -500,9 +524,14 @@ class TrainConfig:
     """Name -> `_target_` and arguments of a function that returns expressions to score, or a task."""
 
     def __post_init__(self) -> None:
-        """Check the name, and the seed, of which NumPy's old generator takes 32 bits."""
+        """Check the name, the seed, of which NumPy's old generator takes 32 bits, and what must fit together."""
         check_name(self.name)
         check_range("seed", self.seed, high=2**32 - 1)
+        if self.optim.optimizer == "muon" and self.deepspeed.enabled and self.deepspeed.stage == 3:
+            raise ConfigError(
+                "optim.optimizer is 'muon' and deepspeed.stage is 3, which cuts every matrix into parts; expected "
+                "another stage: take deepspeed=zero2, or optim=adamw"
+            )
 
 
 @dataclass(kw_only=True)

@@ -1,9 +1,9 @@
 """Checkpoints: everything a run needs to continue as if it had never stopped.
 
 Place in the flow: `training/loop.py` starts with `latest`; `checkpoint_writer.py` writes what `collect` returns. A
-checkpoint does not depend on the number of processes or the ZeRO stage: parameters and Adam moments are whole float32
-tensors under the model's own names; frozen parameters have no moments. With a moving average of the weights that is a
-third entry beside the moments.
+checkpoint does not depend on the number of processes or the ZeRO stage: parameters and the optimizer's moments (two of
+AdamW, one of Muon) are whole float32 tensors under the model's own names; frozen parameters have no moments. A moving
+average of the weights is one entry more beside the moments.
 
     runs/<name>/checkpoints/step_00000500/
         model.safetensors  optimizer.safetensors  state.json  manifest.json (sha256 of each)  COMPLETE
@@ -45,6 +45,7 @@ from pixel_sail.files import (
 from pixel_sail.model.distill_head import PREFIX as DISTILL_HEAD
 from pixel_sail.model.lora import fold_lora
 from pixel_sail.training.average import AVERAGE, update_average
+from pixel_sail.training.muon import MOMENTUM, is_marked
 
 MARKER, MANIFEST, STATE = "COMPLETE", "manifest.json", "state.json"
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
@@ -92,10 +93,11 @@ def collect(
     _link_sharded_states(optimizer)
     parameters: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
-    keys = _state_keys(optimizer)
+    is_averaged = _is_averaged(optimizer)
     for name, parameter in accelerator.unwrap_model(model).named_parameters():
         whole = {"": _whole_parameter(parameter)}
         if parameter.requires_grad:
+            keys = state_keys(parameter, is_averaged=is_averaged)
             whole |= {key: _whole_moment(parameter, key, optimizer) for key in keys}
         if dist.rank() == 0:
             copies = {key: _host_copy(value) for key, value in whole.items()}
@@ -285,9 +287,19 @@ def load_parameters(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
 
 def check_moments(model: nn.Module, moments: Mapping[str, Tensor], *, is_averaged: bool) -> None:
     """Raise CheckpointError unless saved moments (and averages) are those of a model that is not wrapped yet."""
-    keys = (*MOMENTS, AVERAGE) if is_averaged else MOMENTS
-    trained = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
-    check_shapes("moments", moments, {f"{key}.{name}": shape for key in keys for name, shape in trained.items()})
+    expected = {
+        f"{key}.{name}": parameter.shape
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+        for key in state_keys(parameter, is_averaged=is_averaged)
+    }
+    check_shapes("moments", moments, expected)
+
+
+def state_keys(weight: Tensor, *, is_averaged: bool) -> tuple[str, ...]:
+    """Return the entries of the optimizer's state of a trained tensor that are as large as it is."""
+    moments = (MOMENTUM,) if is_marked(weight) else MOMENTS
+    return (*moments, AVERAGE) if is_averaged else moments
 
 
 def check_shapes(what: str, found: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
@@ -353,17 +365,18 @@ def restore_optimizer(
     parameters: dict[str, Tensor],
     moments: dict[str, Tensor],
 ) -> None:
-    """Put Adam's moments and step count, and the float32 master weights, into the wrapped model and optimizer."""
+    """Put the optimizer's moments and step count, and the float32 master weights, into the wrapped model and
+    optimizer."""
     base = list(_optimizer_chain(optimizer))[-1]
-    keys = tuple(dict.fromkeys(name.split(".")[0] for name in moments))
-    for parameter in _owned_by(base, optimizer):
-        base.state[parameter] = {"step": torch.tensor(float(state.step))}
-        base.state[parameter] |= {key: torch.zeros_like(parameter) for key in keys}
+    is_averaged = any(name.startswith(f"{AVERAGE}.") for name in moments)
+    for owned in _owned_by(base, optimizer):
+        base.state[owned] = {"step": torch.tensor(float(state.step))}
+        base.state[owned] |= {key: torch.zeros_like(owned) for key in state_keys(owned, is_averaged=is_averaged)}
     _link_sharded_states(optimizer)
     for name, parameter in accelerator.unwrap_model(model).named_parameters():
         if parameter.requires_grad:
             _set_master(parameter, parameters[name])
-            for key in keys:
+            for key in state_keys(parameter, is_averaged=is_averaged):
                 _set_moment(parameter, key, moments[f"{key}.{name}"], base)
 
 
@@ -382,7 +395,7 @@ def export(folder: Path, model: nn.Module, optimizer: Optimizer, accelerator: Ac
     state = _plain_weights(model, optimizer, accelerator)
     if dist.rank() == 0:
         plain = accelerator.unwrap_model(model)
-        plain.config.averaged_weights = AVERAGE in _state_keys(optimizer)
+        plain.config.averaged_weights = _is_averaged(optimizer)
         write_export(folder, plain, processor, {name: _host_copy(tensor) for name, tensor in state.items()})
     dist.barrier()
 
@@ -405,7 +418,7 @@ def write_export(folder: Path, model: Any, processor: Any, weights: dict[str, Te
 def _plain_weights(model: nn.Module, optimizer: Optimizer, accelerator: Accelerator) -> dict[str, Tensor]:
     """Return the whole weights of a model that is used and not trained; every rank must call it."""
     _link_sharded_states(optimizer)
-    is_averaged = AVERAGE in _state_keys(optimizer)
+    is_averaged = _is_averaged(optimizer)
     plain = accelerator.unwrap_model(model)
     whole = {
         name: _whole_moment(parameter, AVERAGE, optimizer)
@@ -445,17 +458,16 @@ def plain_copy(model: nn.Module, optimizer: Optimizer, accelerator: Accelerator)
     """
     plain = accelerator.unwrap_model(model)
     is_sharded = any(hasattr(parameter, "ds_id") for parameter in plain.parameters())
-    if not is_sharded and AVERAGE not in _state_keys(optimizer):
+    if not is_sharded and not _is_averaged(optimizer):
         return plain
     copy = type(plain)(plain.config).to(accelerator.device, plain.dtype)
     load_parameters(copy, _plain_weights(model, optimizer, accelerator))
     return copy
 
 
-def _state_keys(optimizer: Optimizer) -> tuple[str, ...]:
-    """Return the entries of the optimizer's state that are as large as the weights."""
-    states = list(_optimizer_chain(optimizer))[-1].state.values()
-    return (*MOMENTS, AVERAGE) if any(AVERAGE in own for own in states) else MOMENTS
+def _is_averaged(optimizer: Optimizer) -> bool:
+    """Return whether the optimizer's state holds averages of the weights."""
+    return any(AVERAGE in own for own in list(_optimizer_chain(optimizer))[-1].state.values())
 
 
 def _owned_by(base: Optimizer, optimizer: Optimizer) -> list[Tensor]:

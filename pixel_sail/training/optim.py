@@ -1,4 +1,4 @@
-"""AdamW with parameter groups that are proved to cover every trained parameter exactly once.
+"""The optimizer with parameter groups that are proved to cover every trained parameter exactly once.
 
 Place in the flow: `training/loop.py` builds it before DeepSpeed takes over. `optim.groups` sorts the parameters by
 name; within a group matrices decay, everything with one axis (norms, biases) and the token embedding does not - unless
@@ -6,7 +6,8 @@ name; within a group matrices decay, everything with one axis (norms, biases) an
 
     {"adapters": GroupConfig(match=[".*lora"], lr_scale=5.0), "decoder": GroupConfig(match=["decoder"], frozen=True)}
 
-gives the groups adapters (5 x the learning rate) and default (what is neither), each with and without decay.
+gives the groups adapters (5 x the learning rate) and default (what is neither), each with and without decay. With
+`optim.optimizer=muon` the weights that `roles.py` names leave their group for one beside it, such as default.muon.
 """
 
 import logging
@@ -18,6 +19,8 @@ from torch.optim import AdamW, Optimizer
 
 from pixel_sail import dist
 from pixel_sail.config import DEFAULT_GROUP, ConfigError, GroupConfig, OptimConfig, matching
+from pixel_sail.training.muon import ORTHOGONAL, MuonAdamW, mark
+from pixel_sail.training.roles import is_orthogonal
 
 logger = logging.getLogger(__name__)
 
@@ -57,23 +60,39 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     """Return the optimizer's groups; every parameter that has a gradient is in exactly one."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     group_of = group_of_parameters(model, config.groups)
+    is_muon = config.optimizer == "muon"
     groups: list[dict[str, Any]] = []
     for name in (*config.groups, DEFAULT_GROUP):
         own = config.groups.get(name, GroupConfig(match=[".*"]))
+        orthogonal: list[nn.Parameter] = []
         decayed: list[nn.Parameter] = []
         kept: list[nn.Parameter] = []
-        for parameter in (p for n, p in model.named_parameters() if group_of[n] == name and p.requires_grad):
+        for full_name, parameter in model.named_parameters():
+            if group_of[full_name] != name or not parameter.requires_grad:
+                continue
             decays = config.decay_all or (parameter.ndim > 1 and id(parameter) not in embeddings)
-            (decayed if decays else kept).append(parameter)
+            if is_muon and is_orthogonal(full_name, parameter.shape):
+                orthogonal.append(parameter)
+            else:
+                (decayed if decays else kept).append(parameter)
         decay = config.weight_decay if own.weight_decay is None else own.weight_decay
+        settings = {"name": name, "lr_scale": own.lr_scale}
         for parameters, weight_decay in ((decayed, decay), (kept, 0.0)):
             if parameters:
-                settings = {"name": name, "lr_scale": own.lr_scale, "weight_decay": weight_decay}
-                groups.append({"params": parameters, **settings})
+                groups.append({"params": parameters, **settings, "weight_decay": weight_decay})
+        if orthogonal:
+            groups.append({"params": orthogonal, **muon_settings(settings, config), "weight_decay": decay})
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     assert len(grouped) == len(set(grouped)) and set(grouped) == trainable, "parameter groups must partition the model"
     return groups
+
+
+def muon_settings(settings: Mapping[str, Any], config: OptimConfig) -> dict[str, Any]:
+    """Return the settings of a group's part that gets orthogonal updates, from those of its other parts."""
+    muon = config.muon
+    own = {"name": f"{settings['name']}.muon", "lr_scale": settings["lr_scale"] * muon.lr_scale}
+    return own | {ORTHOGONAL: True, "momentum": muon.momentum, "ns_steps": muon.ns_steps}
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
@@ -83,7 +102,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
     for group in groups if dist.rank() == 0 else ():
         own = {key: value for key, value in group.items() if key != "params"}
         logger.info("training %d parameters with %s", sum(parameter.numel() for parameter in group["params"]), own)
-    return AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps)
+    betas = (config.betas[0], config.betas[1])
+    if config.optimizer == "adamw":
+        return AdamW(groups, lr=config.lr, betas=betas, eps=config.eps)
+    mark(parameter for group in groups if ORTHOGONAL in group for parameter in group["params"])
+    return MuonAdamW([{ORTHOGONAL: False} | group for group in groups], lr=config.lr, betas=betas, eps=config.eps)
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> dict[str, float]:
@@ -91,6 +114,6 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> dict[str, float]:
     rates = {"lr": lr}
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-        if group["lr_scale"] != 1.0:
+        if group["lr_scale"] != 1.0 or group.get(ORTHOGONAL, False):
             rates[f"lr/{group['name']}"] = group["lr"]
     return rates

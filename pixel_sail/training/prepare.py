@@ -35,6 +35,7 @@ from pixel_sail.training.accelerator import build_accelerator, collective_timeou
 from pixel_sail.training.build import build_model
 from pixel_sail.training.checkpoint import TrainState
 from pixel_sail.training.finite import GradientCheck
+from pixel_sail.training.muon import find_layouts
 from pixel_sail.training.optim import build_optimizer
 from pixel_sail.training.rewind import behind_rewinds
 from pixel_sail.training.run_lock import RunLock
@@ -150,6 +151,7 @@ def prepare(config: TrainConfig, *, lock: bool) -> Run:
     if config.deepspeed.enabled and config.optim.precision != "fp32":
         checkpoint.keep_given_values(model)
     wrapped, optimizer = accelerator.prepare(model, own_optimizer)
+    find_layouts(optimizer)
     give_timeout(collective_timeout(config.watchdog))
     if saved is not None:
         checkpoint.restore_optimizer(
