@@ -45,6 +45,7 @@ CONFIG_FOLDER = root_folder() / "configs"
 
 PRECISIONS = ("fp32", "bf16")
 OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("cosine", "wsd")
 
 
 class ConfigError(ExpectedError, ValueError):
@@ -266,6 +267,10 @@ class OptimConfig:
     lr: float = 4e-5
     final_lr: float = 0.0
     warmup_fraction: float = 0.05
+    schedule: str = "cosine"
+    """What follows the warm-up: cosine; or wsd: the rate stays, and decays linearly at the end."""
+    decay_fraction: float = 0.2
+    """Share of the steps over which wsd decays."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.05
@@ -287,6 +292,8 @@ class OptimConfig:
         """Check the choices."""
         if self.optimizer not in OPTIMIZERS:
             raise ConfigError(f"optim.optimizer is {self.optimizer!r}, expected one of {OPTIMIZERS}")
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"optim.schedule is {self.schedule!r}, expected one of {SCHEDULES}")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"optim.precision is {self.precision!r}, expected one of {PRECISIONS}")
         if self.activation_checkpointing not in CHECKPOINTING:
@@ -309,6 +316,12 @@ class OptimConfig:
             raise ConfigError(f"optim.epochs is {self.epochs}, expected a number above 0")
         if not 0.0 <= self.warmup_fraction <= 1.0:
             raise ConfigError(f"optim.warmup_fraction is {self.warmup_fraction}, expected 0 .. 1")
+        check_range("optim.decay_fraction", self.decay_fraction, high=1.0)
+        if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1.0:
+            raise ConfigError(
+                f"optim.warmup_fraction is {self.warmup_fraction} and optim.decay_fraction {self.decay_fraction}, "
+                "expected at most 1 together"
+            )
         if not 0.0 <= self.ema_decay < 1.0:
             raise ConfigError(f"optim.ema_decay is {self.ema_decay}, expected 0 (off) or more, and less than 1")
         if DEFAULT_GROUP in self.groups:

@@ -143,11 +143,16 @@ def _data(data: Mapping[str, Any]) -> str:
 def _recipe(run_dir: Path, config: Mapping[str, Any]) -> str:
     """Return how it was trained, and by which code and packages in every start of the run."""
     optim, data = config["optim"], config["data"]
+    decay = f", decay over the last {optim['decay_fraction']}" if optim.get("schedule") == "wsd" else ""
+    muon = {"Muon for matrices": str(optim["muon"])} if optim.get("optimizer") == "muon" else {}
     rows = {
         "steps": optim["steps"],
         "packs per step, tokens per pack": f"{data['packs_per_step']}, {data['packing']['token_budget']}",
-        "learning rate": f"{optim['lr']} to {optim['final_lr']}, warm-up {optim['warmup_fraction']} of the steps",
+        "learning rate": (
+            f"{optim['lr']} to {optim['final_lr']}, warm-up {optim['warmup_fraction']} of the steps{decay}"
+        ),
         "AdamW betas, weight decay": f"{optim['betas']}, {optim['weight_decay']}",
+        **muon,
         "largest gradient norm": optim["max_grad_norm"],
         "precision": optim["precision"],
         "seed": config["seed"],

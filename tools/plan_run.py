@@ -44,7 +44,8 @@ from pixel_sail.planning.parameters import TrainingParts, fill_in_vocabulary
 from pixel_sail.planning.plan import Machine, make_plan, plan_text
 from pixel_sail.planning.workload import Workload, of_batch
 from pixel_sail.training.build import add_training_parts
-from pixel_sail.training.optim import freeze
+from pixel_sail.training.muon import ORTHOGONAL
+from pixel_sail.training.optim import freeze, parameter_groups
 from pixel_sail.training.prepare import build_mixture, sample_cost
 from pixel_sail.types import DataError
 
@@ -134,7 +135,9 @@ def training_parts(config: TrainConfig) -> TrainingParts:
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
     adapters = sum(count for name, count in counts.items() if ".lora_" in name)
     trained = sum(counts[name] for name, parameter in model.named_parameters() if parameter.requires_grad)
-    return TrainingParts(adapters=adapters, trained=trained)
+    groups = parameter_groups(model, config.optim)
+    orthogonal = sum(p.numel() for group in groups if group.get(ORTHOGONAL, False) for p in group["params"])
+    return TrainingParts(adapters=adapters, trained=trained, orthogonal=orthogonal)
 
 
 @one_message

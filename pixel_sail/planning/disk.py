@@ -1,7 +1,7 @@
 """Bytes a run leaves on disk.
 
-Place in the flow: `plan.py` adds them up for its table. Checkpoints hold whole float32 parameters and two Adam moments
-of those that are trained, see training/checkpoint.py; before an old one is deleted the new one is complete.
+Place in the flow: `plan.py` adds them up for its table. Checkpoints hold whole float32 parameters and the moments of
+those that are trained, see training/checkpoint.py; before an old one is deleted the new one is complete.
 """
 
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pixel_sail.experts.settings import ExpertSettings
 from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.patches import grid_size
+from pixel_sail.planning.memory import moment_bytes
 from pixel_sail.types import SizeHW
 
 STATE_FILES = 20_000
@@ -17,10 +18,14 @@ EXPORT_FILES = 5_000_000
 """Tokenizer and configuration beside the exported weights; Qwen2.5's tokenizer has 11 MB, a small one 0.1."""
 
 
-def checkpoint_bytes(num_parameters: int, *, trained: int | None = None, is_averaged: bool = False) -> int:
-    """Return the size of one checkpoint. `trained`: how many parameters are not frozen, by default all."""
-    moments = (12 if is_averaged else 8) * (num_parameters if trained is None else trained)
-    return 4 * num_parameters + moments + STATE_FILES
+def checkpoint_bytes(
+    num_parameters: int, *, trained: int | None = None, orthogonal: int = 0, is_averaged: bool = False
+) -> int:
+    """Return the size of one checkpoint. `trained`: how many parameters are not frozen, by default all; `orthogonal`:
+    how many of them are Muon's."""
+    count = num_parameters if trained is None else trained
+    moments = moment_bytes(count, orthogonal=orthogonal, is_averaged=is_averaged)
+    return 4 * num_parameters + round(moments) + STATE_FILES
 
 
 def run_folder_bytes(checkpoint: int, *, exported: int, keep: int) -> int:

@@ -2,7 +2,8 @@
 
 Place in the flow: `plan.py` calls `memory_per_gpu` for every ZeRO stage and micro-batch. What is held follows from
 `training/accelerator.py` and `training/optim.py`, per trained parameter, with N processes and p = 4 bytes (fp32) or
-2 (bf16); a frozen one has only its weight. A moving average of the weights counts as a third moment, 4 more bytes:
+2 (bf16); a frozen one has only its weight. A moving average of the weights counts as a third moment, 4 more bytes;
+weights of Muon have one moment, 4 bytes less, and stage 1 and 2 gather them for a moment as 2 bytes:
 
     | stage | weights | gradients | float32 masters | Adam's moments |
     | none  |    4    |     4     |        0        |       8        |   autocast keeps copies of 2 under bf16
@@ -68,21 +69,22 @@ def training_state(
     world_size: int,
     largest_gathered: int,
     trained: int | None = None,
+    orthogonal: int = 0,
     is_averaged: bool = False,
 ) -> TrainingState:
     """Return what one process of `world_size` holds.
 
     `largest_gathered`: parameters of the largest module, for ZeRO-3. `trained`: how many parameters are not frozen, by
-    default all.
+    default all; `orthogonal`: how many of them are Muon's.
     """
     held, is_half = float(num_parameters), precision == "bf16"
     count = held if trained is None else float(trained)
-    moments = 12 if is_averaged else 8
+    moments = moment_bytes(count, orthogonal=orthogonal, is_averaged=is_averaged)
     if not config.enabled:
         return TrainingState(
             weights=4 * held,
             masters=0.0,
-            moments=moments * count,
+            moments=moments,
             gradients=4 * count,
             buckets=(4 * count if world_size > 1 else 0.0) + (2 * held if is_half else 0.0),
             step_extra=4 * count,
@@ -94,7 +96,7 @@ def training_state(
         return TrainingState(
             weights=element * held,
             masters=4 * count if is_half else 0.0,
-            moments=moments * count,
+            moments=moments,
             gradients=element * count,
             buckets=min(bucket, element * count) if world_size > 1 else 0.0,
             step_extra=(8 if is_half else 4) * count,
@@ -107,11 +109,16 @@ def training_state(
         if is_sharded and config.offload_parameters
         else element * (held / world_size if is_sharded else held),
         masters=on_gpu * 4 * share,
-        moments=on_gpu * moments * share,
+        moments=on_gpu * moments / world_size,
         gradients=element * (count if config.stage == 1 else share),
         buckets=bucket + (gathered if is_sharded else 0.0),
-        step_extra=on_gpu * 8 * share,
+        step_extra=on_gpu * 8 * share + 2 * orthogonal,
     )
+
+
+def moment_bytes(trained: float, *, orthogonal: int = 0, is_averaged: bool = False) -> float:
+    """Return the float32 moments of all processes: two of AdamW's weights, one of Muon's, and the average of all."""
+    return FLOAT32 * ((3 if is_averaged else 2) * trained - orthogonal)
 
 
 def largest_module(architecture: Architecture) -> int:

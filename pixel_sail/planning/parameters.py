@@ -30,6 +30,8 @@ class TrainingParts:
     """Parameters of low-rank adapters."""
     trained: int
     """Parameters that are not frozen, adapters among them."""
+    orthogonal: int = 0
+    """Of the trained ones those that Muon updates (training/roles.py)."""
 
 
 def fill_in_vocabulary(config: ModelConfig) -> str:

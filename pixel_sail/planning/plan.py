@@ -128,8 +128,8 @@ def make_plan(
             "hours": length.steps * seconds / 3600,
             "gpu_hours": length.steps * seconds / 3600 * machine.gpus,
         },
-        "memory": _memory_rows(config, works, machine, num_parameters, own.trained),
-        "disk": _disk(config, counts, own.trained, assumptions or Assumptions()),
+        "memory": _memory_rows(config, works, machine, num_parameters, own),
+        "disk": _disk(config, counts, own, assumptions or Assumptions()),
     }
 
 
@@ -158,9 +158,9 @@ def _data_numbers(works: Sequence[Workload], micro_batches: int) -> dict[str, fl
 
 
 def _memory_rows(
-    config: TrainConfig, works: Sequence[Workload], machine: Machine, num_parameters: int, trained: int
+    config: TrainConfig, works: Sequence[Workload], machine: Machine, num_parameters: int, parts: TrainingParts
 ) -> list[dict[str, Any]]:
-    """Return one row for each ZeRO stage (and for none); activations are those of the largest micro-batch."""
+    """Return one row for each possible ZeRO stage (and for none); activations are those of the largest micro-batch."""
     architecture, precision = config.model.architecture, config.optim.precision
     points = config.loss.points
     candidates = round(points.num_points * points.oversample_ratio)
@@ -188,7 +188,8 @@ def _memory_rows(
     )
     rows = []
     plain = DeepSpeedConfig(enabled=False)
-    staged = [replace(config.deepspeed, enabled=True, stage=stage) for stage in (0, 1, 2, 3)]
+    stages = (0, 1, 2) if config.optim.optimizer == "muon" else (0, 1, 2, 3)
+    staged = [replace(config.deepspeed, enabled=True, stage=stage) for stage in stages]
     for deepspeed in (plain, *staged):
         state = memory.training_state(
             num_parameters,
@@ -196,7 +197,8 @@ def _memory_rows(
             precision=precision,
             world_size=machine.gpus,
             largest_gathered=memory.largest_module(architecture),
-            trained=trained,
+            trained=parts.trained,
+            orthogonal=parts.orthogonal,
             is_averaged=config.optim.ema_decay > 0,
         )
         gpu = memory.memory_per_gpu(state, activations=kept.total, masks_and_points=temporaries)
@@ -218,9 +220,13 @@ def _memory_rows(
     return rows
 
 
-def _disk(config: TrainConfig, counts: dict[str, int], trained: int, assumptions: Assumptions) -> dict[str, Any]:
+def _disk(
+    config: TrainConfig, counts: dict[str, int], parts: TrainingParts, assumptions: Assumptions
+) -> dict[str, Any]:
     total = sum(counts.values())
-    checkpoint = disk.checkpoint_bytes(total, trained=trained, is_averaged=config.optim.ema_decay > 0)
+    checkpoint = disk.checkpoint_bytes(
+        total, trained=parts.trained, orthogonal=parts.orthogonal, is_averaged=config.optim.ema_decay > 0
+    )
     exported = total - counts["distill_head"] - counts["adapters"]
     return {
         "checkpoint": checkpoint,

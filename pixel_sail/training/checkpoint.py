@@ -16,7 +16,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -146,11 +146,13 @@ def read(
     config: dict[str, Any],
     *,
     defaults: Mapping[str, Any] = MappingProxyType({}),
+    free: Collection[str] = (),
     allow_changed_data: bool = False,
 ) -> tuple[TrainState, dict[str, Tensor], dict[str, Tensor]]:
     """Return state, parameters and moments of a checkpoint.
 
     `defaults`: what a key counts as that a configuration lacks, as that of a run does which is older than the key.
+    `free`: dotted keys that may differ.
     Raises: CheckpointError when a file differs from its hash or holds something else than it should, the run was
     configured otherwise, or (unless allowed) had other data.
     """
@@ -159,6 +161,8 @@ def read(
     state = _train_state(saved["train_state"], path)
     then, now = (with_defaults(given, defaults) for given in (saved["config"], config))
     differing = dict(differing_leaves(then, json.loads(json.dumps(now))))
+    if freely := {key: differing.pop(key) for key in free if key in differing}:
+        logger.info("%s: the run goes on with other (saved, now): %s", path, freely)
     changed = {key: differing.pop(key) for key in list(differing) if key.split(".")[0] == DATA_FILES}
     if changed and not allow_changed_data:
         raise CheckpointError(

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from hydra.utils import get_object
 from torch import Tensor
 
 from pixel_sail import dist
-from pixel_sail.config import ConfigError, DataConfig, TrainConfig, build
+from pixel_sail.config import ConfigError, DataConfig, OptimConfig, TrainConfig, build
 from pixel_sail.data.leakage import held_out_images, without_images
 from pixel_sail.data.loader import LaneShare, StepData, training_batches
 from pixel_sail.data.mixture import Mixture
@@ -39,6 +39,7 @@ from pixel_sail.training.muon import find_layouts
 from pixel_sail.training.optim import build_optimizer
 from pixel_sail.training.rewind import behind_rewinds
 from pixel_sail.training.run_lock import RunLock
+from pixel_sail.training.schedule import is_stable
 from pixel_sail.training.step import Distillation, source_columns
 from pixel_sail.types import Example
 
@@ -55,6 +56,9 @@ FREE_DATA_KEYS = ("num_workers", "packs_per_micro_batch", "planned_samples")
 
 FREE_OPTIM_KEYS = ("activation_checkpointing",)
 """The same within `optim`: a run that ran out of memory may go on with it."""
+
+SCHEDULE_KEYS = ("steps", "warmup_fraction", "decay_fraction", "final_lr")
+"""The same within `optim` while `schedule=wsd` is stable: what came before does not depend on them."""
 
 SINGLE_VALUES = (bool, int, float, str)
 
@@ -135,7 +139,8 @@ def prepare(config: TrainConfig, *, lock: bool) -> Run:
                 f"run_dir {run_dir} holds {found.name}, but checkpoint.resume=never; choose another run_dir"
             )
         allowed = config.checkpoint.allow_changed_data
-        state, *saved = checkpoint.read(found, identity, defaults=identity_defaults(config), allow_changed_data=allowed)
+        defaults, free = identity_defaults(config), free_schedule_keys(config.optim, found)
+        state, *saved = checkpoint.read(found, identity, defaults=defaults, free=free, allow_changed_data=allowed)
         checkpoint.check_fits(found, state, start)
         checkpoint.load_parameters(model, saved[0])
         logger.info("continuing from %s", found)
@@ -264,6 +269,18 @@ def run_identity(resolved: dict[str, Any]) -> dict[str, Any]:
     # A cache may move, but stored features are rounded: whether there is one belongs to the run.
     experts = {name: {**own, "cache": own["cache"] is not None} for name, own in identity.pop("experts").items()}
     return identity | {"experts": experts} if experts else identity
+
+
+def free_schedule_keys(optim: OptimConfig, found: Path) -> tuple[str, ...]:
+    """Return the keys of the schedule that may differ from a checkpoint's: with `schedule=wsd` its end, while the steps
+    so far are the same under both."""
+    saved = checkpoint.saved_config(found)["optim"]
+    if optim.epochs is not None or saved.get("schedule") != "wsd":
+        return ()
+    then = replace(optim, **{key: saved[key] for key in ("schedule", *SCHEDULE_KEYS)})
+    step = checkpoint.step_of(found.name)
+    is_free = is_stable(step, then) and is_stable(step, optim)
+    return tuple(f"optim.{key}" for key in SCHEDULE_KEYS) if is_free else ()
 
 
 def identity_defaults(config: TrainConfig) -> dict[str, Any]:

@@ -40,7 +40,7 @@ ROLES = (
     Role(
         pattern=r"patch_embedding\.(patch|piece)_projection\.weight",
         orthogonal=True,
-        why="a patch's values to an embedding; inputs are dense and every image uses all of it, unlike a table of tokens",
+        why="a patch's values to an embedding; every image uses all of it, unlike a table of tokens",
     ),
     Role(
         pattern=r"patch_embedding\.prompt_projection\.weight",
