@@ -1,4 +1,4 @@
-"""Orthogonal updates for exactly the weights of the table, the same ones however the run is shared out; and the schedule
+"""Orthogonal updates for exactly the weights of the table, the same however the run is shared out; and the schedule
 that may become longer."""
 
 import copy
@@ -12,6 +12,7 @@ import torch
 from muon_stages import gradient
 from running import launcher, load_tool, start
 from safetensors.torch import load_file
+from test_eve import EVE
 from test_groups import GROUPS
 from test_train import SMALL, log_lines, train
 
@@ -44,8 +45,7 @@ ORTHOGONAL_LAYERS = (
 KINDS = {
     "sail": {},
     "untied": {"tie_word_embeddings": False},
-    "routed": {"modality_experts": ["self_attn", "mlp", "layernorm"]},
-    "eve": {"base": "eve", "patch_size": 32, "patch_hidden_size": 12, "prompt_projection": False, "mask_stride": 8},
+    "eve": EVE,
     "bilinear": {"upsampler": "bilinear"},
     "pixel_shuffle": {"upsampler": "pixel_shuffle"},
 }
@@ -211,8 +211,8 @@ def updates(data_root, tmp_path_factory):
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
 def test_exactly_the_right_weights_get_orthogonal_updates_at_every_stage(updates, ranks, stage):
-    """Gradients have singular values 0.3 .. 1, divided by their norm below that: Newton-Schulz takes them to 0.7 .. 1.2.
-    Weights under bfloat16 have float32 masters, which are what is compared."""
+    """Gradients have singular values 0.3 .. 1: Newton-Schulz takes them to 0.7 .. 1.2. Under bfloat16 the float32
+    masters are what is compared."""
     tensors = updates[ranks, stage]
     names = {name.removeprefix("0.") for name in tensors if name.startswith("0.")}
     rate = 1e-2 * 8 / 3
@@ -244,17 +244,12 @@ def test_all_stages_and_numbers_of_processes_make_the_same_updates(updates, rank
             torch.testing.assert_close(found[own], expected[own], rtol=0, atol=2e-6)
 
 
-OWN = ("optim=muon", *GROUPS)
-
-
 @pytest.mark.slow
-def test_a_run_with_groups_adapters_and_average_continues_bit_for_bit_and_elsewhere(data_root, tmp_path):
+def test_a_run_with_groups_and_average_continues_bit_for_bit_and_elsewhere(data_root, tmp_path):
     """Under ZeRO-2 on two processes as if it had never stopped, on one process without DeepSpeed within rounding."""
     whole = tmp_path / "whole"
-    own = (*OWN, "model.init_from=null", "tuning=full", "optim.steps=4")
-    own = tuple(
-        item for item in own if not item.startswith(("tuning=lora", "optim.groups.adapters", "model.init_from"))
-    )
+    own = tuple(item for item in GROUPS if not item.startswith(("tuning=", "model.lora", "optim.groups.adapters")))
+    own = ("optim=muon", *own)
     train(data_root, whole, *own, by="torchrun")
     for stage, by in (("zero2", "torchrun"), ("none", "python")):
         shutil.copytree(whole, tmp_path / stage)
@@ -295,17 +290,15 @@ def test_a_plan_knows_the_moments_and_leaves_out_stage_3(capsys):
     tool = load_tool("plan_run")
     plans = []
     for optimizer in ("adamw", "muon"):
-        assert (
-            tool.main(["model=sail_0_5b", "data=refcoco", "packs=0", "gpus=8", f"optim={optimizer}", "--json", "-"])
-            == 0
-        )
+        own = ("packs=0", "gpus=8", f"optim={optimizer}")
+        assert tool.main(["model=sail_0_5b", "data=refcoco", *own, "--json", "-"]) == 0
         plans.append(json.loads(capsys.readouterr().out))
-    adamw, own = plans
-    assert [row["sharding"] for row in own["memory"]] == ["none", "zero0", "zero1", "zero2"]
+    adamw, mine = plans
+    assert [row["sharding"] for row in mine["memory"]] == ["none", "zero0", "zero1", "zero2"]
     plain, saved = (plan["memory"][0]["moments"] for plan in plans)
     # Nearly all of the decoder's weights are matrices.
-    assert plain - saved == pytest.approx(4 * own["parameters"]["decoder"], rel=0.05)
-    assert adamw["disk"]["checkpoint"] - own["disk"]["checkpoint"] == pytest.approx(plain - saved)
+    assert plain - saved == pytest.approx(4 * mine["parameters"]["decoder"], rel=0.05)
+    assert adamw["disk"]["checkpoint"] - mine["disk"]["checkpoint"] == pytest.approx(plain - saved)
 
 
 @pytest.mark.parametrize(
