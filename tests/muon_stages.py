@@ -28,6 +28,7 @@ SMALL = (
 
 
 def main() -> None:
+    dist.ensure_launch_environment()
     for stage in sys.argv[2:]:
         save(Path(sys.argv[1]) / f"{stage}.safetensors", stage)
     dist.shutdown()
