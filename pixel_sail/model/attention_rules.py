@@ -320,8 +320,24 @@ class FlexRule:
         return mixed
 
 
+SCORES_PER_CALL = 6000
+"""How many scores under a dense mask take as long on a CPU as what a call of its own costs beside its scores: slices,
+copies and the start of a kernel, forward and backward (width 128, one core, `tools/bench_small_step.py`)."""
+
+
+def dense_is_faster(spans: Sequence[SampleSpan], shape: tuple[int, int]) -> bool:
+    """Return whether a dense mask over rows [B, T] takes less time on a CPU than one call per image and per text.
+
+    Eight rows of 160 tokens with seven questions each: 205,000 scores in one call against 96,000 in 64 calls, so dense.
+    One row of 1,332 with one conversation: 1.77 million in one call against 1.62 million in two, so segments.
+    """
+    calls = calls_of(spans)
+    needed = sum(call.queries * (call.shown + call.queries) for call in calls)
+    return shape[0] * shape[1] ** 2 <= needed + SCORES_PER_CALL * len(calls)
+
+
 def chosen_attention(choice: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Return what `auto` means here, and other choices as they are."""
+    """Return what `auto` means here for long rows, and other choices as they are (see `dense_is_faster`)."""
     if choice != "auto":
         return choice
     if device.type == "cpu":
@@ -346,7 +362,12 @@ def training_rule(
     by text, which only `dense` and `flex` take.
     """
     device = sample_index_BT.device
-    choice = chosen_attention(choice, device, dtype)
+    is_auto, choice = choice == "auto", chosen_attention(choice, device, dtype)
+    shape = (sample_index_BT.shape[0], sample_index_BT.shape[1])
+    if choice in ("segments", "varlen") and spans is None:
+        spans = sample_spans(sample_index_BT, branch_ids_BT, in_image_BT)
+    if is_auto and choice == "segments" and spans is not None and dense_is_faster(spans, shape):
+        choice = "dense"
     if choice == "dense":
         mask_B1TT = attention_mask(sample_index_BT, branch_ids_BT, in_image_BT)
         # The fused kernel of the CPU would turn booleans into numbers in every layer.
@@ -356,10 +377,9 @@ def training_rule(
         if device.type == "cpu" and torch.is_grad_enabled():
             raise DataError("speed.attention is flex, which torch trains on a GPU only; use segments or auto")
         return FlexRule(sample_index_BT, branch_ids_BT, in_image_BT)
-    if spans is None:
-        spans = sample_spans(sample_index_BT, branch_ids_BT, in_image_BT)
+    assert spans is not None
     if choice == "varlen":
-        return VarlenAttention(spans, shape=(sample_index_BT.shape[0], sample_index_BT.shape[1]), device=device)
+        return VarlenAttention(spans, shape=shape, device=device)
     if device.type != "cpu":
         raise DataError(f"speed.attention is segments, a kernel of CPUs, and the model is on {device}; use auto")
     return SegmentAttention(spans, dtype=dtype)
