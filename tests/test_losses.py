@@ -357,9 +357,8 @@ def test_ignored_pixels_do_not_count():
 @pytest.mark.parametrize("has_ignored", [False, True])
 def test_masks_of_many_images_have_the_losses_that_each_image_has_alone(importance, has_ignored):
     sampling, images, expected = replace(SAMPLING, importance_ratio=importance), [], []
-    for seed, (cells, pixels, number) in enumerate(
-        [((8, 6), (32, 24), 2), ((6, 8), (24, 32), 1), ((8, 6), (32, 24), 3), ((8, 6), (31, 24), 1), ((6, 8), (24, 32), 2)]
-    ):
+    tall, wide, other = ((8, 6), (32, 24)), ((6, 8), (24, 32)), ((8, 6), (31, 24))
+    for seed, ((cells, pixels), number) in enumerate(((tall, 2), (wide, 1), (tall, 3), (other, 1), (wide, 2))):
         logits = (3.0 * torch.randn(number, *cells)).requires_grad_()
         masks, ignored = (torch.rand(number, *pixels) < share for share in (0.4, 0.1))
         has_own = has_ignored and seed == 2

@@ -5,11 +5,11 @@ torch, and that the losses agree.
     OMP_NUM_THREADS=1 python tools/bench_small_step.py --expressions 8 16 32 --ways ours dense segments
 
 16 pictures of 128 x 128, 112 x 144 and 144 x 112 with independent questions go through a model of width 128 and 4
-layers in two micro-batches of 8 rows. `reference` is `speed.REFERENCE` with the mask losses of one image after another,
-`ours` what training does, `dense` and `segments` the same with that attention, `kept` without computing anything again
-in the backward pass, `bf16` under autocast, `compiled` with `speed.compile=layers`. The ways take turns in one process,
-each from the same weights; seconds are those of the processor, as other programs on the machine disturb them less, and
-medians over the rounds. An operation of torch on a CPU is about a kernel on a GPU.
+layers in two micro-batches of 8 rows. `reference` is `speed.REFERENCE` with the mask losses of one image after
+another, `ours` what training does, `dense`, `segments` and `turns` the same with that attention, `kept` without
+computing anything again in the backward pass, `bf16` under autocast, `compiled` with `speed.compile=layers`. The ways
+take turns in one process, each from the same weights; seconds are those of the processor, as other programs on the
+machine disturb them less, and medians over the rounds. An operation of torch on a CPU is about a kernel on a GPU.
 """
 
 import argparse
@@ -47,6 +47,7 @@ WAYS = {
     "ours": Speed(),
     "dense": Speed(attention="dense"),
     "segments": Speed(attention="segments"),
+    "turns": Speed(attention="turns"),
     "kept": Speed(elementwise="plain"),
     "bf16": Speed(),
     "compiled": Speed(compile="layers"),

@@ -23,6 +23,9 @@ from pixel_sail.model.mask_head import PointLogits
 from pixel_sail.model.transfer import to_device
 from pixel_sail.types import DataError
 
+SMALL_IMAGE = 2**19
+"""Pixels of an image, up to which its masks are read together with those of others: 480 x 640 has 307,200."""
+
 
 @dataclass(kw_only=True)
 class PointSampling:
@@ -142,9 +145,10 @@ def losses_at_points(images: Sequence[ImageMasks], sampling: PointSampling) -> t
     """
     alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for index, image in enumerate(images):
-        # Logits that are made at points only are read image by image, so that few of their cells exist at a time.
-        size = (index,) if isinstance(image.logits, PointLogits) else tuple(image.logits.shape[1:])
-        alike[(*size, *image.masks[0].shape)].append(index)
+        # By themselves, for their memory: large masks, which become float32, and what makes logits at points only.
+        is_alone = isinstance(image.logits, PointLogits) or image.masks[0].numel() > SMALL_IMAGE
+        own_hw = () if isinstance(image.logits, PointLogits) else tuple(image.logits.shape[1:])
+        alike[(index if is_alone else -1, *own_hw, *image.masks[0].shape)].append(index)
     is_ignored = any(ignored is not None for image in images for ignored in image.ignored)
     read: list[tuple[Tensor, ...]] = []
     for indices in alike.values():

@@ -25,6 +25,7 @@ from pixel_sail.model.attention_mask import attention_mask
 from pixel_sail.model.decoder import AttentionRule, MaskedAttention
 from pixel_sail.model.spans import sample_spans
 from pixel_sail.model.transfer import to_device
+from pixel_sail.model.turn_attention import TurnAttention, fastest_on_cpu
 from pixel_sail.types import DataError, SampleSpan
 
 
@@ -320,24 +321,8 @@ class FlexRule:
         return mixed
 
 
-SCORES_PER_CALL = 6000
-"""How many scores under a dense mask take as long on a CPU as what a call of its own costs beside its scores: slices,
-copies and the start of a kernel, forward and backward (width 128, one core, `tools/bench_small_step.py`)."""
-
-
-def dense_is_faster(spans: Sequence[SampleSpan], shape: tuple[int, int]) -> bool:
-    """Return whether a dense mask over rows [B, T] takes less time on a CPU than one call per image and per text.
-
-    Eight rows of 160 tokens with seven questions each: 205,000 scores in one call against 96,000 in 64 calls, so dense.
-    One row of 1,332 with one conversation: 1.77 million in one call against 1.62 million in two, so segments.
-    """
-    calls = calls_of(spans)
-    needed = sum(call.queries * (call.shown + call.queries) for call in calls)
-    return shape[0] * shape[1] ** 2 <= needed + SCORES_PER_CALL * len(calls)
-
-
 def chosen_attention(choice: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Return what `auto` means here for long rows, and other choices as they are (see `dense_is_faster`)."""
+    """Return what `auto` means here for long rows, and other choices as they are (see `fastest_on_cpu`)."""
     if choice != "auto":
         return choice
     if device.type == "cpu":
@@ -364,10 +349,10 @@ def training_rule(
     device = sample_index_BT.device
     is_auto, choice = choice == "auto", chosen_attention(choice, device, dtype)
     shape = (sample_index_BT.shape[0], sample_index_BT.shape[1])
-    if choice in ("segments", "varlen") and spans is None:
+    if choice in ("segments", "turns", "varlen") and spans is None:
         spans = sample_spans(sample_index_BT, branch_ids_BT, in_image_BT)
-    if is_auto and choice == "segments" and spans is not None and dense_is_faster(spans, shape):
-        choice = "dense"
+    if is_auto and choice == "segments" and spans is not None:
+        choice = fastest_on_cpu(spans, shape)
     if choice == "dense":
         mask_B1TT = attention_mask(sample_index_BT, branch_ids_BT, in_image_BT)
         # The fused kernel of the CPU would turn booleans into numbers in every layer.
@@ -381,5 +366,7 @@ def training_rule(
     if choice == "varlen":
         return VarlenAttention(spans, shape=shape, device=device)
     if device.type != "cpu":
-        raise DataError(f"speed.attention is segments, a kernel of CPUs, and the model is on {device}; use auto")
+        raise DataError(f"speed.attention is {choice}, which is for CPUs, and the model is on {device}; use auto")
+    if choice == "turns":
+        return TurnAttention(spans, shape=shape, dtype=dtype)
     return SegmentAttention(spans, dtype=dtype)

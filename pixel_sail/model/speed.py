@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pixel_sail.types import DataError
 
 CHOICES = {
-    "attention": ("auto", "dense", "segments", "flex", "varlen"),
+    "attention": ("auto", "dense", "segments", "turns", "flex", "varlen"),
     "text_loss": ("chunked", "plain"),
     "mask_head": ("folded", "points", "maps"),
     "elementwise": ("recomputed", "plain"),
@@ -32,8 +32,9 @@ class Speed:
     attention: str = "auto"
     """dense: one boolean mask over a packed row. segments: one call per image and per text, without a mask over the
     row. flex: torch's FlexAttention with a block mask. varlen: torch's variable-length flash kernels (CUDA, half
-    precision). auto: on a CPU segments, or dense for short rows of many texts; on CUDA varlen in half precision and flex
-    otherwise."""
+    precision). turns: products over what each sample shares and over its independent questions, padded to one size
+    (CPU). auto: on a CPU the one of dense, segments and turns with fewest scores; on CUDA varlen in half precision and
+    flex otherwise."""
     text_loss: str = "chunked"
     """plain: logits of all supervised positions are kept. chunked: some positions at a time, computed again in the
     backward pass."""

@@ -74,7 +74,9 @@ def drawn_examples(
             mask[top : top + size_hw[0] // 3, left : left + size_hw[1] // 3] = True
             turns.append(Turn(question=f"{QUESTION} {turn}.", answer=ANSWER, masks=(mask,)))
         sample = Sample(sample_id=str(index), source="drawn", image_path=None, image_hw=size_hw, turns=tuple(turns))
-        examples.append(processor.encode_sample(sample, drawn_picture(rng, size_hw), independent_turns=independent_turns))
+        examples.append(
+            processor.encode_sample(sample, drawn_picture(rng, size_hw), independent_turns=independent_turns)
+        )
     return examples
 
 
