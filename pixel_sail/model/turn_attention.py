@@ -27,18 +27,18 @@ def padded_sizes(spans: Sequence[SampleSpan]) -> tuple[int, int, int, int]:
     return len(spans), shared, max(len(span.branches) for span in spans), max(lengths, default=0)
 
 
-SCORES_PER_CALL = 6000
-"""How many scores of a head take as long as what each call of `segments` costs beside its scores: slices, copies and
-the start of a kernel, forward and backward (`tools/bench_small_step.py`)."""
-SCORES_OF_TURNS = 100_000
-"""The same for all that `turns` does beside its scores."""
+SCORES_PER_CALL = 10_000
+"""How many scores of a head under a dense mask take as long as what each call of `segments` costs beside its scores:
+slices, copies and the start of a kernel, forward and backward."""
+WEIGHT_OF_BRANCHES = 2.5
+"""How many of them a score between branches and what they see takes in `turns`, where scores are written to memory.
+Both numbers from `tools/bench_small_step.py` at 5, 16 and 32 questions a picture, see docs/performance.md."""
 
 
 def fastest_on_cpu(spans: Sequence[SampleSpan], shape: tuple[int, int]) -> str:
     """Return which rule for rows [B, T] takes least time on a CPU: dense, turns or segments.
 
-    Eight rows of 160 tokens with seven questions each have 205,000 scores under a dense mask; one row of 1,332 with one
-    conversation 1.77 million, and 1.62 million in two calls.
+    One row of 1,332 with one conversation has 1.77 million scores under a dense mask, and 1.62 million in two calls.
     """
     if not spans:
         return "dense"
@@ -50,7 +50,7 @@ def fastest_on_cpu(spans: Sequence[SampleSpan], shape: tuple[int, int]) -> str:
         needed += span.image**2 + span.shared * seen + sum(own * (seen + own) for own in span.branches)
     scores = {
         "dense": shape[0] * shape[1] ** 2,
-        "turns": samples * (shared**2 + branches * length * (shared + length)) + SCORES_OF_TURNS,
+        "turns": samples * (shared**2 + WEIGHT_OF_BRANCHES * branches * length * (shared + length)),
         "segments": needed + SCORES_PER_CALL * calls,
     }
     return min(scores, key=lambda rule: scores[rule])
