@@ -16,6 +16,7 @@ from running import data_root  # noqa: F401, a fixture for all tests
 
 from pixel_sail.data.collate import collate
 from pixel_sail.data.packing import LanePosition, Pack
+from pixel_sail.model import attention_rules, upsampler
 from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
@@ -52,6 +53,13 @@ def pytest_terminal_summary(terminalreporter):
 def own_cache(tmp_path_factory):
     """Index files of annotations go to a folder of this session, also those of commands that tests start."""
     os.environ["PIXEL_SAIL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def as_large_pictures(monkeypatch):
+    """The tests' tiny pictures are computed as large ones are, which plans are about."""
+    monkeypatch.setattr(attention_rules, "fastest_on_cpu", lambda spans, shape: "segments")
+    monkeypatch.setattr(upsampler, "SMALL_MAP", 0)
 
 
 @pytest.fixture(autouse=True)

@@ -285,6 +285,7 @@ def test_a_variant_gives_the_same_on_the_fast_path_and_packed_and_every_weight_l
 
 @pytest.mark.parametrize("speed", [Speed(), REFERENCE], ids=["default", "reference"])
 @pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.usefixtures("as_large_pictures")
 def test_the_plan_counts_what_an_upsampler_computes_and_keeps(tiny_model, batch, design, speed):
     model = tiny_model(hidden_size=64, num_hidden_layers=1, mask_dim=32, mask_stride=1, upsampler=design).train()
     model.use(speed)

@@ -184,3 +184,15 @@ def test_ranks_are_compared_on_one_run(data_root, monkeypatch, tmp_path, capsys)
     assert "efficiency" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no_such_key"):
         tool.run(1, 1, ["experiment=quickstart", "no_such_key=1"], tmp_path / "broken")
+
+
+def test_the_small_step_is_measured_against_the_reference_and_has_its_losses(tmp_path, capsys):
+    tool = load_tool("bench_small_step")
+    where = ["--pictures", "3", "--rounds", "1", "--expressions", "2", "--json", str(tmp_path / "out.json")]
+    assert tool.main([*where, "--ways", "reference", "ours", "turns"]) == 0
+    (point,) = json.loads((tmp_path / "out.json").read_text())["points"]
+    ways = point["ways"]
+    assert max(way["loss_difference"] for way in ways.values()) < 1e-5
+    assert ways["ours"]["operations"] < ways["reference"]["operations"]
+    assert ways["ours"]["speed"] == pytest.approx(ways["reference"]["seconds"] / ways["ours"]["seconds"])
+    assert "3 pictures, 2 expressions each" in capsys.readouterr().out

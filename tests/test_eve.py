@@ -533,6 +533,7 @@ def test_the_7b_configuration_has_the_parameters_that_the_plan_says():
 
 
 @pytest.mark.parametrize("experts", ["routed", "mixed"])
+@pytest.mark.usefixtures("as_large_pictures")
 def test_the_plan_counts_operations_and_activations(eve_model, batch, experts):
     model = eve_model(hidden_size=64, intermediate_size=176).train()
     speed = Speed(experts=experts)

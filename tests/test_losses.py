@@ -10,11 +10,13 @@ import torch
 from torch.nn import functional as F
 
 from pixel_sail.losses.mask import (
+    ImageMasks,
     PointSampling,
-    bce_sum,
+    bce_means,
     choose_points,
-    dice_sum,
+    dice_losses,
     full_map_losses,
+    losses_at_points,
     point_losses,
     sample_map,
 )
@@ -152,10 +154,10 @@ def test_a_perfect_prediction_costs_nothing():
     assert sums.bce.item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_sums_are_additive_over_masks():
+def test_losses_of_a_mask_do_not_depend_on_the_others():
     logits, targets = torch.randn(5, 30), (torch.rand(5, 30) < 0.5).float()
-    for loss in (bce_sum, dice_sum):
-        parts = loss(logits[:2], targets[:2]) + loss(logits[2:], targets[2:])
+    for loss in (bce_means, dice_losses):
+        parts = torch.cat((loss(logits[:2], targets[:2]), loss(logits[2:], targets[2:])))
         torch.testing.assert_close(loss(logits, targets), parts)
 
 
@@ -349,6 +351,31 @@ def test_ignored_pixels_do_not_count():
     # Points between the last counted and the first ignored column touch both and are left out.
     assert (first.bce, first.dice) == (second.bce, second.dice)
     assert first.bce != point_losses(logits, masks, SAMPLING, _generator()).bce
+
+
+@pytest.mark.parametrize("importance", [0.75, 0.0])
+@pytest.mark.parametrize("has_ignored", [False, True])
+def test_masks_of_many_images_have_the_losses_that_each_image_has_alone(importance, has_ignored):
+    sampling, images, expected = replace(SAMPLING, importance_ratio=importance), [], []
+    tall, wide, other = ((8, 6), (32, 24)), ((6, 8), (24, 32)), ((8, 6), (31, 24))
+    for seed, ((cells, pixels), number) in enumerate(((tall, 2), (wide, 1), (tall, 3), (other, 1), (wide, 2))):
+        logits = (3.0 * torch.randn(number, *cells)).requires_grad_()
+        masks, ignored = (torch.rand(number, *pixels) < share for share in (0.4, 0.1))
+        has_own = has_ignored and seed == 2
+        without = (*ignored[:-1], None) if has_own else (None,) * number
+        images.append(ImageMasks(logits=logits, masks=tuple(masks), ignored=without, seed=seed))
+        if has_own:
+            ignored[-1] = False
+        alone = point_losses(logits, masks, sampling, _generator(seed), ignored if has_own else None)
+        gradient = torch.autograd.grad(alone.bce + 3.0 * alone.dice, logits)[0]
+        expected.append((alone.bce.item(), alone.dice.item(), gradient))
+    losses_2N, owners = losses_at_points(images, sampling)
+    assert sorted(owners) == [0, 0, 1, 2, 2, 2, 3, 4, 4]
+    (losses_2N[0].sum() + 3.0 * losses_2N[1].sum()).backward()
+    for index, (bce, dice, gradient) in enumerate(expected):
+        found = losses_2N[:, [owner == index for owner in owners]].sum(1)
+        assert found.tolist() == pytest.approx([bce, dice], rel=1e-6)
+        torch.testing.assert_close(images[index].logits.grad, gradient, rtol=1e-5, atol=1e-8)
 
 
 def test_a_mask_without_a_counting_pixel_costs_nothing():

@@ -99,6 +99,7 @@ def test_parameters_of_the_paper_sizes_are_those_of_models_without_memory(hidden
 
 @pytest.mark.parametrize("speed", [Speed(), REFERENCE], ids=["default", "reference"])
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.usefixtures("as_large_pictures")
 def test_operations_of_a_training_step_are_those_torch_counts(tiny_model, batch, size, speed):
     model = tiny_model(**SIZES[size]).train()
     model.use(speed)
@@ -141,6 +142,7 @@ def saved_bytes(model, batch, config):
 @pytest.mark.parametrize("speed", [Speed(), REFERENCE], ids=["default", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.usefixtures("as_large_pictures")
 def test_kept_activations_are_those_that_autograd_saves(tiny_model, batch, size, dtype, speed):
     model, config = tiny_model(**SIZES[size]).train().to(dtype), LossConfig()
     model.use(speed)
@@ -181,6 +183,7 @@ def test_checkpointing_keeps_one_map_in_place_of_what_is_computed_again(tiny_mod
     assert thin.dense_masks == whole.dense_masks == 0
 
 
+@pytest.mark.usefixtures("as_large_pictures")
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 def test_what_is_computed_twice_is_what_torch_counts(tiny_model, batch, checkpointing):
     """The backward pass with and without it, products alone."""

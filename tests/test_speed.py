@@ -15,15 +15,16 @@ from pixel_sail.config import TrainConfig, load_config
 from pixel_sail.losses.mask import PointSampling, choose_points, point_losses, sample_map
 from pixel_sail.losses.text import text_losses
 from pixel_sail.losses.total import Counts, LossConfig, combine, count, loss_sums
-from pixel_sail.model import decoder
+from pixel_sail.model import decoder, upsampler
 from pixel_sail.model.attention_mask import attention_mask
-from pixel_sail.model.attention_rules import calls_of, chosen_attention, training_rule
+from pixel_sail.model.attention_rules import SegmentAttention, calls_of, chosen_attention, training_rule
 from pixel_sail.model.decoder import MaskedAttention, RMSNorm, SwiGLU, attend
 from pixel_sail.model.mask_head import MaskHead, PointLogits, folded_logits, mask_logits
 from pixel_sail.model.spans import sample_spans
 from pixel_sail.model.speed import REFERENCE, Speed
 from pixel_sail.model.text_head import TextHead
 from pixel_sail.model.transfer import to_device
+from pixel_sail.model.turn_attention import TurnAttention, fastest_on_cpu
 from pixel_sail.types import DataError, SampleSpan
 
 FAST = Speed(attention="segments")
@@ -67,6 +68,7 @@ def losses_and_gradients(model, batch, speed):
 
 ONE_CHANGE = [
     replace(REFERENCE, attention="segments"),
+    replace(REFERENCE, attention="turns"),
     replace(REFERENCE, attention="varlen"),
     replace(REFERENCE, text_loss="chunked"),
     replace(REFERENCE, mask_head="folded"),
@@ -74,6 +76,7 @@ ONE_CHANGE = [
     replace(REFERENCE, elementwise="recomputed"),
     FAST,
     replace(FAST, attention="varlen"),
+    Speed(),
 ]
 
 
@@ -81,6 +84,8 @@ ONE_CHANGE = [
 @pytest.mark.parametrize("tied", [True, False])
 def test_losses_and_gradients_are_those_of_the_reference(tiny_model, batch, monkeypatch, speed, tied):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", new_varlen)
+    if speed != Speed():
+        monkeypatch.setattr(upsampler, "SMALL_MAP", 0)
     model = tiny_model(tie_word_embeddings=tied).train()
     expected, slow, _ = losses_and_gradients(model, batch, REFERENCE)
     found, fast, output = losses_and_gradients(model, batch, speed)
@@ -230,6 +235,38 @@ def test_tokens_in_another_order_are_refused(sample, branch, in_image):
 def test_auto_is_chosen_by_device_and_precision(device, dtype, expected):
     assert chosen_attention("auto", torch.device(device), dtype) == expected
     assert chosen_attention("dense", torch.device(device), dtype) == "dense"
+
+
+def _rows(number, *branches, image=66, shared=0):
+    """Return the spans of rows of one sample each, and (rows, tokens of the longest)."""
+    spans = tuple(SampleSpan(row=row, start=0, image=image, shared=shared, branches=branches) for row in range(number))
+    return spans, (number, image + shared + sum(branches))
+
+
+@pytest.mark.parametrize(("rows", "expected"), [
+    (_rows(1), "dense"),
+    (_rows(1, image=1202, shared=130), "segments"),
+    (_rows(8, *[16] * 32), "turns"),
+    (_rows(8, *[16] * 32, 600), "segments"),
+    (((), (1, 5)), "dense"),
+], ids=["image alone", "large image", "many questions", "one long answer", "nothing"])  # fmt: skip
+def test_auto_takes_what_has_fewest_scores_on_a_cpu(rows, expected):
+    assert fastest_on_cpu(*rows) == expected
+
+
+@pytest.mark.parametrize("sample", [
+    {"image": 6, "shared": 2, "branches": (3, 1, 4)}, {"image": 0, "shared": 0, "branches": (3, 4)},
+    {"image": 5, "shared": 3, "branches": ()}, {"image": 0, "shared": 2, "branches": (2,)},
+])  # fmt: skip
+def test_turns_mix_what_segments_mix_whatever_a_sample_lacks(sample):
+    spans = (SampleSpan(row=0, start=0, **sample), SampleSpan(row=1, start=0, image=0, shared=0, branches=(2,)))
+    q, k, v = (torch.randn(2, 20, heads, 8).transpose(1, 2).requires_grad_() for heads in (4, 2, 2))
+    weights, found = torch.randn(2, 4, 20, 8), []
+    for rule in (SegmentAttention(spans, dtype=q.dtype), TurnAttention(spans, shape=(2, 20), dtype=q.dtype)):
+        mixed = rule(0, q, k, v)
+        found.append((mixed, *torch.autograd.grad((mixed * weights).sum(), (q, k, v))))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("num", [0, 1, 7, 256, 600])

@@ -1,8 +1,8 @@
 """Mask losses on sampled points: binary cross-entropy and Dice.
 
-Place in the flow: `losses/total.py` calls `point_losses` once per image with the model's logits and the true masks.
-Both losses are sums over masks, so that dividing by the number of masks of the whole global batch is the caller's
-business.
+Place in the flow: `losses/total.py` calls `losses_at_points` once per micro-batch with the model's logits and the true
+masks of all its images. Both losses are told mask by mask, so that dividing by the number of masks of the whole global
+batch is the caller's business. `point_losses` is the same for one image, and what tests compare with.
 
 Example: 3 masks of a 427 x 640 image and logits [3, 108, 160]; 37,632 random points per mask are looked at, the 9,408
 most uncertain and 3,136 fresh ones are scored, both maps being read bilinearly at the same relative places.
@@ -11,6 +11,8 @@ Axis letters: N masks, Y X logit cells, H W mask pixels, Q points.
 """
 
 import math
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +22,9 @@ from torch.nn import functional as F
 from pixel_sail.model.mask_head import PointLogits
 from pixel_sail.model.transfer import to_device
 from pixel_sail.types import DataError
+
+SMALL_IMAGE = 2**19
+"""Pixels of an image, up to which its masks are read together with those of others: 480 x 640 has 307,200."""
 
 
 @dataclass(kw_only=True)
@@ -62,34 +67,52 @@ def read_logits(logits: Tensor | PointLogits, points_NQ2: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def choose_points(logits: Tensor | PointLogits, sampling: PointSampling, generator: torch.Generator) -> Tensor:
+def choose_points(
+    logits: Tensor | PointLogits,
+    sampling: PointSampling,
+    generator: torch.Generator | Sequence[torch.Generator],
+    masks_per_image: Sequence[int] | None = None,
+) -> Tensor:
     """Return points [N, Q, 2]: the most uncertain of many uniform candidates, and fresh uniform ones.
 
-    Random numbers are drawn on the generator's device (the CPU) and moved, so that a run does not depend on the device.
+    Masks of several images come with a generator for each and their numbers: what is drawn for an image does not depend
+    on the others. Random numbers are drawn on the generators' device (the CPU) and moved, so that a run does not depend
+    on the device.
     Source: PointRend / Mask2Former, with their ratios.
     """
-    num_masks = len(logits)
+    generators = [generator] if isinstance(generator, torch.Generator) else generator
+    counts = [len(logits)] if masks_per_image is None else masks_per_image
     device = logits.probes_NE.device if isinstance(logits, PointLogits) else logits.device
     num_important = int(sampling.importance_ratio * sampling.num_points)
     num_candidates = int(sampling.oversample_ratio * sampling.num_points)
-    candidates = to_device(torch.rand(num_masks, num_candidates, 2, generator=generator), device)
+    num_fresh = sampling.num_points - num_important
+    drawn = [
+        tuple(torch.rand(count, size, 2, generator=own) for size in (num_candidates, num_fresh))
+        for own, count in zip(generators, counts, strict=True)
+    ]
+    candidates, fresh = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    fresh = to_device(fresh, device)
+    if not num_important:
+        return fresh
+    candidates = to_device(candidates, device)
     uncertainty = -read_logits(logits, candidates).abs()
     best = uncertainty.topk(num_important, dim=1).indices
     important = candidates.gather(1, best[..., None].expand(-1, -1, 2))
-    fresh = to_device(torch.rand(num_masks, sampling.num_points - num_important, 2, generator=generator), device)
     return torch.cat((important, fresh), dim=1)
 
 
-def bce_sum(logits_NQ: Tensor, targets_NQ: Tensor, counts_NQ: Tensor | None = None) -> Tensor:
-    """Return the sum over masks of the mean binary cross-entropy of each, over the points that count (None: all)."""
+def bce_means(logits_NQ: Tensor, targets_NQ: Tensor, counts_NQ: Tensor | None = None) -> Tensor:
+    """Return the mean binary cross-entropy of each mask [N], over the points that count (None: all)."""
     losses = F.binary_cross_entropy_with_logits(logits_NQ, targets_NQ, reduction="none")
     if counts_NQ is None:
-        return losses.mean(1).sum()
-    return ((losses * counts_NQ).sum(1) / counts_NQ.sum(1).clamp(min=1)).sum()
+        return losses.mean(1)
+    return (losses * counts_NQ).sum(1) / counts_NQ.sum(1).clamp(min=1)
 
 
-def dice_sum(logits_NQ: Tensor, targets_NQ: Tensor, counts_NQ: Tensor | None = None, *, smooth: float = 1.0) -> Tensor:
-    """Return the sum over masks of 1 - (2 sum(pt) + smooth) / (sum(p) + sum(t) + smooth), over the points that count.
+def dice_losses(
+    logits_NQ: Tensor, targets_NQ: Tensor, counts_NQ: Tensor | None = None, *, smooth: float = 1.0
+) -> Tensor:
+    """Return 1 - (2 sum(pt) + smooth) / (sum(p) + sum(t) + smooth) of each mask [N], over the points that count.
 
     Plain sums in the denominator, not squares; `smooth` makes an empty prediction of an empty target cost 0.
     Source: release, naive Dice with eps 1.
@@ -98,7 +121,54 @@ def dice_sum(logits_NQ: Tensor, targets_NQ: Tensor, counts_NQ: Tensor | None = N
     if counts_NQ is not None:
         probabilities, targets_NQ = probabilities * counts_NQ, targets_NQ * counts_NQ
     overlap = 2.0 * (probabilities * targets_NQ).sum(1)
-    return (1.0 - (overlap + smooth) / (probabilities.sum(1) + targets_NQ.sum(1) + smooth)).sum()
+    return 1.0 - (overlap + smooth) / (probabilities.sum(1) + targets_NQ.sum(1) + smooth)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageMasks:
+    """What the mask losses of one image are computed from."""
+
+    logits: Tensor | PointLogits
+    """[N, Y, X], or what makes them."""
+    masks: Sequence[Tensor]
+    """N bool tensors [H, W]."""
+    ignored: Sequence[Tensor | None]
+    """Aligned with `masks`: pixels of [H, W] that do not count."""
+    seed: int
+
+
+def losses_at_points(images: Sequence[ImageMasks], sampling: PointSampling) -> tuple[Tensor, list[int]]:
+    """Return both losses of every mask of some images [2, N] in float32, at points sampled for each mask, and which
+    image each column belongs to. A point counts unless it touches an ignored pixel.
+
+    Images of one size are read together: how long small images take is a matter of how many operations there are.
+    """
+    alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for index, image in enumerate(images):
+        # By themselves, for their memory: large masks, which become float32, and what makes logits at points only.
+        is_alone = isinstance(image.logits, PointLogits) or image.masks[0].numel() > SMALL_IMAGE
+        own_hw = () if isinstance(image.logits, PointLogits) else tuple(image.logits.shape[1:])
+        alike[(index if is_alone else -1, *own_hw, *image.masks[0].shape)].append(index)
+    is_ignored = any(ignored is not None for image in images for ignored in image.ignored)
+    read: list[tuple[Tensor, ...]] = []
+    for indices in alike.values():
+        own = [images[index] for index in indices]
+        counts = [len(image.logits) for image in own]
+        logits = own[0].logits
+        if isinstance(logits, Tensor):
+            logits = torch.cat([image.logits for image in own if isinstance(image.logits, Tensor)]).float()
+        generators = [torch.Generator().manual_seed(image.seed) for image in own]
+        points = choose_points(logits, sampling, generators, counts)
+        masks = [mask for image in own for mask in image.masks]
+        values = [read_logits(logits, points), sample_map(torch.stack(masks).float(), points)]
+        if is_ignored:
+            without = [ignored for image in own for ignored in image.ignored]
+            filled = [torch.zeros_like(m) if i is None else i for i, m in zip(without, masks, strict=True)]
+            values.append((sample_map(torch.stack(filled).float(), points) == 0).float())
+        read.append(tuple(values))
+    joined = [torch.cat(parts) for parts in zip(*read, strict=True)]
+    owners = [index for indices in alike.values() for index in indices for _ in range(len(images[index].logits))]
+    return torch.stack((bce_means(*joined), dice_losses(*joined))), owners
 
 
 def point_losses(
@@ -118,7 +188,8 @@ def point_losses(
     points = choose_points(logits, sampling, generator)
     predicted, target = read_logits(logits, points), sample_map(masks_NHW.float(), points)
     counts = None if ignored_NHW is None else (sample_map(ignored_NHW.float(), points) == 0).float()
-    return MaskSums(bce=bce_sum(predicted, target, counts), dice=dice_sum(predicted, target, counts), count=len(logits))
+    bce_N, dice_N = bce_means(predicted, target, counts), dice_losses(predicted, target, counts)
+    return MaskSums(bce=bce_N.sum(), dice=dice_N.sum(), count=len(logits))
 
 
 def full_map_losses(logits_NYX: Tensor, masks_NYX: Tensor) -> MaskSums:
@@ -126,4 +197,5 @@ def full_map_losses(logits_NYX: Tensor, masks_NYX: Tensor) -> MaskSums:
     if logits_NYX.shape != masks_NYX.shape:
         raise ValueError(f"full-map losses: logits {tuple(logits_NYX.shape)}, masks {tuple(masks_NYX.shape)}")
     logits, targets = logits_NYX.float().flatten(1), masks_NYX.float().flatten(1)
-    return MaskSums(bce=bce_sum(logits, targets), dice=dice_sum(logits, targets), count=logits.shape[0])
+    bce_N, dice_N = bce_means(logits, targets), dice_losses(logits, targets)
+    return MaskSums(bce=bce_N.sum(), dice=dice_N.sum(), count=logits.shape[0])

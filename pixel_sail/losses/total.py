@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pixel_sail.losses.distill import DistillTerm, distill_loss
-from pixel_sail.losses.mask import PointSampling, point_losses
+from pixel_sail.losses.mask import ImageMasks, PointSampling, losses_at_points
 from pixel_sail.losses.text import text_losses
 from pixel_sail.model.modeling_pixel_sail import PixelSailOutput
 from pixel_sail.model.transfer import to_device
@@ -122,22 +122,21 @@ def loss_sums(
     """Return the loss sums of one micro-batch; `expert_maps` are those of `Teachers.maps`, by expert."""
     assert output.mask_logits is not None
     zeros = torch.zeros(len(batch.sample_ids), device=batch.targets_M.device)
-    bce, dice, first = list(zeros), list(zeros), 0
+    images, samples, first = [], [], 0
     for image, logits in enumerate(output.mask_logits):
         if logits is None:
             continue
         own = slice(first, first + len(logits))
         first += len(logits)
-        sums = point_losses(
-            logits,
-            torch.stack(batch.masks[own]),
-            config.points,
-            torch.Generator().manual_seed(batch.point_seeds[image]),
-            ignored_masks(batch, own),
-        )
-        sample = batch.image_samples[image]
-        bce[sample], dice[sample] = sums.bce, sums.dice
+        masks, ignored, seed = batch.masks[own], batch.ignored[own], batch.point_seeds[image]
+        images.append(ImageMasks(logits=logits, masks=masks, ignored=ignored, seed=seed))
+        samples.append(batch.image_samples[image])
     assert first == len(batch.masks), f"{first} of {len(batch.masks)} masks were used"
+    bce_S = dice_S = zeros
+    if images:
+        losses_2N, owners = losses_at_points(images, config.points)
+        samples_N = to_device(torch.tensor([samples[owner] for owner in owners]), zeros.device)
+        bce_S, dice_S = zeros.new_zeros(2, len(zeros)).index_add(1, samples_N, losses_2N).unbind()
     text_M = output.text_losses_M
     if text_M is None:
         assert output.logits is not None
@@ -145,8 +144,8 @@ def loss_sums(
     text_M = text_M * text_weights(batch, config)
     return LossSums(
         text_S=zeros.index_add(0, batch.target_samples_M, text_M),
-        bce_S=torch.stack(bce),
-        dice_S=torch.stack(dice),
+        bce_S=bce_S,
+        dice_S=dice_S,
         distill_SX=distill_sums(output, batch, experts, expert_maps or {}),
         tokens_S=zeros.index_add(0, batch.target_samples_M, torch.ones_like(text_M)),
         masks_S=to_device(torch.tensor(masks_per_sample(batch), dtype=torch.float32), zeros.device),
@@ -177,14 +176,6 @@ def distill_sums(
             column[batch.image_samples[image]] = distill_loss(student, features, term.loss)
         columns.append(torch.stack(column))
     return torch.stack(columns, dim=1)
-
-
-def ignored_masks(batch: Batch, own: slice) -> Tensor | None:
-    """Return the pixels that do not count [N, H, W] of some masks of one image, None when all do."""
-    if all(mask is None for mask in batch.ignored[own]):
-        return None
-    pairs = zip(batch.ignored[own], batch.masks[own], strict=True)
-    return torch.stack([torch.zeros_like(mask) if ignored is None else ignored for ignored, mask in pairs])
 
 
 def combine(sums: LossSums, counts: Counts, config: LossConfig, experts: Sequence[DistillTerm] = ()) -> Tensor:

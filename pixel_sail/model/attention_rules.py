@@ -25,6 +25,7 @@ from pixel_sail.model.attention_mask import attention_mask
 from pixel_sail.model.decoder import AttentionRule, MaskedAttention
 from pixel_sail.model.spans import sample_spans
 from pixel_sail.model.transfer import to_device
+from pixel_sail.model.turn_attention import TurnAttention, fastest_on_cpu
 from pixel_sail.types import DataError, SampleSpan
 
 
@@ -321,7 +322,7 @@ class FlexRule:
 
 
 def chosen_attention(choice: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Return what `auto` means here, and other choices as they are."""
+    """Return what `auto` means here for long rows, and other choices as they are (see `fastest_on_cpu`)."""
     if choice != "auto":
         return choice
     if device.type == "cpu":
@@ -346,7 +347,12 @@ def training_rule(
     by text, which only `dense` and `flex` take.
     """
     device = sample_index_BT.device
-    choice = chosen_attention(choice, device, dtype)
+    is_auto, choice = choice == "auto", chosen_attention(choice, device, dtype)
+    shape = (sample_index_BT.shape[0], sample_index_BT.shape[1])
+    if choice in ("segments", "turns", "varlen") and spans is None:
+        spans = sample_spans(sample_index_BT, branch_ids_BT, in_image_BT)
+    if is_auto and choice == "segments" and spans is not None:
+        choice = fastest_on_cpu(spans, shape)
     if choice == "dense":
         mask_B1TT = attention_mask(sample_index_BT, branch_ids_BT, in_image_BT)
         # The fused kernel of the CPU would turn booleans into numbers in every layer.
@@ -356,10 +362,11 @@ def training_rule(
         if device.type == "cpu" and torch.is_grad_enabled():
             raise DataError("speed.attention is flex, which torch trains on a GPU only; use segments or auto")
         return FlexRule(sample_index_BT, branch_ids_BT, in_image_BT)
-    if spans is None:
-        spans = sample_spans(sample_index_BT, branch_ids_BT, in_image_BT)
+    assert spans is not None
     if choice == "varlen":
-        return VarlenAttention(spans, shape=(sample_index_BT.shape[0], sample_index_BT.shape[1]), device=device)
+        return VarlenAttention(spans, shape=shape, device=device)
     if device.type != "cpu":
-        raise DataError(f"speed.attention is segments, a kernel of CPUs, and the model is on {device}; use auto")
+        raise DataError(f"speed.attention is {choice}, which is for CPUs, and the model is on {device}; use auto")
+    if choice == "turns":
+        return TurnAttention(spans, shape=shape, dtype=dtype)
     return SegmentAttention(spans, dtype=dtype)

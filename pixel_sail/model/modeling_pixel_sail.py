@@ -253,8 +253,9 @@ class PixelSailForSegmentation(PreTrainedModel):
         if self.training:
             text = text_losses_M if logits is None else logits
             # Mask logits depend on every cell, and their gradient is far smaller than one of all cells.
-            logit_maps = [own.sum() for own in masks if isinstance(own, Tensor)]
-            anchor = 0.0 * (sum(logit_maps or [cells.sum()]) + probes.sum() + text.sum())
+            # Those of one image reach every weight.
+            read = next((own for own in masks if isinstance(own, Tensor)), cells)
+            anchor = 0.0 * (read.sum() + probes.sum() + text.sum())
             anchor = anchor if distill_anchor is None else anchor + distill_anchor
         return PixelSailOutput(
             hidden_BTD=hidden_BTD,

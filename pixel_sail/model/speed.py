@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pixel_sail.types import DataError
 
 CHOICES = {
-    "attention": ("auto", "dense", "segments", "flex", "varlen"),
+    "attention": ("auto", "dense", "segments", "turns", "flex", "varlen"),
     "text_loss": ("chunked", "plain"),
     "mask_head": ("folded", "points", "maps"),
     "elementwise": ("recomputed", "plain"),
@@ -32,7 +32,9 @@ class Speed:
     attention: str = "auto"
     """dense: one boolean mask over a packed row. segments: one call per image and per text, without a mask over the
     row. flex: torch's FlexAttention with a block mask. varlen: torch's variable-length flash kernels (CUDA, half
-    precision). auto: segments on a CPU; on CUDA varlen in half precision and flex otherwise."""
+    precision). turns: products over what each sample shares and over its independent questions, padded to one size
+    (CPU). auto: on a CPU the one of dense, segments and turns with fewest scores; on CUDA varlen in half precision and
+    flex otherwise."""
     text_loss: str = "chunked"
     """plain: logits of all supervised positions are kept. chunked: some positions at a time, computed again in the
     backward pass."""
@@ -41,7 +43,8 @@ class Speed:
     and the upsampler runs as matrix products. points: as folded, and logits are made at the loss's points only."""
     elementwise: str = "recomputed"
     """What lies between two matrix products: norms, rotation, activations, depthwise convolutions. recomputed: the
-    backward pass makes it again from what the product before it gave, instead of keeping every step."""
+    backward pass makes it again from what the product before it gave, instead of keeping every step; the small maps
+    of the mask head are kept."""
     compile: str = "off"
     """layers: norms, projections, rotation and feed-forward of the decoder layers go through torch.compile, once for
     all lengths; of layers with weights for images, the feed-forward alone."""

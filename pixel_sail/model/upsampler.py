@@ -16,6 +16,10 @@ from pixel_sail.model.recomputed import between_products
 
 Step = Callable[[Tensor], Tensor]
 
+SMALL_MAP = 2**21
+"""Numbers of an upsampled map (8 MB in float32) below which its steps are kept: computing them again would take longer
+than the memory is worth. Six images of 128 x 128 at stride 4 with 128 channels have 786,432."""
+
 
 class ChannelLayerNorm(nn.Module):
     """Layer norm over the channels of every cell."""
@@ -125,8 +129,9 @@ class Upsampler(nn.Module):
 
         The linear layer behind the upsampler belongs to it here, because recomputing goes from product to product.
         """
+        recomputed = self.recomputed and x_IYXC.numel() * 4 ** len(self.blocks) >= SMALL_MAP
         for step in self.products(last):
-            x_IYXC = between_products(step, x_IYXC) if self.recomputed else step(x_IYXC)
+            x_IYXC = between_products(step, x_IYXC) if recomputed else step(x_IYXC)
         return x_IYXC
 
     def products(self, last: Step) -> Iterator[Step]:

@@ -24,6 +24,9 @@ from pixel_sail.types import Batch, Example, Sample, SizeHW, Turn
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 600, "mask_dim": 16},
+    # The quickstart's model, but for its vocabulary.
+    "small": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "vocab_size": 704, "mask_dim": 128},
     # Width, depth and vocabulary scaled down together. At stride 2 its mask head weighs four times as much beside the
     # decoder as in the 0.5B model, because it has a quarter of the layers; attention does so, too, because it is
     # narrower.
@@ -58,7 +61,9 @@ def drawn_picture(rng: np.random.Generator, size_hw: SizeHW) -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (*size_hw, 3), dtype=np.uint8))
 
 
-def drawn_examples(processor: PixelSailProcessor, number: int, *, expressions: int, size_hw: SizeHW) -> list[Example]:
+def drawn_examples(
+    processor: PixelSailProcessor, number: int, *, expressions: int, size_hw: SizeHW, independent_turns: bool = False
+) -> list[Example]:
     """Return samples of one drawn picture each, every expression with a box for a mask."""
     rng, examples = np.random.default_rng(0), []
     for index in range(number):
@@ -69,7 +74,9 @@ def drawn_examples(processor: PixelSailProcessor, number: int, *, expressions: i
             mask[top : top + size_hw[0] // 3, left : left + size_hw[1] // 3] = True
             turns.append(Turn(question=f"{QUESTION} {turn}.", answer=ANSWER, masks=(mask,)))
         sample = Sample(sample_id=str(index), source="drawn", image_path=None, image_hw=size_hw, turns=tuple(turns))
-        examples.append(processor.encode_sample(sample, drawn_picture(rng, size_hw), independent_turns=False))
+        examples.append(
+            processor.encode_sample(sample, drawn_picture(rng, size_hw), independent_turns=independent_turns)
+        )
     return examples
 
 
