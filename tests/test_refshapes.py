@@ -21,7 +21,7 @@ from pixel_sail.refshapes.expressions import Describer
 from pixel_sail.refshapes.focus import FOCI, FOCUS_SHARES, SceneRules, pick_focus
 from pixel_sail.refshapes.kinds import COLOURS, HELD_OUT, SHAPES, TEXTURES, VALUES
 from pixel_sail.refshapes.queries import Query, Sentence, decides, denote, is_put_to_the_test, names_held_out
-from pixel_sail.refshapes.scene import ACROSS_PX, IMAGE_SIZES, Scene, SceneObject
+from pixel_sail.refshapes.scene import ACROSS_PX, IMAGE_SIZES, Scene, SceneObject, paint_scene
 from pixel_sail.types import DataError
 
 ATTRIBUTE_KINDS = ("colour", "shape", "size_texture")
