@@ -169,12 +169,11 @@ def draw_scene(seed: int, split: str, index: int) -> tuple[np.random.Generator, 
     """
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     rules = replace(RULES[split], focus=pick_focus(rng, RULES[split]))
+    fewest = NUM_OF_KIND[0] if split in KIND_SPLITS else 1
     while True:
         scene = sample_scene(rng, rules)
         sentences = _expressions(_describer(rng, scene, split), split)
-        if len([found for found in sentences if found.kind == scene.focus]) >= (
-            NUM_OF_KIND[0] if split in KIND_SPLITS else 1
-        ):
+        if sum(found.kind == scene.focus for found in sentences) >= fewest:
             return rng, scene, sentences
 
 

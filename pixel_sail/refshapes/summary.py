@@ -18,7 +18,7 @@ Json = dict[str, Any]
 
 
 def summarize(splits: Sequence[str], records: Sequence[Json], num_refs: Json) -> Json:
-    """Return counts by split and by kind of sentence, and the scores of guesses.
+    """Return counts by split and by kind of sentence, how often the named colour decides, and the scores of guesses.
 
     A record has `split`, `focus`, `objects`, `colours` and, as `sentences`, its expressions with one target; `grefs`
     and `perbench` where there are any. num_refs: of the files, by name.
