@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,19 +20,22 @@ import torch
 from pixel_sail.config import EvalConfig, TrainConfig, build, load_config
 from pixel_sail.entry import one_message
 from pixel_sail.evaluation.cases import spread_cases
+from pixel_sail.evaluation.measured import Scores
 from pixel_sail.evaluation.predictions import read_predictions
 from pixel_sail.evaluation.report import write_report
 from pixel_sail.evaluation.results import SCORED, read_rows
-from pixel_sail.evaluation.tables import scores_table
+from pixel_sail.evaluation.tables import guesses_table, scores_table
 from pixel_sail.files import read_json, replace_text
 from pixel_sail.provenance import code_version
+from pixel_sail.refshapes.formats import KIND_SPLITS
 from pixel_sail.types import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
-SPLITS = ("val", "testA", "testB")
+SPLITS = ("val", *KIND_SPLITS, "testA", "testB")
 BLIND = {"question hidden": "refshapes_val_text_hidden", "picture swapped": "refshapes_val_image_hidden"}
-EVALS = ",".join([f"refshapes_{split}" for split in SPLITS] + list(BLIND.values()))
-EXAMPLES_PER_SPLIT = 12
+EVALS = [f"refshapes_{split}" for split in SPLITS] + list(BLIND.values())
+SHOWN = (*KIND_SPLITS, "testA", "testB")
+EXAMPLES_PER_SPLIT = 6
 
 
 def run(*command: str) -> float:
@@ -79,9 +83,9 @@ def main() -> int:
         share = f"data.packs_per_micro_batch={micro}"
         timing.add("train", launch(processes, "scripts/train.py", *overrides, share))
     if not timing.has("evaluate"):
-        options = (f"checkpoint={run_dir}", f"evals=[{EVALS}]", f"predict.prompt={config.predict.prompt}")
+        options = (f"checkpoint={run_dir}", f"evals=[{','.join(EVALS)}]", f"predict.prompt={config.predict.prompt}")
         timing.add("evaluate", launch(processes, "scripts/evaluate.py", *options, f"output={run_dir / 'evaluation'}"))
-    report(config, run_dir, timing)
+    report(config, data, run_dir, timing)
     print(f"\nReport: {run_dir / 'report.html'}  scores: {run_dir / 'metrics.json'}")
     return 0
 
@@ -104,18 +108,20 @@ class Timing:
         replace_text(self.path, json.dumps(self.seconds) + "\n")
 
 
-def report(config: TrainConfig, run_dir: Path, timing: Timing) -> None:
-    """Write metrics.json, report.md and report.html from what the commands left behind."""
-    scores = {name: row["scores"] for name, row in read_rows(run_dir / "evaluation", fields=SCORED).items()}
+def report(config: TrainConfig, data: Path, run_dir: Path, timing: Timing) -> None:
+    """Write metrics.json, report.md and report.html from what the commands left behind. Raises: DataError."""
+    scores = read_scores(run_dir)
     splits = {split: scores[f"refshapes_{split}"] for split in SPLITS}
-    brief = {split: {key: row[key] for key in ("ciou", "giou", "count")} for split, row in splits.items()}
+    blind = {row: scores[name] for row, name in BLIND.items()}
+    meta = read_json(data / "meta.json", {"blind_scores": dict}, fail=DataError, remedy="draw the data again")
+    guesses = {split: meta["blind_scores"][split] for split in SPLITS}
     seconds = round(sum(timing.seconds.values()), 1)
-    replace_text(run_dir / "metrics.json", json.dumps({"splits": brief, "seconds": seconds}, indent=1) + "\n")
-    evals = load_config(
-        "evaluate", EvalConfig, [f"checkpoint={run_dir}", f"evals=[{','.join(f'refshapes_{s}' for s in SPLITS)}]"]
-    ).evals
+    metrics = {"splits": _brief(splits), "blind": _brief(blind), "guesses": guesses, "seconds": seconds}
+    replace_text(run_dir / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    names = ",".join(f"refshapes_{split}" for split in SHOWN)
+    evals = load_config("evaluate", EvalConfig, [f"checkpoint={run_dir}", f"evals=[{names}]"]).evals
     cases = {}
-    for split in SPLITS:
+    for split in SHOWN:
         name = f"refshapes_{split}"
         predictions = read_predictions(run_dir / "evaluation" / name / "predictions.jsonl")
         cases[split] = spread_cases(build(evals[name], name), predictions, EXAMPLES_PER_SPLIT)
@@ -128,18 +134,34 @@ def report(config: TrainConfig, run_dir: Path, timing: Timing) -> None:
             f"{steps} steps of {packs} images, seed {config.seed}",
             f"training {timing.seconds['train']:.0f} s, scoring {timing.seconds['evaluate']:.0f} s",
             f"code {code_version()}",
+            "train and val mix all kinds of expressions. Those of each val_... are decided by one kind of words, and "
+            "another object has the colour of the one that is meant (in val_colour: its shape).",
             "testA: all objects of a picture have one shape. testB: pairs of colour and shape not seen in training.",
             f"Masks at stride {config.model.architecture.mask_stride}, scored at image size; missing = empty mask.",
         ],
         tables=[
-            scores_table("Scores", splits),
-            scores_table(
-                "The same model on val without what it needs", {row: scores[name] for row, name in BLIND.items()}
-            ),
+            guesses_table("By what decides, beside answers that need no model", splits, guesses),
+            scores_table("All scores", splits),
+            scores_table("The same model on val without what it needs", blind),
         ],
         cases=cases,
         log_file=run_dir / "log.jsonl",
     )
+
+
+def read_scores(run_dir: Path) -> dict[str, Scores]:
+    """Return the scores of every eval of the quickstart. Raises: DataError where some are not there."""
+    rows = read_rows(run_dir / "evaluation", fields=SCORED)
+    if absent := [name for name in EVALS if name not in rows]:
+        raise DataError(
+            f"{run_dir}/evaluation: found no scores of {', '.join(absent)}, expected {len(EVALS)} evals; the run is of "
+            "an earlier version: move its folder away, or train another one with name=..."
+        )
+    return {name: rows[name]["scores"] for name in EVALS}
+
+
+def _brief(scores: Mapping[str, Scores]) -> dict[str, Scores]:
+    return {row: {key: found[key] for key in ("ciou", "giou", "count")} for row, found in scores.items()}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from shared_data import SHARED_CONFIGS
 
 from pixel_sail.config import CONFIG_FOLDER, ConfigError, EvalConfig, PredictConfig, TrainConfig, load_config
 from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
+from pixel_sail.refshapes.focus import FOCI
 from pixel_sail.sweep.checks import checked_config
 from pixel_sail.sweep.grid import expand
 from pixel_sail.training.accelerator import deepspeed_dictionary
@@ -63,6 +64,7 @@ EVAL_GROUPS = {
         *(f"grefcoco_{split}" for split in ("val", "testA", "testB")),
     ],
     "perbench": ["perbench_caption", "perbench_choice", "perbench_visual_referring"],
+    "refshapes_kinds": [f"refshapes_val_{focus}" for focus in FOCI],
 }
 EVAL_GROUPS["paper"] = [*EVAL_GROUPS["refcoco_family"], "refcocog_region_caption", *EVAL_GROUPS["perbench"]]
 

@@ -27,7 +27,7 @@ from pixel_sail.evaluation.predictions import (
 )
 from pixel_sail.evaluation.results import Cost, Resampled, append_row, perbench_row, read_rows, result_row
 from pixel_sail.evaluation.run import plan_evals, run_evals
-from pixel_sail.evaluation.tables import scores_table
+from pixel_sail.evaluation.tables import guesses_table, scores_table
 from pixel_sail.evaluation.task import Answered
 from pixel_sail.metrics.released_iou import released_target
 from pixel_sail.rle import encode_mask
@@ -357,6 +357,14 @@ def test_intervals_stand_behind_the_scores_and_html_is_escaped():
     assert "<h2>A &lt;b&gt;</h2>" in table.html()
     own = replace(table, num_own=1).markdown()
     assert own[-2] == "| **x** | **0.500 (0.400-0.610)** |  | **3** |"
+
+
+def test_a_table_of_guesses_has_what_chance_is_beside_every_row():
+    guesses = {"every object": {"ciou": 0.25, "giou": 0.3}, "random object": {"ciou": 0.1, "giou": 0.2}}
+    scores = {"x": {"ciou": 0.5, "giou": 0.6, "p50": 0.7, "count": 3}}
+    table = guesses_table("By kind", scores, {"x": guesses})
+    assert table.columns == ("count", "ciou", "giou", "every object", "random object")
+    assert table.rows == (("x", ("3", "0.500", "0.600", "0.250 / 0.300", "0.100 / 0.200")),)
 
 
 # Rows.

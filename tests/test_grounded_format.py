@@ -8,8 +8,10 @@ from pycocotools import mask as coco_mask
 
 from pixel_sail.data.masks import decode_segmentation
 from pixel_sail.data.sources import flickr_gcg, gcg_benchmark, grandf, muse, refcocog_gcg
+from pixel_sail.refshapes.focus import SceneRules
 from pixel_sail.refshapes.grounded_format import grounded_record, rectangles, write_grounded
-from pixel_sail.refshapes.scene import TEXTURES, SceneRules, encode_jpeg, sample_scene
+from pixel_sail.refshapes.kinds import TEXTURES
+from pixel_sail.refshapes.scene import encode_jpeg, paint_scene, sample_scene
 
 MARKED = re.compile(r"<p> (.*?) </p> \[SEG\]")
 
@@ -25,9 +27,9 @@ def shapes(tmp_path_factory):
     photos.mkdir(parents=True)
     scenes, records = {}, []
     for image_id, split in enumerate(["train"] * 12 + ["val"] * 3 + ["testA"] * 2, start=1):
-        scene = sample_scene(rng(image_id), SceneRules(num_objects=(3, 6)))
+        scene = sample_scene(rng(image_id), SceneRules())
         name = f"COCO_train2014_{image_id:012d}.jpg"
-        (photos / name).write_bytes(encode_jpeg(scene))
+        (photos / name).write_bytes(encode_jpeg(paint_scene(rng(image_id), scene)))
         height, width = scene.image_hw
         image = {"id": image_id, "file_name": name, "height": height, "width": width}
         records.append({"split": split, "image": image, "grounded": grounded_record(rng(image_id), scene, image)})

@@ -31,7 +31,7 @@ from pixel_sail.data.sources import coco_panoptic, coco_semantic, coco_vp, pix2c
 from pixel_sail.data.wording import segmentation
 from pixel_sail.refshapes.formats import CATEGORY_ID, RULES
 from pixel_sail.refshapes.panoptic_format import write_panoptic
-from pixel_sail.refshapes.scene import encode_jpeg, sample_scene
+from pixel_sail.refshapes.scene import encode_jpeg, paint_scene, sample_scene
 from pixel_sail.rle import encode_mask as shape_rle
 from pixel_sail.types import DataError
 
@@ -178,9 +178,10 @@ def drawn(tmp_path):
     records, scenes = [], []
     (tmp_path / "images").mkdir()
     for index in range(6):
-        scene = sample_scene(np.random.default_rng([7, index]), RULES["train"])
+        rng = np.random.default_rng([7, index])
+        scene = sample_scene(rng, RULES["train"])
         name = f"COCO_train2014_{index + 1:012d}.jpg"
-        (tmp_path / "images" / name).write_bytes(encode_jpeg(scene))
+        (tmp_path / "images" / name).write_bytes(encode_jpeg(paint_scene(rng, scene)))
         objects = [
             {"category_id": CATEGORY_ID[item.shape], "segmentation": shape_rle(item.mask), "area": item.area,
              "bbox": [0, 0, 1, 1], "iscrowd": 0} for item in scene.objects

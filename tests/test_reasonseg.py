@@ -17,8 +17,9 @@ from pixel_sail.data.sources.reasonseg import expressions, load, paint, read_ite
 from pixel_sail.data.wording.reasoning import PHRASE_QUESTIONS, SENTENCE_QUESTIONS, evaluation_question, reasoning_turn
 from pixel_sail.data.wording.referring import REFER_ANSWERS
 from pixel_sail.metrics.released_iou import released_target
+from pixel_sail.refshapes.focus import SceneRules
 from pixel_sail.refshapes.grounded_format import grounded_record, write_grounded
-from pixel_sail.refshapes.scene import SceneRules, encode_jpeg, sample_scene
+from pixel_sail.refshapes.scene import encode_jpeg, paint_scene, sample_scene
 from pixel_sail.types import DataError
 
 TARGET = [[1, 1], [6, 1], [6, 5], [1, 5]]
@@ -337,9 +338,9 @@ def test_shapes_load_with_exact_masks(tmp_path):
     photos.mkdir()
     records, scenes = [], []
     for number in range(10):
-        scene = sample_scene(rng(number), SceneRules(num_objects=(3, 5)))
+        scene = sample_scene(rng(number), SceneRules())
         image = {"id": number, "file_name": f"{number}.jpg", "height": scene.image_hw[0], "width": scene.image_hw[1]}
-        (photos / image["file_name"]).write_bytes(encode_jpeg(scene))
+        (photos / image["file_name"]).write_bytes(encode_jpeg(paint_scene(rng(number), scene)))
         grounded = grounded_record(rng(number), scene, image)
         records.append({"split": "train", "image": image, "grounded": grounded})
         scenes.append(scene)

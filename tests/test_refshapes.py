@@ -16,20 +16,15 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from pixel_sail.refshapes import RefShapesSpec, formats, write_refshapes
-from pixel_sail.refshapes.expressions import Describer, Query, Sentence, denote, names_held_out
-from pixel_sail.refshapes.scene import (
-    ACROSS_PX,
-    COLOURS,
-    HELD_OUT,
-    SHAPES,
-    TEXTURES,
-    VALUES,
-    Scene,
-    SceneObject,
-    sample_scene,
-)
+from pixel_sail.refshapes.baselines import GUESSES, Asked, blind_choices, blind_scores
+from pixel_sail.refshapes.expressions import Describer
+from pixel_sail.refshapes.focus import FOCI, FOCUS_SHARES, SceneRules, pick_focus
+from pixel_sail.refshapes.kinds import COLOURS, HELD_OUT, SHAPES, TEXTURES, VALUES
+from pixel_sail.refshapes.queries import Query, Sentence, decides, denote, is_put_to_the_test, names_held_out
+from pixel_sail.refshapes.scene import ACROSS_PX, IMAGE_SIZES, Scene, SceneObject, paint_scene
 from pixel_sail.types import DataError
 
+ATTRIBUTE_KINDS = ("colour", "shape", "size_texture")
 SPEC = RefShapesSpec(seed=3, num_train=12, num_eval=4)
 
 
@@ -41,16 +36,15 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scene_of(split: str, index: int) -> Scene:
-    return sample_scene(np.random.default_rng([3, formats.SPLITS.index(split), index]), formats.RULES[split])
+    return formats.draw_scene(3, split, index)[1]
 
 
 def sentences_of(split: str, num_images: int) -> list[tuple[Scene, Sentence]]:
     found: list[tuple[Scene, Sentence]] = []
     for index in range(num_images):
-        scene = scene_of(split, index)
+        _, scene, singles = formats.draw_scene(3, split, index)
         describer = Describer(scene, np.random.default_rng(index), may_name_held_out=split == "testB")
         several = [describer.plural() for _ in range(6)] + [describer.no_target() for _ in range(12)]
-        singles = [sentence for item in scene.objects for sentence in describer.singles(item.index, 3)]
         found += [(scene, sentence) for sentence in [*singles, *filter(None, several)]]
     return found
 
@@ -72,7 +66,7 @@ def object_at(x: float, y: float, index: int, **values: str) -> SceneObject:
 
 
 def scene_with(*objects: SceneObject) -> Scene:
-    return Scene(image_hw=(100, 100), pixels=np.zeros((100, 100, 3), dtype=np.uint8), objects=objects)
+    return Scene(image_hw=(100, 100), focus="place", objects=objects)
 
 
 def test_masks_are_disjoint_and_keep_their_visible_share() -> None:
@@ -87,9 +81,10 @@ def test_masks_are_disjoint_and_keep_their_visible_share() -> None:
 def test_masks_cover_the_pixels_that_carry_the_paint() -> None:
     mean = {"red": (1, -1, -1), "green": (-1, 1, -1), "blue": (-1, -1, 1)}
     scenes = [scene_of("train", index) for index in range(30)]
+    pictures = {id(scene): paint_scene(np.random.default_rng(0), scene).astype(float) for scene in scenes}
     found = [(scene, item) for scene in scenes for item in scene.objects if item.colour in mean]
     for scene, item in found:
-        redness = scene.pixels.astype(float) @ np.array(mean[item.colour])
+        redness = pictures[id(scene)] @ np.array(mean[item.colour])
         outside = ~np.any([other.mask for other in scene.objects], axis=0)
         assert redness[item.mask].mean() > redness[outside].mean() + 30
     assert len(found) > 20
@@ -99,19 +94,118 @@ def test_size_classes_are_clearly_apart() -> None:
     assert ACROSS_PX["small"][1] + 8 <= ACROSS_PX["large"][0]
 
 
-def test_object_counts_and_image_sizes_follow_the_rules() -> None:
-    for split, rules in formats.RULES.items():
-        scenes = [scene_of(split, index) for index in range(12)]
-        assert all(rules.num_objects[0] <= len(scene.objects) <= rules.num_objects[1] for scene in scenes)
-        assert all(scene.image_hw in rules.image_sizes for scene in scenes)
-        assert all(scene.pixels.shape == (*scene.image_hw, 3) for scene in scenes)
+@pytest.mark.parametrize("split", formats.SPLITS)
+def test_object_counts_image_sizes_and_focus_follow_the_rules(split: str) -> None:
+    scenes = [scene_of(split, index) for index in range(12)]
+    assert all(2 <= len(scene.objects) <= 6 and scene.image_hw in IMAGE_SIZES for scene in scenes)
+    assert {scene.focus for scene in scenes} <= (
+        {formats.RULES[split].focus} if split in formats.KIND_SPLITS else set(FOCI)
+    )
+    if split == "testA":
+        assert all(len({item.shape for item in scene.objects}) == 1 for scene in scenes)
+    scene = scenes[0]
+    assert paint_scene(np.random.default_rng(0), scene).shape == (*scene.image_hw, 3)
 
 
 @pytest.mark.parametrize("split", formats.SPLITS)
 def test_every_expression_denotes_exactly_its_targets(split: str) -> None:
     found = sentences_of(split, 12)
     assert all(denote(scene, sentence.query) == set(sentence.targets) for scene, sentence in found)
-    assert {"attribute", "position", "relation", "plural", "none"} <= {sentence.kind for _, sentence in found}
+    assert {"plural", "none"} <= {sentence.kind for _, sentence in found}
+    assert all(decides(scene, item.query) == item.kind for scene, item in found if len(item.targets) == 1)
+
+
+@pytest.mark.parametrize("split", formats.KIND_SPLITS)
+def test_what_is_written_for_one_kind_is_decided_by_it_alone(dataset: Path, split: str) -> None:
+    """Draw the scenes of the files again, and look at the written sentences with the meaning they were drawn for."""
+    instances = read(dataset / "refshapes" / "instances.json")
+    refs = [ref for ref in pickle.loads((dataset / "refshapes" / "refs(unc).p").read_bytes()) if ref["split"] == split]
+    images = sorted({ref["image_id"] for ref in refs})
+    assert len(images) == SPEC.num_eval
+    for index, image_id in enumerate(images):
+        _, scene, sentences = formats.draw_scene(SPEC.seed, split, index)
+        ann_ids = [item["id"] for item in instances["annotations"] if item["image_id"] == image_id]
+        written = {s["sent"]: r["ann_id"] for r in refs if r["image_id"] == image_id for s in r["sentences"]}
+        assert written == {sentence.text: ann_ids[sentence.targets[0]] for sentence in sentences}
+        assert 2 <= len(sentences) <= 3
+        for sentence in sentences:
+            (target,) = sentence.targets
+            assert decides(scene, sentence.query) == sentence.kind == formats.KIND_SPLITS[split]
+            assert denote(scene, sentence.query) == {target}
+            alike = {name: alike_in(scene, target, name) for name in ("colour", "shape")}
+            assert alike["shape" if sentence.kind == "colour" else "colour"] != {target}
+            if sentence.kind == "colour":
+                assert alike["colour"] == {target}
+
+
+def alike_in(scene: Scene, target: int, name: str) -> set[int]:
+    return {item.index for item in scene.objects if getattr(item, name) == getattr(scene.objects[target], name)}
+
+
+def test_what_decides_is_the_first_of_colour_shape_and_the_rest_that_suffices() -> None:
+    red, blue = object_at(10, 10, 0, size="large"), object_at(90, 90, 1, colour="blue")
+    ring, dotted = object_at(50, 50, 2, shape="ring"), object_at(30, 80, 3, texture="dotted")
+    expected = {
+        (("colour", "blue"),): "colour",
+        (("size", "small"), ("colour", "blue"), ("shape", "star")): "colour",
+        (("colour", "red"), ("shape", "ring")): "shape",
+        (("shape", "ring"),): "shape",
+        (("texture", "dotted"), ("colour", "red"), ("shape", "star")): "size_texture",
+        (("size", "large"),): "size_texture",
+    }
+    scene = scene_with(red, blue, ring, dotted)
+    assert {named: decides(scene, Query(attributes=named)) for named in expected} == expected
+    assert decides(scene, Query(attributes=(("shape", "star"),), place="left")) == "place"
+    assert decides(scene, Query(attributes=(("shape", "star"),), ordinal=(2, "left"))) == "negation_ordinal"
+    assert decides(scene, Query(negated=("colour", "red"))) == "negation_ordinal"
+
+
+def test_words_that_suffice_without_the_colour_or_shape_do_not_put_it_to_the_test() -> None:
+    scene = scene_with(
+        object_at(10, 10, 0, texture="dotted"), object_at(90, 90, 1, shape="ring"), object_at(50, 9, 2, colour="blue")
+    )
+
+    def is_asked(*named: tuple[str, str], target: int) -> bool:
+        query = Query(attributes=named)
+        sentence = Sentence(text="", query=query, targets=(target,), kind=decides(scene, query))
+        return is_put_to_the_test(scene, sentence)
+
+    assert is_asked(("colour", "red"), ("shape", "ring"), target=1) is True
+    assert is_asked(("colour", "red"), ("shape", "star"), target=0) is True
+    assert is_asked(("texture", "dotted"), ("colour", "red"), ("shape", "star"), target=0) is False
+    assert is_asked(("colour", "blue"), ("shape", "star"), target=2) is True
+    assert is_asked(("colour", "blue"), target=2) is True
+
+
+def test_scenes_have_the_shares_of_their_focus_and_colour_seldom_decides() -> None:
+    rng = np.random.default_rng(0)
+    drawn = [pick_focus(rng, SceneRules()) for _ in range(4000)]
+    assert all(abs(drawn.count(focus) / 4000 - share) < 0.03 for focus, share in FOCUS_SHARES.items())
+    assert sum(FOCUS_SHARES.values()) == pytest.approx(1)
+    kinds = [sentence.kind for index in range(60) for sentence in formats.draw_scene(3, "train", index)[2]]
+    assert 0.12 < kinds.count("colour") / len(kinds) < 0.35
+    assert all(kinds.count(focus) / len(kinds) > 0.05 for focus in FOCI)
+
+
+def test_blind_scores_are_those_of_the_masks_they_stand_for() -> None:
+    asked = [
+        Asked(areas=(100, 300, 50), colours=("red", "red", "blue"), target=0),
+        Asked(areas=(40, 60), colours=("red", "blue"), target=1),
+    ]
+    scores = blind_scores(asked)
+    assert scores["every object"] == {"ciou": 160 / 550, "giou": pytest.approx((100 / 450 + 60 / 100) / 2)}
+    assert scores["largest object"] == {"ciou": 60 / 460, "giou": 0.5}
+    assert scores["target's colour"] == {"ciou": 160 / 460, "giou": pytest.approx((100 / 400 + 1) / 2)}
+    expected = (100 / 3 + 30) / ((100 + 400 + 150) / 3 + (60 + 100) / 2)
+    assert scores["random object"] == {"ciou": pytest.approx(expected), "giou": pytest.approx((1 / 3 + 1 / 2) / 2)}
+    assert blind_scores([]) == {}
+
+
+def test_blind_choices_know_the_letters_and_the_usual_answers() -> None:
+    sizes = ["A. large", "B. small", "B. small"]
+    asked = [{"question": "What is the size?\nA. large\nB. small\n", "answer": answer} for answer in sizes]
+    asked.append({"question": "What is the shape?\nA. ring\nB. star\n", "answer": "A. ring"})
+    assert blind_choices(asked) == {"same letter": 0.5, "usual value": 0.75}
 
 
 def test_attribute_sentences_agree_with_a_reading_of_their_text() -> None:
@@ -119,7 +213,7 @@ def test_attribute_sentences_agree_with_a_reading_of_their_text() -> None:
     canonical = {"box": "square", "disc": "circle", "big": "large", "little": "small", "spotted": "dotted",
                  "checked": "checkered", "solid": "plain", "stripes": "striped", "dots": "dotted",
                  "checks": "checkered"}  # fmt: skip
-    for scene, sentence in [pair for pair in sentences_of("train", 25) if pair[1].kind == "attribute"]:
+    for scene, sentence in [pair for pair in sentences_of("train", 25) if pair[1].kind in ATTRIBUTE_KINDS]:
         words = {canonical.get(word, word) for word in sentence.text.replace("plus sign", "cross").split()}
         asked = {name: words & set(values) for name, values in VALUES.items()}
         assert words <= {"the", "with", "thing", "object", "shape"}.union(*asked.values()), sentence.text
@@ -132,7 +226,7 @@ def test_attribute_sentences_agree_with_a_reading_of_their_text() -> None:
 
 
 def test_single_sentences_use_no_more_than_one_spare_attribute() -> None:
-    for scene, sentence in [pair for pair in sentences_of("train", 15) if pair[1].kind == "attribute"]:
+    for scene, sentence in [pair for pair in sentences_of("train", 15) if pair[1].kind in ATTRIBUTE_KINDS]:
         named = sentence.query.attributes
         smaller = [Query(attributes=part) for k in range(len(named) - 1) for part in itertools.combinations(named, k)]
         too_short = [query for query in smaller if denote(scene, query) == set(sentence.targets)]
@@ -188,14 +282,14 @@ def test_held_out_pairs_are_a_tenth_of_all_pairs() -> None:
 
 
 def test_held_out_pairs_are_drawn_in_test_b_only() -> None:
-    for split in ("train", "val", "testA"):
+    for split in formats.SPLITS[:-1]:
         assert not any(item.is_held_out for index in range(25) for item in scene_of(split, index).objects)
-    assert all(sum(item.is_held_out for item in scene_of("testB", index).objects) >= 2 for index in range(25))
+    assert all(any(item.is_held_out for item in scene_of("testB", index).objects) for index in range(25))
 
 
 def test_held_out_pairs_are_named_in_test_b_only(dataset: Path) -> None:
     pairs = "|".join(rf"\b{colour}( ({'|'.join(TEXTURES)}))? {shape}" for colour, shape in sorted(HELD_OUT))
-    texts = [sentence.text for split in ("train", "val", "testA") for _, sentence in sentences_of(split, 12)]
+    texts = [sentence.text for split in formats.SPLITS[:-1] for _, sentence in sentences_of(split, 12)]
     for path in [*(dataset / "osprey").iterdir(), *(dataset / "llava").iterdir(), *(dataset / "perbench").iterdir()]:
         texts.append(path.read_text())
     assert not any(re.search(pairs, text) for text in texts)
@@ -226,6 +320,11 @@ def test_existing_dataset_is_reused_or_refused(dataset: Path, tmp_path: Path) ->
     assert not write_refshapes(dataset, SPEC, num_workers=1)
     with pytest.raises(DataError, match="seed is 3, expected 9"):
         write_refshapes(dataset, RefShapesSpec(seed=9, num_train=12, num_eval=4), num_workers=1)
+    older = tmp_path / "older"
+    older.mkdir()
+    (older / "meta.json").write_text(json.dumps({**read(dataset / "meta.json"), "generator_version": 4}))
+    with pytest.raises(DataError, match=r"found RefShapes of generator version 4, expected version 5.*val_shape.*move"):
+        write_refshapes(older, SPEC, num_workers=1)
     with pytest.raises(DataError, match="no meta"):
         write_refshapes(tmp_path, SPEC, num_workers=1)
     assert all_bytes(dataset) == before
@@ -247,7 +346,7 @@ def test_refs_are_plain_python_with_the_keys_of_refer(dataset: Path) -> None:
     refs = pickle.loads(content)
     keys = {"ref_id", "ann_id", "image_id", "category_id", "file_name", "split", "sent_ids", "sentences"}
     assert all(ref.keys() == keys for ref in refs)
-    assert {ref["split"] for ref in refs} == {"train", "val", "testA", "testB"}
+    assert {ref["split"] for ref in refs} == set(formats.SPLITS)
     sentences = [sentence for ref in refs for sentence in ref["sentences"]]
     assert all(sentence.keys() == {"sent_id", "sent", "raw", "tokens"} for sentence in sentences)
     assert [sentence["sent_id"] for sentence in sentences] == list(range(1, len(sentences) + 1))
@@ -328,6 +427,11 @@ def test_meta_counts_what_the_files_hold(dataset: Path) -> None:
     meta = read(dataset / "meta.json")
     refs = pickle.loads((dataset / "refshapes" / "refs(unc).p").read_bytes())
     assert (meta["seed"], meta["generator_version"]) == (3, formats.GENERATOR_VERSION)
-    assert meta["num_images"] == {"train": 12, "val": 4, "testA": 4, "testB": 4}
+    assert meta["num_images"] == {split: 12 if split == "train" else 4 for split in formats.SPLITS}
+    assert meta["focus_shares"] == FOCUS_SHARES
     assert sum(meta["num_refs"].values()) == len(refs)
-    assert sum(meta["ref_kinds"].values()) == sum(len(ref["sentences"]) for ref in refs)
+    for split in formats.SPLITS:
+        written = sum(len(ref["sentences"]) for ref in refs if ref["split"] == split)
+        assert written == meta["num_sentences"][split] == sum(meta["kinds"][split].values())
+        assert sum(meta["scenes"][split].values()) == meta["num_images"][split]
+        assert set(meta["blind_scores"][split]) == set(GUESSES)

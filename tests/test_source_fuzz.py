@@ -32,7 +32,7 @@ from pixel_sail.data.sources import (
 )
 from pixel_sail.refshapes.formats import RULES
 from pixel_sail.refshapes.grounded_format import grounded_record, write_grounded
-from pixel_sail.refshapes.scene import encode_jpeg, sample_scene
+from pixel_sail.refshapes.scene import encode_jpeg, paint_scene, sample_scene
 from pixel_sail.types import DataError
 
 NUM_DAMAGES = 60
@@ -103,7 +103,7 @@ def drawn(tmp_path_factory, data_root):
         scene = sample_scene(rng, RULES[split])
         height, width = scene.image_hw
         image = {"id": image_id, "file_name": f"COCO_train2014_{image_id:012d}.jpg", "height": height, "width": width}
-        (photos / image["file_name"]).write_bytes(encode_jpeg(scene))
+        (photos / image["file_name"]).write_bytes(encode_jpeg(paint_scene(rng, scene)))
         records.append({"split": split, "image": image, "grounded": grounded_record(rng, scene, image)})
     write_grounded(out, records, photos)
     for path in (data_root / "refshapes").glob("*/*.json"):

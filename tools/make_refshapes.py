@@ -2,7 +2,7 @@
 
 Place in the flow: run once before training on RefShapes; `pixel_sail.refshapes` does the work. Example:
 
-    python tools/make_refshapes.py --out data/refshapes --seed 0 --train 8000 --eval 150 --workers 2
+    python tools/make_refshapes.py --out data/refshapes --seed 0 --train 12000 --eval 150 --workers 2
 """
 
 import argparse
@@ -21,8 +21,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Draw the RefShapes benchmark.")
     parser.add_argument("--out", type=Path, default=Path("data/refshapes"), help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train", type=int, default=8000, help="number of training images")
-    parser.add_argument("--eval", type=int, default=150, help="number of images in each of val, testA and testB")
+    parser.add_argument("--train", type=int, default=RefShapesSpec.num_train, help="number of training images")
+    parser.add_argument("--eval", type=int, default=RefShapesSpec.num_eval, help="number of images in each other split")
     parser.add_argument("--workers", type=int, default=2, help="worker processes; the result does not depend on it")
     options = parser.parse_args()
     spec = RefShapesSpec(seed=options.seed, num_train=options.train, num_eval=options.eval)

@@ -11,10 +11,10 @@ from PIL import Image
 from pixel_sail.demo.server import Example
 from pixel_sail.evaluation.refer_seg import PROMPTS
 from pixel_sail.refshapes.expressions import Describer
-from pixel_sail.refshapes.scene import SceneRules, sample_scene
+from pixel_sail.refshapes.focus import SceneRules
+from pixel_sail.refshapes.scene import paint_scene, sample_scene
 
 SEED = 20
-RULES = SceneRules(num_objects=(3, 5))
 
 
 def draw_examples(count: int, prompt: str) -> list[Example]:
@@ -25,10 +25,10 @@ def draw_examples(count: int, prompt: str) -> list[Example]:
 def _draw(index: int, prompt: str) -> Example:
     rng = np.random.default_rng((SEED, index))
     while True:
-        scene = sample_scene(rng, RULES)
+        scene = sample_scene(rng, SceneRules())
         describer = Describer(scene, rng, may_name_held_out=False)
         # Colours are what a small model learns first.
         for item in scene.objects:
             if describer.by_filters.get((("colour", item.colour),)) == [item.index]:
                 text = f"the {item.colour} {item.shape}"
-                return Example(image=Image.fromarray(scene.pixels), text=PROMPTS[prompt].format(sent=text))
+                return Example(image=Image.fromarray(paint_scene(rng, scene)), text=PROMPTS[prompt].format(sent=text))

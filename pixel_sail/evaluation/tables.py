@@ -7,7 +7,7 @@ A row of scores, with the interval of each score that has one:
 """
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pixel_sail.evaluation.confidence import Interval
@@ -69,6 +69,29 @@ def scores_table(
             for row, scores in rows.items()
         ),
     )
+
+
+def guesses_table(
+    heading: str, rows: Mapping[str, Scores], guesses: Mapping[str, Mapping[str, Mapping[str, float]]]
+) -> Table:
+    """Return cIoU and gIoU of every row beside those of guesses about the same items: what chance is.
+
+    guesses: {row: {"every object": {"ciou": 0.25, "giou": 0.26}, ...}, ...}, the same ones for every row.
+    """
+    names = list(dict.fromkeys(name for own in guesses.values() for name in own))
+    return Table(
+        heading=heading,
+        columns=("count", "ciou", "giou", *names),
+        rows=tuple(
+            (row, (*(_cell(scores[key], None) for key in ("count", "ciou", "giou")), *_pairs(guesses[row], names)))
+            for row, scores in rows.items()
+        ),
+        note="Guesses are cIoU / gIoU of marking what the column says, whatever the question.",
+    )
+
+
+def _pairs(guesses: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> list[str]:
+    return [f"{guesses[name]['ciou']:.3f} / {guesses[name]['giou']:.3f}" for name in names]
 
 
 def _cell(value: float | int | None, interval: Interval | None) -> str:

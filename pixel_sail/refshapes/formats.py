@@ -31,27 +31,23 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pixel_sail.refshapes.expressions import Describer, Sentence
+from pixel_sail.refshapes.expressions import Describer
+from pixel_sail.refshapes.focus import FOCI, FOCUS_SHARES, SceneRules, pick_focus
 from pixel_sail.refshapes.grounded_format import grounded_record, write_grounded
 from pixel_sail.refshapes.groups import group_sentences
+from pixel_sail.refshapes.kinds import HELD_OUT, SHAPES
 from pixel_sail.refshapes.panoptic_format import write_panoptic
+from pixel_sail.refshapes.queries import Sentence, is_put_to_the_test
 from pixel_sail.refshapes.question_formats import caption, llava_record, osprey_record, perbench_record
-from pixel_sail.refshapes.scene import (
-    HELD_OUT,
-    SHAPES,
-    Scene,
-    SceneObject,
-    SceneRules,
-    encode_jpeg,
-    sample_scene,
-)
+from pixel_sail.refshapes.scene import Scene, SceneObject, encode_jpeg, paint_scene, sample_scene
+from pixel_sail.refshapes.summary import summarize
 from pixel_sail.rle import encode_mask
 from pixel_sail.types import DataError
 
@@ -60,16 +56,25 @@ Json = dict[str, Any]
 Job = tuple[str, int, int]
 """(split, index within the split, image id)."""
 
-GENERATOR_VERSION = 4
+GENERATOR_VERSION = 5
 """Raise this whenever the same seed no longer gives the same bytes."""
-SPLITS = ("train", "val", "testA", "testB")
+KIND_SPLITS = {f"val_{focus}": focus for focus in FOCI}
+"""Every expression of these is decided by one kind of words and by nothing else, see `is_put_to_the_test`."""
 RULES = {
-    "train": SceneRules(num_objects=(3, 5)),
-    "val": SceneRules(num_objects=(3, 5)),
-    "testA": SceneRules(num_objects=(3, 5), one_shape=True),
-    "testB": SceneRules(num_objects=(3, 5), num_held_out=(2, 3)),
+    "train": SceneRules(),
+    "val": SceneRules(),
+    **{split: SceneRules(focus=focus) for split, focus in KIND_SPLITS.items()},
+    "testA": SceneRules(one_shape=True),
+    "testB": SceneRules(held_out=True),
 }
+SPLITS = tuple(RULES)
+NUM_SENTENCES = {"train": 16, "val": 6, "testA": 6, "testB": 6}
+"""Most expressions with one target of an image of a split."""
+NUM_OF_KIND = (2, 3)
+"""Fewest and most expressions of an image of the splits of one kind."""
 IMAGE_FOLDER = Path("images") / "train2014"
+FULLY_ANNOTATED = ("train", "val", "testA")
+"""Splits of which some images are also written in the larger formats."""
 CATEGORY_ID = {shape: index + 1 for index, shape in enumerate(SHAPES)}
 
 
@@ -78,11 +83,11 @@ class RefShapesSpec:
     """What is asked for; equal specs give equal bytes."""
 
     seed: int = 0
-    num_train: int = 8000
+    num_train: int = 12000
     num_eval: int = 150
-    """Images in each of val, testA and testB."""
+    """Images in each of the other splits."""
     num_fully_annotated: int = 300
-    """Images of each of train, val and testA that are also written in the larger formats: panoptic, Pix2Cap, grounded
+    """Images of each of FULLY_ANNOTATED that are also written in the larger formats: panoptic, Pix2Cap, grounded
     captions, MUSE, ReasonSeg."""
 
     def header(self) -> Json:
@@ -93,6 +98,7 @@ class RefShapesSpec:
             "num_images": {split: self.num_train if split == "train" else self.num_eval for split in SPLITS},
             "num_fully_annotated": self.num_fully_annotated,
             "held_out": [list(pair) for pair in sorted(HELD_OUT)],
+            "focus_shares": FOCUS_SHARES,
         }
 
     def jobs(self) -> list[Job]:
@@ -135,6 +141,13 @@ def check_same(out: Path, spec: RefShapesSpec) -> None:
     if not (out / "meta.json").is_file():
         raise DataError(f"{out}: exists but holds no meta.json, expected a RefShapes folder or nothing; {advice}")
     meta = json.loads((out / "meta.json").read_text())
+    version = meta.get("generator_version")
+    if version != GENERATOR_VERSION:
+        raise DataError(
+            f"{out}: found RefShapes of generator version {version}, expected version {GENERATOR_VERSION} with "
+            f"other scenes and the splits {', '.join(SPLITS)}; {advice}. What is there is not touched: its splits can "
+            "still be trained on and scored"
+        )
     for key, value in spec.header().items():
         if meta.get(key) != value:
             raise DataError(f"{out}/meta.json: {key} is {meta.get(key)!r}, expected {value!r} as asked for; {advice}")
@@ -149,32 +162,60 @@ def _run(draw: Callable[[Job], Json], jobs: list[Job], num_workers: int) -> Gene
         yield from pool.imap(draw, jobs, chunksize=8)
 
 
+def draw_scene(seed: int, split: str, index: int) -> tuple[np.random.Generator, Scene, list[Sentence]]:
+    """Return the scene of one image, its expressions with one target, and the generator for what else is drawn.
+
+    Scenes that leave nothing to say about their focus are drawn again.
+    """
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    rules = replace(RULES[split], focus=pick_focus(rng, RULES[split]))
+    fewest = NUM_OF_KIND[0] if split in KIND_SPLITS else 1
+    while True:
+        scene = sample_scene(rng, rules)
+        sentences = _expressions(_describer(rng, scene, split), split)
+        if sum(found.kind == scene.focus for found in sentences) >= fewest:
+            return rng, scene, sentences
+
+
+def _describer(rng: np.random.Generator, scene: Scene, split: str) -> Describer:
+    return Describer(scene, rng, may_name_held_out=split == "testB")
+
+
+def _expressions(describer: Describer, split: str) -> list[Sentence]:
+    """Return the expressions of one image: in testB about objects of a held-out kind only."""
+    scene = describer.scene
+    if split in KIND_SPLITS:
+        found = describer.singles(4 * NUM_OF_KIND[1])
+        fitting = [item for item in found if item.kind == scene.focus and is_put_to_the_test(scene, item)]
+        return fitting[: NUM_OF_KIND[1]]
+    held_out = [item.index for item in scene.objects if item.is_held_out]
+    return describer.singles(NUM_SENTENCES[split], held_out)
+
+
 def _draw_record(seed: int, num_fully_annotated: int, folder: Path, job: Job) -> Json:
     """Draw one image, write its JPEG, and return everything the annotation files say about it, without global ids."""
     split, index, image_id = job
-    rng = np.random.default_rng([seed, SPLITS.index(split), index])
-    scene = sample_scene(rng, RULES[split])
+    rng, scene, sentences = draw_scene(seed, split, index)
     file_name = f"COCO_train2014_{image_id:012d}.jpg"
-    (folder / file_name).write_bytes(encode_jpeg(scene))
-    describer = Describer(scene, rng, may_name_held_out=split == "testB")
+    (folder / file_name).write_bytes(encode_jpeg(paint_scene(rng, scene)))
+    height, width = scene.image_hw
     record: Json = {
         "split": split,
-        "image": {
-            "id": image_id,
-            "file_name": file_name,
-            **dict(zip(("height", "width"), scene.image_hw, strict=True)),
-        },
+        "focus": scene.focus,
+        "image": {"id": image_id, "file_name": file_name, "height": height, "width": width},
         "objects": [_annotation(item) for item in scene.objects],
-        "refs": [describer.singles(target, 3) for target in _ref_targets(rng, scene, split)],
-        "grefs": _generalised(rng, describer, 4 if split == "train" else 7),
+        "colours": [item.colour for item in scene.objects],
+        "sentences": sentences,
     }
+    if split not in KIND_SPLITS:
+        record["grefs"] = _generalised(rng, _describer(rng, scene, split), 4 if split == "train" else 7)
     if split == "val":
         record["perbench"] = perbench_record(rng, scene, file_name)
     if split == "train":
         record["osprey"] = osprey_record(rng, scene, record)
         record["llava"] = llava_record(rng, scene, record["image"])
         record["groups"] = group_sentences(rng, scene)
-    if index < num_fully_annotated and split != "testB":
+    if index < num_fully_annotated and split in FULLY_ANNOTATED:
         if split == "train":
             record["descriptions"] = [caption(scene, item) for item in scene.objects]
         # Numbers of its own, so that the other files have the same bytes whether or not these are written.
@@ -189,15 +230,6 @@ def _annotation(item: SceneObject) -> Json:
             "bbox": [x0, y0, x1 - x0, y1 - y0], "iscrowd": 0}  # fmt: skip
 
 
-def _ref_targets(rng: np.random.Generator, scene: Scene, split: str) -> list[int]:
-    """Return which objects get refs: all in train, three in val and testA, mostly held-out kinds in testB."""
-    order = rng.permutation(len(scene.objects)).tolist()
-    if split == "testB":
-        held_out = [index for index in order if scene.objects[index].is_held_out]
-        return held_out + [index for index in order if index not in held_out][: int(rng.random() < 0.3)]
-    return order if split == "train" else order[:3]
-
-
 def _generalised(rng: np.random.Generator, describer: Describer, count: int) -> list[Sentence]:
     """Return about `count` sentences, half with one target, three in ten with several, two in ten with none."""
     found: dict[str, Sentence] = {}
@@ -205,7 +237,7 @@ def _generalised(rng: np.random.Generator, describer: Describer, count: int) -> 
         roll = rng.random()
         for _ in range(12):
             if roll < 0.5:
-                sentence = next(iter(describer.singles(int(rng.integers(len(describer.scene.objects))), 1)), None)
+                sentence = next(iter(describer.singles(1)), None)
             else:
                 sentence = describer.plural() if roll < 0.8 else describer.no_target()
             if sentence is not None and sentence.text not in found:
@@ -245,7 +277,10 @@ def _write_files(out: Path, spec: RefShapesSpec, records: list[Json]) -> None:
     _write_json(out / "llava" / "llava_v1_5_mix665k.json", [item for r in records for item in r.get("llava", ())])
     write_panoptic(out, [record for record in records if "descriptions" in record], CATEGORY_ID)
     write_grounded(out, [record for record in records if "grounded" in record], out / IMAGE_FOLDER)
-    _write_json(out / "meta.json", {**spec.header(), **_counts(records, refs, grefs)})
+    num_refs = {
+        name: Counter(ref["split"] for ref in found) for name, found in (("num_refs", refs), ("num_grefs", grefs))
+    }
+    _write_json(out / "meta.json", {**spec.header(), **summarize(SPLITS, records, num_refs)})
 
 
 def _write_json(path: Path, value: Json | list[Json]) -> None:
@@ -259,12 +294,14 @@ def _sentences(texts: list[str], first_id: int) -> list[Json]:
 
 
 def _refs(records: list[Json]) -> list[Json]:
-    """Return the REFER entries: one per described object, with up to three sentences."""
+    """Return the REFER entries: one per described object, with all its sentences."""
     refs: list[Json] = []
     next_sent_id = 1
     for record in records:
-        for found in filter(None, record["refs"]):
-            target = found[0].targets[0]
+        for target in range(len(record["objects"])):
+            found = [sentence for sentence in record["sentences"] if sentence.targets == (target,)]
+            if not found:
+                continue
             sentences = _sentences([sentence.text for sentence in found], next_sent_id)
             next_sent_id += len(sentences)
             ann_id, image = record["ann_ids"][target], record["image"]
@@ -291,16 +328,3 @@ def _grefs(records: list[Json], key: str) -> list[Json]:
                 "no_target": not targets,
             })  # fmt: skip
     return grefs
-
-
-def _counts(records: list[Json], refs: list[Json], grefs: list[Json]) -> Json:
-    """Count what was written, by split and by kind of sentence."""
-    return {
-        "num_refs": Counter(ref["split"] for ref in refs),
-        "num_sentences": Counter(ref["split"] for ref in refs for _ in ref["sent_ids"]),
-        "num_grefs": Counter(ref["split"] for ref in grefs),
-        "ref_kinds": Counter(
-            sorted(found.kind for record in records for several in record["refs"] for found in several)
-        ),
-        "gref_kinds": Counter(sorted(found.kind for record in records for found in record["grefs"])),
-    }

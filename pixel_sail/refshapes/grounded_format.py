@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from pixel_sail.refshapes.scene import SHAPES, Scene, SceneObject, pick
+from pixel_sail.refshapes.kinds import SHAPES, pick
+from pixel_sail.refshapes.scene import Scene, SceneObject
 from pixel_sail.rle import encode_mask
 from pixel_sail.types import RLE, BoolMask
 

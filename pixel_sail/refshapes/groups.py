@@ -9,8 +9,10 @@ model that starts from nothing learns what words look like before it has to comb
 
 import numpy as np
 
-from pixel_sail.refshapes.expressions import Query, Sentence, noun_phrase
-from pixel_sail.refshapes.scene import VALUES, Scene
+from pixel_sail.refshapes.kinds import VALUES
+from pixel_sail.refshapes.queries import Query, Sentence
+from pixel_sail.refshapes.scene import Scene
+from pixel_sail.refshapes.wording import noun_phrase
 
 
 def group_sentences(rng: np.random.Generator, scene: Scene) -> list[Sentence]:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from pixel_sail.refshapes.scene import SHAPES, VALUES, Scene, SceneObject, pick
+from pixel_sail.refshapes.kinds import SHAPES, VALUES, pick
+from pixel_sail.refshapes.scene import Scene, SceneObject
 from pixel_sail.rle import encode_mask
 
 Json = dict[str, Any]

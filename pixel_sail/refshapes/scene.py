@@ -1,9 +1,9 @@
-"""Scenes of RefShapes: which objects stand where, the picture, and the exact visible mask of every object.
+"""Scenes of RefShapes: which objects stand where, the exact visible mask of every object, and the picture.
 
-Place in the flow: the bottom of the package. `expressions.py` talks about a `Scene`, `formats.py` writes both to disk.
-Everything is a pure function of the generator handed in. A scene, as an example of the data:
+Place in the flow: `focus.py` says which objects; `expressions.py` talks about a `Scene`, `formats.py` writes both to
+disk. Everything is a pure function of the generator handed in. A scene, as an example of the data:
 
-    Scene(image_hw=(128, 128), pixels=<uint8 128x128x3>, objects=(
+    Scene(image_hw=(128, 128), focus="place", objects=(
         SceneObject(index=0, colour="red", shape="star", texture="plain", size="large", centre_xy=(40.2, 91.7),
                     box_xyxy=(17, 70, 64, 115), area=1012, mask=<bool 128x128>), ...))
 
@@ -14,18 +14,18 @@ vivid colour, white or black.
 
 import io
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
+from pixel_sail.refshapes.focus import SceneRules, pick_focus, sample_kinds
+from pixel_sail.refshapes.kinds import SHAPES, Kind, pick
 from pixel_sail.types import BoolMask, SizeHW
 
 FloatArray = NDArray[np.floating[Any]]
-_Item = TypeVar("_Item")
 
 COLOUR_RGB: dict[str, tuple[int, int, int]] = {
     "red": (206, 30, 38),
@@ -39,20 +39,9 @@ COLOUR_RGB: dict[str, tuple[int, int, int]] = {
     "white": (246, 246, 244),
     "black": (16, 16, 20),
 }
-COLOURS = tuple(COLOUR_RGB)
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-TEXTURES = ("plain", "striped", "dotted", "checkered")
-SIZES = ("small", "large")
-VALUES = {"colour": COLOURS, "shape": SHAPES, "texture": TEXTURES, "size": SIZES}
-
-HELD_OUT = frozenset((COLOURS[i], SHAPES[(5 * i + 2) % len(SHAPES)]) for i in range(6))
-"""(colour, shape) pairs drawn and named in testB only: 6 of 60; no colour and no shape repeats."""
-
 IMAGE_SIZES: tuple[SizeHW, ...] = ((128, 128), (112, 144), (144, 112))
 ACROSS_PX = {"small": (24.0, 31.0), "large": (44.0, 58.0)}
 """Range of the diameter of each size class."""
-MAX_LARGE = 3
-"""More large objects than this leave no room for the rest."""
 MIN_VISIBLE_FRAC = 0.6
 MAX_TILT_DEG = {"circle": 180, "ring": 180, "square": 14, "triangle": 24, "star": 36, "cross": 18}
 MUDDY_RGB = np.array(
@@ -60,21 +49,6 @@ MUDDY_RGB = np.array(
      (104, 120, 112), (160, 142, 112), (96, 82, 76)],
     dtype=np.float32,
 )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kind:
-    """The four attributes an expression can name."""
-
-    colour: str
-    shape: str
-    texture: str
-    size: str
-
-    @property
-    def is_held_out(self) -> bool:
-        """Say whether this colour and shape go together in testB only."""
-        return (self.colour, self.shape) in HELD_OUT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,28 +66,6 @@ class SceneObject(Kind):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scene:
-    """A picture and the objects in it, in drawing order."""
-
-    image_hw: SizeHW
-    pixels: NDArray[np.uint8]
-    objects: tuple[SceneObject, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SceneRules:
-    """What the scenes of one split may hold."""
-
-    num_objects: tuple[int, int]
-    """Smallest and largest number of objects, both allowed."""
-    num_held_out: tuple[int, int] = (0, 0)
-    """Smallest and largest number of objects of a held-out kind; (0, 0) forbids them."""
-    one_shape: bool = False
-    """All objects have the same shape, as all are people in some photographs; it never helps to tell them apart."""
-    image_sizes: tuple[SizeHW, ...] = IMAGE_SIZES
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Stamp:
     """One object before it has a place: square arrays centred on it."""
 
@@ -123,61 +75,32 @@ class _Stamp:
     rgb: FloatArray
 
 
-def pick(rng: np.random.Generator, items: Sequence[_Item]) -> _Item:
-    """Return one item, all equally likely."""
-    return items[int(rng.integers(len(items)))]
+_Placed = tuple[_Stamp, int, int]
+"""A stamp with the row and column of its corner."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """The objects of a picture in drawing order; `paint_scene` makes the picture."""
+
+    image_hw: SizeHW
+    focus: str
+    """What has to decide between the objects, one of FOCI."""
+    objects: tuple[SceneObject, ...]
+    placed: tuple[_Placed, ...] = ()
+    """What is painted for each object."""
 
 
 def sample_scene(rng: np.random.Generator, rules: SceneRules) -> Scene:
     """Draw one scene that keeps the rules."""
-    image_hw = pick(rng, rules.image_sizes)
+    image_hw, focus = pick(rng, IMAGE_SIZES), pick_focus(rng, rules)
     for _ in range(50):
-        stamps = [_make_stamp(rng, kind) for kind in sample_kinds(rng, rules)]
+        stamps = [_make_stamp(rng, kind) for kind in sample_kinds(rng, focus, rules)]
         placed, owner = _place(rng, stamps, image_hw)
-        num_held_out = sum(stamp.kind.is_held_out for stamp, _, _ in placed)
-        if len(placed) >= rules.num_objects[0] and num_held_out >= rules.num_held_out[0]:
-            pixels = _render(rng, image_hw, placed)
+        if len(placed) == len(stamps):
             objects = tuple(_measure(index, *item, owner) for index, item in enumerate(placed))
-            return Scene(image_hw=image_hw, pixels=pixels, objects=objects)
-    raise AssertionError(f"no scene in 50 attempts: image {image_hw}, {rules}; the objects do not fit")
-
-
-def sample_kinds(rng: np.random.Generator, rules: SceneRules) -> list[Kind]:
-    """Return the kinds of one scene, drawn so that shapes repeat often and colours now and then.
-
-    Some kinds copy an earlier one in all but one attribute; the rest mostly use the scene's few shapes.
-    """
-    low, high = rules.num_objects
-    num_objects = int(rng.integers(low, high + 1))
-    num_held_out = int(rng.integers(rules.num_held_out[0], rules.num_held_out[1] + 1))
-    kinds = [_random_kind(rng, *pair) for pair in rng.permutation(sorted(HELD_OUT)).tolist()[:num_held_out]]
-    shapes = [pick(rng, SHAPES) for _ in range(3)] + [kind.shape for kind in kinds]
-    if rules.one_shape:
-        shapes = shapes[:1]
-    while len(kinds) < num_objects:
-        unused = [colour for colour in COLOURS if colour not in {kind.colour for kind in kinds}]
-        colour = pick(rng, unused if rng.random() < 0.9 else COLOURS)
-        shape = pick(rng, shapes if rules.one_shape or rng.random() < 0.8 else SHAPES)
-        kind = _random_kind(rng, colour, shape)
-        if kinds and rng.random() < 0.2:
-            kind = _vary(rng, pick(rng, kinds), kind)
-        is_too_large = kind.size == "large" and sum(other.size == "large" for other in kinds) >= MAX_LARGE
-        if not is_too_large and not kind.is_held_out:
-            kinds.append(kind)
-    return [kinds[i] for i in rng.permutation(len(kinds))]
-
-
-def _random_kind(rng: np.random.Generator, colour: str, shape: str) -> Kind:
-    texture = "plain" if rng.random() < 0.55 else pick(rng, TEXTURES[1:])
-    size = "large" if rng.random() < 0.42 else "small"
-    return Kind(colour=colour, shape=shape, texture=texture, size=size)
-
-
-def _vary(rng: np.random.Generator, kind: Kind, source: Kind) -> Kind:
-    """Return `kind` with one attribute taken from `source`."""
-    values = {name: getattr(kind, name) for name in VALUES}
-    name = pick(rng, tuple(values))
-    return Kind(**{**values, name: getattr(source, name)})
+            return Scene(image_hw=image_hw, focus=focus, objects=objects, placed=tuple(placed))
+    raise AssertionError(f"no scene in 50 attempts: image {image_hw}, focus {focus}, {rules}; the objects do not fit")
 
 
 def signed_distance(shape: str, x: FloatArray, y: FloatArray) -> FloatArray:
@@ -250,16 +173,14 @@ def _pattern(rng: np.random.Generator, texture: str, u: FloatArray, v: FloatArra
     return np.clip(np.sin(u * wave + phase_u) * np.sin(v * wave + phase_v) * 5 + 0.5, 0, 1)
 
 
-def _place(
-    rng: np.random.Generator, stamps: list[_Stamp], image_hw: SizeHW
-) -> tuple[list[tuple[_Stamp, int, int]], NDArray[np.int64]]:
-    """Return the stamps that found a place, with their corner (row, column), and the owner of each pixel (-1: none).
+def _place(rng: np.random.Generator, stamps: list[_Stamp], image_hw: SizeHW) -> tuple[list[_Placed], NDArray[np.int64]]:
+    """Return the stamps that found a place and the owner of each pixel (-1: none).
 
     An object may cover others of another colour, as long as each keeps its visible share. What does not fit is dropped.
     """
     height, width = image_hw
     owner = np.full(image_hw, -1, dtype=np.int64)
-    placed: list[tuple[_Stamp, int, int]] = []
+    placed: list[_Placed] = []
     full: list[int] = []
     visible: list[int] = []
     for stamp in stamps:
@@ -303,12 +224,12 @@ def _measure(index: int, stamp: _Stamp, top: int, left: int, owner: NDArray[np.i
     )
 
 
-def _render(rng: np.random.Generator, image_hw: SizeHW, placed: list[tuple[_Stamp, int, int]]) -> NDArray[np.uint8]:
-    """Paint background, clutter and objects, then what a camera adds: uneven light, blur and sensor noise."""
-    canvas = _clutter(rng, _background(rng, image_hw))
-    height, width = image_hw
-    for stamp, top, left in placed:
-        for shift, paint, strength in ((2, None, 0.3), (0, stamp.rgb, 1.0)):
+def paint_scene(rng: np.random.Generator, scene: Scene) -> NDArray[np.uint8]:
+    """Return background, clutter and objects, then what a camera adds: uneven light, blur and sensor noise."""
+    height, width = scene.image_hw
+    canvas = _clutter(rng, _background(rng, scene.image_hw))
+    for stamp, top, left in scene.placed:
+        for shift, rgb, strength in ((2, None, 0.3), (0, stamp.rgb, 1.0)):
             y0, x0 = max(top + shift, 0), max(left + shift, 0)
             side = len(stamp.alpha)
             view = canvas[y0 : top + shift + side, x0 : left + shift + side]
@@ -316,8 +237,8 @@ def _render(rng: np.random.Generator, image_hw: SizeHW, placed: list[tuple[_Stam
                     slice(x0 - left - shift, x0 - left - shift + view.shape[1]))  # fmt: skip
             alpha = stamp.alpha[part][:, :, None] * strength
             view *= 1 - alpha
-            if paint is not None:
-                view += paint[part] * alpha
+            if rgb is not None:
+                view += rgb[part] * alpha
     light_y, light_x = rng.uniform(-0.16, 0.16, 2)
     ramp_y = np.linspace(-light_y, light_y, height, dtype=np.float32)
     ramp_x = np.linspace(-light_x, light_x, width, dtype=np.float32)
@@ -378,8 +299,8 @@ def _clutter(rng: np.random.Generator, canvas: FloatArray) -> FloatArray:
     return canvas * (1 - strength) + np.asarray(over, dtype=np.float32) * strength
 
 
-def encode_jpeg(scene: Scene) -> bytes:
-    """Return the picture as a JPEG of quality 90."""
+def encode_jpeg(pixels: NDArray[np.uint8]) -> bytes:
+    """Return a picture as a JPEG of quality 90."""
     buffer = io.BytesIO()
-    Image.fromarray(scene.pixels).save(buffer, format="JPEG", quality=90)
+    Image.fromarray(pixels).save(buffer, format="JPEG", quality=90)
     return buffer.getvalue()
