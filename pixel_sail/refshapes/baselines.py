@@ -12,8 +12,7 @@ expression names none. The scores of one split, as an example of the data:
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from statistics import fmean
 
 GUESSES = ("every object", "largest object", "target's colour", "random object")
 
@@ -35,10 +34,10 @@ def blind_scores(asked: Iterable[Asked]) -> dict[str, Scores]:
     for item in asked:
         for name, answers in _answers(item).items():
             pairs = [_overlap(item, answer) for answer in answers]
-            inter, union = np.mean(pairs, axis=0).tolist()
-            measured[name].append((inter, union, float(np.mean([inter / union for inter, union in pairs]))))
+            inter, union = (fmean(pair[part] for pair in pairs) for part in (0, 1))
+            measured[name].append((inter, union, fmean(inter / union for inter, union in pairs)))
     return {
-        name: {"ciou": sum(row[0] for row in rows) / sum(row[1] for row in rows), "giou": float(np.mean(rows, 0)[2])}
+        name: {"ciou": sum(row[0] for row in rows) / sum(row[1] for row in rows), "giou": fmean(row[2] for row in rows)}
         for name, rows in measured.items()
         if rows
     }

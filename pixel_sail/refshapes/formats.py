@@ -263,8 +263,10 @@ def _write_files(out: Path, spec: RefShapesSpec, records: list[Json]) -> None:
     refs, grefs = _refs(records), _grefs(records, "grefs")
     _write_json(out / "grefshapes" / "grefs(unc).json", grefs)
     _write_json(out / "groupshapes" / "grefs(unc).json", _grefs(records, "groups"))
+    written = json.dumps(instances)
     for folder in ("refshapes", "grefshapes", "groupshapes"):
-        _write_json(out / folder / "instances.json", instances)
+        (out / folder).mkdir(exist_ok=True)
+        (out / folder / "instances.json").write_text(written)
     # Through JSON, as pickle writes a string seen before as a back reference, and workers' strings are never shared.
     (out / "refshapes" / "refs(unc).p").write_bytes(pickle.dumps(json.loads(json.dumps(refs)), protocol=2))
     perbench = [record["perbench"] for record in records if "perbench" in record]

@@ -39,7 +39,11 @@ def summarize(splits: Sequence[str], records: Sequence[Json], num_refs: Json) ->
             for split in ("train", "val")
             if sentences[split]
         },
-        "blind_scores": {split: blind_scores(_asked(*pair) for pair in pairs) for split, pairs in sentences.items()},
+        "blind_scores": {
+            split: blind_scores(_asked(*pair) for pair in pairs)
+            for split, pairs in sentences.items()
+            if split != "train"
+        },
         "blind_choices": blind_choices(questions),
     }
 
