@@ -15,7 +15,7 @@ from omegaconf import MISSING
 from pixel_sail.types import DataError
 
 CHOICES = {
-    "loss": ("mse", "cosine", "normalized_mse"),
+    "loss": ("mse", "cosine", "normalized_mse", "kl"),
     "site": ("pixel_map", "patch_states"),
     "precision": ("fp32", "bf16"),
     "on_miss": ("error", "online"),
@@ -31,7 +31,8 @@ class ExpertSettings:
     weight: float = 1.0
     """Factor of its loss in the total."""
     loss: str = "mse"
-    """mse (release), cosine, or normalized_mse: against features with mean 0 and deviation 1 at every cell."""
+    """mse (release), cosine, normalized_mse: against features with mean 0 and deviation 1 at every cell, or kl: channels
+    are classes, of which the student gives the shares."""
     site: str = "pixel_map"
     """What of the student is compared: its pixel_map after the projector, or its patch_states after the decoder."""
     channels: int = 256

@@ -13,6 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+TINY = 1e-6
+"""Smallest sum of shares that is divided by."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DistillTerm:
     """One expert's part of the total loss."""
@@ -35,7 +39,7 @@ def distill_loss(student_YXE: Tensor, features_Ehw: Tensor, kind: str = "mse") -
 
     mse: mean squared difference, over channels too, of raw features (release). cosine: one minus the cosine of the
     two feature vectors. normalized_mse: as mse, against features with mean 0 and variance 1 over the channels of a
-    cell.
+    cell. kl: divergence of the student's softmax from the channels as shares, for an expert whose channels are classes.
     Raises: ValueError when the numbers of channels differ or the kind is unknown.
     """
     if student_YXE.shape[2] != features_Ehw.shape[0]:
@@ -48,4 +52,8 @@ def distill_loss(student_YXE: Tensor, features_Ehw: Tensor, kind: str = "mse") -
         return 1.0 - F.cosine_similarity(student, target_YXE, dim=2).mean()
     if kind == "normalized_mse":
         return F.mse_loss(student, F.layer_norm(target_YXE, target_YXE.shape[2:]))
-    raise ValueError(f"distillation: loss {kind!r}, expected mse, cosine or normalized_mse")
+    if kind == "kl":
+        shares = target_YXE.clamp(min=0.0)
+        shares = shares / shares.sum(2, keepdim=True).clamp(min=TINY)
+        return F.kl_div(student.log_softmax(2), shares, reduction="none").sum(2).mean()
+    raise ValueError(f"distillation: loss {kind!r}, expected mse, cosine, normalized_mse or kl")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixel_sail.model.configuration_pixel_sail import Architecture
-from pixel_sail.model.upsampler import Upsampler
+from pixel_sail.model.upsampler import UpsampleBlock, Upsampler
 
 INITS = ("ours", "torch")
 """How new weights of the mask head and of the distillation layers are drawn: see `MaskHead.draw_weights`."""
@@ -43,7 +43,7 @@ class MaskHead(nn.Module):
     def draw_weights(self, init: str = "ours") -> None:
         """Draw starting weights, from the global generator.
 
-        ours: the variance of what differs between pixels is kept, and mask logits are of order one.
+        ours: the upsampler starts as a repetition of its input, and mask logits are of order one.
         torch (release): PyTorch's defaults, and all upsample blocks are copies of one. These start with biases that
         outweigh the signal: after two blocks nine tenths of the features' energy is the same at every pixel, and the
         layer norms keep it so.
@@ -58,14 +58,10 @@ class MaskHead(nn.Module):
 
     def _draw_ours(self) -> None:
         for layer in self.modules():
-            if isinstance(layer, nn.ConvTranspose2d):
-                # Kernel and stride are equal, so that every output cell sees one tap of each input channel.
-                nn.init.normal_(layer.weight, std=layer.in_channels**-0.5)
-            elif isinstance(layer, nn.Conv2d):
-                nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
+            if isinstance(layer, UpsampleBlock):
+                layer.draw_weights()
             elif isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-            if isinstance(layer, (nn.ConvTranspose2d, nn.Conv2d, nn.Linear)) and layer.bias is not None:
                 nn.init.zeros_(layer.bias)
         for projector in (self.pixel_projector, self.seg_projector):
             last = projector[-1]

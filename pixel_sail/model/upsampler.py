@@ -9,6 +9,7 @@ Axis letters: I images of one grid size, C channels, Y X cells.
 
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +20,10 @@ Step = Callable[[Tensor], Tensor]
 SMALL_MAP = 2**21
 """Numbers of an upsampled map (8 MB in float32) below which its steps are kept: computing them again would take longer
 than the memory is worth. Six images of 128 x 128 at stride 4 with 128 channels have 786,432."""
+
+
+START_NOISE = 0.1
+"""Share of a plain random draw in the starting weights of a block."""
 
 
 class ChannelLayerNorm(nn.Module):
@@ -56,6 +61,33 @@ class UpsampleBlock(nn.Module):
         self.depthwise = nn.Conv2d(channels, channels, kernel_size=3, padding=1, groups=channels)
         self.pointwise = nn.Conv2d(channels, channels, kernel_size=1)
         self.norm = ChannelLayerNorm(channels)
+
+    @torch.no_grad()
+    def draw_weights(self) -> None:
+        """Draw weights with which the map starts as its input repeated, but for noise: four equal cells for each, which
+        hold nothing of neighbours.
+
+        One linear layer can then read the same thing from every cell. Where each of the four has random weights of its
+        own, it takes far longer to learn from the upsampled map where something is (docs/experiments.md).
+        Source: ICNR (arXiv 1707.02937) for the doubling; the two convolutions behind it follow the same thought.
+        """
+        for layer in self.children():
+            if isinstance(layer, (nn.ConvTranspose2d, nn.Conv2d)):
+                assert layer.bias is not None
+                nn.init.zeros_(layer.bias)
+                fan_in = layer.in_channels if isinstance(layer, nn.ConvTranspose2d) else layer.weight[0].numel()
+                nn.init.normal_(layer.weight, std=START_NOISE * fan_in**-0.5)
+        channels = self.pointwise.in_channels
+        same_CC = torch.eye(channels)
+        if self.design == "transposed":
+            self.transposed.weight += same_CC[:, :, None, None]
+        elif self.design == "bilinear":
+            self.mixed.weight += same_CC[:, :, None, None]
+        else:
+            # Channels 4c .. 4c + 3 become the four cells of channel c.
+            self.shuffled.weight[:, :, 1, 1] += same_CC.repeat_interleave(4, dim=0)
+        self.depthwise.weight[:, :, 1, 1] += 1.0
+        self.pointwise.weight += same_CC[:, :, None, None]
 
     def forward(self, x_ICYX: Tensor) -> Tensor:
         """Return [I, C, 2Y, 2X]."""

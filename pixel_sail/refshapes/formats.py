@@ -11,6 +11,7 @@ Place in the flow: the top of the package; `tools/make_refshapes.py` calls `writ
     llava/llava_v1_5_mix665k.json                     LLaVA-1.5, from train images and without image
     panoptic/, pix2cap/                               COCO panoptic and Pix2Cap, see panoptic_format.py
     glamm_data/, muse/, reason_seg/                   grounded captions, MUSE, ReasonSeg, see grounded_format.py
+    attribute_maps/                                   what a perfect expert would say of train images
     meta.json                                         what was asked for, and counts
 
 One entry of the refs, as an example of the data:
@@ -38,6 +39,7 @@ from typing import Any
 
 import numpy as np
 
+from pixel_sail.refshapes.attribute_maps import attribute_map, write_attribute_maps
 from pixel_sail.refshapes.expressions import Describer
 from pixel_sail.refshapes.focus import FOCI, FOCUS_SHARES, SceneRules, pick_focus
 from pixel_sail.refshapes.grounded_format import grounded_record, write_grounded
@@ -212,6 +214,7 @@ def _draw_record(seed: int, num_fully_annotated: int, folder: Path, job: Job) ->
     if split == "val":
         record["perbench"] = perbench_record(rng, scene, file_name)
     if split == "train":
+        record["attributes"] = attribute_map(scene)
         record["osprey"] = osprey_record(rng, scene, record)
         record["llava"] = llava_record(rng, scene, record["image"])
         record["groups"] = group_sentences(rng, scene)
@@ -269,6 +272,8 @@ def _write_files(out: Path, spec: RefShapesSpec, records: list[Json]) -> None:
         (out / folder / "instances.json").write_text(written)
     # Through JSON, as pickle writes a string seen before as a back reference, and workers' strings are never shared.
     (out / "refshapes" / "refs(unc).p").write_bytes(pickle.dumps(json.loads(json.dumps(refs)), protocol=2))
+    drawn = {out / IMAGE_FOLDER / r["image"]["file_name"]: r["attributes"] for r in records if "attributes" in r}
+    write_attribute_maps(out / "attribute_maps", drawn)
     perbench = [record["perbench"] for record in records if "perbench" in record]
     _write_json(out / "perbench" / "STBench_Detailed_Caption.json", [item["caption"] for item in perbench])
     _write_json(out / "perbench" / "STBench_MCQ.json", [item["mcq"] for item in perbench])

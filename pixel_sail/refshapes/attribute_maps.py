@@ -1,0 +1,71 @@
+"""What a perfect expert would say about a drawn picture: a map of the attributes and places of its objects.
+
+Place in the flow: `formats.py` hands over the maps of the training pictures, this file writes them as the cache of the
+expert `pixel_sail/experts/drawn.py`. A pixel of a red star at the left edge has 1 in the channels red, star, plain,
+small and column 0 (of 10); a pixel of no object has 1 in the last channel, which is 43rd. One cell of the map is the mean
+over 16 x 16 pixels: [43, 8, 8] for a picture of 128 x 128.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pixel_sail.experts.cache import StoredMap, cache_identity
+from pixel_sail.experts.cache_writer import Plan, finish, make_plan, start_folder, write_shard
+from pixel_sail.experts.drawn import CELL_PX, CHANNELS, NUM_PLACES, attributes
+from pixel_sail.refshapes.kinds import VALUES
+from pixel_sail.refshapes.scene import Scene, SceneObject
+
+AttributeMap = NDArray[np.int8]
+LEVELS = 100
+"""int8 level of a cell that is covered as a whole."""
+IMAGES_PER_SHARD = 4096
+
+
+def object_channels(item: SceneObject, image_hw: tuple[int, int]) -> NDArray[np.float32]:
+    """Return what holds of every pixel of an object [CHANNELS]: its attributes, and where its centre is.
+
+    A centre between two of the NUM_PLACES places along an axis counts for both by its distance.
+    """
+    named = [[float(getattr(item, name) == value) for value in values] for name, values in VALUES.items()]
+    places = []
+    for centre, extent in zip(item.centre_xy, reversed(image_hw), strict=True):
+        position = np.clip(centre / extent * NUM_PLACES - 0.5, 0, NUM_PLACES - 1)
+        places.append(np.clip(1.0 - np.abs(np.arange(NUM_PLACES) - position), 0.0, None))
+    return np.concatenate([*named, *places, [0.0]]).astype(np.float32)
+
+
+def attribute_map(scene: Scene) -> AttributeMap:
+    """Return the map [CHANNELS, height / CELL_PX, width / CELL_PX] of a scene, a hundredth per level."""
+    height, width = scene.image_hw
+    rows, columns = height // CELL_PX, width // CELL_PX
+    found = np.zeros((CHANNELS, rows, columns), dtype=np.float32)
+    for item in scene.objects:
+        share = item.mask.reshape(rows, CELL_PX, columns, CELL_PX).mean((1, 3), dtype=np.float32)
+        found += object_channels(item, scene.image_hw)[:, None, None] * share
+        found[-1] -= share
+    found[-1] += 1.0
+    levels: AttributeMap = np.rint(found * LEVELS).astype(np.int8)
+    return levels
+
+
+def write_attribute_maps(folder: Path, maps: Mapping[Path, AttributeMap]) -> None:
+    """Write the maps of pictures as a cache of features, which training reads with `experts=drawn`."""
+    keyed = {hashlib.sha256(path.read_bytes()).hexdigest(): levels for path, levels in maps.items()}
+    identity = cache_identity(attributes().identity(), precision="fp32", grid=None)
+    plan: Plan = make_plan(list(keyed), identity, dtype="int8", images_per_shard=IMAGES_PER_SHARD)
+    folder.mkdir(parents=True)
+    start_folder(folder, plan)
+    scales = torch.full((CHANNELS,), 1.0 / LEVELS)
+
+    def stored(keys: Any) -> tuple[dict[str, StoredMap], dict[str, str]]:
+        return {key: StoredMap(features_EYX=torch.from_numpy(keyed[key]), scales_E=scales.clone()) for key in keys}, {}
+
+    for number in range(len(plan.shards)):
+        write_shard(folder, plan, number, stored)
+    finish(folder, plan)
