@@ -71,6 +71,8 @@ def main() -> int:
     config = load_config("train", TrainConfig, overrides)
     data, run_dir = Path(config.paths.data) / "refshapes", Path(config.run_dir)
     run(sys.executable, "tools/make_refshapes.py", "--out", str(data))
+    # Every process reads it for every eval, and a pickle is read slowly where nothing in it is trusted.
+    run(sys.executable, "tools/convert_refs.py", str(data / "refshapes"))
     if not (data / "tokenizer").is_dir():
         arguments = ("--refer-root", str(data), "--dataset", "refshapes", "--out", str(data / "tokenizer"))
         run(sys.executable, "tools/make_tokenizer.py", *arguments)

@@ -435,3 +435,16 @@ def test_meta_counts_what_the_files_hold(dataset: Path) -> None:
         assert written == meta["num_sentences"][split] == sum(meta["kinds"][split].values())
         assert sum(meta["scenes"][split].values()) == meta["num_images"][split]
         assert split == "train" or set(meta["blind_scores"][split]) == set(GUESSES)
+
+
+def test_the_other_object_of_the_same_kind_is_the_only_one(dataset: Path) -> None:
+    """Find the regions of the questions in the scenes of val, and compare the attribute that they name."""
+    images = {image["file_name"]: image["id"] for image in read(dataset / "refshapes" / "instances.json")["images"]}
+    asked = read(dataset / "perbench" / "STBench_VRES.json")
+    assert len(asked) >= SPEC.num_eval
+    for item in asked:
+        scene = scene_of("val", images[item["image_name"]] - SPEC.num_train - 1)
+        masks = [coco_mask.decode(item["segmentations"][tag]).astype(bool) for tag in ("<obj0>", "<obj1>")]
+        found = [next(o.index for o in scene.objects if np.array_equal(o.mask, mask)) for mask in masks]
+        (name,) = re.findall(r"same (\w+) as", item["question"])
+        assert alike_in(scene, found[0], name) == set(found) and found[0] != found[1]

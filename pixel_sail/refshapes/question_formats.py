@@ -58,10 +58,13 @@ def _vres(rng: np.random.Generator, scene: Scene) -> list[Json]:
     """Return up to two questions that point at one object and ask for the only other one sharing an attribute."""
     items: list[Json] = []
     for index in rng.permutation(len(scene.objects)).tolist():
-        prompt, name = scene.objects[index], pick(rng, tuple(VALUES))
-        same = [item for item in scene.objects if item is not prompt and getattr(item, name) == getattr(prompt, name)]
-        if len(same) == 1 and len(items) < 2:
-            segmentations = {"<obj0>": encode_mask(prompt.mask), "<obj1>": encode_mask(same[0].mask)}
+        prompt = scene.objects[index]
+        same = {name: [o for o in scene.objects if getattr(o, name) == getattr(prompt, name)] for name in VALUES}
+        names = [name for name, found in same.items() if len(found) == 2]
+        if names and len(items) < 2:
+            name = pick(rng, names)
+            other = next(item for item in same[name] if item is not prompt)
+            segmentations = {"<obj0>": encode_mask(prompt.mask), "<obj1>": encode_mask(other.mask)}
             question = f"Please segment the other object of the same {name} as <obj0>."
             items.append({"question": question, "answer": "It is <obj1>.", "segmentations": segmentations})
     return items
