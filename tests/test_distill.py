@@ -71,6 +71,16 @@ def test_losses_by_hand():
     assert distill_loss(student, features, "normalized_mse").item() == pytest.approx((4 + 1 + 1 + 9) / 4, rel=1e-3)
 
 
+def test_the_divergence_takes_channels_as_shares_of_classes():
+    # Cells: half of class 0 and half of class 1; all of class 1. Maps need not sum to 1.
+    features = torch.tensor([[[3.0, 0.0]], [[3.0, 0.2]]])
+    student = torch.tensor([[[0.0, 0.0], [0.0, math.log(3.0)]]])
+    assert distill_loss(student, features, "kl").item() == pytest.approx((0.0 - math.log(0.75)) / 2, abs=1e-6)
+    exact = torch.tensor([[[0.0, 0.0], [-50.0, 50.0]]])
+    assert distill_loss(exact, features, "kl").item() == pytest.approx(0.0, abs=1e-6)
+    assert distill_loss(student, torch.zeros(2, 1, 2), "kl").item() == 0.0
+
+
 def test_the_cosine_does_not_see_lengths_and_half_precision_is_computed_in_float32():
     student, features = torch.randn(2, 3, 4), torch.randn(4, 2, 3)
     first, second = (distill_loss(student * factor, features * 7, "cosine") for factor in (1, 50))
