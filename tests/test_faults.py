@@ -202,7 +202,7 @@ def test_a_disk_that_fills_during_a_save_leaves_the_checkpoint_before_and_the_ru
 
 def test_precision_sharding_of_the_data_and_seed_belong_to_a_run():
     def identity(*overrides):
-        config = load_config("train", TrainConfig, ["experiment=quickstart", *overrides])
+        config = load_config("train", TrainConfig, ["experiment=quickstart", "optim=adamw", *overrides])
         return run_identity(json.loads(json.dumps(config, default=vars)))
 
     for changed in ("optim.precision=bf16", "data.packs_per_step=32", "seed=1", "data.packing.lookahead=2"):

@@ -18,6 +18,11 @@ from pixel_sail.training.log import TIMING_FIELDS
 
 SMALL = (
     "experiment=quickstart",
+    # The plainest optimizer, no teacher, and both sources.
+    "optim=adamw",
+    "experts=none",
+    "data.repeats.groupshapes=0.5",
+    "model.architecture.initializer_range=0.02",
     "model.architecture.hidden_size=32",
     "model.architecture.intermediate_size=64",
     "model.architecture.num_hidden_layers=2",
