@@ -10,7 +10,7 @@ from counting import counted_operations
 from running import launcher, load_tool, start
 from torch.nn import functional as F
 
-from pixel_sail.config import DeepSpeedConfig, OptimConfig
+from pixel_sail.config import DeepSpeedConfig, OptimConfig, TrainConfig, load_config
 from pixel_sail.experts.settings import ExpertSettings
 from pixel_sail.losses.total import Counts, LossConfig, combine, count, loss_sums
 from pixel_sail.model.attention_mask import attention_mask
@@ -266,9 +266,24 @@ def test_zero_2_in_bf16_shares_masters_and_moments_over_two_processes(data_root,
 
 
 def test_a_checkpoint_is_as_large_as_said(data_root, tmp_path):
-    command = [sys.executable, "scripts/train.py", "experiment=quickstart", "optim=adamw", "experts=none", f"run_dir={tmp_path}"]
+    command = [
+        sys.executable,
+        "scripts/train.py",
+        "experiment=quickstart",
+        "optim=adamw",
+        "experts=none",
+        f"run_dir={tmp_path}",
+    ]
     done = start(
-        [*command, "deepspeed=none", "optim.steps=1", "evals=[]", "data.packs_per_step=2", "data.packs_per_micro_batch=2"], data_root
+        [
+            *command,
+            "deepspeed=none",
+            "optim.steps=1",
+            "evals=[]",
+            "data.packs_per_step=2",
+            "data.packs_per_micro_batch=2",
+        ],
+        data_root,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (folder,) = (tmp_path / "checkpoints").iterdir()
