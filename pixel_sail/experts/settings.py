@@ -31,8 +31,8 @@ class ExpertSettings:
     weight: float = 1.0
     """Factor of its loss in the total."""
     loss: str = "mse"
-    """mse (release), cosine, normalized_mse: against features with mean 0 and deviation 1 at every cell, or kl: channels
-    are classes, of which the student gives the shares."""
+    """mse (release), cosine, normalized_mse: against features with mean 0 and deviation 1 at every cell, or kl: the
+    channels are classes, of which the student gives the shares."""
     site: str = "pixel_map"
     """What of the student is compared: its pixel_map after the projector, or its patch_states after the decoder."""
     channels: int = 256

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-
 TINY = 1e-6
 """Smallest sum of shares that is divided by."""
 

@@ -2,21 +2,20 @@
 
 Place in the flow: `formats.py` hands over the maps of the training pictures, this file writes them as the cache of the
 expert `pixel_sail/experts/drawn.py`. A pixel of a red star at the left edge has 1 in the channels red, star, plain,
-small and column 0 (of 10); a pixel of no object has 1 in the last channel, which is 43rd. One cell of the map is the mean
-over 16 x 16 pixels: [43, 8, 8] for a picture of 128 x 128.
+small, column 0 (of 10) and its row; a pixel of no object has 1 in the last of the 43 channels. A cell of the map is the
+mean over 16 x 16 pixels: [43, 8, 8] for a picture of 128 x 128.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from pixel_sail.experts.cache import StoredMap, cache_identity
-from pixel_sail.experts.cache_writer import Plan, finish, make_plan, start_folder, write_shard
+from pixel_sail.experts.cache_writer import finish, make_plan, start_folder, write_shard
 from pixel_sail.experts.drawn import CELL_PX, CHANNELS, NUM_PLACES, attributes
 from pixel_sail.refshapes.kinds import VALUES
 from pixel_sail.refshapes.scene import Scene, SceneObject
@@ -58,12 +57,12 @@ def write_attribute_maps(folder: Path, maps: Mapping[Path, AttributeMap]) -> Non
     """Write the maps of pictures as a cache of features, which training reads with `experts=drawn`."""
     keyed = {hashlib.sha256(path.read_bytes()).hexdigest(): levels for path, levels in maps.items()}
     identity = cache_identity(attributes().identity(), precision="fp32", grid=None)
-    plan: Plan = make_plan(list(keyed), identity, dtype="int8", images_per_shard=IMAGES_PER_SHARD)
+    plan = make_plan(list(keyed), identity, dtype="int8", images_per_shard=IMAGES_PER_SHARD)
     folder.mkdir(parents=True)
     start_folder(folder, plan)
     scales = torch.full((CHANNELS,), 1.0 / LEVELS)
 
-    def stored(keys: Any) -> tuple[dict[str, StoredMap], dict[str, str]]:
+    def stored(keys: Sequence[str]) -> tuple[dict[str, StoredMap], dict[str, str]]:
         return {key: StoredMap(features_EYX=torch.from_numpy(keyed[key]), scales_E=scales.clone()) for key in keys}, {}
 
     for number in range(len(plan.shards)):
