@@ -70,12 +70,12 @@ def draw_and_lay_out(root: Path) -> None:
         assert (drawn / origin).exists(), origin
         (root / place).parent.mkdir(parents=True, exist_ok=True)
         (root / place).symlink_to(drawn / origin)
-    # RefCOCOg has other names for its splits.
+    # RefCOCOg has other names for its splits, and none for those of one kind of expressions.
     refcocog = root / "ref_seg" / "refcocog"
     refcocog.mkdir()
     (refcocog / "instances.json").symlink_to(drawn / "refshapes" / "instances.json")
     refs = pickle.loads((drawn / "refshapes" / "refs(unc).p").read_bytes())
-    refs = [{**ref, "split": SPLITS_OF_REFCOCOG[ref["split"]]} for ref in refs]
+    refs = [{**ref, "split": SPLITS_OF_REFCOCOG.get(ref["split"], "val")} for ref in refs]
     (refcocog / "refs(umd).p").write_bytes(pickle.dumps(json.loads(json.dumps(refs)), protocol=2))
 
 

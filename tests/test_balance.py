@@ -41,6 +41,7 @@ def test_the_work_of_a_sample_is_that_of_a_batch_of_it(examples, make_batch):
         assert of_example(example) == of_batch(make_batch([example]))
 
 
+@pytest.mark.usefixtures("as_large_pictures")
 def test_the_cost_is_the_work_in_tokens_of_layers_without_attention(tiny_model, examples, make_batch):
     model = tiny_model(**NARROW).train()
     model.use(Speed())

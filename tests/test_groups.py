@@ -266,11 +266,14 @@ def test_a_plan_counts_what_is_trained(capsys):
 
 SMALL = (
     "experiment=quickstart",
+    "optim=adamw",
+    "experts=none",
+    "deepspeed=zero2",
     "model.architecture.hidden_size=32",
     "model.architecture.intermediate_size=64",
     "model.architecture.num_hidden_layers=2",
     "model.architecture.mask_dim=16",
-    "data.packing.token_budget=256",
+    "data.packing.token_budget=512",
     "data.packs_per_step=4",
     "data.packs_per_micro_batch=2",
     "loss.points.num_points=64",

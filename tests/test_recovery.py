@@ -54,7 +54,7 @@ def mixed(data_root, tmp_path_factory):
     drawn = "${paths.data}/refshapes"
     photos = f"{drawn}/images/train2014"
     return (
-        *(item for item in SMALL if not item.startswith(("data.sources", "experiment", "data.pack"))),
+        *(item for item in SMALL if not item.startswith(("data.sources", "data.repeats", "experiment", "data.pack"))),
         *("name=mixed", "model=tiny", "source@data.sources=[refshapes,llava_mix665k,osprey_short_form]"),
         f"data.sources.llava_mix665k.annotations={drawn}/llava/llava_v1_5_mix665k.json",
         f"data.sources.llava_mix665k.image_dir={drawn}/images",

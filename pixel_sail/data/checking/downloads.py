@@ -190,7 +190,7 @@ DOWNLOADS = (
     Download(
         folder="refshapes",
         holds="images/train2014, refshapes, grefshapes, groupshapes, perbench, osprey, llava, panoptic, pix2cap, "
-        "glamm_data, muse, reason_seg, tokenizer",
+        "attribute_maps, glamm_data, muse, reason_seg, tokenizer",
         origin="this project: `python tools/make_refshapes.py --out data/refshapes`, or `make quickstart`",
         licence="that of this project",
         size="about 290 MB",
