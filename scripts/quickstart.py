@@ -86,6 +86,7 @@ def main() -> int:
         timing.add("train", launch(processes, "scripts/train.py", *overrides, share))
     if not timing.has("evaluate"):
         options = (f"checkpoint={run_dir}", f"evals=[{','.join(EVALS)}]", f"predict.prompt={config.predict.prompt}")
+        options += (f"paths.data={config.paths.data}",)
         timing.add("evaluate", launch(processes, "scripts/evaluate.py", *options, f"output={run_dir / 'evaluation'}"))
     report(config, data, run_dir, timing)
     print(f"\nReport: {run_dir / 'report.html'}  scores: {run_dir / 'metrics.json'}")
@@ -121,7 +122,8 @@ def report(config: TrainConfig, data: Path, run_dir: Path, timing: Timing) -> No
     metrics = {"splits": _brief(splits), "blind": _brief(blind), "guesses": guesses, "seconds": seconds}
     replace_text(run_dir / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     names = ",".join(f"refshapes_{split}" for split in SHOWN)
-    evals = load_config("evaluate", EvalConfig, [f"checkpoint={run_dir}", f"evals=[{names}]"]).evals
+    where = [f"checkpoint={run_dir}", f"evals=[{names}]", f"paths.data={config.paths.data}"]
+    evals = load_config("evaluate", EvalConfig, where).evals
     cases = {}
     for split in SHOWN:
         name = f"refshapes_{split}"
