@@ -85,9 +85,9 @@ def main() -> int:
         share = f"data.packs_per_micro_batch={micro}"
         timing.add("train", launch(processes, "scripts/train.py", *overrides, share))
     if not timing.has("evaluate"):
-        options = (f"checkpoint={run_dir}", f"evals=[{','.join(EVALS)}]", f"predict.prompt={config.predict.prompt}")
-        options += (f"paths.data={config.paths.data}",)
-        timing.add("evaluate", launch(processes, "scripts/evaluate.py", *options, f"output={run_dir / 'evaluation'}"))
+        options = [f"checkpoint={run_dir}", f"paths.data={config.paths.data}", f"output={run_dir / 'evaluation'}"]
+        options += [f"evals=[{','.join(EVALS)}]", f"predict.prompt={config.predict.prompt}"]
+        timing.add("evaluate", launch(processes, "scripts/evaluate.py", *options))
     report(config, data, run_dir, timing)
     print(f"\nReport: {run_dir / 'report.html'}  scores: {run_dir / 'metrics.json'}")
     return 0
