@@ -21,7 +21,6 @@ SMALL_MAP = 2**21
 """Numbers of an upsampled map (8 MB in float32) below which its steps are kept: computing them again would take longer
 than the memory is worth. Six images of 128 x 128 at stride 4 with 128 channels have 786,432."""
 
-
 START_NOISE = 0.1
 """Share of a plain random draw in the starting weights of a block."""
 
@@ -77,8 +76,7 @@ class UpsampleBlock(nn.Module):
                 nn.init.zeros_(layer.bias)
                 fan_in = layer.in_channels if isinstance(layer, nn.ConvTranspose2d) else layer.weight[0].numel()
                 nn.init.normal_(layer.weight, std=START_NOISE * fan_in**-0.5)
-        channels = self.pointwise.in_channels
-        same_CC = torch.eye(channels)
+        same_CC = torch.eye(self.pointwise.in_channels, device=self.pointwise.weight.device)
         if self.design == "transposed":
             self.transposed.weight += same_CC[:, :, None, None]
         elif self.design == "bilinear":

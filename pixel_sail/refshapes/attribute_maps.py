@@ -6,7 +6,6 @@ small, column 0 (of 10) and its row; a pixel of no object has 1 in the last of t
 mean over 16 x 16 pixels: [43, 8, 8] for a picture of 128 x 128.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pixel_sail.experts.cache import StoredMap, cache_identity
+from pixel_sail.experts.cache import StoredMap, cache_identity, image_key
 from pixel_sail.experts.cache_writer import finish, make_plan, start_folder, write_shard
 from pixel_sail.experts.drawn import CELL_PX, CHANNELS, NUM_PLACES, attributes
 from pixel_sail.refshapes.kinds import VALUES
@@ -55,7 +54,7 @@ def attribute_map(scene: Scene) -> AttributeMap:
 
 def write_attribute_maps(folder: Path, maps: Mapping[Path, AttributeMap]) -> None:
     """Write the maps of pictures as a cache of features, which training reads with `experts=drawn`."""
-    keyed = {hashlib.sha256(path.read_bytes()).hexdigest(): levels for path, levels in maps.items()}
+    keyed = {image_key(path): levels for path, levels in maps.items()}
     identity = cache_identity(attributes().identity(), precision="fp32", grid=None)
     plan = make_plan(list(keyed), identity, dtype="int8", images_per_shard=IMAGES_PER_SHARD)
     folder.mkdir(parents=True)
