@@ -74,7 +74,7 @@ CHANGES = {
     "ladder_1_baseline": ("refshapes_ladder", {ARCHITECTURE + "mask_stride", ARCHITECTURE + "visual_prompts"}),
     "ladder_2_upsampler": ("refshapes_ladder", {ARCHITECTURE + "visual_prompts"}),
     "ladder_3_prompts": ("refshapes_ladder", set()),
-    "ladder_4_distillation": ("refshapes_ladder", {"experts.drawn"}),
+    "ladder_4_distillation": ("refshapes_ladder", {"experts.drawn_states", "experts.drawn_pixels"}),
 }
 """Ablation -> the experiment it is meant for, and the leaves in which it differs from it: none where it names what the
 experiment does anyway, for sweeps to name their baseline. A leaf that ends in a full stop stands for a group that is
@@ -148,7 +148,10 @@ TEACHERS = {
     },
     "ours_loss_cosine": {"ours": ("pixel_map", 128, 0.5, "cosine")},
     "ours_loss_normalized": {"ours": ("pixel_map", 128, 0.5, "normalized_mse")},
-    "ladder_4_distillation": {"drawn": ("patch_states", 43, 3.0, "kl")},
+    "ladder_4_distillation": {
+        "drawn_states": ("patch_states", 43, 3.0, "kl"),
+        "drawn_pixels": ("pixel_map", 43, 3.0, "kl"),
+    },
 }
 """Ablation of the experts -> each with its site, channels, weight and loss."""
 

@@ -74,20 +74,21 @@ def test_a_centre_counts_for_the_two_places_beside_it() -> None:
 
 
 def test_training_pictures_have_a_map_and_others_do_not(data: Path) -> None:
-    (choice,) = teachers(data).choices
-    assert choice.cache is not None and len(choice.cache) == 6
+    pixels, states = teachers(data).choices
+    assert (pixels.name, states.name) == ("drawn_pixels", "drawn_states")
+    assert states.cache is not None and len(states.cache) == 6
     pictures = sorted((data / "refshapes" / "images" / "train2014").iterdir())
     _, scene, _ = draw_scene(0, "train", 2)
-    stored = choice.cache.read(image_key(pictures[2]), "picture", map_hw=(8, 8))
+    stored = states.cache.read(image_key(pictures[2]), "picture", map_hw=(16, 16))
     assert stored is not None
     read = decode_map(stored.features_EYX, stored.scales_E)
     assert torch.allclose(read, torch.from_numpy(attribute_map(scene)).float() / LEVELS)
-    assert choice.cache.read(image_key(pictures[-1]), "picture", map_hw=(8, 8)) is None
+    assert states.cache.read(image_key(pictures[-1]), "picture", map_hw=(16, 16)) is None
 
 
 def test_the_expert_cannot_look_at_pictures(data: Path) -> None:
-    with pytest.raises(DataError, match=r"experts.drawn: found a picture without a stored map"):
-        teachers(data, "experts.drawn.on_miss=online")
+    with pytest.raises(DataError, match=r"the expert of what was drawn: found a picture without a stored map"):
+        teachers(data, "experts.drawn_states.on_miss=online")
 
 
 def test_data_drawn_before_there_were_maps_is_refused(tmp_path: Path) -> None:

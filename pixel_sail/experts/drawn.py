@@ -2,7 +2,7 @@
 
 Place in the flow: `configs/experts/drawn.yaml` names `attributes` below; `refshapes/attribute_maps.py` writes its maps
 when the pictures are drawn, as a cache of features. It stands on drawn pictures where Mask2Former and SAM 2 stand on
-photographs: an image [128, 128] has a map [43, 8, 8] of colours, shapes, textures, sizes and places.
+photographs: an image [128, 128] has a map [43, 16, 16] of colours, shapes, textures, sizes and places.
 """
 
 from torch import nn
@@ -11,7 +11,7 @@ from pixel_sail.experts.expert import Recipe
 from pixel_sail.experts.preprocess import PatchMultiple, Preprocessing
 from pixel_sail.types import DataError
 
-CELL_PX = 16
+CELL_PX = 8
 """Side of a cell of the map, pixels."""
 NUM_PLACES = 10
 """Along each axis."""
@@ -24,8 +24,9 @@ def attributes() -> Recipe:
 
     def build() -> nn.Module:
         raise DataError(
-            "experts.drawn: found a picture without a stored map, expected the training pictures of RefShapes, with "
-            "which the maps are written; leave experts.drawn.cache at the folder that was drawn with the pictures"
+            "the expert of what was drawn: found a picture without a stored map, expected the training pictures of "
+            "RefShapes, with which the maps are written; leave the caches of experts=drawn at the folder that was drawn "
+            "with the pictures"
         )
 
     return Recipe(

@@ -16,6 +16,7 @@ The first weighs all masks and all tokens alike; the second is what the released
 process (bytedance/Sa2VA at 9832e1a, sa2va_eval/projects/ST/models/sa2va_ST.py).
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -23,7 +24,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from pixel_sail.losses.distill import DistillTerm, distill_loss
+from pixel_sail.losses.distill import DistillTerm, distill_losses
 from pixel_sail.losses.mask import ImageMasks, PointSampling, losses_at_points
 from pixel_sail.losses.text import text_losses
 from pixel_sail.model.modeling_pixel_sail import PixelSailOutput
@@ -167,14 +168,19 @@ def distill_sums(
     assert not unknown, f"the batch comes with features of {sorted(unknown)}, which have no loss"
     columns = []
     for term in experts:
-        # A list of scalars, as for the masks: a sample has one image at most.
-        column = list(batch.targets_M.new_zeros(num_samples, dtype=torch.float32))
+        own = [batch.image_samples[image] for image in images.get(term.name, ())]
         predicted = (output.distilled or {}).get(term.name, ())
-        for image, student, features in zip(
-            images.get(term.name, ()), predicted, expert_maps.get(term.name, ()), strict=True
-        ):
-            column[batch.image_samples[image]] = distill_loss(student, features, term.loss)
-        columns.append(torch.stack(column))
+        # Images of one size together: how long small maps take is a matter of how many operations there are.
+        alike: dict[tuple[object, ...], list[tuple[int, Tensor, Tensor]]] = defaultdict(list)
+        for sample, student, features in zip(own, predicted, expert_maps.get(term.name, ()), strict=True):
+            alike[(student.shape, features.shape)].append((sample, student, features))
+        column_S = batch.targets_M.new_zeros(num_samples, dtype=torch.float32)
+        for group in alike.values():
+            samples, students, maps = zip(*group, strict=True)
+            losses_N = distill_losses(torch.stack(students), torch.stack(maps), term.loss)
+            # A sample has one image at most.
+            column_S = column_S.index_add(0, to_device(torch.tensor(samples), column_S.device), losses_N)
+        columns.append(column_S)
     return torch.stack(columns, dim=1)
 
 

@@ -69,20 +69,21 @@ class MaskHead(nn.Module):
             last.weight.mul_(last.out_features**-0.25)
 
     def forward(
-        self, groups: Sequence[Tensor], seg_states_NC: Tensor, *, folded: bool = False
+        self, groups: Sequence[Tensor], seg_states_NC: Tensor, *, folded: bool = False, products: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return what masks are made of, for groups of patch states [I, h, w, hidden]: cells [P, *] one group after
         another, the [SEG] queries [N, D], and probes [N, *] that the cells are dotted with.
 
-        Plain: cells are the pixel features and the probes are the queries. `folded`: cells are what enters the last
-        layer of the pixel projection [P, C], and the probes carry that layer, its bias last [N, C + 1].
+        Plain: cells are the pixel features and the probes are the queries. `products`: the same, with the upsampler as
+        matrix products. `folded`: so too, but cells are what enters the last layer of the pixel projection [P, C], and
+        the probes carry that layer, its bias last [N, C + 1].
 
         Training comes through here once in a forward pass and takes three tensors, however many grid sizes its batch
         has: ZeRO-3 gathers parameters at each call of a module and again for each tensor that came out of it, and
         every rank must gather equally often.
         """
         queries_ND = self.seg_queries(seg_states_NC)
-        if not folded:
+        if not (folded or products):
             maps = [self.pixel_features(states_IhwC).flatten(0, 2) for states_IhwC in groups]
             return torch.cat(maps), queries_ND, queries_ND.clone()
         first, _, last = self.pixel_projector
@@ -93,9 +94,11 @@ class MaskHead(nn.Module):
             return self.upsampler.channels_last(self._projected(states_IhwC), lambda x: first(x.flatten(0, 2))).relu_()
 
         maps = [cells_of(states_IhwC) for states_IhwC in groups]
+        cells = maps[0] if len(maps) == 1 else torch.cat(maps)
+        if not folded:
+            return last(cells), queries_ND, queries_ND.clone()
         bias_N1 = queries_ND @ last.bias[:, None]
-        probes_NE = torch.cat((queries_ND @ last.weight, bias_N1), dim=1)
-        return maps[0] if len(maps) == 1 else torch.cat(maps), queries_ND, probes_NE
+        return cells, queries_ND, torch.cat((queries_ND @ last.weight, bias_N1), dim=1)
 
     def _projected(self, states_IhwC: Tensor) -> Tensor:
         """Return patch states at the width of the upsampler."""

@@ -240,7 +240,9 @@ class PixelSailForSegmentation(PreTrainedModel):
         seg_states_ND = read_BTD[tuple(seg_positions_N2.unbind(1))]
         folded = self.folds_masks()
         cells, maps, queries_ND, probes = self.read_masks(
-            read_BTD, patch_index_BT, grids, wanted, seg_states_ND, folded=folded
+            *(read_BTD, patch_index_BT, grids, wanted, seg_states_ND),
+            folded=folded,
+            products=self.speed.mask_head != "maps",
         )
         masks = masks_of_images(probes, maps, masks_per_image, kind=self.speed.mask_head if folded else "maps")
         features = None if folded else maps
@@ -307,6 +309,7 @@ class PixelSailForSegmentation(PreTrainedModel):
         seg_states_ND: Tensor,
         *,
         folded: bool = False,
+        products: bool = False,
     ) -> tuple[Tensor, tuple[Tensor | None, ...], Tensor, Tensor]:
         """Return the cells of all maps, the map of every image that has masks [Y, X, *], queries and probes, all as
         `MaskHead` makes them.
@@ -324,7 +327,9 @@ class PixelSailForSegmentation(PreTrainedModel):
             torch.stack([states_SD[offsets[i] : offsets[i + 1]].view(rows, columns, -1) for i in images])
             for (rows, columns), images in same_grid.items()
         ]
-        cells, queries_ND, probes = self.mask_head(groups or [hidden_BTD[:1, None, :1]], seg_states_ND, folded=folded)
+        cells, queries_ND, probes = self.mask_head(
+            groups or [hidden_BTD[:1, None, :1]], seg_states_ND, folded=folded, products=products
+        )
         features: list[Tensor | None] = [None] * len(grids)
         scale = 2**self.config.num_upsample_blocks
         sizes = {i: (grids[i][0] * scale, grids[i][1] * scale) for images in same_grid.values() for i in images}

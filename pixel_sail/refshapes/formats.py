@@ -39,6 +39,7 @@ from typing import Any
 
 import numpy as np
 
+from pixel_sail.experts.drawn import CELL_PX
 from pixel_sail.refshapes.attribute_maps import attribute_map, write_attribute_maps
 from pixel_sail.refshapes.expressions import Describer
 from pixel_sail.refshapes.focus import FOCI, FOCUS_SHARES, SceneRules, pick_focus
@@ -99,6 +100,7 @@ class RefShapesSpec:
             "seed": self.seed,
             "num_images": {split: self.num_train if split == "train" else self.num_eval for split in SPLITS},
             "num_fully_annotated": self.num_fully_annotated,
+            "attribute_cell_px": CELL_PX,
             "held_out": [list(pair) for pair in sorted(HELD_OUT)],
             "focus_shares": FOCUS_SHARES,
         }
