@@ -25,8 +25,8 @@ def attributes() -> Recipe:
     def build() -> nn.Module:
         raise DataError(
             "the expert of what was drawn: found a picture without a stored map, expected the training pictures of "
-            "RefShapes, with which the maps are written; leave the caches of experts=drawn at the folder that was drawn "
-            "with the pictures"
+            "RefShapes, with which the maps are written; leave the caches of experts=drawn at the folder that was "
+            "drawn with the pictures"
         )
 
     return Recipe(
