@@ -253,6 +253,15 @@ def test_a_stopped_sweep_has_its_trainings_save_and_starts_no_other(tmp_path):
     assert "1 interrupted, 1 not started" in said
 
 
+def test_a_job_is_scored_on_data_where_it_was_trained_unless_the_evaluation_says_otherwise(tmp_path):
+    job = Job(name="a", overrides=("experiment=quickstart", "paths.data=/mine"), swept={})
+    evals = "evals=[refshapes_val]"
+    command = sweep_jobs.evaluate_command(job, Settings(folder=tmp_path, evaluate=(evals,)))
+    assert command[-2:] == ["paths.data=/mine", evals]
+    command = sweep_jobs.evaluate_command(job, Settings(folder=tmp_path, evaluate=(evals, "paths.data=/other")))
+    assert [part for part in command if part.startswith("paths.data")] == ["paths.data=/other"]
+
+
 def test_slurm_without_submitit_is_an_error_that_says_so(fake_scripts, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "submitit", None)
     assert main([f"--folder={tmp_path / 's'}", "--slurm=timeout_min=9", "experiment=quickstart", "seed=1"]) == 2

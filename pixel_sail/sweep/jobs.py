@@ -29,6 +29,7 @@ from pixel_sail.places import root_folder
 from pixel_sail.sweep.grid import Job
 from pixel_sail.types import DataError
 
+DATA = "paths.data="
 SCRIPTS = root_folder() / "scripts"
 
 SAVED_STATUS = 85
@@ -164,9 +165,11 @@ def train_command(job: Job, settings: Settings) -> list[str]:
 
 
 def evaluate_command(job: Job, settings: Settings) -> list[str]:
-    """Return the command that scores a job's export, with one process."""
+    """Return the command that scores a job's export, with one process, on data where the job's own is unless told."""
+    data = [override for override in job.overrides if override.startswith(DATA)]
     return [
         *(sys.executable, str(SCRIPTS / "evaluate.py"), f"checkpoint={quoted(str(settings.run_dir(job)))}"),
+        *(() if any(override.startswith(DATA) for override in settings.evaluate) else data),
         *settings.evaluate,
     ]
 
