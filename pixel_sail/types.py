@@ -8,7 +8,7 @@ Place in the flow: everything else imports this module, it imports `errors.py` a
 
 One sample of a referring-segmentation source, as an example of the data:
 
-    Sample(sample_id="refcoco/train/image=581857/epoch=0", source="refcoco", image_path=Path(".../COCO_..581857.jpg"),
+    Sample(sample_id="refcoco/train/image=581857", source="refcoco", image_path=Path(".../COCO_..581857.jpg"),
            image_hw=(427, 640), turns=(Turn(question="Please segment the lady in blue in this image.",
            answer="It is [SEG].", masks=(<bool 427x640>,)),), prompts=())
 

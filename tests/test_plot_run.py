@@ -49,6 +49,12 @@ def test_a_run_that_began_again_counts_once(tool, tmp_path):
     assert run.scores == {"val/ciou"}
 
 
+def test_a_finding_of_the_corridor_is_no_number_and_stops_no_drawing(tool, tmp_path):
+    lines = [step_line(1), {"step": 1, "corridor": {"early": "total is 3, expected 0 .. 2"}}, step_line(2)]
+    run = tool.read_run(write_log(tmp_path / "run", lines), "run")
+    assert list(run.series["total"]) == [1, 2] and "corridor" not in run.series and not run.scores
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
