@@ -193,7 +193,7 @@ DOWNLOADS = (
         "attribute_maps, glamm_data, muse, reason_seg, tokenizer",
         origin="this project: `python tools/make_refshapes.py --out data/refshapes`, or `make quickstart`",
         licence="that of this project",
-        size="about 290 MB",
+        size="about 460 MB",
         sources="refshapes,grefshapes,groupshapes",
         aliases=("refshapes/images/train2014", "refshapes/glamm_data/annotations"),
         is_drawn=True,
