@@ -38,6 +38,7 @@ from pixel_sail.model.mask_head import INITS
 from pixel_sail.model.speed import CHECKPOINTING, Speed
 from pixel_sail.overrides import as_typed, kind_of, needs_look, quoted
 from pixel_sail.places import expanded, root_folder
+from pixel_sail.renamed import hint, renamed_override
 from pixel_sail.texts import has_half_character
 from pixel_sail.types import DataError
 
@@ -692,7 +693,7 @@ def load_config(
     except (HydraException, OmegaConfBaseException) as error:
         plain = f"; --{', --'.join(ASK_TEXTS)} TEXT are taken as they stand" if schema is AskConfig else ""
         cause = f": {str(error.__cause__).splitlines()[0]}" if str(error.__cause__ or "") else ""
-        raise ConfigError(f"{where}: {error}{cause}{plain}") from error
+        raise ConfigError(f"{where}: {error}{cause}{hint(str(error))}{plain}") from error
     assert is_dataclass(result) and isinstance(result, schema)
     if isinstance(result, TrainConfig) and not result.data.leakage.enabled:
         for override in overrides:
@@ -716,6 +717,8 @@ def _check_forms(where: str, overrides: Sequence[str], given: Mapping[str, str])
     for override in overrides:
         if override.startswith("-") or ("=" not in override and not override.startswith("~")):
             raise ConfigError(f"{where}: found {override!r}, expected key=value; --help lists the keys")
+        if (new := renamed_override(override)) is not None:
+            raise ConfigError(f"{where}: found {override!r}, which was renamed; write {new}")
         if (key := override.partition("=")[0]) in given:
             raise ConfigError(f"{where}: {key} is given twice, as {override!r} and as --{key}")
 

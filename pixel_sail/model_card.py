@@ -24,6 +24,7 @@ from pixel_sail.files import read_json, read_json_lines, replace_text
 from pixel_sail.model.folder import MODEL_FILES, hash_of, holds_model, model_hashes, weights_hash
 from pixel_sail.model.reading import weight_shapes
 from pixel_sail.provenance import STARTS
+from pixel_sail.renamed import current_config
 from pixel_sail.types import DataError
 
 CARD = "README.md"
@@ -61,7 +62,7 @@ def card_text(run_dir: Path, *, name: str, license_name: str) -> str:
     if not holds_model(export):
         raise ConfigError(f"{export}: the model is not there; {remedy}")
     kinds = dict.fromkeys(("model", "data", "optim", "predict"), dict) | {"seed": int}
-    config = read_json(run_dir / "config.json", kinds, fail=ConfigError, remedy=remedy)
+    config = current_config(read_json(run_dir / "config.json", kinds, fail=ConfigError, remedy=remedy))
     head = {
         "license": license_name,
         "library_name": "pixel_sail",

@@ -20,6 +20,7 @@ from pathlib import Path
 from pixel_sail.entry import one_message
 from pixel_sail.evaluation.curves import COLORS, Curve, Panel, save_panels
 from pixel_sail.files import whole_lines
+from pixel_sail.renamed import current_log_line
 from pixel_sail.training.log import LOG_FILE
 from pixel_sail.types import DataError
 
@@ -102,7 +103,7 @@ def parse_line(line: str, where: str) -> dict[str, float]:
     for name, value in record.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise DataError(f"{where}: {name} is {value!r}, expected a number")
-    return record
+    return current_log_line(record)
 
 
 def split_name(name: str) -> tuple[str, str]:

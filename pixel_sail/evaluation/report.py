@@ -24,6 +24,7 @@ from pixel_sail.evaluation.cases import Case, sheet
 from pixel_sail.evaluation.overlay import Picture
 from pixel_sail.evaluation.tables import Table
 from pixel_sail.files import read_json_lines, replace_bytes, replace_text
+from pixel_sail.renamed import current_log_line
 from pixel_sail.types import DataError
 
 STYLE = """
@@ -117,7 +118,8 @@ def _save_png(path: Path, picture: Picture) -> bytes:
 
 def loss_curve(log_file: Path, width: int = 720, height: int = 200) -> str:
     """Return the total loss over steps of a log.jsonl as an SVG drawing."""
-    lines = read_json_lines(log_file, {"step": int}, fail=DataError, remedy="correct or delete that line")
+    remedy = "correct or delete that line"
+    lines = map(current_log_line, read_json_lines(log_file, {"step": int}, fail=DataError, remedy=remedy))
     points = [(line["step"], line["total"]) for line in lines if "total" in line]
     if len(points) < 2:
         return "<p class=dim>fewer than two logged steps</p>"

@@ -44,6 +44,7 @@ from pixel_sail.files import (
 )
 from pixel_sail.model.distill_head import PREFIX as DISTILL_HEAD
 from pixel_sail.model.lora import fold_lora
+from pixel_sail.renamed import current_config
 from pixel_sail.training.average import AVERAGE, update_average
 from pixel_sail.training.muon import MOMENTUM, is_marked
 
@@ -159,7 +160,7 @@ def read(
     verify(path)
     saved = read_json(path / STATE, {"config": dict, "train_state": dict}, fail=CheckpointError, remedy=_GO_BACK)
     state = _train_state(saved["train_state"], path)
-    then, now = (with_defaults(given, defaults) for given in (saved["config"], config))
+    then, now = (with_defaults(given, defaults) for given in (current_config(saved["config"]), config))
     differing = dict(differing_leaves(then, json.loads(json.dumps(now))))
     if freely := {key: differing.pop(key) for key in free if key in differing}:
         logger.info("%s: the run goes on with other (saved, now): %s", path, freely)
@@ -257,8 +258,7 @@ def _verify_file(file: Path, expected: str) -> None:
 def saved_config(path: Path) -> dict[str, Any]:
     """Return the configuration that a checkpoint belongs to. Raises: CheckpointError as `verify`, for this file."""
     _verify_file(path / STATE, _manifest(path)[STATE])
-    config: dict[str, Any] = json.loads((path / STATE).read_text())["config"]
-    return config
+    return current_config(json.loads((path / STATE).read_text())["config"])
 
 
 def _manifest(path: Path) -> dict[str, str]:

@@ -16,6 +16,7 @@ from pixel_sail.files import read_json, reason_of
 from pixel_sail.model.distill_head import PREFIX as DISTILL_HEAD
 from pixel_sail.model.lora import fold_lora
 from pixel_sail.model.reading import check_sizes
+from pixel_sail.renamed import current_config
 from pixel_sail.training import checkpoint
 from pixel_sail.training.average import AVERAGE
 from pixel_sail.training.build import build_model
@@ -49,7 +50,7 @@ def export_saved(run_dir: Path, saved: Path, folder: Path) -> None:
 def _model_config(path: Path) -> ModelConfig:
     """Return the model's part of a run's configuration. Raises: ConfigError."""
     remedy = "give the folder of a run, with the config.json that the run wrote"
-    own = read_json(path, {"model": dict}, fail=ConfigError, remedy=remedy)["model"]
+    own = current_config(read_json(path, {"model": dict}, fail=ConfigError, remedy=remedy))["model"]
     # The run may be somebody else's: ${oc.env:...} would put the environment of this process into its settings.
     check_plain(own, str(path))
     try:

@@ -1,0 +1,157 @@
+"""Names that earlier versions used in public files, and what they are called now.
+
+An old name on a command line or in a YAML file is an error that gives the new one. In files that earlier versions wrote
+(config.json, state.json, log.jsonl) old names are translated when they are read:
+
+    renamed_override("data.packs_per_step=32")             ->  "data.global_batch_size=32"
+    current_config({"data": {"packs_per_step": 32}})       ->  {"data": {"global_batch_size": 32}}
+    current_log_line({"step": 10, "total": 1.2})           ->  {"step": 10, "loss/total": 1.2}
+
+`*` in a key stands for one name, which the new key has at its own `*`.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+CONFIG_KEYS: dict[str, str] = {}
+"""Old key of a configuration -> new key. A key with settings below it is moved with all of them."""
+CONFIG_GROUPS: dict[str, str] = {}
+"""Old name of a config group, as in `group=choice`, -> new name."""
+CONFIG_CHOICES: dict[tuple[str, str], str] = {}
+"""(old group, old choice) -> new choice."""
+CONFIG_VALUES: dict[str, dict[Any, Any]] = {}
+"""New key -> values that mean the same: old -> new."""
+TARGETS: dict[str, str] = {}
+"""Beginning of an old `_target_` -> beginning of the new one."""
+LOG_KEYS: dict[str, str] = {}
+"""Old key of a line of log.jsonl -> new key."""
+
+_FULL_KEY = re.compile(r"full_key: (\S+)")
+_QUOTED = re.compile(r"['\"`]/?([\w@./]+)['\"`]")
+
+
+def current_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration of an earlier version (nested, plain values) under today's keys and values.
+
+    A key that is there under both names keeps the value of the new one.
+    """
+    result: dict[str, Any] = _copied(config)
+    for old in sorted(CONFIG_KEYS, key=lambda key: -key.count(".")):
+        for names in list(_matches(result, old.split("."))):
+            _put(result, _filled(CONFIG_KEYS[old], old, names), _taken(result, names))
+    for key, values in CONFIG_VALUES.items():
+        for *parents, name in list(_matches(result, key.split("."))):
+            holder = _at(result, parents)
+            if isinstance(holder[name], str | int | float | bool) and holder[name] in values:
+                holder[name] = values[holder[name]]
+    return result
+
+
+def current_log_line(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a line of log.jsonl under today's keys. A key that is there under both names keeps the new one's value."""
+    moved = {_renamed(key, LOG_KEYS) or key: value for key, value in line.items()}
+    return moved | {key: value for key, value in line.items() if key in moved}
+
+
+def renamed_key(key: str) -> str | None:
+    """Return today's name of an old configuration key or group, or of one below it; None for any other."""
+    parts = key.split(".")
+    for length in range(len(parts), 0, -1):
+        if new := _renamed(".".join(parts[:length]), CONFIG_KEYS):
+            return ".".join([new, *parts[length:]])
+    return None
+
+
+def renamed_override(override: str) -> str | None:
+    """Return how an override with an old name is written today, None for an override without one."""
+    key, separator, value = override.partition("=")
+    sign = key[: len(key) - len(key.lstrip("+~"))]
+    group, at, place = key.lstrip("+~").partition("@")
+    if group in CONFIG_GROUPS and (at or "." not in group) and not value.startswith("{"):
+        new = CONFIG_GROUPS[group] + (f"@{renamed_key(place) or place}" if at else "")
+        return f"{sign}{new}{separator}{CONFIG_CHOICES.get((group, value), value)}"
+    if at or (new_key := renamed_key(group)) is None:
+        return None
+    values = CONFIG_VALUES.get(new_key, {})
+    return f"{sign}{new_key}{separator}{_written(values[value]) if value in values else value}"
+
+
+def hint(message: str) -> str:
+    """Return what to add to Hydra's message about a file with an old key or group: "; x was renamed to y", or ""."""
+    for name in [*_FULL_KEY.findall(message), *_QUOTED.findall(message)]:
+        group, at, place = name.partition("@")
+        new = CONFIG_GROUPS.get(group) if "." not in group else None
+        if new and at:
+            new += f"@{renamed_key(place) or place}"
+        if new := new or renamed_key(name):
+            return f"; {name} was renamed to {new}"
+    return ""
+
+
+def _written(value: Any) -> str:
+    """Return a value as a command line has it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _renamed(key: str, table: Mapping[str, str]) -> str | None:
+    """Return the new name of a whole key, None where the table has none."""
+    if key in table:
+        return table[key]
+    for old, new in table.items():
+        if "*" in old and (found := re.fullmatch(re.escape(old).replace(r"\*", "([^.]+)"), key)):
+            return new.replace("*", found[1])
+    return None
+
+
+def _matches(node: Any, parts: list[str], before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield the paths of names below a node that a key with `*` means."""
+    if not parts:
+        yield before
+    elif isinstance(node, dict):
+        for name in list(node) if parts[0] == "*" else [parts[0]]:
+            if name in node:
+                yield from _matches(node[name], parts[1:], (*before, name))
+
+
+def _filled(new: str, old: str, names: tuple[str, ...]) -> list[str]:
+    """Return the names of a new key, with what stood at the old one's `*`."""
+    stars = iter([name for part, name in zip(old.split("."), names, strict=True) if part == "*"])
+    return [next(stars) if part == "*" else part for part in new.split(".")]
+
+
+def _at(node: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    for name in names:
+        node = node[name]
+    return node
+
+
+def _taken(node: dict[str, Any], names: tuple[str, ...]) -> Any:
+    """Remove and return the value at a path."""
+    return _at(node, list(names[:-1])).pop(names[-1])
+
+
+def _put(node: dict[str, Any], names: list[str], value: Any) -> None:
+    """Set the value at a path, or what is missing below it."""
+    for name in names[:-1]:
+        node = node.setdefault(name, {})
+    there = node.get(names[-1])
+    if isinstance(there, dict) and isinstance(value, dict):
+        for name, own in value.items():
+            _put(there, [name], own)
+    elif names[-1] not in node:
+        node[names[-1]] = value
+
+
+def _copied(value: Any) -> Any:
+    """Return a copy of nested dictionaries and lists, with today's `_target_`s."""
+    if isinstance(value, Mapping):
+        return {key: _target(own) if key == "_target_" else _copied(own) for key, own in value.items()}
+    return [_copied(own) for own in value] if isinstance(value, list | tuple) else value
+
+
+def _target(name: Any) -> Any:
+    for old, new in TARGETS.items():
+        if isinstance(name, str) and name.startswith(old):
+            return new + name.removeprefix(old)
+    return name

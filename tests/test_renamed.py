@@ -1,0 +1,88 @@
+"""Old names in public files: refused on a command line with the new name, translated in files of earlier versions."""
+
+import json
+
+import pytest
+
+from pixel_sail import renamed
+from pixel_sail.config import ConfigError, TrainConfig, load_config
+from pixel_sail.renamed import current_config, current_log_line, hint, renamed_override
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """Names of an invented earlier version."""
+    monkeypatch.setattr(
+        renamed, "CONFIG_KEYS", {"speed.fast": "kernels.quick", "speed": "kernels", "old.*.a": "new.*.b"}
+    )
+    monkeypatch.setattr(renamed, "CONFIG_GROUPS", {"speed": "kernels", "leak": "clean"})
+    monkeypatch.setattr(renamed, "CONFIG_CHOICES", {("speed", "most"): "all"})
+    monkeypatch.setattr(renamed, "CONFIG_VALUES", {"kernels.quick": {"yes": True}})
+    monkeypatch.setattr(renamed, "TARGETS", {"project.before.": "project.now."})
+    monkeypatch.setattr(renamed, "LOG_KEYS", {"total": "loss/total", "distill/*": "loss/distill/*"})
+
+
+def test_a_saved_configuration_gets_todays_keys_values_and_targets(tables):
+    saved = {
+        "speed": {"fast": "yes", "other": [1, {"_target_": "project.before.f"}]},
+        "old": {"x": {"a": 1, "c": 2}, "y": {"a": 3}},
+        "seed": 0,
+    }
+    before = json.dumps(saved)
+    assert current_config(saved) == {
+        "kernels": {"quick": True, "other": [1, {"_target_": "project.now.f"}]},
+        "old": {"x": {"c": 2}, "y": {}},
+        "new": {"x": {"b": 1}, "y": {"b": 3}},
+        "seed": 0,
+    }
+    assert json.dumps(saved) == before
+    assert current_config(current_config(saved)) == current_config(saved)
+
+
+def test_what_is_there_under_both_names_keeps_the_new_ones_value(tables):
+    assert current_config({"speed": {"a": 1, "b": 2}, "kernels": {"a": 3}}) == {"kernels": {"a": 3, "b": 2}}
+    assert current_log_line({"total": 1, "loss/total": 2}) == {"loss/total": 2}
+
+
+def test_a_log_line_gets_todays_keys(tables):
+    line = {"step": 1, "total": 2.0, "distill/sam2": 3.0}
+    assert current_log_line(line) == {"step": 1, "loss/total": 2.0, "loss/distill/sam2": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("override", "written"),
+    [
+        ("speed.fast=yes", "kernels.quick=true"),
+        ("+speed.other=1", "+kernels.other=1"),
+        ("~speed.other", "~kernels.other"),
+        ("speed=most", "kernels=all"),
+        ("leak@speed.leak=none", "clean@kernels.leak=none"),
+        ("old.x.a=1", "new.x.b=1"),
+        ("old.x.c=1", None),
+        ("seed=1", None),
+        ("kernels.quick=true", None),
+    ],
+)
+def test_an_old_override_is_refused_in_todays_words(tables, override, written):
+    assert renamed_override(override) == written
+
+
+def test_an_old_key_on_the_command_line_is_refused_with_the_new_one(monkeypatch):
+    monkeypatch.setattr(renamed, "CONFIG_KEYS", {"optim.rate": "optim.lr"})
+    with pytest.raises(ConfigError, match=r"found 'optim\.rate=1', which was renamed; write optim\.lr=1"):
+        load_config("train", TrainConfig, ["experiment=quickstart", "optim.rate=1"])
+
+
+def test_hydras_message_about_a_file_gets_the_new_name(tables):
+    assert hint("Key 'fast' not in 'Speed'\n    full_key: speed.fast\n") == "; speed.fast was renamed to kernels.quick"
+    assert hint("Could not override 'speed'. No match in the defaults list.") == "; speed was renamed to kernels"
+    assert hint("Could not override 'leak@speed.leak'.") == "; leak@speed.leak was renamed to clean@kernels.leak"
+    assert hint("Key 'x' not in 'Speed'") == ""
+
+
+def test_no_old_name_is_a_name_of_today():
+    """A name in both columns would be refused although it is right, or translated twice."""
+    for old in renamed.CONFIG_KEYS:
+        assert renamed.renamed_key(renamed.CONFIG_KEYS[old]) is None, old
+    assert not renamed.LOG_KEYS.keys() & set(renamed.LOG_KEYS.values())
+    assert not renamed.CONFIG_GROUPS.keys() & set(renamed.CONFIG_GROUPS.values())
