@@ -6,6 +6,7 @@ from running import load_tool
 
 from pixel_sail.evaluation.batch_view import patches_to_pixels, view_samples
 from pixel_sail.evaluation.sample_picture import WIDTH_PX, draw_masks, mask_numbers, scale_mask
+from pixel_sail.evaluation.stage_view import token_kinds
 
 
 def test_pictures_mark_every_mask_and_prompt_however_small():
@@ -33,9 +34,11 @@ def test_the_first_batch_is_shown_as_text_and_pictures(data_root, tmp_path, monk
         text.count(">>[SEG].<|endoftext|><<") == page.count("<mark>[SEG].&lt;|endoftext|&gt;</mark>") == num_questions
     )
     assert num_questions > 20 and "patches]<|im_start|>" in text
-    names = sorted(path.name for path in (tmp_path / "view").glob("*.png"))
+    names = sorted(path.name for path in (tmp_path / "view").glob("sample_*.png"))
     assert len(names) == text.count("patches]") == 4 and all(f'src="{name}"' in page for name in names)
     assert np.asarray(Image.open(tmp_path / "view" / names[0])).std() > 10
+    figure = np.asarray(Image.open(tmp_path / "view" / "stages.png").convert("RGB"))
+    assert figure.shape[1] == 1210 and (figure == (0x41, 0xAB, 0x5D)).all(-1).sum() > 1000
 
 
 def test_a_tokenizer_that_is_not_there_or_empty_ends_with_one_message(data_root, tmp_path, monkeypatch, capsys):
@@ -73,3 +76,6 @@ def test_a_shown_batch_has_the_pixels_and_prompts_of_its_samples(processor, make
         "no<|endoftext|>",
     ]
     assert (second.picture, second.first) == (None, sum(run.num_tokens for run in first.runs))
+    kinds = token_kinds(batch)
+    assert (kinds == 3).sum() == len(batch.targets_M) and (kinds == 1).sum() == 2 * 3 + 2
+    assert ((kinds == 0) == (batch.sample_index_BT < 0).numpy()).all()

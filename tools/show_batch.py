@@ -3,27 +3,31 @@
     python tools/show_batch.py experiment=quickstart
     python tools/show_batch.py data=refcoco model=sail_0_5b out=runs/batch
 
-Takes the overrides of scripts/train.py, and `out=FOLDER` (runs/first_batch by default) for index.html, batch.txt and
-one picture per image. Tokens are decoded back to text and the supervised ones marked. Exit status 2 for a wrong config
+Takes the overrides of scripts/train.py, and `out=FOLDER` (runs/first_batch by default) for index.html, batch.txt,
+stages.png (source, sample, packed sequence, batch in one figure) and one picture per image. Tokens are decoded back to
+text and the supervised ones marked. Exit status 2 for a wrong config
 or wrong data, with the reason.
 """
 
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from pixel_sail.cli import script_help, wants_help
 from pixel_sail.config import TrainConfig, load_config
 from pixel_sail.data.collate import collate
+from pixel_sail.data.mixture import Mixture
 from pixel_sail.data.packing import LaneStream
 from pixel_sail.entry import one_message
 from pixel_sail.evaluation.batch_view import batch_facts, write_batch_view
+from pixel_sail.evaluation.stage_view import write_stages
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.planning.parameters import fill_in_vocabulary
 from pixel_sail.training.build import configured_tokenizer
 from pixel_sail.training.prepare import build_mixture, measure_length, sample_cost
-from pixel_sail.types import Batch
+from pixel_sail.types import Batch, DataError
 
 
 @one_message
@@ -42,10 +46,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = load_config("train", TrainConfig, overrides)
     processor = processor_of(config)
     fill_in_vocabulary(config.model)
-    batch = first_batch(config, processor)
+    mixture = build_mixture(config.data, seed=config.seed)
+    batch = first_batch(config, mixture, processor)
     write_batch_view(folder, batch, processor)
     print("\n".join(batch_facts(batch)))
-    print(f"written: {folder / 'index.html'}, {folder / 'batch.txt'}")
+    written = [folder / "index.html", folder / "batch.txt"]
+    if (position := first_with_image(mixture, batch)) is not None:
+        written.append(folder / "stages.png")
+        place = mixture.place(position)
+        sample, num_items = mixture.draw(position).sample, len(mixture.sources[place.source])
+        write_stages(written[-1], sample, batch, source=place.source_name, num_items=num_items, item=place.item)
+    print(f"written: {', '.join(map(str, written))}")
     return 0
 
 
@@ -54,9 +65,20 @@ def processor_of(config: TrainConfig) -> PixelSailProcessor:
     return PixelSailProcessor.for_model(configured_tokenizer(config.model), config.model.architecture)
 
 
-def first_batch(config: TrainConfig, processor: PixelSailProcessor) -> Batch:
+def first_with_image(mixture: Mixture, batch: Batch) -> int | None:
+    """Return the position in the stream of the first sample of the batch that has an image; None: none of the first
+    thousand is in the batch."""
+    for position in range(1000):
+        place = mixture.place(position)
+        if mixture.sources[place.source].image_path(place.item) is not None:
+            with suppress(DataError):
+                if mixture.draw(position).sample.sample_id in batch.sample_ids:
+                    return position
+    return None
+
+
+def first_batch(config: TrainConfig, mixture: Mixture, processor: PixelSailProcessor) -> Batch:
     """Return the first micro-batch of the first process. Raises: DataError."""
-    mixture = build_mixture(config.data, seed=config.seed)
     data, packs, cost = config.data, [], sample_cost(config)
     packs_per_step = data.packs_per_step
     if packs_per_step is None:
