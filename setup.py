@@ -1,6 +1,6 @@
 """Put configs/, scripts/ and tools/ into wheels, as pixel_sail/bundled/; all else stands in pyproject.toml.
 
-A checkout keeps them beside the package, where people look for them and edit them; `pixel_sail/places.py` finds either.
+A checkout keeps them beside the package, where people look for them and edit them; `pixel_sail/paths.py` finds either.
 """
 
 import shutil

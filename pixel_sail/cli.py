@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pixel_sail
-from pixel_sail.places import root_folder
+from pixel_sail.paths import root_folder
 
 COMMANDS = {
     "train": ("scripts/train.py", "train a model, or go on with a run"),

@@ -37,7 +37,7 @@ from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.mask_head import INITS
 from pixel_sail.model.speed import CHECKPOINTING, Speed
 from pixel_sail.overrides import as_typed, kind_of, needs_look, quoted
-from pixel_sail.places import expanded, root_folder
+from pixel_sail.paths import expanded, root_folder
 from pixel_sail.renamed import hint, renamed_override
 from pixel_sail.texts import has_half_character
 from pixel_sail.types import DataError
@@ -166,19 +166,19 @@ class DataConfig:
     leakage: LeakageConfig = field(default_factory=LeakageConfig)
     """Evaluation images that training must not see."""
     max_skipped_share: float = 0.001
-    """The run fails when more of the stream's samples than this (of an epoch at least) could not be used."""
+    """The run fails when more of the mixture's samples than this (of an epoch at least) could not be used."""
     packing: PackingSettings = field(default_factory=PackingSettings)
-    packs_per_step: int | None = 8
+    global_batch_size: int | None = 8
     """Sequences of one optimizer step, over all processes and accumulation steps. Exactly one of this and
     `samples_per_step` is set."""
     samples_per_step: int | None = None
-    """Instead: samples of one optimizer step. The number of packs follows from how many samples a pack holds, which is
-    measured, and is rounded to what the processes can share (planning/length.py)."""
+    """Instead: samples of one optimizer step. The number of sequences follows from how many samples a sequence holds,
+    which is measured, and is rounded to what the processes can share (planning/length.py)."""
     planned_samples: int | None = None
     """Samples of an epoch that `tools/plan_run.py` assumes where the files are not there. Training counts them."""
-    packs_per_micro_batch: int = 1
+    micro_batch_size: int = 1
     """Sequences of one forward pass on one process."""
-    lane_rounds: int = 1
+    stream_rounds: int = 1
     """Sets of sequences filled in turn; more of them let more workers share the work of one step."""
     num_workers: int = 2
     """Loader processes per training process; as many are used as divide the micro-batches of all rounds."""
@@ -187,27 +187,27 @@ class DataConfig:
         """Check the numbers and the choice."""
         if self.details not in DETAILS:
             raise ConfigError(f"data.details is {self.details!r}, expected one of {DETAILS}")
-        if (self.packs_per_step is None) == (self.samples_per_step is None):
+        if (self.global_batch_size is None) == (self.samples_per_step is None):
             raise ConfigError(
-                f"data.packs_per_step is {self.packs_per_step}, data.samples_per_step is {self.samples_per_step}; "
-                "expected exactly one of them: data.packs_per_step=32 data.samples_per_step=null for a number of packs,"
-                " data.packs_per_step=null data.samples_per_step=128 for a number of samples"
+                f"data.global_batch_size is {self.global_batch_size}, data.samples_per_step is {self.samples_per_step}; "
+                "expected exactly one of them: data.global_batch_size=32 data.samples_per_step=null for a number of sequences,"
+                " data.global_batch_size=null data.samples_per_step=128 for a number of samples"
             )
-        for name in ("packs_per_micro_batch", "lane_rounds"):
+        for name in ("micro_batch_size", "stream_rounds"):
             check_range(f"data.{name}", getattr(self, name), low=1)
         for name in ("num_workers", "epoch_samples"):
             check_range(f"data.{name}", getattr(self, name))
         check_range("data.max_skipped_share", self.max_skipped_share, high=1)
-        for name in ("packs_per_step", "samples_per_step", "planned_samples"):
+        for name in ("global_batch_size", "samples_per_step", "planned_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"data.{name} is {value}, expected 1 or more")
 
     @property
-    def num_packs(self) -> int:
-        """Return the packs of a step, which are known once the length of the run is (planning/length.py)."""
-        assert self.packs_per_step is not None, "data.samples_per_step was not resolved"
-        return self.packs_per_step
+    def resolved_batch_size(self) -> int:
+        """Return the sequences of a step, which are known once the length of the run is (planning/length.py)."""
+        assert self.global_batch_size is not None, "data.samples_per_step was not resolved"
+        return self.global_batch_size
 
 
 DEFAULT_GROUP = "default"
@@ -463,7 +463,7 @@ class PredictConfig:
     """union of all generated [SEG], or only the `first` one as in the released evaluation."""
     answer: str = "generated"
     """generated, or `forced` to "It is [SEG]."."""
-    token_budget: int = 16384
+    max_batch_tokens: int = 16384
     """Most tokens worked on at once: those of the images of a batch and of all their texts, padding included."""
     compile: str = "off"
     """off, or `decode`: the passes that read one token each go through torch.compile, half a minute or more before the

@@ -148,7 +148,7 @@ def _recipe(run_dir: Path, config: Mapping[str, Any]) -> str:
     muon = {"Muon for matrices": str(optim["muon"])} if optim.get("optimizer") == "muon" else {}
     rows = {
         "steps": optim["steps"],
-        "packs per step, tokens per pack": f"{data['packs_per_step']}, {data['packing']['token_budget']}",
+        "sequences per step, tokens per sequence": f"{data['global_batch_size']}, {data['packing']['seq_len']}",
         "learning rate": (
             f"{optim['lr']} to {optim['final_lr']}, warm-up {optim['warmup_fraction']} of the steps{decay}"
         ),

@@ -16,7 +16,7 @@ import torch
 
 import pixel_sail
 from pixel_sail import dist
-from pixel_sail.places import is_bundled
+from pixel_sail.paths import is_bundled
 
 STARTS = "starts.jsonl"
 """File of a run folder with one line for every start of the run."""

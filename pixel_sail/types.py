@@ -96,8 +96,8 @@ class Sample:
     turns: tuple[Turn, ...]
     prompts: tuple[VisualPrompt, ...] = ()
     part_drawn: float | None = None
-    """Where the turns do not fit into a pack together: which of the parts that do is kept, 0 .. 1, 0 for the first (see
-    data/turn_parts.py). None: a sample that is too long is an error."""
+    """Where the turns do not fit into a sequence together: which of the parts that do is kept, 0 .. 1, 0 for the first
+    (see data/turn_parts.py). None: a sample that is too long is an error."""
 
     def __post_init__(self) -> None:
         """Check the texts. Raises: DataError."""

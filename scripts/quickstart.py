@@ -48,11 +48,13 @@ def run(*command: str) -> float:
     return time.monotonic() - started
 
 
-def num_processes(packs_per_step: int | None) -> int:
+def num_processes(global_batch_size: int | None) -> int:
     """Return one process per GPU, or two where there is none, as far as they can share the global batch evenly. None:
     the batch is fitted to them."""
     wanted = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
-    return max(number for number in range(1, wanted + 1) if packs_per_step is None or packs_per_step % number == 0)
+    return max(
+        number for number in range(1, wanted + 1) if global_batch_size is None or global_batch_size % number == 0
+    )
 
 
 def launch(processes: int, script: str, *overrides: str) -> float:
@@ -77,12 +79,12 @@ def main() -> int:
         arguments = ("--refer-root", str(data), "--dataset", "refshapes", "--out", str(data / "tokenizer"))
         run(sys.executable, "tools/make_tokenizer.py", *arguments)
     timing = Timing(run_dir / "timing.json")
-    processes = num_processes(config.data.packs_per_step)
+    processes = num_processes(config.data.global_batch_size)
     if not timing.has("train"):
-        micro = config.data.packs_per_micro_batch
-        if config.data.packs_per_step is not None:
-            micro = min(micro, config.data.packs_per_step // processes)
-        share = f"data.packs_per_micro_batch={micro}"
+        micro = config.data.micro_batch_size
+        if config.data.global_batch_size is not None:
+            micro = min(micro, config.data.global_batch_size // processes)
+        share = f"data.micro_batch_size={micro}"
         timing.add("train", launch(processes, "scripts/train.py", *overrides, share))
     if not timing.has("evaluate"):
         options = [f"checkpoint={run_dir}", f"paths.data={config.paths.data}", f"output={run_dir / 'evaluation'}"]
@@ -130,12 +132,12 @@ def report(config: TrainConfig, data: Path, run_dir: Path, timing: Timing) -> No
         predictions = read_predictions(run_dir / "evaluation" / name / "predictions.jsonl")
         cases[split] = spread_cases(build(evals[name], name), predictions, EXAMPLES_PER_SPLIT)
     made_with = json.loads((run_dir / "config.json").read_text())
-    steps, packs = made_with["optim"]["steps"], made_with["data"]["packs_per_step"]
+    steps, sequences = made_with["optim"]["steps"], made_with["data"]["global_batch_size"]
     write_report(
         run_dir,
         title="Pixel-SAIL quickstart: referring segmentation on RefShapes",
         facts=[
-            f"{steps} steps of {packs} images, seed {config.seed}",
+            f"{steps} steps of {sequences} images, seed {config.seed}",
             f"training {timing.seconds['train']:.0f} s, scoring {timing.seconds['evaluate']:.0f} s",
             f"code {code_version()}",
             "train and val mix all kinds of expressions. Those of each val_... are decided by one kind of words, and "

@@ -15,7 +15,7 @@ from PIL import Image
 from running import data_root  # noqa: F401, a fixture for all tests
 
 from pixel_sail.data.collate import collate
-from pixel_sail.data.packing import LanePosition, Pack
+from pixel_sail.data.packing import PackedSequence, StreamState
 from pixel_sail.model import attention_rules, upsampler
 from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
@@ -163,7 +163,10 @@ def make_batch(processor):
     """Return a function from rows of examples to the batch with one packed row for each."""
 
     def make(*rows):
-        packs = [Pack(lane=i, after=LanePosition(next=len(row)), examples=tuple(row)) for i, row in enumerate(rows)]
-        return collate(packs, seg_id=processor.seg_id)
+        sequences = [
+            PackedSequence(stream=i, after=StreamState(next=len(row)), examples=tuple(row))
+            for i, row in enumerate(rows)
+        ]
+        return collate(sequences, seg_id=processor.seg_id)
 
     return make

@@ -58,8 +58,8 @@ TINY = (
 )
 
 
-WHOLE_EPOCH = ("data.packing.token_budget=10240", "data.packing.lookahead=1", "data.lane_rounds=1")
-"""The 128 samples of a step of the card, in the order of the stream, hold every one of an epoch of two drawn photos."""
+WHOLE_EPOCH = ("data.packing.seq_len=10240", "data.packing.packing_buffer=1", "data.stream_rounds=1")
+"""The 128 samples of a step of the card, in the order of the mixture, hold every one of an epoch of two drawn photos."""
 
 
 def draw_and_lay_out(root: Path) -> None:

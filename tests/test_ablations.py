@@ -12,8 +12,8 @@ from test_configs import bind_targets, names
 from test_plan_run import saved_bytes
 
 from pixel_sail.config import TrainConfig, load_config
-from pixel_sail.data.loader import LaneShare, training_batches
-from pixel_sail.data.packing import LanePosition
+from pixel_sail.data.loader import StreamAssignment, training_batches
+from pixel_sail.data.packing import StreamState
 from pixel_sail.losses.total import LossConfig, combine, count, loss_sums
 from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
 from pixel_sail.model.generation import encode_images, generate
@@ -392,18 +392,18 @@ def test_every_tiny_ablation_takes_a_first_step(data_root, ablation):
         f"experiment={CHANGES[ablation][0]}",
         f"ablation={ablation}",
         f"paths.data={data_root}",
-        "data.packs_per_micro_batch=2",
+        "data.micro_batch_size=2",
     ]
     config = load_config("train", TrainConfig, overrides)
     model, processor = build_model(config.model, seed=0, experts={})
-    rows = config.data.packs_per_micro_batch
-    share = LaneShare(packs_per_step=rows, rank=0, world_size=1, packs_per_micro_batch=rows)
+    rows = config.data.micro_batch_size
+    assignment = StreamAssignment(global_batch_size=rows, rank=0, world_size=1, micro_batch_size=rows)
     batches = training_batches(
         build_mixture(config.data, seed=0),
         processor,
         config.data.packing,
-        share,
-        start=[LanePosition()] * rows,
+        assignment,
+        start=[StreamState()] * rows,
         num_workers=0,
         max_skipped_share=config.data.max_skipped_share,
     )

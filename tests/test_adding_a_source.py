@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from pixel_sail.config import ConfigError, TrainConfig, load_config
-from pixel_sail.data.packing import LaneStream
+from pixel_sail.data.packing import PackedStream
 from pixel_sail.training.prepare import build_mixture
 
 MODULE = '''
@@ -88,9 +88,9 @@ def test_a_new_source_is_mixed_packed_and_configured_like_any_other(added, proce
     config.data.sources = {"halves": config.data.sources["halves"]}
     mixture = build_mixture(config.data, seed=0)
     assert mixture.epoch_length == 3
-    pack = next(iter(LaneStream(mixture, processor, config.data.packing, lane=0, num_lanes=1)))
-    assert {example.source for example in pack.examples} == {"halves"}
-    for example in pack.examples:
+    sequence = next(iter(PackedStream(mixture, processor, config.data.packing, index=0, num_streams=1)))
+    assert {example.source for example in sequence.examples} == {"halves"}
+    for example in sequence.examples:
         (mask,) = example.masks
         assert mask[:, mask.shape[1] // 2 :].all() and not mask[:, : mask.shape[1] // 2].any()
 

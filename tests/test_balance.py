@@ -1,4 +1,4 @@
-"""Packs of equal work: what a sample weighs, and that ranks then have equally much to do."""
+"""Sequences of equal work: what a sample weighs, and that ranks then have equally much to do."""
 
 from itertools import islice
 
@@ -8,7 +8,7 @@ from counting import counted_operations
 from test_packing import image_paths, make_mixture  # noqa: F401, fixtures
 
 from pixel_sail.config import TrainConfig, load_config
-from pixel_sail.data.packing import LaneStream, PackingSettings
+from pixel_sail.data.packing import PackedStream, PackingSettings
 from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.speed import Speed
 from pixel_sail.planning.assumed import assumed_sample
@@ -64,19 +64,20 @@ def test_a_large_image_with_masks_weighs_more_than_its_tokens(examples, tiny_mod
 
 
 def spread_of_work(mixture, processor, cost_of: SampleCost, balance: str) -> float:
-    """Return how much longer the slowest of eight lanes takes than they do on the average, over the steps."""
-    # Packs of equally much on the average: more samples a pack would even out by themselves.
+    """Return how much longer the slowest of eight streams takes than they do on the average, over the steps."""
+    # Sequences of equally much on the average: more samples a sequence would even out by themselves.
     budget = 400 if balance == "tokens" else 725
-    settings = PackingSettings(token_budget=budget, balance=balance)
+    settings = PackingSettings(seq_len=budget, balance=balance)
     cost = cost_of if balance == "flops" else len
-    lanes = [
-        islice(LaneStream(mixture, processor, settings, lane=lane, num_lanes=8, cost=cost), 12) for lane in range(8)
+    streams = [
+        islice(PackedStream(mixture, processor, settings, index=stream, num_streams=8, cost=cost), 12)
+        for stream in range(8)
     ]
-    work = np.array([[sum(map(cost_of, pack.examples)) for pack in lane] for lane in lanes])
+    work = np.array([[sum(map(cost_of, sequence.examples)) for sequence in stream] for stream in streams])
     return float((work.max(0) / work.mean(0)).mean())
 
 
-def test_ranks_wait_less_for_each_other_when_packs_are_of_equal_work(make_mixture, processor, tiny_model):  # noqa: F811
+def test_ranks_wait_less_for_each_other_when_sequences_are_of_equal_work(make_mixture, processor, tiny_model):  # noqa: F811
     cost = SampleCost(architecture=tiny_model(**NARROW).config)
     mixture = make_mixture(lengths=(40,))
     by_tokens, by_work = (spread_of_work(mixture, processor, cost, balance) for balance in ("tokens", "flops"))

@@ -90,25 +90,27 @@ def test_the_formula_counts_the_matrix_products_of_the_model(
 
 def test_the_share_of_a_step_is_worker_time_over_workers_plus_own_time(bench):
     stages = bench.Stages(annotation=1.0, image=4.0, tokens=5.0, num_turns=1.0, num_masks=1.0)
-    packs = bench.Packs(num_packs=1, samples_per_pack=6.0, tokens_per_pack=8000.0, filled=0.97, forward_tflop=8.0)
-    workers = bench.Workers(
-        num_workers=2, samples_per_second=1.0, main_ms_per_pack=1.5, private_mb=1.0, proportional_mb=1.0
+    sequences = bench.SequenceFigures(
+        num_sequences=1, samples_per_sequence=6.0, tokens_per_sequence=8000.0, filled=0.97, forward_tflop=8.0
     )
-    cost = bench.data_share(stages, packs, workers, num_workers=8, flop_rate=400e12)
+    workers = bench.Workers(
+        num_workers=2, samples_per_second=1.0, main_ms_per_sequence=1.5, private_mb=1.0, proportional_mb=1.0
+    )
+    cost = bench.data_share(stages, sequences, workers, num_workers=8, flop_rate=400e12)
     assert cost == pytest.approx({"worker_ms": 60.0, "data_ms": 9.0, "step_ms": 60.0, "share": 0.15})
 
 
 def test_the_tool_measures_real_photographs(bench, tmp_path, capsys):
     shared_data("derived_gref_mini")
     shared_data("derived_refer_mini")
-    arguments = ["--packs", "2", "--samples", "2", "--processes", "1", "--json", str(tmp_path / "bench.json")]
+    arguments = ["--sequences", "2", "--samples", "2", "--processes", "1", "--json", str(tmp_path / "bench.json")]
     tokenizer = f"model.tokenizer={tmp_path / 'none'}"
     assert bench.main([*arguments, *SHARED_CONFIGS, "data=bench_photos", tokenizer]) == 0
     figures = json.loads((tmp_path / "bench.json").read_text())
     assert figures["data"] == ["gref_mini", "refer_mini"]
-    assert figures["token_budget"] == 8192
-    assert 0.5 < figures["packs"]["filled"] <= 1.0
-    assert figures["packs"]["tokens_per_pack"] == pytest.approx(figures["packs"]["filled"] * 8192)
+    assert figures["seq_len"] == 8192
+    assert 0.5 < figures["sequences"]["filled"] <= 1.0
+    assert figures["sequences"]["tokens_per_sequence"] == pytest.approx(figures["sequences"]["filled"] * 8192)
     assert 0 < figures["workers"]["private_mb"] <= figures["workers"]["proportional_mb"]
     output = capsys.readouterr().out
     assert "29 samples an epoch" in output
@@ -118,7 +120,7 @@ def test_the_tool_measures_real_photographs(bench, tmp_path, capsys):
 def test_without_arguments_the_tool_measures_the_drawn_data(bench, data_root, monkeypatch, capsys):
     monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
     # Nothing but how long it takes: data and model are the tool's own choice.
-    assert bench.main(["--packs", "1", "--samples", "2", "--processes", "1"]) == 0
+    assert bench.main(["--sequences", "1", "--samples", "2", "--processes", "1"]) == 0
     output = capsys.readouterr().out
     assert "refshapes, " in output and "llava" in output
     assert "of 8192 tokens" in output and "stand in" in output
@@ -126,8 +128,8 @@ def test_without_arguments_the_tool_measures_the_drawn_data(bench, data_root, mo
 
 def test_the_tool_takes_the_overrides_of_training(bench, data_root, monkeypatch, capsys):
     monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
-    arguments = ["--packs", "1", "--samples", "2", "--processes", "1", "experiment=quickstart"]
-    assert bench.main([*arguments, "data.packing.token_budget=700"]) == 0
+    arguments = ["--sequences", "1", "--samples", "2", "--processes", "1", "experiment=quickstart"]
+    assert bench.main([*arguments, "data.packing.seq_len=700"]) == 0
     output = capsys.readouterr().out
     assert "of 700 tokens" in output
     assert "groupshapes, refshapes" in output

@@ -51,7 +51,7 @@ def test_strides_share_every_weight_they_both_have(bench):
 def test_the_training_benchmark_writes_ratios_of_ours_to_theirs(bench, monkeypatch, tmp_path, capsys):
     held = {"released": 900, "ours": 400}
     monkeypatch.setattr(bench, "measured_memory", lambda name, arguments: {"before": 100, "peak": held[name]})
-    where = ["--size", "tiny", "--image", "64", "96", "--samples", "2", "--samples-per-pack", "2", "--rounds", "1"]
+    where = ["--size", "tiny", "--image", "64", "96", "--samples", "2", "--samples-per-sequence", "2", "--rounds", "1"]
     assert bench.main([*where, "--ways", "released", "ours", "--json", str(tmp_path / "out.json")]) == 0
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["memory_ratio"] == pytest.approx(300 / 800)
@@ -65,7 +65,7 @@ def test_the_training_benchmark_writes_ratios_of_ours_to_theirs(bench, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("axis", "values"), [("image", [[16, 24], [32, 48]]), ("pack", [1, 2]), ("expressions", [1, 3])]
+    ("axis", "values"), [("image", [[16, 24], [32, 48]]), ("sequence", [1, 2]), ("expressions", [1, 3])]
 )
 def test_growth_of_a_step_is_measured_along_an_axis(bench, monkeypatch, tmp_path, axis, values):
     monkeypatch.setitem(bench.GROWTH, axis, [tuple(value) if axis == "image" else value for value in values])

@@ -70,7 +70,7 @@ def test_the_gpu_hours_of_the_stages_are_what_the_planner_says(capsys):
         for column, (model, own) in enumerate(SIZES.items()):
             arguments = ("name=x", f"model={model}", *overrides, *own["always"], *own.get(start, ()))
             if arguments not in planned:
-                machine = ("gpu=a100", "gpus=32", "mfu=0.4", "packs=0")
+                machine = ("gpu=a100", "gpus=32", "mfu=0.4", "sequences=0")
                 planned[arguments] = plan([*arguments, *machine], capsys)["time"]["gpu_hours"]
             found = row.strip("| ").split(" | ")[4 + column]
             assert found == f"{planned[arguments]:.1f}", f"docs/stages.md, {start}, {model}"
@@ -147,13 +147,13 @@ def test_a_card_is_one_pass_in_steps_of_the_released_size(card, capsys):
     assert length["wanted_samples_per_step"] == samples
     assert length["samples_per_step"] == pytest.approx(samples, rel=0.02)
     assert f"{length['steps']:,} steps" in text and f"{samples:,} samples a step" in text
-    assert f"{length['packs_per_step']} packs of at most 4 samples" in text
+    assert f"{length['global_batch_size']} sequences of at most 4 samples" in text
     assert size == "7b" or "Inferred: " in text
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "cotrain", "finetune"])
 def test_a_stage_is_one_pass(stage, capsys):
-    arguments = ["name=x", "model=sail_0_5b", f"stage={stage}", "gpus=32", "packs=0"]
+    arguments = ["name=x", "model=sail_0_5b", f"stage={stage}", "gpus=32", "sequences=0"]
     length = plan(arguments, capsys)["length"]
     assert length["passes"] == pytest.approx(1.0, abs=0.02)
     assert f"{length['steps']:,}" in (ROOT / "docs" / "stages.md").read_text()

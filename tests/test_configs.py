@@ -147,7 +147,7 @@ def test_the_deepspeed_dictionary_leaves_nothing_to_auto(name):
 
 
 def test_the_accumulation_of_micro_batches_is_written_into_the_deepspeed_dictionary():
-    config = load_config("train", TrainConfig, ["name=x", "data.packs_per_micro_batch=4", "optim.max_grad_norm=0.5"])
+    config = load_config("train", TrainConfig, ["name=x", "data.micro_batch_size=4", "optim.max_grad_norm=0.5"])
     written = deepspeed_dictionary(config, 3)
     assert written["train_batch_size"] == 12
     assert written["gradient_accumulation_steps"] == 3
@@ -239,7 +239,7 @@ def test_configs_lie_where_the_package_looks_for_them():
     "setting",
     [
         *("optim.lr=-1", "optim.lr=nan", "optim.lr=inf", "optim.betas=[1,2]", "optim.max_grad_norm=nan"),
-        *("optim.weight_decay=-1", "data.packs_per_micro_batch=0", "data.lane_rounds=0", "data.num_workers=-1"),
+        *("optim.weight_decay=-1", "data.micro_batch_size=0", "data.stream_rounds=0", "data.num_workers=-1"),
         *("data.max_skipped_share=nan", "data.max_skipped_share=-1", "model.vocab_multiple=0", "model.lora.alpha=nan"),
         *("seed=-1", "seed=100000000000", "log.every=0", "validation.every=-1", "watchdog.limit_s=nan"),
         *("loss.points.importance_ratio=2", "loss.points.num_points=0", "run_dir=runs/\udcff"),

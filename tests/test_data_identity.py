@@ -8,25 +8,25 @@ import sys
 from running import start
 from test_train import SMALL
 
-from pixel_sail.data.noted_files import note_file, noted_files
+from pixel_sail.data.fingerprint import add_to_fingerprint, data_fingerprint
 from pixel_sail.data.panoptic import open_panoptic
 from pixel_sail.data.refs_files import convert, read_refs
 from pixel_sail.data.sources.refer import load_refer
 
 
 def test_every_file_is_noted_by_folder_and_name_while_somebody_listens(tmp_path):
-    with noted_files() as outer:
-        note_file(tmp_path / "a" / "x.json", "11")
-        with noted_files() as inner:
-            note_file(tmp_path / "b" / "x.json", "22")
-        note_file(tmp_path / "c" / "a" / "x.json", "33")
-    note_file(tmp_path / "a" / "x.json", "44")
+    with data_fingerprint() as outer:
+        add_to_fingerprint(tmp_path / "a" / "x.json", "11")
+        with data_fingerprint() as inner:
+            add_to_fingerprint(tmp_path / "b" / "x.json", "22")
+        add_to_fingerprint(tmp_path / "c" / "a" / "x.json", "33")
+    add_to_fingerprint(tmp_path / "a" / "x.json", "44")
     assert outer == {"a/x.json": {"11", "33"}} and inner == {"b/x.json": {"22"}}
 
 
 def test_readers_note_what_they_read(data_root):
     root = data_root / "refshapes"
-    with noted_files() as files:
+    with data_fingerprint() as files:
         load_refer(root, "refshapes", "train")
         open_panoptic(root / "panoptic", "train")
     for name in ("refshapes/instances.json", "annotations/panoptic_train.json"):
@@ -39,10 +39,10 @@ def test_converting_a_pickle_keeps_its_fingerprint(data_root, tmp_path):
     (pickle,) = (data_root / "refshapes" / "refshapes").glob("refs(*).p")
     copy = tmp_path / pickle.name
     shutil.copy(pickle, copy)
-    with noted_files() as before:
+    with data_fingerprint() as before:
         read_refs(copy)
     converted, _ = convert(copy)
-    with noted_files() as after:
+    with data_fingerprint() as after:
         read_refs(converted)
     assert len(before) == 1 and before == after
 

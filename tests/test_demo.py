@@ -104,7 +104,7 @@ def test_evaluation_predictor_and_demo_give_one_photo_one_mask(
     monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
     options = [f"checkpoint={checkpoint}", f"output={tmp_path / 'out'}", "evals=[refshapes_val]", "progress=false"]
     # The budget makes every expression a batch of its own, as the others ask one by one.
-    settings = load_config("evaluate", EvalConfig, [*options, "predict.answer=forced", "predict.token_budget=1"])
+    settings = load_config("evaluate", EvalConfig, [*options, "predict.answer=forced", "predict.max_batch_tokens=1"])
     run_evals(settings)
     scored = read_predictions(tmp_path / "out" / "refshapes_val" / "predictions.jsonl")
     items = refer_seg.load(root=data_root / "refshapes", dataset="refshapes", split="val")

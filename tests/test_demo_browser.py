@@ -18,8 +18,8 @@ from test_predict import predictor as batch  # noqa: F401, a fixture
 
 from pixel_sail import Box, Point, Predictor
 from pixel_sail.config import DemoLimits
+from pixel_sail.demo.api import read_regions
 from pixel_sail.demo.examples import draw_examples
-from pixel_sail.demo.wire import read_regions
 from pixel_sail.rle import encode_mask
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")

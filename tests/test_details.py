@@ -91,8 +91,8 @@ def test_every_kind_of_source_gives_samples_with_either_setting(data_root, monke
     mixture = build_mixture(config.data, seed=0)
     names = {mixture.draw(position).source_name for position in range(0, mixture.epoch_length, 3)}
     assert names == set(config.data.sources)
-    places = [p for p in range(300) if mixture.place(p).source_name == "refshapes"]
-    asked = [[turn.question for turn in mixture.draw(p).sample.turns] for p in places]
+    positions = [p for p in range(300) if mixture.stream_item(p).source_name == "refshapes"]
+    asked = [[turn.question for turn in mixture.draw(p).sample.turns] for p in positions]
     assert any(len(set(texts)) < len(texts) for texts in asked) == (setting == "released")
 
 

@@ -17,7 +17,7 @@ from test_train import SMALL, log_lines, train
 from tiny_experts import MASK2FORMER, SAM2
 
 from pixel_sail.config import build
-from pixel_sail.data.wire import pack, unpack
+from pixel_sail.data.flat_batch import flatten_batch, unflatten_batch
 from pixel_sail.experts.cache import StudentGrid
 from pixel_sail.experts.choice import ExpertChoice
 from pixel_sail.experts.settings import ExpertSettings
@@ -272,7 +272,7 @@ def test_a_batch_crosses_processes_with_maps_scales_and_photos(make_batch, examp
     assert batch.expert_names == ("map", "map", "states") and batch.expert_images == (0, 1, 1)
     assert batch.photo_images == (1,) and torch.equal(batch.photos[0], photo)
     assert batch.model_inputs()["distilled_images"] == {"map": (0, 1), "states": (1,)}
-    arrived = unpack(pack(batch)).to("cpu")
+    arrived = unflatten_batch(flatten_batch(batch)).to("cpu")
     for name, value in vars(batch).items():
         found = getattr(arrived, name)
         if isinstance(value, tuple):

@@ -30,7 +30,7 @@ SCHEMAS = {
     "tools/show_batch.py": ("train", TrainConfig),
     "tools/cache_expert_features.py": ("train", TrainConfig),
 }
-OWN_KEYS = {"gpu", "gpus", "mfu", "packs"}
+OWN_KEYS = {"gpu", "gpus", "mfu", "sequences"}
 """Keys of plan_run that are none of a run."""
 PLACEHOLDERS = {"experiment": "quickstart", "image": "x.png", "checkpoint": "x"}
 

@@ -83,7 +83,7 @@ def test_disk(free, rate, status):
 
 def test_shared_memory_of_docker_is_too_small_for_eight_workers():
     # 4 batches x 8 workers x 8 processes x 8,192 tokens x (80 + 768) bytes.
-    needed = checks.shared_memory_needed(token_budget=8192, packs=1, patch_size=16, workers=8, processes=8)
+    needed = checks.shared_memory_needed(seq_len=8192, sequences=1, patch_size=16, workers=8, processes=8)
     assert needed == 4 * 8 * 8 * 8192 * 848
     finding = checks.check_shared_memory(free=64e6, needed=needed)
     assert finding.status == BAD and "--ipc=host" in finding.fix

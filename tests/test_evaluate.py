@@ -76,7 +76,7 @@ def test_an_interrupted_evaluation_asks_only_what_is_missing(checkpoint, data_ro
     monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
     # The budget makes every image a batch of its own.
     options = [f"checkpoint={checkpoint}", f"output={tmp_path / 'out'}", "evals=[refshapes_val]", "progress=false"]
-    config = load_config("evaluate", EvalConfig, [*options, "predict.token_budget=1"])
+    config = load_config("evaluate", EvalConfig, [*options, "predict.max_batch_tokens=1"])
     whole = run_evals(config)
     expected = lines(tmp_path / "out", "refshapes_val")
     part = tmp_path / "out" / "refshapes_val" / "part-0.jsonl"

@@ -68,7 +68,7 @@ class Bench:
     def options(self, output: Path, *overrides: str) -> list[str]:
         """Return a command line; the budget holds few images, so that there is more than one batch for every rank."""
         common = (f"checkpoint={self.checkpoint}", f"output={output}", f"evals=[{EVAL}]", "progress=false")
-        return [*common, "predict.answer=forced", "predict.token_budget=700", "examples=1", *overrides]
+        return [*common, "predict.answer=forced", "predict.max_batch_tokens=700", "examples=1", *overrides]
 
 
 FORKSERVER = multiprocessing.get_context("forkserver")

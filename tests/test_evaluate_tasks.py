@@ -143,9 +143,9 @@ def test_two_processes_write_the_same_predictions(whole, options, data_root, tmp
 
 def test_a_killed_evaluation_goes_on_with_the_images_it_has_not_asked(options, data_root, tmp_path, monkeypatch):
     # The budget makes every image a batch of its own.
-    in_one_go = [*options(tmp_path / "whole", "perbench_choice"), "predict.token_budget=1"]
+    in_one_go = [*options(tmp_path / "whole", "perbench_choice"), "predict.max_batch_tokens=1"]
     run_evals(load_config("evaluate", EvalConfig, in_one_go))
-    overrides = [*options(tmp_path / "killed", "perbench_choice"), "predict.token_budget=1"]
+    overrides = [*options(tmp_path / "killed", "perbench_choice"), "predict.max_batch_tokens=1"]
     kill_after_two_images = (
         "import os, runpy, signal; from pixel_sail.evaluation.record_files import RecordWriter; left = [1, 0]; "
         "RecordWriter.sync = lambda self: left.pop() and os.kill(os.getpid(), signal.SIGKILL); "
@@ -235,7 +235,7 @@ def test_questions_about_different_regions_get_the_answers_they_get_alone(predic
     together = answer_image(predictor, task, items)
     assert together == [answer_image(predictor, task, [item])[0] for item in items]
     assert [record.item_id for record in together] == [item.item_id for item in items]
-    assert answer_image(predictor.changed(token_budget=1), task, items) == together
+    assert answer_image(predictor.changed(max_batch_tokens=1), task, items) == together
 
 
 def test_masks_depend_on_the_marked_region_and_not_on_what_else_is_asked(predictor, data_root):

@@ -18,7 +18,7 @@ from varlen_kernels import new_varlen
 
 from pixel_sail.config import ConfigError, LoraConfig, TrainConfig, load_config
 from pixel_sail.data.collate import collate
-from pixel_sail.data.packing import LanePosition, Pack
+from pixel_sail.data.packing import PackedSequence, StreamState
 from pixel_sail.evaluation.batch_view import view_samples
 from pixel_sail.evaluation.predict import BatchPredictor, PredictConfig
 from pixel_sail.experts.expert import Expert
@@ -209,9 +209,9 @@ RUN = (
     ),
     *("model.architecture.hidden_size=32", "model.architecture.intermediate_size=48", "log.progress=false"),
     *("model.architecture.num_hidden_layers=2", "model.architecture.mask_dim=16", "loss.points.num_points=64"),
-    # One sample a pack and one pack a micro-batch: mostly text alone, beside an image on the other process.
-    *("data.packing.max_samples=1", "data.packing.lookahead=1", "+data.repeats.llava_mix665k=40"),
-    *("data.packs_per_step=4", "data.packs_per_micro_batch=1", "optim.steps=3"),
+    # One sample a sequence and one sequence a micro-batch: mostly text alone, beside an image on the other process.
+    *("data.packing.max_samples=1", "data.packing.packing_buffer=1", "+data.repeats.llava_mix665k=40"),
+    *("data.global_batch_size=4", "data.micro_batch_size=1", "optim.steps=3"),
 )
 
 
@@ -493,7 +493,7 @@ def test_a_sail_model_may_attend_causally(tiny_model, tokenizer, make_config, dr
     model = tiny_model(attention="causal")
     example = processor.encode_sample(*draw_sample(np.random.default_rng(0)), independent_turns=False)
     assert not example.in_image_T.any()
-    batch = collate([Pack(lane=0, after=LanePosition(next=1), examples=(example,))], seg_id=processor.seg_id)
+    batch = collate([PackedSequence(stream=0, after=StreamState(next=1), examples=(example,))], seg_id=processor.seg_id)
     length = image_tokens("sail", example.grid_hw)
     with torch.no_grad():
         hidden = model(**batch.model_inputs()).hidden_BTD[0]

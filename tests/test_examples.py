@@ -37,9 +37,9 @@ def test_ask_answers_three_questions_with_a_mask_each(example, tmp_path):
 
 
 def test_a_new_dataset_is_packed_with_its_masks(example, tmp_path):
-    pack = example("new_dataset").main(tmp_path)
-    assert {item.source for item in pack.examples} == {"boxes"}
-    assert all(item.masks[0].sum() == 12 * 8 for item in pack.examples)
+    sequence = example("new_dataset").main(tmp_path)
+    assert {item.source for item in sequence.examples} == {"boxes"}
+    assert all(item.masks[0].sum() == 12 * 8 for item in sequence.examples)
 
 
 def test_a_new_eval_scores_the_questions_it_chose(example, tmp_path):

@@ -18,9 +18,9 @@ from test_distill import expert_overrides
 from test_train import SMALL, log_lines, train
 from tiny_experts import MASK2FORMER
 
-from pixel_sail.data.loader import LaneShare, training_batches
+from pixel_sail.data.loader import StreamAssignment, training_batches
 from pixel_sail.data.mixture import Mixture
-from pixel_sail.data.packing import LanePosition, LaneStream, PackingSettings
+from pixel_sail.data.packing import PackedStream, PackingSettings, StreamState
 from pixel_sail.experts.cache import (
     ExpertCacheError,
     FeatureCache,
@@ -275,7 +275,7 @@ def photo_cache(folder, source, *, skip=0):
     return FeatureCache(folder, IDENTITY, where="experts.a.cache")
 
 
-SETTINGS = PackingSettings(token_budget=64, lookahead=2)
+SETTINGS = PackingSettings(seq_len=64, packing_buffer=2)
 
 
 def mixture_of(source):
@@ -289,13 +289,13 @@ def test_batches_carry_stored_maps_and_photos_through_the_workers(processor, tmp
         ExpertChoice(name="a", grid=GRID, cache=photo_cache(tmp_path / "cache", source)),
         ExpertChoice(name="b", share=0.5, grid=GRID),
     )
-    share = LaneShare(packs_per_step=2, rank=0, world_size=1, packs_per_micro_batch=1)
+    assignment = StreamAssignment(global_batch_size=2, rank=0, world_size=1, micro_batch_size=1)
     steps = training_batches(
         mixture_of(source),
         processor,
         SETTINGS,
-        share,
-        start=[LanePosition()] * 2,
+        assignment,
+        start=[StreamState()] * 2,
         num_workers=num_workers,
         experts=choices,
     )
@@ -320,8 +320,8 @@ def test_batches_carry_stored_maps_and_photos_through_the_workers(processor, tmp
 def test_a_missing_image_ends_the_run_with_its_name_also_where_bad_samples_may_be_left_out(processor, tmp_path):
     source = Photos(tmp_path)
     choice = ExpertChoice(name="a", grid=GRID, cache=photo_cache(tmp_path / "cache", source, skip=1))
-    stream = LaneStream(
-        mixture_of(source), processor, SETTINGS, lane=0, num_lanes=1, max_skipped_share=1.0, experts=[choice]
+    stream = PackedStream(
+        mixture_of(source), processor, SETTINGS, index=0, num_streams=1, max_skipped_share=1.0, experts=[choice]
     )
     with pytest.raises(ExpertCacheError, match=r"photos/5: .*5\.png: not in the cache .* of expert a.*on_miss=online"):
         list(islice(stream, 10))
@@ -331,7 +331,7 @@ def test_a_miss_falls_back_to_the_photo_where_configured(processor, tmp_path):
     source = Photos(tmp_path)
     cache = photo_cache(tmp_path / "cache", source, skip=1)
     choice = ExpertChoice(name="a", grid=GRID, cache=cache, falls_back=True)
-    stream = LaneStream(mixture_of(source), processor, SETTINGS, lane=0, num_lanes=1, experts=[choice])
+    stream = PackedStream(mixture_of(source), processor, SETTINGS, index=0, num_streams=1, experts=[choice])
     for number in range(len(source)):
         example = stream.example(number)
         (target,) = example.expert_targets
@@ -343,7 +343,7 @@ def test_changed_image_bytes_are_a_miss(processor, tmp_path):
     source = Photos(tmp_path)
     choice = ExpertChoice(name="a", grid=GRID, cache=photo_cache(tmp_path / "cache", source))
     Image.fromarray(np.zeros((16, 24, 3), dtype=np.uint8)).save(source.paths[2])
-    stream = LaneStream(mixture_of(source), processor, SETTINGS, lane=0, num_lanes=1, experts=[choice])
+    stream = PackedStream(mixture_of(source), processor, SETTINGS, index=0, num_streams=1, experts=[choice])
     with pytest.raises(ExpertCacheError, match=r"2\.png: not in the cache"):
         list(islice(stream, 6))
 
@@ -354,7 +354,7 @@ def test_maps_of_a_batch_are_in_order_whether_stored_or_computed(make_batch, pro
     recipe = mask2former(random=True, architecture=MASK2FORMER, shortest_edge=64, longest_edge=110)
     expert = Expert(recipe, device="cpu", precision="fp32", max_batch=2)
     choice = ExpertChoice(name="a", grid=GRID, cache=cache, falls_back=True)
-    stream = LaneStream(mixture_of(source), processor, SETTINGS, lane=0, num_lanes=1, experts=[choice])
+    stream = PackedStream(mixture_of(source), processor, SETTINGS, index=0, num_streams=1, experts=[choice])
     examples = [stream.example(number) for number in range(6)]
     maps = Teachers(choices=(choice,), networks={"a": expert}).maps(make_batch(examples))["a"]
     for example, found in zip(examples, maps, strict=True):

@@ -62,7 +62,7 @@ def complete_checkpoint(tmp_path):
     folder.mkdir()
     for name in (checkpoint.MODEL, checkpoint.OPTIMIZER):
         save_file({"weight": torch.ones(100)}, folder / name)
-    fields = {"step": 3, "lanes": [], "num_skipped": 0, "source_sums": []}
+    fields = {"step": 3, "streams": [], "num_skipped": 0, "source_sums": []}
     (folder / checkpoint.STATE).write_text(json.dumps({"train_state": fields, "config": {"seed": 1}}))
     names = (checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE)
     (folder / checkpoint.MANIFEST).write_text(json.dumps({name: sha256(folder / name) for name in names}))
@@ -108,10 +108,10 @@ STATES = {
     "no whole number": {"step": 3.0},
     "a truth value": {"num_skipped": True},
     "a negative number": {"num_skipped": -1},
-    "lanes that are none": {"lanes": [3]},
-    "a lane without a place": {"lanes": [{"waiting": []}]},
-    "a lane before the first sample": {"lanes": [{"next": -1, "waiting": []}]},
-    "a lane that waits for words": {"lanes": [{"next": 1, "waiting": ["x"]}]},
+    "streams that are none": {"streams": [3]},
+    "a stream without a place": {"streams": [{"waiting": []}]},
+    "a stream before the first sample": {"streams": [{"next": -1, "waiting": []}]},
+    "a stream that waits for words": {"streams": [{"next": 1, "waiting": ["x"]}]},
     "sums that are words": {"source_sums": [["x"]]},
     "sums that are no rows": {"source_sums": [1.0]},
 }
@@ -205,7 +205,7 @@ def test_precision_sharding_of_the_data_and_seed_belong_to_a_run():
         config = load_config("train", TrainConfig, ["experiment=quickstart", "optim=adamw", *overrides])
         return run_identity(json.loads(json.dumps(config, default=vars)))
 
-    for changed in ("optim.precision=bf16", "data.packs_per_step=32", "seed=1", "data.packing.lookahead=2"):
+    for changed in ("optim.precision=bf16", "data.global_batch_size=32", "seed=1", "data.packing.packing_buffer=2"):
         differing = dict(checkpoint.differing_leaves(identity(), identity(changed)))
         assert list(differing) == [changed.split("=")[0]]
     for free in ("deepspeed=zero3", "data.num_workers=5", "watchdog.limit_s=1", "log.every=3", "~corridor.loss_at_600"):

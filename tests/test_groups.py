@@ -248,7 +248,7 @@ def test_without_an_average_validation_sees_the_model_itself(tiny_model):
 
 def test_a_plan_counts_what_is_trained(capsys):
     tool = load_tool("plan_run")
-    arguments = ["model=sail_0_5b", "data=refcoco", "packs=0", "gpus=8", "optim.ema_decay=0.99", "--json", "-"]
+    arguments = ["model=sail_0_5b", "data=refcoco", "sequences=0", "gpus=8", "optim.ema_decay=0.99", "--json", "-"]
     plans = []
     for tuning in ("full", "lora"):
         assert tool.main([*arguments, f"tuning={tuning}"]) == 0
@@ -273,9 +273,9 @@ SMALL = (
     "model.architecture.intermediate_size=64",
     "model.architecture.num_hidden_layers=2",
     "model.architecture.mask_dim=16",
-    "data.packing.token_budget=512",
-    "data.packs_per_step=4",
-    "data.packs_per_micro_batch=2",
+    "data.packing.seq_len=512",
+    "data.global_batch_size=4",
+    "data.micro_batch_size=2",
     "loss.points.num_points=64",
     "log.every=1",
     "log.tensorboard=false",

@@ -8,7 +8,7 @@ PACKAGE = ROOT / "pixel_sail"
 
 LAYERS = (
     ("errors", "texts"),
-    ("types", "dist", "entry", "files", "places", "overrides", "renamed"),
+    ("types", "dist", "entry", "files", "paths", "overrides", "renamed"),
     ("provenance",),
     ("rle",),
     ("model",),

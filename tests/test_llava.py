@@ -15,7 +15,7 @@ from shared_data import shared_data
 from pixel_sail.data.conversations import conversation_turns, may_have_turns
 from pixel_sail.data.images import load_image
 from pixel_sail.data.mixture import Mixture
-from pixel_sail.data.packing import LaneStream, PackingSettings
+from pixel_sail.data.packing import PackedStream, PackingSettings
 from pixel_sail.data.sources.llava import load
 from pixel_sail.data.turn_parts import divided
 from pixel_sail.types import DataError
@@ -119,7 +119,7 @@ def _packed_texts(tmp_path, processor, budget, *, image=None, epochs=1, **option
     """Return the text of the samples of a long conversation, as packed, one per epoch."""
     record = {"id": "a", "conversations": _messages(*TALK)} | ({} if image is None else {"image": image})
     mixture = Mixture({"chat": _source(tmp_path, [record], **options)}, {}, seed=0)
-    stream = LaneStream(mixture, processor, PackingSettings(token_budget=budget), lane=0, num_lanes=1)
+    stream = PackedStream(mixture, processor, PackingSettings(seq_len=budget), index=0, num_streams=1)
     examples = [stream.example(number) for number in range(epochs)]
     assert all(len(example) <= budget for example in examples)
     return [processor.tokenizer.decode(example.input_ids_T.tolist()) for example in examples]
@@ -150,7 +150,7 @@ def test_of_a_long_conversation_the_release_keeps_the_beginning(tmp_path, proces
     assert _packed_texts(tmp_path, processor, 10_000, long_conversations="released") == [whole]
 
 
-def test_the_image_of_a_long_conversation_takes_its_share_of_the_pack(tmp_path, processor):
+def test_the_image_of_a_long_conversation_takes_its_share_of_the_sequence(tmp_path, processor):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (64, 48)).save(tmp_path / "images" / "a.png")
     num_image = len(processor.image_span(processor.grid_of((48, 64))).token_ids_S)
@@ -165,9 +165,9 @@ def test_the_image_of_a_long_conversation_takes_its_share_of_the_pack(tmp_path, 
         assert counts == [3, 2]
 
 
-def test_a_turn_longer_than_a_pack_is_refused_by_its_name(tmp_path, processor):
+def test_a_turn_longer_than_a_sequence_is_refused_by_its_name(tmp_path, processor):
     for option in ("ours", "released"):
-        with pytest.raises(DataError, match=r"llava_mix665k/record=0.*at most data\.packing\.token_budget = 20"):
+        with pytest.raises(DataError, match=r"llava_mix665k/record=0.*at most data\.packing\.seq_len = 20"):
             _packed_texts(tmp_path, processor, 20, long_conversations=option)
 
 

@@ -290,7 +290,7 @@ def test_a_plan_knows_the_moments_and_leaves_out_stage_3(capsys):
     tool = load_tool("plan_run")
     plans = []
     for optimizer in ("adamw", "muon"):
-        own = ("packs=0", "gpus=8", f"optim={optimizer}")
+        own = ("sequences=0", "gpus=8", f"optim={optimizer}")
         assert tool.main(["model=sail_0_5b", "data=refcoco", *own, "--json", "-"]) == 0
         plans.append(json.loads(capsys.readouterr().out))
     adamw, mine = plans

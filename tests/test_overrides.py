@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from pixel_sail import places
+from pixel_sail import paths
 from pixel_sail.ask_files import ask_config
 from pixel_sail.config import AskConfig, ConfigError, DemoConfig, EvalConfig, TrainConfig, load_config
 from pixel_sail.overrides import as_typed, sweep_as_typed
@@ -213,7 +213,7 @@ def test_an_empty_variable_counts_as_not_set(monkeypatch):
 
 
 def test_a_tilde_of_a_user_without_a_home_is_refused(monkeypatch):
-    monkeypatch.setattr(places, "home_folder", lambda: None)
+    monkeypatch.setattr(paths, "home_folder", lambda: None)
     assert trained("run_dir=/runs/y").run_dir == "/runs/y"
     for override in ("run_dir=~/y", "paths.runs=~/y", "model.init_from=~"):
         with pytest.raises(ConfigError, match="HOME is not set"):

@@ -1,4 +1,4 @@
-"""The stream of packs is the same for any number of ranks and workers, resumes exactly, and rows mix nothing up."""
+"""The stream of sequences is the same for any number of ranks and workers, resumes exactly, and rows mix nothing up."""
 
 import pickle
 from collections import Counter
@@ -11,15 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pixel_sail.data import wire
-from pixel_sail.data.loader import LaneShare, training_batches, usable_workers
+from pixel_sail.data import flat_batch
+from pixel_sail.data.loader import StreamAssignment, training_batches, usable_workers
 from pixel_sail.data.mixture import Mixture
-from pixel_sail.data.packing import LanePosition, LaneStream, PackingSettings
-from pixel_sail.training.checkpoint import merge_lanes
+from pixel_sail.data.packing import PackedStream, PackingSettings, StreamState
+from pixel_sail.training.checkpoint import gather_data_state
 from pixel_sail.types import IGNORE_LABEL, DataError, Sample, Turn
 
-NUM_LANES = 4
-SETTINGS = PackingSettings(token_budget=120, lookahead=3)
+NUM_STREAMS = 4
+SETTINGS = PackingSettings(seq_len=120, packing_buffer=3)
 
 
 class DrawnSource:
@@ -76,11 +76,11 @@ def _item(sample_id):
 
 
 def _steps(mixture, processor, num_steps, *, world_size=1, workers=0, start=None, micro=1, rank=0, rounds=1, step=0):
-    share = LaneShare(
-        packs_per_step=NUM_LANES, rounds=rounds, rank=rank, world_size=world_size, packs_per_micro_batch=micro
+    assignment = StreamAssignment(
+        global_batch_size=NUM_STREAMS, rounds=rounds, rank=rank, world_size=world_size, micro_batch_size=micro
     )
-    start = start or [LanePosition()] * share.num_lanes
-    stream = training_batches(mixture, processor, SETTINGS, share, start=start, step=step, num_workers=workers)
+    start = start or [StreamState()] * assignment.num_streams
+    stream = training_batches(mixture, processor, SETTINGS, assignment, start=start, step=step, num_workers=workers)
     return list(islice(stream, num_steps))
 
 
@@ -94,28 +94,28 @@ def _assert_batches_equal(found, expected):
             assert torch.equal(other, value) if isinstance(value, torch.Tensor) else other == value, name
 
 
-@pytest.mark.parametrize("num_lanes", [1, 3, 4])
-def test_every_sample_comes_exactly_once_per_epoch_over_all_lanes(make_mixture, processor, num_lanes):
+@pytest.mark.parametrize("num_streams", [1, 3, 4])
+def test_every_sample_comes_exactly_once_per_epoch_over_all_streams(make_mixture, processor, num_streams):
     mixture = make_mixture()
     seen = [Counter(), Counter()]
-    for lane in range(num_lanes):
-        names = {mixture.draw(position).sample.sample_id: position for position in range(lane, 900, num_lanes)}
+    for stream in range(num_streams):
+        names = {mixture.draw(position).sample.sample_id: position for position in range(stream, 900, num_streams)}
         packed = set()
-        for pack in islice(LaneStream(mixture, processor, SETTINGS, lane=lane, num_lanes=num_lanes), 40):
-            for example in pack.examples:
+        for sequence in islice(PackedStream(mixture, processor, SETTINGS, index=stream, num_streams=num_streams), 40):
+            for example in sequence.examples:
                 position = names.pop(example.sample_id)
-                packed.add((position - lane) // num_lanes)
+                packed.add((position - stream) // num_streams)
                 if position < 2 * 23:
                     seen[position // 23][_item(example.sample_id)] += 1
-            assert pack.after.consumed == len(packed)
-            assert packed == set(range(pack.after.next)) - set(pack.after.waiting)
+            assert sequence.after.consumed == len(packed)
+            assert packed == set(range(sequence.after.next)) - set(sequence.after.waiting)
     assert seen == [Counter({f"a/{index}": 1 for index in range(23)})] * 2
 
 
-def test_packs_in_order_fill_the_budget_without_exceeding_it(make_mixture, processor):
-    settings = PackingSettings(token_budget=120, lookahead=1)
-    packs = list(islice(LaneStream(make_mixture(), processor, settings, lane=0, num_lanes=1), 12))
-    sizes = [[len(example) for example in pack.examples] for pack in packs]
+def test_sequences_in_order_fill_the_budget_without_exceeding_it(make_mixture, processor):
+    settings = PackingSettings(seq_len=120, packing_buffer=1)
+    sequences = list(islice(PackedStream(make_mixture(), processor, settings, index=0, num_streams=1), 12))
+    sizes = [[len(example) for example in sequence.examples] for sequence in sequences]
     assert max(sum(row) for row in sizes) <= 120
     for row, following in pairwise(sizes):
         assert sum(row) + following[0] > 120, "the next sample would have fitted"
@@ -124,13 +124,19 @@ def test_packs_in_order_fill_the_budget_without_exceeding_it(make_mixture, proce
 
 def test_looking_ahead_wastes_less_and_keeps_no_sample_back_for_long(make_mixture, processor):
     filled = {}
-    for lookahead in (1, 6):
-        settings = PackingSettings(token_budget=120, lookahead=lookahead)
-        packs = list(islice(LaneStream(make_mixture(), processor, settings, lane=0, num_lanes=1), 60))
-        filled[lookahead] = sum(len(example) for pack in packs for example in pack.examples) / (60 * 120)
-        assert all(sum(map(len, pack.examples)) <= 120 for pack in packs)
-        # A pack opens with the oldest sample that waits, so that one leaves after at most as many packs as wait.
-        assert all(pack.after.next - min(pack.after.waiting, default=pack.after.next) < 40 for pack in packs)
+    for packing_buffer in (1, 6):
+        settings = PackingSettings(seq_len=120, packing_buffer=packing_buffer)
+        sequences = list(islice(PackedStream(make_mixture(), processor, settings, index=0, num_streams=1), 60))
+        filled[packing_buffer] = sum(len(example) for sequence in sequences for example in sequence.examples) / (
+            60 * 120
+        )
+        assert all(sum(map(len, sequence.examples)) <= 120 for sequence in sequences)
+        # A sequence opens with the oldest sample that waits, so that one leaves after at most as many sequences as
+        # wait.
+        assert all(
+            sequence.after.next - min(sequence.after.waiting, default=sequence.after.next) < 40
+            for sequence in sequences
+        )
     assert filled[6] > filled[1]
     assert filled[6] > 0.93
 
@@ -138,29 +144,31 @@ def test_looking_ahead_wastes_less_and_keeps_no_sample_back_for_long(make_mixtur
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40),
     budget=st.integers(30, 90),
-    lookahead=st.integers(1, 6),
+    packing_buffer=st.integers(1, 6),
     most=st.integers(0, 3),
     stop=st.integers(1, 6),
 )
-def test_any_lengths_are_packed_once_within_the_budget_and_go_on_from_anywhere(lengths, budget, lookahead, most, stop):
-    settings = PackingSettings(token_budget=budget, lookahead=lookahead, max_samples=most)
+def test_any_lengths_are_packed_once_within_the_budget_and_go_on_from_anywhere(
+    lengths, budget, packing_buffer, most, stop
+):
+    settings = PackingSettings(seq_len=budget, packing_buffer=packing_buffer, max_samples=most)
 
-    class Lengths(LaneStream):
+    class Lengths(PackedStream):
         def example(self, number):
             return range(number * 100, number * 100 + lengths[number % len(lengths)])
 
-    def packs(start, count):
-        return list(islice(Lengths(None, None, settings, lane=0, num_lanes=1, start=start), count))
+    def packed_from(start, count):
+        return list(islice(Lengths(None, None, settings, index=0, num_streams=1, start=start), count))
 
-    whole = packs(None, 12)
-    numbers = [example[0] // 100 for pack in whole for example in pack.examples]
+    whole = packed_from(None, 12)
+    numbers = [example[0] // 100 for sequence in whole for example in sequence.examples]
     assert len(set(numbers)) == len(numbers)
     assert set(numbers) | set(whole[-1].after.waiting) == set(range(whole[-1].after.next))
-    assert all(sum(map(len, pack.examples)) <= budget and pack.examples for pack in whole)
-    assert not most or all(len(pack.examples) <= most for pack in whole)
-    resumed = packs(whole[stop - 1].after, 12 - stop)
-    assert [pack.examples for pack in resumed] == [pack.examples for pack in whole[stop:]]
-    assert [pack.after for pack in resumed] == [pack.after for pack in whole[stop:]]
+    assert all(sum(map(len, sequence.examples)) <= budget and sequence.examples for sequence in whole)
+    assert not most or all(len(sequence.examples) <= most for sequence in whole)
+    resumed = packed_from(whole[stop - 1].after, 12 - stop)
+    assert [sequence.examples for sequence in resumed] == [sequence.examples for sequence in whole[stop:]]
+    assert [sequence.after for sequence in resumed] == [sequence.after for sequence in whole[stop:]]
 
 
 def _with_bad_items(mixture, bad):
@@ -179,45 +187,45 @@ def _with_bad_items(mixture, bad):
 
 def test_bad_samples_are_left_out_by_name_and_nothing_takes_their_place(make_mixture, processor):
     mixture = _with_bad_items(make_mixture(), {4, 9})
-    stream = LaneStream(mixture, processor, SETTINGS, lane=0, num_lanes=1, max_skipped_share=0.1)
+    stream = PackedStream(mixture, processor, SETTINGS, index=0, num_streams=1, max_skipped_share=0.1)
     names, skipped = [], []
-    for pack in stream:
-        names += [example.sample_id for example in pack.examples]
-        skipped += pack.skipped
-        if pack.after.next >= 23:
+    for sequence in stream:
+        names += [example.sample_id for example in sequence.examples]
+        skipped += sequence.skipped
+        if sequence.after.next >= 23:
             break
     first = [skip for skip in skipped if skip.position < 23]
     assert sorted(skip.reason.split(":")[0] for skip in first) == ["item 4", "item 9"]
-    assert {(skip.source, mixture.place(skip.position).item) for skip in first} == {("a", 4), ("a", 9)}
+    assert {(skip.source, mixture.stream_item(skip.position).item) for skip in first} == {("a", 4), ("a", 9)}
     assert {name.split("/")[1] for name in names} <= {str(index) for index in range(23)} - {"4", "9"}
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_more_bad_samples_than_allowed_end_the_run(make_mixture, processor, workers):
     mixture = _with_bad_items(make_mixture(), {4, 9, 11})
-    share = LaneShare(packs_per_step=1, rank=0, world_size=1, packs_per_micro_batch=1)
+    assignment = StreamAssignment(global_batch_size=1, rank=0, world_size=1, micro_batch_size=1)
     stream = training_batches(
-        mixture, processor, SETTINGS, share, start=[LanePosition()], num_workers=workers, max_skipped_share=0.1
+        mixture, processor, SETTINGS, assignment, start=[StreamState()], num_workers=workers, max_skipped_share=0.1
     )
     with pytest.raises(DataError, match=r"item (4|9|11): found nothing"):
         list(islice(stream, 23))
 
 
-def test_max_samples_limits_a_pack(make_mixture, processor):
-    settings = PackingSettings(token_budget=10_000, max_samples=2, lookahead=1)
-    packs = list(islice(LaneStream(make_mixture(), processor, settings, lane=1, num_lanes=2), 4))
-    assert [len(pack.examples) for pack in packs] == [2, 2, 2, 2]
-    assert [pack.after.consumed for pack in packs] == [2, 4, 6, 8]
+def test_max_samples_limits_a_sequence(make_mixture, processor):
+    settings = PackingSettings(seq_len=10_000, max_samples=2, packing_buffer=1)
+    sequences = list(islice(PackedStream(make_mixture(), processor, settings, index=1, num_streams=2), 4))
+    assert [len(sequence.examples) for sequence in sequences] == [2, 2, 2, 2]
+    assert [sequence.after.consumed for sequence in sequences] == [2, 4, 6, 8]
 
 
 @pytest.mark.parametrize("max_samples", [1, 2])
 def test_max_samples_and_a_waiting_sample_count_correctly(make_mixture, processor, max_samples):
-    settings = PackingSettings(token_budget=60, max_samples=max_samples, lookahead=1)
-    packs = list(islice(LaneStream(make_mixture(), processor, settings, lane=0, num_lanes=1), 15))
-    names = [example.sample_id for pack in packs for example in pack.examples]
+    settings = PackingSettings(seq_len=60, max_samples=max_samples, packing_buffer=1)
+    sequences = list(islice(PackedStream(make_mixture(), processor, settings, index=0, num_streams=1), 15))
+    names = [example.sample_id for sequence in sequences for example in sequence.examples]
     mixture = make_mixture()
     assert names == [mixture.draw(position).sample.sample_id for position in range(len(names))]
-    assert packs[-1].after.consumed == len(names)
+    assert sequences[-1].after.consumed == len(names)
 
 
 def test_the_global_batch_is_the_same_for_any_number_of_ranks_and_workers(make_mixture, processor):
@@ -233,7 +241,7 @@ def test_the_global_batch_is_the_same_for_any_number_of_ranks_and_workers(make_m
                 names.update(name for batch in step.batches for name in batch.sample_ids)
             after |= steps[-1].after
         assert found == expected, f"{world_size} ranks, {workers} workers"
-        assert sorted(after) == list(range(NUM_LANES))
+        assert sorted(after) == list(range(NUM_STREAMS))
 
 
 @pytest.mark.parametrize(("rounds", "workers"), [(1, 2), (3, 6), (2, 1)])
@@ -250,11 +258,11 @@ def test_batches_of_workers_equal_those_of_the_main_process(make_mixture, proces
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("rounds", [1, 3])
 @pytest.mark.parametrize("stop", [1, 4])
-def test_resuming_from_a_position_continues_with_the_same_packs(make_mixture, processor, stop, rounds, workers):
+def test_resuming_from_a_position_continues_with_the_same_sequences(make_mixture, processor, stop, rounds, workers):
     whole = _steps(make_mixture(), processor, 7, rounds=rounds)
-    start = [LanePosition()] * (NUM_LANES * rounds)
+    start = [StreamState()] * (NUM_STREAMS * rounds)
     for step in whole[:stop]:
-        start = merge_lanes(start, step.after, SETTINGS.lookahead, torch.device("cpu"))
+        start = gather_data_state(start, step.after, SETTINGS.packing_buffer, torch.device("cpu"))
     assert any(position.waiting for position in start)
     resumed = _steps(make_mixture(), processor, 7 - stop, start=start, workers=workers, rounds=rounds, step=stop)
     for found, expected in zip(resumed, whole[stop:], strict=True):
@@ -265,7 +273,7 @@ def test_resuming_from_a_position_continues_with_the_same_packs(make_mixture, pr
 
 def test_equal_seeds_give_equal_samples_and_another_seed_another_order(make_mixture):
     first, again, other = make_mixture(seed=3), make_mixture(seed=3), make_mixture(seed=4)
-    # Positions are read in different orders, since lanes of different ranks do so.
+    # Positions are read in different orders, since streams of different ranks do so.
     forward = [first.draw(position) for position in range(46)]
     backward = [again.draw(position) for position in reversed(range(46))][::-1]
     assert [d.sample.sample_id for d in forward] == [d.sample.sample_id for d in backward]
@@ -305,10 +313,12 @@ def test_copies_of_an_item_in_one_epoch_are_drawn_differently(make_mixture):
 def test_weights_divide_an_epoch(image_paths):
     sources = {name: DrawnSource(name, length, image_paths) for name, length in (("a", 4), ("b", 50), ("c", 7))}
     mixture = Mixture(sources, {}, seed=0, weights={"a": 3, "b": 1.5, "c": 0}, epoch_samples=31)
-    counts = Counter(mixture.place(position).source_name for position in range(31))
+    counts = Counter(mixture.stream_item(position).source_name for position in range(31))
     assert counts == {"a": 21, "b": 10}
     assert (
-        Counter(mixture.place(p).item for p in range(31) if mixture.place(p).source_name == "a").most_common()[-1][1]
+        Counter(
+            mixture.stream_item(p).item for p in range(31) if mixture.stream_item(p).source_name == "a"
+        ).most_common()[-1][1]
         == 5
     )
 
@@ -346,40 +356,43 @@ def test_repeats_of_an_unknown_source_are_refused(image_paths):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_sample_longer_than_a_pack_stops_with_its_name(make_mixture, processor, workers):
-    share = LaneShare(packs_per_step=1, rank=0, world_size=1, packs_per_micro_batch=1)
-    settings = PackingSettings(token_budget=30)
-    stream = training_batches(make_mixture(), processor, settings, share, start=[LanePosition()], num_workers=workers)
-    with pytest.raises(DataError, match=r"a/\d+/\d+: \d+ tokens found, at most data.packing.token_budget = 30"):
+def test_a_sample_longer_than_a_sequence_stops_with_its_name(make_mixture, processor, workers):
+    assignment = StreamAssignment(global_batch_size=1, rank=0, world_size=1, micro_batch_size=1)
+    settings = PackingSettings(seq_len=30)
+    stream = training_batches(
+        make_mixture(), processor, settings, assignment, start=[StreamState()], num_workers=workers
+    )
+    with pytest.raises(DataError, match=r"a/\d+/\d+: \d+ tokens found, at most data.packing.seq_len = 30"):
         list(islice(stream, 23))
 
 
 def test_a_sample_of_exactly_the_budget_is_packed(make_mixture, processor):
-    example = LaneStream(make_mixture(), processor, SETTINGS, lane=0, num_lanes=1).example(0)
-    exact = PackingSettings(token_budget=len(example))
-    pack = next(iter(LaneStream(make_mixture(), processor, exact, lane=0, num_lanes=100)))
-    assert [e.sample_id for e in pack.examples] == [example.sample_id]
+    example = PackedStream(make_mixture(), processor, SETTINGS, index=0, num_streams=1).example(0)
+    exact = PackingSettings(seq_len=len(example))
+    sequence = next(iter(PackedStream(make_mixture(), processor, exact, index=0, num_streams=100)))
+    assert [e.sample_id for e in sequence.examples] == [example.sample_id]
 
 
-@pytest.mark.parametrize(("num_lanes", "world_size", "micro"), [(6, 4, 1), (4, 1, 3), (4, 2, 4), (1, 2, 1)])
-def test_lanes_that_do_not_divide_over_ranks_are_refused(num_lanes, world_size, micro):
-    message = f"data.packs_per_step is {num_lanes}; with {world_size} processes"
+@pytest.mark.parametrize(("num_streams", "world_size", "micro"), [(6, 4, 1), (4, 1, 3), (4, 2, 4), (1, 2, 1)])
+def test_streams_that_do_not_divide_over_ranks_are_refused(num_streams, world_size, micro):
+    message = f"data.global_batch_size is {num_streams}; with {world_size} processes"
     with pytest.raises(DataError, match=f"{message}.* must be a multiple of {world_size * micro}"):
-        LaneShare(packs_per_step=num_lanes, rank=0, world_size=world_size, packs_per_micro_batch=micro)
+        StreamAssignment(global_batch_size=num_streams, rank=0, world_size=world_size, micro_batch_size=micro)
 
 
-def test_ranks_share_out_all_lanes():
-    shares = [
-        LaneShare(packs_per_step=8, rounds=2, rank=rank, world_size=2, packs_per_micro_batch=2) for rank in range(2)
+def test_ranks_share_out_all_streams():
+    assignments = [
+        StreamAssignment(global_batch_size=8, rounds=2, rank=rank, world_size=2, micro_batch_size=2)
+        for rank in range(2)
     ]
-    assert shares[0].groups == [(0, 2), (4, 6), (8, 10), (12, 14)]
-    assert shares[1].groups == [(1, 3), (5, 7), (9, 11), (13, 15)]
-    assert [share.accumulation for share in shares] == [2, 2]
+    assert assignments[0].groups == [(0, 2), (4, 6), (8, 10), (12, 14)]
+    assert assignments[1].groups == [(1, 3), (5, 7), (9, 11), (13, 15)]
+    assert [assignment.accumulation for assignment in assignments] == [2, 2]
 
 
-@pytest.mark.parametrize(("requested", "lanes", "usable"), [(0, 4, 0), (3, 4, 2), (4, 4, 4), (9, 4, 4), (5, 7, 1)])
-def test_workers_are_reduced_until_they_share_the_lanes_evenly(requested, lanes, usable):
-    assert usable_workers(requested, lanes) == usable
+@pytest.mark.parametrize(("requested", "streams", "usable"), [(0, 4, 0), (3, 4, 2), (4, 4, 4), (9, 4, 4), (5, 7, 1)])
+def test_workers_are_reduced_until_they_share_the_streams_evenly(requested, streams, usable):
+    assert usable_workers(requested, streams) == usable
 
 
 @pytest.fixture
@@ -498,6 +511,6 @@ def test_a_batch_survives_the_way_from_a_worker(make_batch, examples):
     examples = [replace(e, ignored=(whole, *e.ignored[1:])) if i == 0 else e for i, e in enumerate(examples)]
     batch = make_batch(examples[:2], examples[2:])
     assert any(mask is None for mask in batch.ignored) and any(mask is not None for mask in batch.ignored)
-    found = wire.unpack(pickle.loads(pickle.dumps(wire.pack(batch))))
+    found = flat_batch.unflatten_batch(pickle.loads(pickle.dumps(flat_batch.flatten_batch(batch))))
     _assert_batches_equal(found, batch)
     assert {value.dtype for value in vars(batch).values() if isinstance(value, torch.Tensor)} > {torch.uint8}

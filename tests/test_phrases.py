@@ -48,7 +48,7 @@ def test_blanks_quotes_and_a_full_stop_around_a_phrase_do_not_hide_it():
 def test_a_nested_phrase_is_dropped_and_the_longer_keeps_its_place():
     answer, placement = marked("A man in a red hat.", *text_phrases("a red hat", "a man in a red hat"))
     assert answer == "<p> A man in a red hat </p> [SEG]."
-    assert [place.phrases for place in placement.places] == [(1,)]
+    assert [marked.phrases for marked in placement.spans] == [(1,)]
     assert placement.overlapped == (0,)
 
 
@@ -70,7 +70,7 @@ def test_a_shorter_phrase_moves_to_another_occurrence_that_is_free():
 
 def test_phrases_on_the_same_characters_share_a_place():
     _, placement = marked("two guys", Phrase(span=(0, 8)), *text_phrases("Two guys"))
-    assert [place.phrases for place in placement.places] == [(0, 1)]
+    assert [marked.phrases for marked in placement.spans] == [(0, 1)]
 
 
 def test_a_stated_span_chooses_between_occurrences():
@@ -98,7 +98,7 @@ def test_a_span_with_other_words_is_believed_only_if_it_ends_between_words():
 )
 def test_a_span_of_other_words_is_not_believed(caption, phrase, span):
     placement = place_phrases(caption, [Phrase(text=phrase, span=span)])
-    assert (placement.places, placement.not_found, placement.misplaced) == ((), (0,), (0,))
+    assert (placement.spans, placement.not_found, placement.misplaced) == ((), (0,), (0,))
 
 
 @pytest.mark.parametrize(
@@ -112,17 +112,17 @@ def test_a_span_of_other_words_is_not_believed(caption, phrase, span):
 )
 def test_a_span_that_words_the_phrase_otherwise_is_believed(caption, phrase, span):
     placement = place_phrases(caption, [Phrase(text=phrase, span=span)])
-    assert [place.span for place in placement.places] == [span]
+    assert [marked.span for marked in placement.spans] == [span]
     assert placement.misplaced == ()
 
 
 def test_two_wordings_are_not_united_on_a_span_that_holds_neither():
     phrases = [Phrase(text=text, span=(0, 5)) for text in ("young boy", "old boy")]
     placement = place_phrases("A boy throws a ball.", phrases)
-    assert [place.phrases for place in placement.places] == [(0,)]
+    assert [marked.phrases for marked in placement.spans] == [(0,)]
     assert placement.overlapped == (1,)
     placement = place_phrases("A boy throws a ball.", [*phrases, Phrase(text="a boy", span=(0, 5))])
-    assert [place.phrases for place in placement.places] == [(2,)]
+    assert [marked.phrases for marked in placement.spans] == [(2,)]
     assert placement.overlapped == (0, 1)
 
 
@@ -132,13 +132,13 @@ def test_a_span_may_count_bytes_or_units_of_utf_16():
     for start in starts:
         for encoding, size in (("utf-8", 1), ("utf-16-le", 2)):
             at = len(caption[:start].encode(encoding)) // size
-            (place,) = place_phrases(caption, [Phrase(text="a cup", span=(at, at + 5))]).places
-            assert place.span == (start, start + 5)
+            (marked,) = place_phrases(caption, [Phrase(text="a cup", span=(at, at + 5))]).spans
+            assert marked.span == (start, start + 5)
 
 
 def test_phrases_of_the_same_words_keep_their_own_occurrences():
     phrases = [Phrase(text="a cup", span=(7, 12)), Phrase(text="a cup", span=(0, 5))]
-    assert [place.phrases for place in place_phrases("a cup, a cup", phrases).places] == [(1,), (0,)]
+    assert [marked.phrases for marked in place_phrases("a cup, a cup", phrases).spans] == [(1,), (0,)]
 
 
 @pytest.mark.parametrize("span", [(-1, 3), (5, 5), (3, 99), (4, 2), (3, 4)])
@@ -173,12 +173,12 @@ spans = st.none() | st.tuples(st.integers(-3, 60), st.integers(-3, 60))
 def test_any_phrases_leave_the_text_as_it_was_and_every_one_is_accounted_for(caption_words, phrases):
     caption = " ".join(caption_words)
     placement = place_phrases(caption, [Phrase(text=text, span=span) for text, span in phrases])
-    used = [i for place in placement.places for i in place.phrases]
+    used = [i for marked in placement.spans for i in marked.phrases]
     assert sorted([*used, *placement.not_found, *placement.overlapped]) == list(range(len(phrases)))
-    assert all(first.span[1] <= second.span[0] for first, second in pairwise(placement.places))
+    assert all(first.span[1] <= second.span[0] for first, second in pairwise(placement.spans))
     answer = mark_caption(caption, placement, "x")
     assert without_marks(answer) == mark_caption(caption, place_phrases(caption, []), "x")
-    assert answer.count("<p>") == answer.count("[SEG]") == len(placement.places)
+    assert answer.count("<p>") == answer.count("[SEG]") == len(placement.spans)
 
 
 def test_phrases_of_real_expressions_are_found_in_a_text_made_of_them():
@@ -187,7 +187,7 @@ def test_phrases_of_real_expressions_are_found_in_a_text_made_of_them():
     for row in json.loads(file.read_text()):
         by_image.setdefault(row["image_id"], []).append(row["sent"])
     assert (len(by_image), sum(map(len, by_image.values()))) == (4650, 5000)
-    num_places = num_overlapped = 0
+    num_spans = num_overlapped = 0
     for sentences in by_image.values():
         caption = ", next to ".join(sentence.capitalize() for sentence in sentences) + "."
         placement = place_phrases(caption, text_phrases(*sentences))
@@ -195,10 +195,10 @@ def test_phrases_of_real_expressions_are_found_in_a_text_made_of_them():
         assert without_marks(mark_caption(caption, placement, "x")) == mark_caption(
             caption, place_phrases(caption, []), "x"
         )
-        num_places += len(placement.places)
+        num_spans += len(placement.spans)
         num_overlapped += len(placement.overlapped)
     assert num_overlapped == 0
-    assert num_places > 4950
+    assert num_spans > 4950
 
 
 def test_labels_of_real_grand_objects_are_marked_in_their_captions():

@@ -253,7 +253,7 @@ def test_zero_2_in_bf16_shares_masters_and_moments_over_two_processes(data_root,
     script.write_text(SHARDED)
     overrides = (
         *("experiment=quickstart", "optim=adamw", "deepspeed=zero2", "experts=none"),
-        *("optim.precision=bf16", "data.packs_per_micro_batch=1"),
+        *("optim.precision=bf16", "data.micro_batch_size=1"),
     )
     done = start([*launcher("torchrun"), str(script), str(tmp_path / "held.json"), *overrides], data_root)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -280,8 +280,8 @@ def test_a_checkpoint_is_as_large_as_said(data_root, tmp_path):
             "deepspeed=none",
             "optim.steps=1",
             "evals=[]",
-            "data.packs_per_step=2",
-            "data.packs_per_micro_batch=2",
+            "data.global_batch_size=2",
+            "data.micro_batch_size=2",
         ],
         data_root,
     )
@@ -300,12 +300,12 @@ def tool():
 def test_the_tool_measures_data_that_is_there_and_says_so(data_root, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
     out = tmp_path / "plan.json"
-    assert tool().main(["experiment=quickstart", "gpu=cpu", "gpus=2", "packs=8", "--json", str(out)]) == 0
+    assert tool().main(["experiment=quickstart", "gpu=cpu", "gpus=2", "sequences=8", "--json", str(out)]) == 0
     plan = json.loads(out.read_text())
     steps = load_config("train", TrainConfig, ["experiment=quickstart"]).optim.steps
     assert plan["data"]["source"] == "measured" and plan["data"]["samples"] == 16 and plan["data"]["masks"] > 16
     said = capsys.readouterr().out
-    assert "measured on the data" in said and "a step: 16 packs, 16.0 samples expected" in said
+    assert "measured on the data" in said and "a step: 16 sequences, 16.0 samples expected" in said
     assert plan["length"]["passes"] == pytest.approx(steps * 16 / plan["length"]["items"])
     assert plan["time"]["hours"] == pytest.approx(plan["flops"]["step"] * steps / (2 * 0.4 * 0.1e12) / 3600)
     assert [row["sharding"] for row in plan["memory"] if row["chosen"]] == ["none"]
@@ -324,7 +324,7 @@ def test_the_tool_states_its_assumptions_where_data_is_missing(tmp_path, monkeyp
     [(["gpu=abacus"], "abacus"), (["gpus=3"], "multiple of"), (["mfu=2"], "mfu 2")],
 )
 def test_a_wrong_machine_is_refused_by_name(arguments, named, capsys):
-    assert tool().main(["model=sail_0_5b", "data=refcoco", "packs=0", *arguments]) == 2
+    assert tool().main(["model=sail_0_5b", "data=refcoco", "sequences=0", *arguments]) == 2
     assert named in capsys.readouterr().err
 
 

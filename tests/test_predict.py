@@ -60,10 +60,10 @@ def flat(replies):
     return [reply for own in replies for reply in own]
 
 
-@pytest.mark.parametrize("token_budget", [1, 90, 200, 16384])
-def test_many_images_at_once_get_the_answers_of_one_question_at_a_time(predictor, images, token_budget):
+@pytest.mark.parametrize("max_batch_tokens", [1, 90, 200, 16384])
+def test_many_images_at_once_get_the_answers_of_one_question_at_a_time(predictor, images, max_batch_tokens):
     alone = one_at_a_time(predictor, images)
-    together = predictor.changed(token_budget=token_budget).ask_many(requests_of(predictor, images))
+    together = predictor.changed(max_batch_tokens=max_batch_tokens).ask_many(requests_of(predictor, images))
     assert [len(own) for own in together] == [len(own) for own in alone]
     assert sum(len(reply.masks_NHW) for reply in flat(alone)) >= 3, "too few masks to compare"
     assert len({reply.text for reply in flat(alone)}) > 5, "answers too alike to show a mix-up"
@@ -94,7 +94,7 @@ def test_batches_hold_images_of_one_grid_and_keep_to_the_budget(predictor, image
     grids = [request.grid_hw for request in requests]
     assert sorted(count for _, count, _ in batches) == sorted(grids.count(grid) for grid in set(grids))
     batches.clear()
-    predictor.changed(token_budget=200).ask_many(requests)
+    predictor.changed(max_batch_tokens=200).ask_many(requests)
     assert len(batches) > len(set(grids))
     assert all(image_tokens + text_tokens <= 200 for image_tokens, _, text_tokens in batches)
 

@@ -28,7 +28,7 @@ def run_dir(quickstart, data_root, tiny_model, processor, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     tiny_model().save_pretrained(folder / "export")
     processor.save_pretrained(folder / "export")
-    (folder / "config.json").write_text(json.dumps({"optim": {"steps": 2}, "data": {"packs_per_step": 16}}))
+    (folder / "config.json").write_text(json.dumps({"optim": {"steps": 2}, "data": {"global_batch_size": 16}}))
     (folder / "log.jsonl").write_text("".join(json.dumps({"step": n, "total": 3.0 - n}) + "\n" for n in (1, 2)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PIXEL_SAIL_DATA", str(data_root))

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shared_data import shared_data
 
-from pixel_sail import places
+from pixel_sail import paths
 from pixel_sail.data import records as records_module
 from pixel_sail.data.record_scan import MAX_FIELDS
 from pixel_sail.data.records import cache_folder, open_records
@@ -418,7 +418,7 @@ def test_the_cache_needs_no_home_folder_where_a_variable_names_one(monkeypatch, 
     def unknown(number):
         raise KeyError(number)
 
-    monkeypatch.setattr(places.pwd, "getpwuid", unknown)
+    monkeypatch.setattr(paths.pwd, "getpwuid", unknown)
     for name in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -432,7 +432,7 @@ def test_a_user_without_a_home_folder_is_told_which_variable_to_set(monkeypatch,
     def unknown(number):
         raise KeyError(number)
 
-    monkeypatch.setattr(places.pwd, "getpwuid", unknown)
+    monkeypatch.setattr(paths.pwd, "getpwuid", unknown)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("HOME", raising=False)
     if home is not None:

@@ -20,8 +20,8 @@ from test_train import SMALL, log_lines, rank_variables, wait_for_lines
 from torch.nn import functional as F
 
 from pixel_sail.config import TrainConfig, load_config
-from pixel_sail.data.loader import LaneShare, training_batches
-from pixel_sail.data.packing import LanePosition
+from pixel_sail.data.loader import StreamAssignment, training_batches
+from pixel_sail.data.packing import StreamState
 from pixel_sail.losses.mask import point_losses
 from pixel_sail.training.build import build_model
 from pixel_sail.training.optim import build_optimizer, set_learning_rate
@@ -62,8 +62,8 @@ def mixed(data_root, tmp_path_factory):
         f"data.sources.osprey_short_form.image_dirs=[{photos}]",
         "+data.sources.texts={_target_: pixel_sail.data.sources.llava.load, name: texts, "
         f"annotations: {folder / 'texts.json'}, image_dir: {folder}}}",
-        *("+data.repeats.texts=2.5", "data.packs_per_step=4", "data.packs_per_micro_batch=1"),
-        *("data.packing.max_samples=1", "data.packing.token_budget=1024", "data.packing.lookahead=1"),
+        *("+data.repeats.texts=2.5", "data.global_batch_size=4", "data.micro_batch_size=1"),
+        *("data.packing.max_samples=1", "data.packing.seq_len=1024", "data.packing.packing_buffer=1"),
         *(f"optim.steps={STEPS}", "checkpoint.every=1000"),
     )
 
@@ -135,7 +135,7 @@ def test_two_processes_of_every_zero_stage_equal_one_process_for_20_steps(data_r
         assert len(uneven) >= 5, f"too few micro-batches without {missing} on one rank only"
 
 
-SAMPLE_MEANS = ("loss.mean=sample", "optim.steps=3", "data.packs_per_step=6")
+SAMPLE_MEANS = ("loss.mean=sample", "optim.steps=3", "data.global_batch_size=6")
 
 
 def released_losses(config):
@@ -143,13 +143,15 @@ def released_losses(config):
     model, processor = build_model(config.model, seed=config.seed, experts={})
     model.train()
     optimizer = build_optimizer(model, config.optim)
-    share = LaneShare(packs_per_step=config.data.packs_per_step, rank=0, world_size=1, packs_per_micro_batch=1)
+    assignment = StreamAssignment(
+        global_batch_size=config.data.global_batch_size, rank=0, world_size=1, micro_batch_size=1
+    )
     steps = training_batches(
         build_mixture(config.data, seed=config.seed),
         processor,
         config.data.packing,
-        share,
-        start=[LanePosition()] * share.num_lanes,
+        assignment,
+        start=[StreamState()] * assignment.num_streams,
         num_workers=0,
     )
     totals = []
@@ -182,7 +184,7 @@ def released_loss(model, batch, config):
 @pytest.mark.parametrize(("ranks", "stage", "accumulation"), [(1, 2, 1), (1, 0, 3), (2, 0, 1), (2, 2, 3)])
 def test_means_of_samples_train_as_the_release_does(data_root, mixed, tmp_path, ranks, stage, accumulation):
     config = load_config("train", TrainConfig, [*mixed, *SAMPLE_MEANS, f"paths.data={data_root}"])
-    own = (f"data.packs_per_micro_batch={6 // ranks // accumulation}", f"deepspeed=zero{stage}")
+    own = (f"data.micro_batch_size={6 // ranks // accumulation}", f"deepspeed=zero{stage}")
     train(data_root, tmp_path / "run", *mixed, *SAMPLE_MEANS, *own, ranks=ranks)
     lines = log_lines(tmp_path / "run")
     assert [line["total"] for line in lines] == pytest.approx(released_losses(config), rel=1e-6)
@@ -210,7 +212,7 @@ def read_rank(run_dir: Path, rank: int) -> list[list[dict]]:
 
 
 def test_one_micro_batch_a_step_equals_four(data_root, mixed, whole, tmp_path):
-    train(data_root, tmp_path / "run", *mixed, "deepspeed=none", "data.packs_per_micro_batch=4")
+    train(data_root, tmp_path / "run", *mixed, "deepspeed=none", "data.micro_batch_size=4")
     assert_same_run(tmp_path / "run", whole)
 
 

@@ -10,11 +10,11 @@ from test_train import SMALL, log_lines, train
 
 from pixel_sail.config import ConfigError, TrainConfig, load_config
 from pixel_sail.data.loader import training_batches
-from pixel_sail.data.packing import LanePosition
+from pixel_sail.data.packing import StreamState
 from pixel_sail.training.build import build_model
 from pixel_sail.training.checkpoint import TrainState
 from pixel_sail.training.finite import NonFiniteLossError
-from pixel_sail.training.prepare import build_mixture, lane_share
+from pixel_sail.training.prepare import build_mixture, stream_assignment
 from pixel_sail.training.rewind import REWINDS_FILE, behind_rewinds, rewind
 
 OVERRIDES = ("deepspeed=none", "checkpoint.every=2", "checkpoint.rewinds=1")
@@ -24,13 +24,13 @@ def sizes_of_steps(num_steps):
     """Return tokens, supervised tokens and masks of the first steps of the data."""
     config = load_config("train", TrainConfig, [*SMALL, "run_dir=unused"])
     processor = build_model(config.model, seed=0, experts={})[1]
-    share = lane_share(config.data)
+    assignment = stream_assignment(config.data)
     steps = training_batches(
         build_mixture(config.data, seed=0),
         processor,
         config.data.packing,
-        share,
-        start=[LanePosition()] * share.num_lanes,
+        assignment,
+        start=[StreamState()] * assignment.num_streams,
         num_workers=0,
     )
     sizes = []
@@ -58,17 +58,19 @@ def test_a_run_goes_back_to_its_checkpoint_and_past_the_data_it_broke_down_on(da
 
 def test_rewinds_are_counted(tmp_path):
     error = NonFiniteLossError("losses are not finite")
-    lanes = [LanePosition(next=7, waiting=(3, 5)), LanePosition(next=9)]
+    streams = [StreamState(next=7, waiting=(3, 5)), StreamState(next=9)]
     for number in (1, 2):
-        ending = rewind(tmp_path, error, from_step=2, failed_step=2 + number, lanes=lanes[-number:], limit=2)
+        ending = rewind(tmp_path, error, from_step=2, failed_step=2 + number, streams=streams[-number:], limit=2)
         assert f"Rewind {number} of 2" in str(ending)
     with pytest.raises(NonFiniteLossError, match="had its 2 rewinds"):
-        rewind(tmp_path, error, from_step=2, failed_step=9, lanes=lanes, limit=2)
+        rewind(tmp_path, error, from_step=2, failed_step=9, streams=streams, limit=2)
     assert len((tmp_path / REWINDS_FILE).read_text().splitlines()) == 2
-    assert behind_rewinds(tmp_path, TrainState(step=2)).lanes == tuple(lanes)
+    assert behind_rewinds(tmp_path, TrainState(step=2)).streams == tuple(streams)
     assert behind_rewinds(tmp_path, TrainState(step=4)) == TrainState(step=4)
-    with pytest.raises(ConfigError, match=r"a run with 2 lanes of data, this start would have 4; start it on as many"):
-        behind_rewinds(tmp_path, TrainState(step=2, lanes=(LanePosition(),) * 4))
+    with pytest.raises(
+        ConfigError, match=r"a run with 2 streams of data, this start would have 4; start it on as many"
+    ):
+        behind_rewinds(tmp_path, TrainState(step=2, streams=(StreamState(),) * 4))
     with pytest.raises(NonFiniteLossError, match=r"not finite$"):
-        rewind(tmp_path / "none", error, from_step=0, failed_step=1, lanes=lanes, limit=0)
+        rewind(tmp_path / "none", error, from_step=0, failed_step=1, streams=streams, limit=0)
     assert json.loads((tmp_path / REWINDS_FILE).read_text().splitlines()[1])["reason"] == "losses are not finite"

@@ -24,7 +24,7 @@ def test_pictures_mark_every_mask_and_prompt_however_small():
 
 def test_the_first_batch_is_shown_as_text_and_pictures(data_root, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
-    arguments = ["experiment=quickstart", "data.packs_per_micro_batch=4", f"out={tmp_path / 'view'}"]
+    arguments = ["experiment=quickstart", "data.micro_batch_size=4", f"out={tmp_path / 'view'}"]
     assert load_tool("show_batch").main(arguments) == 0
     text = (tmp_path / "view" / "batch.txt").read_text()
     page = (tmp_path / "view" / "index.html").read_text()
@@ -56,7 +56,7 @@ def test_help_is_the_words_at_the_top_and_every_setting(capsys):
     assert load_tool("show_batch").main(["--help"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("usage: show_batch.py KEY=VALUE ...") and "out=FOLDER" in printed
-    assert "data.packs_per_step" in printed and "optim.lr" in printed
+    assert "data.global_batch_size" in printed and "optim.lr" in printed
 
 
 def test_a_shown_batch_has_the_pixels_and_prompts_of_its_samples(processor, make_batch, draw_sample, tmp_path):

@@ -95,7 +95,7 @@ def test_the_stages_train_one_after_another(data_root, tmp_path, monkeypatch, ca
 
 def test_a_losses_figure_is_the_mean_over_tokens_and_masks(data_root):
     tool = load_tool("rehearse_stages")
-    overrides = ["experiment=quickstart", f"paths.data={data_root}", "data.packs_per_micro_batch=2"]
+    overrides = ["experiment=quickstart", f"paths.data={data_root}", "data.micro_batch_size=2"]
     found = tool.held_out_losses(overrides)
     # An untrained model of 448 words gives every token about the logarithm of their number; masks start at chance.
     assert found["text"] == pytest.approx(6.1, abs=0.4)

@@ -217,7 +217,7 @@ EARLY = [
     (["experiment=quickstart", "evals.refshapes_val.root=a", "+evals.other.root=b,c"], "other.root-b", "evals.other"),
     (["experiment=refshapes_distill", "experts.ours.share=1,3"], "share-3", "share is 3"),
     (["experiment=refshapes_distill", "+experts.ours.model.weightz=a,b"], "weightz-a", "experts.ours.model"),
-    (["experiment=quickstart", "data.packs_per_micro_batch=8,3"], "batch-3", "multiple of 3"),
+    (["experiment=quickstart", "data.micro_batch_size=8,3"], "batch-3", "multiple of 3"),
 ]
 
 
@@ -356,7 +356,7 @@ def test_a_real_sweep_trains_scores_and_makes_its_tables(data_root, tmp_path, ca
     folder = tmp_path / "sweep"
     command = [
         *(sys.executable, "scripts/train.py", "-m", f"--folder={folder}", "experiment=quickstart", "deepspeed=none"),
-        *("optim.steps=2", "data.packs_per_step=2", "data.packs_per_micro_batch=2", "log.tensorboard=false"),
+        *("optim.steps=2", "data.global_batch_size=2", "data.micro_batch_size=2", "log.tensorboard=false"),
         *("data.num_workers=0", "evals=[]", "ablation=choice(stride_16)"),
         "--evaluate=evals=[refshapes_val] predict.answer=forced max_images=3 resamples=9 examples=0 progress=false",
     ]

@@ -31,10 +31,10 @@ SMALL = (
     "data.sources.refshapes.expressions_per_image=3",
     "data.sources.groupshapes.expressions_per_image=2",
     "data.packing.max_samples=0",
-    "data.packing.token_budget=256",
-    "data.packing.lookahead=3",
-    "data.packs_per_step=4",
-    "data.packs_per_micro_batch=2",
+    "data.packing.seq_len=256",
+    "data.packing.packing_buffer=3",
+    "data.global_batch_size=4",
+    "data.micro_batch_size=2",
     "loss.points.num_points=64",
     "optim.steps=6",
     "log.every=1",
@@ -197,7 +197,7 @@ def test_bad_samples_within_the_allowed_share_are_listed_and_left_out(data_root,
 
 def test_every_kind_of_dataset_trains_in_one_mixture(data_root, tmp_path):
     tiny = [item for item in SMALL if not item.startswith(("data.sources", "data.repeats", "experiment"))]
-    overrides = ("name=all", "model=tiny", "data=refshapes_all", *tiny, "data.packing.token_budget=2048")
+    overrides = ("name=all", "model=tiny", "data=refshapes_all", *tiny, "data.packing.seq_len=2048")
     command = [sys.executable, "scripts/train.py", *overrides, f"run_dir={tmp_path / 'run'}", "deepspeed=none"]
     done = start([*command, "optim.steps=25"], data_root)
     assert done.returncode == 0, done.stderr[-4000:]

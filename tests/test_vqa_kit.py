@@ -235,7 +235,7 @@ def test_other_kinds_of_requests_are_refused_by_name(model):
     ("arguments", "message"),
     [
         ({"precision": "fp8"}, "precision is 'fp8'"),
-        ({"batch_size": 16}, "token_budget"),
+        ({"batch_size": 16}, "max_batch_tokens"),
         ({"pretrained": "nowhere"}, "checkpoint nowhere"),
     ],
 )

@@ -179,7 +179,7 @@ def finished(data_root, tmp_path_factory, in_process):
     Image.fromarray(np.full((24, 32, 3), 200, np.uint8)).save(folder / "photo.png")
     with pytest.MonkeyPatch.context() as monkeypatch:
         assert call("train", folder, monkeypatch) == 0
-    note = {"from_step": 1, "failed_step": 2, "lanes": [{"next": 0, "waiting": []}], "reason": "drawn"}
+    note = {"from_step": 1, "failed_step": 2, "streams": [{"next": 0, "waiting": []}], "reason": "drawn"}
     (folder / "run" / "rewinds.jsonl").write_text(json.dumps(note) + "\n")
     row = {
         **{"eval": "refshapes_val", "kind": "expressions", "scores": {"ciou": 0.5, "giou": 0.5, "count": 3}},

@@ -1,15 +1,15 @@
 """Measure what the data costs: samples per second, memory per worker, padding, and the share of a training step.
 
     python tools/bench_data.py                                         every kind of drawn data, the 0.5B model
-    python tools/bench_data.py data=refcoco --token-budget 4608        any data group, model or experiment
-    python tools/bench_data.py --json runs/bench_data.json --packs 64 data.packing.lookahead=16
+    python tools/bench_data.py data=refcoco --seq-len 4608        any data group, model or experiment
+    python tools/bench_data.py --json runs/bench_data.json --sequences 64 data.packing.packing_buffer=16
 
 Drawn data comes from tools/make_refshapes.py. Overrides are those of scripts/train.py. Three things are run: samples
-one by one in this process (time per stage), packs of one lane (padding), and the training loader with worker processes
-(rate, memory, what the training process itself spends on taking packs over). From these
+one by one in this process (time per stage), sequences of one stream (padding), and the training loader with worker
+processes (rate, memory, what the training process itself spends on taking sequences over). From these
 
-    data work of a step    worker seconds per pack / workers + seconds per pack in the training process
-    step                   3 x forward FLOPs of the pack / rate         (backward is twice the forward, none recomputed)
+    data work of a step    worker seconds per sequence / workers + seconds per sequence in the training process
+    step                   3 x forward FLOPs of the sequence / rate         (backward is twice the forward, none recomputed)
 
 Workers run beside the GPU, so the first term costs nothing as long as the whole stays below 100 %; the goal is 15 %.
 """
@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from pixel_sail.config import TrainConfig, load_config
 from pixel_sail.data.images import load_image
-from pixel_sail.data.loader import LaneShare, training_batches
+from pixel_sail.data.loader import StreamAssignment, training_batches
 from pixel_sail.data.mixture import Mixture
-from pixel_sail.data.packing import LanePosition, LaneStream, PackingSettings
+from pixel_sail.data.packing import PackedStream, PackingSettings, StreamState
 from pixel_sail.entry import one_message
 from pixel_sail.files import replace_text
 from pixel_sail.model.configuration_pixel_sail import Architecture
@@ -67,16 +67,16 @@ class Stages:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Packs:
-    """What the packs of one lane hold."""
+class SequenceFigures:
+    """What the sequences of one stream hold."""
 
-    num_packs: int
-    samples_per_pack: float
-    tokens_per_pack: float
+    num_sequences: int
+    samples_per_sequence: float
+    tokens_per_sequence: float
     filled: float
     """Share of the token slots that hold a token."""
     forward_tflop: float
-    """Mean of a pack."""
+    """Mean of a sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +85,8 @@ class Workers:
 
     num_workers: int
     samples_per_second: float
-    main_ms_per_pack: float
-    """CPU time of the training process: taking packs over from the workers, making batches of them."""
+    main_ms_per_sequence: float
+    """CPU time of the training process: taking sequences over from the workers, making batches of them."""
     private_mb: float
     """Memory of one worker that no other process shares."""
     proportional_mb: float
@@ -163,41 +163,43 @@ def time_stages(mixture: Mixture, processor: PixelSailProcessor, settings: Packi
     )
 
 
-def measure_packs(
+def measure_packing(
     mixture: Mixture,
     processor: PixelSailProcessor,
     settings: PackingSettings,
     architecture: Architecture,
-    num_packs: int,
+    num_sequences: int,
     *,
     vocab_size: int,
-) -> Packs:
-    """Pack samples of one lane and count tokens."""
-    stream = LaneStream(mixture, processor, settings, lane=0, num_lanes=1)
+) -> SequenceFigures:
+    """Fill sequences of one stream and count tokens."""
+    stream = PackedStream(mixture, processor, settings, index=0, num_streams=1)
     num_samples = num_tokens = 0
     flops = 0.0
-    for pack in tqdm(islice(stream, num_packs), desc="packs", total=num_packs, leave=False, disable=None):
-        num_samples += len(pack.examples)
-        num_tokens += sum(len(example) for example in pack.examples)
-        flops += forward_flops(architecture, pack.examples, vocab_size=vocab_size)
-    return Packs(
-        num_packs=num_packs,
-        samples_per_pack=num_samples / num_packs,
-        tokens_per_pack=num_tokens / num_packs,
-        filled=num_tokens / num_packs / settings.token_budget,
-        forward_tflop=flops / num_packs / 1e12,
+    for sequence in tqdm(
+        islice(stream, num_sequences), desc="sequences", total=num_sequences, leave=False, disable=None
+    ):
+        num_samples += len(sequence.examples)
+        num_tokens += sum(len(example) for example in sequence.examples)
+        flops += forward_flops(architecture, sequence.examples, vocab_size=vocab_size)
+    return SequenceFigures(
+        num_sequences=num_sequences,
+        samples_per_sequence=num_samples / num_sequences,
+        tokens_per_sequence=num_tokens / num_sequences,
+        filled=num_tokens / num_sequences / settings.seq_len,
+        forward_tflop=flops / num_sequences / 1e12,
     )
 
 
 def run_workers(
-    mixture: Mixture, processor: PixelSailProcessor, settings: PackingSettings, num_workers: int, num_packs: int
+    mixture: Mixture, processor: PixelSailProcessor, settings: PackingSettings, num_workers: int, num_sequences: int
 ) -> Workers:
-    """Run the loader of the training loop, one lane per worker, and measure after a first round."""
-    share = LaneShare(packs_per_step=num_workers, rank=0, world_size=1, packs_per_micro_batch=1)
-    start = [LanePosition()] * num_workers
-    steps = training_batches(mixture, processor, settings, share, start=start, num_workers=num_workers)
-    rounds = -(-num_packs // num_workers)
-    # The loader prepares four packs of every worker in advance; they must not count as fast ones.
+    """Run the loader of the training loop, one stream per worker, and measure after a first round."""
+    assignment = StreamAssignment(global_batch_size=num_workers, rank=0, world_size=1, micro_batch_size=1)
+    start = [StreamState()] * num_workers
+    steps = training_batches(mixture, processor, settings, assignment, start=start, num_workers=num_workers)
+    rounds = -(-num_sequences // num_workers)
+    # The loader prepares four sequences of every worker in advance; they must not count as fast ones.
     for _ in range(4):
         next(steps)
     began, cpu = time.perf_counter(), time.process_time()
@@ -212,7 +214,7 @@ def run_workers(
     return Workers(
         num_workers=num_workers,
         samples_per_second=num_samples / seconds,
-        main_ms_per_pack=1000 * cpu_seconds / (rounds * num_workers),
+        main_ms_per_sequence=1000 * cpu_seconds / (rounds * num_workers),
         private_mb=max(private for private, _ in memory),
         proportional_mb=max(proportional for _, proportional in memory),
     )
@@ -228,12 +230,12 @@ def process_memory(pid: int) -> tuple[float, float]:
 
 
 def data_share(
-    stages: Stages, packs: Packs, workers: Workers, *, num_workers: int, flop_rate: float
+    stages: Stages, sequences: SequenceFigures, workers: Workers, *, num_workers: int, flop_rate: float
 ) -> dict[str, float]:
-    """Return the milliseconds of a step of one pack and of its data work, and their ratio."""
-    worker_ms = stages.total * packs.samples_per_pack
-    step_ms = 1000 * BACKWARD_AND_FORWARD * packs.forward_tflop * 1e12 / flop_rate
-    data_ms = worker_ms / num_workers + workers.main_ms_per_pack
+    """Return the milliseconds of a step of one sequence and of its data work, and their ratio."""
+    worker_ms = stages.total * sequences.samples_per_sequence
+    step_ms = 1000 * BACKWARD_AND_FORWARD * sequences.forward_tflop * 1e12 / flop_rate
+    data_ms = worker_ms / num_workers + workers.main_ms_per_sequence
     return {"worker_ms": worker_ms, "data_ms": data_ms, "step_ms": step_ms, "share": data_ms / step_ms}
 
 
@@ -260,9 +262,9 @@ def report(options: argparse.Namespace, config: TrainConfig) -> dict[str, object
     settings, architecture = config.data.packing, config.model.architecture
     num_samples = min(options.samples, mixture.epoch_length * 20)
     stages = time_stages(mixture, processor, settings, num_samples)
-    packs = measure_packs(mixture, processor, settings, architecture, options.packs, vocab_size=vocab_size)
-    workers = run_workers(mixture, processor, settings, options.processes, options.packs)
-    cost = data_share(stages, packs, workers, num_workers=options.workers, flop_rate=options.flop_rate)
+    sequences = measure_packing(mixture, processor, settings, architecture, options.sequences, vocab_size=vocab_size)
+    workers = run_workers(mixture, processor, settings, options.processes, options.sequences)
+    cost = data_share(stages, sequences, workers, num_workers=options.workers, flop_rate=options.flop_rate)
     mean, ratio = f"{stages.total:.1f} ms in one process = {1000 / stages.total:.0f} samples/s", cost["share"]
     verdict = f"{ratio:.1%} of a step: {'less' if ratio < GOAL else 'NOT less'} than {GOAL:.0%}"
     rate = f"{workers.samples_per_second:.0f} samples/s"
@@ -274,29 +276,35 @@ def report(options: argparse.Namespace, config: TrainConfig) -> dict[str, object
         ("", f"{stages.image:6.2f} ms opening the image"),
         ("", f"{stages.tokens:6.2f} ms resizing, patches and tokens"),
         (
-            "pack",
-            f"{packs.samples_per_pack:.2f} samples, {packs.tokens_per_pack:.0f} of {settings.token_budget} tokens",
+            "sequence",
+            f"{sequences.samples_per_sequence:.2f} samples, {sequences.tokens_per_sequence:.0f} of {settings.seq_len} tokens",
         ),
-        ("", f"{packs.filled:.1%} filled, {1 - packs.filled:.1%} padding ({packs.num_packs} packs)"),
+        (
+            "",
+            f"{sequences.filled:.1%} filled, {1 - sequences.filled:.1%} padding ({sequences.num_sequences} sequences)",
+        ),
         ("loader", f"{workers.num_workers} workers on {os.cpu_count()} cores: {rate}"),
         ("", f"{workers.private_mb:.0f} MB private, {workers.proportional_mb:.0f} MB PSS per worker"),
-        ("", f"{workers.main_ms_per_pack:.1f} ms of the training process per pack"),
-        ("step", f"3 x {packs.forward_tflop:.2f} TFLOP / {options.flop_rate:.3g} FLOP/s = {cost['step_ms']:.1f} ms"),
-        ("data", f"{cost['worker_ms']:.1f} ms / {options.workers} workers + {workers.main_ms_per_pack:.1f} ms"),
+        ("", f"{workers.main_ms_per_sequence:.1f} ms of the training process per sequence"),
+        (
+            "step",
+            f"3 x {sequences.forward_tflop:.2f} TFLOP / {options.flop_rate:.3g} FLOP/s = {cost['step_ms']:.1f} ms",
+        ),
+        ("data", f"{cost['worker_ms']:.1f} ms / {options.workers} workers + {workers.main_ms_per_sequence:.1f} ms"),
         ("", f"= {cost['data_ms']:.1f} ms, {verdict}"),
     )
     print("\n".join(f"{title:11}{text}" for title, text in lines))
-    measured = {"stages": asdict(stages), "packs": asdict(packs), "workers": asdict(workers), "cost": cost}
-    return {"data": list(mixture.names), "tokenizer": tokenizer, "token_budget": settings.token_budget, **measured}
+    measured = {"stages": asdict(stages), "sequences": asdict(sequences), "workers": asdict(workers), "cost": cost}
+    return {"data": list(mixture.names), "tokenizer": tokenizer, "seq_len": settings.seq_len, **measured}
 
 
 @one_message
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; wrong input ends with one message and exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--token-budget", type=int, default=8192, help="tokens of a pack (8192)")
+    parser.add_argument("--seq-len", type=int, default=8192, help="tokens of a sequence (8192)")
     parser.add_argument("--samples", type=int, default=100, help="samples timed stage by stage (100)")
-    parser.add_argument("--packs", type=int, default=40, help="packs for padding and for the loader (40)")
+    parser.add_argument("--sequences", type=int, default=40, help="sequences for padding and for the loader (40)")
     parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1), help="workers that are run")
     parser.add_argument("--workers", type=int, default=8, help="workers the step is computed for (8)")
     parser.add_argument("--flop-rate", type=float, default=400e12, help="FLOP/s of the training GPU (4e14)")
@@ -304,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, overrides = parser.parse_known_args(arguments)
     given = {override.partition("=")[0].lstrip("+~") for override in overrides}
     missing = [f"{key}={value}" for key, value in DEFAULTS.items() if key not in given and "experiment" not in given]
-    budget = [] if "data.packing.token_budget" in given else [f"data.packing.token_budget={options.token_budget}"]
+    budget = [] if "data.packing.seq_len" in given else [f"data.packing.seq_len={options.seq_len}"]
     result = report(options, load_config("train", TrainConfig, [*missing, *budget, *overrides]))
     if options.json is not None:
         replace_text(options.json, json.dumps(result, indent=1) + "\n")

@@ -31,7 +31,7 @@ from PIL import Image
 from pixel_sail.demo.examples import draw_examples
 from pixel_sail.entry import one_message
 from pixel_sail.files import replace_text
-from pixel_sail.places import root_folder
+from pixel_sail.paths import root_folder
 
 NUM_SCENES = 8
 BOX = {"box": [10, 10, 60, 60]}

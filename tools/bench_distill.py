@@ -40,7 +40,7 @@ from transformers.models.mask2former.image_processing_pil_mask2former import Mas
 
 from pixel_sail.data.collate import collate
 from pixel_sail.data.images import load_image
-from pixel_sail.data.packing import LanePosition, Pack
+from pixel_sail.data.packing import PackedSequence, StreamState
 from pixel_sail.entry import one_message
 from pixel_sail.experts.cache import FeatureCache, cache_identity, encode_map
 from pixel_sail.experts.cache_writer import finish, make_plan, start_folder, write_shard
@@ -235,7 +235,7 @@ class Bench:
 
     def batch(self, way: str) -> Batch:
         """Return the photos as a batch for one of the ways; `cached` reads the stored maps."""
-        packs = []
+        sequences = []
         for index, example in enumerate(self.examples):
             targets: tuple[ExpertTarget, ...] = ()
             if way in ("online", "released"):
@@ -244,8 +244,8 @@ class Bench:
                 targets = tuple(self.stored(term.name, index) for term in TERMS)
             photo = self.photos[index] if way in ("online", "released") else None
             changed = replace(example, expert_targets=targets, photo_HW3=photo)
-            packs.append(Pack(lane=index, after=LanePosition(), examples=(changed,)))
-        return collate(packs, seg_id=self.processor.seg_id)
+            sequences.append(PackedSequence(stream=index, after=StreamState(), examples=(changed,)))
+        return collate(sequences, seg_id=self.processor.seg_id)
 
     def stored(self, name: str, index: int) -> ExpertTarget:
         """Read one map from disk."""

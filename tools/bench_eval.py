@@ -131,7 +131,7 @@ def released_answer(predictor: BatchPredictor, image: PreparedImage, question: s
     return generated, (resize_logits(logits, image.size_hw).sigmoid() > 0.5).cpu().numpy()
 
 
-def build_predictor(size: str, *, precision: str, device: str, token_budget: int) -> BatchPredictor:
+def build_predictor(size: str, *, precision: str, device: str, max_batch_tokens: int) -> BatchPredictor:
     """Return a predictor with random weights that answers everything with ANSWER."""
     tokenizer = small_tokenizer()
     config = sized_config(size, tokenizer, tie_word_embeddings=False)
@@ -146,7 +146,7 @@ def build_predictor(size: str, *, precision: str, device: str, token_budget: int
             layer.mlp.down_proj.weight.mul_(1e-2)
         for token, following in pairwise(chain):
             model.lm_head.weight[following] = 2.0 * model.embed_tokens.weight[token]
-    settings = PredictConfig(token_budget=token_budget, max_new_tokens=len(chain) + 4)
+    settings = PredictConfig(max_batch_tokens=max_batch_tokens, max_new_tokens=len(chain) + 4)
     model.to(device=torch.device(device), dtype=DTYPES[precision])
     return BatchPredictor(model, processor, settings)
 
@@ -209,12 +209,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=4, help="images per point, half as many from 16 expressions on")
     parser.add_argument("--released-images", type=int, default=1, help="of them, how many the released method does")
     parser.add_argument("--expressions", type=int, nargs="+", default=[1, 2, 4, 7, 8, 16, 32])
-    parser.add_argument("--token-budget", type=int, default=16384)
+    parser.add_argument("--max-batch-tokens", type=int, default=16384)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--png", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     predictor = build_predictor(
-        options.size, precision=options.precision, device=options.device, token_budget=options.token_budget
+        options.size, precision=options.precision, device=options.device, max_batch_tokens=options.max_batch_tokens
     )
     images = draw_images(predictor, options.images)
     measure(predictor, images[:1], 1, released_images=1)  # warm up

@@ -21,7 +21,7 @@ from typing import Any
 
 from pixel_sail.entry import one_message
 from pixel_sail.files import replace_text
-from pixel_sail.places import root_folder
+from pixel_sail.paths import root_folder
 from pixel_sail.provenance import code_version
 
 WARM_UP_SHARE = 0.25

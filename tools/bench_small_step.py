@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pixel_sail.config import OptimConfig
 from pixel_sail.data.collate import collate
-from pixel_sail.data.packing import LanePosition, Pack
+from pixel_sail.data.packing import PackedSequence, StreamState
 from pixel_sail.entry import one_message
 from pixel_sail.files import replace_text
 from pixel_sail.losses import total
@@ -65,8 +65,8 @@ def drawn_batches(processor: PixelSailProcessor, pictures: int, expressions: int
         for size in IMAGES
     ]
     examples = [example for alike in zip(*of_size, strict=True) for example in alike][:pictures]
-    packs = [Pack(lane=0, after=LanePosition(next=1), examples=(example,)) for example in examples]
-    return [collate(packs[first : first + ROWS], seg_id=processor.seg_id) for first in range(0, pictures, ROWS)]
+    sequences = [PackedSequence(stream=0, after=StreamState(next=1), examples=(example,)) for example in examples]
+    return [collate(sequences[first : first + ROWS], seg_id=processor.seg_id) for first in range(0, pictures, ROWS)]
 
 
 def one_by_one(images: Sequence[ImageMasks], sampling: PointSampling) -> tuple[torch.Tensor, list[int]]:

@@ -1,9 +1,9 @@
 """Measure a training step of the released method and of ours: samples per second, memory, and where the time goes.
 
     python tools/bench_train.py                                  the 0.5B model's proportions, scaled down for a CPU
-    python tools/bench_train.py --size 0.5b --device cuda --precision bf16 --samples 16 --samples-per-pack 8
+    python tools/bench_train.py --size 0.5b --device cuda --precision bf16 --samples 16 --samples-per-sequence 8
     python tools/bench_train.py --json runs/bench_train.json
-    python tools/bench_train.py --growth image --ways released ours --png runs/growth.png        also: pack, expressions
+    python tools/bench_train.py --growth image --ways released ours --png runs/growth.png        also: sequence, expressions
 
 The released method, rebuilt from our reference path: one sample per forward pass, a dense mask, the states of all
 layers kept, float32 logits of all positions with a shifted copy, an upsampler to stride 2 by convolutions, features of
@@ -19,8 +19,8 @@ On a CPU memory is the highest resident size of a process of its own that makes 
 held after a step of a tiny model, with which torch's libraries come into memory; on CUDA it is torch's own peak.
 `ours, compiled` (`speed.compile=layers`) needs a C++ compiler on a CPU and runs where `--ways` names it.
 `--json` holds `speed_ratio` and `memory_ratio`, ours divided by theirs, the same of every way under `ratios`, and
-everything that is printed. `--growth` measures steps of one pack instead, of growing pictures, of more samples, or of
-more expressions per picture, and says with which exponent they take longer.
+everything that is printed. `--growth` measures steps of one sequence instead, of growing pictures, of more samples, or
+of more expressions per picture, and says with which exponent they take longer.
 """
 
 import argparse
@@ -67,10 +67,10 @@ from pixel_sail.types import IGNORE_LABEL, Batch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GROWTH: dict[str, Sequence[Any]] = {
     "image": ((240, 320), (480, 640), (720, 960)),
-    "pack": (1, 2, 4),
+    "sequence": (1, 2, 4),
     "expressions": (1, 5, 10),
 }
-"""What grows, and the points: (height, width), samples of the pack, expressions of each picture."""
+"""What grows, and the points: (height, width), samples of the sequence, expressions of each picture."""
 
 LOSSES = LossConfig()
 
@@ -160,7 +160,7 @@ def released_loss(model: PixelSailForSegmentation, batch: Batch) -> Tensor:
 
 
 def our_loss(model: PixelSailForSegmentation, batch: Batch) -> Tensor:
-    """Return the loss of one pack as `optimizer_step` computes it."""
+    """Return the loss of one sequence as `optimizer_step` computes it."""
     output = model(**batch.training_inputs())
     assert output.anchor is not None
     sums = loss_sums(output, batch, LOSSES)
@@ -238,7 +238,7 @@ class Trainer:
 
 
 def our_states(model: PixelSailForSegmentation, batch: Batch) -> Tensor:
-    """Return the last states of a pack by the model's own way."""
+    """Return the last states of a sequence by the model's own way."""
     embedded = model.embed(batch.input_ids_BT, batch.patches_SK, batch.patch_index_BT, batch.prompt_ids_BT)
     where = (batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT)
     rule = training_rule(model.speed.attention, *where, batch.spans, dtype=embedded.dtype)
@@ -296,8 +296,8 @@ def trainers(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Tra
         model, processor = built[way.stride]
         size_hw = (options.image[0], options.image[1])
         examples = drawn_examples(processor, options.samples, expressions=options.expressions, size_hw=size_hw)
-        per_pack = 1 if way.speed is None else options.samples_per_pack
-        batches = [batch.to(options.device) for batch in packed(examples, per_pack, processor.seg_id)]
+        per_sequence = 1 if way.speed is None else options.samples_per_sequence
+        batches = [batch.to(options.device) for batch in packed(examples, per_sequence, processor.seg_id)]
         made[name] = Trainer(way, model, batches)
     return made
 
@@ -365,15 +365,15 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, 
 
 
 def grown(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the seconds of a step of one pack at every point of an axis, and the exponents of all ways.
+    """Return the seconds of a step of one sequence at every point of an axis, and the exponents of all ways.
 
     Exponents are over tokens, of expressions over their number, between the first and the last point.
     """
     points = []
     for value in tqdm(GROWTH[options.growth], desc=options.growth, unit="point"):
-        samples = value if options.growth == "pack" else 1
-        changed = {"samples": samples, "samples_per_pack": samples}
-        changed |= {options.growth: value} if options.growth != "pack" else {}
+        samples = value if options.growth == "sequence" else 1
+        changed = {"samples": samples, "samples_per_sequence": samples}
+        changed |= {options.growth: value} if options.growth != "sequence" else {}
         made = trainers(argparse.Namespace(**(vars(options) | changed)), options.ways)
         seconds: dict[str, list[float]] = {name: [] for name in made}
         for _ in range(options.rounds + 1):
@@ -402,7 +402,7 @@ def show_growth(options: argparse.Namespace, found: dict[str, Any]) -> None:
     print("growth " + ", ".join(f"{name} {exponent:.2f}" for name, exponent in found["exponents"].items()))
     if options.png:
         costs = {name: [point["seconds"][name] for point in found["points"]] for name in options.ways}
-        x_label = "expressions of the picture" if options.growth == "expressions" else "tokens of the pack"
+        x_label = "expressions of the picture" if options.growth == "expressions" else "tokens of the sequence"
         panel = size_panel(f"a step, by {options.growth}", found["sizes"], costs, x_label=x_label, y_label="seconds")
         save_panels(options.png, [panel], "")
 
@@ -454,7 +454,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32")
     parser.add_argument("--samples", type=int, default=2, help="samples of one optimizer step")
-    parser.add_argument("--samples-per-pack", type=int, default=1, help="of ours; the released method takes one")
+    parser.add_argument("--samples-per-sequence", type=int, default=1, help="of ours; the released method takes one")
     parser.add_argument("--expressions", type=int, default=5, help="of each picture")
     parser.add_argument("--image", type=int, nargs=2, default=(480, 640), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--rounds", type=int, default=5)

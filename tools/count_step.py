@@ -1,11 +1,11 @@
 """Count what a training step asks of a GPU, without one: kernels, bytes through memory, operations, and the time that
 they cannot take less of.
 
-    python tools/count_step.py                                            0.5B, six pictures of 480 x 640 in a pack
+    python tools/count_step.py                                            0.5B, six pictures of 480 x 640 in a sequence
     python tools/count_step.py --size 3b --image 1024 1024 --samples 2
     python tools/count_step.py --checkpointing layers --json runs/count.json
 
-Forward pass, losses and backward pass of one pack run on torch's device without memory, in bfloat16, with
+Forward pass, losses and backward pass of one sequence run on torch's device without memory, in bfloat16, with
 `speed.attention=varlen` as on a GPU. Every operation that would be a kernel is noted with the bytes that it reads and
 writes at least once and, for products and attention, its operations. The bound is the larger of operations / `--rate`
 and bytes / `--bandwidth` plus `--launch` for each kernel, added up: a lower limit that real kernels exceed, good for
@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sorted(SIZES), default="0.5b")
     parser.add_argument("--image", type=int, nargs=2, default=(480, 640), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--samples", type=int, default=6, help="in the pack")
+    parser.add_argument("--samples", type=int, default=6, help="in the sequence")
     parser.add_argument("--expressions", type=int, default=5, help="of each picture")
     parser.add_argument("--checkpointing", choices=CHECKPOINTING, default="none")
     parser.add_argument("--rate", type=float, default=700.0, help="TFLOP/s that products reach")

@@ -120,8 +120,8 @@ def disk_finding(config: TrainConfig) -> Finding:
 def shared_memory_finding(config: TrainConfig) -> Finding:
     """Compare /dev/shm with what the loader's workers of this node put there."""
     needed = checks.shared_memory_needed(
-        token_budget=config.data.packing.token_budget,
-        packs=config.data.packs_per_micro_batch,
+        seq_len=config.data.packing.seq_len,
+        sequences=config.data.micro_batch_size,
         patch_size=config.model.architecture.patch_size,
         workers=config.data.num_workers,
         processes=int(os.environ.get("LOCAL_WORLD_SIZE") or 1),

@@ -2,15 +2,15 @@
 
     python tools/plan_run.py experiment=quickstart gpu=cpu gpus=2
     python tools/plan_run.py name=x model=sail_3b data=cotrain_3b optim.steps=20000 optim.precision=bf16 gpus=32
-    python tools/plan_run.py name=x model=sail_3b data=cotrain_3b optim.steps=null optim.epochs=1 gpus=32 packs=0
+    python tools/plan_run.py name=x model=sail_3b data=cotrain_3b optim.steps=null optim.epochs=1 gpus=32 sequences=0
     python tools/plan_run.py ... mfu=0.45 gpu=h200 peak_tflops=989 --json plan.json
 
 Overrides are those of scripts/train.py; `gpu` (h100, h200, a100, 4090, cpu), `gpus`, `mfu` and `peak_tflops`
-describe the machine. Where the files of the configured data are there, `packs=N` packs (16) say what a step costs, and
-the lengths of up to 4,096 samples how many of them a pack holds. `packs=0`, or files that are missing, mean stated
-assumptions: samples with photographs of COCO's sizes (`text_tokens=`, `supervised_share=`, `masks_per_image=`,
-`images_with_masks=`), packed as the run packs them, and `data.planned_samples` of them in an epoch. Nothing is trained
-and no GPU is used.
+describe the machine. Where the files of the configured data are there, `sequences=N` sequences (16) say what a step
+costs, and the lengths of up to 4,096 samples how many of them a sequence holds. `sequences=0`, or files that are
+missing, mean stated assumptions: samples with photographs of COCO's sizes (`text_tokens=`, `supervised_share=`,
+`masks_per_image=`, `images_with_masks=`), packed as the run packs them, and `data.planned_samples` of them in an epoch.
+Nothing is trained and no GPU is used.
 
 The model's own operations at the given MFU make the time: whatever is computed twice or by experts is added at the same
 rate; loading data, validation and checkpoints are not. Frozen parameters save gradients and moments in the table, but
@@ -30,15 +30,15 @@ from typing import Any
 import torch
 
 from pixel_sail.config import ConfigError, TrainConfig, load_config
-from pixel_sail.data.loader import LaneShare, training_batches
-from pixel_sail.data.packing import LanePosition
+from pixel_sail.data.loader import StreamAssignment, training_batches
+from pixel_sail.data.packing import StreamState
 from pixel_sail.entry import one_message
 from pixel_sail.files import replace_text
 from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.tokenization import load_tokenizer, train_tokenizer
-from pixel_sail.planning.assumed import Assumptions, assumed_packs
+from pixel_sail.planning.assumed import Assumptions, assumed_sequences
 from pixel_sail.planning.length import Length, length_of, measured_length
 from pixel_sail.planning.parameters import TrainingParts, fill_in_vocabulary
 from pixel_sail.planning.plan import Machine, make_plan, plan_text
@@ -51,7 +51,7 @@ from pixel_sail.types import DataError
 
 logger = logging.getLogger("plan_run")
 
-DEFAULT_PACKS = 16
+DEFAULT_SEQUENCES = 16
 
 MACHINE_KEYS = {"gpu": str, "gpus": int, "mfu": float, "peak_tflops": float}
 ASSUMED_KEYS = {field.name: float for field in fields(Assumptions) if field.name != "photo_hw"}
@@ -59,15 +59,15 @@ WHOLE_NUMBERS = ("text_tokens", "masks_per_image")
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[Machine, Assumptions, int, list[str]]:
-    """Return the machine, the assumptions, how many packs to look at, and the overrides. Raises: ConfigError."""
+    """Return the machine, the assumptions, how many sequences to look at, and the overrides. Raises: ConfigError."""
     machine: dict[str, Any] = {}
     assumptions: dict[str, Any] = {}
-    packs, overrides = DEFAULT_PACKS, []
+    sequences, overrides = DEFAULT_SEQUENCES, []
     for argument in arguments:
         key, _, value = argument.partition("=")
         try:
-            if key == "packs":
-                packs = int(value)
+            if key == "sequences":
+                sequences = int(value)
             elif key in MACHINE_KEYS:
                 machine[key] = MACHINE_KEYS[key](value)
             elif key in ASSUMED_KEYS:
@@ -76,15 +76,15 @@ def split_arguments(arguments: Sequence[str]) -> tuple[Machine, Assumptions, int
                 overrides.append(argument)
         except ValueError:
             raise ConfigError(f"found {argument!r}, expected a number") from None
-    if packs < 0:
-        raise ConfigError(f"packs is {packs}, expected 0 or more")
+    if sequences < 0:
+        raise ConfigError(f"sequences is {sequences}, expected 0 or more")
     if not any(override.startswith(("name=", "experiment=")) for override in overrides):
         overrides.append("name=plan")
-    return Machine(**machine), Assumptions(**assumptions), packs, overrides
+    return Machine(**machine), Assumptions(**assumptions), sequences, overrides
 
 
-def measure(config: TrainConfig, num_packs: int, *, gpus: int) -> tuple[list[Workload], Length]:
-    """Return the micro-batches made of the first packs of the data, and the length of the run over it.
+def measure(config: TrainConfig, num_sequences: int, *, gpus: int) -> tuple[list[Workload], Length]:
+    """Return the micro-batches made of the first sequences of the data, and the length of the run over it.
 
     Raises: DataError when files are missing.
     """
@@ -97,16 +97,16 @@ def measure(config: TrainConfig, num_packs: int, *, gpus: int) -> tuple[list[Wor
         turns = [turn for i in range(min(mixture.epoch_length, 200)) for turn in mixture.draw(i).sample.turns]
         texts = [text for turn in turns for text in (turn.question, turn.answer)]
         tokenizer = train_tokenizer(texts, vocab_size=4096, num_visual_prompts=prompts)
-    rows = config.data.packs_per_micro_batch
-    count = max(num_packs // rows, 1)
-    share = LaneShare(packs_per_step=rows, rank=0, world_size=1, packs_per_micro_batch=rows)
+    rows = config.data.micro_batch_size
+    count = max(num_sequences // rows, 1)
+    assignment = StreamAssignment(global_batch_size=rows, rank=0, world_size=1, micro_batch_size=rows)
     processor, cost = PixelSailProcessor.for_model(tokenizer, architecture), sample_cost(config)
     steps = training_batches(
         mixture,
         processor,
         config.data.packing,
-        share,
-        start=[LanePosition()] * rows,
+        assignment,
+        start=[StreamState()] * rows,
         num_workers=0,
         max_skipped_share=config.data.max_skipped_share,
         cost=cost,
@@ -121,8 +121,8 @@ def assume(config: TrainConfig, assumptions: Assumptions, *, gpus: int) -> tuple
     Raises: ConfigError where the length depends on a number of samples that nothing states.
     """
     data = config.data
-    rows = data.packs_per_micro_batch
-    works, forecast = assumed_packs(config.model.architecture, data.packing, assumptions, rows=rows)
+    rows = data.micro_batch_size
+    works, forecast = assumed_sequences(config.model.architecture, data.packing, assumptions, rows=rows)
     return works, length_of(config, forecast, items=data.planned_samples, group=gpus * rows, is_assumed=True)
 
 
@@ -147,14 +147,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan to this file too, - prints it only")
     options, rest = parser.parse_known_args(arguments)
-    machine, assumptions, packs, overrides = split_arguments(rest)
+    machine, assumptions, sequences, overrides = split_arguments(rest)
     config = load_config("train", TrainConfig, overrides)
     if remark := fill_in_vocabulary(config.model):
         logger.warning(remark)
     measured = None
-    if packs:
+    if sequences:
         try:
-            measured = measure(config, packs, gpus=machine.gpus)
+            measured = measure(config, sequences, gpus=machine.gpus)
         except DataError as error:
             logger.warning("the data cannot be looked at, so its contents are assumed: %s", error)
     works, length = measured or assume(config, assumptions, gpus=machine.gpus)

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from pixel_sail.config import TrainConfig, load_config
-from pixel_sail.data.loader import LaneShare, training_batches
-from pixel_sail.data.packing import LanePosition
+from pixel_sail.data.loader import StreamAssignment, training_batches
+from pixel_sail.data.packing import StreamState
 from pixel_sail.entry import one_message
 from pixel_sail.files import replace_text
 from pixel_sail.losses.total import count, loss_sums
@@ -41,8 +41,8 @@ COMMON = (
     *("model.architecture.num_attention_heads=2", "model.architecture.num_key_value_heads=1"),
     *("deepspeed=none", "optim.precision=fp32", "optim.lr=1.5e-3", "log.tensorboard=false"),
     *("optim.epochs=null", "data.samples_per_step=null"),
-    *("data.packs_per_step=16", "data.packs_per_micro_batch=8", "data.lane_rounds=1", "data.num_workers=1"),
-    *("data.packing.token_budget=512", "data.packing.max_samples=1", "data.packing.independent_turns=true"),
+    *("data.global_batch_size=16", "data.micro_batch_size=8", "data.stream_rounds=1", "data.num_workers=1"),
+    *("data.packing.seq_len=512", "data.packing.max_samples=1", "data.packing.independent_turns=true"),
     *("data.leakage.held_out=[]", "loss.points.num_points=1024", "loss.points.oversample_ratio=1.0"),
     *("loss.points.importance_ratio=0.0", "loss.dice=2.0"),
 )
@@ -144,13 +144,13 @@ def held_out_losses(overrides: Sequence[str]) -> dict[str, float]:
     config = load_config("train", TrainConfig, overrides)
     model, processor = build_model(config.model, seed=config.seed, experts={})
     model.eval()
-    rows = config.data.packs_per_micro_batch
+    rows = config.data.micro_batch_size
     batches = training_batches(
         build_mixture(config.data, seed=0),
         processor,
         config.data.packing,
-        LaneShare(packs_per_step=rows, rank=0, world_size=1, packs_per_micro_batch=rows),
-        start=[LanePosition()] * rows,
+        StreamAssignment(global_batch_size=rows, rank=0, world_size=1, micro_batch_size=rows),
+        start=[StreamState()] * rows,
         num_workers=0,
         max_skipped_share=config.data.max_skipped_share,
     )

@@ -19,7 +19,7 @@ from pixel_sail.cli import script_help, wants_help
 from pixel_sail.config import TrainConfig, load_config
 from pixel_sail.data.collate import collate
 from pixel_sail.data.mixture import Mixture
-from pixel_sail.data.packing import LaneStream
+from pixel_sail.data.packing import PackedStream
 from pixel_sail.entry import one_message
 from pixel_sail.evaluation.batch_view import batch_facts, write_batch_view
 from pixel_sail.evaluation.stage_view import write_stages
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     written = [folder / "index.html", folder / "batch.txt"]
     if (position := first_with_image(mixture, batch)) is not None:
         written.append(folder / "stages.png")
-        place = mixture.place(position)
+        place = mixture.stream_item(position)
         sample, num_items = mixture.draw(position).sample, len(mixture.sources[place.source])
         write_stages(written[-1], sample, batch, source=place.source_name, num_items=num_items, item=place.item)
     print(f"written: {', '.join(map(str, written))}")
@@ -66,10 +66,10 @@ def processor_of(config: TrainConfig) -> PixelSailProcessor:
 
 
 def first_with_image(mixture: Mixture, batch: Batch) -> int | None:
-    """Return the position in the stream of the first sample of the batch that has an image; None: none of the first
+    """Return the position in the mixture of the first sample of the batch that has an image; None: none of the first
     thousand is in the batch."""
     for position in range(1000):
-        place = mixture.place(position)
+        place = mixture.stream_item(position)
         if mixture.sources[place.source].image_path(place.item) is not None:
             with suppress(DataError):
                 if mixture.draw(position).sample.sample_id in batch.sample_ids:
@@ -79,14 +79,14 @@ def first_with_image(mixture: Mixture, batch: Batch) -> int | None:
 
 def first_batch(config: TrainConfig, mixture: Mixture, processor: PixelSailProcessor) -> Batch:
     """Return the first micro-batch of the first process. Raises: DataError."""
-    data, packs, cost = config.data, [], sample_cost(config)
-    packs_per_step = data.packs_per_step
-    if packs_per_step is None:
-        packs_per_step = measure_length(config, mixture, processor).packs_per_step
-    for lane in range(data.packs_per_micro_batch):
-        stream = LaneStream(mixture, processor, data.packing, lane=lane, num_lanes=packs_per_step, cost=cost)
-        packs.append(next(iter(stream)))
-    return collate(packs, seg_id=processor.seg_id)
+    data, sequences, cost = config.data, [], sample_cost(config)
+    global_batch_size = data.global_batch_size
+    if global_batch_size is None:
+        global_batch_size = measure_length(config, mixture, processor).global_batch_size
+    for index in range(data.micro_batch_size):
+        stream = PackedStream(mixture, processor, data.packing, index=index, num_streams=global_batch_size, cost=cost)
+        sequences.append(next(iter(stream)))
+    return collate(sequences, seg_id=processor.seg_id)
 
 
 if __name__ == "__main__":

@@ -50,8 +50,8 @@ TINY = (
     *("experiment=quickstart", "model.architecture.hidden_size=32", "model.architecture.intermediate_size=64"),
     *("model.architecture.num_hidden_layers=2", "model.architecture.mask_dim=16"),
     *("data.sources.refshapes.expressions_per_image=3", "data.sources.groupshapes.expressions_per_image=2"),
-    *("data.packing.max_samples=0", "data.packing.token_budget=256", "data.packing.lookahead=3"),
-    *("data.packs_per_step=4", "data.packs_per_micro_batch=2", "data.num_workers=1", "loss.points.num_points=64"),
+    *("data.packing.max_samples=0", "data.packing.seq_len=256", "data.packing.packing_buffer=3"),
+    *("data.global_batch_size=4", "data.micro_batch_size=2", "data.num_workers=1", "loss.points.num_points=64"),
     *("log.every=1", "log.progress=false", "validation.max_images=2"),
 )
 

@@ -15,7 +15,7 @@ from PIL import Image
 from tiny import SMALL, draw_data, work_folder
 
 from pixel_sail.config import TrainConfig, load_config
-from pixel_sail.data.packing import LaneStream, Pack
+from pixel_sail.data.packing import PackedSequence, PackedStream
 from pixel_sail.training.build import build_model
 from pixel_sail.training.prepare import build_mixture
 from pixel_sail.types import Sample, Turn
@@ -70,7 +70,7 @@ def write_files(root: Path) -> None:
     (root / "boxes.json").write_text(json.dumps(items))
 
 
-def main(folder: Path) -> Pack:
+def main(folder: Path) -> PackedSequence:
     """Configure the new source beside none other and return the first packed sequence."""
     write_files(draw_data(folder) / "boxes")
     config = load_config("train", TrainConfig, SMALL)
@@ -78,10 +78,10 @@ def main(folder: Path) -> Pack:
     config.data.repeats = {}
     _, processor = build_model(config.model, seed=0, experts={})
     mixture = build_mixture(config.data, seed=0)
-    pack = next(iter(LaneStream(mixture, processor, config.data.packing, lane=0, num_lanes=1)))
-    for example in pack.examples[:2]:
+    sequence = next(iter(PackedStream(mixture, processor, config.data.packing, index=0, num_streams=1)))
+    for example in sequence.examples[:2]:
         print(f"{example.sample_id}: {len(example)} tokens, {len(example.masks)} mask")
-    return pack
+    return sequence
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Packs -> Batch: pad rows, make indices global, list what is supervised.
+"""Sequences -> Batch: pad rows, make indices global, list what is supervised.
 
-Place in the flow: the last step of data loading; the model and the losses read nothing but the `Batch`. Two packs of
-120 and 97 tokens become rows of 120; the second row's patches start behind the first row's in `patches_SK`, its sample
-indices behind the first row's in `sample_ids`.
+Place in the flow: the last step of data loading; the model and the losses read nothing but the `Batch`. Two sequences
+of 120 and 97 tokens become rows of 120; the second row's patches start behind the first row's in `patches_SK`, its
+sample indices behind the first row's in `sample_ids`.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pixel_sail.data.packing import Pack
+from pixel_sail.data.packing import PackedSequence
 from pixel_sail.model.spans import sample_spans
 from pixel_sail.types import IGNORE_LABEL, Batch, Example
 
@@ -19,8 +19,8 @@ PADDING = {"sample_index": -1, "patch_index": -1, "prompt_ids": -1, "labels": IG
 """Value of a per-token array at padding, where it is not 0."""
 
 
-def collate(packs: Sequence[Pack], *, seg_id: int) -> Batch:
-    """Return the batch of these packs, one row each.
+def collate(sequences: Sequence[PackedSequence], *, seg_id: int) -> Batch:
+    """Return the batch of these sequences, one row each.
 
     A target is the token after a position, within the row. The first token of every sample and of every branch is never
     supervised (it belongs to an image or a question), so no position predicts into a neighbour.
@@ -28,9 +28,9 @@ def collate(packs: Sequence[Pack], *, seg_id: int) -> Batch:
     rows: list[dict[str, Tensor]] = []
     examples: list[Example] = []
     num_patches = 0
-    for pack in packs:
+    for sequence in sequences:
         parts: dict[str, list[Tensor]] = {}
-        for example in pack.examples:
+        for example in sequence.examples:
             assert int(example.labels_T[0]) == IGNORE_LABEL, f"{example.sample_id}: the first token is supervised"
             for name, value in _token_arrays(example, len(examples), num_patches).items():
                 parts.setdefault(name, []).append(value)

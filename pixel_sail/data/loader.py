@@ -1,11 +1,11 @@
-"""Worker processes that turn lanes into batches, in an order that does not depend on how many there are.
+"""Worker processes that turn streams into batches, in an order that does not depend on how many there are.
 
 Place in the flow: `training/loop.py` calls `training_batches` once, at a saved position or at the start, and takes one
-list of micro-batches per optimizer step. A step takes one pack from each of `packs_per_step` lanes; with more rounds
-than one there are that many sets of lanes, which take turns, so that more workers find something to do. With 8 packs, 2
-ranks, micro-batches of 2 packs and 2 rounds, rank 0 makes
+list of micro-batches per optimizer step. A step takes one sequence from each of `global_batch_size` streams; with more
+rounds than one there are that many sets of streams, which take turns, so that more workers find something to do. With 8
+sequences, 2 ranks, micro-batches of 2 sequences and 2 rounds, rank 0 makes
 
-    step 1, 3, ...: lanes (0, 2) and (4, 6)        step 2, 4, ...: lanes (8, 10) and (12, 14)
+    step 1, 3, ...: streams (0, 2) and (4, 6)        step 2, 4, ...: streams (8, 10) and (12, 14)
 
 and up to 4 workers can each make one of these micro-batches.
 """
@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from pixel_sail.data.collate import collate
+from pixel_sail.data.flat_batch import FlatBatch, flatten_batch, unflatten_batch
 from pixel_sail.data.mixture import Mixture
-from pixel_sail.data.packing import LanePosition, LaneStream, PackingSettings, Skipped
-from pixel_sail.data.wire import Wire, pack, unpack
+from pixel_sail.data.packing import PackedStream, PackingSettings, Skipped, StreamState
 from pixel_sail.experts.choice import ExpertChoice
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.types import Batch, DataError, Example
@@ -35,73 +35,73 @@ STDERR = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class LaneShare:
-    """Which lanes a rank trains on, and how it groups them."""
+class StreamAssignment:
+    """Which streams a rank trains on, and how it groups them."""
 
-    packs_per_step: int
+    global_batch_size: int
     rounds: int = 1
-    """Sets of lanes that take turns."""
+    """Sets of streams that take turns."""
     rank: int
     world_size: int
-    packs_per_micro_batch: int
+    micro_batch_size: int
 
     def __post_init__(self) -> None:
         """Check that every rank gets whole micro-batches."""
-        group = self.world_size * self.packs_per_micro_batch
-        if self.packs_per_step % group:
+        group = self.world_size * self.micro_batch_size
+        if self.global_batch_size % group:
             raise DataError(
-                f"data.packs_per_step is {self.packs_per_step}; with {self.world_size} processes and "
-                f"data.packs_per_micro_batch = {self.packs_per_micro_batch} it must be a multiple of {group}"
+                f"data.global_batch_size is {self.global_batch_size}; with {self.world_size} processes and "
+                f"data.micro_batch_size = {self.micro_batch_size} it must be a multiple of {group}"
             )
 
     @property
-    def num_lanes(self) -> int:
-        """Return the number of lanes of all ranks and rounds."""
-        return self.packs_per_step * self.rounds
+    def num_streams(self) -> int:
+        """Return the number of streams of all ranks and rounds."""
+        return self.global_batch_size * self.rounds
 
     @property
     def groups(self) -> list[tuple[int, ...]]:
-        """Return the lanes of this rank's micro-batches, round after round; then it begins again."""
+        """Return the streams of this rank's micro-batches, round after round; then it begins again."""
         groups = []
-        for start in range(0, self.num_lanes, self.packs_per_step):
-            own = range(start + self.rank, start + self.packs_per_step, self.world_size)
-            size = self.packs_per_micro_batch
+        for start in range(0, self.num_streams, self.global_batch_size):
+            own = range(start + self.rank, start + self.global_batch_size, self.world_size)
+            size = self.micro_batch_size
             groups += [tuple(own[i : i + size]) for i in range(0, len(own), size)]
         return groups
 
     @property
     def accumulation(self) -> int:
         """Return the number of micro-batches of one optimizer step."""
-        return self.packs_per_step // (self.world_size * self.packs_per_micro_batch)
+        return self.global_batch_size // (self.world_size * self.micro_batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepData:
-    """What one rank trains on in one optimizer step, and its lanes' positions afterwards."""
+    """What one rank trains on in one optimizer step, and its streams' positions afterwards."""
 
     batches: list[Batch]
-    after: dict[int, LanePosition]
+    after: dict[int, StreamState]
     skipped: tuple[Skipped, ...]
-    """What this rank's lanes left out on the way."""
+    """What this rank's streams left out on the way."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _MicroBatch:
     """One micro-batch as a worker hands it over."""
 
-    wire: Wire
-    after: dict[int, LanePosition]
+    flat: FlatBatch
+    after: dict[int, StreamState]
     skipped: tuple[Skipped, ...]
 
     def pin_memory(self) -> "_MicroBatch":
         """Return the micro-batch in pinned memory (torch's loader asks)."""
-        return replace(self, wire=self.wire.pin_memory())
+        return replace(self, flat=self.flat.pin_memory())
 
 
-class LaneDataset(IterableDataset):
-    """Micro-batches of some groups of lanes in turn, without end."""
+class MicroBatchDataset(IterableDataset):
+    """Micro-batches of some groups of streams in turn, without end."""
 
-    def __init__(self, groups: Sequence[Sequence[LaneStream]], *, seg_id: int) -> None:
+    def __init__(self, groups: Sequence[Sequence[PackedStream]], *, seg_id: int) -> None:
         self.groups = groups
         self.seg_id = seg_id
 
@@ -119,29 +119,29 @@ class LaneDataset(IterableDataset):
         while True:
             for group in iterators:
                 try:
-                    packs = [next(lane) for lane in group]
+                    sequences = [next(stream) for stream in group]
                 except DataError as error:
                     yield error
                     return
                 yield _MicroBatch(
-                    wire=pack(collate(packs, seg_id=self.seg_id)),
-                    after={own_pack.lane: own_pack.after for own_pack in packs},
-                    skipped=tuple(skip for own_pack in packs for skip in own_pack.skipped),
+                    flat=flatten_batch(collate(sequences, seg_id=self.seg_id)),
+                    after={sequence.stream: sequence.after for sequence in sequences},
+                    skipped=tuple(skip for sequence in sequences for skip in sequence.skipped),
                 )
 
 
-def reading_table(num_lanes: int) -> Tensor:
-    """Return a table, shared with data workers, of the stream position each lane is reading: int64 [L], -1 for none."""
-    return torch.full((num_lanes,), -1, dtype=torch.int64).share_memory_()
+def reading_table(num_streams: int) -> Tensor:
+    """Return a table, shared with data workers, of the mixture's position each stream is reading: int64 [L], -1 for none."""
+    return torch.full((num_streams,), -1, dtype=torch.int64).share_memory_()
 
 
 def being_read(mixture: Mixture, reading_L: Tensor) -> list[str]:
     """Return the names of what a `reading_table` holds."""
     positions = [position for position in reading_L.tolist() if position >= 0]
-    places = [mixture.place(position) for position in positions]
+    items = [mixture.stream_item(position) for position in positions]
     return [
-        f"{place.source_name}, item {place.item} (position {position} of the stream)"
-        for position, place in zip(positions, places, strict=True)
+        f"{item.source_name}, item {item.item} (position {position} of the mixture)"
+        for position, item in zip(positions, items, strict=True)
     ]
 
 
@@ -159,9 +159,9 @@ def training_batches(
     mixture: Mixture,
     processor: PixelSailProcessor,
     settings: PackingSettings,
-    share: LaneShare,
+    assignment: StreamAssignment,
     *,
-    start: Sequence[LanePosition],
+    start: Sequence[StreamState],
     step: int = 0,
     num_workers: int,
     max_skipped_share: float = 0.0,
@@ -169,30 +169,30 @@ def training_batches(
     reading_L: Tensor | None = None,
     cost: Callable[[Example], float] = len,
 ) -> Iterator[StepData]:
-    """Yield the data of one optimizer step after another, without end, from the positions of all lanes after `step`
+    """Yield the data of one optimizer step after another, without end, from the positions of all streams after `step`
     steps. `experts`: whose features the samples come with. `reading_L`: from `reading_table`. `cost`: what a sample
-    takes of a pack's budget.
+    takes of a sequence's budget.
 
-    Raises: DataError when a sample is wrong and more were left out than `max_skipped_share` of the stream.
+    Raises: DataError when a sample is wrong and more were left out than `max_skipped_share` of the mixture.
     """
-    assert len(start) == share.num_lanes, f"{len(start)} positions for {share.num_lanes} lanes"
-    first = step % share.rounds * share.accumulation
-    groups = share.groups[first:] + share.groups[:first]
+    assert len(start) == assignment.num_streams, f"{len(start)} positions for {assignment.num_streams} streams"
+    first = step % assignment.rounds * assignment.accumulation
+    groups = assignment.groups[first:] + assignment.groups[:first]
     streams = [
         [
-            LaneStream(
+            PackedStream(
                 mixture,
                 processor,
                 settings,
-                lane=lane,
-                num_lanes=share.num_lanes,
-                start=start[lane],
+                index=stream,
+                num_streams=assignment.num_streams,
+                start=start[stream],
                 max_skipped_share=max_skipped_share,
                 experts=experts,
                 reading_L=reading_L,
                 cost=cost,
             )
-            for lane in group
+            for stream in group
         ]
         for group in groups
     ]
@@ -200,7 +200,7 @@ def training_batches(
     if workers != num_workers:
         logger.info("data: %d workers used of %d, so that they share %d groups", workers, num_workers, len(groups))
     loader = DataLoader(
-        LaneDataset(streams, seg_id=processor.seg_id),
+        MicroBatchDataset(streams, seg_id=processor.seg_id),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
@@ -209,13 +209,13 @@ def training_batches(
     arriving = iter(loader)
     while True:
         own: list[_MicroBatch] = []
-        for _ in range(share.accumulation):
+        for _ in range(assignment.accumulation):
             arrived = next(arriving)
             if isinstance(arrived, DataError):
                 raise arrived
             own.append(arrived)
         yield StepData(
-            batches=[unpack(micro.wire) for micro in own],
-            after={lane: position for micro in own for lane, position in micro.after.items()},
+            batches=[unflatten_batch(micro.flat) for micro in own],
+            after={stream: position for micro in own for stream, position in micro.after.items()},
             skipped=tuple(skip for micro in own for skip in micro.skipped),
         )

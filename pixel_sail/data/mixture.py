@@ -18,8 +18,8 @@ from pixel_sail.types import DataError, Sample, Source
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """What stands at one position of the stream."""
+class StreamItem:
+    """What stands at one position of the mixture."""
 
     epoch: int
     source: int
@@ -31,7 +31,7 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """One position of the stream."""
+    """One position of the mixture."""
 
     sample: Sample
     source_name: str
@@ -86,22 +86,22 @@ class Mixture:
             self._order_epoch = epoch
         return self._order
 
-    def place(self, position: int) -> Place:
+    def stream_item(self, position: int) -> StreamItem:
         """Return what stands at a position of the endless stream of epochs."""
         epoch, offset = divmod(position, self.epoch_length)
         source, item, copy = (int(value) for value in self.epoch_order(epoch)[offset])
-        return Place(epoch=epoch, source=source, source_name=self.names[source], item=item, copy=copy)
+        return StreamItem(epoch=epoch, source=source, source_name=self.names[source], item=item, copy=copy)
 
     def draw(self, position: int) -> Drawn:
         """Return the sample at a position; DataError when its item is wrong."""
-        place = self.place(position)
-        rng = np.random.default_rng([self.seed, 1, place.epoch, place.source, place.item, place.copy])
-        sample = self.sources[place.source].get(place.item, rng)
+        item = self.stream_item(position)
+        rng = np.random.default_rng([self.seed, 1, item.epoch, item.source, item.item, item.copy])
+        sample = self.sources[item.source].get(item.item, rng)
         return Drawn(
             sample=sample,
-            source_name=place.source_name,
+            source_name=item.source_name,
             position=position,
-            epoch=place.epoch,
+            epoch=item.epoch,
             point_seed=int(rng.integers(2**62)),
         )
 

@@ -1,12 +1,12 @@
-"""Samples into packs: sequences of at most `token_budget` tokens.
+"""Packs samples into sequences of at most `seq_len` tokens.
 
-Place in the flow: `data/loader.py` runs one `LaneStream` per lane. The endless stream of the mixture is dealt to a
-fixed number of lanes, lane l getting positions l, l + L, l + 2L, ...; every lane fills its own packs one after
-another, and one optimizer step takes one pack of every lane. Ranks and workers only share out the lanes, so that the
-global batch does not depend on their number. A lane looks a few samples ahead and fills a pack with those that fit
-best; its whole state is which sample it reads next and which ones it holds back:
+Place in the flow: `data/loader.py` runs one `PackedStream` per stream. The endless stream of the mixture is dealt to a
+fixed number of streams, stream l getting positions l, l + L, l + 2L, ...; every stream fills its own sequences one
+after another, and one optimizer step takes one sequence of every stream. Ranks and workers only share out the streams,
+so that the global batch does not depend on their number. A stream looks a few samples ahead and fills a sequence with
+those that fit best; its whole state is which sample it reads next and which ones it holds back:
 
-    lookahead 3, budget 10, lengths 6 5 3 4 7 ...  ->  packs (6 4) (5 3) ..., after the first LanePosition(4, (1, 2))
+    packing_buffer 3, budget 10, lengths 6 5 3 4 7 ...  ->  sequences (6 4) (5 3) ..., after the first StreamState(4, (1, 2))
 
 What a sample takes of the budget is its tokens, or its work in tokens (`balance`).
 A sample that cannot be used is left out by its name and reason, never replaced by another one.
@@ -36,32 +36,32 @@ Item = TypeVar("Item")
 class PackingSettings:
     """How samples are put into sequences."""
 
-    token_budget: int = 4096
-    """Most tokens of a pack; a longer sample is an error, but for conversations that may be divided between turns."""
+    seq_len: int = 4096
+    """Most tokens of a sequence; a longer sample is an error, but for conversations that may be divided between turns."""
     independent_turns: bool = False
     """True: every question of a sample sees the image and itself only. False (release): they form one conversation."""
     max_samples: int = 0
-    """Most samples of a pack, 0 for no limit."""
-    lookahead: int = 8
-    """Samples a lane holds back to fill its packs well; 1 packs them strictly in order."""
+    """Most samples of a sequence, 0 for no limit."""
+    packing_buffer: int = 8
+    """Samples a stream holds back to fill its sequences well; 1 packs them strictly in order."""
     balance: str = "tokens"
-    """What fills a pack: tokens, or flops, so that all ranks have equally much to do in a step. A sample then counts as
-    the tokens that would cost as much in the layers alone, and `token_budget` is that of the work."""
+    """What fills a sequence: tokens, or flops, so that all ranks have equally much to do in a step. A sample then
+    counts as the tokens that would cost as much in the layers alone, and `seq_len` is that of the work."""
 
     def __post_init__(self) -> None:
         """Check the numbers. Raises: DataError."""
         if self.balance not in ("tokens", "flops"):
             raise DataError(f"data.packing.balance: found {self.balance!r}, expected tokens or flops")
-        if self.token_budget < 1 or self.max_samples < 0 or self.lookahead < 1:
+        if self.seq_len < 1 or self.max_samples < 0 or self.packing_buffer < 1:
             raise DataError(
-                f"data.packing: found token_budget {self.token_budget}, max_samples {self.max_samples}, lookahead "
-                f"{self.lookahead}; expected at least 1, 0 and 1"
+                f"data.packing: found seq_len {self.seq_len}, max_samples {self.max_samples}, packing_buffer "
+                f"{self.packing_buffer}; expected at least 1, 0 and 1"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanePosition:
-    """Where a lane stands: everything before `next` is used up but for the samples it still holds back."""
+class StreamState:
+    """Where a stream stands: everything before `next` is used up but for the samples it still holds back."""
 
     next: int = 0
     waiting: tuple[int, ...] = ()
@@ -83,33 +83,33 @@ class Skipped:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pack:
-    """One sequence: its samples, and where its lane stands once it was trained on."""
+class PackedSequence:
+    """One sequence: its samples, and where its stream stands once it was trained on."""
 
-    lane: int
-    after: LanePosition
+    stream: int
+    after: StreamState
     examples: tuple[Example, ...]
     skipped: tuple[Skipped, ...] = ()
-    """What was left out since the pack before."""
+    """What was left out since the sequence before."""
 
 
-def fill_packs(
+def pack_samples(
     read: Callable[[int], tuple[Item, float] | None],
     settings: PackingSettings,
     *,
     held: dict[int, tuple[Item, float]],
     upcoming: int,
-) -> Iterator[tuple[tuple[Item, ...], LanePosition]]:
-    """Yield the samples of one pack after another, without end, and where the lane is after each.
+) -> Iterator[tuple[tuple[Item, ...], StreamState]]:
+    """Yield the samples of one sequence after another, without end, and where the stream is after each.
 
-    read: sample `number` of the lane and what it takes of the budget, None for one that is left out. held: samples
+    read: sample `number` of the stream and what it takes of the budget, None for one that is left out. held: samples
     that were read and wait, by number; upcoming: the number to read next.
     """
     while True:
         chosen: list[Item] = []
-        room = float(settings.token_budget)
+        room = float(settings.seq_len)
         while True:
-            while len(held) < settings.lookahead:
+            while len(held) < settings.packing_buffer:
                 sample = read(upcoming)
                 if sample is not None:
                     held[upcoming] = sample
@@ -120,11 +120,11 @@ def fill_packs(
             item, cost = held.pop(number)
             chosen.append(item)
             room -= cost
-        yield tuple(chosen), LanePosition(next=upcoming, waiting=tuple(held))
+        yield tuple(chosen), StreamState(next=upcoming, waiting=tuple(held))
 
 
 def _best_fit(held: dict[int, tuple[Item, float]], room: float, *, is_first: bool) -> int | None:
-    """Return the sample to pack next: the oldest into an empty pack, so that none waits for ever, else the one that
+    """Return the sample to pack next: the oldest into an empty sequence, so that none waits for ever, else the one that
     costs most and fits, the older of two."""
     if is_first:
         return min(held)
@@ -132,8 +132,8 @@ def _best_fit(held: dict[int, tuple[Item, float]], room: float, *, is_first: boo
     return max(fitting, key=lambda number: (held[number][1], -number), default=None)
 
 
-class LaneStream:
-    """The packs of one lane, in order, from any position."""
+class PackedStream:
+    """The sequences of one stream, in order, from any position."""
 
     def __init__(
         self,
@@ -141,45 +141,45 @@ class LaneStream:
         processor: PixelSailProcessor,
         settings: PackingSettings,
         *,
-        lane: int,
-        num_lanes: int,
-        start: LanePosition | None = None,
+        index: int,
+        num_streams: int,
+        start: StreamState | None = None,
         max_skipped_share: float = 0.0,
         experts: Sequence[ExpertChoice] = (),
         reading_L: torch.Tensor | None = None,
         cost: Callable[[Example], float] = len,
     ) -> None:
-        """`reading_L`: int64, where this lane notes the position of the stream it is reading, -1 in between. `cost`:
+        """`reading_L`: int64, where this stream notes the position of the mixture it is reading, -1 in between. `cost`:
         what a sample takes of the budget."""
         self.mixture = mixture
         self.processor = processor
         self.settings = settings
-        self.lane = lane
-        self.num_lanes = num_lanes
-        self.start = LanePosition() if start is None else start
+        self.index = index
+        self.num_streams = num_streams
+        self.start = StreamState() if start is None else start
         self.max_skipped_share = max_skipped_share
         self.experts = tuple(experts)
         self.cost = cost
-        self.reading_L = torch.empty(num_lanes, dtype=torch.int64) if reading_L is None else reading_L
+        self.reading_L = torch.empty(num_streams, dtype=torch.int64) if reading_L is None else reading_L
 
     def example(self, number: int) -> Example:
-        """Return sample `number` of this lane as tokens; DataError when it is wrong or longer than a pack."""
-        self.reading_L[self.lane] = self._stream_position(number)
+        """Return sample `number` of this stream as tokens; DataError when it is wrong or longer than a sequence."""
+        self.reading_L[self.index] = self._stream_position(number)
         example = self._read(number)
-        self.reading_L[self.lane] = -1
+        self.reading_L[self.index] = -1
         return example
 
     def _read(self, number: int) -> Example:
         drawn = self.mixture.draw(self._stream_position(number))
         sample = drawn.sample
         example, image = self._encode(sample)
-        if len(example) > self.settings.token_budget and sample.part_drawn is not None:
-            part = fitting_part(sample, self.processor, example.grid_hw, self.settings.token_budget)
+        if len(example) > self.settings.seq_len and sample.part_drawn is not None:
+            part = fitting_part(sample, self.processor, example.grid_hw, self.settings.seq_len)
             example, image = self._encode(part)
-        if len(example) > self.settings.token_budget:
+        if len(example) > self.settings.seq_len:
             raise DataError(
-                f"{sample.sample_id}: {len(example)} tokens found, at most data.packing.token_budget = "
-                f"{self.settings.token_budget} expected; raise the budget or draw fewer turns per sample"
+                f"{sample.sample_id}: {len(example)} tokens found, at most data.packing.seq_len = "
+                f"{self.settings.seq_len} expected; raise the budget or draw fewer turns per sample"
             )
         example = replace(example, source=drawn.source_name, point_seed=drawn.point_seed)
         if not self.experts or image is None or sample.image_path is None:
@@ -194,8 +194,8 @@ class LaneStream:
         independent_turns = self.settings.independent_turns
         return self.processor.encode_sample(sample, image, independent_turns=independent_turns), image
 
-    def __iter__(self) -> Iterator[Pack]:
-        """Yield packs without end. Raises: DataError once this lane alone left out more than the run allows."""
+    def __iter__(self) -> Iterator[PackedSequence]:
+        """Yield sequences without end. Raises: DataError once this stream alone left out more than the run allows."""
         held = {number: self._weighed(number) for number in self.start.waiting}
         skipped: list[Skipped] = []
         num_skipped = 0
@@ -214,8 +214,8 @@ class LaneStream:
                     raise
                 return None
 
-        for examples, after in fill_packs(read, self.settings, held=held, upcoming=self.start.next):
-            yield Pack(lane=self.lane, after=after, examples=examples, skipped=tuple(skipped))
+        for examples, after in pack_samples(read, self.settings, held=held, upcoming=self.start.next):
+            yield PackedSequence(stream=self.index, after=after, examples=examples, skipped=tuple(skipped))
             skipped.clear()
 
     def _weighed(self, number: int) -> tuple[Example, float]:
@@ -223,11 +223,11 @@ class LaneStream:
         return example, self.cost(example)
 
     def _stream_position(self, number: int) -> int:
-        return self.lane + number * self.num_lanes
+        return self.index + number * self.num_streams
 
     def _skipped(self, number: int, error: DataError) -> Skipped:
         position = self._stream_position(number)
-        return Skipped(source=self.mixture.place(position).source_name, position=position, reason=str(error))
+        return Skipped(source=self.mixture.stream_item(position).source_name, position=position, reason=str(error))
 
 
 def with_expert_targets(

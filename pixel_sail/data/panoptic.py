@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pixel_sail.data.fingerprint import add_to_fingerprint
 from pixel_sail.data.images import DECODING_ERRORS, existing_file, image_file, open_image, reason
-from pixel_sail.data.noted_files import note_file
 from pixel_sail.data.records import open_records
 from pixel_sail.data.remarks import STATED_AREA, areas_differ, remark
 from pixel_sail.files import sha256
@@ -259,7 +259,7 @@ def load_class_file(path: str | Path, known: Sequence[int]) -> dict[int, str]:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: found no such file, expected lines id:name,synonym,...; correct class_file")
-    note_file(path, sha256(path))
+    add_to_fingerprint(path, sha256(path))
     names: dict[int, str] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         head, colon, rest = line.partition(":")

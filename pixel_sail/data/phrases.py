@@ -42,7 +42,7 @@ class Phrase:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class MarkedSpan:
     """Where one or more phrases stand."""
 
     span: Span
@@ -54,7 +54,7 @@ class Place:
 class Placement:
     """What became of every phrase of a caption."""
 
-    places: tuple[Place, ...]
+    spans: tuple[MarkedSpan, ...]
     """In reading order; no two overlap."""
     not_found: tuple[int, ...]
     misplaced: tuple[int, ...]
@@ -78,7 +78,7 @@ def place_phrases(caption: str, phrases: Sequence[Phrase]) -> Placement:
             taken.setdefault(span, []).append(index)
     not_found = tuple(i for i, option in enumerate(options) if not option.spans)
     return Placement(
-        places=tuple(Place(span=span, phrases=tuple(sorted(taken[span]))) for span in sorted(taken)),
+        spans=tuple(MarkedSpan(span=span, phrases=tuple(sorted(taken[span]))) for span in sorted(taken)),
         not_found=not_found,
         misplaced=tuple(i for i in not_found if phrases[i].text.strip() and _trimmed(caption, phrases[i].span)),
         overlapped=tuple(sorted(overlapped)),
@@ -94,9 +94,9 @@ def mark_caption(caption: str, placement: Placement, where: str) -> str:
         if mark in caption:
             raise DataError(f"{where}: found {mark!r} in the caption, expected plain text; repair the caption")
     parts, end = [], 0
-    for place in placement.places:
-        parts += [caption[end : place.span[0]], marked_phrase(caption[slice(*place.span)])]
-        end = place.span[1]
+    for marked in placement.spans:
+        parts += [caption[end : marked.span[0]], marked_phrase(caption[slice(*marked.span)])]
+        end = marked.span[1]
     return plain_caption("".join(parts) + caption[end:])
 
 

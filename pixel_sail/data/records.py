@@ -22,10 +22,10 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from pixel_sail.data.noted_files import note_file
+from pixel_sail.data.fingerprint import add_to_fingerprint
 from pixel_sail.data.record_scan import scan
 from pixel_sail.files import sha256
-from pixel_sail.places import expanded
+from pixel_sail.paths import expanded
 from pixel_sail.texts import shown
 from pixel_sail.types import DataError, MissingDataError
 
@@ -64,7 +64,7 @@ def open_records(path: str | Path, key: str | None = None) -> "Records":
     path = Path(path)
     stamp = _stamp(path)
     digest = sha256(path)
-    note_file(path, digest)
+    add_to_fingerprint(path, digest)
     folder = _index_folder(path, digest)
     contents = _contents(folder)
     assert contents is not None, folder

@@ -18,7 +18,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pixel_sail.data.noted_files import note_file
+from pixel_sail.data.fingerprint import add_to_fingerprint
 from pixel_sail.data.pickles import load_plain_pickle
 from pixel_sail.data.records import open_records
 from pixel_sail.files import replace_text, sha256
@@ -68,10 +68,10 @@ def read_refs(file: Path) -> Refs:
     if file.suffix == ".jsonl":
         # Under the name of the pickle it was made from, so that converting one changes no fingerprint.
         refs = _read_lines(file)
-        note_file(file.with_suffix(".p"), _header(file)["source_sha256"])
+        add_to_fingerprint(file.with_suffix(".p"), _header(file)["source_sha256"])
         return refs
     if file.is_file():
-        note_file(file, sha256(file))
+        add_to_fingerprint(file, sha256(file))
     return _checked_list(read_content(file), file)
 
 

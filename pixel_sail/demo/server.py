@@ -6,7 +6,7 @@ wait in a queue of limited length. Nothing is written to disk and no file is rea
     POST /api/images?replaces=...  bytes of a photo          -> {"session": "Jt0Z...", "height": 427, "width": 640}
     POST /api/examples/0           {}                        -> the same
     GET  /api/images/Jt0Z...                                 -> the photo, upright, as JPEG
-    POST /api/ask                  see `wire.py`             -> lines of JSON: {"piece": "It"} ... {"result": {...}}
+    POST /api/ask                  see `api.py`             -> lines of JSON: {"piece": "It"} ... {"result": {...}}
     POST /api/forget               {"session": "Jt0Z..."}    -> {}; the next question begins a new conversation
 """
 
@@ -32,9 +32,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pixel_sail.config import DemoLimits
+from pixel_sail.demo.api import jpeg_bytes, read_regions, result_record
 from pixel_sail.demo.limits import Refusal, check_text, decode_image, most_masks
 from pixel_sail.demo.sessions import Session, Sessions
-from pixel_sail.demo.wire import jpeg_bytes, read_regions, result_record
 from pixel_sail.evaluation.overlay import PALETTE
 from pixel_sail.model.generation import NotFiniteError
 from pixel_sail.model.tokenization import SEG_TOKEN

@@ -118,7 +118,7 @@ def batches(predictor: BatchPredictor, asked: Sequence[Asked[Item]]) -> list[Bat
     for grid, groups in by_grid.items():
         batch: Batch[Item] = []
         for group in groups:
-            if batch and _cost(predictor, grid, [*batch, group]) > predictor.config.token_budget:
+            if batch and _cost(predictor, grid, [*batch, group]) > predictor.config.max_batch_tokens:
                 costs.append((_cost(predictor, grid, batch), batch))
                 batch = []
             batch.append(group)

@@ -200,10 +200,10 @@ class BatchPredictor:
             for index in members:
                 # What a batch costs depends on its longest text and on the image with most texts.
                 per_text = max(map(len, texts[index])) + self.max_new_tokens
-                step = max(1, (self.config.token_budget - image_tokens) // per_text)
+                step = max(1, (self.config.max_batch_tokens - image_tokens) // per_text)
                 for start in range(0, len(texts[index]), step):
                     part = _Part(request=index, texts=texts[index][start : start + step], first=start)
-                    if batch and self._cost([*batch, part], image_tokens) > self.config.token_budget:
+                    if batch and self._cost([*batch, part], image_tokens) > self.config.max_batch_tokens:
                         yield batch
                         batch = []
                     batch.append(part)

@@ -18,7 +18,7 @@ def attention_mask(sample_index_BT: Tensor, branch_ids_BT: Tensor, in_image_BT: 
     A token sees keys of its own sample only. Image tokens with their two delimiters see each other in both directions,
     every other token sees what stands before it, and of that only branch 0 (the shared image) and its own branch.
     Padding carries sample -1 and sees earlier padding, so no row is empty.
-    Source: bytedance/Sa2VA 9832e1a, sa2va_eval/projects/ST (`create_single_prefix_mask`), extended to packs.
+    Source: bytedance/Sa2VA 9832e1a, sa2va_eval/projects/ST (`create_single_prefix_mask`), extended to packed sequences.
     """
     num_tokens = sample_index_BT.shape[1]
     position = torch.arange(num_tokens, device=sample_index_BT.device)

@@ -1,11 +1,11 @@
-"""Packs of assumed samples, for plans of runs whose data are not at hand.
+"""Sequences of assumed samples, for plans of runs whose data are not at hand.
 
 Place in the flow: `tools/plan_run.py` plans with them where files are missing. Samples are drawn, then packed by the
 rule of `data/packing.py`, so that what a plan says follows from the same packing as the run:
 
-    assumed_packs(architecture, PackingSettings(token_budget=8192), Assumptions(), rows=1)
+    assumed_sequences(architecture, PackingSettings(seq_len=8192), Assumptions(), rows=1)
       ->  micro-batches such as Workload(rows=1, tokens_per_row=7915, samples=6, ...), and
-          PackForecast(samples_per_pack=6.5, ...)
+          PackingForecast(samples_per_sequence=6.5, ...)
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pixel_sail.data.packing import LanePosition, PackingSettings, fill_packs
-from pixel_sail.data.packing_forecast import PackForecast, summed_up
+from pixel_sail.data.packing import PackingSettings, StreamState, pack_samples
+from pixel_sail.data.packing_forecast import PackingForecast, summed_up
 from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.image_layout import image_tokens
 from pixel_sail.model.patches import grid_size
@@ -40,7 +40,7 @@ patches of 16 pixels they have 1,106 tokens on the average, the 397 have 1,100."
 USUAL_HW: SizeHW = (480, 640)
 
 NUM_SAMPLES = 2048
-"""Drawn for a plan. Samples of a pack vary by a tenth, so that their mean is known to half a percent."""
+"""Drawn for a plan. Samples of a sequence vary by a tenth, so that their mean is known to half a percent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,16 +107,16 @@ def assumed_samples(architecture: Architecture, assumptions: Assumptions, number
     return samples
 
 
-def assumed_packs(
+def assumed_sequences(
     architecture: Architecture,
     packing: PackingSettings,
     assumptions: Assumptions,
     *,
     rows: int,
     num_samples: int = NUM_SAMPLES,
-) -> tuple[list[Workload], PackForecast]:
-    """Return micro-batches of `rows` packs of assumed samples, and what a pack holds. A sample that is longer than a
-    pack has one of its own."""
+) -> tuple[list[Workload], PackingForecast]:
+    """Return micro-batches of `rows` sequences of assumed samples, and what a sequence holds. A sample that is longer
+    than a sequence has one of its own."""
     samples = assumed_samples(architecture, assumptions, num_samples)
     weigh = SampleCost(architecture=architecture).of if packing.balance == "flops" else _tokens
     costs = [weigh(sample) for sample in samples]
@@ -124,28 +124,28 @@ def assumed_packs(
     def read(number: int) -> tuple[Workload, float]:
         return samples[number % num_samples], costs[number % num_samples]
 
-    packs: list[tuple[Workload, ...]] = []
+    sequences: list[tuple[Workload, ...]] = []
 
-    def noted() -> Iterator[tuple[int, LanePosition]]:
-        for pack, after in fill_packs(read, packing, held={}, upcoming=0):
-            packs.append(pack)
-            yield len(pack), after
+    def noted() -> Iterator[tuple[int, StreamState]]:
+        for sequence, after in pack_samples(read, packing, held={}, upcoming=0):
+            sequences.append(sequence)
+            yield len(sequence), after
 
     forecast = summed_up(noted(), num_positions=num_samples)
-    grouped = [packs[start : start + rows] for start in range(0, len(packs) - rows + 1, rows)]
-    return [together(group) for group in grouped or [packs]], forecast
+    grouped = [sequences[start : start + rows] for start in range(0, len(sequences) - rows + 1, rows)]
+    return [together(group) for group in grouped or [sequences]], forecast
 
 
 def _tokens(work: Workload) -> float:
     return work.real_tokens
 
 
-def together(packs: Sequence[Sequence[Workload]]) -> Workload:
-    """Return the micro-batch of some packs of samples, one pack in a row."""
-    samples = [sample for pack in packs for sample in pack]
+def together(sequences: Sequence[Sequence[Workload]]) -> Workload:
+    """Return the micro-batch of some sequences of samples, one sequence in a row."""
+    samples = [sample for sequence in sequences for sample in sequence]
     return Workload(
-        rows=len(packs),
-        tokens_per_row=max(sum(sample.real_tokens for sample in pack) for pack in packs),
+        rows=len(sequences),
+        tokens_per_row=max(sum(sample.real_tokens for sample in sequence) for sequence in sequences),
         images=tuple(image for sample in samples for image in sample.images),
         supervised=sum(sample.supervised for sample in samples),
         samples=len(samples),

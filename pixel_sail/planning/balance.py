@@ -1,4 +1,4 @@
-"""What a sample weighs in a pack, so that packs of all ranks take equally long.
+"""What a sample weighs in a sequence, so that sequences of all ranks take equally long.
 
 Place in the flow: `training/prepare.py` hands `SampleCost` to the packing where `data.packing.balance` is `flops`.
 A step ends when its slowest rank does, and equal numbers of tokens are not equal work: attention within an image grows

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from pixel_sail.data.collate import collate
-from pixel_sail.data.packing import LanePosition, Pack
+from pixel_sail.data.packing import PackedSequence, StreamState
 from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.tokenization import model_token_ids, train_tokenizer
@@ -80,8 +80,8 @@ def drawn_examples(
     return examples
 
 
-def packed(examples: Sequence[Example], per_pack: int, seg_id: int) -> list[Batch]:
+def packed(examples: Sequence[Example], per_sequence: int, seg_id: int) -> list[Batch]:
     """Return the samples as batches of one row on the host."""
-    groups = [examples[first : first + per_pack] for first in range(0, len(examples), per_pack)]
-    packs = [Pack(lane=0, after=LanePosition(next=1), examples=tuple(group)) for group in groups]
-    return [collate([pack], seg_id=seg_id) for pack in packs]
+    groups = [examples[first : first + per_sequence] for first in range(0, len(examples), per_sequence)]
+    sequences = [PackedSequence(stream=0, after=StreamState(next=1), examples=tuple(group)) for group in groups]
+    return [collate([sequence], seg_id=seg_id) for sequence in sequences]

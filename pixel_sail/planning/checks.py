@@ -173,12 +173,12 @@ def check_disk(*, folder: Path, free: float, needed: float, bytes_per_second: fl
     return Finding(name="disk", status=OK, found=found)
 
 
-def shared_memory_needed(*, token_budget: int, packs: int, patch_size: int, workers: int, processes: int) -> float:
+def shared_memory_needed(*, seq_len: int, sequences: int, patch_size: int, workers: int, processes: int) -> float:
     """Return the bytes of all batches that loader workers have ready: four each, masks not counted.
 
     A token has ten 8-byte numbers and at most one patch of bytes.
     """
-    per_batch = packs * token_budget * (10 * 8 + 3 * patch_size**2)
+    per_batch = sequences * seq_len * (10 * 8 + 3 * patch_size**2)
     return 4.0 * per_batch * workers * processes
 
 

@@ -1,10 +1,10 @@
-"""How long a run is: packs of a step, steps, and the passes over the data that these are.
+"""How long a run is: sequences of a step, steps, and the passes over the data that these are.
 
 Place in the flow: `training/prepare.py` calls `measured_length` once the data is known, `tools/plan_run.py` before;
 what comes out replaces the wishes `optim.epochs` and `data.samples_per_step` in everything behind it. One pass over
 2,230,656 samples, 128 to a step, on 32 processes:
 
-    Length(items=2230656, samples_per_pack=4.0, packs_per_step=32, steps=17427, ...).passes == 1.0
+    Length(items=2230656, samples_per_sequence=4.0, global_batch_size=32, steps=17427, ...).passes == 1.0
 
 The passes come out as wished for to half a step and to the error of the forecast: the stream of samples has no end, so
 that the last step may reach into the next epoch or leave some samples of this one.
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from pixel_sail.config import ConfigError, TrainConfig
 from pixel_sail.data.mixture import Mixture
-from pixel_sail.data.packing_forecast import MAX_POSITIONS, PackForecast, forecast_packs
+from pixel_sail.data.packing_forecast import MAX_POSITIONS, PackingForecast, forecast_packing
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.types import Example
 
@@ -33,10 +33,10 @@ class Length:
 
     items: int | None
     """Samples of an epoch, repeats and decontamination counted in; None: not known."""
-    forecast: PackForecast
+    forecast: PackingForecast
     is_assumed: bool
     """Whether the forecast is one of assumed samples."""
-    packs_per_step: int
+    global_batch_size: int
     steps: int
     wanted_samples_per_step: int | None
     wanted_passes: float | None
@@ -44,14 +44,14 @@ class Length:
     @property
     def samples_per_step(self) -> float:
         """Return the samples of a step that are expected."""
-        return self.packs_per_step * self.forecast.samples_per_pack
+        return self.global_batch_size * self.forecast.samples_per_sequence
 
     @property
     def passes(self) -> float | None:
         """Return how often the run goes through the data, as expected."""
         if self.items is None:
             return None
-        return self.steps * self.packs_per_step * self.forecast.positions_per_pack / self.items
+        return self.steps * self.global_batch_size * self.forecast.positions_per_sequence / self.items
 
     @property
     def is_far_off(self) -> bool:
@@ -68,21 +68,21 @@ class Length:
 
 def is_wished(config: TrainConfig) -> bool:
     """Return whether the length of a run is still to be measured."""
-    return config.optim.steps is None or config.data.packs_per_step is None
+    return config.optim.steps is None or config.data.global_batch_size is None
 
 
 def length_of(
-    config: TrainConfig, forecast: PackForecast, *, items: int | None, group: int, is_assumed: bool
+    config: TrainConfig, forecast: PackingForecast, *, items: int | None, group: int, is_assumed: bool
 ) -> Length:
-    """Return the length that follows from a forecast. group: packs are shared out in multiples of it.
+    """Return the length that follows from a forecast. group: sequences are shared out in multiples of it.
 
     Raises: ConfigError where passes are wished for and nothing says how many samples an epoch has.
     """
     data, optim = config.data, config.optim
-    packs, steps = data.packs_per_step, optim.steps
-    if packs is None:
+    sequences, steps = data.global_batch_size, optim.steps
+    if sequences is None:
         assert data.samples_per_step is not None
-        packs = group * max(round(data.samples_per_step / (forecast.samples_per_pack * group)), 1)
+        sequences = group * max(round(data.samples_per_step / (forecast.samples_per_sequence * group)), 1)
     if steps is None:
         if items is None:
             raise ConfigError(
@@ -91,12 +91,12 @@ def length_of(
                 "optim.epochs=null"
             )
         assert optim.epochs is not None
-        steps = max(round(optim.epochs * items / (forecast.positions_per_pack * packs)), 1)
+        steps = max(round(optim.epochs * items / (forecast.positions_per_sequence * sequences)), 1)
     return Length(
         items=items,
         forecast=forecast,
         is_assumed=is_assumed,
-        packs_per_step=packs,
+        global_batch_size=sequences,
         steps=steps,
         wanted_samples_per_step=data.samples_per_step,
         wanted_passes=optim.epochs,
@@ -116,7 +116,7 @@ def measured_length(
 
     Raises: DataError, as training would for these samples.
     """
-    forecast = forecast_packs(
+    forecast = forecast_packing(
         mixture,
         processor,
         config.data.packing,
@@ -127,10 +127,10 @@ def measured_length(
     return length_of(config, forecast, items=mixture.epoch_length, group=group, is_assumed=False)
 
 
-def with_length(config: TrainConfig, *, packs_per_step: int, steps: int) -> TrainConfig:
+def with_length(config: TrainConfig, *, global_batch_size: int, steps: int) -> TrainConfig:
     """Return the configuration with these numbers in it; what was wished for stays beside them."""
     optim, data = copy(config.optim), copy(config.data)
-    optim.steps, data.packs_per_step = steps, packs_per_step
+    optim.steps, data.global_batch_size = steps, global_batch_size
     return replace(config, optim=optim, data=data)
 
 
@@ -139,12 +139,12 @@ def length_lines(length: Length) -> list[str]:
     forecast, items, passes = length.forecast, length.items, length.passes
     kind = "assumed samples" if length.is_assumed else "samples"
     known = "a number of samples that is not known" if items is None else f"{items:,} {kind}"
-    error = 100 * forecast.standard_error / forecast.samples_per_pack
+    error = 100 * forecast.standard_error / forecast.samples_per_sequence
     wanted_samples, wanted_passes = length.wanted_samples_per_step, length.wanted_passes
     lines = [
-        f"an epoch: {known}; {forecast.samples_per_pack:.2f} of them in a pack (standard error {error:.1f} %, from "
+        f"an epoch: {known}; {forecast.samples_per_sequence:.2f} of them in a sequence (standard error {error:.1f} %, from "
         f"{forecast.num_positions:,} {kind})",
-        f"a step: {length.packs_per_step} packs, {length.samples_per_step:.1f} samples expected"
+        f"a step: {length.global_batch_size} sequences, {length.samples_per_step:.1f} samples expected"
         + ("" if wanted_samples is None else f" ({wanted_samples} wanted)"),
         f"the run: {length.steps:,} step{'' if length.steps == 1 else 's'}"
         + ("" if passes is None else f", {passes:.3f} passes")
@@ -152,13 +152,13 @@ def length_lines(length: Length) -> list[str]:
     ]
     if length.is_far_off:
         lines.append(
-            f"a step is far from {wanted_samples} samples, because its packs are shared out evenly: another number of "
-            "processes, another data.packs_per_micro_batch, or packs of fewer samples (data.packing.max_samples) come "
+            f"a step is far from {wanted_samples} samples, because its sequences are shared out evenly: another number of "
+            "processes, another data.micro_batch_size, or sequences of fewer samples (data.packing.max_samples) come "
             "nearer"
         )
     if length.misses_passes:
         lines.append(
             f"the data are gone through {passes:.3f} times, not {wanted_passes:g}: steps are whole and at least one; "
-            "fewer samples in a step (data.samples_per_step, data.packs_per_step) come nearer"
+            "fewer samples in a step (data.samples_per_step, data.global_batch_size) come nearer"
         )
     return lines

@@ -77,15 +77,15 @@ def make_plan(
     """Return the plan.
 
     works: micro-batches of the configured size, from real data or assumed (then `assumptions` says how); the
-    vocabulary must be filled in. length: packs of a step and steps. training_parts: what is trained, by default
+    vocabulary must be filled in. length: sequences of a step and steps. training_parts: what is trained, by default
     everything and without adapters.
-    Raises: ConfigError when the packs of a step cannot be shared out over the GPUs.
+    Raises: ConfigError when the sequences of a step cannot be shared out over the GPUs.
     """
-    rows, per_step = config.data.packs_per_micro_batch, length.packs_per_step
+    rows, per_step = config.data.micro_batch_size, length.global_batch_size
     if per_step % (machine.gpus * rows):
         raise ConfigError(
-            f"data.packs_per_step is {per_step}, expected a multiple of {machine.gpus * rows}: {machine.gpus} GPUs "
-            f"times data.packs_per_micro_batch={rows}"
+            f"data.global_batch_size is {per_step}, expected a multiple of {machine.gpus * rows}: {machine.gpus} GPUs "
+            f"times data.micro_batch_size={rows}"
         )
     architecture, experts = config.model.architecture, config.experts
     counts = parameter_counts(architecture, experts)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pixel_sail.config import ConfigError, EvalConfig, TrainConfig, build, load_config
-from pixel_sail.data.loader import LaneShare
+from pixel_sail.data.loader import StreamAssignment
 from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
 from pixel_sail.sweep.grid import Job
 
@@ -23,13 +23,13 @@ def checked_config(job: Job) -> TrainConfig:
     try:
         config = load_config("train", TrainConfig, [*job.overrides, f"name='{job.name}'"])
         PixelSailConfig.from_architecture(config.model.architecture)
-        if config.data.packs_per_step is not None:
+        if config.data.global_batch_size is not None:
             # What one process cannot share out evenly, several cannot either.
-            LaneShare(
-                packs_per_step=config.data.packs_per_step,
+            StreamAssignment(
+                global_batch_size=config.data.global_batch_size,
                 rank=0,
                 world_size=1,
-                packs_per_micro_batch=config.data.packs_per_micro_batch,
+                micro_batch_size=config.data.micro_batch_size,
             )
         for name, node in config.data.sources.items():
             _check_node(node, f"data.sources.{name}")

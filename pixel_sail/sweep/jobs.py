@@ -25,7 +25,7 @@ from typing import Any
 from pixel_sail.config import ConfigError
 from pixel_sail.files import replace_text
 from pixel_sail.overrides import quoted
-from pixel_sail.places import root_folder
+from pixel_sail.paths import root_folder
 from pixel_sail.sweep.grid import Job
 from pixel_sail.types import DataError
 

@@ -44,7 +44,7 @@ def deepspeed_dictionary(config: TrainConfig, accumulation: int) -> dict[str, An
         # How often the upsampler runs depends on the image sizes of a rank's batch: its parameters are gathered once
         # for all of them, with the mask head as a whole.
         zero["leaf_module"] = {"classes": ["MaskHead"]}
-    micro = config.data.packs_per_micro_batch
+    micro = config.data.micro_batch_size
     return {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,

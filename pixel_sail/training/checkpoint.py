@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pixel_sail import dist
-from pixel_sail.data.packing import LanePosition
+from pixel_sail.data.packing import StreamState
 from pixel_sail.errors import ExpectedError, WriteError
 from pixel_sail.files import (
     WRITING,
@@ -70,17 +70,17 @@ class TrainState:
 
     step: int = 0
     """Finished optimizer steps."""
-    lanes: tuple[LanePosition, ...] = ()
-    """Where each lane of the data stands."""
+    streams: tuple[StreamState, ...] = ()
+    """Where each stream of the data stands."""
     num_skipped: int = 0
     """Samples left out so far."""
     source_sums: tuple[tuple[float, ...], ...] = ()
     """Per source, sums of `source_columns` since the last log line."""
 
     @classmethod
-    def start(cls, *, num_lanes: int, num_sources: int, num_columns: int) -> "TrainState":
+    def start(cls, *, num_streams: int, num_sources: int, num_columns: int) -> "TrainState":
         """Return where every run begins."""
-        return cls(lanes=(LanePosition(),) * num_lanes, source_sums=((0.0,) * num_columns,) * num_sources)
+        return cls(streams=(StreamState(),) * num_streams, source_sums=((0.0,) * num_columns,) * num_sources)
 
 
 def collect(
@@ -183,7 +183,7 @@ def read(
 def _train_state(fields: Any, path: Path) -> TrainState:
     """Return where a run stands, from what its checkpoint says. Raises: CheckpointError."""
     where = f"{path / STATE}: train_state"
-    kinds = {"step": int, "lanes": list, "num_skipped": int, "source_sums": list}
+    kinds = {"step": int, "streams": list, "num_skipped": int, "source_sums": list}
     check_fields(fields, where, kinds, fail=CheckpointError, remedy=_GO_BACK)
     if fields["step"] != step_of(path.name) or fields["num_skipped"] < 0:
         raise CheckpointError(
@@ -195,21 +195,23 @@ def _train_state(fields: Any, path: Path) -> TrainState:
         raise CheckpointError(f"{where}: found source_sums {str(sums)[:200]}, expected lists of numbers; {_GO_BACK}")
     return TrainState(
         step=fields["step"],
-        lanes=read_lanes(fields["lanes"], where, fail=CheckpointError, remedy=_GO_BACK),
+        streams=read_stream_states(fields["streams"], where, fail=CheckpointError, remedy=_GO_BACK),
         num_skipped=fields["num_skipped"],
         source_sums=tuple(tuple(row) for row in sums),
     )
 
 
-def read_lanes(lanes: Sequence[Any], where: str, *, fail: type[ExpectedError], remedy: str) -> tuple[LanePosition, ...]:
-    """Return positions of lanes from JSON. Raises: `fail`."""
-    for number, lane in enumerate(lanes):
-        own = f"{where}: lane {number}"
-        check_fields(lane, own, {"next": int, "waiting": list}, fail=fail, remedy=remedy)
-        numbers = [lane["next"], *lane["waiting"]]
+def read_stream_states(
+    streams: Sequence[Any], where: str, *, fail: type[ExpectedError], remedy: str
+) -> tuple[StreamState, ...]:
+    """Return positions of streams from JSON. Raises: `fail`."""
+    for number, stream in enumerate(streams):
+        own = f"{where}: stream {number}"
+        check_fields(stream, own, {"next": int, "waiting": list}, fail=fail, remedy=remedy)
+        numbers = [stream["next"], *stream["waiting"]]
         if not all(_is_number(value) and isinstance(value, int) and value >= 0 for value in numbers):
             raise fail(f"{own}: found {str(numbers)[:200]}, expected positions from 0; {remedy}")
-    return tuple(LanePosition(next=lane["next"], waiting=tuple(lane["waiting"])) for lane in lanes)
+    return tuple(StreamState(next=stream["next"], waiting=tuple(stream["waiting"])) for stream in streams)
 
 
 def _is_number(value: Any) -> bool:
@@ -217,11 +219,11 @@ def _is_number(value: Any) -> bool:
 
 
 def check_fits(path: Path, state: TrainState, start: TrainState) -> None:
-    """Raise CheckpointError unless a state is about as many lanes, sources and numbers as the start of the run."""
-    sizes = [(len(own.lanes), [len(row) for row in own.source_sums]) for own in (state, start)]
+    """Raise CheckpointError unless a state is about as many streams, sources and numbers as the start of the run."""
+    sizes = [(len(own.streams), [len(row) for row in own.source_sums]) for own in (state, start)]
     if sizes[0] != sizes[1]:
         raise CheckpointError(
-            f"{path / STATE}: (lanes, sums of each source) found {sizes[0]}, expected {sizes[1]}; {_GO_BACK}"
+            f"{path / STATE}: (streams, sums of each source) found {sizes[0]}, expected {sizes[1]}; {_GO_BACK}"
         )
 
 
@@ -563,18 +565,18 @@ def _is_sharded(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
 
 
-def merge_lanes(
-    before: Sequence[LanePosition], own: dict[int, LanePosition], lookahead: int, device: torch.device
-) -> tuple[LanePosition, ...]:
-    """Return the positions of all lanes after a step, each rank knowing only its own."""
-    # One row per lane: whether it moved, next, how many wait, which. Only its owner fills it, so that the sum over
-    # ranks is the table; lanes whose round it was not stay where they are.
-    mine = torch.zeros(len(before), 3 + lookahead, dtype=torch.int64)
-    for lane, position in own.items():
+def gather_data_state(
+    before: Sequence[StreamState], own: dict[int, StreamState], packing_buffer: int, device: torch.device
+) -> tuple[StreamState, ...]:
+    """Return the positions of all streams after a step, each rank knowing only its own."""
+    # One row per stream: whether it moved, next, how many wait, which. Only its owner fills it, so that the sum over
+    # ranks is the table; streams whose round it was not stay where they are.
+    mine = torch.zeros(len(before), 3 + packing_buffer, dtype=torch.int64)
+    for stream, position in own.items():
         row = (1, position.next, len(position.waiting), *position.waiting)
-        mine[lane, : len(row)] = torch.tensor(row)
+        mine[stream, : len(row)] = torch.tensor(row)
     rows = dist.sum_over_ranks(mine.to(device)).tolist()
     return tuple(
-        LanePosition(next=row[1], waiting=tuple(row[3 : 3 + row[2]])) if row[0] else position
+        StreamState(next=row[1], waiting=tuple(row[3 : 3 + row[2]])) if row[0] else position
         for row, position in zip(rows, before, strict=True)
     )

@@ -3,8 +3,8 @@
 Place in the flow: `scripts/train.py --dry-run` prints what `dry_run` returns, on rank 0 of as many processes as were
 launched:
 
-    an epoch: 2,910 samples; 1.00 of them in a pack (standard error 0.0 %, from 1,024 samples)
-    a step: 16 packs, 16.0 samples expected
+    an epoch: 2,910 samples; 1.00 of them in a sequence (standard error 0.0 %, from 1,024 samples)
+    a step: 16 sequences, 16.0 samples expected
     the run: 1,650 steps, 9.072 passes
     step 1: total 3.43, text 0.61, bce 0.54, dice 0.87, grad_norm 18.5
             16 samples, 878 tokens (1.8 % padding), 40 masks
@@ -30,7 +30,7 @@ from pixel_sail.training.schedule import learning_rate
 from pixel_sail.training.step import SOURCE_COLUMNS, StepReport, optimizer_step
 
 SHOWN_POSITIONS = 1024
-"""Positions of the stream that are looked at where only the answer depends on them."""
+"""Positions of the mixture that are looked at where only the answer depends on them."""
 
 
 def dry_run(config: TrainConfig) -> list[str]:

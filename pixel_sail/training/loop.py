@@ -18,7 +18,7 @@ import torch
 from pixel_sail import dist
 from pixel_sail.config import TrainConfig
 from pixel_sail.data.loader import StepData, being_read, reading_table
-from pixel_sail.data.packing import LanePosition
+from pixel_sail.data.packing import StreamState
 from pixel_sail.files import append_line, replace_text
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
@@ -55,7 +55,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
     write_config(run)
     device = run.accelerator.device
     stop = StopSignals()
-    reading_L = reading_table(run.share.num_lanes)
+    reading_L = reading_table(run.assignment.num_streams)
     data = step_data(run, reading_L)
     architecture = run.accelerator.unwrap_model(run.model).config
     meter = Meter(architecture, config.experts, peak_tflops=config.log.peak_tflops, device=device)
@@ -80,9 +80,9 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
             watchdog.data_is_here([name for batch in now.batches for name in batch.sample_ids])
             stop.listen()
             rates = set_learning_rate(run.optimizer, learning_rate(state.step, config.optim))
-            lanes = checkpoint.merge_lanes(state.lanes, now.after, config.data.packing.lookahead, device)
-            report = update(run, state.step, now, lanes, writer)
-            state = advanced(run, state, now, lanes, report)
+            streams = checkpoint.gather_data_state(state.streams, now.after, config.data.packing.packing_buffer, device)
+            report = update(run, state.step, now, streams, writer)
+            state = advanced(run, state, now, streams, report)
             meter.step_done(now.batches, tokens=report.tokens, samples=report.samples)
             log.step_done()
             if due(state.step, config.log.every) or state.step == last:
@@ -123,8 +123,8 @@ def write_config(run: Run) -> None:
         append_line(run.run_dir / STARTS, json.dumps(start))
 
 
-def update(run: Run, done: int, now: StepData, lanes: Sequence[LanePosition], writer: CheckpointWriter) -> StepReport:
-    """Make the step after `done` steps, `lanes` being where the data stands behind it.
+def update(run: Run, done: int, now: StepData, streams: Sequence[StreamState], writer: CheckpointWriter) -> StepReport:
+    """Make the step after `done` steps, `streams` being where the data stands behind it.
 
     Raises: NonFiniteLossError, or InterruptedRun where the run may go back and past this data.
     """
@@ -151,7 +151,7 @@ def update(run: Run, done: int, now: StepData, lanes: Sequence[LanePosition], wr
             told,
             from_step=checkpoint.latest_step(run.checkpoints),
             failed_step=done + 1,
-            lanes=lanes,
+            streams=streams,
             limit=config.checkpoint.rewinds,
         ) from error
     if config.optim.ema_decay:
@@ -160,7 +160,7 @@ def update(run: Run, done: int, now: StepData, lanes: Sequence[LanePosition], wr
 
 
 def advanced(
-    run: Run, state: TrainState, now: StepData, lanes: tuple[LanePosition, ...], report: StepReport
+    run: Run, state: TrainState, now: StepData, streams: tuple[StreamState, ...], report: StepReport
 ) -> TrainState:
     """Return where the run stands after a step, samples that were left out counted and written down."""
     num_skipped = record_skipped(
@@ -168,19 +168,19 @@ def advanced(
         now.skipped,
         before=state.num_skipped,
         mixture=run.mixture,
-        position=sum(lane.next for lane in lanes),
+        position=sum(stream.next for stream in streams),
         max_share=run.config.data.max_skipped_share,
         device=run.accelerator.device,
     )
     sums = torch.tensor(state.source_sums, dtype=torch.float64) + report.by_source
     return TrainState(
-        step=state.step + 1, lanes=lanes, num_skipped=num_skipped, source_sums=tuple(map(tuple, sums.tolist()))
+        step=state.step + 1, streams=streams, num_skipped=num_skipped, source_sums=tuple(map(tuple, sums.tolist()))
     )
 
 
 def log_line(run: Run, state: TrainState, report: StepReport, meter: Meter) -> dict[str, float]:
     """Return the numbers of a logged step; every rank must call it."""
-    epoch = sum(lane.consumed for lane in state.lanes) / run.mixture.epoch_length
+    epoch = sum(stream.consumed for stream in state.streams) / run.mixture.epoch_length
     numbers = {**report.scalars(), "epoch": round(epoch, 4), "skipped": state.num_skipped, **meter.read()}
     sums = torch.tensor(state.source_sums, dtype=torch.float64)
     return numbers | source_scalars(run.mixture.names, sums, run.experts)

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from pixel_sail import dist
 from pixel_sail.config import ConfigError, DataConfig, OptimConfig, TrainConfig, build
+from pixel_sail.data.fingerprint import data_fingerprint
 from pixel_sail.data.leakage import held_out_images, without_images
-from pixel_sail.data.loader import LaneShare, StepData, training_batches
+from pixel_sail.data.loader import StepData, StreamAssignment, training_batches
 from pixel_sail.data.mixture import Mixture
-from pixel_sail.data.noted_files import noted_files
 from pixel_sail.experts.teachers import load_teachers
 from pixel_sail.losses.distill import DistillTerm
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
@@ -51,7 +51,7 @@ FREE_KEYS = (
 )
 """Groups that may change between the sessions of one run without changing its numbers."""
 
-FREE_DATA_KEYS = ("num_workers", "packs_per_micro_batch", "planned_samples")
+FREE_DATA_KEYS = ("num_workers", "micro_batch_size", "planned_samples")
 """The same within `data`: how the work is shared out and planned, not what it is."""
 
 FREE_OPTIM_KEYS = ("activation_checkpointing",)
@@ -68,7 +68,7 @@ class Run:
     """What the steps of a run are made with, on one rank."""
 
     config: TrainConfig
-    """With the steps of the run and the packs of a step, where it was asked for passes or samples."""
+    """With the steps of the run and the sequences of a step, where it was asked for passes or samples."""
     length: Length | None
     """As it was measured; None where the configuration or a checkpoint states it."""
     run_dir: Path
@@ -80,7 +80,7 @@ class Run:
     gradients: GradientCheck
     processor: PixelSailProcessor
     mixture: Mixture
-    share: LaneShare
+    assignment: StreamAssignment
     distillation: Distillation | None
     identity: dict[str, Any]
     """What a continued run must not change."""
@@ -112,26 +112,28 @@ def prepare(config: TrainConfig, *, lock: bool) -> Run:
     found = checkpoint.latest(run_dir / "checkpoints")
     if found is not None:
         config = with_saved_length(config, found)
-    if config.data.packs_per_step is not None:
+    if config.data.global_batch_size is not None:
         # What cannot be shared out evenly is said before anything is loaded.
-        lane_share(config.data)
+        stream_assignment(config.data)
     # Experts and model before the accelerator: once it knows of ZeRO-3, whatever Hugging Face loads is sharded.
     distillation = build_distillation(config)
     experts = distillation.terms if distillation is not None else ()
     model, processor = build_model(config.model, seed=config.seed, experts=config.experts)
-    with noted_files() as files:
+    with data_fingerprint() as files:
         mixture = build_mixture(config.data, seed=config.seed)
     length = None
     if is_wished(config):
         length = measure_length(config, mixture, processor)
-        config = with_length(config, packs_per_step=length.packs_per_step, steps=length.steps)
-    share = lane_share(config.data)
-    accelerator = build_accelerator(config, share.accumulation)
+        config = with_length(config, global_batch_size=length.global_batch_size, steps=length.steps)
+    assignment = stream_assignment(config.data)
+    accelerator = build_accelerator(config, assignment.accumulation)
     check_agreement(config)
     run_lock = RunLock(run_dir) if lock else None
     identity = run_identity(asdict(config)) | {checkpoint.DATA_FILES: data_identity(mixture, files)}
     num_columns = len(source_columns(experts))
-    state = start = TrainState.start(num_lanes=share.num_lanes, num_sources=len(mixture.names), num_columns=num_columns)
+    state = start = TrainState.start(
+        num_streams=assignment.num_streams, num_sources=len(mixture.names), num_columns=num_columns
+    )
     saved = None
     if found is not None:
         if config.checkpoint.resume == "never":
@@ -173,7 +175,7 @@ def prepare(config: TrainConfig, *, lock: bool) -> Run:
         gradients=GradientCheck(wrapped, accelerator),
         processor=processor,
         mixture=mixture,
-        share=share,
+        assignment=assignment,
         distillation=distillation,
         identity=identity,
         state=state,
@@ -189,30 +191,32 @@ def with_saved_length(config: TrainConfig, found: Path) -> TrainConfig:
     if not is_wished(config):
         return config
     saved = checkpoint.saved_config(found)
-    packs_per_step, steps = config.data.packs_per_step, config.optim.steps
-    if packs_per_step is None:
-        packs_per_step = saved["data"]["packs_per_step"]
-        group = dist.launched_world_size() * config.data.packs_per_micro_batch
-        if packs_per_step % group:
+    global_batch_size, steps = config.data.global_batch_size, config.optim.steps
+    if global_batch_size is None:
+        global_batch_size = saved["data"]["global_batch_size"]
+        group = dist.launched_world_size() * config.data.micro_batch_size
+        if global_batch_size % group:
             raise ConfigError(
-                f"{found}: a step of this run has {packs_per_step} packs, found when it began for "
+                f"{found}: a step of this run has {global_batch_size} sequences, found when it began for "
                 f"data.samples_per_step={config.data.samples_per_step}; they cannot be shared out evenly over "
-                f"{group} (processes x data.packs_per_micro_batch). Go on with a number of processes that divides them"
+                f"{group} (processes x data.micro_batch_size). Go on with a number of processes that divides them"
             )
-    return with_length(config, packs_per_step=packs_per_step, steps=saved["optim"]["steps"] if steps is None else steps)
+    return with_length(
+        config, global_batch_size=global_batch_size, steps=saved["optim"]["steps"] if steps is None else steps
+    )
 
 
 def measure_length(config: TrainConfig, mixture: Mixture, processor: PixelSailProcessor, **limits: int) -> Length:
     """Return the length of a run over its data. Raises: ConfigError and DataError.
 
-    Every process measures for itself, and all find the same: DeepSpeed wants to know the packs of a step before there
-    is a group in which one process could tell the others.
+    Every process measures for itself, and all find the same: DeepSpeed wants to know the sequences of a step before
+    there is a group in which one process could tell the others.
     """
     # Texts come one at a time. Threads would only make the tokenizer warn of the data workers' fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if dist.rank() == 0:
         logger.info("length of the run: looking at samples of the mixture")
-    group = dist.launched_world_size() * config.data.packs_per_micro_batch
+    group = dist.launched_world_size() * config.data.micro_batch_size
     length = measured_length(config, mixture, processor, group=group, cost=sample_cost(config), **limits)
     if dist.rank() == 0:
         for line in length_lines(length):
@@ -222,10 +226,10 @@ def measure_length(config: TrainConfig, mixture: Mixture, processor: PixelSailPr
 
 def check_agreement(config: TrainConfig) -> None:
     """Raise ConfigError unless all processes came to the same length; every rank must call it."""
-    found = dist.gather_objects((config.optim.num_steps, config.data.num_packs))
+    found = dist.gather_objects((config.optim.num_steps, config.data.resolved_batch_size))
     if len(set(found)) > 1:
         raise ConfigError(
-            f"the processes found other lengths for this run, (steps, packs of a step) by rank: {found}; their nodes "
+            f"the processes found other lengths for this run, (steps, sequences of a step) by rank: {found}; their nodes "
             "hold other data. Give all of them the same files"
         )
 
@@ -239,7 +243,7 @@ def name_of_run(run_dir: Path) -> str | None:
 
 
 def sample_cost(config: TrainConfig) -> Callable[[Example], float]:
-    """Return what a sample takes of a pack's budget."""
+    """Return what a sample takes of a sequence's budget."""
     return SampleCost(architecture=config.model.architecture) if config.data.packing.balance == "flops" else len
 
 
@@ -250,8 +254,8 @@ def step_data(run: Run, reading_L: Tensor | None = None) -> Iterator[StepData]:
         run.mixture,
         run.processor,
         data.packing,
-        run.share,
-        start=run.state.lanes,
+        run.assignment,
+        start=run.state.streams,
         step=run.state.step,
         num_workers=data.num_workers,
         max_skipped_share=data.max_skipped_share,
@@ -323,14 +327,14 @@ def build_distillation(config: TrainConfig) -> Distillation | None:
     return Distillation(teachers=teachers, terms=terms)
 
 
-def lane_share(config: DataConfig) -> LaneShare:
+def stream_assignment(config: DataConfig) -> StreamAssignment:
     """Return this process's part of every optimizer step."""
-    return LaneShare(
-        packs_per_step=config.num_packs,
-        rounds=config.lane_rounds,
+    return StreamAssignment(
+        global_batch_size=config.resolved_batch_size,
+        rounds=config.stream_rounds,
         rank=dist.rank(),
         world_size=dist.launched_world_size(),
-        packs_per_micro_batch=config.packs_per_micro_batch,
+        micro_batch_size=config.micro_batch_size,
     )
 
 

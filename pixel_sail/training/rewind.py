@@ -4,7 +4,7 @@ Place in the flow: where a loss or gradient is not finite and `checkpoint.rewind
 where the data stood after the step that failed, and ends with the status that asks to be started again. The next
 session starts from the checkpoint with that note's place in the data:
 
-    step 57 fails, the last checkpoint is step 50  ->  rewinds.jsonl: {"from_step": 50, "failed_step": 57, "lanes": ...}
+    step 57 fails, the last checkpoint is step 50  ->  rewinds.jsonl: {"from_step": 50, "failed_step": 57, "streams": ...}
     next session: weights, moments and step 50, data from behind that of step 57
 
 What a session does follows from checkpoint and notes alone, so that a run which is interrupted after a rewind goes on
@@ -20,9 +20,9 @@ from typing import Any
 
 from pixel_sail import dist
 from pixel_sail.config import ConfigError
-from pixel_sail.data.packing import LanePosition
+from pixel_sail.data.packing import StreamState
 from pixel_sail.files import append_line, read_json_lines
-from pixel_sail.training.checkpoint import CheckpointError, TrainState, read_lanes
+from pixel_sail.training.checkpoint import CheckpointError, TrainState, read_stream_states
 from pixel_sail.training.finite import NonFiniteLossError
 from pixel_sail.training.interruption import InterruptedRun
 
@@ -38,10 +38,10 @@ def rewind(
     *,
     from_step: int,
     failed_step: int,
-    lanes: Sequence[LanePosition],
+    streams: Sequence[StreamState],
     limit: int,
 ) -> InterruptedRun:
-    """Note a rewind to `from_step` with the data behind `lanes`; return what ends this session.
+    """Note a rewind to `from_step` with the data behind `streams`; return what ends this session.
 
     Every rank must call it. Raises: the error itself, when the run has had `limit` rewinds.
     """
@@ -55,7 +55,7 @@ def rewind(
         note = {
             "from_step": from_step,
             "failed_step": failed_step,
-            "lanes": [asdict(lane) for lane in lanes],
+            "streams": [asdict(stream) for stream in streams],
             "reason": str(error),
         }
         append_line(run_dir / REWINDS_FILE, json.dumps(note))
@@ -68,7 +68,7 @@ def rewind(
 def behind_rewinds(run_dir: Path, state: TrainState) -> TrainState:
     """Return the state of a checkpoint, or of the start, with the data moved on by the last rewind to it.
 
-    Raises: ConfigError where a run without a checkpoint was started with another number of packs in a step.
+    Raises: ConfigError where a run without a checkpoint was started with another number of sequences in a step.
     """
     notes = [note for note in _notes(run_dir) if note["from_step"] == state.step]
     if not notes:
@@ -77,15 +77,15 @@ def behind_rewinds(run_dir: Path, state: TrainState) -> TrainState:
     if dist.rank() == 0:
         failed = note["failed_step"]
         logger.warning("rewind to step %d: going on with the data behind that of step %d", state.step, failed)
-    lanes = read_lanes(note["lanes"], str(file), fail=CheckpointError, remedy=_REMEDY)
-    if state.lanes and len(lanes) != len(state.lanes):
+    streams = read_stream_states(note["streams"], str(file), fail=CheckpointError, remedy=_REMEDY)
+    if state.streams and len(streams) != len(state.streams):
         raise ConfigError(
-            f"{file} is of a run with {len(lanes)} lanes of data, this start would have {len(state.lanes)}; start it "
+            f"{file} is of a run with {len(streams)} streams of data, this start would have {len(state.streams)}; start it "
             "on as many processes as before, or choose another run_dir"
         )
-    return replace(state, lanes=lanes)
+    return replace(state, streams=streams)
 
 
 def _notes(run_dir: Path) -> list[dict[str, Any]]:
-    kinds = {"from_step": int, "failed_step": int, "lanes": list}
+    kinds = {"from_step": int, "failed_step": int, "streams": list}
     return read_json_lines(run_dir / REWINDS_FILE, kinds, fail=CheckpointError, remedy=_REMEDY)

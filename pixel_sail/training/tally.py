@@ -53,8 +53,8 @@ def record_skipped(
 ) -> int:
     """Write this step's left-out samples of all ranks to skipped.jsonl; return how many the run has left out so far.
 
-    Raises: DataError, on every rank, when that is more than `max_share` of the stream up to `position`, or of one epoch
-    if that is longer.
+    Raises: DataError, on every rank, when that is more than `max_share` of the mixture up to `position`, or of one
+    epoch if that is longer.
     """
     new = int(dist.sum_over_ranks(torch.tensor(len(own), device=device)))
     if new == 0:
@@ -66,7 +66,7 @@ def record_skipped(
     if total > allowed_skips(mixture, position, max_share):
         counts = dict(Counter(skip.source for skip in everyone))
         raise DataError(
-            f"data: {total} samples left out by position {position} of the stream, expected at most a share of "
+            f"data: {total} samples left out by position {position} of the mixture, expected at most a share of "
             f"{max_share} (data.max_skipped_share); {run_dir / SKIPPED_FILE} names them, the last are {counts}: "
             f"{everyone[-1].reason}"
         )

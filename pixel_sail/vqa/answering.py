@@ -53,7 +53,7 @@ def answer(
 def answers(predictor: BatchPredictor, questions: Iterable[VqaQuestion]) -> Iterator[str]:
     """Yield the greedy answer to every question, in order.
 
-    `predictor.config.token_budget` limits what runs as one batch. Masks are not returned.
+    `predictor.config.max_batch_tokens` limits what runs as one batch. Masks are not returned.
     """
     waiting = iter(questions)
     while window := list(islice(waiting, WINDOW)):

@@ -3,7 +3,7 @@
 Place in the flow: lmms-eval finds the class by the manifest of `lmms_eval_plugin.py`, builds it from `--model_args`,
 and calls `generate_until` with its share of the requests; the answers come from `answering.py`. Example:
 
-    --model pixel_sail --model_args pretrained=runs/quickstart,precision=bf16,token_budget=65536
+    --model pixel_sail --model_args pretrained=runs/quickstart,precision=bf16,max_batch_tokens=65536
 
 The kit deals documents to ranks by stride and gathers the scores; nothing here communicates.
 """
@@ -33,13 +33,13 @@ class PixelSail(lmms):
         precision: str = "fp32",
         device: str | None = None,
         batch_size: int | str = 1,
-        token_budget: int = PredictConfig.token_budget,
+        max_batch_tokens: int = PredictConfig.max_batch_tokens,
         max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
     ) -> None:
         """Load the run folder or exported folder `pretrained` onto the device of this process.
 
-        `token_budget` limits a batch (see `PredictConfig`), the kit's `batch_size` must stay 1. `max_new_tokens` is the
-        longest answer where a task states none. Raises: ConfigError for a missing checkpoint or a wrong setting.
+        `max_batch_tokens` limits a batch (see `PredictConfig`), the kit's `batch_size` must stay 1. `max_new_tokens` is
+        the longest answer where a task states none. Raises: ConfigError for a missing checkpoint or a wrong setting.
         """
         super().__init__()
         if precision not in DTYPES:
@@ -47,14 +47,14 @@ class PixelSail(lmms):
         if str(batch_size) != "1":
             raise ConfigError(
                 f"--batch_size is {batch_size}, expected none: pictures differ in size, so tokens limit a batch; "
-                "give --model_args token_budget=65536 instead"
+                "give --model_args max_batch_tokens=65536 instead"
             )
         # Several processes are often started with one --device cuda; each has a GPU of its own.
         self.device = dist.local_device() if device in (None, "cuda") else torch.device(device)
         self.max_new_tokens = max_new_tokens
         self.predictor = BatchPredictor.from_pretrained(
             checkpoint_folder(pretrained),
-            config=PredictConfig(token_budget=token_budget),
+            config=PredictConfig(max_batch_tokens=max_batch_tokens),
             precision=precision,
             device=str(self.device),
         )

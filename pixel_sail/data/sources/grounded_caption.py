@@ -117,11 +117,11 @@ class GroundedCaptionSource:
         record = self._layout.read(int(self._items[index]))
         sample_id = f"{self.name}/{record.item_id}"
         placement = record.placement()
-        if not placement.places:
+        if not placement.spans:
             raise DataError(f"{sample_id}: found no phrase in the caption, expected one; leave the caption out")
         image_path = find_image(self._folders, record.file_name)
         image_hw = record.image_hw if record.image_hw is not None else stored_hw(image_path, sample_id)
-        masks = tuple(_united(record, place.phrases, image_hw) for place in placement.places)
+        masks = tuple(_united(record, marked.phrases, image_hw) for marked in placement.spans)
         question = caption_question(rng, as_released=self._released_wording)
         answer = mark_caption(record.caption, placement, sample_id)
         return Sample(
@@ -148,7 +148,7 @@ class GroundedCaptionSource:
             num_overlapped += len(placement.overlapped)
             for i in placement.misplaced:
                 _remark_misplaced(record, i, self._layout.where)
-            if placement.places:
+            if placement.spans:
                 usable.append(index)
         num_left_out = len(self._layout) - len(usable)
         if num_left_out or num_unmasked or num_lost or num_overlapped:

@@ -10,7 +10,7 @@ Place in the flow: llava_v1_5_mix665k.json (665k records, 1 GB) -> here -> `Samp
 
 What the released loader got wrong, and what happens here:
 - long conversations were cut within a word of an answer, which a model then learned to stop at, and what followed was
-  never seen: what does not fit into a pack (`data.packing.token_budget`) with its image is divided between turns into
+  never seen: what does not fit into a sequence (`data.packing.seq_len`) with its image is divided between turns into
   parts that do (`data/turn_parts.py`), of which one is drawn, or with `long_conversations=released` the first one kept;
 - messages of one side in a row: see `data/conversations.py`.
 """
@@ -34,7 +34,7 @@ def load(
     """Return the file as a training source.
 
     annotations: the JSON file. image_dir: folder that the paths of the records start from. long_conversations: of one
-    that is longer than a pack, ours: a part drawn at random; released: the turns from the beginning on (the release
+    that is longer than a sequence, ours: a part drawn at random; released: the turns from the beginning on (the release
     cuts the next turn, here it is left out). A single turn that is longer is an error. Raises: DataError, ValueError.
     """
     keeps_beginning = is_released(name, "long_conversations", long_conversations)

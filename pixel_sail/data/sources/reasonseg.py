@@ -31,11 +31,11 @@ from PIL import Image
 from pixel_sail.data.coordinates import check_pixels
 from pixel_sail.data.details import OURS, is_released
 from pixel_sail.data.fields import field, strings
+from pixel_sail.data.fingerprint import add_to_fingerprint
 from pixel_sail.data.image_sizes import stored_hw, turn_of, upright_hw
 from pixel_sail.data.images import existing_file
 from pixel_sail.data.labelme import Shape, paint_shape, read_shape
 from pixel_sail.data.masks import decode_rle
-from pixel_sail.data.noted_files import note_file
 from pixel_sail.data.wording.reasoning import evaluation_question, reasoning_turn
 from pixel_sail.files import is_hidden
 from pixel_sail.rle import encode_as_released, encode_mask
@@ -282,7 +282,7 @@ def _label(shape: object, where: str) -> str:
 def _read_json(path: Path) -> object:
     try:
         data = path.read_bytes()
-        note_file(path, hashlib.sha256(data).hexdigest())
+        add_to_fingerprint(path, hashlib.sha256(data).hexdigest())
         try:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError:

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
-_NOTED: ContextVar[dict[str, set[str]] | None] = ContextVar("noted_files", default=None)
+_NOTED: ContextVar[dict[str, set[str]] | None] = ContextVar("data_fingerprint", default=None)
 
 
-def note_file(path: Path, digest: str) -> None:
+def add_to_fingerprint(path: Path, digest: str) -> None:
     """Note a file with the SHA-256 of its content, if anybody listens."""
     noted = _NOTED.get()
     if noted is not None:
@@ -25,7 +25,7 @@ def note_file(path: Path, digest: str) -> None:
 
 
 @contextmanager
-def noted_files() -> Iterator[dict[str, set[str]]]:
+def data_fingerprint() -> Iterator[dict[str, set[str]]]:
     """Collect the files that are noted inside the block: name -> SHA-256 of each file of that name."""
     noted: dict[str, set[str]] = {}
     token = _NOTED.set(noted)

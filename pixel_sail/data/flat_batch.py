@@ -1,8 +1,8 @@
 """A batch on its way from a loader worker to the training process: one block of memory per dtype.
 
-Place in the flow: `data/loader.py` packs in the worker and unpacks in the training process. Every tensor that crosses a
-process boundary costs a file descriptor and a fraction of a millisecond, and a batch has a mask for every question; in
-one block they cost the same once, and the tensors of the unpacked batch are views of it.
+Place in the flow: `data/loader.py` flattens it in the worker and restores it in the training process. Every tensor that
+crosses a process boundary costs a file descriptor and a fraction of a millisecond, and a batch has a mask for every
+question; in one block they cost the same once, and the tensors of the restored batch are views of it.
 
 Example: input ids [2, 120] and positions [2, 2, 120] travel as 720 int64 numbers, with the layout
 [("input_ids_BT", None, int64, 0, (2, 120)), ("position_ids_2BT", None, int64, 240, (2, 2, 120))].
@@ -30,7 +30,7 @@ class _Slot:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wire:
+class FlatBatch:
     """A batch with its tensors in one block per dtype."""
 
     blocks: dict[torch.dtype, Tensor]
@@ -38,12 +38,12 @@ class Wire:
     rest: dict[str, Any]
     """Fields without tensors, and tuples with None where a tensor goes."""
 
-    def pin_memory(self) -> "Wire":
-        """Return the wire in pinned memory, from which a GPU copies without the host waiting (torch's loader asks)."""
+    def pin_memory(self) -> "FlatBatch":
+        """Return the flat batch in pinned memory, from which a GPU copies without the host waiting (torch's loader asks)."""
         return replace(self, blocks={dtype: block.pin_memory() for dtype, block in self.blocks.items()})
 
 
-def pack(batch: Batch) -> Wire:
+def flatten_batch(batch: Batch) -> FlatBatch:
     """Return the batch as blocks."""
     parts: dict[torch.dtype, list[Tensor]] = {}
     sizes: dict[torch.dtype, int] = {}
@@ -66,19 +66,19 @@ def pack(batch: Batch) -> Wire:
                     add(field, item, entry)
         else:
             rest[field] = value
-    return Wire(blocks={dtype: torch.cat(own) for dtype, own in parts.items()}, slots=tuple(slots), rest=rest)
+    return FlatBatch(blocks={dtype: torch.cat(own) for dtype, own in parts.items()}, slots=tuple(slots), rest=rest)
 
 
-def unpack(wire: Wire) -> Batch:
+def unflatten_batch(flat: FlatBatch) -> Batch:
     """Return the batch again; its tensors are views of the blocks."""
     fields: dict[str, Any] = {
-        name: list(value) if isinstance(value, tuple) else value for name, value in wire.rest.items()
+        name: list(value) if isinstance(value, tuple) else value for name, value in flat.rest.items()
     }
-    for slot in wire.slots:
+    for slot in flat.slots:
         size = 1
         for side in slot.shape:
             size *= side
-        tensor = wire.blocks[slot.dtype][slot.start : slot.start + size].view(slot.shape)
+        tensor = flat.blocks[slot.dtype][slot.start : slot.start + size].view(slot.shape)
         if slot.item is None:
             fields[slot.field] = tensor
         else:
