@@ -169,7 +169,7 @@ class DataConfig:
     """The run fails when more of the mixture's samples than this (of an epoch at least) could not be used."""
     packing: PackingSettings = field(default_factory=PackingSettings)
     global_batch_size: int | None = 8
-    """Sequences of one optimizer step, over all processes and accumulation steps. Exactly one of this and
+    """Packed sequences of one optimizer step, over all processes and accumulation steps. Exactly one of this and
     `samples_per_step` is set."""
     samples_per_step: int | None = None
     """Instead: samples of one optimizer step. The number of sequences follows from how many samples a sequence holds,
@@ -177,9 +177,10 @@ class DataConfig:
     planned_samples: int | None = None
     """Samples of an epoch that `tools/plan_run.py` assumes where the files are not there. Training counts them."""
     micro_batch_size: int = 1
-    """Sequences of one forward pass on one process."""
+    """Packed sequences of one forward pass on one process."""
     stream_rounds: int = 1
-    """Sets of sequences filled in turn; more of them let more workers share the work of one step."""
+    """Sets of data streams that are read in turn, one packed sequence from each stream of a set per step; more of them
+    let more workers share the work of one step."""
     num_workers: int = 2
     """Loader processes per training process; as many are used as divide the micro-batches of all rounds."""
 
@@ -189,9 +190,9 @@ class DataConfig:
             raise ConfigError(f"data.details is {self.details!r}, expected one of {DETAILS}")
         if (self.global_batch_size is None) == (self.samples_per_step is None):
             raise ConfigError(
-                f"data.global_batch_size is {self.global_batch_size}, data.samples_per_step is {self.samples_per_step}; "
-                "expected exactly one of them: data.global_batch_size=32 data.samples_per_step=null for a number of sequences,"
-                " data.global_batch_size=null data.samples_per_step=128 for a number of samples"
+                f"data.global_batch_size is {self.global_batch_size}, data.samples_per_step is {self.samples_per_step};"
+                " expected exactly one of them: data.global_batch_size=32 data.samples_per_step=null for a number of "
+                "sequences, data.global_batch_size=null data.samples_per_step=128 for a number of samples"
             )
         for name in ("micro_batch_size", "stream_rounds"):
             check_range(f"data.{name}", getattr(self, name), low=1)

@@ -14,7 +14,14 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-CONFIG_KEYS: dict[str, str] = {}
+CONFIG_KEYS: dict[str, str] = {
+    "data.packs_per_step": "data.global_batch_size",
+    "data.packs_per_micro_batch": "data.micro_batch_size",
+    "data.lane_rounds": "data.stream_rounds",
+    "data.packing.token_budget": "data.packing.seq_len",
+    "data.packing.lookahead": "data.packing.packing_buffer",
+    "predict.token_budget": "predict.max_batch_tokens",
+}
 """Old key of a configuration -> new key. A key with settings below it is moved with all of them."""
 CONFIG_GROUPS: dict[str, str] = {}
 """Old name of a config group, as in `group=choice`, -> new name."""
@@ -26,6 +33,8 @@ TARGETS: dict[str, str] = {}
 """Beginning of an old `_target_` -> beginning of the new one."""
 LOG_KEYS: dict[str, str] = {}
 """Old key of a line of log.jsonl -> new key."""
+STATE_KEYS: dict[str, str] = {"lanes": "streams"}
+"""Old field of a checkpoint's train_state, and of what is noted when a run goes back to it, -> new field."""
 
 _FULL_KEY = re.compile(r"full_key: (\S+)")
 _QUOTED = re.compile(r"['\"`]/?([\w@./]+)['\"`]")
@@ -52,6 +61,11 @@ def current_log_line(line: Mapping[str, Any]) -> dict[str, Any]:
     """Return a line of log.jsonl under today's keys. A key that is there under both names keeps the new one's value."""
     moved = {_renamed(key, LOG_KEYS) or key: value for key, value in line.items()}
     return moved | {key: value for key, value in line.items() if key in moved}
+
+
+def current_state(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return where a run was, as a checkpoint or the note of a failed step says it, under today's fields."""
+    return {STATE_KEYS.get(name, name): value for name, value in fields.items()}
 
 
 def renamed_key(key: str) -> str | None:

@@ -59,7 +59,7 @@ TINY = (
 
 
 WHOLE_EPOCH = ("data.packing.seq_len=10240", "data.packing.packing_buffer=1", "data.stream_rounds=1")
-"""The 128 samples of a step of the card, in the order of the mixture, hold every one of an epoch of two drawn photos."""
+"""The 128 samples of a step of the card, in the mixture's order, hold every one of an epoch of two drawn photos."""
 
 
 def draw_and_lay_out(root: Path) -> None:

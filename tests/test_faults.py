@@ -16,6 +16,7 @@ from test_train import SMALL, log_lines
 
 from pixel_sail.config import TrainConfig, load_config
 from pixel_sail.data.images import load_image
+from pixel_sail.data.packing import StreamState
 from pixel_sail.files import sha256
 from pixel_sail.losses.total import LossConfig, combine, count, loss_sums
 from pixel_sail.training import checkpoint
@@ -101,6 +102,22 @@ def test_a_key_that_the_saved_configuration_lacks_counts_as_its_default(complete
             checkpoint.read(complete_checkpoint, changed, defaults=defaults)
     with pytest.raises(CheckpointError, match=r"'seed': \(1, 0\)"):
         checkpoint.read(complete_checkpoint, {}, defaults=defaults)
+
+
+def test_the_state_of_an_earlier_version_is_read_under_its_old_names(complete_checkpoint):
+    file = complete_checkpoint / checkpoint.STATE
+    saved = json.loads(file.read_text())
+    del saved["train_state"]["streams"]
+    saved["train_state"]["lanes"] = [{"next": 7, "waiting": [3, 5]}, {"next": 9, "waiting": []}]
+    saved["config"]["data"] = {"packs_per_step": 2, "packing": {"token_budget": 64, "lookahead": 4}}
+    file.write_text(json.dumps(saved))
+    sealed(complete_checkpoint)
+    now = {"seed": 1, "data": {"global_batch_size": 2, "packing": {"seq_len": 64, "packing_buffer": 4}}}
+    state, *_ = checkpoint.read(complete_checkpoint, now)
+    assert state.streams == (StreamState(next=7, waiting=(3, 5)), StreamState(next=9))
+    now["data"]["packing"]["seq_len"] = 128
+    with pytest.raises(CheckpointError, match=r"'data\.packing\.seq_len': \(64, 128\)"):
+        checkpoint.read(complete_checkpoint, now)
 
 
 STATES = {

@@ -12,7 +12,7 @@ from pixel_sail.config import ConfigError, TrainConfig, load_config
 from pixel_sail.data.loader import training_batches
 from pixel_sail.data.packing import StreamState
 from pixel_sail.training.build import build_model
-from pixel_sail.training.checkpoint import TrainState
+from pixel_sail.training.checkpoint import CheckpointError, TrainState
 from pixel_sail.training.finite import NonFiniteLossError
 from pixel_sail.training.prepare import build_mixture, stream_assignment
 from pixel_sail.training.rewind import REWINDS_FILE, behind_rewinds, rewind
@@ -74,3 +74,13 @@ def test_rewinds_are_counted(tmp_path):
     with pytest.raises(NonFiniteLossError, match=r"not finite$"):
         rewind(tmp_path / "none", error, from_step=0, failed_step=1, streams=streams, limit=0)
     assert json.loads((tmp_path / REWINDS_FILE).read_text().splitlines()[1])["reason"] == "losses are not finite"
+
+
+def test_a_note_of_an_earlier_version_is_read_and_one_without_streams_refused(tmp_path):
+    note = {"from_step": 2, "failed_step": 3, "lanes": [{"next": 7, "waiting": [3]}], "reason": "not finite"}
+    (tmp_path / REWINDS_FILE).write_text(json.dumps(note) + "\n")
+    assert behind_rewinds(tmp_path, TrainState(step=2)).streams == (StreamState(next=7, waiting=(3,)),)
+    del note["lanes"]
+    (tmp_path / REWINDS_FILE).write_text(json.dumps(note) + "\n")
+    with pytest.raises(CheckpointError, match=r"line 1: found no 'streams'"):
+        behind_rewinds(tmp_path, TrainState(step=2))

@@ -1,7 +1,7 @@
 """Measure what the data costs: samples per second, memory per worker, padding, and the share of a training step.
 
     python tools/bench_data.py                                         every kind of drawn data, the 0.5B model
-    python tools/bench_data.py data=refcoco --seq-len 4608        any data group, model or experiment
+    python tools/bench_data.py data=refcoco --seq-len 4608             any data group, model or experiment
     python tools/bench_data.py --json runs/bench_data.json --sequences 64 data.packing.packing_buffer=16
 
 Drawn data comes from tools/make_refshapes.py. Overrides are those of scripts/train.py. Three things are run: samples
@@ -9,7 +9,7 @@ one by one in this process (time per stage), sequences of one stream (padding), 
 processes (rate, memory, what the training process itself spends on taking sequences over). From these
 
     data work of a step    worker seconds per sequence / workers + seconds per sequence in the training process
-    step                   3 x forward FLOPs of the sequence / rate         (backward is twice the forward, none recomputed)
+    step                   3 x forward FLOPs of the sequence / rate          (backward: 2 x forward, none recomputed)
 
 Workers run beside the GPU, so the first term costs nothing as long as the whole stays below 100 %; the goal is 15 %.
 """
@@ -277,11 +277,12 @@ def report(options: argparse.Namespace, config: TrainConfig) -> dict[str, object
         ("", f"{stages.tokens:6.2f} ms resizing, patches and tokens"),
         (
             "sequence",
-            f"{sequences.samples_per_sequence:.2f} samples, {sequences.tokens_per_sequence:.0f} of {settings.seq_len} tokens",
+            f"{sequences.samples_per_sequence:.2f} samples, {sequences.tokens_per_sequence:.0f} of "
+            f"{settings.seq_len} tokens",
         ),
         (
             "",
-            f"{sequences.filled:.1%} filled, {1 - sequences.filled:.1%} padding ({sequences.num_sequences} sequences)",
+            f"{sequences.filled:.1%} filled, {1 - sequences.filled:.1%} padding ({sequences.num_sequences} in all)",
         ),
         ("loader", f"{workers.num_workers} workers on {os.cpu_count()} cores: {rate}"),
         ("", f"{workers.private_mb:.0f} MB private, {workers.proportional_mb:.0f} MB PSS per worker"),

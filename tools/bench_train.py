@@ -3,7 +3,7 @@
     python tools/bench_train.py                                  the 0.5B model's proportions, scaled down for a CPU
     python tools/bench_train.py --size 0.5b --device cuda --precision bf16 --samples 16 --samples-per-sequence 8
     python tools/bench_train.py --json runs/bench_train.json
-    python tools/bench_train.py --growth image --ways released ours --png runs/growth.png        also: sequence, expressions
+    python tools/bench_train.py --growth image --ways released ours --png runs/growth.png    also: sequence, expressions
 
 The released method, rebuilt from our reference path: one sample per forward pass, a dense mask, the states of all
 layers kept, float32 logits of all positions with a shifted copy, an upsampler to stride 2 by convolutions, features of

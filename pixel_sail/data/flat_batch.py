@@ -39,7 +39,7 @@ class FlatBatch:
     """Fields without tensors, and tuples with None where a tensor goes."""
 
     def pin_memory(self) -> "FlatBatch":
-        """Return the flat batch in pinned memory, from which a GPU copies without the host waiting (torch's loader asks)."""
+        """Return the batch in pinned memory, from which a GPU copies without the host waiting (torch's loader asks)."""
         return replace(self, blocks={dtype: block.pin_memory() for dtype, block in self.blocks.items()})
 
 

@@ -131,7 +131,7 @@ class MicroBatchDataset(IterableDataset):
 
 
 def reading_table(num_streams: int) -> Tensor:
-    """Return a table, shared with data workers, of the mixture's position each stream is reading: int64 [L], -1 for none."""
+    """Return a table, shared with data workers, of the position each stream is reading: int64 [L], -1 for none."""
     return torch.full((num_streams,), -1, dtype=torch.int64).share_memory_()
 
 
@@ -171,7 +171,7 @@ def training_batches(
 ) -> Iterator[StepData]:
     """Yield the data of one optimizer step after another, without end, from the positions of all streams after `step`
     steps. `experts`: whose features the samples come with. `reading_L`: from `reading_table`. `cost`: what a sample
-    takes of a sequence's budget.
+    takes of `seq_len`.
 
     Raises: DataError when a sample is wrong and more were left out than `max_skipped_share` of the mixture.
     """

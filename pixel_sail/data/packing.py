@@ -1,14 +1,15 @@
 """Packs samples into sequences of at most `seq_len` tokens.
 
-Place in the flow: `data/loader.py` runs one `PackedStream` per stream. The endless stream of the mixture is dealt to a
-fixed number of streams, stream l getting positions l, l + L, l + 2L, ...; every stream fills its own sequences one
-after another, and one optimizer step takes one sequence of every stream. Ranks and workers only share out the streams,
-so that the global batch does not depend on their number. A stream looks a few samples ahead and fills a sequence with
-those that fit best; its whole state is which sample it reads next and which ones it holds back:
+Place in the flow: `data/loader.py` reads several `PackedStream`s. The endless mixture is divided into a fixed number L
+of streams; stream l has positions l, l + L, l + 2L, ... Each stream fills its own sequences one after another, and an
+optimizer step takes one sequence from each stream. Ranks and workers only share out the streams, so the global batch
+does not depend on their number. A stream buffers `packing_buffer` samples and fills a sequence with those that fit
+best; its whole state is which sample it reads next and which ones it holds back:
 
-    packing_buffer 3, budget 10, lengths 6 5 3 4 7 ...  ->  sequences (6 4) (5 3) ..., after the first StreamState(4, (1, 2))
+    packing_buffer 3, seq_len 10, lengths 6 5 3 4 7 ...
+        ->  sequences (6 4) (5 3) ..., after the first StreamState(4, (1, 2))
 
-What a sample takes of the budget is its tokens, or its work in tokens (`balance`).
+What a sample takes of `seq_len` is its tokens, or its work in tokens (`balance`).
 A sample that cannot be used is left out by its name and reason, never replaced by another one.
 """
 
@@ -37,7 +38,7 @@ class PackingSettings:
     """How samples are put into sequences."""
 
     seq_len: int = 4096
-    """Most tokens of a sequence; a longer sample is an error, but for conversations that may be divided between turns."""
+    """Most tokens of a packed sequence; a longer sample is an error, unless it may be divided between turns."""
     independent_turns: bool = False
     """True: every question of a sample sees the image and itself only. False (release): they form one conversation."""
     max_samples: int = 0
@@ -84,7 +85,7 @@ class Skipped:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedSequence:
-    """One sequence: its samples, and where its stream stands once it was trained on."""
+    """Samples that are trained on as one sequence, and where its stream stands once it was trained on."""
 
     stream: int
     after: StreamState
@@ -102,7 +103,7 @@ def pack_samples(
 ) -> Iterator[tuple[tuple[Item, ...], StreamState]]:
     """Yield the samples of one sequence after another, without end, and where the stream is after each.
 
-    read: sample `number` of the stream and what it takes of the budget, None for one that is left out. held: samples
+    read: sample `number` of the stream and what it takes of `seq_len`, None for one that is left out. held: samples
     that were read and wait, by number; upcoming: the number to read next.
     """
     while True:
@@ -150,7 +151,7 @@ class PackedStream:
         cost: Callable[[Example], float] = len,
     ) -> None:
         """`reading_L`: int64, where this stream notes the position of the mixture it is reading, -1 in between. `cost`:
-        what a sample takes of the budget."""
+        what a sample takes of `seq_len`."""
         self.mixture = mixture
         self.processor = processor
         self.settings = settings
@@ -179,7 +180,7 @@ class PackedStream:
         if len(example) > self.settings.seq_len:
             raise DataError(
                 f"{sample.sample_id}: {len(example)} tokens found, at most data.packing.seq_len = "
-                f"{self.settings.seq_len} expected; raise the budget or draw fewer turns per sample"
+                f"{self.settings.seq_len} expected; raise it or draw fewer turns per sample"
             )
         example = replace(example, source=drawn.source_name, point_seed=drawn.point_seed)
         if not self.experts or image is None or sample.image_path is None:

@@ -5,8 +5,8 @@ The first positions of the mixture's stream, in their shuffled order the sample 
 the rule of `data/packing.py` itself. Only the pixels are left out: a sample is as long as its text and the size of its
 image say.
 
-    5,000 photographs with their questions  ->  PackingForecast(num_positions=4098, num_sequences=651, samples_per_sequence=6.29,
-                                                             positions_per_sequence=6.295, standard_error=0.02)
+    5,000 photographs with their questions  ->  PackingForecast(num_positions=4098, num_sequences=651,
+                                  samples_per_sequence=6.29, positions_per_sequence=6.295, standard_error=0.02)
 """
 
 from collections.abc import Callable, Iterable
@@ -67,7 +67,7 @@ def forecast_packing(
 ) -> PackingForecast:
     """Return what the sequences of a mixture hold, measured on its first positions; the same in every process.
 
-    `cost`: what a sample takes of a sequence's budget. Raises: DataError, as training would for these samples.
+    `cost`: what a sample takes of `seq_len`. Raises: DataError, as training would for these samples.
     """
     stream = SizedStream(
         mixture, processor, settings, index=0, num_streams=1, max_skipped_share=max_skipped_share, cost=cost

@@ -282,13 +282,15 @@ def protocol_of(
     """Return everything that a prediction file depends on; `hashes` are those of the model's files by name."""
     limit = predictor.config.max_new_tokens
     tokens = task.max_new_tokens if limit is None else limit
+    # The size of batches changes no answer. Its field keeps its first name, as files are compared byte by byte.
+    settings = {name: value for name, value in vars(predictor.config).items() if name != "max_batch_tokens"}
     return {
         "checkpoint": checkpoint,
         "weights_sha256": weights_hash(Path(checkpoint), hashes),
         "model_files": dict(hashes),
         "model_sha256": hash_of(hashes),
         "precision": precision,
-        "predict": vars(predictor.config) | {"token_budget": None, "max_new_tokens": tokens},
+        "predict": settings | {"token_budget": None, "max_new_tokens": tokens},
         "eval": dict(eval_entry),
         "task": task.kind,
         "retries_without_mask": task.retries_without_mask,

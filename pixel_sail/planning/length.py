@@ -142,8 +142,8 @@ def length_lines(length: Length) -> list[str]:
     error = 100 * forecast.standard_error / forecast.samples_per_sequence
     wanted_samples, wanted_passes = length.wanted_samples_per_step, length.wanted_passes
     lines = [
-        f"an epoch: {known}; {forecast.samples_per_sequence:.2f} of them in a sequence (standard error {error:.1f} %, from "
-        f"{forecast.num_positions:,} {kind})",
+        f"an epoch: {known}; {forecast.samples_per_sequence:.2f} of them in a sequence (standard error {error:.1f} %, "
+        f"from {forecast.num_positions:,} {kind})",
         f"a step: {length.global_batch_size} sequences, {length.samples_per_step:.1f} samples expected"
         + ("" if wanted_samples is None else f" ({wanted_samples} wanted)"),
         f"the run: {length.steps:,} step{'' if length.steps == 1 else 's'}"
@@ -152,9 +152,9 @@ def length_lines(length: Length) -> list[str]:
     ]
     if length.is_far_off:
         lines.append(
-            f"a step is far from {wanted_samples} samples, because its sequences are shared out evenly: another number of "
-            "processes, another data.micro_batch_size, or sequences of fewer samples (data.packing.max_samples) come "
-            "nearer"
+            f"a step is far from {wanted_samples} samples, because its sequences are shared out evenly: another number "
+            "of processes, another data.micro_batch_size, or sequences of fewer samples (data.packing.max_samples) "
+            "come nearer"
         )
     if length.misses_passes:
         lines.append(

@@ -44,7 +44,7 @@ from pixel_sail.files import (
 )
 from pixel_sail.model.distill_head import PREFIX as DISTILL_HEAD
 from pixel_sail.model.lora import fold_lora
-from pixel_sail.renamed import current_config
+from pixel_sail.renamed import current_config, current_state
 from pixel_sail.training.average import AVERAGE, update_average
 from pixel_sail.training.muon import MOMENTUM, is_marked
 
@@ -159,7 +159,7 @@ def read(
     """
     verify(path)
     saved = read_json(path / STATE, {"config": dict, "train_state": dict}, fail=CheckpointError, remedy=_GO_BACK)
-    state = _train_state(saved["train_state"], path)
+    state = _train_state(current_state(saved["train_state"]), path)
     then, now = (with_defaults(given, defaults) for given in (current_config(saved["config"]), config))
     differing = dict(differing_leaves(then, json.loads(json.dumps(now))))
     if freely := {key: differing.pop(key) for key in free if key in differing}:

@@ -229,8 +229,8 @@ def check_agreement(config: TrainConfig) -> None:
     found = dist.gather_objects((config.optim.num_steps, config.data.resolved_batch_size))
     if len(set(found)) > 1:
         raise ConfigError(
-            f"the processes found other lengths for this run, (steps, sequences of a step) by rank: {found}; their nodes "
-            "hold other data. Give all of them the same files"
+            f"the processes found other lengths for this run, (steps, sequences of a step) by rank: {found}; their "
+            "nodes hold other data. Give all of them the same files"
         )
 
 
@@ -243,7 +243,7 @@ def name_of_run(run_dir: Path) -> str | None:
 
 
 def sample_cost(config: TrainConfig) -> Callable[[Example], float]:
-    """Return what a sample takes of a sequence's budget."""
+    """Return what a sample takes of `data.packing.seq_len`."""
     return SampleCost(architecture=config.model.architecture) if config.data.packing.balance == "flops" else len
 
 

@@ -4,7 +4,7 @@ Place in the flow: where a loss or gradient is not finite and `checkpoint.rewind
 where the data stood after the step that failed, and ends with the status that asks to be started again. The next
 session starts from the checkpoint with that note's place in the data:
 
-    step 57 fails, the last checkpoint is step 50  ->  rewinds.jsonl: {"from_step": 50, "failed_step": 57, "streams": ...}
+    step 57 fails, the last checkpoint is step 50  ->  rewinds.jsonl: {"from_step": 50, "failed_step": 57, ...}
     next session: weights, moments and step 50, data from behind that of step 57
 
 What a session does follows from checkpoint and notes alone, so that a run which is interrupted after a rewind goes on
@@ -21,7 +21,8 @@ from typing import Any
 from pixel_sail import dist
 from pixel_sail.config import ConfigError
 from pixel_sail.data.packing import StreamState
-from pixel_sail.files import append_line, read_json_lines
+from pixel_sail.files import append_line, check_fields, read_json_lines
+from pixel_sail.renamed import current_state
 from pixel_sail.training.checkpoint import CheckpointError, TrainState, read_stream_states
 from pixel_sail.training.finite import NonFiniteLossError
 from pixel_sail.training.interruption import InterruptedRun
@@ -80,12 +81,18 @@ def behind_rewinds(run_dir: Path, state: TrainState) -> TrainState:
     streams = read_stream_states(note["streams"], str(file), fail=CheckpointError, remedy=_REMEDY)
     if state.streams and len(streams) != len(state.streams):
         raise ConfigError(
-            f"{file} is of a run with {len(streams)} streams of data, this start would have {len(state.streams)}; start it "
-            "on as many processes as before, or choose another run_dir"
+            f"{file} is of a run with {len(streams)} streams of data, this start would have {len(state.streams)}; "
+            "start it on as many processes as before, or choose another run_dir"
         )
     return replace(state, streams=streams)
 
 
 def _notes(run_dir: Path) -> list[dict[str, Any]]:
-    kinds = {"from_step": int, "failed_step": int, "streams": list}
-    return read_json_lines(run_dir / REWINDS_FILE, kinds, fail=CheckpointError, remedy=_REMEDY)
+    file, kinds = run_dir / REWINDS_FILE, {"from_step": int, "failed_step": int}
+    lines = read_json_lines(file, kinds, fail=CheckpointError, remedy=_REMEDY)
+    return [
+        check_fields(
+            current_state(line), f"{file}, line {number}", {"streams": list}, fail=CheckpointError, remedy=_REMEDY
+        )
+        for number, line in enumerate(lines, start=1)
+    ]
