@@ -8,6 +8,7 @@
 import io
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -45,7 +46,7 @@ def write_stages(path: Path, sample: Sample, batch: Batch, *, source: str, num_i
     assert sample.image_path is not None and sample.image_hw is not None
     image = load_image(sample.image_path, where=sample.sample_id, expected_hw=sample.image_hw)
     figure = Figure(figsize=(11, 8), dpi=DPI, layout="constrained")
-    rows = figure.subfigures(3, 1, height_ratios=(3.2, 2.7, 2.1))
+    rows: Any = figure.subfigures(3, 1, height_ratios=(3.2, 2.7, 2.1))
     source_axes, sample_axes = rows[0].subplots(1, 2)
     source_axes.imshow(np.asarray(image))
     height, width = sample.image_hw
