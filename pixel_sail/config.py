@@ -30,8 +30,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pixel_sail.data.details import DETAILS
 from pixel_sail.data.leakage import LeakageConfig
 from pixel_sail.data.packing import PackingSettings
+from pixel_sail.distillation.settings import TeacherSettings
 from pixel_sail.errors import ExpectedError
-from pixel_sail.experts.settings import ExpertSettings
 from pixel_sail.losses.total import LossConfig
 from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.mask_head import INITS
@@ -132,7 +132,7 @@ class ModelConfig:
     mask_head, prompt_projection, patch_embedding. Where they fit they are taken. Empty: what does not fit is an
     error."""
     init: str = "ours"
-    """How the mask head and the layers towards experts are drawn where they are new. ours: the signal keeps its
+    """How the mask head and the layers towards teachers are drawn where they are new. ours: the signal keeps its
     variance, each upsample block has weights of its own. torch (release): PyTorch's defaults, all blocks start alike.
     Weights taken from `init_from` stay as they are."""
     vocab_multiple: int = 64
@@ -520,10 +520,10 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    experts: dict[str, ExpertSettings] = field(default_factory=dict)
+    distillation: dict[str, TeacherSettings] = field(default_factory=dict)
     """Frozen networks whose features the model learns to predict as well, by name; empty: none."""
-    allow_random_experts: bool = False
-    """True: experts may have random weights, which only a test of the machinery wants."""
+    allow_random_teachers: bool = False
+    """True: teachers may have random weights, which only a test of the machinery wants."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     speed: Speed = field(default_factory=Speed)
     """Which way of computing the same numbers is taken."""

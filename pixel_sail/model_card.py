@@ -158,7 +158,7 @@ def _recipe(run_dir: Path, config: Mapping[str, Any]) -> str:
         "precision": optim["precision"],
         "seed": config["seed"],
         "started from": Path(config["model"]["init_from"]).name if config["model"]["init_from"] else "drawn weights",
-        "experts": ", ".join(config["experts"]) or "none",
+        "distillation": ", ".join(config["distillation"]) or "none",
         "averaged weights": optim["ema_decay"] or "no",
     }
     file = run_dir / STARTS

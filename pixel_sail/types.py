@@ -232,12 +232,12 @@ class Prediction:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertTarget:
-    """What the student shall predict of one image from one expert."""
+class TeacherTarget:
+    """What the student shall predict of one image from one teacher."""
 
-    expert: str
+    teacher: str
     features_EYX: Tensor | None
-    """Stored features, float16 or int8; None: the expert looks at the photo itself."""
+    """Stored features, float16 or int8; None: the teacher looks at the photo itself."""
     scales_E: Tensor | None = None
     """float32: what a level of each channel of int8 features is worth."""
 
@@ -272,9 +272,9 @@ class Example:
     """Aligned with `masks`: pixels that do not count."""
     point_seed: int = 0
     """Seed of the mask loss's sampled points, so that they depend on the sample and not on the rank that runs it."""
-    expert_targets: tuple[ExpertTarget, ...] = ()
+    teacher_targets: tuple[TeacherTarget, ...] = ()
     photo_HW3: Tensor | None = None
-    """uint8: the image as opened, where an expert looks at it."""
+    """uint8: the image as opened, where a teacher looks at it."""
 
     def __len__(self) -> int:
         """Return the number of tokens."""
@@ -339,18 +339,18 @@ class Batch:
     """N bool tensors [H, W] at image resolution."""
     ignored: tuple[Tensor | None, ...]
     """Aligned with `masks`: bool [H, W], pixels that do not count, or None."""
-    expert_names: tuple[str, ...] = ()
-    """Expert of each (expert, image) pair that is distilled."""
-    expert_images: tuple[int, ...] = ()
+    teacher_names: tuple[str, ...] = ()
+    """Teacher of each (teacher, image) pair that is distilled."""
+    teacher_images: tuple[int, ...] = ()
     """Index into `grids` of the image of each pair."""
-    expert_maps: tuple[Tensor | None, ...] = ()
-    """Stored features [E, Y, X] of each pair, float16 or int8; None: the expert looks at the photo."""
-    expert_scales: tuple[Tensor | None, ...] = ()
+    teacher_maps: tuple[Tensor | None, ...] = ()
+    """Stored features [E, Y, X] of each pair, float16 or int8; None: the teacher looks at the photo."""
+    teacher_scales: tuple[Tensor | None, ...] = ()
     """float32 [E] of each pair with int8 features."""
     photo_images: tuple[int, ...] = ()
     """Index into `grids` of each photo."""
     photos: tuple[Tensor, ...] = ()
-    """uint8 [H, W, 3], images as opened, where an expert looks at them."""
+    """uint8 [H, W, 3], images as opened, where a teacher looks at them."""
     spans: tuple[SampleSpan, ...] | None = None
     """Every sample's tokens; None: to be read from the tensors."""
 
@@ -369,8 +369,8 @@ class Batch:
         assert len(self.masks_per_image) == len(self.grids), "every image needs its number of masks"
         counts = (len(self.masks), len(self.seg_positions_N2), sum(self.masks_per_image), len(self.ignored))
         assert len(set(counts)) == 1, f"masks, [SEG] positions, the sum over images and ignored masks differ: {counts}"
-        pairs = (len(self.expert_names), len(self.expert_images), len(self.expert_maps), len(self.expert_scales))
-        assert len(set(pairs)) == 1, f"names, images, maps and scales of experts differ: {pairs}"
+        pairs = (len(self.teacher_names), len(self.teacher_images), len(self.teacher_maps), len(self.teacher_scales))
+        assert len(set(pairs)) == 1, f"names, images, maps and scales of teachers differ: {pairs}"
         assert len(self.photo_images) == len(self.photos), "every photo needs its image"
 
     def model_inputs(self) -> dict[str, Any]:
@@ -378,16 +378,16 @@ class Batch:
         tokens = ["input_ids_BT", "position_ids_2BT", "sample_index_BT", "branch_ids_BT", "in_image_BT"]
         images = ["patch_index_BT", "prompt_ids_BT", "patches_SK", "grids", "seg_positions_N2", "masks_per_image"]
         inputs = {name: getattr(self, name) for name in (*tokens, *images, "logit_positions_M2", "spans")}
-        return inputs | {"distilled_images": self.distilled_images()} if self.expert_names else inputs
+        return inputs | {"distilled_images": self.distilled_images()} if self.teacher_names else inputs
 
     def training_inputs(self) -> dict[str, Any]:
         """Return `model_inputs` and the targets, so that the model may give text losses instead of logits."""
         return self.model_inputs() | {"targets_M": self.targets_M}
 
     def distilled_images(self) -> dict[str, tuple[int, ...]]:
-        """Return the images, as indices into `grids`, that each expert's features are known for."""
+        """Return the images, as indices into `grids`, that each teacher's features are known for."""
         images: dict[str, tuple[int, ...]] = {}
-        for name, image in zip(self.expert_names, self.expert_images, strict=True):
+        for name, image in zip(self.teacher_names, self.teacher_images, strict=True):
             images[name] = (*images.get(name, ()), image)
         return images
 
@@ -396,7 +396,7 @@ class Batch:
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        for name in ("masks", "ignored", "expert_maps", "expert_scales", "photos"):
+        for name in ("masks", "ignored", "teacher_maps", "teacher_scales", "photos"):
             moved[name] = tuple(
                 None if tensor is None else tensor.to(device, non_blocking=True) for tensor in getattr(self, name)
             )

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from running import make_data_root
-from tiny_experts import MASK2FORMER, SAM2
+from tiny_teachers import MASK2FORMER, SAM2
 
 PHOTOS = (
     *("ref_seg/images/train2014", "coco/train2017", "llava_data/llava_images/train2014"),
@@ -50,7 +50,7 @@ SPLITS_OF_REFCOCOG = {"train": "train", "val": "val", "testA": "test", "testB": 
 
 TINY = (
     # "Its own" tokenizer, sizes of a test, random weights and random teachers; all else is the card's.
-    *("model.tokenizer=${paths.data}/refshapes/tokenizer", "model.init_from=null", "allow_random_experts=true"),
+    *("model.tokenizer=${paths.data}/refshapes/tokenizer", "model.init_from=null", "allow_random_teachers=true"),
     *("model.architecture.hidden_size=32", "model.architecture.intermediate_size=48"),
     *("model.architecture.num_hidden_layers=2", "model.architecture.num_attention_heads=2"),
     *("model.architecture.num_key_value_heads=1", "model.architecture.mask_dim=16"),
@@ -87,10 +87,10 @@ def tiny_teachers() -> tuple[str, ...]:
     }
     words = []
     for name, arguments in models.items():
-        node = {"_target_": f"pixel_sail.experts.{name}.{name}", "random": True, **arguments}
+        node = {"_target_": f"pixel_sail.distillation.{name}.{name}", "random": True, **arguments}
         words += [
-            f"+experts.{name}.model={_word(node)}",
-            f"experts.{name}.channels={32 if name == 'mask2former' else 16}",
+            f"+distillation.{name}.model={_word(node)}",
+            f"distillation.{name}.channels={32 if name == 'mask2former' else 16}",
         ]
     return tuple(words)
 

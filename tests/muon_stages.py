@@ -58,7 +58,7 @@ def save(path: Path, stage: str) -> None:
     own = (f"deepspeed={name}", f"optim.precision={precision or 'fp32'}")
     config = load_config("train", TrainConfig, [*SMALL, *own])
     accelerator = build_accelerator(config, 1)
-    model, _ = build_model(config.model, seed=0, experts={})
+    model, _ = build_model(config.model, seed=0, teachers={})
     model.__class__ = type("KnownModel", (Known, type(model)), {})
     with torch.no_grad():
         for parameter in model.parameters():

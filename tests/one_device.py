@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pixel_sail.experts.teachers import Teachers
+from pixel_sail.distillation.teachers import Teachers
 from pixel_sail.losses.total import combine, count, loss_sums
 
 

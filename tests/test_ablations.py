@@ -61,12 +61,15 @@ CHANGES = {
     "language_blind": ("quickstart", HIDDEN),
     "image_blind": ("quickstart", HIDDEN),
     "text_factor_0": ("quickstart", {"loss.text_factor_with_masks"}),
-    **{f"teacher_{kind}": (CARD, {"experts."}) for kind in ("none", "mask2former", "sam2", "radio")},
+    **{f"teacher_{kind}": (CARD, {"distillation."}) for kind in ("none", "mask2former", "sam2", "radio")},
     "teacher_both": (CARD, set()),
-    **{f"teacher_weight_{w}": (CARD, {f"experts.{name}.weight" for name in BOTH}) for w in ("0_1", "1")},
-    **{f"teacher_loss_{kind}": (CARD, {f"experts.{name}.loss" for name in BOTH}) for kind in ("cosine", "normalized")},
-    **{f"ours_weight_{weight}": ("refshapes_distill", {"experts.ours.weight"}) for weight in ("0_1", "1")},
-    **{f"ours_loss_{kind}": ("refshapes_distill", {"experts.ours.loss"}) for kind in ("cosine", "normalized")},
+    **{f"teacher_weight_{w}": (CARD, {f"distillation.{name}.weight" for name in BOTH}) for w in ("0_1", "1")},
+    **{
+        f"teacher_loss_{kind}": (CARD, {f"distillation.{name}.loss" for name in BOTH})
+        for kind in ("cosine", "normalized")
+    },
+    **{f"ours_weight_{weight}": ("refshapes_distill", {"distillation.ours.weight"}) for weight in ("0_1", "1")},
+    **{f"ours_loss_{kind}": ("refshapes_distill", {"distillation.ours.loss"}) for kind in ("cosine", "normalized")},
     **{name: (CARD, {"data.sources.", "data.repeats."}) for name in names("ablation") if name.startswith("data_")},
     "data_more_chat": (CARD, {"data.repeats.llava_mix665k"}),
     **{f"marks_{kind}": ("refshapes_ladder", {SHARES}) for kind in ("mask", "box", "point", "scribble")},
@@ -74,7 +77,7 @@ CHANGES = {
     "ladder_1_baseline": ("refshapes_ladder", {ARCHITECTURE + "mask_stride", ARCHITECTURE + "visual_prompts"}),
     "ladder_2_upsampler": ("refshapes_ladder", {ARCHITECTURE + "visual_prompts"}),
     "ladder_3_prompts": ("refshapes_ladder", set()),
-    "ladder_4_distillation": ("refshapes_ladder", {"experts.drawn_states", "experts.drawn_pixels"}),
+    "ladder_4_distillation": ("refshapes_ladder", {"distillation.attribute_states", "distillation.attribute_pixels"}),
 }
 """Ablation -> the experiment it is meant for, and the leaves in which it differs from it: none where it names what the
 experiment does anyway, for sweeps to name their baseline. A leaf that ends in a full stop stands for a group that is
@@ -149,11 +152,11 @@ TEACHERS = {
     "ours_loss_cosine": {"ours": ("pixel_map", 128, 0.5, "cosine")},
     "ours_loss_normalized": {"ours": ("pixel_map", 128, 0.5, "normalized_mse")},
     "ladder_4_distillation": {
-        "drawn_states": ("patch_states", 43, 3.0, "kl"),
-        "drawn_pixels": ("pixel_map", 43, 3.0, "kl"),
+        "attribute_states": ("patch_states", 43, 3.0, "kl"),
+        "attribute_pixels": ("pixel_map", 43, 3.0, "kl"),
     },
 }
-"""Ablation of the experts -> each with its site, channels, weight and loss."""
+"""Ablation of the teachers -> each with its site, channels, weight and loss."""
 
 
 @cache
@@ -177,7 +180,7 @@ def test_every_ablation_changes_exactly_the_leaves_it_names(ablation):
     assert {next((one for one in whole if key.startswith(one)), key) for key in found} == leaves
     assert len(leaves) <= 2 or whole or ablation in ("language_blind", "image_blind")
     bind_targets(changed.data.sources)
-    bind_targets({name: own.model for name, own in changed.experts.items()})
+    bind_targets({name: own.model for name, own in changed.distillation.items()})
     with torch.device("meta"):
         model = PixelSailForSegmentation(PixelSailConfig.from_architecture(changed.model.architecture))
     assert sum(p.numel() for p in model.parameters()) == sum(parameter_counts(changed.model.architecture, {}).values())
@@ -203,11 +206,13 @@ def test_a_mix_has_the_sources_and_repeats_of_the_release_and_nothing_else_of_it
 
 
 @pytest.mark.parametrize("ablation", [name for name in names("ablation") if name.startswith(("teacher_", "ours_"))])
-def test_experts_are_those_of_the_table_with_their_weights_and_losses(ablation):
-    experts = changed_by(ablation).experts
-    assert {name: (own.site, own.channels, own.weight, own.loss) for name, own in experts.items()} == TEACHERS[ablation]
-    for name, own in experts.items():
-        alone = load_config("train", TrainConfig, ["name=x", f"experts={name}"]).experts[name]
+def test_teachers_are_those_of_the_table_with_their_weights_and_losses(ablation):
+    teachers = changed_by(ablation).distillation
+    assert {name: (own.site, own.channels, own.weight, own.loss) for name, own in teachers.items()} == TEACHERS[
+        ablation
+    ]
+    for name, own in teachers.items():
+        alone = load_config("train", TrainConfig, ["name=x", f"distillation={name}"]).distillation[name]
         assert own == replace(alone, weight=own.weight, loss=own.loss)
 
 
@@ -387,7 +392,7 @@ RUN_HERE = [name for name in names("ablation") if CHANGES[name][0] != CARD]
 
 @pytest.mark.parametrize("ablation", RUN_HERE)
 def test_every_tiny_ablation_takes_a_first_step(data_root, ablation):
-    """Model, data and losses as the run builds them; gradients of everything that is trained, experts left out."""
+    """Model, data and losses as the run builds them; gradients of everything that is trained, teachers left out."""
     overrides = [
         f"experiment={CHANGES[ablation][0]}",
         f"ablation={ablation}",
@@ -395,7 +400,7 @@ def test_every_tiny_ablation_takes_a_first_step(data_root, ablation):
         "data.micro_batch_size=2",
     ]
     config = load_config("train", TrainConfig, overrides)
-    model, processor = build_model(config.model, seed=0, experts={})
+    model, processor = build_model(config.model, seed=0, teachers={})
     rows = config.data.micro_batch_size
     assignment = StreamAssignment(global_batch_size=rows, rank=0, world_size=1, micro_batch_size=rows)
     batches = training_batches(

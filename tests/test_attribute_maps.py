@@ -1,4 +1,4 @@
-"""What was drawn as an expert: the maps of RefShapes' training pictures, their cache, and training from it."""
+"""Attribute maps as a teacher: the maps of RefShapes' training pictures, their cache, and training from it."""
 
 from pathlib import Path
 
@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from pixel_sail.config import TrainConfig, build, load_config
-from pixel_sail.experts.cache import ExpertCacheError, decode_map, image_key
-from pixel_sail.experts.drawn import CELL_PX, CHANNELS, NUM_PLACES
-from pixel_sail.experts.teachers import load_teachers
+from pixel_sail.distillation.attributes import CELL_PX, CHANNELS, NUM_PLACES
+from pixel_sail.distillation.cache import TeacherCacheError, decode_map, image_key
+from pixel_sail.distillation.teachers import load_teachers
 from pixel_sail.refshapes import RefShapesSpec, write_refshapes
 from pixel_sail.refshapes.attribute_maps import LEVELS, attribute_map, object_channels
 from pixel_sail.refshapes.formats import draw_scene
@@ -27,10 +27,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def teachers(data: Path, *overrides: str):
-    options = ["experiment=quickstart", "experts=drawn", f"paths.data={data}", *overrides]
+    options = ["experiment=quickstart", "distillation=attributes", f"paths.data={data}", *overrides]
     config = load_config("train", TrainConfig, options)
     return load_teachers(
-        *(config.experts, config.model.architecture, build),
+        *(config.distillation, config.model.architecture, build),
         sources=["refshapes"],
         allow_random=False,
         device=torch.device("cpu"),
@@ -75,7 +75,7 @@ def test_a_centre_counts_for_the_two_places_beside_it() -> None:
 
 def test_training_pictures_have_a_map_and_others_do_not(data: Path) -> None:
     pixels, states = teachers(data).choices
-    assert (pixels.name, states.name) == ("drawn_pixels", "drawn_states")
+    assert (pixels.name, states.name) == ("attribute_pixels", "attribute_states")
     assert states.cache is not None and len(states.cache) == 6
     pictures = sorted((data / "refshapes" / "images" / "train2014").iterdir())
     _, scene, _ = draw_scene(0, "train", 2)
@@ -86,11 +86,11 @@ def test_training_pictures_have_a_map_and_others_do_not(data: Path) -> None:
     assert states.cache.read(image_key(pictures[-1]), "picture", map_hw=(16, 16)) is None
 
 
-def test_the_expert_cannot_look_at_pictures(data: Path) -> None:
-    with pytest.raises(DataError, match=r"the expert of what was drawn: found a picture without a stored map"):
-        teachers(data, "experts.drawn_states.on_miss=online")
+def test_the_teacher_cannot_look_at_pictures(data: Path) -> None:
+    with pytest.raises(DataError, match=r"the attribute teacher: found a picture without a stored map"):
+        teachers(data, "distillation.attribute_states.on_miss=online")
 
 
 def test_data_drawn_before_there_were_maps_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ExpertCacheError, match=r"index\.json is absent"):
+    with pytest.raises(TeacherCacheError, match=r"index\.json is absent"):
         teachers(tmp_path)

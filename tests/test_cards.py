@@ -50,7 +50,7 @@ STAGES = {
     "`pretrain`, patch": ("stage=pretrain", MASKLESS),
     "`pretrain`, everything": ("stage=pretrain", MASKLESS),
     "`sft`": ("stage=sft", MASKLESS),
-    "`cotrain`": ("stage=cotrain", "experts=sam2_mask2former"),
+    "`cotrain`": ("stage=cotrain", "distillation=sam2_mask2former"),
     "`finetune`": ("stage=finetune",),
 }
 """Row of docs/stages.md -> what is planned for it; the page says the same in words."""

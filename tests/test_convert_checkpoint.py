@@ -159,7 +159,7 @@ def test_a_start_made_without_options_is_taken_by_the_7b_model_file(base_tokeniz
         assert f"{option} {value} given, the checkpoint has {found}" in capsys.readouterr().err
     assert tool.main(arguments) == 0
     ours = str(tmp_path / "ours")
-    build_model(ModelConfig(tokenizer=ours, init_from=ours, architecture=Architecture(**fields)), seed=0, experts={})
+    build_model(ModelConfig(tokenizer=ours, init_from=ours, architecture=Architecture(**fields)), seed=0, teachers={})
 
 
 def test_training_starts_from_a_converted_base(qwen, tmp_path):
@@ -167,7 +167,7 @@ def test_training_starts_from_a_converted_base(qwen, tmp_path):
     sizes = {field: getattr(CHOSEN, field) for field in ("patch_size", "mask_stride", "mask_dim", "num_visual_prompts")}
     architecture = Architecture(**DECODER, **sizes, rope_theta=Qwen2Config().rope_parameters["rope_theta"])
     config = ModelConfig(tokenizer=str(tmp_path / "ours"), init_from=str(tmp_path / "ours"), architecture=architecture)
-    model, processor = build_model(config, seed=5, experts={})
+    model, processor = build_model(config, seed=5, teachers={})
     written = load_file(tmp_path / "ours" / "model.safetensors")
     assert processor.seg_id == BASE_TOKENS
     assert all(torch.equal(model.state_dict()[name], value) for name, value in written.items())

@@ -1,5 +1,5 @@
 """Distillation: the released losses, exact shares of a global mean, gradients for the student alone, and runs with and
-without experts."""
+without teachers."""
 
 import json
 import math
@@ -14,20 +14,20 @@ from running import load_tool, start
 from safetensors.torch import load_file
 from shared_data import parity_folder
 from test_train import SMALL, log_lines, train
-from tiny_experts import MASK2FORMER, SAM2
+from tiny_teachers import MASK2FORMER, SAM2
 
 from pixel_sail.config import build
 from pixel_sail.data.flat_batch import flatten_batch, unflatten_batch
-from pixel_sail.experts.cache import StudentGrid
-from pixel_sail.experts.choice import ExpertChoice
-from pixel_sail.experts.settings import ExpertSettings
-from pixel_sail.experts.teachers import Teachers, load_teachers
+from pixel_sail.distillation.cache import StudentGrid
+from pixel_sail.distillation.choice import TeacherChoice
+from pixel_sail.distillation.settings import TeacherSettings
+from pixel_sail.distillation.teachers import Teachers, load_teachers
 from pixel_sail.losses.distill import DistillTerm, distill_loss, distill_losses, resized_features
 from pixel_sail.losses.mask import PointSampling
 from pixel_sail.losses.total import Counts, LossConfig, combine, count, loss_sums
 from pixel_sail.model.distill_head import DistillSite
 from pixel_sail.model.speed import REFERENCE, Speed
-from pixel_sail.types import ExpertTarget
+from pixel_sail.types import TeacherTarget
 
 CONFIG = LossConfig(points=PointSampling(num_points=32, oversample_ratio=1.0, importance_ratio=0.0))
 SITES = {
@@ -101,7 +101,7 @@ def test_the_cosine_does_not_see_lengths_and_half_precision_is_computed_in_float
 
 
 def test_different_channels_are_refused():
-    with pytest.raises(ValueError, match="student has 4 channels, expert 5"):
+    with pytest.raises(ValueError, match="student has 4 channels, teacher 5"):
         distill_loss(torch.zeros(2, 3, 4), torch.zeros(5, 2, 3))
 
 
@@ -122,15 +122,15 @@ def examples(processor, draw_sample):
 
 
 def with_targets(examples, chosen):
-    """Return the examples with random stored features of the experts that `chosen` names for each."""
+    """Return the examples with random stored features of the teachers that `chosen` names for each."""
     rng = np.random.default_rng(1)
     result = []
     for (example, _), names in zip(examples, chosen, strict=True):
         targets = []
         for name in names:
             features = torch.from_numpy(rng.standard_normal((SITES[name].channels, 3, 4))).half()
-            targets.append(ExpertTarget(expert=name, features_EYX=features))
-        result.append(replace(example, expert_targets=tuple(targets)))
+            targets.append(TeacherTarget(teacher=name, features_EYX=features))
+        result.append(replace(example, teacher_targets=tuple(targets)))
     return result
 
 
@@ -176,7 +176,7 @@ def test_the_total_is_the_formula(tiny_model, make_batch, examples, chosen):
             layer = model.distill_head[f"{term.name}_distill_linear"]
             predicted = read @ layer.weight.T + layer.bias
             features = next(
-                t.features_EYX for t in with_targets(examples, chosen)[index].expert_targets if t.expert == term.name
+                t.features_EYX for t in with_targets(examples, chosen)[index].teacher_targets if t.teacher == term.name
             )
             scale = 2 if term.name == "map" else 1
             assert predicted.shape[:2] == (grid[0] * scale, grid[1] * scale), example.sample_id
@@ -261,15 +261,15 @@ def test_a_batch_crosses_processes_with_maps_scales_and_photos(make_batch, examp
     rng = np.random.default_rng(2)
     levels = torch.from_numpy(rng.integers(-127, 128, (5, 4, 6)).astype(np.int8))
     targets = (
-        ExpertTarget(expert="map", features_EYX=levels, scales_E=torch.rand(5)),
-        ExpertTarget(expert="states", features_EYX=None),
+        TeacherTarget(teacher="map", features_EYX=levels, scales_E=torch.rand(5)),
+        TeacherTarget(teacher="states", features_EYX=None),
     )
     photo = torch.from_numpy(examples[1][1])
     batch = make_batch(
-        [examples[2][0], replace(examples[0][0], expert_targets=targets[:1])],
-        [replace(examples[1][0], expert_targets=targets, photo_HW3=photo)],
+        [examples[2][0], replace(examples[0][0], teacher_targets=targets[:1])],
+        [replace(examples[1][0], teacher_targets=targets, photo_HW3=photo)],
     )
-    assert batch.expert_names == ("map", "map", "states") and batch.expert_images == (0, 1, 1)
+    assert batch.teacher_names == ("map", "map", "states") and batch.teacher_images == (0, 1, 1)
     assert batch.photo_images == (1,) and torch.equal(batch.photos[0], photo)
     assert batch.model_inputs()["distilled_images"] == {"map": (0, 1), "states": (1,)}
     arrived = unflatten_batch(flatten_batch(batch)).to("cpu")
@@ -283,22 +283,22 @@ def test_a_batch_crosses_processes_with_maps_scales_and_photos(make_batch, examp
             assert torch.equal(value, found) and value.dtype == found.dtype
 
 
-def test_a_batch_without_experts_asks_the_model_for_nothing_new(make_batch, examples):
+def test_a_batch_without_teachers_asks_the_model_for_nothing_new(make_batch, examples):
     assert "distilled_images" not in make_batch([examples[0][0]]).model_inputs()
 
 
 def settings(**changes):
     model = {
-        "_target_": "pixel_sail.experts.mask2former.mask2former",
+        "_target_": "pixel_sail.distillation.mask2former.mask2former",
         "random": True,
         "architecture": MASK2FORMER,
         "shortest_edge": 64,
         "longest_edge": 110,
     }
-    return ExpertSettings(**({"model": model, "channels": 32} | changes))
+    return TeacherSettings(**({"model": model, "channels": 32} | changes))
 
 
-def test_gradients_reach_the_student_and_never_the_expert(tiny_model, tiny_config, make_batch, examples):
+def test_gradients_reach_the_student_and_never_the_teacher(tiny_model, tiny_config, make_batch, examples):
     teachers = load_teachers(
         {"mask2former": settings()},
         tiny_config,
@@ -311,9 +311,9 @@ def test_gradients_reach_the_student_and_never_the_expert(tiny_model, tiny_confi
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     model = tiny_model()
     model.add_distill_head({"mask2former": DistillSite(site="pixel_map", channels=32)}, seed=0)
-    target = ExpertTarget(expert="mask2former", features_EYX=None)
+    target = TeacherTarget(teacher="mask2former", features_EYX=None)
     example, photo = examples[0]
-    batch = make_batch([replace(example, expert_targets=(target,), photo_HW3=torch.from_numpy(photo))])
+    batch = make_batch([replace(example, teacher_targets=(target,), photo_HW3=torch.from_numpy(photo))])
     terms = (DistillTerm(name="mask2former"),)
     maps = teachers.maps(batch)
     assert not maps["mask2former"][0].requires_grad
@@ -323,7 +323,7 @@ def test_gradients_reach_the_student_and_never_the_expert(tiny_model, tiny_confi
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
     for parameter in (model.embed_tokens.weight, model.mask_head.pixel_projector[0].weight):
         assert parameter.grad.abs().sum() > 0
-    assert not [name for name, _ in model.named_modules() if "expert" in name or "teacher" in name]
+    assert not [name for name, _ in model.named_modules() if "teacher" in name or "teacher" in name]
 
 
 def test_the_head_changes_no_other_weight_and_no_random_number(tiny_model):
@@ -348,23 +348,23 @@ GRID = StudentGrid(site="pixel_map", patch_size=8, max_long_side=64, cells_per_p
 
 
 def test_images_are_drawn_by_seed_epoch_and_index_in_the_given_share():
-    choices = [ExpertChoice(name=name, share=0.3, grid=GRID) for name in ("a", "b")]
+    choices = [TeacherChoice(name=name, share=0.3, grid=GRID) for name in ("a", "b")]
     seeds = np.random.default_rng(0).integers(2**62, size=4000).tolist()
     first, second = ([c.takes("s", point_seed=seed, has_masks=False) for seed in seeds] for c in choices)
     assert first == [choices[0].takes("s", point_seed=seed, has_masks=True) for seed in seeds]
     assert np.mean(first) == pytest.approx(0.3, abs=0.03)
-    # Independent of each other, so that two experts do not always come together.
+    # Independent of each other, so that two teachers do not always come together.
     assert np.mean(np.logical_and(first, second)) == pytest.approx(0.09, abs=0.02)
 
 
 def test_sources_and_masks_restrict_the_choice():
-    choice = ExpertChoice(name="a", sources=frozenset({"x"}), masks_only=True, grid=GRID)
+    choice = TeacherChoice(name="a", sources=frozenset({"x"}), masks_only=True, grid=GRID)
     taken = [(s, m) for s in "xy" for m in (True, False) if choice.takes(s, point_seed=1, has_masks=m)]
     assert taken == [("x", True)]
 
 
-def expert_overrides(*, loss="mse"):
-    """Return command-line words for two tiny random experts."""
+def teacher_overrides(*, loss="mse"):
+    """Return command-line words for two tiny random teachers."""
 
     def node(values):
         if isinstance(values, dict):
@@ -374,25 +374,25 @@ def expert_overrides(*, loss="mse"):
         return json.dumps(values) if not isinstance(values, str) else values
 
     mask2former = settings().model
-    sam2 = {"_target_": "pixel_sail.experts.sam2.sam2", "random": True, "side": 64, "architecture": SAM2}
+    sam2 = {"_target_": "pixel_sail.distillation.sam2.sam2", "random": True, "side": 64, "architecture": SAM2}
     return (
-        "experts=sam2_mask2former",
-        "allow_random_experts=true",
-        f"+experts.mask2former.model={node(mask2former)}",
-        "experts.mask2former.channels=32",
-        "experts.mask2former.share=0.5",
-        f"experts.mask2former.loss={loss}",
-        "experts.mask2former.precision=fp32",
-        f"+experts.sam2.model={node(sam2)}",
-        "experts.sam2.channels=16",
-        "experts.sam2.sources=[refshapes]",
-        "experts.sam2.precision=fp32",
-        "experts.sam2.weight=1",
+        "distillation=sam2_mask2former",
+        "allow_random_teachers=true",
+        f"+distillation.mask2former.model={node(mask2former)}",
+        "distillation.mask2former.channels=32",
+        "distillation.mask2former.share=0.5",
+        f"distillation.mask2former.loss={loss}",
+        "distillation.mask2former.precision=fp32",
+        f"+distillation.sam2.model={node(sam2)}",
+        "distillation.sam2.channels=16",
+        "distillation.sam2.sources=[refshapes]",
+        "distillation.sam2.precision=fp32",
+        "distillation.sam2.weight=1",
     )
 
 
-def test_a_run_with_experts_continues_bit_for_bit_and_exports_without_them(data_root, tmp_path):
-    overrides = ("deepspeed=none", "optim.steps=4", *expert_overrides())
+def test_a_run_with_teachers_continues_bit_for_bit_and_exports_without_them(data_root, tmp_path):
+    overrides = ("deepspeed=none", "optim.steps=4", *teacher_overrides())
     train(data_root, tmp_path / "whole", *overrides)
     train(data_root, tmp_path / "parts", *overrides, "checkpoint.stop_after=2", "data.num_workers=1")
     saved = load_file(next((tmp_path / "parts" / "checkpoints").rglob("model.safetensors")))
@@ -415,11 +415,11 @@ def test_a_run_with_experts_continues_bit_for_bit_and_exports_without_them(data_
     assert "distill" not in (tmp_path / "whole" / "export" / "config.json").read_text()
 
 
-def test_experts_leave_the_first_losses_of_a_run_as_they_are_and_add_their_own(data_root, tmp_path):
-    # An expert of the pixel map keeps the mask head's last layer apart: with folded masks the last bits differ.
+def test_teachers_leave_the_first_losses_of_a_run_as_they_are_and_add_their_own(data_root, tmp_path):
+    # A teacher of the pixel map keeps the mask head's last layer apart: with folded masks the last bits differ.
     both = ("deepspeed=none", "optim.steps=1", "speed.mask_head=maps")
     train(data_root, tmp_path / "none", *both)
-    train(data_root, tmp_path / "some", *both, *expert_overrides())
+    train(data_root, tmp_path / "some", *both, *teacher_overrides())
     (none,), (some,) = log_lines(tmp_path / "none"), log_lines(tmp_path / "some")
     assert not [key for key in none if "distill" in key]
     assert {key: some[key] for key in none if key not in ("total", "grad_norm")} == {
@@ -427,15 +427,15 @@ def test_experts_leave_the_first_losses_of_a_run_as_they_are_and_add_their_own(d
     }
     assert some["total"] > none["total"]
     config = json.loads((tmp_path / "none" / "config.json").read_text())
-    assert config["experts"] == {}
+    assert config["distillation"] == {}
     (state,) = (tmp_path / "none" / "checkpoints").rglob("state.json")
-    # A run without experts could be continued by a version that knew of none, and the other way round.
-    assert not {"experts", "allow_random_experts"} & json.loads(state.read_text())["config"].keys()
+    # A run without teachers could be continued by a version that knew of none, and the other way round.
+    assert not {"distillation", "allow_random_teachers"} & json.loads(state.read_text())["config"].keys()
 
 
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(data_root, tmp_path):
-    overrides = ("optim.steps=3", *expert_overrides(loss="cosine"))
+    overrides = ("optim.steps=3", *teacher_overrides(loss="cosine"))
     train(data_root, tmp_path / "one", *overrides)
     train(data_root, tmp_path / "two", *overrides, by="torchrun")
     for line, expected in zip(log_lines(tmp_path / "two"), log_lines(tmp_path / "one"), strict=True):
@@ -443,8 +443,8 @@ def test_two_processes_give_the_losses_of_one(data_root, tmp_path):
         assert without == pytest.approx({key: expected[key] for key in without}, rel=1e-4)
 
 
-def test_a_run_with_random_experts_is_refused_unless_allowed(data_root, tmp_path):
-    overrides = [item for item in expert_overrides() if "allow_random" not in item]
+def test_a_run_with_random_teachers_is_refused_unless_allowed(data_root, tmp_path):
+    overrides = [item for item in teacher_overrides() if "allow_random" not in item]
     done = start([sys.executable, "scripts/train.py", *SMALL, f"run_dir={tmp_path / 'run'}", *overrides], data_root)
     assert done.returncode == 2 and "its weights are random" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -28,7 +28,7 @@ SCHEMAS = {
     "tools/plan_run.py": ("train", TrainConfig),
     "tools/doctor.py": ("train", TrainConfig),
     "tools/show_batch.py": ("train", TrainConfig),
-    "tools/cache_expert_features.py": ("train", TrainConfig),
+    "tools/cache_teacher_features.py": ("train", TrainConfig),
 }
 OWN_KEYS = {"gpu", "gpus", "mfu", "sequences"}
 """Keys of plan_run that are none of a run."""

@@ -19,10 +19,10 @@ from varlen_kernels import new_varlen
 from pixel_sail.config import ConfigError, LoraConfig, TrainConfig, load_config
 from pixel_sail.data.collate import collate
 from pixel_sail.data.packing import PackedSequence, StreamState
+from pixel_sail.distillation.ours import ours
+from pixel_sail.distillation.teacher import Teacher
 from pixel_sail.evaluation.batch_view import view_samples
 from pixel_sail.evaluation.predict import BatchPredictor, PredictConfig
-from pixel_sail.experts.expert import Expert
-from pixel_sail.experts.ours import ours
 from pixel_sail.losses.mask import PointSampling
 from pixel_sail.losses.total import LossConfig, combine, count, loss_sums
 from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
@@ -452,7 +452,7 @@ def test_an_exported_folder_holds_the_base(eve_model, eve, tmp_path, batch):
         assert torch.equal(loaded(**batch.model_inputs()).logits, model(**batch.model_inputs()).logits)
 
 
-def test_an_eve_model_as_an_expert_gives_the_pixel_map_of_a_forward_pass(
+def test_an_eve_model_as_a_teacher_gives_the_pixel_map_of_a_forward_pass(
     eve_model, eve, draw_sample, make_batch, tmp_path
 ):
     model = eve_model()
@@ -461,7 +461,7 @@ def test_an_eve_model_as_an_expert_gives_the_pixel_map_of_a_forward_pass(
     eve.save_pretrained(tmp_path)
     # A picture of the wanted area, so that nothing is resized.
     sample, image = draw_sample(np.random.default_rng(3), size_hw=(16, 64))
-    (feature,) = Expert(ours(str(tmp_path)), device="cpu", precision="fp32", max_batch=4).features(
+    (feature,) = Teacher(ours(str(tmp_path)), device="cpu", precision="fp32", max_batch=4).features(
         [torch.from_numpy(np.array(image))]
     )
     with torch.no_grad():

@@ -93,7 +93,7 @@ def outcome(experiment, ablation):
     except ValueError as error:
         return error
     bind_targets(config.data.sources)
-    bind_targets({name: own.model for name, own in config.experts.items()})
+    bind_targets({name: own.model for name, own in config.distillation.items()})
     return config
 
 
@@ -104,7 +104,7 @@ def test_merging_an_ablation_here_is_composing_it(ablation):
     assert composed(experiment, ablation) == load_config("train", TrainConfig, overrides)
 
 
-NAMES_WHAT_IS_WRONG = r"^(model: \w+|data\.sources\.\w+:|no value for \['experts\.\w+\.model|.*llava_mix665k)"
+NAMES_WHAT_IS_WRONG = r"^(model: \w+|data\.sources\.\w+:|no value for \['distillation\.\w+\.model|.*llava_mix665k)"
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -120,7 +120,7 @@ def test_an_experiment_takes_the_ablations_of_the_table_and_refuses_the_others_b
 
 
 def distinct_models():
-    """Return one configuration for every different architecture with its experts, by where it was met first."""
+    """Return one configuration for every different architecture with its teachers, by where it was met first."""
     found = {}
     for experiment in EXPERIMENTS:
         base = load_config("train", TrainConfig, [f"experiment={experiment}"])
@@ -128,8 +128,8 @@ def distinct_models():
             config = base if ablation is None else outcome(experiment, ablation)
             if isinstance(config, ValueError):
                 continue
-            experts = [(name, own.site, own.channels, own.loss) for name, own in sorted(config.experts.items())]
-            found.setdefault(str((config.model.architecture, experts)), (f"{experiment} {ablation}", config))
+            teachers = [(name, own.site, own.channels, own.loss) for name, own in sorted(config.distillation.items())]
+            found.setdefault(str((config.model.architecture, teachers)), (f"{experiment} {ablation}", config))
     return list(found.values())
 
 
@@ -141,17 +141,17 @@ class Drawing:
     draw_sample: object
     make_batch: object
 
-    def batch(self, architecture, experts):
+    def batch(self, architecture, teachers):
         config = PixelSailConfig.from_architecture(architecture)
         drawn = self.draw_sample(np.random.default_rng(0), size_hw=(64, 96), masks_per_turn=(2,), prompts=(3,))
         example = PixelSailProcessor.for_model(self.tokenizer, config).encode_sample(*drawn, independent_turns=False)
         # Features of any size: those that the losses compare with are given to them.
         return replace(
             self.make_batch([example]),
-            expert_names=tuple(experts),
-            expert_images=(0,) * len(experts),
-            expert_maps=tuple(torch.zeros(1, 1, 1) for _ in experts),
-            expert_scales=(None,) * len(experts),
+            teacher_names=tuple(teachers),
+            teacher_images=(0,) * len(teachers),
+            teacher_maps=tuple(torch.zeros(1, 1, 1) for _ in teachers),
+            teacher_scales=(None,) * len(teachers),
         )
 
 
@@ -160,15 +160,15 @@ def step(config, drawing):
     shape."""
     token_ids = model_token_ids(drawing.tokenizer, num_visual_prompts=config.model.architecture.num_visual_prompts)
     architecture = replace(config.model.architecture, vocab_size=151_680, token_ids=token_ids, num_hidden_layers=2)
-    batch = drawing.batch(architecture, sorted(config.experts))
-    terms = [DistillTerm(name=name, loss=own.loss) for name, own in sorted(config.experts.items())]
+    batch = drawing.batch(architecture, sorted(config.distillation))
+    terms = [DistillTerm(name=name, loss=own.loss) for name, own in sorted(config.distillation.items())]
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = PixelSailForSegmentation(PixelSailConfig.from_architecture(architecture)).train()
     # Outside: a layer that is made without being drawn cannot be made within the mode.
-    add_training_parts(model, config.model.lora, seed=0, experts=config.experts)
+    add_training_parts(model, config.model.lora, seed=0, teachers=config.distillation)
     with FakeTensorMode(allow_non_fake_inputs=True):
         output = model(**batch.training_inputs())
-        maps = {name: [torch.zeros(own.channels, 8, 8)] for name, own in config.experts.items()}
+        maps = {name: [torch.zeros(own.channels, 8, 8)] for name, own in config.distillation.items()}
         sums = loss_sums(output, batch, config.loss, terms, maps)
         loss = combine(sums, count(batch, terms), config.loss, terms) + output.anchor
         loss.backward()
@@ -180,7 +180,7 @@ def step(config, drawing):
     return [name for name, own in model.named_parameters() if own.grad is None or own.grad.shape != own.shape]
 
 
-def test_every_different_model_with_its_experts_makes_a_step(tokenizer, draw_sample, make_batch):
+def test_every_different_model_with_its_teachers_makes_a_step(tokenizer, draw_sample, make_batch):
     """Two layers, for all layers are alike; the other sizes are those of the experiments."""
     drawing = Drawing(tokenizer=tokenizer, draw_sample=draw_sample, make_batch=make_batch)
     models = distinct_models()

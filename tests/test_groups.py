@@ -48,7 +48,7 @@ def tuned(tiny_model, tuning, **changes):
     """Return a tiny model as a configuration trains it, and the optimizer's part of that configuration."""
     config = load_config("train", TrainConfig, ["name=x", f"tuning={tuning}"])
     model = tiny_model(**changes).train()
-    add_training_parts(model, config.model.lora, seed=0, experts={})
+    add_training_parts(model, config.model.lora, seed=0, teachers={})
     return model, config.optim
 
 
@@ -267,7 +267,7 @@ def test_a_plan_counts_what_is_trained(capsys):
 SMALL = (
     "experiment=quickstart",
     "optim=adamw",
-    "experts=none",
+    "distillation=none",
     "deepspeed=zero2",
     "model.architecture.hidden_size=32",
     "model.architecture.intermediate_size=64",

@@ -27,11 +27,11 @@ from pixel_sail.conversion.vocabulary import read_tokenizer
 from pixel_sail.data.image_sizes import stored_hw, upright_hw
 from pixel_sail.data.images import load_image, rgb_image
 from pixel_sail.data.panoptic import read_segment_ids
+from pixel_sail.distillation.mask2former import mask2former
+from pixel_sail.distillation.ours import ours
 from pixel_sail.evaluation.loaders import LOADERS, TARGETS, eval_entry, load_entry, read_entry
 from pixel_sail.evaluation.phrase_similarity import EncoderSimilarity
 from pixel_sail.evaluation.run import run_evals
-from pixel_sail.experts.mask2former import mask2former
-from pixel_sail.experts.ours import ours
 from pixel_sail.files import sha256
 from pixel_sail.predictor import Predictor
 from pixel_sail.training.build import build_model
@@ -281,7 +281,7 @@ def test_a_training_runs_nothing_of_what_it_starts_from(model, sound, trap, make
     if kind == "tokenizer code":
         config = ModelConfig(tokenizer=str(model))
     with pytest.raises(ConfigError, match=str(model)):
-        build_model(config, seed=0, experts={})
+        build_model(config, seed=0, teachers={})
 
 
 def test_other_folders_with_a_tokenizer_or_a_network_run_nothing(model, trap):

@@ -12,7 +12,7 @@ LAYERS = (
     ("provenance",),
     ("rle",),
     ("model",),
-    ("experts", "conversion"),
+    ("distillation", "conversion"),
     ("refshapes", "losses", "metrics", "data"),
     ("config",),
     ("planning",),

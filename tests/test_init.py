@@ -1,4 +1,4 @@
-"""`model.init`: how the mask head and the layers towards experts are drawn, wherever they are new."""
+"""`model.init`: how the mask head and the layers towards teachers are drawn, wherever they are new."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ from test_start import base, build, configured  # noqa: F401, a fixture and what
 from torch import nn
 
 from pixel_sail.config import ConfigError, TrainConfig, load_config
-from pixel_sail.experts.settings import ExpertSettings
+from pixel_sail.distillation.settings import TeacherSettings
 from pixel_sail.model import configuration_pixel_sail, upsampler
 from pixel_sail.model.configuration_pixel_sail import UPSAMPLERS, Architecture
 from pixel_sail.model.mask_head import INITS, MaskHead
@@ -134,19 +134,19 @@ def test_where_a_cell_is_can_be_read_from_the_first_map_as_ours_but_not_as_torch
         assert found["ours"] > found["torch"] + 0.1, found
 
 
-EXPERTS = {
-    "map": ExpertSettings(model=None, site="pixel_map", channels=300),
-    "states": ExpertSettings(model=None, site="patch_states", channels=200),
+TEACHERS = {
+    "map": TeacherSettings(model=None, site="pixel_map", channels=300),
+    "states": TeacherSettings(model=None, site="patch_states", channels=200),
 }
 
 
 def fresh_model(data_root, init, seed=1):
     overrides = [] if init is None else [f"model.init={init}"]
     config = configured(data_root, "model.init_from=null", *overrides)
-    return build_model(config.model, seed=seed, experts=EXPERTS)[0].state_dict()
+    return build_model(config.model, seed=seed, teachers=TEACHERS)[0].state_dict()
 
 
-def test_a_run_draws_its_mask_head_and_expert_layers_as_told_and_nothing_else(data_root):
+def test_a_run_draws_its_mask_head_and_teacher_layers_as_told_and_nothing_else(data_root):
     plain, ours, as_torch = (fresh_model(data_root, init) for init in (None, *INITS))
     assert all(torch.equal(plain[name], ours[name]) for name in plain), "ours is the default"
     changed = {name for name in ours if not torch.equal(ours[name], as_torch[name])}
@@ -157,7 +157,7 @@ def test_a_run_draws_its_mask_head_and_expert_layers_as_told_and_nothing_else(da
     assert all(not torch.equal(other[name], as_torch[name]) for name in heads)
 
 
-def test_layers_towards_experts_are_drawn_as_torch_draws_linear_layers(data_root):
+def test_layers_towards_teachers_are_drawn_as_torch_draws_linear_layers(data_root):
     found = fresh_model(data_root, "torch")
     for name, width in (("map", 512), ("states", 32)):
         for part in ("weight", "bias"):

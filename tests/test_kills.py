@@ -16,20 +16,20 @@ import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 from test_checkpoint_writer import CONFIG
-from test_expert_cache import IDENTITY, compute
+from test_teacher_cache import IDENTITY, compute
 
 from pixel_sail import files
 from pixel_sail.config import PredictConfig
 from pixel_sail.data.sources.refer import expressions, load_refer
+from pixel_sail.distillation import cache_writer
+from pixel_sail.distillation.cache import FeatureCache
+from pixel_sail.distillation.cache_writer import finish, is_shard_complete, make_plan, start_folder, write_shard
 from pixel_sail.errors import WriteError
 from pixel_sail.evaluation.engine import evaluate
 from pixel_sail.evaluation.predict import BatchPredictor
 from pixel_sail.evaluation.refer_seg import as_task
 from pixel_sail.evaluation.report import write_report
 from pixel_sail.evaluation.results import append_row, read_rows
-from pixel_sail.experts import cache_writer
-from pixel_sail.experts.cache import FeatureCache
-from pixel_sail.experts.cache_writer import finish, is_shard_complete, make_plan, start_folder, write_shard
 from pixel_sail.files import read_json_lines, recover_folder, replace_folder
 from pixel_sail.training import checkpoint, checkpoint_writer
 from pixel_sail.training.checkpoint import TrainState, complete_checkpoints, latest, verify

@@ -101,7 +101,7 @@ def test_the_forecast_is_what_sequences_of_real_photographs_hold(photo_processor
 )
 def test_the_forecast_is_what_sequences_of_drawn_pictures_hold(data_root, overrides):
     config = load_config("train", TrainConfig, [*SMALL, f"paths.data={data_root}", *overrides])
-    processor = build_model(config.model, seed=0, experts={})[1]
+    processor = build_model(config.model, seed=0, teachers={})[1]
     mixture, settings = build_mixture(config.data, seed=0), config.data.packing
     cost = SampleCost(architecture=config.model.architecture) if settings.balance == "flops" else len
     forecast = forecast_packing(mixture, processor, settings, cost=cost)
@@ -396,7 +396,7 @@ def test_the_plan_of_a_run_is_the_length_that_it_has(data_root, monkeypatch, cap
     plan = json.loads(capsys.readouterr().out)
     config = load_config("train", TrainConfig, [*SMALL, *PASSES])
     mixture = build_mixture(config.data, seed=0)
-    forecast = forecast_packing(mixture, build_model(config.model, seed=0, experts={})[1], config.data.packing)
+    forecast = forecast_packing(mixture, build_model(config.model, seed=0, teachers={})[1], config.data.packing)
     length = length_of(config, forecast, items=mixture.epoch_length, group=1, is_assumed=False)
     assert plan["length"]["items"] == mixture.epoch_length
     assert (plan["length"]["steps"], plan["length"]["global_batch_size"]) == (length.steps, length.global_batch_size)

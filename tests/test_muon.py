@@ -73,9 +73,9 @@ def test_every_weight_has_one_role_and_is_trained_once(tiny_model, kind):
         assert len(matching) == (1 if parameter.ndim > 1 else 0), name
 
 
-def test_adapters_layers_towards_experts_and_frozen_weights_are_not_orthogonal(tiny_model):
+def test_adapters_layers_towards_teachers_and_frozen_weights_are_not_orthogonal(tiny_model):
     model = tiny_model()
-    add_training_parts(model, LoraConfig(rank=3), seed=0, experts={"map": DistillSite(site="pixel_map", channels=5)})
+    add_training_parts(model, LoraConfig(rank=3), seed=0, teachers={"map": DistillSite(site="pixel_map", channels=5)})
     groups = {"frozen": GroupConfig(match=[r".*self_attn\.\w_proj\.weight", r".*mlp\.\w+_proj\.weight"], frozen=True)}
     optimizer = build_optimizer(model, OptimConfig(optimizer="muon", groups=groups))
     found = orthogonal_names(model, optimizer)

@@ -80,12 +80,12 @@ def test_texts_within_groups_lists_and_named_entries_are_typed_ones_too():
             "tuning=decoder_frozen",
             "optim.groups.decoder.match=[heads?(_a|_b)]",
         ),
-        *("experts=sam2", "experts.sam2.cache=1_0", "experts.sam2.model.weights=10", "paths.data=1.10"),
+        *("distillation=sam2", "distillation.sam2.cache=1_0", "distillation.sam2.model.weights=10", "paths.data=1.10"),
     )
     assert (config.model.tokenizer, config.model.init_from, config.log.wandb_project) == ("2024_11_05", "007", "1e5")
     assert config.model.lora.targets == ["decoder\\.(a|b){1,2}", "007", "x,y"] and config.optim.lr == 100
     assert config.optim.groups["decoder"].match == ["heads?(_a|_b)"] and config.paths.data == "1.10"
-    assert config.experts["sam2"].cache == "1_0" and config.experts["sam2"].model["weights"] == "10"
+    assert config.distillation["sam2"].cache == "1_0" and config.distillation["sam2"].model["weights"] == "10"
     assert load_config("demo", DemoConfig, ["checkpoint=007", "names=[1.10,192.168.1.5]"]).names == [
         "1.10",
         "192.168.1.5",

@@ -11,7 +11,7 @@ from running import launcher, load_tool, start
 from torch.nn import functional as F
 
 from pixel_sail.config import DeepSpeedConfig, OptimConfig, TrainConfig, load_config
-from pixel_sail.experts.settings import ExpertSettings
+from pixel_sail.distillation.settings import TeacherSettings
 from pixel_sail.losses.total import Counts, LossConfig, combine, count, loss_sums
 from pixel_sail.model.attention_mask import attention_mask
 from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
@@ -28,9 +28,9 @@ from pixel_sail.planning.parameters import parameter_counts
 from pixel_sail.planning.workload import of_batch
 from pixel_sail.training.optim import build_optimizer
 
-EXPERTS = {
-    "sam2": ExpertSettings(model={}, site="patch_states", channels=256),
-    "mask2former": ExpertSettings(model={}, site="pixel_map", channels=128),
+TEACHERS = {
+    "sam2": TeacherSettings(model={}, site="patch_states", channels=256),
+    "mask2former": TeacherSettings(model={}, site="pixel_map", channels=128),
 }
 SIZES = {
     "small": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "mask_dim": 32},
@@ -71,9 +71,9 @@ def loss_of(model, batch, config):
 def test_parameters_by_part_are_those_of_the_real_model(make_config, changes):
     config = make_config(**changes)
     model = PixelSailForSegmentation(config)
-    model.add_distill_head({n: DistillSite(site=e.site, channels=e.channels) for n, e in EXPERTS.items()}, seed=0)
+    model.add_distill_head({n: DistillSite(site=e.site, channels=e.channels) for n, e in TEACHERS.items()}, seed=0)
     parts = {"token_embedding": "embed_tokens", "image_embedding": "patch_embedding", "text_head": "lm_head"}
-    counts = parameter_counts(config, EXPERTS)
+    counts = parameter_counts(config, TEACHERS)
     named = dict(model.named_parameters())
     for part, number in counts.items():
         own = [p.numel() for name, p in named.items() if name.startswith(parts.get(part, part) + ".")]
@@ -227,7 +227,7 @@ from pixel_sail.training.optim import build_optimizer
 config = load_config("train", TrainConfig, sys.argv[2:])
 dist.ensure_launch_environment()
 accelerator = build_accelerator(config, 1)
-model, _ = build_model(config.model, seed=0, experts={})
+model, _ = build_model(config.model, seed=0, teachers={})
 count = sum(p.numel() for p in model.parameters())
 engine, optimizer = accelerator.prepare(model, build_optimizer(model, config.optim))
 for parameter in engine.module.parameters():
@@ -252,7 +252,7 @@ def test_zero_2_in_bf16_shares_masters_and_moments_over_two_processes(data_root,
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
     overrides = (
-        *("experiment=quickstart", "optim=adamw", "deepspeed=zero2", "experts=none"),
+        *("experiment=quickstart", "optim=adamw", "deepspeed=zero2", "distillation=none"),
         *("optim.precision=bf16", "data.micro_batch_size=1"),
     )
     done = start([*launcher("torchrun"), str(script), str(tmp_path / "held.json"), *overrides], data_root)
@@ -271,7 +271,7 @@ def test_a_checkpoint_is_as_large_as_said(data_root, tmp_path):
         "scripts/train.py",
         "experiment=quickstart",
         "optim=adamw",
-        "experts=none",
+        "distillation=none",
         f"run_dir={tmp_path}",
     ]
     done = start(

@@ -140,7 +140,7 @@ SAMPLE_MEANS = ("loss.mean=sample", "optim.steps=3", "data.global_batch_size=6")
 
 def released_losses(config):
     """Return the totals of a plain loop that does as the released training: every sample alone, its own means."""
-    model, processor = build_model(config.model, seed=config.seed, experts={})
+    model, processor = build_model(config.model, seed=config.seed, teachers={})
     model.train()
     optimizer = build_optimizer(model, config.optim)
     assignment = StreamAssignment(

@@ -23,7 +23,7 @@ OVERRIDES = ("deepspeed=none", "checkpoint.every=2", "checkpoint.rewinds=1")
 def sizes_of_steps(num_steps):
     """Return tokens, supervised tokens and masks of the first steps of the data."""
     config = load_config("train", TrainConfig, [*SMALL, "run_dir=unused"])
-    processor = build_model(config.model, seed=0, experts={})[1]
+    processor = build_model(config.model, seed=0, teachers={})[1]
     assignment = stream_assignment(config.data)
     steps = training_batches(
         build_mixture(config.data, seed=0),

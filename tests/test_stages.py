@@ -48,7 +48,7 @@ def test_the_header_of_a_card_names_its_own_command_and_start(experiment):
     # A base may be of another design, a model of ours that learned masks may not.
     assert config.model.init_fresh == ([] if dataset else list(FRESH_PARTS))
     assert config.model.init_from == f"r/{start}"
-    assert bool(config.experts) == (not dataset and not is_eve)
+    assert bool(config.distillation) == (not dataset and not is_eve)
     assert (config.optim.precision, config.optim.lr, config.optim.warmup_fraction) == ("bf16", 4e-5, 0.05)
     assert config.model.architecture.mask_dim == (256 if is_eve else 512)
 

@@ -52,7 +52,7 @@ def configured(data_root, *overrides):
 
 
 def build(config, seed=1):
-    return build_model(config.model, seed=seed, experts={})[0]
+    return build_model(config.model, seed=seed, teachers={})[0]
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ SMALL = (
     "experiment=quickstart",
     # The plainest optimizer, no teacher, and both sources.
     "optim=adamw",
-    "experts=none",
+    "distillation=none",
     "deepspeed=zero2",
     "data.repeats.groupshapes=0.5",
     "model.architecture.initializer_range=0.02",

@@ -1,18 +1,18 @@
 """Measure what distillation adds to a training step: without, the released way, online, and from the cache.
 
-    python tools/bench_distill.py                                   small experts and student, minutes on two cores
+    python tools/bench_distill.py                                   small teachers and student, minutes on two cores
     python tools/bench_distill.py --scale gpu --images 8            Swin-L, Hiera-L and the 0.5B student on one GPU
     python tools/bench_distill.py --photos data/coco/val2017 --json runs/bench_distill.json
 
 All weights are random: times do not depend on them. A step is forward, losses, backward and AdamW on some photos of one
 size with one mask each. Measured in turn, `--repeats` times, the median is reported:
 
-    none      no expert
+    none      no teacher
     released  per photo: PIL preprocessing, the whole Mask2Former and the whole SAM 2 image path, batch of one
     online    Teachers.maps: preprocessing on the device, the needed parts only, photos of like size together
     cached    Teachers.maps on stored maps that a loader worker has read; the worker's own time is given apart
 
-The small scale keeps the proportion between experts and student of the large one roughly; both are printed as
+The small scale keeps the proportion between teachers and student of the large one roughly; both are printed as
 floating-point operations, which the program counts. On a CPU one thread is used and its CPU time taken, so that other
 programs on the machine disturb less; on a GPU it is the time on the clock.
 """
@@ -41,13 +41,13 @@ from transformers.models.mask2former.image_processing_pil_mask2former import Mas
 from pixel_sail.data.collate import collate
 from pixel_sail.data.images import load_image
 from pixel_sail.data.packing import PackedSequence, StreamState
+from pixel_sail.distillation.cache import FeatureCache, cache_identity, encode_map
+from pixel_sail.distillation.cache_writer import finish, make_plan, start_folder, write_shard
+from pixel_sail.distillation.mask2former import mask2former
+from pixel_sail.distillation.sam2 import sam2
+from pixel_sail.distillation.teacher import DTYPES, Teacher, TeacherSpec
+from pixel_sail.distillation.teachers import Teachers, student_grid
 from pixel_sail.entry import one_message
-from pixel_sail.experts.cache import FeatureCache, cache_identity, encode_map
-from pixel_sail.experts.cache_writer import finish, make_plan, start_folder, write_shard
-from pixel_sail.experts.expert import DTYPES, Expert, Recipe
-from pixel_sail.experts.mask2former import mask2former
-from pixel_sail.experts.sam2 import sam2
-from pixel_sail.experts.teachers import Teachers, student_grid
 from pixel_sail.files import replace_text
 from pixel_sail.losses.distill import DistillTerm, resized_features
 from pixel_sail.losses.total import LossConfig, combine, count, loss_sums
@@ -56,7 +56,7 @@ from pixel_sail.model.distill_head import DistillSite
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.tokenization import model_token_ids, train_tokenizer
-from pixel_sail.types import Batch, DataError, Example, ExpertTarget, Sample, SizeHW, Turn
+from pixel_sail.types import Batch, DataError, Example, Sample, SizeHW, TeacherTarget, Turn
 
 TERMS = (DistillTerm(name="mask2former", weight=0.5), DistillTerm(name="sam2", weight=0.5))
 SITES = {"mask2former": "pixel_map", "sam2": "patch_states"}
@@ -153,7 +153,7 @@ SCALES = {
 
 
 class Bench:
-    """The student, the experts in both ways, and a batch of photos."""
+    """The student, the teachers in both ways, and a batch of photos."""
 
     def __init__(self, scale: Scale, photos: Sequence[Image.Image], device: torch.device, folder: Path) -> None:
         torch.manual_seed(0)
@@ -169,7 +169,7 @@ class Bench:
             token_ids=model_token_ids(tokenizer, num_visual_prompts=NUM_PROMPTS),
         )
         self.processor = PixelSailProcessor.for_model(tokenizer, architecture)
-        recipes = {
+        specs = {
             "mask2former": mask2former(
                 random=True,
                 architecture=scale.mask2former,
@@ -179,15 +179,15 @@ class Bench:
             "sam2": sam2(random=True, architecture=scale.sam2, side=scale.sam_side),
         }
         self.model = PixelSailForSegmentation(PixelSailConfig.from_architecture(architecture))
-        sites = {name: DistillSite(site=SITES[name], channels=recipes[name].channels) for name in recipes}
+        sites = {name: DistillSite(site=SITES[name], channels=specs[name].channels) for name in specs}
         self.model.add_distill_head(sites, seed=0)
         plain: nn.Module = self.model.train()
         plain.to(device=device, dtype=self.dtype)
         self.optimizer = AdamW(self.model.parameters(), lr=1e-5)
         self.teachers = Teachers(
             networks={
-                name: Expert(recipe, device=device, precision=scale.precision, max_batch=8)
-                for name, recipe in recipes.items()
+                name: Teacher(spec, device=device, precision=scale.precision, max_batch=8)
+                for name, spec in specs.items()
             }
         )
         self.whole = {
@@ -202,7 +202,7 @@ class Bench:
         self.pil_square = Mask2FormerImageProcessorPil(size=square, size_divisor=0)
         self.photos = [torch.from_numpy(np.array(picture)) for picture in photos]
         self.examples = [self.example(index) for index in range(len(photos))]
-        self.caches = {name: self.write_cache(name, recipe, folder / name) for name, recipe in recipes.items()}
+        self.caches = {name: self.write_cache(name, spec, folder / name) for name, spec in specs.items()}
 
     def example(self, index: int) -> Example:
         """Return one photo with one masked object and a short text, as training sees it."""
@@ -212,10 +212,10 @@ class Bench:
         sample = Sample(sample_id=str(index), source="photos", image_path=None, image_hw=mask.shape, turns=(turn,))
         return self.processor.encode_sample(sample, self.pictures[index], independent_turns=False)
 
-    def write_cache(self, name: str, recipe: Recipe, folder: Path) -> FeatureCache:
+    def write_cache(self, name: str, spec: TeacherSpec, folder: Path) -> FeatureCache:
         """Write the maps of the photos, float16 and of the student's size, and open them."""
         grid = student_grid(self.model.config, SITES[name])
-        identity = cache_identity(recipe.identity(), precision=self.scale.precision, grid=grid)
+        identity = cache_identity(spec.identity(), precision=self.scale.precision, grid=grid)
         plan = make_plan([self.key(i) for i in range(len(self.photos))], identity, dtype="fp16", images_per_shard=64)
         own = self.teachers.networks[name].features(self.photos)
         maps = {}
@@ -237,24 +237,24 @@ class Bench:
         """Return the photos as a batch for one of the ways; `cached` reads the stored maps."""
         sequences = []
         for index, example in enumerate(self.examples):
-            targets: tuple[ExpertTarget, ...] = ()
+            targets: tuple[TeacherTarget, ...] = ()
             if way in ("online", "released"):
-                targets = tuple(ExpertTarget(expert=term.name, features_EYX=None) for term in TERMS)
+                targets = tuple(TeacherTarget(teacher=term.name, features_EYX=None) for term in TERMS)
             elif way == "cached":
                 targets = tuple(self.stored(term.name, index) for term in TERMS)
             photo = self.photos[index] if way in ("online", "released") else None
-            changed = replace(example, expert_targets=targets, photo_HW3=photo)
+            changed = replace(example, teacher_targets=targets, photo_HW3=photo)
             sequences.append(PackedSequence(stream=index, after=StreamState(), examples=(changed,)))
         return collate(sequences, seg_id=self.processor.seg_id)
 
-    def stored(self, name: str, index: int) -> ExpertTarget:
+    def stored(self, name: str, index: int) -> TeacherTarget:
         """Read one map from disk."""
         grid_hw = self.examples[index].grid_hw
         assert grid_hw is not None
         map_hw = student_grid(self.model.config, SITES[name]).map_hw(grid_hw)
         stored = self.caches[name].read(self.key(index), name, map_hw=map_hw)
         assert stored is not None
-        return ExpertTarget(expert=name, features_EYX=stored.features_EYX, scales_E=stored.scales_E)
+        return TeacherTarget(teacher=name, features_EYX=stored.features_EYX, scales_E=stored.scales_E)
 
     @torch.no_grad()
     def released_maps(self) -> dict[str, list[Tensor]]:
@@ -341,10 +341,10 @@ def measure(bench: Bench, repeats: int) -> dict[str, Any]:
         "reading_share_of_step": round(statistics.median(reading) * num_images / none, 4),
         "gflop_per_image": {
             "student_step": round(student / num_images / 1e9, 2),
-            "experts_online": round(online / num_images / 1e9, 2),
-            "experts_released": round(whole / num_images / 1e9, 2),
+            "teachers_online": round(online / num_images / 1e9, 2),
+            "teachers_released": round(whole / num_images / 1e9, 2),
         },
-        "experts_to_student": round(whole / student, 3),
+        "teachers_to_student": round(whole / student, 3),
     }
 
 
@@ -389,7 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"  online adds {result['online_of_released_overhead']:.0%} of what the released way adds")
     reading = f"{result['reading_ms_per_image']:.2f} ms per image in a worker"
     print(f"  reading the cache: {reading}, {result['reading_share_of_step']:.1%} of a step's time")
-    print(f"  GFLOP per image: {result['gflop_per_image']}; whole experts to student {result['experts_to_student']}")
+    print(f"  GFLOP per image: {result['gflop_per_image']}; whole teachers to student {result['teachers_to_student']}")
     if options.json is not None:
         replace_text(options.json, json.dumps(result, indent=1) + "\n")
     return 0

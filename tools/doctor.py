@@ -108,7 +108,7 @@ def disk_finding(config: TrainConfig) -> Finding:
     finally:
         probe.unlink(missing_ok=True)
     fill_in_vocabulary(config.model)
-    counts = parameter_counts(config.model.architecture, config.experts)
+    counts = parameter_counts(config.model.architecture, config.distillation)
     total = sum(counts.values())
     needed = run_folder_bytes(
         checkpoint_bytes(total), exported=total - counts["distill_head"], keep=config.checkpoint.keep

@@ -12,7 +12,7 @@ missing, mean stated assumptions: samples with photographs of COCO's sizes (`tex
 `masks_per_image=`, `images_with_masks=`), packed as the run packs them, and `data.planned_samples` of them in an epoch.
 Nothing is trained and no GPU is used.
 
-The model's own operations at the given MFU make the time: whatever is computed twice or by experts is added at the same
+The model's own operations at the given MFU make the time: whatever is computed twice or by teachers is added at the same
 rate; loading data, validation and checkpoints are not. Frozen parameters save gradients and moments in the table, but
 their backward pass is counted as that of others. tests/test_plan_run.py holds the formulas against tiny runs.
 """
@@ -130,7 +130,7 @@ def training_parts(config: TrainConfig) -> TrainingParts:
     """Return what is trained, counted on a model without memory; the vocabulary must be filled in."""
     with torch.device("meta"):
         model = PixelSailForSegmentation(PixelSailConfig.from_architecture(config.model.architecture))
-    add_training_parts(model, config.model.lora, seed=config.seed, experts=config.experts)
+    add_training_parts(model, config.model.lora, seed=config.seed, teachers=config.distillation)
     freeze(model, config.optim)
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
     adapters = sum(count for name, count in counts.items() if ".lora_" in name)

@@ -142,7 +142,7 @@ def write_files(data: Path, out: Path) -> None:
 def held_out_losses(overrides: Sequence[str]) -> dict[str, float]:
     """Return text in nats per supervised token, bce and dice per mask, on the first batches of some data."""
     config = load_config("train", TrainConfig, overrides)
-    model, processor = build_model(config.model, seed=config.seed, experts={})
+    model, processor = build_model(config.model, seed=config.seed, teachers={})
     model.eval()
     rows = config.data.micro_batch_size
     batches = training_batches(

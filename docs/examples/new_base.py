@@ -20,7 +20,7 @@ def start_from(language: Qwen2ForCausalLM, config: ModelConfig, folder: Path) ->
 
     Rows of tokens that the language model does not have keep their random start.
     """
-    model, processor = build_model(config, seed=0, experts={})
+    model, processor = build_model(config, seed=0, teachers={})
     state = model.state_dict()
     for name, tensor in language.model.state_dict().items():
         ours = "embed_tokens.weight" if name == "embed_tokens.weight" else f"decoder.{name}"
@@ -51,7 +51,7 @@ def main(folder: Path) -> tuple[PixelSailForSegmentation, Qwen2ForCausalLM]:
 
     # A training run does the same with model.init_from=FOLDER on the command line.
     config.init_from = str(start)
-    again, _ = build_model(config, seed=1, experts={})
+    again, _ = build_model(config, seed=1, teachers={})
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     print(f"{start}: {sum(p.numel() for p in model.parameters()):,} parameters, a start for model.init_from")
     return model.eval(), language

@@ -76,7 +76,7 @@ def main(folder: Path) -> PackedSequence:
     config = load_config("train", TrainConfig, SMALL)
     config.data.sources = {"boxes": {"_target_": "new_dataset.load", "root": str(folder / "data" / "boxes")}}
     config.data.repeats = {}
-    _, processor = build_model(config.model, seed=0, experts={})
+    _, processor = build_model(config.model, seed=0, teachers={})
     mixture = build_mixture(config.data, seed=0)
     sequence = next(iter(PackedStream(mixture, processor, config.data.packing, index=0, num_streams=1)))
     for example in sequence.examples[:2]:

@@ -46,7 +46,7 @@ def draw_data(folder: Path) -> Path:
 def export_model(folder: Path) -> Path:
     """Draw the data, make a model with random weights, and return its exported folder."""
     draw_data(folder)
-    model, processor = build_model(load_config("train", TrainConfig, SMALL).model, seed=0, experts={})
+    model, processor = build_model(load_config("train", TrainConfig, SMALL).model, seed=0, teachers={})
     export = folder / "export"
     model.save_pretrained(export)
     processor.save_pretrained(export)

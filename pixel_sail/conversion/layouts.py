@@ -52,7 +52,7 @@ LAYOUTS = {
             keys=KEY_PATTERNS,
             dropped=(
                 _RECOMPUTED,
-                (r"(mask2former|sam2|radio)_(model|distill_linear)\..+", "only training with experts uses it"),
+                (r"(mask2former|sam2|radio)_(model|distill_linear)\..+", "only training with teachers uses it"),
                 (r"single_transformer\.vp_embed\.weight", "no output of the released model depends on it"),
             ),
         ),

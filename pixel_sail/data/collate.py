@@ -41,7 +41,7 @@ def collate(sequences: Sequence[PackedSequence], *, seg_id: int) -> Batch:
     labels = arrays.pop("labels")
     images = [i for i, example in enumerate(examples) if example.grid_hw is not None]
     supervised = (labels[:, 1:] != IGNORE_LABEL).nonzero()
-    pairs = [(image, target) for image, i in enumerate(images) for target in examples[i].expert_targets]
+    pairs = [(image, target) for image, i in enumerate(images) for target in examples[i].teacher_targets]
     photos = [(image, photo) for image, i in enumerate(images) if (photo := examples[i].photo_HW3) is not None]
     return Batch(
         sample_ids=tuple(example.sample_id for example in examples),
@@ -66,10 +66,10 @@ def collate(sequences: Sequence[PackedSequence], *, seg_id: int) -> Batch:
         ignored=tuple(
             None if mask is None else torch.from_numpy(mask) for example in examples for mask in example.ignored
         ),
-        expert_names=tuple(target.expert for _, target in pairs),
-        expert_images=tuple(image for image, _ in pairs),
-        expert_maps=tuple(target.features_EYX for _, target in pairs),
-        expert_scales=tuple(target.scales_E for _, target in pairs),
+        teacher_names=tuple(target.teacher for _, target in pairs),
+        teacher_images=tuple(image for image, _ in pairs),
+        teacher_maps=tuple(target.features_EYX for _, target in pairs),
+        teacher_scales=tuple(target.scales_E for _, target in pairs),
         photo_images=tuple(image for image, _ in photos),
         photos=tuple(photo for _, photo in photos),
         spans=sample_spans(arrays["sample_index"], arrays["branch_ids"], arrays["in_image"]),

@@ -25,7 +25,7 @@ from pixel_sail.data.collate import collate
 from pixel_sail.data.flat_batch import FlatBatch, flatten_batch, unflatten_batch
 from pixel_sail.data.mixture import Mixture
 from pixel_sail.data.packing import PackedStream, PackingSettings, Skipped, StreamState
-from pixel_sail.experts.choice import ExpertChoice
+from pixel_sail.distillation.choice import TeacherChoice
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.types import Batch, DataError, Example
 
@@ -165,12 +165,12 @@ def training_batches(
     step: int = 0,
     num_workers: int,
     max_skipped_share: float = 0.0,
-    experts: Sequence[ExpertChoice] = (),
+    teachers: Sequence[TeacherChoice] = (),
     reading_L: Tensor | None = None,
     cost: Callable[[Example], float] = len,
 ) -> Iterator[StepData]:
     """Yield the data of one optimizer step after another, without end, from the positions of all streams after `step`
-    steps. `experts`: whose features the samples come with. `reading_L`: from `reading_table`. `cost`: what a sample
+    steps. `teachers`: whose features the samples come with. `reading_L`: from `reading_table`. `cost`: what a sample
     takes of `seq_len`.
 
     Raises: DataError when a sample is wrong and more were left out than `max_skipped_share` of the mixture.
@@ -188,7 +188,7 @@ def training_batches(
                 num_streams=assignment.num_streams,
                 start=start[stream],
                 max_skipped_share=max_skipped_share,
-                experts=experts,
+                teachers=teachers,
                 reading_L=reading_L,
                 cost=cost,
             )

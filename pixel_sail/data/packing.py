@@ -25,8 +25,8 @@ from PIL import Image
 from pixel_sail.data.images import load_image
 from pixel_sail.data.mixture import Mixture
 from pixel_sail.data.turn_parts import fitting_part
-from pixel_sail.experts.cache import ExpertCacheError
-from pixel_sail.experts.choice import ExpertChoice, expert_targets
+from pixel_sail.distillation.cache import TeacherCacheError
+from pixel_sail.distillation.choice import TeacherChoice, teacher_targets
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.types import DataError, Example, Sample
 
@@ -146,7 +146,7 @@ class PackedStream:
         num_streams: int,
         start: StreamState | None = None,
         max_skipped_share: float = 0.0,
-        experts: Sequence[ExpertChoice] = (),
+        teachers: Sequence[TeacherChoice] = (),
         reading_L: torch.Tensor | None = None,
         cost: Callable[[Example], float] = len,
     ) -> None:
@@ -159,7 +159,7 @@ class PackedStream:
         self.num_streams = num_streams
         self.start = StreamState() if start is None else start
         self.max_skipped_share = max_skipped_share
-        self.experts = tuple(experts)
+        self.teachers = tuple(teachers)
         self.cost = cost
         self.reading_L = torch.empty(num_streams, dtype=torch.int64) if reading_L is None else reading_L
 
@@ -183,9 +183,9 @@ class PackedStream:
                 f"{self.settings.seq_len} expected; raise it or draw fewer turns per sample"
             )
         example = replace(example, source=drawn.source_name, point_seed=drawn.point_seed)
-        if not self.experts or image is None or sample.image_path is None:
+        if not self.teachers or image is None or sample.image_path is None:
             return example
-        return with_expert_targets(example, self.experts, path=sample.image_path, image=image)
+        return with_teacher_targets(example, self.teachers, path=sample.image_path, image=image)
 
     def _encode(self, sample: Sample) -> tuple[Example, Image.Image | None]:
         """Return a sample as tokens, and its opened image."""
@@ -205,7 +205,7 @@ class PackedStream:
             nonlocal num_skipped
             try:
                 return self._weighed(number)
-            except ExpertCacheError:
+            except TeacherCacheError:
                 # The sample is right, the cache is not: leaving samples out would train on other data.
                 raise
             except DataError as error:
@@ -231,13 +231,13 @@ class PackedStream:
         return Skipped(source=self.mixture.stream_item(position).source_name, position=position, reason=str(error))
 
 
-def with_expert_targets(
-    example: Example, experts: Sequence[ExpertChoice], *, path: Path, image: Image.Image
+def with_teacher_targets(
+    example: Example, teachers: Sequence[TeacherChoice], *, path: Path, image: Image.Image
 ) -> Example:
-    """Return the example with what the experts that take it need. Raises: ExpertCacheError."""
+    """Return the example with what the teachers that take it need. Raises: TeacherCacheError."""
     assert example.grid_hw is not None, f"{example.sample_id}: an image without a grid"
-    targets = expert_targets(
-        experts,
+    targets = teacher_targets(
+        teachers,
         source=example.source,
         point_seed=example.point_seed,
         has_masks=bool(example.masks),
@@ -248,7 +248,7 @@ def with_expert_targets(
     is_looked_at = any(target.features_EYX is None for target in targets)
     return replace(
         example,
-        expert_targets=targets,
+        teacher_targets=targets,
         photo_HW3=torch.from_numpy(np.array(image)) if is_looked_at else None,
     )
 

@@ -1,10 +1,10 @@
-"""Distillation losses: what the student's linear layer says against an expert's features.
+"""Distillation losses: what the student's linear layer says against a teacher's features.
 
 Place in the flow: `losses/total.py` calls `distill_losses` for the chosen images with the maps of
-`model/distill_head.py` and those of `experts/teachers.py`. A student map [120, 160, 256] is compared with Mask2Former's
+`model/distill_head.py` and those of `distillation/teachers.py`. A student map [120, 160, 256] is compared with Mask2Former's
 [256, 200, 272] resized to 120 x 160.
 
-Axis letters: N images, Y X cells of the student's map, h w cells of the expert's, E expert channels.
+Axis letters: N images, Y X cells of the student's map, h w cells of the teacher's, E teacher channels.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ TINY = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class DistillTerm:
-    """One expert's part of the total loss."""
+    """One teacher's part of the total loss."""
 
     name: str
     weight: float = 1.0
@@ -26,7 +26,7 @@ class DistillTerm:
 
 
 def resized_features(features: Tensor, map_hw: tuple[int, int]) -> Tensor:
-    """Return an expert's map [E, h, w], or maps of one size [N, E, h, w], in float32 at the student's size: bilinear
+    """Return a teacher's map [E, h, w], or maps of one size [N, E, h, w], in float32 at the student's size: bilinear
     without antialiasing as in the release."""
     features = features.float()
     if tuple(features.shape[-2:]) == tuple(map_hw):
@@ -41,11 +41,13 @@ def distill_losses(student_NYXE: Tensor, features_NEhw: Tensor, kind: str = "mse
 
     mse: mean squared difference, over channels too, of raw features (release). cosine: one minus the cosine of the
     two feature vectors. normalized_mse: as mse, against features with mean 0 and variance 1 over the channels of a
-    cell. kl: divergence of the student's softmax from the channels as shares, for an expert whose channels are classes.
+    cell. kl: divergence of the student's softmax from the channels as shares, for a teacher whose channels are classes.
     Raises: ValueError when the numbers of channels differ or the kind is unknown.
     """
     if student_NYXE.shape[3] != features_NEhw.shape[1]:
-        raise ValueError(f"distillation: student has {student_NYXE.shape[3]} channels, expert {features_NEhw.shape[1]}")
+        raise ValueError(
+            f"distillation: student has {student_NYXE.shape[3]} channels, teacher {features_NEhw.shape[1]}"
+        )
     student = student_NYXE.float()
     target = resized_features(features_NEhw, (student.shape[1], student.shape[2])).permute(0, 2, 3, 1)
     if kind == "mse":

@@ -4,13 +4,13 @@ Place in the flow: `training/step.py` calls `loss_sums` after the forward pass a
 whole global batch (all ranks, all micro-batches), so that a token or a mask weighs the same wherever it was computed:
 
     total = text_weight * sum(w * CE) / tokens + bce_weight * sum(BCE) / masks + dice_weight * sum(Dice) / masks
-            + for each expert: expert_weight * sum(distillation) / its distilled images
+            + for each teacher: teacher_weight * sum(distillation) / its distilled images
 
 With `loss.mean=sample` every sample takes its own means first, whatever it is packed with, and the samples of the
-global batch are averaged. A sample without masks, or without features of an expert, counts there with 0:
+global batch are averaged. A sample without masks, or without features of a teacher, counts there with 0:
 
     total = sum over samples (text_weight * w * mean(CE) + bce_weight * mean(BCE) + dice_weight * mean(Dice)
-            + for each expert: expert_weight * distillation) / samples
+            + for each teacher: teacher_weight * distillation) / samples
 
 The first weighs all masks and all tokens alike; the second is what the released training computes, one sample per
 process (bytedance/Sa2VA at 9832e1a, sa2va_eval/projects/ST/models/sa2va_ST.py).
@@ -62,20 +62,20 @@ class LossSums:
     bce_S: Tensor
     dice_S: Tensor
     distill_SX: Tensor
-    """One column per expert; no column without experts. A sample has one image at most."""
+    """One column per teacher; no column without teachers. A sample has one image at most."""
     tokens_S: Tensor
     masks_S: Tensor
     """How many supervised tokens and masks the sums are of, in float32."""
 
     def means_SC(self) -> Tensor:
-        """Return (text, bce, dice, then the experts) of each sample as means over its own tokens and masks."""
+        """Return (text, bce, dice, then the teachers) of each sample as means over its own tokens and masks."""
         text_S = self.text_S / self.tokens_S.clamp(min=1)
         masks_S = self.masks_S.clamp(min=1)
         means = torch.stack((text_S, self.bce_S / masks_S, self.dice_S / masks_S), dim=1)
         return torch.cat((means, self.distill_SX), dim=1)
 
     def detached(self) -> Tensor:
-        """Return (text, bce, dice, then the experts) of each sample as one float64 tensor without history."""
+        """Return (text, bce, dice, then the teachers) of each sample as one float64 tensor without history."""
         masks = torch.stack((self.text_S, self.bce_S, self.dice_S), dim=1)
         return torch.cat((masks, self.distill_SX), dim=1).detach().double()
 
@@ -88,12 +88,12 @@ class Counts:
     masks: int
     samples: int
     distilled: tuple[int, ...] = ()
-    """Images of each expert."""
+    """Images of each teacher."""
 
 
-def count(batch: Batch, experts: Sequence[DistillTerm] = ()) -> Counts:
+def count(batch: Batch, distill_terms: Sequence[DistillTerm] = ()) -> Counts:
     """Return what this micro-batch contributes to the global counts."""
-    distilled = tuple(batch.expert_names.count(term.name) for term in experts)
+    distilled = tuple(batch.teacher_names.count(term.name) for term in distill_terms)
     return Counts(
         tokens=len(batch.targets_M), masks=len(batch.masks), samples=len(batch.sample_ids), distilled=distilled
     )
@@ -117,10 +117,10 @@ def loss_sums(
     output: PixelSailOutput,
     batch: Batch,
     config: LossConfig,
-    experts: Sequence[DistillTerm] = (),
-    expert_maps: Mapping[str, Sequence[Tensor]] | None = None,
+    distill_terms: Sequence[DistillTerm] = (),
+    teacher_maps: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> LossSums:
-    """Return the loss sums of one micro-batch; `expert_maps` are those of `Teachers.maps`, by expert."""
+    """Return the loss sums of one micro-batch; `teacher_maps` are those of `Teachers.maps`, by teacher."""
     assert output.mask_logits is not None
     zeros = torch.zeros(len(batch.sample_ids), device=batch.targets_M.device)
     images, samples, first = [], [], 0
@@ -147,7 +147,7 @@ def loss_sums(
         text_S=zeros.index_add(0, batch.target_samples_M, text_M),
         bce_S=bce_S,
         dice_S=dice_S,
-        distill_SX=distill_sums(output, batch, experts, expert_maps or {}),
+        distill_SX=distill_sums(output, batch, distill_terms, teacher_maps or {}),
         tokens_S=zeros.index_add(0, batch.target_samples_M, torch.ones_like(text_M)),
         masks_S=to_device(torch.tensor(masks_per_sample(batch), dtype=torch.float32), zeros.device),
     )
@@ -156,23 +156,23 @@ def loss_sums(
 def distill_sums(
     output: PixelSailOutput,
     batch: Batch,
-    experts: Sequence[DistillTerm],
-    expert_maps: Mapping[str, Sequence[Tensor]],
+    distill_terms: Sequence[DistillTerm],
+    teacher_maps: Mapping[str, Sequence[Tensor]],
 ) -> Tensor:
-    """Return the distillation loss of each sample from each expert [S, X]; 0 where it is not distilled."""
+    """Return the distillation loss of each sample from each teacher [S, X]; 0 where it is not distilled."""
     num_samples = len(batch.sample_ids)
-    if not experts:
+    if not distill_terms:
         return batch.targets_M.new_zeros(num_samples, 0, dtype=torch.float32)
     images = batch.distilled_images()
-    unknown = set(images) - {term.name for term in experts}
+    unknown = set(images) - {term.name for term in distill_terms}
     assert not unknown, f"the batch comes with features of {sorted(unknown)}, which have no loss"
     columns = []
-    for term in experts:
+    for term in distill_terms:
         own = [batch.image_samples[image] for image in images.get(term.name, ())]
         predicted = (output.distilled or {}).get(term.name, ())
         # Images of one size together: how long small maps take is a matter of how many operations there are.
         alike: dict[tuple[object, ...], list[tuple[int, Tensor, Tensor]]] = defaultdict(list)
-        for sample, student, features in zip(own, predicted, expert_maps.get(term.name, ()), strict=True):
+        for sample, student, features in zip(own, predicted, teacher_maps.get(term.name, ()), strict=True):
             alike[(student.shape, features.shape)].append((sample, student, features))
         column_S = batch.targets_M.new_zeros(num_samples, dtype=torch.float32)
         for group in alike.values():
@@ -184,15 +184,15 @@ def distill_sums(
     return torch.stack(columns, dim=1)
 
 
-def combine(sums: LossSums, counts: Counts, config: LossConfig, experts: Sequence[DistillTerm] = ()) -> Tensor:
+def combine(sums: LossSums, counts: Counts, config: LossConfig, distill_terms: Sequence[DistillTerm] = ()) -> Tensor:
     """Return the share of one micro-batch in the global loss; a count of zero divides by one."""
     if config.mean == "sample":
         means_C = sums.means_SC().sum(0) / max(counts.samples, 1)
-        return weighted_sum(list(means_C), config, experts)
+        return weighted_sum(list(means_C), config, distill_terms)
     tokens, masks = max(counts.tokens, 1), max(counts.masks, 1)
     text, bce, dice = sums.text_S.sum(), sums.bce_S.sum(), sums.dice_S.sum()
     total = config.text * text / tokens + (config.bce * bce + config.dice * dice) / masks
-    for column, (term, num_images) in enumerate(zip(experts, counts.distilled, strict=True)):
+    for column, (term, num_images) in enumerate(zip(distill_terms, counts.distilled, strict=True)):
         total = total + term.weight * sums.distill_SX[:, column].sum() / max(num_images, 1)
     return total
 
@@ -200,10 +200,10 @@ def combine(sums: LossSums, counts: Counts, config: LossConfig, experts: Sequenc
 Number = TypeVar("Number", float, Tensor)
 
 
-def weighted_sum(means: Sequence[Number], config: LossConfig, experts: Sequence[DistillTerm] = ()) -> Number:
-    """Return the loss that means of (text, bce, dice, then the experts) make."""
+def weighted_sum(means: Sequence[Number], config: LossConfig, distill_terms: Sequence[DistillTerm] = ()) -> Number:
+    """Return the loss that means of (text, bce, dice, then the teachers) make."""
     text, bce, dice, *distilled = means
     total = config.text * text + config.bce * bce + config.dice * dice
-    for mean, term in zip(distilled, experts, strict=True):
+    for mean, term in zip(distilled, distill_terms, strict=True):
         total = total + term.weight * mean
     return total

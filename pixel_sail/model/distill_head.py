@@ -1,12 +1,12 @@
-"""The student's linear layers towards its experts: used in training, absent from exported models.
+"""The student's linear layers towards its teachers: used in training, absent from exported models.
 
-Place in the flow: `training/build.py` adds a `DistillHead` to the model where experts are configured, forward calls it
+Place in the flow: `training/build.py` adds a `DistillHead` to the model where teachers are configured, forward calls it
 for the chosen images, `losses/distill.py` compares the result. Names are the released ones:
 
     distill_head.mask2former_distill_linear.weight [256, mask_dim]    from the pixel map, after the projector
     distill_head.sam2_distill_linear.weight        [256, hidden]      from the patch states, after the final norm
 
-Axis letters: Y X cells of a map, C student channels, E expert channels.
+Axis letters: Y X cells of a map, C student channels, E teacher channels.
 """
 
 import zlib
@@ -24,15 +24,15 @@ PREFIX = "distill_head."
 
 @dataclass(frozen=True, kw_only=True)
 class DistillSite:
-    """Where an expert reads the student, and how many channels it has."""
+    """Where a teacher reads the student, and how many channels it has."""
 
     site: str
     channels: int
 
 
-def linear_name(expert: str) -> str:
-    """Return the released name of an expert's linear layer."""
-    return f"{expert}_distill_linear"
+def linear_name(teacher: str) -> str:
+    """Return the released name of a teacher's linear layer."""
+    return f"{teacher}_distill_linear"
 
 
 def _draw_ours(layer: nn.Linear, generator: torch.Generator) -> None:
@@ -52,7 +52,7 @@ _DRAWN = {"ours": _draw_ours, "torch": _draw_as_torch}
 
 
 class DistillHead(nn.ModuleDict):
-    """One linear layer per expert."""
+    """One linear layer per teacher."""
 
     def __init__(
         self, config: Architecture, sites: Mapping[str, DistillSite], *, seed: int, init: str = "ours"
@@ -73,15 +73,15 @@ class DistillHead(nn.ModuleDict):
             self[linear_name(name)] = layer
 
     def reads(self, site: str) -> list[str]:
-        """Return the experts that read the student at a site."""
+        """Return the teachers that read the student at a site."""
         return [name for name, own in self.site_of.items() if own == site]
 
-    def predict(self, expert: str, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return what the student takes an expert's features to be, [Y, X, E] for each of its maps [Y, X, C].
+    def predict(self, teacher: str, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return what the student takes a teacher's features to be, [Y, X, E] for each of its maps [Y, X, C].
 
         All maps go through the layer at once.
         """
-        cells_NE: Tensor = self[linear_name(expert)](torch.cat([map_YXC.flatten(0, 1) for map_YXC in maps]))
+        cells_NE: Tensor = self[linear_name(teacher)](torch.cat([map_YXC.flatten(0, 1) for map_YXC in maps]))
         sizes = [map_YXC.shape[:2] for map_YXC in maps]
         parts = cells_NE.split([size.numel() for size in sizes])
         return tuple(part.unflatten(0, size) for part, size in zip(parts, sizes, strict=True))

@@ -61,7 +61,7 @@ class PixelSailOutput:
     mask_logits: tuple[Tensor | PointLogits | None, ...] | None = None
     """Per image [number of its masks, Y, X], or what makes them; None for an image without masks."""
     distilled: dict[str, tuple[Tensor, ...]] | None = None
-    """Per expert, [Y, X, E] of each image that was asked for: what the student takes the expert's features to be."""
+    """Per teacher, [Y, X, E] of each image that was asked for: what the student takes the teacher's features to be."""
     anchor: Tensor | None = None
     """Zero, but connected to every parameter: in a loss it gives each that is trained a gradient on every rank."""
 
@@ -115,7 +115,7 @@ class PixelSailForSegmentation(PreTrainedModel):
             module.draw_weights()
 
     def add_distill_head(self, sites: Mapping[str, DistillSite], *, seed: int, init: str = "ours") -> None:
-        """Give the model a linear layer for each expert; exports leave them out."""
+        """Give the model a linear layer for each teacher; exports leave them out."""
         self.distill_head = DistillHead(self.config, sites, seed=seed, init=init)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -212,7 +212,7 @@ class PixelSailForSegmentation(PreTrainedModel):
         With `logit_positions_M2` (row, token) the text head runs at those positions only; with their next tokens in
         `targets_M` it may give losses instead of logits. The patches of image i are
         the i-th run of `patches_SK`, their states are read at the tokens that carry their index. `distilled_images`
-        names the images that each expert's features are predicted for.
+        names the images that each teacher's features are predicted for.
         """
         embeddings = self.embed(input_ids_BT, patches_SK, patch_index_BT, prompt_ids_BT)
         if self.config.visual_prompts == "pooled":
@@ -248,7 +248,7 @@ class PixelSailForSegmentation(PreTrainedModel):
         features = None if folded else maps
         distilled, distill_anchor = None, None
         if self.distill_head is not None:
-            distilled, distill_anchor = self.predict_experts(
+            distilled, distill_anchor = self.predict_teacher_features(
                 hidden_BTD, patch_index_BT, grids, cells, maps, distilled_images or {}
             )
         anchor = None
@@ -271,7 +271,7 @@ class PixelSailForSegmentation(PreTrainedModel):
         )
 
     def folds_masks(self) -> bool:
-        """Return whether the last layer of the mask head goes into the queries; experts of pixel maps need it apart."""
+        """Return whether the last layer of the mask head goes into the queries; teachers of pixel maps need it apart."""
         if self.distill_head is not None and self.distill_head.reads("pixel_map"):
             return False
         return self.speed.mask_head != "maps"
@@ -293,10 +293,10 @@ class PixelSailForSegmentation(PreTrainedModel):
     def images_with_pixel_map(
         self, masks_per_image: Sequence[int], distilled_images: Mapping[str, Sequence[int]]
     ) -> list[int]:
-        """Return a number above 0 for every image whose pixel map is needed, for its masks or for an expert."""
+        """Return a number above 0 for every image whose pixel map is needed, for its masks or for a teacher."""
         needed = list(masks_per_image)
-        for expert in self.distill_head.reads("pixel_map") if self.distill_head is not None else ():
-            for image in distilled_images.get(expert, ()):
+        for teacher in self.distill_head.reads("pixel_map") if self.distill_head is not None else ():
+            for image in distilled_images.get(teacher, ()):
                 needed[image] = max(needed[image], 1)
         return needed
 
@@ -343,7 +343,7 @@ class PixelSailForSegmentation(PreTrainedModel):
                 features[image] = part.view(*size, -1)
         return cells, tuple(features), queries_ND, probes
 
-    def predict_experts(
+    def predict_teacher_features(
         self,
         hidden_BTD: Tensor,
         patch_index_BT: Tensor,
@@ -352,7 +352,7 @@ class PixelSailForSegmentation(PreTrainedModel):
         features: Sequence[Tensor | None],
         images: Mapping[str, Sequence[int]],
     ) -> tuple[dict[str, tuple[Tensor, ...]], Tensor]:
-        """Return for each expert the predicted features [Y, X, E] of its images, and a zero that every layer takes part
+        """Return for each teacher the predicted features [Y, X, E] of its images, and a zero that every layer takes part
         in.
 
         ZeRO-2 adds up gradients of different ranks in the order in which they become ready, so that this order must not
@@ -364,13 +364,13 @@ class PixelSailForSegmentation(PreTrainedModel):
         pixel = cells_PD[None, :1]
         predicted: dict[str, tuple[Tensor, ...]] = {}
         touched = []
-        for expert, site in self.distill_head.site_of.items():
+        for teacher, site in self.distill_head.site_of.items():
             maps = features if site == "pixel_map" else states
-            read = [map_YXC for image in images.get(expert, ()) if (map_YXC := maps[image]) is not None]
-            assert len(read) == len(images.get(expert, ())), f"{expert}: an image to be distilled has no pixel map"
+            read = [map_YXC for image in images.get(teacher, ()) if (map_YXC := maps[image]) is not None]
+            assert len(read) == len(images.get(teacher, ())), f"{teacher}: an image to be distilled has no pixel map"
             read.append(pixel if site == "pixel_map" else state_11D)
-            *own, last = self.distill_head.predict(expert, read)
-            predicted[expert] = tuple(own)
+            *own, last = self.distill_head.predict(teacher, read)
+            predicted[teacher] = tuple(own)
             touched.append(last.sum())
         return predicted, 0.0 * torch.stack(touched).sum()
 

@@ -11,10 +11,10 @@ activations, rotations and losses are left out, they are bound by memory and not
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from pixel_sail.experts.settings import ExpertSettings
+from pixel_sail.distillation.settings import TeacherSettings
 from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.speed import Speed
-from pixel_sail.planning.parameters import DOUBLING_TAPS, expert_width
+from pixel_sail.planning.parameters import DOUBLING_TAPS, teacher_width
 from pixel_sail.planning.workload import Workload
 
 BACKWARD_AND_FORWARD = 3
@@ -24,7 +24,7 @@ TEACHER_FLOPS = {
     "sam2": (1.82e12, "Hiera-L image encoder with its neck, 1024 x 1024"),
     "radio": (2.80e12, "ViT-L with patches of 16, 768 x 1024"),
 }
-"""Operations of one image through an expert's network, and what was counted: transformers 5.23's modules of the
+"""Operations of one image through a teacher's network, and what was counted: transformers 5.23's modules of the
 published sizes under torch's FlopCounterMode, attention as plain products."""
 
 
@@ -60,7 +60,7 @@ def layer_macs(architecture: Architecture) -> dict[str, int]:
 
 
 def forward_flops(
-    architecture: Architecture, work: Workload, experts: Mapping[str, ExpertSettings], speed: Speed | None = None
+    architecture: Architecture, work: Workload, teachers: Mapping[str, TeacherSettings], speed: Speed | None = None
 ) -> ForwardFlops:
     """Return the operations of one forward pass, computed as `speed` says (None: the default)."""
     speed = speed if speed is not None else Speed()
@@ -76,9 +76,11 @@ def forward_flops(
     embedding = patches * pixels * width + prompts
     if architecture.base == "eve":
         embedding = patches * architecture.patch_hidden_size * (pixels + 4 * width)
-    folded = speed.mask_head != "maps" and not any(own.site == "pixel_map" for own in experts.values())
+    folded = speed.mask_head != "maps" and not any(own.site == "pixel_map" for own in teachers.values())
     pairs = work.rows * work.tokens_per_row**2 if speed.attention == "dense" else work.computed_pairs
-    upsampler, mask_head = _mask_head_macs(architecture, work, has_pixel_expert=reads_pixel_map(experts), folded=folded)
+    upsampler, mask_head = _mask_head_macs(
+        architecture, work, has_pixel_teacher=reads_pixel_map(teachers), folded=folded
+    )
     return ForwardFlops(
         image_embedding=2.0 * embedding,
         decoder=2.0 * layers * tokens * per_token,
@@ -87,24 +89,24 @@ def forward_flops(
         text_head=2.0 * work.supervised * width * architecture.vocab_size,
         upsampler=2.0 * upsampler,
         mask_head=2.0 * mask_head,
-        distill_head=2.0 * _distill_macs(architecture, work, experts),
+        distill_head=2.0 * _distill_macs(architecture, work, teachers),
     )
 
 
-def reads_pixel_map(experts: Mapping[str, ExpertSettings]) -> bool:
-    """Return whether some expert needs the pixel map also of images without masks."""
-    return any(own.site == "pixel_map" and not own.masks_only and own.share > 0 for own in experts.values())
+def reads_pixel_map(teachers: Mapping[str, TeacherSettings]) -> bool:
+    """Return whether some teacher needs the pixel map also of images without masks."""
+    return any(own.site == "pixel_map" and not own.masks_only and own.share > 0 for own in teachers.values())
 
 
 def _mask_head_macs(
-    architecture: Architecture, work: Workload, *, has_pixel_expert: bool, folded: bool
+    architecture: Architecture, work: Workload, *, has_pixel_teacher: bool, folded: bool
 ) -> tuple[float, float]:
     """Return the multiply-adds of the upsampler and of the rest of the mask head."""
     width, channels, mask_dim = architecture.hidden_size, architecture.feature_size, architecture.mask_dim
     upsampler = 0.0
     head = float(work.num_masks * (width * channels + channels * mask_dim))
     for image in work.images:
-        if not image.masks and not has_pixel_expert:
+        if not image.masks and not has_pixel_teacher:
             continue
         cells = image.patches
         head += cells * (width * width + width * channels) if width > channels else 0
@@ -120,24 +122,24 @@ def _mask_head_macs(
     return upsampler, head
 
 
-def _distill_macs(architecture: Architecture, work: Workload, experts: Mapping[str, ExpertSettings]) -> float:
-    """Return the multiply-adds of the linear layers towards experts."""
+def _distill_macs(architecture: Architecture, work: Workload, teachers: Mapping[str, TeacherSettings]) -> float:
+    """Return the multiply-adds of the linear layers towards teachers."""
     scale = 4**architecture.num_upsample_blocks
     total = 0.0
-    for own in experts.values():
+    for own in teachers.values():
         images = [image for image in work.images if image.masks or not own.masks_only]
         cells = sum(image.patches for image in images) * (scale if own.site == "pixel_map" else 1)
-        total += own.share * cells * expert_width(architecture, own) * own.channels
+        total += own.share * cells * teacher_width(architecture, own) * own.channels
     return total
 
 
-def teacher_flops(work: Workload, experts: Mapping[str, ExpertSettings]) -> dict[str, float | None]:
-    """Return the operations of every expert that runs beside the training: forward only, None where not known.
+def teacher_flops(work: Workload, teachers: Mapping[str, TeacherSettings]) -> dict[str, float | None]:
+    """Return the operations of every teacher that runs beside the training: forward only, None where not known.
 
-    An expert with a cache costs nothing. A larger model of ours is not in the table: plan it as a run of its own.
+    A teacher with a cache costs nothing. A larger model of ours is not in the table: plan it as a run of its own.
     """
     costs: dict[str, float | None] = {}
-    for name, own in experts.items():
+    for name, own in teachers.items():
         images = sum(1 for image in work.images if image.masks or not own.masks_only)
         each = TEACHER_FLOPS[name][0] if name in TEACHER_FLOPS else None
         if own.cache is not None:
@@ -162,11 +164,11 @@ def training_flops(forward: ForwardFlops, architecture: Architecture, *, checkpo
     return {"model": BACKWARD_AND_FORWARD * forward.total, "recomputed": recomputed}
 
 
-def useful_flops(architecture: Architecture, work: Workload, experts: Mapping[str, ExpertSettings]) -> float:
+def useful_flops(architecture: Architecture, work: Workload, teachers: Mapping[str, TeacherSettings]) -> float:
     """Return the operations of forward and backward pass that a step cannot do without.
 
     Real tokens and visible pairs only: padding, masked pairs, what is computed twice and teachers do not count. A
     sample costs the same alone and packed.
     """
-    forward = forward_flops(architecture, replace(work, rows=1, tokens_per_row=work.real_tokens), experts)
+    forward = forward_flops(architecture, replace(work, rows=1, tokens_per_row=work.real_tokens), teachers)
     return BACKWARD_AND_FORWARD * (forward.total - forward.attention + forward.attention_minimal)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pixel_sail.config import ModelConfig
-from pixel_sail.experts.settings import ExpertSettings
+from pixel_sail.distillation.settings import TeacherSettings
 from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.tokenization import load_tokenizer
 
@@ -88,12 +88,12 @@ def mask_head_parameters(architecture: Architecture) -> int:
     )
 
 
-def expert_width(architecture: Architecture, settings: ExpertSettings) -> int:
-    """Return how many channels of the student an expert's linear layer reads."""
+def teacher_width(architecture: Architecture, settings: TeacherSettings) -> int:
+    """Return how many channels of the student a teacher's linear layer reads."""
     return architecture.mask_dim if settings.site == "pixel_map" else architecture.hidden_size
 
 
-def parameter_counts(architecture: Architecture, experts: Mapping[str, ExpertSettings]) -> dict[str, int]:
+def parameter_counts(architecture: Architecture, teachers: Mapping[str, TeacherSettings]) -> dict[str, int]:
     """Return the parameters of every part; a tied text head has none of its own.
 
     The vocabulary must be filled in: it comes from the tokenizer.
@@ -106,5 +106,5 @@ def parameter_counts(architecture: Architecture, experts: Mapping[str, ExpertSet
         "decoder": architecture.num_hidden_layers * layer_parameters(architecture) + width,
         "text_head": 0 if architecture.tie_word_embeddings else embedding,
         "mask_head": mask_head_parameters(architecture),
-        "distill_head": sum(linear(expert_width(architecture, own), own.channels) for own in experts.values()),
+        "distill_head": sum(linear(teacher_width(architecture, own), own.channels) for own in teachers.values()),
     }

@@ -87,12 +87,12 @@ def make_plan(
             f"data.global_batch_size is {per_step}, expected a multiple of {machine.gpus * rows}: {machine.gpus} GPUs "
             f"times data.micro_batch_size={rows}"
         )
-    architecture, experts = config.model.architecture, config.experts
-    counts = parameter_counts(architecture, experts)
+    architecture, teachers = config.model.architecture, config.distillation
+    counts = parameter_counts(architecture, teachers)
     own = training_parts or TrainingParts(adapters=0, trained=sum(counts.values()))
     counts["adapters"] = own.adapters
     num_parameters, micro_batches = sum(counts.values()), per_step // rows
-    forward = [flops.forward_flops(architecture, work, experts, config.speed) for work in works]
+    forward = [flops.forward_flops(architecture, work, teachers, config.speed) for work in works]
     parts = {name: micro_batches * mean([getattr(one, name) for one in forward]) for name in vars(forward[0])}
     step = flops.ForwardFlops(**parts)
     teachers = _teachers(config, works, micro_batches)
@@ -134,9 +134,9 @@ def make_plan(
 
 
 def _teachers(config: TrainConfig, works: Sequence[Workload], micro_batches: int) -> dict[str, float | None]:
-    costs = [flops.teacher_flops(work, config.experts) for work in works]
+    costs = [flops.teacher_flops(work, config.distillation) for work in works]
     means: dict[str, float | None] = {}
-    for name in config.experts:
+    for name in config.distillation:
         known = [cost[name] for cost in costs]
         means[name] = None if None in known else micro_batches * mean([value or 0.0 for value in known])
     return means
@@ -232,8 +232,8 @@ def _disk(
         "checkpoint": checkpoint,
         "checkpoints_kept": config.checkpoint.keep,
         "run_folder": disk.run_folder_bytes(checkpoint, exported=exported, keep=config.checkpoint.keep),
-        "expert_cache_per_100k_images": disk.all_cache_bytes(
-            config.model.architecture, config.experts, assumptions.photo_hw or USUAL_HW, 100_000
+        "teacher_cache_per_100k_images": disk.all_cache_bytes(
+            config.model.architecture, config.distillation, assumptions.photo_hw or USUAL_HW, 100_000
         ),
     }
 
@@ -266,7 +266,7 @@ def plan_text(plan: dict[str, Any]) -> str:
         lines.append(f"  {'computed again':28}{'':11}{work['recomputed'] / 1e12:16.3f}")
     for name, cost in work["teachers"].items():
         said = "      not known" if cost is None else f"{cost / 1e12:16.3f}"
-        lines.append(f"  {'expert ' + name:28}{'':11}{said}")
+        lines.append(f"  {'teacher ' + name:28}{'':11}{said}")
     peak = time["peak_tflops"] or PEAK_TFLOPS[time["gpu"]]
     lines += [
         "",
@@ -291,6 +291,6 @@ def plan_text(plan: dict[str, Any]) -> str:
         f"  checkpoint {plan['disk']['checkpoint'] / 1e9:.2f}, run folder at most",
     )
     lines[-1] += f" {plan['disk']['run_folder'] / 1e9:.2f} (keeps {plan['disk']['checkpoints_kept']})"
-    for name, size in plan["disk"]["expert_cache_per_100k_images"].items():
-        lines.append(f"  cache of expert {name}: {size / 1e9:.1f} for 100,000 images, int8")
+    for name, size in plan["disk"]["teacher_cache_per_100k_images"].items():
+        lines.append(f"  cache of teacher {name}: {size / 1e9:.1f} for 100,000 images, int8")
     return "\n".join(lines)

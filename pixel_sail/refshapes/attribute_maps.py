@@ -1,7 +1,7 @@
-"""What a perfect expert would say about a drawn picture: a map of the attributes and places of its objects.
+"""What a perfect teacher would say about a drawn picture: a map of the attributes and places of its objects.
 
 Place in the flow: `formats.py` hands over the maps of the training pictures, this file writes them as the cache of the
-expert `pixel_sail/experts/drawn.py`. A pixel of a red star at the left edge has 1 in the channels red, star, plain,
+teacher `pixel_sail/distillation/attributes.py`. A pixel of a red star at the left edge has 1 in the channels red, star, plain,
 small, column 0 (of 10) and its row; a pixel of no object has 1 in the last of the 43 channels. A cell of the map is the
 mean over 8 x 8 pixels: [43, 16, 16] for a picture of 128 x 128.
 """
@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pixel_sail.experts.cache import StoredMap, cache_identity, image_key
-from pixel_sail.experts.cache_writer import finish, make_plan, start_folder, write_shard
-from pixel_sail.experts.drawn import CELL_PX, CHANNELS, NUM_PLACES, attributes
+from pixel_sail.distillation.attributes import CELL_PX, CHANNELS, NUM_PLACES, attributes
+from pixel_sail.distillation.cache import StoredMap, cache_identity, image_key
+from pixel_sail.distillation.cache_writer import finish, make_plan, start_folder, write_shard
 from pixel_sail.refshapes.kinds import VALUES
 from pixel_sail.refshapes.scene import Scene, SceneObject
 
@@ -53,7 +53,7 @@ def attribute_map(scene: Scene) -> AttributeMap:
 
 
 def write_attribute_maps(folder: Path, maps: Mapping[Path, AttributeMap]) -> None:
-    """Write the maps of pictures as a cache of features, which training reads with `experts=drawn`."""
+    """Write the maps of pictures as a cache of features, which training reads with `distillation=attributes`."""
     keyed = {image_key(path): levels for path, levels in maps.items()}
     identity = cache_identity(attributes().identity(), precision="fp32", grid=None)
     plan = make_plan(list(keyed), identity, dtype="int8", images_per_shard=IMAGES_PER_SHARD)

@@ -11,7 +11,7 @@ Place in the flow: the top of the package; `tools/make_refshapes.py` calls `writ
     llava/llava_v1_5_mix665k.json                     LLaVA-1.5, from train images and without image
     panoptic/, pix2cap/                               COCO panoptic and Pix2Cap, see panoptic_format.py
     glamm_data/, muse/, reason_seg/                   grounded captions, MUSE, ReasonSeg, see grounded_format.py
-    attribute_maps/                                   what a perfect expert would say of train images
+    attribute_maps/                                   what a perfect teacher would say of train images
     meta.json                                         what was asked for, and counts
 
 One entry of the refs, as an example of the data:
@@ -39,7 +39,7 @@ from typing import Any
 
 import numpy as np
 
-from pixel_sail.experts.drawn import CELL_PX
+from pixel_sail.distillation.attributes import CELL_PX
 from pixel_sail.refshapes.attribute_maps import attribute_map, write_attribute_maps
 from pixel_sail.refshapes.expressions import Describer
 from pixel_sail.refshapes.focus import FOCI, FOCUS_SHARES, SceneRules, pick_focus

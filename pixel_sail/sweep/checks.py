@@ -35,8 +35,8 @@ def checked_config(job: Job) -> TrainConfig:
             _check_node(node, f"data.sources.{name}")
         for name, node in config.evals.items():
             _check_node(node, f"evals.{name}")
-        for name, expert in config.experts.items():
-            _check_node(expert.model, f"experts.{name}.model")
+        for name, teacher in config.distillation.items():
+            _check_node(teacher.model, f"distillation.{name}.model")
     except ValueError as error:
         raise ConfigError(f"sweep: job {job.name!r} ({' '.join(job.overrides)}): {error}") from error
     return config

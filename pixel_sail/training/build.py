@@ -6,7 +6,7 @@ vocabulary must be those that are configured; what has no weights is as configur
 drawn anew where `model.init_fresh` allows it. For example an upsampler of one block on a base with two:
 
     build_model(ModelConfig(init_from="runs/base", init_fresh=["mask_head"],
-                            architecture=Architecture(mask_stride=8, ...), ...), seed=0, experts={})
+                            architecture=Architecture(mask_stride=8, ...), ...), seed=0, teachers={})
 """
 
 import logging
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from pixel_sail.config import FRESH_PARTS, ConfigError, LoraConfig, ModelConfig, matching
-from pixel_sail.experts.settings import ExpertSettings
+from pixel_sail.distillation.settings import TeacherSettings
 from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
 from pixel_sail.model.distill_head import DistillSite
 from pixel_sail.model.lora import LINEAR, add_lora
@@ -46,9 +46,9 @@ NAMES = {
 
 
 def build_model(
-    config: ModelConfig, *, seed: int, experts: Mapping[str, ExpertSettings]
+    config: ModelConfig, *, seed: int, teachers: Mapping[str, TeacherSettings]
 ) -> tuple[PixelSailForSegmentation, PixelSailProcessor]:
-    """Return the model in training mode (float32), with a linear layer for each expert and low-rank adapters
+    """Return the model in training mode (float32), with a linear layer for each teacher and low-rank adapters
     where they are configured, and the processor that fits it.
 
     Raises: ConfigError when `init_from` does not fit `architecture`, or an adapter has nothing to adapt.
@@ -63,7 +63,7 @@ def build_model(
         model = _drawn(wanted, init=config.init, seed=seed)
     else:
         model = _load_start(config, wanted, seed=seed)
-    add_training_parts(model, config.lora, seed=seed, experts=experts, init=config.init)
+    add_training_parts(model, config.lora, seed=seed, teachers=teachers, init=config.init)
     return model.train(), processor
 
 
@@ -89,12 +89,12 @@ def add_training_parts(
     lora: LoraConfig,
     *,
     seed: int,
-    experts: Mapping[str, ExpertSettings],
+    teachers: Mapping[str, TeacherSettings],
     init: str = "ours",
 ) -> None:
-    """Give a model what only training needs: a linear layer for each expert, and low-rank adapters."""
-    if experts:
-        sites = {name: DistillSite(site=own.site, channels=own.channels) for name, own in experts.items()}
+    """Give a model what only training needs: a linear layer for each teacher, and low-rank adapters."""
+    if teachers:
+        sites = {name: DistillSite(site=own.site, channels=own.channels) for name, own in teachers.items()}
         model.add_distill_head(sites, seed=seed, init=init)
     if lora.rank:
         add_lora(model, lora_targets(model, lora), rank=lora.rank, alpha=lora.alpha, seed=seed)

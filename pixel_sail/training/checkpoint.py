@@ -396,7 +396,7 @@ def export(folder: Path, model: nn.Module, optimizer: Optimizer, accelerator: Ac
     """Write a plain Hugging Face folder (weights as safetensors, config, tokenizer), complete or not at all.
 
     The weights are averaged where the run averages them, and low-rank adapters are part of the weights they adapt. The
-    linear layers towards experts stay behind: nothing but training uses them.
+    linear layers towards teachers stay behind: nothing but training uses them.
     """
     state = _plain_weights(model, optimizer, accelerator)
     if dist.rank() == 0:

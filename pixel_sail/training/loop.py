@@ -58,7 +58,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
     reading_L = reading_table(run.assignment.num_streams)
     data = step_data(run, reading_L)
     architecture = run.accelerator.unwrap_model(run.model).config
-    meter = Meter(architecture, config.experts, peak_tflops=config.log.peak_tflops, device=device)
+    meter = Meter(architecture, config.distillation, peak_tflops=config.log.peak_tflops, device=device)
     corridor = Corridor(config.corridor, run.run_dir / LOG_FILE, start=run.state.step)
     writer = CheckpointWriter(
         run.checkpoints,
@@ -183,7 +183,7 @@ def log_line(run: Run, state: TrainState, report: StepReport, meter: Meter) -> d
     epoch = sum(stream.consumed for stream in state.streams) / run.mixture.epoch_length
     numbers = {**report.scalars(), "epoch": round(epoch, 4), "skipped": state.num_skipped, **meter.read()}
     sums = torch.tensor(state.source_sums, dtype=torch.float64)
-    return numbers | source_scalars(run.mixture.names, sums, run.experts)
+    return numbers | source_scalars(run.mixture.names, sums, run.distill_terms)
 
 
 def due(step: int, every: int) -> bool:

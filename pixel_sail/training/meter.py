@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pixel_sail import dist
-from pixel_sail.experts.settings import ExpertSettings
+from pixel_sail.distillation.settings import TeacherSettings
 from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.planning.flops import useful_flops
 from pixel_sail.planning.workload import of_batch
@@ -44,13 +44,13 @@ class Meter:
     def __init__(
         self,
         architecture: Architecture,
-        experts: Mapping[str, ExpertSettings],
+        teachers: Mapping[str, TeacherSettings],
         *,
         peak_tflops: float | None,
         device: torch.device,
     ) -> None:
         self.architecture = architecture
-        self.experts = experts
+        self.teachers = teachers
         self.device = device
         self.peak_flops = 1e12 * (device_peak_tflops(device) if peak_tflops is None else peak_tflops)
         self._clear()
@@ -70,7 +70,7 @@ class Meter:
     def step_done(self, batches: Sequence[Batch], *, tokens: int, samples: int) -> None:
         """Add a step: this rank's micro-batches, on the CPU; real tokens and samples of all ranks."""
         if self.peak_flops:
-            self._flops += sum(useful_flops(self.architecture, of_batch(batch), self.experts) for batch in batches)
+            self._flops += sum(useful_flops(self.architecture, of_batch(batch), self.teachers) for batch in batches)
         self._tokens += tokens
         self._samples += samples
         self._steps += 1

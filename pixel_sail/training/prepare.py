@@ -25,7 +25,7 @@ from pixel_sail.data.fingerprint import data_fingerprint
 from pixel_sail.data.leakage import held_out_images, without_images
 from pixel_sail.data.loader import StepData, StreamAssignment, training_batches
 from pixel_sail.data.mixture import Mixture
-from pixel_sail.experts.teachers import load_teachers
+from pixel_sail.distillation.teachers import load_teachers
 from pixel_sail.losses.distill import DistillTerm
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.planning.balance import SampleCost
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 FREE_KEYS = (
     *("log", "checkpoint", "validation", "predict", "evals", "paths", "run_dir", "name", "deepspeed"),
-    *("allow_random_experts", "watchdog", "corridor", "speed"),
+    *("allow_random_teachers", "watchdog", "corridor", "speed"),
 )
 """Groups that may change between the sessions of one run without changing its numbers."""
 
@@ -97,8 +97,8 @@ class Run:
         return self.run_dir / "checkpoints"
 
     @property
-    def experts(self) -> tuple[DistillTerm, ...]:
-        """Return the losses of the experts."""
+    def distill_terms(self) -> tuple[DistillTerm, ...]:
+        """Return the losses of the teachers."""
         return self.distillation.terms if self.distillation is not None else ()
 
 
@@ -115,10 +115,10 @@ def prepare(config: TrainConfig, *, lock: bool) -> Run:
     if config.data.global_batch_size is not None:
         # What cannot be shared out evenly is said before anything is loaded.
         stream_assignment(config.data)
-    # Experts and model before the accelerator: once it knows of ZeRO-3, whatever Hugging Face loads is sharded.
+    # Teachers and model before the accelerator: once it knows of ZeRO-3, whatever Hugging Face loads is sharded.
     distillation = build_distillation(config)
-    experts = distillation.terms if distillation is not None else ()
-    model, processor = build_model(config.model, seed=config.seed, experts=config.experts)
+    distill_terms = distillation.terms if distillation is not None else ()
+    model, processor = build_model(config.model, seed=config.seed, teachers=config.distillation)
     with data_fingerprint() as files:
         mixture = build_mixture(config.data, seed=config.seed)
     length = None
@@ -130,7 +130,7 @@ def prepare(config: TrainConfig, *, lock: bool) -> Run:
     check_agreement(config)
     run_lock = RunLock(run_dir) if lock else None
     identity = run_identity(asdict(config)) | {checkpoint.DATA_FILES: data_identity(mixture, files)}
-    num_columns = len(source_columns(experts))
+    num_columns = len(source_columns(distill_terms))
     state = start = TrainState.start(
         num_streams=assignment.num_streams, num_sources=len(mixture.names), num_columns=num_columns
     )
@@ -259,7 +259,7 @@ def step_data(run: Run, reading_L: Tensor | None = None) -> Iterator[StepData]:
         step=run.state.step,
         num_workers=data.num_workers,
         max_skipped_share=data.max_skipped_share,
-        experts=run.distillation.teachers.choices if run.distillation is not None else (),
+        teachers=run.distillation.teachers.choices if run.distillation is not None else (),
         reading_L=reading_L,
         cost=sample_cost(run.config),
     )
@@ -271,8 +271,8 @@ def run_identity(resolved: dict[str, Any]) -> dict[str, Any]:
     identity["data"] = {key: value for key, value in resolved["data"].items() if key not in FREE_DATA_KEYS}
     identity["optim"] = {key: value for key, value in resolved["optim"].items() if key not in FREE_OPTIM_KEYS}
     # A cache may move, but stored features are rounded: whether there is one belongs to the run.
-    experts = {name: {**own, "cache": own["cache"] is not None} for name, own in identity.pop("experts").items()}
-    return identity | {"experts": experts} if experts else identity
+    teachers = {name: {**own, "cache": own["cache"] is not None} for name, own in identity.pop("distillation").items()}
+    return identity | {"distillation": teachers} if teachers else identity
 
 
 def free_schedule_keys(optim: OptimConfig, found: Path) -> tuple[str, ...]:
@@ -309,20 +309,20 @@ def data_identity(mixture: Mixture, files: Mapping[str, Collection[str]]) -> dic
 
 
 def build_distillation(config: TrainConfig) -> Distillation | None:
-    """Return the experts of the run with their losses, None where none are configured."""
-    if not config.experts:
+    """Return the teachers of the run with their losses, None where none are configured."""
+    if not config.distillation:
         return None
     teachers = load_teachers(
-        config.experts,
+        config.distillation,
         config.model.architecture,
         build,
         sources=sorted(config.data.sources),
-        allow_random=config.allow_random_experts,
+        allow_random=config.allow_random_teachers,
         device=dist.local_device(),
     )
     terms = tuple(
-        DistillTerm(name=name, weight=config.experts[name].weight, loss=config.experts[name].loss)
-        for name in sorted(config.experts)
+        DistillTerm(name=name, weight=config.distillation[name].weight, loss=config.distillation[name].loss)
+        for name in sorted(config.distillation)
     )
     return Distillation(teachers=teachers, terms=terms)
 

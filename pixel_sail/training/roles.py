@@ -70,7 +70,7 @@ ROLES = (
     Role(
         pattern=r"distill_head\..*\.weight",
         orthogonal=False,
-        why="output layers towards experts, which are thrown away after training",
+        why="output layers towards teachers, which are thrown away after training",
     ),
 )
 

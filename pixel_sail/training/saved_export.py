@@ -25,7 +25,7 @@ from pixel_sail.training.build import build_model
 def export_saved(run_dir: Path, saved: Path, folder: Path) -> None:
     """Write what the checkpoint `saved` of a run holds, complete or not at all.
 
-    Averaged weights where the run averages them, adapters folded in, no layers towards experts.
+    Averaged weights where the run averages them, adapters folded in, no layers towards teachers.
     Raises: CheckpointError for a damaged checkpoint; ConfigError or DataError for a configuration that is damaged or
     asks for anything to be looked up, or a tokenizer that is not there any more; WriteError.
     """
@@ -35,7 +35,7 @@ def export_saved(run_dir: Path, saved: Path, folder: Path) -> None:
     check_sizes(config.architecture, weights, saved / checkpoint.MODEL)
     # The checkpoint has all weights: those that the run started from may be gone.
     config.init_from = None
-    model, processor = build_model(config, seed=0, experts={})
+    model, processor = build_model(config, seed=0, teachers={})
     averages = {
         name.removeprefix(f"{AVERAGE}."): tensor
         for name, tensor in checkpoint.read_tensors(saved / checkpoint.OPTIMIZER).items()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pixel_sail import dist
-from pixel_sail.experts.teachers import Teachers
+from pixel_sail.distillation.teachers import Teachers
 from pixel_sail.losses.distill import DistillTerm
 from pixel_sail.losses.total import (
     Counts,
@@ -54,7 +54,7 @@ class StepReport:
     """float64 [sources, columns]: sums over this step's samples of `source_columns`, sources in the order they were
     given."""
     distill: dict[str, float] = field(default_factory=dict)
-    """Per expert the unweighted mean over its images, under `distill/<name>`, and their number."""
+    """Per teacher the unweighted mean over its images, under `distill/<name>`, and their number."""
 
     def scalars(self) -> dict[str, float]:
         """Return the numbers that are known, for the log."""
@@ -65,7 +65,7 @@ class StepReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """What a run with experts needs in every step."""
+    """What a run with teachers needs in every step."""
 
     teachers: Teachers
     terms: tuple[DistillTerm, ...]
@@ -75,9 +75,9 @@ SOURCE_COLUMNS = ("samples", "tokens", "masks", "text", "bce", "dice")
 """Supervised tokens; text, bce and dice are sums, to be divided by tokens and masks."""
 
 
-def source_columns(experts: Sequence[DistillTerm]) -> tuple[str, ...]:
-    """Return SOURCE_COLUMNS, then for all experts the sums of their losses, then the numbers of their images."""
-    losses = tuple(f"distill/{term.name}" for term in experts)
+def source_columns(distill_terms: Sequence[DistillTerm]) -> tuple[str, ...]:
+    """Return SOURCE_COLUMNS, then for all teachers the sums of their losses, then the numbers of their images."""
+    losses = tuple(f"distill/{term.name}" for term in distill_terms)
     return (*SOURCE_COLUMNS, *losses, *(f"{loss}_images" for loss in losses))
 
 
@@ -97,8 +97,8 @@ def optimizer_step(
 
     Raises: NonFiniteLossError on every rank, before the update, naming this rank's samples.
     """
-    experts = distillation.terms if distillation is not None else ()
-    totals = _global_totals(batches, accelerator.device, experts)
+    distill_terms = distillation.terms if distillation is not None else ()
+    totals = _global_totals(batches, accelerator.device, distill_terms)
     counts = Counts(
         tokens=int(totals[0]), masks=int(totals[1]), samples=int(totals[4]), distilled=tuple(totals[5:].tolist())
     )
@@ -106,20 +106,22 @@ def optimizer_step(
     unaverage = dist.world_size() * len(batches)
     sample_ids = tuple(name for batch in batches for name in batch.sample_ids)
     # One row per source, and one for the sums of all samples' own means.
-    sums = torch.zeros(len(sources) + 1, len(source_columns(experts)), dtype=torch.float64, device=accelerator.device)
+    sums = torch.zeros(
+        len(sources) + 1, len(source_columns(distill_terms)), dtype=torch.float64, device=accelerator.device
+    )
     for index, batch in enumerate(batches):
         on_host, batch = batch, batch.to(accelerator.device)
-        expert_maps = distillation.teachers.maps(batch) if distillation is not None else {}
+        teacher_maps = distillation.teachers.maps(batch) if distillation is not None else {}
         with accelerator.accumulate(model):
             output = model(**batch.training_inputs())
-            terms = loss_sums(output, batch, config, experts, expert_maps)
-            loss = combine(terms, counts, config, experts) + output.anchor
-            sums.index_add_(0, _source_of_samples(batch, sources), sample_rows(on_host, terms, experts))
-            sums[-1, _losses(experts)] += terms.means_SC().detach().double().sum(0)
+            terms = loss_sums(output, batch, config, distill_terms, teacher_maps)
+            loss = combine(terms, counts, config, distill_terms) + output.anchor
+            sums.index_add_(0, _source_of_samples(batch, sources), sample_rows(on_host, terms, distill_terms))
+            sums[-1, _losses(distill_terms)] += terms.means_SC().detach().double().sum(0)
             if index + 1 == len(batches):
                 is_bad_here = not bool(torch.isfinite(sums).all())
                 sums = dist.sum_over_ranks(sums)
-                losses = _finish_losses(sums, sample_ids if is_bad_here else (), counts, config, experts)
+                losses = _finish_losses(sums, sample_ids if is_bad_here else (), counts, config, distill_terms)
             gradients.backward(loss * unaverage, sample_ids)
             grad_norm = None
             if accelerator.sync_gradients:
@@ -131,7 +133,7 @@ def optimizer_step(
         **{name: losses[name] for name in ("total", "text", "bce", "dice")},
         distill={
             **{name: value for name, value in losses.items() if name.startswith("distill/")},
-            **{f"distill/{term.name}_images": n for term, n in zip(experts, counts.distilled, strict=True)},
+            **{f"distill/{term.name}_images": n for term, n in zip(distill_terms, counts.distilled, strict=True)},
         },
         grad_norm=norm,
         tokens=int(totals[2]),
@@ -143,15 +145,15 @@ def optimizer_step(
     )
 
 
-def sample_rows(batch: Batch, terms: LossSums, experts: Sequence[DistillTerm] = ()) -> Tensor:
+def sample_rows(batch: Batch, terms: LossSums, distill_terms: Sequence[DistillTerm] = ()) -> Tensor:
     """Return `source_columns` of every sample of a micro-batch, which is on the host: float64 [S, columns]."""
     num_samples, device = len(batch.sample_ids), terms.text_S.device
     counts = torch.ones(num_samples, 3, dtype=torch.float64)
     counts[:, 1] = torch.bincount(batch.target_samples_M.cpu(), minlength=num_samples)
     counts[:, 2] = torch.tensor(masks_per_sample(batch))
-    images = torch.zeros(num_samples, len(experts), dtype=torch.float64)
+    images = torch.zeros(num_samples, len(distill_terms), dtype=torch.float64)
     own = batch.distilled_images()
-    for column, term in enumerate(experts):
+    for column, term in enumerate(distill_terms):
         images[[batch.image_samples[image] for image in own.get(term.name, ())], column] = 1.0
     return torch.cat((to_device(counts, device), terms.detached(), to_device(images, device)), dim=1)
 
@@ -161,36 +163,36 @@ def _source_of_samples(batch: Batch, sources: Sequence[str]) -> Tensor:
     return to_device(indices, batch.targets_M.device)
 
 
-def _global_totals(batches: Sequence[Batch], device: torch.device, experts: Sequence[DistillTerm]) -> Tensor:
-    """Return supervised tokens, masks, tokens, cells with padding, samples and each expert's images over all ranks,
-    int64 [5 + experts]."""
-    local = torch.zeros(5 + len(experts), dtype=torch.int64)
+def _global_totals(batches: Sequence[Batch], device: torch.device, distill_terms: Sequence[DistillTerm]) -> Tensor:
+    """Return supervised tokens, masks, tokens, cells with padding, samples and each teacher's images over all ranks,
+    int64 [5 + teachers]."""
+    local = torch.zeros(5 + len(distill_terms), dtype=torch.int64)
     for batch in batches:
-        counts = count(batch, experts)
+        counts = count(batch, distill_terms)
         real = int((batch.sample_index_BT >= 0).sum())
         sizes = [counts.tokens, counts.masks, real, batch.input_ids_BT.numel(), counts.samples]
         local += torch.tensor([*sizes, *counts.distilled])
     return dist.sum_over_ranks(local.to(device)).cpu()
 
 
-def _losses(experts: Sequence[DistillTerm]) -> slice:
+def _losses(distill_terms: Sequence[DistillTerm]) -> slice:
     """Return the columns of `source_columns` that hold losses."""
-    return slice(3, 6 + len(experts))
+    return slice(3, 6 + len(distill_terms))
 
 
 def _finish_losses(
-    sums: Tensor, suspects: Sequence[str], counts: Counts, config: LossConfig, experts: Sequence[DistillTerm]
+    sums: Tensor, suspects: Sequence[str], counts: Counts, config: LossConfig, distill_terms: Sequence[DistillTerm]
 ) -> dict[str, float]:
     """Return the global losses; raise on every rank when one of them is not finite, naming this rank's suspects."""
-    text, bce, dice, *distilled = sums[:-1, _losses(experts)].sum(0).tolist()
+    text, bce, dice, *distilled = sums[:-1, _losses(distill_terms)].sum(0).tolist()
     tokens, masks = max(counts.tokens, 1), max(counts.masks, 1)
     means = {"text": text / tokens, "bce": bce / masks, "dice": dice / masks}
-    for term, loss, num_images in zip(experts, distilled, counts.distilled, strict=True):
+    for term, loss, num_images in zip(distill_terms, distilled, counts.distilled, strict=True):
         means[f"distill/{term.name}"] = loss / max(num_images, 1)
     minimised = list(means.values())
     if config.mean == "sample":
-        minimised = (sums[-1, _losses(experts)] / max(counts.samples, 1)).tolist()
-    total = weighted_sum(minimised, config, experts)
+        minimised = (sums[-1, _losses(distill_terms)] / max(counts.samples, 1)).tolist()
+    total = weighted_sum(minimised, config, distill_terms)
     if total - total != 0.0:  # NaN and infinity alike
         raise NonFiniteLossError(f"losses {means} are not finite; {blame(suspects)}")
     return {"total": total, **means}

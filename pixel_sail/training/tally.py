@@ -25,7 +25,7 @@ from pixel_sail.types import DataError
 SKIPPED_FILE = "skipped.jsonl"
 
 
-def source_scalars(names: Sequence[str], sums: Tensor, experts: Sequence[DistillTerm] = ()) -> dict[str, float]:
+def source_scalars(names: Sequence[str], sums: Tensor, distill_terms: Sequence[DistillTerm] = ()) -> dict[str, float]:
     """Return counts and mean losses of every source that had samples, from sums of `source_columns`."""
     scalars: dict[str, float] = {}
     for name, (samples, tokens, masks, text, bce, dice, *distilled) in zip(names, sums.tolist(), strict=True):
@@ -34,8 +34,8 @@ def source_scalars(names: Sequence[str], sums: Tensor, experts: Sequence[Distill
         scalars |= {f"{name}/samples": samples, f"{name}/tokens": tokens, f"{name}/text": text / max(tokens, 1)}
         if masks:
             scalars |= {f"{name}/masks": masks, f"{name}/bce": bce / masks, f"{name}/dice": dice / masks}
-        losses, images = distilled[: len(experts)], distilled[len(experts) :]
-        for term, loss, num_images in zip(experts, losses, images, strict=True):
+        losses, images = distilled[: len(distill_terms)], distilled[len(distill_terms) :]
+        for term, loss, num_images in zip(distill_terms, losses, images, strict=True):
             if num_images:
                 scalars[f"{name}/distill/{term.name}"] = loss / num_images
     return scalars

@@ -1,6 +1,6 @@
-"""Feature maps of an expert on disk: their layout, their identity, and reading them.
+"""Feature maps of a teacher on disk: their layout, their identity, and reading them.
 
-Place in the flow: tools/cache_expert_features.py writes through `cache_writer`, the loader's workers read one map per
+Place in the flow: tools/cache_teacher_features.py writes through `cache_writer`, the loader's workers read one map per
 chosen image through `choice`. A folder holds
 
     plan.json               identity, and which image is in which shard; written first
@@ -32,8 +32,8 @@ SCALE_SUFFIX = ".scale"
 INT8_LEVELS = 127
 
 
-class ExpertCacheError(DataError):
-    """A cache does not belong to the configured expert, lacks an image or is damaged: the run cannot go on."""
+class TeacherCacheError(DataError):
+    """A cache does not belong to the configured teacher, lacks an image or is damaged: the run cannot go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +66,11 @@ class StoredMap:
     """float32: what a level of each channel is worth; None for float16."""
 
 
-def cache_identity(expert: dict[str, Any], *, precision: str, grid: StudentGrid | None) -> dict[str, Any]:
-    """Return what the maps of a cache are, as JSON reads it back; no grid: they have the expert's own size."""
+def cache_identity(teacher: dict[str, Any], *, precision: str, grid: StudentGrid | None) -> dict[str, Any]:
+    """Return what the maps of a cache are, as JSON reads it back; no grid: they have the teacher's own size."""
     # Caches written before there was a second rule of sizes keep their identity.
     pooled = None if grid is None else {k: v for k, v in vars(grid).items() if (k, v) != ("sizing", "long_side")}
-    plain = {"format": FORMAT, "expert": expert, "precision": precision, "pooled_to": pooled}
+    plain = {"format": FORMAT, "expert": teacher, "precision": precision, "pooled_to": pooled}
     read_back: dict[str, Any] = json.loads(json.dumps(plain))
     return read_back
 
@@ -89,7 +89,7 @@ def image_key(path: Path) -> str:
         raise DataError(f"{path}: image cannot be read ({error})") from error
 
 
-def encode_map(features_EYX: Tensor, dtype: str, where: str = "expert features") -> StoredMap:
+def encode_map(features_EYX: Tensor, dtype: str, where: str = "teacher features") -> StoredMap:
     """Return a float map as it is stored: "fp16", or "int8" with scales.
 
     The error of int8 is at most half a level, 1 / 254 of the channel's largest magnitude. `where` names the image.
@@ -99,16 +99,16 @@ def encode_map(features_EYX: Tensor, dtype: str, where: str = "expert features")
     num_bad = int((~features_EYX.isfinite()).sum())
     if num_bad:
         raise DataError(
-            f"{where}: found {num_bad} of {features_EYX.numel()} expert features that are not finite, expected "
-            "numbers; compute this expert in fp32 (experts.*.precision), or leave the image out"
+            f"{where}: found {num_bad} of {features_EYX.numel()} teacher features that are not finite, expected "
+            "numbers; compute this teacher in fp32 (distillation.*.precision), or leave the image out"
         )
     if dtype == "fp16":
         limit = torch.finfo(torch.float16).max
         largest = float(features_EYX.abs().max()) if features_EYX.numel() else 0.0
         if largest > limit:
             raise DataError(
-                f"{where}: found an expert feature of magnitude {largest:g}, expected at most {limit:g}, the largest "
-                "of fp16; store this expert as int8 (--dtype int8)"
+                f"{where}: found a teacher feature of magnitude {largest:g}, expected at most {limit:g}, the largest "
+                "of fp16; store this teacher as int8 (--dtype int8)"
             )
         return StoredMap(features_EYX=features_EYX.half().contiguous(), scales_E=None)
     scales_E = features_EYX.abs().amax(dim=(1, 2)) / INT8_LEVELS
@@ -132,25 +132,25 @@ class FeatureCache:
     """The maps of one folder. Opened once before the loader's workers start, which then map its shards themselves."""
 
     def __init__(self, folder: Path, wanted: dict[str, Any], *, where: str) -> None:
-        """Read the index. Raises: ExpertCacheError when it is absent, unfinished, or not what is `wanted`."""
+        """Read the index. Raises: TeacherCacheError when it is absent, unfinished, or not what is `wanted`."""
         self.folder = folder
         self.where = where
         index = read_json(folder / INDEX, where, {"identity": dict, "shards": list})
         for number, shard in enumerate(index["shards"]):
             files.check_fields(
                 *(shard, f"{where}: {folder / INDEX}: shard {number}", {"file": str, "items": dict}),
-                fail=ExpertCacheError,
+                fail=TeacherCacheError,
                 remedy="build the cache again",
             )
         found = index["identity"]
-        # Maps of the expert's own size serve every student; the loss resizes them.
+        # Maps of the teacher's own size serve every student; the loss resizes them.
         expected = wanted if found.get("pooled_to") is not None else {**wanted, "pooled_to": None}
         if found != expected:
             differing = {
                 key: (found.get(key), expected.get(key)) for key in expected if found.get(key) != expected[key]
             }
-            raise ExpertCacheError(
-                f"{where}: {folder} was made by another expert or for another student; (found, expected): {differing}. "
+            raise TeacherCacheError(
+                f"{where}: {folder} was made by another teacher or for another student; (found, expected): {differing}. "
                 "Build a cache for this configuration in another folder"
             )
         self.is_pooled = found["pooled_to"] is not None
@@ -171,7 +171,7 @@ class FeatureCache:
     def read(self, key: str, item: str, *, map_hw: SizeHW) -> StoredMap | None:
         """Return the map of an image, None when the cache does not hold it.
 
-        `item` names the image in messages. Raises: ExpertCacheError when the map is damaged or has another size.
+        `item` names the image in messages. Raises: TeacherCacheError when the map is damaged or has another size.
         """
         place = self.places.get(key)
         if place is None:
@@ -180,17 +180,17 @@ class FeatureCache:
         try:
             stored = self._load(file, key)
         except (OSError, SafetensorError) as error:
-            raise ExpertCacheError(
+            raise TeacherCacheError(
                 f"{self.where}: {item}: {self.folder / file} cannot be read ({error}); delete this shard with its "
                 ".json and index.json and build again"
             ) from error
         if checksum(stored) != expected_checksum:
-            raise ExpertCacheError(
+            raise TeacherCacheError(
                 f"{self.where}: {item}: its map in {self.folder / file} is damaged (checksum differs from {INDEX}); "
                 "delete this shard with its .json and index.json and build again"
             )
         if self.is_pooled and tuple(stored.features_EYX.shape[1:]) != tuple(map_hw):
-            raise ExpertCacheError(
+            raise TeacherCacheError(
                 f"{self.where}: {item}: stored map is {tuple(stored.features_EYX.shape[1:])} cells, the student's is "
                 f"{tuple(map_hw)}; the photo was turned otherwise when the cache was built"
             )
@@ -201,7 +201,7 @@ class FeatureCache:
         if file not in self._open:
             shard = safe_open(self.folder / file, framework="pt")
             if (shard.metadata() or {}).get("identity") != self.digest:
-                raise ExpertCacheError(f"{self.where}: {self.folder / file} belongs to another cache; build it again")
+                raise TeacherCacheError(f"{self.where}: {self.folder / file} belongs to another cache; build it again")
             self._open[file] = shard
         shard = self._open[file]
         features = shard.get_tensor(key)
@@ -212,9 +212,9 @@ class FeatureCache:
 
 
 def read_json(path: Path, where: str, fields: files.Fields) -> dict[str, Any]:
-    """Return a JSON file of a cache. Raises: ExpertCacheError."""
+    """Return a JSON file of a cache. Raises: TeacherCacheError."""
     if not path.exists():
-        raise ExpertCacheError(
-            f"{where}: {path} is absent; build the cache with tools/cache_expert_features.py, or let it finish"
+        raise TeacherCacheError(
+            f"{where}: {path} is absent; build the cache with tools/cache_teacher_features.py, or let it finish"
         )
-    return files.read_json(path, fields, fail=ExpertCacheError, remedy=f"{where}: build the cache again")
+    return files.read_json(path, fields, fail=TeacherCacheError, remedy=f"{where}: build the cache again")

@@ -1,4 +1,4 @@
-"""Experts: their preprocessing is that of transformers, their features those of the whole models, their weights
+"""Teachers: their preprocessing is that of transformers, their features those of the whole models, their weights
 strict."""
 
 import ast
@@ -12,18 +12,18 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from shared_data import shared_data
-from tiny_experts import MASK2FORMER, RADIO, SAM2, whole_mask2former, whole_radio, whole_sam2
+from tiny_teachers import MASK2FORMER, RADIO, SAM2, whole_mask2former, whole_radio, whole_sam2
 from torch.nn import functional as F
 
 from pixel_sail.config import ConfigError, TrainConfig, build, load_config
-from pixel_sail.experts.expert import Expert
-from pixel_sail.experts.mask2former import mask2former
-from pixel_sail.experts.ours import ours
-from pixel_sail.experts.preprocess import IMAGENET_MEAN, IMAGENET_STD, ShortestEdge, resize_levels
-from pixel_sail.experts.radio import radio
-from pixel_sail.experts.sam2 import sam2
-from pixel_sail.experts.settings import ExpertSettings
-from pixel_sail.experts.teachers import checked_recipe, load_teachers
+from pixel_sail.distillation.mask2former import mask2former
+from pixel_sail.distillation.ours import ours
+from pixel_sail.distillation.preprocess import IMAGENET_MEAN, IMAGENET_STD, ShortestEdge, resize_levels
+from pixel_sail.distillation.radio import radio
+from pixel_sail.distillation.sam2 import sam2
+from pixel_sail.distillation.settings import TeacherSettings
+from pixel_sail.distillation.teacher import Teacher
+from pixel_sail.distillation.teachers import checked_spec, load_teachers
 from pixel_sail.model.patches import image_to_patches
 from pixel_sail.model.speed import REFERENCE
 from pixel_sail.types import DataError
@@ -162,17 +162,17 @@ def test_features_are_those_of_the_whole_published_model(name, drawn, tmp_path):
     function, make_whole, arguments, features_of = WHOLE[name]
     whole = make_whole()
     whole.save_pretrained(tmp_path)
-    recipe = function(str(tmp_path), **arguments)
-    expert = Expert(recipe, device="cpu", precision="fp32", max_batch=8)
-    found = expert.features(drawn)
+    spec = function(str(tmp_path), **arguments)
+    teacher = Teacher(spec, device="cpu", precision="fp32", max_batch=8)
+    found = teacher.features(drawn)
     for photo, feature in zip(drawn, found, strict=True):
         with torch.no_grad():
-            expected = features_of(whole, recipe.preprocessing(photo)[None])[0]
-        assert feature.shape == expected.shape and feature.shape[0] == recipe.channels
+            expected = features_of(whole, spec.preprocessing(photo)[None])[0]
+        assert feature.shape == expected.shape and feature.shape[0] == spec.channels
         torch.testing.assert_close(feature, expected, rtol=1e-5, atol=1e-5)
-    assert sum(p.numel() for p in expert.network.parameters()) <= sum(p.numel() for p in whole.parameters())
-    assert not any(parameter.requires_grad for parameter in expert.network.parameters())
-    assert not expert.network.training
+    assert sum(p.numel() for p in teacher.network.parameters()) <= sum(p.numel() for p in whole.parameters())
+    assert not any(parameter.requires_grad for parameter in teacher.network.parameters())
+    assert not teacher.network.training
 
 
 def test_only_the_pixel_decoder_is_held(tmp_path):
@@ -238,10 +238,10 @@ def test_the_image_encoder_loads_from_the_video_model_of_the_hub(tmp_path, drawn
         for name in ("no_object_pointer", "memory_attention.layers.0.linear1.bias", "memory_encoder.projection.bias")
     }
     save_file(load_file(file) | video, file, metadata={"format": "pt"})
-    recipe = sam2(str(tmp_path), side=64)
-    (found,) = Expert(recipe, device="cpu", precision="fp32", max_batch=1).features(drawn[:1])
+    spec = sam2(str(tmp_path), side=64)
+    (found,) = Teacher(spec, device="cpu", precision="fp32", max_batch=1).features(drawn[:1])
     with torch.no_grad():
-        expected = whole.get_image_embeddings(recipe.preprocessing(drawn[0])[None])[-1][0]
+        expected = whole.get_image_embeddings(spec.preprocessing(drawn[0])[None])[-1][0]
     torch.testing.assert_close(found, expected)
     save_file(load_file(file) | {"vision_encoder.extra": torch.zeros(2)}, file, metadata={"format": "pt"})
     with pytest.raises(DataError, match=r"unexpected_keys.*vision_encoder\.extra"):
@@ -269,12 +269,12 @@ def test_pickled_weights_and_unpinned_names_are_refused(tmp_path):
 
 
 def test_batches_of_like_photos_give_what_each_gives_alone(drawn):
-    recipe = mask2former(random=True, architecture=MASK2FORMER, shortest_edge=64, longest_edge=110)
-    expert = Expert(recipe, device="cpu", precision="fp32", max_batch=8)
-    together = expert.features(drawn)
+    spec = mask2former(random=True, architecture=MASK2FORMER, shortest_edge=64, longest_edge=110)
+    teacher = Teacher(spec, device="cpu", precision="fp32", max_batch=8)
+    together = teacher.features(drawn)
     for photo, feature in zip(drawn, together, strict=True):
-        torch.testing.assert_close(feature, expert.features([photo])[0], rtol=1e-4, atol=1e-5)
-    limited = Expert(recipe, device="cpu", precision="fp32", max_batch=1).features(drawn)
+        torch.testing.assert_close(feature, teacher.features([photo])[0], rtol=1e-4, atol=1e-5)
+    limited = Teacher(spec, device="cpu", precision="fp32", max_batch=1).features(drawn)
     for feature, alone in zip(together, limited, strict=True):
         torch.testing.assert_close(feature, alone, rtol=1e-4, atol=1e-5)
     # Two photos are further apart than that by far.
@@ -292,9 +292,9 @@ def test_random_weights_are_equal_in_every_process_and_leave_the_global_generato
 def test_half_precision_stays_close(function, drawn):
     architecture = {mask2former: MASK2FORMER, sam2: SAM2, radio: RADIO}[function]
     arguments = {mask2former: {"shortest_edge": 64}, sam2: {"side": 64}, radio: {"shortest_edge": 64}}[function]
-    recipe = function(random=True, architecture=architecture, **arguments)
+    spec = function(random=True, architecture=architecture, **arguments)
     full, half = (
-        Expert(recipe, device="cpu", precision=p, max_batch=2).features(drawn[:1])[0] for p in ("fp32", "bf16")
+        Teacher(spec, device="cpu", precision=p, max_batch=2).features(drawn[:1])[0] for p in ("fp32", "bf16")
     )
     assert half.dtype == torch.float32
     assert 0 < (half - full).abs().max() < 0.05 * full.abs().max()
@@ -306,8 +306,8 @@ def test_our_own_model_gives_the_pixel_map_it_has_in_a_forward_pass(
     model = tiny_model()
     model.save_pretrained(tmp_path)
     sample, image = draw_sample(np.random.default_rng(3), size_hw=(16, 24))
-    recipe = ours(str(tmp_path))
-    (feature,) = Expert(recipe, device="cpu", precision="fp32", max_batch=4).features(
+    spec = ours(str(tmp_path))
+    (feature,) = Teacher(spec, device="cpu", precision="fp32", max_batch=4).features(
         [torch.from_numpy(np.array(image))]
     )
     example = processor.encode_sample(sample, image, independent_turns=False)
@@ -316,32 +316,32 @@ def test_our_own_model_gives_the_pixel_map_it_has_in_a_forward_pass(
     with torch.no_grad():
         (expected,) = model(**make_batch([example]).model_inputs()).pixel_features
     torch.testing.assert_close(feature, expected.permute(2, 0, 1), rtol=1e-4, atol=1e-5)
-    assert recipe.channels == model.config.mask_dim
+    assert spec.channels == model.config.mask_dim
 
 
 def settings(**changes):
     fields = {
         "model": {
-            "_target_": "pixel_sail.experts.sam2.sam2",
+            "_target_": "pixel_sail.distillation.sam2.sam2",
             "random": True,
             "architecture": SAM2,
         },
         "site": "patch_states",
         "channels": 16,
     }
-    return ExpertSettings(**(fields | changes))
+    return TeacherSettings(**(fields | changes))
 
 
 def test_random_weights_are_refused_in_a_real_run(tiny_config):
-    with pytest.raises(DataError, match=r"experts\.sam2: its weights are random"):
-        checked_recipe("sam2", settings(), build, allow_random=False)
-    assert checked_recipe("sam2", settings(), build, allow_random=True).is_random
+    with pytest.raises(DataError, match=r"distillation\.sam2: its weights are random"):
+        checked_spec("sam2", settings(), build, allow_random=False)
+    assert checked_spec("sam2", settings(), build, allow_random=True).is_random
 
 
 def test_wrong_channels_and_sources_are_refused_before_anything_is_loaded(tiny_config):
-    with pytest.raises(DataError, match=r"experts.sam2.channels is 17, the sam2 that is given has 16"):
-        checked_recipe("sam2", settings(channels=17), build, allow_random=True)
-    with pytest.raises(DataError, match=r"experts.sam2.sources names \['no'\]"):
+    with pytest.raises(DataError, match=r"distillation.sam2.channels is 17, the sam2 that is given has 16"):
+        checked_spec("sam2", settings(channels=17), build, allow_random=True)
+    with pytest.raises(DataError, match=r"distillation.sam2.sources names \['no'\]"):
         load_teachers(
             {"sam2": settings(sources=["no"])},
             tiny_config,
@@ -361,13 +361,13 @@ def test_wrong_settings_are_refused(change, named):
 
 
 @pytest.mark.parametrize("name", ["none", "mask2former", "sam2", "radio", "sam2_mask2former", "ours"])
-def test_every_expert_group_composes(name):
-    experts = load_config("train", TrainConfig, ["name=x", f"experts={name}"]).experts
-    assert sorted(experts) == sorted([] if name == "none" else name.split("_"))
-    for own in experts.values():
+def test_every_teacher_group_composes(name):
+    teachers = load_config("train", TrainConfig, ["name=x", f"distillation={name}"]).distillation
+    assert sorted(teachers) == sorted([] if name == "none" else name.split("_"))
+    for own in teachers.values():
         assert own.weight == (0.5 if name in ("sam2_mask2former", "ours") else 1.0)
 
 
-def test_an_unknown_key_of_an_expert_is_an_error():
+def test_an_unknown_key_of_a_teacher_is_an_error():
     with pytest.raises(ConfigError, match="wieght"):
-        load_config("train", TrainConfig, ["name=x", "experts=sam2", "experts.sam2.wieght=2"])
+        load_config("train", TrainConfig, ["name=x", "distillation=sam2", "distillation.sam2.wieght=2"])

@@ -1,4 +1,4 @@
-"""The cache of expert features: what is read is what was computed, builds can be interrupted, what does not belong is
+"""The cache of teacher features: what is read is what was computed, builds can be interrupted, what does not belong is
 refused by name."""
 
 import json
@@ -14,32 +14,32 @@ import torch
 from PIL import Image
 from running import launcher, load_tool, start
 from shared_data import shared_data
-from test_distill import expert_overrides
+from test_distill import teacher_overrides
 from test_train import SMALL, log_lines, train
-from tiny_experts import MASK2FORMER
+from tiny_teachers import MASK2FORMER
 
 from pixel_sail.data.loader import StreamAssignment, training_batches
 from pixel_sail.data.mixture import Mixture
 from pixel_sail.data.packing import PackedStream, PackingSettings, StreamState
-from pixel_sail.experts.cache import (
-    ExpertCacheError,
+from pixel_sail.distillation.cache import (
     FeatureCache,
     StoredMap,
     StudentGrid,
+    TeacherCacheError,
     cache_identity,
     decode_map,
     encode_map,
     image_key,
 )
-from pixel_sail.experts.cache_writer import finish, make_plan, start_folder, write_shard
-from pixel_sail.experts.choice import ExpertChoice
-from pixel_sail.experts.expert import Expert
-from pixel_sail.experts.mask2former import mask2former
-from pixel_sail.experts.teachers import Teachers
+from pixel_sail.distillation.cache_writer import finish, make_plan, start_folder, write_shard
+from pixel_sail.distillation.choice import TeacherChoice
+from pixel_sail.distillation.mask2former import mask2former
+from pixel_sail.distillation.teacher import Teacher
+from pixel_sail.distillation.teachers import Teachers
 from pixel_sail.losses.distill import resized_features
 from pixel_sail.types import DataError, Sample, Turn
 
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "cache_expert_features.py"
+TOOL = Path(__file__).resolve().parent.parent / "tools" / "cache_teacher_features.py"
 GRID = StudentGrid(site="pixel_map", patch_size=8, max_long_side=64, cells_per_patch=2)
 IDENTITY = cache_identity({"kind": "drawn"}, precision="fp32", grid=GRID)
 
@@ -98,13 +98,13 @@ def test_int8_is_wrong_by_half_a_level_at_most_and_zero_maps_stay_zero():
 def test_features_that_are_not_finite_are_refused_with_the_image(dtype, bad):
     features = torch.ones(2, 3, 4)
     features[1, 2, 3] = bad
-    with pytest.raises(DataError, match="photo 7: found 1 of 24 expert features that are not finite"):
+    with pytest.raises(DataError, match="photo 7: found 1 of 24 teacher features that are not finite"):
         encode_map(features, dtype, "photo 7")
 
 
 def test_features_too_large_for_fp16_are_refused_there_and_kept_by_int8():
     features = torch.tensor([[[65504.0, -7e4]]])
-    with pytest.raises(DataError, match="photo 7: found an expert feature of magnitude 70000, expected at most 65504"):
+    with pytest.raises(DataError, match="photo 7: found a teacher feature of magnitude 70000, expected at most 65504"):
         encode_map(features, "fp16", "photo 7")
     stored = encode_map(features, "int8", "photo 7")
     assert decode_map(stored.features_EYX, stored.scales_E)[0, 0, 1].item() == pytest.approx(-7e4)
@@ -123,7 +123,7 @@ def test_an_interrupted_build_continues_to_the_same_bytes(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write_shard(parts, plan, 0, dies)
-    with pytest.raises(ExpertCacheError, match="let it finish"):
+    with pytest.raises(TeacherCacheError, match="let it finish"):
         FeatureCache(parts, IDENTITY, where="test")
     start_folder(parts, plan)
     for number in (2, 0):
@@ -137,9 +137,9 @@ def test_an_interrupted_build_continues_to_the_same_bytes(tmp_path):
 
 def test_a_folder_with_another_plan_is_not_continued(tmp_path):
     built(tmp_path)
-    with pytest.raises(ExpertCacheError, match="another shards"):
+    with pytest.raises(TeacherCacheError, match="another shards"):
         start_folder(tmp_path, make_plan(list("abc"), IDENTITY, dtype="fp16", images_per_shard=2))
-    with pytest.raises(ExpertCacheError, match="another dtype"):
+    with pytest.raises(TeacherCacheError, match="another dtype"):
         start_folder(tmp_path, make_plan(list("abcde"), IDENTITY, dtype="int8", images_per_shard=2))
 
 
@@ -154,7 +154,7 @@ def test_an_unfinished_build_is_not_given_an_index(tmp_path):
     plan = make_plan(list("abcde"), IDENTITY, dtype="fp16", images_per_shard=2)
     start_folder(tmp_path, plan)
     write_shard(tmp_path, plan, 0, compute("fp16"))
-    with pytest.raises(ExpertCacheError, match=r"shard_00001\.json is absent"):
+    with pytest.raises(TeacherCacheError, match=r"shard_00001\.json is absent"):
         finish(tmp_path, plan)
     assert not (tmp_path / "index.json").exists()
 
@@ -174,13 +174,13 @@ def test_an_unfinished_build_is_not_given_an_index(tmp_path):
         ),
     ],
 )
-def test_a_cache_of_another_expert_or_for_another_student_is_refused(tmp_path, other, named):
+def test_a_cache_of_another_teacher_or_for_another_student_is_refused(tmp_path, other, named):
     built(tmp_path)
-    with pytest.raises(ExpertCacheError, match=named):
+    with pytest.raises(TeacherCacheError, match=named):
         FeatureCache(tmp_path, other, where="test")
 
 
-def test_maps_of_the_experts_own_size_serve_every_student(tmp_path):
+def test_maps_of_the_teachers_own_size_serve_every_student(tmp_path):
     built(tmp_path, identity=cache_identity({"kind": "drawn"}, precision="fp32", grid=None))
     assert FeatureCache(tmp_path, IDENTITY, where="test").read("a", "item", map_hw=(99, 99)) is not None
 
@@ -197,9 +197,9 @@ def test_a_damaged_shard_is_refused_with_the_name_of_the_item(tmp_path):
     damage(shard, lambda content: content.__setitem__(-1, content[-1] ^ 1))
     cache = FeatureCache(tmp_path, IDENTITY, where="test")
     assert cache.read("a", "sample 1: one.jpg", map_hw=(4, 6)) is not None
-    with pytest.raises(ExpertCacheError, match=r"sample 2: two\.jpg.*shard_00000\.safetensors is damaged"):
+    with pytest.raises(TeacherCacheError, match=r"sample 2: two\.jpg.*shard_00000\.safetensors is damaged"):
         cache.read("b", "sample 2: two.jpg", map_hw=(4, 6))
-    with pytest.raises(ExpertCacheError, match="sha256 differs"):
+    with pytest.raises(TeacherCacheError, match="sha256 differs"):
         finish(tmp_path, make_plan(list("abcde"), IDENTITY, dtype="fp16", images_per_shard=2), verify=True)
 
 
@@ -208,7 +208,7 @@ def test_a_truncated_shard_is_refused_with_the_name_of_the_item(tmp_path, left):
     built(tmp_path)
     shard = tmp_path / "shard_00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:left])
-    with pytest.raises(ExpertCacheError, match="sample 1: one"):
+    with pytest.raises(TeacherCacheError, match="sample 1: one"):
         FeatureCache(tmp_path, IDENTITY, where="test").read("a", "sample 1: one.jpg", map_hw=(4, 6))
 
 
@@ -216,13 +216,13 @@ def test_a_shard_of_another_cache_is_refused(tmp_path):
     built(tmp_path / "own")
     built(tmp_path / "other", identity=cache_identity({"kind": "other"}, precision="fp32", grid=GRID))
     shutil.copy(tmp_path / "other" / "shard_00000.safetensors", tmp_path / "own")
-    with pytest.raises(ExpertCacheError, match="belongs to another cache"):
+    with pytest.raises(TeacherCacheError, match="belongs to another cache"):
         FeatureCache(tmp_path / "own", IDENTITY, where="test").read("a", "item", map_hw=(4, 6))
 
 
 def test_a_map_of_another_size_is_refused(tmp_path):
     built(tmp_path)
-    with pytest.raises(ExpertCacheError, match=r"item: stored map is \(4, 6\) cells, the student's is \(6, 4\)"):
+    with pytest.raises(TeacherCacheError, match=r"item: stored map is \(4, 6\) cells, the student's is \(6, 4\)"):
         FeatureCache(tmp_path, IDENTITY, where="test").read("a", "item", map_hw=(6, 4))
 
 
@@ -272,7 +272,7 @@ def photo_cache(folder, source, *, skip=0):
     for number in range(len(plan.shards)):
         write_shard(folder, plan, number, compute("fp16"))
     finish(folder, plan)
-    return FeatureCache(folder, IDENTITY, where="experts.a.cache")
+    return FeatureCache(folder, IDENTITY, where="distillation.a.cache")
 
 
 SETTINGS = PackingSettings(seq_len=64, packing_buffer=2)
@@ -286,8 +286,8 @@ def mixture_of(source):
 def test_batches_carry_stored_maps_and_photos_through_the_workers(processor, tmp_path, num_workers):
     source = Photos(tmp_path)
     choices = (
-        ExpertChoice(name="a", grid=GRID, cache=photo_cache(tmp_path / "cache", source)),
-        ExpertChoice(name="b", share=0.5, grid=GRID),
+        TeacherChoice(name="a", grid=GRID, cache=photo_cache(tmp_path / "cache", source)),
+        TeacherChoice(name="b", share=0.5, grid=GRID),
     )
     assignment = StreamAssignment(global_batch_size=2, rank=0, world_size=1, micro_batch_size=1)
     steps = training_batches(
@@ -297,14 +297,16 @@ def test_batches_carry_stored_maps_and_photos_through_the_workers(processor, tmp
         assignment,
         start=[StreamState()] * 2,
         num_workers=num_workers,
-        experts=choices,
+        teachers=choices,
     )
     seen_by_b = 0
     for step in islice(steps, 4):
         for batch in step.batches:
             images = batch.distilled_images()
             assert images["a"] == tuple(range(len(batch.grids)))
-            for name, image, features in zip(batch.expert_names, batch.expert_images, batch.expert_maps, strict=True):
+            for name, image, features in zip(
+                batch.teacher_names, batch.teacher_images, batch.teacher_maps, strict=True
+            ):
                 path = source.paths[int(batch.sample_ids[batch.image_samples[image]].split("/")[1])]
                 if name == "a":
                     assert torch.equal(features, encode_map(drawn_map(image_key(path)), "fp16").features_EYX)
@@ -319,44 +321,46 @@ def test_batches_carry_stored_maps_and_photos_through_the_workers(processor, tmp
 
 def test_a_missing_image_ends_the_run_with_its_name_also_where_bad_samples_may_be_left_out(processor, tmp_path):
     source = Photos(tmp_path)
-    choice = ExpertChoice(name="a", grid=GRID, cache=photo_cache(tmp_path / "cache", source, skip=1))
+    choice = TeacherChoice(name="a", grid=GRID, cache=photo_cache(tmp_path / "cache", source, skip=1))
     stream = PackedStream(
-        mixture_of(source), processor, SETTINGS, index=0, num_streams=1, max_skipped_share=1.0, experts=[choice]
+        mixture_of(source), processor, SETTINGS, index=0, num_streams=1, max_skipped_share=1.0, teachers=[choice]
     )
-    with pytest.raises(ExpertCacheError, match=r"photos/5: .*5\.png: not in the cache .* of expert a.*on_miss=online"):
+    with pytest.raises(
+        TeacherCacheError, match=r"photos/5: .*5\.png: not in the cache .* of teacher a.*on_miss=online"
+    ):
         list(islice(stream, 10))
 
 
 def test_a_miss_falls_back_to_the_photo_where_configured(processor, tmp_path):
     source = Photos(tmp_path)
     cache = photo_cache(tmp_path / "cache", source, skip=1)
-    choice = ExpertChoice(name="a", grid=GRID, cache=cache, falls_back=True)
-    stream = PackedStream(mixture_of(source), processor, SETTINGS, index=0, num_streams=1, experts=[choice])
+    choice = TeacherChoice(name="a", grid=GRID, cache=cache, falls_back=True)
+    stream = PackedStream(mixture_of(source), processor, SETTINGS, index=0, num_streams=1, teachers=[choice])
     for number in range(len(source)):
         example = stream.example(number)
-        (target,) = example.expert_targets
+        (target,) = example.teacher_targets
         is_last = example.sample_id == "photos/5"
         assert (target.features_EYX is None) == is_last and (example.photo_HW3 is not None) == is_last
 
 
 def test_changed_image_bytes_are_a_miss(processor, tmp_path):
     source = Photos(tmp_path)
-    choice = ExpertChoice(name="a", grid=GRID, cache=photo_cache(tmp_path / "cache", source))
+    choice = TeacherChoice(name="a", grid=GRID, cache=photo_cache(tmp_path / "cache", source))
     Image.fromarray(np.zeros((16, 24, 3), dtype=np.uint8)).save(source.paths[2])
-    stream = PackedStream(mixture_of(source), processor, SETTINGS, index=0, num_streams=1, experts=[choice])
-    with pytest.raises(ExpertCacheError, match=r"2\.png: not in the cache"):
+    stream = PackedStream(mixture_of(source), processor, SETTINGS, index=0, num_streams=1, teachers=[choice])
+    with pytest.raises(TeacherCacheError, match=r"2\.png: not in the cache"):
         list(islice(stream, 6))
 
 
 def test_maps_of_a_batch_are_in_order_whether_stored_or_computed(make_batch, processor, tmp_path):
     source = Photos(tmp_path)
     cache = photo_cache(tmp_path / "cache", source, skip=3)
-    recipe = mask2former(random=True, architecture=MASK2FORMER, shortest_edge=64, longest_edge=110)
-    expert = Expert(recipe, device="cpu", precision="fp32", max_batch=2)
-    choice = ExpertChoice(name="a", grid=GRID, cache=cache, falls_back=True)
-    stream = PackedStream(mixture_of(source), processor, SETTINGS, index=0, num_streams=1, experts=[choice])
+    spec = mask2former(random=True, architecture=MASK2FORMER, shortest_edge=64, longest_edge=110)
+    teacher = Teacher(spec, device="cpu", precision="fp32", max_batch=2)
+    choice = TeacherChoice(name="a", grid=GRID, cache=cache, falls_back=True)
+    stream = PackedStream(mixture_of(source), processor, SETTINGS, index=0, num_streams=1, teachers=[choice])
     examples = [stream.example(number) for number in range(6)]
-    maps = Teachers(choices=(choice,), networks={"a": expert}).maps(make_batch(examples))["a"]
+    maps = Teachers(choices=(choice,), networks={"a": teacher}).maps(make_batch(examples))["a"]
     for example, found in zip(examples, maps, strict=True):
         number = int(example.sample_id.split("/")[1])
         if number < 3:
@@ -364,16 +368,16 @@ def test_maps_of_a_batch_are_in_order_whether_stored_or_computed(make_batch, pro
             assert torch.equal(found, encode_map(drawn_map(key), "fp16").features_EYX.float())
         else:
             photo = torch.from_numpy(np.array(Image.open(source.paths[number])))
-            torch.testing.assert_close(found, expert.features([photo])[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found, teacher.features([photo])[0], rtol=1e-4, atol=1e-5)
 
 
 def test_stored_equals_online_to_rounding_on_real_photographs(tmp_path):
     folder = shared_data("coco128_lightly") / "images"
     paths = sorted(folder.rglob("*.jpg"))[:6]
-    recipe = mask2former(random=True, architecture=MASK2FORMER, shortest_edge=96, longest_edge=160)
-    expert = Expert(recipe, device="cpu", precision="fp32", max_batch=4)
+    spec = mask2former(random=True, architecture=MASK2FORMER, shortest_edge=96, longest_edge=160)
+    teacher = Teacher(spec, device="cpu", precision="fp32", max_batch=4)
     photos = [torch.from_numpy(np.array(Image.open(path).convert("RGB"))) for path in paths]
-    for photo, feature in zip(photos, expert.features(photos), strict=True):
+    for photo, feature in zip(photos, teacher.features(photos), strict=True):
         online = resized_features(feature, (60, 80))
         assert photo.shape[2] == 3
         half, levels = (encode_map(online, dtype) for dtype in ("fp16", "int8"))
@@ -385,12 +389,12 @@ def test_stored_equals_online_to_rounding_on_real_photographs(tmp_path):
 
 @pytest.fixture(scope="module")
 def tool():
-    return load_tool("cache_expert_features")
+    return load_tool("cache_teacher_features")
 
 
 def small(data_root, *more):
     overrides = [item for item in SMALL if not item.startswith("optim")]
-    return [*overrides, *expert_overrides(), f"paths.data={data_root}", *more]
+    return [*overrides, *teacher_overrides(), f"paths.data={data_root}", *more]
 
 
 def test_training_on_the_cache_gives_the_losses_of_training_online(tool, data_root, tmp_path, capsys):
@@ -409,8 +413,8 @@ def test_training_on_the_cache_gives_the_losses_of_training_online(tool, data_ro
     (tmp_path / "cache" / "sam2" / ".writing_shard_00002.safetensors").write_bytes(b"half")
     assert tool.main([*small(data_root), *out]) == 0
     assert whole == {path.name: path.read_bytes() for path in (tmp_path / "cache" / "sam2").iterdir()}
-    overrides = ("deepspeed=none", "optim.steps=2", *expert_overrides())
-    cached = [f"experts.{name}.cache={tmp_path / 'cache' / name}" for name in ("sam2", "mask2former")]
+    overrides = ("deepspeed=none", "optim.steps=2", *teacher_overrides())
+    cached = [f"distillation.{name}.cache={tmp_path / 'cache' / name}" for name in ("sam2", "mask2former")]
     train(data_root, tmp_path / "online", *overrides)
     train(data_root, tmp_path / "cached", *overrides, *cached)
     for line, expected in zip(log_lines(tmp_path / "cached"), log_lines(tmp_path / "online"), strict=True):
@@ -418,14 +422,14 @@ def test_training_on_the_cache_gives_the_losses_of_training_online(tool, data_ro
         assert line["distill/sam2"] == pytest.approx(expected["distill/sam2"], rel=1e-3)
 
 
-def test_a_run_refuses_the_cache_of_another_expert_before_it_starts(tool, data_root, tmp_path):
+def test_a_run_refuses_the_cache_of_another_teacher_before_it_starts(tool, data_root, tmp_path):
     assert tool.main([*small(data_root), "--out", str(tmp_path / "cache"), "--measure", "1"]) == 0
-    overrides = (*expert_overrides(), "experts.mask2former.model.shortest_edge=96")
-    cached = f"experts.mask2former.cache={tmp_path / 'cache' / 'mask2former'}"
+    overrides = (*teacher_overrides(), "distillation.mask2former.model.shortest_edge=96")
+    cached = f"distillation.mask2former.cache={tmp_path / 'cache' / 'mask2former'}"
     command = [sys.executable, "scripts/train.py", *SMALL, f"run_dir={tmp_path / 'run'}", "deepspeed=none"]
     done = start([*command, *overrides, cached], data_root)
     assert done.returncode == 2
-    assert "was made by another expert" in done.stderr and "shortest_edge" not in done.stderr.splitlines()[-1][:40]
+    assert "was made by another teacher" in done.stderr and "shortest_edge" not in done.stderr.splitlines()[-1][:40]
     assert not (tmp_path / "run").exists()
 
 
@@ -441,12 +445,12 @@ def test_two_processes_write_the_bytes_of_one(tool, data_root, tmp_path):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
 
 
-def test_the_tool_refuses_random_weights_and_no_expert(tool, data_root, tmp_path, capsys):
+def test_the_tool_refuses_random_weights_and_no_teacher(tool, data_root, tmp_path, capsys):
     overrides = [item for item in small(data_root) if "allow_random" not in item]
     assert tool.main([*overrides, "--out", str(tmp_path)]) == 2
     assert "its weights are random" in capsys.readouterr().err
-    assert tool.main(["experiment=quickstart", "experts=none"]) == 2
-    assert "experts is empty" in capsys.readouterr().err
+    assert tool.main(["experiment=quickstart", "distillation=none"]) == 2
+    assert "distillation is empty" in capsys.readouterr().err
 
 
 def test_a_stored_map_knows_its_scales():

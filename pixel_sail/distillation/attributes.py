@@ -1,14 +1,14 @@
-"""An expert that needs no network: it knows what was drawn.
+"""A teacher that needs no network: it knows the attributes of rendered objects.
 
-Place in the flow: `configs/experts/drawn.yaml` names `attributes` below; `refshapes/attribute_maps.py` writes its maps
+Place in the flow: `configs/distillation/attributes.yaml` names `attributes` below; `refshapes/attribute_maps.py` writes its maps
 when the pictures are drawn, as a cache of features. It stands on drawn pictures where Mask2Former and SAM 2 stand on
 photographs: an image [128, 128] has a map [43, 16, 16] of colours, shapes, textures, sizes and places.
 """
 
 from torch import nn
 
-from pixel_sail.experts.expert import Recipe
-from pixel_sail.experts.preprocess import PatchMultiple, Preprocessing
+from pixel_sail.distillation.preprocess import PatchMultiple, Preprocessing
+from pixel_sail.distillation.teacher import TeacherSpec
 from pixel_sail.types import DataError
 
 CELL_PX = 8
@@ -19,17 +19,17 @@ CHANNELS = 10 + 6 + 4 + 2 + 2 * NUM_PLACES + 1
 """Colours, shapes, textures, sizes, columns, rows, and no object."""
 
 
-def attributes() -> Recipe:
-    """Return the recipe of the expert whose maps come with the drawn pictures; it cannot be run on others."""
+def attributes() -> TeacherSpec:
+    """Return the spec of the teacher whose maps come with the drawn pictures; it cannot be run on others."""
 
     def build() -> nn.Module:
         raise DataError(
-            "the expert of what was drawn: found a picture without a stored map, expected the training pictures of "
-            "RefShapes, with which the maps are written; leave the caches of experts=drawn at the folder that was "
+            "the attribute teacher: found a picture without a stored map, expected the training pictures of "
+            "RefShapes, with which the maps are written; leave the caches of distillation=attributes at the folder that was "
             "drawn with the pictures"
         )
 
-    return Recipe(
+    return TeacherSpec(
         kind="drawn attributes",
         channels=CHANNELS,
         preprocessing=Preprocessing(resize=PatchMultiple(patch_size=CELL_PX, max_long_side=1024)),

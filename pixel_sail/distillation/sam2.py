@@ -1,6 +1,6 @@
-"""SAM 2.1's image encoder as an expert: Hiera, feature pyramid, and the embedding that says "no memory".
+"""SAM 2.1's image encoder as a teacher: Hiera, feature pyramid, and the embedding that says "no memory".
 
-Place in the flow: `configs/experts/sam2.yaml` names `sam2` below. The feature is what the predictor of the released
+Place in the flow: `configs/distillation/sam2.yaml` names `sam2` below. The feature is what the predictor of the released
 code keeps as `image_embed`: the pyramid's coarsest level, stride 16, with the no-memory embedding added, which is how
 SAM 2 treats a picture outside a video. Every photo becomes 1024 x 1024 and its map [256, 64, 64].
 """
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoModel, Sam2Config
 from transformers.models.sam2.modeling_sam2 import Sam2PreTrainedModel
 
-from pixel_sail.experts.expert import Recipe
-from pixel_sail.experts.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, Square
-from pixel_sail.experts.weights import WeightSource
+from pixel_sail.distillation.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, Square
+from pixel_sail.distillation.teacher import TeacherSpec
+from pixel_sail.distillation.weights import WeightSource
 
 UNUSED = (
     r"^(prompt_encoder|mask_decoder|shared_image_embedding|memory_attention|memory_encoder|mask_downsample)\.",
@@ -55,8 +55,8 @@ def sam2(
     side: int = 1024,
     random: bool = False,
     architecture: dict[str, Any] | None = None,
-) -> Recipe:
-    """Return the recipe of SAM 2.1.
+) -> TeacherSpec:
+    """Return the spec of SAM 2.1.
 
     `random`, `architecture`: see `WeightSource.find`; the fields are those of transformers' Sam2Config.
     Raises: DataError.
@@ -64,7 +64,7 @@ def sam2(
     preprocessing = Preprocessing(resize=Square(side=side), mean=IMAGENET_MEAN, std=IMAGENET_STD)
     source = WeightSource.find("sam2", weights, revision, random=random, architecture=architecture)
     config = source.config(Sam2Config)
-    return Recipe(
+    return TeacherSpec(
         kind="sam2",
         channels=num_channels(config),
         preprocessing=preprocessing,

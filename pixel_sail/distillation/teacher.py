@@ -1,7 +1,7 @@
-"""An expert: how to build it, and once built, photos in and feature maps out.
+"""A teacher: how to build it, and once built, photos in and feature maps out.
 
-Place in the flow: a configuration's `_target_` returns a `Recipe`, which is cheap; `teachers.py` and the cache tool
-make an `Expert` of it where the network is needed. Two photos of 480 x 640 through Mask2Former give two maps
+Place in the flow: a configuration's `_target_` returns a `TeacherSpec`, which is cheap; `teachers.py` and the cache tool
+make an `Teacher` of it where the network is needed. Two photos of 480 x 640 through Mask2Former give two maps
 [256, 200, 272].
 
 Axis letters: E feature channels, h w cells of a feature map, H W pixels.
@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pixel_sail.experts.preprocess import Preprocessing
+from pixel_sail.distillation.preprocess import Preprocessing
 from pixel_sail.types import DataError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """Everything about an expert but its weights in memory."""
+class TeacherSpec:
+    """Everything about a teacher but its weights in memory."""
 
     kind: str
     channels: int
@@ -39,35 +39,35 @@ class Recipe:
         return {"kind": self.kind, "weights": self.weights, "preprocessing": self.preprocessing.identity()}
 
 
-class Expert:
+class Teacher:
     """A frozen network on its device; not a module, so that nothing can register it as a part of the student."""
 
-    def __init__(self, recipe: Recipe, *, device: torch.device | str, precision: str, max_batch: int) -> None:
-        self.recipe = recipe
+    def __init__(self, spec: TeacherSpec, *, device: torch.device | str, precision: str, max_batch: int) -> None:
+        self.spec = spec
         self.device = torch.device(device)
         self.dtype = DTYPES[precision]
         self.max_batch = max_batch
-        self.network = recipe.build().eval().requires_grad_(False).to(self.device, self.dtype)
+        self.network = spec.build().eval().requires_grad_(False).to(self.device, self.dtype)
 
     @torch.no_grad()
     def features(self, photos: Sequence[Tensor]) -> list[Tensor]:
         """Return the feature map [E, h, w], float32, of every photo [H, W, 3], uint8.
 
         Photos that are resized to the same size go through the network together.
-        Raises: DataError when the network has another number of channels than its recipe says.
+        Raises: DataError when the network has another number of channels than its spec says.
         """
         same_size: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index, photo in enumerate(photos):
-            same_size[self.recipe.preprocessing.size((photo.shape[0], photo.shape[1]))].append(index)
+            same_size[self.spec.preprocessing.size((photo.shape[0], photo.shape[1]))].append(index)
         maps: list[Tensor | None] = [None] * len(photos)
         for indices in same_size.values():
             for start in range(0, len(indices), self.max_batch):
                 group = indices[start : start + self.max_batch]
-                pixels_B3HW = torch.stack([self.recipe.preprocessing(photos[i].to(self.device)) for i in group])
+                pixels_B3HW = torch.stack([self.spec.preprocessing(photos[i].to(self.device)) for i in group])
                 features_BEhw = self.network(pixels_B3HW.to(self.dtype)).float()
-                if features_BEhw.shape[1] != self.recipe.channels:
+                if features_BEhw.shape[1] != self.spec.channels:
                     raise DataError(
-                        f"expert {self.recipe.kind}: {features_BEhw.shape[1]} channels found, {self.recipe.channels} "
+                        f"teacher {self.spec.kind}: {features_BEhw.shape[1]} channels found, {self.spec.channels} "
                         "expected from its configuration"
                     )
                 for index, feature in zip(group, features_BEhw, strict=True):

@@ -1,6 +1,6 @@
-"""From a photo to what an expert expects, on the device the expert runs on.
+"""From a photo to what a teacher expects, on the device the teacher runs on.
 
-Place in the flow: `expert.py` calls it for every photo. Resizing repeats what the image processors of transformers do
+Place in the flow: `teacher.py` calls it for every photo. Resizing repeats what the image processors of transformers do
 with 8-bit pictures (filter with antialiasing, columns, then rows, each rounded to whole levels), so that they
 differ by two levels of 255 at most and by a fiftieth of a level in the mean. For a photo of 480 x 640:
 
@@ -99,12 +99,12 @@ class Preprocessing:
     """After resizing, both sides go to the nearest multiple of this (bilinear, on unrounded values)."""
 
     def size(self, size_hw: SizeHW) -> SizeHW:
-        """Return the size (height, width) of what the expert gets for a photo of this size."""
+        """Return the size (height, width) of what the teacher gets for a photo of this size."""
         rows, columns = self.resize(size_hw)
         return max(round(rows / self.snap), 1) * self.snap, max(round(columns / self.snap), 1) * self.snap
 
     def __call__(self, photo_HW3: Tensor) -> Tensor:
-        """Return the expert's input [3, H, W], float32, on the photo's device. The photo is uint8."""
+        """Return the teacher's input [3, H, W], float32, on the photo's device. The photo is uint8."""
         height, width = photo_HW3.shape[:2]
         levels_3HW = resize_levels(photo_HW3.permute(2, 0, 1), self.resize((height, width)), mode=self.mode)
         pixels_3HW = levels_3HW / 255.0

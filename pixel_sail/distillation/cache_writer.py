@@ -1,6 +1,6 @@
 """Writing a cache: a plan, shards in any order by any number of processes, and the index.
 
-Place in the flow: tools/cache_expert_features.py runs it; `cache` reads the result and describes the folder. Which
+Place in the flow: tools/cache_teacher_features.py runs it; `cache` reads the result and describes the folder. Which
 image lies in which shard depends on the sorted keys alone, and images are computed together within their shard only,
 so that a build that was interrupted continues to the same bytes. 130 images by 64 a shard make shards of 64, 64 and 2.
 """
@@ -15,12 +15,12 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pixel_sail.experts.cache import (
+from pixel_sail.distillation.cache import (
     INDEX,
     PLAN,
     SCALE_SUFFIX,
-    ExpertCacheError,
     StoredMap,
+    TeacherCacheError,
     checksum,
     identity_digest,
     read_json,
@@ -46,7 +46,7 @@ def make_plan(keys: Sequence[str], identity: dict[str, Any], *, dtype: str, imag
 
 
 def start_folder(folder: Path, plan: Plan) -> None:
-    """Write the plan, or check that a folder that was begun has the same one. Raises: ExpertCacheError."""
+    """Write the plan, or check that a folder that was begun has the same one. Raises: TeacherCacheError."""
     content = {"identity": plan.identity, "dtype": plan.dtype, "shards": [list(keys) for keys in plan.shards]}
     path = folder / PLAN
     if not path.is_file():
@@ -55,7 +55,7 @@ def start_folder(folder: Path, plan: Plan) -> None:
     found = read_json(path, "cache", {"identity": dict, "dtype": str, "shards": list})
     differing = [name for name in content if found.get(name) != content[name]]
     if differing:
-        raise ExpertCacheError(
+        raise TeacherCacheError(
             f"{folder}: a build was begun here with another {', '.join(differing)}; give an empty folder, or the "
             "arguments and data of that build to continue it"
         )
@@ -104,16 +104,16 @@ def write_shard(
 def finish(folder: Path, plan: Plan, *, verify: bool = False) -> None:
     """Write the index of a complete cache; `verify` hashes every shard again.
 
-    Raises: ExpertCacheError when a shard is missing or is not what its JSON file says.
+    Raises: TeacherCacheError when a shard is missing or is not what its JSON file says.
     """
     shards = []
     kinds = {"file": str, "sha256": str, "items": dict, "unusable": dict}
     for number, keys in enumerate(plan.shards):
         content = read_json(folder / f"{shard_name(number)}.json", "cache", kinds)
         if sorted([*content["items"], *content["unusable"]]) != list(keys):
-            raise ExpertCacheError(f"{folder / content['file']}: holds other images than {PLAN} says; build it again")
+            raise TeacherCacheError(f"{folder / content['file']}: holds other images than {PLAN} says; build it again")
         if verify and sha256(folder / content["file"]) != content["sha256"]:
-            raise ExpertCacheError(f"{folder / content['file']}: sha256 differs from its .json; build it again")
+            raise TeacherCacheError(f"{folder / content['file']}: sha256 differs from its .json; build it again")
         shards.append(content)
     index = {"identity": plan.identity, "dtype": plan.dtype, "shards": shards}
     replace_text(folder / INDEX, json.dumps(index) + "\n")

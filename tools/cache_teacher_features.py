@@ -1,12 +1,12 @@
-"""Compute the feature maps of experts once per image and store them for training.
+"""Compute the feature maps of teachers once per image and store them for training.
 
-    python tools/cache_expert_features.py experts=sam2_mask2former data=cotrain_0_5b model=sail_0_5b --out data/cache
-    torchrun --nproc-per-node 8 tools/cache_expert_features.py ... --dtype int8         one GPU per process
-    python tools/cache_expert_features.py ... --plan-only                               sizes and times, writes nothing
+    python tools/cache_teacher_features.py distillation=sam2_mask2former data=cotrain_0_5b model=sail_0_5b --out data/cache
+    torchrun --nproc-per-node 8 tools/cache_teacher_features.py ... --dtype int8         one GPU per process
+    python tools/cache_teacher_features.py ... --plan-only                               sizes and times, writes nothing
 
 Takes the overrides of scripts/train.py: the data decides which images, the model how large its maps are. The cache of
-expert NAME lies in OUT/NAME; training reads it with experts.NAME.cache=OUT/NAME. Before anything is written the tool
-prints the size on disk, the time the build takes, and what part of a training step the expert would take beside the
+teacher NAME lies in OUT/NAME; training reads it with distillation.NAME.cache=OUT/NAME. Before anything is written the tool
+prints the size on disk, the time the build takes, and what part of a training step the teacher would take beside the
 student, measured on a few images. An interrupted build continues when the same command is given again, to the same
 bytes. Exit status 2 for a wrong config, wrong data or too small a disk, with the reason.
 """
@@ -37,8 +37,7 @@ from pixel_sail import dist
 from pixel_sail.config import ConfigError, TrainConfig, build, load_config
 from pixel_sail.data.images import load_image
 from pixel_sail.data.mixture import Mixture
-from pixel_sail.entry import one_message
-from pixel_sail.experts.cache import (
+from pixel_sail.distillation.cache import (
     StoredMap,
     StudentGrid,
     cache_identity,
@@ -46,7 +45,7 @@ from pixel_sail.experts.cache import (
     encode_map,
     image_key,
 )
-from pixel_sail.experts.cache_writer import (
+from pixel_sail.distillation.cache_writer import (
     Plan,
     finish,
     is_shard_complete,
@@ -54,9 +53,10 @@ from pixel_sail.experts.cache_writer import (
     start_folder,
     write_shard,
 )
-from pixel_sail.experts.expert import Expert, Recipe
-from pixel_sail.experts.settings import ExpertSettings
-from pixel_sail.experts.teachers import checked_recipe, student_grid
+from pixel_sail.distillation.settings import TeacherSettings
+from pixel_sail.distillation.teacher import Teacher, TeacherSpec
+from pixel_sail.distillation.teachers import checked_spec, student_grid
+from pixel_sail.entry import one_message
 from pixel_sail.losses.distill import resized_features
 from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
 from pixel_sail.model.image_layout import image_span
@@ -85,12 +85,12 @@ class Image:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One expert's cache."""
+    """One teacher's cache."""
 
     folder: Path
-    expert: Expert
+    teacher: Teacher
     grid: StudentGrid | None
-    """None: maps keep the expert's own size."""
+    """None: maps keep the teacher's own size."""
     plan: Plan
     images: dict[str, Image]
 
@@ -112,13 +112,13 @@ class Job:
         """Return the stored maps of some images, of like size computed together, and why others have none."""
         maps: dict[str, StoredMap] = {}
         unusable: dict[str, str] = {}
-        size_of = self.expert.recipe.preprocessing.size
+        size_of = self.teacher.spec.preprocessing.size
         ordered = sorted(keys, key=lambda key: (size_of(self.images[key].hw), key))
         photos = self.photos(ordered)
-        while group := list(islice(photos, self.expert.max_batch)):
+        while group := list(islice(photos, self.teacher.max_batch)):
             unusable |= {key: photo for key, photo in group if isinstance(photo, str)}
             usable = [(key, photo) for key, photo in group if isinstance(photo, Tensor)]
-            features = self.expert.features([photo for _, photo in usable])
+            features = self.teacher.features([photo for _, photo in usable])
             for (key, _), own in zip(usable, features, strict=True):
                 image = self.images[key]
                 maps[key] = encode_map(self.pooled(own, image.hw), self.plan.dtype, f"{image.where}: {image.path}")
@@ -163,12 +163,12 @@ def images_of(mixture: Mixture, sources: Sequence[str]) -> tuple[dict[str, Image
 def stored_bytes(job: Job) -> int:
     """Return how many bytes the maps of a plan take."""
     total = 0
-    channels = job.expert.recipe.channels
+    channels = job.teacher.spec.channels
     for image in job.images.values():
         if job.grid is not None:
             rows, columns = job.grid.map_hw(job.grid.grid_hw(image.hw))
         else:
-            size = job.expert.recipe.preprocessing.size(image.hw)
+            size = job.teacher.spec.preprocessing.size(image.hw)
             scale = measured_stride(job)
             rows, columns = size[0] // scale, size[1] // scale
         total += channels * (rows * columns * BYTES[job.plan.dtype] + (4 if job.plan.dtype == "int8" else 0))
@@ -176,10 +176,10 @@ def stored_bytes(job: Job) -> int:
 
 
 def measured_stride(job: Job) -> int:
-    """Return the stride of the expert's own map, from a small grey photo."""
+    """Return the stride of the teacher's own map, from a small grey photo."""
     photo = torch.full((64, 64, 3), 127, dtype=torch.uint8)
-    height = job.expert.recipe.preprocessing.size((64, 64))[0]
-    return height // int(job.expert.features([photo])[0].shape[1])
+    height = job.teacher.spec.preprocessing.size((64, 64))[0]
+    return height // int(job.teacher.features([photo])[0].shape[1])
 
 
 def print_plan(job: Job, name: str, architecture: Architecture, *, num_measured: int) -> None:
@@ -191,13 +191,13 @@ def print_plan(job: Job, name: str, architecture: Architecture, *, num_measured:
     job.compute(keys[:1])  # the first pass through a network also loads its kernels
     seconds, (maps, _) = timed(lambda: job.compute(keys))
     per_image, left = seconds / max(len(keys), 1), len(job.images) * (1 - done / max(len(job.plan.shards), 1))
-    student = student_seconds(architecture, [job.images[key].hw for key in keys], job.expert.device)
+    student = student_seconds(architecture, [job.images[key].hw for key in keys], job.teacher.device)
     print(f"{name}: {len(job.images)} images in {len(job.plan.shards)} shards, {done} of them written")
     print(f"  disk        {size / 1e9:.3f} GB as {job.plan.dtype}; {free / 1e9:.1f} GB are free at {job.folder}")
     print(
         f"  build       {per_image * 1000:.1f} ms per image x {left:.0f} images / {dist.world_size()} processes", end=""
     )
-    print(f" = {duration(per_image * left / dist.world_size())} on {job.expert.device.type}")
+    print(f" = {duration(per_image * left / dist.world_size())} on {job.teacher.device.type}")
     print(f"  reading     {read_seconds(maps) * 1000:.2f} ms per image in a loader worker (files in memory)")
     if student is None:
         print("  step share  not measured: the student is too large for a CPU")
@@ -289,22 +289,22 @@ def student_pass(model: PixelSailForSegmentation, image_hw: SizeHW, device: torc
 
 
 def jobs(options: argparse.Namespace, config: TrainConfig) -> Iterator[tuple[str, Job, list[str]]]:
-    """Yield name, work and left-out items of every configured expert."""
+    """Yield name, work and left-out items of every configured teacher."""
     mixture = build_mixture(config.data, seed=config.seed)
-    for name in sorted(config.experts):
-        settings: ExpertSettings = config.experts[name]
-        recipe: Recipe = checked_recipe(name, settings, build, allow_random=config.allow_random_experts)
+    for name in sorted(config.distillation):
+        settings: TeacherSettings = config.distillation[name]
+        spec: TeacherSpec = checked_spec(name, settings, build, allow_random=config.allow_random_teachers)
         # Every process could list the images; one does, so that the files are hashed once.
         found = images_of(mixture, settings.sources) if dist.rank() == 0 else None
         images, left_out = dist.gather_objects(found)[0]
         if not images:
-            raise DataError(f"experts.{name}: data.sources hold no image")
+            raise DataError(f"distillation.{name}: data.sources hold no image")
         grid = student_grid(config.model.architecture, settings.site) if options.size == "student" else None
-        expert = Expert(recipe, device=dist.local_device(), precision=settings.precision, max_batch=settings.max_batch)
-        identity = cache_identity(recipe.identity(), precision=settings.precision, grid=grid)
+        teacher = Teacher(spec, device=dist.local_device(), precision=settings.precision, max_batch=settings.max_batch)
+        identity = cache_identity(spec.identity(), precision=settings.precision, grid=grid)
         plan = make_plan(list(images), identity, dtype=options.dtype, images_per_shard=options.images_per_shard)
         folder = Path(settings.cache) if settings.cache is not None else options.out / name
-        yield name, Job(folder=folder, expert=expert, grid=grid, plan=plan, images=images), left_out
+        yield name, Job(folder=folder, teacher=teacher, grid=grid, plan=plan, images=images), left_out
 
 
 def run(options: argparse.Namespace, config: TrainConfig) -> None:
@@ -326,7 +326,7 @@ def run(options: argparse.Namespace, config: TrainConfig) -> None:
         dist.barrier()
         if dist.rank() == 0:
             finish(job.folder, job.plan, verify=options.verify)
-            print(f"  written     {job.folder}; train with experts.{name}.cache={job.folder}")
+            print(f"  written     {job.folder}; train with distillation.{name}.cache={job.folder}")
 
 
 @one_message
@@ -335,19 +335,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/cache"), help="folder of the caches (data/cache)")
     parser.add_argument("--dtype", choices=sorted(BYTES), default="fp16")
-    parser.add_argument("--size", choices=("student", "expert"), default="student", help="size of the stored maps")
+    parser.add_argument("--size", choices=("student", "teacher"), default="student", help="size of the stored maps")
     parser.add_argument("--images-per-shard", type=int, default=64)
     parser.add_argument("--measure", type=int, default=4, help="images that times are measured on (4)")
     parser.add_argument("--plan-only", action="store_true", help="print the plan and write nothing")
     parser.add_argument("--verify", action="store_true", help="hash every shard again before the index is written")
     options, overrides = parser.parse_known_args(arguments)
     if not any(override.startswith(("name=", "experiment=")) for override in overrides):
-        overrides.append("name=cache_expert_features")
+        overrides.append("name=cache_teacher_features")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     dist.ensure_launch_environment()
     config = load_config("train", TrainConfig, overrides)
-    if not config.experts:
-        raise ConfigError("experts is empty; choose a group, for example experts=sam2_mask2former")
+    if not config.distillation:
+        raise ConfigError("distillation is empty; choose a group, for example distillation=sam2_mask2former")
     dist.start_group()
     run(options, config)
     dist.shutdown()

@@ -1,6 +1,6 @@
-"""An exported model of ours as an expert: its post-projector pixel map.
+"""An exported model of ours as a teacher: its post-projector pixel map.
 
-Place in the flow: `configs/experts/ours.yaml` names `ours` below, with the `export` folder of a larger run. An image
+Place in the flow: `configs/distillation/ours.yaml` names `ours` below, with the `export` folder of a larger run. An image
 span sees nothing but itself, so its features do not depend on any text: a photo of 128 x 128 through a model with
 patches of 16, stride 4 and mask_dim 128 gives [128, 32, 32].
 """
@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pixel_sail.experts.expert import Recipe
-from pixel_sail.experts.preprocess import AreaMultiple, PatchMultiple, Preprocessing
-from pixel_sail.experts.weights import file_hashes
+from pixel_sail.distillation.preprocess import AreaMultiple, PatchMultiple, Preprocessing
+from pixel_sail.distillation.teacher import TeacherSpec
+from pixel_sail.distillation.weights import file_hashes
 from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
 from pixel_sail.model.folder import MODEL_CONFIG, check_no_code
 from pixel_sail.model.image_layout import image_span
@@ -71,11 +71,11 @@ class PixelMap(nn.Module):
         return torch.stack(maps).permute(0, 3, 1, 2)
 
 
-def ours(weights: str) -> Recipe:
-    """Return the recipe of an exported folder. Raises: DataError."""
+def ours(weights: str) -> TeacherSpec:
+    """Return the spec of an exported folder. Raises: DataError."""
     folder = Path(weights)
     if not (folder / "config.json").is_file():
-        raise DataError(f"experts: ours: {folder} holds no config.json; expected the `export` folder of a run")
+        raise DataError(f"distillation: ours: {folder} holds no config.json; expected the `export` folder of a run")
     check_no_code(folder, MODEL_CONFIG)
     config = PixelSailConfig.from_pretrained(folder)
 
@@ -88,7 +88,7 @@ def ours(weights: str) -> Recipe:
         lead_ids = PixelSailProcessor.from_pretrained(folder).lead_ids if is_eve else []
         return PixelMap(load_model(folder), lead_ids)
 
-    return Recipe(
+    return TeacherSpec(
         kind="ours",
         channels=config.mask_dim,
         preprocessing=Preprocessing(

@@ -1,8 +1,8 @@
-"""The experts of a training run: what the workers need of them, and the maps of a batch.
+"""The teachers of a training run: what the workers need of them, and the maps of a batch.
 
 Place in the flow: `training/loop.py` builds them before anything is wrapped or sharded and holds them beside the
-student; `training/step.py` asks for the maps of every micro-batch before the student's forward pass, so that an
-expert's activations are gone by then.
+student; `training/step.py` asks for the maps of every micro-batch before the student's forward pass, so that a
+teacher's activations are gone by then.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,31 +13,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pixel_sail.experts.cache import FeatureCache, StudentGrid, cache_identity, decode_map
-from pixel_sail.experts.choice import ExpertChoice
-from pixel_sail.experts.expert import Expert, Recipe
-from pixel_sail.experts.settings import ExpertSettings
+from pixel_sail.distillation.cache import FeatureCache, StudentGrid, cache_identity, decode_map
+from pixel_sail.distillation.choice import TeacherChoice
+from pixel_sail.distillation.settings import TeacherSettings
+from pixel_sail.distillation.teacher import Teacher, TeacherSpec
 from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.types import Batch, DataError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Teachers:
-    """All experts of a run, in the order of their names."""
+    """All teachers of a run, in the order of their names."""
 
-    choices: tuple[ExpertChoice, ...] = ()
-    networks: Mapping[str, Expert]
+    choices: tuple[TeacherChoice, ...] = ()
+    networks: Mapping[str, Teacher]
     """Those that run beside the training."""
 
     def maps(self, batch: Batch) -> dict[str, list[Tensor]]:
-        """Return for every expert the float32 maps [E, h, w] of its images of a batch, in the order of the batch.
+        """Return for every teacher the float32 maps [E, h, w] of its images of a batch, in the order of the batch.
 
         Photos and stored maps are moved to the device as they are, an eighth and a half of the float32 size.
         """
         photo_of = dict(zip(batch.photo_images, batch.photos, strict=True))
         found: dict[str, list[Tensor | None]] = {}
         waiting: dict[str, list[tuple[int, int]]] = {}
-        pairs = zip(batch.expert_names, batch.expert_images, batch.expert_maps, batch.expert_scales, strict=True)
+        pairs = zip(batch.teacher_names, batch.teacher_images, batch.teacher_maps, batch.teacher_scales, strict=True)
         for name, image, features, scales in pairs:
             own = found.setdefault(name, [])
             if features is None:
@@ -64,30 +64,30 @@ def student_grid(architecture: Architecture, site: str) -> StudentGrid:
     )
 
 
-def checked_recipe(
-    name: str, settings: ExpertSettings, build: Callable[[Any, str], Any], *, allow_random: bool
-) -> Recipe:
-    """Return the recipe that an entry of `experts` names. Raises: DataError.
+def checked_spec(
+    name: str, settings: TeacherSettings, build: Callable[[Any, str], Any], *, allow_random: bool
+) -> TeacherSpec:
+    """Return the spec that an entry of `distillation` names. Raises: DataError.
 
     `build` calls the function of a `_target_` node and names the node in its errors.
     """
-    recipe = build(settings.model, f"experts.{name}.model")
-    if not isinstance(recipe, Recipe):
-        raise DataError(f"experts.{name}.model: returned a {type(recipe).__name__}, expected an expert's Recipe")
-    if recipe.is_random and not allow_random:
+    spec = build(settings.model, f"distillation.{name}.model")
+    if not isinstance(spec, TeacherSpec):
+        raise DataError(f"distillation.{name}.model: returned a {type(spec).__name__}, expected a TeacherSpec")
+    if spec.is_random and not allow_random:
         raise DataError(
-            f"experts.{name}: its weights are random, from which there is nothing to learn; give weights, or set "
-            "allow_random_experts=true to test the machinery"
+            f"distillation.{name}: its weights are random, from which there is nothing to learn; give weights, or set "
+            "allow_random_teachers=true to test the machinery"
         )
-    if recipe.channels != settings.channels:
+    if spec.channels != settings.channels:
         raise DataError(
-            f"experts.{name}.channels is {settings.channels}, the {recipe.kind} that is given has {recipe.channels}"
+            f"distillation.{name}.channels is {settings.channels}, the {spec.kind} that is given has {spec.channels}"
         )
-    return recipe
+    return spec
 
 
 def load_teachers(
-    experts: Mapping[str, ExpertSettings],
+    teachers: Mapping[str, TeacherSettings],
     architecture: Architecture,
     build: Callable[[Any, str], Any],
     *,
@@ -95,24 +95,24 @@ def load_teachers(
     allow_random: bool,
     device: torch.device,
 ) -> Teachers:
-    """Return the experts of a run; networks are loaded where one may be needed.
+    """Return the teachers of a run; networks are loaded where one may be needed.
 
     Raises: DataError for wrong weights, an unknown source, and a cache that does not fit.
     """
     choices, networks = [], {}
-    for name in sorted(experts):
-        settings = experts[name]
+    for name in sorted(teachers):
+        settings = teachers[name]
         unknown = sorted(set(settings.sources) - set(sources))
         if unknown:
-            raise DataError(f"experts.{name}.sources names {unknown}, but data.sources holds {sorted(sources)}")
-        recipe = checked_recipe(name, settings, build, allow_random=allow_random)
+            raise DataError(f"distillation.{name}.sources names {unknown}, but data.sources holds {sorted(sources)}")
+        spec = checked_spec(name, settings, build, allow_random=allow_random)
         grid = student_grid(architecture, settings.site)
         cache = None
         if settings.cache is not None:
-            identity = cache_identity(recipe.identity(), precision=settings.precision, grid=grid)
-            cache = FeatureCache(Path(settings.cache), identity, where=f"experts.{name}.cache")
+            identity = cache_identity(spec.identity(), precision=settings.precision, grid=grid)
+            cache = FeatureCache(Path(settings.cache), identity, where=f"distillation.{name}.cache")
         choices.append(
-            ExpertChoice(
+            TeacherChoice(
                 name=name,
                 share=settings.share,
                 sources=frozenset(settings.sources),
@@ -123,5 +123,5 @@ def load_teachers(
             )
         )
         if settings.runs_online:
-            networks[name] = Expert(recipe, device=device, precision=settings.precision, max_batch=settings.max_batch)
+            networks[name] = Teacher(spec, device=device, precision=settings.precision, max_batch=settings.max_batch)
     return Teachers(choices=tuple(choices), networks=networks)

@@ -1,7 +1,7 @@
 """A teacher of one's own: a fixed edge filter whose response the model learns to predict from its pixel map.
 
-Place in the flow: configuration -> `edges` -> `Recipe` -> `Expert` -> loss `distill/edges`. A real teacher loads
-safetensors in `build` and lists their hashes in `weights` (`pixel_sail/experts/weights.py`).
+Place in the flow: configuration -> `edges` -> `TeacherSpec` -> `Teacher` -> loss `distill/edges`. A real teacher loads
+safetensors in `build` and lists their hashes in `weights` (`pixel_sail/distillation/weights.py`).
 """
 
 from pathlib import Path
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pixel_sail.config import build
-from pixel_sail.experts.expert import Expert, Recipe
-from pixel_sail.experts.preprocess import PatchMultiple, Preprocessing
-from pixel_sail.experts.settings import ExpertSettings
-from pixel_sail.experts.teachers import checked_recipe
+from pixel_sail.distillation.preprocess import PatchMultiple, Preprocessing
+from pixel_sail.distillation.settings import TeacherSettings
+from pixel_sail.distillation.teacher import Teacher, TeacherSpec
+from pixel_sail.distillation.teachers import checked_spec
 
 
 class Edges(nn.Module):
@@ -33,10 +33,10 @@ class Edges(nn.Module):
         return F.avg_pool2d(edges_BEHW, 4)
 
 
-def edges(max_long_side: int) -> Recipe:
-    """Return the recipe: the `_target_` of `experts.NAME.model`."""
+def edges(max_long_side: int) -> TeacherSpec:
+    """Return the spec: the `_target_` of `distillation.NAME.model`."""
     resize = PatchMultiple(patch_size=16, max_long_side=max_long_side)
-    return Recipe(
+    return TeacherSpec(
         kind="edges",
         channels=2,
         preprocessing=Preprocessing(resize=resize),
@@ -48,14 +48,14 @@ def edges(max_long_side: int) -> Recipe:
 def main(folder: Path) -> Tensor:
     """Configure the teacher and return its features of one picture."""
     draw_data(folder)
-    settings = ExpertSettings(
-        model={"_target_": "new_expert.edges", "max_long_side": 256}, channels=2, site="pixel_map"
+    settings = TeacherSettings(
+        model={"_target_": "new_teacher.edges", "max_long_side": 256}, channels=2, site="pixel_map"
     )
-    recipe = checked_recipe("edges", settings, build, allow_random=False)
-    expert = Expert(recipe, device="cpu", precision="fp32", max_batch=4)
+    spec = checked_spec("edges", settings, build, allow_random=False)
+    teacher = Teacher(spec, device="cpu", precision="fp32", max_batch=4)
     photo_HW3 = torch.zeros(64, 96, 3, dtype=torch.uint8)
     photo_HW3[:, 48:] = 255
-    (features_EYX,) = expert.features([photo_HW3])
+    (features_EYX,) = teacher.features([photo_HW3])
     print(f"a photo of 64 x 96 gives features {tuple(features_EYX.shape)}")
     return features_EYX
 

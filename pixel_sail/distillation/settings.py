@@ -1,9 +1,9 @@
-"""What can be said about one expert in a configuration.
+"""What can be said about one teacher in a configuration.
 
-Place in the flow: `config.TrainConfig.experts` holds one `ExpertSettings` per expert, by name; `choice`, `teachers`,
-`losses/distill.py` and `model/distill_head.py` read their part of it. As in `configs/experts/sam2.yaml`:
+Place in the flow: `config.TrainConfig.distillation` holds one `TeacherSettings` per teacher, by name; `choice`, `teachers`,
+`losses/distill.py` and `model/distill_head.py` read their part of it. As in `configs/distillation/sam2.yaml`:
 
-    ExpertSettings(model={"_target_": "pixel_sail.experts.sam2.sam2", "weights": "data/experts/sam2.1-hiera-large"},
+    TeacherSettings(model={"_target_": "pixel_sail.distillation.sam2.sam2", "weights": "data/experts/sam2.1-hiera-large"},
                    weight=1.0, site="patch_states", channels=256, precision="bf16")
 """
 
@@ -23,11 +23,11 @@ CHOICES = {
 
 
 @dataclass(kw_only=True)
-class ExpertSettings:
-    """One expert and how the student learns from it."""
+class TeacherSettings:
+    """One teacher and how the student learns from it."""
 
     model: Any = MISSING
-    """`_target_` and arguments of a function that returns an `expert.Recipe`."""
+    """`_target_` and arguments of a function that returns an `teacher.TeacherSpec`."""
     weight: float = 1.0
     """Factor of its loss in the total."""
     loss: str = "mse"
@@ -36,7 +36,7 @@ class ExpertSettings:
     site: str = "pixel_map"
     """What of the student is compared: its pixel_map after the projector, or its patch_states after the decoder."""
     channels: int = 256
-    """Feature channels of the expert, the width of the student's linear layer."""
+    """Feature channels of the teacher, the width of the student's linear layer."""
     share: float = 1.0
     """Share of the samples with images that are distilled, drawn anew in every epoch."""
     sources: list[str] = field(default_factory=list)
@@ -44,11 +44,11 @@ class ExpertSettings:
     masks_only: bool = False
     """True: only samples that have masks."""
     precision: str = "fp32"
-    """Number format the expert computes in: fp32 or bf16."""
+    """Number format the teacher computes in: fp32 or bf16."""
     max_batch: int = 8
-    """Most images that go through the expert together."""
+    """Most images that go through the teacher together."""
     cache: str | None = None
-    """Folder written by tools/cache_expert_features.py; None: the expert runs beside the training."""
+    """Folder written by tools/cache_teacher_features.py; None: the teacher runs beside the training."""
     on_miss: str = "error"
     """What happens to an image that the cache does not hold: error ends the run, online computes it."""
 
@@ -56,12 +56,12 @@ class ExpertSettings:
         """Check the choices and numbers. Raises: DataError."""
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise DataError(f"experts: {name} is {getattr(self, name)!r}, expected one of {allowed}")
+                raise DataError(f"distillation: {name} is {getattr(self, name)!r}, expected one of {allowed}")
         if not 0.0 <= self.share <= 1.0:
-            raise DataError(f"experts: share is {self.share}, expected 0 .. 1")
+            raise DataError(f"distillation: share is {self.share}, expected 0 .. 1")
         if self.channels < 1 or self.max_batch < 1:
             raise DataError(
-                f"experts: channels {self.channels}, max_batch {self.max_batch} found; expected 1 or more of both"
+                f"distillation: channels {self.channels}, max_batch {self.max_batch} found; expected 1 or more of both"
             )
 
     @property

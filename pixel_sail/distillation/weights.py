@@ -1,6 +1,6 @@
 """Published weights on disk: where they are, what their bytes are, and loading them strictly.
 
-Place in the flow: the files that build one expert each (`mask2former`, `sam2`, `radio`) call it. Only safetensors are
+Place in the flow: the files that build one teacher each (`mask2former`, `sam2`, `radio`) call it. Only safetensors are
 read and no code of a repository is run. Weights are a folder, or a name on the Hugging Face hub with a pinned revision:
 
     weights_folder("data/experts/sam2.1-hiera-large", None)            -> that folder
@@ -39,19 +39,19 @@ class WeightSource:
     @classmethod
     def find(
         cls,
-        expert: str,
+        teacher: str,
         weights: str | None,
         revision: str | None,
         *,
         random: bool,
         architecture: dict[str, Any] | None,
     ) -> "WeightSource":
-        """Return the source of an expert: `weights` at `revision`, or (`random`, for tests) nothing but a draw.
+        """Return the source of a teacher: `weights` at `revision`, or (`random`, for tests) nothing but a draw.
 
         architecture: fields of the network's configuration, all of them for a random one; for another they replace
         those of the folder's `config.json`. Raises: DataError.
         """
-        folder = None if random else weights_folder(weights, revision, where=f"experts: {expert}")
+        folder = None if random else weights_folder(weights, revision, where=f"distillation: {teacher}")
         return cls(folder=folder, architecture=dict(architecture or {}))
 
     def config(self, kind: type[Config]) -> Config:

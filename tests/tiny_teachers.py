@@ -1,4 +1,4 @@
-"""Sizes of experts that take milliseconds, and the whole models of transformers they are the parts of."""
+"""Sizes of teachers that take milliseconds, and the whole models of transformers they are the parts of."""
 
 from transformers import (
     Mask2FormerConfig,

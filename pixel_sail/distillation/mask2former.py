@@ -1,6 +1,6 @@
-"""Mask2Former's pixel decoder as an expert: backbone and pixel decoder, without the transformer decoder and heads.
+"""Mask2Former's pixel decoder as a teacher: backbone and pixel decoder, without the transformer decoder and heads.
 
-Place in the flow: `configs/experts/mask2former.yaml` names `mask2former` below. The feature is the map that the mask
+Place in the flow: `configs/distillation/mask2former.yaml` names `mask2former` below. The feature is the map that the mask
 logits are dotted with (`pixel_decoder_last_hidden_state`), 256 channels at stride 4 of the resized photo; two thirds
 of the released Swin-L model are enough for it: 480 x 640 -> 800 x 1088 -> [256, 200, 272].
 """
@@ -14,9 +14,9 @@ from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPreTrainedModel,
 )
 
-from pixel_sail.experts.expert import Recipe
-from pixel_sail.experts.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, ShortestEdge
-from pixel_sail.experts.weights import WeightSource
+from pixel_sail.distillation.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, ShortestEdge
+from pixel_sail.distillation.teacher import TeacherSpec
+from pixel_sail.distillation.weights import WeightSource
 
 UNUSED = (r"(^|\.)transformer_module\.", r"^class_predictor\.", r"^criterion\.")
 """Tensors of the published model that belong to the transformer decoder, the heads and the training criterion."""
@@ -47,8 +47,8 @@ def mask2former(
     size_divisor: int = 32,
     random: bool = False,
     architecture: dict[str, Any] | None = None,
-) -> Recipe:
-    """Return the recipe of Mask2Former.
+) -> TeacherSpec:
+    """Return the spec of Mask2Former.
 
     `random`, `architecture`: see `WeightSource.find`; the fields are those of transformers' Mask2FormerConfig.
     Raises: DataError.
@@ -60,7 +60,7 @@ def mask2former(
     )
     source = WeightSource.find("mask2former", weights, revision, random=random, architecture=architecture)
     config = source.config(Mask2FormerConfig)
-    return Recipe(
+    return TeacherSpec(
         kind="mask2former",
         channels=config.mask_feature_size,
         preprocessing=preprocessing,

@@ -1,11 +1,11 @@
-"""Which images an expert is used for, and what of them travels to the training process.
+"""Which images a teacher is used for, and what of them travels to the training process.
 
 Place in the flow: `data/packing.py` asks for every sample it encodes, in a worker of the loader. The choice is a pure
-function of (seed, epoch, index), through the sample's `point_seed`, and of the expert's name: more workers, more ranks
-or a second expert change nothing. An image is sent as its stored map where there is a cache, else as its pixels:
+function of (seed, epoch, index), through the sample's `point_seed`, and of the teacher's name: more workers, more ranks
+or a second teacher change nothing. An image is sent as its stored map where there is a cache, else as its pixels:
 
-    mask2former with a cache, sam2 without    ->    ExpertTarget("mask2former", map [256, 120, 160], fp16),
-                                                    ExpertTarget("sam2", None) and the photo [480, 640, 3]
+    mask2former with a cache, sam2 without    ->    TeacherTarget("mask2former", map [256, 120, 160], fp16),
+                                                    TeacherTarget("sam2", None) and the photo [480, 640, 3]
 """
 
 import zlib
@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pixel_sail.experts.cache import ExpertCacheError, FeatureCache, StudentGrid, image_key
-from pixel_sail.types import ExpertTarget, SizeHW
+from pixel_sail.distillation.cache import FeatureCache, StudentGrid, TeacherCacheError, image_key
+from pixel_sail.types import SizeHW, TeacherTarget
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertChoice:
-    """The part of an expert that the loader's workers need."""
+class TeacherChoice:
+    """The part of a teacher that the loader's workers need."""
 
     name: str
     share: float = 1.0
@@ -34,7 +34,7 @@ class ExpertChoice:
     """Whether an image that is not in the cache is computed online."""
 
     def takes(self, source: str, *, point_seed: int, has_masks: bool) -> bool:
-        """Return whether a sample with an image is distilled from this expert."""
+        """Return whether a sample with an image is distilled from this teacher."""
         if (self.sources and source not in self.sources) or (self.masks_only and not has_masks):
             return False
         if self.share >= 1.0:
@@ -43,8 +43,8 @@ class ExpertChoice:
         return bool(drawn < self.share)
 
 
-def expert_targets(
-    choices: Sequence[ExpertChoice],
+def teacher_targets(
+    choices: Sequence[TeacherChoice],
     *,
     source: str,
     point_seed: int,
@@ -52,10 +52,10 @@ def expert_targets(
     path: Path,
     grid_hw: SizeHW,
     where: str,
-) -> tuple[ExpertTarget, ...]:
-    """Return one target for every expert that takes this sample.
+) -> tuple[TeacherTarget, ...]:
+    """Return one target for every teacher that takes this sample.
 
-    Raises: ExpertCacheError for a damaged map, and for a missing one unless its expert falls back to the network.
+    Raises: TeacherCacheError for a damaged map, and for a missing one unless its teacher falls back to the network.
     """
     targets, key = [], None
     for choice in choices:
@@ -67,13 +67,13 @@ def expert_targets(
             item = f"{where}: {path}"
             stored = choice.cache.read(key, item, map_hw=choice.grid.map_hw(grid_hw))
             if stored is None and not choice.falls_back:
-                raise ExpertCacheError(
-                    f"{item}: not in the cache {choice.cache.folder} of expert {choice.name}; build the cache with "
-                    f"this data, or set experts.{choice.name}.on_miss=online"
+                raise TeacherCacheError(
+                    f"{item}: not in the cache {choice.cache.folder} of teacher {choice.name}; build the cache with "
+                    f"this data, or set distillation.{choice.name}.on_miss=online"
                 )
         targets.append(
-            ExpertTarget(
-                expert=choice.name,
+            TeacherTarget(
+                teacher=choice.name,
                 features_EYX=None if stored is None else stored.features_EYX,
                 scales_E=None if stored is None else stored.scales_E,
             )

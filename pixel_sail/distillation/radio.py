@@ -1,6 +1,6 @@
-"""RADIO as an expert: the spatial features of its last layer.
+"""RADIO as a teacher: the spatial features of its last layer.
 
-Place in the flow: `configs/experts/radio.yaml` names `radio` below. The network is transformers' own port, which reads
+Place in the flow: `configs/distillation/radio.yaml` names `radio` below. The network is transformers' own port, which reads
 the published safetensors without their code; RADIO normalises its input itself, so photos only become numbers 0 .. 1.
 A photo of 480 x 640 becomes 768 x 1024 and its map [1024, 48, 64] with RADIO-L.
 
@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import RadioConfig, RadioModel
 
-from pixel_sail.experts.expert import Recipe
-from pixel_sail.experts.preprocess import Preprocessing, ShortestEdge
-from pixel_sail.experts.weights import WeightSource
+from pixel_sail.distillation.preprocess import Preprocessing, ShortestEdge
+from pixel_sail.distillation.teacher import TeacherSpec
+from pixel_sail.distillation.weights import WeightSource
 
 UNUSED = (r"(^|\.)(adaptors?|feature_normalizer|head|video_embedder)\.",)
 """Tensors of published models for other outputs: summaries per teacher, video."""
@@ -45,15 +45,15 @@ def radio(
     shortest_edge: int = 768,
     random: bool = False,
     architecture: dict[str, Any] | None = None,
-) -> Recipe:
-    """Return the recipe of RADIO.
+) -> TeacherSpec:
+    """Return the spec of RADIO.
 
     `random`, `architecture`: see `WeightSource.find`; the fields are those of transformers' RadioConfig.
     Raises: DataError.
     """
     source = WeightSource.find("radio", weights, revision, random=random, architecture=architecture)
     config = source.config(RadioConfig)
-    return Recipe(
+    return TeacherSpec(
         kind="radio",
         channels=config.hidden_size,
         preprocessing=Preprocessing(resize=ShortestEdge(short=shortest_edge), mode="bicubic", snap=config.patch_size),
