@@ -21,17 +21,31 @@ CONFIG_KEYS: dict[str, str] = {
     "data.packing.token_budget": "data.packing.seq_len",
     "data.packing.lookahead": "data.packing.packing_buffer",
     "predict.token_budget": "predict.max_batch_tokens",
+    "experts": "distillation",
+    "experts.drawn_states": "distillation.attribute_states",
+    "experts.drawn_pixels": "distillation.attribute_pixels",
+    "allow_random_experts": "allow_random_teachers",
 }
 """Old key of a configuration -> new key. A key with settings below it is moved with all of them."""
-CONFIG_GROUPS: dict[str, str] = {}
+CONFIG_GROUPS: dict[str, str] = {"experts": "distillation"}
 """Old name of a config group, as in `group=choice`, -> new name."""
-CONFIG_CHOICES: dict[tuple[str, str], str] = {}
+CONFIG_CHOICES: dict[tuple[str, str], str] = {("experts", "drawn"): "attributes"}
 """(old group, old choice) -> new choice."""
 CONFIG_VALUES: dict[str, dict[Any, Any]] = {}
 """New key -> values that mean the same: old -> new."""
-TARGETS: dict[str, str] = {}
+TARGETS: dict[str, str] = {
+    "pixel_sail.experts.drawn.": "pixel_sail.distillation.attributes.",
+    "pixel_sail.experts.": "pixel_sail.distillation.",
+}
 """Beginning of an old `_target_` -> beginning of the new one."""
-LOG_KEYS: dict[str, str] = {}
+LOG_KEYS: dict[str, str] = {
+    "distill/drawn_states": "distill/attribute_states",
+    "distill/drawn_states_images": "distill/attribute_states_images",
+    "distill/drawn_pixels": "distill/attribute_pixels",
+    "distill/drawn_pixels_images": "distill/attribute_pixels_images",
+    "*/distill/drawn_states": "*/distill/attribute_states",
+    "*/distill/drawn_pixels": "*/distill/attribute_pixels",
+}
 """Old key of a line of log.jsonl -> new key."""
 STATE_KEYS: dict[str, str] = {"lanes": "streams"}
 """Old field of a checkpoint's train_state, and of what is noted when a run goes back to it, -> new field."""

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import zlib
 from dataclasses import asdict
 
 import pytest
@@ -16,6 +17,7 @@ from pixel_sail.config import ConfigError, TrainConfig, load_config
 from pixel_sail.distillation.settings import TeacherSettings
 from pixel_sail.model import configuration_pixel_sail, upsampler
 from pixel_sail.model.configuration_pixel_sail import UPSAMPLERS, Architecture
+from pixel_sail.model.distill_head import DistillSite
 from pixel_sail.model.mask_head import INITS, MaskHead
 from pixel_sail.training.build import build_model
 from pixel_sail.training.checkpoint import differing_leaves, with_defaults
@@ -155,6 +157,18 @@ def test_a_run_draws_its_mask_head_and_teacher_layers_as_told_and_nothing_else(d
     again, other = fresh_model(data_root, "torch"), fresh_model(data_root, "torch", seed=2)
     assert all(torch.equal(again[name], as_torch[name]) for name in again)
     assert all(not torch.equal(other[name], as_torch[name]) for name in heads)
+
+
+def test_a_teacher_that_was_renamed_keeps_its_layers_and_their_random_numbers(tiny_model):
+    """Checkpoints of before the new name hold the layer, and a run with the same seed began with the same numbers."""
+    model = tiny_model()
+    model.add_distill_head({"attribute_states": DistillSite(site="patch_states", channels=43)}, seed=5)
+    layers = dict(model.distill_head.named_parameters())
+    assert list(layers) == ["drawn_states_distill_linear.weight", "drawn_states_distill_linear.bias"]
+    generator = torch.Generator().manual_seed(zlib.crc32(b"drawn_states", 5))
+    weight = layers["drawn_states_distill_linear.weight"]
+    expected = torch.normal(0.0, weight.shape[1] ** -0.5, weight.shape, generator=generator)
+    assert torch.allclose(weight, expected, rtol=1e-5, atol=0)
 
 
 def test_layers_towards_teachers_are_drawn_as_torch_draws_linear_layers(data_root):

@@ -80,6 +80,37 @@ def test_hydras_message_about_a_file_gets_the_new_name(tables):
     assert hint("Key 'x' not in 'Speed'") == ""
 
 
+def test_a_run_with_experts_is_one_with_distillation_today():
+    own = {"model": {"_target_": "pixel_sail.experts.sam2.sam2"}, "weight": 0.5}
+    drawn = {"model": {"_target_": "pixel_sail.experts.drawn.attributes"}}
+    saved = {"experts": {"sam2": own, "drawn_states": drawn, "drawn_pixels": drawn}, "allow_random_experts": True}
+    attributes = {"model": {"_target_": "pixel_sail.distillation.attributes.attributes"}}
+    assert current_config(saved) == {
+        "distillation": {
+            "sam2": {"model": {"_target_": "pixel_sail.distillation.sam2.sam2"}, "weight": 0.5},
+            "attribute_states": attributes,
+            "attribute_pixels": attributes,
+        },
+        "allow_random_teachers": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "written"),
+    [
+        ("experts=drawn", "distillation=attributes"),
+        ("experts=none", "distillation=none"),
+        ("experts.sam2.weight=1", "distillation.sam2.weight=1"),
+        ("experts.drawn_states.cache=x", "distillation.attribute_states.cache=x"),
+        ("+experts.edges.model={a: 1}", "+distillation.edges.model={a: 1}"),
+        ("allow_random_experts=true", "allow_random_teachers=true"),
+        ("speed.experts=mixed", "speed.experts=mixed"),
+    ],
+)
+def test_experts_on_a_command_line_are_refused_as_distillation(override, written):
+    assert (renamed_override(override) or override) == written
+
+
 def test_no_old_name_is_a_name_of_today():
     """A name in both columns would be refused although it is right, or translated twice."""
     for old in renamed.CONFIG_KEYS:

@@ -1,13 +1,13 @@
 """Compute the feature maps of teachers once per image and store them for training.
 
-    python tools/cache_teacher_features.py distillation=sam2_mask2former data=cotrain_0_5b model=sail_0_5b --out data/cache
+    python tools/cache_teacher_features.py distillation=sam2_mask2former data=cotrain_0_5b model=sail_0_5b --out cache
     torchrun --nproc-per-node 8 tools/cache_teacher_features.py ... --dtype int8         one GPU per process
     python tools/cache_teacher_features.py ... --plan-only                               sizes and times, writes nothing
 
 Takes the overrides of scripts/train.py: the data decides which images, the model how large its maps are. The cache of
-teacher NAME lies in OUT/NAME; training reads it with distillation.NAME.cache=OUT/NAME. Before anything is written the tool
-prints the size on disk, the time the build takes, and what part of a training step the teacher would take beside the
-student, measured on a few images. An interrupted build continues when the same command is given again, to the same
+teacher NAME lies in OUT/NAME; training reads it with distillation.NAME.cache=OUT/NAME. Before anything is written the
+tool prints the size on disk, the time the build takes, and what part of a training step the teacher would take beside
+the student, measured on a few images. An interrupted build continues when the same command is given again, to the same
 bytes. Exit status 2 for a wrong config, wrong data or too small a disk, with the reason.
 """
 

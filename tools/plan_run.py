@@ -12,9 +12,9 @@ missing, mean stated assumptions: samples with photographs of COCO's sizes (`tex
 `masks_per_image=`, `images_with_masks=`), packed as the run packs them, and `data.planned_samples` of them in an epoch.
 Nothing is trained and no GPU is used.
 
-The model's own operations at the given MFU make the time: whatever is computed twice or by teachers is added at the same
-rate; loading data, validation and checkpoints are not. Frozen parameters save gradients and moments in the table, but
-their backward pass is counted as that of others. tests/test_plan_run.py holds the formulas against tiny runs.
+The model's own operations at the given MFU make the time: whatever is computed twice or by teachers is added at the
+same rate; loading data, validation and checkpoints are not. Frozen parameters save gradients and moments in the table,
+but their backward pass is counted as that of others. tests/test_plan_run.py holds the formulas against tiny runs.
 """
 
 import argparse

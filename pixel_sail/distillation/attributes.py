@@ -1,8 +1,8 @@
 """A teacher that needs no network: it knows the attributes of rendered objects.
 
-Place in the flow: `configs/distillation/attributes.yaml` names `attributes` below; `refshapes/attribute_maps.py` writes its maps
-when the pictures are drawn, as a cache of features. It stands on drawn pictures where Mask2Former and SAM 2 stand on
-photographs: an image [128, 128] has a map [43, 16, 16] of colours, shapes, textures, sizes and places.
+Place in the flow: `configs/distillation/attributes.yaml` names `attributes` below; `refshapes/attribute_maps.py` writes
+its maps when the pictures are drawn, as a cache of features. It stands on drawn pictures where Mask2Former and SAM 2
+stand on photographs: an image [128, 128] has a map [43, 16, 16] of colours, shapes, textures, sizes and places.
 """
 
 from torch import nn
@@ -25,11 +25,12 @@ def attributes() -> TeacherSpec:
     def build() -> nn.Module:
         raise DataError(
             "the attribute teacher: found a picture without a stored map, expected the training pictures of "
-            "RefShapes, with which the maps are written; leave the caches of distillation=attributes at the folder that was "
-            "drawn with the pictures"
+            "RefShapes, with which the maps are written; leave the caches of distillation=attributes at the "
+            "folder that was drawn with the pictures"
         )
 
     return TeacherSpec(
+        # A part of the identity of caches on disk, which keeps its text.
         kind="drawn attributes",
         channels=CHANNELS,
         preprocessing=Preprocessing(resize=PatchMultiple(patch_size=CELL_PX, max_long_side=1024)),

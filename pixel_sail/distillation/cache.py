@@ -70,6 +70,7 @@ def cache_identity(teacher: dict[str, Any], *, precision: str, grid: StudentGrid
     """Return what the maps of a cache are, as JSON reads it back; no grid: they have the teacher's own size."""
     # Caches written before there was a second rule of sizes keep their identity.
     pooled = None if grid is None else {k: v for k, v in vars(grid).items() if (k, v) != ("sizing", "long_side")}
+    # The name "expert" is a part of the format.
     plain = {"format": FORMAT, "expert": teacher, "precision": precision, "pooled_to": pooled}
     read_back: dict[str, Any] = json.loads(json.dumps(plain))
     return read_back
@@ -150,8 +151,8 @@ class FeatureCache:
                 key: (found.get(key), expected.get(key)) for key in expected if found.get(key) != expected[key]
             }
             raise TeacherCacheError(
-                f"{where}: {folder} was made by another teacher or for another student; (found, expected): {differing}. "
-                "Build a cache for this configuration in another folder"
+                f"{where}: {folder} was made by another teacher or for another student; (found, expected): "
+                f"{differing}. Build a cache for this configuration in another folder"
             )
         self.is_pooled = found["pooled_to"] is not None
         self.digest = identity_digest(found)

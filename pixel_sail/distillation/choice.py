@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from pixel_sail.distillation.cache import FeatureCache, StudentGrid, TeacherCacheError, image_key
+from pixel_sail.model.distill_head import lasting_name
 from pixel_sail.types import SizeHW, TeacherTarget
 
 
@@ -39,7 +40,7 @@ class TeacherChoice:
             return False
         if self.share >= 1.0:
             return True
-        drawn = np.random.default_rng([point_seed, zlib.crc32(self.name.encode())]).random()
+        drawn = np.random.default_rng([point_seed, zlib.crc32(lasting_name(self.name).encode())]).random()
         return bool(drawn < self.share)
 
 

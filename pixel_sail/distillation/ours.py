@@ -1,7 +1,7 @@
 """An exported model of ours as a teacher: its post-projector pixel map.
 
-Place in the flow: `configs/distillation/ours.yaml` names `ours` below, with the `export` folder of a larger run. An image
-span sees nothing but itself, so its features do not depend on any text: a photo of 128 x 128 through a model with
+Place in the flow: `configs/distillation/ours.yaml` names `ours` below, with the `export` folder of a larger run. An
+image span sees nothing but itself, so its features do not depend on any text: a photo of 128 x 128 through a model with
 patches of 16, stride 4 and mask_dim 128 gives [128, 32, 32].
 """
 

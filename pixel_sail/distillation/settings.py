@@ -1,10 +1,12 @@
 """What can be said about one teacher in a configuration.
 
-Place in the flow: `config.TrainConfig.distillation` holds one `TeacherSettings` per teacher, by name; `choice`, `teachers`,
-`losses/distill.py` and `model/distill_head.py` read their part of it. As in `configs/distillation/sam2.yaml`:
+Place in the flow: `config.TrainConfig.distillation` holds one `TeacherSettings` per teacher, by name; `choice`,
+`teachers`, `losses/distill.py` and `model/distill_head.py` read their part of it. As in
+`configs/distillation/sam2.yaml`:
 
-    TeacherSettings(model={"_target_": "pixel_sail.distillation.sam2.sam2", "weights": "data/experts/sam2.1-hiera-large"},
-                   weight=1.0, site="patch_states", channels=256, precision="bf16")
+    TeacherSettings(model={"_target_": "pixel_sail.distillation.sam2.sam2",
+                           "weights": "data/experts/sam2.1-hiera-large"},
+                    weight=1.0, site="patch_states", channels=256, precision="bf16")
 """
 
 from dataclasses import dataclass, field
@@ -27,7 +29,7 @@ class TeacherSettings:
     """One teacher and how the student learns from it."""
 
     model: Any = MISSING
-    """`_target_` and arguments of a function that returns an `teacher.TeacherSpec`."""
+    """`_target_` and arguments of a function that returns a `teacher.TeacherSpec`."""
     weight: float = 1.0
     """Factor of its loss in the total."""
     loss: str = "mse"

@@ -21,6 +21,10 @@ from pixel_sail.model.configuration_pixel_sail import Architecture
 PREFIX = "distill_head."
 """Of the parameters that an export leaves out."""
 
+_FIRST_NAMES = {"attribute_states": "drawn_states", "attribute_pixels": "drawn_pixels"}
+"""Teachers that had another name: random numbers and parameter names keep it, so that runs and checkpoints of earlier
+versions go on."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistillSite:
@@ -30,9 +34,14 @@ class DistillSite:
     channels: int
 
 
+def lasting_name(teacher: str) -> str:
+    """Return the name of a teacher for seeds and parameters, which no version changes."""
+    return _FIRST_NAMES.get(teacher, teacher)
+
+
 def linear_name(teacher: str) -> str:
     """Return the released name of a teacher's linear layer."""
-    return f"{teacher}_distill_linear"
+    return f"{lasting_name(teacher)}_distill_linear"
 
 
 def _draw_ours(layer: nn.Linear, generator: torch.Generator) -> None:
@@ -67,7 +76,7 @@ class DistillHead(nn.ModuleDict):
             width = config.mask_dim if self.site_of[name] == "pixel_map" else config.hidden_size
             layer = nn.utils.skip_init(nn.Linear, width, sites[name].channels)
             # A generator on the CPU takes the lower 32 bits of its seed: both must be in them.
-            generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))
+            generator = torch.Generator().manual_seed(zlib.crc32(lasting_name(name).encode(), seed))
             with torch.no_grad():
                 _DRAWN[init](layer, generator)
             self[linear_name(name)] = layer

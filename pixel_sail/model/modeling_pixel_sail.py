@@ -271,7 +271,7 @@ class PixelSailForSegmentation(PreTrainedModel):
         )
 
     def folds_masks(self) -> bool:
-        """Return whether the last layer of the mask head goes into the queries; teachers of pixel maps need it apart."""
+        """Return whether the mask head's last layer goes into the queries; teachers of pixel maps need it apart."""
         if self.distill_head is not None and self.distill_head.reads("pixel_map"):
             return False
         return self.speed.mask_head != "maps"
@@ -352,8 +352,8 @@ class PixelSailForSegmentation(PreTrainedModel):
         features: Sequence[Tensor | None],
         images: Mapping[str, Sequence[int]],
     ) -> tuple[dict[str, tuple[Tensor, ...]], Tensor]:
-        """Return for each teacher the predicted features [Y, X, E] of its images, and a zero that every layer takes part
-        in.
+        """Return for each teacher the predicted features [Y, X, E] of its images, and a zero that every layer takes
+        part in.
 
         ZeRO-2 adds up gradients of different ranks in the order in which they become ready, so that this order must not
         depend on the data: every layer is used once, at the same place of the forward pass, with or without an image.
