@@ -34,8 +34,8 @@ from pixel_sail.distillation.settings import TeacherSettings
 from pixel_sail.errors import ExpectedError
 from pixel_sail.losses.total import LossConfig
 from pixel_sail.model.configuration_pixel_sail import Architecture
+from pixel_sail.model.kernels import CHECKPOINTING, Kernels
 from pixel_sail.model.mask_head import INITS
-from pixel_sail.model.speed import CHECKPOINTING, Speed
 from pixel_sail.overrides import as_typed, kind_of, needs_look, quoted
 from pixel_sail.paths import expanded, root_folder
 from pixel_sail.renamed import hint, renamed_override
@@ -525,7 +525,7 @@ class TrainConfig:
     allow_random_teachers: bool = False
     """True: teachers may have random weights, which only a test of the machinery wants."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    speed: Speed = field(default_factory=Speed)
+    kernels: Kernels = field(default_factory=Kernels)
     """Which way of computing the same numbers is taken."""
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -16,7 +16,7 @@ from running import data_root  # noqa: F401, a fixture for all tests
 
 from pixel_sail.data.collate import collate
 from pixel_sail.data.packing import PackedSequence, StreamState
-from pixel_sail.model import attention_rules, upsampler
+from pixel_sail.model import attention_backends, upsampler
 from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
@@ -58,7 +58,7 @@ def own_cache(tmp_path_factory):
 @pytest.fixture
 def as_large_pictures(monkeypatch):
     """The tests' tiny pictures are computed as large ones are, which plans are about."""
-    monkeypatch.setattr(attention_rules, "fastest_on_cpu", lambda spans, shape: "segments")
+    monkeypatch.setattr(attention_backends, "fastest_on_cpu", lambda spans, shape: "segments")
     monkeypatch.setattr(upsampler, "SMALL_MAP", 0)
 
 

@@ -18,8 +18,8 @@ from pixel_sail.losses.total import LossConfig, combine, count, loss_sums
 from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
 from pixel_sail.model.generation import encode_images, generate
 from pixel_sail.model.image_embedding import PooledPrompts
+from pixel_sail.model.kernels import REFERENCE, Kernels
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
-from pixel_sail.model.speed import REFERENCE, Speed
 from pixel_sail.model.upsampler import Upsampler
 from pixel_sail.planning.activations import activation_bytes
 from pixel_sail.planning.flops import forward_flops
@@ -226,7 +226,7 @@ def test_upsamplers_give_the_same_map_with_channels_first_and_last(design):
     x_ICYX = torch.randn(2, 6, 3, 5, dtype=torch.double)
     last = torch.nn.Linear(6, 4).double()
     expected = last(upsampler(x_ICYX).permute(0, 2, 3, 1))
-    for upsampler.recomputed in (False, True):
+    for upsampler.recompute in (False, True):
         found = upsampler.channels_last(x_ICYX.permute(0, 2, 3, 1), last)
         assert found.shape == (2, 12, 20, 4)
         torch.testing.assert_close(found, expected)
@@ -278,8 +278,8 @@ def batch(processor, draw_sample, make_batch):
 def test_a_variant_gives_the_same_on_the_fast_path_and_packed_and_every_weight_learns(tiny_model, batch, changes):
     model = tiny_model(**changes).train()
     outputs = []
-    for speed in (REFERENCE, Speed()):
-        model.use(speed)
+    for kernels in (REFERENCE, Kernels()):
+        model.use(kernels)
         outputs.append(model(**batch.model_inputs()))
     slow, fast = outputs
     is_real = batch.sample_index_BT >= 0
@@ -291,19 +291,19 @@ def test_a_variant_gives_the_same_on_the_fast_path_and_packed_and_every_weight_l
     assert sum(p.numel() for p in model.parameters()) == sum(parameter_counts(model.config, {}).values())
 
 
-@pytest.mark.parametrize("speed", [Speed(), REFERENCE], ids=["default", "reference"])
+@pytest.mark.parametrize("kernels", [Kernels(), REFERENCE], ids=["default", "reference"])
 @pytest.mark.parametrize("design", DESIGNS)
 @pytest.mark.usefixtures("as_large_pictures")
-def test_the_plan_counts_what_an_upsampler_computes_and_keeps(tiny_model, batch, design, speed):
+def test_the_plan_counts_what_an_upsampler_computes_and_keeps(tiny_model, batch, design, kernels):
     model = tiny_model(hidden_size=64, num_hidden_layers=1, mask_dim=32, mask_stride=1, upsampler=design).train()
-    model.use(speed)
+    model.use(kernels)
     with counted_operations() as counter:
         model(**batch.model_inputs())
     work = of_batch(batch)
-    assert forward_flops(model.config, work, {}, speed).total == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert forward_flops(model.config, work, {}, kernels).total == pytest.approx(counter.get_total_flops(), rel=0.02)
     config = LossConfig()
     config.points.num_points = 300
-    said = activation_bytes(model.config, work, element=4, num_points=300, checkpointing="none", speed=speed)
+    said = activation_bytes(model.config, work, element=4, num_points=300, checkpointing="none", kernels=kernels)
     assert said.mask_head > 0.5 * said.total
     assert said.total == pytest.approx(saved_bytes(model, batch, config), rel=0.2)
 

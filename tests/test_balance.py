@@ -10,7 +10,7 @@ from test_packing import image_paths, make_mixture  # noqa: F401, fixtures
 from pixel_sail.config import TrainConfig, load_config
 from pixel_sail.data.packing import PackedStream, PackingSettings
 from pixel_sail.model.configuration_pixel_sail import Architecture
-from pixel_sail.model.speed import Speed
+from pixel_sail.model.kernels import Kernels
 from pixel_sail.planning.assumed import assumed_sample
 from pixel_sail.planning.balance import SampleCost
 from pixel_sail.planning.workload import of_batch, of_example
@@ -44,7 +44,7 @@ def test_the_work_of_a_sample_is_that_of_a_batch_of_it(examples, make_batch):
 @pytest.mark.usefixtures("as_large_pictures")
 def test_the_cost_is_the_work_in_tokens_of_layers_without_attention(tiny_model, examples, make_batch):
     model = tiny_model(**NARROW).train()
-    model.use(Speed())
+    model.use(Kernels())
     cost = SampleCost(architecture=model.config)
     layers = sum(weight.numel() for name, weight in model.decoder.layers.named_parameters() if weight.dim() == 2)
     assert all(cost(example) >= len(example) for example in examples)

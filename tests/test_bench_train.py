@@ -13,7 +13,7 @@ from pixel_sail.evaluation.predict import Request
 from pixel_sail.model import generation
 from pixel_sail.model.decoder import Decoder
 from pixel_sail.model.generation import generate_steps
-from pixel_sail.model.speed import REFERENCE
+from pixel_sail.model.kernels import REFERENCE
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from pixel_sail.losses.distill import DistillTerm, distill_loss, distill_losses,
 from pixel_sail.losses.mask import PointSampling
 from pixel_sail.losses.total import Counts, LossConfig, combine, count, loss_sums
 from pixel_sail.model.distill_head import DistillSite
-from pixel_sail.model.speed import REFERENCE, Speed
+from pixel_sail.model.kernels import REFERENCE, Kernels
 from pixel_sail.types import TeacherTarget
 
 CONFIG = LossConfig(points=PointSampling(num_points=32, oversample_ratio=1.0, importance_ratio=0.0))
@@ -191,9 +191,9 @@ def test_the_total_is_the_formula(tiny_model, make_batch, examples, chosen):
 @pytest.mark.parametrize("chosen", EVERY_COMBINATION)
 def test_the_fast_way_has_the_losses_and_gradients_of_the_reference(tiny_model, make_batch, examples, chosen):
     found = []
-    for speed in (REFERENCE, Speed()):
+    for kernels in (REFERENCE, Kernels()):
         model, batch = student(tiny_model), make_batch(with_targets(examples, chosen))
-        model.use(speed)
+        model.use(kernels)
         output = model(**batch.model_inputs())
         sums = loss_sums(output, batch, CONFIG, TERMS, NO_NETWORKS.maps(batch))
         total = combine(sums, count(batch, TERMS), CONFIG, TERMS)
@@ -417,7 +417,7 @@ def test_a_run_with_teachers_continues_bit_for_bit_and_exports_without_them(data
 
 def test_teachers_leave_the_first_losses_of_a_run_as_they_are_and_add_their_own(data_root, tmp_path):
     # A teacher of the pixel map keeps the mask head's last layer apart: with folded masks the last bits differ.
-    both = ("deepspeed=none", "optim.steps=1", "speed.mask_head=maps")
+    both = ("deepspeed=none", "optim.steps=1", "kernels.mask_head=maps")
     train(data_root, tmp_path / "none", *both)
     train(data_root, tmp_path / "some", *both, *teacher_overrides())
     (none,), (some,) = log_lines(tmp_path / "none"), log_lines(tmp_path / "some")

@@ -29,12 +29,12 @@ from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailCon
 from pixel_sail.model.eve_embedding import EveEmbedding
 from pixel_sail.model.generation import encode_images, generate
 from pixel_sail.model.image_layout import image_span, image_tokens, patch_places
+from pixel_sail.model.kernels import REFERENCE, Kernels
 from pixel_sail.model.lora import add_lora
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, load_model
 from pixel_sail.model.patches import CLIP_MEAN, CLIP_STD, image_to_patches, resized_size
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
-from pixel_sail.model.routed_decoder import Mixed, RoutedLayer, TwoKinds
-from pixel_sail.model.speed import REFERENCE, Speed
+from pixel_sail.model.routed_decoder import Mixed, RoutedLayer, RoutedTokens
 from pixel_sail.planning.activations import activation_bytes
 from pixel_sail.planning.assumed import assumed_sample
 from pixel_sail.planning.flops import forward_flops
@@ -84,8 +84,8 @@ def batch(examples, make_batch):
     return make_batch([examples[i] for i in (1, 4, 0)], [examples[i] for i in (3, 2)])
 
 
-def losses_and_gradients(model, batch, speed, checkpointing="none"):
-    model.use(speed, checkpointing)
+def losses_and_gradients(model, batch, kernels, checkpointing="none"):
+    model.use(kernels, checkpointing)
     model.zero_grad()
     output = model(**batch.training_inputs())
     sums = loss_sums(output, batch, CONFIG)
@@ -102,7 +102,7 @@ def test_routing_equals_computing_both_weights_and_mixing(eve_model, batch, monk
     model = eve_model(modality_experts=parts).train()
     assert any("decoder.layers.0.image." in name for name, _ in model.named_parameters()) == bool(parts)
     expected, slow, reference = losses_and_gradients(model, batch, REFERENCE)
-    found, fast, output = losses_and_gradients(model, batch, Speed(attention=attention))
+    found, fast, output = losses_and_gradients(model, batch, Kernels(attention=attention))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     real = batch.sample_index_BT >= 0
     torch.testing.assert_close(output.hidden_BTD[real], reference.hidden_BTD[real], rtol=1e-4, atol=1e-5)
@@ -131,12 +131,12 @@ IMAGE = ("<vision>", "<vpatch>", "</vision>")
 
 
 def test_arranging_puts_text_first_and_can_be_undone():
-    kinds = TwoKinds(torch.tensor([[False, True, True], [True, False, False]]), 3)
+    routing = RoutedTokens(torch.tensor([[False, True, True], [True, False, False]]), 3)
     x = torch.arange(6.0)[:, None]
-    assert kinds.arranged(x)[:, 0].tolist() == [0.0, 4.0, 5.0, 1.0, 2.0, 3.0]
-    assert kinds.in_sequence(kinds.arranged(x)).equal(x)
-    for own in (kinds, Mixed(torch.tensor([[False, True, True], [True, False, False]]))):
-        mapped = own.in_sequence(own.apply(lambda t: t * 10, lambda t: -t, own.arranged(x)))
+    assert routing.reorder(x)[:, 0].tolist() == [0.0, 4.0, 5.0, 1.0, 2.0, 3.0]
+    assert routing.restore_order(routing.reorder(x)).equal(x)
+    for own in (routing, Mixed(torch.tensor([[False, True, True], [True, False, False]]))):
+        mapped = own.restore_order(own.apply(lambda t: t * 10, lambda t: -t, own.reorder(x)))
         assert mapped[:, 0].tolist() == [0.0, -1.0, -2.0, -3.0, 40.0, 50.0]
 
 
@@ -144,7 +144,7 @@ def test_arranging_puts_text_first_and_can_be_undone():
 @pytest.mark.parametrize("attention", ["dense", "segments", "flex"])
 def test_packed_samples_equal_each_sample_alone(eve_model, make_batch, examples, rows, attention):
     model = eve_model()
-    model.use(Speed(attention=attention))
+    model.use(Kernels(attention=attention))
     packed_batch = make_batch(*[[examples[i] for i in row] for row in rows])
     with torch.no_grad():
         packed = model(**packed_batch.model_inputs())
@@ -178,7 +178,7 @@ def test_image_tokens_see_only_what_went_before(eve_model, eve, draw_sample, mak
 @pytest.mark.parametrize("which", [[4], [3]], ids=["text alone", "image without masks"])
 def test_every_parameter_has_a_gradient_whatever_a_batch_holds(eve_model, make_batch, examples, which):
     model = eve_model().train()
-    _, gradients, _ = losses_and_gradients(model, make_batch([examples[i] for i in which]), Speed())
+    _, gradients, _ = losses_and_gradients(model, make_batch([examples[i] for i in which]), Kernels())
     assert [name for name, gradient in gradients.items() if gradient is None] == []
     assert all(bool(gradient.isfinite().all()) for gradient in gradients.values())
     of_images = [float(g.abs().max()) for name, g in gradients.items() if ".image." in name or "piece_proj" in name]
@@ -239,8 +239,8 @@ def test_two_processes_with_and_without_images_train_as_one(data_root, tmp_path,
 @pytest.mark.parametrize("checkpointing", ["feed_forward", "layers"])
 def test_layers_that_are_computed_again_change_nothing(eve_model, batch, checkpointing):
     model = eve_model().train()
-    expected, gradients, _ = losses_and_gradients(model, batch, Speed())
-    found, again, _ = losses_and_gradients(model, batch, Speed(), checkpointing)
+    expected, gradients, _ = losses_and_gradients(model, batch, Kernels())
+    found, again, _ = losses_and_gradients(model, batch, Kernels(), checkpointing)
     assert torch.equal(found, expected)
     # Parts of a gradient may be added in another order.
     for name, value in gradients.items():
@@ -248,11 +248,11 @@ def test_layers_that_are_computed_again_change_nothing(eve_model, batch, checkpo
     assert max(float(value.abs().max()) for value in gradients.values()) > 0.01
 
 
-@pytest.mark.parametrize("speed", [Speed(attention="varlen"), REFERENCE], ids=["fast", "reference"])
-def test_a_step_runs_on_one_device_whatever_it_is(eve_model, batch, speed):
+@pytest.mark.parametrize("kernels", [Kernels(attention="varlen"), REFERENCE], ids=["fast", "reference"])
+def test_a_step_runs_on_one_device_whatever_it_is(eve_model, batch, kernels):
     for parts in PARTS:
         model = eve_model(modality_experts=parts)
-        model.use(speed)
+        model.use(kernels)
         assert step_on_one_device(model, batch, torch.bfloat16, CONFIG) == [], parts
 
 
@@ -261,8 +261,8 @@ def test_a_compiled_feed_forward_is_the_plain_one(eve_model):
     compiled = torch.compile(RoutedLayer.feed_forward, dynamic=True, backend="aot_eager")
     for num_text, num_image in ((5, 4), (3, 8), (7, 0)):
         x = torch.randn(num_text + num_image, 32)
-        kinds = TwoKinds(torch.arange(len(x))[None] >= num_text, num_image)
-        torch.testing.assert_close(compiled(layer, x, kinds), layer.feed_forward(x, kinds), **TOLERANCE)
+        routing = RoutedTokens(torch.arange(len(x))[None] >= num_text, num_image)
+        torch.testing.assert_close(compiled(layer, x, routing), layer.feed_forward(x, routing), **TOLERANCE)
 
 
 QUESTIONS = ("red star", "the small box behind it")
@@ -456,7 +456,7 @@ def test_an_eve_model_as_a_teacher_gives_the_pixel_map_of_a_forward_pass(
     eve_model, eve, draw_sample, make_batch, tmp_path
 ):
     model = eve_model()
-    model.use(Speed(mask_head="maps"))
+    model.use(Kernels(mask_head="maps"))
     model.save_pretrained(tmp_path)
     eve.save_pretrained(tmp_path)
     # A picture of the wanted area, so that nothing is resized.
@@ -536,11 +536,11 @@ def test_the_7b_configuration_has_the_parameters_that_the_plan_says():
 @pytest.mark.usefixtures("as_large_pictures")
 def test_the_plan_counts_operations_and_activations(eve_model, batch, experts):
     model = eve_model(hidden_size=64, intermediate_size=176).train()
-    speed = Speed(experts=experts)
-    model.use(speed)
+    kernels = Kernels(experts=experts)
+    model.use(kernels)
     with counted_operations() as counter:
         model(**batch.model_inputs())
-    said = forward_flops(model.config, of_batch(batch), {}, speed)
+    said = forward_flops(model.config, of_batch(batch), {}, kernels)
     assert said.total == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 

@@ -67,6 +67,6 @@ def test_a_new_base_gives_text_the_states_it_had(example, tmp_path):
     mask_B1TS = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
     with torch.no_grad():
         expected = language.model(input_ids=ids_BT).last_hidden_state
-        rule = importlib.import_module("pixel_sail.model.decoder").MaskedAttention(mask_B1TS=mask_B1TS)
-        found = model.decoder(model.embed_tokens(ids_BT), positions_2BT, rule)
+        backend = importlib.import_module("pixel_sail.model.decoder").MaskedAttention(mask_B1TS=mask_B1TS)
+        found = model.decoder(model.embed_tokens(ids_BT), positions_2BT, backend)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -174,7 +174,7 @@ def step(config, drawing):
         loss.backward()
     assert sums.distill_SX.shape == (1, len(terms)) and loss.shape == ()
     (masks,) = output.mask_logits
-    map_hw = masks.cells_YXC.shape[:2] if isinstance(masks, PointLogits) else masks.shape[1:]
+    map_hw = masks.pixel_embed_YXC.shape[:2] if isinstance(masks, PointLogits) else masks.shape[1:]
     assert len(masks) == 2
     assert tuple(map_hw) == tuple(cells * 2**architecture.num_upsample_blocks for cells in batch.grids[0])
     return [name for name, own in model.named_parameters() if own.grad is None or own.grad.shape != own.shape]

@@ -13,12 +13,12 @@ from pixel_sail.losses.mask import (
     ImageMasks,
     PointSampling,
     bce_means,
-    choose_points,
     dice_losses,
     full_map_losses,
     losses_at_points,
     point_losses,
     sample_map,
+    sample_points,
 )
 from pixel_sail.losses.text import text_losses
 from pixel_sail.losses.total import Counts, LossConfig, combine, count, loss_sums, text_weights
@@ -77,7 +77,7 @@ def test_a_point_means_the_same_place_in_maps_of_different_size():
 def test_point_losses_equal_a_loop_over_masks_and_points():
     logits, masks = 3.0 * torch.randn(3, 4, 6), torch.rand(3, 20, 31) < 0.4
     sums = point_losses(logits, masks, SAMPLING, _generator(5))
-    points = choose_points(logits, SAMPLING, _generator(5)).tolist()
+    points = sample_points(logits, SAMPLING, _generator(5)).tolist()
     read = [[_bilinear(logits[n].tolist(), x, y) for x, y in points[n]] for n in range(3)]
     true = [[_bilinear(masks[n].float().tolist(), x, y) for x, y in points[n]] for n in range(3)]
     bce, dice = _slow_losses(read, true)
@@ -88,7 +88,7 @@ def test_point_losses_equal_a_loop_over_masks_and_points():
 
 def test_most_points_are_the_most_uncertain_candidates_and_the_rest_are_fresh():
     logits = 3.0 * torch.randn(2, 5, 5)
-    points = choose_points(logits, SAMPLING, _generator(1))
+    points = sample_points(logits, SAMPLING, _generator(1))
     generator = _generator(1)
     candidates, fresh = torch.rand(2, 48, 2, generator=generator), torch.rand(2, 4, 2, generator=generator)
     assert points.shape == (2, 16, 2)
@@ -109,7 +109,7 @@ def test_points_depend_on_the_seed_alone():
 
 def test_choosing_points_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
-    choose_points(torch.randn(1, 4, 4, generator=_generator()), SAMPLING, _generator())
+    sample_points(torch.randn(1, 4, 4, generator=_generator()), SAMPLING, _generator())
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -131,7 +131,7 @@ def test_uniform_points_cover_a_map_evenly():
     mask = torch.zeros(1, 6, 6)
     mask[0, 2:4, 2:4] = 1.0
     uniform = PointSampling(num_points=40_000, oversample_ratio=1.0, importance_ratio=0.0)
-    points = choose_points(torch.randn(1, 6, 6), uniform, _generator())
+    points = sample_points(torch.randn(1, 6, 6), uniform, _generator())
     assert points.mean((0, 1)).tolist() == pytest.approx([0.5, 0.5], abs=0.01)
     assert sample_map(mask, points).mean().item() == pytest.approx(4 / 36, abs=0.005)
 

@@ -14,9 +14,9 @@ from pixel_sail.model.attention_mask import attention_mask
 from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.decoder import Decoder, MaskedAttention, rotary_tables
 from pixel_sail.model.generation import encode_images, generate
+from pixel_sail.model.kernels import CHECKPOINTING, Kernels
 from pixel_sail.model.mask_head import MaskHead, mask_logits
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, load_model
-from pixel_sail.model.speed import CHECKPOINTING, Speed
 from pixel_sail.model.upsampler import Upsampler
 from pixel_sail.types import DataError, Sample, Turn, VisualPrompt
 
@@ -371,7 +371,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_model, make_batch, mixe
     gradients = []
     for checkpointing in CHECKPOINTING:
         model = tiny_model().train()
-        model.use(Speed(), checkpointing)
+        model.use(Kernels(), checkpointing)
         output = model(**inputs)
         (output.logits.square().mean() + output.mask_logits[0].square().mean()).backward()
         gradients.append([value.grad for value in model.decoder.parameters()])

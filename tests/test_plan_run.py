@@ -16,9 +16,9 @@ from pixel_sail.losses.total import Counts, LossConfig, combine, count, loss_sum
 from pixel_sail.model.attention_mask import attention_mask
 from pixel_sail.model.configuration_pixel_sail import Architecture, PixelSailConfig
 from pixel_sail.model.distill_head import DistillSite
+from pixel_sail.model.kernels import CHECKPOINTING, REFERENCE, Kernels
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
-from pixel_sail.model.recomputed import Norm
-from pixel_sail.model.speed import CHECKPOINTING, REFERENCE, Speed
+from pixel_sail.model.recompute import Norm
 from pixel_sail.planning.activations import activation_bytes
 from pixel_sail.planning.assumed import assumed_sample
 from pixel_sail.planning.disk import checkpoint_bytes
@@ -97,18 +97,18 @@ def test_parameters_of_the_paper_sizes_are_those_of_models_without_memory(hidden
     assert sum(parameter_counts(architecture, {}).values()) == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("speed", [Speed(), REFERENCE], ids=["default", "reference"])
+@pytest.mark.parametrize("kernels", [Kernels(), REFERENCE], ids=["default", "reference"])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.usefixtures("as_large_pictures")
-def test_operations_of_a_training_step_are_those_torch_counts(tiny_model, batch, size, speed):
+def test_operations_of_a_training_step_are_those_torch_counts(tiny_model, batch, size, kernels):
     model = tiny_model(**SIZES[size]).train()
-    model.use(speed)
+    model.use(kernels)
     with counted_operations() as counter:
         output = model(**batch.model_inputs())
         forward = counter.get_total_flops()
         loss = loss_sums(output, batch, LossConfig())
         (combine(loss, Counts(tokens=9, masks=7, samples=5), LossConfig()) + output.anchor).backward()
-    said = forward_flops(model.config, of_batch(batch), {}, speed)
+    said = forward_flops(model.config, of_batch(batch), {}, kernels)
     assert said.total == pytest.approx(forward, rel=0.02)
     said_in_all = training_flops(said, model.config, checkpointing="none")["model"]
     assert said_in_all == pytest.approx(counter.get_total_flops(), rel=0.15)
@@ -139,16 +139,16 @@ def saved_bytes(model, batch, config):
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("speed", [Speed(), REFERENCE], ids=["default", "reference"])
+@pytest.mark.parametrize("kernels", [Kernels(), REFERENCE], ids=["default", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.usefixtures("as_large_pictures")
-def test_kept_activations_are_those_that_autograd_saves(tiny_model, batch, size, dtype, speed):
+def test_kept_activations_are_those_that_autograd_saves(tiny_model, batch, size, dtype, kernels):
     model, config = tiny_model(**SIZES[size]).train().to(dtype), LossConfig()
-    model.use(speed)
+    model.use(kernels)
     config.points.num_points = 300
     said = activation_bytes(
-        model.config, of_batch(batch), element=dtype.itemsize, num_points=300, checkpointing="none", speed=speed
+        model.config, of_batch(batch), element=dtype.itemsize, num_points=300, checkpointing="none", kernels=kernels
     )
     assert said.total == pytest.approx(saved_bytes(model, batch, config), rel=0.15)
 
@@ -159,10 +159,12 @@ def test_kept_activations_are_those_of_variable_length_kernels(tiny_model, batch
     """On torch's device without memory, which has no kernel of a norm: ours keeps the same."""
     monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: Norm.apply(x, weight, eps))
     model, config = tiny_model(**SIZES[size]).train().to("meta").to(torch.bfloat16), LossConfig()
-    speed = Speed(attention="varlen")
-    model.use(speed)
+    kernels = Kernels(attention="varlen")
+    model.use(kernels)
     config.points.num_points = 300
-    said = activation_bytes(model.config, of_batch(batch), element=2, num_points=300, checkpointing="none", speed=speed)
+    said = activation_bytes(
+        model.config, of_batch(batch), element=2, num_points=300, checkpointing="none", kernels=kernels
+    )
     assert said.total == pytest.approx(saved_bytes(model, batch.to("meta"), config), rel=0.15)
 
 
@@ -190,13 +192,13 @@ def test_what_is_computed_twice_is_what_torch_counts(tiny_model, batch, checkpoi
     """The backward pass with and without it, products alone."""
     model, counted = tiny_model(**SIZES["small"]).train(), []
     for kind in ("none", checkpointing):
-        model.use(Speed(), kind)
+        model.use(Kernels(), kind)
         loss = loss_of(model, batch, LossConfig())
         with counted_operations() as counter:
             loss.backward()
         counted.append(counter.get_total_flops())
     said = training_flops(
-        forward_flops(model.config, of_batch(batch), {}, Speed()), model.config, checkpointing=checkpointing
+        forward_flops(model.config, of_batch(batch), {}, Kernels()), model.config, checkpointing=checkpointing
     )
     assert said["recomputed"] == pytest.approx(counted[1] - counted[0], rel=0.03)
 

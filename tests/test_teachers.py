@@ -24,8 +24,8 @@ from pixel_sail.distillation.sam2 import sam2
 from pixel_sail.distillation.settings import TeacherSettings
 from pixel_sail.distillation.teacher import Teacher
 from pixel_sail.distillation.teachers import checked_spec, load_teachers
+from pixel_sail.model.kernels import REFERENCE
 from pixel_sail.model.patches import image_to_patches
-from pixel_sail.model.speed import REFERENCE
 from pixel_sail.types import DataError
 
 ONE_LEVEL = 1.001 / 255 / min(IMAGENET_STD)

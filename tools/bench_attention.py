@@ -24,7 +24,7 @@ from torch import Tensor
 from pixel_sail.entry import one_message
 from pixel_sail.evaluation.curves import save_panels, size_panel
 from pixel_sail.files import replace_text
-from pixel_sail.model.attention_rules import training_rule
+from pixel_sail.model.attention_backends import attention_backend
 from pixel_sail.model.spans import sample_spans
 from pixel_sail.provenance import code_version
 
@@ -40,11 +40,11 @@ def packed_row(samples: int, image_tokens: int, text_tokens: int, device: str) -
 
 
 def seconds_of(way: str, options: argparse.Namespace, samples: int) -> float:
-    """Return the median seconds of forward and backward pass of one layer; the rule is made once and not counted."""
+    """Return the median seconds of forward and backward pass of one layer; the backend is made once and not counted."""
     dtype = DTYPES[options.precision]
     where = packed_row(samples, options.image_tokens, options.text_tokens, options.device)
     length = where[0].shape[1]
-    rule = training_rule(way, *where, sample_spans(*where), dtype=dtype)
+    backend = attention_backend(way, *where, sample_spans(*where), dtype=dtype)
     q_BATE, k_BGTE, v_BGTE = (
         torch.randn(1, heads, length, options.width, device=options.device, dtype=dtype, requires_grad=True)
         for heads in (options.heads, options.groups, options.groups)
@@ -53,7 +53,7 @@ def seconds_of(way: str, options: argparse.Namespace, samples: int) -> float:
     times = []
     for _ in range(options.rounds + 1):
         start = time.perf_counter()
-        rule(0, q_BATE, k_BGTE, v_BGTE).backward(upstream)
+        backend(0, q_BATE, k_BGTE, v_BGTE).backward(upstream)
         if options.device.startswith("cuda"):
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)

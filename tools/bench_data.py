@@ -131,7 +131,7 @@ def _mask_head_products(architecture: Architecture, num_patches: int, num_masks:
     for _ in range(architecture.num_upsample_blocks):
         cells *= 4
         total += cells * (2 * channels * channels + 9 * channels)
-    # The last layer goes into the queries (`speed.mask_head`).
+    # The last layer goes into the queries (`kernels.mask_head`).
     total += cells * channels * channels
     return total + num_masks * (width * channels + 2 * channels * size + cells * channels)
 

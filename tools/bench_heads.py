@@ -30,7 +30,7 @@ from pixel_sail.losses.mask import PointSampling, point_losses
 from pixel_sail.losses.text import text_losses
 from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.mask_head import MaskHead
-from pixel_sail.model.modeling_pixel_sail import masks_of_images
+from pixel_sail.model.modeling_pixel_sail import mask_logits_of_images
 from pixel_sail.model.text_head import TextHead
 from pixel_sail.provenance import code_version
 
@@ -60,9 +60,9 @@ def mask_seconds(kind: str, head: MaskHead, options: argparse.Namespace, number:
     scale = 2 ** head.upsampler.blocks.__len__()
 
     def work() -> Tensor:
-        cells, _, probes = head([states], segs, folded=kind != "maps")
+        cells, _, mask_embed = head([states], segs, folded=kind != "maps")
         maps = [cells.view(GRID[0] * scale, GRID[1] * scale, -1)]
-        (logits,) = masks_of_images(probes, maps, [number], kind=kind)
+        (logits,) = mask_logits_of_images(mask_embed, maps, [number], kind=kind)
         assert logits is not None
         sums = point_losses(logits, masks, PointSampling(), torch.Generator().manual_seed(0))
         return sums.bce + sums.dice

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from pixel_sail.entry import one_message
 from pixel_sail.files import replace_text
-from pixel_sail.model.attention_rules import training_rule
+from pixel_sail.model.attention_backends import attention_backend
 from pixel_sail.model.configuration_pixel_sail import EXPERT_PARTS, Architecture
 from pixel_sail.model.image_layout import image_tokens
-from pixel_sail.model.routed_decoder import Mixed, RoutedDecoder, TwoKinds
+from pixel_sail.model.routed_decoder import Mixed, RoutedDecoder, RoutedTokens
 from pixel_sail.provenance import code_version
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -71,14 +71,14 @@ def passes(options: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
     positions = torch.arange(num_tokens, device=options.device).expand(2, 1, -1)
     kinds = {
         "mixed": lambda: Mixed(is_image_1T),
-        "routed": lambda: TwoKinds(is_image_1T, image_length * options.samples),
+        "routed": lambda: RoutedTokens(is_image_1T, image_length * options.samples),
     }
 
     def run(way: str) -> Tensor:
         decoder.zero_grad()
         zeros = torch.zeros_like(samples_1T)
-        rule = training_rule("auto", samples_1T, zeros, zeros > 0, None, dtype=states.dtype)
-        hidden: Tensor = decoder(states.requires_grad_(), positions, rule, kinds[way]())
+        backend = attention_backend("auto", samples_1T, zeros, zeros > 0, None, dtype=states.dtype)
+        hidden: Tensor = decoder(states.requires_grad_(), positions, backend, kinds[way]())
         hidden.backward(upstream)
         if options.device.startswith("cuda"):
             torch.cuda.synchronize()

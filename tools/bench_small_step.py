@@ -5,9 +5,9 @@ torch, and that the losses agree.
     OMP_NUM_THREADS=1 python tools/bench_small_step.py --expressions 8 16 32 --ways ours dense segments
 
 16 pictures of 128 x 128, 112 x 144 and 144 x 112 with independent questions go through a model of width 128 and 4
-layers in two micro-batches of 8 rows. `reference` is `speed.REFERENCE` with the mask losses of one image after
+layers in two micro-batches of 8 rows. `reference` is `kernels.REFERENCE` with the mask losses of one image after
 another, `ours` what training does, `dense`, `segments` and `turns` the same with that attention, `kept` without
-computing anything again in the backward pass, `bf16` under autocast, `compiled` with `speed.compile=layers`. The ways
+computing anything again in the backward pass, `bf16` under autocast, `compiled` with `kernels.compile=layers`. The ways
 take turns in one process, each from the same weights; seconds are those of the processor, as other programs on the
 machine disturb them less, and medians over the rounds. An operation of torch on a CPU is about a kernel on a GPU.
 """
@@ -34,9 +34,9 @@ from pixel_sail.files import replace_text
 from pixel_sail.losses import total
 from pixel_sail.losses.mask import ImageMasks, PointSampling, point_losses
 from pixel_sail.losses.total import LossConfig, combine, count, loss_sums
+from pixel_sail.model.kernels import REFERENCE, Kernels
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
-from pixel_sail.model.speed import REFERENCE, Speed
 from pixel_sail.planning.benchmarks import drawn_examples, sized_config, small_tokenizer
 from pixel_sail.provenance import code_version
 from pixel_sail.training.optim import build_optimizer
@@ -44,13 +44,13 @@ from pixel_sail.types import Batch
 
 WAYS = {
     "reference": REFERENCE,
-    "ours": Speed(),
-    "dense": Speed(attention="dense"),
-    "segments": Speed(attention="segments"),
-    "turns": Speed(attention="turns"),
-    "kept": Speed(elementwise="plain"),
-    "bf16": Speed(),
-    "compiled": Speed(compile="layers"),
+    "ours": Kernels(),
+    "dense": Kernels(attention="dense"),
+    "segments": Kernels(attention="segments"),
+    "turns": Kernels(attention="turns"),
+    "kept": Kernels(recompute_elementwise=False),
+    "bf16": Kernels(),
+    "compiled": Kernels(compile="layers"),
 }
 IMAGES = ((128, 128), (112, 144), (144, 112))
 ROWS = 8

@@ -7,7 +7,7 @@
 
 The released method, rebuilt from our reference path: one sample per forward pass, a dense mask, the states of all
 layers kept, float32 logits of all positions with a shifted copy, an upsampler to stride 2 by convolutions, features of
-the mask width at every cell, whole mask maps. Ours is the step of `training/loop.py` with the default `speed` group.
+the mask width at every cell, whole mask maps. Ours is the step of `training/loop.py` with the default `kernels` group.
 Both train the same samples (one 480 x 640 picture with five expressions each) from the same weights with the same
 optimizer; what differs in shape is the stride, 2 against the paper's 4, and with it one more block of the upsampler.
 `ours, stride 2` has the released stride, too, `ours, feed_forward` and `ours, layers` trade time for memory
@@ -17,7 +17,7 @@ The ways take turns, step by step, in one process; times are medians over the ro
 `cpu_time_ratio` compares processor seconds instead, which other programs on the machine disturb less.
 On a CPU memory is the highest resident size of a process of its own that makes two steps (`VmHWM`), less what it
 held after a step of a tiny model, with which torch's libraries come into memory; on CUDA it is torch's own peak.
-`ours, compiled` (`speed.compile=layers`) needs a C++ compiler on a CPU and runs where `--ways` names it.
+`ours, compiled` (`kernels.compile=layers`) needs a C++ compiler on a CPU and runs where `--ways` names it.
 `--json` holds `speed_ratio` and `memory_ratio`, ours divided by theirs, the same of every way under `ratios`, and
 everything that is printed. `--growth` measures steps of one sequence instead, of growing pictures, of more samples, or
 of more expressions per picture, and says with which exponent they take longer.
@@ -49,13 +49,13 @@ from pixel_sail.evaluation.curves import save_panels, size_panel
 from pixel_sail.files import replace_text
 from pixel_sail.losses.mask import MaskSums, point_losses
 from pixel_sail.losses.total import LossConfig, combine, count, loss_sums
+from pixel_sail.model.attention_backends import attention_backend
 from pixel_sail.model.attention_mask import attention_mask
-from pixel_sail.model.attention_rules import training_rule
 from pixel_sail.model.decoder import MaskedAttention, rotary_tables
+from pixel_sail.model.kernels import REFERENCE, Kernels
 from pixel_sail.model.mask_head import mask_logits
-from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, masks_of_images
+from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, mask_logits_of_images
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
-from pixel_sail.model.speed import REFERENCE, Speed
 from pixel_sail.planning.benchmarks import SIZES, drawn_examples, packed, sized_config, small_tokenizer
 from pixel_sail.planning.flops import forward_flops, training_flops
 from pixel_sail.planning.workload import of_batch
@@ -80,20 +80,20 @@ class Way:
     """One way to train."""
 
     stride: int
-    speed: Speed | None
+    kernels: Kernels | None
     """None: the released method."""
     checkpointing: str = "none"
     """`optim.activation_checkpointing`"""
 
 
 WAYS = {
-    "released": Way(stride=2, speed=None),
-    "reference": Way(stride=4, speed=REFERENCE),
-    "ours": Way(stride=4, speed=Speed()),
-    "ours, feed_forward": Way(stride=4, speed=Speed(), checkpointing="feed_forward"),
-    "ours, layers": Way(stride=4, speed=Speed(), checkpointing="layers"),
-    "ours, stride 2": Way(stride=2, speed=Speed()),
-    "ours, compiled": Way(stride=4, speed=Speed(compile="layers")),
+    "released": Way(stride=2, kernels=None),
+    "reference": Way(stride=4, kernels=REFERENCE),
+    "ours": Way(stride=4, kernels=Kernels()),
+    "ours, feed_forward": Way(stride=4, kernels=Kernels(), checkpointing="feed_forward"),
+    "ours, layers": Way(stride=4, kernels=Kernels(), checkpointing="layers"),
+    "ours, stride 2": Way(stride=2, kernels=Kernels()),
+    "ours, compiled": Way(stride=4, kernels=Kernels(compile="layers")),
 }
 DEFAULT_WAYS = [name for name in WAYS if name != "ours, compiled"]
 
@@ -119,11 +119,11 @@ def released_states(model: PixelSailForSegmentation, batch: Batch) -> list[Tenso
     mask = attention_mask(batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT)
     states = [model.embed(batch.input_ids_BT, batch.patches_SK, batch.patch_index_BT, batch.prompt_ids_BT)]
     numbers = torch.zeros(mask.shape, dtype=states[0].dtype, device=mask.device)
-    rule = MaskedAttention(mask_B1TS=numbers.masked_fill(~mask, torch.finfo(numbers.dtype).min))
+    backend = MaskedAttention(mask_B1TS=numbers.masked_fill(~mask, torch.finfo(numbers.dtype).min))
     decoder = model.decoder
     rotary = rotary_tables(batch.position_ids_2BT, decoder.head_dim, decoder.rope_theta, states[0].dtype)
     for index, layer in enumerate(decoder.layers):
-        states.append(layer(states[-1], rotary, rule, index))
+        states.append(layer(states[-1], rotary, backend, index))
     states.append(decoder.norm(states[-1]))
     return states
 
@@ -174,8 +174,8 @@ class Trainer:
         self.way, self.model, self.batches = way, model, batches
         self.optimizer: Optimizer = build_optimizer(model, OptimConfig(lr=1e-5))
         self.loss: Callable[[PixelSailForSegmentation, Batch], Tensor]
-        self.loss = released_loss if way.speed is None else our_loss
-        model.use(way.speed if way.speed is not None else REFERENCE, way.checkpointing)
+        self.loss = released_loss if way.kernels is None else our_loss
+        model.use(way.kernels if way.kernels is not None else REFERENCE, way.checkpointing)
 
     def step(self) -> float:
         """Make one update; return the mean loss."""
@@ -200,7 +200,7 @@ class Trainer:
         return spent | {"optimizer": elapsed(start, self.model.device)}
 
     def _timed_parts(self, batch: Batch, spent: dict[str, float]) -> None:
-        model, released = self.model, self.way.speed is None
+        model, released = self.model, self.way.kernels is None
         start = time.perf_counter()
 
         def lap(part: str) -> None:
@@ -213,7 +213,7 @@ class Trainer:
         lap("decoder")
         if released:
             text = released_text_loss(model, cut, batch)
-        elif model.speed.text_loss == "chunked":
+        elif model.kernels.text_loss == "chunked":
             text = model.lm_head(cut[tuple(batch.logit_positions_M2.unbind(1))], batch.targets_M).sum()
         else:
             chosen = model.lm_head(cut[tuple(batch.logit_positions_M2.unbind(1))])
@@ -241,8 +241,8 @@ def our_states(model: PixelSailForSegmentation, batch: Batch) -> Tensor:
     """Return the last states of a sequence by the model's own way."""
     embedded = model.embed(batch.input_ids_BT, batch.patches_SK, batch.patch_index_BT, batch.prompt_ids_BT)
     where = (batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT)
-    rule = training_rule(model.speed.attention, *where, batch.spans, dtype=embedded.dtype)
-    return model.decode(embedded, batch.position_ids_2BT, rule, batch.input_ids_BT, batch.grids)
+    backend = attention_backend(model.kernels.attention, *where, batch.spans, dtype=embedded.dtype)
+    return model.decode(embedded, batch.position_ids_2BT, backend, batch.input_ids_BT, batch.grids)
 
 
 def our_maps(model: PixelSailForSegmentation, hidden_BTD: Tensor, batch: Batch) -> list[Tensor]:
@@ -250,10 +250,10 @@ def our_maps(model: PixelSailForSegmentation, hidden_BTD: Tensor, batch: Batch) 
     seg_states = hidden_BTD[tuple(batch.seg_positions_N2.unbind(1))]
     folded = model.folds_masks()
     per_image = batch.masks_per_image
-    _, maps, _, probes = model.read_masks(
+    _, maps, _, mask_embed = model.embed_masks(
         hidden_BTD, batch.patch_index_BT, batch.grids, per_image, seg_states, folded=folded
     )
-    masks = masks_of_images(probes, maps, per_image, kind="folded" if folded else "maps")
+    masks = mask_logits_of_images(mask_embed, maps, per_image, kind="folded" if folded else "maps")
     return [logits for logits in masks if isinstance(logits, Tensor)]
 
 
@@ -269,9 +269,9 @@ def operations(way: Way, model: PixelSailForSegmentation, batches: Sequence[Batc
     total = 0.0
     for batch in batches:
         work = of_batch(batch)
-        if way.speed is None:
+        if way.kernels is None:
             work = replace(work, supervised=work.rows * work.tokens_per_row)
-        forward = forward_flops(model.config, work, {}, way.speed or REFERENCE)
+        forward = forward_flops(model.config, work, {}, way.kernels or REFERENCE)
         total += training_flops(forward, model.config, checkpointing=way.checkpointing)["model"]
     return total
 
@@ -296,7 +296,7 @@ def trainers(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Tra
         model, processor = built[way.stride]
         size_hw = (options.image[0], options.image[1])
         examples = drawn_examples(processor, options.samples, expressions=options.expressions, size_hw=size_hw)
-        per_sequence = 1 if way.speed is None else options.samples_per_sequence
+        per_sequence = 1 if way.kernels is None else options.samples_per_sequence
         batches = [batch.to(options.device) for batch in packed(examples, per_sequence, processor.seg_id)]
         made[name] = Trainer(way, model, batches)
     return made
@@ -474,7 +474,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     settings = {name: value for name, value in vars(options).items() if name not in ("json", "png", "child")}
     result = {**settings, "device": device, "torch": torch.__version__, "code": code_version(), **found}
-    result["speeds"] = {name: asdict(way.speed) if way.speed else "released" for name, way in WAYS.items()}
+    result["speeds"] = {name: asdict(way.kernels) if way.kernels else "released" for name, way in WAYS.items()}
     if not options.growth and {"ours", "released"} <= set(options.ways):
         result |= ratios(found)
     print(

@@ -219,7 +219,7 @@ def compare_forward(report: Report, cases: list[Case], model: PixelSailForSegmen
         # Images without masks skip the mask head in the model; the recording has their features too.
         every_image = [max(count, 1) for count in inputs["masks_per_image"]]
         no_states = output.hidden_BTD[0, :0]
-        _, features, _, _ = model.read_masks(
+        _, features, _, _ = model.embed_masks(
             output.hidden_BTD, inputs["patch_index_BT"], inputs["grids"], every_image, no_states
         )
     start = 0

@@ -6,7 +6,7 @@ they cannot take less of.
     python tools/count_step.py --checkpointing layers --json runs/count.json
 
 Forward pass, losses and backward pass of one sequence run on torch's device without memory, in bfloat16, with
-`speed.attention=varlen` as on a GPU. Every operation that would be a kernel is noted with the bytes that it reads and
+`kernels.attention=varlen` as on a GPU. Every operation that would be a kernel is noted with the bytes that it reads and
 writes at least once and, for products and attention, its operations. The bound is the larger of operations / `--rate`
 and bytes / `--bandwidth` plus `--launch` for each kernel, added up: a lower limit that real kernels exceed, good for
 comparing two ways of computing and for seeing where time cannot be saved. It is no measurement. The optimizer and what
@@ -33,10 +33,10 @@ from torch.utils._pytree import tree_leaves
 from pixel_sail.entry import one_message
 from pixel_sail.files import replace_text
 from pixel_sail.losses.total import LossConfig, combine, count, loss_sums
-from pixel_sail.model.attention_rules import calls_of
+from pixel_sail.model.attention_backends import attention_segments
+from pixel_sail.model.kernels import CHECKPOINTING, Kernels
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
-from pixel_sail.model.speed import CHECKPOINTING, Speed
 from pixel_sail.planning.benchmarks import SIZES, drawn_examples, packed, sized_config, small_tokenizer
 from pixel_sail.planning.flops import forward_flops, training_flops
 from pixel_sail.planning.workload import of_batch
@@ -130,17 +130,17 @@ def counted(options: argparse.Namespace) -> dict[str, Any]:
     with torch.device("meta"):
         model = PixelSailForSegmentation(config).train()
     model.to(device=torch.device("meta"), dtype=torch.bfloat16)
-    speed = Speed(attention="varlen")
-    model.use(speed, options.checkpointing)
+    kernels = Kernels(attention="varlen")
+    model.use(kernels, options.checkpointing)
     processor, size_hw = PixelSailProcessor.for_model(tokenizer, config), (options.image[0], options.image[1])
     examples = drawn_examples(processor, options.samples, expressions=options.expressions, size_hw=size_hw)
     (batch,) = packed(examples, options.samples, processor.seg_id)
     assert batch.spans is not None
     attention = {
         is_causal: sum(
-            4.0 * call.queries * (call.shown + call.queries) * config.hidden_size
-            for call in calls_of(batch.spans)
-            if call.is_image != is_causal
+            4.0 * segment.queries * (segment.num_prefix_keys + segment.queries) * config.hidden_size
+            for segment in attention_segments(batch.spans)
+            if segment.is_image != is_causal
         )
         for is_causal in (False, True)
     }
@@ -156,7 +156,7 @@ def counted(options: argparse.Namespace) -> dict[str, Any]:
         bytes=sum(row.bytes for row in counter.rows.values()),
         seconds=sum(row.seconds for row in counter.rows.values()),
     )
-    needed = training_flops(forward_flops(config, of_batch(batch), {}, speed), config, checkpointing="none")["model"]
+    needed = training_flops(forward_flops(config, of_batch(batch), {}, kernels), config, checkpointing="none")["model"]
     tokens = batch.input_ids_BT.numel()
     return {
         "tokens": tokens,

@@ -17,10 +17,10 @@ from pixel_sail.distillation.weights import file_hashes
 from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
 from pixel_sail.model.folder import MODEL_CONFIG, check_no_code
 from pixel_sail.model.image_layout import image_span
+from pixel_sail.model.kernels import Kernels
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, load_model
 from pixel_sail.model.patches import CLIP_MEAN, CLIP_STD, PIXEL_MEAN, PIXEL_STD
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
-from pixel_sail.model.speed import Speed
 from pixel_sail.model.tokenization import IMAGE_TOKENS
 from pixel_sail.types import DataError, SizeHW
 
@@ -33,7 +33,7 @@ class PixelMap(nn.Module):
         super().__init__()
         self.model = model
         # The map itself is wanted, not its product with a query.
-        model.use(Speed(mask_head="maps"))
+        model.use(Kernels(mask_head="maps"))
         self.lead_ids = tuple(lead_ids)
 
     def forward(self, pixels_B3HW: Tensor) -> Tensor:

@@ -61,13 +61,13 @@ def sample_map(maps_NYX: Tensor, points_NQ2: Tensor) -> Tensor:
     return F.grid_sample(maps_NYX[:, None], grid, align_corners=False)[:, 0, :, 0]
 
 
-def read_logits(logits: Tensor | PointLogits, points_NQ2: Tensor) -> Tensor:
+def sample_logits(logits: Tensor | PointLogits, points_NQ2: Tensor) -> Tensor:
     """Return the logits [N, Q] of masks at points, from maps [N, Y, X] or from what makes them."""
     return logits.at(points_NQ2) if isinstance(logits, PointLogits) else sample_map(logits, points_NQ2)
 
 
 @torch.no_grad()
-def choose_points(
+def sample_points(
     logits: Tensor | PointLogits,
     sampling: PointSampling,
     generator: torch.Generator | Sequence[torch.Generator],
@@ -82,7 +82,7 @@ def choose_points(
     """
     generators = [generator] if isinstance(generator, torch.Generator) else generator
     counts = [len(logits)] if masks_per_image is None else masks_per_image
-    device = logits.probes_NE.device if isinstance(logits, PointLogits) else logits.device
+    device = logits.mask_embed_NE.device if isinstance(logits, PointLogits) else logits.device
     num_important = int(sampling.importance_ratio * sampling.num_points)
     num_candidates = int(sampling.oversample_ratio * sampling.num_points)
     num_fresh = sampling.num_points - num_important
@@ -95,7 +95,7 @@ def choose_points(
     if not num_important:
         return fresh
     candidates = to_device(candidates, device)
-    uncertainty = -read_logits(logits, candidates).abs()
+    uncertainty = -sample_logits(logits, candidates).abs()
     best = uncertainty.topk(num_important, dim=1).indices
     important = candidates.gather(1, best[..., None].expand(-1, -1, 2))
     return torch.cat((important, fresh), dim=1)
@@ -158,9 +158,9 @@ def losses_at_points(images: Sequence[ImageMasks], sampling: PointSampling) -> t
         if isinstance(logits, Tensor):
             logits = torch.cat([image.logits for image in own if isinstance(image.logits, Tensor)]).float()
         generators = [torch.Generator().manual_seed(image.seed) for image in own]
-        points = choose_points(logits, sampling, generators, counts)
+        points = sample_points(logits, sampling, generators, counts)
         masks = [mask for image in own for mask in image.masks]
-        values = [read_logits(logits, points), sample_map(torch.stack(masks).float(), points)]
+        values = [sample_logits(logits, points), sample_map(torch.stack(masks).float(), points)]
         if is_ignored:
             without = [ignored for image in own for ignored in image.ignored]
             filled = [torch.zeros_like(m) if i is None else i for i, m in zip(without, masks, strict=True)]
@@ -185,8 +185,8 @@ def point_losses(
     """
     if isinstance(logits, Tensor):
         logits = logits.float()
-    points = choose_points(logits, sampling, generator)
-    predicted, target = read_logits(logits, points), sample_map(masks_NHW.float(), points)
+    points = sample_points(logits, sampling, generator)
+    predicted, target = sample_logits(logits, points), sample_map(masks_NHW.float(), points)
     counts = None if ignored_NHW is None else (sample_map(ignored_NHW.float(), points) == 0).float()
     bce_N, dice_N = bce_means(predicted, target, counts), dice_losses(predicted, target, counts)
     return MaskSums(bce=bce_N.sum(), dice=dice_N.sum(), count=len(logits))

@@ -1,7 +1,7 @@
 """The decoder-only transformer: RMSNorm, grouped-query attention, SwiGLU, 2-D rotary positions.
 
 Place in the flow: `modeling_pixel_sail` and `generation` hand it embeddings, it returns the states after the final
-norm. It knows nothing of images: what is an image only shows in the positions and in the attention rule it is given.
+norm. It knows nothing of images: what is an image only shows in the positions and in the attention backend it is given.
 
 Example: embeddings [2, 194, 128] with positions [2, 2, 194] and `MaskedAttention(mask [2, 1, 194, 194])` give states
 [2, 194, 128].
@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pixel_sail.model.configuration_pixel_sail import Architecture
-from pixel_sail.model.recomputed import GatedProjection, Norm, Rotation
+from pixel_sail.model.recompute import GatedProjection, Norm, Rotation
 
 
-class AttentionRule(Protocol):
+class AttentionBackend(Protocol):
     """What the tokens of one call look at, and how."""
 
     def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def attend(q_BATE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask_B1TS: Tensor | N
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedAttention:
-    """The rule of training: the tokens of the call look at each other where a boolean mask says so."""
+    """The backend of training: the tokens of the call look at each other where a boolean mask says so."""
 
     mask_B1TS: Tensor
 
@@ -54,12 +54,12 @@ class Rotary:
 
     cos: Tensor
     sin: Tensor
-    recomputed: bool = False
+    recompute: bool = False
     """Whether it is one function, whose backward pass turns the gradient back, instead of a chain of steps."""
 
     def __call__(self, x_BATE: Tensor) -> Tensor:
         """Rotate queries or keys (first half against second half of the head)."""
-        if self.recomputed and torch.is_grad_enabled():
+        if self.recompute and torch.is_grad_enabled():
             turned: Tensor = Rotation.apply(x_BATE, self.cos, self.sin)
             return turned
         first, second = x_BATE.chunk(2, dim=-1)
@@ -67,7 +67,7 @@ class Rotary:
 
 
 def rotary_tables(
-    position_ids_2BT: Tensor, head_dim: int, theta: float, dtype: torch.dtype, *, recomputed: bool = False
+    position_ids_2BT: Tensor, head_dim: int, theta: float, dtype: torch.dtype, *, recompute: bool = False
 ) -> Rotary:
     """Return the rotation of every token.
 
@@ -85,14 +85,14 @@ def rotary_tables(
     # In float64, because the first float32 cosines of a process on several CPU threads were seen to differ in the last
     # bit from one run to the next; rounded afterwards, the tables are the same in every run.
     angles = angles.double()
-    return Rotary(cos=angles.cos().to(dtype), sin=angles.sin().to(dtype), recomputed=recomputed)
+    return Rotary(cos=angles.cos().to(dtype), sin=angles.sin().to(dtype), recompute=recompute)
 
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a learned scale; the statistics are float32."""
 
-    recomputed = True
-    """Whether the backward pass normalises again instead of keeping the result (see `Speed.elementwise`)."""
+    recompute = True
+    """Whether the backward pass normalises again instead of keeping the result (see `Kernels.recompute_elementwise`)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -101,10 +101,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis."""
-        if self.recomputed and x.device.type != "cpu" and x.dtype == self.weight.dtype:
+        if self.recompute and x.device.type != "cpu" and x.dtype == self.weight.dtype:
             # torch's kernel, which keeps its input and one number per token, too. In half precision it rounds once.
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        if self.recomputed and torch.is_grad_enabled():
+        if self.recompute and torch.is_grad_enabled():
             normed: Tensor = Norm.apply(x, self.weight, self.eps)
             return normed
         wide = x.float()
@@ -113,7 +113,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections of grouped-query attention around a rule."""
+    """Projections of grouped-query attention around a backend."""
 
     def __init__(self, config: Architecture) -> None:
         super().__init__()
@@ -159,8 +159,8 @@ class DownProjection(nn.Linear):
 class SwiGLU(nn.Module):
     """Gated feed-forward layer without biases."""
 
-    recomputed = True
-    """Whether the backward pass makes the product of both halves again (see `Speed.elementwise`)."""
+    recompute = True
+    """Whether the backward pass makes the product of both halves again (see `Kernels.recompute_elementwise`)."""
 
     def __init__(self, config: Architecture) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to the last axis."""
         # An adapted layer (model/lora.py) takes the product itself.
-        if self.recomputed and torch.is_grad_enabled() and isinstance(self.down_proj, DownProjection):
+        if self.recompute and torch.is_grad_enabled() and isinstance(self.down_proj, DownProjection):
             return self.down_proj(self.gate_proj(x), self.up_proj(x))
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
@@ -191,10 +191,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x_BTD: Tensor, rotary: Rotary, rule: AttentionRule, layer: int) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotary: Rotary, backend: AttentionBackend, layer: int) -> Tensor:
         """Return the new states."""
         heads = partial(through_compile(type(self).heads), self) if self.compiled else self.heads
-        return self.second_half(x_BTD + self.self_attn.joined(rule(layer, *heads(x_BTD, rotary))))
+        return self.second_half(x_BTD + self.self_attn.joined(backend(layer, *heads(x_BTD, rotary))))
 
     def heads(self, x_BTD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Return the queries, keys and values of the layer."""
@@ -237,15 +237,15 @@ class Decoder(nn.Module):
 
     def rotary(self, position_ids_2BT: Tensor, dtype: torch.dtype) -> Rotary:
         """Return the rotation of every token, which all layers share."""
-        is_recomputed = self.norm.recomputed
-        return rotary_tables(position_ids_2BT, self.head_dim, self.rope_theta, dtype, recomputed=is_recomputed)
+        recompute = self.norm.recompute
+        return rotary_tables(position_ids_2BT, self.head_dim, self.rope_theta, dtype, recompute=recompute)
 
-    def forward(self, x_BTD: Tensor, position_ids_2BT: Tensor, rule: AttentionRule) -> Tensor:
+    def forward(self, x_BTD: Tensor, position_ids_2BT: Tensor, backend: AttentionBackend) -> Tensor:
         """Return the states after the final norm [B, T, D]."""
         rotary = self.rotary(position_ids_2BT, x_BTD.dtype)
         for index, layer in enumerate(self.layers):
             if self.gradient_checkpointing and self.training:
-                x_BTD = checkpoint(layer, x_BTD, rotary, rule, index, use_reentrant=False)
+                x_BTD = checkpoint(layer, x_BTD, rotary, backend, index, use_reentrant=False)
             else:
-                x_BTD = layer(x_BTD, rotary, rule, index)
+                x_BTD = layer(x_BTD, rotary, backend, index)
         return self.norm(x_BTD)

@@ -94,7 +94,7 @@ def encode_images(
     """Encode image spans, with the text `lead_ids` before them; positions and prompts cover all of their tokens."""
     config, device, num_images = model.config, patches_IPK.device, len(patches_IPK)
     span = image_span(config.base, grid_hw, [config.token_id(token) for token in IMAGE_TOKENS], lead_ids)
-    recorder = _PrefixRecorder(len(span.token_ids_S), is_causal=config.attention == "causal", device=device)
+    recorder = _PrefixAttention(len(span.token_ids_S), is_causal=config.attention == "causal", device=device)
     hidden, pooled = model.encode_prefix(
         span.token_ids_S.to(device).expand(num_images, -1),
         position_ids_2S[:, None].expand(-1, num_images, -1),
@@ -113,8 +113,8 @@ def encode_images(
     )
 
 
-class _PrefixRecorder:
-    """The rule of image spans: every token sees the whole span, or what went before. Keeps keys and values."""
+class _PrefixAttention:
+    """The backend of image spans: every token sees the whole span, or what went before. Keeps keys and values."""
 
     def __init__(self, length: int, *, is_causal: bool, device: torch.device) -> None:
         self.key_values: list[KeyValue] = []
@@ -274,7 +274,7 @@ class _TextCache:
         slots_C, new_T = torch.arange(seen, device=device), first + steps_T
         # A token always sees itself, so that the row of a padded or waiting text is never empty.
         causal_TC, itself_TC = slots_C <= new_T[:, None], slots_C == new_T[:, None]
-        rule = _TextRule(
+        backend = _CachedTextAttention(
             keys=self.keys,
             values=self.values,
             images=self.images,
@@ -289,7 +289,7 @@ class _TextCache:
             embeddings_RTD = self.pooled.put_into(embeddings_RTD, image_RT, self.model.named_prompts(tokens_RT))
         decoder = self.model.decoder
         decode = partial(through_compile(type(decoder).forward), decoder) if is_compiled else decoder
-        hidden_RTD = decode(embeddings_RTD, (starts_R1 + steps_T).expand(2, -1, -1), rule)
+        hidden_RTD = decode(embeddings_RTD, (starts_R1 + steps_T).expand(2, -1, -1), backend)
         for index, (row, text) in enumerate(zip(self.rows, texts, strict=True)):
             row.position += len(text)
             row.seg_states += [hidden_RTD[index, place] for place, token in enumerate(text) if token == seg_id]
@@ -297,8 +297,8 @@ class _TextCache:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _TextRule:
-    """The rule by which new tokens of all texts see their image and what went before, and are noted.
+class _CachedTextAttention:
+    """The backend by which new tokens of all texts see their image and what went before, and are noted.
 
     One softmax goes over both: the scores of a row over the prefix of its image come from one product per image, so
     that no prefix is copied for its texts, and stand beside the scores over the row's own text.

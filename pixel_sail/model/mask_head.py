@@ -72,11 +72,11 @@ class MaskHead(nn.Module):
         self, groups: Sequence[Tensor], seg_states_NC: Tensor, *, folded: bool = False, products: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return what masks are made of, for groups of patch states [I, h, w, hidden]: cells [P, *] one group after
-        another, the [SEG] queries [N, D], and probes [N, *] that the cells are dotted with.
+        another, the [SEG] queries [N, D], and mask_embed [N, *] that the cells are dotted with.
 
-        Plain: cells are the pixel features and the probes are the queries. `products`: the same, with the upsampler as
+        Plain: cells are the pixel features and the mask_embed are the queries. `products`: the same, with the upsampler as
         matrix products. `folded`: so too, but cells are what enters the last layer of the pixel projection [P, C], and
-        the probes carry that layer, its bias last [N, C + 1].
+        the mask_embed carry that layer, its bias last [N, C + 1].
 
         Training comes through here once in a forward pass and takes three tensors, however many grid sizes its batch
         has: ZeRO-3 gathers parameters at each call of a module and again for each tensor that came out of it, and
@@ -120,10 +120,10 @@ def mask_logits(queries_ND: Tensor, features_YXD: Tensor) -> Tensor:
     return (queries_ND @ features_YXD.reshape(-1, width).T).view(-1, num_rows, num_columns)
 
 
-def folded_logits(probes_NE: Tensor, cells_YXC: Tensor) -> Tensor:
-    """Return the logits [N, Y, X] of masks of one image from probes that carry the last layer, bias last."""
-    num_rows, num_columns, width = cells_YXC.shape
-    logits_NP = torch.addmm(probes_NE[:, width:], probes_NE[:, :width], cells_YXC.reshape(-1, width).T)
+def folded_logits(mask_embed_NE: Tensor, pixel_embed_YXC: Tensor) -> Tensor:
+    """Return the logits [N, Y, X] of masks of one image from mask_embed that carry the last layer, bias last."""
+    num_rows, num_columns, width = pixel_embed_YXC.shape
+    logits_NP = torch.addmm(mask_embed_NE[:, width:], mask_embed_NE[:, :width], pixel_embed_YXC.reshape(-1, width).T)
     return logits_NP.view(-1, num_rows, num_columns)
 
 
@@ -131,12 +131,12 @@ def folded_logits(probes_NE: Tensor, cells_YXC: Tensor) -> Tensor:
 class PointLogits:
     """Masks of one image that are known where they are asked for: no map of logits exists."""
 
-    probes_NE: Tensor
-    cells_YXC: Tensor
+    mask_embed_NE: Tensor
+    pixel_embed_YXC: Tensor
 
     def __len__(self) -> int:
         """Return the number of masks."""
-        return len(self.probes_NE)
+        return len(self.mask_embed_NE)
 
     def at(self, points_NQ2: Tensor) -> Tensor:
         """Return the logits [N, Q] at points (x, y) in [0, 1] x [0, 1], as a map of logits would be read bilinearly.
@@ -144,13 +144,13 @@ class PointLogits:
         Reading and the dot product are both linear, so either may come first. Outside of the map logits are 0, bias
         included: near its border the bias counts with the weight of the cells that exist.
         """
-        num_rows, num_columns, width = self.cells_YXC.shape
-        map_1CYX = self.cells_YXC.float().permute(2, 0, 1)[None]
+        num_rows, num_columns, width = self.pixel_embed_YXC.shape
+        map_1CYX = self.pixel_embed_YXC.float().permute(2, 0, 1)[None]
         inside_11YX = map_1CYX.new_ones(1, 1, num_rows, num_columns)
         rows = []
-        for probe_E, points_Q2 in zip(self.probes_NE.float(), points_NQ2, strict=True):
+        for mask_embed_E, points_Q2 in zip(self.mask_embed_NE.float(), points_NQ2, strict=True):
             grid_1Q12 = points_Q2[None, :, None] * 2.0 - 1.0
             read_CQ = F.grid_sample(map_1CYX, grid_1Q12, align_corners=False)[0, :, :, 0]
             weight_Q = F.grid_sample(inside_11YX, grid_1Q12, align_corners=False)[0, 0, :, 0]
-            rows.append(probe_E[:width] @ read_CQ + probe_E[width] * weight_Q)
+            rows.append(mask_embed_E[:width] @ read_CQ + mask_embed_E[width] * weight_Q)
         return torch.stack(rows)

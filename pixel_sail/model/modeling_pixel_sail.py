@@ -22,18 +22,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pixel_sail.files import read_json
-from pixel_sail.model.attention_rules import VarlenAttention, training_rule
+from pixel_sail.model.attention_backends import VarlenAttention, attention_backend
 from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
-from pixel_sail.model.decoder import Attention, AttentionRule, Decoder, DecoderLayer, RMSNorm, SwiGLU
+from pixel_sail.model.decoder import Attention, AttentionBackend, Decoder, DecoderLayer, RMSNorm, SwiGLU
 from pixel_sail.model.distill_head import DistillHead, DistillSite
 from pixel_sail.model.eve_embedding import EveEmbedding
 from pixel_sail.model.folder import MODEL_CONFIG, check_no_code, weight_files
 from pixel_sail.model.image_embedding import PatchEmbedding, PooledPrompts
 from pixel_sail.model.image_layout import image_tokens
+from pixel_sail.model.kernels import Kernels
 from pixel_sail.model.mask_head import MaskHead, PointLogits, folded_logits, mask_logits
 from pixel_sail.model.reading import check_sizes, reading, weight_shapes
-from pixel_sail.model.routed_decoder import Mixed, RoutedDecoder, TokenKinds, TwoKinds
-from pixel_sail.model.speed import Speed
+from pixel_sail.model.routed_decoder import Mixed, RoutedDecoder, RoutedTokens, TokenRouting
 from pixel_sail.model.text_head import TextHead
 from pixel_sail.model.tokenization import IMAGE_TOKENS
 from pixel_sail.model.transfer import to_device
@@ -83,7 +83,7 @@ class PixelSailForSegmentation(PreTrainedModel):
         self.decoder = RoutedDecoder(config) if config.modality_experts else Decoder(config)
         self.lm_head = TextHead(config.hidden_size, config.vocab_size)
         self.mask_head = MaskHead(config)
-        self.speed = Speed()
+        self.kernels = Kernels()
         self.distill_head: DistillHead | None = None
         for module in self.modules():
             self._draw_weights(module)
@@ -158,28 +158,28 @@ class PixelSailForSegmentation(PreTrainedModel):
         self,
         embeddings_BTD: Tensor,
         position_ids_2BT: Tensor,
-        rule: AttentionRule,
+        backend: AttentionBackend,
         input_ids_BT: Tensor,
         grids: Sequence[tuple[int, int]],
     ) -> Tensor:
         """Return the states after the final norm [B, T, D]; `grids` are those of all images among the tokens."""
-        own_order = rule if isinstance(rule, VarlenAttention) else None
+        own_order = backend if isinstance(backend, VarlenAttention) else None
         if own_order is not None:
-            position_ids_2BT = own_order.arranged(position_ids_2BT.permute(1, 2, 0)).permute(2, 0, 1)
-            embeddings_BTD, input_ids_BT = own_order.arranged(embeddings_BTD), own_order.arranged(input_ids_BT)
+            position_ids_2BT = own_order.reorder(position_ids_2BT.permute(1, 2, 0)).permute(2, 0, 1)
+            embeddings_BTD, input_ids_BT = own_order.reorder(embeddings_BTD), own_order.reorder(input_ids_BT)
         if isinstance(self.decoder, RoutedDecoder):
-            kinds = self._token_kinds(input_ids_BT, grids)
-            hidden_BTD = self.decoder(embeddings_BTD, position_ids_2BT, rule, kinds)
+            routing = self._token_routing(input_ids_BT, grids)
+            hidden_BTD = self.decoder(embeddings_BTD, position_ids_2BT, backend, routing)
         else:
-            hidden_BTD = self.decoder(embeddings_BTD, position_ids_2BT, rule)
-        return hidden_BTD if own_order is None else own_order.in_sequence(hidden_BTD)
+            hidden_BTD = self.decoder(embeddings_BTD, position_ids_2BT, backend)
+        return hidden_BTD if own_order is None else own_order.restore_order(hidden_BTD)
 
-    def _token_kinds(self, input_ids_BT: Tensor, grids: Sequence[tuple[int, int]]) -> TokenKinds:
+    def _token_routing(self, input_ids_BT: Tensor, grids: Sequence[tuple[int, int]]) -> TokenRouting:
         is_image_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
         for token in IMAGE_TOKENS:
             is_image_BT = is_image_BT | (input_ids_BT == self.config.token_id(token))
-        if self.speed.experts == "routed":
-            return TwoKinds(is_image_BT, sum(image_tokens(self.config.base, grid) for grid in grids))
+        if self.kernels.experts == "routed":
+            return RoutedTokens(is_image_BT, sum(image_tokens(self.config.base, grid) for grid in grids))
         return Mixed(is_image_BT)
 
     def named_prompts(self, input_ids_BT: Tensor) -> Tensor:
@@ -220,12 +220,12 @@ class PixelSailForSegmentation(PreTrainedModel):
             size = (num_samples, self.config.num_visual_prompts)
             pooled = PooledPrompts.of(embeddings, sample_index_BT, prompt_ids_BT, size)
             embeddings = pooled.put_into(embeddings, sample_index_BT, self.named_prompts(input_ids_BT))
-        rule = training_rule(
-            self.speed.attention, sample_index_BT, branch_ids_BT, in_image_BT, spans, dtype=embeddings.dtype
+        backend = attention_backend(
+            self.kernels.attention, sample_index_BT, branch_ids_BT, in_image_BT, spans, dtype=embeddings.dtype
         )
-        hidden_BTD = self.decode(embeddings, position_ids_2BT, rule, input_ids_BT, grids)
+        hidden_BTD = self.decode(embeddings, position_ids_2BT, backend, input_ids_BT, grids)
         chosen = hidden_BTD if logit_positions_M2 is None else hidden_BTD[tuple(logit_positions_M2.unbind(1))]
-        if targets_M is not None and self.speed.text_loss == "chunked":
+        if targets_M is not None and self.kernels.text_loss == "chunked":
             logits, text_losses_M = None, self.lm_head(chosen, targets_M)
         else:
             logits, text_losses_M = self.lm_head(chosen), None
@@ -239,12 +239,14 @@ class PixelSailForSegmentation(PreTrainedModel):
             read_BTD = hidden_BTD.detach().requires_grad_()
         seg_states_ND = read_BTD[tuple(seg_positions_N2.unbind(1))]
         folded = self.folds_masks()
-        cells, maps, queries_ND, probes = self.read_masks(
+        cells, maps, queries_ND, mask_embed = self.embed_masks(
             *(read_BTD, patch_index_BT, grids, wanted, seg_states_ND),
             folded=folded,
-            products=self.speed.mask_head != "maps",
+            products=self.kernels.mask_head != "maps",
         )
-        masks = masks_of_images(probes, maps, masks_per_image, kind=self.speed.mask_head if folded else "maps")
+        masks = mask_logits_of_images(
+            mask_embed, maps, masks_per_image, kind=self.kernels.mask_head if folded else "maps"
+        )
         features = None if folded else maps
         distilled, distill_anchor = None, None
         if self.distill_head is not None:
@@ -257,7 +259,7 @@ class PixelSailForSegmentation(PreTrainedModel):
             # Mask logits depend on every cell, and their gradient is far smaller than one of all cells.
             # Those of one image reach every weight.
             read = next((own for own in masks if isinstance(own, Tensor)), cells)
-            anchor = 0.0 * (read.sum() + probes.sum() + text.sum())
+            anchor = 0.0 * (read.sum() + mask_embed.sum() + text.sum())
             anchor = anchor if distill_anchor is None else anchor + distill_anchor
         return PixelSailOutput(
             hidden_BTD=hidden_BTD,
@@ -274,21 +276,21 @@ class PixelSailForSegmentation(PreTrainedModel):
         """Return whether the mask head's last layer goes into the queries; teachers of pixel maps need it apart."""
         if self.distill_head is not None and self.distill_head.reads("pixel_map"):
             return False
-        return self.speed.mask_head != "maps"
+        return self.kernels.mask_head != "maps"
 
-    def use(self, speed: Speed, checkpointing: str = "none") -> None:
+    def use(self, kernels: Kernels, checkpointing: str = "none") -> None:
         """Compute the same numbers in another way from now on; `checkpointing` is one of `CHECKPOINTING`."""
-        self.speed = speed
+        self.kernels = kernels
         self.decoder.gradient_checkpointing = checkpointing == "layers"
         for module in self.modules():
             if isinstance(module, DecoderLayer):
-                module.compiled = speed.compile == "layers"
+                module.compiled = kernels.compile == "layers"
                 module.checkpointed = checkpointing == "feed_forward"
             elif isinstance(module, SwiGLU):
                 # What is computed again stops before its last product, which only the plain way has as a step.
-                module.recomputed = speed.elementwise == "recomputed" and checkpointing == "none"
+                module.recompute = kernels.recompute_elementwise and checkpointing == "none"
             elif isinstance(module, (RMSNorm, Upsampler)):
-                module.recomputed = speed.elementwise == "recomputed"
+                module.recompute = kernels.recompute_elementwise
 
     def images_with_pixel_map(
         self, masks_per_image: Sequence[int], distilled_images: Mapping[str, Sequence[int]]
@@ -300,7 +302,7 @@ class PixelSailForSegmentation(PreTrainedModel):
                 needed[image] = max(needed[image], 1)
         return needed
 
-    def read_masks(
+    def embed_masks(
         self,
         hidden_BTD: Tensor,
         patch_index_BT: Tensor,
@@ -311,7 +313,7 @@ class PixelSailForSegmentation(PreTrainedModel):
         folded: bool = False,
         products: bool = False,
     ) -> tuple[Tensor, tuple[Tensor | None, ...], Tensor, Tensor]:
-        """Return the cells of all maps, the map of every image that has masks [Y, X, *], queries and probes, all as
+        """Return the cells of all maps, the map of every image that has masks [Y, X, *], queries and mask_embed, all as
         `MaskHead` makes them.
 
         Images of one grid go through the mask head together. A batch without masks sends one state through it, so that
@@ -327,7 +329,7 @@ class PixelSailForSegmentation(PreTrainedModel):
             torch.stack([states_SD[offsets[i] : offsets[i + 1]].view(rows, columns, -1) for i in images])
             for (rows, columns), images in same_grid.items()
         ]
-        cells, queries_ND, probes = self.mask_head(
+        cells, queries_ND, mask_embed = self.mask_head(
             groups or [hidden_BTD[:1, None, :1]], seg_states_ND, folded=folded, products=products
         )
         features: list[Tensor | None] = [None] * len(grids)
@@ -341,14 +343,14 @@ class PixelSailForSegmentation(PreTrainedModel):
             parts = cells.split([rows * columns for rows, columns in sizes.values()])
             for (image, size), part in zip(sizes.items(), parts, strict=True):
                 features[image] = part.view(*size, -1)
-        return cells, tuple(features), queries_ND, probes
+        return cells, tuple(features), queries_ND, mask_embed
 
     def predict_teacher_features(
         self,
         hidden_BTD: Tensor,
         patch_index_BT: Tensor,
         grids: Sequence[tuple[int, int]],
-        cells_PD: Tensor,
+        pixel_embed_PD: Tensor,
         features: Sequence[Tensor | None],
         images: Mapping[str, Sequence[int]],
     ) -> tuple[dict[str, tuple[Tensor, ...]], Tensor]:
@@ -361,7 +363,7 @@ class PixelSailForSegmentation(PreTrainedModel):
         assert self.distill_head is not None
         states = states_of_images(hidden_BTD, patch_index_BT, grids)
         state_11D = hidden_BTD[:1, :1]
-        pixel = cells_PD[None, :1]
+        pixel = pixel_embed_PD[None, :1]
         predicted: dict[str, tuple[Tensor, ...]] = {}
         touched = []
         for teacher, site in self.distill_head.site_of.items():
@@ -381,11 +383,11 @@ class PixelSailForSegmentation(PreTrainedModel):
         position_ids_2BT: Tensor,
         patches_BPK: Tensor,
         prompt_ids_BT: Tensor,
-        rule: AttentionRule,
+        backend: AttentionBackend,
         grids: Sequence[tuple[int, int]] = (),
     ) -> tuple[Tensor, PooledPrompts | None]:
         """Return the states [B, T, D] of image spans with one grid, and what stands in for prompt tokens in the texts
-        behind them, where prompts are pooled. The rule sees the keys and values of each layer.
+        behind them, where prompts are pooled. The backend sees the keys and values of each layer.
 
         `grids`, one per row, are needed where image tokens have weights of their own.
         """
@@ -397,20 +399,20 @@ class PixelSailForSegmentation(PreTrainedModel):
             owner_BT = torch.arange(len(input_ids_BT), device=input_ids_BT.device)[:, None].expand_as(input_ids_BT)
             size = (len(input_ids_BT), self.config.num_visual_prompts)
             pooled = PooledPrompts.of(embeddings, owner_BT, prompt_ids_BT, size)
-        return self.decode(embeddings, position_ids_2BT, rule, input_ids_BT, grids), pooled
+        return self.decode(embeddings, position_ids_2BT, backend, input_ids_BT, grids), pooled
 
 
-def masks_of_images(
-    probes: Tensor, maps: Sequence[Tensor | None], masks_per_image: Sequence[int], *, kind: str
+def mask_logits_of_images(
+    mask_embed: Tensor, maps: Sequence[Tensor | None], masks_per_image: Sequence[int], *, kind: str
 ) -> tuple[Tensor | PointLogits | None, ...]:
-    """Return the mask logits of each image from its own share of the probes, None for an image without masks."""
+    """Return the mask logits of each image from its own share of the mask_embed, None for an image without masks."""
 
     def make(own: Tensor, map_YXC: Tensor) -> Tensor | PointLogits:
         if kind == "points":
-            return PointLogits(probes_NE=own, cells_YXC=map_YXC)
+            return PointLogits(mask_embed_NE=own, pixel_embed_YXC=map_YXC)
         return folded_logits(own, map_YXC) if kind == "folded" else mask_logits(own, map_YXC)
 
-    groups = probes.split(list(masks_per_image)) if masks_per_image else ()
+    groups = mask_embed.split(list(masks_per_image)) if masks_per_image else ()
     return tuple(
         make(own, map_YXC) if map_YXC is not None and len(own) else None
         for own, map_YXC in zip(groups, maps, strict=True)

@@ -6,7 +6,7 @@ product; only queries, keys, values and what attention makes of them return to t
 
     sequence  u  <vision> p p </vision>  a b      a layer's products   [u a b] and [<vision> p p </vision>]
 
-`TwoKinds` is this fast way, `Mixed` the obvious one: both weights on every token, one of the results kept.
+`RoutedTokens` is this fast way, `Mixed` the obvious one: both weights on every token, one of the results kept.
 
 Axis letters: B rows, T tokens, N = B x T, D width, A attention heads, G key-value heads, E head width.
 """
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.decoder import (
     Attention,
-    AttentionRule,
+    AttentionBackend,
     Decoder,
     DecoderLayer,
     RMSNorm,
@@ -33,20 +33,20 @@ TokenLayer = Callable[[Tensor], Tensor]
 """A layer that treats every token by itself."""
 
 
-class TokenKinds(Protocol):
+class TokenRouting(Protocol):
     """Which tokens are text and which belong to an image."""
 
-    def arranged(self, x_ND: Tensor) -> Tensor:
+    def reorder(self, x_ND: Tensor) -> Tensor:
         """Return tokens of the sequence in the order that layers take."""
 
-    def in_sequence(self, x_ND: Tensor) -> Tensor:
-        """Undo `arranged`."""
+    def restore_order(self, x_ND: Tensor) -> Tensor:
+        """Undo `reorder`."""
 
     def apply(self, text: TokenLayer, image: TokenLayer | None, x_ND: Tensor) -> Tensor:
-        """Return arranged tokens after the layer of their kind; without a layer for images, `text` takes all."""
+        """Return reordered tokens after the layer of their kind; without a layer for images, `text` takes all."""
 
 
-class TwoKinds:
+class RoutedTokens:
     """Every token goes through the layer of its kind. Both layers run in every call, also on no token, so that every
     rank of a distributed run gathers them equally often and owns a gradient for them."""
 
@@ -58,16 +58,16 @@ class TwoKinds:
         places_N = torch.arange(len(is_image_N), device=is_image_N.device)
         self.inverse_N = torch.empty_like(self.order_N).scatter_(0, self.order_N, places_N)
 
-    def arranged(self, x_ND: Tensor) -> Tensor:
+    def reorder(self, x_ND: Tensor) -> Tensor:
         """Return text tokens, then image tokens."""
         return x_ND.index_select(0, self.order_N)
 
-    def in_sequence(self, x_ND: Tensor) -> Tensor:
-        """Undo `arranged`."""
+    def restore_order(self, x_ND: Tensor) -> Tensor:
+        """Undo `reorder`."""
         return x_ND.index_select(0, self.inverse_N)
 
     def apply(self, text: TokenLayer, image: TokenLayer | None, x_ND: Tensor) -> Tensor:
-        """Return arranged tokens after the layer of their kind."""
+        """Return reordered tokens after the layer of their kind."""
         if image is None:
             return text(x_ND)
         text_ND, image_ND = x_ND.split(self.sizes)
@@ -80,11 +80,11 @@ class Mixed:
     def __init__(self, is_image_BT: Tensor) -> None:
         self.is_image_N1 = is_image_BT.flatten()[:, None]
 
-    def arranged(self, x_ND: Tensor) -> Tensor:
+    def reorder(self, x_ND: Tensor) -> Tensor:
         """Return the tokens as they are."""
         return x_ND
 
-    def in_sequence(self, x_ND: Tensor) -> Tensor:
+    def restore_order(self, x_ND: Tensor) -> Tensor:
         """Return the tokens as they are."""
         return x_ND
 
@@ -117,41 +117,43 @@ class RoutedLayer(DecoderLayer):
         self.image = ImageWeights(config)
 
     def forward(
-        self, x_BTD: Tensor, rotary: Rotary, rule: AttentionRule, layer: int, kinds: TokenKinds | None = None
+        self, x_BTD: Tensor, rotary: Rotary, backend: AttentionBackend, layer: int, routing: TokenRouting | None = None
     ) -> Tensor:
-        """Return the new states: of arranged tokens [N, D] with `kinds`, else of text tokens [B, T, D]."""
-        if kinds is None:
-            return super().forward(x_BTD, rotary, rule, layer)
-        return self.second_half(x_BTD + self._attended(x_BTD, rotary, rule, layer, kinds), kinds)
+        """Return the new states: of reordered tokens [N, D] with `routing`, else of text tokens [B, T, D]."""
+        if routing is None:
+            return super().forward(x_BTD, rotary, backend, layer)
+        return self.second_half(x_BTD + self._attended(x_BTD, rotary, backend, layer, routing), routing)
 
-    def _attended(self, x_ND: Tensor, rotary: Rotary, rule: AttentionRule, layer: int, kinds: TokenKinds) -> Tensor:
+    def _attended(
+        self, x_ND: Tensor, rotary: Rotary, backend: AttentionBackend, layer: int, routing: TokenRouting
+    ) -> Tensor:
         own = self.self_attn
         num_rows, num_tokens = rotary.cos.shape[0], rotary.cos.shape[2]
 
         def heads(name: str, x_ND: Tensor) -> Tensor:
             """Return one projection in the order of the sequence [B, heads, T, E]."""
-            mapped_ND = kinds.in_sequence(self._projected(name, x_ND, kinds))
+            mapped_ND = routing.restore_order(self._projected(name, x_ND, routing))
             return mapped_ND.view(num_rows, num_tokens, -1, own.head_dim).transpose(1, 2)
 
-        x_ND = kinds.apply(self.input_layernorm, self.image.input_layernorm, x_ND)
+        x_ND = routing.apply(self.input_layernorm, self.image.input_layernorm, x_ND)
         q_BATE = heads("q_proj", x_ND)
         k_BGTE = heads("k_proj", x_ND)
         v_BGTE = heads("v_proj", x_ND)
-        mixed_BATE = rule(layer, rotary(q_BATE), rotary(k_BGTE), v_BGTE)
+        mixed_BATE = backend(layer, rotary(q_BATE), rotary(k_BGTE), v_BGTE)
         mixed_ND = mixed_BATE.transpose(1, 2).reshape(num_rows * num_tokens, -1)
-        return self._projected("o_proj", kinds.arranged(mixed_ND), kinds)
+        return self._projected("o_proj", routing.reorder(mixed_ND), routing)
 
-    def _projected(self, name: str, x_ND: Tensor, kinds: TokenKinds) -> Tensor:
-        """Return arranged tokens after one of the attention's linear layers."""
+    def _projected(self, name: str, x_ND: Tensor, routing: TokenRouting) -> Tensor:
+        """Return reordered tokens after one of the attention's linear layers."""
         other = self.image.self_attn
-        return kinds.apply(getattr(self.self_attn, name), None if other is None else getattr(other, name), x_ND)
+        return routing.apply(getattr(self.self_attn, name), None if other is None else getattr(other, name), x_ND)
 
-    def feed_forward(self, x_BTD: Tensor, kinds: TokenKinds | None = None) -> Tensor:
+    def feed_forward(self, x_BTD: Tensor, routing: TokenRouting | None = None) -> Tensor:
         """Return the states after the second half of the layer, which treats every token by itself."""
-        if kinds is None:
+        if routing is None:
             return super().feed_forward(x_BTD)
-        normed = kinds.apply(self.post_attention_layernorm, self.image.post_attention_layernorm, x_BTD)
-        return x_BTD + kinds.apply(self.mlp, self.image.mlp, normed)
+        normed = routing.apply(self.post_attention_layernorm, self.image.post_attention_layernorm, x_BTD)
+        return x_BTD + routing.apply(self.mlp, self.image.mlp, normed)
 
 
 class RoutedDecoder(Decoder):
@@ -160,16 +162,16 @@ class RoutedDecoder(Decoder):
     layer_class = RoutedLayer
 
     def forward(
-        self, x_BTD: Tensor, position_ids_2BT: Tensor, rule: AttentionRule, kinds: TokenKinds | None = None
+        self, x_BTD: Tensor, position_ids_2BT: Tensor, backend: AttentionBackend, routing: TokenRouting | None = None
     ) -> Tensor:
-        """Return the states after the final norm [B, T, D]; without `kinds` all tokens are text."""
-        if kinds is None:
-            return super().forward(x_BTD, position_ids_2BT, rule)
+        """Return the states after the final norm [B, T, D]; without `routing` all tokens are text."""
+        if routing is None:
+            return super().forward(x_BTD, position_ids_2BT, backend)
         rotary = self.rotary(position_ids_2BT, x_BTD.dtype)
-        x_ND = kinds.arranged(x_BTD.flatten(0, 1))
+        x_ND = routing.reorder(x_BTD.flatten(0, 1))
         for index, layer in enumerate(self.layers):
             if self.gradient_checkpointing and self.training:
-                x_ND = checkpoint(layer, x_ND, rotary, rule, index, kinds, use_reentrant=False)
+                x_ND = checkpoint(layer, x_ND, rotary, backend, index, routing, use_reentrant=False)
             else:
-                x_ND = layer(x_ND, rotary, rule, index, kinds)
-        return self.norm(kinds.in_sequence(x_ND)).view_as(x_BTD)
+                x_ND = layer(x_ND, rotary, backend, index, routing)
+        return self.norm(routing.restore_order(x_ND)).view_as(x_BTD)

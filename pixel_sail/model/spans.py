@@ -46,6 +46,6 @@ def _span(row: int, start: int, sample: int, runs: list[tuple[int, int, int, int
     if len(branches) != len(rest) or 0 in branches or len(set(branches)) != len(branches):
         raise ValueError(
             f"attention: sample {sample} in row {row} has runs of (sample, branch, in image, length) {runs}, expected "
-            "its image first, then text of branch 0, then each branch in one piece; use speed.attention=dense"
+            "its image first, then text of branch 0, then each branch in one piece; use kernels.attention=dense"
         )
     return SampleSpan(row=row, start=start, image=image, shared=shared, branches=tuple(run[3] for run in rest))

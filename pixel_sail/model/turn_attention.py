@@ -1,6 +1,6 @@
 """Attention of many short texts about small images: every text looks at what its sample shares and at itself.
 
-Place in the flow: `attention_rules.training_rule` makes it on a CPU where it takes fewest scores. A dense mask over an
+Place in the flow: `attention_backends.attention_backend` makes it on a CPU where it takes fewest scores. A dense mask over an
 image of 66 tokens and 32 questions of 16 has 334,000 scores a head, most of which no token may see; here the image is
 one call, 66 x 66, and the questions are two products, 512 x 66 and 32 times 16 x 16: 46,000, in as many operations as
 for one question. Samples are padded to equal sizes inside a layer's attention only.
@@ -36,7 +36,7 @@ Both numbers from `tools/bench_small_step.py` at 5, 16 and 32 questions a pictur
 
 
 def fastest_on_cpu(spans: Sequence[SampleSpan], shape: tuple[int, int]) -> str:
-    """Return which rule for rows [B, T] takes least time on a CPU: dense, turns or segments.
+    """Return which backend for rows [B, T] takes least time on a CPU: dense, turns or segments.
 
     One row of 1,332 with one conversation has 1.77 million scores under a dense mask, and 1.62 million in two calls.
     """
@@ -53,36 +53,36 @@ def fastest_on_cpu(spans: Sequence[SampleSpan], shape: tuple[int, int]) -> str:
         "turns": samples * (shared**2 + WEIGHT_OF_BRANCHES * branches * length * (shared + length)),
         "segments": needed + SCORES_PER_CALL * calls,
     }
-    return min(scores, key=lambda rule: scores[rule])
+    return min(scores, key=lambda backend: scores[backend])
 
 
 class TurnAttention:
-    """The rule for samples that have branches. Padding gets zeros."""
+    """The backend for samples that have branches. Padding gets zeros."""
 
     def __init__(self, spans: Sequence[SampleSpan], *, shape: tuple[int, int], dtype: torch.dtype) -> None:
         self.sizes = samples, shared, branches, length = padded_sizes(spans)
-        place_IP = torch.full((samples, shared), -1)
-        place_IRL = torch.full((samples, branches, length), -1)
+        slot_IP = torch.full((samples, shared), -1)
+        slot_IRL = torch.full((samples, branches, length), -1)
         mask_IPP = torch.zeros(samples, shared, shared, dtype=torch.bool)
         for index, span in enumerate(spans):
             own, start = span.image + span.shared, span.row * shape[1] + span.start
-            place_IP[index, :own] = torch.arange(start, start + own)
+            slot_IP[index, :own] = torch.arange(start, start + own)
             mask_IPP[index, :own, :own] = torch.ones(own, own, dtype=torch.bool).tril()
             mask_IPP[index, : span.image, : span.image] = True
             start += own
             for branch, tokens in enumerate(span.branches):
-                place_IRL[index, branch, :tokens] = torch.arange(start, start + tokens)
+                slot_IRL[index, branch, :tokens] = torch.arange(start, start + tokens)
                 start += tokens
         mask_IPP |= torch.eye(shared, dtype=torch.bool)  # A padded query must see something.
         self.prefix_mask_I1PP = _numbers(mask_IPP[:, None], dtype)
         causal_LL = torch.ones(length, length, dtype=torch.bool).tril().expand(samples, -1, -1)
-        seen_ILP = (place_IP >= 0)[:, None].expand(-1, length, -1)
+        seen_ILP = (slot_IP >= 0)[:, None].expand(-1, length, -1)
         self.branch_mask_I111LK = _numbers(torch.cat((seen_ILP, causal_LL), dim=2)[:, None, None, None], dtype)
-        token_M = torch.cat((place_IP.flatten(), place_IRL.flatten()))
-        place_N = torch.full((shape[0] * shape[1],), -1)
-        place_N[token_M[token_M >= 0]] = (token_M >= 0).nonzero()[:, 0]
-        self.tokens = Places(token_M)
-        self.places = Places(place_N)
+        token_M = torch.cat((slot_IP.flatten(), slot_IRL.flatten()))
+        slot_N = torch.full((shape[0] * shape[1],), -1)
+        slot_N[token_M[token_M >= 0]] = (token_M >= 0).nonzero()[:, 0]
+        self.tokens = RowIndex(token_M)
+        self.slots = RowIndex(slot_N)
 
     def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
         """Return the mixed values."""
@@ -90,7 +90,7 @@ class TurnAttention:
         rows, heads, tokens, width = q_BATE.shape
         groups = k_BGTE.shape[1]
         joined = torch.cat([x.transpose(1, 2).flatten(2) for x in (q_BATE, k_BGTE, v_BGTE)], dim=2).flatten(0, 1)
-        padded_MHE: Tensor = Rearranged.apply(joined, self.tokens, self.places).unflatten(1, (-1, width))
+        padded_MHE: Tensor = Reorder.apply(joined, self.tokens, self.slots).unflatten(1, (-1, width))
         shared_MHE, own_MHE = padded_MHE.split((samples * shared, samples * branches * length))
         shared_IHPE = shared_MHE.unflatten(0, (samples, shared)).transpose(1, 2)
         q_IAPE, k_IGPE, v_IGPE = shared_IHPE.split((heads, groups, groups), dim=1)
@@ -108,11 +108,11 @@ class TurnAttention:
             mixed_IRLAE = mixed_IGRQE.unflatten(3, (-1, length)).permute(0, 2, 4, 1, 3, 5).flatten(3, 4)
             mixed.append(mixed_IRLAE.flatten(0, 2))
         mixed_MZ = torch.cat([part.to(q_BATE.dtype) for part in mixed]).flatten(1)
-        mixed_NZ: Tensor = Rearranged.apply(mixed_MZ, self.places, self.tokens)
+        mixed_NZ: Tensor = Reorder.apply(mixed_MZ, self.slots, self.tokens)
         return mixed_NZ.view(rows, tokens, heads, width).transpose(1, 2)
 
 
-class Places:
+class RowIndex:
     """Where each row of one layout stands in the other, -1 for nowhere."""
 
     def __init__(self, index_M: Tensor) -> None:
@@ -125,11 +125,11 @@ class Places:
         return rows_MZ if self.is_empty_M1 is None else rows_MZ.masked_fill_(self.is_empty_M1, 0.0)
 
 
-class Rearranged(torch.autograd.Function):
+class Reorder(torch.autograd.Function):
     """Rows in another layout, each standing at most once in both; so the gradient is a gather, too."""
 
     @staticmethod
-    def forward(ctx: Any, x_NZ: Tensor, to: Places, back: Places) -> Tensor:
+    def forward(ctx: Any, x_NZ: Tensor, to: RowIndex, back: RowIndex) -> Tensor:
         """Return the rows as `to` has them."""
         ctx.back = back
         return to.gather(x_NZ)

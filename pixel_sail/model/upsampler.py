@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pixel_sail.model.recomputed import between_products
+from pixel_sail.model.recompute import recompute_between_products
 
 Step = Callable[[Tensor], Tensor]
 
@@ -135,8 +135,8 @@ def doubled_bilinearly(x_ICYX: Tensor) -> Tensor:
 class Upsampler(nn.Module):
     """`num_blocks` blocks, each with its own fresh weights (the release starts them as copies of one: `model.init`)."""
 
-    recomputed = True
-    """Whether the backward pass makes again what lies between two products (see `Speed.elementwise`)."""
+    recompute = True
+    """Whether the backward pass makes again what lies between two products (see `Kernels.recompute_elementwise`)."""
 
     def __init__(self, channels: int, num_blocks: int, design: str = "transposed") -> None:
         super().__init__()
@@ -159,9 +159,9 @@ class Upsampler(nn.Module):
 
         The linear layer behind the upsampler belongs to it here, because recomputing goes from product to product.
         """
-        recomputed = self.recomputed and x_IYXC.numel() * 4 ** len(self.blocks) >= SMALL_MAP
+        recompute = self.recompute and x_IYXC.numel() * 4 ** len(self.blocks) >= SMALL_MAP
         for step in self.products(last):
-            x_IYXC = between_products(step, x_IYXC) if recomputed else step(x_IYXC)
+            x_IYXC = recompute_between_products(step, x_IYXC) if recompute else step(x_IYXC)
         return x_IYXC
 
     def products(self, last: Step) -> Iterator[Step]:

@@ -15,7 +15,7 @@ Letters in comments: T tokens, D width, I width of the SwiGLU, A heads, V vocabu
 from dataclasses import dataclass
 
 from pixel_sail.model.configuration_pixel_sail import Architecture
-from pixel_sail.model.speed import Speed
+from pixel_sail.model.kernels import Kernels
 from pixel_sail.planning.workload import Workload
 
 FLOAT32 = 4
@@ -47,74 +47,74 @@ def activation_bytes(
     element: int,
     num_points: int,
     checkpointing: str,
-    speed: Speed | None = None,
+    kernels: Kernels | None = None,
 ) -> Activations:
-    """Return what one micro-batch keeps, with `element` bytes per number (4 or 2), computed as `speed` says (None: the
+    """Return what one micro-batch keeps, with `element` bytes per number (4 or 2), computed as `kernels` says (None: the
     default; attention `auto` is that of a CPU).
 
     With `checkpointing` (one of `CHECKPOINTING`) a layer keeps what enters it, or what enters its feed-forward half,
     instead of what follows, and one layer at a time is computed again.
     """
-    speed = speed if speed is not None else Speed()
+    kernels = kernels if kernels is not None else Kernels()
     layers = architecture.num_hidden_layers
     tokens = work.rows * work.tokens_per_row
     residual = tokens * architecture.hidden_size * element
-    half = feed_forward_bytes(architecture, tokens, element, speed, checkpointing)
-    attention = attention_bytes(architecture, work, element, speed)
+    half = feed_forward_bytes(architecture, tokens, element, kernels, checkpointing)
+    attention = attention_bytes(architecture, work, element, kernels)
     kept = {
         "none": layers * (attention + half),
         "feed_forward": layers * (attention + residual) + half,
         "layers": layers * residual + attention + half,
     }
-    mask = work.rows * work.tokens_per_row**2 * element if speed.attention == "dense" else 0
-    logits = architecture.vocab_size if speed.text_loss == "plain" else 0
-    ends = norm_bytes(architecture, tokens, element, speed) + _embedding_bytes(architecture, work, element)
+    mask = work.rows * work.tokens_per_row**2 * element if kernels.attention == "dense" else 0
+    logits = architecture.vocab_size if kernels.text_loss == "plain" else 0
+    ends = norm_bytes(architecture, tokens, element, kernels) + _embedding_bytes(architecture, work, element)
     return Activations(
         decoder=kept[checkpointing] + ends,
         dense_masks=mask,
         text_head=work.supervised * (architecture.hidden_size * element + (logits + 1) * FLOAT32),
-        mask_head=mask_head_bytes(architecture, work, element, speed),
+        mask_head=mask_head_bytes(architecture, work, element, kernels),
         mask_losses=float(work.num_masks * num_points * POINT_TENSORS * FLOAT32),
     )
 
 
-def norm_bytes(architecture: Architecture, tokens: int, element: int, speed: Speed) -> float:
+def norm_bytes(architecture: Architecture, tokens: int, element: int, kernels: Kernels) -> float:
     """Return what an RMSNorm keeps: its input, one number per token, and what the next layer reads; plain also the
     normalised values, and the input in float32."""
-    maps = 2 * element if speed.elementwise == "recomputed" else FLOAT32 + 2 * element
+    maps = 2 * element if kernels.recompute_elementwise else FLOAT32 + 2 * element
     return tokens * (architecture.hidden_size * maps + FLOAT32)
 
 
-def attention_bytes(architecture: Architecture, work: Workload, element: int, speed: Speed) -> float:
+def attention_bytes(architecture: Architecture, work: Workload, element: int, kernels: Kernels) -> float:
     """Return what the first half of a decoder layer keeps with its norm, the attention mask apart."""
     width, key_value = architecture.hidden_size, architecture.num_key_value_heads * architecture.head_dim
     tokens = work.rows * work.tokens_per_row
-    if speed.attention == "dense":
+    if kernels.attention == "dense":
         # Rotated queries, keys and values repeated for every head, and the mixed values.
         maps = 4 * width * tokens
-    elif speed.attention == "varlen":
+    elif kernels.attention == "varlen":
         # Rotated queries, the mixed values of each call and all of them in one row; keys and values, and again those of
         # texts in the order of their calls.
         maps = (3 * width + 2 * key_value) * tokens + 2 * key_value * work.computed_keys
     else:
         # Rotated queries, keys, values, and the mixed values.
         maps = (2 * width + 2 * key_value) * tokens
-    norm = norm_bytes(architecture, tokens, element, speed)
+    norm = norm_bytes(architecture, tokens, element, kernels)
     # Both weights on every token keep everything twice.
-    mixed = architecture.modality_experts if speed.experts == "mixed" else ()
+    mixed = architecture.modality_experts if kernels.experts == "mixed" else ()
     # A log-sum per head.
     return norm * (1 + ("layernorm" in mixed)) + maps * element + tokens * architecture.num_attention_heads * FLOAT32
 
 
 def feed_forward_bytes(
-    architecture: Architecture, tokens: int, element: int, speed: Speed, checkpointing: str
+    architecture: Architecture, tokens: int, element: int, kernels: Kernels, checkpointing: str
 ) -> float:
     """Return what the second half of a decoder layer keeps with its norm."""
     # Gate and the other half; plain, and while computed again, also the gate after the activation and their product.
-    maps = 2 if speed.elementwise == "recomputed" and checkpointing == "none" else 4
+    maps = 2 if kernels.recompute_elementwise and checkpointing == "none" else 4
     swiglu = tokens * maps * architecture.intermediate_size * element
-    norm = norm_bytes(architecture, tokens, element, speed)
-    mixed = architecture.modality_experts if speed.experts == "mixed" else ()
+    norm = norm_bytes(architecture, tokens, element, kernels)
+    mixed = architecture.modality_experts if kernels.experts == "mixed" else ()
     return norm * (1 + ("layernorm" in mixed)) + swiglu * (1 + ("mlp" in mixed))
 
 
@@ -129,12 +129,12 @@ def _embedding_bytes(architecture: Architecture, work: Workload, element: int) -
     return patches + tokens * (3 * 8 + 2 * architecture.head_dim * element)
 
 
-def mask_head_bytes(architecture: Architecture, work: Workload, element: int, speed: Speed) -> float:
+def mask_head_bytes(architecture: Architecture, work: Workload, element: int, kernels: Kernels) -> float:
     """Return what upsampler and projections keep for the images that have masks, and the mask logits."""
     width, channels, mask_dim = architecture.hidden_size, architecture.feature_size, architecture.mask_dim
     # Per cell of a block what both products gave. Plain: before and after GELU, after each of two convolutions, after
     # the norm, and two statistics.
-    is_thin = speed.elementwise == "recomputed" and speed.mask_head != "maps"
+    is_thin = kernels.recompute_elementwise and kernels.mask_head != "maps"
     per_cell = 2 * channels * element if is_thin else 5 * channels * element + 2 * FLOAT32
     total = 0.0
     for image in work.images:
@@ -147,7 +147,7 @@ def mask_head_bytes(architecture: Architecture, work: Workload, element: int, sp
         for _ in range(architecture.num_upsample_blocks):
             cells *= 4
             total += cells * per_cell
-        total += cells * (channels + (mask_dim if speed.mask_head == "maps" else 0)) * element
+        total += cells * (channels + (mask_dim if kernels.mask_head == "maps" else 0)) * element
         # The losses read the logits in float32.
         total += image.masks * cells * FLOAT32
     return total + work.num_masks * (width + channels + mask_dim) * element

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 from pixel_sail.distillation.settings import TeacherSettings
 from pixel_sail.model.configuration_pixel_sail import Architecture
-from pixel_sail.model.speed import Speed
-from pixel_sail.planning.parameters import DOUBLING_TAPS, teacher_width
+from pixel_sail.model.kernels import Kernels
+from pixel_sail.planning.parameters import UPSAMPLE_TAPS, teacher_width
 from pixel_sail.planning.workload import Workload
 
 BACKWARD_AND_FORWARD = 3
@@ -60,15 +60,15 @@ def layer_macs(architecture: Architecture) -> dict[str, int]:
 
 
 def forward_flops(
-    architecture: Architecture, work: Workload, teachers: Mapping[str, TeacherSettings], speed: Speed | None = None
+    architecture: Architecture, work: Workload, teachers: Mapping[str, TeacherSettings], kernels: Kernels | None = None
 ) -> ForwardFlops:
-    """Return the operations of one forward pass, computed as `speed` says (None: the default)."""
-    speed = speed if speed is not None else Speed()
+    """Return the operations of one forward pass, computed as `kernels` says (None: the default)."""
+    kernels = kernels if kernels is not None else Kernels()
     width, layers = architecture.hidden_size, architecture.num_hidden_layers
     tokens = work.rows * work.tokens_per_row
     parts = layer_macs(architecture)
     per_token = sum(parts.values())
-    if speed.experts == "mixed":
+    if kernels.experts == "mixed":
         per_token += sum(parts[name] for name in architecture.modality_experts)
     patches = sum(image.patches for image in work.images)
     pixels = 3 * architecture.patch_size**2
@@ -76,8 +76,8 @@ def forward_flops(
     embedding = patches * pixels * width + prompts
     if architecture.base == "eve":
         embedding = patches * architecture.patch_hidden_size * (pixels + 4 * width)
-    folded = speed.mask_head != "maps" and not any(own.site == "pixel_map" for own in teachers.values())
-    pairs = work.rows * work.tokens_per_row**2 if speed.attention == "dense" else work.computed_pairs
+    folded = kernels.mask_head != "maps" and not any(own.site == "pixel_map" for own in teachers.values())
+    pairs = work.rows * work.tokens_per_row**2 if kernels.attention == "dense" else work.computed_pairs
     upsampler, mask_head = _mask_head_macs(
         architecture, work, has_pixel_teacher=reads_pixel_map(teachers), folded=folded
     )
@@ -111,7 +111,7 @@ def _mask_head_macs(
         cells = image.patches
         head += cells * (width * width + width * channels) if width > channels else 0
         for _ in range(architecture.num_upsample_blocks):
-            upsampler += cells * DOUBLING_TAPS[architecture.upsampler] * channels * channels
+            upsampler += cells * UPSAMPLE_TAPS[architecture.upsampler] * channels * channels
             cells *= 4
             upsampler += cells * (9 * channels + channels * channels)
         head += cells * channels * channels

@@ -66,7 +66,7 @@ class Length:
         return wanted is not None and passes is not None and abs(passes / wanted - 1) > FAR_OFF
 
 
-def is_wished(config: TrainConfig) -> bool:
+def needs_measured_length(config: TrainConfig) -> bool:
     """Return whether the length of a run is still to be measured."""
     return config.optim.steps is None or config.data.global_batch_size is None
 

@@ -18,7 +18,7 @@ from pixel_sail.model.tokenization import load_tokenizer
 QWEN_VOCABULARY = 151_680
 """Rows of the token embedding with Qwen2.5's tokenizer and the added tokens."""
 
-DOUBLING_TAPS = {"transposed": 4, "bilinear": 1, "pixel_shuffle": 36}
+UPSAMPLE_TAPS = {"transposed": 4, "bilinear": 1, "pixel_shuffle": 36}
 """Weights per pair of channels of what doubles the map in a block; all act once per cell of the small map."""
 
 
@@ -74,7 +74,7 @@ def mask_head_parameters(architecture: Architecture) -> int:
     """Return the parameters of pre-projection, upsampler and both projections."""
     width, channels, mask_dim = architecture.hidden_size, architecture.feature_size, architecture.mask_dim
     total = linear(width, width) + linear(width, channels) if width > channels else 0
-    doubling = DOUBLING_TAPS[architecture.upsampler] * channels * channels
+    doubling = UPSAMPLE_TAPS[architecture.upsampler] * channels * channels
     doubling += (4 if architecture.upsampler == "pixel_shuffle" else 1) * channels
     depthwise = 9 * channels + channels
     block = doubling + depthwise + linear(channels, channels) + 2 * channels

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from pixel_sail.config import ConfigError, DeepSpeedConfig, TrainConfig
-from pixel_sail.model.attention_rules import chosen_attention
-from pixel_sail.model.speed import Speed
+from pixel_sail.model.attention_backends import resolve_attention
+from pixel_sail.model.kernels import Kernels
 from pixel_sail.planning import disk, flops, memory
 from pixel_sail.planning.activations import activation_bytes
 from pixel_sail.planning.assumed import USUAL_HW, Assumptions
@@ -52,11 +52,11 @@ class Machine:
                 "(0, 1] and a positive number"
             )
 
-    def speed(self, config: TrainConfig) -> Speed:
-        """Return the configured speed with the attention that `auto` means on this machine."""
+    def kernels(self, config: TrainConfig) -> Kernels:
+        """Return the configured kernels with the attention that `auto` means on this machine."""
         device = torch.device("cpu" if self.gpu == "cpu" else "cuda")
         dtype = torch.bfloat16 if config.optim.precision == "bf16" else torch.float32
-        return replace(config.speed, attention=chosen_attention(config.speed.attention, device, dtype))
+        return replace(config.kernels, attention=resolve_attention(config.kernels.attention, device, dtype))
 
     def operations_per_second(self, precision: str) -> float:
         """Return what all GPUs do together at this MFU."""
@@ -92,7 +92,7 @@ def make_plan(
     own = training_parts or TrainingParts(adapters=0, trained=sum(counts.values()))
     counts["adapters"] = own.adapters
     num_parameters, micro_batches = sum(counts.values()), per_step // rows
-    forward = [flops.forward_flops(architecture, work, teachers, config.speed) for work in works]
+    forward = [flops.forward_flops(architecture, work, teachers, config.kernels) for work in works]
     parts = {name: micro_batches * mean([getattr(one, name) for one in forward]) for name in vars(forward[0])}
     step = flops.ForwardFlops(**parts)
     teachers = _teachers(config, works, micro_batches)
@@ -172,7 +172,7 @@ def _memory_rows(
                 element=2 if precision == "bf16" else 4,
                 num_points=points.num_points,
                 checkpointing=config.optim.activation_checkpointing,
-                speed=machine.speed(config),
+                kernels=machine.kernels(config),
             )
             for work in works
         ),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pixel_sail.model.attention_rules import calls_of
+from pixel_sail.model.attention_backends import attention_segments
 from pixel_sail.model.spans import sample_spans
 from pixel_sail.types import IGNORE_LABEL, Batch, Example, SizeHW
 
@@ -70,7 +70,7 @@ def of_batch(batch: Batch) -> Workload:
     spans = batch.spans
     if spans is None:
         spans = sample_spans(batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT)
-    calls = calls_of(spans)
+    segments = attention_segments(spans)
     return Workload(
         rows=batch.input_ids_BT.shape[0],
         tokens_per_row=batch.input_ids_BT.shape[1],
@@ -79,15 +79,15 @@ def of_batch(batch: Batch) -> Workload:
         samples=len(batch.sample_ids),
         real_tokens=int((batch.sample_index_BT >= 0).sum()),
         seen_pairs=visible_pairs(batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT),
-        computed_pairs=sum(call.queries * (call.shown + call.queries) for call in calls),
-        computed_keys=sum(call.shown + call.queries for call in calls),
+        computed_pairs=sum(segment.queries * (segment.num_prefix_keys + segment.queries) for segment in segments),
+        computed_keys=sum(segment.num_prefix_keys + segment.queries for segment in segments),
     )
 
 
 def of_example(example: Example) -> Workload:
     """Return what one sample is alone in a row."""
     where = (torch.zeros_like(example.input_ids_T)[None], example.branch_ids_T[None], example.in_image_T[None])
-    calls = calls_of(sample_spans(*where))
+    segments = attention_segments(sample_spans(*where))
     images: tuple[ImageLoad, ...] = ()
     if example.grid_hw is not None:
         rows, columns = example.grid_hw
@@ -101,8 +101,8 @@ def of_example(example: Example) -> Workload:
         samples=1,
         real_tokens=len(example),
         seen_pairs=visible_pairs(*where),
-        computed_pairs=sum(call.queries * (call.shown + call.queries) for call in calls),
-        computed_keys=sum(call.shown + call.queries for call in calls),
+        computed_pairs=sum(segment.queries * (segment.num_prefix_keys + segment.queries) for segment in segments),
+        computed_keys=sum(segment.num_prefix_keys + segment.queries for segment in segments),
     )
 
 

@@ -29,7 +29,7 @@ from pixel_sail.distillation.teachers import load_teachers
 from pixel_sail.losses.distill import DistillTerm
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.planning.balance import SampleCost
-from pixel_sail.planning.length import Length, is_wished, length_lines, measured_length, with_length
+from pixel_sail.planning.length import Length, length_lines, measured_length, needs_measured_length, with_length
 from pixel_sail.training import checkpoint
 from pixel_sail.training.accelerator import build_accelerator, collective_timeout, give_timeout
 from pixel_sail.training.build import build_model
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 FREE_KEYS = (
     *("log", "checkpoint", "validation", "predict", "evals", "paths", "run_dir", "name", "deepspeed"),
-    *("allow_random_teachers", "watchdog", "corridor", "speed"),
+    *("allow_random_teachers", "watchdog", "corridor", "kernels"),
 )
 """Groups that may change between the sessions of one run without changing its numbers."""
 
@@ -122,7 +122,7 @@ def prepare(config: TrainConfig, *, lock: bool) -> Run:
     with data_fingerprint() as files:
         mixture = build_mixture(config.data, seed=config.seed)
     length = None
-    if is_wished(config):
+    if needs_measured_length(config):
         length = measure_length(config, mixture, processor)
         config = with_length(config, global_batch_size=length.global_batch_size, steps=length.steps)
     assignment = stream_assignment(config.data)
@@ -149,7 +149,7 @@ def prepare(config: TrainConfig, *, lock: bool) -> Run:
         if (before := name_of_run(run_dir)) not in (None, config.name):
             logger.warning("%s is the run %r, which goes on under the name %r", run_dir, before, config.name)
     state = behind_rewinds(run_dir, state)
-    model.use(config.speed, config.optim.activation_checkpointing)
+    model.use(config.kernels, config.optim.activation_checkpointing)
     own_optimizer = build_optimizer(model, config.optim)
     if saved is not None:
         checkpoint.check_moments(model, saved[1], is_averaged=config.optim.ema_decay > 0)
@@ -188,7 +188,7 @@ def prepare(config: TrainConfig, *, lock: bool) -> Run:
 def with_saved_length(config: TrainConfig, found: Path) -> TrainConfig:
     """Return the configuration with the numbers of a run that was asked for passes, or for samples of a step, as its
     checkpoint has them: they stay, on other processes and with other data too. Raises: CheckpointError."""
-    if not is_wished(config):
+    if not needs_measured_length(config):
         return config
     saved = checkpoint.saved_config(found)
     global_batch_size, steps = config.data.global_batch_size, config.optim.steps

@@ -1,6 +1,6 @@
 """Layers that keep what enters them and make the rest again in the backward pass, where that costs little.
 
-Place in the flow: `decoder.py` and `upsampler.py` take these where `speed.elementwise` is `recomputed`. Between two
+Place in the flow: `decoder.py` and `upsampler.py` take these where `kernels.recompute_elementwise` is true. Between two
 matrix products lie norms, rotations, activations and small convolutions. Plain autograd keeps a map for most of their
 steps; here the outputs of products are kept and most of what lies between is computed twice. One 0.5B layer over 1,332
 tokens in float32 then keeps, in MB,
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 
-def between_products(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def recompute_between_products(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Return `function(x)`, keeping only `x`; `function` ends with a matrix product.
 
     The backward pass makes again what the product reads, and stops before the product itself.

@@ -1,12 +1,12 @@
 """Attention over a packed row without a mask over the row: the image of a sample is always its prefix.
 
-Place in the flow: `modeling_pixel_sail` asks `training_rule` for the rule of a forward pass, which the decoder takes. A
-sample of 1,202 image tokens and a conversation of 130 is two calls: 1,202 queries over 1,202 keys without a mask, and
+Place in the flow: `modeling_pixel_sail` asks `attention_backend` for the backend of a forward pass, which the decoder takes. A
+sample of 1,202 image tokens and a conversation of 130 is two segments: 1,202 queries over 1,202 keys without a mask, and
 130 queries over 1,332 keys, causal from the bottom right. Independent questions are one call each, over the image and
 themselves. `attention_mask.py` says the same as one dense mask, and is what tests compare with.
 
 Axis letters: B rows, T tokens, A attention heads, G key-value heads, E head width, I calls of one shape, Q queries of a
-call, K keys of a call, N all tokens of all rows.
+segment, K keys of a segment, N all tokens of all rows.
 """
 
 import inspect
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pixel_sail.model.attention_mask import attention_mask
-from pixel_sail.model.decoder import AttentionRule, MaskedAttention
+from pixel_sail.model.decoder import AttentionBackend, MaskedAttention
 from pixel_sail.model.spans import sample_spans
 from pixel_sail.model.transfer import to_device
 from pixel_sail.model.turn_attention import TurnAttention, fastest_on_cpu
@@ -30,60 +30,64 @@ from pixel_sail.types import DataError, SampleSpan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Call:
-    """One product of queries and keys: tokens [start, start + queries) of a row see `shown` tokens of their sample's
+class AttentionSegment:
+    """One product of queries and keys: tokens [start, start + queries) of a row see `num_prefix_keys` tokens of their sample's
     beginning, and then themselves, causally unless the call is an image."""
 
     row: int
     start: int
     queries: int
     prefix_start: int
-    shown: int
+    num_prefix_keys: int
     is_image: bool
 
 
-def calls_of(spans: Sequence[SampleSpan]) -> tuple[Call, ...]:
+def attention_segments(spans: Sequence[SampleSpan]) -> tuple[AttentionSegment, ...]:
     """Return the calls of all samples, in the order of their tokens."""
-    calls = []
+    segments = []
     for span in spans:
         if span.image:
-            calls.append(_call(span, 0, span.image, shown=0, is_image=True))
+            segments.append(_segment(span, 0, span.image, num_prefix_keys=0, is_image=True))
         start = span.image
         if span.shared:
-            calls.append(_call(span, start, span.shared, shown=start))
+            segments.append(_segment(span, start, span.shared, num_prefix_keys=start))
         start = seen = span.image + span.shared
         for length in span.branches:
-            calls.append(_call(span, start, length, shown=seen))
+            segments.append(_segment(span, start, length, num_prefix_keys=seen))
             start += length
-    return tuple(calls)
+    return tuple(segments)
 
 
-def _call(span: SampleSpan, offset: int, queries: int, *, shown: int, is_image: bool = False) -> Call:
-    return Call(
+def _segment(
+    span: SampleSpan, offset: int, queries: int, *, num_prefix_keys: int, is_image: bool = False
+) -> AttentionSegment:
+    return AttentionSegment(
         row=span.row,
         start=span.start + offset,
         queries=queries,
         prefix_start=span.start,
-        shown=shown,
+        num_prefix_keys=num_prefix_keys,
         is_image=is_image,
     )
 
 
 class SegmentAttention:
-    """The rule as calls of torch's fused CPU kernel, those of one shape together. Padding gets zeros."""
+    """The backend as calls of torch's fused CPU kernel, those of one shape together. Padding gets zeros."""
 
     def __init__(self, spans: Sequence[SampleSpan], *, dtype: torch.dtype) -> None:
-        groups: dict[tuple[int, int, bool], list[Call]] = defaultdict(list)
-        for call in calls_of(spans):
-            groups[call.queries, call.shown, call.is_image].append(call)
+        groups: dict[tuple[int, int, bool], list[AttentionSegment]] = defaultdict(list)
+        for segment in attention_segments(spans):
+            groups[segment.queries, segment.num_prefix_keys, segment.is_image].append(segment)
         self.groups = list(groups.items())
         # Causal from the bottom right, as numbers in the dtype of the scores: made here once, not in every layer.
         self.masks: dict[tuple[int, int], Tensor] = {}
-        for (queries, shown, is_image), _ in self.groups:
+        for (queries, num_prefix_keys, is_image), _ in self.groups:
             if not is_image:
-                mask_QK = torch.zeros(queries, shown + queries, dtype=dtype)
-                mask_QK[:, shown:].masked_fill_(torch.ones(queries, queries, dtype=torch.bool).triu(1), -torch.inf)
-                self.masks[queries, shown] = mask_QK
+                mask_QK = torch.zeros(queries, num_prefix_keys + queries, dtype=dtype)
+                mask_QK[:, num_prefix_keys:].masked_fill_(
+                    torch.ones(queries, queries, dtype=torch.bool).triu(1), -torch.inf
+                )
+                self.masks[queries, num_prefix_keys] = mask_QK
 
     def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
         """Return the mixed values."""
@@ -95,63 +99,63 @@ class SegmentAttention:
 
     def mask(self, shape: tuple[int, int, bool], dtype: torch.dtype) -> Tensor | None:
         """Return what is added to the scores of calls of one shape."""
-        queries, shown, is_image = shape
-        return None if is_image else self.masks[queries, shown].to(dtype)
+        queries, num_prefix_keys, is_image = shape
+        return None if is_image else self.masks[queries, num_prefix_keys].to(dtype)
 
 
 class SegmentProducts(torch.autograd.Function):
     """All calls of a layer as one function, which keeps queries, keys, values and result of the row and no pieces.
 
     As slices, stacks and `scaled_dot_product_attention` under autograd the same keeps keys and values once per head and
-    call, and its backward pass fills a map of zeros for every slice.
+    segment, and its backward pass fills a map of zeros for every slice.
     """
 
     @staticmethod
-    def forward(ctx: Any, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor, segments: SegmentAttention) -> Tensor:
+    def forward(ctx: Any, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor, attention: SegmentAttention) -> Tensor:
         """Return the mixed values [B, A, T, E], which lie in memory as [B, T, A, E]."""
         rows, heads, tokens, width = q_BATE.shape
         mixed_BATE = q_BATE.new_zeros(rows, tokens, heads, width).transpose(1, 2)
         log_sums = []
-        for shape, calls in segments.groups:
+        for shape, segments in attention.groups:
             mixed_IAQE, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                _queries(q_BATE, calls),
-                _keys(k_BGTE, calls, heads),
-                _keys(v_BGTE, calls, heads),
-                attn_mask=segments.mask(shape, q_BATE.dtype),
+                _queries(q_BATE, segments),
+                _keys(k_BGTE, segments, heads),
+                _keys(v_BGTE, segments, heads),
+                attn_mask=attention.mask(shape, q_BATE.dtype),
             )
-            for call, mixed_AQE in zip(calls, mixed_IAQE, strict=True):
-                _part(mixed_BATE, call.row, call.start, call.queries).copy_(mixed_AQE)
+            for segment, mixed_AQE in zip(segments, mixed_IAQE, strict=True):
+                _part(mixed_BATE, segment.row, segment.start, segment.queries).copy_(mixed_AQE)
             log_sums.append(log_sum)
         ctx.save_for_backward(q_BATE, k_BGTE, v_BGTE, mixed_BATE, *log_sums)
-        ctx.segments = segments
+        ctx.attention = attention
         return mixed_BATE
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """Return the gradients of queries, keys and values."""
         q_BATE, k_BGTE, v_BGTE, mixed_BATE, *log_sums = ctx.saved_tensors
-        segments: SegmentAttention = ctx.segments
+        attention: SegmentAttention = ctx.attention
         heads, groups = q_BATE.shape[1], k_BGTE.shape[1]
         grad_q_BATE, grad_k_BGTE, grad_v_BGTE = (torch.zeros_like(x) for x in (q_BATE, k_BGTE, v_BGTE))
-        for (shape, calls), log_sum in zip(segments.groups, log_sums, strict=True):
+        for (shape, segments), log_sum in zip(attention.groups, log_sums, strict=True):
             grad_q, *grad_kv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                _queries(gradients[0], calls),
-                _queries(q_BATE, calls),
-                _keys(k_BGTE, calls, heads),
-                _keys(v_BGTE, calls, heads),
-                _queries(mixed_BATE, calls),
+                _queries(gradients[0], segments),
+                _queries(q_BATE, segments),
+                _keys(k_BGTE, segments, heads),
+                _keys(v_BGTE, segments, heads),
+                _queries(mixed_BATE, segments),
                 log_sum,
                 0.0,
                 False,
-                attn_mask=segments.mask(shape, q_BATE.dtype),
+                attn_mask=attention.mask(shape, q_BATE.dtype),
             )
-            for call, own_AQE in zip(calls, grad_q, strict=True):
-                _part(grad_q_BATE, call.row, call.start, call.queries).copy_(own_AQE)
+            for segment, own_AQE in zip(segments, grad_q, strict=True):
+                _part(grad_q_BATE, segment.row, segment.start, segment.queries).copy_(own_AQE)
             for whole_BGTE, grad_IAKE in zip((grad_k_BGTE, grad_v_BGTE), grad_kv, strict=True):
-                for call, own_GKE in zip(calls, grad_IAKE.unflatten(1, (groups, -1)).sum(2), strict=True):
-                    shown_GKE, itself_GQE = own_GKE.split([call.shown, call.queries], dim=1)
-                    _part(whole_BGTE, call.row, call.prefix_start, call.shown).add_(shown_GKE)
-                    _part(whole_BGTE, call.row, call.start, call.queries).add_(itself_GQE)
+                for segment, own_GKE in zip(segments, grad_IAKE.unflatten(1, (groups, -1)).sum(2), strict=True):
+                    prefix_GKE, itself_GQE = own_GKE.split([segment.num_prefix_keys, segment.queries], dim=1)
+                    _part(whole_BGTE, segment.row, segment.prefix_start, segment.num_prefix_keys).add_(prefix_GKE)
+                    _part(whole_BGTE, segment.row, segment.start, segment.queries).add_(itself_GQE)
         return grad_q_BATE, grad_k_BGTE, grad_v_BGTE, None
 
 
@@ -163,58 +167,62 @@ def _stacked(parts: Sequence[Tensor]) -> Tensor:
     return parts[0][None] if len(parts) == 1 else torch.stack(list(parts))
 
 
-def _queries(x_BATE: Tensor, calls: Sequence[Call]) -> Tensor:
+def _queries(x_BATE: Tensor, segments: Sequence[AttentionSegment]) -> Tensor:
     """Return the tokens of calls of one shape [I, A, Q, E]."""
-    return _stacked([_part(x_BATE, call.row, call.start, call.queries) for call in calls])
+    return _stacked([_part(x_BATE, segment.row, segment.start, segment.queries) for segment in segments])
 
 
-def _keys(x_BGTE: Tensor, calls: Sequence[Call], heads: int) -> Tensor:
+def _keys(x_BGTE: Tensor, segments: Sequence[AttentionSegment], heads: int) -> Tensor:
     """Return the keys or values that calls of one shape see [I, A, K, E], for every head.
 
     Not left to the kernel: its backward pass over shared keys took 2.7 times as long on two cores.
     """
-    seen_IGKE = _stacked([_seen(x_BGTE, call) for call in calls])
+    seen_IGKE = _stacked([_seen(x_BGTE, segment) for segment in segments])
     calls_, groups, keys, width = seen_IGKE.shape
     return seen_IGKE[:, :, None].expand(calls_, groups, heads // groups, keys, width).flatten(1, 2)
 
 
-def _seen(x_BGTE: Tensor, call: Call) -> Tensor:
+def _seen(x_BGTE: Tensor, segment: AttentionSegment) -> Tensor:
     """Return the keys or values [G, K, E] that a call sees."""
-    own = _part(x_BGTE, call.row, call.start, call.queries)
-    if not call.shown:
+    own = _part(x_BGTE, segment.row, segment.start, segment.queries)
+    if not segment.num_prefix_keys:
         return own
-    if call.prefix_start + call.shown == call.start:
-        return _part(x_BGTE, call.row, call.prefix_start, call.shown + call.queries)
-    return torch.cat((_part(x_BGTE, call.row, call.prefix_start, call.shown), own), dim=1)
+    if segment.prefix_start + segment.num_prefix_keys == segment.start:
+        return _part(x_BGTE, segment.row, segment.prefix_start, segment.num_prefix_keys + segment.queries)
+    return torch.cat((_part(x_BGTE, segment.row, segment.prefix_start, segment.num_prefix_keys), own), dim=1)
 
 
 class VarlenAttention:
-    """The rule as two calls of torch's variable-length flash kernels over all samples: images, and texts over all
+    """The backend as two calls of torch's variable-length flash kernels over all samples: images, and texts over all
     their keys. CUDA and half precision only. Padding gets zeros.
 
     Takes the tokens of all rows as one row in an order of its own, images first, then texts, then padding, so that what
-    a kernel reads is a slice: `arranged` puts them into it once, where every layer would have to gather them.
+    a kernel reads is a slice: `reorder` puts them into it once, where every layer would have to gather them.
     """
 
     def __init__(self, spans: Sequence[SampleSpan], *, shape: tuple[int, int], device: torch.device) -> None:
-        calls = calls_of(spans)
-        images = [call for call in calls if call.is_image]
-        texts = [call for call in calls if not call.is_image]
+        segments = attention_segments(spans)
+        images = [segment for segment in segments if segment.is_image]
+        texts = [segment for segment in segments if not segment.is_image]
 
-        def places(call: Call, start: int, length: int) -> NDArray[np.int64]:
+        def places(segment: AttentionSegment, start: int, length: int) -> NDArray[np.int64]:
             """Return tokens of a call's row, counted over all rows."""
-            return np.arange(start, start + length) + call.row * shape[1]
+            return np.arange(start, start + length) + segment.row * shape[1]
 
-        def own(call: Call) -> NDArray[np.int64]:
-            return places(call, call.start, call.queries)
+        def own(segment: AttentionSegment) -> NDArray[np.int64]:
+            return places(segment, segment.start, segment.queries)
 
         tokens_N = np.arange(shape[0] * shape[1])
-        image_Q, text_Q = (_joined(own(call) for call in kind) for kind in (images, texts))
+        image_Q, text_Q = (_joined(own(segment) for segment in kind) for kind in (images, texts))
         order_N = np.concatenate((image_Q, text_Q, np.setdiff1d(tokens_N, np.concatenate((image_Q, text_Q)))))
         inverse_N = np.empty_like(order_N)
         inverse_N[order_N] = tokens_N
         keys_K = inverse_N[
-            _joined(x for call in texts for x in (places(call, call.prefix_start, call.shown), own(call)))
+            _joined(
+                x
+                for segment in texts
+                for x in (places(segment, segment.prefix_start, segment.num_prefix_keys), own(segment))
+            )
         ]
         self.sizes = (len(image_Q), len(text_Q), len(tokens_N) - len(image_Q) - len(text_Q))
         self.shape = shape
@@ -223,16 +231,16 @@ class VarlenAttention:
         self.images = _Lengths.of(images, device)
         self.texts = _Lengths.of(texts, device)
 
-    def arranged(self, x_BTZ: Tensor) -> Tensor:
+    def reorder(self, x_BTZ: Tensor) -> Tensor:
         """Return what belongs to tokens in the order that the calls take [1, N, ...]."""
         return x_BTZ.flatten(0, 1).index_select(0, self.order_N)[None]
 
-    def in_sequence(self, x_1NZ: Tensor) -> Tensor:
-        """Undo `arranged`: [B, T, ...]."""
+    def restore_order(self, x_1NZ: Tensor) -> Tensor:
+        """Undo `reorder`: [B, T, ...]."""
         return x_1NZ.squeeze(0).index_select(0, self.inverse_N).unflatten(0, self.shape)
 
     def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
-        """Return the mixed values of arranged tokens [1, A, N, E]."""
+        """Return the mixed values of reordered tokens [1, A, N, E]."""
         q_NAE, k_NGE, v_NGE = (x_BATE.squeeze(0).transpose(0, 1) for x_BATE in (q_BATE, k_BGTE, v_BGTE))
         image_queries, text_queries, padding_NAE = q_NAE.split(self.sizes)
         mixed = []
@@ -261,11 +269,14 @@ class _Lengths:
     max_keys: int
 
     @classmethod
-    def of(cls, calls: Sequence[Call], device: torch.device) -> "_Lengths | None":
-        """Return the lengths of calls, None where there are none."""
-        if not calls:
+    def of(cls, segments: Sequence[AttentionSegment], device: torch.device) -> "_Lengths | None":
+        """Return the lengths of segments, None where there are none."""
+        if not segments:
             return None
-        queries, keys = ([call.queries for call in calls], [call.shown + call.queries for call in calls])
+        queries, keys = (
+            [segment.queries for segment in segments],
+            [segment.num_prefix_keys + segment.queries for segment in segments],
+        )
         ends = torch.tensor([[0, *accumulate(queries)], [0, *accumulate(keys)]], dtype=torch.int32)
         query_ends, key_ends = to_device(ends, device)
         return cls(query_ends=query_ends, key_ends=key_ends, max_queries=max(queries), max_keys=max(keys))
@@ -292,8 +303,8 @@ def flash_varlen(q_NAE: Tensor, k_NGE: Tensor, v_NGE: Tensor, lengths: _Lengths,
     return mixed
 
 
-class FlexRule:
-    """The rule of `attention_mask` as a function of two tokens, for FlexAttention. A row keeps one block mask."""
+class FlexAttention:
+    """The backend of `attention_mask` as a function of two tokens, for FlexAttention. A row keeps one block mask."""
 
     def __init__(self, sample_index_BT: Tensor, branch_ids_BT: Tensor, in_image_BT: Tensor) -> None:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -321,7 +332,7 @@ class FlexRule:
         return mixed
 
 
-def chosen_attention(choice: str, device: torch.device, dtype: torch.dtype) -> str:
+def resolve_attention(choice: str, device: torch.device, dtype: torch.dtype) -> str:
     """Return what `auto` means here for long rows, and other choices as they are (see `fastest_on_cpu`)."""
     if choice != "auto":
         return choice
@@ -332,7 +343,7 @@ def chosen_attention(choice: str, device: torch.device, dtype: torch.dtype) -> s
     return "varlen" if dtype in (torch.bfloat16, torch.float16) else "flex"
 
 
-def training_rule(
+def attention_backend(
     choice: str,
     sample_index_BT: Tensor,
     branch_ids_BT: Tensor,
@@ -340,14 +351,14 @@ def training_rule(
     spans: Sequence[SampleSpan] | None,
     *,
     dtype: torch.dtype,
-) -> AttentionRule:
-    """Return the attention rule of one packed batch; `dtype` is that of queries and keys.
+) -> AttentionBackend:
+    """Return the attention backend of one packed batch; `dtype` is that of queries and keys.
 
     Raises: DataError for flex where torch cannot train with it; ValueError for samples that are not an image followed
     by text, which only `dense` and `flex` take.
     """
     device = sample_index_BT.device
-    is_auto, choice = choice == "auto", chosen_attention(choice, device, dtype)
+    is_auto, choice = choice == "auto", resolve_attention(choice, device, dtype)
     shape = (sample_index_BT.shape[0], sample_index_BT.shape[1])
     if choice in ("segments", "turns", "varlen") and spans is None:
         spans = sample_spans(sample_index_BT, branch_ids_BT, in_image_BT)
@@ -360,13 +371,13 @@ def training_rule(
         return MaskedAttention(mask_B1TS=numbers)
     if choice == "flex":
         if device.type == "cpu" and torch.is_grad_enabled():
-            raise DataError("speed.attention is flex, which torch trains on a GPU only; use segments or auto")
-        return FlexRule(sample_index_BT, branch_ids_BT, in_image_BT)
+            raise DataError("kernels.attention is flex, which torch trains on a GPU only; use segments or auto")
+        return FlexAttention(sample_index_BT, branch_ids_BT, in_image_BT)
     assert spans is not None
     if choice == "varlen":
         return VarlenAttention(spans, shape=shape, device=device)
     if device.type != "cpu":
-        raise DataError(f"speed.attention is {choice}, which is for CPUs, and the model is on {device}; use auto")
+        raise DataError(f"kernels.attention is {choice}, which is for CPUs, and the model is on {device}; use auto")
     if choice == "turns":
         return TurnAttention(spans, shape=shape, dtype=dtype)
     return SegmentAttention(spans, dtype=dtype)

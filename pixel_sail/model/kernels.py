@@ -1,10 +1,10 @@
 """Which way of computing the same numbers is taken.
 
-Place in the flow: `speed` of a training run becomes `model.speed`. Every choice has a slow, obvious reference beside a
+Place in the flow: `kernels` of a training run becomes `model.kernels`. Every choice has a slow, obvious reference beside a
 fast path, and tests that compare outputs and gradients of both:
 
-    Speed(attention="dense", text_loss="plain", mask_head="maps", elementwise="plain")    the reference
-    Speed()                                                                         what training uses
+    Kernels(attention="dense", text_loss="plain", mask_head="maps", recompute_elementwise=False)    the reference
+    Kernels()                                                                         what training uses
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ CHECKPOINTING = ("none", "feed_forward", "layers")
 
 
 @dataclass(kw_only=True)
-class Speed:
+class Kernels:
     """One choice per part of the model; all of them give the same losses but for rounding."""
 
     attention: str = "auto"
@@ -41,7 +41,7 @@ class Speed:
     mask_head: str = "folded"
     """maps: features of the mask width at every cell, then logits. folded: the last layer goes into the [SEG] query
     and the upsampler runs as matrix products. points: as folded, and logits are made at the loss's points only."""
-    elementwise: str = "recomputed"
+    recompute_elementwise: bool = True
     """What lies between two matrix products: norms, rotation, activations, depthwise convolutions. recomputed: the
     backward pass makes it again from what the product before it gave, instead of keeping every step; the small maps
     of the mask head are kept."""
@@ -56,8 +56,10 @@ class Speed:
         """Check the choices. Raises: DataError."""
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise DataError(f"speed.{name} is {getattr(self, name)!r}, expected one of {allowed}")
+                raise DataError(f"kernels.{name} is {getattr(self, name)!r}, expected one of {allowed}")
 
 
-REFERENCE = Speed(attention="dense", text_loss="plain", mask_head="maps", elementwise="plain", experts="mixed")
+REFERENCE = Kernels(
+    attention="dense", text_loss="plain", mask_head="maps", recompute_elementwise=False, experts="mixed"
+)
 """The obvious way of everything."""

@@ -12,22 +12,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from varlen_kernels import new_varlen, old_varlen
 
 from pixel_sail.config import TrainConfig, load_config
-from pixel_sail.losses.mask import PointSampling, choose_points, point_losses, sample_map
+from pixel_sail.losses.mask import PointSampling, point_losses, sample_map, sample_points
 from pixel_sail.losses.text import text_losses
 from pixel_sail.losses.total import Counts, LossConfig, combine, count, loss_sums
 from pixel_sail.model import decoder, upsampler
+from pixel_sail.model.attention_backends import (
+    SegmentAttention,
+    attention_backend,
+    attention_segments,
+    resolve_attention,
+)
 from pixel_sail.model.attention_mask import attention_mask
-from pixel_sail.model.attention_rules import SegmentAttention, calls_of, chosen_attention, training_rule
 from pixel_sail.model.decoder import MaskedAttention, RMSNorm, SwiGLU, attend
+from pixel_sail.model.kernels import REFERENCE, Kernels
 from pixel_sail.model.mask_head import MaskHead, PointLogits, folded_logits, mask_logits
 from pixel_sail.model.spans import sample_spans
-from pixel_sail.model.speed import REFERENCE, Speed
 from pixel_sail.model.text_head import TextHead
 from pixel_sail.model.transfer import to_device
 from pixel_sail.model.turn_attention import TurnAttention, fastest_on_cpu
 from pixel_sail.types import DataError, SampleSpan
 
-FAST = Speed(attention="segments")
+FAST = Kernels(attention="segments")
 CONFIG = LossConfig(points=PointSampling(num_points=64))
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
 
@@ -55,8 +60,8 @@ def batch(processor, draw_sample, make_batch):
     return make_batch(*rows)
 
 
-def losses_and_gradients(model, batch, speed):
-    model.use(speed)
+def losses_and_gradients(model, batch, kernels):
+    model.use(kernels)
     model.zero_grad()
     output = model(**batch.training_inputs())
     sums = loss_sums(output, batch, CONFIG)
@@ -73,22 +78,22 @@ ONE_CHANGE = [
     replace(REFERENCE, text_loss="chunked"),
     replace(REFERENCE, mask_head="folded"),
     replace(REFERENCE, mask_head="points"),
-    replace(REFERENCE, elementwise="recomputed"),
+    replace(REFERENCE, recompute_elementwise=True),
     FAST,
     replace(FAST, attention="varlen"),
-    Speed(),
+    Kernels(),
 ]
 
 
-@pytest.mark.parametrize("speed", ONE_CHANGE, ids=lambda speed: "-".join(str(v) for v in vars(speed).values()))
+@pytest.mark.parametrize("kernels", ONE_CHANGE, ids=lambda kernels: "-".join(str(v) for v in vars(kernels).values()))
 @pytest.mark.parametrize("tied", [True, False])
-def test_losses_and_gradients_are_those_of_the_reference(tiny_model, batch, monkeypatch, speed, tied):
+def test_losses_and_gradients_are_those_of_the_reference(tiny_model, batch, monkeypatch, kernels, tied):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", new_varlen)
-    if speed != Speed():
+    if kernels != Kernels():
         monkeypatch.setattr(upsampler, "SMALL_MAP", 0)
     model = tiny_model(tie_word_embeddings=tied).train()
     expected, slow, _ = losses_and_gradients(model, batch, REFERENCE)
-    found, fast, output = losses_and_gradients(model, batch, speed)
+    found, fast, output = losses_and_gradients(model, batch, kernels)
     assert output.hidden_BTD.shape[:2] == batch.input_ids_BT.shape
     torch.testing.assert_close(found, expected, **TOLERANCE)
     for name, gradient in slow.items():
@@ -112,8 +117,8 @@ def test_half_precision_stays_as_close_to_float32_as_the_reference_does(tiny_mod
     exact, gradients, _ = losses_and_gradients(model, batch, REFERENCE)
     model.to(torch.bfloat16)
     errors = []
-    for speed in (REFERENCE, FAST):
-        found, own, _ = losses_and_gradients(model, batch, speed)
+    for kernels in (REFERENCE, FAST):
+        found, own, _ = losses_and_gradients(model, batch, kernels)
         loss = ((found - exact).norm() / exact.norm()).item()
         distance = sum((own[n].float() - g).square().sum() for n, g in gradients.items()).sqrt()
         errors.append((loss, (distance / sum(g.square().sum() for g in gradients.values()).sqrt()).item()))
@@ -135,7 +140,7 @@ def test_flex_attention_gives_every_real_token_the_states_of_the_dense_mask(tiny
     """Outputs only: torch has no backward pass of FlexAttention on a CPU."""
     model, states = tiny_model(), []
     for attention in ("dense", "flex"):
-        model.use(Speed(attention=attention))
+        model.use(Kernels(attention=attention))
         with torch.no_grad():
             states.append(model(**batch.model_inputs()).hidden_BTD[batch.sample_index_BT >= 0])
     torch.testing.assert_close(states[1], states[0], rtol=1e-4, atol=1e-5)
@@ -152,7 +157,7 @@ def test_every_real_token_gets_the_values_of_the_dense_mask(batch):
     weights = torch.randn(queries.shape, dtype=torch.double) * is_real
     expected = attend(queries, keys, values, attention_mask(*where))
     slow = torch.autograd.grad((expected * weights).sum(), (queries, keys, values))
-    found = training_rule("segments", *where, batch.spans, dtype=torch.double)(0, queries, keys, values)
+    found = attention_backend("segments", *where, batch.spans, dtype=torch.double)(0, queries, keys, values)
     torch.testing.assert_close(found * is_real, expected * is_real)
     fast = torch.autograd.grad((found * weights).sum(), (queries, keys, values))
     for one, other in zip(fast, slow, strict=True):
@@ -167,9 +172,9 @@ def test_what_variable_length_kernels_are_given_makes_the_values_of_the_dense_ma
     shape = (*batch.input_ids_BT.shape, 16)
     queries, keys, values = (torch.randn(shape[0], heads, *shape[1:], dtype=torch.double) for heads in (4, 2, 2))
     is_real = (batch.sample_index_BT >= 0)[:, None, :, None]
-    rule = training_rule("varlen", *where, batch.spans, dtype=torch.double)
-    arranged = (rule.arranged(x.transpose(1, 2)).transpose(1, 2) for x in (queries, keys, values))
-    found = rule.in_sequence(rule(0, *arranged).transpose(1, 2)).transpose(1, 2)
+    backend = attention_backend("varlen", *where, batch.spans, dtype=torch.double)
+    reordered = (backend.reorder(x.transpose(1, 2)).transpose(1, 2) for x in (queries, keys, values))
+    found = backend.restore_order(backend(0, *reordered).transpose(1, 2)).transpose(1, 2)
     torch.testing.assert_close(found * is_real, attend(queries, keys, values, attention_mask(*where)) * is_real)
 
 
@@ -189,8 +194,8 @@ def test_samples_of_one_shape_are_one_call(processor, draw_sample, make_batch):
     example = processor.encode_sample(sample, image, independent_turns=False)
     batch = make_batch([example] * 3, [example] * 2)
     where = (batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT)
-    rule = training_rule("segments", *where, batch.spans, dtype=torch.float32)
-    assert [len(calls) for _, calls in rule.groups] == [5, 5]
+    backend = attention_backend("segments", *where, batch.spans, dtype=torch.float32)
+    assert [len(calls) for _, calls in backend.groups] == [5, 5]
 
 
 def test_spans_are_read_from_the_tokens_and_make_calls():
@@ -203,7 +208,9 @@ def test_spans_are_read_from_the_tokens_and_make_calls():
         SampleSpan(row=0, start=9, image=0, shared=0, branches=(4,)),
         SampleSpan(row=1, start=0, image=3, shared=0, branches=(2,)),
     )
-    calls = [(c.row, c.start, c.queries, c.prefix_start, c.shown, c.is_image) for c in calls_of(spans)]
+    calls = [
+        (c.row, c.start, c.queries, c.prefix_start, c.num_prefix_keys, c.is_image) for c in attention_segments(spans)
+    ]
     assert calls == [
         *((0, 0, 3, 0, 0, True), (0, 3, 2, 0, 3, False), (0, 5, 2, 0, 5, False), (0, 7, 2, 0, 5, False)),
         *((0, 9, 4, 9, 0, False), (1, 0, 3, 0, 0, True), (1, 3, 2, 0, 3, False)),
@@ -233,8 +240,8 @@ def test_tokens_in_another_order_are_refused(sample, branch, in_image):
     ("cuda", torch.float32, "flex"),
 ])  # fmt: skip
 def test_auto_is_chosen_by_device_and_precision(device, dtype, expected):
-    assert chosen_attention("auto", torch.device(device), dtype) == expected
-    assert chosen_attention("dense", torch.device(device), dtype) == "dense"
+    assert resolve_attention("auto", torch.device(device), dtype) == expected
+    assert resolve_attention("dense", torch.device(device), dtype) == "dense"
 
 
 def _rows(number, *branches, image=66, shared=0):
@@ -262,8 +269,8 @@ def test_turns_mix_what_segments_mix_whatever_a_sample_lacks(sample):
     spans = (SampleSpan(row=0, start=0, **sample), SampleSpan(row=1, start=0, image=0, shared=0, branches=(2,)))
     q, k, v = (torch.randn(2, 20, heads, 8).transpose(1, 2).requires_grad_() for heads in (4, 2, 2))
     weights, found = torch.randn(2, 4, 20, 8), []
-    for rule in (SegmentAttention(spans, dtype=q.dtype), TurnAttention(spans, shape=(2, 20), dtype=q.dtype)):
-        mixed = rule(0, q, k, v)
+    for backend in (SegmentAttention(spans, dtype=q.dtype), TurnAttention(spans, shape=(2, 20), dtype=q.dtype)):
+        mixed = backend(0, q, k, v)
         found.append((mixed, *torch.autograd.grad((mixed * weights).sum(), (q, k, v))))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
@@ -307,10 +314,10 @@ def test_folded_logits_are_queries_dotted_with_features(make_config, stride):
         torch.nn.init.normal_(parameter, std=0.3) if parameter.dim() == 1 else None
     states, segs = torch.randn(2, 3, 5, 32, requires_grad=True), torch.randn(4, 32, requires_grad=True)
     features, queries, _ = head([states], segs)
-    cells, same_queries, probes = head([states], segs, folded=True)
+    cells, same_queries, mask_embed = head([states], segs, folded=True)
     rows, columns = 3 * 8 // stride, 5 * 8 // stride
     expected = torch.stack([mask_logits(queries, own) for own in features.view(2, rows, columns, -1)])
-    found = torch.stack([folded_logits(probes, own) for own in cells.view(2, rows, columns, -1)])
+    found = torch.stack([folded_logits(mask_embed, own) for own in cells.view(2, rows, columns, -1)])
     assert torch.equal(queries, same_queries)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     weights = torch.randn_like(expected)
@@ -321,11 +328,11 @@ def test_folded_logits_are_queries_dotted_with_features(make_config, stride):
 
 
 def test_points_read_before_the_dot_product_are_those_read_after_it_also_beyond_the_border():
-    probes, cells = torch.randn(3, 9), torch.randn(4, 6, 8)
+    mask_embed, cells = torch.randn(3, 9), torch.randn(4, 6, 8)
     points = torch.rand(3, 200, 2)
     points[:, :5] = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.02, 0.5], [0.5, 0.999], [1.0, 0.3]])
-    maps = folded_logits(probes, cells)
-    found = PointLogits(probes_NE=probes, cells_YXC=cells).at(points)
+    maps = folded_logits(mask_embed, cells)
+    found = PointLogits(mask_embed_NE=mask_embed, pixel_embed_YXC=cells).at(points)
     torch.testing.assert_close(found, sample_map(maps, points), rtol=1e-4, atol=1e-5)
     # At a corner one cell in four exists: the bias counts a quarter, too.
     corner = (maps[0, 0, 0] / 4).item()
@@ -334,9 +341,9 @@ def test_points_read_before_the_dot_product_are_those_read_after_it_also_beyond_
 
 def test_points_are_chosen_alike_from_maps_and_from_features():
     sampling = PointSampling(num_points=40)
-    probes, cells, masks = torch.randn(3, 9), torch.randn(4, 6, 8), torch.rand(3, 20, 30) < 0.4
-    maps, reader = folded_logits(probes, cells), PointLogits(probes_NE=probes, cells_YXC=cells)
-    chosen = [choose_points(logits, sampling, torch.Generator().manual_seed(2)) for logits in (maps, reader)]
+    mask_embed, cells, masks = torch.randn(3, 9), torch.randn(4, 6, 8), torch.rand(3, 20, 30) < 0.4
+    maps, reader = folded_logits(mask_embed, cells), PointLogits(mask_embed_NE=mask_embed, pixel_embed_YXC=cells)
+    chosen = [sample_points(logits, sampling, torch.Generator().manual_seed(2)) for logits in (maps, reader)]
     assert torch.equal(*chosen)
     sums = [point_losses(logits, masks, sampling, torch.Generator().manual_seed(2)) for logits in (maps, reader)]
     assert sums[1].bce.item() == pytest.approx(sums[0].bce.item(), rel=1e-5)
@@ -346,7 +353,7 @@ def test_points_are_chosen_alike_from_maps_and_from_features():
 
 def test_a_swiglu_keeps_two_wide_maps_instead_of_four(make_config):
     layer, states, kept = SwiGLU(make_config()), torch.randn(2, 7, 32, requires_grad=True), {}
-    for layer.recomputed in (False, True):
+    for layer.recompute in (False, True):
         places = set()
 
         def keep(tensor, places=places):
@@ -356,7 +363,7 @@ def test_a_swiglu_keeps_two_wide_maps_instead_of_four(make_config):
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             result = layer(states)
-        kept[layer.recomputed] = len(places)
+        kept[layer.recompute] = len(places)
         result.sum().backward()
     assert kept == {False: 4, True: 2}
 
@@ -400,15 +407,15 @@ def test_forward_losses_and_backward_ask_the_device_for_nothing(tiny_model, batc
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("checkpointing", ["none", "feed_forward", "layers"])
-@pytest.mark.parametrize("speed", [
-    Speed(attention="varlen"), Speed(attention="dense", mask_head="points"), REFERENCE,
+@pytest.mark.parametrize("kernels", [
+    Kernels(attention="varlen"), Kernels(attention="dense", mask_head="points"), REFERENCE,
 ], ids=["fast", "points", "reference"])  # fmt: skip
-def test_a_step_runs_on_one_device_whatever_it_is(tiny_model, batch, speed, checkpointing, dtype):
+def test_a_step_runs_on_one_device_whatever_it_is(tiny_model, batch, kernels, checkpointing, dtype):
     others = ({"visual_prompts": "pooled"}, {"tie_word_embeddings": False}, {"hidden_size": 1152})
     for changes in ({}, *(others if checkpointing == "none" else ())):
         with torch.device("meta"):
             model = tiny_model(**changes)
-        model.use(speed, checkpointing)
+        model.use(kernels, checkpointing)
         assert step_on_one_device(model, batch, dtype, CONFIG) == [], changes
 
 
@@ -428,11 +435,11 @@ def test_a_step_on_a_gpu_does_not_wait_and_equals_the_reference(tiny_model, batc
     model = tiny_model(num_attention_heads=2).train().cuda().to(dtype)
     moved = batch.to("cuda")
     expected, _, _ = losses_and_gradients(model, moved, REFERENCE)
-    losses_and_gradients(model, moved, Speed())
+    losses_and_gradients(model, moved, Kernels())
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found, _, _ = losses_and_gradients(model, moved, Speed())
+        found, _, _ = losses_and_gradients(model, moved, Kernels())
     finally:
         torch.cuda.set_sync_debug_mode("default")
     tolerance = {"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
@@ -453,8 +460,8 @@ def test_a_compiled_layer_is_two_graphs_for_all_layers_and_lengths(tiny_model, m
         mask = MaskedAttention(mask_B1TS=torch.ones(1, 1, length, length, dtype=torch.bool).tril())
         # Not the sum of squares: the last norm makes it a constant, whose gradient is rounding noise.
         weights = torch.randn(1, length, 32)
-        for speed, found in ((Speed(), plain), (Speed(compile="layers"), compiled)):
-            model.use(speed)
+        for kernels, found in ((Kernels(), plain), (Kernels(compile="layers"), compiled)):
+            model.use(kernels)
             result = model.decoder(states, places, mask)
             learned = [states, *model.decoder.parameters()]
             found.append((result.detach(), *torch.autograd.grad((result * weights).sum(), learned)))
@@ -470,11 +477,11 @@ def test_a_compiled_layer_is_two_graphs_for_all_layers_and_lengths(tiny_model, m
 
 
 def test_speed_is_a_group_of_a_run_and_refuses_unknown_choices():
-    assert load_config("train", TrainConfig, ["name=x"]).speed == Speed()
-    chosen = load_config("train", TrainConfig, ["name=x", "speed.attention=dense", "speed.mask_head=maps"]).speed
+    assert load_config("train", TrainConfig, ["name=x"]).kernels == Kernels()
+    chosen = load_config("train", TrainConfig, ["name=x", "kernels.attention=dense", "kernels.mask_head=maps"]).kernels
     assert (chosen.attention, chosen.mask_head, chosen.text_loss) == ("dense", "maps", "chunked")
-    with pytest.raises(DataError, match=r"speed\.attention is 'sparse', expected one of"):
-        Speed(attention="sparse")
+    with pytest.raises(DataError, match=r"kernels\.attention is 'sparse', expected one of"):
+        Kernels(attention="sparse")
 
 
 def test_cross_entropy_by_hand():
