@@ -25,13 +25,17 @@ CONFIG_KEYS: dict[str, str] = {
     "experts.drawn_states": "distillation.attribute_states",
     "experts.drawn_pixels": "distillation.attribute_pixels",
     "allow_random_experts": "allow_random_teachers",
+    "speed.elementwise": "kernels.recompute_elementwise",
+    "speed": "kernels",
 }
 """Old key of a configuration -> new key. A key with settings below it is moved with all of them."""
 CONFIG_GROUPS: dict[str, str] = {"experts": "distillation"}
 """Old name of a config group, as in `group=choice`, -> new name."""
 CONFIG_CHOICES: dict[tuple[str, str], str] = {("experts", "drawn"): "attributes"}
 """(old group, old choice) -> new choice."""
-CONFIG_VALUES: dict[str, dict[Any, Any]] = {}
+CONFIG_VALUES: dict[str, dict[Any, Any]] = {
+    "kernels.recompute_elementwise": {"recomputed": True, "plain": False},
+}
 """New key -> values that mean the same: old -> new."""
 TARGETS: dict[str, str] = {
     "pixel_sail.experts.drawn.": "pixel_sail.distillation.attributes.",

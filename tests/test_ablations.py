@@ -238,7 +238,7 @@ def test_bilinear_doubling_by_hand():
     block = upsampler.blocks[0]
     torch.nn.init.ones_(block.mixed.weight)
     torch.nn.init.constant_(block.mixed.bias, 10.0)
-    found = block.doubled(torch.tensor([[[[0.0, 4.0]]]]))
+    found = block.upsample(torch.tensor([[[[0.0, 4.0]]]]))
     torch.testing.assert_close(found[0, 0], torch.tensor([[10.0, 11.0, 13.0, 14.0]] * 2))
 
 
@@ -247,7 +247,7 @@ def test_pixel_shuffle_turns_four_channels_into_four_cells():
     torch.nn.init.zeros_(block.shuffled.weight)
     block.shuffled.bias.data = torch.tensor([1.0, 2.0, 3.0, 4.0])
     expected = torch.tensor([[1.0, 2.0, 1.0, 2.0], [3.0, 4.0, 3.0, 4.0]])
-    torch.testing.assert_close(block.doubled(torch.zeros(1, 1, 1, 2))[0, 0], expected)
+    torch.testing.assert_close(block.upsample(torch.zeros(1, 1, 1, 2))[0, 0], expected)
 
 
 VARIANTS = [

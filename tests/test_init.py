@@ -113,7 +113,7 @@ def test_the_upsampler_starts_as_a_repetition_of_its_input(design, monkeypatch):
     block = drawn_head("ours", upsampler=design).upsampler.blocks[0]
     states = torch.randn(2, 64, 5, 7)
     repeated = states.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    assert torch.equal(block.doubled(states), repeated)
+    assert torch.equal(block.upsample(states), repeated)
     mixed = block.pointwise(block.depthwise(torch.nn.functional.gelu(repeated)))
     assert torch.allclose(mixed, torch.nn.functional.gelu(repeated))
 

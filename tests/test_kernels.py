@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from varlen_kernels import new_varlen, old_varlen
 
-from pixel_sail.config import TrainConfig, load_config
+from pixel_sail.config import ConfigError, TrainConfig, load_config
 from pixel_sail.losses.mask import PointSampling, point_losses, sample_map, sample_points
 from pixel_sail.losses.text import text_losses
 from pixel_sail.losses.total import Counts, LossConfig, combine, count, loss_sums
@@ -30,6 +30,7 @@ from pixel_sail.model.spans import sample_spans
 from pixel_sail.model.text_head import TextHead
 from pixel_sail.model.transfer import to_device
 from pixel_sail.model.turn_attention import TurnAttention, fastest_on_cpu
+from pixel_sail.renamed import current_config
 from pixel_sail.types import DataError, SampleSpan
 
 FAST = Kernels(attention="segments")
@@ -189,16 +190,16 @@ def test_the_kernel_of_a_norm_is_the_norm():
         torch.testing.assert_close(found, norm(states), rtol=tolerance, atol=tolerance)
 
 
-def test_samples_of_one_shape_are_one_call(processor, draw_sample, make_batch):
+def test_samples_of_one_shape_are_computed_together(processor, draw_sample, make_batch):
     sample, image = draw_sample(np.random.default_rng(0), masks_per_turn=(1,))
     example = processor.encode_sample(sample, image, independent_turns=False)
     batch = make_batch([example] * 3, [example] * 2)
     where = (batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT)
     backend = attention_backend("segments", *where, batch.spans, dtype=torch.float32)
-    assert [len(calls) for _, calls in backend.groups] == [5, 5]
+    assert [len(segments) for _, segments in backend.groups] == [5, 5]
 
 
-def test_spans_are_read_from_the_tokens_and_make_calls():
+def test_spans_are_read_from_the_tokens_and_make_segments():
     sample = torch.tensor([[0] * 9 + [1] * 4, [2] * 5 + [-1] * 8])
     branch = torch.tensor([[0] * 5 + [1, 1, 2, 2] + [1] * 4, [0] * 3 + [1] * 2 + [0] * 8])
     in_image = torch.tensor([[1] * 3 + [0] * 10, [1] * 3 + [0] * 10]).bool()
@@ -208,10 +209,11 @@ def test_spans_are_read_from_the_tokens_and_make_calls():
         SampleSpan(row=0, start=9, image=0, shared=0, branches=(4,)),
         SampleSpan(row=1, start=0, image=3, shared=0, branches=(2,)),
     )
-    calls = [
-        (c.row, c.start, c.queries, c.prefix_start, c.num_prefix_keys, c.is_image) for c in attention_segments(spans)
+    segments = [
+        (c.row, c.start, c.num_queries, c.prefix_start, c.num_prefix_keys, c.is_image)
+        for c in attention_segments(spans)
     ]
-    assert calls == [
+    assert segments == [
         *((0, 0, 3, 0, 0, True), (0, 3, 2, 0, 3, False), (0, 5, 2, 0, 5, False), (0, 7, 2, 0, 5, False)),
         *((0, 9, 4, 9, 0, False), (1, 0, 3, 0, 0, True), (1, 3, 2, 0, 3, False)),
     ]
@@ -314,10 +316,10 @@ def test_folded_logits_are_queries_dotted_with_features(make_config, stride):
         torch.nn.init.normal_(parameter, std=0.3) if parameter.dim() == 1 else None
     states, segs = torch.randn(2, 3, 5, 32, requires_grad=True), torch.randn(4, 32, requires_grad=True)
     features, queries, _ = head([states], segs)
-    cells, same_queries, mask_embed = head([states], segs, folded=True)
+    pixel_embed, same_queries, mask_embed = head([states], segs, mode="folded")
     rows, columns = 3 * 8 // stride, 5 * 8 // stride
     expected = torch.stack([mask_logits(queries, own) for own in features.view(2, rows, columns, -1)])
-    found = torch.stack([folded_logits(mask_embed, own) for own in cells.view(2, rows, columns, -1)])
+    found = torch.stack([folded_logits(mask_embed, own) for own in pixel_embed.view(2, rows, columns, -1)])
     assert torch.equal(queries, same_queries)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     weights = torch.randn_like(expected)
@@ -328,11 +330,11 @@ def test_folded_logits_are_queries_dotted_with_features(make_config, stride):
 
 
 def test_points_read_before_the_dot_product_are_those_read_after_it_also_beyond_the_border():
-    mask_embed, cells = torch.randn(3, 9), torch.randn(4, 6, 8)
+    mask_embed, pixel_embed = torch.randn(3, 9), torch.randn(4, 6, 8)
     points = torch.rand(3, 200, 2)
     points[:, :5] = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.02, 0.5], [0.5, 0.999], [1.0, 0.3]])
-    maps = folded_logits(mask_embed, cells)
-    found = PointLogits(mask_embed_NE=mask_embed, pixel_embed_YXC=cells).at(points)
+    maps = folded_logits(mask_embed, pixel_embed)
+    found = PointLogits(mask_embed_NE=mask_embed, pixel_embed_YXC=pixel_embed).at(points)
     torch.testing.assert_close(found, sample_map(maps, points), rtol=1e-4, atol=1e-5)
     # At a corner one cell in four exists: the bias counts a quarter, too.
     corner = (maps[0, 0, 0] / 4).item()
@@ -341,8 +343,11 @@ def test_points_read_before_the_dot_product_are_those_read_after_it_also_beyond_
 
 def test_points_are_chosen_alike_from_maps_and_from_features():
     sampling = PointSampling(num_points=40)
-    mask_embed, cells, masks = torch.randn(3, 9), torch.randn(4, 6, 8), torch.rand(3, 20, 30) < 0.4
-    maps, reader = folded_logits(mask_embed, cells), PointLogits(mask_embed_NE=mask_embed, pixel_embed_YXC=cells)
+    mask_embed, pixel_embed, masks = torch.randn(3, 9), torch.randn(4, 6, 8), torch.rand(3, 20, 30) < 0.4
+    maps, reader = (
+        folded_logits(mask_embed, pixel_embed),
+        PointLogits(mask_embed_NE=mask_embed, pixel_embed_YXC=pixel_embed),
+    )
     chosen = [sample_points(logits, sampling, torch.Generator().manual_seed(2)) for logits in (maps, reader)]
     assert torch.equal(*chosen)
     sums = [point_losses(logits, masks, sampling, torch.Generator().manual_seed(2)) for logits in (maps, reader)]
@@ -476,7 +481,7 @@ def test_a_compiled_layer_is_two_graphs_for_all_layers_and_lengths(tiny_model, m
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
-def test_speed_is_a_group_of_a_run_and_refuses_unknown_choices():
+def test_kernels_are_a_group_of_a_run_and_refuse_unknown_choices():
     assert load_config("train", TrainConfig, ["name=x"]).kernels == Kernels()
     chosen = load_config("train", TrainConfig, ["name=x", "kernels.attention=dense", "kernels.mask_head=maps"]).kernels
     assert (chosen.attention, chosen.mask_head, chosen.text_loss) == ("dense", "maps", "chunked")
@@ -492,3 +497,23 @@ def test_cross_entropy_by_hand():
     found = head(torch.ones(1, 1), torch.tensor([1]))
     assert found.item() == pytest.approx(expected, rel=1e-6)
     assert F.cross_entropy(head(torch.ones(1, 1)), torch.tensor([1])).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("speed.elementwise=plain", "kernels.recompute_elementwise=false"),
+        ("speed.mask_head=maps", "kernels.mask_head=maps"),
+    ],
+)
+def test_the_group_under_its_former_name_is_refused_with_the_new_one(old, new):
+    with pytest.raises(ConfigError, match=f"which was renamed; write {new}"):
+        load_config("train", TrainConfig, ["name=x", old])
+    assert load_config("train", TrainConfig, ["name=x", new]).kernels != Kernels()
+
+
+def test_the_group_under_its_former_name_is_read_from_files():
+    stored = {"attention": "auto", "text_loss": "chunked", "mask_head": "points", "compile": "off", "experts": "mixed"}
+    now = current_config({"speed": stored | {"elementwise": "plain"}})
+    assert now == {"kernels": stored | {"recompute_elementwise": False}}
+    assert current_config({"speed": {"elementwise": "recomputed"}}) == {"kernels": {"recompute_elementwise": True}}

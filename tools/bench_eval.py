@@ -88,7 +88,7 @@ class GrowingCache:
         self.device = device
 
     def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
-        """Return the mixed values: the image in both directions, text causally."""
+        """Return the attention output: the image in both directions, text causally."""
         if len(self.key_values) == layer:
             self.key_values.append((k_BGTE, v_BGTE))
             mask_TS = torch.ones(q_BATE.shape[2], k_BGTE.shape[2], dtype=torch.bool, device=self.device)

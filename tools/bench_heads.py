@@ -60,8 +60,8 @@ def mask_seconds(kind: str, head: MaskHead, options: argparse.Namespace, number:
     scale = 2 ** head.upsampler.blocks.__len__()
 
     def work() -> Tensor:
-        cells, _, mask_embed = head([states], segs, folded=kind != "maps")
-        maps = [cells.view(GRID[0] * scale, GRID[1] * scale, -1)]
+        pixel_embed, _, mask_embed = head([states], segs, mode="reference" if kind == "maps" else "folded")
+        maps = [pixel_embed.view(GRID[0] * scale, GRID[1] * scale, -1)]
         (logits,) = mask_logits_of_images(mask_embed, maps, [number], kind=kind)
         assert logits is not None
         sums = point_losses(logits, masks, PointSampling(), torch.Generator().manual_seed(0))

@@ -248,12 +248,12 @@ def our_states(model: PixelSailForSegmentation, batch: Batch) -> Tensor:
 def our_maps(model: PixelSailForSegmentation, hidden_BTD: Tensor, batch: Batch) -> list[Tensor]:
     """Return the mask logits of every image by the model's own way."""
     seg_states = hidden_BTD[tuple(batch.seg_positions_N2.unbind(1))]
-    folded = model.folds_masks()
+    mode = model.mask_head_mode()
     per_image = batch.masks_per_image
     _, maps, _, mask_embed = model.embed_masks(
-        hidden_BTD, batch.patch_index_BT, batch.grids, per_image, seg_states, folded=folded
+        hidden_BTD, batch.patch_index_BT, batch.grids, per_image, seg_states, mode=mode
     )
-    masks = mask_logits_of_images(mask_embed, maps, per_image, kind="folded" if folded else "maps")
+    masks = mask_logits_of_images(mask_embed, maps, per_image, kind="folded" if mode == "folded" else "maps")
     return [logits for logits in masks if isinstance(logits, Tensor)]
 
 
@@ -474,7 +474,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     settings = {name: value for name, value in vars(options).items() if name not in ("json", "png", "child")}
     result = {**settings, "device": device, "torch": torch.__version__, "code": code_version(), **found}
-    result["speeds"] = {name: asdict(way.kernels) if way.kernels else "released" for name, way in WAYS.items()}
+    result["kernels"] = {name: asdict(way.kernels) if way.kernels else "released" for name, way in WAYS.items()}
     if not options.growth and {"ours", "released"} <= set(options.ways):
         result |= ratios(found)
     print(

@@ -138,7 +138,7 @@ def counted(options: argparse.Namespace) -> dict[str, Any]:
     assert batch.spans is not None
     attention = {
         is_causal: sum(
-            4.0 * segment.queries * (segment.num_prefix_keys + segment.queries) * config.hidden_size
+            4.0 * segment.num_queries * (segment.num_prefix_keys + segment.num_queries) * config.hidden_size
             for segment in attention_segments(batch.spans)
             if segment.is_image != is_causal
         )

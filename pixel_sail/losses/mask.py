@@ -143,15 +143,15 @@ def losses_at_points(images: Sequence[ImageMasks], sampling: PointSampling) -> t
 
     Images of one size are read together: how long small images take is a matter of how many operations there are.
     """
-    alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    by_shape: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for index, image in enumerate(images):
         # By themselves, for their memory: large masks, which become float32, and what makes logits at points only.
         is_alone = isinstance(image.logits, PointLogits) or image.masks[0].numel() > SMALL_IMAGE
         own_hw = () if isinstance(image.logits, PointLogits) else tuple(image.logits.shape[1:])
-        alike[(index if is_alone else -1, *own_hw, *image.masks[0].shape)].append(index)
+        by_shape[(index if is_alone else -1, *own_hw, *image.masks[0].shape)].append(index)
     is_ignored = any(ignored is not None for image in images for ignored in image.ignored)
     read: list[tuple[Tensor, ...]] = []
-    for indices in alike.values():
+    for indices in by_shape.values():
         own = [images[index] for index in indices]
         counts = [len(image.logits) for image in own]
         logits = own[0].logits
@@ -167,7 +167,7 @@ def losses_at_points(images: Sequence[ImageMasks], sampling: PointSampling) -> t
             values.append((sample_map(torch.stack(filled).float(), points) == 0).float())
         read.append(tuple(values))
     joined = [torch.cat(parts) for parts in zip(*read, strict=True)]
-    owners = [index for indices in alike.values() for index in indices for _ in range(len(images[index].logits))]
+    owners = [index for indices in by_shape.values() for index in indices for _ in range(len(images[index].logits))]
     return torch.stack((bce_means(*joined), dice_losses(*joined))), owners
 
 

@@ -171,11 +171,11 @@ def distill_sums(
         own = [batch.image_samples[image] for image in images.get(term.name, ())]
         predicted = (output.distilled or {}).get(term.name, ())
         # Images of one size together: how long small maps take is a matter of how many operations there are.
-        alike: dict[tuple[object, ...], list[tuple[int, Tensor, Tensor]]] = defaultdict(list)
-        for sample, student, features in zip(own, predicted, teacher_maps.get(term.name, ()), strict=True):
-            alike[(student.shape, features.shape)].append((sample, student, features))
+        by_shape: dict[tuple[object, ...], list[tuple[int, Tensor, Tensor]]] = defaultdict(list)
+        for sample, student, features in zip(own, predicted, expert_maps.get(term.name, ()), strict=True):
+            by_shape[(student.shape, features.shape)].append((sample, student, features))
         column_S = batch.targets_M.new_zeros(num_samples, dtype=torch.float32)
-        for group in alike.values():
+        for group in by_shape.values():
             samples, students, maps = zip(*group, strict=True)
             losses_N = distill_losses(torch.stack(students), torch.stack(maps), term.loss)
             # A sample has one image at most.

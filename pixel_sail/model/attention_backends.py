@@ -1,12 +1,12 @@
-"""Attention over a packed row without a mask over the row: the image of a sample is always its prefix.
+"""Attention backends for packed rows that need no mask over the row: the image of a sample is always its prefix.
 
-Place in the flow: `modeling_pixel_sail` asks `attention_backend` for the backend of a forward pass, which the decoder takes. A
-sample of 1,202 image tokens and a conversation of 130 is two segments: 1,202 queries over 1,202 keys without a mask, and
-130 queries over 1,332 keys, causal from the bottom right. Independent questions are one call each, over the image and
-themselves. `attention_mask.py` says the same as one dense mask, and is what tests compare with.
+Place in the flow: `modeling_pixel_sail` asks `attention_backend` for the backend of a forward pass and passes it to the
+decoder. A sample of 1,202 image tokens and a conversation of 130 has two attention segments: 1,202 queries over 1,202
+keys without a mask, and 130 queries over 1,332 keys, causal from the bottom right. Each independent question is a
+segment, over the image and itself. `attention_mask.py` has the same as one dense mask; tests compare with it.
 
-Axis letters: B rows, T tokens, A attention heads, G key-value heads, E head width, I calls of one shape, Q queries of a
-segment, K keys of a segment, N all tokens of all rows.
+Axis letters: B rows, T tokens, A attention heads, G key-value heads, E head width, I segments of one shape, Q queries
+of a segment, K keys of a segment, N all tokens of all rows.
 """
 
 import inspect
@@ -31,19 +31,19 @@ from pixel_sail.types import DataError, SampleSpan
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSegment:
-    """One product of queries and keys: tokens [start, start + queries) of a row see `num_prefix_keys` tokens of their sample's
-    beginning, and then themselves, causally unless the call is an image."""
+    """One product of queries and keys: tokens [start, start + num_queries) of a row attend to the first
+    `num_prefix_keys` tokens of their sample and to themselves, causally unless the segment is an image."""
 
     row: int
     start: int
-    queries: int
+    num_queries: int
     prefix_start: int
     num_prefix_keys: int
     is_image: bool
 
 
 def attention_segments(spans: Sequence[SampleSpan]) -> tuple[AttentionSegment, ...]:
-    """Return the calls of all samples, in the order of their tokens."""
+    """Return the segments of all samples, in the order of their tokens."""
     segments = []
     for span in spans:
         if span.image:
@@ -59,12 +59,12 @@ def attention_segments(spans: Sequence[SampleSpan]) -> tuple[AttentionSegment, .
 
 
 def _segment(
-    span: SampleSpan, offset: int, queries: int, *, num_prefix_keys: int, is_image: bool = False
+    span: SampleSpan, offset: int, num_queries: int, *, num_prefix_keys: int, is_image: bool = False
 ) -> AttentionSegment:
     return AttentionSegment(
         row=span.row,
         start=span.start + offset,
-        queries=queries,
+        num_queries=num_queries,
         prefix_start=span.start,
         num_prefix_keys=num_prefix_keys,
         is_image=is_image,
@@ -72,12 +72,12 @@ def _segment(
 
 
 class SegmentAttention:
-    """The backend as calls of torch's fused CPU kernel, those of one shape together. Padding gets zeros."""
+    """Torch's fused CPU kernel, called once for all segments of one shape. Padding gets zeros."""
 
     def __init__(self, spans: Sequence[SampleSpan], *, dtype: torch.dtype) -> None:
         groups: dict[tuple[int, int, bool], list[AttentionSegment]] = defaultdict(list)
         for segment in attention_segments(spans):
-            groups[segment.queries, segment.num_prefix_keys, segment.is_image].append(segment)
+            groups[segment.num_queries, segment.num_prefix_keys, segment.is_image].append(segment)
         self.groups = list(groups.items())
         # Causal from the bottom right, as numbers in the dtype of the scores: made here once, not in every layer.
         self.masks: dict[tuple[int, int], Tensor] = {}
@@ -90,21 +90,21 @@ class SegmentAttention:
                 self.masks[queries, num_prefix_keys] = mask_QK
 
     def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
-        """Return the mixed values."""
+        """Return the attention output."""
         if torch.is_autocast_enabled("cpu"):  # which knows nothing of the kernel's own name
             dtype = torch.get_autocast_dtype("cpu")
             q_BATE, k_BGTE, v_BGTE = (x.to(dtype) for x in (q_BATE, k_BGTE, v_BGTE))
-        mixed_BATE: Tensor = SegmentProducts.apply(q_BATE, k_BGTE, v_BGTE, self)
-        return mixed_BATE
+        output_BATE: Tensor = SegmentProducts.apply(q_BATE, k_BGTE, v_BGTE, self)
+        return output_BATE
 
     def mask(self, shape: tuple[int, int, bool], dtype: torch.dtype) -> Tensor | None:
-        """Return what is added to the scores of calls of one shape."""
+        """Return what is added to the scores of segments of one shape."""
         queries, num_prefix_keys, is_image = shape
         return None if is_image else self.masks[queries, num_prefix_keys].to(dtype)
 
 
 class SegmentProducts(torch.autograd.Function):
-    """All calls of a layer as one function, which keeps queries, keys, values and result of the row and no pieces.
+    """All segments of a layer as one function, which keeps queries, keys, values and result of the row and no pieces.
 
     As slices, stacks and `scaled_dot_product_attention` under autograd the same keeps keys and values once per head and
     segment, and its backward pass fills a map of zeros for every slice.
@@ -112,28 +112,28 @@ class SegmentProducts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor, attention: SegmentAttention) -> Tensor:
-        """Return the mixed values [B, A, T, E], which lie in memory as [B, T, A, E]."""
+        """Return the attention output [B, A, T, E], which lies in memory as [B, T, A, E]."""
         rows, heads, tokens, width = q_BATE.shape
-        mixed_BATE = q_BATE.new_zeros(rows, tokens, heads, width).transpose(1, 2)
+        output_BATE = q_BATE.new_zeros(rows, tokens, heads, width).transpose(1, 2)
         log_sums = []
         for shape, segments in attention.groups:
-            mixed_IAQE, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            output_IAQE, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 _queries(q_BATE, segments),
                 _keys(k_BGTE, segments, heads),
                 _keys(v_BGTE, segments, heads),
                 attn_mask=attention.mask(shape, q_BATE.dtype),
             )
-            for segment, mixed_AQE in zip(segments, mixed_IAQE, strict=True):
-                _part(mixed_BATE, segment.row, segment.start, segment.queries).copy_(mixed_AQE)
+            for segment, output_AQE in zip(segments, output_IAQE, strict=True):
+                _part(output_BATE, segment.row, segment.start, segment.num_queries).copy_(output_AQE)
             log_sums.append(log_sum)
-        ctx.save_for_backward(q_BATE, k_BGTE, v_BGTE, mixed_BATE, *log_sums)
+        ctx.save_for_backward(q_BATE, k_BGTE, v_BGTE, output_BATE, *log_sums)
         ctx.attention = attention
-        return mixed_BATE
+        return output_BATE
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """Return the gradients of queries, keys and values."""
-        q_BATE, k_BGTE, v_BGTE, mixed_BATE, *log_sums = ctx.saved_tensors
+        q_BATE, k_BGTE, v_BGTE, output_BATE, *log_sums = ctx.saved_tensors
         attention: SegmentAttention = ctx.attention
         heads, groups = q_BATE.shape[1], k_BGTE.shape[1]
         grad_q_BATE, grad_k_BGTE, grad_v_BGTE = (torch.zeros_like(x) for x in (q_BATE, k_BGTE, v_BGTE))
@@ -143,19 +143,19 @@ class SegmentProducts(torch.autograd.Function):
                 _queries(q_BATE, segments),
                 _keys(k_BGTE, segments, heads),
                 _keys(v_BGTE, segments, heads),
-                _queries(mixed_BATE, segments),
+                _queries(output_BATE, segments),
                 log_sum,
                 0.0,
                 False,
                 attn_mask=attention.mask(shape, q_BATE.dtype),
             )
             for segment, own_AQE in zip(segments, grad_q, strict=True):
-                _part(grad_q_BATE, segment.row, segment.start, segment.queries).copy_(own_AQE)
+                _part(grad_q_BATE, segment.row, segment.start, segment.num_queries).copy_(own_AQE)
             for whole_BGTE, grad_IAKE in zip((grad_k_BGTE, grad_v_BGTE), grad_kv, strict=True):
                 for segment, own_GKE in zip(segments, grad_IAKE.unflatten(1, (groups, -1)).sum(2), strict=True):
-                    prefix_GKE, itself_GQE = own_GKE.split([segment.num_prefix_keys, segment.queries], dim=1)
+                    prefix_GKE, itself_GQE = own_GKE.split([segment.num_prefix_keys, segment.num_queries], dim=1)
                     _part(whole_BGTE, segment.row, segment.prefix_start, segment.num_prefix_keys).add_(prefix_GKE)
-                    _part(whole_BGTE, segment.row, segment.start, segment.queries).add_(itself_GQE)
+                    _part(whole_BGTE, segment.row, segment.start, segment.num_queries).add_(itself_GQE)
         return grad_q_BATE, grad_k_BGTE, grad_v_BGTE, None
 
 
@@ -163,41 +163,41 @@ def _part(x_BATE: Tensor, row: int, start: int, length: int) -> Tensor:
     return x_BATE[row, :, start : start + length]
 
 
-def _stacked(parts: Sequence[Tensor]) -> Tensor:
+def _stack(parts: Sequence[Tensor]) -> Tensor:
     return parts[0][None] if len(parts) == 1 else torch.stack(list(parts))
 
 
 def _queries(x_BATE: Tensor, segments: Sequence[AttentionSegment]) -> Tensor:
-    """Return the tokens of calls of one shape [I, A, Q, E]."""
-    return _stacked([_part(x_BATE, segment.row, segment.start, segment.queries) for segment in segments])
+    """Return the tokens of segments of one shape [I, A, Q, E]."""
+    return _stack([_part(x_BATE, segment.row, segment.start, segment.num_queries) for segment in segments])
 
 
 def _keys(x_BGTE: Tensor, segments: Sequence[AttentionSegment], heads: int) -> Tensor:
-    """Return the keys or values that calls of one shape see [I, A, K, E], for every head.
+    """Return the keys or values that segments of one shape see [I, A, K, E], for every head.
 
     Not left to the kernel: its backward pass over shared keys took 2.7 times as long on two cores.
     """
-    seen_IGKE = _stacked([_seen(x_BGTE, segment) for segment in segments])
-    calls_, groups, keys, width = seen_IGKE.shape
-    return seen_IGKE[:, :, None].expand(calls_, groups, heads // groups, keys, width).flatten(1, 2)
+    seen_IGKE = _stack([_seen(x_BGTE, segment) for segment in segments])
+    count, groups, keys, width = seen_IGKE.shape
+    return seen_IGKE[:, :, None].expand(count, groups, heads // groups, keys, width).flatten(1, 2)
 
 
 def _seen(x_BGTE: Tensor, segment: AttentionSegment) -> Tensor:
-    """Return the keys or values [G, K, E] that a call sees."""
-    own = _part(x_BGTE, segment.row, segment.start, segment.queries)
+    """Return the keys or values [G, K, E] that a segment sees."""
+    own = _part(x_BGTE, segment.row, segment.start, segment.num_queries)
     if not segment.num_prefix_keys:
         return own
     if segment.prefix_start + segment.num_prefix_keys == segment.start:
-        return _part(x_BGTE, segment.row, segment.prefix_start, segment.num_prefix_keys + segment.queries)
+        return _part(x_BGTE, segment.row, segment.prefix_start, segment.num_prefix_keys + segment.num_queries)
     return torch.cat((_part(x_BGTE, segment.row, segment.prefix_start, segment.num_prefix_keys), own), dim=1)
 
 
 class VarlenAttention:
-    """The backend as two calls of torch's variable-length flash kernels over all samples: images, and texts over all
-    their keys. CUDA and half precision only. Padding gets zeros.
+    """Torch's variable-length flash kernels, called twice for all samples: for images, and for texts over all their
+    keys. CUDA and half precision only. Padding gets zeros.
 
-    Takes the tokens of all rows as one row in an order of its own, images first, then texts, then padding, so that what
-    a kernel reads is a slice: `reorder` puts them into it once, where every layer would have to gather them.
+    Expects the tokens of all rows as one row: images first, then texts, then padding, so that a kernel reads a slice.
+    `reorder` does this once per forward pass; otherwise every layer would gather.
     """
 
     def __init__(self, spans: Sequence[SampleSpan], *, shape: tuple[int, int], device: torch.device) -> None:
@@ -205,23 +205,23 @@ class VarlenAttention:
         images = [segment for segment in segments if segment.is_image]
         texts = [segment for segment in segments if not segment.is_image]
 
-        def places(segment: AttentionSegment, start: int, length: int) -> NDArray[np.int64]:
-            """Return tokens of a call's row, counted over all rows."""
+        def token_indices(segment: AttentionSegment, start: int, length: int) -> NDArray[np.int64]:
+            """Return tokens of a segment's row, counted over all rows."""
             return np.arange(start, start + length) + segment.row * shape[1]
 
-        def own(segment: AttentionSegment) -> NDArray[np.int64]:
-            return places(segment, segment.start, segment.queries)
+        def query_indices(segment: AttentionSegment) -> NDArray[np.int64]:
+            return token_indices(segment, segment.start, segment.num_queries)
 
         tokens_N = np.arange(shape[0] * shape[1])
-        image_Q, text_Q = (_joined(own(segment) for segment in kind) for kind in (images, texts))
+        image_Q, text_Q = (_concatenate(query_indices(segment) for segment in kind) for kind in (images, texts))
         order_N = np.concatenate((image_Q, text_Q, np.setdiff1d(tokens_N, np.concatenate((image_Q, text_Q)))))
         inverse_N = np.empty_like(order_N)
         inverse_N[order_N] = tokens_N
         keys_K = inverse_N[
-            _joined(
+            _concatenate(
                 x
                 for segment in texts
-                for x in (places(segment, segment.prefix_start, segment.num_prefix_keys), own(segment))
+                for x in (token_indices(segment, segment.prefix_start, segment.num_prefix_keys), query_indices(segment))
             )
         ]
         self.sizes = (len(image_Q), len(text_Q), len(tokens_N) - len(image_Q) - len(text_Q))
@@ -232,7 +232,7 @@ class VarlenAttention:
         self.texts = _Lengths.of(texts, device)
 
     def reorder(self, x_BTZ: Tensor) -> Tensor:
-        """Return what belongs to tokens in the order that the calls take [1, N, ...]."""
+        """Return what belongs to tokens in the order of this backend [1, N, ...]."""
         return x_BTZ.flatten(0, 1).index_select(0, self.order_N)[None]
 
     def restore_order(self, x_1NZ: Tensor) -> Tensor:
@@ -240,28 +240,28 @@ class VarlenAttention:
         return x_1NZ.squeeze(0).index_select(0, self.inverse_N).unflatten(0, self.shape)
 
     def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
-        """Return the mixed values of reordered tokens [1, A, N, E]."""
+        """Return the attention output of reordered tokens [1, A, N, E]."""
         q_NAE, k_NGE, v_NGE = (x_BATE.squeeze(0).transpose(0, 1) for x_BATE in (q_BATE, k_BGTE, v_BGTE))
         image_queries, text_queries, padding_NAE = q_NAE.split(self.sizes)
-        mixed = []
+        outputs = []
         if self.images is not None:
             keys, values = (x_NGE[: self.sizes[0]] for x_NGE in (k_NGE, v_NGE))
-            mixed.append(flash_varlen(image_queries, keys, values, self.images, is_causal=False))
+            outputs.append(flash_varlen(image_queries, keys, values, self.images, is_causal=False))
         if self.texts is not None:
             keys, values = (x_NGE.index_select(0, self.keys_K) for x_NGE in (k_NGE, v_NGE))
-            mixed.append(flash_varlen(text_queries, keys, values, self.texts, is_causal=True))
-        if len(padding_NAE) or not mixed:
-            mixed.append(torch.zeros_like(padding_NAE))
-        return torch.cat(mixed).transpose(0, 1)[None]
+            outputs.append(flash_varlen(text_queries, keys, values, self.texts, is_causal=True))
+        if len(padding_NAE) or not outputs:
+            outputs.append(torch.zeros_like(padding_NAE))
+        return torch.cat(outputs).transpose(0, 1)[None]
 
 
-def _joined(parts: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:
+def _concatenate(parts: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:
     return np.concatenate([np.arange(0), *parts])
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Lengths:
-    """Where the tokens of each call of one kind end, for a variable-length kernel."""
+    """Cumulative lengths of the segments of one kind, for a variable-length kernel."""
 
     query_ends: Tensor
     key_ends: Tensor
@@ -274,8 +274,8 @@ class _Lengths:
         if not segments:
             return None
         queries, keys = (
-            [segment.queries for segment in segments],
-            [segment.num_prefix_keys + segment.queries for segment in segments],
+            [segment.num_queries for segment in segments],
+            [segment.num_prefix_keys + segment.num_queries for segment in segments],
         )
         ends = torch.tensor([[0, *accumulate(queries)], [0, *accumulate(keys)]], dtype=torch.int32)
         query_ends, key_ends = to_device(ends, device)
@@ -296,15 +296,15 @@ def flash_varlen(q_NAE: Tensor, k_NGE: Tensor, v_NGE: Tensor, lengths: _Lengths,
     else:
         repeats = q_NAE.shape[1] // k_NGE.shape[1]
         k_NGE, v_NGE = k_NGE.repeat_interleave(repeats, dim=1), v_NGE.repeat_interleave(repeats, dim=1)
-    mixed = varlen_attn(
+    output = varlen_attn(
         q_NAE, k_NGE, v_NGE, lengths.query_ends, lengths.key_ends, lengths.max_queries, lengths.max_keys, **options
     )
-    assert isinstance(mixed, Tensor)
-    return mixed
+    assert isinstance(output, Tensor)
+    return output
 
 
 class FlexAttention:
-    """The backend of `attention_mask` as a function of two tokens, for FlexAttention. A row keeps one block mask."""
+    """The mask of `attention_mask` as a function of two tokens, for FlexAttention. A row keeps one block mask."""
 
     def __init__(self, sample_index_BT: Tensor, branch_ids_BT: Tensor, in_image_BT: Tensor) -> None:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -326,10 +326,10 @@ class FlexAttention:
         self.kernel: Any = torch.compile(flex_attention, dynamic=True) if on_gpu else flex_attention
 
     def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
-        """Return the mixed values."""
-        mixed = self.kernel(q_BATE, k_BGTE, v_BGTE, block_mask=self.block_mask, enable_gqa=True)
-        assert isinstance(mixed, Tensor)
-        return mixed
+        """Return the attention output."""
+        output = self.kernel(q_BATE, k_BGTE, v_BGTE, block_mask=self.block_mask, enable_gqa=True)
+        assert isinstance(output, Tensor)
+        return output
 
 
 def resolve_attention(choice: str, device: torch.device, dtype: torch.dtype) -> str:

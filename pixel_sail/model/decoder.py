@@ -1,7 +1,7 @@
 """The decoder-only transformer: RMSNorm, grouped-query attention, SwiGLU, 2-D rotary positions.
 
 Place in the flow: `modeling_pixel_sail` and `generation` hand it embeddings, it returns the states after the final
-norm. It knows nothing of images: what is an image only shows in the positions and in the attention backend it is given.
+norm. It knows nothing of images: images only show in the positions and in the attention backend it is given.
 
 Example: embeddings [2, 194, 128] with positions [2, 2, 194] and `MaskedAttention(mask [2, 1, 194, 194])` give states
 [2, 194, 128].
@@ -24,10 +24,10 @@ from pixel_sail.model.recompute import GatedProjection, Norm, Rotation
 
 
 class AttentionBackend(Protocol):
-    """What the tokens of one call look at, and how."""
+    """Computes attention: which keys each query of a forward pass sees, and how."""
 
     def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
-        """Return the mixed values [B, A, T, E] of a layer from its rotated queries and keys, and its values."""
+        """Return the attention output [B, A, T, E] of a layer from its rotated queries and keys, and its values."""
 
 
 def attend(q_BATE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask_B1TS: Tensor | None) -> Tensor:
@@ -39,12 +39,12 @@ def attend(q_BATE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask_B1TS: Tensor | N
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedAttention:
-    """The backend of training: the tokens of the call look at each other where a boolean mask says so."""
+    """Attention between all tokens of a forward pass where a mask allows it."""
 
     mask_B1TS: Tensor
 
     def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
-        """Return the mixed values."""
+        """Return the attention output."""
         return attend(q_BATE, k_BGTE, v_BGTE, self.mask_B1TS)
 
 
@@ -92,7 +92,7 @@ class RMSNorm(nn.Module):
     """Root-mean-square norm with a learned scale; the statistics are float32."""
 
     recompute = True
-    """Whether the backward pass normalises again instead of keeping the result (see `Kernels.recompute_elementwise`)."""
+    """Whether the backward pass recomputes the result (see `Kernels.recompute_elementwise`)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections of grouped-query attention around a backend."""
+    """Projections of grouped-query attention; an attention backend computes what lies between them."""
 
     def __init__(self, config: Architecture) -> None:
         super().__init__()
@@ -134,9 +134,9 @@ class Attention(nn.Module):
         v_BGTE = self.v_proj(x_BTD).view(batch, num_tokens, self.num_groups, self.head_dim).transpose(1, 2)
         return rotary(q_BATE), rotary(k_BGTE), v_BGTE
 
-    def joined(self, mixed_BATE: Tensor) -> Tensor:
-        """Return the states of mixed values."""
-        return self.o_proj(mixed_BATE.transpose(1, 2).flatten(2))
+    def project_output(self, output_BATE: Tensor) -> Tensor:
+        """Return the states that the attention output is projected to."""
+        return self.o_proj(output_BATE.transpose(1, 2).flatten(2))
 
 
 class DownProjection(nn.Linear):
@@ -160,7 +160,7 @@ class SwiGLU(nn.Module):
     """Gated feed-forward layer without biases."""
 
     recompute = True
-    """Whether the backward pass makes the product of both halves again (see `Kernels.recompute_elementwise`)."""
+    """Whether the backward pass recomputes the product of both halves (see `Kernels.recompute_elementwise`)."""
 
     def __init__(self, config: Architecture) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ class DecoderLayer(nn.Module):
     def forward(self, x_BTD: Tensor, rotary: Rotary, backend: AttentionBackend, layer: int) -> Tensor:
         """Return the new states."""
         heads = partial(through_compile(type(self).heads), self) if self.compiled else self.heads
-        return self.second_half(x_BTD + self.self_attn.joined(backend(layer, *heads(x_BTD, rotary))))
+        return self.second_half(x_BTD + self.self_attn.project_output(backend(layer, *heads(x_BTD, rotary))))
 
     def heads(self, x_BTD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Return the queries, keys and values of the layer."""

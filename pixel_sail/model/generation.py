@@ -94,17 +94,17 @@ def encode_images(
     """Encode image spans, with the text `lead_ids` before them; positions and prompts cover all of their tokens."""
     config, device, num_images = model.config, patches_IPK.device, len(patches_IPK)
     span = image_span(config.base, grid_hw, [config.token_id(token) for token in IMAGE_TOKENS], lead_ids)
-    recorder = _PrefixAttention(len(span.token_ids_S), is_causal=config.attention == "causal", device=device)
+    backend = _PrefixAttention(len(span.token_ids_S), is_causal=config.attention == "causal", device=device)
     hidden, pooled = model.encode_prefix(
         span.token_ids_S.to(device).expand(num_images, -1),
         position_ids_2S[:, None].expand(-1, num_images, -1),
         patches_IPK,
         prompt_ids_IS,
-        recorder,
+        backend,
         [grid_hw] * num_images,
     )
     return ImagePrefixes(
-        key_values=recorder.key_values,
+        key_values=backend.key_values,
         hidden_ISD=hidden,
         grid_hw=grid_hw,
         next_position=int(position_ids_2S.max()) + 1,
@@ -114,7 +114,7 @@ def encode_images(
 
 
 class _PrefixAttention:
-    """The backend of image spans: every token sees the whole span, or what went before. Keeps keys and values."""
+    """Attention within image spans: to the whole span, or causal. Keeps keys and values."""
 
     def __init__(self, length: int, *, is_causal: bool, device: torch.device) -> None:
         self.key_values: list[KeyValue] = []
@@ -122,7 +122,7 @@ class _PrefixAttention:
         self.mask_SS = None if everything_SS is None else everything_SS.tril()
 
     def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
-        """Return the mixed values."""
+        """Return the attention output."""
         self.key_values.append((k_BGTE, v_BGTE))
         return attend(q_BATE, k_BGTE, v_BGTE, self.mask_SS)
 
@@ -298,7 +298,7 @@ class _TextCache:
 
 @dataclass(frozen=True, kw_only=True)
 class _CachedTextAttention:
-    """The backend by which new tokens of all texts see their image and what went before, and are noted.
+    """Attention of the new tokens of all texts to their image and to what went before; adds them to the cache.
 
     One softmax goes over both: the scores of a row over the prefix of its image come from one product per image, so
     that no prefix is copied for its texts, and stand beside the scores over the row's own text.
@@ -316,7 +316,7 @@ class _CachedTextAttention:
     """What each sees of the first slots of its row."""
 
     def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
-        """Return the mixed values. Scores and softmax are float32, as in a fused kernel."""
+        """Return the attention output. Scores and softmax are float32, as in a fused kernel."""
         length, width, num_groups = q_BATE.shape[2], q_BATE.shape[3], k_BGTE.shape[1]
         num_slots = self.mask_RTC.shape[2]
         self.keys[layer].index_copy_(2, self.new_T, k_BGTE)

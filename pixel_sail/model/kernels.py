@@ -1,10 +1,10 @@
-"""Which way of computing the same numbers is taken.
+"""Which implementation computes each part of the model.
 
-Place in the flow: `kernels` of a training run becomes `model.kernels`. Every choice has a slow, obvious reference beside a
-fast path, and tests that compare outputs and gradients of both:
+Place in the flow: `kernels` of a training run becomes `model.kernels`. Every choice has a slow, obvious reference
+beside a fast path, and tests that compare outputs and gradients of both:
 
     Kernels(attention="dense", text_loss="plain", mask_head="maps", recompute_elementwise=False)    the reference
-    Kernels()                                                                         what training uses
+    Kernels()                                                                                       the default
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,6 @@ CHOICES = {
     "attention": ("auto", "dense", "segments", "turns", "flex", "varlen"),
     "text_loss": ("chunked", "plain"),
     "mask_head": ("folded", "points", "maps"),
-    "elementwise": ("recomputed", "plain"),
     "compile": ("off", "layers"),
     "experts": ("routed", "mixed"),
 }
@@ -39,12 +38,13 @@ class Kernels:
     """plain: logits of all supervised positions are kept. chunked: some positions at a time, computed again in the
     backward pass."""
     mask_head: str = "folded"
-    """maps: features of the mask width at every cell, then logits. folded: the last layer goes into the [SEG] query
-    and the upsampler runs as matrix products. points: as folded, and logits are made at the loss's points only."""
+    """maps: features of the mask width at every cell, then logits. folded: the last layer is folded into the mask
+    embedding of each [SEG] and the upsampler runs as matrix products. points: as folded, and logits are computed at
+    the loss's points only."""
     recompute_elementwise: bool = True
-    """What lies between two matrix products: norms, rotation, activations, depthwise convolutions. recomputed: the
-    backward pass makes it again from what the product before it gave, instead of keeping every step; the small maps
-    of the mask head are kept."""
+    """Whether the backward pass recomputes what lies between two matrix products (norms, rotation, activations,
+    depthwise convolutions) from the output of the product before it, instead of keeping every step. The small maps of
+    the mask head are kept."""
     compile: str = "off"
     """layers: norms, projections, rotation and feed-forward of the decoder layers go through torch.compile, once for
     all lengths; of layers with weights for images, the feed-forward alone."""

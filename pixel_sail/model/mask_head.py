@@ -11,6 +11,7 @@ width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from torch.nn import functional as F
 
 from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.upsampler import UpsampleBlock, Upsampler
+
+MaskHeadMode = Literal["reference", "products", "folded"]
+"""Which implementation `MaskHead.forward` takes."""
 
 INITS = ("ours", "torch")
 """How new weights of the mask head and of the distillation layers are drawn: see `MaskHead.draw_weights`."""
@@ -69,36 +73,36 @@ class MaskHead(nn.Module):
             last.weight.mul_(last.out_features**-0.25)
 
     def forward(
-        self, groups: Sequence[Tensor], seg_states_NC: Tensor, *, folded: bool = False, products: bool = False
+        self, groups: Sequence[Tensor], seg_states_NC: Tensor, *, mode: MaskHeadMode = "reference"
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what masks are made of, for groups of patch states [I, h, w, hidden]: cells [P, *] one group after
-        another, the [SEG] queries [N, D], and mask_embed [N, *] that the cells are dotted with.
+        """Return pixel embeddings [P, *] of groups of patch states [I, h, w, hidden], one group after another, [SEG]
+        queries [N, D] and mask embeddings [N, *]. A mask logit is the dot product of a mask and a pixel embedding.
 
-        Plain: cells are the pixel features and the mask_embed are the queries. `products`: the same, with the upsampler as
-        matrix products. `folded`: so too, but cells are what enters the last layer of the pixel projection [P, C], and
-        the mask_embed carry that layer, its bias last [N, C + 1].
+        reference: pixel embeddings are the pixel features, mask embeddings the queries. products: the same, with the
+        upsampler as matrix products. folded: as products, but a pixel embedding is the input of the last layer of the
+        pixel projection [P, C], and mask embeddings contain that layer, its bias last [N, C + 1].
 
         Training comes through here once in a forward pass and takes three tensors, however many grid sizes its batch
         has: ZeRO-3 gathers parameters at each call of a module and again for each tensor that came out of it, and
         every rank must gather equally often.
         """
         queries_ND = self.seg_queries(seg_states_NC)
-        if not (folded or products):
+        if mode == "reference":
             maps = [self.pixel_features(states_IhwC).flatten(0, 2) for states_IhwC in groups]
             return torch.cat(maps), queries_ND, queries_ND.clone()
         first, _, last = self.pixel_projector
         assert isinstance(last, nn.Linear)
 
-        def cells_of(states_IhwC: Tensor) -> Tensor:
+        def embed_pixels(states_IhwC: Tensor) -> Tensor:
             # Flat before the product, so that the activation may take the place of its result.
             return self.upsampler.channels_last(self._projected(states_IhwC), lambda x: first(x.flatten(0, 2))).relu_()
 
-        maps = [cells_of(states_IhwC) for states_IhwC in groups]
-        cells = maps[0] if len(maps) == 1 else torch.cat(maps)
-        if not folded:
-            return last(cells), queries_ND, queries_ND.clone()
+        maps = [embed_pixels(states_IhwC) for states_IhwC in groups]
+        pixel_embed = maps[0] if len(maps) == 1 else torch.cat(maps)
+        if mode == "products":
+            return last(pixel_embed), queries_ND, queries_ND.clone()
         bias_N1 = queries_ND @ last.bias[:, None]
-        return cells, queries_ND, torch.cat((queries_ND @ last.weight, bias_N1), dim=1)
+        return pixel_embed, queries_ND, torch.cat((queries_ND @ last.weight, bias_N1), dim=1)
 
     def _projected(self, states_IhwC: Tensor) -> Tensor:
         """Return patch states at the width of the upsampler."""
@@ -121,7 +125,7 @@ def mask_logits(queries_ND: Tensor, features_YXD: Tensor) -> Tensor:
 
 
 def folded_logits(mask_embed_NE: Tensor, pixel_embed_YXC: Tensor) -> Tensor:
-    """Return the logits [N, Y, X] of masks of one image from mask_embed that carry the last layer, bias last."""
+    """Return the logits [N, Y, X] of masks of one image from mask embeddings that contain the last layer, bias last."""
     num_rows, num_columns, width = pixel_embed_YXC.shape
     logits_NP = torch.addmm(mask_embed_NE[:, width:], mask_embed_NE[:, :width], pixel_embed_YXC.reshape(-1, width).T)
     return logits_NP.view(-1, num_rows, num_columns)

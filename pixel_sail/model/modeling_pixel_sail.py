@@ -31,7 +31,7 @@ from pixel_sail.model.folder import MODEL_CONFIG, check_no_code, weight_files
 from pixel_sail.model.image_embedding import PatchEmbedding, PooledPrompts
 from pixel_sail.model.image_layout import image_tokens
 from pixel_sail.model.kernels import Kernels
-from pixel_sail.model.mask_head import MaskHead, PointLogits, folded_logits, mask_logits
+from pixel_sail.model.mask_head import MaskHead, MaskHeadMode, PointLogits, folded_logits, mask_logits
 from pixel_sail.model.reading import check_sizes, reading, weight_shapes
 from pixel_sail.model.routed_decoder import Mixed, RoutedDecoder, RoutedTokens, TokenRouting
 from pixel_sail.model.text_head import TextHead
@@ -238,27 +238,25 @@ class PixelSailForSegmentation(PreTrainedModel):
             # pass of one none of whose inputs has a gradient.
             read_BTD = hidden_BTD.detach().requires_grad_()
         seg_states_ND = read_BTD[tuple(seg_positions_N2.unbind(1))]
-        folded = self.folds_masks()
-        cells, maps, queries_ND, mask_embed = self.embed_masks(
-            *(read_BTD, patch_index_BT, grids, wanted, seg_states_ND),
-            folded=folded,
-            products=self.kernels.mask_head != "maps",
+        mode = self.mask_head_mode()
+        pixel_embed, maps, queries_ND, mask_embed = self.embed_masks(
+            *(read_BTD, patch_index_BT, grids, wanted, seg_states_ND), mode=mode
         )
         masks = mask_logits_of_images(
-            mask_embed, maps, masks_per_image, kind=self.kernels.mask_head if folded else "maps"
+            mask_embed, maps, masks_per_image, kind=self.kernels.mask_head if mode == "folded" else "maps"
         )
-        features = None if folded else maps
+        features = None if mode == "folded" else maps
         distilled, distill_anchor = None, None
         if self.distill_head is not None:
-            distilled, distill_anchor = self.predict_teacher_features(
-                hidden_BTD, patch_index_BT, grids, cells, maps, distilled_images or {}
+            distilled, distill_anchor = self.predict_experts(
+                hidden_BTD, patch_index_BT, grids, pixel_embed, maps, distilled_images or {}
             )
         anchor = None
         if self.training:
             text = text_losses_M if logits is None else logits
-            # Mask logits depend on every cell, and their gradient is far smaller than one of all cells.
+            # Mask logits depend on every pixel embedding, and their gradient is far smaller than one of all of these.
             # Those of one image reach every weight.
-            read = next((own for own in masks if isinstance(own, Tensor)), cells)
+            read = next((own for own in masks if isinstance(own, Tensor)), pixel_embed)
             anchor = 0.0 * (read.sum() + mask_embed.sum() + text.sum())
             anchor = anchor if distill_anchor is None else anchor + distill_anchor
         return PixelSailOutput(
@@ -272,11 +270,13 @@ class PixelSailForSegmentation(PreTrainedModel):
             anchor=anchor,
         )
 
-    def folds_masks(self) -> bool:
-        """Return whether the mask head's last layer goes into the queries; teachers of pixel maps need it apart."""
+    def mask_head_mode(self) -> MaskHeadMode:
+        """Return how the mask head runs; what is distilled from the pixel map needs its last layer applied."""
+        if self.kernels.mask_head == "maps":
+            return "reference"
         if self.distill_head is not None and self.distill_head.reads("pixel_map"):
-            return False
-        return self.kernels.mask_head != "maps"
+            return "products"
+        return "folded"
 
     def use(self, kernels: Kernels, checkpointing: str = "none") -> None:
         """Compute the same numbers in another way from now on; `checkpointing` is one of `CHECKPOINTING`."""
@@ -310,11 +310,10 @@ class PixelSailForSegmentation(PreTrainedModel):
         masks_per_image: Sequence[int],
         seg_states_ND: Tensor,
         *,
-        folded: bool = False,
-        products: bool = False,
+        mode: MaskHeadMode = "reference",
     ) -> tuple[Tensor, tuple[Tensor | None, ...], Tensor, Tensor]:
-        """Return the cells of all maps, the map of every image that has masks [Y, X, *], queries and mask_embed, all as
-        `MaskHead` makes them.
+        """Return the pixel embeddings of all images, those of every image that has masks as a map [Y, X, *], queries
+        and mask embeddings, all as `MaskHead` returns them.
 
         Images of one grid go through the mask head together. A batch without masks sends one state through it, so that
         every rank of a distributed run has the same gradients in every step.
@@ -329,8 +328,8 @@ class PixelSailForSegmentation(PreTrainedModel):
             torch.stack([states_SD[offsets[i] : offsets[i + 1]].view(rows, columns, -1) for i in images])
             for (rows, columns), images in same_grid.items()
         ]
-        cells, queries_ND, mask_embed = self.mask_head(
-            groups or [hidden_BTD[:1, None, :1]], seg_states_ND, folded=folded, products=products
+        pixel_embed, queries_ND, mask_embed = self.mask_head(
+            groups or [hidden_BTD[:1, None, :1]], seg_states_ND, mode=mode
         )
         features: list[Tensor | None] = [None] * len(grids)
         scale = 2**self.config.num_upsample_blocks
@@ -338,12 +337,12 @@ class PixelSailForSegmentation(PreTrainedModel):
         if len(sizes) == 1:
             # Whole, because the backward pass of a part fills a map of zeros.
             ((image, size),) = sizes.items()
-            features[image] = cells.view(*size, -1)
+            features[image] = pixel_embed.view(*size, -1)
         elif sizes:
-            parts = cells.split([rows * columns for rows, columns in sizes.values()])
+            parts = pixel_embed.split([rows * columns for rows, columns in sizes.values()])
             for (image, size), part in zip(sizes.items(), parts, strict=True):
                 features[image] = part.view(*size, -1)
-        return cells, tuple(features), queries_ND, mask_embed
+        return pixel_embed, tuple(features), queries_ND, mask_embed
 
     def predict_teacher_features(
         self,
@@ -405,7 +404,7 @@ class PixelSailForSegmentation(PreTrainedModel):
 def mask_logits_of_images(
     mask_embed: Tensor, maps: Sequence[Tensor | None], masks_per_image: Sequence[int], *, kind: str
 ) -> tuple[Tensor | PointLogits | None, ...]:
-    """Return the mask logits of each image from its own share of the mask_embed, None for an image without masks."""
+    """Return the mask logits of each image from its own mask embeddings, None for an image without masks."""
 
     def make(own: Tensor, map_YXC: Tensor) -> Tensor | PointLogits:
         if kind == "points":

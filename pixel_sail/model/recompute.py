@@ -5,8 +5,8 @@ matrix products lie norms, rotations, activations and small convolutions. Plain 
 steps; here the outputs of products are kept and most of what lies between is computed twice. One 0.5B layer over 1,332
 tokens in float32 then keeps, in MB,
 
-    states 4.8 and normed 4.8, queries 4.8, keys and values 1.4, mixed values 4.8, states 4.8 and normed 4.8, gate 25.9,
-    other half 25.9
+    states 4.8 and normed 4.8, queries 4.8, keys and values 1.4, attention output 4.8, states 4.8 and normed 4.8,
+    gate 25.9, other half 25.9
 
 where plain autograd keeps two further maps of the states' width for the norms and two of the inner width.
 

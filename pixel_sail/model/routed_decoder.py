@@ -139,9 +139,9 @@ class RoutedLayer(DecoderLayer):
         q_BATE = heads("q_proj", x_ND)
         k_BGTE = heads("k_proj", x_ND)
         v_BGTE = heads("v_proj", x_ND)
-        mixed_BATE = backend(layer, rotary(q_BATE), rotary(k_BGTE), v_BGTE)
-        mixed_ND = mixed_BATE.transpose(1, 2).reshape(num_rows * num_tokens, -1)
-        return self._projected("o_proj", routing.reorder(mixed_ND), routing)
+        output_BATE = backend(layer, rotary(q_BATE), rotary(k_BGTE), v_BGTE)
+        output_ND = output_BATE.transpose(1, 2).reshape(num_rows * num_tokens, -1)
+        return self._projected("o_proj", routing.reorder(output_ND), routing)
 
     def _projected(self, name: str, x_ND: Tensor, routing: TokenRouting) -> Tensor:
         """Return reordered tokens after one of the attention's linear layers."""

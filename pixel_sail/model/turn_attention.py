@@ -1,11 +1,11 @@
 """Attention of many short texts about small images: every text looks at what its sample shares and at itself.
 
-Place in the flow: `attention_backends.attention_backend` makes it on a CPU where it takes fewest scores. A dense mask over an
-image of 66 tokens and 32 questions of 16 has 334,000 scores a head, most of which no token may see; here the image is
-one call, 66 x 66, and the questions are two products, 512 x 66 and 32 times 16 x 16: 46,000, in as many operations as
-for one question. Samples are padded to equal sizes inside a layer's attention only.
+Place in the flow: `attention_backends.attention_backend` takes it on a CPU where it has fewest scores. A dense mask
+over an image of 66 tokens and 32 questions of 16 has 334,000 scores a head, most of them masked; here the image is one
+product, 66 x 66, and the questions are two, 512 x 66 and 32 times 16 x 16: 46,000, in as many operations as for one
+question. Samples are padded to equal sizes inside a layer's attention only.
 
-Axis letters: B rows, T tokens, N all tokens of all rows, M places of the padded layout, I samples, P shared tokens of a
+Axis letters: B rows, T tokens, N all tokens of all rows, M slots of the padded layout, I samples, P shared tokens of a
 sample (its image, and text before its branches), R branches, L tokens of a branch, A heads, G key-value heads, E head
 width, Q heads of a key-value head times tokens of a branch, Z whatever follows.
 """
@@ -61,31 +61,31 @@ class TurnAttention:
 
     def __init__(self, spans: Sequence[SampleSpan], *, shape: tuple[int, int], dtype: torch.dtype) -> None:
         self.sizes = samples, shared, branches, length = padded_sizes(spans)
-        slot_IP = torch.full((samples, shared), -1)
-        slot_IRL = torch.full((samples, branches, length), -1)
+        token_IP = torch.full((samples, shared), -1)
+        token_IRL = torch.full((samples, branches, length), -1)
         mask_IPP = torch.zeros(samples, shared, shared, dtype=torch.bool)
         for index, span in enumerate(spans):
             own, start = span.image + span.shared, span.row * shape[1] + span.start
-            slot_IP[index, :own] = torch.arange(start, start + own)
+            token_IP[index, :own] = torch.arange(start, start + own)
             mask_IPP[index, :own, :own] = torch.ones(own, own, dtype=torch.bool).tril()
             mask_IPP[index, : span.image, : span.image] = True
             start += own
             for branch, tokens in enumerate(span.branches):
-                slot_IRL[index, branch, :tokens] = torch.arange(start, start + tokens)
+                token_IRL[index, branch, :tokens] = torch.arange(start, start + tokens)
                 start += tokens
         mask_IPP |= torch.eye(shared, dtype=torch.bool)  # A padded query must see something.
         self.prefix_mask_I1PP = _numbers(mask_IPP[:, None], dtype)
         causal_LL = torch.ones(length, length, dtype=torch.bool).tril().expand(samples, -1, -1)
-        seen_ILP = (slot_IP >= 0)[:, None].expand(-1, length, -1)
+        seen_ILP = (token_IP >= 0)[:, None].expand(-1, length, -1)
         self.branch_mask_I111LK = _numbers(torch.cat((seen_ILP, causal_LL), dim=2)[:, None, None, None], dtype)
-        token_M = torch.cat((slot_IP.flatten(), slot_IRL.flatten()))
+        token_M = torch.cat((token_IP.flatten(), token_IRL.flatten()))
         slot_N = torch.full((shape[0] * shape[1],), -1)
         slot_N[token_M[token_M >= 0]] = (token_M >= 0).nonzero()[:, 0]
         self.tokens = RowIndex(token_M)
         self.slots = RowIndex(slot_N)
 
     def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
-        """Return the mixed values."""
+        """Return the attention output."""
         samples, shared, branches, length = self.sizes
         rows, heads, tokens, width = q_BATE.shape
         groups = k_BGTE.shape[1]
@@ -94,7 +94,7 @@ class TurnAttention:
         shared_MHE, own_MHE = padded_MHE.split((samples * shared, samples * branches * length))
         shared_IHPE = shared_MHE.unflatten(0, (samples, shared)).transpose(1, 2)
         q_IAPE, k_IGPE, v_IGPE = shared_IHPE.split((heads, groups, groups), dim=1)
-        mixed = [attend(q_IAPE, k_IGPE, v_IGPE, self.prefix_mask_I1PP).transpose(1, 2).flatten(0, 1)]
+        outputs = [attend(q_IAPE, k_IGPE, v_IGPE, self.prefix_mask_I1PP).transpose(1, 2).flatten(0, 1)]
         if branches:
             own_IHRLE = own_MHE.unflatten(0, (samples, branches, length)).permute(0, 3, 1, 2, 4)
             q_IARLE, k_IGRLE, v_IGRLE = own_IHRLE.split((heads, groups, groups), dim=1)
@@ -104,12 +104,12 @@ class TurnAttention:
             repeated = scores_IGRQK.unflatten(3, (-1, length)) + self.branch_mask_I111LK
             weights_IGRQK = repeated.flatten(3, 4).softmax(-1).to(v_IGPE.dtype)
             to_shared, to_own = weights_IGRQK.split((shared, length), dim=-1)
-            mixed_IGRQE = (to_shared.flatten(2, 3) @ v_IGPE).unflatten(2, (branches, -1)) + to_own @ v_IGRLE
-            mixed_IRLAE = mixed_IGRQE.unflatten(3, (-1, length)).permute(0, 2, 4, 1, 3, 5).flatten(3, 4)
-            mixed.append(mixed_IRLAE.flatten(0, 2))
-        mixed_MZ = torch.cat([part.to(q_BATE.dtype) for part in mixed]).flatten(1)
-        mixed_NZ: Tensor = Reorder.apply(mixed_MZ, self.slots, self.tokens)
-        return mixed_NZ.view(rows, tokens, heads, width).transpose(1, 2)
+            output_IGRQE = (to_shared.flatten(2, 3) @ v_IGPE).unflatten(2, (branches, -1)) + to_own @ v_IGRLE
+            output_IRLAE = output_IGRQE.unflatten(3, (-1, length)).permute(0, 2, 4, 1, 3, 5).flatten(3, 4)
+            outputs.append(output_IRLAE.flatten(0, 2))
+        output_MZ = torch.cat([part.to(q_BATE.dtype) for part in outputs]).flatten(1)
+        output_NZ: Tensor = Reorder.apply(output_MZ, self.slots, self.tokens)
+        return output_NZ.view(rows, tokens, heads, width).transpose(1, 2)
 
 
 class RowIndex:

@@ -89,32 +89,32 @@ class UpsampleBlock(nn.Module):
 
     def forward(self, x_ICYX: Tensor) -> Tensor:
         """Return [I, C, 2Y, 2X]."""
-        return self.norm(self.pointwise(self.depthwise(F.gelu(self.doubled(x_ICYX)))))
+        return self.norm(self.pointwise(self.depthwise(F.gelu(self.upsample(x_ICYX)))))
 
-    def doubled(self, x_ICYX: Tensor) -> Tensor:
+    def upsample(self, x_ICYX: Tensor) -> Tensor:
         """Return the map [I, C, 2Y, 2X] before the activation."""
         if self.design == "transposed":
             return self.transposed(x_ICYX)
         if self.design == "bilinear":
-            return doubled_bilinearly(self.mixed(x_ICYX))
+            return upsample_bilinear(self.mixed(x_ICYX))
         return F.pixel_shuffle(self.shuffled(x_ICYX), 2)
 
-    def normed_channels_last(self, x_IYXC: Tensor) -> Tensor:
+    def norm_channels_last(self, x_IYXC: Tensor) -> Tensor:
         """Return the block's last step."""
         return F.layer_norm(x_IYXC, self.norm.weight.shape, self.norm.weight, self.norm.bias, self.norm.eps)
 
-    def mixed_channels_last(self, x_IYXC: Tensor) -> Tensor:
+    def convolve_channels_last(self, x_IYXC: Tensor) -> Tensor:
         """Return the doubled map after the activation and both convolutions."""
         # Seen as [I, C, Y, X] this is torch's channels-last layout; the convolution keeps it.
         mixed_IYXC = self.depthwise(F.gelu(x_IYXC).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return F.linear(mixed_IYXC, self.pointwise.weight.flatten(1), self.pointwise.bias)
 
-    def doubled_channels_last(self, x_IYXC: Tensor) -> Tensor:
+    def upsample_channels_last(self, x_IYXC: Tensor) -> Tensor:
         """Return the map [I, 2Y, 2X, C] before the activation."""
         images, rows, columns, channels = x_IYXC.shape
         if self.design == "bilinear":
             mixed_IYXC = F.linear(x_IYXC, self.mixed.weight.flatten(1), self.mixed.bias)
-            return doubled_bilinearly(mixed_IYXC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            return upsample_bilinear(mixed_IYXC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         if self.design == "pixel_shuffle":
             quads = self.shuffled(x_IYXC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             quads = quads.reshape(images, rows, columns, channels, 2, 2).permute(0, 1, 4, 2, 5, 3)
@@ -127,7 +127,7 @@ class UpsampleBlock(nn.Module):
         return quads.permute(0, 1, 3, 2, 4, 5).reshape(images, 2 * rows, 2 * columns, channels)
 
 
-def doubled_bilinearly(x_ICYX: Tensor) -> Tensor:
+def upsample_bilinear(x_ICYX: Tensor) -> Tensor:
     """Return [I, C, 2Y, 2X]; the layout of the memory stays."""
     return F.interpolate(x_ICYX, scale_factor=2, mode="bilinear", align_corners=False)
 
@@ -136,7 +136,7 @@ class Upsampler(nn.Module):
     """`num_blocks` blocks, each with its own fresh weights (the release starts them as copies of one: `model.init`)."""
 
     recompute = True
-    """Whether the backward pass makes again what lies between two products (see `Kernels.recompute_elementwise`)."""
+    """Whether the backward pass recomputes what lies between two products (see `Kernels.recompute_elementwise`)."""
 
     def __init__(self, channels: int, num_blocks: int, design: str = "transposed") -> None:
         super().__init__()
@@ -160,20 +160,20 @@ class Upsampler(nn.Module):
         The linear layer behind the upsampler belongs to it here, because recomputing goes from product to product.
         """
         recompute = self.recompute and x_IYXC.numel() * 4 ** len(self.blocks) >= SMALL_MAP
-        for step in self.products(last):
+        for step in self.steps(last):
             x_IYXC = recompute_between_products(step, x_IYXC) if recompute else step(x_IYXC)
         return x_IYXC
 
-    def products(self, last: Step) -> Iterator[Step]:
+    def steps(self, last: Step) -> Iterator[Step]:
         """Yield the steps, each from what one matrix product gave to what the next gives."""
         norm: Step | None = None
         for block in self.blocks:
             assert isinstance(block, UpsampleBlock)
-            yield _one_after_other(norm, block.doubled_channels_last)
-            yield block.mixed_channels_last
-            norm = block.normed_channels_last
-        yield _one_after_other(norm, last)
+            yield _compose(norm, block.upsample_channels_last)
+            yield block.convolve_channels_last
+            norm = block.norm_channels_last
+        yield _compose(norm, last)
 
 
-def _one_after_other(first: Step | None, second: Step) -> Step:
+def _compose(first: Step | None, second: Step) -> Step:
     return second if first is None else lambda x: second(first(x))

@@ -49,7 +49,7 @@ def activation_bytes(
     checkpointing: str,
     kernels: Kernels | None = None,
 ) -> Activations:
-    """Return what one micro-batch keeps, with `element` bytes per number (4 or 2), computed as `kernels` says (None: the
+    """Return what one micro-batch keeps, with `element` bytes per number (4 or 2), computed with `kernels` (None: the
     default; attention `auto` is that of a CPU).
 
     With `checkpointing` (one of `CHECKPOINTING`) a layer keeps what enters it, or what enters its feed-forward half,

@@ -62,7 +62,7 @@ def layer_macs(architecture: Architecture) -> dict[str, int]:
 def forward_flops(
     architecture: Architecture, work: Workload, teachers: Mapping[str, TeacherSettings], kernels: Kernels | None = None
 ) -> ForwardFlops:
-    """Return the operations of one forward pass, computed as `kernels` says (None: the default)."""
+    """Return the operations of one forward pass, computed with `kernels` (None: the default)."""
     kernels = kernels if kernels is not None else Kernels()
     width, layers = architecture.hidden_size, architecture.num_hidden_layers
     tokens = work.rows * work.tokens_per_row

@@ -46,7 +46,7 @@ class Workload:
     samples: int
     real_tokens: int
     seen_pairs: int
-    """(query, key) pairs that the attention rule lets through: what a kernel without waste computes."""
+    """(query, key) pairs that the attention mask allows: what a kernel without waste computes."""
     computed_pairs: int
     """The pairs of one product per image and per text, in which nothing is masked out but a text's own future."""
     computed_keys: int
@@ -79,8 +79,10 @@ def of_batch(batch: Batch) -> Workload:
         samples=len(batch.sample_ids),
         real_tokens=int((batch.sample_index_BT >= 0).sum()),
         seen_pairs=visible_pairs(batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT),
-        computed_pairs=sum(segment.queries * (segment.num_prefix_keys + segment.queries) for segment in segments),
-        computed_keys=sum(segment.num_prefix_keys + segment.queries for segment in segments),
+        computed_pairs=sum(
+            segment.num_queries * (segment.num_prefix_keys + segment.num_queries) for segment in segments
+        ),
+        computed_keys=sum(segment.num_prefix_keys + segment.num_queries for segment in segments),
     )
 
 
@@ -101,13 +103,15 @@ def of_example(example: Example) -> Workload:
         samples=1,
         real_tokens=len(example),
         seen_pairs=visible_pairs(*where),
-        computed_pairs=sum(segment.queries * (segment.num_prefix_keys + segment.queries) for segment in segments),
-        computed_keys=sum(segment.num_prefix_keys + segment.queries for segment in segments),
+        computed_pairs=sum(
+            segment.num_queries * (segment.num_prefix_keys + segment.num_queries) for segment in segments
+        ),
+        computed_keys=sum(segment.num_prefix_keys + segment.num_queries for segment in segments),
     )
 
 
 def visible_pairs(sample_index_BT: Tensor, branch_ids_BT: Tensor, in_image_BT: Tensor) -> int:
-    """Return how many (query, key) pairs of real tokens the attention rule of training lets through."""
+    """Return how many (query, key) pairs of real tokens the attention mask allows."""
     is_real_BT = sample_index_BT >= 0
     if not bool(is_real_BT.any()):
         return 0
