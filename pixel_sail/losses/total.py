@@ -172,7 +172,7 @@ def distill_sums(
         predicted = (output.distilled or {}).get(term.name, ())
         # Images of one size together: how long small maps take is a matter of how many operations there are.
         by_shape: dict[tuple[object, ...], list[tuple[int, Tensor, Tensor]]] = defaultdict(list)
-        for sample, student, features in zip(own, predicted, expert_maps.get(term.name, ()), strict=True):
+        for sample, student, features in zip(own, predicted, teacher_maps.get(term.name, ()), strict=True):
             by_shape[(student.shape, features.shape)].append((sample, student, features))
         column_S = batch.targets_M.new_zeros(num_samples, dtype=torch.float32)
         for group in by_shape.values():

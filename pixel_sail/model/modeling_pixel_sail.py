@@ -248,7 +248,7 @@ class PixelSailForSegmentation(PreTrainedModel):
         features = None if mode == "folded" else maps
         distilled, distill_anchor = None, None
         if self.distill_head is not None:
-            distilled, distill_anchor = self.predict_experts(
+            distilled, distill_anchor = self.predict_teacher_features(
                 hidden_BTD, patch_index_BT, grids, pixel_embed, maps, distilled_images or {}
             )
         anchor = None
