@@ -27,8 +27,8 @@ from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from pixel_sail.data.decontamination import DecontaminationConfig
 from pixel_sail.data.details import DETAILS
-from pixel_sail.data.leakage import LeakageConfig
 from pixel_sail.data.packing import PackingSettings
 from pixel_sail.distillation.settings import TeacherSettings
 from pixel_sail.errors import ExpectedError
@@ -163,7 +163,7 @@ class DataConfig:
     """Instead of repeats: name -> share of an epoch of `epoch_samples`, for every source."""
     epoch_samples: int = 0
     """Samples of an epoch where `weights` is set."""
-    leakage: LeakageConfig = field(default_factory=LeakageConfig)
+    decontamination: DecontaminationConfig = field(default_factory=DecontaminationConfig)
     """Evaluation images that training must not see."""
     max_skipped_share: float = 0.001
     """The run fails when more of the mixture's samples than this (of an epoch at least) could not be used."""
@@ -696,12 +696,12 @@ def load_config(
         cause = f": {str(error.__cause__).splitlines()[0]}" if str(error.__cause__ or "") else ""
         raise ConfigError(f"{where}: {error}{cause}{hint(str(error))}{plain}") from error
     assert is_dataclass(result) and isinstance(result, schema)
-    if isinstance(result, TrainConfig) and not result.data.leakage.enabled:
+    if isinstance(result, TrainConfig) and not result.data.decontamination.enabled:
         for override in overrides:
-            if override.startswith("leakage@data.leakage="):
+            if override.startswith("decontamination@data.decontamination="):
                 raise ConfigError(
-                    f"{where}: {override} is without effect, as data.leakage.enabled is false (recipe=released sets "
-                    "it); add data.leakage.enabled=true to keep evaluation images out, or leave it out"
+                    f"{where}: {override} is without effect, as data.decontamination.enabled is false (recipe=released sets "
+                    "it); add data.decontamination.enabled=true to keep evaluation images out, or leave it out"
                 )
     texts: dict[str, Any] = {key: text if key in _NO_PATHS else _path(key, text) for key, text in given.items()}
     config = replace(result, **texts)

@@ -109,7 +109,7 @@ def _model(config: Mapping[str, Any], *, num_parameters: int) -> str:
 
 
 def _use(name: str, prompt: str) -> str:
-    """Return how it is asked, with the wording it was trained on where that is not the usual one."""
+    """Return how it is asked, with the template it was trained on where that is not the usual one."""
     lines, given = ["from pixel_sail import Predictor"], ""
     if prompt != "standard":
         lines.append("from pixel_sail.config import PredictConfig")
@@ -130,7 +130,7 @@ def _data(data: Mapping[str, Any]) -> str:
         kind = source["_target_"].removeprefix("pixel_sail.data.sources.").removesuffix(".load")
         share = f"weight {data['weights'][name]}" if data["weights"] else f"{data['repeats'].get(name, 1)} x per epoch"
         lines.append(f"| {name} | {' '.join([kind, *details])} | {share} |")
-    filtered = data["leakage"]["enabled"]
+    filtered = data["decontamination"]["enabled"]
     lines += [
         "",
         "Images of the RefCOCO family's evaluation splits were left out of every source."

@@ -28,7 +28,7 @@ from PIL import Image
 from pixel_sail.answers import AskResult, Box, Point, Timing, visual_prompts
 from pixel_sail.config import ConfigError, PredictConfig
 from pixel_sail.data.images import load_image, rgb_image
-from pixel_sail.data.wording.region import REGION_CAPTION_PROMPT
+from pixel_sail.data.templates.region import REGION_CAPTION_PROMPT
 from pixel_sail.evaluation.predict import DTYPES, BatchPredictor, Reply, Request
 from pixel_sail.evaluation.refer_seg import PROMPTS
 from pixel_sail.evaluation.run import checkpoint_folder

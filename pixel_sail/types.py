@@ -114,13 +114,13 @@ class Source(Protocol):
         ...
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
-        """Return item `index`; every random choice (sentences, wording, prompt ids) is drawn from `rng`."""
+        """Return item `index`; every random choice (sentences, templates, prompt ids) is drawn from `rng`."""
         ...
 
     def image_path(self, index: int) -> Path | None:
         """Return the image file of an item without opening it, None for a text-only item.
 
-        For whoever goes through all items: the leakage filter and the data check.
+        For whoever goes through all items: the decontamination and the data check.
         """
         ...
 

@@ -32,7 +32,7 @@ from pixel_sail.types import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 SPLITS = ("val", *KIND_SPLITS, "testA", "testB")
-BLIND = {"question hidden": "refshapes_val_text_hidden", "picture swapped": "refshapes_val_image_hidden"}
+BLIND = {"language-blind": "refshapes_val_language_blind", "image-blind": "refshapes_val_image_blind"}
 EVALS = [f"refshapes_{split}" for split in SPLITS] + list(BLIND.values())
 SHOWN = (*KIND_SPLITS, "testA", "testB")
 EXAMPLES_PER_SPLIT = 6

@@ -30,7 +30,7 @@ from pixel_sail.training.checkpoint import differing_leaves
 from pixel_sail.training.prepare import build_mixture
 
 ARCHITECTURE = "model.architecture."
-HIDDEN = {"data.sources.refshapes.hide", "data.sources.groupshapes.hide"}
+BLIND = {"data.sources.refshapes.blind_baseline", "data.sources.groupshapes.blind_baseline"}
 
 CARD = "pixel_sail_0_5b"
 BOTH = ("mask2former", "sam2")
@@ -58,8 +58,8 @@ CHANGES = {
     "patch_32": ("quickstart", {ARCHITECTURE + "patch_size"}),
     "text_factor_1": ("quickstart", {"loss.text_factor_with_masks"}),
     "text_factor_0_1": ("quickstart", set()),
-    "language_blind": ("quickstart", HIDDEN),
-    "image_blind": ("quickstart", HIDDEN),
+    "language_blind": ("quickstart", BLIND),
+    "image_blind": ("quickstart", BLIND),
     "text_factor_0": ("quickstart", {"loss.text_factor_with_masks"}),
     **{f"teacher_{kind}": (CARD, {"distillation."}) for kind in ("none", "mask2former", "sam2", "radio")},
     "teacher_both": (CARD, set()),

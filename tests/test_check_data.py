@@ -221,7 +221,7 @@ def test_everything_wrong_in_instances_is_named(check, tmp_path):
         ("unknown id", "refs[1], ref_id 1"),
         ("unknown id", "refs[6], ref_id 6"),
         ("unknown id", "refs[7], ref_id 7"),
-        ("leakage", "refs(unc).p"),
+        ("contamination", "refs(unc).p"),
     }
     missed = {pair for pair in expected if not any(k == pair[0] and s.endswith(pair[1]) for k, s, _ in troubles)}
     assert (status, missed) == (1, set())
@@ -237,7 +237,7 @@ def test_training_photos_of_an_evaluation_split_are_noted(check, tmp_path, monke
     (root / "refcoco+" / "refs(unc).p").write_bytes(pickle.dumps([_ref(1, 2, 12, "train"), _ref(2, 1, 11, "val")]))
     monkeypatch.setenv("PIXEL_SAIL_DATA", str(tmp_path / "data"))
     status, _, sources = check("source=refcoco", "sheet=0")
-    messages = [f["message"] for f in sources["refcoco"]["findings"] if f["kind"] == "leakage"]
+    messages = [f["message"] for f in sources["refcoco"]["findings"] if f["kind"] == "contamination"]
     assert status == 0
     assert [m.split(";")[0] for m in messages] == [
         "found 1 of 1 photos also in the evaluation split refcoco+(unc) val, which has 1"

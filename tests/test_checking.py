@@ -11,13 +11,13 @@ from running import ROOT
 from shared_data import shared_data
 
 from pixel_sail.config import CONFIG_FOLDER
+from pixel_sail.data.checking.contamination import photo_key
 from pixel_sail.data.checking.downloads import DOWNLOADS, advice_for, downloads_of
 from pixel_sail.data.checking.files import annotation_files, check_paths, file_fact
 from pixel_sail.data.checking.findings import Findings, Kind, Lengths, Share
 from pixel_sail.data.checking.instances import read_instances, segmentation_problems
 from pixel_sail.data.checking.items import ItemCheck, check_items, check_sample, chosen_items
 from pixel_sail.data.checking.known import KNOWN_FILE, expected_images, known_split
-from pixel_sail.data.checking.leakage import photo_key
 from pixel_sail.data.checking.refs import read_refs
 from pixel_sail.types import DataError, Sample, Turn, VisualPrompt
 

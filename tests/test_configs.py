@@ -88,7 +88,7 @@ def test_every_eval_binds_and_carries_its_own_name(name):
 def test_every_experiment_composes_as_released(experiment):
     config = load_config("train", TrainConfig, [f"experiment={experiment}", "recipe=released"])
     assert (config.name, config.model.architecture.mask_stride, config.optim.decay_all) == (experiment, 2, True)
-    assert (config.optim.precision, config.data.leakage.enabled) == ("bf16", False)
+    assert (config.optim.precision, config.data.decontamination.enabled) == ("bf16", False)
     PixelSailConfig.from_architecture(config.model.architecture)
 
 
@@ -102,14 +102,17 @@ def test_an_ablation_and_the_command_line_change_one_thing_of_a_recipe_and_a_sta
     assert staged.name == "stage_pretrain_sail_0_5b"
 
 
-def test_a_leakage_group_beside_the_recipe_is_refused_and_a_key_takes_it_back():
-    card, group = ["experiment=pixel_sail_0_5b", "recipe=released"], "leakage@data.leakage=refcoco_family"
-    assert not load_config("train", TrainConfig, card).data.leakage.enabled
-    with pytest.raises(ConfigError, match=r"is without effect.*add data\.leakage\.enabled=true"):
+def test_a_decontamination_group_beside_the_recipe_is_refused_and_a_key_takes_it_back():
+    card, group = (
+        ["experiment=pixel_sail_0_5b", "recipe=released"],
+        "decontamination@data.decontamination=refcoco_family",
+    )
+    assert not load_config("train", TrainConfig, card).data.decontamination.enabled
+    with pytest.raises(ConfigError, match=r"is without effect.*add data\.decontamination\.enabled=true"):
         load_config("train", TrainConfig, [*card, group])
-    kept = load_config("train", TrainConfig, [*card, group, "data.leakage.enabled=true"])
-    assert kept == load_config("train", TrainConfig, [*card, "data.leakage.enabled=true"])
-    assert len(kept.data.leakage.held_out) == 4
+    kept = load_config("train", TrainConfig, [*card, group, "data.decontamination.enabled=true"])
+    assert kept == load_config("train", TrainConfig, [*card, "data.decontamination.enabled=true"])
+    assert len(kept.data.decontamination.held_out) == 4
 
 
 def test_an_evaluation_as_released_is_another_half_of_the_same_recipe():

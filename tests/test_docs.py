@@ -168,7 +168,7 @@ def test_every_single_setting_in_a_page_composes():
     """Settings in single quotes of code, `key=value`, of the pages that answer questions."""
     for page in (ROOT / "docs" / "faq.md", ROOT / "docs" / "troubleshooting.md"):
         for setting in re.findall(r"`([\w.@]+=[\w.\[\],]+)`", page.read_text()):
-            needs_data = ["data=refcoco"] if "leakage" in setting else []
+            needs_data = ["data=refcoco"] if "decontamination" in setting else []
             if source := re.match(r"data\.sources\.(\w+)", setting):
                 needs_data = [f"+source@data.sources={source[1]}"]
             attempts = []

@@ -456,7 +456,7 @@ def test_numbers_that_become_infinite_end_a_question_with_the_image(bench, tmp_p
     "changed",
     ["predict.prompt=paper", "predict.mask=first", "predict.max_new_tokens=3", "precision=bf16", "max_images=2",
      f"evals.{EVAL}.split=testA",
-     f"+evals.{EVAL}.hide=text"],
+     f"+evals.{EVAL}.blind_baseline=language"],
 )  # fmt: skip
 def test_answers_to_other_questions_are_not_continued(bench, whole, monkeypatch, changed):
     check_refused(bench, whole, monkeypatch, changed)

@@ -16,7 +16,7 @@ from pixel_sail.config import CONFIG_FOLDER
 from pixel_sail.data.masks import decode_rle
 from pixel_sail.data.remarks import remarks
 from pixel_sail.data.sources import flickr_gcg, gcg_benchmark, grandf, refcocog_gcg
-from pixel_sail.data.wording.grounded_caption import CAPTION_QUESTIONS, PAPER_CAPTION_PROMPT, STANDARD_CAPTION_PROMPT
+from pixel_sail.data.templates.grounded_caption import CAPTION_QUESTIONS, PAPER_CAPTION_PROMPT, STANDARD_CAPTION_PROMPT
 from pixel_sail.rle import encode_mask
 from pixel_sail.types import DataError
 
@@ -357,14 +357,14 @@ CAPITALS = {
 
 
 @pytest.mark.parametrize("layout", ["grandf", "refcocog", "flickr"])
-def test_the_question_of_the_evaluation_is_asked_unless_the_wording_is_the_released(tmp_path, layout):
+def test_the_question_of_the_evaluation_is_asked_unless_the_templates_are_the_released(tmp_path, layout):
     for option, expected in (("ours", {*CAPTION_QUESTIONS}), ("released", {*CAPTION_QUESTIONS[1:]})):
         if layout == "grandf":
-            source = grandf_source(tmp_path, grandf_record(), wording=option)
+            source = grandf_source(tmp_path, grandf_record(), templates=option)
         elif layout == "refcocog":
-            source = refcocog_source(tmp_path, {"7": CAPITALS}, wording=option)
+            source = refcocog_source(tmp_path, {"7": CAPITALS}, templates=option)
         else:
-            source = flickr_source(tmp_path, flickr_annotation(1, (0, 8), mask=large(LEFT)), wording=option)
+            source = flickr_source(tmp_path, flickr_annotation(1, (0, 8), mask=large(LEFT)), templates=option)
         assert {source.get(0, rng(seed)).turns[0].question for seed in range(80)} == expected
     assert CAPTION_QUESTIONS[0] == STANDARD_CAPTION_PROMPT
 

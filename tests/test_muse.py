@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pixel_sail.data.sources import muse
-from pixel_sail.data.wording.muse import MASK_REQUESTS, listed, muse_answer
+from pixel_sail.data.templates.muse import MASK_REQUESTS, listed, muse_answer
 from pixel_sail.types import DataError
 
 HW = (6, 8)

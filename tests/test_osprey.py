@@ -12,7 +12,7 @@ from shared_data import shared_data
 from pixel_sail.data.images import load_image
 from pixel_sail.data.masks import decode_rle, decode_segmentation
 from pixel_sail.data.sources import osprey
-from pixel_sail.data.wording.region import DETAILED_QUESTIONS, NAME_QUESTIONS, SINGLE_WORD_SUFFIX
+from pixel_sail.data.templates.region import DETAILED_QUESTIONS, NAME_QUESTIONS, SINGLE_WORD_SUFFIX
 from pixel_sail.rle import encode_mask
 from pixel_sail.types import DataError
 

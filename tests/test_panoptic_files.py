@@ -28,7 +28,7 @@ from pixel_sail.data.masks import decode_segmentation, union_masks
 from pixel_sail.data.panoptic import load_categories, open_panoptic
 from pixel_sail.data.remarks import remarks
 from pixel_sail.data.sources import coco_panoptic, coco_semantic, coco_vp, pix2cap_seg, pix2cap_vp
-from pixel_sail.data.wording import segmentation
+from pixel_sail.data.templates import segmentation
 from pixel_sail.refshapes.formats import CATEGORY_ID, RULES
 from pixel_sail.refshapes.panoptic_format import write_panoptic
 from pixel_sail.refshapes.scene import encode_jpeg, paint_scene, sample_scene

@@ -30,8 +30,8 @@ from shared_data import shared_data
 
 from pixel_sail.config import CONFIG_FOLDER
 from pixel_sail.data.sources import coco_panoptic, coco_semantic, coco_vp, pix2cap_seg, pix2cap_vp
-from pixel_sail.data.wording import region_class, segmentation
-from pixel_sail.data.wording.referring import REFER_ANSWERS
+from pixel_sail.data.templates import region_class, segmentation
+from pixel_sail.data.templates.referring import REFER_ANSWERS
 from pixel_sail.types import DataError, MissingDataError
 
 
@@ -401,7 +401,7 @@ def test_regions_are_marked_by_the_configured_kinds(tmp_path):
         assert sizes[1] > 20
 
 
-# Wording
+# Templates
 
 
 def test_every_template_holds_its_placeholder_once():

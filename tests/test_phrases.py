@@ -116,7 +116,7 @@ def test_a_span_that_words_the_phrase_otherwise_is_believed(caption, phrase, spa
     assert placement.misplaced == ()
 
 
-def test_two_wordings_are_not_united_on_a_span_that_holds_neither():
+def test_two_phrasings_are_not_united_on_a_span_that_holds_neither():
     phrases = [Phrase(text=text, span=(0, 5)) for text in ("young boy", "old boy")]
     placement = place_phrases("A boy throws a ball.", phrases)
     assert [marked.phrases for marked in placement.spans] == [(0,)]

@@ -20,8 +20,8 @@ from pixel_sail.data.prompts import (
 )
 from pixel_sail.data.region_names import name_regions, named_regions, renumber, split_label
 from pixel_sail.data.regions import RegionSettings, RegionTurn, region_sample
-from pixel_sail.data.wording import region as wording
-from pixel_sail.data.wording import region_class
+from pixel_sail.data.templates import region as templates
+from pixel_sail.data.templates import region_class
 from pixel_sail.types import DataError
 
 MASKS = hypothesis_numpy.arrays(bool, st.tuples(st.integers(1, 40), st.integers(1, 40))).filter(np.any)
@@ -263,13 +263,13 @@ def test_renumbering_changes_all_numbers_at_once():
 @pytest.mark.parametrize(
     ("questions", "draw"),
     [
-        (wording.DESCRIBE_QUESTIONS, wording.describe_question),
-        (wording.DETAILED_QUESTIONS, wording.detailed_question),
-        (wording.SHORT_QUESTIONS, wording.short_question),
-        (wording.NAME_QUESTIONS, wording.name_question),
+        (templates.DESCRIBE_QUESTIONS, templates.describe_question),
+        (templates.DETAILED_QUESTIONS, templates.detailed_question),
+        (templates.SHORT_QUESTIONS, templates.short_question),
+        (templates.NAME_QUESTIONS, templates.name_question),
     ],
 )
-def test_every_wording_is_drawn_and_names_the_region_once(questions, draw):
+def test_every_template_is_drawn_and_names_the_region_once(questions, draw):
     rng = np.random.default_rng(0)
     assert {draw(rng) for _ in range(400)} == set(questions)
     assert all(question.count("{region}") == 1 and question.count("{") == 1 for question in questions)
@@ -277,17 +277,17 @@ def test_every_wording_is_drawn_and_names_the_region_once(questions, draw):
 
 
 def test_the_prompts_of_region_captions_are_questions_of_training():
-    asked = wording.REGION_CAPTION_PROMPT.replace("<Prompt0>", "{region}")
+    asked = templates.REGION_CAPTION_PROMPT.replace("<Prompt0>", "{region}")
     assert "{region}" in asked
-    assert asked in wording.DETAILED_QUESTIONS and asked in region_class.DESCRIBE_QUESTIONS
+    assert asked in templates.DETAILED_QUESTIONS and asked in region_class.DESCRIBE_QUESTIONS
     # SAM's captions are asked for with the suffix that PerBench's are.
-    assert wording.PERBENCH_CAPTION_PROMPT == wording.REGION_CAPTION_PROMPT + wording.DETAILED_SUFFIX
+    assert templates.PERBENCH_CAPTION_PROMPT == templates.REGION_CAPTION_PROMPT + templates.DETAILED_SUFFIX
 
 
 def test_evaluation_prompts_are_those_of_the_protocol():
-    assert wording.PERBENCH_CAPTION_PROMPT == (
+    assert templates.PERBENCH_CAPTION_PROMPT == (
         "Can you provide me with a detailed description of the region in the picture marked by <Prompt0>? Please "
         "provide as detailed as possible."
     )
-    asked = wording.PERBENCH_CHOICE_PROMPT.format(question="Which?\nA. one\n")
+    asked = templates.PERBENCH_CHOICE_PROMPT.format(question="Which?\nA. one\n")
     assert asked == "Please answer the question according to the <Prompt0>. Which?\nA. one\nSelect a correct choice."

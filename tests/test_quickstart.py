@@ -52,7 +52,7 @@ def test_every_split_is_reported_beside_what_chance_is(run_dir, data_root):
         split: meta["num_sentences"][split] for split in splits
     }
     assert metrics["guesses"] == {split: meta["blind_scores"][split] for split in splits}
-    assert metrics["blind"].keys() == {"question hidden", "picture swapped"} and metrics["seconds"] == 12.5
+    assert metrics["blind"].keys() == {"language-blind", "image-blind"} and metrics["seconds"] == 12.5
     lines = (run_dir / "report.md").read_text().splitlines()
     head = lines.index("| | count | ciou | giou | " + " | ".join(GUESSES) + " |")
     for line, split in zip(lines[head + 2 :], splits, strict=False):

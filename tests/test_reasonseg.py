@@ -14,8 +14,13 @@ from pixel_sail.data.image_sizes import upright_hw
 from pixel_sail.data.images import load_image
 from pixel_sail.data.masks import decode_rle
 from pixel_sail.data.sources.reasonseg import expressions, load, paint, read_item
-from pixel_sail.data.wording.reasoning import PHRASE_QUESTIONS, SENTENCE_QUESTIONS, evaluation_question, reasoning_turn
-from pixel_sail.data.wording.referring import REFER_ANSWERS
+from pixel_sail.data.templates.reasoning import (
+    PHRASE_QUESTIONS,
+    SENTENCE_QUESTIONS,
+    evaluation_question,
+    reasoning_turn,
+)
+from pixel_sail.data.templates.referring import REFER_ANSWERS
 from pixel_sail.metrics.released_iou import released_target
 from pixel_sail.refshapes.focus import SceneRules
 from pixel_sail.refshapes.grounded_format import grounded_record, write_grounded
@@ -277,7 +282,7 @@ def test_expressions_are_chosen_by_length_and_keep_their_ids(tmp_path):
     assert ids(query="long", sentences="all") == [(2, 2, 1), (2, 2, 2), (2, 2, 3)]
 
 
-def test_every_wording_is_used_and_holds_its_text_once():
+def test_every_template_is_used_and_holds_its_text_once():
     mask = np.ones((1, 1), dtype=bool)
     for templates, is_sentence in ((SENTENCE_QUESTIONS, True), (PHRASE_QUESTIONS, False)):
         asked = {reasoning_turn("a {b}", mask, rng(s), is_sentence=is_sentence).question for s in range(200)}
@@ -291,7 +296,7 @@ def test_the_released_training_asks_what_the_evaluation_asks(tmp_path):
     write(tmp_path, "phrase", text=["the box.", "what holds things"])
     write(tmp_path, "whole", text=["Where is the box?"], is_sentence=True)
     for option in ("ours", "released"):
-        source = load(root=tmp_path, wording=option)
+        source = load(root=tmp_path, templates=option)
         turns = [turn for seed in range(40) for index in range(2) for turn in source.get(index, rng(seed)).turns]
         asked, answered = ({getattr(turn, side) for turn in turns} for side in ("question", "answer"))
         released = {evaluation_question(text, is_sentence=False) for text in ("the box.", "what holds things")}

@@ -11,7 +11,7 @@ from shared_data import shared_data
 from pixel_sail.data.images import load_image
 from pixel_sail.data.refer_annotations import load_refer
 from pixel_sail.data.sources import refcocog_vp
-from pixel_sail.data.wording.region import SHORT_QUESTIONS
+from pixel_sail.data.templates.region import SHORT_QUESTIONS
 
 
 def _refer_root(tmp_path, refs):
@@ -68,7 +68,7 @@ def test_the_released_fine_tuning_asks_one_question(tmp_path):
     root = _refer_root(tmp_path, REFS)
     asked = {}
     for option in ("ours", "released"):
-        source = refcocog_vp.load(root=root, dataset="toy", absent_share=0.5, wording=option)
+        source = refcocog_vp.load(root=root, dataset="toy", absent_share=0.5, templates=option)
         turns = [turn for seed in range(60) for turn in get(source, seed=seed).turns]
         assert any("not in the image" in turn.answer for turn in turns)
         asked[option] = {re.sub(r"<Prompt\d+>", "{region}", turn.question) for turn in turns}

@@ -10,7 +10,7 @@ from shared_data import shared_data
 
 from pixel_sail.data.masks import decode_rle
 from pixel_sail.data.sources.refer import ReferSource, expressions, load, load_refer
-from pixel_sail.data.wording.referring import NO_TARGET_ANSWER, REFER_ANSWERS
+from pixel_sail.data.templates.referring import NO_TARGET_ANSWER, REFER_ANSWERS
 from pixel_sail.types import DataError
 
 
@@ -223,9 +223,9 @@ def test_a_source_gives_the_same_samples_in_a_spawned_worker(tmp_path):
         assert _turn_keys(first) == _turn_keys(second)
 
 
-def test_hidden_images_that_cannot_be_swapped_are_counted(tmp_path, caplog):
-    hidden_paths = [_source(_write(tmp_path), hide="image").image_path(i).name for i in range(2)]
-    assert hidden_paths == ["one.jpg", "two.jpg"]
+def test_images_that_cannot_be_swapped_are_counted(tmp_path, caplog):
+    blind_paths = [_source(_write(tmp_path), blind_baseline="image").image_path(i).name for i in range(2)]
+    assert blind_paths == ["one.jpg", "two.jpg"]
     assert "2 of 2 images have no other of their size" in caplog.text
 
 

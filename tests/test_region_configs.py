@@ -11,7 +11,7 @@ from region_samples import get
 
 from pixel_sail.config import CONFIG_FOLDER
 from pixel_sail.data.images import load_image
-from pixel_sail.data.wording.region import SINGLE_WORD_SUFFIX
+from pixel_sail.data.templates.region import SINGLE_WORD_SUFFIX
 
 
 @pytest.fixture(autouse=True)

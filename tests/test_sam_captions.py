@@ -14,8 +14,8 @@ from shared_data import shared_data
 
 from pixel_sail.data.images import load_image
 from pixel_sail.data.sources import sam_captions
-from pixel_sail.data.wording.marker import remove_marker
-from pixel_sail.data.wording.region import DETAILED_SUFFIX
+from pixel_sail.data.templates.marker import remove_marker
+from pixel_sail.data.templates.region import DETAILED_SUFFIX
 from pixel_sail.rle import encode_mask
 from pixel_sail.types import DataError
 

@@ -1,4 +1,4 @@
-"""General visual questions: answers, requests and wording without the kit."""
+"""General visual questions: answers, requests and templates without the kit."""
 
 import subprocess
 import sys

@@ -26,7 +26,7 @@ datasets = pytest.importorskip("datasets", reason=REASON)
 
 from pixel_sail.vqa.lmms_eval_plugin import TASK_FOLDER, manifest, register, with_defaults  # noqa: E402
 
-WORDING = {
+TEMPLATES = {
     "pixel_sail_mme": mme_question,
     "pixel_sail_mmbench_en_dev": lettered_question,
     "pixel_sail_seed_image": seed_question,
@@ -166,10 +166,10 @@ def test_the_registry_of_the_kit_finds_and_checks_the_class():
 
 
 def test_every_task_file_is_known_to_the_tests():
-    assert {file.stem for file in TASK_FOLDER.glob("*.yaml")} == WORDING.keys()
+    assert {file.stem for file in TASK_FOLDER.glob("*.yaml")} == TEMPLATES.keys()
 
 
-@pytest.mark.parametrize("task", sorted(WORDING))
+@pytest.mark.parametrize("task", sorted(TEMPLATES))
 def test_the_kit_gets_for_every_document_what_the_model_says_alone(task, model, local_tasks, pictures, checkpoint):
     samples = evaluate(model, local_tasks, task)["samples"][task]
     rows = [row for row in rows_of(task, pictures) if row.get("data_type") != "video"]
@@ -179,11 +179,11 @@ def test_the_kit_gets_for_every_document_what_the_model_says_alone(task, model, 
         image = row["image"][0] if task == "pixel_sail_seed_image" else row["image"]
         if isinstance(image, str):
             image = Image.open(io.BytesIO(base64.b64decode(image)))
-        expected.append(answer(predictor, image, WORDING[task](row), max_new_tokens=16))
+        expected.append(answer(predictor, image, TEMPLATES[task](row), max_new_tokens=16))
     found = {sample["doc_id"]: sample["resps"][0][0] for sample in samples}
     assert [found[i] for i in range(len(rows))] == expected
     asked = {sample["doc_id"]: sample["arguments"][0] for sample in samples}
-    assert [asked[i] for i in range(len(rows))] == [WORDING[task](row) for row in rows]
+    assert [asked[i] for i in range(len(rows))] == [TEMPLATES[task](row) for row in rows]
 
 
 def test_answers_become_the_scores_of_the_kit(model, local_tasks, monkeypatch):

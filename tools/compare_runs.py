@@ -9,7 +9,7 @@ Place in the flow: after two runs of `scripts/evaluate.py` on the same evals; ne
     score         A        B      B - A   95 % interval        A better   B better   equal
     ciou     0.7102   0.7311    +0.0209   +0.0121 .. +0.0293        310        402     517
 
-Answers are scored again; both runs are resampled with the same images. Different items, other wordings of the
+Answers are scored again; both runs are resampled with the same images. Different items, other templates of the
 questions or another max_images are refused with exit status 2.
 """
 

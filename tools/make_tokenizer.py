@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pixel_sail.data.sources.refer import expressions, load_refer
-from pixel_sail.data.wording.referring import (
+from pixel_sail.data.templates.referring import (
     FIXED_REFER_ANSWER,
     NO_TARGET_ANSWER,
     REFER_ANSWERS,

@@ -43,7 +43,7 @@ COMMON = (
     *("optim.epochs=null", "data.samples_per_step=null"),
     *("data.global_batch_size=16", "data.micro_batch_size=8", "data.stream_rounds=1", "data.num_workers=1"),
     *("data.packing.seq_len=512", "data.packing.max_samples=1", "data.packing.independent_turns=true"),
-    *("data.leakage.held_out=[]", "loss.points.num_points=1024", "loss.points.oversample_ratio=1.0"),
+    *("data.decontamination.held_out=[]", "loss.points.num_points=1024", "loss.points.oversample_ratio=1.0"),
     *("loss.points.importance_ratio=0.0", "loss.dice=2.0"),
 )
 

@@ -13,7 +13,7 @@ Rules, in this order:
    phrase otherwise: articles and marks aside, the words of one are among those of the other, in order ("two men" for
    "two young men", "the man" for "A man"). What is left is "not found", and "misplaced" if its span holds other words.
 2. Longer phrases are placed first, of equal ones those that are in the caption word for word. Phrases on the very same
-   characters share one place (their masks are united), but for those whose span is only believed: two wordings need
+   characters share one place (their masks are united), but for those whose span is only believed: two phrasings need
    not be one thing. A phrase without a stated span may move to another occurrence that is free. What still overlaps is
    "overlapped".
 """
@@ -22,7 +22,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pixel_sail.data.wording.grounded_caption import MARKS, marked_phrase
+from pixel_sail.data.templates.grounded_caption import MARKS, marked_phrase
 from pixel_sail.types import DataError
 
 _ARTICLES = frozenset({"a", "an", "the"})
@@ -138,7 +138,7 @@ def _options(caption: str, phrase: Phrase) -> _Options:
         return _Options(spans=(min(found, key=lambda span: (abs(span[0] - start), span)),))
     if stated is None or not _is_whole_words(caption, stated):
         return _Options()
-    if words and not _is_rewording(" ".join(words), caption[slice(*stated)]):
+    if words and not _is_rephrasing(" ".join(words), caption[slice(*stated)]):
         return _Options()
     return _Options(spans=(stated,), is_reworded=bool(words))
 
@@ -156,7 +156,7 @@ def _in_other_units(caption: str, span: Span | None) -> list[Span | None]:
     return spans
 
 
-def _is_rewording(phrase: str, other: str) -> bool:
+def _is_rephrasing(phrase: str, other: str) -> bool:
     """Say whether the words of one text are among those of the other in order, articles and marks aside."""
     shorter, longer = sorted((_content_words(phrase), _content_words(other)), key=len)
     remaining = iter(longer)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from pixel_sail.config import build
+from pixel_sail.data.checking.contamination import coco_key, note_contamination, photo_key
 from pixel_sail.data.checking.downloads import advice_for
 from pixel_sail.data.checking.files import (
     ABSENT_PHOTO,
@@ -29,7 +30,6 @@ from pixel_sail.data.checking.files import (
 from pixel_sail.data.checking.findings import FileFact, Findings, Kind, Lengths, Share, SourceReport
 from pixel_sail.data.checking.items import ItemCheck, check_items, chosen_items, note_remarks
 from pixel_sail.data.checking.known import is_known, refer_name
-from pixel_sail.data.checking.leakage import coco_key, note_leakage, photo_key
 from pixel_sail.data.checking.refer_files import ReferCheck, ReferFolder, check_refer, refs_files
 from pixel_sail.data.checking.refs import read_refs
 from pixel_sail.data.remarks import remarks
@@ -140,7 +140,9 @@ def _check_source(
             source, findings, sample=settings.sample, num_shown=settings.sheet, progress=settings.progress
         )
         own = _own_dataset(node)
-        note_leakage(items.photos, {key: keys for key, keys in evaluated.items() if key[0] != own}, name, findings)
+        note_contamination(
+            items.photos, {key: keys for key, keys in evaluated.items() if key[0] != own}, name, findings
+        )
     items = ItemCheck() if items is None else items
     check = None if files is None else files[0]
     facts = check.files if check is not None else _facts(source, node, findings)

@@ -22,14 +22,14 @@ from pathlib import Path
 
 from pixel_sail.data.fields import ImageFolders
 from pixel_sail.data.sources import gcg_benchmark
-from pixel_sail.data.wording.grounded_caption import PAPER_CAPTION_PROMPT, STANDARD_CAPTION_PROMPT
+from pixel_sail.data.templates.grounded_caption import PAPER_CAPTION_PROMPT, STANDARD_CAPTION_PROMPT
 from pixel_sail.evaluation.answers import ItemAnswer, answers_task
 from pixel_sail.evaluation.cases import Case, Panel
 from pixel_sail.evaluation.measured import ItemFractions, Measured
 from pixel_sail.evaluation.overlay import PALETTE
 from pixel_sail.evaluation.photos import Photo
 from pixel_sail.evaluation.phrase_similarity import EncoderSimilarity
-from pixel_sail.evaluation.task import Question, Task, wording
+from pixel_sail.evaluation.task import Question, Task, prompt_template
 from pixel_sail.metrics.answer_text import GroundedText, grounded_text, grounded_text_as_released
 from pixel_sail.metrics.captions import check_caption_tools, check_references, score_captions
 from pixel_sail.metrics.grounded_caption import GroundedCaptionScores, Similarity, score_image, word_overlap
@@ -104,7 +104,7 @@ def _question(item: GroundedCaption, prompt: str) -> Question:
         key=item.image_id,
         image_id=item.image_id,
         photo=Photo(path=item.image_path, size_hw=item.image_hw),
-        text=wording(PROMPTS, prompt, KIND),
+        text=prompt_template(PROMPTS, prompt, KIND),
     )
 
 

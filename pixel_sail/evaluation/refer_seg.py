@@ -19,9 +19,10 @@ import torch
 
 from pixel_sail import dist
 from pixel_sail.config import ConfigError
-from pixel_sail.data.sources import hidden, reasonseg
+from pixel_sail.data.sources import reasonseg
+from pixel_sail.data.sources.blind_baseline import make_blind
 from pixel_sail.data.sources.refer import expressions, load_refer
-from pixel_sail.data.wording.referring import PAPER_REFER_PROMPT, SHORT_REFER_PROMPT, STANDARD_REFER_PROMPT
+from pixel_sail.data.templates.referring import PAPER_REFER_PROMPT, SHORT_REFER_PROMPT, STANDARD_REFER_PROMPT
 from pixel_sail.evaluation.cases import expression_case
 from pixel_sail.evaluation.engine import answer_image, answer_own
 from pixel_sail.evaluation.photos import Photo
@@ -33,7 +34,7 @@ from pixel_sail.evaluation.predictions import (
     prediction_key,
     score_predictions,
 )
-from pixel_sail.evaluation.task import Answered, Question, Task, by_image, wording
+from pixel_sail.evaluation.task import Answered, Question, Task, by_image, prompt_template
 from pixel_sail.metrics.iou import IoUSums
 from pixel_sail.rle import encode_mask
 from pixel_sail.types import Expression, Prediction
@@ -58,12 +59,12 @@ def load(
     split_by: str | None = None,
     image_dir: str | Path | None = None,
     text_field: str = "sent",
-    hide: str = "none",
+    blind_baseline: str = "none",
 ) -> list[Expression]:
-    """Return the expressions of one split: the `_target_` of an eval; `hide` takes text or image away from the
+    """Return the expressions of one split: the `_target_` of an eval; `blind_baseline` takes text or image away from the
     model."""
     annotations = load_refer(root, dataset, split, split_by=split_by, image_dir=image_dir)
-    return expressions(hidden.hide(annotations, hide), text_field=text_field)
+    return expressions(make_blind(annotations, blind_baseline), text_field=text_field)
 
 
 def load_with_boundaries(
@@ -103,7 +104,7 @@ def task_of(
 ) -> ReferTask:
     """Return the task of asking for these expressions.
 
-    prompts: wording of each `predict.prompt`, with {sent}. is_upright: masks count pixels of photos turned upright.
+    prompts: template of each `predict.prompt`, with {sent}. is_upright: masks count pixels of photos turned upright.
     missing_as_released: `empty` or `skipped`, what the released script makes of an answer without a mask.
     """
     return Task(
@@ -152,7 +153,7 @@ def _question(expression: Expression, prompt: str, *, prompts: dict[str, str], i
         key=prediction_key(expression),
         image_id=expression.image_id,
         photo=Photo(path=expression.image_path, size_hw=expression.image_hw, is_upright=is_upright),
-        text=wording(prompts, prompt, KIND).format(sent=expression.text),
+        text=prompt_template(prompts, prompt, KIND).format(sent=expression.text),
     )
 
 

@@ -20,13 +20,13 @@ from pathlib import Path
 
 from pixel_sail.config import ConfigError
 from pixel_sail.data.sources import perbench, region_caption
-from pixel_sail.data.wording.region import PERBENCH_CAPTION_PROMPT, REGION_CAPTION_PROMPT
+from pixel_sail.data.templates.region import PERBENCH_CAPTION_PROMPT, REGION_CAPTION_PROMPT
 from pixel_sail.evaluation.answers import ItemAnswer, answers_task, region_question
 from pixel_sail.evaluation.cases import Case
 from pixel_sail.evaluation.measured import ItemFractions, Measured
 from pixel_sail.evaluation.overlay import TRUE_COLOR
 from pixel_sail.evaluation.photos import Photo
-from pixel_sail.evaluation.task import Question, Task, wording
+from pixel_sail.evaluation.task import Question, Task, prompt_template
 from pixel_sail.metrics.answer_text import object_caption_as_released, plain_description, region_caption_as_released
 from pixel_sail.metrics.captions import check_caption_tools, check_references, score_captions
 from pixel_sail.metrics.java_tools import CaptionTools
@@ -106,7 +106,7 @@ def _task(items: Sequence[RegionCaption], *, prompt: str, chosen: dict[str, Capt
 
 def _question(item: RegionCaption, prompt: str, *, text: str) -> Question:
     """Return the released question, which has no stray blanks to leave out."""
-    return region_question(item, wording({"standard": text, "paper": text}, prompt, KIND))
+    return region_question(item, prompt_template({"standard": text, "paper": text}, prompt, KIND))
 
 
 def _case(item: RegionCaption, answer: ItemAnswer) -> Case:

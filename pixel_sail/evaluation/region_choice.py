@@ -14,13 +14,13 @@ from pathlib import Path
 
 from pixel_sail.config import ConfigError
 from pixel_sail.data.sources import perbench
-from pixel_sail.data.wording.region import MARKED_OBJECT, PERBENCH_CHOICE_PROMPT
+from pixel_sail.data.templates.region import MARKED_OBJECT, PERBENCH_CHOICE_PROMPT
 from pixel_sail.evaluation.answers import ItemAnswer, answers_task, region_question
 from pixel_sail.evaluation.cases import Case
 from pixel_sail.evaluation.measured import PAPER_PREFIX, Measured, measure, together
 from pixel_sail.evaluation.overlay import TRUE_COLOR
 from pixel_sail.evaluation.photos import Photo
-from pixel_sail.evaluation.task import Question, Task, wording
+from pixel_sail.evaluation.task import Question, Task, prompt_template
 from pixel_sail.metrics.choice import score_choice, score_choice_as_released
 from pixel_sail.types import RegionChoice
 
@@ -57,7 +57,7 @@ def load(
 
 def _question(item: RegionChoice, prompt: str) -> Question:
     stem = item.question.partition("\n")[0].replace(MARKED_OBJECT, "<Prompt0>")
-    return region_question(item, wording(PROMPTS, prompt, KIND).format(question=item.question, stem=stem))
+    return region_question(item, prompt_template(PROMPTS, prompt, KIND).format(question=item.question, stem=stem))
 
 
 def _case(item: RegionChoice, answer: ItemAnswer) -> Case:

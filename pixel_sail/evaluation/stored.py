@@ -76,7 +76,7 @@ def read_protocol(folder: Path) -> dict[str, Any]:
             "`predict`; evaluate again"
         )
     if not isinstance(predict.get("prompt"), str):
-        raise DataError(f"{file}: found predict.prompt {predict.get('prompt')!r:.80}, expected the name of a wording")
+        raise DataError(f"{file}: found predict.prompt {predict.get('prompt')!r:.80}, expected the name of a template")
     return protocol | {"eval": read_entry(protocol.get("eval"), str(file))}
 
 

@@ -133,8 +133,8 @@ def by_image(things: Sequence[AboutImage]) -> list[list[AboutImage]]:
     return [list(group) for _, group in groupby(ordered, key=lambda thing: thing.image_id)]
 
 
-def wording(prompts: Mapping[str, str], name: str, kind: str) -> str:
-    """Return the wording of `predict.prompt`. Raises: ConfigError when the task does not have it."""
+def prompt_template(prompts: Mapping[str, str], name: str, kind: str) -> str:
+    """Return the template of `predict.prompt`. Raises: ConfigError when the task does not have it."""
     if name not in prompts:
         raise ConfigError(f"predict.prompt is {name!r}, but {kind} is asked for with one of {sorted(prompts)}")
     return prompts[name]

@@ -18,7 +18,7 @@ from pixel_sail.evaluation.cases import Case
 from pixel_sail.evaluation.measured import PAPER_PREFIX, Measured, measure, together
 from pixel_sail.evaluation.overlay import PREDICTED_COLOR, TRUE_COLOR
 from pixel_sail.evaluation.photos import Photo
-from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS, Answered, Question, Task, wording
+from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS, Answered, Question, Task, prompt_template
 from pixel_sail.metrics.visual_referring import score_each, score_first_as_released, score_union
 from pixel_sail.types import RLE, VisualReferring
 
@@ -48,7 +48,7 @@ def _question(item: VisualReferring, prompt: str) -> Question:
         key=item.item_id,
         image_id=str(item.image_path),
         photo=Photo(path=item.image_path, size_hw=item.image_hw),
-        text=wording(PROMPTS, prompt, KIND).format(question=item.question),
+        text=prompt_template(PROMPTS, prompt, KIND).format(question=item.question),
         regions=item.regions,
         prompt_ids=item.prompt_ids,
     )

@@ -1,6 +1,6 @@
-"""Finds the expressions of a scene: queries that fit one object, several or none, with their wording.
+"""Finds the expressions of a scene: queries that fit one object, several or none, in words.
 
-Place in the flow: `queries.py` (meaning), `wording.py` (words) -> here -> `formats.py` (the files). An expression is
+Place in the flow: `queries.py` (meaning), `templates.py` (words) -> here -> `formats.py` (the files). An expression is
 first a `Query`, whose meaning is computed from the scene; only then is it worded. As an example of the data:
 
     Sentence(text="the small star below the blue ring", targets=(4,), kind="relation",
@@ -29,7 +29,7 @@ from pixel_sail.refshapes.queries import (
     names_held_out,
 )
 from pixel_sail.refshapes.scene import Scene, SceneObject
-from pixel_sail.refshapes.wording import word_plural, word_single
+from pixel_sail.refshapes.templates import word_plural, word_single
 
 
 class Describer:

@@ -12,7 +12,7 @@ import numpy as np
 from pixel_sail.refshapes.kinds import VALUES
 from pixel_sail.refshapes.queries import Query, Sentence
 from pixel_sail.refshapes.scene import Scene
-from pixel_sail.refshapes.wording import noun_phrase
+from pixel_sail.refshapes.templates import noun_phrase
 
 
 def group_sentences(rng: np.random.Generator, scene: Scene) -> list[Sentence]:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from pixel_sail import dist
 from pixel_sail.config import ConfigError, DataConfig, OptimConfig, TrainConfig, build
+from pixel_sail.data.decontamination import evaluation_image_ids, without_images
 from pixel_sail.data.fingerprint import data_fingerprint
-from pixel_sail.data.leakage import held_out_images, without_images
 from pixel_sail.data.loader import StepData, StreamAssignment, training_batches
 from pixel_sail.data.mixture import Mixture
 from pixel_sail.distillation.teachers import load_teachers
@@ -342,7 +342,7 @@ def build_mixture(config: DataConfig, *, seed: int) -> Mixture:
     """Return the configured sources as one stream."""
     if not config.sources:
         raise ConfigError("data.sources is empty; choose a data group, for example data=refshapes")
-    excluded = held_out_images(config.leakage.held_out) if config.leakage.enabled else frozenset()
+    excluded = evaluation_image_ids(config.decontamination.held_out) if config.decontamination.enabled else frozenset()
     sources = {
         name: without_images(build(node, f"data.sources.{name}"), excluded) for name, node in config.sources.items()
     }

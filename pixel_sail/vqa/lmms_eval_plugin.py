@@ -12,7 +12,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 
 MODEL_NAME = "pixel_sail"
 TASK_FOLDER = Path(__file__).resolve().parent / "tasks"
-"""The benchmarks with the released wording, for `--include_path`."""
+"""The benchmarks with the released templates, for `--include_path`."""
 
 
 def manifest() -> ModelManifest:

@@ -1,4 +1,4 @@
-"""Wording of general visual questions as in the released evaluation.
+"""Templates of general visual questions as in the released evaluation.
 
 Place in the flow: the task files in `tasks/` name the functions here as `doc_to_text` and `process_docs`, so that the
 kit's log of a run shows the very question that the model was asked.
@@ -7,7 +7,7 @@ kit's log of a run shows the very question that the model was asked.
         -> "Which one is red?\\nA. the box\\nB. the star\\nAnswer with the option's letter from the given choices
             directly."
 
-The kit's own wording of the same documents is written down in `docs/vqa.md`.
+The kit's own templates of the same documents is written down in `docs/vqa.md`.
 """
 
 from collections.abc import Mapping

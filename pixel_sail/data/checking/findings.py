@@ -42,7 +42,7 @@ class Kind(StrEnum):
     EMPTY_TEXT = "empty text"
     UNKNOWN_ID = "unknown id"
     COUNT = "known count"
-    LEAKAGE = "leakage"
+    CONTAMINATION = "contamination"
     SOURCE = "source"
     ITEM = "item"
     LOADER = "loader warns"

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from pixel_sail.data.checking.contamination import photo_key
 from pixel_sail.data.checking.files import ABSENT_PHOTO, ABSENT_PHOTOS, check_image
 from pixel_sail.data.checking.findings import Findings, Kind, Lengths, Share
-from pixel_sail.data.checking.leakage import photo_key
 from pixel_sail.data.images import load_image
 from pixel_sail.data.remarks import Remark, remarks
-from pixel_sail.data.wording.referring import NO_TARGET_ANSWER
+from pixel_sail.data.templates.referring import NO_TARGET_ANSWER
 from pixel_sail.model.tokenization import SEG_TOKEN
 from pixel_sail.types import BoolMask, DataError, Sample, Source
 

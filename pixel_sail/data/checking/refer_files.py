@@ -196,9 +196,9 @@ def _check_overlap(rows: Iterable[RefRow], dataset: str, split_by: str, path: Pa
             continue
         found = f"found {len(shared)} images of train also in {split} (first image_id {shared[0]})"
         if images_overlap_by_design(dataset, split_by):
-            findings.note(Kind.LEAKAGE, path, f"{found}; so published, this file splits objects and not images")
+            findings.note(Kind.CONTAMINATION, path, f"{found}; so published, this file splits objects and not images")
         else:
-            findings.trouble(Kind.LEAKAGE, path, f"{found}, expected none; get the file again")
+            findings.trouble(Kind.CONTAMINATION, path, f"{found}, expected none; get the file again")
 
 
 def _choose(ids: Iterable[int], sample: int | None) -> set[int]:

@@ -1,7 +1,7 @@
 """COCO panoptic annotations as semantic segmentation: one mask of "all the dogs", for things and stuff alike.
 
-Place in the flow: `data/panoptic.py` -> here -> `Sample` with one turn per class, wording from
-`data/wording/segmentation.py`. Files and class names are those of `coco_panoptic.py`.
+Place in the flow: `data/panoptic.py` -> here -> `Sample` with one turn per class, templates from
+`data/templates/segmentation.py`. Files and class names are those of `coco_panoptic.py`.
 
 Example: two dogs and a crowd of dogs give Turn(question="Cover all the dog at once. Segmentation in the semantic
 mode.", answer="Sure, [SEG].", masks=(<the pixels of all three segments>,)).
@@ -21,7 +21,7 @@ from pixel_sail.data.masks import union_masks
 from pixel_sail.data.panoptic import PanopticFile, Segment, open_panoptic
 from pixel_sail.data.panoptic_source import PanopticSource, check_at_least
 from pixel_sail.data.sources.coco_panoptic import CocoClasses
-from pixel_sail.data.wording.segmentation import semantic_turn
+from pixel_sail.data.templates.segmentation import semantic_turn
 from pixel_sail.rle import encode_mask
 from pixel_sail.types import Expression, Sample, Source
 

@@ -1,7 +1,7 @@
 """COCO panoptic segments as marked regions whose class is to be chosen among candidates.
 
 Place in the flow: `data/panoptic.py` -> here -> `data/regions.py` -> `Sample` with visual prompts and one turn per
-region, wording from `data/wording/region_class.py`.
+region, templates from `data/templates/region_class.py`.
 
 Example:
 
@@ -29,7 +29,7 @@ from pixel_sail.data.panoptic_source import PanopticSource, check_at_least
 from pixel_sail.data.prompts import MASK_ONLY
 from pixel_sail.data.regions import RegionSettings, RegionTurn, region_sample
 from pixel_sail.data.sources.coco_panoptic import CocoClasses
-from pixel_sail.data.wording.region_class import OTHERS, class_answer, class_question
+from pixel_sail.data.templates.region_class import OTHERS, class_answer, class_question
 from pixel_sail.types import DataError, Sample, Source
 
 

@@ -31,14 +31,14 @@ MIN_SIDE_PX = 32
 
 
 def load(
-    *, annotations: str | Path, image_dir: ImageFolders, name: str = "flickr30k_gcg", wording: str = OURS
+    *, annotations: str | Path, image_dir: ImageFolders, name: str = "flickr30k_gcg", templates: str = OURS
 ) -> Source:
     """Return the training source: the `_target_` of `configs/source/flickr30k_gcg.yaml`.
 
-    annotations: the JSON file. image_dir: one folder of photos, or several to look in. wording: see
+    annotations: the JSON file. image_dir: one folder of photos, or several to look in. templates: see
     `GroundedCaptionSource`. Raises: DataError, ValueError.
     """
-    return GroundedCaptionSource(FlickrLayout(annotations), image_dir, name=name, wording=wording)
+    return GroundedCaptionSource(FlickrLayout(annotations), image_dir, name=name, templates=templates)
 
 
 class FlickrLayout:

@@ -28,7 +28,7 @@ from pixel_sail.data.images import find_image
 from pixel_sail.data.masks import ShowsPixels, decode_segmentation, union_masks
 from pixel_sail.data.phrases import Phrase, Placement, mark_caption, place_phrases
 from pixel_sail.data.remarks import remark
-from pixel_sail.data.wording.grounded_caption import caption_question
+from pixel_sail.data.templates.grounded_caption import caption_question
 from pixel_sail.texts import shown
 from pixel_sail.types import BoolMask, DataError, Sample, SizeHW, Turn
 
@@ -92,10 +92,10 @@ class GroundedCaptionSource:
     what is not used: both are logged. A malformed record stays in, and `get` says what is wrong with it.
     """
 
-    def __init__(self, layout: CaptionLayout, image_dir: ImageFolders, *, name: str, wording: str = OURS) -> None:
-        """`wording`, ours: the evaluation's question is asked, too; released: it is not. Raises: ValueError."""
+    def __init__(self, layout: CaptionLayout, image_dir: ImageFolders, *, name: str, templates: str = OURS) -> None:
+        """`templates`, ours: the evaluation's question is asked, too; released: it is not. Raises: ValueError."""
         self.name = name
-        self._released_wording = is_released(name, "wording", wording)
+        self._released_templates = is_released(name, "templates", templates)
         self._layout = layout
         self._folders = folders(image_dir)
         self._items = self._usable_items()
@@ -122,7 +122,7 @@ class GroundedCaptionSource:
         image_path = find_image(self._folders, record.file_name)
         image_hw = record.image_hw if record.image_hw is not None else stored_hw(image_path, sample_id)
         masks = tuple(_united(record, marked.phrases, image_hw) for marked in placement.spans)
-        question = caption_question(rng, as_released=self._released_wording)
+        question = caption_question(rng, as_released=self._released_templates)
         answer = mark_caption(record.caption, placement, sample_id)
         return Sample(
             sample_id=sample_id,

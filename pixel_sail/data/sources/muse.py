@@ -27,7 +27,7 @@ from pixel_sail.data.fields import ImageFolders, field, folders, stated_hw, stri
 from pixel_sail.data.images import find_image
 from pixel_sail.data.masks import ShowsPixels, decode_segmentation
 from pixel_sail.data.records import Records, open_records
-from pixel_sail.data.wording.muse import muse_answer, muse_question
+from pixel_sail.data.templates.muse import muse_answer, muse_question
 from pixel_sail.types import DataError, Sample, SizeHW, Source, Turn
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class MuseSource:
         return find_image(self._folders, _file_name(self._records[number], self._where(number)))
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
-        """Return all questions about an image, in file order; `rng` draws the wording. Raises: DataError."""
+        """Return all questions about an image, in file order; `rng` samples the templates. Raises: DataError."""
         number = int(self._items[index])
         record, where = self._records[number], self._where(number)
         file_name, image_hw = _file_name(record, where), stated_hw(record, where)

@@ -38,7 +38,7 @@ from pixel_sail.data.prompts import MASK_ONLY
 from pixel_sail.data.records import Records, open_records
 from pixel_sail.data.region_names import name_regions, named_regions, renumber, split_label
 from pixel_sail.data.regions import RegionSettings, RegionTurn, region_sample
-from pixel_sail.data.wording.region import (
+from pixel_sail.data.templates.region import (
     REGION_ANSWER,
     SINGLE_WORD_SUFFIX,
     describe_question,

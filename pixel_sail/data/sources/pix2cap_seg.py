@@ -1,7 +1,7 @@
 """Pix2Cap-COCO as segmentation: a text describes one segment of an image, the answer is its mask.
 
-Place in the flow: `data/panoptic.py` -> here -> `Sample` with one turn per description, wording from
-`data/wording/segmentation.py`. `pix2cap_vp.py` asks the other way round.
+Place in the flow: `data/panoptic.py` -> here -> `Sample` with one turn per description, templates from
+`data/templates/segmentation.py`. `pix2cap_vp.py` asks the other way round.
 
 Pix2Cap's file is a COCO panoptic JSON whose segments carry a text; the PNGs and photos are COCO's own. An example:
 
@@ -20,7 +20,7 @@ import numpy as np
 from pixel_sail.data.masks import union_masks
 from pixel_sail.data.panoptic import PanopticFile, Segment, open_panoptic
 from pixel_sail.data.panoptic_source import PanopticSource, check_at_least
-from pixel_sail.data.wording.segmentation import description_turn
+from pixel_sail.data.templates.segmentation import description_turn
 from pixel_sail.types import Sample, Source
 
 

@@ -1,7 +1,7 @@
 """Pix2Cap-COCO as region description: a segment is marked by a visual prompt, the answer is its text.
 
 Place in the flow: `data/panoptic.py` -> here -> `data/regions.py` -> `Sample` with visual prompts and one turn per
-region, wording from `data/wording/region_class.py`. The file is described in `pix2cap_seg.py`.
+region, templates from `data/templates/region_class.py`. The file is described in `pix2cap_seg.py`.
 
 Example:
 
@@ -23,7 +23,7 @@ from pixel_sail.data.panoptic_source import PanopticSource, check_at_least
 from pixel_sail.data.prompts import MASK_ONLY
 from pixel_sail.data.regions import RegionSettings, RegionTurn, region_sample
 from pixel_sail.data.sources.pix2cap_seg import described
-from pixel_sail.data.wording.region_class import describe_answer, describe_question
+from pixel_sail.data.templates.region_class import describe_answer, describe_question
 from pixel_sail.types import Sample, Source
 
 

@@ -36,7 +36,7 @@ from pixel_sail.data.image_sizes import stored_hw, turn_of, upright_hw
 from pixel_sail.data.images import existing_file
 from pixel_sail.data.labelme import Shape, paint_shape, read_shape
 from pixel_sail.data.masks import decode_rle
-from pixel_sail.data.wording.reasoning import evaluation_question, reasoning_turn
+from pixel_sail.data.templates.reasoning import evaluation_question, reasoning_turn
 from pixel_sail.files import is_hidden
 from pixel_sail.rle import encode_as_released, encode_mask
 from pixel_sail.texts import shown
@@ -78,12 +78,12 @@ def load(
     split: str = "train",
     name: str = "reasonseg",
     sentences_per_image: int = 3,
-    wording: str = OURS,
+    templates: str = OURS,
     ignored_pixels: str = OURS,
 ) -> Source:
     """Return one split as a training source: the `_target_` of `configs/source/reasonseg.yaml`.
 
-    root: folder with the folders train, val and test. sentences_per_image: most turns of one sample. wording, ours:
+    root: folder with the folders train, val and test. sentences_per_image: most turns of one sample. templates, ours:
     several questions and answers; released: the one of each that the evaluation asks. ignored_pixels, ours: in no loss;
     released: background. Raises: DataError; ValueError on a wrong setting.
     """
@@ -92,7 +92,7 @@ def load(
         name=name,
         split=split,
         most=sentences_per_image,
-        released_wording=is_released(name, "wording", wording),
+        released_templates=is_released(name, "templates", templates),
         ignored_as_background=is_released(name, "ignored_pixels", ignored_pixels),
     )
 
@@ -160,7 +160,7 @@ class ReasonSegSource:
         name: str,
         split: str,
         most: int,
-        released_wording: bool = False,
+        released_templates: bool = False,
         ignored_as_background: bool = False,
     ) -> None:
         """Leave out what has no text or no target, and log how many. Raises: DataError."""
@@ -169,7 +169,7 @@ class ReasonSegSource:
         self.name = name
         self._split = split
         self._most = most
-        self._released_wording = released_wording
+        self._released_templates = released_templates
         self._ignored_as_background = ignored_as_background
         self._files = [path for path in files if _is_usable(path)]
         if len(self._files) < len(files):
@@ -200,7 +200,7 @@ class ReasonSegSource:
                 rng,
                 is_sentence=item.is_sentence,
                 ignored=None if self._ignored_as_background else ignored,
-                as_released=self._released_wording,
+                as_released=self._released_templates,
             )
             for text in chosen
         ]

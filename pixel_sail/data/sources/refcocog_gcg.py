@@ -28,17 +28,17 @@ def load(
     annotations: str | Path,
     image_dir: ImageFolders,
     name: str = "refcocog_gcg",
-    wording: str = OURS,
+    templates: str = OURS,
     letters: str = OURS,
 ) -> Source:
     """Return the training source: the `_target_` of `configs/source/refcocog_gcg.yaml`.
 
-    annotations: the JSON file. image_dir: one folder of photos, or several to look in. wording: see
+    annotations: the JSON file. image_dir: one folder of photos, or several to look in. templates: see
     `GroundedCaptionSource`. letters, ours: captions as they are; released: in lower case.
     Raises: DataError, ValueError.
     """
     layout = RefcocogLayout(annotations, lower_case=is_released(name, "letters", letters))
-    return GroundedCaptionSource(layout, image_dir, name=name, wording=wording)
+    return GroundedCaptionSource(layout, image_dir, name=name, templates=templates)
 
 
 class RefcocogLayout:

@@ -24,7 +24,7 @@ from pixel_sail.data.masks import decode_segmentation, union_masks
 from pixel_sail.data.prompts import MASK_ONLY
 from pixel_sail.data.refer_annotations import Ref, ReferAnnotations, load_refer
 from pixel_sail.data.regions import RegionSettings, RegionTurn, region_sample
-from pixel_sail.data.wording.region import REGION_ANSWER, released_short_question, short_question
+from pixel_sail.data.templates.region import REGION_ANSWER, released_short_question, short_question
 from pixel_sail.types import BoolMask, DataError, Sample, Source
 
 logger = logging.getLogger(__name__)
@@ -45,15 +45,15 @@ def load(
     prompt_shares: Mapping[str, float] = MASK_ONLY,
     num_prompts: int = 15,
     absent_share: float = 0.05,
-    wording: str = OURS,
+    templates: str = OURS,
 ) -> Source:
     """Return one split as a training source.
 
     root, dataset, split, split_by, image_dir: as in `refer.load`. regions_per_sample: most regions of one sample.
-    prompt_shares, num_prompts, absent_share: see `RegionSettings`. wording, ours: one of several short questions;
+    prompt_shares, num_prompts, absent_share: see `RegionSettings`. templates, ours: one of several short questions;
     released: always the same one. Raises: DataError, ValueError.
     """
-    question = released_short_question if is_released(name, "wording", wording) else short_question
+    question = released_short_question if is_released(name, "templates", templates) else short_question
     settings = RegionSettings(num_prompts=num_prompts, shares=dict(prompt_shares), absent_share=absent_share)
     settings.check_count(name, regions_per_sample)
     annotations = load_refer(root, dataset, split, split_by=split_by, image_dir=image_dir)

@@ -23,8 +23,8 @@ import numpy as np
 from pixel_sail.data.details import OURS, is_released
 from pixel_sail.data.masks import decode_segmentation, merge_to_rle, summed_as_released, union_masks
 from pixel_sail.data.refer_annotations import Ref, ReferAnnotations, Sentence, load_refer
-from pixel_sail.data.sources import hidden
-from pixel_sail.data.wording.referring import QUESTION_STYLES, referring_turn
+from pixel_sail.data.sources.blind_baseline import make_blind
+from pixel_sail.data.templates.referring import QUESTION_STYLES, referring_turn
 from pixel_sail.rle import encode_mask
 from pixel_sail.types import RLE, BoolMask, DataError, Expression, Sample, Source
 
@@ -47,7 +47,7 @@ def load(
     expressions_per_image: int = 5,
     text_field: str = "raw",
     question_style: str = "varied",
-    hide: str = "none",
+    blind_baseline: str = "none",
     draws: str = OURS,
 ) -> Source:
     """Return one split as a training source: the `_target_` of `configs/source/refcoco.yaml` and its like.
@@ -57,14 +57,14 @@ def load(
     split: exact name in the file. split_by: the part in brackets, `unc` or `umd`; needed where there are several files.
     image_dir: photos, where they are in none of IMAGE_FOLDERS. name: of the source in logs, the dataset by default.
     expressions_per_image: most turns of one sample. text_field: `raw` or `sent`. question_style: `varied` or `fixed`.
-    hide: `text` or `image` for a blind baseline. draws, ours: no expression twice in a sample; released: always
+    blind_baseline: language or image. draws, ours: no expression twice in a sample; released: always
     `expressions_per_image` turns, each about one of the objects drawn with replacement, and an object is asked for with
     one of its sentences only (of its last ref, where several refs name it).
     Raises: DataError.
     """
     annotations = load_refer(root, dataset, split, split_by=split_by, image_dir=image_dir)
     return ReferSource(
-        hidden.hide(annotations, hide),
+        make_blind(annotations, blind_baseline),
         name=name if name is not None else annotations.dataset,
         expressions_per_image=expressions_per_image,
         text_field=text_field,

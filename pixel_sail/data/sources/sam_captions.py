@@ -11,7 +11,7 @@ Place in the flow: object_caption_data_train_split.json -> here -> `data/regions
 What the released loader got wrong, and what happens here:
 - objects were divided into groups of five when the source was made, so that the same ones always stood together: a
   photograph is still as many items as that makes groups, but each draws its objects anew from all of them;
-- mentions of the yellow outline were cut out word by word, which left broken sentences: see `wording/marker.py`;
+- mentions of the yellow outline were cut out word by word, which left broken sentences: see `templates/marker.py`;
 - decoded masks were kept for good, which filled the memory of every worker: nothing is kept.
 """
 
@@ -29,8 +29,8 @@ from pixel_sail.data.prompts import MASK_ONLY
 from pixel_sail.data.records import Records, open_records
 from pixel_sail.data.regions import RegionSettings, RegionTurn, region_sample
 from pixel_sail.data.sources.perbench import stated_rle
-from pixel_sail.data.wording.marker import remove_marker
-from pixel_sail.data.wording.region import DETAILED_SUFFIX, REGION_ANSWER, detailed_question
+from pixel_sail.data.templates.marker import remove_marker
+from pixel_sail.data.templates.region import DETAILED_SUFFIX, REGION_ANSWER, detailed_question
 from pixel_sail.texts import shown
 from pixel_sail.types import BoolMask, DataError, Sample, Source
 

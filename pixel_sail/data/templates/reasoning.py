@@ -1,7 +1,7 @@
-"""The wording of reasoning segmentation: long questions and short phrases about something the image implies.
+"""The templates of reasoning segmentation: long questions and short phrases about something the image implies.
 
 Place in the flow: `data/sources/reasonseg.py` calls `reasoning_turn` for training and fills the constant prompts for
-evaluation. Wordings are our own but for those marked "released".
+evaluation. Templates are our own but for those marked "released".
 
 Example: the phrase "something that keeps the rain off" is asked as "What is something that keeps the rain off in this
 image? Please output segmentation mask." and answered "It is [SEG]."
@@ -9,7 +9,7 @@ image? Please output segmentation mask." and answered "It is [SEG]."
 
 import numpy as np
 
-from pixel_sail.data.wording.referring import FIXED_REFER_ANSWER, REFER_ANSWERS
+from pixel_sail.data.templates.referring import FIXED_REFER_ANSWER, REFER_ANSWERS
 from pixel_sail.types import BoolMask, Turn
 
 SENTENCE_PROMPT = "{sent} Please output segmentation mask."

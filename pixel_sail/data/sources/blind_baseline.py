@@ -1,10 +1,10 @@
 """Annotations with the text or the images made useless: what a benchmark gives away without them.
 
-Place in the flow: `refer.load` and `refer_seg.load` pass annotations through `hide` when the config says so. Train and
-score with `hide=text` for a language-blind baseline, with `hide=image` for an image-blind one:
+Place in the flow: `refer.load` and `refer_seg.load` pass annotations through `make_blind` when the config says so. Train and
+score with `blind_baseline=language` for a language-blind baseline, with `blind_baseline=image` for an image-blind one:
 
-    text:   "the red star left of the ring"  ->  "object 17"            (a number without meaning)
-    image:  COCO_..12.jpg                    ->  COCO_..13.jpg          (another picture of the same size)
+    language:  "the red star left of the ring"  ->  "object 17"            (a number without meaning)
+    image:     COCO_..12.jpg                    ->  COCO_..13.jpg          (another picture of the same size)
 """
 
 import logging
@@ -16,24 +16,24 @@ from pixel_sail.types import DataError, SizeHW
 
 logger = logging.getLogger(__name__)
 
-HIDDEN = ("none", "text", "image")
+BLIND_BASELINES = ("none", "language", "image")
 
 NUM_MEANINGLESS_TEXTS = 97
 """Texts stay different within an image, so that as many questions are asked as with the real ones."""
 
 
-def hide(annotations: ReferAnnotations, what: str) -> ReferAnnotations:
+def make_blind(annotations: ReferAnnotations, what: str) -> ReferAnnotations:
     """Return the annotations without their text or without their images; ValueError for another `what`."""
     if what == "none":
         return annotations
-    if what == "text":
-        return _hide_text(annotations)
+    if what == "language":
+        return _make_text_meaningless(annotations)
     if what == "image":
         return replace(annotations, images=_swap_images(annotations.images))
-    raise DataError(f"hide: found {what!r}, expected one of {HIDDEN}; correct the config")
+    raise DataError(f"blind_baseline: found {what!r}, expected one of {BLIND_BASELINES}; correct the config")
 
 
-def _hide_text(annotations: ReferAnnotations) -> ReferAnnotations:
+def _make_text_meaningless(annotations: ReferAnnotations) -> ReferAnnotations:
     """Replace every sentence."""
     refs_by_image = {}
     for image_id, refs in annotations.refs_by_image.items():
@@ -56,7 +56,7 @@ def _swap_images(images: dict[int, ReferImage]) -> dict[int, ReferImage]:
     num_alone = sum(len(ids) == 1 for ids in same_size.values())
     if num_alone:
         logger.warning(
-            "hide=image: %d of %d images have no other of their size and stay visible", num_alone, len(images)
+            "blind_baseline=image: %d of %d images have no other of their size and stay visible", num_alone, len(images)
         )
     swapped = {}
     for ids in same_size.values():

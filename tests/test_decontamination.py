@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from pixel_sail.config import DataConfig
-from pixel_sail.data.leakage import HeldOut, LeakageConfig, coco_image_id, held_out_images, without_images
+from pixel_sail.data.decontamination import (
+    DecontaminationConfig,
+    HeldOut,
+    coco_image_id,
+    evaluation_image_ids,
+    without_images,
+)
 from pixel_sail.training.prepare import build_mixture
 from pixel_sail.types import DataError, Sample, Turn
 
@@ -93,14 +99,14 @@ def test_held_out_images_are_those_of_the_named_splits(tmp_path, monkeypatch):
     monkeypatch.setenv("PIXEL_SAIL_CACHE", str(tmp_path / "cache"))
     _write_refer(tmp_path, {7: "val", 8: "train", 9: "testA"})
     entry = HeldOut(root=str(tmp_path), dataset="grefs", splits=["val", "testA"])
-    assert held_out_images([entry]) == {7, 9}
+    assert evaluation_image_ids([entry]) == {7, 9}
 
 
 def test_a_missing_split_is_an_error_that_says_how_to_go_on(tmp_path, monkeypatch):
     monkeypatch.setenv("PIXEL_SAIL_CACHE", str(tmp_path / "cache"))
     _write_refer(tmp_path, {8: "train"})
-    with pytest.raises(DataError, match=r"(?s)expected \['val'\].*data.leakage.enabled=false"):
-        held_out_images([HeldOut(root=str(tmp_path), dataset="grefs", splits=["val"])])
+    with pytest.raises(DataError, match=r"(?s)expected \['val'\].*data.decontamination.enabled=false"):
+        evaluation_image_ids([HeldOut(root=str(tmp_path), dataset="grefs", splits=["val"])])
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -114,7 +120,9 @@ def test_the_mixture_of_a_run_leaves_them_out_unless_told_otherwise(tmp_path, mo
         "split": "val",
     }
     held_out = [HeldOut(root=str(tmp_path), dataset="grefs", splits=["val"])]
-    config = DataConfig(sources={"grefs": source}, leakage=LeakageConfig(enabled=enabled, held_out=held_out))
+    config = DataConfig(
+        sources={"grefs": source}, decontamination=DecontaminationConfig(enabled=enabled, held_out=held_out)
+    )
     if enabled:
         with pytest.raises(DataError, match="hold no item"):
             build_mixture(config, seed=0)

@@ -4,7 +4,7 @@ Place in the flow: `training/loop.py` passes every source through `without_image
 RefCOCO+, RefCOCOg and gRefCOCO annotate the same COCO photos and split them differently, and most other sources use
 COCO photos too, so that a model would be scored on pictures it was trained on:
 
-    held_out_images([HeldOut(root="data/ref_seg", dataset="refcocog", splits=["val", "test"])]) -> {581857, 574297, ...}
+    evaluation_image_ids([HeldOut(root="data/ref_seg", dataset="refcocog", splits=["val", "test"])]) -> {581857, 574297, ...}
     "coco/train2017/000000581857.jpg" -> COCO image 581857, left out
 
 Images of other collections have other names and are never left out. GQA and Visual Genome reuse COCO photos under
@@ -40,7 +40,7 @@ class HeldOut:
 
 
 @dataclass(kw_only=True)
-class LeakageConfig:
+class DecontaminationConfig:
     """Which images training must not see."""
 
     enabled: bool = True
@@ -49,7 +49,7 @@ class LeakageConfig:
     """Empty: nothing to keep out, as for data that shares no image with a benchmark."""
 
 
-def held_out_images(held_out: Sequence[HeldOut]) -> frozenset[int]:
+def evaluation_image_ids(held_out: Sequence[HeldOut]) -> frozenset[int]:
     """Return the COCO ids of all images of these splits. Raises: DataError when a file or split is missing."""
     found: set[int] = set()
     for entry in held_out:
@@ -57,8 +57,8 @@ def held_out_images(held_out: Sequence[HeldOut]) -> frozenset[int]:
             found |= split_image_ids(entry.root, entry.dataset, entry.splits, split_by=entry.split_by)
         except DataError as error:
             raise DataError(
-                f"leakage filter: {error}. It needs the evaluation splits, whose images training must not see; get the "
-                "file, take the entry out of data.leakage.held_out, or set data.leakage.enabled=false"
+                f"decontamination: {error}. It needs the evaluation splits, whose images training must not see; get the "
+                "file, take the entry out of data.decontamination.held_out, or set data.decontamination.enabled=false"
             ) from error
     return frozenset(found)
 

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from pixel_sail.data.checking.findings import Findings, Kind
-from pixel_sail.data.leakage import coco_image_id
+from pixel_sail.data.decontamination import coco_image_id
 
 
 def photo_key(path: Path) -> str:
@@ -38,7 +38,7 @@ def _drawn_dataset(folder: Path) -> Path | None:
     return None
 
 
-def note_leakage(
+def note_contamination(
     keys: set[str], evaluated: Mapping[tuple[str, str], frozenset[str]], source: str, findings: Findings
 ) -> None:
     """Add a note for every evaluation split, by (dataset, split), that shares photos with a training source."""
@@ -46,5 +46,5 @@ def note_leakage(
         shared = keys & photos
         if shared:
             found = f"found {len(shared)} of {len(keys)} photos also in the evaluation split {dataset} {split}"
-            advice = "data.leakage leaves them out of training where it names this split"
-            findings.note(Kind.LEAKAGE, source, f"{found}, which has {len(photos)}; {advice}")
+            advice = "data.decontamination leaves them out of training where it names this split"
+            findings.note(Kind.CONTAMINATION, source, f"{found}, which has {len(photos)}; {advice}")

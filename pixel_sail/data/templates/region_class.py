@@ -1,4 +1,4 @@
-"""The wording of two questions about a marked region: of which class it is, and what it looks like.
+"""The templates of two questions about a marked region: of which class it is, and what it looks like.
 
 Place in the flow: `data/sources/coco_vp.py` asks for the class, `pix2cap_vp.py` for the description; `data/regions.py`
 replaces {region}. Questions are our own; what is marked "released" a published checkpoint was trained with.
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pixel_sail.data.wording.region import CAPTION_QUESTION
+from pixel_sail.data.templates.region import CAPTION_QUESTION
 
 CLASS_QUESTIONS = (
     "What kind of object is {region}?",

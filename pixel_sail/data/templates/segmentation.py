@@ -1,4 +1,4 @@
-"""The wording of panoptic and semantic segmentation, and of segmentation by a long description.
+"""The templates of panoptic and semantic segmentation, and of segmentation by a long description.
 
 Place in the flow: `data/sources/coco_panoptic.py`, `coco_semantic.py` and `pix2cap_seg.py` make their turns here.
 Questions are our own; what is marked "released" a published checkpoint was trained with.
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pixel_sail.data.wording.referring import REFER_ANSWERS
+from pixel_sail.data.templates.referring import REFER_ANSWERS
 from pixel_sail.types import BoolMask, DataError, Turn
 
 INSTANCE_MODE = " Segmentation in the instance mode."  # released

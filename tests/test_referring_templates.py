@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pixel_sail.data.wording.referring import NO_TARGET_ANSWER, REFER_ANSWERS, REFER_QUESTIONS, referring_turn
+from pixel_sail.data.templates.referring import NO_TARGET_ANSWER, REFER_ANSWERS, REFER_QUESTIONS, referring_turn
 
 
 def test_every_template_holds_its_placeholder_once():
@@ -12,7 +12,7 @@ def test_every_template_holds_its_placeholder_once():
     assert len(set(REFER_QUESTIONS)) >= 12
 
 
-def test_varied_style_uses_every_wording_and_braces_in_text_are_kept():
+def test_varied_style_uses_every_template_and_braces_in_text_are_kept():
     rng = np.random.default_rng(0)
     mask = np.ones((2, 2), dtype=bool)
     turns = [referring_turn("a {odd} sign", mask, rng, style="varied") for _ in range(400)]

@@ -1,7 +1,7 @@
-"""The wording of referring segmentation: how a phrase is asked for and how the answer names its mask.
+"""The templates of referring segmentation: how a phrase is asked for and how the answer names its mask.
 
 Place in the flow: `data/sources/refer.py` calls `referring_turn` for training; the evaluation fills one of the two
-constant prompts. Question wordings are our own; answers and evaluation prompts marked "released" are protocol facts
+constant prompts. Question templates are our own; answers and evaluation prompts marked "released" are protocol facts
 that a published checkpoint was trained or scored with.
 
 Example: ("the lady in blue", mask) -> Turn(question="Which pixels belong to the lady in blue?", answer="[SEG].",
