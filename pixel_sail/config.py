@@ -38,7 +38,7 @@ from pixel_sail.model.kernels import CHECKPOINTING, Kernels
 from pixel_sail.model.mask_head import INITS
 from pixel_sail.overrides import as_typed, kind_of, needs_look, quoted
 from pixel_sail.paths import expanded, root_folder
-from pixel_sail.renamed import hint, renamed_override
+from pixel_sail.renamed import hint, renamed_key, renamed_override
 from pixel_sail.texts import has_half_character
 from pixel_sail.types import DataError
 
@@ -700,8 +700,8 @@ def load_config(
         for override in overrides:
             if override.startswith("decontamination@data.decontamination="):
                 raise ConfigError(
-                    f"{where}: {override} is without effect, as data.decontamination.enabled is false (recipe=released sets "
-                    "it); add data.decontamination.enabled=true to keep evaluation images out, or leave it out"
+                    f"{where}: {override} is without effect, as data.decontamination.enabled is false (recipe=released "
+                    "sets it); add data.decontamination.enabled=true to keep evaluation images out, or leave it out"
                 )
     texts: dict[str, Any] = {key: text if key in _NO_PATHS else _path(key, text) for key, text in given.items()}
     config = replace(result, **texts)
@@ -844,4 +844,6 @@ def build(node: Any, where: str) -> Any:
         cause = error.__cause__ or error
         if isinstance(cause, ValueError):
             raise cause from None
-        raise ConfigError(f"{where}: {error}") from error
+        old = {key: new for key in node if (new := renamed_key(f"{where}.{key}"))}
+        renamed = "".join(f"; {key} was renamed to {new}" for key, new in old.items())
+        raise ConfigError(f"{where}: {error}{renamed}") from error

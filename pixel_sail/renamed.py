@@ -35,6 +35,24 @@ CONFIG_CHOICES: dict[tuple[str, str], str] = {("experts", "drawn"): "attributes"
 """(old group, old choice) -> new choice."""
 CONFIG_VALUES: dict[str, dict[Any, Any]] = {
     "kernels.recompute_elementwise": {"recomputed": True, "plain": False},
+    "data.leakage": "data.decontamination",
+    "data.sources.*.wording": "data.sources.*.templates",
+    "data.sources.*.hide": "data.sources.*.blind_baseline",
+    "evals.*.hide": "evals.*.blind_baseline",
+}
+"""Old key of a configuration -> new key. A key with settings below it is moved with all of them."""
+CONFIG_GROUPS: dict[str, str] = {
+    "leakage": "decontamination",
+}
+"""Old name of a config group, as in `group=choice`, -> new name."""
+CONFIG_CHOICES: dict[tuple[str, str], str] = {
+    ("evals", "refshapes_val_text_hidden"): "refshapes_val_language_blind",
+    ("evals", "refshapes_val_image_hidden"): "refshapes_val_image_blind",
+}
+"""(old group, old choice) -> new choice."""
+CONFIG_VALUES: dict[str, dict[Any, Any]] = {
+    "data.sources.*.blind_baseline": {"text": "language"},
+    "evals.*.blind_baseline": {"text": "language"},
 }
 """New key -> values that mean the same: old -> new."""
 TARGETS: dict[str, str] = {
@@ -105,7 +123,7 @@ def renamed_override(override: str) -> str | None:
         return f"{sign}{new}{separator}{CONFIG_CHOICES.get((group, value), value)}"
     if at or (new_key := renamed_key(group)) is None:
         return None
-    values = CONFIG_VALUES.get(new_key, {})
+    values = next((own for star, own in CONFIG_VALUES.items() if _stands_for(star, new_key)), {})
     return f"{sign}{new_key}{separator}{_written(values[value]) if value in values else value}"
 
 
@@ -114,6 +132,7 @@ def hint(message: str) -> str:
     for name in [*_FULL_KEY.findall(message), *_QUOTED.findall(message)]:
         group, at, place = name.partition("@")
         new = CONFIG_GROUPS.get(group) if "." not in group else None
+        new = CONFIG_CHOICES.get((group.rpartition("/")[0], group.rpartition("/")[2]), new)
         if new and at:
             new += f"@{renamed_key(place) or place}"
         if new := new or renamed_key(name):
@@ -131,9 +150,14 @@ def _renamed(key: str, table: Mapping[str, str]) -> str | None:
     if key in table:
         return table[key]
     for old, new in table.items():
-        if "*" in old and (found := re.fullmatch(re.escape(old).replace(r"\*", "([^.]+)"), key)):
+        if "*" in old and (found := _stands_for(old, key)):
             return new.replace("*", found[1])
     return None
+
+
+def _stands_for(star: str, key: str) -> re.Match[str] | None:
+    """Return whether a key is one that a key with or without `*` means, and what stands at the `*`."""
+    return re.fullmatch(re.escape(star).replace(r"\*", "([^.]+)"), key)
 
 
 def _matches(node: Any, parts: list[str], before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pixel_sail import renamed
-from pixel_sail.config import ConfigError, TrainConfig, load_config
+from pixel_sail.config import ConfigError, TrainConfig, build, load_config
 from pixel_sail.renamed import current_config, current_log_line, hint, renamed_override
 
 
@@ -109,6 +109,14 @@ def test_a_run_with_experts_is_one_with_distillation_today():
 )
 def test_experts_on_a_command_line_are_refused_as_distillation(override, written):
     assert (renamed_override(override) or override) == written
+def test_an_old_choice_in_a_list_and_an_old_argument_of_a_source_are_refused_with_the_new_ones(data_root):
+    options = ["experiment=quickstart", "evals=[refshapes_val_text_hidden]"]
+    with pytest.raises(ConfigError, match="refshapes_val_text_hidden was renamed to refshapes_val_language_blind"):
+        load_config("train", TrainConfig, options)
+    node = {"_target_": "pixel_sail.data.sources.refer.load", "root": str(data_root / "refshapes"), "hide": "text"}
+    with pytest.raises(ConfigError, match=r"hide was renamed to data\.sources\.shapes\.blind_baseline"):
+        build(node | {"dataset": "refshapes"}, "data.sources.shapes")
+    assert renamed_override("data.sources.shapes.hide=text") == "data.sources.shapes.blind_baseline=language"
 
 
 def test_no_old_name_is_a_name_of_today():

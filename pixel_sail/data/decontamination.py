@@ -1,10 +1,10 @@
-"""Keeping evaluation images out of training: the RefCOCO family shares its photographs.
+"""Decontamination, keeping evaluation images out of training: the RefCOCO family shares its photographs.
 
 Place in the flow: `training/loop.py` passes every source through `without_images` before they are mixed. RefCOCO,
 RefCOCO+, RefCOCOg and gRefCOCO annotate the same COCO photos and split them differently, and most other sources use
 COCO photos too, so that a model would be scored on pictures it was trained on:
 
-    evaluation_image_ids([HeldOut(root="data/ref_seg", dataset="refcocog", splits=["val", "test"])]) -> {581857, 574297, ...}
+    evaluation_image_ids([HeldOut(root="data/ref_seg", dataset="refcocog", splits=["val", "test"])]) -> {581857, ...}
     "coco/train2017/000000581857.jpg" -> COCO image 581857, left out
 
 Images of other collections have other names and are never left out. GQA and Visual Genome reuse COCO photos under
@@ -57,8 +57,9 @@ def evaluation_image_ids(held_out: Sequence[HeldOut]) -> frozenset[int]:
             found |= split_image_ids(entry.root, entry.dataset, entry.splits, split_by=entry.split_by)
         except DataError as error:
             raise DataError(
-                f"decontamination: {error}. It needs the evaluation splits, whose images training must not see; get the "
-                "file, take the entry out of data.decontamination.held_out, or set data.decontamination.enabled=false"
+                f"decontamination: {error}. It needs the evaluation splits, whose images training must not see; get "
+                "the file, take the entry out of data.decontamination.held_out, or set "
+                "data.decontamination.enabled=false"
             ) from error
     return frozenset(found)
 

@@ -22,6 +22,7 @@ from hydra.utils import get_method
 from pixel_sail.config import ConfigError, check_plain
 from pixel_sail.data.sources import boxed_expressions, coco_semantic, reasonseg
 from pixel_sail.evaluation import grounded_caption, refer_seg, region_caption, region_choice, visual_referring
+from pixel_sail.renamed import current_config
 from pixel_sail.types import DataError, MissingDataError
 
 Loader = Callable[..., Any]
@@ -77,7 +78,8 @@ def read_entry(entry: Any, where: str) -> dict[str, Any]:
             f"{where}: found {LIMIT} {limit!r} and loader {entry['loader']!r:.80}, expected 0 or more, a name"
         )
     check_plain(entry["settings"], where)
-    return entry
+    settings = current_config({"evals": {"this": entry["settings"]}})["evals"]["this"]
+    return entry | {"settings": settings}
 
 
 def load_entry(entry: Mapping[str, Any], where: str, own: Collection[str] = ()) -> Any:

@@ -61,8 +61,8 @@ def load(
     text_field: str = "sent",
     blind_baseline: str = "none",
 ) -> list[Expression]:
-    """Return the expressions of one split: the `_target_` of an eval; `blind_baseline` takes text or image away from the
-    model."""
+    """Return the expressions of one split: the `_target_` of an eval; `blind_baseline` takes text or image from
+    the model."""
     annotations = load_refer(root, dataset, split, split_by=split_by, image_dir=image_dir)
     return expressions(make_blind(annotations, blind_baseline), text_field=text_field)
 
