@@ -160,12 +160,12 @@ class DataConfig:
     repeats: dict[str, float] = field(default_factory=dict)
     """Name -> how often its items occur in an epoch (default 1; fractions draw a random part)."""
     weights: dict[str, float] = field(default_factory=dict)
-    """Instead of repeats: name -> share of an epoch of `epoch_samples`, for every source."""
+    """Instead of repeats: name -> fraction of an epoch of `epoch_samples`, for every source."""
     epoch_samples: int = 0
     """Samples of an epoch where `weights` is set."""
     decontamination: DecontaminationConfig = field(default_factory=DecontaminationConfig)
     """Evaluation images that training must not see."""
-    max_skipped_share: float = 0.001
+    max_skipped_fraction: float = 0.001
     """The run fails when more of the mixture's samples than this (of an epoch at least) could not be used."""
     packing: PackingSettings = field(default_factory=PackingSettings)
     global_batch_size: int | None = 8
@@ -198,7 +198,7 @@ class DataConfig:
             check_range(f"data.{name}", getattr(self, name), low=1)
         for name in ("num_workers", "epoch_samples"):
             check_range(f"data.{name}", getattr(self, name))
-        check_range("data.max_skipped_share", self.max_skipped_share, high=1)
+        check_range("data.max_skipped_fraction", self.max_skipped_fraction, high=1)
         for name in ("global_batch_size", "samples_per_step", "planned_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -272,7 +272,7 @@ class OptimConfig:
     schedule: str = "cosine"
     """What follows the warm-up: cosine; or wsd: the rate stays, and decays linearly at the end."""
     decay_fraction: float = 0.2
-    """Share of the steps over which wsd decays."""
+    """Fraction of the steps over which wsd decays."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.05
@@ -369,7 +369,7 @@ class LogConfig:
     overlays: int = 4
     """Images with predicted and true mask that are logged at each validation."""
     peak_tflops: float | None = None
-    """bf16 TFLOP/s of one GPU that `mfu` is a share of; None: from its name where known, else no `mfu`."""
+    """bf16 TFLOP/s of one GPU that `mfu` is a fraction of; None: from its name where known, else no `mfu`."""
 
     def __post_init__(self) -> None:
         """Check the choices."""
@@ -396,7 +396,7 @@ class CheckpointConfig:
     """auto: continue from the last complete checkpoint if there is one. never: refuse a used run folder."""
     allow_changed_data: bool = False
     """True: a run may go on although annotation files differ from those it was started with; the log names them."""
-    rewinds: int = 0
+    max_rollbacks: int = 0
     """How often a run may go back to its last checkpoint and past the data that made a loss or gradient not finite;
     each time it ends with status 85. 0: it stops."""
     stop_after: int = 0
@@ -406,8 +406,10 @@ class CheckpointConfig:
         """Check the choices."""
         if self.resume not in ("auto", "never"):
             raise ConfigError(f"checkpoint.resume is {self.resume!r}, expected auto or never")
-        if self.keep < 1 or self.every < 1 or self.rewinds < 0:
-            raise ConfigError("checkpoint.keep and checkpoint.every must be 1 or more, checkpoint.rewinds 0 or more")
+        if self.keep < 1 or self.every < 1 or self.max_rollbacks < 0:
+            raise ConfigError(
+                "checkpoint.keep and checkpoint.every must be 1 or more, checkpoint.max_rollbacks 0 or more"
+            )
 
 
 @dataclass(kw_only=True)
@@ -431,8 +433,8 @@ class WatchdogConfig:
 
 
 @dataclass(kw_only=True)
-class BandConfig:
-    """Where a number of the log is expected, see training/corridor.py."""
+class MetricBoundConfig:
+    """Where a number of the log is expected, see training/metric_bounds.py."""
 
     metric: str = MISSING
     """Name in log.jsonl, for example `total` or `refshapes_val/ciou`."""
@@ -446,9 +448,9 @@ class BandConfig:
     def __post_init__(self) -> None:
         """Check the choices."""
         if self.action not in ("warn", "stop"):
-            raise ConfigError(f"corridor: action is {self.action!r}, expected warn or stop")
+            raise ConfigError(f"metric_bounds: action is {self.action!r}, expected warn or stop")
         if self.low is None and self.high is None:
-            raise ConfigError(f"corridor: the band of {self.metric} has neither low nor high")
+            raise ConfigError(f"metric_bounds: the bound of {self.metric} has neither low nor high")
 
 
 @dataclass(kw_only=True)
@@ -531,7 +533,7 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
-    corridor: dict[str, BandConfig] = field(default_factory=dict)
+    metric_bounds: dict[str, MetricBoundConfig] = field(default_factory=dict)
     """Name -> where a loss or validation score is expected after so many steps; empty: nothing is judged."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     predict: PredictConfig = field(default_factory=PredictConfig)

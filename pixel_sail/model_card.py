@@ -124,12 +124,14 @@ def _use(name: str, prompt: str) -> str:
 
 def _data(data: Mapping[str, Any]) -> str:
     """Return what it was trained on; folders of the machine stay out."""
-    lines = ["## Data", "", "| source | kind | share |", "|---|---|---|"]
+    lines = ["## Data", "", "| source | kind | fraction |", "|---|---|---|"]
     for name, source in data["sources"].items():
         details = [str(source[key]) for key in ("dataset", "split", "split_by") if source.get(key)]
         kind = source["_target_"].removeprefix("pixel_sail.data.sources.").removesuffix(".load")
-        share = f"weight {data['weights'][name]}" if data["weights"] else f"{data['repeats'].get(name, 1)} x per epoch"
-        lines.append(f"| {name} | {' '.join([kind, *details])} | {share} |")
+        fraction = (
+            f"weight {data['weights'][name]}" if data["weights"] else f"{data['repeats'].get(name, 1)} x per epoch"
+        )
+        lines.append(f"| {name} | {' '.join([kind, *details])} | {fraction} |")
     filtered = data["decontamination"]["enabled"]
     lines += [
         "",

@@ -14,8 +14,8 @@ from pixel_sail.entry import one_message
 from pixel_sail.evaluation.validation import validation_for
 from pixel_sail.sweep import run as sweep
 from pixel_sail.training.dry_run import dry_run
-from pixel_sail.training.interruption import InterruptedRun, LostPeer, LostWorker
 from pixel_sail.training.loop import train
+from pixel_sail.training.preemption import LostPeer, LostWorker, RequeueRun
 
 DRY_RUN = "--dry-run"
 MULTIRUN = ("-m", "--multirun")
@@ -43,7 +43,7 @@ def main() -> int:
                 print("\n".join(lines))
         else:
             train(config, evaluate)
-    except InterruptedRun:
+    except RequeueRun:
         dist.shutdown()
         raise
     except RuntimeError as error:

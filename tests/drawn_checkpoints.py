@@ -9,7 +9,7 @@ from test_parity import _released_name
 from tokenizers import AddedToken
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from pixel_sail.conversion.roads import expected_shapes, to_ours
+from pixel_sail.conversion.convert import expected_shapes, to_ours
 from pixel_sail.conversion.sizes import Chosen
 from pixel_sail.model.tokenization import train_tokenizer
 

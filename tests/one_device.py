@@ -57,7 +57,7 @@ def step_on_one_device(model, batch, dtype, config, terms=()):
     with MixedDevices(found), TensorsOfNumbers(found):
         output = model(**moved.training_inputs())
         sums = loss_sums(output, moved, config, terms, teachers.maps(moved))
-        loss = combine(sums, count(batch, terms), config, terms) + output.anchor
+        loss = combine(sums, count(batch, terms), config, terms) + output.zero_loss
         loss.backward()
     gradients = {(p.grad.device.type, p.grad.dtype) for p in model.parameters() if p.grad is not None}
     assert gradients == {("meta", dtype)}

@@ -34,7 +34,7 @@ BLIND = {"data.sources.refshapes.blind_baseline", "data.sources.groupshapes.blin
 
 CARD = "pixel_sail_0_5b"
 BOTH = ("mask2former", "sam2")
-SHARES = "data.sources.osprey_short_form.prompt_shares"
+FRACTIONS = "data.sources.osprey_short_form.prompt_fractions"
 
 CHANGES = {
     "stride_16": ("quickstart", {ARCHITECTURE + "mask_stride"}),
@@ -72,7 +72,7 @@ CHANGES = {
     **{f"ours_loss_{kind}": ("refshapes_distill", {"distillation.ours.loss"}) for kind in ("cosine", "normalized")},
     **{name: (CARD, {"data.sources.", "data.repeats."}) for name in names("ablation") if name.startswith("data_")},
     "data_more_chat": (CARD, {"data.repeats.llava_mix665k"}),
-    **{f"marks_{kind}": ("refshapes_ladder", {SHARES}) for kind in ("mask", "box", "point", "scribble")},
+    **{f"marks_{kind}": ("refshapes_ladder", {FRACTIONS}) for kind in ("mask", "box", "point", "scribble")},
     # Two leaves, the one exception: the paper's plain baseline has neither upsampler nor injected prompts.
     "ladder_1_baseline": ("refshapes_ladder", {ARCHITECTURE + "mask_stride", ARCHITECTURE + "visual_prompts"}),
     "ladder_2_upsampler": ("refshapes_ladder", {ARCHITECTURE + "visual_prompts"}),
@@ -122,7 +122,7 @@ LISTS = {
 """The same for released lists that are no ablation."""
 
 MARKED = {"mask": 0.2, "box": 0.4, "point": 0.4}
-SHARES_OF = {"data_boxes_pix2cap": {"mask": 0.2, "box": 0.8, "point": 0.0}}
+FRACTIONS_OF = {"data_boxes_pix2cap": {"mask": 0.2, "box": 0.8, "point": 0.0}}
 """Shares of the kinds of marks in sources whose names end in _marked, where they are not `MARKED`."""
 
 TEACHERS = {
@@ -199,9 +199,9 @@ def test_a_mix_has_the_sources_and_repeats_of_the_release_and_nothing_else_of_it
     for name, node in data.sources.items():
         expected = source_alone(name)[name]
         if name.endswith("_marked"):
-            shares = SHARES_OF.get(mix, MARKED)
-            assert {kind: node["prompt_shares"].get(kind, 0.0) for kind in shares} == shares
-            expected = expected | {"prompt_shares": node["prompt_shares"]}
+            shares = FRACTIONS_OF.get(mix, MARKED)
+            assert {kind: node["prompt_fractions"].get(kind, 0.0) for kind in shares} == shares
+            expected = expected | {"prompt_fractions": node["prompt_fractions"]}
         assert node == expected, name
 
 
@@ -286,7 +286,7 @@ def test_a_variant_gives_the_same_on_the_fast_path_and_packed_and_every_weight_l
     torch.testing.assert_close(fast.hidden_BTD[is_real], slow.hidden_BTD[is_real], rtol=1e-4, atol=1e-5)
     for found, expected in zip(fast.mask_logits, slow.mask_logits, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    fast.anchor.backward()
+    fast.zero_loss.backward()
     assert [name for name, value in model.named_parameters() if value.grad is None] == []
     assert sum(p.numel() for p in model.parameters()) == sum(parameter_counts(model.config, {}).values())
 
@@ -410,12 +410,12 @@ def test_every_tiny_ablation_takes_a_first_step(data_root, ablation):
         assignment,
         start=[StreamState()] * rows,
         num_workers=0,
-        max_skipped_share=config.data.max_skipped_share,
+        max_skipped_fraction=config.data.max_skipped_fraction,
     )
     (batch,) = next(batches).batches
     output = model(**batch.training_inputs())
     terms = loss_sums(output, batch, config.loss)
-    loss = combine(terms, count(batch), config.loss) + output.anchor
+    loss = combine(terms, count(batch), config.loss) + output.zero_loss
     loss.backward()
     assert torch.isfinite(loss) and loss.item() > 0
     assert [name for name, value in model.named_parameters() if value.grad is None] == []

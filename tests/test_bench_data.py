@@ -88,7 +88,7 @@ def test_the_formula_counts_the_matrix_products_of_the_model(
     assert found == pytest.approx(counted, rel=0.01), counts
 
 
-def test_the_share_of_a_step_is_worker_time_over_workers_plus_own_time(bench):
+def test_the_fraction_of_a_step_is_worker_time_over_workers_plus_own_time(bench):
     stages = bench.Stages(annotation=1.0, image=4.0, tokens=5.0, num_turns=1.0, num_masks=1.0)
     sequences = bench.SequenceFigures(
         num_sequences=1, samples_per_sequence=6.0, tokens_per_sequence=8000.0, filled=0.97, forward_tflop=8.0
@@ -96,8 +96,8 @@ def test_the_share_of_a_step_is_worker_time_over_workers_plus_own_time(bench):
     workers = bench.Workers(
         num_workers=2, samples_per_second=1.0, main_ms_per_sequence=1.5, private_mb=1.0, proportional_mb=1.0
     )
-    cost = bench.data_share(stages, sequences, workers, num_workers=8, flop_rate=400e12)
-    assert cost == pytest.approx({"worker_ms": 60.0, "data_ms": 9.0, "step_ms": 60.0, "share": 0.15})
+    cost = bench.data_fraction(stages, sequences, workers, num_workers=8, flop_rate=400e12)
+    assert cost == pytest.approx({"worker_ms": 60.0, "data_ms": 9.0, "step_ms": 60.0, "fraction": 0.15})
 
 
 def test_the_tool_measures_real_photographs(bench, tmp_path, capsys):

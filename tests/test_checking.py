@@ -14,7 +14,7 @@ from pixel_sail.config import CONFIG_FOLDER
 from pixel_sail.data.checking.contamination import photo_key
 from pixel_sail.data.checking.downloads import DOWNLOADS, advice_for, downloads_of
 from pixel_sail.data.checking.files import annotation_files, check_paths, file_fact
-from pixel_sail.data.checking.findings import Findings, Kind, Lengths, Share
+from pixel_sail.data.checking.findings import Findings, Kind, Lengths, SoundFraction
 from pixel_sail.data.checking.instances import read_instances, segmentation_problems
 from pixel_sail.data.checking.items import ItemCheck, check_items, check_sample, chosen_items
 from pixel_sail.data.checking.known import KNOWN_FILE, expected_images, known_split
@@ -101,9 +101,11 @@ def test_masks_that_differ_from_the_stated_area_are_counted_with_examples(tmp_pa
     )
 
 
-def test_shares_are_a_trouble_and_the_corner_of_a_file_in_pixels_is_none(tmp_path):
-    shares, corner = {"segmentation": [[0.1, 0.2, 0.6, 0.2, 0.6, 0.8]]}, {"segmentation": [square(0, 1)]}
-    assert [(kind, bad) for kind, bad, _ in checked_instances(tmp_path, shares, corner)] == [(Kind.SHARES, True)] * 2
+def test_fractions_are_a_trouble_and_the_corner_of_a_file_in_pixels_is_none(tmp_path):
+    fractions, corner = {"segmentation": [[0.1, 0.2, 0.6, 0.2, 0.6, 0.8]]}, {"segmentation": [square(0, 1)]}
+    assert [(kind, bad) for kind, bad, _ in checked_instances(tmp_path, fractions, corner)] == [
+        (Kind.FRACTIONS, True)
+    ] * 2
     assert checked_instances(tmp_path, {"segmentation": [square(10, 50)]}, corner) == []
 
 
@@ -213,7 +215,7 @@ def test_every_wrong_item_of_any_source_is_named(tmp_path):
         (Kind.ITEM, "listed item 12"),
     }
     assert [sample.sample_id for sample in result.shown] == ["good", "no target"]
-    assert (result.images, result.empty_masks) == (Share(checked=11, sound=10), 1)
+    assert (result.images, result.empty_masks) == (SoundFraction(checked=11, sound=10), 1)
 
 
 def test_a_sample_of_items_is_drawn_without_repeats_and_all_of_a_small_source():
@@ -333,7 +335,7 @@ def test_the_files_a_source_holds_on_to_are_found(tmp_path):
     assert annotation_files(source) == [file]
 
 
-def test_lengths_and_shares_are_summarised():
-    assert (str(Lengths.of([3, 9, 4])), Lengths.of([]), str(Share()), str(Share(checked=3, sound=2))) == (
+def test_lengths_and_fractions_are_summarised():
+    assert (str(Lengths.of([3, 9, 4])), Lengths.of([]), str(SoundFraction()), str(SoundFraction(checked=3, sound=2))) == (
         "3/4/9", None, "-", "2/3",
     )  # fmt: skip

@@ -243,7 +243,12 @@ def test_configs_lie_where_the_package_looks_for_them():
     [
         *("optim.lr=-1", "optim.lr=nan", "optim.lr=inf", "optim.betas=[1,2]", "optim.max_grad_norm=nan"),
         *("optim.weight_decay=-1", "data.micro_batch_size=0", "data.stream_rounds=0", "data.num_workers=-1"),
-        *("data.max_skipped_share=nan", "data.max_skipped_share=-1", "model.vocab_multiple=0", "model.lora.alpha=nan"),
+        *(
+            "data.max_skipped_fraction=nan",
+            "data.max_skipped_fraction=-1",
+            "model.vocab_multiple=0",
+            "model.lora.alpha=nan",
+        ),
         *("seed=-1", "seed=100000000000", "log.every=0", "validation.every=-1", "watchdog.limit_s=nan"),
         *("loss.points.importance_ratio=2", "loss.points.num_points=0", "run_dir=runs/\udcff"),
     ],

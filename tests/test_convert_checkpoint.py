@@ -41,9 +41,9 @@ from transformers import (
 
 from pixel_sail.config import ModelConfig
 from pixel_sail.conversion import sources, vocabulary, writer
+from pixel_sail.conversion.convert import expected_shapes, to_ours
 from pixel_sail.conversion.layouts import LAYOUTS, reason
 from pixel_sail.conversion.plan import Rows
-from pixel_sail.conversion.roads import expected_shapes, to_ours
 from pixel_sail.conversion.sizes import COPIED_SIZES, Chosen, base_architecture
 from pixel_sail.conversion.sources import open_source
 from pixel_sail.conversion.writer import shards_of, tensor_hash

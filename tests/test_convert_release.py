@@ -26,9 +26,9 @@ from test_parity import _released_name
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from pixel_sail.conversion import sources
+from pixel_sail.conversion.convert import expected_shapes, plan_to_ours, plan_to_release, to_ours, to_release
 from pixel_sail.conversion.layouts import LAYOUTS, released_key
 from pixel_sail.conversion.released_limits import check_released
-from pixel_sail.conversion.roads import expected_shapes, plan_to_ours, plan_to_release, to_ours, to_release
 from pixel_sail.conversion.sizes import COPIED_SIZES, Chosen
 from pixel_sail.conversion.sources import open_source
 from pixel_sail.conversion.vocabulary import release_orders

@@ -1,4 +1,4 @@
-"""Coordinates that look like shares are refused wherever regions are read, the pixel in the corner is not."""
+"""Coordinates that look like fractions are refused wherever regions are read, the pixel in the corner is not."""
 
 import json
 
@@ -8,7 +8,7 @@ from PIL import Image
 from test_reasonseg import shape, write
 
 from pixel_sail.answers import Box, Point, region_mask
-from pixel_sail.data.coordinates import check_pixels, look_like_shares, shows_pixels
+from pixel_sail.data.coordinates import check_pixels, look_like_fractions, shows_pixels
 from pixel_sail.data.masks import decode_rle, decode_segmentation
 from pixel_sail.data.records import open_records
 from pixel_sail.data.sources import boxed_expressions, muse, osprey, refcocog_gcg
@@ -17,10 +17,10 @@ from pixel_sail.data.sources.refer import expressions, load, load_refer
 from pixel_sail.types import DataError
 
 HW = (48, 64)
-SHARES = [0.1, 0.2, 0.6, 0.2, 0.6, 0.8, 0.1, 0.8]
+FRACTIONS = [0.1, 0.2, 0.6, 0.2, 0.6, 0.8, 0.1, 0.8]
 CORNER = [0, 0, 1, 0, 1, 1, 0, 1]
 PIXELS = [10, 10, 30, 10, 30, 20, 10, 20]
-LOOK = r"within 0 \.\. 1 in an image of \(48, 64\) \(height, width\); such coordinates look like shares"
+LOOK = r"within 0 \.\. 1 in an image of \(48, 64\) \(height, width\); such coordinates look like fractions"
 
 
 @pytest.fixture(autouse=True)
@@ -28,14 +28,14 @@ def index_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PIXEL_SAIL_CACHE", str(tmp_path / "index_cache"))
 
 
-def test_shares_are_told_from_pixels_by_the_size_of_the_image():
-    assert look_like_shares(SHARES, HW) and look_like_shares([0.0, 1.02], HW)
-    assert not look_like_shares(PIXELS, HW) and not look_like_shares([0.5, 1.2], HW)
-    assert not look_like_shares(SHARES, (4, 4)) and not look_like_shares([], HW)
+def test_fractions_are_told_from_pixels_by_the_size_of_the_image():
+    assert look_like_fractions(FRACTIONS, HW) and look_like_fractions([0.0, 1.02], HW)
+    assert not look_like_fractions(PIXELS, HW) and not look_like_fractions([0.5, 1.2], HW)
+    assert not look_like_fractions(FRACTIONS, (4, 4)) and not look_like_fractions([], HW)
 
 
-def test_shares_may_lie_a_little_beyond_the_border():
-    with pytest.raises(DataError, match="look like shares"):
+def test_fractions_may_lie_a_little_beyond_the_border():
+    with pytest.raises(DataError, match="look like fractions"):
         check_pixels([-0.1, 0.2, 0.6, 0.2, 0.6, 0.8], (48, 64), "x")
     check_pixels([-3.0, 0.2, 0.6, 0.2, 0.6, 0.8], (48, 64), "x")
 
@@ -48,7 +48,7 @@ def test_the_pixel_in_the_corner_counts_where_the_file_shows_pixels():
     mask = decode_segmentation([CORNER], HW, "w", lambda: True)
     assert np.argwhere(mask).tolist() == [[0, 0]]
     with pytest.raises(DataError, match=LOOK):
-        decode_segmentation([SHARES], HW, "w", lambda: True)
+        decode_segmentation([FRACTIONS], HW, "w", lambda: True)
 
 
 def test_one_part_in_pixels_makes_the_corner_a_part():
@@ -58,14 +58,14 @@ def test_one_part_in_pixels_makes_the_corner_a_part():
 def test_a_file_is_looked_through_for_pixels(tmp_path):
     rle = {"size": [48, 64], "counts": [48 * 64]}
     files = {
-        "shares": [{"segmentation": [SHARES], "id": 900, "bbox": [6, 9, 40, 20]}, {"a": [{"segmentation": rle}]}],
+        "fractions": [{"segmentation": [FRACTIONS], "id": 900, "bbox": [6, 9, 40, 20]}, {"a": [{"segmentation": rle}]}],
         "pixels": [{"annotation": [{"segmentation": [CORNER]}, {"segmentation": [PIXELS]}]}],
     }
     found = {}
     for name, content in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
         found[name] = shows_pixels(open_records(tmp_path / f"{name}.json"))
-    assert found == {"shares": False, "pixels": True}
+    assert found == {"fractions": False, "pixels": True}
 
 
 def refer_folder(root, *segmentations):
@@ -89,8 +89,8 @@ def refer_folder(root, *segmentations):
     return root
 
 
-def test_a_refer_file_of_shares_is_refused_in_training_and_evaluation(tmp_path):
-    refer_folder(tmp_path, [SHARES], [CORNER])
+def test_a_refer_file_of_fractions_is_refused_in_training_and_evaluation(tmp_path):
+    refer_folder(tmp_path, [FRACTIONS], [CORNER])
     source = load(root=tmp_path, dataset="mine", split="val")
     for index in (0, 1):
         with pytest.raises(DataError, match=rf"grefs\(x\)\.json: ref_id {index + 1}, ann_id {index + 1}: .*{LOOK}"):
@@ -104,7 +104,7 @@ def test_a_refer_file_in_pixels_may_have_a_region_of_one_pixel(tmp_path):
     assert [int(decode_rle(item.target).sum()) for item in items] == [200, 1]
 
 
-def test_boxes_of_shares_are_refused(tmp_path):
+def test_boxes_of_fractions_are_refused(tmp_path):
     record = {"image_id": 1, "local_image": "a.jpg", "expression": "a", "height": 48, "width": 64}
     for box, reason in (([0.1, 0.2, 0.6, 0.8], LOOK), ([0, 0, 1, 1], LOOK)):
         (tmp_path / "b.json").write_text(json.dumps([record | {"bbox_xyxy": box}]))
@@ -115,13 +115,13 @@ def test_boxes_of_shares_are_refused(tmp_path):
     assert [int(decode_rle(item.target).sum()) for item in items] == [1, 42]
 
 
-def test_muse_osprey_and_refcocog_captions_of_shares_are_refused(tmp_path):
-    answer = [{"segmentation": [SHARES], "category_name": "mug"}]
-    ref = {"sentence": "a mug", "segmentation": [SHARES]}
+def test_muse_osprey_and_refcocog_captions_of_fractions_are_refused(tmp_path):
+    answer = [{"segmentation": [FRACTIONS], "category_name": "mug"}]
+    ref = {"sentence": "a mug", "segmentation": [FRACTIONS]}
     contents = {
         "muse": [{"file_name": "a.jpg", "height": 48, "width": 64, "questions": ["a?"], "answers": [answer]}],
         "osprey": [
-            {"file_name": "a.jpg", "height": 48, "width": 64, "annotation": [{"segmentation": [SHARES]}],
+            {"file_name": "a.jpg", "height": 48, "width": 64, "annotation": [{"segmentation": [FRACTIONS]}],
              "conversations": [{"from": "human", "value": "<region1>?"}, {"from": "gpt", "value": "A bus."}]}
         ],
         "gcg": [{"1": {"img_file_name": "a.jpg", "caption": "a mug", "refs": [ref]}}],
@@ -140,7 +140,7 @@ def test_muse_osprey_and_refcocog_captions_of_shares_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("points", [[[0.1, 0.2], [0.6, 0.2], [0.6, 0.8]], [[0, 0], [1, 0], [1, 1]]])
-def test_a_reasonseg_file_of_shares_is_refused_and_one_shape_in_pixels_makes_all_pixels(tmp_path, points):
+def test_a_reasonseg_file_of_fractions_is_refused_and_one_shape_in_pixels_makes_all_pixels(tmp_path, points):
     write(tmp_path / "one", shapes=[shape("target", points)], size_hw=HW)
     with pytest.raises(DataError, match=rf"a\.json: .*{LOOK}"):
         reason_expressions(root=tmp_path / "one", split="train")
@@ -149,7 +149,7 @@ def test_a_reasonseg_file_of_shares_is_refused_and_one_shape_in_pixels_makes_all
     assert decode_rle(item.target)[0, 0]
 
 
-def test_marks_given_as_shares_are_refused_and_whole_numbers_are_pixels():
+def test_marks_given_as_fractions_are_refused_and_whole_numbers_are_pixels():
     for region in (Box(0.1, 0.2, 0.6, 0.8), Box(0, 0, 0.5, 1), Point(0.5, 0.25)):
         with pytest.raises(DataError, match=LOOK):
             region_mask(region, HW, "prompt 0")

@@ -136,6 +136,6 @@ def test_a_key_at_its_default_is_the_same_as_none_but_a_mapping_is_compared_as_i
         config_of("data=ablation_pix2cap", "+data.sources.pix2cap_vp.regions_per_sample=5"),
     )
     assert differing(identity_of(plain), stated) == differing(identity_of(stated), plain) == {}
-    marks = config_of("data=ablation_pix2cap", "+data.sources.pix2cap_vp.prompt_shares={box: 1.0}")
-    both = config_of("data=ablation_pix2cap", "+data.sources.pix2cap_vp.prompt_shares={box: 1.0, mask: 1.0}")
-    assert list(differing(identity_of(marks), both)) == ["data.sources.pix2cap_vp.prompt_shares.mask"]
+    marks = config_of("data=ablation_pix2cap", "+data.sources.pix2cap_vp.prompt_fractions={box: 1.0}")
+    both = config_of("data=ablation_pix2cap", "+data.sources.pix2cap_vp.prompt_fractions={box: 1.0, mask: 1.0}")
+    assert list(differing(identity_of(marks), both)) == ["data.sources.pix2cap_vp.prompt_fractions.mask"]

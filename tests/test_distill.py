@@ -1,4 +1,4 @@
-"""Distillation: the released losses, exact shares of a global mean, gradients for the student alone, and runs with and
+"""Distillation: the released losses, exact fractions of a global mean, gradients for the student alone, and runs with and
 without teachers."""
 
 import json
@@ -82,7 +82,7 @@ def test_losses_by_hand():
     assert distill_loss(student, features, "normalized_mse").item() == pytest.approx((4 + 1 + 1 + 9) / 4, rel=1e-3)
 
 
-def test_the_divergence_takes_channels_as_shares_of_classes():
+def test_the_divergence_takes_channels_as_fractions_of_classes():
     # Cells: half of class 0 and half of class 1; all of class 1. Maps need not sum to 1.
     features = torch.tensor([[[3.0, 0.0]], [[3.0, 0.2]]])
     student = torch.tensor([[[0.0, 0.0], [0.0, math.log(3.0)]]])
@@ -197,7 +197,7 @@ def test_the_fast_way_has_the_losses_and_gradients_of_the_reference(tiny_model, 
         output = model(**batch.model_inputs())
         sums = loss_sums(output, batch, CONFIG, TERMS, NO_NETWORKS.maps(batch))
         total = combine(sums, count(batch, TERMS), CONFIG, TERMS)
-        (total + output.anchor).backward()
+        (total + output.zero_loss).backward()
         found.append({"total": total.detach()} | {name: weight.grad for name, weight in model.named_parameters()})
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-3, atol=2e-5 * float(value.abs().max()), msg=name)
@@ -208,7 +208,7 @@ def test_every_parameter_has_a_gradient_whatever_was_chosen(tiny_model, make_bat
     model, batch = student(tiny_model), make_batch(with_targets(examples, chosen))
     output = model(**batch.model_inputs())
     sums = loss_sums(output, batch, CONFIG, TERMS, NO_NETWORKS.maps(batch))
-    (combine(sums, count(batch, TERMS), CONFIG, TERMS) + output.anchor).backward()
+    (combine(sums, count(batch, TERMS), CONFIG, TERMS) + output.zero_loss).backward()
     assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
     for name, site in SITES.items():
         moved = model.distill_head[f"{name}_distill_linear"].weight.grad.abs().sum().item() > 0
@@ -219,7 +219,7 @@ def test_text_alone_leaves_the_linear_layers_with_a_zero_gradient(tiny_model, ma
     model, batch = student(tiny_model), make_batch([examples[2][0]])
     output = model(**batch.model_inputs())
     sums = loss_sums(output, batch, CONFIG, TERMS, {})
-    (combine(sums, count(batch, TERMS), CONFIG, TERMS) + output.anchor).backward()
+    (combine(sums, count(batch, TERMS), CONFIG, TERMS) + output.zero_loss).backward()
     for layer in model.distill_head.values():
         assert layer.weight.grad is not None and not layer.weight.grad.any()
 
@@ -347,8 +347,8 @@ def test_the_head_changes_no_other_weight_and_no_random_number(tiny_model):
 GRID = StudentGrid(site="pixel_map", patch_size=8, max_long_side=64, cells_per_patch=2)
 
 
-def test_images_are_drawn_by_seed_epoch_and_index_in_the_given_share():
-    choices = [TeacherChoice(name=name, share=0.3, grid=GRID) for name in ("a", "b")]
+def test_images_are_drawn_by_seed_epoch_and_index_in_the_given_fraction():
+    choices = [TeacherChoice(name=name, fraction=0.3, grid=GRID) for name in ("a", "b")]
     seeds = np.random.default_rng(0).integers(2**62, size=4000).tolist()
     first, second = ([c.takes("s", point_seed=seed, has_masks=False) for seed in seeds] for c in choices)
     assert first == [choices[0].takes("s", point_seed=seed, has_masks=True) for seed in seeds]
@@ -380,7 +380,7 @@ def teacher_overrides(*, loss="mse"):
         "allow_random_teachers=true",
         f"+distillation.mask2former.model={node(mask2former)}",
         "distillation.mask2former.channels=32",
-        "distillation.mask2former.share=0.5",
+        "distillation.mask2former.fraction=0.5",
         f"distillation.mask2former.loss={loss}",
         "distillation.mask2former.precision=fp32",
         f"+distillation.sam2.model={node(sam2)}",
@@ -402,14 +402,16 @@ def test_a_run_with_teachers_continues_bit_for_bit_and_exports_without_them(data
     train(data_root, tmp_path / "parts", *overrides)
     lines = log_lines(tmp_path / "parts")
     assert lines == log_lines(tmp_path / "whole")
-    assert all(line["distill/sam2"] > 0 for line in lines)
-    assert all(0 < line["distill/mask2former_images"] < line["samples"] for line in lines[:1])
-    assert all(line["distill/sam2_images"] == line["refshapes/samples"] for line in lines)
+    assert all(line["loss/distill/sam2"] > 0 for line in lines)
+    assert all(0 < line["data/distill/mask2former_images"] < line["data/samples"] for line in lines[:1])
+    assert all(line["data/distill/sam2_images"] == line["refshapes/samples"] for line in lines)
     assert any("refshapes/distill/sam2" in line for line in lines)
     assert not any("groupshapes/distill/sam2" in line for line in lines)
     for line in lines:
-        parts = line["text"] + 2 * line["bce"] + 2 * line["dice"] + 0.5 * line["distill/mask2former"]
-        assert line["total"] == pytest.approx(parts + line["distill/sam2"], rel=1e-6)
+        parts = (
+            line["loss/text"] + 2 * line["loss/bce"] + 2 * line["loss/dice"] + 0.5 * line["loss/distill/mask2former"]
+        )
+        assert line["loss/total"] == pytest.approx(parts + line["loss/distill/sam2"], rel=1e-6)
     exported = load_file(tmp_path / "whole" / "export" / "model.safetensors")
     assert not [name for name in exported if "distill" in name]
     assert "distill" not in (tmp_path / "whole" / "export" / "config.json").read_text()
@@ -425,7 +427,7 @@ def test_teachers_leave_the_first_losses_of_a_run_as_they_are_and_add_their_own(
     assert {key: some[key] for key in none if key not in ("total", "grad_norm")} == {
         key: none[key] for key in none if key not in ("total", "grad_norm")
     }
-    assert some["total"] > none["total"]
+    assert some["loss/total"] > none["loss/total"]
     config = json.loads((tmp_path / "none" / "config.json").read_text())
     assert config["distillation"] == {}
     (state,) = (tmp_path / "none" / "checkpoints").rglob("state.json")
@@ -439,7 +441,7 @@ def test_two_processes_give_the_losses_of_one(data_root, tmp_path):
     train(data_root, tmp_path / "one", *overrides)
     train(data_root, tmp_path / "two", *overrides, by="torchrun")
     for line, expected in zip(log_lines(tmp_path / "two"), log_lines(tmp_path / "one"), strict=True):
-        without = {key: value for key, value in line.items() if key != "padding_frac"}
+        without = {key: value for key, value in line.items() if key != "data/padding_fraction"}
         assert without == pytest.approx({key: expected[key] for key in without}, rel=1e-4)
 
 

@@ -11,14 +11,16 @@ from pixel_sail.entry import one_message
 from pixel_sail.errors import WriteError
 from pixel_sail.files import replace_text, writing
 from pixel_sail.training.checkpoint import CheckpointError
-from pixel_sail.training.corridor import LeftCorridorError
 from pixel_sail.training.finite import NonFiniteLossError
-from pixel_sail.training.interruption import InterruptedRun, LostPeer, LostWorker
+from pixel_sail.training.metric_bounds import MetricOutOfBoundsError
+from pixel_sail.training.preemption import LostPeer, LostWorker, RequeueRun
 from pixel_sail.types import DataError
 
 STATUSES = {
-    **dict.fromkeys((ConfigError, DataError, CheckpointError, WriteError, LeftCorridorError, NonFiniteLossError), 2),
-    **{InterruptedRun: 85, LostPeer: 86, LostWorker: 86},
+    **dict.fromkeys(
+        (ConfigError, DataError, CheckpointError, WriteError, MetricOutOfBoundsError, NonFiniteLossError), 2
+    ),
+    **{RequeueRun: 85, LostPeer: 86, LostWorker: 86},
 }
 
 

@@ -170,7 +170,7 @@ def step(config, drawing):
         output = model(**batch.training_inputs())
         maps = {name: [torch.zeros(own.channels, 8, 8)] for name, own in config.distillation.items()}
         sums = loss_sums(output, batch, config.loss, terms, maps)
-        loss = combine(sums, count(batch, terms), config.loss, terms) + output.anchor
+        loss = combine(sums, count(batch, terms), config.loss, terms) + output.zero_loss
         loss.backward()
     assert sums.distill_SX.shape == (1, len(terms)) and loss.shape == ()
     (masks,) = output.mask_logits

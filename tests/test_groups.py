@@ -87,7 +87,7 @@ def test_every_trained_parameter_gets_a_gradient_from_any_batch_and_no_frozen_on
         build_optimizer(model, optim)
         output = model(**data.model_inputs())
         terms = loss_sums(output, data, LossConfig())
-        (combine(terms, Counts(tokens=9, masks=3, samples=3), LossConfig()) + output.anchor).backward()
+        (combine(terms, Counts(tokens=9, masks=3, samples=3), LossConfig()) + output.zero_loss).backward()
         with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
         assert with_gradient == {name for name, _ in model.named_parameters() if expected_to_train(tuning, name)}
 
@@ -111,7 +111,7 @@ def test_groups_have_their_own_rate_and_decay_and_norms_still_do_not_decay(tiny_
     groups = {"head": GroupConfig(match=["mask_head"], lr_scale=10.0, weight_decay=0.3)}
     model = tiny_model()
     optimizer = build_optimizer(model, OptimConfig(groups=groups, weight_decay=0.05))
-    assert set_learning_rate(optimizer, 1e-3) == {"lr": 1e-3, "lr/head": 1e-2}
+    assert set_learning_rate(optimizer, 1e-3) == {"optim/lr": 1e-3, "optim/lr/head": 1e-2}
     of = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     expected = {
         "mask_head.seg_projector.0.weight": (1e-2, 0.3),
@@ -328,7 +328,7 @@ def test_frozen_weights_are_saved_as_they_were_and_have_no_moments(tuned_run, ba
         # The data has no marked regions.
         assert moments[f"exp_avg_sq.{name}"].any() == (name != "patch_embedding.prompt_projection.weight"), name
     line = log_lines(tuned_run)[1]
-    assert line["lr/adapters"] == 5 * line["lr"] and line["lr/head"] == 2 * line["lr"]
+    assert line["optim/lr/adapters"] == 5 * line["optim/lr"] and line["optim/lr/head"] == 2 * line["optim/lr"]
 
 
 def test_an_export_holds_averaged_weights_with_the_adapters_in_them(tuned_run, base):

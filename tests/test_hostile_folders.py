@@ -22,7 +22,7 @@ from running import ROOT, load_tool
 from test_checkpoint_writer import ACCELERATOR, trained, writer_to
 
 from pixel_sail.config import ConfigError, EvalConfig, ModelConfig, load_config
-from pixel_sail.conversion.roads import to_release
+from pixel_sail.conversion.convert import to_release
 from pixel_sail.conversion.vocabulary import read_tokenizer
 from pixel_sail.data.image_sizes import stored_hw, upright_hw
 from pixel_sail.data.images import load_image, rgb_image

@@ -67,7 +67,7 @@ def losses_and_gradients(model, batch, kernels):
     output = model(**batch.training_inputs())
     sums = loss_sums(output, batch, CONFIG)
     counts = count(batch)
-    (combine(sums, counts, CONFIG) + output.anchor).backward()
+    (combine(sums, counts, CONFIG) + output.zero_loss).backward()
     found = {name: value.grad.clone() for name, value in model.named_parameters()}
     return torch.cat((sums.text_S, sums.bce_S, sums.dice_S)).detach(), found, output
 
@@ -108,7 +108,7 @@ def test_a_batch_without_masks_or_supervised_text_still_gives_every_parameter_a_
     none = torch.zeros(0, 2, dtype=torch.long)
     inputs = batch.training_inputs() | {"targets_M": none[:, 0], "logit_positions_M2": none}
     inputs |= {"seg_positions_N2": none, "masks_per_image": [0] * len(batch.grids)}
-    model(**inputs).anchor.backward()
+    model(**inputs).zero_loss.backward()
     assert [name for name, value in model.named_parameters() if value.grad is None] == []
 
 
@@ -402,7 +402,7 @@ def test_forward_losses_and_backward_ask_the_device_for_nothing(tiny_model, batc
     with HostReads() as reads:
         output = model(**batch.training_inputs())
         sums = loss_sums(output, batch, CONFIG)
-        (combine(sums, Counts(tokens=9, masks=9, samples=9), CONFIG) + output.anchor).backward()
+        (combine(sums, Counts(tokens=9, masks=9, samples=9), CONFIG) + output.zero_loss).backward()
     assert reads.found == []
     with HostReads() as reads:
         sample_spans(batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT)

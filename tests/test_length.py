@@ -171,10 +171,10 @@ def test_samples_that_cannot_be_used_are_passed_but_not_packed(draw_sample, proc
 
     mixture = Mixture({"half": Source()}, {}, seed=0)
     settings = PackingSettings(seq_len=10_000, max_samples=2)
-    forecast = forecast_packing(mixture, processor, settings, max_skipped_share=0.5)
+    forecast = forecast_packing(mixture, processor, settings, max_skipped_fraction=0.5)
     assert forecast.samples_per_sequence == 2.0 and forecast.positions_per_sequence == pytest.approx(3.0, rel=0.03)
     with pytest.raises(DataError, match="found nothing"):
-        forecast_packing(mixture, processor, settings, max_skipped_share=0.2)
+        forecast_packing(mixture, processor, settings, max_skipped_fraction=0.2)
 
 
 # Steps and sequences
@@ -341,8 +341,8 @@ def test_a_run_of_passes_keeps_its_length_on_another_number_of_processes_and_wit
     assert "looking at samples" not in said
     lines = log_lines(run_dir)
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
-    assert lines[-1]["epoch"] == pytest.approx(1.5, abs=1.5 / steps)
-    assert lines[-1]["lr"] < lines[1]["lr"], "the schedule ends with the run"
+    assert lines[-1]["data/epoch"] == pytest.approx(1.5, abs=1.5 / steps)
+    assert lines[-1]["optim/lr"] < lines[1]["optim/lr"], "the schedule ends with the run"
     identity = checkpoint.saved_config(checkpoint.latest(run_dir / "checkpoints"))
     assert (identity["optim"]["epochs"], identity["optim"]["steps"]) == (1.5, steps)
     assert (identity["data"]["samples_per_step"], identity["data"]["global_batch_size"]) == (10, sequences)

@@ -252,12 +252,12 @@ def _released_loss(model, batch_of_one):
     output = model(**batch_of_one.model_inputs())
     text = F.cross_entropy(output.logits, batch_of_one.targets_M)
     if not batch_of_one.masks:
-        return CONFIG.text * text + output.anchor
+        return CONFIG.text * text + output.zero_loss
     (logits,) = output.mask_logits
     sums = point_losses(logits, torch.stack(batch_of_one.masks), SAMPLING, _generator(batch_of_one.point_seeds[0]))
     masks = len(batch_of_one.masks)
     text = CONFIG.text_factor_with_masks * CONFIG.text * text
-    return text + (CONFIG.bce * sums.bce + CONFIG.dice * sums.dice) / masks + output.anchor
+    return text + (CONFIG.bce * sums.bce + CONFIG.dice * sums.dice) / masks + output.zero_loss
 
 
 @pytest.mark.parametrize("cut", [(4,), (1, 3), (3, 1), (2, 1, 1), (1, 1, 1, 1)], ids=str)
@@ -312,7 +312,7 @@ def test_a_batch_without_masks_or_tokens_gives_zero_and_gradients(tiny_model, ma
     share = SimpleNamespace(**(vars(batch) | targets))
     output = model(**inputs)
     sums = loss_sums(output, share, CONFIG)
-    total = combine(sums, count(share), CONFIG) + output.anchor
+    total = combine(sums, count(share), CONFIG) + output.zero_loss
     total.backward()
     assert sums.bce_S.tolist() == sums.dice_S.tolist() == [0.0]
     assert (total.item() > 0.0) == supervised

@@ -220,7 +220,7 @@ def test_a_model_without_visual_prompts_has_no_prompt_layer_and_runs(tiny_model,
     model = tiny_model(num_visual_prompts=0).train()
     assert model.patch_embedding.prompt_projection is None
     output = model(**make_batch([mixed_examples[1], mixed_examples[4]]).model_inputs())
-    output.anchor.backward()
+    output.zero_loss.backward()
     assert [name for name, value in model.named_parameters() if value.grad is None] == []
     assert output.mask_logits[0].shape == (3, 10, 4)
 
@@ -283,7 +283,7 @@ def test_wide_decoders_are_projected_down_before_the_upsampler(make_config):
     assert MaskHead(make_config()).pre_projector is None
 
 
-def test_the_pre_projector_takes_part_in_forward_and_anchor(monkeypatch, tiny_model, make_batch, mixed_examples):
+def test_the_pre_projector_takes_part_in_forward_and_zero_loss(monkeypatch, tiny_model, make_batch, mixed_examples):
     monkeypatch.setattr(configuration_pixel_sail, "MAX_FEATURE_SIZE", 24)
     model = tiny_model().train()
     output = model(**make_batch(mixed_examples).model_inputs())
@@ -353,15 +353,15 @@ def test_sizes_that_do_not_fit_together_are_refused(make_config, changes, messag
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("stride", [2, 8])
 @pytest.mark.parametrize("case", ["text only", "image without masks", "no supervised text", "everything"])
-def test_the_anchor_gives_every_parameter_a_gradient(tiny_model, make_batch, mixed_examples, case, stride, tied):
+def test_the_zero_loss_gives_every_parameter_a_gradient(tiny_model, make_batch, mixed_examples, case, stride, tied):
     model = tiny_model(mask_stride=stride, tie_word_embeddings=tied).train()
     chosen = {"text only": mixed_examples[4:], "image without masks": mixed_examples[3:4]}.get(case, mixed_examples)
     inputs = make_batch(chosen).model_inputs()
     if case == "no supervised text":
         inputs["logit_positions_M2"] = torch.zeros(0, 2, dtype=torch.long)
-    anchor = model(**inputs).anchor
-    anchor.backward()
-    assert anchor.item() == 0.0
+    zero_loss = model(**inputs).zero_loss
+    zero_loss.backward()
+    assert zero_loss.item() == 0.0
     assert [name for name, value in model.named_parameters() if value.grad is None] == []
     assert max(float(value.grad.abs().max()) for value in model.parameters()) == 0.0
 

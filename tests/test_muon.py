@@ -96,7 +96,7 @@ def test_groups_keep_their_rate_and_decay_for_both_kinds(tiny_model):
     model = tiny_model()
     optimizer = build_optimizer(model, settings)
     rates = set_learning_rate(optimizer, 1e-3)
-    assert rates == {"lr": 1e-3, "lr/head": 1e-2, "lr/head.muon": 2e-2, "lr/default.muon": 2e-3}
+    assert rates == {"optim/lr": 1e-3, "optim/lr/head": 1e-2, "optim/lr/head.muon": 2e-2, "optim/lr/default.muon": 2e-3}
     of = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     expected = {
         "mask_head.seg_projector.0.weight": (2e-2, 0.3),
@@ -261,13 +261,13 @@ def test_a_run_with_groups_and_average_continues_bit_for_bit_and_elsewhere(data_
             assert log_lines(tmp_path / stage) == log_lines(whole)
             assert exports[0].read_bytes() == exports[1].read_bytes()
         for line, expected in zip(log_lines(tmp_path / stage), log_lines(whole), strict=True):
-            numbers = {key: value for key, value in line.items() if key != "padding_frac"}
+            numbers = {key: value for key, value in line.items() if key != "data/padding_fraction"}
             assert numbers == pytest.approx({key: expected[key] for key in numbers}, rel=1e-4)
         first, second = map(load_file, exports)
         torch.testing.assert_close(second, first, rtol=1e-3, atol=1e-4)
     line = log_lines(whole)[1]
-    assert line["lr/default.muon"] == pytest.approx(8 / 3 * line["lr"])
-    assert line["lr/head.muon"] == pytest.approx(2 * 8 / 3 * line["lr"])
+    assert line["optim/lr/default.muon"] == pytest.approx(8 / 3 * line["optim/lr"])
+    assert line["optim/lr/head.muon"] == pytest.approx(2 * 8 / 3 * line["optim/lr"])
     moments = load_file(whole / "checkpoints" / "step_00000004" / "optimizer.safetensors")
     keys = {name.partition(".")[0] for name in moments if name.endswith("q_proj.weight")}
     assert keys == {"momentum_buffer", "average"}

@@ -83,8 +83,8 @@ def test_muse_photos_of_both_years_are_found(tmp_path):
 def test_muse_names_are_rephrased_nine_times_in_ten(tmp_path):
     source = muse_source(tmp_path, muse_record())
     answers = [source.get(0, rng(seed)).turns[1].answer.lower() for seed in range(400)]
-    share = sum("a can" in answer for answer in answers) / len(answers)
-    assert 0.85 < share < 0.95
+    fraction = sum("a can" in answer for answer in answers) / len(answers)
+    assert 0.85 < fraction < 0.95
     assert all(("a can" in answer) != ("jug" in answer) for answer in answers)
 
 

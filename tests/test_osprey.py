@@ -38,7 +38,7 @@ def _described(*texts, **changes):
 
 def _source(tmp_path, records, **settings):
     (tmp_path / "osprey.json").write_text(json.dumps(records))
-    settings = {"name": "toy", "image_dirs": [tmp_path / "images"], "absent_share": 0.0} | settings
+    settings = {"name": "toy", "image_dirs": [tmp_path / "images"], "absent_fraction": 0.0} | settings
     return osprey.load(annotations=tmp_path / "osprey.json", **settings)
 
 
@@ -113,7 +113,7 @@ def test_short_form_asks_for_a_single_word(tmp_path):
 def test_an_absent_region_is_asked_for_in_words_that_fit(tmp_path):
     records = [_record(1, "a <region1>", "b")]
     for changes, questions in (({}, None), ({"single_word_answers": True}, NAME_QUESTIONS)):
-        sample = get(_source(tmp_path, records, absent_share=1.0, **changes))
+        sample = get(_source(tmp_path, records, absent_fraction=1.0, **changes))
         absent, asked = sample.turns
         assert re.fullmatch(r"<Prompt\d+> is not in the image\.", absent.answer)
         assert asked.answer == "b"
@@ -126,7 +126,7 @@ def test_the_release_asks_for_a_long_description_of_an_absent_region_in_every_fi
     records = [_record(1, "a <region1>", "b")]
     for single_word in (False, True):
         source = _source(
-            tmp_path, records, absent_share=1.0, single_word_answers=single_word, absent_questions="released"
+            tmp_path, records, absent_fraction=1.0, single_word_answers=single_word, absent_questions="released"
         )
         for seed in range(10):
             absent = get(source, seed=seed).turns[0]
@@ -217,7 +217,7 @@ def test_the_photograph_is_looked_for_in_all_folders(tmp_path):
 
 
 def test_wrong_settings_are_refused(tmp_path):
-    for wrong in ({"content": "captions"}, {"regions_per_sample": 16}, {"image_dirs": []}, {"absent_share": 2.0}):
+    for wrong in ({"content": "captions"}, {"regions_per_sample": 16}, {"image_dirs": []}, {"absent_fraction": 2.0}):
         with pytest.raises(ValueError, match="correct the config"):
             _source(tmp_path, [], **wrong)
 
@@ -229,7 +229,7 @@ def test_drawn_osprey_files_load(data_root, name):
     file = root / "osprey" / f"osprey_{name}.json"
     content = "description" if name.startswith("detail") else "conversations"
     source = osprey.load(
-        annotations=file, image_dirs=[root / "images/train2014"], name="x", content=content, absent_share=0.0
+        annotations=file, image_dirs=[root / "images/train2014"], name="x", content=content, absent_fraction=0.0
     )
     records = json.loads(file.read_text())
     assert len(source) == len(records) == 10

@@ -187,7 +187,7 @@ def _with_bad_items(mixture, bad):
 
 def test_bad_samples_are_left_out_by_name_and_nothing_takes_their_place(make_mixture, processor):
     mixture = _with_bad_items(make_mixture(), {4, 9})
-    stream = PackedStream(mixture, processor, SETTINGS, index=0, num_streams=1, max_skipped_share=0.1)
+    stream = PackedStream(mixture, processor, SETTINGS, index=0, num_streams=1, max_skipped_fraction=0.1)
     names, skipped = [], []
     for sequence in stream:
         names += [example.sample_id for example in sequence.examples]
@@ -205,7 +205,7 @@ def test_more_bad_samples_than_allowed_end_the_run(make_mixture, processor, work
     mixture = _with_bad_items(make_mixture(), {4, 9, 11})
     assignment = StreamAssignment(global_batch_size=1, rank=0, world_size=1, micro_batch_size=1)
     stream = training_batches(
-        mixture, processor, SETTINGS, assignment, start=[StreamState()], num_workers=workers, max_skipped_share=0.1
+        mixture, processor, SETTINGS, assignment, start=[StreamState()], num_workers=workers, max_skipped_fraction=0.1
     )
     with pytest.raises(DataError, match=r"item (4|9|11): found nothing"):
         list(islice(stream, 23))

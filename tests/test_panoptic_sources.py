@@ -100,11 +100,11 @@ def test_wrong_settings_are_refused_when_the_source_is_made(tmp_path):
         (coco_semantic.load, {"classes_per_sample": 0}),
         (coco_vp.load, {"regions_per_sample": 16}),
         (coco_vp.load, {"num_candidates": 0}),
-        (coco_vp.load, {"others_share": 1.5}),
-        (coco_vp.load, {"prompt_shares": {"circle": 1.0}}),
+        (coco_vp.load, {"others_fraction": 1.5}),
+        (coco_vp.load, {"prompt_fractions": {"circle": 1.0}}),
         (pix2cap_seg.load, {"descriptions_per_sample": 0, "file": json_file(root)}),
         (pix2cap_vp.load, {"regions_per_sample": 0, "file": json_file(root)}),
-        (pix2cap_vp.load, {"absent_share": 2.0, "file": json_file(root)}),
+        (pix2cap_vp.load, {"absent_fraction": 2.0, "file": json_file(root)}),
     ):
         with pytest.raises(DataError, match="expected") as error:
             make(root=root, **settings)
@@ -310,7 +310,7 @@ def test_pix2cap_need_not_list_every_segment_of_the_png(tmp_path):
 
 def test_marked_segments_are_described(tmp_path):
     texts = {"the dog on the right": (1,), "the dog in the middle": (2,), "wet grass": (9, 8)}
-    source = pix2cap_vp.load(file=json_file(write(tmp_path)), root=tmp_path, absent_share=0.3)
+    source = pix2cap_vp.load(file=json_file(write(tmp_path)), root=tmp_path, absent_fraction=0.3)
     lengths, absent = Counter(), 0
     for seed in range(80):
         sample = source.get(0, np.random.default_rng(seed))
@@ -336,7 +336,7 @@ def test_marked_segments_are_described(tmp_path):
 
 def test_region_is_classified_among_candidates(tmp_path):
     names = {1: "dog", 2: "dog", 8: "grass", 9: "grass", 70000: "wall"}
-    source = coco_vp.load(root=write(tmp_path), num_candidates=2, others_share=0.25, absent_share=0.0)
+    source = coco_vp.load(root=write(tmp_path), num_candidates=2, others_fraction=0.25, absent_fraction=0.0)
     right = Counter()
     for seed in range(80):
         sample = source.get(0, np.random.default_rng(seed))
@@ -357,24 +357,26 @@ def test_region_is_classified_among_candidates(tmp_path):
 def test_the_release_lists_one_candidate_more_where_the_right_one_was_not_drawn(tmp_path):
     """Three names, of which two are drawn: the right one is among them in two of three cases."""
     root = write(tmp_path)
-    for share, numbers in ((0.0, (2, 3)), (1.0, (1, 2))):
-        source = coco_vp.load(root=root, num_candidates=2, others_share=share, absent_share=0.0, candidates="released")
+    for fraction, numbers in ((0.0, (2, 3)), (1.0, (1, 2))):
+        source = coco_vp.load(
+            root=root, num_candidates=2, others_fraction=fraction, absent_fraction=0.0, candidates="released"
+        )
         counts, places = Counter(), Counter()
         for turn in drawn_turns(source, range(120)):
             *candidates, last = turn.question.rsplit(": ", 1)[1].removesuffix(".").split(", ")
             assert last == "others" and len(set(candidates)) == len(candidates)
             counts[len(candidates)] += 1
             name = turn.answer.split(": ")[1]
-            assert (name in candidates) == (share == 0.0) and (name == "others.") == (share == 1.0)
+            assert (name in candidates) == (fraction == 0.0) and (name == "others.") == (fraction == 1.0)
             if name in candidates:
                 places[len(candidates), candidates.index(name)] += 1
-        assert set(counts) == set(numbers), share
+        assert set(counts) == set(numbers), fraction
         assert 0.58 < counts[numbers[0]] / counts.total() < 0.75, "two of three"
-        assert len(places) == (5 if share == 0.0 else 0), "the right one stands anywhere"
+        assert len(places) == (5 if fraction == 0.0 else 0), "the right one stands anywhere"
 
 
 def test_absent_region_is_asked_for_without_candidates(tmp_path):
-    source = coco_vp.load(root=write(tmp_path), absent_share=1.0)
+    source = coco_vp.load(root=write(tmp_path), absent_fraction=1.0)
     for seed in range(10):
         first = source.get(0, np.random.default_rng(seed)).turns[0]
         assert first.answer.endswith("is not in the image.")
@@ -382,7 +384,7 @@ def test_absent_region_is_asked_for_without_candidates(tmp_path):
 
 
 def test_sample_may_use_up_all_prompts(tmp_path):
-    source = coco_vp.load(root=write(tmp_path), num_prompts=5, absent_share=1.0)
+    source = coco_vp.load(root=write(tmp_path), num_prompts=5, absent_fraction=1.0)
     sample = source.get(0, np.random.default_rng(0))
     assert sorted(prompt.prompt_id for prompt in sample.prompts) == [0, 1, 2, 3, 4]
     assert not any("not in the image" in turn.answer for turn in sample.turns)
@@ -390,14 +392,14 @@ def test_sample_may_use_up_all_prompts(tmp_path):
 
 def test_regions_are_marked_by_the_configured_kinds(tmp_path):
     root = write(tmp_path)
-    for shares in ({"point": 1.0}, {"box": 0.5, "point": 0.5}):
-        source = coco_vp.load(root=root, prompt_shares=shares)
+    for fractions in ({"point": 1.0}, {"box": 0.5, "point": 0.5}):
+        source = coco_vp.load(root=root, prompt_fractions=fractions)
         sizes = Counter(
             int(prompt.mask.sum())
             for seed in range(20)
             for prompt in source.get(0, np.random.default_rng(seed)).prompts
         )
-        assert (set(sizes) == {1}) == ("box" not in shares)
+        assert (set(sizes) == {1}) == ("box" not in fractions)
         assert sizes[1] > 20
 
 

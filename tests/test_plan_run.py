@@ -56,7 +56,7 @@ def batch(draw_sample, processor, make_batch):
 def loss_of(model, batch, config):
     output = model(**batch.training_inputs())
     terms = loss_sums(output, batch, config)
-    return combine(terms, count(batch), config) + output.anchor
+    return combine(terms, count(batch), config) + output.zero_loss
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_operations_of_a_training_step_are_those_torch_counts(tiny_model, batch,
         output = model(**batch.model_inputs())
         forward = counter.get_total_flops()
         loss = loss_sums(output, batch, LossConfig())
-        (combine(loss, Counts(tokens=9, masks=7, samples=5), LossConfig()) + output.anchor).backward()
+        (combine(loss, Counts(tokens=9, masks=7, samples=5), LossConfig()) + output.zero_loss).backward()
     said = forward_flops(model.config, of_batch(batch), {}, kernels)
     assert said.total == pytest.approx(forward, rel=0.02)
     said_in_all = training_flops(said, model.config, checkpointing="none")["model"]
@@ -239,7 +239,7 @@ state = sharded.optimizer.state
 masters = sum(flat.nbytes for flat in sharded.single_partition_of_fp32_groups)
 tokens = torch.zeros(1, 4, dtype=torch.long)
 loss = engine(tokens, torch.zeros(2, 1, 4), tokens, tokens, tokens.bool(), tokens - 1, tokens - 1,
-    torch.zeros(0, 768, dtype=torch.uint8)).anchor
+    torch.zeros(0, 768, dtype=torch.uint8)).zero_loss
 accelerator.backward(loss)
 moments = sum(s[key].nbytes for s in state.values() for key in ("exp_avg", "exp_avg_sq"))
 weights = sum(p.nbytes for p in engine.module.parameters())

@@ -32,7 +32,7 @@ def test_an_unfinished_last_line_is_left_out(tool, tmp_path):
     whole = (run / "log.jsonl").read_text()
     for cut in (1, 20):
         (run / "log.jsonl").write_text(whole[:-cut])
-        assert list(tool.read_run(run, "run").series["total"]) == [1, 2]
+        assert list(tool.read_run(run, "run").series["loss/total"]) == [1, 2]
 
 
 def test_a_run_that_began_again_counts_once(tool, tmp_path):
@@ -44,15 +44,15 @@ def test_a_run_that_began_again_counts_once(tool, tmp_path):
     ]
     again = [step_line(20, total=5.0), {"step": 20, "val/ciou": 0.2}]
     run = tool.read_run(write_log(tmp_path / "run", [*first, *again]), "run")
-    assert run.series["total"] == {10: 9.0, 20: 5.0}
+    assert run.series["loss/total"] == {10: 9.0, 20: 5.0}
     assert run.series["val/ciou"] == {20: 0.2}
     assert run.scores == {"val/ciou"}
 
 
-def test_a_finding_of_the_corridor_is_no_number_and_stops_no_drawing(tool, tmp_path):
-    lines = [step_line(1), {"step": 1, "corridor": {"early": "total is 3, expected 0 .. 2"}}, step_line(2)]
+def test_a_finding_of_the_metric_bounds_is_no_number_and_stops_no_drawing(tool, tmp_path):
+    lines = [step_line(1), {"step": 1, "metric_bounds": {"early": "total is 3, expected 0 .. 2"}}, step_line(2)]
     run = tool.read_run(write_log(tmp_path / "run", lines), "run")
-    assert list(run.series["total"]) == [1, 2] and "corridor" not in run.series and not run.scores
+    assert list(run.series["loss/total"]) == [1, 2] and "metric_bounds" not in run.series and not run.scores
 
 
 @pytest.mark.parametrize(

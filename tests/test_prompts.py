@@ -13,7 +13,7 @@ from pixel_sail.data.prompts import (
     POINT_MARGIN_PX,
     PROMPT_KINDS,
     box_prompt,
-    check_shares,
+    check_fractions,
     draw_prompt,
     point_prompt,
     scribble_prompt,
@@ -79,23 +79,23 @@ def test_a_scribble_in_a_wide_region_is_a_line_and_varies():
     assert 10 < np.median([scribble.sum() for scribble in scribbles]) < 0.5 * mask.size
 
 
-def test_kinds_are_drawn_by_their_shares():
+def test_kinds_are_drawn_by_their_fractions():
     mask = np.zeros((40, 40), dtype=bool)
     mask[np.arange(40), np.arange(40)] = True
-    shares = {"mask": 2, "box": 1, "point": 1, "scribble": 0}
+    fractions = {"mask": 2, "box": 1, "point": 1, "scribble": 0}
     rng = np.random.default_rng(0)
-    sizes = [int(draw_prompt(mask, shares, rng).sum()) for _ in range(1000)]
+    sizes = [int(draw_prompt(mask, fractions, rng).sum()) for _ in range(1000)]
     assert set(sizes) == {40, 1600, 1}
     assert [sizes.count(size) / 1000 for size in (40, 1600, 1)] == pytest.approx([0.5, 0.25, 0.25], abs=0.05)
 
 
 @pytest.mark.parametrize(
-    "shares",
+    "fractions",
     [{}, {"mask": 0.0}, {"mask": -1.0, "box": 2.0}, {"circle": 1.0}, {"mask": float("nan")}, {"mask": float("inf")}],
 )
-def test_wrong_shares_are_refused(shares):
-    with pytest.raises(ValueError, match=r"^source x: found prompt shares .* correct the config"):
-        check_shares(shares, "source x")
+def test_wrong_fractions_are_refused(fractions):
+    with pytest.raises(ValueError, match=r"^source x: found prompt fractions .* correct the config"):
+        check_fractions(fractions, "source x")
 
 
 def test_a_region_without_pixels_is_refused():
@@ -103,13 +103,15 @@ def test_a_region_without_pixels_is_refused():
         draw_prompt(np.zeros((2, 2), dtype=bool), {"box": 1.0}, np.random.default_rng(0))
 
 
-def _sample(turns, num_regions, seed=0, absent_share=0.0, num_prompts=15, absent="Is {region} there?", shares=None):
+def _sample(
+    turns, num_regions, seed=0, absent_fraction=0.0, num_prompts=15, absent="Is {region} there?", fractions=None
+):
     masks = [np.arange(40).reshape(1, 40) == index for index in range(num_regions)]
     return region_sample(
         turns,
         masks,
         np.random.default_rng(seed),
-        RegionSettings(num_prompts=num_prompts, absent_share=absent_share, shares=shares or {"mask": 1.0}),
+        RegionSettings(num_prompts=num_prompts, absent_fraction=absent_fraction, fractions=fractions or {"mask": 1.0}),
         sample_id="toy/4",
         source="toy",
         image_path=Path("a.jpg"),
@@ -149,7 +151,7 @@ def test_ids_are_drawn_from_all_prompt_tokens():
 @settings(max_examples=60, deadline=None)
 def test_an_absent_region_is_asked_for_once_under_a_token_that_is_not_painted(num_regions, seed):
     turns = [RegionTurn(question="What is {region}?", answer="{region}: x", region=i) for i in range(num_regions)]
-    sample = _sample(turns, num_regions, seed, absent_share=1.0)
+    sample = _sample(turns, num_regions, seed, absent_fraction=1.0)
     absent = [turn for turn in sample.turns if turn.question.startswith("Is ")]
     assert len(sample.turns) == num_regions + len(absent)
     if num_regions == 15:
@@ -166,11 +168,11 @@ def test_absent_regions_are_as_frequent_as_asked_and_come_anywhere():
     turns = [RegionTurn(question="What?", answer="x")] * 4
     places = []
     for seed in range(600):
-        sample = _sample(turns, 2, seed, absent_share=0.05)
+        sample = _sample(turns, 2, seed, absent_fraction=0.05)
         places += [i for i, turn in enumerate(sample.turns) if turn.question.startswith("Is ")]
     assert len(places) / 600 == pytest.approx(1 - 0.95**4, abs=0.06)
     assert set(places) == {0, 1, 2, 3}
-    assert len(_sample(turns, 2, absent_share=1.0, absent=None).turns) == 4
+    assert len(_sample(turns, 2, absent_fraction=1.0, absent=None).turns) == 4
 
 
 @pytest.mark.parametrize(
@@ -195,10 +197,10 @@ def test_too_many_regions_and_empty_ones_are_refused():
 
 
 def test_wrong_settings_are_refused():
-    with pytest.raises(ValueError, match="absent_share"):
-        RegionSettings(absent_share=1.5)
-    with pytest.raises(ValueError, match="prompt_shares"):
-        RegionSettings(shares={"mask": 0.0})
+    with pytest.raises(ValueError, match="absent_fraction"):
+        RegionSettings(absent_fraction=1.5)
+    with pytest.raises(ValueError, match="prompt_fractions"):
+        RegionSettings(fractions={"mask": 0.0})
     for count in (0, 16):
         with pytest.raises(ValueError, match=rf"regions_per_sample {count}, expected 1 \.\. num_prompts = 15"):
             RegionSettings().check_count("x", count)

@@ -104,7 +104,7 @@ def assert_same_run(run_dir: Path, expected_dir: Path, *, without: tuple[str, ..
     lines, expected = log_lines(run_dir), log_lines(expected_dir)
     assert len(lines) == len(expected) == STEPS
     # How samples are grouped into rows decides their padding and nothing else.
-    ignored = {"padding_frac", *without}
+    ignored = {"data/padding_fraction", *without}
     for line, other in zip(lines, expected, strict=True):
         assert line.keys() - ignored == other.keys() - ignored
         numbers = {key: value for key, value in line.items() if key not in ignored}
@@ -173,12 +173,12 @@ def released_loss(model, batch, config):
     output = model(**batch.model_inputs())
     text = F.cross_entropy(output.logits.float(), batch.targets_M)
     if not batch.masks:
-        return config.text * text + output.anchor
+        return config.text * text + output.zero_loss
     (logits,) = output.mask_logits
     generator = torch.Generator().manual_seed(batch.point_seeds[0])
     sums = point_losses(logits, torch.stack(batch.masks), config.points, generator)
     masks = (config.bce * sums.bce + config.dice * sums.dice) / len(batch.masks)
-    return config.text * config.text_factor_with_masks * text + masks + output.anchor
+    return config.text * config.text_factor_with_masks * text + masks + output.zero_loss
 
 
 @pytest.mark.parametrize(("ranks", "stage", "accumulation"), [(1, 2, 1), (1, 0, 3), (2, 0, 1), (2, 2, 3)])
@@ -187,23 +187,23 @@ def test_means_of_samples_train_as_the_release_does(data_root, mixed, tmp_path, 
     own = (f"data.micro_batch_size={6 // ranks // accumulation}", f"deepspeed=zero{stage}")
     train(data_root, tmp_path / "run", *mixed, *SAMPLE_MEANS, *own, ranks=ranks)
     lines = log_lines(tmp_path / "run")
-    assert [line["total"] for line in lines] == pytest.approx(released_losses(config), rel=1e-6)
+    assert [line["loss/total"] for line in lines] == pytest.approx(released_losses(config), rel=1e-6)
     # The mix has samples with and without masks, and the global means are others.
     weights = config.loss
     for line in lines:
-        parts = weights.text * line["text"] + weights.bce * line["bce"] + weights.dice * line["dice"]
-        assert abs(parts - line["total"]) > 1e-3
+        parts = weights.text * line["loss/text"] + weights.bce * line["loss/bce"] + weights.dice * line["loss/dice"]
+        assert abs(parts - line["loss/total"]) > 1e-3
 
 
 def test_layers_that_are_computed_again_are_gathered_again(data_root, mixed, tmp_path):
     """Wide enough for ZeRO-3 to shard them, which it does to weights of more than 10,000 numbers."""
     wide = ("model.architecture.hidden_size=128", "model.architecture.intermediate_size=256", "optim.steps=4")
     train(data_root, tmp_path / "plain", *mixed, *wide, "deepspeed=none")
-    expected = [line["total"] for line in log_lines(tmp_path / "plain")]
+    expected = [line["loss/total"] for line in log_lines(tmp_path / "plain")]
     for kind in ("feed_forward", "layers"):
         sharded = ("deepspeed=zero3", f"optim.activation_checkpointing={kind}")
         train(data_root, tmp_path / kind, *mixed, *wide, *sharded, ranks=2)
-        found = [line["total"] for line in log_lines(tmp_path / kind)]
+        found = [line["loss/total"] for line in log_lines(tmp_path / kind)]
         assert len(found) == 4 and found == pytest.approx(expected, rel=TOLERANCE)
 
 

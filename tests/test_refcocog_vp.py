@@ -41,7 +41,7 @@ REFS = [(1, [10], ["The A.", "first"]), (1, [11], ["the B", " . "]), (1, [10], [
 
 
 def test_every_sentence_of_every_object_is_reached_and_stands_for_its_mask(tmp_path, caplog):
-    source = refcocog_vp.load(root=_refer_root(tmp_path, REFS), dataset="toy", name="vp", absent_share=0.0)
+    source = refcocog_vp.load(root=_refer_root(tmp_path, REFS), dataset="toy", name="vp", absent_fraction=0.0)
     assert len(source) == 1  # the other image has nothing that could be marked
     assert "left out 3 of 8 sentences" in caplog.text
     area = {"the a": 4, "first": 4, "third .": 4, "the b": 4, "both": 8}
@@ -68,7 +68,7 @@ def test_the_released_fine_tuning_asks_one_question(tmp_path):
     root = _refer_root(tmp_path, REFS)
     asked = {}
     for option in ("ours", "released"):
-        source = refcocog_vp.load(root=root, dataset="toy", absent_share=0.5, templates=option)
+        source = refcocog_vp.load(root=root, dataset="toy", absent_fraction=0.5, templates=option)
         turns = [turn for seed in range(60) for turn in get(source, seed=seed).turns]
         assert any("not in the image" in turn.answer for turn in turns)
         asked[option] = {re.sub(r"<Prompt\d+>", "{region}", turn.question) for turn in turns}
@@ -78,7 +78,7 @@ def test_the_released_fine_tuning_asks_one_question(tmp_path):
 
 def test_shared_refcocog_sample_loads_as_marked_objects():
     root = shared_data("derived_refer_mini")
-    source = refcocog_vp.load(root=root, split="val", absent_share=0.0)
+    source = refcocog_vp.load(root=root, split="val", absent_fraction=0.0)
     annotations = load_refer(root, "refcocog", "val")
     sentences = {s.raw for refs in annotations.refs_by_image.values() for ref in refs for s in ref.sentences}
     seen = set()
@@ -93,7 +93,7 @@ def test_shared_refcocog_sample_loads_as_marked_objects():
 
 def test_shared_refcocog_sample_without_photos_reaches_every_sentence():
     root = shared_data("derived_refer_mini_nophotos")
-    source = refcocog_vp.load(root=root, absent_share=0.0)
+    source = refcocog_vp.load(root=root, absent_fraction=0.0)
     annotations = load_refer(root, "refcocog", "train")
     sentences = [s.raw for refs in annotations.refs_by_image.values() for ref in refs for s in ref.sentences]
     samples = [get(source, index, seed) for index in range(len(source)) for seed in range(60)]

@@ -18,7 +18,7 @@ from pycocotools import mask as coco_mask
 from pixel_sail.refshapes import RefShapesSpec, formats, write_refshapes
 from pixel_sail.refshapes.baselines import GUESSES, Asked, blind_choices, blind_scores
 from pixel_sail.refshapes.expressions import Describer
-from pixel_sail.refshapes.focus import FOCI, FOCUS_SHARES, SceneRules, pick_focus
+from pixel_sail.refshapes.focus import FOCI, FOCUS_FRACTIONS, SceneRules, pick_focus
 from pixel_sail.refshapes.kinds import COLOURS, HELD_OUT, SHAPES, TEXTURES, VALUES
 from pixel_sail.refshapes.queries import Query, Sentence, decides, denote, is_put_to_the_test, names_held_out
 from pixel_sail.refshapes.scene import ACROSS_PX, IMAGE_SIZES, Scene, SceneObject, paint_scene
@@ -62,20 +62,20 @@ def object_at(x: float, y: float, index: int, **values: str) -> SceneObject:
     kind = {"colour": "red", "shape": "star", "texture": "plain", "size": "small", **values}
     mask = np.zeros((100, 100), dtype=bool)
     mask[box[1] : box[3], box[0] : box[2]] = True
-    return SceneObject(**kind, index=index, centre_xy=(x, y), box_xyxy=box, area=100, visible_frac=1.0, mask=mask)
+    return SceneObject(**kind, index=index, centre_xy=(x, y), box_xyxy=box, area=100, visible_fraction=1.0, mask=mask)
 
 
 def scene_with(*objects: SceneObject) -> Scene:
     return Scene(image_hw=(100, 100), focus="place", objects=objects)
 
 
-def test_masks_are_disjoint_and_keep_their_visible_share() -> None:
+def test_masks_are_disjoint_and_keep_their_visible_fraction() -> None:
     for index in range(20):
         scene = scene_of("testA", index)
         stacked = np.stack([item.mask for item in scene.objects])
         assert stacked.sum(0).max() == 1
         assert [int(mask.sum()) for mask in stacked] == [item.area for item in scene.objects]
-        assert min(item.visible_frac for item in scene.objects) >= 0.6
+        assert min(item.visible_fraction for item in scene.objects) >= 0.6
 
 
 def test_masks_cover_the_pixels_that_carry_the_paint() -> None:
@@ -177,11 +177,11 @@ def test_words_that_suffice_without_the_colour_or_shape_do_not_put_it_to_the_tes
     assert is_asked(("colour", "blue"), target=2) is True
 
 
-def test_scenes_have_the_shares_of_their_focus_and_colour_seldom_decides() -> None:
+def test_scenes_have_the_fractions_of_their_focus_and_colour_seldom_decides() -> None:
     rng = np.random.default_rng(0)
     drawn = [pick_focus(rng, SceneRules()) for _ in range(4000)]
-    assert all(abs(drawn.count(focus) / 4000 - share) < 0.03 for focus, share in FOCUS_SHARES.items())
-    assert sum(FOCUS_SHARES.values()) == pytest.approx(1)
+    assert all(abs(drawn.count(focus) / 4000 - share) < 0.03 for focus, share in FOCUS_FRACTIONS.items())
+    assert sum(FOCUS_FRACTIONS.values()) == pytest.approx(1)
     kinds = [sentence.kind for index in range(60) for sentence in formats.draw_scene(3, "train", index)[2]]
     assert 0.12 < kinds.count("colour") / len(kinds) < 0.35
     assert all(kinds.count(focus) / len(kinds) > 0.03 for focus in FOCI)
@@ -428,7 +428,7 @@ def test_meta_counts_what_the_files_hold(dataset: Path) -> None:
     refs = pickle.loads((dataset / "refshapes" / "refs(unc).p").read_bytes())
     assert (meta["seed"], meta["generator_version"]) == (3, formats.GENERATOR_VERSION)
     assert meta["num_images"] == {split: 12 if split == "train" else 4 for split in formats.SPLITS}
-    assert meta["focus_shares"] == FOCUS_SHARES
+    assert meta["focus_shares"] == FOCUS_FRACTIONS
     assert sum(meta["num_refs"].values()) == len(refs)
     for split in formats.SPLITS:
         written = sum(len(ref["sentences"]) for ref in refs if ref["split"] == split)

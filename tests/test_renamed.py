@@ -109,6 +109,8 @@ def test_a_run_with_experts_is_one_with_distillation_today():
 )
 def test_experts_on_a_command_line_are_refused_as_distillation(override, written):
     assert (renamed_override(override) or override) == written
+
+
 def test_an_old_choice_in_a_list_and_an_old_argument_of_a_source_are_refused_with_the_new_ones(data_root):
     options = ["experiment=quickstart", "evals=[refshapes_val_text_hidden]"]
     with pytest.raises(ConfigError, match="refshapes_val_text_hidden was renamed to refshapes_val_language_blind"):

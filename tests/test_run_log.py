@@ -20,11 +20,11 @@ from test_train import SMALL, log_lines, train
 from pixel_sail.config import ConfigError, LogConfig
 from pixel_sail.planning.flops import forward_flops, useful_flops
 from pixel_sail.planning.workload import Workload, of_batch
-from pixel_sail.training import meter as meter_module
+from pixel_sail.training import metrics as metrics_module
 from pixel_sail.training.log import TIMING_FIELDS
-from pixel_sail.training.meter import Meter, named_peak_tflops, peak_memory_bytes, summary
+from pixel_sail.training.metrics import PerfMetrics, named_peak_tflops, peak_memory_bytes, perf_numbers
 
-PLAIN = re.compile(r"pixel_sail\.training\.progress: (step .*)")
+PLAIN = re.compile(r"pixel_sail\.training\.log: (step .*)")
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_useful_operations_of_a_text_are_those_counted_by_hand(tiny_config):
 
 def test_the_numbers_of_a_line_are_sums_over_steps_and_ranks():
     ranks = torch.tensor([[0.5, 2e9, 6e12, 4e12], [1.5, 3e9, 2e12, 12e12]], dtype=torch.float64)
-    assert summary(ranks, steps=5, seconds=4.0, tokens=1000, samples=50) == {
+    assert perf_numbers(ranks, steps=5, seconds=4.0, tokens=1000, samples=50) == {
         "tokens_per_s": 250.0,
         "samples_per_s": 12.5,
         "step_s": 0.8,
@@ -68,7 +68,7 @@ def test_the_numbers_of_a_line_are_sums_over_steps_and_ranks():
         "memory_gb": 3.0,
     }
     ranks[1, 3] = 0.0
-    assert "mfu" not in summary(ranks, steps=5, seconds=4.0, tokens=1000, samples=50)
+    assert "mfu" not in perf_numbers(ranks, steps=5, seconds=4.0, tokens=1000, samples=50)
 
 
 class Clock:
@@ -81,34 +81,34 @@ class Clock:
 
 def test_the_meter_times_steps_and_not_what_lies_between(rows, make_batch, tiny_config, monkeypatch):
     clock, batch = Clock(), make_batch(*rows)
-    monkeypatch.setattr(meter_module, "time", clock)
-    meter = Meter(tiny_config, {}, peak_tflops=1e-6, device=torch.device("cpu"))
+    monkeypatch.setattr(metrics_module, "time", clock)
+    perf = PerfMetrics(tiny_config, {}, peak_tflops=1e-6, device=torch.device("cpu"))
     lines = []
     for waits in ((1.0, 3.0), (0.25,)):
         for wait in waits:
-            meter.step_begins()
+            perf.step_begins()
             clock.now += wait
-            meter.data_is_here()
+            perf.data_is_here()
             clock.now += 2.0
-            meter.step_done([batch, batch], tokens=600, samples=12)
+            perf.step_done([batch, batch], tokens=600, samples=12)
             clock.now += 50.0  # a checkpoint
-        lines.append(meter.read())
-    assert [line["step_s"] for line in lines] == [4.0, 2.25]
-    assert [line["data_wait_s"] for line in lines] == [2.0, 0.25]
-    assert [line["tokens_per_s"] for line in lines] == [1200 / 8, pytest.approx(600 / 2.25, rel=1e-3)]
-    assert lines[0]["samples_per_s"] == 3.0
+        lines.append(perf.read())
+    assert [line["time/step_s"] for line in lines] == [4.0, 2.25]
+    assert [line["time/data_s"] for line in lines] == [2.0, 0.25]
+    assert [line["perf/tokens_per_s"] for line in lines] == [1200 / 8, pytest.approx(600 / 2.25, rel=1e-3)]
+    assert lines[0]["perf/samples_per_s"] == 3.0
     operations = 4 * useful_flops(tiny_config, of_batch(batch), {})
-    assert lines[0]["mfu"] == pytest.approx(operations / 8.0 / 1e6, rel=1e-3)
+    assert lines[0]["perf/mfu"] == pytest.approx(operations / 8.0 / 1e6, rel=1e-3)
     assert set(lines[0]) < set(TIMING_FIELDS)
 
 
 def test_without_a_known_peak_nothing_is_counted(rows, make_batch, tiny_config, monkeypatch):
-    monkeypatch.setattr(meter_module, "of_batch", lambda batch: pytest.fail("counted for nothing"))
-    meter = Meter(tiny_config, {}, peak_tflops=None, device=torch.device("cpu"))
-    meter.step_begins()
-    meter.data_is_here()
-    meter.step_done([make_batch(*rows)], tokens=1, samples=1)
-    assert "mfu" not in meter.read()
+    monkeypatch.setattr(metrics_module, "of_batch", lambda batch: pytest.fail("counted for nothing"))
+    perf = PerfMetrics(tiny_config, {}, peak_tflops=None, device=torch.device("cpu"))
+    perf.step_begins()
+    perf.data_is_here()
+    perf.step_done([make_batch(*rows)], tokens=1, samples=1)
+    assert "mfu" not in perf.read()
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_without_a_terminal_every_logged_step_is_one_plain_line(two_sessions):
     run_dir, _, piped = two_sessions
     assert "\r" not in piped and "step/s" not in piped
     steps = [line for line in PLAIN.findall(piped) if ": total" in line]
-    logged = [line for line in log_lines(run_dir) if "total" in line][3:]
+    logged = [line for line in log_lines(run_dir) if "loss/total" in line][3:]
     assert len(steps) == len(logged) == 2
     for said, line in zip(steps, logged, strict=True):
         assert said.startswith(f"step {line['step']}/5: total {line['total']:.3f}, bce {line['bce']:.3f}, ")
@@ -251,10 +251,10 @@ def test_wandb_goes_on_offline_under_the_same_id(two_sessions):
         records = read_wandb(path)
         assert {record.run.run_id for record in records if record.HasField("run")} == {own}
         rows = history(records)
-        totals += [(row["_step"], row["total"]) for row in rows if "total" in row]
+        totals += [(row["_step"], row["loss/total"]) for row in rows if "loss/total" in row]
         pictures += [row["_step"] for row in rows if "refshapes_val.filenames" in row]
         assert list(path.parent.glob("files/media/images/*.png"))
-    expected = [(line["step"], line["total"]) for line in log_lines(run_dir) if "total" in line]
+    expected = [(line["step"], line["loss/total"]) for line in log_lines(run_dir) if "loss/total" in line]
     assert totals == expected and pictures == [2, 4]
 
 
@@ -266,11 +266,11 @@ def test_two_ranks_write_one_log_of_their_common_numbers(data_root, tmp_path):
     assert [re.match(r"step \d", line)[0] for line in PLAIN.findall(said)] == ["step 2", "step 4", "step 5"]
     for line in lines:
         assert set(TIMING_FIELDS) <= set(line)
-        assert 0 <= line["data_wait_s"] < line["step_s"] and 0 < line["mfu"] < 1
-        assert 0.05 < line["memory_gb"] < 20
+        assert 0 <= line["time/data_s"] < line["time/step_s"] and 0 < line["perf/mfu"] < 1
+        assert 0.05 < line["perf/memory_gb"] < 20
     # The last line covers one step alone, whose counts it also holds; the others two steps.
     last = lines[-1]
-    assert last["tokens_per_s"] * last["step_s"] == pytest.approx(last["tokens"], rel=2e-3)
-    assert last["samples_per_s"] * last["step_s"] == pytest.approx(last["samples"], rel=2e-3)
+    assert last["perf/tokens_per_s"] * last["time/step_s"] == pytest.approx(last["data/tokens"], rel=2e-3)
+    assert last["perf/samples_per_s"] * last["time/step_s"] == pytest.approx(last["data/samples"], rel=2e-3)
     samples = sum(lines[0][f"{name}/samples"] for name in ("refshapes", "groupshapes"))
-    assert 2 * lines[0]["samples_per_s"] * lines[0]["step_s"] == pytest.approx(samples, rel=2e-3)
+    assert 2 * lines[0]["perf/samples_per_s"] * lines[0]["time/step_s"] == pytest.approx(samples, rel=2e-3)

@@ -27,7 +27,7 @@ def cache(tmp_path, monkeypatch):
 
 def _sam(tmp_path, records, **settings):
     (tmp_path / "sam.json").write_text(json.dumps(records))
-    settings = {"absent_share": 0.0} | settings
+    settings = {"absent_fraction": 0.0} | settings
     return sam_captions.load(annotations=tmp_path / "sam.json", image_dir=tmp_path / "images", **settings)
 
 
@@ -118,7 +118,7 @@ def test_a_real_sam_photograph_with_its_mask_and_caption_becomes_tokens(tmp_path
     }
     (tmp_path / "sam.json").write_text(json.dumps([record]))
     kinds = {"mask": 1.0, "box": 1.0, "point": 1.0, "scribble": 1.0}
-    source = sam_captions.load(annotations=tmp_path / "sam.json", image_dir=folder, prompt_shares=kinds)
+    source = sam_captions.load(annotations=tmp_path / "sam.json", image_dir=folder, prompt_fractions=kinds)
     areas = set()
     for seed in range(12):
         sample = get(source, seed=seed)

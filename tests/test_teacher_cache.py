@@ -287,7 +287,7 @@ def test_batches_carry_stored_maps_and_photos_through_the_workers(processor, tmp
     source = Photos(tmp_path)
     choices = (
         TeacherChoice(name="a", grid=GRID, cache=photo_cache(tmp_path / "cache", source)),
-        TeacherChoice(name="b", share=0.5, grid=GRID),
+        TeacherChoice(name="b", fraction=0.5, grid=GRID),
     )
     assignment = StreamAssignment(global_batch_size=2, rank=0, world_size=1, micro_batch_size=1)
     steps = training_batches(
@@ -323,7 +323,7 @@ def test_a_missing_image_ends_the_run_with_its_name_also_where_bad_samples_may_b
     source = Photos(tmp_path)
     choice = TeacherChoice(name="a", grid=GRID, cache=photo_cache(tmp_path / "cache", source, skip=1))
     stream = PackedStream(
-        mixture_of(source), processor, SETTINGS, index=0, num_streams=1, max_skipped_share=1.0, teachers=[choice]
+        mixture_of(source), processor, SETTINGS, index=0, num_streams=1, max_skipped_fraction=1.0, teachers=[choice]
     )
     with pytest.raises(
         TeacherCacheError, match=r"photos/5: .*5\.png: not in the cache .* of teacher a.*on_miss=online"
@@ -402,7 +402,7 @@ def test_training_on_the_cache_gives_the_losses_of_training_online(tool, data_ro
     assert tool.main([*small(data_root), *out, "--plan-only"]) == 0
     assert not (tmp_path / "cache").exists()
     printed = capsys.readouterr().out
-    for word in ("disk", "build", "reading", "step share"):
+    for word in ("disk", "build", "reading", "step fraction"):
         assert word in printed
     assert tool.main([*small(data_root), *out]) == 0
     whole = {path.name: path.read_bytes() for path in (tmp_path / "cache" / "sam2").iterdir()}
@@ -419,7 +419,7 @@ def test_training_on_the_cache_gives_the_losses_of_training_online(tool, data_ro
     train(data_root, tmp_path / "cached", *overrides, *cached)
     for line, expected in zip(log_lines(tmp_path / "cached"), log_lines(tmp_path / "online"), strict=True):
         assert line == pytest.approx(expected, rel=2e-3)
-        assert line["distill/sam2"] == pytest.approx(expected["distill/sam2"], rel=1e-3)
+        assert line["loss/distill/sam2"] == pytest.approx(expected["loss/distill/sam2"], rel=1e-3)
 
 
 def test_a_run_refuses_the_cache_of_another_teacher_before_it_starts(tool, data_root, tmp_path):

@@ -353,7 +353,7 @@ def test_wrong_channels_and_sources_are_refused_before_anything_is_loaded(tiny_c
 
 
 @pytest.mark.parametrize(
-    ("change", "named"), [({"loss": "l1"}, "loss"), ({"share": 1.5}, "share"), ({"on_miss": "skip"}, "on_miss")]
+    ("change", "named"), [({"loss": "l1"}, "loss"), ({"fraction": 1.5}, "fraction"), ({"on_miss": "skip"}, "on_miss")]
 )
 def test_wrong_settings_are_refused(change, named):
     with pytest.raises(DataError, match=named):

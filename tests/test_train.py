@@ -161,8 +161,8 @@ def test_half_precision_stays_close_to_single_precision(data_root, tmp_path):
     train(data_root, tmp_path / "fp32", "optim.steps=3", by="torchrun")
     train(data_root, tmp_path / "bf16", "optim.precision=bf16", "optim.steps=3", by="torchrun")
     for line, expected in zip(log_lines(tmp_path / "bf16"), log_lines(tmp_path / "fp32"), strict=True):
-        assert line["total"] != expected["total"]
-        assert line["total"] == pytest.approx(expected["total"], rel=0.03)
+        assert line["loss/total"] != expected["loss/total"]
+        assert line["loss/total"] == pytest.approx(expected["loss/total"], rel=0.03)
 
 
 def test_a_changed_checkpoint_is_refused_by_name(data_root, tmp_path):
@@ -178,18 +178,18 @@ def test_a_changed_checkpoint_is_refused_by_name(data_root, tmp_path):
     assert "model.safetensors: sha256" in done.stderr and "manifest.json" in done.stderr
 
 
-def test_bad_samples_within_the_allowed_share_are_listed_and_left_out(data_root, tmp_path):
+def test_bad_samples_within_the_allowed_fraction_are_listed_and_left_out(data_root, tmp_path):
     broken = tmp_path / "data"
     shutil.copytree(data_root, broken)
     photos = sorted((broken / "refshapes" / "images" / "train2014").glob("*.jpg"))[:2]
     for path in photos:
         path.unlink()
-    overrides = ("data.max_skipped_share=0.5", "deepspeed=none", "optim.steps=8", "data.num_workers=2")
+    overrides = ("data.max_skipped_fraction=0.5", "deepspeed=none", "optim.steps=8", "data.num_workers=2")
     train(broken, tmp_path / "whole", *overrides)
     skipped = [json.loads(line) for line in (tmp_path / "whole" / "skipped.jsonl").read_text().splitlines()]
     assert {Path(line["reason"].split(": ")[1]).name for line in skipped} == {path.name for path in photos}
     assert {line["source"] for line in skipped} == {"refshapes", "groupshapes"}
-    assert log_lines(tmp_path / "whole")[-1]["skipped"] == len(skipped)
+    assert log_lines(tmp_path / "whole")[-1]["data/skipped"] == len(skipped)
     train(broken, tmp_path / "parts", *overrides, "checkpoint.stop_after=5")
     train(broken, tmp_path / "parts", *overrides)
     assert log_lines(tmp_path / "parts") == log_lines(tmp_path / "whole")
@@ -204,7 +204,7 @@ def test_every_kind_of_dataset_trains_in_one_mixture(data_root, tmp_path):
     lines = log_lines(tmp_path / "run")
     seen = {key.split("/")[0] for line in lines for key in line if "/" in key}
     assert len(seen) == 18
-    assert all(line["skipped"] == 0 for line in lines)
+    assert all(line["data/skipped"] == 0 for line in lines)
 
 
 def test_every_launcher_starts_the_same_run(data_root, tmp_path):
@@ -216,7 +216,7 @@ def test_every_launcher_starts_the_same_run(data_root, tmp_path):
     # last digits may differ. One process also groups the rows otherwise, which changes their padding and nothing else.
     for name in ("accelerate", "deepspeed", "python"):
         for line, expected in zip(log_lines(tmp_path / name), first, strict=True):
-            without_padding = {key: value for key, value in line.items() if key != "padding_frac"}
+            without_padding = {key: value for key, value in line.items() if key != "data/padding_fraction"}
             assert without_padding == pytest.approx({key: expected[key] for key in without_padding}, rel=1e-4)
 
 

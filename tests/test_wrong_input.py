@@ -27,7 +27,7 @@ from pixel_sail.files import sha256
 
 STEP = "run/checkpoints/step_00000002"
 EXPORT = "run/export"
-LOGGED = ("run/log.jsonl", "run/rewinds.jsonl")
+LOGGED = ("run/log.jsonl", "run/rollbacks.jsonl")
 TOKENIZER = "data/refshapes/tokenizer"
 
 READS = {
@@ -60,7 +60,7 @@ READS = {
 MAY_PASS = {
     f"{TOKENIZER}/tokenizer_config.json": "Hugging Face does without it",
     f"{EXPORT}/tokenizer_config.json": "Hugging Face does without it",
-    "run/rewinds.jsonl": "a run without it had no rewind",
+    "run/rollbacks.jsonl": "a run without it had no rollback",
     "run/log.jsonl": "lines are as good as none where the file is not there, and a cut end is left out",
     "run/starts.jsonl": "the card says that nothing was recorded",
     "run/evaluation/results.jsonl": "the card says that the weights were not scored; a cut end is left out",
@@ -172,7 +172,7 @@ def call(entry: str, folder: Path, monkeypatch, *overrides: str) -> int:
 
 @pytest.fixture(scope="module")
 def finished(data_root, tmp_path_factory, in_process):
-    """A folder with data, and a run of two steps with export, scores and a rewind long ago."""
+    """A folder with data, and a run of two steps with export, scores and a rollback long ago."""
     folder = tmp_path_factory.mktemp("finished") / "used"
     shutil.copytree(data_root, folder / "data", ignore=shutil.ignore_patterns("images"))
     (folder / "data" / "refshapes" / "images").symlink_to(data_root / "refshapes" / "images")
@@ -180,7 +180,7 @@ def finished(data_root, tmp_path_factory, in_process):
     with pytest.MonkeyPatch.context() as monkeypatch:
         assert call("train", folder, monkeypatch) == 0
     note = {"from_step": 1, "failed_step": 2, "streams": [{"next": 0, "waiting": []}], "reason": "drawn"}
-    (folder / "run" / "rewinds.jsonl").write_text(json.dumps(note) + "\n")
+    (folder / "run" / "rollbacks.jsonl").write_text(json.dumps(note) + "\n")
     row = {
         **{"eval": "refshapes_val", "kind": "expressions", "scores": {"ciou": 0.5, "giou": 0.5, "count": 3}},
         **{"prompt": "short", "precision": "fp32", "code": "x", "intervals": {}},

@@ -1,4 +1,4 @@
-"""Measure what the data costs: samples per second, memory per worker, padding, and the share of a training step.
+"""Measure what the data costs: samples per second, memory per worker, padding, and the fraction of a training step.
 
     python tools/bench_data.py                                         every kind of drawn data, the 0.5B model
     python tools/bench_data.py data=refcoco --seq-len 4608             any data group, model or experiment
@@ -74,7 +74,7 @@ class SequenceFigures:
     samples_per_sequence: float
     tokens_per_sequence: float
     filled: float
-    """Share of the token slots that hold a token."""
+    """Fraction of the token slots that hold a token."""
     forward_tflop: float
     """Mean of a sequence."""
 
@@ -229,14 +229,14 @@ def process_memory(pid: int) -> tuple[float, float]:
     return (values["Private_Clean:"] + values["Private_Dirty:"]) / 1024, values["Pss:"] / 1024
 
 
-def data_share(
+def data_fraction(
     stages: Stages, sequences: SequenceFigures, workers: Workers, *, num_workers: int, flop_rate: float
 ) -> dict[str, float]:
     """Return the milliseconds of a step of one sequence and of its data work, and their ratio."""
     worker_ms = stages.total * sequences.samples_per_sequence
     step_ms = 1000 * BACKWARD_AND_FORWARD * sequences.forward_tflop * 1e12 / flop_rate
     data_ms = worker_ms / num_workers + workers.main_ms_per_sequence
-    return {"worker_ms": worker_ms, "data_ms": data_ms, "step_ms": step_ms, "share": data_ms / step_ms}
+    return {"worker_ms": worker_ms, "data_ms": data_ms, "step_ms": step_ms, "fraction": data_ms / step_ms}
 
 
 def processor_of(config: TrainConfig, mixture: Mixture) -> tuple[PixelSailProcessor, int, str]:
@@ -264,8 +264,8 @@ def report(options: argparse.Namespace, config: TrainConfig) -> dict[str, object
     stages = time_stages(mixture, processor, settings, num_samples)
     sequences = measure_packing(mixture, processor, settings, architecture, options.sequences, vocab_size=vocab_size)
     workers = run_workers(mixture, processor, settings, options.processes, options.sequences)
-    cost = data_share(stages, sequences, workers, num_workers=options.workers, flop_rate=options.flop_rate)
-    mean, ratio = f"{stages.total:.1f} ms in one process = {1000 / stages.total:.0f} samples/s", cost["share"]
+    cost = data_fraction(stages, sequences, workers, num_workers=options.workers, flop_rate=options.flop_rate)
+    mean, ratio = f"{stages.total:.1f} ms in one process = {1000 / stages.total:.0f} samples/s", cost["fraction"]
     verdict = f"{ratio:.1%} of a step: {'less' if ratio < GOAL else 'NOT less'} than {GOAL:.0%}"
     rate = f"{workers.samples_per_second:.0f} samples/s"
     lines = (

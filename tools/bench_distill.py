@@ -280,7 +280,7 @@ class Bench:
             maps = self.teachers.maps(batch)
         output = self.model(**batch.model_inputs())
         sums = loss_sums(output, batch, LossConfig(), terms, maps)
-        loss = combine(sums, count(batch, terms), LossConfig(), terms) + output.anchor
+        loss = combine(sums, count(batch, terms), LossConfig(), terms) + output.zero_loss
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -338,7 +338,7 @@ def measure(bench: Bench, repeats: int) -> dict[str, Any]:
         "relative": {way: round(value / none, 4) for way, value in median.items()},
         "online_of_released_overhead": round((median["online"] - none) / (median["released"] - none), 4),
         "reading_ms_per_image": round(1000 * statistics.median(reading), 3),
-        "reading_share_of_step": round(statistics.median(reading) * num_images / none, 4),
+        "reading_fraction_of_step": round(statistics.median(reading) * num_images / none, 4),
         "gflop_per_image": {
             "student_step": round(student / num_images / 1e9, 2),
             "teachers_online": round(online / num_images / 1e9, 2),
@@ -388,7 +388,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"  {way:9s} {seconds:8.4f} s  {result['relative'][way]:6.3f} x  ({low:.4f} .. {high:.4f})")
     print(f"  online adds {result['online_of_released_overhead']:.0%} of what the released way adds")
     reading = f"{result['reading_ms_per_image']:.2f} ms per image in a worker"
-    print(f"  reading the cache: {reading}, {result['reading_share_of_step']:.1%} of a step's time")
+    print(f"  reading the cache: {reading}, {result['reading_fraction_of_step']:.1%} of a step's time")
     print(f"  GFLOP per image: {result['gflop_per_image']}; whole teachers to student {result['teachers_to_student']}")
     if options.json is not None:
         replace_text(options.json, json.dumps(result, indent=1) + "\n")

@@ -64,7 +64,7 @@ class Point:
     """Per expression."""
     changed_answers: int
     changed_pixels: float
-    """Share of mask pixels in which the two methods differ."""
+    """Fraction of mask pixels in which the two methods differ."""
 
     @property
     def ratio(self) -> float:

@@ -24,7 +24,7 @@ from pixel_sail.files import replace_text
 from pixel_sail.paths import root_folder
 from pixel_sail.provenance import code_version
 
-WARM_UP_SHARE = 0.25
+WARM_UP_FRACTION = 0.25
 LOG_EVERY = 5
 LAUNCHERS_WORDS = '\nTraceback (most recent call last):\n  File "<frozen runpy>"'
 
@@ -47,7 +47,7 @@ def run(ranks: int, steps: int, overrides: Sequence[str], folder: Path) -> list[
 
 def rate(log: Sequence[dict[str, Any]]) -> float:
     """Return samples per second behind the warm-up."""
-    return statistics.median(line["samples_per_s"] for line in log[int(WARM_UP_SHARE * len(log)) :])
+    return statistics.median(line["perf/samples_per_s"] for line in log[int(WARM_UP_FRACTION * len(log)) :])
 
 
 @one_message
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for ranks in options.ranks:
                 log = run(ranks, options.steps, options.overrides, Path(work) / f"{ranks}_{number}")
                 rates[ranks].append(rate(log))
-                losses[ranks] = log[-1]["total"]
+                losses[ranks] = log[-1]["loss/total"]
     first = options.ranks[0]
     one = statistics.median(rates[first]) / first
     found = {}

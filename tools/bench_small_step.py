@@ -105,7 +105,7 @@ class Trainer:
                 mock.patch.object(total, "losses_at_points", one_by_one) if is_reference else nullcontext(),
             ):
                 output = self.model(**batch.training_inputs())
-                loss = combine(loss_sums(output, batch, LOSSES), of_all, LOSSES) + output.anchor
+                loss = combine(loss_sums(output, batch, LOSSES), of_all, LOSSES) + output.zero_loss
             loss.backward()
             summed += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

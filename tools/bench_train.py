@@ -60,7 +60,7 @@ from pixel_sail.planning.benchmarks import SIZES, drawn_examples, packed, sized_
 from pixel_sail.planning.flops import forward_flops, training_flops
 from pixel_sail.planning.workload import of_batch
 from pixel_sail.provenance import code_version
-from pixel_sail.training.meter import peak_memory_bytes
+from pixel_sail.training.metrics import peak_memory_bytes
 from pixel_sail.training.optim import build_optimizer
 from pixel_sail.types import IGNORE_LABEL, Batch
 
@@ -162,9 +162,9 @@ def released_loss(model: PixelSailForSegmentation, batch: Batch) -> Tensor:
 def our_loss(model: PixelSailForSegmentation, batch: Batch) -> Tensor:
     """Return the loss of one sequence as `optimizer_step` computes it."""
     output = model(**batch.training_inputs())
-    assert output.anchor is not None
+    assert output.zero_loss is not None
     sums = loss_sums(output, batch, LOSSES)
-    return combine(sums, count(batch), LOSSES) + output.anchor
+    return combine(sums, count(batch), LOSSES) + output.zero_loss
 
 
 class Trainer:

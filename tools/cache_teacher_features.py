@@ -183,7 +183,7 @@ def measured_stride(job: Job) -> int:
 
 
 def print_plan(job: Job, name: str, architecture: Architecture, *, num_measured: int) -> None:
-    """Print size on disk, build time and share of a training step. Raises: DataError when the disk is too small."""
+    """Print size on disk, build time and fraction of a training step. Raises: DataError when the disk is too small."""
     size = stored_bytes(job)
     free = shutil.disk_usage(next(folder for folder in (job.folder, *job.folder.parents) if folder.exists())).free
     done = sum(is_shard_complete(job.folder, number) for number in range(len(job.plan.shards)))
@@ -200,10 +200,12 @@ def print_plan(job: Job, name: str, architecture: Architecture, *, num_measured:
     print(f" = {duration(per_image * left / dist.world_size())} on {job.teacher.device.type}")
     print(f"  reading     {read_seconds(maps) * 1000:.2f} ms per image in a loader worker (files in memory)")
     if student is None:
-        print("  step share  not measured: the student is too large for a CPU")
+        print("  step fraction  not measured: the student is too large for a CPU")
     else:
-        share = per_image / (per_image + student)
-        print(f"  step share  online {share:.0%}: {per_image * 1000:.1f} ms beside {student * 1000:.1f} ms per image")
+        fraction = per_image / (per_image + student)
+        print(
+            f"  step fraction  online {fraction:.0%}: {per_image * 1000:.1f} ms beside {student * 1000:.1f} ms per image"
+        )
     if size * (1 - done / max(len(job.plan.shards), 1)) > free:
         raise DataError(
             f"{job.folder}: {size / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; use --dtype int8, fewer sources or "

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pixel_sail.conversion.convert import SHARD_BYTES, to_ours, to_release
 from pixel_sail.conversion.report import REPORT, summary
-from pixel_sail.conversion.roads import SHARD_BYTES, to_ours, to_release
 from pixel_sail.conversion.sizes import DEFAULTS, Chosen
 from pixel_sail.entry import one_message
 from pixel_sail.model.configuration_pixel_sail import ATTENTION

@@ -147,7 +147,7 @@ def counted(options: argparse.Namespace) -> dict[str, Any]:
     moved, losses, counter = batch.to("meta"), LossConfig(), Counter(options, attention)
     with mock.patch.object(F, "rms_norm", fused_norm), counter:
         output = model(**moved.training_inputs())
-        loss = combine(loss_sums(output, moved, losses), count(batch), losses) + output.anchor
+        loss = combine(loss_sums(output, moved, losses), count(batch), losses) + output.zero_loss
         counter.phase = "backward"
         loss.backward()
     total = Row(

@@ -8,7 +8,7 @@
 Overrides are those of scripts/train.py; `gpu` (h100, h200, a100, 4090, cpu), `gpus`, `mfu` and `peak_tflops`
 describe the machine. Where the files of the configured data are there, `sequences=N` sequences (16) say what a step
 costs, and the lengths of up to 4,096 samples how many of them a sequence holds. `sequences=0`, or files that are
-missing, mean stated assumptions: samples with photographs of COCO's sizes (`text_tokens=`, `supervised_share=`,
+missing, mean stated assumptions: samples with photographs of COCO's sizes (`text_tokens=`, `supervised_fraction=`,
 `masks_per_image=`, `images_with_masks=`), packed as the run packs them, and `data.planned_samples` of them in an epoch.
 Nothing is trained and no GPU is used.
 
@@ -108,7 +108,7 @@ def measure(config: TrainConfig, num_sequences: int, *, gpus: int) -> tuple[list
         assignment,
         start=[StreamState()] * rows,
         num_workers=0,
-        max_skipped_share=config.data.max_skipped_share,
+        max_skipped_fraction=config.data.max_skipped_fraction,
         cost=cost,
     )
     works = [of_batch(batch) for step in islice(steps, count) for batch in step.batches]

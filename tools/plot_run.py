@@ -98,8 +98,8 @@ def parse_line(line: str, where: str) -> dict[str, float]:
         ) from None
     if not isinstance(record, dict) or not isinstance(record.get("step"), int):
         raise DataError(f"{where}: found {line.strip()[:80]}, expected an object with a whole number under 'step'")
-    # Words about numbers that left their band, see training/corridor.py.
-    record.pop("corridor", None)
+    # Words about numbers that left their bound, see training/metric_bounds.py.
+    record.pop("metric_bounds", None)
     for name, value in record.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise DataError(f"{where}: {name} is {value!r}, expected a number")

@@ -152,7 +152,7 @@ def held_out_losses(overrides: Sequence[str]) -> dict[str, float]:
         StreamAssignment(global_batch_size=rows, rank=0, world_size=1, micro_batch_size=rows),
         start=[StreamState()] * rows,
         num_workers=0,
-        max_skipped_share=config.data.max_skipped_share,
+        max_skipped_fraction=config.data.max_skipped_fraction,
     )
     config.loss.text_factor_with_masks = 1.0
     sums, tokens, masks = torch.zeros(3, dtype=torch.float64), 0, 0

@@ -1,6 +1,6 @@
 """What becomes of every tensor of a conversion, before any of them is read.
 
-Place in the flow: `roads` gives it names and shapes of both sides; `writer` carries the plan out and the report lists
+Place in the flow: `convert` gives it names and shapes of both sides; `writer` carries the plan out and the report lists
 it. Strict in both directions: a key nobody knows, a parameter nobody fills and a wrong shape are errors, all named.
 
     Entry(source="model.norm.weight", target="decoder.norm.weight", shape=(896,), dtype="bfloat16", note="copied")

@@ -1,13 +1,13 @@
-"""Coordinates that are shares of the image (0 .. 1) where pixels are expected.
+"""Coordinates that are fractions of the image (0 .. 1) where pixels are expected.
 
 Place in the flow: whoever reads polygons, boxes or points of a file or a command line asks here before painting. Many
-exporters write shares; painted as pixels they would all be the pixel in the corner at the upper left:
+exporters write fractions; painted as pixels they would all be the pixel in the corner at the upper left:
 
-    [0.1, 0.2, 0.6, 0.2, 0.6, 0.8] in an image of 640 x 480   ->  refused: they look like shares
+    [0.1, 0.2, 0.6, 0.2, 0.6, 0.8] in an image of 640 x 480   ->  refused: they look like fractions
     [0, 0, 1, 0, 1, 1, 0, 1] in the same image                ->  the pixel in the corner, if other regions of the file
                                                                   lie further out; refused if none does
 
-Shares in percent cannot be told from pixels.
+Fractions in percent cannot be told from pixels.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,11 +17,11 @@ from pixel_sail.data.records import Records
 from pixel_sail.texts import shown
 from pixel_sail.types import DataError, SizeHW
 
-_LARGEST_SHARE = 1.05
+_LARGEST_FRACTION = 1.05
 """Exporters round, and enlarge by half a pixel."""
 
 _LARGEST_OVERHANG = 0.5
-"""How far a share may lie beyond the left or upper border."""
+"""How far a fraction may lie beyond the left or upper border."""
 
 _SMALLEST_IMAGE_PX = 8
 """In an image with a smaller side a region of one pixel is nothing special."""
@@ -33,27 +33,27 @@ _MAX_RECORDS = 10_000
 _KNOWN: WeakKeyDictionary[Records, bool] = WeakKeyDictionary()
 
 ADVICE = (
-    "such coordinates look like shares of the image, expected pixels; multiply x by the width and y by the height when "
+    "such coordinates look like fractions of the image, expected pixels; multiply x by the width and y by the height when "
     "the file is written"
 )
 
 
-def look_like_shares(numbers: Sequence[float], size_hw: SizeHW) -> bool:
+def look_like_fractions(numbers: Sequence[float], size_hw: SizeHW) -> bool:
     """Say whether all coordinates of a region lie in 0 .. 1 of an image that is larger."""
     if not numbers or min(size_hw) < _SMALLEST_IMAGE_PX:
         return False
-    return min(numbers) >= -_LARGEST_OVERHANG and max(numbers) <= _LARGEST_SHARE
+    return min(numbers) >= -_LARGEST_OVERHANG and max(numbers) <= _LARGEST_FRACTION
 
 
 def check_pixels(
     numbers: Sequence[float], size_hw: SizeHW, where: str, shows_pixels: Callable[[], bool] | None = None
 ) -> None:
-    """Raise DataError for coordinates of one region that look like shares.
+    """Raise DataError for coordinates of one region that look like fractions.
 
     Whole and half numbers may be the pixel in the corner; `shows_pixels` says whether other regions of the file are
     larger, which makes them that (None: it is not known).
     """
-    if not look_like_shares(numbers, size_hw):
+    if not look_like_fractions(numbers, size_hw):
         return
     is_grid = all(float(2 * number).is_integer() for number in numbers)
     if is_grid and shows_pixels is not None and shows_pixels():
@@ -76,7 +76,7 @@ def shows_pixels(records: Records) -> bool:
 
 def _is_beyond(value: object, depth: int, is_region: bool = False) -> bool:
     if is_region and type(value) in (int, float):
-        return value > _LARGEST_SHARE  # type: ignore[operator]
+        return value > _LARGEST_FRACTION  # type: ignore[operator]
     if depth == 0:
         return False
     if isinstance(value, dict):

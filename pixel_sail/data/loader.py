@@ -164,7 +164,7 @@ def training_batches(
     start: Sequence[StreamState],
     step: int = 0,
     num_workers: int,
-    max_skipped_share: float = 0.0,
+    max_skipped_fraction: float = 0.0,
     teachers: Sequence[TeacherChoice] = (),
     reading_L: Tensor | None = None,
     cost: Callable[[Example], float] = len,
@@ -173,7 +173,7 @@ def training_batches(
     steps. `teachers`: whose features the samples come with. `reading_L`: from `reading_table`. `cost`: what a sample
     takes of `seq_len`.
 
-    Raises: DataError when a sample is wrong and more were left out than `max_skipped_share` of the mixture.
+    Raises: DataError when a sample is wrong and more were left out than `max_skipped_fraction` of the mixture.
     """
     assert len(start) == assignment.num_streams, f"{len(start)} positions for {assignment.num_streams} streams"
     first = step % assignment.rounds * assignment.accumulation
@@ -187,7 +187,7 @@ def training_batches(
                 index=stream,
                 num_streams=assignment.num_streams,
                 start=start[stream],
-                max_skipped_share=max_skipped_share,
+                max_skipped_fraction=max_skipped_fraction,
                 teachers=teachers,
                 reading_L=reading_L,
                 cost=cost,

@@ -53,7 +53,7 @@ class Mixture:
         weights: Mapping[str, float] | None = None,
         epoch_samples: int = 0,
     ) -> None:
-        """Fix the shares. `repeats`: how often each item comes in an epoch, 1 by default. `weights`, instead: how the
+        """Fix how many items of each source an epoch has. `repeats`: how often each item comes in an epoch, 1 by default. `weights`, instead: how the
         `epoch_samples` positions of an epoch are divided, every source named. Raises: DataError."""
         self.names = sorted(sources)
         self.sources = [sources[name] for name in self.names]
@@ -62,10 +62,10 @@ class Mixture:
         if weights:
             if repeats:
                 raise DataError("data.repeats and data.weights are both set; a mixture has one of them")
-            self.shares = _shares_by_weight(self.names, sizes, weights, epoch_samples)
+            self.epoch_items = _epoch_items_by_weight(self.names, sizes, weights, epoch_samples)
         else:
-            self.shares = _shares_by_repeats(self.names, sizes, repeats)
-        self.epoch_length = sum(self.shares)
+            self.epoch_items = _epoch_items_by_repeats(self.names, sizes, repeats)
+        self.epoch_length = sum(self.epoch_items)
         if self.epoch_length == 0:
             raise DataError(f"data: the sources {self.names} hold no item; check root, split and repeats")
         self._order_epoch = -1
@@ -76,10 +76,12 @@ class Mixture:
         if epoch != self._order_epoch:
             rng = np.random.default_rng([self.seed, 0, epoch])
             parts = []
-            for source, share in enumerate(self.shares):
+            for source, number in enumerate(self.epoch_items):
                 size = len(self.sources[source])
-                rest = rng.permutation(size)[: share - size * (share // size)] if size else np.empty(0, dtype=np.int64)
-                items = np.concatenate((np.tile(np.arange(size), share // size if size else 0), rest))
+                rest = (
+                    rng.permutation(size)[: number - size * (number // size)] if size else np.empty(0, dtype=np.int64)
+                )
+                items = np.concatenate((np.tile(np.arange(size), number // size if size else 0), rest))
                 copies = np.arange(len(items)) // max(size, 1)
                 parts.append(np.stack((np.full(len(items), source), items, copies), axis=1))
             self._order = rng.permutation(np.concatenate(parts)).astype(np.int64)
@@ -106,13 +108,15 @@ class Mixture:
         )
 
 
-def _shares_by_repeats(names: list[str], sizes: list[int], repeats: Mapping[str, float]) -> list[int]:
+def _epoch_items_by_repeats(names: list[str], sizes: list[int], repeats: Mapping[str, float]) -> list[int]:
     """Return how many positions of an epoch each source fills."""
     _check_names(repeats, names, "data.repeats")
     return [round(float(repeats.get(name, 1.0)) * size) for name, size in zip(names, sizes, strict=True)]
 
 
-def _shares_by_weight(names: list[str], sizes: list[int], weights: Mapping[str, float], num_samples: int) -> list[int]:
+def _epoch_items_by_weight(
+    names: list[str], sizes: list[int], weights: Mapping[str, float], num_samples: int
+) -> list[int]:
     """Return the same from weights: whole numbers that sum to `num_samples`, each within one of its exact share."""
     _check_names(weights, names, "data.weights")
     if set(weights) != set(names) or sum(weights.values()) <= 0:
@@ -123,7 +127,7 @@ def _shares_by_weight(names: list[str], sizes: list[int], weights: Mapping[str, 
     if empty:
         raise DataError(f"data.weights: the sources {empty} hold no item; check root and split")
     limits = np.cumsum([weights[name] for name in names]) / sum(weights.values()) * num_samples
-    return [int(share) for share in np.diff(np.round(limits).astype(np.int64), prepend=0)]
+    return [int(number) for number in np.diff(np.round(limits).astype(np.int64), prepend=0)]
 
 
 def _check_names(values: Mapping[str, float], names: list[str], key: str) -> None:

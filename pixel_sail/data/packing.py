@@ -145,7 +145,7 @@ class PackedStream:
         index: int,
         num_streams: int,
         start: StreamState | None = None,
-        max_skipped_share: float = 0.0,
+        max_skipped_fraction: float = 0.0,
         teachers: Sequence[TeacherChoice] = (),
         reading_L: torch.Tensor | None = None,
         cost: Callable[[Example], float] = len,
@@ -158,7 +158,7 @@ class PackedStream:
         self.index = index
         self.num_streams = num_streams
         self.start = StreamState() if start is None else start
-        self.max_skipped_share = max_skipped_share
+        self.max_skipped_fraction = max_skipped_fraction
         self.teachers = tuple(teachers)
         self.cost = cost
         self.reading_L = torch.empty(num_streams, dtype=torch.int64) if reading_L is None else reading_L
@@ -211,7 +211,7 @@ class PackedStream:
             except DataError as error:
                 num_skipped += 1
                 skipped.append(self._skipped(number, error))
-                if num_skipped > allowed_skips(self.mixture, self._stream_position(number), self.max_skipped_share):
+                if num_skipped > allowed_skips(self.mixture, self._stream_position(number), self.max_skipped_fraction):
                     raise
                 return None
 
@@ -253,9 +253,9 @@ def with_teacher_targets(
     )
 
 
-def allowed_skips(mixture: Mixture, position: int, max_share: float) -> int:
+def allowed_skips(mixture: Mixture, position: int, max_fraction: float) -> int:
     """Return how many samples may have been left out when the stream has come to `position`.
 
     The share is taken of a whole epoch at least, so that one bad sample early on does not end a long run.
     """
-    return int(max_share * max(position + 1, mixture.epoch_length))
+    return int(max_fraction * max(position + 1, mixture.epoch_length))

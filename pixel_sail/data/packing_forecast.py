@@ -61,7 +61,7 @@ def forecast_packing(
     processor: PixelSailProcessor,
     settings: PackingSettings,
     *,
-    max_skipped_share: float = 0.0,
+    max_skipped_fraction: float = 0.0,
     cost: Callable[[Example], float] = len,
     max_positions: int = MAX_POSITIONS,
 ) -> PackingForecast:
@@ -70,7 +70,7 @@ def forecast_packing(
     `cost`: what a sample takes of `seq_len`. Raises: DataError, as training would for these samples.
     """
     stream = SizedStream(
-        mixture, processor, settings, index=0, num_streams=1, max_skipped_share=max_skipped_share, cost=cost
+        mixture, processor, settings, index=0, num_streams=1, max_skipped_fraction=max_skipped_fraction, cost=cost
     )
     sequences = ((len(sequence.examples), sequence.after) for sequence in stream)
     return summed_up(sequences, num_positions=min(max(mixture.epoch_length, MIN_POSITIONS), max_positions))

@@ -3,7 +3,7 @@
 Place in the flow: `data/regions.py` turns the mask of a region into the mask of its visual prompt; the processor paints
 the prompt's id on the patches it covers.
 
-Example: a mask of 40 x 25 pixels becomes, with shares {"mask": 0.2, "box": 0.4, "point": 0.4}, in two of five cases the
+Example: a mask of 40 x 25 pixels becomes, with fractions {"mask": 0.2, "box": 0.4, "point": 0.4}, in two of five cases the
 full rectangle around it and in two a single pixel well inside.
 """
 
@@ -26,25 +26,25 @@ SCRIBBLE_CORNERS = (2, 5)
 """Smallest and largest number of places a scribble passes through."""
 
 
-def check_shares(shares: Mapping[str, float], where: str) -> None:
-    """Raise DataError unless shares are of known kinds, finite, not negative and not all zero."""
-    is_sound = set(shares) <= set(PROMPT_KINDS) and all(0 <= share < np.inf for share in shares.values())
-    if not is_sound or sum(shares.values()) <= 0:
+def check_fractions(fractions: Mapping[str, float], where: str) -> None:
+    """Raise DataError unless fractions are of known kinds, finite, not negative and not all zero."""
+    is_sound = set(fractions) <= set(PROMPT_KINDS) and all(0 <= fraction < np.inf for fraction in fractions.values())
+    if not is_sound or sum(fractions.values()) <= 0:
         raise DataError(
-            f"{where}: found prompt shares {dict(shares)}, expected finite shares of {PROMPT_KINDS}, none negative and "
+            f"{where}: found prompt fractions {dict(fractions)}, expected finite fractions of {PROMPT_KINDS}, none negative and "
             "not all zero; correct the config"
         )
 
 
-def draw_prompt(mask: BoolMask, shares: Mapping[str, float], rng: np.random.Generator) -> BoolMask:
-    """Return the region as a prompt of a kind drawn by `shares`, which need not sum to 1. Raises: DataError if empty.
+def draw_prompt(mask: BoolMask, fractions: Mapping[str, float], rng: np.random.Generator) -> BoolMask:
+    """Return the region as a prompt of a kind drawn by `fractions`, which need not sum to 1. Raises: DataError if empty.
 
     The result always has a pixel, and a point or scribble lies within the region.
     """
     if not mask.any():
         raise DataError("visual prompt: found a region without pixels, expected at least one; leave the region out")
-    kinds = [kind for kind in PROMPT_KINDS if shares.get(kind, 0) > 0]
-    limits = np.cumsum([shares[kind] for kind in kinds])
+    kinds = [kind for kind in PROMPT_KINDS if fractions.get(kind, 0) > 0]
+    limits = np.cumsum([fractions[kind] for kind in kinds])
     number = int(np.searchsorted(limits, rng.random() * limits[-1], side="right"))
     kind = kinds[min(number, len(kinds) - 1)]  # The product above may be rounded up to the last limit.
     if kind == "box":

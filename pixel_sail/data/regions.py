@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pixel_sail.data.prompts import MASK_ONLY, check_shares, draw_prompt
+from pixel_sail.data.prompts import MASK_ONLY, check_fractions, draw_prompt
 from pixel_sail.texts import shown
 from pixel_sail.types import BoolMask, DataError, Sample, SizeHW, Turn, VisualPrompt
 
@@ -30,16 +30,16 @@ class RegionSettings:
 
     num_prompts: int = 15
     """Prompt tokens the model has; the ids of a sample are drawn from all of them."""
-    shares: Mapping[str, float] = field(default_factory=lambda: dict(MASK_ONLY))
-    """Shares of mask, box, point and scribble."""
-    absent_share: float = 0.05
+    fractions: Mapping[str, float] = field(default_factory=lambda: dict(MASK_ONLY))
+    """Fractions of mask, box, point and scribble."""
+    absent_fraction: float = 0.05
     """How likely, for each turn, a question about a prompt that is not painted comes before it (once per sample)."""
 
     def __post_init__(self) -> None:
         """Check the choices. Raises: DataError."""
-        check_shares(self.shares, "prompt_shares")
-        if not 0.0 <= self.absent_share <= 1.0:
-            raise DataError(f"absent_share: found {self.absent_share}, expected 0 .. 1; correct the config")
+        check_fractions(self.fractions, "prompt_fractions")
+        if not 0.0 <= self.absent_fraction <= 1.0:
+            raise DataError(f"absent_fraction: found {self.absent_fraction}, expected 0 .. 1; correct the config")
 
     def check_count(self, source: str, regions_per_sample: int) -> None:
         """Raise DataError unless samples have a region and never more than there are prompt tokens."""
@@ -87,7 +87,7 @@ def region_sample(
     absent = ids[len(regions)] if len(regions) < settings.num_prompts and absent_question is not None else None
     filled: list[Turn] = []
     for turn in turns:
-        if absent is not None and absent_question is not None and rng.random() < settings.absent_share:
+        if absent is not None and absent_question is not None and rng.random() < settings.absent_fraction:
             named = {"": absent}
             filled.append(
                 Turn(
@@ -112,7 +112,7 @@ def region_sample(
     if empty:
         raise DataError(f"{sample_id}: found regions {empty} without pixels, expected at least one; repair the item")
     prompts = tuple(
-        VisualPrompt(prompt_id=ids[index], mask=draw_prompt(mask, settings.shares, rng))
+        VisualPrompt(prompt_id=ids[index], mask=draw_prompt(mask, settings.fractions, rng))
         for index, mask in enumerate(regions)
     )
     return Sample(

@@ -16,7 +16,7 @@ STATED_AREA = "stated area"
 """Topic of the remarks about masks whose pixels are not those of the area beside them."""
 
 AREA_TOLERANCE = 0.15
-"""Largest difference, as a share of the stated area, that is not remarked."""
+"""Largest difference, as a fraction of the stated area, that is not remarked."""
 
 MIN_AREA_DIFFERENCE_PX = 30
 """Differences below are not remarked: of small objects much is outline, which area and pixels count differently."""

@@ -25,7 +25,7 @@ class TeacherChoice:
     """The part of a teacher that the loader's workers need."""
 
     name: str
-    share: float = 1.0
+    fraction: float = 1.0
     sources: frozenset[str] = frozenset()
     """Empty: all."""
     masks_only: bool = False
@@ -38,10 +38,10 @@ class TeacherChoice:
         """Return whether a sample with an image is distilled from this teacher."""
         if (self.sources and source not in self.sources) or (self.masks_only and not has_masks):
             return False
-        if self.share >= 1.0:
+        if self.fraction >= 1.0:
             return True
         drawn = np.random.default_rng([point_seed, zlib.crc32(lasting_name(self.name).encode())]).random()
-        return bool(drawn < self.share)
+        return bool(drawn < self.fraction)
 
 
 def teacher_targets(

@@ -39,8 +39,8 @@ class TeacherSettings:
     """What of the student is compared: its pixel_map after the projector, or its patch_states after the decoder."""
     channels: int = 256
     """Feature channels of the teacher, the width of the student's linear layer."""
-    share: float = 1.0
-    """Share of the samples with images that are distilled, drawn anew in every epoch."""
+    fraction: float = 1.0
+    """Fraction of the samples with images that are distilled, drawn anew in every epoch."""
     sources: list[str] = field(default_factory=list)
     """Names in `data.sources` it is used for; empty: all."""
     masks_only: bool = False
@@ -59,8 +59,8 @@ class TeacherSettings:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise DataError(f"distillation: {name} is {getattr(self, name)!r}, expected one of {allowed}")
-        if not 0.0 <= self.share <= 1.0:
-            raise DataError(f"distillation: share is {self.share}, expected 0 .. 1")
+        if not 0.0 <= self.fraction <= 1.0:
+            raise DataError(f"distillation: fraction is {self.fraction}, expected 0 .. 1")
         if self.channels < 1 or self.max_batch < 1:
             raise DataError(
                 f"distillation: channels {self.channels}, max_batch {self.max_batch} found; expected 1 or more of both"

@@ -114,7 +114,7 @@ def load_teachers(
         choices.append(
             TeacherChoice(
                 name=name,
-                share=settings.share,
+                fraction=settings.fraction,
                 sources=frozenset(settings.sources),
                 masks_only=settings.masks_only,
                 grid=grid,

@@ -27,7 +27,7 @@ from pixel_sail.data.checking.files import (
     check_paths,
     file_fact,
 )
-from pixel_sail.data.checking.findings import FileFact, Findings, Kind, Lengths, Share, SourceReport
+from pixel_sail.data.checking.findings import FileFact, Findings, Kind, Lengths, SoundFraction, SourceReport
 from pixel_sail.data.checking.items import ItemCheck, check_items, chosen_items, note_remarks
 from pixel_sail.data.checking.known import is_known, refer_name
 from pixel_sail.data.checking.refer_files import ReferCheck, ReferFolder, check_refer, refs_files
@@ -170,13 +170,13 @@ def _check_eval(name: str, node: Node, settings: CheckSettings) -> SourceReport:
     questions = [] if task is None else task.questions("standard")
     photos = list({question.photo.path: question.photo for question in questions}.values())
     opened = set(chosen_items(len(photos), settings.sample, seed=0))
-    images = Share()
+    images = SoundFraction()
     for number, photo in enumerate(tqdm(photos, desc=f"{name}: photos", disable=not settings.progress, leave=False)):
         if not photo.path.parent.is_dir():
             findings.trouble(Kind.MISSING_FILE, photo.path.parent, ABSENT_PHOTOS)
         elif number in opened:
             is_sound = check_image(photo.path, None if photo.is_upright else photo.size_hw, findings)
-            images += Share(checked=1, sound=int(is_sound))
+            images += SoundFraction(checked=1, sound=int(is_sound))
         elif not photo.path.is_file():
             findings.trouble(Kind.MISSING_IMAGE, photo.path, ABSENT_PHOTO)
     return SourceReport(
@@ -186,7 +186,7 @@ def _check_eval(name: str, node: Node, settings: CheckSettings) -> SourceReport:
         files=_facts(task, node, findings),
         splits=(),
         images=images,
-        masks=Share(),
+        masks=SoundFraction(),
         empty_masks=0,
         texts=Lengths.of([len(question.text) for question in questions]),
         milliseconds=None,

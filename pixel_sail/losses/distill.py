@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 TINY = 1e-6
-"""Smallest sum of shares that is divided by."""
+"""Smallest sum of fractions that is divided by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ def distill_losses(student_NYXE: Tensor, features_NEhw: Tensor, kind: str = "mse
 
     mse: mean squared difference, over channels too, of raw features (release). cosine: one minus the cosine of the
     two feature vectors. normalized_mse: as mse, against features with mean 0 and variance 1 over the channels of a
-    cell. kl: divergence of the student's softmax from the channels as shares, for a teacher whose channels are classes.
+    cell. kl: divergence of the student's softmax from the channels as fractions, for a teacher whose channels are classes.
     Raises: ValueError when the numbers of channels differ or the kind is unknown.
     """
     if student_NYXE.shape[3] != features_NEhw.shape[1]:
@@ -58,9 +58,9 @@ def distill_losses(student_NYXE: Tensor, features_NEhw: Tensor, kind: str = "mse
         normalized = F.layer_norm(target, target.shape[3:])
         return F.mse_loss(student, normalized, reduction="none").mean((1, 2, 3))
     if kind == "kl":
-        shares = target.clamp(min=0.0)
-        shares = shares / shares.sum(3, keepdim=True).clamp(min=TINY)
-        return F.kl_div(student.log_softmax(3), shares, reduction="none").sum(3).mean((1, 2))
+        fractions = target.clamp(min=0.0)
+        fractions = fractions / fractions.sum(3, keepdim=True).clamp(min=TINY)
+        return F.kl_div(student.log_softmax(3), fractions, reduction="none").sum(3).mean((1, 2))
     raise ValueError(f"distillation: loss {kind!r}, expected mse, cosine, normalized_mse or kl")
 
 

@@ -35,7 +35,7 @@ class PointSampling:
     oversample_ratio: float = 3.0
     """Candidates per kept point."""
     importance_ratio: float = 0.75
-    """Share of points taken from the most uncertain candidates; the rest is uniform."""
+    """Fraction of points taken from the most uncertain candidates; the rest is uniform."""
 
     def __post_init__(self) -> None:
         """Check the numbers. Raises: DataError."""

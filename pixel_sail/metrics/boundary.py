@@ -17,8 +17,8 @@ from scipy import ndimage
 
 from pixel_sail.types import BoolMask, SizeHW
 
-RIM_SHARE = 0.02
-"""Width of the rim as a share of the image's diagonal."""
+RIM_FRACTION = 0.02
+"""Width of the rim as a fraction of the image's diagonal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class BoundarySums:
 
 def rim_width(size_hw: SizeHW) -> int:
     """Return the width of the rim in pixels, at least 1."""
-    return max(1, round(RIM_SHARE * hypot(*size_hw)))
+    return max(1, round(RIM_FRACTION * hypot(*size_hw)))
 
 
 def rim(mask_HW: BoolMask, width: int) -> BoolMask:

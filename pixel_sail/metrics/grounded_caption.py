@@ -13,7 +13,7 @@ up to recall 0.5), mIoU 0.5, recall 0.5. paper: AP50 0.505, mIoU 1.0, recall 0.5
 - mIoU: the mean over images of the mean IoU of pairs. `paper` pairs the largest IoU first and forgets what stays
   unpaired; `standard` pairs for the largest sum and counts an unpaired mask of either side as 0; an image
   without masks on both sides has 1.
-- Recall: the share of targets found by a mask with IoU >= 0.5 and a phrase with similarity >= 0.5. `paper` takes the
+- Recall: the fraction of targets found by a mask with IoU >= 0.5 and a phrase with similarity >= 0.5. `paper` takes the
   pair with the largest IoU first and stops at the first one that is not good enough, whatever comes after; where it
   finds a mask without a phrase, the released script fails on that image, which then counts as nothing found.
   `standard` finds as many as can be.

@@ -62,7 +62,7 @@ class PixelSailOutput:
     """Per image [number of its masks, Y, X], or what makes them; None for an image without masks."""
     distilled: dict[str, tuple[Tensor, ...]] | None = None
     """Per teacher, [Y, X, E] of each image that was asked for: what the student takes the teacher's features to be."""
-    anchor: Tensor | None = None
+    zero_loss: Tensor | None = None
     """Zero, but connected to every parameter: in a loss it gives each that is trained a gradient on every rank."""
 
 
@@ -246,19 +246,19 @@ class PixelSailForSegmentation(PreTrainedModel):
             mask_embed, maps, masks_per_image, kind=self.kernels.mask_head if mode == "folded" else "maps"
         )
         features = None if mode == "folded" else maps
-        distilled, distill_anchor = None, None
+        distilled, distill_zero_loss = None, None
         if self.distill_head is not None:
-            distilled, distill_anchor = self.predict_teacher_features(
+            distilled, distill_zero_loss = self.predict_teacher_features(
                 hidden_BTD, patch_index_BT, grids, pixel_embed, maps, distilled_images or {}
             )
-        anchor = None
+        zero_loss = None
         if self.training:
             text = text_losses_M if logits is None else logits
             # Mask logits depend on every pixel embedding, and their gradient is far smaller than one of all of these.
             # Those of one image reach every weight.
             read = next((own for own in masks if isinstance(own, Tensor)), pixel_embed)
-            anchor = 0.0 * (read.sum() + mask_embed.sum() + text.sum())
-            anchor = anchor if distill_anchor is None else anchor + distill_anchor
+            zero_loss = 0.0 * (read.sum() + mask_embed.sum() + text.sum())
+            zero_loss = zero_loss if distill_zero_loss is None else zero_loss + distill_zero_loss
         return PixelSailOutput(
             hidden_BTD=hidden_BTD,
             logits=logits,
@@ -267,7 +267,7 @@ class PixelSailForSegmentation(PreTrainedModel):
             seg_queries_ND=queries_ND,
             mask_logits=masks,
             distilled=distilled,
-            anchor=anchor,
+            zero_loss=zero_loss,
         )
 
     def mask_head_mode(self) -> MaskHeadMode:

@@ -22,7 +22,7 @@ SMALL_MAP = 2**21
 than the memory is worth. Six images of 128 x 128 at stride 4 with 128 channels have 786,432."""
 
 START_NOISE = 0.1
-"""Share of a plain random draw in the starting weights of a block."""
+"""Fraction of a plain random draw in the starting weights of a block."""
 
 
 class ChannelLayerNorm(nn.Module):

@@ -51,11 +51,11 @@ class Assumptions:
     """Size of every photograph; None: sizes drawn from those of COCO's."""
     text_tokens: int = 100
     """Of one sample, questions and answers together: the mean of a geometric distribution."""
-    supervised_share: float = 0.5
+    supervised_fraction: float = 0.5
     """Of the text tokens."""
     masks_per_image: int = 4
     images_with_masks: float = 0.6
-    """Share of the images that have masks."""
+    """Fraction of the images that have masks."""
 
 
 def assumed_sample(
@@ -100,7 +100,7 @@ def assumed_samples(architecture: Architecture, assumptions: Assumptions, number
                 architecture,
                 assumptions.photo_hw or drawn_hw,
                 text_tokens=text,
-                supervised=round(text * assumptions.supervised_share),
+                supervised=round(text * assumptions.supervised_fraction),
                 masks=assumptions.masks_per_image if has_masks else 0,
             )
         )

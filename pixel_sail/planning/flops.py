@@ -95,7 +95,7 @@ def forward_flops(
 
 def reads_pixel_map(teachers: Mapping[str, TeacherSettings]) -> bool:
     """Return whether some teacher needs the pixel map also of images without masks."""
-    return any(own.site == "pixel_map" and not own.masks_only and own.share > 0 for own in teachers.values())
+    return any(own.site == "pixel_map" and not own.masks_only and own.fraction > 0 for own in teachers.values())
 
 
 def _mask_head_macs(
@@ -129,7 +129,7 @@ def _distill_macs(architecture: Architecture, work: Workload, teachers: Mapping[
     for own in teachers.values():
         images = [image for image in work.images if image.masks or not own.masks_only]
         cells = sum(image.patches for image in images) * (scale if own.site == "pixel_map" else 1)
-        total += own.share * cells * teacher_width(architecture, own) * own.channels
+        total += own.fraction * cells * teacher_width(architecture, own) * own.channels
     return total
 
 
@@ -145,7 +145,7 @@ def teacher_flops(work: Workload, teachers: Mapping[str, TeacherSettings]) -> di
         if own.cache is not None:
             costs[name] = 0.0
         else:
-            costs[name] = None if each is None else each * own.share * images
+            costs[name] = None if each is None else each * own.fraction * images
     return costs
 
 

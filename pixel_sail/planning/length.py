@@ -24,7 +24,7 @@ from pixel_sail.types import Example
 logger = logging.getLogger(__name__)
 
 FAR_OFF = 0.05
-"""A step that differs from `data.samples_per_step` by more than this share is warned of."""
+"""A step that differs from `data.samples_per_step` by more than this fraction is warned of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ def measured_length(
         mixture,
         processor,
         config.data.packing,
-        max_skipped_share=config.data.max_skipped_share,
+        max_skipped_fraction=config.data.max_skipped_fraction,
         cost=cost,
         max_positions=max_positions,
     )

@@ -30,7 +30,7 @@ RUNTIME_BYTES = 1.5e9
 """CUDA context, NCCL buffers, cuBLAS workspace: an assumption, to be replaced when measured."""
 
 FRAGMENTATION = 0.05
-"""Share of the rest that the allocator cannot use: an assumption."""
+"""Fraction of the rest that the allocator cannot use: an assumption."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ def training_state(
             step_extra=4 * count,
         )
     element = 2 if is_half else FLOAT32
-    share = count / world_size
+    fraction = count / world_size
     bucket = float(BUCKET_ELEMENTS * element)  # allocated whole, however small the model
     if config.stage == 0:
         return TrainingState(
@@ -108,11 +108,11 @@ def training_state(
         weights=0.0
         if is_sharded and config.offload_parameters
         else element * (held / world_size if is_sharded else held),
-        masters=on_gpu * 4 * share,
+        masters=on_gpu * 4 * fraction,
         moments=on_gpu * moments / world_size,
-        gradients=element * (count if config.stage == 1 else share),
+        gradients=element * (count if config.stage == 1 else fraction),
         buckets=bucket + (gathered if is_sharded else 0.0),
-        step_extra=on_gpu * 8 * share + 2 * orthogonal,
+        step_extra=on_gpu * 8 * fraction + 2 * orthogonal,
     )
 
 

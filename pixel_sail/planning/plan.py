@@ -38,7 +38,7 @@ class Machine:
     gpu: str = "h100"
     gpus: int = 8
     mfu: float = 0.4
-    """Share of the peak that the model's own operations reach."""
+    """Fraction of the peak that the model's own operations reach."""
     peak_tflops: float | None = None
     """None: that of the GPU."""
 
@@ -48,7 +48,7 @@ class Machine:
             raise ConfigError(f"gpu is {self.gpu!r}, expected one of {sorted(PEAK_TFLOPS)}, or give peak_tflops=")
         if self.gpus < 1 or not 0.0 < self.mfu <= 1.0 or (self.peak_tflops is not None and self.peak_tflops <= 0):
             raise ConfigError(
-                f"gpus is {self.gpus}, mfu {self.mfu}, peak_tflops {self.peak_tflops}; expected at least 1, a share in "
+                f"gpus is {self.gpus}, mfu {self.mfu}, peak_tflops {self.peak_tflops}; expected at least 1, a fraction in "
                 "(0, 1] and a positive number"
             )
 
@@ -152,7 +152,7 @@ def _data_numbers(works: Sequence[Workload], micro_batches: int) -> dict[str, fl
         "images": micro_batches * mean([len(work.images) for work in works]),
         "masks": micro_batches * mean([work.num_masks for work in works]),
         "supervised_tokens": micro_batches * mean([work.supervised for work in works]),
-        "supervised_share": sum(work.supervised for work in works) / tokens,
+        "supervised_fraction": sum(work.supervised for work in works) / tokens,
         "padding": 1 - tokens / slots,
     }
 
@@ -253,7 +253,7 @@ def plan_text(plan: dict[str, Any]) -> str:
     lines += [
         f"  {data['tokens']:,.0f} tokens in {data['samples']:,.0f} samples, {data['images']:,.0f} images, "
         f"{data['masks']:,.0f} masks",
-        f"  {data['supervised_share']:.1%} of the tokens supervised, {data['padding']:.1%} padding",
+        f"  {data['supervised_fraction']:.1%} of the tokens supervised, {data['padding']:.1%} padding",
         "",
         "operations of one step, TFLOP     forward   with backward",
     ]

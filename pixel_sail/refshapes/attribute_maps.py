@@ -44,9 +44,9 @@ def attribute_map(scene: Scene) -> AttributeMap:
     rows, columns = height // CELL_PX, width // CELL_PX
     found = np.zeros((CHANNELS, rows, columns), dtype=np.float32)
     for item in scene.objects:
-        share = item.mask.reshape(rows, CELL_PX, columns, CELL_PX).mean((1, 3), dtype=np.float32)
-        found += object_channels(item, scene.image_hw)[:, None, None] * share
-        found[-1] -= share
+        fraction = item.mask.reshape(rows, CELL_PX, columns, CELL_PX).mean((1, 3), dtype=np.float32)
+        found += object_channels(item, scene.image_hw)[:, None, None] * fraction
+        found[-1] -= fraction
     found[-1] += 1.0
     levels: AttributeMap = np.rint(found * LEVELS).astype(np.int8)
     return levels

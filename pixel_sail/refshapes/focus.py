@@ -5,7 +5,7 @@ the colour would give nearly every object away. A scene whose focus is the place
 
     four small plain red stars and a large striped blue ring      ("the leftmost star", "the red star at the bottom")
 
-What each focus shares and varies stands in its function, how often it comes in `FOCUS_SHARES`.
+What each focus shares and varies stands in its function, how often it comes in `FOCUS_FRACTIONS`.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import numpy as np
 
 from pixel_sail.refshapes.kinds import COLOURS, HELD_OUT, SHAPES, SIZES, TEXTURES, Kind, pick, shuffled
 
-FOCUS_SHARES = {
+FOCUS_FRACTIONS = {
     "colour": 0.15,
     "shape": 0.20,
     "size_texture": 0.17,
@@ -24,9 +24,9 @@ FOCUS_SHARES = {
     "negation_ordinal": 0.12,
 }
 """Focus -> how often a scene of train, val, testA and testB has it; testA has no "shape", as its shapes are equal."""
-FOCI = tuple(FOCUS_SHARES)
+FOCI = tuple(FOCUS_FRACTIONS)
 FOCUS_SENTENCES = 0.8
-"""Share of the expressions that are tried for the focus of their scene; the others for any."""
+"""Fraction of the expressions that are tried for the focus of their scene; the others for any."""
 
 MAX_OBJECTS = 6
 MAX_LARGE = 3
@@ -41,7 +41,7 @@ class SceneRules:
     """What the scenes of one split are like."""
 
     focus: str | None = None
-    """None: drawn for every scene, by FOCUS_SHARES."""
+    """None: drawn for every scene, by FOCUS_FRACTIONS."""
     one_shape: bool = False
     """All objects have the same shape, as all are people in some photographs; it never helps to tell them apart."""
     held_out: bool = False
@@ -52,9 +52,11 @@ def pick_focus(rng: np.random.Generator, rules: SceneRules) -> str:
     """Return the focus of one scene."""
     if rules.focus is not None:
         return rules.focus
-    shares = {focus: share for focus, share in FOCUS_SHARES.items() if not (rules.one_shape and focus == "shape")}
-    bounds = np.cumsum(list(shares.values()))
-    return tuple(shares)[int(np.searchsorted(bounds, rng.random() * bounds[-1]))]
+    fractions = {
+        focus: fraction for focus, fraction in FOCUS_FRACTIONS.items() if not (rules.one_shape and focus == "shape")
+    }
+    bounds = np.cumsum(list(fractions.values()))
+    return tuple(fractions)[int(np.searchsorted(bounds, rng.random() * bounds[-1]))]
 
 
 def sample_kinds(rng: np.random.Generator, focus: str, rules: SceneRules) -> list[Kind]:
@@ -105,9 +107,9 @@ class _Palette:
         """Return a number from low to high, both allowed."""
         return int(self.rng.integers(low, high + 1))
 
-    def chance(self, share: float) -> bool:
-        """Return True in this share of calls."""
-        return bool(self.rng.random() < share)
+    def chance(self, fraction: float) -> bool:
+        """Return True in this fraction of calls."""
+        return bool(self.rng.random() < fraction)
 
 
 def _is_free(colour: str, shape: str) -> bool:

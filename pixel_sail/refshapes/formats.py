@@ -42,7 +42,7 @@ import numpy as np
 from pixel_sail.distillation.attributes import CELL_PX
 from pixel_sail.refshapes.attribute_maps import attribute_map, write_attribute_maps
 from pixel_sail.refshapes.expressions import Describer
-from pixel_sail.refshapes.focus import FOCI, FOCUS_SHARES, SceneRules, pick_focus
+from pixel_sail.refshapes.focus import FOCI, FOCUS_FRACTIONS, SceneRules, pick_focus
 from pixel_sail.refshapes.grounded_format import grounded_record, write_grounded
 from pixel_sail.refshapes.groups import group_sentences
 from pixel_sail.refshapes.kinds import HELD_OUT, SHAPES
@@ -102,7 +102,7 @@ class RefShapesSpec:
             "num_fully_annotated": self.num_fully_annotated,
             "attribute_cell_px": CELL_PX,
             "held_out": [list(pair) for pair in sorted(HELD_OUT)],
-            "focus_shares": FOCUS_SHARES,
+            "focus_shares": FOCUS_FRACTIONS,
         }
 
     def jobs(self) -> list[Job]:

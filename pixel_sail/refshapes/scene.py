@@ -61,7 +61,7 @@ class SceneObject(Kind):
     box_xyxy: tuple[int, int, int, int]
     """Half-open: x1 and y1 are one past the last visible pixel."""
     area: int
-    visible_frac: float
+    visible_fraction: float
     mask: BoolMask
 
 
@@ -219,7 +219,7 @@ def _measure(index: int, stamp: _Stamp, top: int, left: int, owner: NDArray[np.i
         centre_xy=(float(cols.mean()), float(rows.mean())),
         box_xyxy=box,
         area=len(rows),
-        visible_frac=len(rows) / int((stamp.alpha > 0.5).sum()),
+        visible_fraction=len(rows) / int((stamp.alpha > 0.5).sum()),
         mask=mask,
     )
 

@@ -5,7 +5,7 @@ those that training makes too, made early. An example, the end of what is said a
 ablation=stride_4,marks_box`:
 
     job 'ablation-marks_box' (experiment=quickstart ablation=marks_box): data.sources.osprey_short_form: found no
-    _target_ in {'prompt_shares': {'box': 1.0}}, expected a function and its arguments; ...
+    _target_ in {'prompt_fractions': {'box': 1.0}}, expected a function and its arguments; ...
 """
 
 import inspect

@@ -23,7 +23,7 @@ from pixel_sail.data.mixture import Mixture
 from pixel_sail.planning.disk import checkpoint_bytes
 from pixel_sail.planning.length import length_lines
 from pixel_sail.training.log import check_boards
-from pixel_sail.training.meter import peak_memory_bytes
+from pixel_sail.training.metrics import peak_memory_bytes
 from pixel_sail.training.optim import set_learning_rate
 from pixel_sail.training.prepare import measure_length, prepare, step_data
 from pixel_sail.training.schedule import learning_rate
@@ -92,13 +92,13 @@ def _data_lines(mixture: Mixture, step_data: StepData) -> list[str]:
 
 def _step_lines(report: StepReport, step: int, sources: Sequence[str]) -> list[str]:
     numbers = report.scalars()
-    sizes = ("tokens", "padding_frac", "supervised_tokens", "masks", "samples")
+    sizes = ("tokens", "padding_fraction", "supervised_tokens", "masks", "samples")
     losses = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if name not in sizes)
     of_sources = report.by_source[:, SOURCE_COLUMNS.index("samples")].tolist()
     counts = ", ".join(f"{name} {int(number)}" for name, number in zip(sources, of_sources, strict=True))
     return [
         f"step {step}: {losses}",
-        f"  {report.samples} samples, {report.tokens} tokens ({report.padding_frac:.1%} padding), "
+        f"  {report.samples} samples, {report.tokens} tokens ({report.padding_fraction:.1%} padding), "
         f"{report.supervised_tokens} of them supervised, {report.masks} masks",
         f"  samples of each source: {counts}",
     ]

@@ -3,7 +3,7 @@
 Place in the flow: `training/loop.py` opens one `RunLog`; on ranks other than 0 it does nothing. A line of `log.jsonl`:
 
     {"step": 120, "lr": 0.0019, "total": 1.21, "text": 0.01, "bce": 0.42, "dice": 0.68, "grad_norm": 0.9, "tokens":
-    3104, "padding_frac": 0.02, "supervised_tokens": 480, "masks": 96, "samples": 16, "epoch": 0.24, "skipped": 0,
+    3104, "padding_fraction": 0.02, "supervised_tokens": 480, "masks": 96, "samples": 16, "epoch": 0.24, "skipped": 0,
     "tokens_per_s": 8390.0, "samples_per_s": 43.2, "step_s": 0.37, "data_wait_s": 0.001, "memory_gb": 0.93,
     "refshapes/samples": 99.0, ..., "seconds": 61.3}
 
@@ -11,7 +11,9 @@ When a run continues from step S, lines after S are cut off first: those steps a
 """
 
 import json
+import logging
 import re
+import sys
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -22,11 +24,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from pixel_sail import dist
 from pixel_sail.config import ConfigError, LogConfig
 from pixel_sail.files import json_line, replace_bytes, replace_text, whole_lines, writing
-from pixel_sail.training.progress import Progress
 from pixel_sail.types import DataError
 
 LOG_FILE = "log.jsonl"
@@ -51,7 +53,7 @@ class RunLog:
             run_dir.mkdir(parents=True, exist_ok=True)
             cut_log(self._path, start)
             self._file = self._path.open("a")
-        self._progress = Progress(steps=steps, start=start, shown=config.progress)
+        self._progress = ProgressBar(steps=steps, start=start, shown=config.progress)
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -194,3 +196,77 @@ def _start_wandb(run_dir: Path, config: LogConfig, resolved: dict[str, Any]) -> 
             "log.wandb=disabled"
         ) from error
     return wandb
+
+
+logger = logging.getLogger(__name__)
+
+NUMBERS = {"total": ".3f", "bce": ".3f", "dice": ".3f", "lr": ".1e", "grad_norm": ".2f"}
+"""Numbers of a plain line and their format."""
+
+SCORES = ("ciou", "giou")
+"""Scores of a validation that are shown."""
+
+
+class ProgressBar:
+    """Steps done out of `steps`, on stderr."""
+
+    def __init__(self, *, steps: int, start: int, shown: bool) -> None:
+        self.steps = steps
+        self.start = start
+        self.shown = shown
+        self.started = time.monotonic()
+        is_terminal = sys.stderr.isatty()
+        self._bar = (
+            tqdm(total=steps, initial=start, unit="step", mininterval=1.0, dynamic_ncols=True)
+            if shown and is_terminal
+            else None
+        )
+
+    def step_done(self) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+        """Show one line of numbers, of a training step or of a validation."""
+        if not self.shown:
+            return
+        is_training = "total" in values
+        if self._bar is None:
+            logger.info(
+                training_line(step, self.steps, values, self.seconds_left(step))
+                if is_training
+                else validation_line(step, self.steps, values)
+            )
+        elif is_training:
+            shown = {name: f"{values[name]:.3f}" for name in ("total", "bce", "dice") if name in values}
+            if "tokens_per_s" in values:
+                shown["tokens/s"] = f"{values['tokens_per_s']:,.0f}"
+            self._bar.set_postfix(shown, refresh=False)
+        else:
+            self._bar.write(validation_line(step, self.steps, values), file=sys.stderr)
+
+    def seconds_left(self, step: int) -> float:
+        """Return how long the rest of the run takes if it goes on like this session, validations included."""
+        return (time.monotonic() - self.started) / max(step - self.start, 1) * (self.steps - step)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def training_line(step: int, steps: int, values: Mapping[str, float], seconds_left: float) -> str:
+    """Return the plain line of a logged step."""
+    parts = [f"{name} {values[name]:{form}}" for name, form in NUMBERS.items() if name in values]
+    if "tokens_per_s" in values:
+        parts.append(f"{values['tokens_per_s']:,.0f} tokens/s")
+    return f"step {step}/{steps}: " + ", ".join([*parts, f"{tqdm.format_interval(seconds_left)} left"])
+
+
+def validation_line(step: int, steps: int, values: Mapping[str, float]) -> str:
+    """Return the plain line of a validation, whose values are named <eval>/<score>."""
+    names = [name.rpartition("/") for name in values]
+    evals = ", ".join(dict.fromkeys(group for group, _, _ in names))
+    scores = [f"{score} {values[f'{group}/{score}']:.3f}" for group, _, score in names if score in SCORES]
+    return f"step {step}/{steps}, {evals}: " + ", ".join(scores)

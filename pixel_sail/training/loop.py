@@ -26,17 +26,16 @@ from pixel_sail.provenance import STARTS, machine, packages
 from pixel_sail.training import checkpoint
 from pixel_sail.training.checkpoint import TrainState
 from pixel_sail.training.checkpoint_writer import CheckpointWriter
-from pixel_sail.training.corridor import Corridor, LeftCorridorError
 from pixel_sail.training.finite import NonFiniteLossError
-from pixel_sail.training.interruption import InterruptedRun, StopSignals
 from pixel_sail.training.log import LOG_FILE, RunLog, check_boards
-from pixel_sail.training.meter import Meter
+from pixel_sail.training.metric_bounds import MetricBounds, MetricOutOfBoundsError
+from pixel_sail.training.metrics import PerfMetrics, record_skipped, source_scalars
 from pixel_sail.training.optim import set_learning_rate
+from pixel_sail.training.preemption import PreemptionSignals, RequeueRun
 from pixel_sail.training.prepare import Run, prepare, step_data
-from pixel_sail.training.rewind import rewind
+from pixel_sail.training.rollback import rollback
 from pixel_sail.training.schedule import learning_rate
 from pixel_sail.training.step import StepReport, optimizer_step
-from pixel_sail.training.tally import record_skipped, source_scalars
 from pixel_sail.training.watchdog import Watchdog
 
 Evaluate = Callable[[PixelSailForSegmentation, PixelSailProcessor, int, RunLog], None]
@@ -47,19 +46,19 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
     """Run training, continuing from the last complete checkpoint if the run folder has one; return the exported folder.
 
     Raises: ConfigError, DataError and CheckpointError before the first step; NonFiniteLossError in mid-run;
-    InterruptedRun and LeftCorridorError after a checkpoint, where a signal or a band of the corridor asked for it.
+    RequeueRun and MetricOutOfBoundsError after a checkpoint, where a signal or a bound of the metric bounds asked for it.
     """
     check_boards(config.log)
     run = prepare(config, lock=True)
     config = run.config
     write_config(run)
     device = run.accelerator.device
-    stop = StopSignals()
+    stop = PreemptionSignals()
     reading_L = reading_table(run.assignment.num_streams)
     data = step_data(run, reading_L)
     architecture = run.accelerator.unwrap_model(run.model).config
-    meter = Meter(architecture, config.distillation, peak_tflops=config.log.peak_tflops, device=device)
-    corridor = Corridor(config.corridor, run.run_dir / LOG_FILE, start=run.state.step)
+    perf = PerfMetrics(architecture, config.distillation, peak_tflops=config.log.peak_tflops, device=device)
+    metric_bounds = MetricBounds(config.metric_bounds, run.run_dir / LOG_FILE, start=run.state.step)
     writer = CheckpointWriter(
         run.checkpoints,
         config=run.identity,
@@ -73,20 +72,20 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
     run_log = RunLog(run.run_dir, config.log, steps=steps, start=state.step, resolved=asdict(config))
     with writer, run_log as log, watchdog:
         while state.step < last:
-            meter.step_begins()
+            perf.step_begins()
             watchdog.begin_step(state.step + 1)
             now = next(data)
-            meter.data_is_here()
+            perf.data_is_here()
             watchdog.data_is_here([name for batch in now.batches for name in batch.sample_ids])
             stop.listen()
             rates = set_learning_rate(run.optimizer, learning_rate(state.step, config.optim))
             streams = checkpoint.gather_data_state(state.streams, now.after, config.data.packing.packing_buffer, device)
             report = update(run, state.step, now, streams, writer)
             state = advanced(run, state, now, streams, report)
-            meter.step_done(now.batches, tokens=report.tokens, samples=report.samples)
+            perf.step_done(now.batches, tokens=report.tokens, samples=report.samples)
             log.step_done()
             if due(state.step, config.log.every) or state.step == last:
-                log.scalars(state.step, {**rates, **log_line(run, state, report, meter)})
+                log.scalars(state.step, {**rates, **log_line(run, state, report, perf)})
                 state = replace(state, source_sums=tuple((0.0,) * len(row) for row in state.source_sums))
             writer.check()
             is_stopped = stop.anywhere(device) and state.step < last
@@ -96,17 +95,17 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
                 writer.save(state, run.model, run.optimizer, run.accelerator)
             if is_stopped:
                 writer.wait()
-                raise InterruptedRun(f"interrupted after step {state.step}, which is saved; the same command goes on")
+                raise RequeueRun(f"preempted after step {state.step}, which is saved; the same command goes on")
             if evaluate is not None and due(state.step, config.validation.every):
                 watchdog.begin_other("validating")
                 validate(run, evaluate, state.step, log)
-            finding = corridor.judge(state.step, log)
+            finding = metric_bounds.judge(state.step, log)
             if finding is not None:
                 if not is_saved:
                     writer.save(state, run.model, run.optimizer, run.accelerator)
                 writer.wait()
-                raise LeftCorridorError(f"{finding}; step {state.step} is saved")
-        corridor.finish(state.step)
+                raise MetricOutOfBoundsError(f"{finding}; step {state.step} is saved")
+        metric_bounds.finish(state.step)
     stop.restore()
     checkpoint.export(run.run_dir / "export", run.model, run.optimizer, run.accelerator, run.processor)
     if run.lock is not None:
@@ -126,7 +125,7 @@ def write_config(run: Run) -> None:
 def update(run: Run, done: int, now: StepData, streams: Sequence[StreamState], writer: CheckpointWriter) -> StepReport:
     """Make the step after `done` steps, `streams` being where the data stands behind it.
 
-    Raises: NonFiniteLossError, or InterruptedRun where the run may go back and past this data.
+    Raises: NonFiniteLossError, or RequeueRun where the run may go back and past this data.
     """
     config = run.config
     try:
@@ -146,13 +145,13 @@ def update(run: Run, done: int, now: StepData, streams: Sequence[StreamState], w
         told = error
         if dist.rank() == 0:
             told = NonFiniteLossError(f"{error}; {checkpoint.condition(checkpoint.latest(run.checkpoints))}")
-        raise rewind(
+        raise rollback(
             run.run_dir,
             told,
             from_step=checkpoint.latest_step(run.checkpoints),
             failed_step=done + 1,
             streams=streams,
-            limit=config.checkpoint.rewinds,
+            limit=config.checkpoint.max_rollbacks,
         ) from error
     if config.optim.ema_decay:
         checkpoint.average_weights(run.optimizer, decay=config.optim.ema_decay, step=done)
@@ -169,7 +168,7 @@ def advanced(
         before=state.num_skipped,
         mixture=run.mixture,
         position=sum(stream.next for stream in streams),
-        max_share=run.config.data.max_skipped_share,
+        max_fraction=run.config.data.max_skipped_fraction,
         device=run.accelerator.device,
     )
     sums = torch.tensor(state.source_sums, dtype=torch.float64) + report.by_source
@@ -178,10 +177,10 @@ def advanced(
     )
 
 
-def log_line(run: Run, state: TrainState, report: StepReport, meter: Meter) -> dict[str, float]:
+def log_line(run: Run, state: TrainState, report: StepReport, perf: PerfMetrics) -> dict[str, float]:
     """Return the numbers of a logged step; every rank must call it."""
     epoch = sum(stream.consumed for stream in state.streams) / run.mixture.epoch_length
-    numbers = {**report.scalars(), "epoch": round(epoch, 4), "skipped": state.num_skipped, **meter.read()}
+    numbers = {**report.scalars(), "epoch": round(epoch, 4), "skipped": state.num_skipped, **perf.read()}
     sums = torch.tensor(state.source_sums, dtype=torch.float64)
     return numbers | source_scalars(run.mixture.names, sums, run.distill_terms)
 

@@ -37,7 +37,7 @@ from pixel_sail.training.checkpoint import TrainState
 from pixel_sail.training.finite import GradientCheck
 from pixel_sail.training.muon import find_layouts
 from pixel_sail.training.optim import build_optimizer
-from pixel_sail.training.rewind import behind_rewinds
+from pixel_sail.training.rollback import behind_rollbacks
 from pixel_sail.training.run_lock import RunLock
 from pixel_sail.training.schedule import is_stable
 from pixel_sail.training.step import Distillation, source_columns
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 FREE_KEYS = (
     *("log", "checkpoint", "validation", "predict", "evals", "paths", "run_dir", "name", "deepspeed"),
-    *("allow_random_teachers", "watchdog", "corridor", "kernels"),
+    *("allow_random_teachers", "watchdog", "metric_bounds", "kernels"),
 )
 """Groups that may change between the sessions of one run without changing its numbers."""
 
@@ -148,7 +148,7 @@ def prepare(config: TrainConfig, *, lock: bool) -> Run:
         logger.info("continuing from %s", found)
         if (before := name_of_run(run_dir)) not in (None, config.name):
             logger.warning("%s is the run %r, which goes on under the name %r", run_dir, before, config.name)
-    state = behind_rewinds(run_dir, state)
+    state = behind_rollbacks(run_dir, state)
     model.use(config.kernels, config.optim.activation_checkpointing)
     own_optimizer = build_optimizer(model, config.optim)
     if saved is not None:
@@ -258,7 +258,7 @@ def step_data(run: Run, reading_L: Tensor | None = None) -> Iterator[StepData]:
         start=run.state.streams,
         step=run.state.step,
         num_workers=data.num_workers,
-        max_skipped_share=data.max_skipped_share,
+        max_skipped_fraction=data.max_skipped_fraction,
         teachers=run.distillation.teachers.choices if run.distillation is not None else (),
         reading_L=reading_L,
         cost=sample_cost(run.config),

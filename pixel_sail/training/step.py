@@ -1,7 +1,7 @@
 """One optimizer step.
 
 Place in the flow: `training/loop.py` calls `optimizer_step` with the micro-batches of one step. The counts of the
-whole global batch are known before the first forward pass, so every micro-batch's loss is its exact share of one
+whole global batch are known before the first forward pass, so every micro-batch's loss is its exact fraction of one
 global mean: the result does not depend on how samples were dealt to ranks and micro-batches.
 """
 
@@ -46,7 +46,7 @@ class StepReport:
     """None where DeepSpeed clips without telling the norm (ZeRO-0)."""
     tokens: int
     """Tokens without padding."""
-    padding_frac: float
+    padding_fraction: float
     supervised_tokens: int
     masks: int
     samples: int
@@ -102,7 +102,7 @@ def optimizer_step(
     counts = Counts(
         tokens=int(totals[0]), masks=int(totals[1]), samples=int(totals[4]), distilled=tuple(totals[5:].tolist())
     )
-    # DeepSpeed and DDP average gradients over ranks and micro-batches; the losses are already shares of a global mean.
+    # DeepSpeed and DDP average gradients over ranks and micro-batches; the losses are already fractions of a global mean.
     unaverage = dist.world_size() * len(batches)
     sample_ids = tuple(name for batch in batches for name in batch.sample_ids)
     # One row per source, and one for the sums of all samples' own means.
@@ -115,7 +115,7 @@ def optimizer_step(
         with accelerator.accumulate(model):
             output = model(**batch.training_inputs())
             terms = loss_sums(output, batch, config, distill_terms, teacher_maps)
-            loss = combine(terms, counts, config, distill_terms) + output.anchor
+            loss = combine(terms, counts, config, distill_terms) + output.zero_loss
             sums.index_add_(0, _source_of_samples(batch, sources), sample_rows(on_host, terms, distill_terms))
             sums[-1, _losses(distill_terms)] += terms.means_SC().detach().double().sum(0)
             if index + 1 == len(batches):
@@ -137,7 +137,7 @@ def optimizer_step(
         },
         grad_norm=norm,
         tokens=int(totals[2]),
-        padding_frac=1.0 - float(totals[2] / totals[3]),
+        padding_fraction=1.0 - float(totals[2] / totals[3]),
         supervised_tokens=counts.tokens,
         masks=counts.masks,
         samples=counts.samples,

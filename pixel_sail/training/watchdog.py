@@ -28,7 +28,7 @@ from pathlib import Path
 
 from pixel_sail import dist
 from pixel_sail.config import WatchdogConfig
-from pixel_sail.training.interruption import STALLED_STATUS
+from pixel_sail.training.preemption import STALLED_STATUS
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ class Kind(StrEnum):
     DUPLICATE_ANNOTATION_ID = "duplicate annotation id"
     MASK_SIZE = "mask size"
     BAD_MASK = "undecodable mask"
-    SHARES = "coordinates within 0..1"
+    FRACTIONS = "coordinates within 0..1"
     SHORT_POLYGON = "short polygon"
     AREA = "stated area"
     OUTSIDE_IMAGE = "polygon outside image"
@@ -99,15 +99,15 @@ class FileFact:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
+class SoundFraction:
     """How many of those that were looked at are sound."""
 
     checked: int = 0
     sound: int = 0
 
-    def __add__(self, other: "Share") -> "Share":
+    def __add__(self, other: "SoundFraction") -> "SoundFraction":
         """Return both together."""
-        return Share(checked=self.checked + other.checked, sound=self.sound + other.sound)
+        return SoundFraction(checked=self.checked + other.checked, sound=self.sound + other.sound)
 
     def __str__(self) -> str:
         """Return for example 199/200."""
@@ -164,8 +164,8 @@ class SourceReport:
     items: int | None
     files: tuple[FileFact, ...]
     splits: tuple[SplitCount, ...]
-    images: Share
-    masks: Share
+    images: SoundFraction
+    masks: SoundFraction
     empty_masks: int
     """Masks without a pixel among the checked ones, those of answers that say so left out."""
     texts: Lengths | None

@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pixel_sail.data.checking.areas import AreaCheck
-from pixel_sail.data.checking.findings import Findings, Kind, Share
+from pixel_sail.data.checking.findings import Findings, Kind, SoundFraction
 from pixel_sail.data.coordinates import check_pixels, shows_pixels
 from pixel_sail.data.masks import decode_segmentation
 from pixel_sail.data.records import Records, open_records
@@ -44,7 +44,7 @@ class Instances:
     is_read: bool = False
     images: dict[int, ImageRow] = field(default_factory=dict)
     image_of_annotation: dict[int, int] = field(default_factory=dict)
-    masks: Share = field(default_factory=Share)
+    masks: SoundFraction = field(default_factory=SoundFraction)
     empty_masks: int = 0
     in_pixels: Callable[[], bool] | None = None
     """Says whether the file has coordinates above 1."""
@@ -157,21 +157,21 @@ def _check_mask(
     is_damaged = any(kind is not Kind.OUTSIDE_IMAGE for kind, _ in problems)
     if is_damaged or not is_chosen:
         # Damaged ones outside the sample are named, but the share is that of the sample.
-        result.masks += Share(checked=int(is_chosen))
+        result.masks += SoundFraction(checked=int(is_chosen))
         return
     try:
         with remarks():  # A short polygon was noted above.
             num_pixels = int(decode_segmentation(segmentation, size_hw, where, result.in_pixels).sum())
     except DataError as error:
         findings.trouble(Kind.BAD_MASK, where, str(error).removeprefix(f"{where}: "))
-        result.masks += Share(checked=1)
+        result.masks += SoundFraction(checked=1)
         return
     has_pixels = num_pixels > 0
     result.areas.add(num_pixels, row, where)
     if not has_pixels:
         findings.trouble(Kind.EMPTY_MASK, where, "found no pixel in the image, expected at least one; repair the file")
     result.empty_masks += not has_pixels
-    result.masks += Share(checked=1, sound=int(has_pixels and not problems))
+    result.masks += SoundFraction(checked=1, sound=int(has_pixels and not problems))
 
 
 def segmentation_problems(
@@ -196,7 +196,7 @@ def segmentation_problems(
         try:
             check_pixels([value for polygon in kept for value in polygon], size_hw, "", in_pixels)
         except DataError as error:
-            return [(Kind.SHARES, str(error).removeprefix(": "))]
+            return [(Kind.FRACTIONS, str(error).removeprefix(": "))]
     for number, polygon in enumerate(segmentation):
         if number in short:
             continue

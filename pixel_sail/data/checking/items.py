@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from pixel_sail.data.checking.contamination import photo_key
 from pixel_sail.data.checking.files import ABSENT_PHOTO, ABSENT_PHOTOS, check_image
-from pixel_sail.data.checking.findings import Findings, Kind, Lengths, Share
+from pixel_sail.data.checking.findings import Findings, Kind, Lengths, SoundFraction
 from pixel_sail.data.images import load_image
 from pixel_sail.data.remarks import Remark, remarks
 from pixel_sail.data.templates.referring import NO_TARGET_ANSWER
@@ -35,8 +35,8 @@ class ItemCheck:
 
     photos: set[str] = field(default_factory=set)
     """Key of every photo of the source."""
-    images: Share = field(default_factory=Share)
-    masks: Share = field(default_factory=Share)
+    images: SoundFraction = field(default_factory=SoundFraction)
+    masks: SoundFraction = field(default_factory=SoundFraction)
     empty_masks: int = 0
     text_lengths: list[int] = field(default_factory=list)
     """Characters of every question and answer that was drawn."""
@@ -134,9 +134,9 @@ def _opens(drawn: Sample, result: ItemCheck, findings: Findings) -> bool:
         load_image(drawn.image_path, where=drawn.sample_id, expected_hw=drawn.image_hw)
     except DataError:
         check_image(drawn.image_path, drawn.image_hw, findings)
-        result.images += Share(checked=1)
+        result.images += SoundFraction(checked=1)
         return False
-    result.images += Share(checked=1, sound=1)
+    result.images += SoundFraction(checked=1, sound=1)
     return True
 
 
@@ -183,5 +183,5 @@ def _mask_problems(
     elif not mask.any() and not may_be_empty:
         result.empty_masks += 1
         problems.append((Kind.EMPTY_MASK, f"{where}: found a mask without a pixel, expected at least one"))
-    result.masks += Share(checked=1, sound=int(not problems))
+    result.masks += SoundFraction(checked=1, sound=int(not problems))
     return problems

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pixel_sail.data.checking.files import ABSENT_PHOTO, ABSENT_PHOTOS, check_image, file_fact
-from pixel_sail.data.checking.findings import FileFact, Findings, Kind, Lengths, Share, SplitCount
+from pixel_sail.data.checking.findings import FileFact, Findings, Kind, Lengths, SoundFraction, SplitCount
 from pixel_sail.data.checking.instances import Instances, read_instances
 from pixel_sail.data.checking.known import images_overlap_by_design, known_split, refer_name
 from pixel_sail.data.checking.refs import RefRow, read_refs
@@ -60,8 +60,8 @@ class ReferCheck:
 
     files: tuple[FileFact, ...]
     splits: tuple[SplitCount, ...]
-    images: Share
-    masks: Share
+    images: SoundFraction
+    masks: SoundFraction
     empty_masks: int
     texts: Lengths | None
     photos_by_split: dict[tuple[str, str], frozenset[Path]]
@@ -215,15 +215,15 @@ def _check_photos(
     findings: Findings,
     sample: int | None,
     progress: bool,
-) -> Share:
+) -> SoundFraction:
     """Look for every photo that a ref needs, and open `sample` of those that exist."""
     photos = folder.photos()
     known = [image_id for image_id in sorted(used) if image_id in instances.images]
     if not photos.is_dir():
         findings.trouble(Kind.MISSING_FILE, photos, ABSENT_PHOTOS)
-        return Share()
+        return SoundFraction()
     chosen = _choose(known, sample)
-    result = Share()
+    result = SoundFraction()
     for image_id in tqdm(known, desc=f"{folder.dataset}: photos", disable=not progress, leave=False):
         row: Any = instances.images[image_id]
         if row.file_name is None:
@@ -231,7 +231,7 @@ def _check_photos(
         path = image_file(photos, row.file_name)
         if not os.path.isfile(path):
             findings.trouble(Kind.MISSING_IMAGE, path, ABSENT_PHOTO)
-            result += Share(checked=int(image_id in chosen))
+            result += SoundFraction(checked=int(image_id in chosen))
         elif image_id in chosen:
-            result += Share(checked=1, sound=int(check_image(path, row.size_hw, findings)))
+            result += SoundFraction(checked=1, sound=int(check_image(path, row.size_hw, findings)))
     return result

@@ -43,32 +43,32 @@ def load(
     name: str = "coco_vp",
     regions_per_sample: int = 5,
     num_candidates: int = 10,
-    others_share: float = 0.05,
+    others_fraction: float = 0.05,
     class_file: str | Path | None = None,
-    prompt_shares: Mapping[str, float] = MASK_ONLY,
+    prompt_fractions: Mapping[str, float] = MASK_ONLY,
     num_prompts: int = 15,
-    absent_share: float = 0.05,
+    absent_fraction: float = 0.05,
     class_names: str = OURS,
     candidates: str = OURS,
 ) -> Source:
     """Return one split as a training source; all numbers are the released ones.
 
     root, split, annotations, png_dir, image_dir, class_file, class_names: as in `coco_panoptic.load`.
-    regions_per_sample: most turns of one sample. num_candidates: names a question lists beside "others". others_share:
+    regions_per_sample: most turns of one sample. num_candidates: names a question lists beside "others". others_fraction:
     how often the right one is left out. candidates, ours: always num_candidates; released: so many drawn names, and the
-    right one where it is not among them, less the right one where the answer is "others". prompt_shares, num_prompts,
-    absent_share: see `RegionSettings`. Raises: DataError, ValueError.
+    right one where it is not among them, less the right one where the answer is "others". prompt_fractions, num_prompts,
+    absent_fraction: see `RegionSettings`. Raises: DataError, ValueError.
     """
     file = open_panoptic(root, split, annotations=annotations, png_dir=png_dir, image_dir=image_dir)
     return CocoRegionSource(
         file,
         CocoClasses(file, class_file, released_names=is_released(name, "class_names", class_names)),
-        RegionSettings(num_prompts=num_prompts, shares=dict(prompt_shares), absent_share=absent_share),
+        RegionSettings(num_prompts=num_prompts, fractions=dict(prompt_fractions), absent_fraction=absent_fraction),
         name=name,
         split=split,
         regions_per_sample=regions_per_sample,
         num_candidates=num_candidates,
-        others_share=others_share,
+        others_fraction=others_fraction,
         adds_right_name=is_released(name, "candidates", candidates),
     )
 
@@ -86,19 +86,21 @@ class CocoRegionSource(PanopticSource):
         split: str,
         regions_per_sample: int = 5,
         num_candidates: int = 10,
-        others_share: float = 0.05,
+        others_fraction: float = 0.05,
         adds_right_name: bool = False,
     ) -> None:
         """Check the settings and the file. Raises: DataError, DataError."""
         check_at_least(name, 1, num_candidates=num_candidates)
         settings.check_count(name, regions_per_sample)
-        if not 0.0 <= others_share <= 1.0:
-            raise DataError(f"source {name}: found others_share {others_share}, expected 0 .. 1; correct the config")
+        if not 0.0 <= others_fraction <= 1.0:
+            raise DataError(
+                f"source {name}: found others_fraction {others_fraction}, expected 0 .. 1; correct the config"
+            )
         self._classes = classes
         self._settings = settings
         self._regions_per_sample = regions_per_sample
         self._num_candidates = num_candidates
-        self._others_share = others_share
+        self._others_fraction = others_fraction
         self._adds_right_name = adds_right_name
         super().__init__(
             file,
@@ -133,7 +135,7 @@ class CocoRegionSource(PanopticSource):
 
     def _turn(self, region: int, category_id: int, rng: np.random.Generator) -> RegionTurn:
         """Return the question about one region with its candidates."""
-        has_right_one = rng.random() >= self._others_share
+        has_right_one = rng.random() >= self._others_fraction
         wrong = [name for other, name in self._classes.names.items() if other != category_id]
         num_wrong = self._num_wrong(has_right_one, rng)
         candidates = [wrong[i] for i in rng.permutation(len(wrong))[:num_wrong]]

@@ -32,7 +32,7 @@ from pixel_sail.types import DataError, Sample, SizeHW, Source, Turn
 
 logger = logging.getLogger(__name__)
 
-REPHRASED_SHARE = 0.9
+REPHRASED_FRACTION = 0.9
 """How often an object is called by its rephrased name, if it has one (released)."""
 
 SLOT = "{seg}"
@@ -158,7 +158,7 @@ def _turn(
 
 def _name(item: dict[str, Any], where: str, rng: np.random.Generator) -> str:
     """Return what an object is called this time."""
-    is_rephrased = rng.random() < REPHRASED_SHARE and item.get("rephrased_name") is not None
+    is_rephrased = rng.random() < REPHRASED_FRACTION and item.get("rephrased_name") is not None
     return field(item, "rephrased_name" if is_rephrased else "category_name", str, where).strip()
 
 

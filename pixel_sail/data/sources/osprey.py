@@ -62,22 +62,24 @@ def load(
     content: str = "conversations",
     single_word_answers: bool = False,
     regions_per_sample: int = 5,
-    prompt_shares: Mapping[str, float] = MASK_ONLY,
+    prompt_fractions: Mapping[str, float] = MASK_ONLY,
     num_prompts: int = 15,
-    absent_share: float = 0.05,
+    absent_fraction: float = 0.05,
     absent_questions: str = OURS,
 ) -> Source:
     """Return one of Osprey's files as a training source.
 
     annotations: the JSON file. image_dirs: folders of the photographs, looked through in this order. content: one of
     CONTENTS. single_word_answers: every question of a conversation asks for one. regions_per_sample: most described
-    regions of one sample; conversations show all. prompt_shares, num_prompts, absent_share: see `RegionSettings`.
+    regions of one sample; conversations show all. prompt_fractions, num_prompts, absent_fraction: see `RegionSettings`.
     absent_questions, ours: about a region that is not there conversations ask as they do about others; released: for a
     long description, whatever the file. Raises: DataError, ValueError.
     """
     if content not in CONTENTS:
         raise DataError(f"source {name}: found content {content!r}, expected one of {CONTENTS}; correct the config")
-    settings = RegionSettings(num_prompts=num_prompts, shares=dict(prompt_shares), absent_share=absent_share)
+    settings = RegionSettings(
+        num_prompts=num_prompts, fractions=dict(prompt_fractions), absent_fraction=absent_fraction
+    )
     settings.check_count(name, regions_per_sample)
     return OspreySource(
         open_records(annotations),

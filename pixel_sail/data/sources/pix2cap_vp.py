@@ -10,7 +10,7 @@ Example:
 
 What the released loader got wrong, and what happens here: a sample that used up all prompt tokens failed when it looked
 for one more, here it asks about no absent region; caches and random replacements, see `coco_panoptic.py`. A point or a
-box comes from the same source by `prompt_shares` instead of from a second class.
+box comes from the same source by `prompt_fractions` instead of from a second class.
 """
 
 from collections.abc import Mapping
@@ -37,20 +37,20 @@ def load(
     name: str = "pix2cap_vp",
     regions_per_sample: int = 5,
     min_description_chars: int = 6,
-    prompt_shares: Mapping[str, float] = MASK_ONLY,
+    prompt_fractions: Mapping[str, float] = MASK_ONLY,
     num_prompts: int = 15,
-    absent_share: float = 0.05,
+    absent_fraction: float = 0.05,
 ) -> Source:
     """Return Pix2Cap's file as a training source; all defaults are the released values.
 
     file, root, split, png_dir, image_dir, min_description_chars: as in `pix2cap_seg.load`. regions_per_sample: most
-    regions of one sample, every number from 1 equally likely. prompt_shares, num_prompts, absent_share: see
+    regions of one sample, every number from 1 equally likely. prompt_fractions, num_prompts, absent_fraction: see
     `RegionSettings`. Raises: DataError, ValueError.
     """
     opened = open_panoptic(root, split, annotations=file, png_dir=png_dir, image_dir=image_dir, lists_all=False)
     return Pix2CapRegionSource(
         opened,
-        RegionSettings(num_prompts=num_prompts, shares=dict(prompt_shares), absent_share=absent_share),
+        RegionSettings(num_prompts=num_prompts, fractions=dict(prompt_fractions), absent_fraction=absent_fraction),
         name=name,
         split=split,
         regions_per_sample=regions_per_sample,

@@ -232,7 +232,7 @@ def paint_item(item: ReasonItem, image_hw: SizeHW) -> tuple[BoolMask, BoolMask |
     """Return the target and the ignored pixels of a file on its photo, whose upright size is `image_hw`.
 
     Raises: DataError where the shapes were not drawn on this photo, as far as that shows: the file states another size,
-    all coordinates look like shares, or a target lies outside.
+    all coordinates look like fractions, or a target lies outside.
     """
     if item.stated_hw not in (None, image_hw):
         raise DataError(

@@ -42,19 +42,21 @@ def load(
     image_dir: str | Path | None = None,
     name: str = "refcocog_vp",
     regions_per_sample: int = 5,
-    prompt_shares: Mapping[str, float] = MASK_ONLY,
+    prompt_fractions: Mapping[str, float] = MASK_ONLY,
     num_prompts: int = 15,
-    absent_share: float = 0.05,
+    absent_fraction: float = 0.05,
     templates: str = OURS,
 ) -> Source:
     """Return one split as a training source.
 
     root, dataset, split, split_by, image_dir: as in `refer.load`. regions_per_sample: most regions of one sample.
-    prompt_shares, num_prompts, absent_share: see `RegionSettings`. templates, ours: one of several short questions;
+    prompt_fractions, num_prompts, absent_fraction: see `RegionSettings`. templates, ours: one of several short questions;
     released: always the same one. Raises: DataError, ValueError.
     """
     question = released_short_question if is_released(name, "templates", templates) else short_question
-    settings = RegionSettings(num_prompts=num_prompts, shares=dict(prompt_shares), absent_share=absent_share)
+    settings = RegionSettings(
+        num_prompts=num_prompts, fractions=dict(prompt_fractions), absent_fraction=absent_fraction
+    )
     settings.check_count(name, regions_per_sample)
     annotations = load_refer(root, dataset, split, split_by=split_by, image_dir=image_dir)
     return ReferRegionSource(annotations, settings, name=name, regions_per_sample=regions_per_sample, question=question)

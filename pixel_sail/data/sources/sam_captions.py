@@ -43,16 +43,18 @@ def load(
     image_dir: str | Path,
     name: str = "sam_captions",
     regions_per_sample: int = 5,
-    prompt_shares: Mapping[str, float] = MASK_ONLY,
+    prompt_fractions: Mapping[str, float] = MASK_ONLY,
     num_prompts: int = 15,
-    absent_share: float = 0.05,
+    absent_fraction: float = 0.05,
 ) -> Source:
     """Return the file as a training source.
 
     annotations: the JSON file. image_dir: folder of the photographs. regions_per_sample: most objects of one sample.
-    prompt_shares, num_prompts, absent_share: see `RegionSettings`. Raises: DataError, ValueError.
+    prompt_fractions, num_prompts, absent_fraction: see `RegionSettings`. Raises: DataError, ValueError.
     """
-    settings = RegionSettings(num_prompts=num_prompts, shares=dict(prompt_shares), absent_share=absent_share)
+    settings = RegionSettings(
+        num_prompts=num_prompts, fractions=dict(prompt_fractions), absent_fraction=absent_fraction
+    )
     settings.check_count(name, regions_per_sample)
     records = open_records(annotations)
     return SamCaptionSource(records, Path(image_dir), settings, name=name, regions_per_sample=regions_per_sample)

@@ -1,6 +1,6 @@
 """How fast a run is and what it takes: clocks and counts of every rank, put together once per log line.
 
-Place in the flow: `training/loop.py` tells the `Meter` when a step begins, has its data and is done, and asks it for
+Place in the flow: `training/loop.py` tells the `PerfMetrics` when a step begins, has its data and is done, and asks it for
 the numbers of a log line. They cover all steps since the last line, nothing is sampled:
 
     {"tokens_per_s": 31200.0, "samples_per_s": 24.1, "step_s": 0.412, "data_wait_s": 0.003, "mfu": 0.31,
@@ -10,20 +10,27 @@ Only `read` talks to other ranks, in one sum of four numbers per rank, and nothi
 ended by itself when its losses are read. Checkpoints and validation lie between steps and are not timed.
 """
 
+import json
 import re
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pixel_sail import dist
+from pixel_sail.data.mixture import Mixture
+from pixel_sail.data.packing import Skipped, allowed_skips
 from pixel_sail.distillation.settings import TeacherSettings
+from pixel_sail.files import append_lines
+from pixel_sail.losses.distill import DistillTerm
 from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.planning.flops import useful_flops
 from pixel_sail.planning.workload import of_batch
-from pixel_sail.types import Batch
+from pixel_sail.types import Batch, DataError
 
 PEAK_TFLOPS = (
     (r"\bH100 PCIe\b", 756.0),
@@ -38,7 +45,7 @@ PEAK_TFLOPS = (
 data sheets."""
 
 
-class Meter:
+class PerfMetrics:
     """Sums of this rank since the last log line."""
 
     def __init__(
@@ -79,7 +86,7 @@ class Meter:
     def read(self) -> dict[str, float]:
         """Return the numbers of the steps since the last call; every rank must call it, after at least one step."""
         own = (self._waited, peak_memory_bytes(self.device), self._flops, self.peak_flops)
-        numbers = summary(
+        numbers = perf_numbers(
             _of_all_ranks(own, self.device),
             steps=self._steps,
             seconds=self._seconds,
@@ -90,7 +97,7 @@ class Meter:
         return numbers
 
 
-def summary(ranks_R4: Tensor, *, steps: int, seconds: float, tokens: int, samples: int) -> dict[str, float]:
+def perf_numbers(ranks_R4: Tensor, *, steps: int, seconds: float, tokens: int, samples: int) -> dict[str, float]:
     """Return the numbers of a log line.
 
     ranks_R4: float64, for each rank its seconds of waiting for data, peak bytes, operations, and peak operations per
@@ -135,3 +142,54 @@ def peak_memory_bytes(device: torch.device) -> int:
     status = Path("/proc/self/status").read_text()
     (kib,) = re.findall(r"^VmHWM:\s+(\d+) kB$", status, flags=re.MULTILINE)
     return int(kib) * 1024
+
+
+SKIPPED_FILE = "skipped.jsonl"
+
+
+def source_scalars(names: Sequence[str], sums: Tensor, distill_terms: Sequence[DistillTerm] = ()) -> dict[str, float]:
+    """Return counts and mean losses of every source that had samples, from sums of `source_columns`."""
+    scalars: dict[str, float] = {}
+    for name, (samples, tokens, masks, text, bce, dice, *distilled) in zip(names, sums.tolist(), strict=True):
+        if not samples:
+            continue
+        scalars |= {f"{name}/samples": samples, f"{name}/tokens": tokens, f"{name}/text": text / max(tokens, 1)}
+        if masks:
+            scalars |= {f"{name}/masks": masks, f"{name}/bce": bce / masks, f"{name}/dice": dice / masks}
+        losses, images = distilled[: len(distill_terms)], distilled[len(distill_terms) :]
+        for term, loss, num_images in zip(distill_terms, losses, images, strict=True):
+            if num_images:
+                scalars[f"{name}/distill/{term.name}"] = loss / num_images
+    return scalars
+
+
+def record_skipped(
+    run_dir: Path,
+    own: Sequence[Skipped],
+    *,
+    before: int,
+    mixture: Mixture,
+    position: int,
+    max_fraction: float,
+    device: torch.device,
+) -> int:
+    """Write this step's left-out samples of all ranks to skipped.jsonl; return how many the run has left out so far.
+
+    Raises: DataError, on every rank, when that is more than `max_fraction` of the mixture up to `position`, or of one
+    epoch if that is longer.
+    """
+    new = int(dist.sum_over_ranks(torch.tensor(len(own), device=device)))
+    if new == 0:
+        return before
+    everyone = sorted((skip for skips in dist.gather_objects(own) for skip in skips), key=lambda skip: skip.position)
+    if dist.rank() == 0:
+        append_lines(run_dir / SKIPPED_FILE, [json.dumps(asdict(skip)) for skip in everyone])
+    total = before + new
+    if total > allowed_skips(mixture, position, max_fraction):
+        counts = dict(Counter(skip.source for skip in everyone))
+        raise DataError(
+            f"data: {total} samples left out by position {position} of the mixture, expected at most a fraction of "
+            f"{max_fraction} (data.max_skipped_fraction); {run_dir / SKIPPED_FILE} names them, the last are {counts}: "
+            f"{everyone[-1].reason}"
+        )
+    return total

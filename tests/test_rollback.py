@@ -15,9 +15,9 @@ from pixel_sail.training.build import build_model
 from pixel_sail.training.checkpoint import CheckpointError, TrainState
 from pixel_sail.training.finite import NonFiniteLossError
 from pixel_sail.training.prepare import build_mixture, stream_assignment
-from pixel_sail.training.rewind import REWINDS_FILE, behind_rewinds, rewind
+from pixel_sail.training.rollback import ROLLBACKS_FILE, behind_rollbacks, rollback
 
-OVERRIDES = ("deepspeed=none", "checkpoint.every=2", "checkpoint.rewinds=1")
+OVERRIDES = ("deepspeed=none", "checkpoint.every=2", "checkpoint.max_rollbacks=1")
 
 
 def sizes_of_steps(num_steps):
@@ -45,42 +45,42 @@ def test_a_run_goes_back_to_its_checkpoint_and_past_the_data_it_broke_down_on(da
     command = [sys.executable, str(ROOT / "tests" / "faulty_run.py"), "loss", "0", "4", *SMALL, f"run_dir={tmp_path}"]
     done = start([*command, *OVERRIDES], data_root)
     assert done.returncode == 85, done.stderr[-4000:]
-    assert "are not finite" in done.stderr and "Rewind 1 of 1: the same command goes on from step 2" in done.stderr
+    assert "are not finite" in done.stderr and "Rollback 1 of 1: the same command goes on from step 2" in done.stderr
     train(data_root, tmp_path, *OVERRIDES, "checkpoint.stop_after=1")
     train(data_root, tmp_path, *OVERRIDES)
     monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
     of_data = sizes_of_steps(8)
     assert len(set(of_data)) == 8, "steps must differ to be told apart"
-    found = [(line["tokens"], line["supervised_tokens"], line["masks"]) for line in log_lines(tmp_path)]
+    found = [(line["data/tokens"], line["data/supervised_tokens"], line["data/masks"]) for line in log_lines(tmp_path)]
     assert found == of_data[:2] + of_data[4:8]
     assert [line["step"] for line in log_lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_rewinds_are_counted(tmp_path):
+def test_rollbacks_are_counted(tmp_path):
     error = NonFiniteLossError("losses are not finite")
     streams = [StreamState(next=7, waiting=(3, 5)), StreamState(next=9)]
     for number in (1, 2):
-        ending = rewind(tmp_path, error, from_step=2, failed_step=2 + number, streams=streams[-number:], limit=2)
-        assert f"Rewind {number} of 2" in str(ending)
-    with pytest.raises(NonFiniteLossError, match="had its 2 rewinds"):
-        rewind(tmp_path, error, from_step=2, failed_step=9, streams=streams, limit=2)
-    assert len((tmp_path / REWINDS_FILE).read_text().splitlines()) == 2
-    assert behind_rewinds(tmp_path, TrainState(step=2)).streams == tuple(streams)
-    assert behind_rewinds(tmp_path, TrainState(step=4)) == TrainState(step=4)
+        ending = rollback(tmp_path, error, from_step=2, failed_step=2 + number, streams=streams[-number:], limit=2)
+        assert f"Rollback {number} of 2" in str(ending)
+    with pytest.raises(NonFiniteLossError, match="had its 2 rollbacks"):
+        rollback(tmp_path, error, from_step=2, failed_step=9, streams=streams, limit=2)
+    assert len((tmp_path / ROLLBACKS_FILE).read_text().splitlines()) == 2
+    assert behind_rollbacks(tmp_path, TrainState(step=2)).streams == tuple(streams)
+    assert behind_rollbacks(tmp_path, TrainState(step=4)) == TrainState(step=4)
     with pytest.raises(
         ConfigError, match=r"a run with 2 streams of data, this start would have 4; start it on as many"
     ):
-        behind_rewinds(tmp_path, TrainState(step=2, streams=(StreamState(),) * 4))
+        behind_rollbacks(tmp_path, TrainState(step=2, streams=(StreamState(),) * 4))
     with pytest.raises(NonFiniteLossError, match=r"not finite$"):
-        rewind(tmp_path / "none", error, from_step=0, failed_step=1, streams=streams, limit=0)
-    assert json.loads((tmp_path / REWINDS_FILE).read_text().splitlines()[1])["reason"] == "losses are not finite"
+        rollback(tmp_path / "none", error, from_step=0, failed_step=1, streams=streams, limit=0)
+    assert json.loads((tmp_path / ROLLBACKS_FILE).read_text().splitlines()[1])["reason"] == "losses are not finite"
 
 
 def test_a_note_of_an_earlier_version_is_read_and_one_without_streams_refused(tmp_path):
     note = {"from_step": 2, "failed_step": 3, "lanes": [{"next": 7, "waiting": [3]}], "reason": "not finite"}
-    (tmp_path / REWINDS_FILE).write_text(json.dumps(note) + "\n")
-    assert behind_rewinds(tmp_path, TrainState(step=2)).streams == (StreamState(next=7, waiting=(3,)),)
+    (tmp_path / ROLLBACKS_FILE).write_text(json.dumps(note) + "\n")
+    assert behind_rollbacks(tmp_path, TrainState(step=2)).streams == (StreamState(next=7, waiting=(3,)),)
     del note["lanes"]
-    (tmp_path / REWINDS_FILE).write_text(json.dumps(note) + "\n")
+    (tmp_path / ROLLBACKS_FILE).write_text(json.dumps(note) + "\n")
     with pytest.raises(CheckpointError, match=r"line 1: found no 'streams'"):
-        behind_rewinds(tmp_path, TrainState(step=2))
+        behind_rollbacks(tmp_path, TrainState(step=2))

@@ -3,7 +3,7 @@
 Place in the flow: `training/loop.py` asks after every step whether any rank was told to stop; `scripts/train.py` ends
 with `REQUEUE_STATUS`. Slurm sends SIGUSR1 before the time limit, to every process of a job step:
 
-    09:58:00 SIGUSR1 to rank 3 -> step 4,711 ends -> all ranks save -> "interrupted after step 4711" -> status 85
+    09:58:00 SIGUSR1 to rank 3 -> step 4,711 ends -> all ranks save -> "preempted after step 4711" -> status 85
 
 SIGUSR2, which submitit has Slurm send to every process of a job, does the same; data workers only write their stacks.
 SIGTERM does the same where it is sent to the training processes alone. PyTorch's data workers end at a SIGTERM of their
@@ -27,7 +27,7 @@ STALLED_STATUS = 86
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-class InterruptedRun(ExpectedError, RuntimeError):
+class RequeueRun(ExpectedError, RuntimeError):
     """The run ended to be started again: a signal asked for it and its last step is saved, or it goes back and past the
     data it broke down on."""
 
@@ -44,7 +44,7 @@ class LostWorker(LostPeer):
     """A data worker of this process was killed."""
 
 
-class StopSignals:
+class PreemptionSignals:
     """Notes SIGTERM, SIGUSR1 and SIGUSR2 instead of dying of them. Must be made before any data worker is started.
 
     Signals are ignored at first and noted from `listen` on: processes that start in between, the data workers and what

@@ -1,13 +1,13 @@
 """Going back to the last checkpoint and past the data that a run broke down on.
 
-Place in the flow: where a loss or gradient is not finite and `checkpoint.rewinds` allows it, `training/loop.py` notes
+Place in the flow: where a loss or gradient is not finite and `checkpoint.max_rollbacks` allows it, `training/loop.py` notes
 where the data stood after the step that failed, and ends with the status that asks to be started again. The next
 session starts from the checkpoint with that note's place in the data:
 
-    step 57 fails, the last checkpoint is step 50  ->  rewinds.jsonl: {"from_step": 50, "failed_step": 57, ...}
+    step 57 fails, the last checkpoint is step 50  ->  rollbacks.jsonl: {"from_step": 50, "failed_step": 57, ...}
     next session: weights, moments and step 50, data from behind that of step 57
 
-What a session does follows from checkpoint and notes alone, so that a run which is interrupted after a rewind goes on
+What a session does follows from checkpoint and notes alone, so that a run which is interrupted after a rollback goes on
 with the same numbers.
 """
 
@@ -25,15 +25,15 @@ from pixel_sail.files import append_line, check_fields, read_json_lines
 from pixel_sail.renamed import current_state
 from pixel_sail.training.checkpoint import CheckpointError, TrainState, read_stream_states
 from pixel_sail.training.finite import NonFiniteLossError
-from pixel_sail.training.interruption import InterruptedRun
+from pixel_sail.training.preemption import RequeueRun
 
 logger = logging.getLogger(__name__)
 
-REWINDS_FILE = "rewinds.jsonl"
+ROLLBACKS_FILE = "rollbacks.jsonl"
 _REMEDY = "delete that line; the run then goes on as if it had not gone back there"
 
 
-def rewind(
+def rollback(
     run_dir: Path,
     error: NonFiniteLossError,
     *,
@@ -41,16 +41,18 @@ def rewind(
     failed_step: int,
     streams: Sequence[StreamState],
     limit: int,
-) -> InterruptedRun:
-    """Note a rewind to `from_step` with the data behind `streams`; return what ends this session.
+) -> RequeueRun:
+    """Note a rollback to `from_step` with the data behind `streams`; return what ends this session.
 
-    Every rank must call it. Raises: the error itself, when the run has had `limit` rewinds.
+    Every rank must call it. Raises: the error itself, when the run has had `limit` rollbacks.
     """
     earlier = len(_notes(run_dir))
     dist.barrier()
     if earlier >= limit:
         if limit:
-            raise NonFiniteLossError(f"{error}; the run had its {limit} rewinds (checkpoint.rewinds)") from error
+            raise NonFiniteLossError(
+                f"{error}; the run had its {limit} rollbacks (checkpoint.max_rollbacks)"
+            ) from error
         raise error
     if dist.rank() == 0:
         note = {
@@ -59,25 +61,25 @@ def rewind(
             "streams": [asdict(stream) for stream in streams],
             "reason": str(error),
         }
-        append_line(run_dir / REWINDS_FILE, json.dumps(note))
-    return InterruptedRun(
-        f"step {failed_step} failed: {error}. Rewind {earlier + 1} of {limit}: the same command goes on from step "
+        append_line(run_dir / ROLLBACKS_FILE, json.dumps(note))
+    return RequeueRun(
+        f"step {failed_step} failed: {error}. Rollback {earlier + 1} of {limit}: the same command goes on from step "
         f"{from_step} with the data behind that of step {failed_step}"
     )
 
 
-def behind_rewinds(run_dir: Path, state: TrainState) -> TrainState:
-    """Return the state of a checkpoint, or of the start, with the data moved on by the last rewind to it.
+def behind_rollbacks(run_dir: Path, state: TrainState) -> TrainState:
+    """Return the state of a checkpoint, or of the start, with the data moved on by the last rollback to it.
 
     Raises: ConfigError where a run without a checkpoint was started with another number of sequences in a step.
     """
     notes = [note for note in _notes(run_dir) if note["from_step"] == state.step]
     if not notes:
         return state
-    note, file = notes[-1], run_dir / REWINDS_FILE
+    note, file = notes[-1], run_dir / ROLLBACKS_FILE
     if dist.rank() == 0:
         failed = note["failed_step"]
-        logger.warning("rewind to step %d: going on with the data behind that of step %d", state.step, failed)
+        logger.warning("rollback to step %d: going on with the data behind that of step %d", state.step, failed)
     streams = read_stream_states(note["streams"], str(file), fail=CheckpointError, remedy=_REMEDY)
     if state.streams and len(streams) != len(state.streams):
         raise ConfigError(
@@ -88,7 +90,7 @@ def behind_rewinds(run_dir: Path, state: TrainState) -> TrainState:
 
 
 def _notes(run_dir: Path) -> list[dict[str, Any]]:
-    file, kinds = run_dir / REWINDS_FILE, {"from_step": int, "failed_step": int}
+    file, kinds = run_dir / ROLLBACKS_FILE, {"from_step": int, "failed_step": int}
     lines = read_json_lines(file, kinds, fail=CheckpointError, remedy=_REMEDY)
     return [
         check_fields(
