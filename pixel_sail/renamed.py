@@ -46,6 +46,7 @@ CONFIG_GROUPS: dict[str, str] = {
 }
 """Old name of a config group, as in `group=choice`, -> new name."""
 CONFIG_CHOICES: dict[tuple[str, str], str] = {
+    ("experts", "drawn"): "attributes",
     ("evals", "refshapes_val_text_hidden"): "refshapes_val_language_blind",
     ("evals", "refshapes_val_image_hidden"): "refshapes_val_image_blind",
 }
