@@ -107,7 +107,7 @@ class AskResult:
 def region_mask(region: Box | Point | BoolMask, image_hw: SizeHW, where: str) -> BoolMask:
     """Return a marked region as a mask at image size; a box covers every pixel it touches.
 
-    Raises: DataError for a region outside the image, fractions within 0 .. 1, which look like fractions of the image, a
+    Raises: DataError for a region outside the image, numbers within 0 .. 1, which look like fractions of the image, a
     mask of another size or type, and anything else.
     """
     height, width = image_hw

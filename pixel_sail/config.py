@@ -38,7 +38,7 @@ from pixel_sail.model.kernels import CHECKPOINTING, Kernels
 from pixel_sail.model.mask_head import INITS
 from pixel_sail.overrides import as_typed, kind_of, needs_look, quoted
 from pixel_sail.paths import expanded, root_folder
-from pixel_sail.renamed import hint, renamed_key, renamed_override
+from pixel_sail.renamed import hint, renamed_log_key, renamed_override
 from pixel_sail.texts import has_half_character
 from pixel_sail.types import DataError
 
@@ -150,7 +150,7 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Which sources, in which shares, packed how."""
+    """Which sources, how often each, packed how."""
 
     sources: dict[str, Any] = field(default_factory=dict)
     """Name -> `_target_` and arguments of a function that returns a `types.Source`."""
@@ -354,6 +354,10 @@ class DeepSpeedConfig:
             raise ConfigError(f"deepspeed.stage is {self.stage}, expected 0, 1, 2 or 3")
 
 
+LOG_GROUPS = ("loss", "optim", "data", "perf", "time")
+"""What the keys of a training step's numbers begin with in the log; names of sources and evals begin the others."""
+
+
 @dataclass(kw_only=True)
 class LogConfig:
     """Where progress goes; one JSON line per logged step is always written to `<run_dir>/log.jsonl`."""
@@ -369,7 +373,8 @@ class LogConfig:
     overlays: int = 4
     """Images with predicted and true mask that are logged at each validation."""
     peak_tflops: float | None = None
-    """bf16 TFLOP/s of one GPU that `mfu` is a fraction of; None: from its name where known, else no `mfu`."""
+    """bf16 TFLOP/s of one GPU that `perf/mfu` is a fraction of; None: from its name where known, else it is not
+    logged."""
 
     def __post_init__(self) -> None:
         """Check the choices."""
@@ -437,7 +442,7 @@ class MetricBoundConfig:
     """Where a number of the log is expected, see training/metric_bounds.py."""
 
     metric: str = MISSING
-    """Name in log.jsonl, for example `total` or `refshapes_val/ciou`."""
+    """Key of log.jsonl, for example `loss/total` or `refshapes_val/ciou`."""
     after: int = MISSING
     """The first value at this step or later is judged, once."""
     low: float | None = None
@@ -451,6 +456,8 @@ class MetricBoundConfig:
             raise ConfigError(f"metric_bounds: action is {self.action!r}, expected warn or stop")
         if self.low is None and self.high is None:
             raise ConfigError(f"metric_bounds: the bound of {self.metric} has neither low nor high")
+        if (new := renamed_log_key(self.metric)) is not None:
+            raise ConfigError(f"metric_bounds: metric is {self.metric!r}, which was renamed; write {new}")
 
 
 @dataclass(kw_only=True)
@@ -544,6 +551,12 @@ class TrainConfig:
         """Check the name, the seed, of which NumPy's old generator takes 32 bits, and what must fit together."""
         check_name(self.name)
         check_range("seed", self.seed, high=2**32 - 1)
+        for name in (*self.data.sources, *self.evals):
+            if name in LOG_GROUPS:
+                raise ConfigError(
+                    f"a source or eval is named {name!r}, expected a name other than {', '.join(LOG_GROUPS)}: with "
+                    "these begin keys of the log that are not its own; rename it"
+                )
         if self.optim.optimizer == "muon" and self.deepspeed.enabled and self.deepspeed.stage == 3:
             raise ConfigError(
                 "optim.optimizer is 'muon' and deepspeed.stage is 3, which cuts every matrix into parts; expected "
@@ -846,6 +859,4 @@ def build(node: Any, where: str) -> Any:
         cause = error.__cause__ or error
         if isinstance(cause, ValueError):
             raise cause from None
-        old = {key: new for key in node if (new := renamed_key(f"{where}.{key}"))}
-        renamed = "".join(f"; {key} was renamed to {new}" for key, new in old.items())
-        raise ConfigError(f"{where}: {error}{renamed}") from error
+        raise ConfigError(f"{where}: {error}{hint(str(error), where)}") from error

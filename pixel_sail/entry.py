@@ -3,7 +3,7 @@
 `main` of every script and tool is decorated with `one_message`.
 
     ConfigError("optim.lr is -1, expected ...")    ->  stderr "ConfigError: optim.lr is -1, expected ...", status 2
-    RequeueRun("preempted after step 500")   ->  stderr "RequeueRun: interrupted ...", status 85
+    RequeueRun("preempted after step 500")         ->  stderr "RequeueRun: preempted ...", status 85
     a full disk where nobody wrapped it            ->  stderr "OSError: runs/a/log.jsonl: No space left ...", status 2
     anything else                                  ->  traceback, status 1
 """

@@ -124,15 +124,13 @@ def _use(name: str, prompt: str) -> str:
 
 def _data(data: Mapping[str, Any]) -> str:
     """Return what it was trained on; folders of the machine stay out."""
-    lines = ["## Data", "", "| source | kind | fraction |", "|---|---|---|"]
+    lines = ["## Data", "", "| source | kind | how often |", "|---|---|---|"]
     for name, source in data["sources"].items():
         details = [str(source[key]) for key in ("dataset", "split", "split_by") if source.get(key)]
         kind = source["_target_"].removeprefix("pixel_sail.data.sources.").removesuffix(".load")
-        fraction = (
-            f"weight {data['weights'][name]}" if data["weights"] else f"{data['repeats'].get(name, 1)} x per epoch"
-        )
-        lines.append(f"| {name} | {' '.join([kind, *details])} | {fraction} |")
-    filtered = data["decontamination"]["enabled"]
+        often = f"weight {data['weights'][name]}" if data["weights"] else f"{data['repeats'].get(name, 1)} x per epoch"
+        lines.append(f"| {name} | {' '.join([kind, *details])} | {often} |")
+    filtered = data["leakage"]["enabled"]
     lines += [
         "",
         "Images of the RefCOCO family's evaluation splits were left out of every source."

@@ -27,6 +27,13 @@ CONFIG_KEYS: dict[str, str] = {
     "allow_random_experts": "allow_random_teachers",
     "speed.elementwise": "kernels.recompute_elementwise",
     "speed": "kernels",
+    "checkpoint.rewinds": "checkpoint.max_rollbacks",
+    "corridor": "metric_bounds",
+    "data.max_skipped_share": "data.max_skipped_fraction",
+    "data.sources.*.absent_share": "data.sources.*.absent_fraction",
+    "data.sources.*.others_share": "data.sources.*.others_fraction",
+    "data.sources.*.prompt_shares": "data.sources.*.prompt_fractions",
+    "experts.*.share": "experts.*.fraction",
 }
 """Old key of a configuration -> new key. A key with settings below it is moved with all of them."""
 CONFIG_GROUPS: dict[str, str] = {"experts": "distillation"}
@@ -72,6 +79,21 @@ LOG_KEYS: dict[str, str] = {
 """Old key of a line of log.jsonl -> new key."""
 STATE_KEYS: dict[str, str] = {"lanes": "streams"}
 """Old field of a checkpoint's train_state, and of what is noted when a run goes back to it, -> new field."""
+    **{name: f"loss/{name}" for name in ("total", "text", "bce", "dice")},
+    **{name: f"data/{name}" for name in ("tokens", "supervised_tokens", "masks", "samples", "epoch", "skipped")},
+    **{name: f"perf/{name}" for name in ("tokens_per_s", "samples_per_s", "mfu", "memory_gb")},
+    "padding_frac": "data/padding_fraction",
+    "lr": "optim/lr",
+    "lr/*": "optim/lr/*",
+    "grad_norm": "optim/grad_norm",
+    "step_s": "time/step_s",
+    "data_wait_s": "time/data_s",
+    "distill/*_images": "data/distill/*_images",
+    "distill/*": "loss/distill/*",
+    "corridor": "metric_bounds",
+}
+"""Old key of a line of log.jsonl -> new key; with several that fit, the first one counts."""
+CONFIG_VALUES["metric_bounds.*.metric"] = {old: new for old, new in LOG_KEYS.items() if "*" not in old}
 
 _FULL_KEY = re.compile(r"full_key: (\S+)")
 _QUOTED = re.compile(r"['\"`]/?([\w@./]+)['\"`]")
@@ -103,6 +125,15 @@ def current_log_line(line: Mapping[str, Any]) -> dict[str, Any]:
 def current_state(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return where a run was, as a checkpoint or the note of a failed step says it, under today's fields."""
     return {STATE_KEYS.get(name, name): value for name, value in fields.items()}
+def with_old_log_keys(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a line of log.jsonl that has its numbers under the keys of earlier versions as well."""
+    names = {new: old for old, new in LOG_KEYS.items()}
+    return {**line, **{old: value for key, value in line.items() if (old := _renamed(key, names))}}
+
+
+def renamed_log_key(key: str) -> str | None:
+    """Return today's name of an old key of log.jsonl, None for any other."""
+    return _renamed(key, LOG_KEYS)
 
 
 def renamed_key(key: str) -> str | None:
@@ -128,15 +159,18 @@ def renamed_override(override: str) -> str | None:
     return f"{sign}{new_key}{separator}{_written(values[value]) if value in values else value}"
 
 
-def hint(message: str) -> str:
-    """Return what to add to Hydra's message about a file with an old key or group: "; x was renamed to y", or ""."""
+def hint(message: str, where: str = "") -> str:
+    """Return what to add to Hydra's message about a file with an old key or group: "; x was renamed to y", or "".
+
+    `where`: the key below which the names of the message are.
+    """
     for name in [*_FULL_KEY.findall(message), *_QUOTED.findall(message)]:
         group, at, place = name.partition("@")
         new = CONFIG_GROUPS.get(group) if "." not in group else None
         new = CONFIG_CHOICES.get((group.rpartition("/")[0], group.rpartition("/")[2]), new)
         if new and at:
             new += f"@{renamed_key(place) or place}"
-        if new := new or renamed_key(name):
+        if new := new or renamed_key(f"{where}.{name}" if where else name):
             return f"; {name} was renamed to {new}"
     return ""
 

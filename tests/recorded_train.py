@@ -36,7 +36,7 @@ def recorded(model, optimizer, batches: Sequence[Batch], *arguments, **named):
     if recorded.file is None:
         run_dir = Path(next(item for item in sys.argv if item.startswith("run_dir=")).removeprefix("run_dir="))
         log = run_dir / "log.jsonl"
-        start = log.read_text().count('"total"') if log.is_file() else 0
+        start = log.read_text().count('"loss/total"') if log.is_file() else 0
         recorded.file = run_dir / "batches" / f"{start:04d}_{dist.rank()}.jsonl"
         recorded.file.parent.mkdir(parents=True, exist_ok=True)
     with recorded.file.open("a") as file:

@@ -25,8 +25,8 @@ def test_a_dry_run_makes_the_next_step_of_the_run_and_writes_nothing(data_root, 
     line = log_lines(run_dir)[1]
     losses = re.search(r"^step 2: total ([\d.]+), text ([\d.]+), bce ([\d.]+), dice ([\d.]+)", done.stdout, re.M)
     assert losses is not None, done.stdout
-    assert list(losses.groups()) == [f"{line[name]:.4g}" for name in ("total", "text", "bce", "dice")]
-    assert f"{line['samples']} samples, {line['tokens']} tokens" in done.stdout
+    assert list(losses.groups()) == [f"{line[f'loss/{name}']:.4g}" for name in ("total", "text", "bce", "dice")]
+    assert f"{line['data/samples']} samples, {line['data/tokens']} tokens" in done.stdout
     assert re.search(r"^the run: 6 steps, [\d.]+ passes$", done.stdout, re.M), done.stdout
     assert f"would continue from {run_dir}/checkpoints/step_00000001" in done.stdout
     for said in ("72,960 parameters", "memory: at most", "s computing", "checkpoints/, 0.9 MB each", str(run_dir)):

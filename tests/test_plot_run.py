@@ -17,7 +17,7 @@ def tool():
 
 
 def step_line(step, **values):
-    line = {"step": step, "lr": 1e-3, "total": 3.0 / step, "bce": 0.2, "seconds": 1.0 * step}
+    line = {"step": step, "optim/lr": 1e-3, "loss/total": 3.0 / step, "loss/bce": 0.2, "seconds": 1.0 * step}
     return line | {"shapes/bce": 0.3, "groups/bce": 0.4} | values
 
 
@@ -37,16 +37,25 @@ def test_an_unfinished_last_line_is_left_out(tool, tmp_path):
 
 def test_a_run_that_began_again_counts_once(tool, tmp_path):
     first = [
-        step_line(10, total=9.0),
-        step_line(20, total=8.0),
+        step_line(10, **{"loss/total": 9.0}),
+        step_line(20, **{"loss/total": 8.0}),
         {"step": 20, "val/ciou": 0.1},
-        step_line(30, total=7.0),
+        step_line(30, **{"loss/total": 7.0}),
     ]
-    again = [step_line(20, total=5.0), {"step": 20, "val/ciou": 0.2}]
+    again = [step_line(20, **{"loss/total": 5.0}), {"step": 20, "val/ciou": 0.2}]
     run = tool.read_run(write_log(tmp_path / "run", [*first, *again]), "run")
     assert run.series["loss/total"] == {10: 9.0, 20: 5.0}
     assert run.series["val/ciou"] == {20: 0.2}
     assert run.scores == {"val/ciou"}
+
+
+def test_a_log_of_an_earlier_version_has_todays_keys(tool, tmp_path):
+    old = {"step": 2, "total": 4.0, "lr/head": 1e-2, "distill/sam2": 0.5, "distill/sam2_images": 3, "shapes/bce": 0.2}
+    run = tool.read_run(write_log(tmp_path / "run", [old, {"step": 2, "corridor": {"early": "total is 4"}}]), "run")
+    names = ("loss/total", "optim/lr/head", "loss/distill/sam2", "data/distill/sam2_images", "shapes/bce")
+    assert set(run.series) == set(names) and not run.scores
+    out = ["--out", str(tmp_path / "out.png")]
+    assert tool.main([str(tmp_path / "run"), "--keys", "total,distill/*,*/bce", *out]) == 0
 
 
 def test_a_finding_of_the_metric_bounds_is_no_number_and_stops_no_drawing(tool, tmp_path):
@@ -61,7 +70,7 @@ def test_a_finding_of_the_metric_bounds_is_no_number_and_stops_no_drawing(tool, 
         ('{"step": 1, "total": 2}\nnot json\n{"step": 2}\n', r"log\.jsonl:2: found no JSON"),
         ('{"total": 2}\n', r"log\.jsonl:1: .*'step'"),
         ("[1]\n", r"log\.jsonl:1: .*'step'"),
-        ('{"step": 1, "total": "low"}\n', r"log\.jsonl:1: total is 'low', expected a number"),
+        ('{"step": 1, "total": "low"}\n', r"log\.jsonl:1: loss/total is 'low', expected a number"),
         ("", r"log\.jsonl: no finished line"),
         ('{"step": 1, "to', r"log\.jsonl: no finished line"),
     ],
@@ -75,7 +84,7 @@ def test_a_log_that_is_none_is_refused_by_file_and_line(tool, tmp_path, text, na
 def test_sources_of_one_run_share_a_panel_and_keep_their_colours(tool, tmp_path):
     lines = [step_line(1, **{"words/text": 0.1, "shapes/text": 0.2}), {"step": 1, "val/ciou": 0.5}, step_line(2)]
     run = tool.read_run(write_log(tmp_path / "run", lines), "run")
-    panels = tool.make_panels([run], ["total", "*/bce", "*/text", "*/ciou"], smooth=3, must_exist=True)
+    panels = tool.make_panels([run], ["loss/total", "*/bce", "*/text", "*/ciou"], smooth=3, must_exist=True)
     assert [panel.title for panel in panels] == [
         "total loss",
         "mask BCE by source",
@@ -93,9 +102,9 @@ def test_sources_of_one_run_share_a_panel_and_keep_their_colours(tool, tmp_path)
 def test_runs_differ_in_colour_and_their_sources_in_dashes(tool, tmp_path):
     runs = [
         tool.read_run(write_log(tmp_path / name, [step_line(1), step_line(2, **extra)]), name)
-        for name, extra in (("a", {"mfu": 0.4}), ("b", {}))
+        for name, extra in (("a", {"perf/mfu": 0.4}), ("b", {}))
     ]
-    total, mfu, bce = tool.make_panels(runs, ["total", "mfu", "*/bce"], smooth=1, must_exist=True)
+    total, mfu, bce = tool.make_panels(runs, ["loss/total", "perf/mfu", "*/bce"], smooth=1, must_exist=True)
     assert [(curve.label, curve.color, curve.pattern) for curve in total.curves] == [("a", 0, 0), ("b", 1, 0)]
     assert [(curve.label, curve.ys) for curve in mfu.curves] == [("a", (0.4,))]
     assert [(curve.label, curve.color, curve.pattern) for curve in bce.curves] == [
@@ -109,9 +118,9 @@ def test_runs_differ_in_colour_and_their_sources_in_dashes(tool, tmp_path):
 
 
 def test_a_star_stands_for_one_part_of_a_name(tool):
-    assert tool.fits("shapes/bce", "*/bce") and tool.fits("distill/sam2", "distill/*")
-    assert not tool.fits("shapes/distill/bce", "*/bce") and not tool.fits("bce", "*/bce")
-    assert tool.split_name("distill/sam2") == ("", "distill/sam2")
+    assert tool.fits("shapes/bce", "*/bce") and tool.fits("loss/distill/sam2", "loss/distill/*")
+    assert not tool.fits("shapes/distill/bce", "*/bce") and not tool.fits("loss/bce", "*/bce")
+    assert tool.split_name("loss/distill/sam2") == ("", "loss/distill/sam2")
     assert tool.split_name("shapes/distill/sam2") == ("shapes", "distill/sam2")
 
 
@@ -124,7 +133,7 @@ def test_the_command_draws_and_says_what_is_wrong(tool, tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["curves.png", "log.jsonl"]
     assert "4 panels of 1 run(s)" in capsys.readouterr().out.splitlines()[-1]
     wrong = {
-        ("--keys", "totl"): "no run logged 'totl', expected some of lr, total, bce",
+        ("--keys", "totl"): "no run logged 'totl', expected some of optim/lr, loss/total, loss/bce",
         ("--smooth", "4"): "--smooth is 4",
         (str(tmp_path / "none"),): "none: no such file",
     }

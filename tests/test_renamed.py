@@ -7,6 +7,7 @@ import pytest
 from pixel_sail import renamed
 from pixel_sail.config import ConfigError, TrainConfig, build, load_config
 from pixel_sail.renamed import current_config, current_log_line, hint, renamed_override
+from pixel_sail.renamed import current_config, current_log_line, hint, renamed_override, with_old_log_keys
 
 
 @pytest.fixture
@@ -73,6 +74,21 @@ def test_an_old_key_on_the_command_line_is_refused_with_the_new_one(monkeypatch)
         load_config("train", TrainConfig, ["experiment=quickstart", "optim.rate=1"])
 
 
+@pytest.mark.parametrize("name", ["loss", "perf"])
+def test_a_source_is_not_named_like_a_group_of_the_log(name):
+    with pytest.raises(ConfigError, match=f"named '{name}', expected a name other than loss"):
+        load_config("train", TrainConfig, ["experiment=quickstart", f"+data.sources.{name}={{_target_: x}}"])
+
+
+def test_a_line_has_earlier_keys_beside_todays():
+    line = {"step": 1, "loss/total": 2.0, "optim/lr/head": 3.0, "data/distill/sam2_images": 4, "x/distill/sam2": 5.0}
+    old = {"total": 2.0, "lr/head": 3.0, "distill/sam2_images": 4}
+    assert with_old_log_keys(line) == {**line, **old}
+    assert (
+        current_log_line(with_old_log_keys(line)) == line == current_log_line({**old, "step": 1, "x/distill/sam2": 5.0})
+    )
+
+
 def test_hydras_message_about_a_file_gets_the_new_name(tables):
     assert hint("Key 'fast' not in 'Speed'\n    full_key: speed.fast\n") == "; speed.fast was renamed to kernels.quick"
     assert hint("Could not override 'speed'. No match in the defaults list.") == "; speed was renamed to kernels"
@@ -119,6 +135,10 @@ def test_an_old_choice_in_a_list_and_an_old_argument_of_a_source_are_refused_wit
     with pytest.raises(ConfigError, match=r"hide was renamed to data\.sources\.shapes\.blind_baseline"):
         build(node | {"dataset": "refshapes"}, "data.sources.shapes")
     assert renamed_override("data.sources.shapes.hide=text") == "data.sources.shapes.blind_baseline=language"
+def test_an_old_argument_of_a_source_is_refused_with_the_new_one():
+    node = {"_target_": "pixel_sail.data.sources.coco_vp.load", "prompt_shares": {"box": 1.0}}
+    with pytest.raises(ConfigError, match=r"prompt_shares was renamed to data\.sources\.x\.prompt_fractions"):
+        build(node, "data.sources.x")
 
 
 def test_no_old_name_is_a_name_of_today():

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from itertools import islice
 
 import pytest
@@ -54,6 +55,16 @@ def test_a_run_goes_back_to_its_checkpoint_and_past_the_data_it_broke_down_on(da
     found = [(line["data/tokens"], line["data/supervised_tokens"], line["data/masks"]) for line in log_lines(tmp_path)]
     assert found == of_data[:2] + of_data[4:8]
     assert [line["step"] for line in log_lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_notes_of_an_earlier_version_count(tmp_path):
+    error = NonFiniteLossError("losses are not finite")
+    note = {"from_step": 2, "failed_step": 3, "lanes": [asdict(LanePosition(next=7))]}
+    (tmp_path / "rewinds.jsonl").write_text(json.dumps(note) + "\n")
+    assert behind_rollbacks(tmp_path, TrainState(step=2)).lanes == (LanePosition(next=7),)
+    ending = rollback(tmp_path, error, from_step=2, failed_step=4, lanes=[LanePosition(next=9)], limit=2)
+    assert "Rollback 2 of 2" in str(ending)
+    assert behind_rollbacks(tmp_path, TrainState(step=2)).lanes == (LanePosition(next=9),)
 
 
 def test_rollbacks_are_counted(tmp_path):

@@ -60,15 +60,15 @@ def test_useful_operations_of_a_text_are_those_counted_by_hand(tiny_config):
 def test_the_numbers_of_a_line_are_sums_over_steps_and_ranks():
     ranks = torch.tensor([[0.5, 2e9, 6e12, 4e12], [1.5, 3e9, 2e12, 12e12]], dtype=torch.float64)
     assert perf_numbers(ranks, steps=5, seconds=4.0, tokens=1000, samples=50) == {
-        "tokens_per_s": 250.0,
-        "samples_per_s": 12.5,
-        "step_s": 0.8,
-        "data_wait_s": 0.3,
-        "mfu": 0.125,
-        "memory_gb": 3.0,
+        "perf/tokens_per_s": 250.0,
+        "perf/samples_per_s": 12.5,
+        "time/step_s": 0.8,
+        "time/data_s": 0.3,
+        "perf/mfu": 0.125,
+        "perf/memory_gb": 3.0,
     }
     ranks[1, 3] = 0.0
-    assert "mfu" not in perf_numbers(ranks, steps=5, seconds=4.0, tokens=1000, samples=50)
+    assert "perf/mfu" not in perf_numbers(ranks, steps=5, seconds=4.0, tokens=1000, samples=50)
 
 
 class Clock:
@@ -108,7 +108,7 @@ def test_without_a_known_peak_nothing_is_counted(rows, make_batch, tiny_config, 
     perf.step_begins()
     perf.data_is_here()
     perf.step_done([make_batch(*rows)], tokens=1, samples=1)
-    assert "mfu" not in perf.read()
+    assert "perf/mfu" not in perf.read()
 
 
 @pytest.mark.parametrize(
@@ -218,9 +218,15 @@ def test_without_a_terminal_every_logged_step_is_one_plain_line(two_sessions):
     logged = [line for line in log_lines(run_dir) if "loss/total" in line][3:]
     assert len(steps) == len(logged) == 2
     for said, line in zip(steps, logged, strict=True):
-        assert said.startswith(f"step {line['step']}/5: total {line['total']:.3f}, bce {line['bce']:.3f}, ")
+        assert said.startswith(f"step {line['step']}/5: total {line['loss/total']:.3f}, bce {line['loss/bce']:.3f}, ")
         assert re.search(r", lr \d\.\de-\d\d, grad_norm \d+\.\d\d, [\d,]+ tokens/s, \d\d:\d\d left$", said)
     assert "step 4/5, refshapes_val: ciou" in piped
+
+
+def test_the_file_has_the_numbers_under_earlier_keys_as_well(two_sessions):
+    lines = [json.loads(line) for line in (two_sessions[0] / "log.jsonl").read_text().splitlines()]
+    for old, new in (("total", "loss/total"), ("data_wait_s", "time/data_s"), ("skipped", "data/skipped")):
+        assert [line[old] for line in lines if old in line] == [line[new] for line in lines if new in line] != []
 
 
 def test_tensorboard_holds_the_numbers_and_pictures_of_both_sessions(two_sessions):
@@ -230,11 +236,12 @@ def test_tensorboard_holds_the_numbers_and_pictures_of_both_sessions(two_session
     events = EventAccumulator(str(run_dir / "tensorboard"))
     events.Reload()
     lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    for name in ("total", "grad_norm", "refshapes/dice", "tokens_per_s", "refshapes_val/ciou"):
+    for name in ("loss/total", "optim/grad_norm", "refshapes/dice", "perf/tokens_per_s", "refshapes_val/ciou"):
         expected = [(line["step"], line[name]) for line in lines if name in line]
         assert len(expected) == (2 if name == "refshapes_val/ciou" else 5)
         shown = [(event.step, event.value) for event in events.Scalars(name)]
         assert np.allclose(shown, expected, rtol=1e-5), name
+    assert "total" not in events.Tags()["scalars"]
     pictures = events.Images("refshapes_val/0")
     assert [picture.step for picture in pictures] == [2, 4]
     with Image.open(io.BytesIO(pictures[0].encoded_image_string)) as picture:

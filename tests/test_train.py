@@ -14,6 +14,7 @@ import torch
 from running import ROOT, environment, free_port, launcher, start
 
 from pixel_sail.provenance import code_version
+from pixel_sail.renamed import current_log_line
 from pixel_sail.training.log import TIMING_FIELDS
 
 SMALL = (
@@ -51,7 +52,7 @@ def train(data_root: Path, run_dir: Path, *overrides: str, by: str = "python") -
 
 
 def log_lines(run_dir: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    lines = [current_log_line(json.loads(line)) for line in (run_dir / "log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in TIMING_FIELDS} for line in lines]
 
 

@@ -100,7 +100,7 @@ def seconds(predictor: BatchPredictor, rounds: int) -> dict[str, float]:
 
 
 def agreement(folder: str, scenes: int) -> dict[str, float]:
-    """Return how far masks of drawn scenes change: mean IoU with the float32 masks, and the fraction of changed texts."""
+    """Return how far masks of drawn scenes change: mean IoU with the float32 masks, fraction of changed texts."""
     plain = BatchPredictor.from_pretrained(checkpoint_folder(folder), config=PredictConfig(max_new_tokens=16))
     small = with_int8(plain, compiled=False)
     overlaps, changed = [], 0

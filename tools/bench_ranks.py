@@ -23,6 +23,7 @@ from pixel_sail.entry import one_message
 from pixel_sail.files import replace_text
 from pixel_sail.paths import root_folder
 from pixel_sail.provenance import code_version
+from pixel_sail.renamed import current_log_line
 
 WARM_UP_FRACTION = 0.25
 LOG_EVERY = 5
@@ -42,7 +43,7 @@ def run(ranks: int, steps: int, overrides: Sequence[str], folder: Path) -> list[
         # The launcher's own words come last and say nothing of why.
         said = done.stderr.partition(LAUNCHERS_WORDS)[0]
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{said[-3000:]}")
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [current_log_line(json.loads(line)) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def rate(log: Sequence[dict[str, Any]]) -> float:

@@ -203,9 +203,8 @@ def print_plan(job: Job, name: str, architecture: Architecture, *, num_measured:
         print("  step fraction  not measured: the student is too large for a CPU")
     else:
         fraction = per_image / (per_image + student)
-        print(
-            f"  step fraction  online {fraction:.0%}: {per_image * 1000:.1f} ms beside {student * 1000:.1f} ms per image"
-        )
+        beside = f"{per_image * 1000:.1f} ms beside {student * 1000:.1f} ms per image"
+        print(f"  step fraction  online {fraction:.0%}: {beside}")
     if size * (1 - done / max(len(job.plan.shards), 1)) > free:
         raise DataError(
             f"{job.folder}: {size / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; use --dtype int8, fewer sources or "

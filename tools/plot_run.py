@@ -2,7 +2,7 @@
 
     python tools/plot_run.py runs/quickstart                            -> runs/quickstart/curves.png
     python tools/plot_run.py runs/a runs/b --out compare.png            one colour per run
-    python tools/plot_run.py runs/a --keys total,refshapes/bce,*/dice --smooth 9
+    python tools/plot_run.py runs/a --keys loss/total,refshapes/bce,*/dice --smooth 9
 
 Reads `log.jsonl` only, also of a run that is going on. `--keys` takes names as they stand in the log; a pattern such as
 `*/bce` makes one panel with a curve for every source or eval. A number that a run did not log is left out of its panel.
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from pixel_sail.config import LOG_GROUPS
 from pixel_sail.entry import one_message
 from pixel_sail.evaluation.curves import COLORS, Curve, Panel, save_panels
 from pixel_sail.files import whole_lines
@@ -25,8 +26,9 @@ from pixel_sail.training.log import LOG_FILE
 from pixel_sail.types import DataError
 
 DEFAULT_KEYS = (
-    *("total", "text", "bce", "dice", "distill/*", "*/text", "*/bce", "*/dice", "*/distill/*"),
-    *("lr", "grad_norm", "tokens_per_s", "data_wait_s", "mfu", "memory_gb", "*/ciou", "*/giou"),
+    *("loss/total", "loss/text", "loss/bce", "loss/dice", "loss/distill/*"),
+    *("*/text", "*/bce", "*/dice", "*/distill/*", "optim/lr", "optim/grad_norm"),
+    *("perf/tokens_per_s", "time/data_s", "perf/mfu", "perf/memory_gb", "*/ciou", "*/giou"),
 )
 """Drawn where a run has them."""
 
@@ -38,13 +40,13 @@ TITLES = {
     "lr": "learning rate",
     "grad_norm": "gradient norm",
     "tokens_per_s": "tokens per second",
-    "data_wait_s": "waiting for data, s per step",
+    "data_s": "waiting for data, s per step",
     "mfu": "MFU",
     "memory_gb": "peak memory, GB",
     "ciou": "validation cIoU",
     "giou": "validation gIoU",
 }
-"""Of numbers whose name says too little."""
+"""Of numbers whose name says too little, by its last part."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,7 @@ def read_run(path: Path, label: str) -> Run:
         for name, value in record.items():
             if name != "step":
                 series.setdefault(name, {})[int(record["step"])] = value
-                if "total" not in record and "/" in name:
+                if "loss/total" not in record and "/" in name:
                     scores.add(name)
     if not series:
         raise DataError(f"{file}: no finished line, expected at least one; the run has logged nothing yet")
@@ -98,18 +100,19 @@ def parse_line(line: str, where: str) -> dict[str, float]:
         ) from None
     if not isinstance(record, dict) or not isinstance(record.get("step"), int):
         raise DataError(f"{where}: found {line.strip()[:80]}, expected an object with a whole number under 'step'")
+    record = current_log_line(record)
     # Words about numbers that left their bound, see training/metric_bounds.py.
     record.pop("metric_bounds", None)
     for name, value in record.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise DataError(f"{where}: {name} is {value!r}, expected a number")
-    return current_log_line(record)
+    return record
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Return the source or eval of a name ("" for none) and what is left of it: refshapes/bce -> refshapes, bce."""
+    """Return the source or eval of a key ("" for none) and what is left of it: refshapes/bce -> refshapes, bce."""
     group, _, rest = name.partition("/")
-    return ("", name) if not rest or group == "distill" else (group, rest)
+    return ("", name) if not rest or group in LOG_GROUPS else (group, rest)
 
 
 def make_panels(runs: Sequence[Run], keys: Sequence[str], *, smooth: int, must_exist: bool) -> list[Panel]:
@@ -133,9 +136,11 @@ def make_panels(runs: Sequence[Run], keys: Sequence[str], *, smooth: int, must_e
 
 
 def fits(name: str, pattern: str) -> bool:
-    """Return whether a name is one that a pattern stands for; a star stands for one part of the name."""
+    """Return whether a name is one that a pattern stands for; a star stands for one part of the name, and as the first
+    one for a source or an eval."""
     parts, wanted = name.split("/"), pattern.split("/")
-    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+    is_source = parts[0] not in LOG_GROUPS or wanted[0] == parts[0]
+    return is_source and len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
 
 
 def make_panel(runs: Sequence[Run], names: Sequence[str], *, smooth: int) -> Panel:
@@ -158,11 +163,11 @@ def make_panel(runs: Sequence[Run], names: Sequence[str], *, smooth: int) -> Pan
                         ys=tuple(points.values()),
                         color=order,
                         pattern=pattern,
-                        smooth=1 if name in run.scores or name == "lr" else smooth,
+                        smooth=1 if name in run.scores or name == "optim/lr" else smooth,
                     )
                 )
     group, number = split_name(names[0])
-    title = TITLES.get(number, number)
+    title = TITLES.get(number.rpartition("/")[2], number)
     if group and not is_split:
         title += f", {group}"
     elif group and not any(names[0] in run.scores for run in runs):
@@ -196,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.smooth < 1 or options.smooth % 2 == 0:
         raise DataError(f"--smooth is {options.smooth}, expected 1, 3, 5, ...: as many lines before as after")
     runs = [read_run(path, label) for path, label in zip(options.runs, labels_of(options.runs), strict=True)]
-    keys = options.keys.split(",") if options.keys else DEFAULT_KEYS
+    keys = list(current_log_line(dict.fromkeys(options.keys.split(",")))) if options.keys else DEFAULT_KEYS
     panels = make_panels(runs, keys, smooth=options.smooth, must_exist=options.keys is not None)
     if not panels:
         raise DataError(f"{options.runs[0]}: found none of {', '.join(DEFAULT_KEYS)}; name others with --keys")

@@ -41,6 +41,8 @@ from typing import Any
 import numpy as np
 
 from pixel_sail.dist import free_port
+from pixel_sail.renamed import current_log_line
+from pixel_sail.training.log import TIMING_FIELDS
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "PIXEL_SAIL_SOAK"
@@ -55,8 +57,8 @@ TINY = (
     *("log.every=1", "log.progress=false", "validation.max_images=2"),
 )
 
-UNTIMED = ("step", "lr", "total", "text", "bce", "dice", "grad_norm", "tokens", "masks", "samples", "skipped", "epoch")
-"""Numbers of a log line that must not depend on when a run was stopped; with them, all numbers of single sources."""
+NOT_COMPARED = (*TIMING_FIELDS, "data/padding_fraction")
+"""Numbers of a log line that may depend on when a run was stopped."""
 
 KILL_POINTS = ("line", "writing", "renamed", "deleting", "start")
 
@@ -267,8 +269,8 @@ def train_with_kills(arguments: argparse.Namespace, work: Path, mark: str, watch
 
 def comparable(run_dir: Path) -> list[dict[str, float]]:
     """Return the numbers of every log line that do not depend on the clock."""
-    lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key in UNTIMED or "/" in key} for line in lines]
+    lines = [current_log_line(json.loads(line)) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in NOT_COMPARED} for line in lines]
 
 
 def differences(killed: Path, whole: Path) -> list[str]:

@@ -33,8 +33,8 @@ _MAX_RECORDS = 10_000
 _KNOWN: WeakKeyDictionary[Records, bool] = WeakKeyDictionary()
 
 ADVICE = (
-    "such coordinates look like fractions of the image, expected pixels; multiply x by the width and y by the height when "
-    "the file is written"
+    "such coordinates look like fractions of the image, expected pixels; multiply x by the width and y by the height "
+    "when the file is written"
 )
 
 

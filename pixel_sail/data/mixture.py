@@ -35,7 +35,7 @@ class Drawn:
 
     sample: Sample
     source_name: str
-    """Name in the mixture, under which its share is counted."""
+    """Name in the mixture, under which it is counted."""
     position: int
     epoch: int
     point_seed: int
@@ -53,8 +53,9 @@ class Mixture:
         weights: Mapping[str, float] | None = None,
         epoch_samples: int = 0,
     ) -> None:
-        """Fix how many items of each source an epoch has. `repeats`: how often each item comes in an epoch, 1 by default. `weights`, instead: how the
-        `epoch_samples` positions of an epoch are divided, every source named. Raises: DataError."""
+        """Fix how many items of each source an epoch has. `repeats`: how often each item comes in an epoch, 1 by
+        default. `weights`, instead: how the `epoch_samples` positions of an epoch are divided, every source named.
+        Raises: DataError."""
         self.names = sorted(sources)
         self.sources = [sources[name] for name in self.names]
         self.seed = seed

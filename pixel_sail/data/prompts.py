@@ -3,8 +3,8 @@
 Place in the flow: `data/regions.py` turns the mask of a region into the mask of its visual prompt; the processor paints
 the prompt's id on the patches it covers.
 
-Example: a mask of 40 x 25 pixels becomes, with fractions {"mask": 0.2, "box": 0.4, "point": 0.4}, in two of five cases the
-full rectangle around it and in two a single pixel well inside.
+Example: a mask of 40 x 25 pixels becomes, with fractions {"mask": 0.2, "box": 0.4, "point": 0.4}, in two of five cases
+the full rectangle around it and in two a single pixel well inside.
 """
 
 from collections.abc import Mapping
@@ -31,15 +31,15 @@ def check_fractions(fractions: Mapping[str, float], where: str) -> None:
     is_sound = set(fractions) <= set(PROMPT_KINDS) and all(0 <= fraction < np.inf for fraction in fractions.values())
     if not is_sound or sum(fractions.values()) <= 0:
         raise DataError(
-            f"{where}: found prompt fractions {dict(fractions)}, expected finite fractions of {PROMPT_KINDS}, none negative and "
-            "not all zero; correct the config"
+            f"{where}: found prompt fractions {dict(fractions)}, expected finite fractions of {PROMPT_KINDS}, none "
+            "negative and not all zero; correct the config"
         )
 
 
 def draw_prompt(mask: BoolMask, fractions: Mapping[str, float], rng: np.random.Generator) -> BoolMask:
-    """Return the region as a prompt of a kind drawn by `fractions`, which need not sum to 1. Raises: DataError if empty.
+    """Return the region as a prompt of a kind drawn by `fractions`, which need not sum to 1.
 
-    The result always has a pixel, and a point or scribble lies within the region.
+    Raises: DataError if empty. The result always has a pixel, and a point or scribble lies within the region.
     """
     if not mask.any():
         raise DataError("visual prompt: found a region without pixels, expected at least one; leave the region out")

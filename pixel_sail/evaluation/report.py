@@ -120,7 +120,7 @@ def loss_curve(log_file: Path, width: int = 720, height: int = 200) -> str:
     """Return the total loss over steps of a log.jsonl as an SVG drawing."""
     remedy = "correct or delete that line"
     lines = map(current_log_line, read_json_lines(log_file, {"step": int}, fail=DataError, remedy=remedy))
-    points = [(line["step"], line["total"]) for line in lines if "total" in line]
+    points = [(line["step"], line["loss/total"]) for line in lines if "loss/total" in line]
     if len(points) < 2:
         return "<p class=dim>fewer than two logged steps</p>"
     steps, losses = np.array(points).T

@@ -184,8 +184,8 @@ def distill_sums(
     return torch.stack(columns, dim=1)
 
 
-def combine(sums: LossSums, counts: Counts, config: LossConfig, distill_terms: Sequence[DistillTerm] = ()) -> Tensor:
-    """Return the fraction of one micro-batch in the global loss; a count of zero divides by one."""
+def combine(sums: LossSums, counts: Counts, config: LossConfig, experts: Sequence[DistillTerm] = ()) -> Tensor:
+    """Return the part of one micro-batch in the global loss; a count of zero divides by one."""
     if config.mean == "sample":
         means_C = sums.means_SC().sum(0) / max(counts.samples, 1)
         return weighted_sum(list(means_C), config, distill_terms)

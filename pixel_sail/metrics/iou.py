@@ -8,8 +8,8 @@ Rules, where published code differs or hides them in an epsilon:
 - A missing prediction (None) is an empty mask, and is also counted in `missing`.
 - A hit at threshold t means IoU >= t.
 - Ignored pixels are taken out of prediction and target before anything is counted.
-- No target: the target is None or has no pixels. N-acc = fraction of these predicted empty (not one pixel); T-acc = fraction
-  of the others predicted non-empty.
+- No target: the target is None or has no pixels. N-acc = fraction of these predicted empty (not one pixel); T-acc =
+  fraction of the others predicted non-empty.
 
 Example: prediction of 3 pixels, target of 3, 2 in common -> intersection 2, union 4, IoU 0.5, hit at 0.5 only.
 """

@@ -48,8 +48,8 @@ class Machine:
             raise ConfigError(f"gpu is {self.gpu!r}, expected one of {sorted(PEAK_TFLOPS)}, or give peak_tflops=")
         if self.gpus < 1 or not 0.0 < self.mfu <= 1.0 or (self.peak_tflops is not None and self.peak_tflops <= 0):
             raise ConfigError(
-                f"gpus is {self.gpus}, mfu {self.mfu}, peak_tflops {self.peak_tflops}; expected at least 1, a fraction in "
-                "(0, 1] and a positive number"
+                f"gpus is {self.gpus}, mfu {self.mfu}, peak_tflops {self.peak_tflops}; expected at least 1, a fraction "
+                "in (0, 1] and a positive number"
             )
 
     def kernels(self, config: TrainConfig) -> Kernels:

@@ -27,7 +27,7 @@ from pixel_sail.training.metrics import peak_memory_bytes
 from pixel_sail.training.optim import set_learning_rate
 from pixel_sail.training.prepare import measure_length, prepare, step_data
 from pixel_sail.training.schedule import learning_rate
-from pixel_sail.training.step import SOURCE_COLUMNS, StepReport, optimizer_step
+from pixel_sail.training.step import LOGGED, SOURCE_COLUMNS, StepReport, optimizer_step
 
 SHOWN_POSITIONS = 1024
 """Positions of the mixture that are looked at where only the answer depends on them."""
@@ -91,9 +91,9 @@ def _data_lines(mixture: Mixture, step_data: StepData) -> list[str]:
 
 
 def _step_lines(report: StepReport, step: int, sources: Sequence[str]) -> list[str]:
-    numbers = report.scalars()
-    sizes = ("tokens", "padding_fraction", "supervised_tokens", "masks", "samples")
-    losses = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if name not in sizes)
+    sizes = {f"data/{name}" for name in LOGGED["data"]}
+    numbers = {key.partition("/")[2]: value for key, value in report.scalars().items() if key not in sizes}
+    losses = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
     of_sources = report.by_source[:, SOURCE_COLUMNS.index("samples")].tolist()
     counts = ", ".join(f"{name} {int(number)}" for name, number in zip(sources, of_sources, strict=True))
     return [

@@ -2,10 +2,17 @@
 
 Place in the flow: `training/loop.py` opens one `RunLog`; on ranks other than 0 it does nothing. A line of `log.jsonl`:
 
-    {"step": 120, "lr": 0.0019, "total": 1.21, "text": 0.01, "bce": 0.42, "dice": 0.68, "grad_norm": 0.9, "tokens":
-    3104, "padding_fraction": 0.02, "supervised_tokens": 480, "masks": 96, "samples": 16, "epoch": 0.24, "skipped": 0,
-    "tokens_per_s": 8390.0, "samples_per_s": 43.2, "step_s": 0.37, "data_wait_s": 0.001, "memory_gb": 0.93,
+    {"step": 120, "optim/lr": 0.0019, "loss/total": 1.21, "loss/text": 0.01, "loss/bce": 0.42, "loss/dice": 0.68,
+    "optim/grad_norm": 0.9, "data/tokens": 3104, "data/padding_fraction": 0.02, "data/supervised_tokens": 480,
+    "data/masks": 96, "data/samples": 16, "data/epoch": 0.24, "data/skipped": 0, "perf/tokens_per_s": 8390.0,
+    "perf/samples_per_s": 43.2, "time/step_s": 0.37, "time/data_s": 0.001, "perf/memory_gb": 0.93,
     "refshapes/samples": 99.0, ..., "seconds": 61.3}
+
+For one version, `log.jsonl` has these numbers under their earlier keys as well (`pixel_sail/renamed.py`).
+On a terminal a bar shows them; where stderr is none, as under Slurm, each logged step is one line of the program's log:
+
+    step 120/1650: total 1.210, bce 0.420, dice 0.680, lr 1.9e-03, grad_norm 0.90, 31,204 tokens/s, 07:12 left
+    step 500/1650, refshapes_val: ciou 0.612, giou 0.701
 
 When a run continues from step S, lines after S are cut off first: those steps are made again, with the same numbers.
 """
@@ -29,11 +36,15 @@ from tqdm import tqdm
 from pixel_sail import dist
 from pixel_sail.config import ConfigError, LogConfig
 from pixel_sail.files import json_line, replace_bytes, replace_text, whole_lines, writing
+from pixel_sail.renamed import current_log_line, with_old_log_keys
 from pixel_sail.types import DataError
 
 LOG_FILE = "log.jsonl"
 
-TIMING_FIELDS = ("tokens_per_s", "samples_per_s", "step_s", "data_wait_s", "mfu", "memory_gb", "seconds")
+TIMING_FIELDS = (
+    *("perf/tokens_per_s", "perf/samples_per_s", "time/step_s", "time/data_s", "perf/mfu", "perf/memory_gb"),
+    "seconds",
+)
 """What depends on the machine: all else in a line is the same when the run is made again."""
 
 
@@ -86,7 +97,7 @@ class RunLog:
         if not self.active:
             return
         line = {"step": step, **values, "seconds": round(time.monotonic() - self.started, 2)}
-        self._write(line)
+        self._write(with_old_log_keys(line))
         self._progress.numbers(step, values)
         if self._board is not None:
             for name, value in values.items():
@@ -132,8 +143,9 @@ def cut_log(path: Path, last_step: int) -> None:
 
 
 def lines_up_to(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """Return the lines of a log that `cut_log` keeps. Raises: DataError as `cut_log`."""
-    return [_log_line(path, number, line) for number, line in enumerate(_kept_lines(path, last_step), start=1)]
+    """Return the lines of a log that `cut_log` keeps, under today's keys. Raises: DataError as `cut_log`."""
+    kept = enumerate(_kept_lines(path, last_step), start=1)
+    return [current_log_line(_log_line(path, number, line)) for number, line in kept]
 
 
 def _kept_lines(path: Path, last_step: int) -> list[bytes]:
@@ -200,8 +212,12 @@ def _start_wandb(run_dir: Path, config: LogConfig, resolved: dict[str, Any]) -> 
 
 logger = logging.getLogger(__name__)
 
-NUMBERS = {"total": ".3f", "bce": ".3f", "dice": ".3f", "lr": ".1e", "grad_norm": ".2f"}
-"""Numbers of a plain line and their format."""
+NUMBERS = {
+    **dict.fromkeys(("loss/total", "loss/bce", "loss/dice"), ".3f"),
+    "optim/lr": ".1e",
+    "optim/grad_norm": ".2f",
+}
+"""Numbers of a plain line, where they stand without their group, and their format."""
 
 SCORES = ("ciou", "giou")
 """Scores of a validation that are shown."""
@@ -231,7 +247,7 @@ class ProgressBar:
         """Show one line of numbers, of a training step or of a validation."""
         if not self.shown:
             return
-        is_training = "total" in values
+        is_training = "loss/total" in values
         if self._bar is None:
             logger.info(
                 training_line(step, self.steps, values, self.seconds_left(step))
@@ -239,9 +255,10 @@ class ProgressBar:
                 else validation_line(step, self.steps, values)
             )
         elif is_training:
-            shown = {name: f"{values[name]:.3f}" for name in ("total", "bce", "dice") if name in values}
-            if "tokens_per_s" in values:
-                shown["tokens/s"] = f"{values['tokens_per_s']:,.0f}"
+            names = ("total", "bce", "dice")
+            shown = {name: f"{values[f'loss/{name}']:.3f}" for name in names if f"loss/{name}" in values}
+            if "perf/tokens_per_s" in values:
+                shown["tokens/s"] = f"{values['perf/tokens_per_s']:,.0f}"
             self._bar.set_postfix(shown, refresh=False)
         else:
             self._bar.write(validation_line(step, self.steps, values), file=sys.stderr)
@@ -258,14 +275,14 @@ class ProgressBar:
 
 def training_line(step: int, steps: int, values: Mapping[str, float], seconds_left: float) -> str:
     """Return the plain line of a logged step."""
-    parts = [f"{name} {values[name]:{form}}" for name, form in NUMBERS.items() if name in values]
-    if "tokens_per_s" in values:
-        parts.append(f"{values['tokens_per_s']:,.0f} tokens/s")
+    parts = [f"{key.partition('/')[2]} {values[key]:{form}}" for key, form in NUMBERS.items() if key in values]
+    if "perf/tokens_per_s" in values:
+        parts.append(f"{values['perf/tokens_per_s']:,.0f} tokens/s")
     return f"step {step}/{steps}: " + ", ".join([*parts, f"{tqdm.format_interval(seconds_left)} left"])
 
 
 def validation_line(step: int, steps: int, values: Mapping[str, float]) -> str:
-    """Return the plain line of a validation, whose values are named <eval>/<score>."""
+    """Return the plain line of a validation, whose values are named `<eval>/<score>`."""
     names = [name.rpartition("/") for name in values]
     evals = ", ".join(dict.fromkeys(group for group, _, _ in names))
     scores = [f"{score} {values[f'{group}/{score}']:.3f}" for group, _, score in names if score in SCORES]

@@ -3,7 +3,7 @@
 Place in the flow: `scripts/train.py` calls `train` with a checked config and a function that scores the model;
 everything it does with them is on this page, the verbs are the other files of this folder.
 
-    scripts/train.py experiment=quickstart  ->  runs/quickstart/{config.yaml, log.jsonl, checkpoints/, export/}
+    scripts/train.py experiment=quickstart  ->  runs/quickstart/{config.json, log.jsonl, checkpoints/, export/}
 """
 
 import json
@@ -46,15 +46,15 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
     """Run training, continuing from the last complete checkpoint if the run folder has one; return the exported folder.
 
     Raises: ConfigError, DataError and CheckpointError before the first step; NonFiniteLossError in mid-run;
-    RequeueRun and MetricOutOfBoundsError after a checkpoint, where a signal or a bound of the metric bounds asked for it.
+    RequeueRun and MetricOutOfBoundsError after a checkpoint, where a signal or a bound asked for it.
     """
     check_boards(config.log)
     run = prepare(config, lock=True)
     config = run.config
     write_config(run)
     device = run.accelerator.device
-    stop = PreemptionSignals()
-    reading_L = reading_table(run.assignment.num_streams)
+    preemption = PreemptionSignals()
+    reading_L = reading_table(run.share.num_lanes)
     data = step_data(run, reading_L)
     architecture = run.accelerator.unwrap_model(run.model).config
     perf = PerfMetrics(architecture, config.distillation, peak_tflops=config.log.peak_tflops, device=device)
@@ -77,7 +77,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
             now = next(data)
             perf.data_is_here()
             watchdog.data_is_here([name for batch in now.batches for name in batch.sample_ids])
-            stop.listen()
+            preemption.listen()
             rates = set_learning_rate(run.optimizer, learning_rate(state.step, config.optim))
             streams = checkpoint.gather_data_state(state.streams, now.after, config.data.packing.packing_buffer, device)
             report = update(run, state.step, now, streams, writer)
@@ -88,12 +88,12 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
                 log.scalars(state.step, {**rates, **log_line(run, state, report, perf)})
                 state = replace(state, source_sums=tuple((0.0,) * len(row) for row in state.source_sums))
             writer.check()
-            is_stopped = stop.anywhere(device) and state.step < last
-            is_saved = due(state.step, config.checkpoint.every) or state.step == last or is_stopped
+            is_preempted = preemption.anywhere(device) and state.step < last
+            is_saved = due(state.step, config.checkpoint.every) or state.step == last or is_preempted
             if is_saved:
                 watchdog.begin_other("saving")
                 writer.save(state, run.model, run.optimizer, run.accelerator)
-            if is_stopped:
+            if is_preempted:
                 writer.wait()
                 raise RequeueRun(f"preempted after step {state.step}, which is saved; the same command goes on")
             if evaluate is not None and due(state.step, config.validation.every):
@@ -106,7 +106,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
                 writer.wait()
                 raise MetricOutOfBoundsError(f"{finding}; step {state.step} is saved")
         metric_bounds.finish(state.step)
-    stop.restore()
+    preemption.restore()
     checkpoint.export(run.run_dir / "export", run.model, run.optimizer, run.accelerator, run.processor)
     if run.lock is not None:
         run.lock.release()
@@ -179,8 +179,8 @@ def advanced(
 
 def log_line(run: Run, state: TrainState, report: StepReport, perf: PerfMetrics) -> dict[str, float]:
     """Return the numbers of a logged step; every rank must call it."""
-    epoch = sum(stream.consumed for stream in state.streams) / run.mixture.epoch_length
-    numbers = {**report.scalars(), "epoch": round(epoch, 4), "skipped": state.num_skipped, **perf.read()}
+    epoch = sum(lane.consumed for lane in state.lanes) / run.mixture.epoch_length
+    numbers = {**report.scalars(), "data/epoch": round(epoch, 4), "data/skipped": state.num_skipped, **perf.read()}
     sums = torch.tensor(state.source_sums, dtype=torch.float64)
     return numbers | source_scalars(run.mixture.names, sums, run.distill_terms)
 

@@ -1,10 +1,10 @@
 """Where the numbers of a run are expected, judged while it runs.
 
-Place in the flow: `training/loop.py` shows every step's logged numbers to one `MetricBounds`. A bound is judged once, by the
-first value at its step or later:
+Place in the flow: `training/loop.py` shows every step's logged numbers to one `MetricBounds`. A bound is judged once,
+by the first value at its step or later:
 
     metric_bounds.early_loss: {metric: loss/total, after: 400, high: 1.6}
-    step 400, total 2.31  ->  a warning, and {"step": 400, "metric_bounds": {"early_loss": "total is 2.31 ..."}} in the log
+    step 400, loss/total 2.31  ->  a warning, and in the log {"step": 400, "metric_bounds": {"early_loss": "..."}}
 
 With `action: stop` the step is saved and the run ends. Started again, it ends again by the same line of its log, until
 the bound is changed.
@@ -28,7 +28,7 @@ class MetricOutOfBoundsError(ExpectedError, RuntimeError):
 
 
 class MetricBounds:
-    """The bounds of a run. Every rank has one and sees the same numbers."""
+    """The bounds of a run. Every rank has them and sees the same numbers."""
 
     def __init__(self, bounds: Mapping[str, MetricBoundConfig], log_file: Path, *, start: int) -> None:
         """`log_file`: of a run that goes on after step `start`; what it holds is judged already.
@@ -75,8 +75,8 @@ class MetricBounds:
             high = float("inf") if bound.high is None else bound.high
             if not low <= value <= high:  # NaN is outside as well
                 findings[name] = (
-                    f"metric_bounds.{name}: {bound.metric} is {value:.4g} at step {step}, expected {low:g} .. {high:g}; "
-                    "configuration, data or code differ from those the bound was made with"
+                    f"metric_bounds.{name}: {bound.metric} is {value:.4g} at step {step}, expected {low:g} .. {high:g}"
+                    "; configuration, data or code differ from those the bound was made with"
                 )
         return findings
 

@@ -1,10 +1,12 @@
-"""How fast a run is and what it takes: clocks and counts of every rank, put together once per log line.
+"""What a log line says beside the losses of its step: how fast the run is, what it takes, what each source gave.
 
-Place in the flow: `training/loop.py` tells the `PerfMetrics` when a step begins, has its data and is done, and asks it for
-the numbers of a log line. They cover all steps since the last line, nothing is sampled:
+Place in the flow: `training/loop.py` tells `PerfMetrics` when a step begins, has its data and is done, adds every
+step's `StepReport.by_source`, and asks for the numbers of a log line. They cover all steps since the last line:
 
-    {"tokens_per_s": 31200.0, "samples_per_s": 24.1, "step_s": 0.412, "data_wait_s": 0.003, "mfu": 0.31,
-     "memory_gb": 61.2}
+    {"perf/tokens_per_s": 31200.0, "perf/samples_per_s": 24.1, "time/step_s": 0.412, "time/data_s": 0.003,
+     "perf/mfu": 0.31, "perf/memory_gb": 61.2}
+    {"refcoco/samples": 310, "refcoco/tokens": 9920, "refcoco/masks": 1550, "refcoco/text": 0.12, "refcoco/bce": 0.31}
+    skipped.jsonl: {"source": "osprey_short_form", "position": 18220, "reason": "...: no such image file; ..."}
 
 Only `read` talks to other ranks, in one sum of four numbers per rank, and nothing here waits for a GPU: a step has
 ended by itself when its losses are read. Checkpoints and validation lie between steps and are not timed.
@@ -105,15 +107,15 @@ def perf_numbers(ranks_R4: Tensor, *, steps: int, seconds: float, tokens: int, s
     """
     waited_R, bytes_R, flops_R, peak_R = ranks_R4.T
     numbers = {
-        "tokens_per_s": tokens / seconds,
-        "samples_per_s": samples / seconds,
-        "step_s": seconds / steps,
+        "perf/tokens_per_s": tokens / seconds,
+        "perf/samples_per_s": samples / seconds,
+        "time/step_s": seconds / steps,
         # All ranks wait for the one whose data is late.
-        "data_wait_s": float(waited_R.max()) / steps,
+        "time/data_s": float(waited_R.max()) / steps,
     }
     if bool((peak_R > 0).all()):
-        numbers["mfu"] = float(flops_R.sum() / peak_R.sum()) / seconds
-    numbers["memory_gb"] = float(bytes_R.max()) / 1e9
+        numbers["perf/mfu"] = float(flops_R.sum() / peak_R.sum()) / seconds
+    numbers["perf/memory_gb"] = float(bytes_R.max()) / 1e9
     return {name: float(f"{value:.4g}") for name, value in numbers.items()}
 
 
@@ -175,8 +177,8 @@ def record_skipped(
 ) -> int:
     """Write this step's left-out samples of all ranks to skipped.jsonl; return how many the run has left out so far.
 
-    Raises: DataError, on every rank, when that is more than `max_fraction` of the mixture up to `position`, or of one
-    epoch if that is longer.
+    Raises: DataError, on every rank, when that is more than `max_fraction` of the stream up to `position`, or of
+    one epoch if that is longer.
     """
     new = int(dist.sum_over_ranks(torch.tensor(len(own), device=device)))
     if new == 0:

@@ -110,10 +110,10 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> dict[str, float]:
-    """Set every group's rate to its share of the schedule's; return both for the log."""
-    rates = {"lr": lr}
+    """Set every group's rate to its multiple of the schedule's; return both for the log."""
+    rates = {"optim/lr": lr}
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
         if group["lr_scale"] != 1.0 or group.get(ORTHOGONAL, False):
-            rates[f"lr/{group['name']}"] = group["lr"]
+            rates[f"optim/lr/{group['name']}"] = group["lr"]
     return rates

@@ -1,4 +1,4 @@
-"""Ending a run from outside: a scheduler's signal becomes a checkpoint and an exit status.
+"""Preemption, the end of a run from outside: a scheduler's signal becomes a checkpoint and an exit status.
 
 Place in the flow: `training/loop.py` asks after every step whether any rank was told to stop; `scripts/train.py` ends
 with `REQUEUE_STATUS`. Slurm sends SIGUSR1 before the time limit, to every process of a job step:

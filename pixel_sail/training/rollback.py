@@ -1,14 +1,14 @@
 """Going back to the last checkpoint and past the data that a run broke down on.
 
-Place in the flow: where a loss or gradient is not finite and `checkpoint.max_rollbacks` allows it, `training/loop.py` notes
-where the data stood after the step that failed, and ends with the status that asks to be started again. The next
+Place in the flow: where a loss or gradient is not finite and `checkpoint.max_rollbacks` allows it, `training/loop.py`
+notes where the data stood after the step that failed, and ends with the status that asks to be started again. The next
 session starts from the checkpoint with that note's place in the data:
 
     step 57 fails, the last checkpoint is step 50  ->  rollbacks.jsonl: {"from_step": 50, "failed_step": 57, ...}
     next session: weights, moments and step 50, data from behind that of step 57
 
-What a session does follows from checkpoint and notes alone, so that a run which is interrupted after a rollback goes on
-with the same numbers.
+What a session does follows from checkpoint and notes alone, so that a run which is interrupted after a rollback goes
+on with the same numbers.
 """
 
 import json
@@ -30,6 +30,9 @@ from pixel_sail.training.preemption import RequeueRun
 logger = logging.getLogger(__name__)
 
 ROLLBACKS_FILE = "rollbacks.jsonl"
+_EARLIER_FILE = "rewinds.jsonl"
+"""What earlier versions called it. A run that they began keeps both."""
+
 _REMEDY = "delete that line; the run then goes on as if it had not gone back there"
 
 
@@ -90,11 +93,11 @@ def behind_rollbacks(run_dir: Path, state: TrainState) -> TrainState:
 
 
 def _notes(run_dir: Path) -> list[dict[str, Any]]:
-    file, kinds = run_dir / ROLLBACKS_FILE, {"from_step": int, "failed_step": int}
-    lines = read_json_lines(file, kinds, fail=CheckpointError, remedy=_REMEDY)
-    return [
-        check_fields(
-            current_state(line), f"{file}, line {number}", {"streams": list}, fail=CheckpointError, remedy=_REMEDY
-        )
-        for number, line in enumerate(lines, start=1)
-    ]
+    kinds = {"from_step": int, "failed_step": int}
+    notes = []
+    for file in (run_dir / _EARLIER_FILE, run_dir / ROLLBACKS_FILE):
+        lines = read_json_lines(file, kinds, fail=CheckpointError, remedy=_REMEDY)
+        for number, line in enumerate(lines, start=1):
+            where, own = f"{file}, line {number}", current_state(line)
+            notes.append(check_fields(own, where, {"streams": list}, fail=CheckpointError, remedy=_REMEDY))
+    return notes

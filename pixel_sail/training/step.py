@@ -1,7 +1,7 @@
 """One optimizer step.
 
 Place in the flow: `training/loop.py` calls `optimizer_step` with the micro-batches of one step. The counts of the
-whole global batch are known before the first forward pass, so every micro-batch's loss is its exact fraction of one
+whole global batch are known before the first forward pass, so every micro-batch's loss is its exact part of one
 global mean: the result does not depend on how samples were dealt to ranks and micro-batches.
 """
 
@@ -54,13 +54,12 @@ class StepReport:
     """float64 [sources, columns]: sums over this step's samples of `source_columns`, sources in the order they were
     given."""
     distill: dict[str, float] = field(default_factory=dict)
-    """Per teacher the unweighted mean over its images, under `distill/<name>`, and their number."""
+    """Per expert the unweighted mean over its images, and their number, under their keys of the log."""
 
     def scalars(self) -> dict[str, float]:
-        """Return the numbers that are known, for the log."""
-        grouped = ("by_source", "distill")
-        known = {name: value for name, value in vars(self).items() if name not in grouped and value is not None}
-        return known | self.distill
+        """Return the numbers that are known, under their keys of the log."""
+        values = {f"{group}/{name}": getattr(self, name) for group, names in LOGGED.items() for name in names}
+        return {key: value for key, value in values.items() if value is not None} | self.distill
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +69,13 @@ class Distillation:
     teachers: Teachers
     terms: tuple[DistillTerm, ...]
 
+
+LOGGED = {
+    "loss": ("total", "text", "bce", "dice"),
+    "optim": ("grad_norm",),
+    "data": ("tokens", "padding_fraction", "supervised_tokens", "masks", "samples"),
+}
+"""Group of keys of the log -> what of a `StepReport` stands there."""
 
 SOURCE_COLUMNS = ("samples", "tokens", "masks", "text", "bce", "dice")
 """Supervised tokens; text, bce and dice are sums, to be divided by tokens and masks."""
@@ -102,7 +108,7 @@ def optimizer_step(
     counts = Counts(
         tokens=int(totals[0]), masks=int(totals[1]), samples=int(totals[4]), distilled=tuple(totals[5:].tolist())
     )
-    # DeepSpeed and DDP average gradients over ranks and micro-batches; the losses are already fractions of a global mean.
+    # DeepSpeed and DDP average gradients over ranks and micro-batches; the losses are already parts of a global mean.
     unaverage = dist.world_size() * len(batches)
     sample_ids = tuple(name for batch in batches for name in batch.sample_ids)
     # One row per source, and one for the sums of all samples' own means.
@@ -132,8 +138,8 @@ def optimizer_step(
     return StepReport(
         **{name: losses[name] for name in ("total", "text", "bce", "dice")},
         distill={
-            **{name: value for name, value in losses.items() if name.startswith("distill/")},
-            **{f"distill/{term.name}_images": n for term, n in zip(distill_terms, counts.distilled, strict=True)},
+            **{f"loss/{name}": value for name, value in losses.items() if name.startswith("distill/")},
+            **{f"data/distill/{term.name}_images": n for term, n in zip(experts, counts.distilled, strict=True)},
         },
         grad_norm=norm,
         tokens=int(totals[2]),

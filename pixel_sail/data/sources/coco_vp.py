@@ -54,10 +54,10 @@ def load(
     """Return one split as a training source; all numbers are the released ones.
 
     root, split, annotations, png_dir, image_dir, class_file, class_names: as in `coco_panoptic.load`.
-    regions_per_sample: most turns of one sample. num_candidates: names a question lists beside "others". others_fraction:
-    how often the right one is left out. candidates, ours: always num_candidates; released: so many drawn names, and the
-    right one where it is not among them, less the right one where the answer is "others". prompt_fractions, num_prompts,
-    absent_fraction: see `RegionSettings`. Raises: DataError, ValueError.
+    regions_per_sample: most turns of one sample. num_candidates: names a question lists beside "others".
+    others_fraction: how often the right one is left out. candidates, ours: always num_candidates; released: so many
+    drawn names, and the right one where it is not among them, less the right one where the answer is "others".
+    prompt_fractions, num_prompts, absent_fraction: see `RegionSettings`. Raises: DataError, ValueError.
     """
     file = open_panoptic(root, split, annotations=annotations, png_dir=png_dir, image_dir=image_dir)
     return CocoRegionSource(
