@@ -130,7 +130,7 @@ def _data(data: Mapping[str, Any]) -> str:
         kind = source["_target_"].removeprefix("pixel_sail.data.sources.").removesuffix(".load")
         often = f"weight {data['weights'][name]}" if data["weights"] else f"{data['repeats'].get(name, 1)} x per epoch"
         lines.append(f"| {name} | {' '.join([kind, *details])} | {often} |")
-    filtered = data["leakage"]["enabled"]
+    filtered = data["decontamination"]["enabled"]
     lines += [
         "",
         "Images of the RefCOCO family's evaluation splits were left out of every source."

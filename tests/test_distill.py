@@ -1,5 +1,5 @@
 """Distillation: the released losses, exact parts of a global mean, gradients for the student alone, and runs with
-and without experts."""
+and without teachers."""
 
 import json
 import math

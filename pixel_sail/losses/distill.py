@@ -41,7 +41,7 @@ def distill_losses(student_NYXE: Tensor, features_NEhw: Tensor, kind: str = "mse
 
     mse: mean squared difference, over channels too, of raw features (release). cosine: one minus the cosine of the
     two feature vectors. normalized_mse: as mse, against features with mean 0 and variance 1 over the channels of a
-    cell. kl: divergence of the student's softmax from the channels as fractions, for an expert whose channels are
+    cell. kl: divergence of the student's softmax from the channels as fractions, for a teacher whose channels are
     classes.
     Raises: ValueError when the numbers of channels differ or the kind is unknown.
     """

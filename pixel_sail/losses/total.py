@@ -184,7 +184,7 @@ def distill_sums(
     return torch.stack(columns, dim=1)
 
 
-def combine(sums: LossSums, counts: Counts, config: LossConfig, experts: Sequence[DistillTerm] = ()) -> Tensor:
+def combine(sums: LossSums, counts: Counts, config: LossConfig, distill_terms: Sequence[DistillTerm] = ()) -> Tensor:
     """Return the part of one micro-batch in the global loss; a count of zero divides by one."""
     if config.mean == "sample":
         means_C = sums.means_SC().sum(0) / max(counts.samples, 1)

@@ -54,7 +54,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
     write_config(run)
     device = run.accelerator.device
     preemption = PreemptionSignals()
-    reading_L = reading_table(run.share.num_lanes)
+    reading_L = reading_table(run.assignment.num_streams)
     data = step_data(run, reading_L)
     architecture = run.accelerator.unwrap_model(run.model).config
     perf = PerfMetrics(architecture, config.distillation, peak_tflops=config.log.peak_tflops, device=device)
@@ -179,7 +179,7 @@ def advanced(
 
 def log_line(run: Run, state: TrainState, report: StepReport, perf: PerfMetrics) -> dict[str, float]:
     """Return the numbers of a logged step; every rank must call it."""
-    epoch = sum(lane.consumed for lane in state.lanes) / run.mixture.epoch_length
+    epoch = sum(stream.consumed for stream in state.streams) / run.mixture.epoch_length
     numbers = {**report.scalars(), "data/epoch": round(epoch, 4), "data/skipped": state.num_skipped, **perf.read()}
     sums = torch.tensor(state.source_sums, dtype=torch.float64)
     return numbers | source_scalars(run.mixture.names, sums, run.distill_terms)

@@ -177,7 +177,7 @@ def record_skipped(
 ) -> int:
     """Write this step's left-out samples of all ranks to skipped.jsonl; return how many the run has left out so far.
 
-    Raises: DataError, on every rank, when that is more than `max_fraction` of the stream up to `position`, or of
+    Raises: DataError, on every rank, when that is more than `max_fraction` of the mixture up to `position`, or of
     one epoch if that is longer.
     """
     new = int(dist.sum_over_ranks(torch.tensor(len(own), device=device)))

@@ -54,7 +54,7 @@ class StepReport:
     """float64 [sources, columns]: sums over this step's samples of `source_columns`, sources in the order they were
     given."""
     distill: dict[str, float] = field(default_factory=dict)
-    """Per expert the unweighted mean over its images, and their number, under their keys of the log."""
+    """Per teacher the unweighted mean over its images, and their number, under their keys of the log."""
 
     def scalars(self) -> dict[str, float]:
         """Return the numbers that are known, under their keys of the log."""
@@ -139,7 +139,7 @@ def optimizer_step(
         **{name: losses[name] for name in ("total", "text", "bce", "dice")},
         distill={
             **{f"loss/{name}": value for name, value in losses.items() if name.startswith("distill/")},
-            **{f"data/distill/{term.name}_images": n for term, n in zip(experts, counts.distilled, strict=True)},
+            **{f"data/distill/{term.name}_images": n for term, n in zip(distill_terms, counts.distilled, strict=True)},
         },
         grad_norm=norm,
         tokens=int(totals[2]),
