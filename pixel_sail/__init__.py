@@ -10,10 +10,10 @@ text and mask logits), `losses`, `training`, `evaluation` and `metrics`. For you
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pixel_sail.answers import AskResult, Box, Point
-    from pixel_sail.predictor import Ask, Chat, Predictor
+    from pixel_sail.predictor import Chat, Predictor, PredictorRequest
+    from pixel_sail.predictor_io import Box, Point, PredictorOutput
 
-__all__ = ["Ask", "AskResult", "Box", "Chat", "Point", "Predictor"]
+__all__ = ["Box", "Chat", "Point", "Predictor", "PredictorOutput", "PredictorRequest"]
 __version__ = "0.1.0"
 
 
@@ -21,6 +21,6 @@ def __getattr__(name: str) -> Any:
     """Import the public names when they are first used: tools that need no model start without torch."""
     if name not in __all__:
         raise AttributeError(f"module 'pixel_sail' has no attribute {name!r}")
-    from pixel_sail import answers, predictor
+    from pixel_sail import predictor, predictor_io
 
-    return getattr(answers if hasattr(answers, name) else predictor, name)
+    return getattr(predictor_io if hasattr(predictor_io, name) else predictor, name)

@@ -43,7 +43,7 @@ COMMANDS = {
 SCHEMAS = {
     "train": "TrainConfig",
     "evaluate": "EvalConfig",
-    "predict": "AskConfig",
+    "predict": "PredictCommandConfig",
     "demo": "DemoConfig",
     "check-data": None,
 }

@@ -598,7 +598,7 @@ class EvalConfig:
 
 
 @dataclass(kw_only=True)
-class AskConfig:
+class PredictCommandConfig:
     """One question about one image, or about every image of a folder."""
 
     checkpoint: str = MISSING
@@ -614,8 +614,8 @@ class AskConfig:
     predict: PredictConfig = field(default_factory=PredictConfig)
 
 
-ASK_TEXTS = ("checkpoint", "image", "question", "output")
-"""Settings of `AskConfig` that scripts/predict.py also takes as options."""
+PREDICT_TEXTS = ("checkpoint", "image", "question", "output")
+"""Settings of `PredictCommandConfig` that scripts/predict.py also takes as options."""
 
 
 @dataclass(kw_only=True)
@@ -659,10 +659,15 @@ class DemoConfig:
     limits: DemoLimits = field(default_factory=DemoLimits)
 
 
-Config = TypeVar("Config", TrainConfig, EvalConfig, AskConfig, DemoConfig)
+Config = TypeVar("Config", TrainConfig, EvalConfig, PredictCommandConfig, DemoConfig)
 
 _STORE = ConfigStore.instance()
-for _name, _node in (("train", TrainConfig), ("evaluate", EvalConfig), ("predict", AskConfig), ("demo", DemoConfig)):
+for _name, _node in (
+    ("train", TrainConfig),
+    ("evaluate", EvalConfig),
+    ("predict", PredictCommandConfig),
+    ("demo", DemoConfig),
+):
     _STORE.store(name=f"{_name}_schema", node=_node)
     # Empty: its name alone is read, by `${program}` in the defaults of a file that several programs take.
     _STORE.store(group="program", name=_name, node={}, package="_global_")
@@ -707,7 +712,9 @@ def load_config(
         _expand_homes(composed)
         result = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
-        plain = f"; --{', --'.join(ASK_TEXTS)} TEXT are taken as they stand" if schema is AskConfig else ""
+        plain = (
+            f"; --{', --'.join(PREDICT_TEXTS)} TEXT are taken as they stand" if schema is PredictCommandConfig else ""
+        )
         cause = f": {str(error.__cause__).splitlines()[0]}" if str(error.__cause__ or "") else ""
         raise ConfigError(f"{where}: {error}{cause}{hint(str(error))}{plain}") from error
     assert is_dataclass(result) and isinstance(result, schema)

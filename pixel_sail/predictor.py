@@ -25,17 +25,17 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from numpy.typing import NDArray
 from PIL import Image
 
-from pixel_sail.answers import AskResult, Box, Point, Timing, visual_prompts
 from pixel_sail.config import ConfigError, PredictConfig
 from pixel_sail.data.images import load_image, rgb_image
 from pixel_sail.data.templates.region import REGION_CAPTION_PROMPT
-from pixel_sail.evaluation.predict import DTYPES, BatchPredictor, Reply, Request
+from pixel_sail.evaluation.predict import DTYPES, BatchPredictor, GenerationRequest, PredictorOutput
 from pixel_sail.evaluation.refer_seg import PROMPTS
 from pixel_sail.evaluation.run import checkpoint_folder
 from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS
 from pixel_sail.model.folder import MODEL_FILES
-from pixel_sail.model.generation import Answer, ImagePrefixes, NotFiniteError, generate_steps
+from pixel_sail.model.generation import GenerationOutput, ImagePrefixes, NotFiniteError, generate_steps
 from pixel_sail.model.tokenization import END_TOKEN, IMAGE_TOKENS, SEG_TOKEN, TURN_END, TURN_START
+from pixel_sail.predictor_io import Box, Point, PredictorOutput, Timing, visual_prompts
 from pixel_sail.types import BoolMask, DataError, VisualPrompt
 
 ImageLike = str | Path | Image.Image | NDArray[np.uint8]
@@ -51,7 +51,7 @@ _CONTROL_TOKENS = (SEG_TOKEN, *IMAGE_TOKENS, TURN_START, TURN_END, END_TOKEN)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ask:
+class PredictorRequest:
     """One question of many: an image (None: a question without one), a text, and regions called `<Prompt0>`, ..."""
 
     image: ImageLike | None
@@ -103,7 +103,7 @@ class Predictor:
         except DataError as error:
             raise ConfigError(f"model {folder}: cannot be loaded ({error}); copy or export it anew") from error
 
-    def segment(self, image: ImageLike, text: str, prompts: Sequence[Region] = ()) -> AskResult:
+    def segment(self, image: ImageLike, text: str, prompts: Sequence[Region] = ()) -> PredictorOutput:
         """Return the mask of what a text names, such as "the red cup" or "what `<Prompt0>` holds".
 
         The question is that of the evaluation, see `PredictConfig.prompt`. Raises: DataError as `ask`.
@@ -111,20 +111,20 @@ class Predictor:
         _check_text(text, len(_region_list(prompts, "")))
         return self.ask(image, PROMPTS[self.batch.config.prompt].format(sent=text), prompts)
 
-    def describe(self, image: ImageLike, prompt: Region | None = None) -> AskResult:
+    def describe(self, image: ImageLike, prompt: Region | None = None) -> PredictorOutput:
         """Return a description of a region, or of the whole image. Raises: DataError as `ask`."""
         if prompt is None:
             return self.ask(image, DESCRIBE_IMAGE)
         return self.ask(image, REGION_CAPTION_PROMPT, [prompt])
 
-    def ask(self, image: ImageLike | None, text: str, prompts: Sequence[Region] = ()) -> AskResult:
+    def ask(self, image: ImageLike | None, text: str, prompts: Sequence[Region] = ()) -> PredictorOutput:
         """Return the answer to one question; its text calls the regions `<Prompt0>`, `<Prompt1>`, ...
 
         Raises: DataError for an image, a region or a text that cannot be used.
         """
         return self.chat(image, prompts).ask(text)
 
-    def ask_many(self, asks: Sequence[Ask]) -> list[AskResult]:
+    def ask_many(self, asks: Sequence[PredictorRequest]) -> list[PredictorOutput]:
         """Return the answers of many questions, worked on together; questions about one image object and the same
         regions share its encoding.
 
@@ -143,8 +143,8 @@ class Predictor:
             image, prompts = _open(first.image, marked[members[0]], f"question {members[0]}")
             prepared = None if image is None else self.batch.prepare(image)
             questions = [asks[index].text for index in members]
-            requests.append(Request(image=prepared, questions=questions, prompts=prompts))
-        results: dict[int, AskResult] = {}
+            requests.append(GenerationRequest(image=prepared, questions=questions, prompts=prompts))
+        results: dict[int, PredictorOutput] = {}
         for members, replies in zip(groups.values(), self.batch.ask_many(requests), strict=True):
             results |= {index: _result(reply) for index, reply in zip(members, replies, strict=True)}
         return [results[index] for index in range(len(asks))]
@@ -159,7 +159,7 @@ class Chat:
 
     def __init__(self, batch: BatchPredictor, image: Image.Image | None, prompts: tuple[VisualPrompt, ...]) -> None:
         self.batch = batch
-        self.results: list[AskResult] = []
+        self.results: list[PredictorOutput] = []
         """All answers so far."""
         self._prepared = None if image is None else batch.prepare(image)
         self._prompts = prompts
@@ -182,7 +182,7 @@ class Chat:
         self._prompts += visual_prompts(regions, self._prepared.size_hw, first=len(self._prompts))
         self._prefixes = None
 
-    def ask(self, text: str) -> AskResult:
+    def ask(self, text: str) -> PredictorOutput:
         """Return the answer to the next question. Raises: DataError as `Predictor.ask`."""
         for _ in self.stream(text):
             pass
@@ -204,7 +204,9 @@ class Chat:
         start = time.perf_counter()
         encodes = self._prepared is not None and self._prefixes is None
         if encodes:
-            self._prefixes = self.batch.encode([Request(image=self._prepared, questions=[], prompts=self._prompts)])
+            self._prefixes = self.batch.encode(
+                [GenerationRequest(image=self._prepared, questions=[], prompts=self._prompts)]
+            )
         self._wait()
         encoded = time.perf_counter()
         is_first = not self._spoken_ids
@@ -228,7 +230,7 @@ class Chat:
         self._spoken_ids = [*heard_ids, *said, self.batch.processor.end_id]
         self.results.append(_result(reply, timing))
 
-    def _pieces(self, heard_ids: list[int]) -> Generator[str, None, Answer]:
+    def _pieces(self, heard_ids: list[int]) -> Generator[str, None, GenerationOutput]:
         """Yield the answer's text as it grows, and return the answer."""
         steps = generate_steps(
             self.batch.model,
@@ -243,7 +245,7 @@ class Chat:
             try:
                 ((token_ids,)) = next(steps)
             except StopIteration as finished:
-                answers: list[list[Answer]] = finished.value
+                answers: list[list[GenerationOutput]] = finished.value
                 if rest := self.batch.processor.decode(answers[0][0].token_ids).removeprefix(shown):
                     yield rest
                 return answers[0][0]
@@ -259,8 +261,8 @@ class Chat:
             torch.cuda.synchronize(self.batch.model.device)
 
 
-def _result(reply: Reply, timing: Timing | None = None) -> AskResult:
-    return AskResult(answer=reply.text, masks_NHW=reply.masks_NHW, scores=reply.scores, timing=timing)
+def _result(reply: PredictorOutput, timing: Timing | None = None) -> PredictorOutput:
+    return PredictorOutput(answer=reply.text, masks_NHW=reply.masks_NHW, scores=reply.scores, timing=timing)
 
 
 def _local_folder(name: str | Path, revision: str | None) -> Path:

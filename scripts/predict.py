@@ -13,10 +13,10 @@ import logging
 import sys
 from pathlib import Path
 
-from pixel_sail.ask_files import ask_config, ask_files, image_files
 from pixel_sail.cli import script_help, wants_help
 from pixel_sail.config import command_line_overrides
 from pixel_sail.entry import one_message
+from pixel_sail.predict_files import image_files, predict_command_config, predict_files
 from pixel_sail.types import DataError
 
 
@@ -24,15 +24,15 @@ from pixel_sail.types import DataError
 def main() -> int:
     """Answer for every image; exit status 1 where some of several could not be used, 2 for other wrong input."""
     if wants_help(sys.argv[1:]):
-        print(script_help(Path(__file__), "AskConfig"))
+        print(script_help(Path(__file__), "PredictCommandConfig"))
         return 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     if isinstance(sys.stdout, io.TextIOWrapper):
         # File names and answers may hold what the terminal's encoding has not.
         sys.stdout.reconfigure(errors="backslashreplace")
-    config = ask_config(command_line_overrides())
+    config = predict_command_config(command_line_overrides())
     count, unused = len(image_files(Path(config.image))), 0
-    for number, (path, result) in enumerate(ask_files(config), start=1):
+    for number, (path, result) in enumerate(predict_files(config), start=1):
         unused += isinstance(result, DataError)
         said = f"{type(result).__name__}: {result}" if isinstance(result, DataError) else result.answer
         # Each line as soon as it is known, also into a pipe: a folder can take hours.

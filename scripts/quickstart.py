@@ -19,12 +19,12 @@ import torch
 
 from pixel_sail.config import EvalConfig, TrainConfig, build, load_config
 from pixel_sail.entry import one_message
-from pixel_sail.evaluation.cases import spread_cases
-from pixel_sail.evaluation.measured import Scores
 from pixel_sail.evaluation.predictions import read_predictions
 from pixel_sail.evaluation.report import write_report
+from pixel_sail.evaluation.result_examples import spread_examples
 from pixel_sail.evaluation.results import SCORED, read_rows
 from pixel_sail.evaluation.tables import guesses_table, scores_table
+from pixel_sail.evaluation.task_scores import Scores
 from pixel_sail.files import read_json, replace_text
 from pixel_sail.provenance import code_version
 from pixel_sail.refshapes.formats import KIND_SPLITS
@@ -126,11 +126,11 @@ def report(config: TrainConfig, data: Path, run_dir: Path, timing: Timing) -> No
     names = ",".join(f"refshapes_{split}" for split in SHOWN)
     where = [f"checkpoint={run_dir}", f"evals=[{names}]", f"paths.data={config.paths.data}"]
     evals = load_config("evaluate", EvalConfig, where).evals
-    cases = {}
+    examples = {}
     for split in SHOWN:
         name = f"refshapes_{split}"
         predictions = read_predictions(run_dir / "evaluation" / name / "predictions.jsonl")
-        cases[split] = spread_cases(build(evals[name], name), predictions, EXAMPLES_PER_SPLIT)
+        examples[split] = spread_examples(build(evals[name], name), predictions, EXAMPLES_PER_SPLIT)
     made_with = json.loads((run_dir / "config.json").read_text())
     steps, sequences = made_with["optim"]["steps"], made_with["data"]["global_batch_size"]
     write_report(
@@ -150,7 +150,7 @@ def report(config: TrainConfig, data: Path, run_dir: Path, timing: Timing) -> No
             scores_table("All scores", splits),
             scores_table("The same model on val without what it needs", blind),
         ],
-        cases=cases,
+        examples=examples,
         log_file=run_dir / "log.jsonl",
     )
 

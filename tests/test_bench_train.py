@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from running import load_tool
 
-from pixel_sail.evaluation.predict import Request
+from pixel_sail.evaluation.predict import GenerationRequest
 from pixel_sail.model import generation
 from pixel_sail.model.decoder import Decoder
 from pixel_sail.model.generation import generate_steps
@@ -113,7 +113,7 @@ def test_the_benchmark_of_8_bit_weights_says_what_it_needs(monkeypatch, capsys):
 def test_the_answers_that_8_bit_weights_are_timed_with_have_their_full_length():
     predictor = load_tool("bench_int8").random_predictor(layers=1)
     image = predictor.prepare(Image.fromarray(np.zeros((32, 48, 3), dtype=np.uint8)))
-    request = Request(image=image, questions=["Please segment the dog."])
+    request = GenerationRequest(image=image, questions=["Please segment the dog."])
     tokens = []
     for step in generate_steps(
         predictor.model,

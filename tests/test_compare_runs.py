@@ -11,8 +11,8 @@ from running import ROOT
 
 from pixel_sail.data.masks import decode_rle
 from pixel_sail.evaluation import refer_seg, region_choice
-from pixel_sail.evaluation.answers import ANSWERS, ItemAnswer
 from pixel_sail.evaluation.comparison import compare
+from pixel_sail.evaluation.item_predictions import ITEM_PREDICTIONS, ItemPrediction
 from pixel_sail.evaluation.predictions import PREDICTIONS
 from pixel_sail.evaluation.record_files import RecordWriter
 from pixel_sail.evaluation.stored import read_stored
@@ -178,11 +178,11 @@ def test_choices_are_compared_question_by_question(tmp_path, data_root):
     files = {"annotations": str(folder / "perbench" / "STBench_MCQ.json"),
              "image_dir": str(folder / "images" / "train2014")}  # fmt: skip
     items = region_choice.load(**files).items
-    right = [ItemAnswer(item_id=item.item_id, question="", answer=item.answer) for item in items]
+    right = [ItemPrediction(item_id=item.item_id, question="", answer=item.answer) for item in items]
     silent = [replace(answer, answer="") for answer in right]
     node = {"_target_": "pixel_sail.evaluation.region_choice.load", **files, "max_images": 0}
-    write_eval(tmp_path / "a" / "mcq", node, [*silent[:1], *right[1:]], record_format=ANSWERS)
-    write_eval(tmp_path / "b" / "mcq", node, right, record_format=ANSWERS)
+    write_eval(tmp_path / "a" / "mcq", node, [*silent[:1], *right[1:]], record_format=ITEM_PREDICTIONS)
+    write_eval(tmp_path / "b" / "mcq", node, right, record_format=ITEM_PREDICTIONS)
     standard, released = compare(tmp_path / "a" / "mcq", tmp_path / "b" / "mcq", resamples=200)
     for difference in (standard, released):
         assert (difference.a_better, difference.b_better, difference.equal) == (0, 1, len(items) - 1)

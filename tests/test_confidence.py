@@ -5,7 +5,7 @@ import pytest
 
 from pixel_sail.evaluation import confidence
 from pixel_sail.evaluation.confidence import bootstrap, interval, seed_for
-from pixel_sail.evaluation.measured import ItemFractions, measure
+from pixel_sail.evaluation.task_scores import ItemFractions, measure
 from pixel_sail.metrics.iou import IoUSums
 
 

@@ -7,13 +7,13 @@ import pytest
 from PIL import Image
 from test_reasonseg import shape, write
 
-from pixel_sail.answers import Box, Point, region_mask
 from pixel_sail.data.coordinates import check_pixels, look_like_fractions, shows_pixels
 from pixel_sail.data.masks import decode_rle, decode_segmentation
 from pixel_sail.data.records import open_records
 from pixel_sail.data.sources import boxed_expressions, muse, osprey, refcocog_gcg
 from pixel_sail.data.sources.reasonseg import expressions as reason_expressions
 from pixel_sail.data.sources.refer import expressions, load, load_refer
+from pixel_sail.predictor_io import Box, Point, region_mask
 from pixel_sail.types import DataError
 
 HW = (48, 64)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from running import ROOT
 
-from pixel_sail.config import AskConfig, ConfigError, DemoConfig, EvalConfig, TrainConfig, load_config
+from pixel_sail.config import ConfigError, DemoConfig, EvalConfig, PredictCommandConfig, TrainConfig, load_config
 
 SKIPPED = {".venv", ".venv-docs", "site", "runs", "build", ".pytest_cache", "wandb"}
 PAGES = [
@@ -23,7 +23,7 @@ FENCE = re.compile(r"^ *(```+)([^\n]*)\n(.*?)^ *\1 *$", re.MULTILINE | re.DOTALL
 SCHEMAS = {
     "scripts/train.py": ("train", TrainConfig),
     "scripts/evaluate.py": ("evaluate", EvalConfig),
-    "scripts/predict.py": ("predict", AskConfig),
+    "scripts/predict.py": ("predict", PredictCommandConfig),
     "scripts/demo.py": ("demo", DemoConfig),
     "tools/plan_run.py": ("train", TrainConfig),
     "tools/doctor.py": ("train", TrainConfig),

@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 from running import ROOT, launcher, start
 
-from pixel_sail.ask_files import ask_files
-from pixel_sail.config import AskConfig, ConfigError, EvalConfig, PredictConfig, load_config
+from pixel_sail.config import ConfigError, EvalConfig, PredictCommandConfig, PredictConfig, load_config
 from pixel_sail.data.masks import decode_rle
 from pixel_sail.evaluation import refer_seg
 from pixel_sail.evaluation.predict import BatchPredictor
@@ -21,6 +20,7 @@ from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.tokenization import load_tokenizer, model_token_ids
+from pixel_sail.predict_files import predict_files
 from pixel_sail.types import DataError
 
 
@@ -129,7 +129,7 @@ def test_a_question_about_an_image_leaves_json_and_picture(checkpoint, tmp_path)
     Image.fromarray(pixels).save(tmp_path / "photo.png")
     options = [f"checkpoint={checkpoint}", f"image={tmp_path / 'photo.png'}", f"output={tmp_path / 'out'}"]
     options += ["question='Please segment the star.'", "predict.answer=forced", "boxes=[[5,5,40,30]]"]
-    ((path, reply),) = list(ask_files(load_config("predict", AskConfig, options)))
+    ((path, reply),) = list(predict_files(load_config("predict", PredictCommandConfig, options)))
     assert path.name == "photo.png" and reply.masks_NHW.shape == (1, 60, 90)
     record = json.loads((tmp_path / "out" / "photo.json").read_text())
     assert (decode_rle(record["masks"][0]) == reply.masks_NHW[0]).all()
@@ -152,7 +152,7 @@ def test_a_visual_prompt_outside_the_image_is_an_error(checkpoint, tmp_path, opt
     Image.new("RGB", (90, 60)).save(tmp_path / "photo.png")
     options = [f"checkpoint={checkpoint}", f"image={tmp_path / 'photo.png'}", f"output={tmp_path / 'out'}"]
     with pytest.raises(error, match=message):
-        list(ask_files(load_config("predict", AskConfig, [*options, "question=x", option])))
+        list(predict_files(load_config("predict", PredictCommandConfig, [*options, "question=x", option])))
     assert not (tmp_path / "out").exists()
 
 

@@ -21,11 +21,11 @@ import torch
 from running import ROOT, environment, free_port
 from safetensors.torch import load_file, save_file
 
-from pixel_sail.ask_files import ask_files
-from pixel_sail.config import AskConfig, ConfigError, EvalConfig, load_config
+from pixel_sail.config import ConfigError, EvalConfig, PredictCommandConfig, load_config
 from pixel_sail.evaluation.run import run_evals
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
-from pixel_sail.predictor import Ask, Predictor
+from pixel_sail.predict_files import predict_files
+from pixel_sail.predictor import Predictor, PredictorRequest
 from pixel_sail.refshapes import RefShapesSpec, write_refshapes
 from pixel_sail.training.run_lock import LOCK_FILE, RunLock
 from pixel_sail.types import DataError
@@ -443,8 +443,8 @@ def test_numbers_that_become_infinite_end_a_question_with_the_image(bench, tmp_p
         shutil.copy(photo, tmp_path / "photos")
     options = {"checkpoint": str(folder), "image": str(tmp_path / "photos"), "question": "the star"}
     with pytest.raises(DataError, match=f"{photos[0].name}: the logits of token .* of the answer are not finite"):
-        list(ask_files(AskConfig(**options, output=str(tmp_path / "out"))))
-    asks = [Ask(image=photo, text="the star") for photo in photos]
+        list(predict_files(PredictCommandConfig(**options, output=str(tmp_path / "out"))))
+    asks = [PredictorRequest(image=photo, text="the star") for photo in photos]
     with pytest.raises(DataError, match="are not finite; all weights are finite, so"):
         Predictor.from_pretrained(folder).ask_many(asks)
 

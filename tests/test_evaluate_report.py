@@ -12,11 +12,9 @@ from pixel_sail.config import ConfigError, EvalConfig, load_config
 from pixel_sail.data.masks import decode_rle, summed_as_released
 from pixel_sail.data.sources.refer import expressions, load_refer
 from pixel_sail.evaluation import refer_seg, results, visual_referring
-from pixel_sail.evaluation.answers import ItemAnswer
-from pixel_sail.evaluation.cases import ranked
-from pixel_sail.evaluation.measured import Measured
+from pixel_sail.evaluation.item_predictions import ItemPrediction
 from pixel_sail.evaluation.paper_tables import FILE, paper_tables
-from pixel_sail.evaluation.predict import Reply
+from pixel_sail.evaluation.predict import PredictorOutput
 from pixel_sail.evaluation.predictions import (
     PREDICTIONS,
     PredictionWriter,
@@ -25,10 +23,12 @@ from pixel_sail.evaluation.predictions import (
     released_prediction,
     score_prediction,
 )
+from pixel_sail.evaluation.result_examples import ranked
 from pixel_sail.evaluation.results import Cost, Resampled, append_row, perbench_row, read_rows, result_row
 from pixel_sail.evaluation.run import plan_evals, run_evals
 from pixel_sail.evaluation.tables import guesses_table, scores_table
 from pixel_sail.evaluation.task import Answered
+from pixel_sail.evaluation.task_scores import TaskScores
 from pixel_sail.metrics.released_iou import released_target
 from pixel_sail.rle import encode_mask
 from pixel_sail.types import DataError, Expression, MissingDataError, Prediction, VisualReferring
@@ -234,7 +234,7 @@ def test_no_drawn_target_is_damaged(data_root):
 
 def record_of(masks, rule="union"):
     masks = np.array(masks, dtype=bool).reshape(len(masks), 1, 10)
-    reply = Reply(text="[SEG]", masks_NHW=masks, scores=(1.0,) * len(masks))
+    reply = PredictorOutput(text="[SEG]", masks_NHW=masks, scores=(1.0,) * len(masks))
     task = refer_seg.task_of([expression((0,))])
     question = task.question(task.items[0], "standard")
     return task.record(task.items[0], Answered(question=question, reply=reply, is_retry=False, mask_rule=rule))
@@ -277,7 +277,7 @@ def test_every_score_of_masks_is_the_sum_over_its_items():
         for number, targets in enumerate([(row_mask(0, 1), row_mask(2)), (row_mask(4, 5),), (row_mask(7),)])
     ]  # fmt: skip
     masks = [(row_mask(0),), (row_mask(4), row_mask(8)), ()]
-    answers = [ItemAnswer(item_id=item.item_id, question="", answer="", masks=own)
+    answers = [ItemPrediction(item_id=item.item_id, question="", answer="", masks=own)
                for item, own in zip(items, masks, strict=True)]  # fmt: skip
     measured = visual_referring._measure(items, answers)
     assert {"each_giou", "paper_ciou", "paper_giou", "ciou"} <= measured.fractions.keys()
@@ -381,7 +381,7 @@ def resampled(**samples):
 
 
 def row_of(name, scores, samples, **changes):
-    measured = Measured(scores={"count": 4, **scores}, fractions={})
+    measured = TaskScores(scores={"count": 4, **scores}, fractions={})
     cost = Cost(asked=4, asking_s=1.23456, scoring_s=0.5)
     return result_row(name, "kind", measured, samples, cost, PROTOCOL | changes)
 

@@ -16,8 +16,8 @@ from transformers import BertConfig, BertModel
 from pixel_sail.config import ConfigError, EvalConfig, PredictConfig, TrainConfig, load_config
 from pixel_sail.data.masks import decode_rle
 from pixel_sail.evaluation import grounded_caption, predict, refer_seg, region_caption, region_choice, visual_referring
-from pixel_sail.evaluation.answers import ANSWERS, ItemAnswer
 from pixel_sail.evaluation.engine import answer_image, evaluate
+from pixel_sail.evaluation.item_predictions import ITEM_PREDICTIONS, ItemPrediction
 from pixel_sail.evaluation.photos import Photo
 from pixel_sail.evaluation.phrase_similarity import BERT_BASE_UNCASED, EncoderSimilarity
 from pixel_sail.evaluation.predict import BatchPredictor
@@ -105,7 +105,7 @@ def records(folder, name):
 
 
 def answers(folder, name):
-    return read_records(folder / name / "predictions.jsonl", ANSWERS)
+    return read_records(folder / name / "predictions.jsonl", ITEM_PREDICTIONS)
 
 
 def test_every_task_answers_and_scores_every_item(whole):
@@ -380,7 +380,9 @@ def test_training_scores_reasonseg_and_refuses_tasks_of_another_kind(data_root):
 
 def test_right_choices_score_one_in_both_protocols(data_root):
     task = perbench(data_root, region_choice.load, "MCQ")
-    right = [ItemAnswer(item_id=item.item_id, question="", answer=f"<Prompt0>: {item.answer}") for item in task.items]
+    right = [
+        ItemPrediction(item_id=item.item_id, question="", answer=f"<Prompt0>: {item.answer}") for item in task.items
+    ]
     assert task.score(task.items, right) == {
         **{"accuracy": 1.0, "paper_accuracy": 1.0, "ambiguous": 0, "unparsed": 0, "count": len(right)}
     }
@@ -394,7 +396,7 @@ def test_visual_referring_unites_several_targets_and_paper_compares_the_first():
     left[:, 0], right[:, 3] = True, True
     item = VisualReferring(item_id="a", image_path=ROOT, image_hw=(4, 4), question="q", regions=(), prompt_ids=(),
                            answer="", targets=(encode_mask(left), encode_mask(right)))  # fmt: skip
-    both = ItemAnswer(item_id="a", question="q", answer="[SEG][SEG]", masks=item.targets[::-1])
+    both = ItemPrediction(item_id="a", question="q", answer="[SEG][SEG]", masks=item.targets[::-1])
     scores = visual_referring._measure([item], [both]).scores
     assert (scores["ciou"], scores["each_giou"], scores["paper_ciou"]) == (1.0, 0.0, 0.0)
 
@@ -409,7 +411,7 @@ def grounded(data_root):
         text = item.captions[0]
         for phrase in item.phrases:
             text = text.replace(phrase, f"<p> {phrase} </p> [SEG]", 1)
-        written.append(ItemAnswer(item_id=item.image_id, question="", answer=text, masks=item.masks))
+        written.append(ItemPrediction(item_id=item.image_id, question="", answer=text, masks=item.masks))
     return task, written
 
 
@@ -443,7 +445,7 @@ def test_captions_are_cleaned_as_each_protocol_does_before_they_are_scored(data_
     monkeypatch.setattr(region_caption, "CaptionTools", region_caption.nullcontext)
     task = perbench(data_root, region_caption.load_perbench, "Detailed_Caption")
     items = task.items[:1]
-    answer = ItemAnswer(item_id=items[0].item_id, question="", answer="<Prompt0>: a red cup.")
+    answer = ItemPrediction(item_id=items[0].item_id, question="", answer="<Prompt0>: a red cup.")
     assert task.score(items, [answer]) == {"meteor": 0.5, "paper_meteor": 0.5, "count": 1}
     assert seen["standard"] == ({answer.item_id: items[0].references}, {answer.item_id: "a red cup."})
     assert seen["paper"][1] == {answer.item_id: ": a red cup."}
@@ -532,21 +534,21 @@ def test_a_damaged_similarity_model_is_refused_before_anything_is_asked(grounded
     ],
 )
 def test_a_wrong_line_is_an_error_with_its_number(tmp_path, change, reason):
-    good = ItemAnswer(item_id="a", question="q", answer="x", masks=(encode_mask(np.ones((2, 2), dtype=bool)),))
-    with RecordWriter(tmp_path / "a.jsonl", ANSWERS) as writer:
+    good = ItemPrediction(item_id="a", question="q", answer="x", masks=(encode_mask(np.ones((2, 2), dtype=bool)),))
+    with RecordWriter(tmp_path / "a.jsonl", ITEM_PREDICTIONS) as writer:
         writer.write(good)
-    assert read_records(tmp_path / "a.jsonl", ANSWERS) == [good]
+    assert read_records(tmp_path / "a.jsonl", ITEM_PREDICTIONS) == [good]
     assert decode_rle(good.masks[0]).all()
     line = json.loads((tmp_path / "a.jsonl").read_text()) | {"item_id": "b"} | change
     with (tmp_path / "a.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
     with pytest.raises(DataError, match=rf"a\.jsonl:2: .*{reason}|a\.jsonl:2: {reason}"):
-        read_records(tmp_path / "a.jsonl", ANSWERS)
+        read_records(tmp_path / "a.jsonl", ITEM_PREDICTIONS)
 
 
 def test_two_different_answers_to_one_item_are_refused(tmp_path):
-    with RecordWriter(tmp_path / "a.jsonl", ANSWERS) as writer:
+    with RecordWriter(tmp_path / "a.jsonl", ITEM_PREDICTIONS) as writer:
         for text in ("x", "x", "y"):
-            writer.write(ItemAnswer(item_id="a", question="q", answer=text))
+            writer.write(ItemPrediction(item_id="a", question="q", answer=text))
     with pytest.raises(DataError, match=r"a\.jsonl:3: found a second, different record for item_id a"):
-        read_records(tmp_path / "a.jsonl", ANSWERS)
+        read_records(tmp_path / "a.jsonl", ITEM_PREDICTIONS)

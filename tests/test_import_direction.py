@@ -19,7 +19,7 @@ LAYERS = (
     ("training", "evaluation", "sweep"),
     ("vqa", "answers", "model_card"),
     ("predictor",),
-    ("ask_files", "demo", "cli"),
+    ("predict_files", "demo", "cli"),
 )
 """Lowest first; a module may import layers below its own and its own subpackage."""
 

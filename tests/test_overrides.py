@@ -5,9 +5,9 @@ import random
 import pytest
 
 from pixel_sail import paths
-from pixel_sail.ask_files import ask_config
-from pixel_sail.config import AskConfig, ConfigError, DemoConfig, EvalConfig, TrainConfig, load_config
+from pixel_sail.config import ConfigError, DemoConfig, EvalConfig, PredictCommandConfig, TrainConfig, load_config
 from pixel_sail.overrides import as_typed, sweep_as_typed
+from pixel_sail.predict_files import predict_command_config
 from pixel_sail.sweep.grid import expand
 
 TEXTS = (
@@ -45,7 +45,7 @@ TEXTS = (
 
 
 def asked(*overrides):
-    return load_config("predict", AskConfig, ["checkpoint=c", "image=i", *overrides])
+    return load_config("predict", PredictCommandConfig, ["checkpoint=c", "image=i", *overrides])
 
 
 def trained(*overrides):
@@ -129,10 +129,10 @@ def test_plain_options_are_taken_as_they_stand():
     rng = random.Random(0)
     drawn = ["".join(rng.choices("ab'\"\\ ,()[]{}=:$~#\n\té红0_1.-?", k=rng.randint(1, 9))) for _ in range(8)]
     for text in (*drawn, "${x}.jpg", "???", "'a'", "null", "-x.jpg", "--image", r"a\,b", "${", "caf\udce9.jpg"):
-        config = ask_config(["--image", f"pics/{text}", f"--question={text}", "checkpoint=c"])
+        config = predict_command_config(["--image", f"pics/{text}", f"--question={text}", "checkpoint=c"])
         assert (config.image, config.question) == (f"pics/{text}", text)
     options = ["--checkpoint=c", "--image=i", "--output", "o/1", "--question=q", "--box", "1,2,30,40.5"]
-    config = ask_config([*options, "--point=3,4", "--point=5,6", "predict.max_new_tokens=2"])
+    config = predict_command_config([*options, "--point=3,4", "--point=5,6", "predict.max_new_tokens=2"])
     assert (config.checkpoint, config.output, config.boxes) == ("c", "o/1", [[1, 2, 30, 40.5]])
     assert config.points == [[3, 4], [5, 6]] and config.predict.max_new_tokens == 2
 
@@ -156,7 +156,7 @@ def test_plain_options_are_taken_as_they_stand():
 def test_a_command_line_that_cannot_be_meant_is_one_message(arguments, named):
     rest = [] if any("image" in argument for argument in arguments) else ["image=i"]
     with pytest.raises(ConfigError) as caught:
-        ask_config(["checkpoint=c", "question=q", *rest, *arguments])
+        predict_command_config(["checkpoint=c", "question=q", *rest, *arguments])
     assert named in str(caught.value)
 
 
@@ -200,7 +200,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch):
     assert config.model.tokenizer == "/home/me/tokenizers/qwen2_5"
     assert all("~" not in str(node) and "/home/me/" in str(node) for node in config.data.sources.values())
     assert trained("run_dir=~/runs/y").run_dir == "/home/me/runs/y"
-    config = ask_config(["--checkpoint=~/m", "image=~/i.jpg", "question=~/q", "output=~tmp"])
+    config = predict_command_config(["--checkpoint=~/m", "image=~/i.jpg", "question=~/q", "output=~tmp"])
     assert (config.checkpoint, config.image) == ("/home/me/m", "/home/me/i.jpg")
     assert (config.question, config.output) == ("~/q", "~tmp")
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from pixel_sail.config import PredictConfig
 from pixel_sail.evaluation import predict
-from pixel_sail.evaluation.predict import BatchPredictor, Request, span_length
+from pixel_sail.evaluation.predict import BatchPredictor, GenerationRequest, span_length
 from pixel_sail.model.generation import generate
 from pixel_sail.types import VisualPrompt
 
@@ -44,7 +44,7 @@ def prompts_of(image, index):
 
 def requests_of(predictor, images):
     return [
-        Request(image=predictor.prepare(image), prompts=prompts_of(image, index), questions=questions)
+        GenerationRequest(image=predictor.prepare(image), prompts=prompts_of(image, index), questions=questions)
         for index, (image, questions) in enumerate(zip(images, QUESTIONS, strict=True))
     ]
 
@@ -116,9 +116,9 @@ def test_a_request_without_questions_gets_no_reply_and_text_needs_no_image(predi
     prepared = predictor.prepare(images[0])
     replies = predictor.ask_many(
         [
-            Request(image=prepared, questions=()),
-            Request(image=None, questions=("a star",)),
-            Request(image=prepared, questions=("a star",)),
+            GenerationRequest(image=prepared, questions=()),
+            GenerationRequest(image=None, questions=("a star",)),
+            GenerationRequest(image=prepared, questions=("a star",)),
         ]
     )
     assert replies[0] == []

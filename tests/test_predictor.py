@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_predict import predictor as batch  # noqa: F401, a fixture
 
 import pixel_sail
-from pixel_sail import Ask, Box, Point, Predictor
+from pixel_sail import Box, Point, Predictor, PredictorRequest
 from pixel_sail import predictor as module
 from pixel_sail.config import ConfigError, PredictConfig
 from pixel_sail.evaluation import predict
@@ -120,7 +120,7 @@ def test_a_chat_encodes_its_image_once_and_knows_what_was_said(predictor, image,
     processor, spoken = predictor.batch.processor, []
     box = np.zeros((40, 64), dtype=bool)
     box[8:24, 8:32] = True
-    request = predict.Request(
+    request = predict.GenerationRequest(
         image=predictor.batch.prepare(image), questions=[], prompts=(VisualPrompt(prompt_id=0, mask=box),)
     )
     for turn, (question, result) in enumerate(zip(questions, results, strict=True)):
@@ -174,8 +174,15 @@ def test_a_stream_that_is_given_up_was_not_asked(predictor, image):
 
 def test_many_questions_at_once_come_back_in_their_order(predictor, image, encodings):
     other = Image.fromarray(np.asarray(image)[::-1].copy())
-    asks = [Ask(image=image, text="a star"), Ask(image=other, text="a star"), Ask(image=image, text="the red box")]
-    asks += [Ask(image=image, text="left of <Prompt0>", prompts=[Point(3, 3)]), Ask(image=None, text="left")]
+    asks = [
+        PredictorRequest(image=image, text="a star"),
+        PredictorRequest(image=other, text="a star"),
+        PredictorRequest(image=image, text="the red box"),
+    ]
+    asks += [
+        PredictorRequest(image=image, text="left of <Prompt0>", prompts=[Point(3, 3)]),
+        PredictorRequest(image=None, text="left"),
+    ]
     results = predictor.ask_many(asks)
     assert len(encodings) == 3
     for item, result in zip(asks, results, strict=True):
@@ -190,7 +197,7 @@ def test_masks_in_an_array_are_regions_like_any_other(forced, image):
     left[:, :20] = True
     pairs = [np.stack([left, ~left]), np.stack([~left, left])]
     # Rows of an array are objects of a moment: one may have the number that another had.
-    asks = [Ask(image=image, text="what is <Prompt0>?", prompts=masks) for masks in pairs * 3]
+    asks = [PredictorRequest(image=image, text="what is <Prompt0>?", prompts=masks) for masks in pairs * 3]
     alone = [forced.ask(image, "what is <Prompt0>?", list(masks)) for masks in pairs]
     assert (alone[0].masks_NHW != alone[1].masks_NHW).sum() > 20
     for result, expected in zip(forced.ask_many(asks), alone * 3, strict=True):
@@ -209,16 +216,16 @@ def test_masks_in_an_array_are_regions_like_any_other(forced, image):
     ],
 )
 def test_a_question_of_many_that_cannot_be_asked_is_named(forced, image, how, message):
-    fine = Ask(image=image, text="a")
+    fine = PredictorRequest(image=image, text="a")
     with pytest.raises(DataError, match=message):
-        forced.ask_many([fine, Ask(**({"image": image, "text": "b"} | how))])
+        forced.ask_many([fine, PredictorRequest(**({"image": image, "text": "b"} | how))])
 
 
 def test_a_result_tells_boxes_and_rles_as_json_does(forced, image):
     result = forced.ask(image, "a star")
     masks = np.zeros((2, 4, 6), dtype=bool)
     masks[0, 1:3, 2:5] = True
-    drawn = pixel_sail.AskResult(answer="<p> a cup </p> [SEG] [SEG].", masks_NHW=masks, scores=(0.9, 0.0))
+    drawn = pixel_sail.PredictorOutput(answer="<p> a cup </p> [SEG] [SEG].", masks_NHW=masks, scores=(0.9, 0.0))
     assert drawn.boxes == ((2, 1, 5, 3), None)
     assert drawn.phrases == ("a cup", "")
     assert drawn.mask.sum() == 6
@@ -229,7 +236,7 @@ def test_a_result_tells_boxes_and_rles_as_json_does(forced, image):
 
 
 def test_a_box_covers_every_pixel_it_touches(image):
-    from pixel_sail.answers import region_mask
+    from pixel_sail.predictor_io import region_mask
 
     assert np.argwhere(region_mask(Box(1.5, 0, 2.5, 1), (3, 4), "here")).tolist() == [[0, 1], [0, 2]]
     assert np.argwhere(region_mask(Point(3.9, 2), (3, 4), "here")).tolist() == [[2, 3]]

@@ -6,7 +6,6 @@ import pytest
 
 from pixel_sail import renamed
 from pixel_sail.config import ConfigError, TrainConfig, build, load_config
-from pixel_sail.renamed import current_config, current_log_line, hint, renamed_override
 from pixel_sail.renamed import current_config, current_log_line, hint, renamed_override, with_old_log_keys
 
 
@@ -135,6 +134,8 @@ def test_an_old_choice_in_a_list_and_an_old_argument_of_a_source_are_refused_wit
     with pytest.raises(ConfigError, match=r"hide was renamed to data\.sources\.shapes\.blind_baseline"):
         build(node | {"dataset": "refshapes"}, "data.sources.shapes")
     assert renamed_override("data.sources.shapes.hide=text") == "data.sources.shapes.blind_baseline=language"
+
+
 def test_an_old_argument_of_a_source_is_refused_with_the_new_one():
     node = {"_target_": "pixel_sail.data.sources.coco_vp.load", "prompt_shares": {"box": 1.0}}
     with pytest.raises(ConfigError, match=r"prompt_shares was renamed to data\.sources\.x\.prompt_fractions"):

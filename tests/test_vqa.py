@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from running import ROOT
 
-from pixel_sail.evaluation.predict import BatchPredictor, Reply
+from pixel_sail.evaluation.predict import BatchPredictor, PredictorOutput
 from pixel_sail.model.tokenization import special_tokens
 from pixel_sail.types import DataError
-from pixel_sail.vqa.answering import WINDOW, VqaQuestion, answer, answers, plain_answer
+from pixel_sail.vqa.answering import WINDOW, VqaRequest, answer, answers, plain_answer
 from pixel_sail.vqa.kit_requests import to_question
 from pixel_sail.vqa.prompts import lettered_question, mme_question, seed_question
 
@@ -48,7 +48,10 @@ class Echo:
     def ask_many(self, requests):
         self.batches.append([len(request.questions) for request in requests])
         return [
-            [Reply(text=text, masks_NHW=np.zeros((0, 1, 1), dtype=bool), scores=()) for text in request.questions]
+            [
+                PredictorOutput(text=text, masks_NHW=np.zeros((0, 1, 1), dtype=bool), scores=())
+                for text in request.questions
+            ]
             for request in requests
         ]
 
@@ -58,7 +61,7 @@ def picture(color, size=(24, 16)):
 
 
 def asked(question="red?", image=None, max_new_tokens=4, until=()):
-    return VqaQuestion(question=question, image=image, max_new_tokens=max_new_tokens, until=until)
+    return VqaRequest(question=question, image=image, max_new_tokens=max_new_tokens, until=until)
 
 
 def test_an_answer_is_the_predictors_without_special_tokens(predictor):

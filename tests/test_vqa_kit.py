@@ -14,7 +14,7 @@ from PIL import Image
 from running import ROOT
 
 from pixel_sail.config import ConfigError
-from pixel_sail.evaluation.predict import BatchPredictor, Reply
+from pixel_sail.evaluation.predict import BatchPredictor, PredictorOutput
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.types import DataError
 from pixel_sail.vqa.answering import answer
@@ -208,7 +208,7 @@ def test_chosen_letters_become_the_scores_of_the_kit(model, local_tasks, monkeyp
 def say_with(monkeypatch, model, said):
     def ask_many(self, requests):
         none = np.zeros((0, 1, 1), dtype=bool)
-        return [[Reply(text=said(text), masks_NHW=none, scores=()) for text in r.questions] for r in requests]
+        return [[PredictorOutput(text=said(text), masks_NHW=none, scores=()) for text in r.questions] for r in requests]
 
     monkeypatch.setattr(type(model.predictor), "ask_many", ask_many)
 

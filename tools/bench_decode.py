@@ -24,9 +24,9 @@ import torch
 from tqdm import tqdm
 
 from pixel_sail.entry import one_message
-from pixel_sail.evaluation.predict import DTYPES, BatchPredictor, Request
+from pixel_sail.evaluation.predict import DTYPES, BatchPredictor, GenerationRequest
 from pixel_sail.files import replace_text
-from pixel_sail.model.generation import Answer, ImagePrefixes, generate
+from pixel_sail.model.generation import GenerationOutput, ImagePrefixes, generate
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.planning.benchmarks import QUESTION, SIZES, drawn_picture, sized_config, small_tokenizer
@@ -61,7 +61,7 @@ def build_predictor(size: str, *, precision: str, device: str) -> BatchPredictor
 
 def timed_answers(
     predictor: BatchPredictor, prefixes: ImagePrefixes, number: int, tokens: int, *, compiled: bool
-) -> tuple[float, list[Answer]]:
+) -> tuple[float, list[GenerationOutput]]:
     """Return the seconds of answers of `tokens` tokens, and the answers."""
     texts = [predictor.question_ids(f"{QUESTION} {index}.", follows_image=True) for index in range(number)]
     start = time.perf_counter()
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     predictor = build_predictor(options.size, precision=options.precision, device=options.device)
     image = drawn_picture(np.random.default_rng(0), IMAGE_HW)
-    prefixes = predictor.encode([Request(image=predictor.prepare(image), questions=())])
+    prefixes = predictor.encode([GenerationRequest(image=predictor.prepare(image), questions=())])
     assert prefixes is not None
     points = [
         measure(predictor, prefixes, number, tokens=options.tokens, rounds=options.rounds)

@@ -35,7 +35,14 @@ from tqdm import tqdm
 from pixel_sail.config import PredictConfig
 from pixel_sail.entry import one_message
 from pixel_sail.evaluation.curves import save_panels, size_panel
-from pixel_sail.evaluation.predict import DTYPES, BatchPredictor, PreparedImage, Request, resize_logits, span_length
+from pixel_sail.evaluation.predict import (
+    DTYPES,
+    BatchPredictor,
+    GenerationRequest,
+    PreparedImage,
+    resize_logits,
+    span_length,
+)
 from pixel_sail.files import replace_text
 from pixel_sail.model.decoder import attend
 from pixel_sail.model.image_layout import image_positions
@@ -167,7 +174,7 @@ def timed_seconds(start: float, device: torch.device) -> float:
 def measure(predictor: BatchPredictor, images: Sequence[PreparedImage], number: int, *, released_images: int) -> Point:
     """Return both methods' time per expression, `number` expressions about each image."""
     questions = [f"{QUESTION} {index}." for index in range(number)]
-    requests = [Request(image=image, questions=questions) for image in images]
+    requests = [GenerationRequest(image=image, questions=questions) for image in images]
     device = predictor.model.device
     start = time.perf_counter()
     replies = predictor.ask_many(requests)

@@ -27,7 +27,7 @@ from torch import nn
 from pixel_sail.config import PredictConfig, TrainConfig, load_config
 from pixel_sail.demo.examples import draw_examples
 from pixel_sail.entry import one_message
-from pixel_sail.evaluation.predict import BatchPredictor, Request
+from pixel_sail.evaluation.predict import BatchPredictor, GenerationRequest
 from pixel_sail.evaluation.run import checkpoint_folder
 from pixel_sail.files import replace_text
 from pixel_sail.model.configuration_pixel_sail import PixelSailConfig
@@ -85,7 +85,7 @@ def seconds(predictor: BatchPredictor, rounds: int) -> dict[str, float]:
     """Return the median seconds of encoding one image, and of one token of an answer about it."""
     rng = np.random.default_rng(0)
     image = predictor.prepare(Image.fromarray(rng.integers(0, 256, (*IMAGE_HW, 3), dtype=np.uint8)))
-    request = Request(image=image, questions=[QUESTION])
+    request = GenerationRequest(image=image, questions=[QUESTION])
     encode, whole = [], []
     for _ in range(rounds + 1):
         begun = time.perf_counter()

@@ -18,9 +18,9 @@ from pixel_sail.config import ConfigError
 from pixel_sail.entry import one_message
 from pixel_sail.evaluation.curves import Curve, Panel, save_panels
 from pixel_sail.evaluation.loaders import LOADER_HELP
-from pixel_sail.evaluation.measured import Scores
 from pixel_sail.evaluation.run_tables import PROTOCOLS, scores_of, scores_of_vqa, tables_of_runs
 from pixel_sail.evaluation.sweep_tables import MAIN_SCORES, Group, differences_table, read_groups, scores_table_of
+from pixel_sail.evaluation.task_scores import Scores
 from pixel_sail.files import replace_text
 
 

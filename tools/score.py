@@ -19,9 +19,9 @@ from pathlib import Path
 from pixel_sail.data.sources.refer import expressions, load_refer
 from pixel_sail.entry import one_message
 from pixel_sail.evaluation.loaders import LOADER_HELP
-from pixel_sail.evaluation.measured import Scores
 from pixel_sail.evaluation.predictions import measure_predictions, read_predictions
 from pixel_sail.evaluation.stored import read_stored
+from pixel_sail.evaluation.task_scores import Scores
 
 
 @one_message

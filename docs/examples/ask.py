@@ -1,6 +1,6 @@
 """Ask a model about a picture from Python: about an object, about a marked region, and on and on about one image.
 
-Place in the flow: exported folder -> `Predictor` -> `AskResult` with text, masks at image size, their scores and boxes.
+Place in the flow: exported folder -> `Predictor` -> `PredictorOutput` with text, masks at image size, their scores and boxes.
 Give `RUN/export` of a trained model instead of the random one to see sense.
 
     python docs/examples/ask.py [FOLDER]
@@ -11,11 +11,11 @@ from pathlib import Path
 from PIL import Image
 from tiny import export_model, work_folder
 
-from pixel_sail import AskResult, Box, Predictor
+from pixel_sail import Box, Predictor, PredictorOutput
 from pixel_sail.config import PredictConfig
 
 
-def main(folder: Path) -> list[AskResult]:
+def main(folder: Path) -> list[PredictorOutput]:
     """Ask, write the first mask as a PNG, and return the answers."""
     config = PredictConfig(answer="forced")  # Random weights never say [SEG]: it is put into their mouth.
     predictor = Predictor.from_pretrained(export_model(folder), config=config)

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pixel_sail.answers import AskResult, Box, Point
 from pixel_sail.config import DemoLimits
 from pixel_sail.demo.limits import Refusal, decode_image
 from pixel_sail.predictor import Region
+from pixel_sail.predictor_io import Box, Point, PredictorOutput
 from pixel_sail.types import BoolMask, SizeHW
 
 
@@ -64,7 +64,7 @@ def _are_numbers(value: object, length: int) -> bool:
     )
 
 
-def result_record(result: AskResult, *, goes_on: bool, wait_s: float) -> dict[str, Any]:
+def result_record(result: PredictorOutput, *, goes_on: bool, wait_s: float) -> dict[str, Any]:
     """Return an answer for the page, with the seconds its question waited for others."""
     pictures = [mask_text(mask) for mask in result.masks_NHW]
     return {**result.to_json(), "pngs": pictures, "goes_on": goes_on, "wait_s": wait_s}

@@ -44,18 +44,18 @@ def compare(
     check_same(first, second)
     a, b = read_stored(first, loaders), read_stored(second, loaders)
     check_same_targets(a, b)
-    measured = {"a": a.measure(), "b": b.measure()}
-    common = [name for name in measured["a"].fractions if name in measured["b"].fractions]
-    fractions = {f"{run}/{name}": measured[run].fractions[name] for run in measured for name in common}
+    task_scores = {"a": a.measure(), "b": b.measure()}
+    common = [name for name in task_scores["a"].fractions if name in task_scores["b"].fractions]
+    fractions = {f"{run}/{name}": task_scores[run].fractions[name] for run in task_scores for name in common}
     samples = bootstrap(fractions, a.images(), seed=seed_for(seed, first.name), resamples=resamples)
     result = []
-    for name, value in measured["a"].scores.items():
-        other = measured["b"].scores.get(name)
+    for name, value in task_scores["a"].scores.items():
+        other = task_scores["b"].scores.get(name)
         if other is None or isinstance(value, int):
             continue
         difference = Difference(score=name, a=value, b=float(other))
         if name in common:
-            of_a, of_b = (measured[run].fractions[name].per_item() for run in measured)
+            of_a, of_b = (task_scores[run].fractions[name].per_item() for run in task_scores)
             difference = replace(
                 difference,
                 interval=interval(samples[f"b/{name}"] - samples[f"a/{name}"]),

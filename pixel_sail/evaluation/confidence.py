@@ -1,6 +1,6 @@
 """Bootstrap intervals of scores and of differences of scores, resampled by image.
 
-Place in the flow: `Measured.fractions` and the image of every item -> `bootstrap` -> samples of each score ->
+Place in the flow: `TaskScores.fractions` and the image of every item -> `bootstrap` -> samples of each score ->
 `interval` -> `results.jsonl`, the report, `tools/compare_runs.py`.
 
 The questions about one image are not independent, so images are drawn with replacement and every question comes along
@@ -16,7 +16,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from pixel_sail.evaluation.measured import ItemFractions, Values
+from pixel_sail.evaluation.task_scores import ItemFractions, Values
 
 RESAMPLES = 1000
 LEVEL = 0.95

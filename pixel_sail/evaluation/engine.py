@@ -29,9 +29,15 @@ from tqdm import tqdm
 
 from pixel_sail import dist
 from pixel_sail.config import ConfigError
-from pixel_sail.evaluation.predict import BatchPredictor, NotFiniteError, Reply, Request, span_length
+from pixel_sail.evaluation.predict import (
+    BatchPredictor,
+    GenerationRequest,
+    NotFiniteError,
+    PredictorOutput,
+    span_length,
+)
 from pixel_sail.evaluation.record_files import Record, RecordFormat, RecordWriter, read_records, write_errors
-from pixel_sail.evaluation.task import Answered, Asked, Item, Question, Task, by_image
+from pixel_sail.evaluation.task import Answered, Asked, Item, ItemRequest, Task, by_image
 from pixel_sail.files import replace_text
 from pixel_sail.model.folder import hash_of, weights_hash
 from pixel_sail.types import DataError, SizeHW
@@ -148,7 +154,7 @@ def _keys(batch: Batch[Any]) -> set[Any]:
 class _Prepared(Generic[Item]):
     """A batch with its images opened: requests, and the items behind the questions of each."""
 
-    requests: list[Request]
+    requests: list[GenerationRequest]
     overlays: list[list[Asked[Item]]]
 
 
@@ -172,7 +178,7 @@ def _prepare(predictor: BatchPredictor, batch: Batch[Item]) -> _Prepared[Item]:
         for overlay in _by_overlay(group):
             prompts = overlay[0].question.prompts()
             texts = [pair.question.text for pair in overlay]
-            prepared.requests.append(Request(image=image, prompts=prompts, questions=texts))
+            prepared.requests.append(GenerationRequest(image=image, prompts=prompts, questions=texts))
             prepared.overlays.append(overlay)
     return prepared
 
@@ -193,8 +199,8 @@ def _answer(predictor: BatchPredictor, task: Task[Item, Record], prepared: _Prep
 
 
 def _ask(
-    predictor: BatchPredictor, requests: Sequence[Request], overlays: Sequence[Sequence[Asked[Any]]]
-) -> list[list[Reply]]:
+    predictor: BatchPredictor, requests: Sequence[GenerationRequest], overlays: Sequence[Sequence[Asked[Any]]]
+) -> list[list[PredictorOutput]]:
     """Return the replies to every request. Raises: DataError with the item whose numbers are not finite."""
     try:
         return predictor.ask_many(requests)
@@ -204,8 +210,11 @@ def _ask(
 
 
 def _retry(
-    predictor: BatchPredictor, task: Task[Any, Any], prepared: _Prepared[Any], replies: Sequence[Sequence[Reply]]
-) -> dict[tuple[int, int], Reply]:
+    predictor: BatchPredictor,
+    task: Task[Any, Any],
+    prepared: _Prepared[Any],
+    replies: Sequence[Sequence[PredictorOutput]],
+) -> dict[tuple[int, int], PredictorOutput]:
     """Return, for each answer without a mask that is to be forced, its text with the masks of the forced answer."""
     if not task.retries_without_mask or predictor.config.answer != "generated":
         return {}
@@ -233,7 +242,7 @@ def _by_overlay(group: Sequence[Asked[Item]]) -> list[list[Asked[Item]]]:
     return list(overlays.values())
 
 
-def _open_image(questions: Sequence[Question]) -> Image.Image:
+def _open_image(questions: Sequence[ItemRequest]) -> Image.Image:
     """Open the photo that all questions of a group must be about."""
     first = questions[0]
     other = next((question for question in questions if question.photo != first.photo), None)
@@ -298,7 +307,7 @@ def protocol_of(
     }
 
 
-def _digest(questions: Sequence[Question]) -> str:
+def _digest(questions: Sequence[ItemRequest]) -> str:
     """Return a hash of all that is asked, so that predictions for other annotations are not taken for these."""
     digest = hashlib.sha256()
     for question in questions:

@@ -23,13 +23,13 @@ from pathlib import Path
 from pixel_sail.data.fields import ImageFolders
 from pixel_sail.data.sources import gcg_benchmark
 from pixel_sail.data.templates.grounded_caption import PAPER_CAPTION_PROMPT, STANDARD_CAPTION_PROMPT
-from pixel_sail.evaluation.answers import ItemAnswer, answers_task
-from pixel_sail.evaluation.cases import Case, Panel
-from pixel_sail.evaluation.measured import ItemFractions, Measured
+from pixel_sail.evaluation.item_predictions import ItemPrediction, long_answer_task
 from pixel_sail.evaluation.overlay import PALETTE
 from pixel_sail.evaluation.photos import Photo
 from pixel_sail.evaluation.phrase_similarity import EncoderSimilarity
-from pixel_sail.evaluation.task import Question, Task, prompt_template
+from pixel_sail.evaluation.result_examples import Panel, ResultExample
+from pixel_sail.evaluation.task import ItemRequest, Task, prompt_template
+from pixel_sail.evaluation.task_scores import ItemFractions, TaskScores
 from pixel_sail.metrics.answer_text import GroundedText, grounded_text, grounded_text_as_released
 from pixel_sail.metrics.captions import check_caption_tools, check_references, score_captions
 from pixel_sail.metrics.grounded_caption import GroundedCaptionScores, Similarity, score_image, word_overlap
@@ -79,7 +79,7 @@ def load(
     refuse_unpaired: bool = True,
     similarity_model: str | Path | None = None,
     score_text: bool = True,
-) -> Task[GroundedCaption, ItemAnswer]:
+) -> Task[GroundedCaption, ItemPrediction]:
     """Return one split; root, split, image_dir and refuse_unpaired are those of `gcg_benchmark.load`.
 
     similarity_model: folder of a Hugging Face text encoder, bert-base-uncased for the released recall; None: phrases
@@ -88,19 +88,19 @@ def load(
     items = gcg_benchmark.load(root=root, split=split, image_dir=image_dir, refuse_unpaired=refuse_unpaired)
     model = None if similarity_model is None else Path(similarity_model)
     scoring = Scoring(similarity_model=model, score_text=score_text)
-    return answers_task(
+    return long_answer_task(
         kind=KIND,
         items=items,
         item_id=lambda item: item.image_id,
         question=_question,
         measure=partial(_measure, scoring=scoring),
-        case=_case,
+        example=_example,
         check=partial(_check, items, scoring),
     )
 
 
-def _question(item: GroundedCaption, prompt: str) -> Question:
-    return Question(
+def _question(item: GroundedCaption, prompt: str) -> ItemRequest:
+    return ItemRequest(
         key=item.image_id,
         image_id=item.image_id,
         photo=Photo(path=item.image_path, size_hw=item.image_hw),
@@ -108,10 +108,12 @@ def _question(item: GroundedCaption, prompt: str) -> Question:
     )
 
 
-def _case(item: GroundedCaption, answer: ItemAnswer) -> Case:
+def _example(item: GroundedCaption, answer: ItemPrediction) -> ResultExample:
     photo = Photo(path=item.image_path, size_hw=item.image_hw)
     panels = (_panel(answer.masks), _panel(item.masks))
-    return Case(text=item.image_id, answer=answer.answer, photo=photo, panels=panels, expected=item.captions[0])
+    return ResultExample(
+        text=item.image_id, answer=answer.answer, photo=photo, panels=panels, expected=item.captions[0]
+    )
 
 
 def _panel(masks: Sequence[RLE]) -> Panel:
@@ -136,7 +138,7 @@ def _check(items: Sequence[GroundedCaption], scoring: Scoring) -> None:
         check_references({item.image_id: item.captions for item in items}, "standard")
 
 
-def _measure(items: Sequence[GroundedCaption], answers: Sequence[ItemAnswer], *, scoring: Scoring) -> Measured:
+def _measure(items: Sequence[GroundedCaption], answers: Sequence[ItemPrediction], *, scoring: Scoring) -> TaskScores:
     scores: dict[str, float | int] = {}
     fractions: dict[str, ItemFractions] = {}
     comparison = scoring.similarity()
@@ -161,12 +163,12 @@ def _measure(items: Sequence[GroundedCaption], answers: Sequence[ItemAnswer], *,
                     fractions[f"{prefix}{key}"] = ItemFractions.of((values[item.image_id], 1) for item in items)
             scores |= {f"{prefix}{key}": value for key, value in summary.items() if key not in ("count", "targets")}
     counts = {"targets": sum(len(item.masks) for item in items), "count": len(items)}
-    return Measured(scores=scores | counts, fractions=fractions)
+    return TaskScores(scores=scores | counts, fractions=fractions)
 
 
 def _score_masks(
     items: Sequence[GroundedCaption],
-    answers: Sequence[ItemAnswer],
+    answers: Sequence[ItemPrediction],
     texts: Mapping[str, GroundedText],
     similarity: Similarity,
     protocol: str,

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pixel_sail.evaluation.measured import PAPER_PREFIX, Scores
 from pixel_sail.evaluation.tables import Table
+from pixel_sail.evaluation.task_scores import PAPER_PREFIX, Scores
 
 FILE = Path(__file__).parent / "paper_tables.json"
 

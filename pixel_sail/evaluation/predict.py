@@ -6,7 +6,7 @@ states); images of one patch grid and all their questions run as one batch withi
 made once per image, and only when an answer holds a [SEG].
 
     predictor.ask(image, ["Please segment the cat."])[0]
-        -> Reply(text="It is [SEG].", masks=<bool 1x427x640>, scores=(0.93,))
+        -> PredictorOutput(text="It is [SEG].", masks=<bool 1x427x640>, scores=(0.93,))
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pixel_sail.config import PredictConfig
-from pixel_sail.model.generation import Answer, ImagePrefixes, NotFiniteError, encode_images, generate
+from pixel_sail.model.generation import GenerationOutput, ImagePrefixes, NotFiniteError, encode_images, generate
 from pixel_sail.model.mask_head import mask_logits
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, first_not_finite, load_model
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
@@ -38,7 +38,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reply:
+class PredictorOutput:
     """What the model says about one question."""
 
     text: str
@@ -67,7 +67,7 @@ class PreparedImage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class GenerationRequest:
     """Questions that see the same image (None: no image) with the same visual prompts; each is answered by itself."""
 
     image: PreparedImage | None
@@ -135,16 +135,16 @@ class BatchPredictor:
 
     def ask(
         self, image: Image.Image | None, questions: Sequence[str], prompts: tuple[VisualPrompt, ...] = ()
-    ) -> list[Reply]:
+    ) -> list[PredictorOutput]:
         """Answer every question about one image (None: a text-only question), each independently of the others.
 
         Raises: DataError for a visual prompt the model has no token for; NotFiniteError.
         """
         prepared = None if image is None else self.prepare(image)
-        return self.ask_many([Request(image=prepared, questions=questions, prompts=prompts)])[0]
+        return self.ask_many([GenerationRequest(image=prepared, questions=questions, prompts=prompts)])[0]
 
     @torch.no_grad()
-    def ask_many(self, requests: Sequence[Request]) -> list[list[Reply]]:
+    def ask_many(self, requests: Sequence[GenerationRequest]) -> list[list[PredictorOutput]]:
         """Answer the questions of every request, as `ask` would answer them one by one.
 
         Raises: DataError for a visual prompt the model has no token for; NotFiniteError with the first question whose
@@ -154,7 +154,7 @@ class BatchPredictor:
             [self.question_ids(question, follows_image=request.image is not None) for question in request.questions]
             for request in requests
         ]
-        replies: list[list[Reply]] = [[] for _ in requests]
+        replies: list[list[PredictorOutput]] = [[] for _ in requests]
         for batch in self._batches(requests, texts):
             try:
                 self._answer_batch(requests, batch, replies)
@@ -165,7 +165,9 @@ class BatchPredictor:
                 ) from None
         return replies
 
-    def _answer_batch(self, requests: Sequence[Request], batch: Sequence[_Part], replies: list[list[Reply]]) -> None:
+    def _answer_batch(
+        self, requests: Sequence[GenerationRequest], batch: Sequence[_Part], replies: list[list[PredictorOutput]]
+    ) -> None:
         """Add the replies to the questions of a batch. Raises: NotFiniteError with places within the batch."""
         answers, prefixes = self._generate([requests[part.request] for part in batch], batch)
         for index, (part, own) in enumerate(zip(batch, answers, strict=True)):
@@ -185,7 +187,9 @@ class BatchPredictor:
             )
         return f"the weights hold NaN or infinite numbers, first in {name}; take an earlier checkpoint"
 
-    def _batches(self, requests: Sequence[Request], texts: Sequence[Sequence[list[int]]]) -> Iterator[list[_Part]]:
+    def _batches(
+        self, requests: Sequence[GenerationRequest], texts: Sequence[Sequence[list[int]]]
+    ) -> Iterator[list[_Part]]:
         """Yield what is answered together: questions about images of one grid, within the token budget where it can be.
 
         A request that alone exceeds the budget is cut into parts, and its image is encoded for each of them.
@@ -223,7 +227,7 @@ class BatchPredictor:
         return SHORT_ANSWER_TOKENS if self.config.max_new_tokens is None else self.config.max_new_tokens
 
     @torch.no_grad()
-    def encode(self, requests: Sequence[Request]) -> ImagePrefixes | None:
+    def encode(self, requests: Sequence[GenerationRequest]) -> ImagePrefixes | None:
         """Return the images of requests of one grid, their visual prompts painted on; None where there are none.
 
         Raises: DataError for a visual prompt the model has no token for.
@@ -243,8 +247,8 @@ class BatchPredictor:
         )
 
     def _generate(
-        self, requests: Sequence[Request], batch: Sequence[_Part]
-    ) -> tuple[list[list[Answer]], ImagePrefixes | None]:
+        self, requests: Sequence[GenerationRequest], batch: Sequence[_Part]
+    ) -> tuple[list[list[GenerationOutput]], ImagePrefixes | None]:
         """Return the answers of every part, and the images they look at; `requests` are those of the parts."""
         prefixes = self.encode(requests)
         answers = generate(
@@ -264,8 +268,8 @@ class BatchPredictor:
 
     @torch.no_grad()
     def replies(
-        self, answers: Sequence[Answer], states_hwD: Tensor | None, image_hw: SizeHW, *, request: int = 0
-    ) -> list[Reply]:
+        self, answers: Sequence[GenerationOutput], states_hwD: Tensor | None, image_hw: SizeHW, *, request: int = 0
+    ) -> list[PredictorOutput]:
         """Turn tokens and [SEG] states of one image into text and masks.
 
         Raises: NotFiniteError, with the number `request`, for masks that are not finite.
@@ -295,7 +299,7 @@ class BatchPredictor:
             first += number
             forced = FORCED_ANSWER if self.config.answer == "forced" else ""
             text = (forced + self.processor.decode(answer.token_ids)).strip()
-            replies.append(Reply(text=text, masks_NHW=masks, scores=scores))
+            replies.append(PredictorOutput(text=text, masks_NHW=masks, scores=scores))
         return replies
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 
 from pixel_sail.data.masks import check_rle, decode_rle
-from pixel_sail.evaluation.measured import PAPER_PREFIX, Measured, measure, together
 from pixel_sail.evaluation.record_files import (
     Json,
     RecordFormat,
@@ -27,6 +26,7 @@ from pixel_sail.evaluation.record_files import (
     check_kinds,
     read_records,
 )
+from pixel_sail.evaluation.task_scores import PAPER_PREFIX, TaskScores, measure, merge_scores
 from pixel_sail.metrics.boundary import BoundarySums, boundary_sums
 from pixel_sail.metrics.iou import IoUSums
 from pixel_sail.metrics.released_iou import ReleasedIoUSums, released_target
@@ -96,7 +96,7 @@ def score_predictions(
 
 def measure_predictions(
     expressions: Sequence[Expression], predictions: Iterable[Prediction], *, missing_as_released: str = "empty"
-) -> Measured:
+) -> TaskScores:
     """Return the scores in both protocols: those of `score_predictions`, and cIoU and gIoU as `released_prediction`.
 
     missing_as_released: what a prediction without a mask is in the released script, see `metrics/released_iou.py`.
@@ -105,12 +105,12 @@ def measure_predictions(
     pairs = list(zip(expressions, _match(expressions, predictions), strict=True))
     standard = [score_prediction(expression, prediction) for expression, prediction in pairs]
     released = [released_prediction(*pair, missing=missing_as_released) for pair in pairs]
-    return together(measure(standard), measure(released, prefix=PAPER_PREFIX))
+    return merge_scores(measure(standard), measure(released, prefix=PAPER_PREFIX))
 
 
 def measure_boundaries(
     expressions: Sequence[Expression], predictions: Iterable[Prediction], *, missing_as_released: str = "empty"
-) -> Measured:
+) -> TaskScores:
     """Return the scores of `measure_predictions` and the boundary IoU, which decodes every mask.
 
     Raises: DataError, see `score_predictions`.
@@ -119,7 +119,7 @@ def measure_boundaries(
     given = [prediction for prediction in matched if prediction is not None]
     areas = measure_predictions(expressions, given, missing_as_released=missing_as_released)
     rims = [_boundary_sums(expression, prediction) for expression, prediction in zip(expressions, matched, strict=True)]
-    return together(areas, measure(rims))
+    return merge_scores(areas, measure(rims))
 
 
 def _boundary_sums(expression: Expression, prediction: Prediction | None) -> BoundarySums:

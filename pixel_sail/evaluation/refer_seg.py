@@ -23,7 +23,6 @@ from pixel_sail.data.sources import reasonseg
 from pixel_sail.data.sources.blind_baseline import make_blind
 from pixel_sail.data.sources.refer import expressions, load_refer
 from pixel_sail.data.templates.referring import PAPER_REFER_PROMPT, SHORT_REFER_PROMPT, STANDARD_REFER_PROMPT
-from pixel_sail.evaluation.cases import expression_case
 from pixel_sail.evaluation.engine import answer_image, answer_own
 from pixel_sail.evaluation.photos import Photo
 from pixel_sail.evaluation.predict import SHORT_ANSWER_TOKENS, BatchPredictor
@@ -34,7 +33,8 @@ from pixel_sail.evaluation.predictions import (
     prediction_key,
     score_predictions,
 )
-from pixel_sail.evaluation.task import Answered, Question, Task, by_image, prompt_template
+from pixel_sail.evaluation.result_examples import expression_example
+from pixel_sail.evaluation.task import Answered, ItemRequest, Task, by_image, prompt_template
 from pixel_sail.metrics.iou import IoUSums
 from pixel_sail.rle import encode_mask
 from pixel_sail.types import Expression, Prediction
@@ -114,7 +114,7 @@ def task_of(
         record=_record,
         format=PREDICTIONS,
         measure=partial(measure_predictions, missing_as_released=missing_as_released),
-        case=partial(expression_case, is_upright=is_upright),
+        example=partial(expression_example, is_upright=is_upright),
         max_new_tokens=SHORT_ANSWER_TOKENS,
     )
 
@@ -148,8 +148,8 @@ def sum_over_ranks(sums: IoUSums) -> IoUSums:
     return IoUSums.from_integers(dist.sum_over_ranks(integers).tolist(), iou_sum=float(dist.sum_over_ranks(ratios)[0]))
 
 
-def _question(expression: Expression, prompt: str, *, prompts: dict[str, str], is_upright: bool) -> Question:
-    return Question(
+def _question(expression: Expression, prompt: str, *, prompts: dict[str, str], is_upright: bool) -> ItemRequest:
+    return ItemRequest(
         key=prediction_key(expression),
         image_id=expression.image_id,
         photo=Photo(path=expression.image_path, size_hw=expression.image_hw, is_upright=is_upright),

@@ -21,12 +21,12 @@ from pathlib import Path
 from pixel_sail.config import ConfigError
 from pixel_sail.data.sources import perbench, region_caption
 from pixel_sail.data.templates.region import PERBENCH_CAPTION_PROMPT, REGION_CAPTION_PROMPT
-from pixel_sail.evaluation.answers import ItemAnswer, answers_task, region_question
-from pixel_sail.evaluation.cases import Case
-from pixel_sail.evaluation.measured import ItemFractions, Measured
+from pixel_sail.evaluation.item_predictions import ItemPrediction, long_answer_task, region_request
 from pixel_sail.evaluation.overlay import TRUE_COLOR
 from pixel_sail.evaluation.photos import Photo
-from pixel_sail.evaluation.task import Question, Task, prompt_template
+from pixel_sail.evaluation.result_examples import ResultExample
+from pixel_sail.evaluation.task import ItemRequest, Task, prompt_template
+from pixel_sail.evaluation.task_scores import ItemFractions, TaskScores
 from pixel_sail.metrics.answer_text import object_caption_as_released, plain_description, region_caption_as_released
 from pixel_sail.metrics.captions import check_caption_tools, check_references, score_captions
 from pixel_sail.metrics.java_tools import CaptionTools
@@ -34,7 +34,7 @@ from pixel_sail.types import RegionCaption
 
 KIND = "region captions"
 
-CaptionTask = Task[RegionCaption, ItemAnswer]
+CaptionTask = Task[RegionCaption, ItemPrediction]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,27 +93,27 @@ def _choose(known: dict[str, CaptionProtocol], names: Sequence[str]) -> dict[str
 
 
 def _task(items: Sequence[RegionCaption], *, prompt: str, chosen: dict[str, CaptionProtocol]) -> CaptionTask:
-    return answers_task(
+    return long_answer_task(
         kind=KIND,
         items=items,
         item_id=lambda item: item.item_id,
         question=partial(_question, text=prompt),
         measure=partial(_measure, chosen=chosen),
-        case=_case,
+        example=_example,
         check=partial(_check, items, chosen),
     )
 
 
-def _question(item: RegionCaption, prompt: str, *, text: str) -> Question:
+def _question(item: RegionCaption, prompt: str, *, text: str) -> ItemRequest:
     """Return the released question, which has no stray blanks to leave out."""
-    return region_question(item, prompt_template({"standard": text, "paper": text}, prompt, KIND))
+    return region_request(item, prompt_template({"standard": text, "paper": text}, prompt, KIND))
 
 
-def _case(item: RegionCaption, answer: ItemAnswer) -> Case:
+def _example(item: RegionCaption, answer: ItemPrediction) -> ResultExample:
     photo = Photo(path=item.image_path, size_hw=item.image_hw)
     shown = " / ".join(item.references)
     panels = (((item.region, TRUE_COLOR),),)
-    return Case(text=answer.question, answer=answer.answer, photo=photo, panels=panels, expected=shown)
+    return ResultExample(text=answer.question, answer=answer.answer, photo=photo, panels=panels, expected=shown)
 
 
 def _check(items: Sequence[RegionCaption], chosen: dict[str, CaptionProtocol]) -> None:
@@ -124,8 +124,8 @@ def _check(items: Sequence[RegionCaption], chosen: dict[str, CaptionProtocol]) -
 
 
 def _measure(
-    items: Sequence[RegionCaption], answers: Sequence[ItemAnswer], *, chosen: dict[str, CaptionProtocol]
-) -> Measured:
+    items: Sequence[RegionCaption], answers: Sequence[ItemPrediction], *, chosen: dict[str, CaptionProtocol]
+) -> TaskScores:
     scores: dict[str, float | int] = {}
     fractions: dict[str, ItemFractions] = {}
     references = {item.item_id: item.references for item in items}
@@ -137,4 +137,4 @@ def _measure(
             scores |= {f"{prefix}{key}": value for key, value in result.summary().items() if key != "count"}
             for key, values in result.item_means().items():
                 fractions[f"{prefix}{key}"] = ItemFractions.of((values[item.item_id], 1) for item in items)
-    return Measured(scores=scores | {"count": len(items)}, fractions=fractions)
+    return TaskScores(scores=scores | {"count": len(items)}, fractions=fractions)

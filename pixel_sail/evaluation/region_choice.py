@@ -15,12 +15,12 @@ from pathlib import Path
 from pixel_sail.config import ConfigError
 from pixel_sail.data.sources import perbench
 from pixel_sail.data.templates.region import MARKED_OBJECT, PERBENCH_CHOICE_PROMPT
-from pixel_sail.evaluation.answers import ItemAnswer, answers_task, region_question
-from pixel_sail.evaluation.cases import Case
-from pixel_sail.evaluation.measured import PAPER_PREFIX, Measured, measure, together
+from pixel_sail.evaluation.item_predictions import ItemPrediction, long_answer_task, region_request
 from pixel_sail.evaluation.overlay import TRUE_COLOR
 from pixel_sail.evaluation.photos import Photo
-from pixel_sail.evaluation.task import Question, Task, prompt_template
+from pixel_sail.evaluation.result_examples import ResultExample
+from pixel_sail.evaluation.task import ItemRequest, Task, prompt_template
+from pixel_sail.evaluation.task_scores import PAPER_PREFIX, TaskScores, measure, merge_scores
 from pixel_sail.metrics.choice import score_choice, score_choice_as_released
 from pixel_sail.types import RegionChoice
 
@@ -36,7 +36,7 @@ PROTOCOLS = ("standard", "paper")
 
 def load(
     *, annotations: str | Path, image_dir: str | Path, protocols: Sequence[str] = PROTOCOLS
-) -> Task[RegionChoice, ItemAnswer]:
+) -> Task[RegionChoice, ItemPrediction]:
     """Return PerBench's choices; the files are those of `perbench.load_choices`.
 
     Raises: DataError; ConfigError for an unknown protocol.
@@ -44,26 +44,26 @@ def load(
     if not set(protocols) <= set(PROTOCOLS) or not protocols:
         raise ConfigError(f"{KIND}: found protocols {list(protocols)}, expected one or more of {PROTOCOLS}")
     items = perbench.load_choices(annotations, image_dir=image_dir)
-    return answers_task(
+    return long_answer_task(
         kind=KIND,
         items=items,
         item_id=lambda item: item.item_id,
         question=_question,
         measure=partial(_measure, protocols=protocols),
-        case=_case,
+        example=_example,
         check=partial(_check, items, protocols),
     )
 
 
-def _question(item: RegionChoice, prompt: str) -> Question:
+def _question(item: RegionChoice, prompt: str) -> ItemRequest:
     stem = item.question.partition("\n")[0].replace(MARKED_OBJECT, "<Prompt0>")
-    return region_question(item, prompt_template(PROMPTS, prompt, KIND).format(question=item.question, stem=stem))
+    return region_request(item, prompt_template(PROMPTS, prompt, KIND).format(question=item.question, stem=stem))
 
 
-def _case(item: RegionChoice, answer: ItemAnswer) -> Case:
+def _example(item: RegionChoice, answer: ItemPrediction) -> ResultExample:
     photo = Photo(path=item.image_path, size_hw=item.image_hw)
     panels = (((item.region, TRUE_COLOR),),)
-    return Case(text=item.question, answer=answer.answer, photo=photo, panels=panels, expected=item.answer)
+    return ResultExample(text=item.question, answer=answer.answer, photo=photo, panels=panels, expected=item.answer)
 
 
 def _check(items: Sequence[RegionChoice], protocols: Sequence[str]) -> None:
@@ -72,7 +72,9 @@ def _check(items: Sequence[RegionChoice], protocols: Sequence[str]) -> None:
         score_choice("", question=item.question, right=item.answer, where=item.item_id)
 
 
-def _measure(items: Sequence[RegionChoice], answers: Sequence[ItemAnswer], *, protocols: Sequence[str]) -> Measured:
+def _measure(
+    items: Sequence[RegionChoice], answers: Sequence[ItemPrediction], *, protocols: Sequence[str]
+) -> TaskScores:
     pairs = list(zip(items, answers, strict=True))
     parts = []
     if "standard" in protocols:
@@ -84,4 +86,4 @@ def _measure(items: Sequence[RegionChoice], answers: Sequence[ItemAnswer], *, pr
     if "paper" in protocols:
         released = [score_choice_as_released(answer.answer, right=item.answer) for item, answer in pairs]
         parts.append(measure(released, prefix=PAPER_PREFIX))
-    return together(*parts, count=len(items))
+    return merge_scores(*parts, count=len(items))

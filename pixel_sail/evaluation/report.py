@@ -7,7 +7,7 @@ Place in the flow: `run.py` and the quickstart call `write_report` after scoring
     sheets/<eval>.png          all pictures of an eval that has masks: its best, median and worst ones
     montage.png                two of each eval with masks
 
-The pictures are `Case`s of `cases.py`, the tables come from `tables.py` and `paper_tables.py`.
+The pictures are `ResultExample`s of `result_examples.py`, the tables come from `tables.py` and `paper_tables.py`.
 """
 
 import base64
@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pixel_sail.evaluation.cases import Case, sheet
 from pixel_sail.evaluation.overlay import Picture
+from pixel_sail.evaluation.result_examples import ResultExample, sheet
 from pixel_sail.evaluation.tables import Table
 from pixel_sail.files import read_json_lines, replace_bytes, replace_text
 from pixel_sail.renamed import current_log_line
@@ -46,10 +46,10 @@ def write_report(
     title: str,
     facts: Sequence[str],
     tables: Sequence[Table],
-    cases: Mapping[str, Sequence[Case]],
+    examples: Mapping[str, Sequence[ResultExample]],
     log_file: Path | None = None,
 ) -> None:
-    """Write report.md, report.html and their pictures into `folder`; `cases` by eval, equal ranks together."""
+    """Write report.md, report.html and their pictures into `folder`; `examples` by eval, equal ranks together."""
     text, page = [f"# {title}", ""], [f"<h1>{html.escape(title)}</h1>"]
     text += [f"- {fact}" for fact in facts]
     page += ["<ul>", *[f"<li>{html.escape(fact)}</li>" for fact in facts], "</ul>"]
@@ -58,11 +58,11 @@ def write_report(
         page += table.html()
     if log_file is not None:
         page += ["<h2>Training loss</h2>", loss_curve(log_file)]
-    for heading, shown in cases.items():
+    for heading, shown in examples.items():
         markdown, figures = _pictures(folder, heading, shown)
         text += markdown
         page += figures
-    masks = [case for shown in cases.values() for case in shown[:2] if case.iou is not None]
+    masks = [example for shown in examples.values() for example in shown[:2] if example.iou is not None]
     if masks:
         _save_png(folder / "montage.png", sheet([masks[i : i + 2] for i in range(0, len(masks), 2)], 640))
     replace_text(folder / "report.md", "\n".join(text) + "\n")
@@ -71,40 +71,40 @@ def write_report(
     replace_text(folder / "report.html", "\n".join([head, view, f"<style>{STYLE}</style>", *page, "</html>"]) + "\n")
 
 
-def _pictures(folder: Path, heading: str, cases: Sequence[Case]) -> tuple[list[str], list[str]]:
+def _pictures(folder: Path, heading: str, examples: Sequence[ResultExample]) -> tuple[list[str], list[str]]:
     """Write the pictures of one eval; return their part of the Markdown and of the HTML file."""
-    title = f"Examples from {heading}{_legend(cases)}"
+    title = f"Examples from {heading}{_legend(examples)}"
     text, page = ["", f"## {title}", ""], [f"<h2>{html.escape(title)}</h2>"]
-    numbered = enumerate(cases)
+    numbered = enumerate(examples)
     for rank, group in groupby(numbered, key=lambda pair: pair[1].rank):
         if rank:
             text += [f"### {rank.capitalize()}", ""]
             page.append(f"<h3>{rank.capitalize()}</h3>")
         page.append("<div class=grid>")
-        for index, case in group:
+        for index, example in group:
             name = f"examples/{heading}_{index:02d}.png"
-            data = _save_png(folder / name, case.picture())
-            caption = f"{case.text} ({case.remarks()})".replace("\n", " ")
+            data = _save_png(folder / name, example.picture())
+            caption = f"{example.text} ({example.remarks()})".replace("\n", " ")
             text += [f"**{caption}**", "", f"![{heading} {index}]({name})", ""]
-            page.append(_figure(case, data))
+            page.append(_figure(example, data))
         page.append("</div>")
-    if cases and cases[0].rank:
-        rows = [list(group) for _, group in groupby(cases, key=lambda case: case.rank)]
+    if examples and examples[0].rank:
+        rows = [list(group) for _, group in groupby(examples, key=lambda example: example.rank)]
         _save_png(folder / "sheets" / f"{heading}.png", sheet(rows, 480))
     return text, page
 
 
-def _legend(cases: Sequence[Case]) -> str:
+def _legend(examples: Sequence[ResultExample]) -> str:
     """Return what the panels show."""
-    is_masks = any(case.iou is not None for case in cases)
+    is_masks = any(example.iou is not None for example in examples)
     return ": image, predicted mask, true mask" if is_masks else ": image, marked or predicted, true where there is one"
 
 
-def _figure(case: Case, png: bytes) -> str:
+def _figure(example: ResultExample, png: bytes) -> str:
     """Return one picture with its caption as HTML."""
     source = base64.b64encode(png).decode()
-    caption = f'"{html.escape(case.text)}" <span class=dim>{html.escape(case.remarks())}</span>'
-    image = f'<img alt="{html.escape(case.text)}" src="data:image/png;base64,{source}">'
+    caption = f'"{html.escape(example.text)}" <span class=dim>{html.escape(example.remarks())}</span>'
+    image = f'<img alt="{html.escape(example.text)}" src="data:image/png;base64,{source}">'
     return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 

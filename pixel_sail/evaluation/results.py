@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pixel_sail.evaluation.confidence import LEVEL, Interval, interval
-from pixel_sail.evaluation.measured import PAPER_PREFIX, Measured, Scores, Values
+from pixel_sail.evaluation.task_scores import PAPER_PREFIX, Scores, TaskScores, Values
 from pixel_sail.files import Fields, append_line, read_json_lines
 from pixel_sail.metrics.visual_referring import perbench_overall
 from pixel_sail.provenance import machine
@@ -69,18 +69,18 @@ class Cost:
     scoring_s: float
 
 
-def result_row(name: str, kind: str, measured: Measured, resampled: Resampled, cost: Cost, protocol: Row) -> Row:
+def result_row(name: str, kind: str, task_scores: TaskScores, resampled: Resampled, cost: Cost, protocol: Row) -> Row:
     """Return the row of one eval; `protocol` is that of its folder."""
     limit = protocol["eval"]["max_images"]
     return {
         "eval": name,
         "kind": kind,
-        "scores": measured.scores,
+        "scores": task_scores.scores,
         "intervals": resampled.intervals(),
         "resampled": resampled.row(),
-        "protocols": by_protocol(measured.scores),
-        "count": measured.scores["count"],
-        "missing": measured.scores.get("missing", 0),
+        "protocols": by_protocol(task_scores.scores),
+        "count": task_scores.scores["count"],
+        "missing": task_scores.scores.get("missing", 0),
         **({"limit_images": limit} if limit else {}),
         "prompt": protocol["predict"]["prompt"],
         **{
@@ -124,7 +124,7 @@ def perbench_row(rows: Mapping[str, Row], resampled: Mapping[str, Resampled]) ->
             meteor, accuracy, ciou, giou = values
             samples[f"{prefix}overall"] = (meteor + accuracy + (ciou + giou) / 2) / 3
     first = parts[PERBENCH_EVALS[0]]
-    together = Resampled(
+    merged = Resampled(
         samples=samples,
         num_images=sum(resampled[name].num_images for name in PERBENCH_EVALS),
         resamples=resampled[PERBENCH_EVALS[0]].resamples,
@@ -135,8 +135,8 @@ def perbench_row(rows: Mapping[str, Row], resampled: Mapping[str, Resampled]) ->
         "eval": PERBENCH_OVERALL,
         "kind": "PerBench",
         "scores": overall,
-        "intervals": together.intervals(),
-        "resampled": together.row(),
+        "intervals": merged.intervals(),
+        "resampled": merged.row(),
         "protocols": by_protocol(overall),
         "count": sum(row["count"] for row in parts.values()),
         "missing": sum(row["missing"] for row in parts.values()),

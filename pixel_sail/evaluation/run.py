@@ -19,15 +19,14 @@ from typing import Any
 
 from pixel_sail import dist
 from pixel_sail.config import ConfigError, EvalConfig, build
-from pixel_sail.evaluation.cases import Case, ranked, spread
 from pixel_sail.evaluation.confidence import bootstrap, seed_for
 from pixel_sail.evaluation.engine import evaluate, protocol_of
 from pixel_sail.evaluation.loaders import eval_entry
-from pixel_sail.evaluation.measured import Measured, Scores
 from pixel_sail.evaluation.paper_tables import paper_tables
 from pixel_sail.evaluation.predict import DTYPES, BatchPredictor
 from pixel_sail.evaluation.refer_seg import as_task
 from pixel_sail.evaluation.report import write_report
+from pixel_sail.evaluation.result_examples import ResultExample, ranked, spread
 from pixel_sail.evaluation.results import (
     EVALUATION,
     Cost,
@@ -40,6 +39,7 @@ from pixel_sail.evaluation.results import (
 )
 from pixel_sail.evaluation.tables import scores_table
 from pixel_sail.evaluation.task import Task
+from pixel_sail.evaluation.task_scores import Scores, TaskScores
 from pixel_sail.model.folder import holds_model, model_hashes
 from pixel_sail.provenance import code_version, device_name
 from pixel_sail.training.run_lock import RunLock
@@ -91,7 +91,7 @@ def _run_plan(config: EvalConfig, plan: Plan, folder: Path, output: Path) -> dic
     )
     rows: dict[str, Row] = {}
     resampled: dict[str, Resampled] = {}
-    cases: dict[str, list[Case]] = {}
+    examples: dict[str, list[ResultExample]] = {}
     for name, task in plan.tasks.items():
         protocol = protocol_of(
             predictor,
@@ -107,19 +107,19 @@ def _run_plan(config: EvalConfig, plan: Plan, folder: Path, output: Path) -> dic
         # Rank 0 scores alone, as some scorers start programs of their own.
         if dist.rank() == 0:
             images = [str(question.image_id) for question in task.questions(config.predict.prompt)]
-            measured = task.measure(task.items, records)
-            resampled[name] = _resample(measured, images, name, config)
+            task_scores = task.measure(task.items, records)
+            resampled[name] = _resample(task_scores, images, name, config)
             now = time.monotonic()
             cost = Cost(asked=len(records) - num_before, asking_s=asked - started, scoring_s=now - asked)
-            rows[name] = result_row(name, task.kind, measured, resampled[name], cost, protocol)
+            rows[name] = result_row(name, task.kind, task_scores, resampled[name], cost, protocol)
             append_row(output, rows[name])
-            cases[name] = _choose(task, records, measured, images, config.examples)
+            examples[name] = _choose(task, records, task_scores, images, config.examples)
         dist.barrier()
     if dist.rank() == 0:
         if (overall := perbench_row(rows, resampled)) is not None:
             rows[overall["eval"]] = overall
             append_row(output, overall)
-        _report(output, config, folder, plan, rows, cases)
+        _report(output, config, folder, plan, rows, examples)
     return dist.gather_objects({name: row["scores"] for name, row in rows.items()})[0]
 
 
@@ -168,23 +168,25 @@ def _num_answered(folder: Path) -> int:
     return sum(part.read_bytes().count(b"\n") for part in folder.glob("part-*.jsonl"))
 
 
-def _resample(measured: Measured, images: Sequence[str], name: str, config: EvalConfig) -> Resampled:
+def _resample(task_scores: TaskScores, images: Sequence[str], name: str, config: EvalConfig) -> Resampled:
     """Return the scores of resampled images."""
     seed = seed_for(config.seed, name)
-    samples = bootstrap(measured.fractions, images, seed=seed, resamples=config.resamples) if config.resamples else {}
+    samples = (
+        bootstrap(task_scores.fractions, images, seed=seed, resamples=config.resamples) if config.resamples else {}
+    )
     return Resampled(samples=samples, num_images=len(set(images)), resamples=config.resamples, seed=seed)
 
 
 def _choose(
-    task: Task[Any, Any], records: Sequence[Any], measured: Measured, images: Sequence[str], number: int
-) -> list[Case]:
-    """Return the cases that are shown: by rank where items have a score for their masks, else at even distances."""
+    task: Task[Any, Any], records: Sequence[Any], task_scores: TaskScores, images: Sequence[str], number: int
+) -> list[ResultExample]:
+    """Return the examples that are shown: by rank where items have a score for their masks, else at even distances."""
     pairs = list(zip(task.items, records, strict=True))
-    score = next((measured.fractions[name] for name in RANKED_BY if name in measured.fractions), None)
+    score = next((task_scores.fractions[name] for name in RANKED_BY if name in task_scores.fractions), None)
     if score is None:
-        return [task.case(item, record) for item, record in spread(pairs, number)]
+        return [task.example(item, record) for item, record in spread(pairs, number)]
     chosen = ranked(score.per_item(), images, number)
-    return [replace(task.case(*pairs[index]), rank=rank) for rank, index in chosen]
+    return [replace(task.example(*pairs[index]), rank=rank) for rank, index in chosen]
 
 
 def _report(
@@ -193,7 +195,7 @@ def _report(
     folder: Path,
     plan: Plan,
     rows: Mapping[str, Row],
-    cases: Mapping[str, Sequence[Case]],
+    examples: Mapping[str, Sequence[ResultExample]],
 ) -> None:
     """Write the report of this call."""
     results: dict[str, Scores] = {name: row["scores"] for name, row in rows.items()}
@@ -210,7 +212,7 @@ def _report(
             *paper_tables(results, prompt=config.predict.prompt, limit=config.max_images),
             *(scores_table(kind[0].upper() + kind[1:], table, intervals) for kind, table in kinds.items()),
         ],
-        cases=cases,
+        examples=examples,
     )
 
 

@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pixel_sail.evaluation.measured import PAPER_PREFIX, Scores
 from pixel_sail.evaluation.paper_tables import FILE
 from pixel_sail.evaluation.results import EVALUATION, PERBENCH_OVERALL, SCORED, perbench_overall_of, read_rows
 from pixel_sail.evaluation.tables import Table
+from pixel_sail.evaluation.task_scores import PAPER_PREFIX, Scores
 from pixel_sail.types import DataError
 
 NOT_RUN = "not run"

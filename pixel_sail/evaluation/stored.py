@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from pixel_sail.evaluation.loaders import LIMIT, load_entry, read_entry
-from pixel_sail.evaluation.measured import Measured
 from pixel_sail.evaluation.record_files import read_records
 from pixel_sail.evaluation.refer_seg import as_task
-from pixel_sail.evaluation.task import Question, Task
+from pixel_sail.evaluation.task import ItemRequest, Task
+from pixel_sail.evaluation.task_scores import TaskScores
 from pixel_sail.types import DataError
 
 
@@ -35,7 +35,7 @@ class StoredEval:
     """In the order of the items."""
 
     @cached_property
-    def questions(self) -> list[Question]:
+    def questions(self) -> list[ItemRequest]:
         """Return the question of every item, as it was asked."""
         return self.task.questions(self.protocol["predict"]["prompt"])
 
@@ -43,7 +43,7 @@ class StoredEval:
         """Return which image each item is about."""
         return [str(question.image_id) for question in self.questions]
 
-    def measure(self) -> Measured:
+    def measure(self) -> TaskScores:
         """Return the scores, computed anew. Raises: DataError."""
         return self.task.measure(self.task.items, self.records)
 

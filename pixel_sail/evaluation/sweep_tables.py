@@ -23,11 +23,11 @@ import numpy as np
 
 from pixel_sail.evaluation.comparison import check_same, check_same_targets
 from pixel_sail.evaluation.confidence import RESAMPLES, Interval, bootstrap, interval, seed_for
-from pixel_sail.evaluation.measured import Scores
 from pixel_sail.evaluation.results import EVALUATION, SCORED, read_rows
 from pixel_sail.evaluation.results import FILE_NAME as RESULTS_NAME
 from pixel_sail.evaluation.stored import read_stored
 from pixel_sail.evaluation.tables import Table
+from pixel_sail.evaluation.task_scores import Scores
 from pixel_sail.types import DataError
 
 SWEEP_NAME = "sweep.json"

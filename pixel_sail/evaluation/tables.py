@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pixel_sail.evaluation.confidence import Interval
-from pixel_sail.evaluation.measured import Scores
+from pixel_sail.evaluation.task_scores import Scores
 
 COLUMNS = ("ciou", "giou", "p50", "p70", "p90", "n_acc", "t_acc")
 """Scores that stand first in a table; other ones follow, but for these."""

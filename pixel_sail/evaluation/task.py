@@ -4,7 +4,7 @@ Place in the flow: `refer_seg.py`, `region_caption.py`, `region_choice.py`, `vis
 `grounded_caption.py` return a `Task`, the target of an eval in a config; `engine.py` asks it. An item of PerBench's
 detailed captions becomes
 
-    Question(key="sa_1.jpg/0.0", image_id="images/sa_1.jpg", photo=Photo(path=..., size_hw=(1365, 2048)),
+    ItemRequest(key="sa_1.jpg/0.0", image_id="images/sa_1.jpg", photo=Photo(path=..., size_hw=(1365, 2048)),
              text="Can you provide me with a detailed ... <Prompt0>? ...", regions=(rle,), prompt_ids=(0,))
 """
 
@@ -15,11 +15,11 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from pixel_sail.config import ConfigError
 from pixel_sail.data.masks import decode_rle
-from pixel_sail.evaluation.cases import Case
-from pixel_sail.evaluation.measured import Measured, Scores
 from pixel_sail.evaluation.photos import Photo
-from pixel_sail.evaluation.predict import Reply
+from pixel_sail.evaluation.predict import PredictorOutput
 from pixel_sail.evaluation.record_files import Record, RecordFormat
+from pixel_sail.evaluation.result_examples import ResultExample
+from pixel_sail.evaluation.task_scores import Scores, TaskScores
 from pixel_sail.types import RLE, VisualPrompt
 
 LONG_ANSWER_TOKENS = 512
@@ -29,7 +29,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
+class ItemRequest:
     """What is asked about one item. RLEs are decoded only while its image is worked on."""
 
     key: Any
@@ -56,8 +56,8 @@ class Question:
 class Answered:
     """A question with what the model said."""
 
-    question: Question
-    reply: Reply
+    question: ItemRequest
+    reply: PredictorOutput
     is_retry: bool
     """The reply has no mask of its own, its masks are those of a second answer that was forced to begin with one."""
     mask_rule: str
@@ -71,14 +71,14 @@ class Task(Generic[Item, Record]):
     kind: str
     """Tasks of one kind share a table of scores."""
     items: Sequence[Item]
-    question: Callable[[Item, str], Question]
+    question: Callable[[Item, str], ItemRequest]
     """(item, `predict.prompt`) -> question. Raises: ConfigError for a prompt the task does not have."""
     record: Callable[[Item, Answered], Record]
     """(item, what was said) -> what is written."""
     format: RecordFormat[Record, Any]
-    measure: Callable[[Sequence[Item], Sequence[Record]], Measured]
+    measure: Callable[[Sequence[Item], Sequence[Record]], TaskScores]
     """(items, their records in the same order) -> scores by name, and what each item adds to them."""
-    case: Callable[[Item, Record], Case]
+    example: Callable[[Item, Record], ResultExample]
     """(item, record) -> a picture for the report."""
     max_new_tokens: int
     """Longest answer where `predict.max_new_tokens` does not say."""
@@ -91,7 +91,7 @@ class Task(Generic[Item, Record]):
         """Return the scores of items by name; `records` are in their order."""
         return self.measure(items, records).scores
 
-    def questions(self, prompt: str) -> list[Question]:
+    def questions(self, prompt: str) -> list[ItemRequest]:
         """Return the question of every item, in order. Raises: ConfigError for a prompt the task does not have."""
         return [self.question(item, prompt) for item in self.items]
 
@@ -108,7 +108,7 @@ class Asked(Generic[Item]):
     """An item with its question."""
 
     item: Item
-    question: Question
+    question: ItemRequest
 
     @property
     def image_id(self) -> int | str:

@@ -59,7 +59,7 @@ def overlays(task: ReferTask, predictions: Sequence[Prediction]) -> list[tuple[s
     pictures = []
     for prediction in predictions:
         item = by_id[prediction_key(prediction)]
-        image = task.case(item, prediction).photo.open(f"image {item.image_id}")
+        image = task.example(item, prediction).photo.open(f"image {item.image_id}")
         empty = np.zeros(item.image_hw, dtype=bool)
         true = decode_rle(item.target) if item.target is not None else empty
         predicted = decode_rle(prediction.segmentation) if prediction.segmentation is not None else empty

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pixel_sail.data.sources import perbench
-from pixel_sail.evaluation.answers import ANSWERS, ItemAnswer, item_answer
-from pixel_sail.evaluation.cases import Case
-from pixel_sail.evaluation.measured import PAPER_PREFIX, Measured, measure, together
+from pixel_sail.evaluation.item_predictions import ITEM_PREDICTIONS, ItemPrediction, item_prediction
 from pixel_sail.evaluation.overlay import PREDICTED_COLOR, TRUE_COLOR
 from pixel_sail.evaluation.photos import Photo
-from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS, Answered, Question, Task, prompt_template
+from pixel_sail.evaluation.result_examples import ResultExample
+from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS, Answered, ItemRequest, Task, prompt_template
+from pixel_sail.evaluation.task_scores import PAPER_PREFIX, TaskScores, measure, merge_scores
 from pixel_sail.metrics.visual_referring import score_each, score_first_as_released, score_union
 from pixel_sail.types import RLE, VisualReferring
 
@@ -28,23 +28,23 @@ PROMPTS = {"standard": "{question}", "paper": "{question}"}
 """The question of the file; the release adds nothing to it."""
 
 
-def load(*, annotations: str | Path, image_dir: str | Path) -> Task[VisualReferring, ItemAnswer]:
+def load(*, annotations: str | Path, image_dir: str | Path) -> Task[VisualReferring, ItemPrediction]:
     """Return PerBench's questions; the files are those of `perbench.load_visual_referring`. Raises: DataError."""
     return Task(
         kind=KIND,
         items=perbench.load_visual_referring(annotations, image_dir=image_dir),
         question=_question,
         record=_record,
-        format=ANSWERS,
+        format=ITEM_PREDICTIONS,
         measure=_measure,
-        case=_case,
+        example=_example,
         max_new_tokens=LONG_ANSWER_TOKENS,
         retries_without_mask=True,
     )
 
 
-def _question(item: VisualReferring, prompt: str) -> Question:
-    return Question(
+def _question(item: VisualReferring, prompt: str) -> ItemRequest:
+    return ItemRequest(
         key=item.item_id,
         image_id=str(item.image_path),
         photo=Photo(path=item.image_path, size_hw=item.image_hw),
@@ -54,17 +54,17 @@ def _question(item: VisualReferring, prompt: str) -> Question:
     )
 
 
-def _record(item: VisualReferring, answered: Answered) -> ItemAnswer:
-    return item_answer(item.item_id, answered)
+def _record(item: VisualReferring, answered: Answered) -> ItemPrediction:
+    return item_prediction(item.item_id, answered)
 
 
-def _own_masks(answer: ItemAnswer) -> tuple[RLE, ...]:
+def _own_masks(answer: ItemPrediction) -> tuple[RLE, ...]:
     """Return the masks the model gave without being forced to."""
     return () if answer.is_retry else answer.masks
 
 
-def _case(item: VisualReferring, answer: ItemAnswer) -> Case:
-    return Case(
+def _example(item: VisualReferring, answer: ItemPrediction) -> ResultExample:
+    return ResultExample(
         text=item.question,
         answer=answer.answer,
         photo=Photo(path=item.image_path, size_hw=item.image_hw),
@@ -77,12 +77,12 @@ def _case(item: VisualReferring, answer: ItemAnswer) -> Case:
     )
 
 
-def _measure(items: Sequence[VisualReferring], answers: Sequence[ItemAnswer]) -> Measured:
+def _measure(items: Sequence[VisualReferring], answers: Sequence[ItemPrediction]) -> TaskScores:
     triples = [(_own_masks(answer), answer, item) for item, answer in zip(items, answers, strict=True)]
     union = [score_union(own, item.targets, where=item.item_id) for own, _, item in triples]
     each = [score_each(own, item.targets, where=item.item_id) for own, _, item in triples]
     released = [score_first_as_released(answer.masks, item.targets, where=item.item_id) for _, answer, item in triples]
-    return together(
+    return merge_scores(
         measure(union),
         measure(each, prefix="each_", names=("giou",)),
         measure(released, prefix=PAPER_PREFIX),

@@ -63,7 +63,7 @@ class ImagePrefixes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class GenerationOutput:
     """One generated answer."""
 
     token_ids: list[int]
@@ -135,7 +135,7 @@ def generate(
     max_new_tokens: int,
     end_ids: Sequence[int],
     compiled: bool = False,
-) -> list[list[Answer]]:
+) -> list[list[GenerationOutput]]:
     """Continue texts greedily until an end token or the length limit, each after the prefix of its image.
 
     texts: tokens of every text of every image, images in the order of the prefixes; without prefixes (text only) the
@@ -147,7 +147,7 @@ def generate(
         try:
             next(steps)
         except StopIteration as finished:
-            answers: list[list[Answer]] = finished.value
+            answers: list[list[GenerationOutput]] = finished.value
             return answers
 
 
@@ -160,7 +160,7 @@ def generate_steps(
     max_new_tokens: int,
     end_ids: Sequence[int],
     compiled: bool = False,
-) -> Generator[list[list[int]], None, list[list[Answer]]]:
+) -> Generator[list[list[int]], None, list[list[GenerationOutput]]]:
     """Do what `generate` does, and yield after every step the tokens of all rows so far, those that fill up included;
     the lists are those that grow.
 
@@ -208,13 +208,15 @@ def generate_steps(
         state_RD = cache.extend(consumed)[:, 0]
     none = state_RD.new_zeros(0, model.config.hidden_size)
     answers = (
-        Answer(token_ids=row.tokens, seg_states_ND=torch.stack(row.seg_states) if row.seg_states else none)
+        GenerationOutput(token_ids=row.tokens, seg_states_ND=torch.stack(row.seg_states) if row.seg_states else none)
         for row in rows
     )
     return list(_regroup(answers, [len(group) for group in texts], num_columns))
 
 
-def _regroup(answers: Iterator[Answer], counts: Sequence[int], num_columns: int) -> Iterator[list[Answer]]:
+def _regroup(
+    answers: Iterator[GenerationOutput], counts: Sequence[int], num_columns: int
+) -> Iterator[list[GenerationOutput]]:
     """Yield the answers of each image without those of rows that only fill up."""
     for number in counts:
         yield [next(answers) for _ in range(num_columns)][:number]

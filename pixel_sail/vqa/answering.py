@@ -1,9 +1,9 @@
 """Short answers to general visual questions; knows nothing of the kit that asks them.
 
-Place in the flow: `kit_requests.py` makes a `VqaQuestion` of each request of the kit, `answers` yields one text each in
+Place in the flow: `kit_requests.py` makes a `VqaRequest` of each request of the kit, `answers` yields one text each in
 the same order, `lmms_eval_model.py` returns them to the kit, which scores them.
 
-    VqaQuestion(question="Is the star red? Please answer yes or no.", image=<Image 640x427>, max_new_tokens=16)
+    VqaRequest(question="Is the star red? Please answer yes or no.", image=<Image 640x427>, max_new_tokens=16)
         -> "Yes"
 
 Questions about the same picture that stand near each other share it: it is encoded once. What the predictor can answer
@@ -18,7 +18,7 @@ from itertools import islice
 
 from PIL import Image
 
-from pixel_sail.evaluation.predict import BatchPredictor, Request
+from pixel_sail.evaluation.predict import BatchPredictor, GenerationRequest
 from pixel_sail.model.tokenization import special_tokens
 
 WINDOW = 64
@@ -26,7 +26,7 @@ WINDOW = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class VqaQuestion:
+class VqaRequest:
     """One question, about one picture or none."""
 
     question: str
@@ -46,11 +46,11 @@ def answer(
     until: Sequence[str] = (),
 ) -> str:
     """Return the greedy answer to one question, without special tokens; `until` ends it early."""
-    asked = VqaQuestion(question=question, image=image, max_new_tokens=max_new_tokens, until=tuple(until))
+    asked = VqaRequest(question=question, image=image, max_new_tokens=max_new_tokens, until=tuple(until))
     return next(answers(predictor, [asked]))
 
 
-def answers(predictor: BatchPredictor, questions: Iterable[VqaQuestion]) -> Iterator[str]:
+def answers(predictor: BatchPredictor, questions: Iterable[VqaRequest]) -> Iterator[str]:
     """Yield the greedy answer to every question, in order.
 
     `predictor.config.max_batch_tokens` limits what runs as one batch. Masks are not returned.
@@ -78,7 +78,7 @@ def _before_first(text: str, ends: Sequence[str]) -> str:
     return text[: min((place for end in ends if (place := text.find(end)) >= 0), default=len(text))]
 
 
-def _answer_window(predictor: BatchPredictor, window: Sequence[VqaQuestion]) -> list[str]:
+def _answer_window(predictor: BatchPredictor, window: Sequence[VqaRequest]) -> list[str]:
     """Return the answers to a few questions, asked together as far as they have the same length limit."""
     special = special_tokens(predictor.processor.settings.num_visual_prompts)
     texts = [""] * len(window)
@@ -95,10 +95,10 @@ def _answer_window(predictor: BatchPredictor, window: Sequence[VqaQuestion]) -> 
     return texts
 
 
-def _request(predictor: BatchPredictor, same_picture: Sequence[VqaQuestion]) -> Request:
+def _request(predictor: BatchPredictor, same_picture: Sequence[VqaRequest]) -> GenerationRequest:
     """Return questions about one picture as the predictor takes them."""
     image = same_picture[0].image
-    return Request(
+    return GenerationRequest(
         image=None if image is None else predictor.prepare(image), questions=[asked.question for asked in same_picture]
     )
 

@@ -4,7 +4,7 @@ Place in the flow: lmms-eval hands `lmms_eval_model.py` its `Instance` objects; 
 read here, without importing the kit:
 
     ("Is it red?", {"max_new_tokens": 16, "until": ["\\n\\n"]}, doc_to_visual, 7, "mme", "test")
-        -> VqaQuestion(question="Is it red?", image=<Image>, max_new_tokens=16, until=("\\n\\n",))
+        -> VqaRequest(question="Is it red?", image=<Image>, max_new_tokens=16, until=("\\n\\n",))
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from PIL import Image
 
 from pixel_sail.data.images import check_format
 from pixel_sail.types import DataError
-from pixel_sail.vqa.answering import VqaQuestion
+from pixel_sail.vqa.answering import VqaRequest
 
 DEFAULT_MAX_NEW_TOKENS = 512
 """Longest answer where the task states none, as for the project's other tasks with text to be said."""
@@ -23,7 +23,7 @@ Documents = Mapping[str, Mapping[str, Sequence[Any]]]
 """Task name -> split -> documents."""
 
 
-def to_question(arguments: Sequence[Any], documents: Documents, *, default_max_new_tokens: int) -> VqaQuestion:
+def to_question(arguments: Sequence[Any], documents: Documents, *, default_max_new_tokens: int) -> VqaRequest:
     """Return one `generate_until` request as a question.
 
     Raises: DataError for more than one picture, for anything but pictures, for sampling, and for settings of a wrong
@@ -34,7 +34,7 @@ def to_question(arguments: Sequence[Any], documents: Documents, *, default_max_n
     if not isinstance(text, str):
         raise DataError(f"{where}: a question of type {type(text).__name__} found, expected text; leave the task out")
     _check_greedy(settings, where)
-    return VqaQuestion(
+    return VqaRequest(
         question=text,
         image=one_image(_visuals(doc_to_visual, documents[task][split][doc_id]), where),
         max_new_tokens=_max_new_tokens(settings, default_max_new_tokens, where),

@@ -1,8 +1,8 @@
 """What a person gives and gets when asking a model: marked regions in, answers with masks out.
 
-Place in the flow: `predictor.py` takes `Box`, `Point` and masks, and returns an `AskResult`. One as an example:
+Place in the flow: `predictor.py` takes `Box`, `Point` and masks, and returns a `PredictorOutput`. One as an example:
 
-    AskResult(answer="It is [SEG].", masks_NHW=<bool 1x427x640>, scores=(0.93,), timing=Timing(encode_s=0.21, ...))
+    PredictorOutput(answer="It is [SEG].", masks_NHW=<bool 1x427x640>, scores=(0.93,), timing=Timing(encode_s=0.21, ...))
     .boxes     ((120, 48, 311, 402),)       .to_json()  {"answer": "It is [SEG].", "masks": [{"size": ...}], ...}
 """
 
@@ -54,7 +54,7 @@ class Timing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AskResult:
+class PredictorOutput:
     """An answer."""
 
     answer: str

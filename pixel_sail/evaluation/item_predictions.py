@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 from pixel_sail.data.masks import check_rle
-from pixel_sail.evaluation.cases import Case
-from pixel_sail.evaluation.measured import Measured
 from pixel_sail.evaluation.photos import Photo
 from pixel_sail.evaluation.record_files import Json, RecordFormat, check_fields, check_kinds
-from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS, Answered, Question, Task
+from pixel_sail.evaluation.result_examples import ResultExample
+from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS, Answered, ItemRequest, Task
+from pixel_sail.evaluation.task_scores import TaskScores
 from pixel_sail.rle import encode_mask
 from pixel_sail.types import RLE, DataError, RegionCaption, RegionChoice
 
@@ -33,7 +33,7 @@ _KINDS: dict[str, type] = {"item_id": str, "question": str, "answer": str, "mask
 
 
 @dataclass(frozen=True, kw_only=True)
-class ItemAnswer:
+class ItemPrediction:
     """What the model said about one item."""
 
     item_id: str
@@ -44,37 +44,37 @@ class ItemAnswer:
     is_retry: bool = False
 
 
-def _to_json(answer: ItemAnswer, where: str) -> Json:
+def _to_json(answer: ItemPrediction, where: str) -> Json:
     for index, mask in enumerate(answer.masks):
         check_rle(mask, None, f"{where} {answer.item_id}, mask {index}")
     return asdict(answer)
 
 
-def _from_json(line: Json, where: str) -> ItemAnswer:
+def _from_json(line: Json, where: str) -> ItemPrediction:
     check_fields(line, _FIELDS, (), where)
     check_kinds(line, _KINDS, where)
     masks = tuple(check_rle(mask, None, f"{where}: mask {index}") for index, mask in enumerate(line["masks"]))
-    return ItemAnswer(**{**line, "masks": masks})
+    return ItemPrediction(**{**line, "masks": masks})
 
 
-def answer_key(answer: ItemAnswer) -> str:
+def answer_key(answer: ItemPrediction) -> str:
     """Return what names an item within its benchmark."""
     return answer.item_id
 
 
-ANSWERS: RecordFormat[ItemAnswer, str] = RecordFormat(
+ITEM_PREDICTIONS: RecordFormat[ItemPrediction, str] = RecordFormat(
     to_json=_to_json, from_json=_from_json, key=answer_key, key_name="item_id"
 )
 
 
-def in_order(item_ids: Sequence[str], answers: Sequence[ItemAnswer]) -> list[ItemAnswer]:
+def in_order(item_ids: Sequence[str], answers: Sequence[ItemPrediction]) -> list[ItemPrediction]:
     """Return the answers in the order of the items.
 
     Raises: DataError for an item that occurs twice, has no answer, or for an answer to no item.
     """
-    by_id: dict[str, ItemAnswer] = {}
+    by_id: dict[str, ItemPrediction] = {}
     for answer in answers:
-        ANSWERS.add_unique(by_id, answer, "answers")
+        ITEM_PREDICTIONS.add_unique(by_id, answer, "answers")
     unknown, unanswered = by_id.keys() - set(item_ids), set(item_ids) - by_id.keys()
     if unknown or unanswered or len(set(item_ids)) != len(item_ids):
         raise DataError(
@@ -85,33 +85,33 @@ def in_order(item_ids: Sequence[str], answers: Sequence[ItemAnswer]) -> list[Ite
     return [by_id[item_id] for item_id in item_ids]
 
 
-def answers_task(
+def long_answer_task(
     *,
     kind: str,
     items: Sequence[Item],
     item_id: Callable[[Item], str],
-    question: Callable[[Item, str], Question],
-    measure: Callable[[Sequence[Item], Sequence[ItemAnswer]], Measured],
-    case: Callable[[Item, ItemAnswer], Case],
+    question: Callable[[Item, str], ItemRequest],
+    measure: Callable[[Sequence[Item], Sequence[ItemPrediction]], TaskScores],
+    example: Callable[[Item, ItemPrediction], ResultExample],
     check: Callable[[], None],
-) -> Task[Item, ItemAnswer]:
+) -> Task[Item, ItemPrediction]:
     """Return the task of asking for long answers, one per item; the arguments are the fields of `Task`."""
     return Task(
         kind=kind,
         items=items,
         question=question,
-        record=lambda item, answered: item_answer(item_id(item), answered),
-        format=ANSWERS,
+        record=lambda item, answered: item_prediction(item_id(item), answered),
+        format=ITEM_PREDICTIONS,
         measure=measure,
-        case=case,
+        example=example,
         max_new_tokens=LONG_ANSWER_TOKENS,
         check=check,
     )
 
 
-def region_question(item: RegionItem, text: str) -> Question:
+def region_request(item: RegionItem, text: str) -> ItemRequest:
     """Return a question about the region of an item, which is <Prompt0>."""
-    return Question(
+    return ItemRequest(
         key=item.item_id,
         image_id=str(item.image_path),
         photo=Photo(path=item.image_path, size_hw=item.image_hw),
@@ -121,9 +121,9 @@ def region_question(item: RegionItem, text: str) -> Question:
     )
 
 
-def item_answer(item_id: str, answered: Answered) -> ItemAnswer:
+def item_prediction(item_id: str, answered: Answered) -> ItemPrediction:
     """Return what was said about an item, masks at image size."""
-    return ItemAnswer(
+    return ItemPrediction(
         item_id=item_id,
         question=answered.question.text,
         answer=answered.reply.text,

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 from test_predict import predictor as batch  # noqa: F401, a fixture
 
-from pixel_sail import ask_files as module
-from pixel_sail.ask_files import ask_files
-from pixel_sail.config import AskConfig, ConfigError, PredictConfig
+from pixel_sail import predict_files as module
+from pixel_sail.config import ConfigError, PredictCommandConfig, PredictConfig
+from pixel_sail.predict_files import predict_files
 from pixel_sail.types import DataError
 
 COLOURS = {"a.png": "red", "b.jpg": "blue", "b.png": "green"}
@@ -27,10 +27,10 @@ def photos(tmp_path, batch):  # noqa: F811
 
 def ask(photos, image, output):
     forced = PredictConfig(answer="forced")
-    config = AskConfig(
+    config = PredictCommandConfig(
         checkpoint=str(photos.parent / "model"), image=str(image), question="a", output=str(output), predict=forced
     )
-    return list(ask_files(config))
+    return list(predict_files(config))
 
 
 def test_what_a_mac_leaves_in_a_folder_is_no_image_and_names_may_be_composed_otherwise(tmp_path):

@@ -1,9 +1,9 @@
 """Scores, and what each item adds to them, so that they can be resampled and compared item by item.
 
-Place in the flow: the sums of `metrics/` -> `measure` -> `Measured`, which every `Task` returns -> `confidence.py`
+Place in the flow: the sums of `metrics/` -> `measure` -> `TaskScores`, which every `Task` returns -> `confidence.py`
 (intervals), `results.py` (rows), `tools/compare_runs.py`. Two expressions with 2 of 4 and 3 of 4 pixels right:
 
-    Measured(scores={"ciou": 0.625, "giou": 0.625, "count": 2, ...},
+    TaskScores(scores={"ciou": 0.625, "giou": 0.625, "count": 2, ...},
              fractions={"ciou": ItemFractions(numerators_N=[2, 3], denominators_N=[4, 4]),
                         "giou": ItemFractions(numerators_N=[0.5, 0.75], denominators_N=[1, 1]), ...})
 
@@ -48,7 +48,7 @@ class ItemFractions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class TaskScores:
     """The scores of one benchmark and, for those of them that are sums over items, what each item adds."""
 
     scores: Scores
@@ -71,7 +71,7 @@ class ItemSums(Protocol):
 Sums = TypeVar("Sums", bound=ItemSums)
 
 
-def measure(sums: Sequence[Sums], *, prefix: str = "", names: Sequence[str] | None = None) -> Measured:
+def measure(sums: Sequence[Sums], *, prefix: str = "", names: Sequence[str] | None = None) -> TaskScores:
     """Return the scores over items from the sums of each, at least one.
 
     names: which of the scores, by default all. With a prefix counts are left out, they stand among the scores without.
@@ -84,17 +84,17 @@ def measure(sums: Sequence[Sums], *, prefix: str = "", names: Sequence[str] | No
         if (names is None or name in names) and (not prefix or name in each[0])
     }
     fractions = {name: ItemFractions.of(item[name] for item in each) for name in each[0] if name in scores}
-    return Measured(
+    return TaskScores(
         scores={f"{prefix}{name}": value for name, value in scores.items()},
         fractions={f"{prefix}{name}": value for name, value in fractions.items()},
     )
 
 
-def together(*parts: Measured, **more: int) -> Measured:
+def together(*parts: TaskScores, **more: int) -> TaskScores:
     """Return the scores of all parts as one, with further counts."""
     scores: dict[str, float | int] = {}
     fractions: dict[str, ItemFractions] = {}
     for part in parts:
         scores |= part.scores
         fractions |= part.fractions
-    return Measured(scores=scores | more, fractions=fractions)
+    return TaskScores(scores=scores | more, fractions=fractions)

@@ -1,7 +1,7 @@
 """Items with their answers as pictures: which ones are shown, and how.
 
-Place in the flow: every task makes a `Case` of an item and its record; `run.py` chooses the best, median and worst ones
-(`ranked`) -> `report.py` puts them into the page and `sheet` into one PNG. A case of referring segmentation shows
+Place in the flow: every task makes a `ResultExample` of an item and its record; `run.py` chooses the best, median and worst ones
+(`ranked`) -> `report.py` puts them into the page and `sheet` into one PNG. An example of referring segmentation shows
 
     image | predicted mask | true mask | best: "the small striped circle" (IoU 0.87, answer: It is [SEG].)
 """
@@ -33,7 +33,7 @@ _FONT_PX = 18
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class ResultExample:
     """One item with what was answered, ready to be shown."""
 
     text: str
@@ -67,10 +67,10 @@ class Case:
         return ", ".join([*iou, f"answer: {self.answer}", *expected])
 
 
-def expression_case(item: Expression, prediction: Prediction, *, is_upright: bool = False) -> Case:
+def expression_example(item: Expression, prediction: Prediction, *, is_upright: bool = False) -> ResultExample:
     """Return an expression with its predicted and its true mask."""
     masks = ((prediction.segmentation, PREDICTED_COLOR), (item.target, TRUE_COLOR))
-    return Case(
+    return ResultExample(
         text=item.text,
         answer=prediction.answer,
         photo=Photo(path=item.image_path, size_hw=item.image_hw, is_upright=is_upright),
@@ -84,10 +84,10 @@ def spread(items: Sequence[Item], number: int) -> list[Item]:
     return [items[int(i)] for i in np.linspace(0, len(items) - 1, min(number, len(items)))]
 
 
-def spread_cases(items: Sequence[Expression], predictions: Sequence[Prediction], number: int) -> list[Case]:
+def spread_examples(items: Sequence[Expression], predictions: Sequence[Prediction], number: int) -> list[ResultExample]:
     """Return `number` expressions at even distances over the split with their predictions."""
     by_id = {prediction_key(prediction): prediction for prediction in predictions}
-    return [expression_case(item, by_id[prediction_key(item)]) for item in spread(items, number)]
+    return [expression_example(item, by_id[prediction_key(item)]) for item in spread(items, number)]
 
 
 def ranked(values: NDArray[np.float64], images: Sequence[Hashable], number: int) -> list[tuple[str, int]]:
@@ -116,9 +116,9 @@ def ranked(values: NDArray[np.float64], images: Sequence[Hashable], number: int)
     return [(rank, index) for rank in RANKS for index in chosen[rank]]
 
 
-def sheet(rows: Sequence[Sequence[Case]], width: int) -> Picture:
-    """Return the pictures of several cases in rows, each `width` pixels wide and captioned with its expression."""
-    drawn = [[_cell(case, width) for case in row] for row in rows]
+def sheet(rows: Sequence[Sequence[ResultExample]], width: int) -> Picture:
+    """Return the pictures of several examples in rows, each `width` pixels wide and captioned with its expression."""
+    drawn = [[_cell(example, width) for example in row] for row in rows]
     heights = [max(cell.shape[0] for cell in row) for row in drawn]
     page = np.full((sum(heights), max(map(len, rows)) * (width + 16), 3), 255, dtype=np.uint8)
     for index, row in enumerate(drawn):
@@ -129,21 +129,21 @@ def sheet(rows: Sequence[Sequence[Case]], width: int) -> Picture:
     return page
 
 
-def _cell(case: Case, width: int) -> Picture:
+def _cell(example: ResultExample, width: int) -> Picture:
     """Return one captioned picture."""
-    picture = Image.fromarray(case.picture())
+    picture = Image.fromarray(example.picture())
     picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.NEAREST)
     cell = Image.new("RGB", (width + 16, picture.height + 44), "white")
     cell.paste(picture, (8, 34))
-    ImageDraw.Draw(cell).text((8, 8), _caption(case, width), fill="black", font=ImageFont.load_default(_FONT_PX))
+    ImageDraw.Draw(cell).text((8, 8), _caption(example, width), fill="black", font=ImageFont.load_default(_FONT_PX))
     return np.asarray(cell)
 
 
-def _caption(case: Case, width: int) -> str:
+def _caption(example: ResultExample, width: int) -> str:
     """Return one line that fits over a picture: rank, question, IoU."""
-    before = f"{case.rank}: " if case.rank else ""
-    after = "" if case.iou is None else f"   IoU {case.iou:.2f}"
-    text = " ".join(case.text.split())
+    before = f"{example.rank}: " if example.rank else ""
+    after = "" if example.iou is None else f"   IoU {example.iou:.2f}"
+    text = " ".join(example.text.split())
     font = ImageFont.load_default(_FONT_PX)
     shown = text
     while shown and font.getlength(f'{before}"{shown}"{after}') > width:

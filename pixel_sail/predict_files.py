@@ -1,6 +1,6 @@
 """Free questions about image files.
 
-Place in the flow: `scripts/predict.py` calls `ask_files`, which asks a `Predictor`. For `photo.jpg` it writes
+Place in the flow: `scripts/predict.py` calls `predict_files`, which asks a `Predictor`. For `photo.jpg` it writes
 `photo.json` and `photo.png`, the masks over the image:
 
     {"image": "photo.jpg", "question": "Please segment the dog.", "answer": "It is [SEG].", "text": "It is.",
@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pixel_sail.answers import AskResult, Box, Point
-from pixel_sail.config import ASK_TEXTS, AskConfig, ConfigError, load_config, plain_options
+from pixel_sail.config import PREDICT_TEXTS, ConfigError, PredictCommandConfig, load_config, plain_options
 from pixel_sail.data.images import existing_file, load_image
 from pixel_sail.evaluation.overlay import PALETTE, Picture, paint
 from pixel_sail.files import check_writable, is_hidden, replace_bytes, replace_text
 from pixel_sail.model.generation import NotFiniteError
 from pixel_sail.predictor import Predictor
+from pixel_sail.predictor_io import Box, Point, PredictorOutput
 from pixel_sail.types import DataError
 
 REGIONS = {"box": ("boxes", 4), "point": ("points", 2)}
@@ -33,13 +33,13 @@ REGIONS = {"box": ("boxes", 4), "point": ("points", 2)}
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
-def ask_config(arguments: Sequence[str]) -> AskConfig:
+def predict_command_config(arguments: Sequence[str]) -> PredictCommandConfig:
     """Return the configuration of a command line: `--image FILE`, `--question TEXT`, `--checkpoint FOLDER` and
     `--output FOLDER` as they stand, `--box X0,Y0,X1,Y1` and `--point X,Y` as often as wanted, and overrides.
 
     Raises: ConfigError as `load_config`, and for an option that is given twice or has no such numbers.
     """
-    options, overrides = plain_options(arguments, (*ASK_TEXTS, *REGIONS))
+    options, overrides = plain_options(arguments, (*PREDICT_TEXTS, *REGIONS))
     texts: dict[str, str] = {}
     regions: dict[str, list[str]] = {}
     for name, text in options:
@@ -54,7 +54,7 @@ def ask_config(arguments: Sequence[str]) -> AskConfig:
         if any(override.startswith(f"{setting}=") for override in overrides):
             raise ConfigError(f"{setting}=... and options of the same are given; use one of both")
         overrides.append(f"{setting}=[{','.join(written)}]")
-    return load_config("predict", AskConfig, overrides, given=texts)
+    return load_config("predict", PredictCommandConfig, overrides, given=texts)
 
 
 def _numbers(name: str, text: str, length: int) -> list[float]:
@@ -68,7 +68,7 @@ def _numbers(name: str, text: str, length: int) -> list[float]:
     return numbers
 
 
-def ask_files(config: AskConfig) -> Iterator[tuple[Path, AskResult | DataError]]:
+def predict_files(config: PredictCommandConfig) -> Iterator[tuple[Path, PredictorOutput | DataError]]:
     """Answer the question about every image, write the results, and yield each image with its answer, or with what is
     wrong with it where there are others.
 
@@ -125,7 +125,7 @@ def image_files(path: Path) -> list[Path]:
     return files
 
 
-def _regions(config: AskConfig) -> list[Box | Point]:
+def _regions(config: PredictCommandConfig) -> list[Box | Point]:
     """Return what is marked; ConfigError for a box or point of another number of coordinates."""
     for name, regions, length in (("boxes", config.boxes, 4), ("points", config.points, 2)):
         for region in regions:
@@ -137,7 +137,7 @@ def _regions(config: AskConfig) -> list[Box | Point]:
     return [*(Box(*box) for box in config.boxes), *(Point(*point) for point in config.points)]
 
 
-def write_result(place: Path, path: Path, question: str, image: Image.Image, result: AskResult) -> None:
+def write_result(place: Path, path: Path, question: str, image: Image.Image, result: PredictorOutput) -> None:
     """Write an answer as `<place>.json`, and its masks as a picture, `<place>.png`."""
     record = {"image": path.name, "question": question, **result.to_json()}
     replace_text(place.with_name(f"{place.name}.json"), json.dumps(record, indent=1) + "\n")
