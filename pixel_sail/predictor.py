@@ -14,7 +14,7 @@ every question, which costs little beside the image.
 import re
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,41 +22,25 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from numpy.typing import NDArray
 from PIL import Image
 
 from pixel_sail.config import ConfigError, PredictConfig
 from pixel_sail.data.images import load_image, rgb_image
 from pixel_sail.data.templates.region import REGION_CAPTION_PROMPT
-from pixel_sail.evaluation.predict import DTYPES, BatchPredictor, GenerationRequest, PredictorOutput
+from pixel_sail.evaluation.predict import DTYPES, BatchPredictor, GenerationRequest
 from pixel_sail.evaluation.refer_seg import PROMPTS
 from pixel_sail.evaluation.run import checkpoint_folder
 from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS
 from pixel_sail.model.folder import MODEL_FILES
 from pixel_sail.model.generation import GenerationOutput, ImagePrefixes, NotFiniteError, generate_steps
 from pixel_sail.model.tokenization import END_TOKEN, IMAGE_TOKENS, SEG_TOKEN, TURN_END, TURN_START
-from pixel_sail.predictor_io import Box, Point, PredictorOutput, Timing, visual_prompts
-from pixel_sail.types import BoolMask, DataError, VisualPrompt
-
-ImageLike = str | Path | Image.Image | NDArray[np.uint8]
-"""An image file, an opened image, or pixels [H, W, 3] in red, green, blue."""
-
-Region = Box | Point | BoolMask
-"""What marks a part of an image; a mask is boolean and has the image's size."""
+from pixel_sail.predictor_io import ImageLike, PredictorOutput, PredictorRequest, Region, Timing, visual_prompts
+from pixel_sail.types import DataError, VisualPrompt
 
 DESCRIBE_IMAGE = "Please describe this image."
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _NAMED_PROMPT = re.compile(r"<Prompt(\d+)>")
 _CONTROL_TOKENS = (SEG_TOKEN, *IMAGE_TOKENS, TURN_START, TURN_END, END_TOKEN)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PredictorRequest:
-    """One question of many: an image (None: a question without one), a text, and regions called `<Prompt0>`, ..."""
-
-    image: ImageLike | None
-    text: str
-    prompts: Sequence[Region] = ()
 
 
 class Predictor:
@@ -124,7 +108,7 @@ class Predictor:
         """
         return self.chat(image, prompts).ask(text)
 
-    def ask_many(self, asks: Sequence[PredictorRequest]) -> list[PredictorOutput]:
+    def ask_many(self, requests: Sequence[PredictorRequest]) -> list[PredictorOutput]:
         """Return the answers of many questions, worked on together; questions about one image object and the same
         regions share its encoding.
 
@@ -132,22 +116,22 @@ class Predictor:
         """
         groups: dict[Any, list[int]] = {}
         # Kept to the end: the numbers of objects that are gone are given to others.
-        marked = [_region_list(item.prompts, f"question {index}: ") for index, item in enumerate(asks)]
-        for index, (item, regions) in enumerate(zip(asks, marked, strict=True)):
+        marked = [_region_list(item.prompts, f"question {index}: ") for index, item in enumerate(requests)]
+        for index, (item, regions) in enumerate(zip(requests, marked, strict=True)):
             _check_text(item.text, len(regions), f"question {index}: ")
             source = item.image if isinstance(item.image, str | Path) else id(item.image)
             groups.setdefault((source, tuple(map(id, regions))), []).append(index)
-        requests = []
+        batch = []
         for members in groups.values():
-            first = asks[members[0]]
+            first = requests[members[0]]
             image, prompts = _open(first.image, marked[members[0]], f"question {members[0]}")
             prepared = None if image is None else self.batch.prepare(image)
-            questions = [asks[index].text for index in members]
-            requests.append(GenerationRequest(image=prepared, questions=questions, prompts=prompts))
+            questions = [requests[index].text for index in members]
+            batch.append(GenerationRequest(image=prepared, questions=questions, prompts=prompts))
         results: dict[int, PredictorOutput] = {}
-        for members, replies in zip(groups.values(), self.batch.ask_many(requests), strict=True):
-            results |= {index: _result(reply) for index, reply in zip(members, replies, strict=True)}
-        return [results[index] for index in range(len(asks))]
+        for members, outputs in zip(groups.values(), self.batch.ask_many(batch), strict=True):
+            results |= dict(zip(members, outputs, strict=True))
+        return [results[index] for index in range(len(requests))]
 
     def chat(self, image: ImageLike | None, prompts: Sequence[Region] = ()) -> "Chat":
         """Begin a conversation about an image. Raises: DataError as `ask`."""
@@ -212,26 +196,26 @@ class Chat:
         is_first = not self._spoken_ids
         question_ids = self.batch.question_ids(text, follows_image=is_first and self._prepared is not None)
         heard_ids = [*self._spoken_ids, *question_ids]
-        answer = yield from self._pieces(heard_ids)
+        generated = yield from self._pieces(heard_ids)
         # States of what was said before stand in front of the new ones.
         earlier = self._spoken_ids.count(self.batch.processor.seg_id)
-        answer = replace(answer, seg_states_ND=answer.seg_states_ND[earlier:])
+        generated = replace(generated, seg_states_ND=generated.seg_states_ND[earlier:])
         self._wait()
-        generated = time.perf_counter()
+        ended = time.perf_counter()
         states = None if self._prefixes is None else self._prefixes.patch_states(0)
         size_hw = (0, 0) if self._prepared is None else self._prepared.size_hw
-        (reply,) = self.batch.replies([answer], states, size_hw)
+        (output,) = self.batch.outputs([generated], states, size_hw)
         timing = Timing(
             encode_s=encoded - start if encodes else 0.0,
-            generate_s=generated - encoded,
-            mask_s=time.perf_counter() - generated,
+            generate_s=ended - encoded,
+            mask_s=time.perf_counter() - ended,
         )
-        said = [token for token in answer.token_ids if token not in self.batch.end_ids]
+        said = [token for token in generated.token_ids if token not in self.batch.end_ids]
         self._spoken_ids = [*heard_ids, *said, self.batch.processor.end_id]
-        self.results.append(_result(reply, timing))
+        self.results.append(replace(output, timing=timing))
 
     def _pieces(self, heard_ids: list[int]) -> Generator[str, None, GenerationOutput]:
-        """Yield the answer's text as it grows, and return the answer."""
+        """Yield the answer's text as it grows, and return what was generated."""
         steps = generate_steps(
             self.batch.model,
             self._prefixes,
@@ -245,10 +229,10 @@ class Chat:
             try:
                 ((token_ids,)) = next(steps)
             except StopIteration as finished:
-                answers: list[list[GenerationOutput]] = finished.value
-                if rest := self.batch.processor.decode(answers[0][0].token_ids).removeprefix(shown):
+                ((generated,),) = finished.value
+                if rest := self.batch.processor.decode(generated.token_ids).removeprefix(shown):
                     yield rest
-                return answers[0][0]
+                return generated
             text = self.batch.processor.decode(token_ids)
             # A character of several tokens is shown when it is whole.
             if text.startswith(shown) and len(text) > len(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
@@ -259,10 +243,6 @@ class Chat:
         """Wait for the device, so that seconds are counted where they are spent."""
         if self.batch.model.device.type == "cuda":
             torch.cuda.synchronize(self.batch.model.device)
-
-
-def _result(reply: PredictorOutput, timing: Timing | None = None) -> PredictorOutput:
-    return PredictorOutput(answer=reply.text, masks_NHW=reply.masks_NHW, scores=reply.scores, timing=timing)
 
 
 def _local_folder(name: str | Path, revision: str | None) -> Path:

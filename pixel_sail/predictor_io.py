@@ -1,17 +1,21 @@
-"""What a person gives and gets when asking a model: marked regions in, answers with masks out.
+"""What goes into a predictor and what comes out: an image with a text and marked regions; a text with masks.
 
-Place in the flow: `predictor.py` takes `Box`, `Point` and masks, and returns a `PredictorOutput`. One as an example:
+Place in the flow: `predictor.py` takes a `PredictorRequest`; `evaluation/predict.py` makes a `PredictorOutput` of what
+was generated, for a person's own code and for every task of the evaluation. One as an example:
 
-    PredictorOutput(answer="It is [SEG].", masks_NHW=<bool 1x427x640>, scores=(0.93,), timing=Timing(encode_s=0.21, ...))
+    PredictorOutput(answer="It is [SEG].", masks_NHW=<bool 1x427x640>, scores=(0.93,), timing=Timing(...))
     .boxes     ((120, 48, 311, 402),)       .to_json()  {"answer": "It is [SEG].", "masks": [{"size": ...}], ...}
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from pixel_sail.data.coordinates import check_pixels
 from pixel_sail.metrics.answer_text import grounded_text
@@ -37,6 +41,13 @@ class Point:
     y: float
 
 
+ImageLike = str | Path | Image.Image | NDArray[np.uint8]
+"""An image file, an opened image, or pixels [H, W, 3] in red, green, blue."""
+
+Region = Box | Point | BoolMask
+"""What marks a part of an image; a mask is boolean and has the image's size."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Timing:
     """Where the seconds of an answer went."""
@@ -54,8 +65,17 @@ class Timing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PredictorRequest:
+    """One question: an image (None: a question without one), a text, and regions called `<Prompt0>`, ..."""
+
+    image: ImageLike | None
+    text: str
+    prompts: Sequence[Region] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class PredictorOutput:
-    """An answer."""
+    """The answer to one question."""
 
     answer: str
     """As generated, with [SEG] and `<p>` marks, without the ending token."""
@@ -65,6 +85,8 @@ class PredictorOutput:
     """Per mask, mean probability of its pixels (0 for an empty one)."""
     timing: Timing | None = None
     """None for answers that were made together with others."""
+    is_retry: bool = False
+    """The answer has no mask of its own, its masks are those of a second answer that was forced to begin with one."""
 
     @property
     def text(self) -> str:
@@ -79,7 +101,14 @@ class PredictorOutput:
     @property
     def mask(self) -> BoolMask | None:
         """Return the union of all masks, None when the answer holds no [SEG]."""
-        return np.asarray(self.masks_NHW.any(axis=0)) if len(self.masks_NHW) else None
+        return self.merged_mask("union")
+
+    def merged_mask(self, rule: str) -> BoolMask | None:
+        """Return the `union` of all masks or the `first`, None when the answer holds no [SEG]."""
+        if len(self.masks_NHW) == 0:
+            return None
+        merged: BoolMask = self.masks_NHW[0] if rule == "first" else np.asarray(self.masks_NHW.any(axis=0))
+        return merged
 
     @property
     def boxes(self) -> tuple[BoxXYXY | None, ...]:
@@ -104,7 +133,7 @@ class PredictorOutput:
         }
 
 
-def region_mask(region: Box | Point | BoolMask, image_hw: SizeHW, where: str) -> BoolMask:
+def region_mask(region: Region, image_hw: SizeHW, where: str) -> BoolMask:
     """Return a marked region as a mask at image size; a box covers every pixel it touches.
 
     Raises: DataError for a region outside the image, numbers within 0 .. 1, which look like fractions of the image, a
@@ -141,7 +170,7 @@ def region_mask(region: Box | Point | BoolMask, image_hw: SizeHW, where: str) ->
 
 
 def visual_prompts(
-    regions: tuple[Box | Point | BoolMask, ...], image_hw: SizeHW, *, first: int = 0, where: str = ""
+    regions: tuple[Region, ...], image_hw: SizeHW, *, first: int = 0, where: str = ""
 ) -> tuple[VisualPrompt, ...]:
     """Return regions as `<Prompt{first}>`, `<Prompt{first + 1}>`, ... Raises: DataError as `region_mask`."""
     return tuple(

@@ -129,10 +129,10 @@ def test_a_question_about_an_image_leaves_json_and_picture(checkpoint, tmp_path)
     Image.fromarray(pixels).save(tmp_path / "photo.png")
     options = [f"checkpoint={checkpoint}", f"image={tmp_path / 'photo.png'}", f"output={tmp_path / 'out'}"]
     options += ["question='Please segment the star.'", "predict.answer=forced", "boxes=[[5,5,40,30]]"]
-    ((path, reply),) = list(predict_files(load_config("predict", PredictCommandConfig, options)))
-    assert path.name == "photo.png" and reply.masks_NHW.shape == (1, 60, 90)
+    ((path, output),) = list(predict_files(load_config("predict", PredictCommandConfig, options)))
+    assert path.name == "photo.png" and output.masks_NHW.shape == (1, 60, 90)
     record = json.loads((tmp_path / "out" / "photo.json").read_text())
-    assert (decode_rle(record["masks"][0]) == reply.masks_NHW[0]).all()
+    assert (decode_rle(record["masks"][0]) == output.masks_NHW[0]).all()
     assert Image.open(tmp_path / "out" / "photo.png").size == (90, 60)
 
 

@@ -444,9 +444,9 @@ def test_numbers_that_become_infinite_end_a_question_with_the_image(bench, tmp_p
     options = {"checkpoint": str(folder), "image": str(tmp_path / "photos"), "question": "the star"}
     with pytest.raises(DataError, match=f"{photos[0].name}: the logits of token .* of the answer are not finite"):
         list(predict_files(PredictCommandConfig(**options, output=str(tmp_path / "out"))))
-    asks = [PredictorRequest(image=photo, text="the star") for photo in photos]
+    requests = [PredictorRequest(image=photo, text="the star") for photo in photos]
     with pytest.raises(DataError, match="are not finite; all weights are finite, so"):
-        Predictor.from_pretrained(folder).ask_many(asks)
+        Predictor.from_pretrained(folder).ask_many(requests)
 
 
 # Answers of something else.

@@ -27,7 +27,6 @@ from pixel_sail.evaluation.result_examples import ranked
 from pixel_sail.evaluation.results import Cost, Resampled, append_row, perbench_row, read_rows, result_row
 from pixel_sail.evaluation.run import plan_evals, run_evals
 from pixel_sail.evaluation.tables import guesses_table, scores_table
-from pixel_sail.evaluation.task import Answered
 from pixel_sail.evaluation.task_scores import TaskScores
 from pixel_sail.metrics.released_iou import released_target
 from pixel_sail.rle import encode_mask
@@ -234,10 +233,9 @@ def test_no_drawn_target_is_damaged(data_root):
 
 def record_of(masks, rule="union"):
     masks = np.array(masks, dtype=bool).reshape(len(masks), 1, 10)
-    reply = PredictorOutput(text="[SEG]", masks_NHW=masks, scores=(1.0,) * len(masks))
+    output = PredictorOutput(answer="[SEG]", masks_NHW=masks, scores=(1.0,) * len(masks))
     task = refer_seg.task_of([expression((0,))])
-    question = task.question(task.items[0], "standard")
-    return task.record(task.items[0], Answered(question=question, reply=reply, is_retry=False, mask_rule=rule))
+    return task.record(task.request(task.items[0], "standard"), output, rule)
 
 
 def test_the_first_mask_is_kept_only_where_it_is_not_the_union(tmp_path):

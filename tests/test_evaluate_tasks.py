@@ -229,9 +229,9 @@ def perbench(data_root, task, file):
 
 def test_questions_about_different_regions_get_the_answers_they_get_alone(predictor, data_root):
     task = perbench(data_root, region_choice.load, "MCQ")
-    group = by_image([q for q in task.questions("standard")])[0]
-    items = [item for item in task.items if item.item_id in {question.key for question in group}]
-    assert len(items) == 3 and len({question.overlay_key() for question in group}) == 3
+    group = by_image(task.requests("standard"))[0]
+    items = [item for item in task.items if item.item_id in {request.key for request in group}]
+    assert len(items) == 3 and len({request.overlay_key() for request in group}) == 3
     together = answer_image(predictor, task, items)
     assert together == [answer_image(predictor, task, [item])[0] for item in items]
     assert [record.item_id for record in together] == [item.item_id for item in items]
@@ -316,10 +316,10 @@ def test_reasonseg_photos_are_asked_about_upright(tmp_path, orientation):
     content = {"text": ["the corner"], "is_sentence": False, "shapes": [shape]}
     (tmp_path / "val" / "a.json").write_text(json.dumps(content))
     task = refer_seg.load_reasonseg(root=tmp_path, split="val")
-    (question,) = task.questions("standard")
-    assert question.text == task.questions("paper")[0].text == task.items[0].text
+    (request,) = task.requests("standard")
+    assert request.text == task.requests("paper")[0].text == task.items[0].text
     expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "val" / "a.jpg")))
-    assert np.array_equal(np.asarray(question.photo.open("x")), expected)
+    assert np.array_equal(np.asarray(request.photo.open("x")), expected)
     assert task.items[0].target["size"] == list(expected.shape[:2])
 
 
@@ -334,7 +334,7 @@ def test_paper_scores_of_a_turned_photo_compare_with_the_target_on_the_stored_on
     (tmp_path / "val" / "a.json").write_text(json.dumps(content))
     (item,) = refer_seg.load_reasonseg(root=tmp_path, split="val").items
     lying = refer_seg.load_reasonseg(root=tmp_path, split="val", upright=False)
-    (photo,) = [question.photo for question in lying.questions("standard")]
+    (photo,) = [request.photo for request in lying.requests("standard")]
     assert photo.open("x").size == (48, 32) and not photo.is_upright
     # The object is found on the upright photo, and the released target has its points elsewhere.
     assert refer_seg.measure_predictions([item], [_marked(item, item.target)]).scores["ciou"] == 1.0

@@ -30,10 +30,10 @@ def test_every_script_is_run_here():
 
 
 def test_ask_answers_three_questions_with_a_mask_each(example, tmp_path):
-    replies = example("ask").main(tmp_path)
-    assert [len(reply.masks_NHW) for reply in replies] == [1, 1, 1]
+    outputs = example("ask").main(tmp_path)
+    assert [len(output.masks_NHW) for output in outputs] == [1, 1, 1]
     with Image.open(tmp_path / "mask.png") as mask:
-        assert (mask.height, mask.width) == replies[0].masks_NHW.shape[1:]
+        assert (mask.height, mask.width) == outputs[0].masks_NHW.shape[1:]
 
 
 def test_a_new_dataset_is_packed_with_its_masks(example, tmp_path):

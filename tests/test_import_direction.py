@@ -14,10 +14,10 @@ LAYERS = (
     ("model",),
     ("distillation", "conversion"),
     ("refshapes", "losses", "metrics", "data"),
-    ("config",),
+    ("config", "predictor_io"),
     ("planning",),
     ("training", "evaluation", "sweep"),
-    ("vqa", "answers", "model_card"),
+    ("vqa", "model_card"),
     ("predictor",),
     ("predict_files", "demo", "cli"),
 )

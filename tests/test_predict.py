@@ -56,8 +56,8 @@ def one_at_a_time(predictor, images):
     ]
 
 
-def flat(replies):
-    return [reply for own in replies for reply in own]
+def flat(outputs):
+    return [output for own in outputs for output in own]
 
 
 @pytest.mark.parametrize("max_batch_tokens", [1, 90, 200, 16384])
@@ -65,14 +65,14 @@ def test_many_images_at_once_get_the_answers_of_one_question_at_a_time(predictor
     alone = one_at_a_time(predictor, images)
     together = predictor.changed(max_batch_tokens=max_batch_tokens).ask_many(requests_of(predictor, images))
     assert [len(own) for own in together] == [len(own) for own in alone]
-    assert sum(len(reply.masks_NHW) for reply in flat(alone)) >= 3, "too few masks to compare"
-    assert len({reply.text for reply in flat(alone)}) > 5, "answers too alike to show a mix-up"
-    for reply, expected in zip(flat(together), flat(alone), strict=True):
-        assert reply.text == expected.text
-        assert reply.masks_NHW.shape == expected.masks_NHW.shape
+    assert sum(len(output.masks_NHW) for output in flat(alone)) >= 3, "too few masks to compare"
+    assert len({output.answer for output in flat(alone)}) > 5, "answers too alike to show a mix-up"
+    for output, expected in zip(flat(together), flat(alone), strict=True):
+        assert output.answer == expected.answer
+        assert output.masks_NHW.shape == expected.masks_NHW.shape
         # Batches of other sizes may round otherwise, which can turn a pixel at the threshold.
-        assert (reply.masks_NHW != expected.masks_NHW).sum() <= 2
-        assert reply.scores == pytest.approx(expected.scores, abs=1e-4)
+        assert (output.masks_NHW != expected.masks_NHW).sum() <= 2
+        assert output.scores == pytest.approx(expected.scores, abs=1e-4)
 
 
 def test_batches_hold_images_of_one_grid_and_keep_to_the_budget(predictor, images, monkeypatch):
@@ -105,7 +105,7 @@ def test_masks_are_resized_and_cut_at_one_half_in_the_precision_of_the_model(pre
     monkeypatch.setattr(
         predict, "mask_logits", lambda queries, features: torch.full((len(queries), 10, 16), 0.004, dtype=dtype)
     )
-    masks = [reply.masks_NHW for reply in flat(predictor.ask_many(requests_of(predictor, images))) if reply.scores]
+    masks = [output.masks_NHW for output in flat(predictor.ask_many(requests_of(predictor, images))) if output.scores]
     assert len(masks) > 0
     assert all(mask.all() if dtype is torch.float32 else not mask.any() for mask in masks)
     resized = predict.resize_logits(torch.randn(2, 5, 6, dtype=dtype), (9, 7))
@@ -114,16 +114,16 @@ def test_masks_are_resized_and_cut_at_one_half_in_the_precision_of_the_model(pre
 
 def test_a_request_without_questions_gets_no_reply_and_text_needs_no_image(predictor, images):
     prepared = predictor.prepare(images[0])
-    replies = predictor.ask_many(
+    outputs = predictor.ask_many(
         [
             GenerationRequest(image=prepared, questions=()),
             GenerationRequest(image=None, questions=("a star",)),
             GenerationRequest(image=prepared, questions=("a star",)),
         ]
     )
-    assert replies[0] == []
-    assert replies[1][0].text == predictor.ask(None, ["a star"])[0].text != replies[2][0].text
-    assert replies[1][0].masks_NHW.shape[1:] == (0, 0)
+    assert outputs[0] == []
+    assert outputs[1][0].answer == predictor.ask(None, ["a star"])[0].answer != outputs[2][0].answer
+    assert outputs[1][0].masks_NHW.shape[1:] == (0, 0)
 
 
 def test_half_precision_changes_few_answers(tiny_model, processor, images):
@@ -133,7 +133,7 @@ def test_half_precision_changes_few_answers(tiny_model, processor, images):
     half = BatchPredictor(model.to(torch.bfloat16), processor, PredictConfig(answer="forced"))
     found = flat(half.ask_many(requests_of(half, images)))
     together = flat(one_at_a_time(half, images))
-    for reply, alone, exact in zip(found, together, expected, strict=True):
-        assert reply.text == alone.text == exact.text
-        changed = (reply.masks_NHW != exact.masks_NHW).mean(), (reply.masks_NHW != alone.masks_NHW).mean()
+    for output, alone, exact in zip(found, together, expected, strict=True):
+        assert output.answer == alone.answer == exact.answer
+        changed = (output.masks_NHW != exact.masks_NHW).mean(), (output.masks_NHW != alone.masks_NHW).mean()
         assert max(changed) < 0.1

@@ -50,10 +50,10 @@ def encodings(monkeypatch):
     return seen
 
 
-def assert_same(result, reply):
-    assert result.answer == reply.text
-    np.testing.assert_array_equal(result.masks_NHW, reply.masks_NHW)
-    assert result.scores == pytest.approx(reply.scores, rel=1e-6)
+def assert_same(result, output):
+    assert result.answer == output.answer
+    np.testing.assert_array_equal(result.masks_NHW, output.masks_NHW)
+    assert result.scores == pytest.approx(output.scores, rel=1e-6)
 
 
 @pytest.mark.parametrize("marks", [(), (Box(8, 8, 32, 24),)])
@@ -62,9 +62,9 @@ def test_an_answer_is_the_one_that_the_evaluation_scores(predictor, batch, image
     box[8:24, 8:32] = True
     masks = 0
     for text in ("a star", "the red box", "left", "the small star behind it", "c", "d", "e"):
-        (reply,) = batch.ask(image, [text], (VisualPrompt(prompt_id=0, mask=box),) if marks else ())
+        (output,) = batch.ask(image, [text], (VisualPrompt(prompt_id=0, mask=box),) if marks else ())
         result = predictor.ask(image, text, marks)
-        assert_same(result, reply)
+        assert_same(result, output)
         masks += len(result.masks_NHW)
     assert masks > 0
 
@@ -174,18 +174,18 @@ def test_a_stream_that_is_given_up_was_not_asked(predictor, image):
 
 def test_many_questions_at_once_come_back_in_their_order(predictor, image, encodings):
     other = Image.fromarray(np.asarray(image)[::-1].copy())
-    asks = [
+    requests = [
         PredictorRequest(image=image, text="a star"),
         PredictorRequest(image=other, text="a star"),
         PredictorRequest(image=image, text="the red box"),
     ]
-    asks += [
+    requests += [
         PredictorRequest(image=image, text="left of <Prompt0>", prompts=[Point(3, 3)]),
         PredictorRequest(image=None, text="left"),
     ]
-    results = predictor.ask_many(asks)
+    results = predictor.ask_many(requests)
     assert len(encodings) == 3
-    for item, result in zip(asks, results, strict=True):
+    for item, result in zip(requests, results, strict=True):
         alone = predictor.ask(item.image, item.text, item.prompts)
         assert result.answer == alone.answer and result.timing is None
         # Batches of other sizes may round otherwise, which can turn a pixel at the threshold.
@@ -197,12 +197,12 @@ def test_masks_in_an_array_are_regions_like_any_other(forced, image):
     left[:, :20] = True
     pairs = [np.stack([left, ~left]), np.stack([~left, left])]
     # Rows of an array are objects of a moment: one may have the number that another had.
-    asks = [PredictorRequest(image=image, text="what is <Prompt0>?", prompts=masks) for masks in pairs * 3]
+    requests = [PredictorRequest(image=image, text="what is <Prompt0>?", prompts=masks) for masks in pairs * 3]
     alone = [forced.ask(image, "what is <Prompt0>?", list(masks)) for masks in pairs]
     assert (alone[0].masks_NHW != alone[1].masks_NHW).sum() > 20
-    for result, expected in zip(forced.ask_many(asks), alone * 3, strict=True):
+    for result, expected in zip(forced.ask_many(requests), alone * 3, strict=True):
         assert (result.masks_NHW != expected.masks_NHW).sum() <= 2
-    np.testing.assert_array_equal(forced.ask(image, asks[0].text, pairs[0]).masks_NHW, alone[0].masks_NHW)
+    np.testing.assert_array_equal(forced.ask(image, requests[0].text, pairs[0]).masks_NHW, alone[0].masks_NHW)
 
 
 @pytest.mark.parametrize(

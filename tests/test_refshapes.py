@@ -16,7 +16,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from pixel_sail.refshapes import RefShapesSpec, formats, write_refshapes
-from pixel_sail.refshapes.baselines import GUESSES, Asked, blind_choices, blind_scores
+from pixel_sail.refshapes.baselines import GUESSES, ReferredObject, blind_choices, blind_scores
 from pixel_sail.refshapes.expressions import Describer
 from pixel_sail.refshapes.focus import FOCI, FOCUS_FRACTIONS, SceneRules, pick_focus
 from pixel_sail.refshapes.kinds import COLOURS, HELD_OUT, SHAPES, TEXTURES, VALUES
@@ -189,8 +189,8 @@ def test_scenes_have_the_fractions_of_their_focus_and_colour_seldom_decides() ->
 
 def test_blind_scores_are_those_of_the_masks_they_stand_for() -> None:
     asked = [
-        Asked(areas=(100, 300, 50), colours=("red", "red", "blue"), target=0),
-        Asked(areas=(40, 60), colours=("red", "blue"), target=1),
+        ReferredObject(areas=(100, 300, 50), colours=("red", "red", "blue"), target=0),
+        ReferredObject(areas=(40, 60), colours=("red", "blue"), target=1),
     ]
     scores = blind_scores(asked)
     assert scores["every object"] == {"ciou": 160 / 550, "giou": pytest.approx((100 / 450 + 60 / 100) / 2)}

@@ -12,7 +12,7 @@ from pixel_sail.evaluation.predict import BatchPredictor, PredictorOutput
 from pixel_sail.model.tokenization import special_tokens
 from pixel_sail.types import DataError
 from pixel_sail.vqa.answering import WINDOW, VqaRequest, answer, answers, plain_answer
-from pixel_sail.vqa.kit_requests import to_question
+from pixel_sail.vqa.kit_requests import to_request
 from pixel_sail.vqa.prompts import lettered_question, mme_question, seed_question
 
 SPECIAL = special_tokens(15)
@@ -49,7 +49,7 @@ class Echo:
         self.batches.append([len(request.questions) for request in requests])
         return [
             [
-                PredictorOutput(text=text, masks_NHW=np.zeros((0, 1, 1), dtype=bool), scores=())
+                PredictorOutput(answer=text, masks_NHW=np.zeros((0, 1, 1), dtype=bool), scores=())
                 for text in request.questions
             ]
             for request in requests
@@ -67,7 +67,7 @@ def asked(question="red?", image=None, max_new_tokens=4, until=()):
 def test_an_answer_is_the_predictors_without_special_tokens(predictor):
     image = picture((200, 30, 40))
     questions = [f"{word}?" for word in ("red", "left", "star", "the small", "box", "behind it", "of", "round")]
-    raw = [reply.text for reply in predictor.changed(max_new_tokens=24).ask(image, questions)]
+    raw = [output.answer for output in predictor.changed(max_new_tokens=24).ask(image, questions)]
     assert any(token in text for text in raw for token in SPECIAL), "the test needs answers with special tokens"
     said = [answer(predictor, image, question, max_new_tokens=24) for question in questions]
     assert said == [plain_answer(text, SPECIAL) for text in raw]
@@ -150,7 +150,7 @@ def request(visuals, settings, text="red?", doc_to_visual=None):
 
 def read(visuals=(), settings=None, **changes):
     arguments, documents = request(visuals, settings or {}, **changes)
-    return to_question(arguments, documents, default_max_new_tokens=512)
+    return to_request(arguments, documents, default_max_new_tokens=512)
 
 
 def test_a_request_of_the_kit_becomes_a_question():
@@ -162,7 +162,7 @@ def test_a_request_of_the_kit_becomes_a_question():
 @pytest.mark.parametrize("visuals", [[], None])
 def test_a_document_without_a_picture_is_a_question_of_text(visuals):
     assert read(visuals).image is None
-    assert to_question(("red?", {}, None, 0, "t", "s"), {"t": {"s": [{}]}}, default_max_new_tokens=1).image is None
+    assert to_request(("red?", {}, None, 0, "t", "s"), {"t": {"s": [{}]}}, default_max_new_tokens=1).image is None
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,9 @@ def test_chosen_letters_become_the_scores_of_the_kit(model, local_tasks, monkeyp
 def say_with(monkeypatch, model, said):
     def ask_many(self, requests):
         none = np.zeros((0, 1, 1), dtype=bool)
-        return [[PredictorOutput(text=said(text), masks_NHW=none, scores=()) for text in r.questions] for r in requests]
+        return [
+            [PredictorOutput(answer=said(text), masks_NHW=none, scores=()) for text in r.questions] for r in requests
+        ]
 
     monkeypatch.setattr(type(model.predictor), "ask_many", ask_many)
 

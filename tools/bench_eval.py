@@ -177,7 +177,7 @@ def measure(predictor: BatchPredictor, images: Sequence[PreparedImage], number: 
     requests = [GenerationRequest(image=image, questions=questions) for image in images]
     device = predictor.model.device
     start = time.perf_counter()
-    replies = predictor.ask_many(requests)
+    outputs = predictor.ask_many(requests)
     shared = timed_seconds(start, device) / (len(images) * number)
     start = time.perf_counter()
     released = [
@@ -185,11 +185,11 @@ def measure(predictor: BatchPredictor, images: Sequence[PreparedImage], number: 
     ]
     slow = timed_seconds(start, device) / (released_images * number)
     changed_answers, pixels = 0, []
-    for own, expected in zip(replies, released, strict=False):
-        for reply, (token_ids, masks_NHW) in zip(own, expected, strict=True):
-            changed_answers += reply.text != predictor.processor.decode(token_ids).strip()
-            if reply.masks_NHW.shape == masks_NHW.shape:
-                pixels.append((reply.masks_NHW != masks_NHW).mean())
+    for own, expected in zip(outputs, released, strict=False):
+        for output, (token_ids, masks_NHW) in zip(own, expected, strict=True):
+            changed_answers += output.answer != predictor.processor.decode(token_ids).strip()
+            if output.masks_NHW.shape == masks_NHW.shape:
+                pixels.append((output.masks_NHW != masks_NHW).mean())
     return Point(
         expressions_per_image=number,
         released_seconds=slow,

@@ -107,7 +107,7 @@ def agreement(folder: str, scenes: int) -> dict[str, float]:
     for example in draw_examples(scenes, "short"):
         (one,), (other,) = plain.ask(example.image, [example.text]), small.ask(example.image, [example.text])
         changed += one.text != other.text
-        masks = [reply.merged("union") for reply in (one, other)]
+        masks = [output.merged_mask("union") for output in (one, other)]
         if masks[0] is not None and masks[1] is not None and (masks[0] | masks[1]).any():
             overlaps.append(float((masks[0] & masks[1]).sum() / (masks[0] | masks[1]).sum()))
     return {"scenes": scenes, "changed_texts": changed, "mean_iou": statistics.fmean(overlaps), "worst": min(overlaps)}

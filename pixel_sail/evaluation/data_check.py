@@ -167,8 +167,8 @@ def _check_eval(name: str, node: Node, settings: CheckSettings) -> SourceReport:
     """Return what is found in an eval: whether it can be read, what its reader warns about, and its photos."""
     findings = Findings()
     task: Task[Any, Any] | None = _build(name, node, findings, lambda: as_task(build(node, name), name))
-    questions = [] if task is None else task.questions("standard")
-    photos = list({question.photo.path: question.photo for question in questions}.values())
+    requests = [] if task is None else task.requests("standard")
+    photos = list({request.photo.path: request.photo for request in requests}.values())
     opened = set(chosen_items(len(photos), settings.sample, seed=0))
     images = SoundFraction()
     for number, photo in enumerate(tqdm(photos, desc=f"{name}: photos", disable=not settings.progress, leave=False)):
@@ -188,7 +188,7 @@ def _check_eval(name: str, node: Node, settings: CheckSettings) -> SourceReport:
         images=images,
         masks=SoundFraction(),
         empty_masks=0,
-        texts=Lengths.of([len(question.text) for question in questions]),
+        texts=Lengths.of([len(request.text) for request in requests]),
         milliseconds=None,
         findings=findings.all(),
         to_download=_advice(findings),

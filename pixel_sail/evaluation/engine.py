@@ -29,20 +29,15 @@ from tqdm import tqdm
 
 from pixel_sail import dist
 from pixel_sail.config import ConfigError
-from pixel_sail.evaluation.predict import (
-    BatchPredictor,
-    GenerationRequest,
-    NotFiniteError,
-    PredictorOutput,
-    span_length,
-)
+from pixel_sail.evaluation.predict import BatchPredictor, GenerationRequest, NotFiniteError, span_length
 from pixel_sail.evaluation.record_files import Record, RecordFormat, RecordWriter, read_records, write_errors
-from pixel_sail.evaluation.task import Answered, Asked, Item, ItemRequest, Task, by_image
+from pixel_sail.evaluation.task import Item, ItemRequest, Task, by_image
 from pixel_sail.files import replace_text
 from pixel_sail.model.folder import hash_of, weights_hash
+from pixel_sail.predictor_io import PredictorOutput
 from pixel_sail.types import DataError, SizeHW
 
-Batch = list[list[Asked[Item]]]
+Batch = list[list[ItemRequest[Item]]]
 """Items of a few images, by image."""
 
 QUESTION_TOKENS = 32
@@ -63,13 +58,13 @@ def evaluate(
     different answers, or makes the model's numbers NaN.
     """
     predictor = _with_length(predictor, task)
-    asked = _pair(task, predictor.config.prompt)
-    _check_prompt_ids(predictor, asked)
+    requests = _requests(task, predictor.config.prompt)
+    _check_prompt_ids(predictor, requests)
     _claim(output, protocol)
     done = _read_parts(output, task).keys()
     # Every rank has read what is done before any rank adds to it, so that all deal out the same remainder.
     dist.barrier()
-    remaining = [batch for batch in batches(predictor, asked) if _keys(batch) - done]
+    remaining = [batch for batch in batches(predictor, requests) if _keys(batch) - done]
     own = remaining[dist.rank() :: dist.world_size()]
     with (
         RecordWriter(output / f"part-{dist.rank()}.jsonl", task.format) as writer,
@@ -82,7 +77,7 @@ def evaluate(
             writer.sync()
             bar.update(len(batch))
     dist.barrier()
-    ordered = _complete(output, task, [pair.question.key for pair in asked])
+    ordered = _complete(output, task, [request.key for request in requests])
     if dist.rank() == 0:
         _write_merged(output / "predictions.jsonl", task.format, ordered)
     dist.barrier()
@@ -92,35 +87,35 @@ def evaluate(
 def answer_own(predictor: BatchPredictor, task: Task[Item, Record]) -> tuple[list[Item], list[Record]]:
     """Return this rank's share of the items and their records, without files: validation during training."""
     predictor = _with_length(predictor, task)
-    own = batches(predictor, _pair(task, predictor.config.prompt))[dist.rank() :: dist.world_size()]
+    own = batches(predictor, _requests(task, predictor.config.prompt))[dist.rank() :: dist.world_size()]
     items: list[Item] = []
     records: list[Record] = []
-    for batch, answered in _answer_batches(predictor, task, own):
-        by_key = {task.format.key(record): record for record in answered}
-        pairs = [pair for group in batch for pair in group]
-        items += [pair.item for pair in pairs]
-        records += [by_key[pair.question.key] for pair in pairs]
+    for batch, written in _answer_batches(predictor, task, own):
+        by_key = {task.format.key(record): record for record in written}
+        requests = [request for group in batch for request in group]
+        items += [request.item for request in requests]
+        records += [by_key[request.key] for request in requests]
     return items, records
 
 
 def answer_image(predictor: BatchPredictor, task: Task[Item, Record], items: Sequence[Item]) -> list[Record]:
     """Return the records of items about one image, in the order of the items. Raises: DataError."""
     predictor = _with_length(predictor, task)
-    asked = [Asked(item=item, question=task.question(item, predictor.config.prompt)) for item in items]
-    ((_, records),) = _answer_batches(predictor, task, [[asked]])
+    requests = [task.request(item, predictor.config.prompt) for item in items]
+    ((_, records),) = _answer_batches(predictor, task, [[requests]])
     by_key = {task.format.key(record): record for record in records}
-    return [by_key[pair.question.key] for pair in asked]
+    return [by_key[request.key] for request in requests]
 
 
-def batches(predictor: BatchPredictor, asked: Sequence[Asked[Item]]) -> list[Batch[Item]]:
+def batches(predictor: BatchPredictor, requests: Sequence[ItemRequest[Item]]) -> list[Batch[Item]]:
     """Return all items in batches of images with one patch grid within the token budget, dear batches first.
 
     An image whose questions alone exceed the budget is a batch of its own.
     """
     costs: list[tuple[int, Batch[Item]]] = []
-    by_grid: dict[SizeHW, list[list[Asked[Item]]]] = {}
-    for group in by_image(asked):
-        by_grid.setdefault(predictor.processor.grid_of(group[0].question.photo.size_hw), []).append(group)
+    by_grid: dict[SizeHW, list[list[ItemRequest[Item]]]] = {}
+    for group in by_image(requests):
+        by_grid.setdefault(predictor.processor.grid_of(group[0].photo.size_hw), []).append(group)
     for grid, groups in by_grid.items():
         batch: Batch[Item] = []
         for group in groups:
@@ -147,15 +142,15 @@ def _with_length(predictor: BatchPredictor, task: Task[Any, Any]) -> BatchPredic
 
 
 def _keys(batch: Batch[Any]) -> set[Any]:
-    return {pair.question.key for group in batch for pair in group}
+    return {request.key for group in batch for request in group}
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Prepared(Generic[Item]):
-    """A batch with its images opened: requests, and the items behind the questions of each."""
+    """A batch with its images opened: what the predictor is asked, and the items behind the questions of each."""
 
     requests: list[GenerationRequest]
-    overlays: list[list[Asked[Item]]]
+    overlays: list[list[ItemRequest[Item]]]
 
 
 def _answer_batches(
@@ -174,10 +169,10 @@ def _prepare(predictor: BatchPredictor, batch: Batch[Item]) -> _Prepared[Item]:
     """Open the images of a batch and decode the regions that are asked about. Raises: DataError."""
     prepared: _Prepared[Item] = _Prepared(requests=[], overlays=[])
     for group in batch:
-        image = predictor.prepare(_open_image([pair.question for pair in group]))
+        image = predictor.prepare(_open_image(group))
         for overlay in _by_overlay(group):
-            prompts = overlay[0].question.prompts()
-            texts = [pair.question.text for pair in overlay]
+            prompts = overlay[0].prompts()
+            texts = [request.text for request in overlay]
             prepared.requests.append(GenerationRequest(image=image, prompts=prompts, questions=texts))
             prepared.overlays.append(overlay)
     return prepared
@@ -185,40 +180,34 @@ def _prepare(predictor: BatchPredictor, batch: Batch[Item]) -> _Prepared[Item]:
 
 def _answer(predictor: BatchPredictor, task: Task[Item, Record], prepared: _Prepared[Item]) -> Iterator[Record]:
     """Yield the records of one batch."""
-    replies = _ask(predictor, prepared.requests, prepared.overlays)
-    retries = _retry(predictor, task, prepared, replies)
+    outputs = _ask(predictor, prepared.requests, prepared.overlays)
+    retries = _retry(predictor, task, prepared, outputs)
     for number, overlay in enumerate(prepared.overlays):
-        for index, (pair, reply) in enumerate(zip(overlay, replies[number], strict=True)):
-            answered = Answered(
-                question=pair.question,
-                reply=retries.get((number, index), reply),
-                is_retry=(number, index) in retries,
-                mask_rule=predictor.config.mask,
-            )
-            yield task.record(pair.item, answered)
+        for index, (request, output) in enumerate(zip(overlay, outputs[number], strict=True)):
+            yield task.record(request, retries.get((number, index), output), predictor.config.mask)
 
 
 def _ask(
-    predictor: BatchPredictor, requests: Sequence[GenerationRequest], overlays: Sequence[Sequence[Asked[Any]]]
+    predictor: BatchPredictor, requests: Sequence[GenerationRequest], overlays: Sequence[Sequence[ItemRequest[Any]]]
 ) -> list[list[PredictorOutput]]:
-    """Return the replies to every request. Raises: DataError with the item whose numbers are not finite."""
+    """Return the outputs for every request. Raises: DataError with the item whose numbers are not finite."""
     try:
         return predictor.ask_many(requests)
     except NotFiniteError as error:
-        question = overlays[error.request][error.question].question
-        raise DataError(f"item {question.key} of image {question.image_id} ({question.photo.path}): {error}") from None
+        request = overlays[error.request][error.question]
+        raise DataError(f"item {request.key} of image {request.image_id} ({request.photo.path}): {error}") from None
 
 
 def _retry(
     predictor: BatchPredictor,
     task: Task[Any, Any],
     prepared: _Prepared[Any],
-    replies: Sequence[Sequence[PredictorOutput]],
+    outputs: Sequence[Sequence[PredictorOutput]],
 ) -> dict[tuple[int, int], PredictorOutput]:
     """Return, for each answer without a mask that is to be forced, its text with the masks of the forced answer."""
     if not task.retries_without_mask or predictor.config.answer != "generated":
         return {}
-    again = [[i for i, reply in enumerate(own) if len(reply.masks_NHW) == 0] for own in replies]
+    again = [[i for i, output in enumerate(own) if len(output.masks_NHW) == 0] for own in outputs]
     forced = _ask(
         predictor.changed(answer="forced"),
         [
@@ -228,24 +217,24 @@ def _retry(
         [[own[i] for i in indices] for own, indices in zip(prepared.overlays, again, strict=True)],
     )
     return {
-        (number, index): replace(replies[number][index], masks_NHW=reply.masks_NHW, scores=reply.scores)
+        (number, index): replace(outputs[number][index], masks_NHW=own.masks_NHW, scores=own.scores, is_retry=True)
         for number, indices in enumerate(again)
-        for index, reply in zip(indices, forced[number], strict=True)
+        for index, own in zip(indices, forced[number], strict=True)
     }
 
 
-def _by_overlay(group: Sequence[Asked[Item]]) -> list[list[Asked[Item]]]:
+def _by_overlay(group: Sequence[ItemRequest[Item]]) -> list[list[ItemRequest[Item]]]:
     """Return the items of one image grouped by what is painted on it, in the order they come."""
-    overlays: dict[tuple[Any, ...], list[Asked[Item]]] = {}
-    for pair in group:
-        overlays.setdefault(pair.question.overlay_key(), []).append(pair)
+    overlays: dict[tuple[Any, ...], list[ItemRequest[Item]]] = {}
+    for request in group:
+        overlays.setdefault(request.overlay_key(), []).append(request)
     return list(overlays.values())
 
 
-def _open_image(questions: Sequence[ItemRequest]) -> Image.Image:
-    """Open the photo that all questions of a group must be about."""
-    first = questions[0]
-    other = next((question for question in questions if question.photo != first.photo), None)
+def _open_image(group: Sequence[ItemRequest[Any]]) -> Image.Image:
+    """Open the photo that all requests of a group must be about."""
+    first = group[0]
+    other = next((request for request in group if request.photo != first.photo), None)
     if other is not None:
         raise DataError(
             f"image {first.image_id}: found {first.photo} for item {first.key} and {other.photo} for item {other.key}, "
@@ -254,27 +243,27 @@ def _open_image(questions: Sequence[ItemRequest]) -> Image.Image:
     return first.photo.open(f"image {first.image_id}")
 
 
-def _pair(task: Task[Item, Any], prompt: str) -> list[Asked[Item]]:
-    """Return all items with their questions. Raises: DataError when two items have one name."""
-    asked = [Asked(item=item, question=task.question(item, prompt)) for item in task.items]
+def _requests(task: Task[Item, Any], prompt: str) -> list[ItemRequest[Item]]:
+    """Return what is asked of all items. Raises: DataError when two items have one name."""
+    requests = task.requests(prompt)
     seen: set[Any] = set()
-    for pair in asked:
-        if pair.question.key in seen:
+    for request in requests:
+        if request.key in seen:
             raise DataError(
-                f"{task.kind}: found item {pair.question.key} twice, expected every item once; repair the annotations"
+                f"{task.kind}: found item {request.key} twice, expected every item once; repair the annotations"
             )
-        seen.add(pair.question.key)
-    return asked
+        seen.add(request.key)
+    return requests
 
 
-def _check_prompt_ids(predictor: BatchPredictor, asked: Sequence[Asked[Any]]) -> None:
+def _check_prompt_ids(predictor: BatchPredictor, requests: Sequence[ItemRequest[Any]]) -> None:
     """Find out before hours of work whether the model has a token for every region. Raises: DataError."""
     number = predictor.processor.settings.num_visual_prompts
-    for pair in asked:
-        highest = max(pair.question.prompt_ids, default=-1)
+    for request in requests:
+        highest = max(request.prompt_ids, default=-1)
         if highest >= number:
             raise DataError(
-                f"item {pair.question.key}: found <Prompt{highest}>, expected prompts below {number}, the number that "
+                f"item {request.key}: found <Prompt{highest}>, expected prompts below {number}, the number that "
                 "this checkpoint has tokens for; use one with more, or leave the item out of the file"
             )
 
@@ -303,16 +292,16 @@ def protocol_of(
         "eval": dict(eval_entry),
         "task": task.kind,
         "retries_without_mask": task.retries_without_mask,
-        "questions_sha256": _digest(task.questions(predictor.config.prompt)),
+        "questions_sha256": _digest(task.requests(predictor.config.prompt)),
     }
 
 
-def _digest(questions: Sequence[ItemRequest]) -> str:
+def _digest(requests: Sequence[ItemRequest[Any]]) -> str:
     """Return a hash of all that is asked, so that predictions for other annotations are not taken for these."""
     digest = hashlib.sha256()
-    for question in questions:
-        photo = [question.photo.path.name, question.photo.size_hw, question.photo.is_upright]
-        asked = [question.key, question.image_id, photo, question.text, question.prompt_ids, question.regions]
+    for request in requests:
+        photo = [request.photo.path.name, request.photo.size_hw, request.photo.is_upright]
+        asked = [request.key, request.image_id, photo, request.text, request.prompt_ids, request.regions]
         digest.update(json.dumps(asked, sort_keys=True).encode())
     return digest.hexdigest()
 

@@ -91,16 +91,16 @@ def load(
     return long_answer_task(
         kind=KIND,
         items=items,
-        item_id=lambda item: item.image_id,
-        question=_question,
+        request=_request,
         measure=partial(_measure, scoring=scoring),
         example=_example,
         check=partial(_check, items, scoring),
     )
 
 
-def _question(item: GroundedCaption, prompt: str) -> ItemRequest:
+def _request(item: GroundedCaption, prompt: str) -> ItemRequest[GroundedCaption]:
     return ItemRequest(
+        item=item,
         key=item.image_id,
         image_id=item.image_id,
         photo=Photo(path=item.image_path, size_hw=item.image_hw),
@@ -186,5 +186,5 @@ def _score_masks(
         )
         for item, answer in zip(items, answers, strict=True)
     ]
-    together = tuple(image for scores in images for image in scores.images)
-    return GroundedCaptionScores(protocol=protocol, images=together)
+    merged = tuple(image for scores in images for image in scores.images)
+    return GroundedCaptionScores(protocol=protocol, images=merged)

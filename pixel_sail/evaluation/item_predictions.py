@@ -12,21 +12,22 @@ those of a second answer that was forced to begin with one.
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pixel_sail.data.masks import check_rle
 from pixel_sail.evaluation.photos import Photo
 from pixel_sail.evaluation.record_files import Json, RecordFormat, check_fields, check_kinds
 from pixel_sail.evaluation.result_examples import ResultExample
-from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS, Answered, ItemRequest, Task
+from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS, ItemRequest, Task
 from pixel_sail.evaluation.task_scores import TaskScores
+from pixel_sail.predictor_io import PredictorOutput
 from pixel_sail.rle import encode_mask
 from pixel_sail.types import RLE, DataError, RegionCaption, RegionChoice
 
 Item = TypeVar("Item")
 
-RegionItem = RegionCaption | RegionChoice
-"""What is asked about one marked region."""
+AboutRegion = TypeVar("AboutRegion", RegionCaption, RegionChoice)
+"""Items about one marked region."""
 
 _FIELDS = ("item_id", "question", "answer", "masks", "is_retry")
 _KINDS: dict[str, type] = {"item_id": str, "question": str, "answer": str, "masks": list, "is_retry": bool}
@@ -34,7 +35,7 @@ _KINDS: dict[str, type] = {"item_id": str, "question": str, "answer": str, "mask
 
 @dataclass(frozen=True, kw_only=True)
 class ItemPrediction:
-    """What the model said about one item."""
+    """What the model said about one item, as it is scored."""
 
     item_id: str
     question: str
@@ -89,8 +90,7 @@ def long_answer_task(
     *,
     kind: str,
     items: Sequence[Item],
-    item_id: Callable[[Item], str],
-    question: Callable[[Item, str], ItemRequest],
+    request: Callable[[Item, str], ItemRequest[Item]],
     measure: Callable[[Sequence[Item], Sequence[ItemPrediction]], TaskScores],
     example: Callable[[Item, ItemPrediction], ResultExample],
     check: Callable[[], None],
@@ -99,8 +99,8 @@ def long_answer_task(
     return Task(
         kind=kind,
         items=items,
-        question=question,
-        record=lambda item, answered: item_prediction(item_id(item), answered),
+        request=request,
+        record=item_prediction,
         format=ITEM_PREDICTIONS,
         measure=measure,
         example=example,
@@ -109,9 +109,10 @@ def long_answer_task(
     )
 
 
-def region_request(item: RegionItem, text: str) -> ItemRequest:
+def region_request(item: AboutRegion, text: str) -> ItemRequest[AboutRegion]:
     """Return a question about the region of an item, which is <Prompt0>."""
     return ItemRequest(
+        item=item,
         key=item.item_id,
         image_id=str(item.image_path),
         photo=Photo(path=item.image_path, size_hw=item.image_hw),
@@ -121,12 +122,12 @@ def region_request(item: RegionItem, text: str) -> ItemRequest:
     )
 
 
-def item_prediction(item_id: str, answered: Answered) -> ItemPrediction:
-    """Return what was said about an item, masks at image size."""
+def item_prediction(request: ItemRequest[Any], output: PredictorOutput, mask_rule: str) -> ItemPrediction:
+    """Return what was said about an item, with all masks, whatever `mask_rule` says."""
     return ItemPrediction(
-        item_id=item_id,
-        question=answered.question.text,
-        answer=answered.reply.text,
-        masks=tuple(encode_mask(mask) for mask in answered.reply.masks_NHW),
-        is_retry=answered.is_retry,
+        item_id=request.key,
+        question=request.text,
+        answer=output.answer,
+        masks=tuple(encode_mask(mask) for mask in output.masks_NHW),
+        is_retry=output.is_retry,
     )

@@ -6,7 +6,7 @@ states); images of one patch grid and all their questions run as one batch withi
 made once per image, and only when an answer holds a [SEG].
 
     predictor.ask(image, ["Please segment the cat."])[0]
-        -> PredictorOutput(text="It is [SEG].", masks=<bool 1x427x640>, scores=(0.93,))
+        -> PredictorOutput(answer="It is [SEG].", masks_NHW=<bool 1x427x640>, scores=(0.93,))
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,7 +25,8 @@ from pixel_sail.model.generation import GenerationOutput, ImagePrefixes, NotFini
 from pixel_sail.model.mask_head import mask_logits
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, first_not_finite, load_model
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
-from pixel_sail.types import BoolMask, DataError, SizeHW, VisualPrompt
+from pixel_sail.predictor_io import PredictorOutput
+from pixel_sail.types import DataError, SizeHW, VisualPrompt
 
 FORCED_ANSWER = "It is [SEG]."
 """The answer that is put into the model's mouth with `predict.answer=forced` (released retry)."""
@@ -35,25 +35,6 @@ SHORT_ANSWER_TOKENS = 32
 """Longest answer where nothing else is said: enough for masks alone."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PredictorOutput:
-    """What the model says about one question."""
-
-    text: str
-    """Answer with special tokens, without the ending token."""
-    masks_NHW: NDArray[np.bool_]
-    """One mask per [SEG] at image size."""
-    scores: tuple[float, ...]
-    """Per mask, mean probability of its pixels (0 for an empty one)."""
-
-    def merged(self, rule: str) -> BoolMask | None:
-        """Return the `union` of all masks or the `first`, None when the answer held no [SEG]."""
-        if len(self.masks_NHW) == 0:
-            return None
-        merged: BoolMask = self.masks_NHW[0] if rule == "first" else np.asarray(self.masks_NHW.any(axis=0))
-        return merged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,26 +135,26 @@ class BatchPredictor:
             [self.question_ids(question, follows_image=request.image is not None) for question in request.questions]
             for request in requests
         ]
-        replies: list[list[PredictorOutput]] = [[] for _ in requests]
+        outputs: list[list[PredictorOutput]] = [[] for _ in requests]
         for batch in self._batches(requests, texts):
             try:
-                self._answer_batch(requests, batch, replies)
+                self._answer_batch(requests, batch, outputs)
             except NotFiniteError as error:
                 part = batch[error.request]
                 raise NotFiniteError(
                     f"{error}; {self.why_not_finite()}", request=part.request, question=part.first + error.question
                 ) from None
-        return replies
+        return outputs
 
     def _answer_batch(
-        self, requests: Sequence[GenerationRequest], batch: Sequence[_Part], replies: list[list[PredictorOutput]]
+        self, requests: Sequence[GenerationRequest], batch: Sequence[_Part], outputs: list[list[PredictorOutput]]
     ) -> None:
-        """Add the replies to the questions of a batch. Raises: NotFiniteError with places within the batch."""
-        answers, prefixes = self._generate([requests[part.request] for part in batch], batch)
-        for index, (part, own) in enumerate(zip(batch, answers, strict=True)):
+        """Add the outputs for the questions of a batch. Raises: NotFiniteError with places within the batch."""
+        generated, prefixes = self._generate([requests[part.request] for part in batch], batch)
+        for index, (part, own) in enumerate(zip(batch, generated, strict=True)):
             image = requests[part.request].image
             states = None if prefixes is None else prefixes.patch_states(index)
-            replies[part.request] += self.replies(
+            outputs[part.request] += self.outputs(
                 own, states, (0, 0) if image is None else image.size_hw, request=index
             )
 
@@ -249,9 +230,9 @@ class BatchPredictor:
     def _generate(
         self, requests: Sequence[GenerationRequest], batch: Sequence[_Part]
     ) -> tuple[list[list[GenerationOutput]], ImagePrefixes | None]:
-        """Return the answers of every part, and the images they look at; `requests` are those of the parts."""
+        """Return what was generated for every part, and the images they look at; `requests` are those of the parts."""
         prefixes = self.encode(requests)
-        answers = generate(
+        generated = generate(
             self.model,
             prefixes,
             [part.texts for part in batch],
@@ -259,7 +240,7 @@ class BatchPredictor:
             end_ids=self.end_ids,
             compiled=self.config.compile == "decode",
         )
-        return answers, prefixes
+        return generated, prefixes
 
     def question_ids(self, question: str, *, follows_image: bool) -> list[int]:
         """Return the tokens of a question, with the forced answer behind it where one is configured."""
@@ -267,19 +248,19 @@ class BatchPredictor:
         return ids + self.processor.text_ids(FORCED_ANSWER) if self.config.answer == "forced" else ids
 
     @torch.no_grad()
-    def replies(
-        self, answers: Sequence[GenerationOutput], states_hwD: Tensor | None, image_hw: SizeHW, *, request: int = 0
+    def outputs(
+        self, generated: Sequence[GenerationOutput], states_hwD: Tensor | None, image_hw: SizeHW, *, request: int = 0
     ) -> list[PredictorOutput]:
         """Turn tokens and [SEG] states of one image into text and masks.
 
         Raises: NotFiniteError, with the number `request`, for masks that are not finite.
         """
-        counts = [len(answer.seg_states_ND) for answer in answers]
+        counts = [len(one.seg_states_ND) for one in generated]
         probabilities = None
         if states_hwD is not None and any(counts):
             head = self.model.mask_head
             features = head.pixel_features(states_hwD[None])[0]
-            queries = head.seg_queries(torch.cat([answer.seg_states_ND for answer in answers]))
+            queries = head.seg_queries(torch.cat([one.seg_states_ND for one in generated]))
             logits_NYX = mask_logits(queries, features)
             is_finite_N = logits_NYX.isfinite().all(2).all(1).tolist()
             probabilities = resize_logits(logits_NYX, image_hw).sigmoid()
@@ -287,8 +268,8 @@ class BatchPredictor:
             for index, is_finite in zip(owners, is_finite_N, strict=True):
                 if not is_finite:
                     raise NotFiniteError("the logits of a mask are not finite", request=request, question=index)
-        replies, first = [], 0
-        for answer, number in zip(answers, counts, strict=True):
+        outputs, first = [], 0
+        for one, number in zip(generated, counts, strict=True):
             masks = np.zeros((0, *image_hw), dtype=bool)
             scores: tuple[float, ...] = ()
             if probabilities is not None:
@@ -298,9 +279,9 @@ class BatchPredictor:
                 scores = tuple(((own.float() * on).sum((1, 2)) / on.sum((1, 2)).clamp_min(1)).tolist())
             first += number
             forced = FORCED_ANSWER if self.config.answer == "forced" else ""
-            text = (forced + self.processor.decode(answer.token_ids)).strip()
-            replies.append(PredictorOutput(text=text, masks_NHW=masks, scores=scores))
-        return replies
+            text = (forced + self.processor.decode(one.token_ids)).strip()
+            outputs.append(PredictorOutput(answer=text, masks_NHW=masks, scores=scores))
+        return outputs
 
 
 def span_length(grid_hw: SizeHW) -> int:

@@ -34,8 +34,9 @@ from pixel_sail.evaluation.predictions import (
     score_predictions,
 )
 from pixel_sail.evaluation.result_examples import expression_example
-from pixel_sail.evaluation.task import Answered, ItemRequest, Task, by_image, prompt_template
+from pixel_sail.evaluation.task import ItemRequest, Task, by_image, prompt_template
 from pixel_sail.metrics.iou import IoUSums
+from pixel_sail.predictor_io import PredictorOutput
 from pixel_sail.rle import encode_mask
 from pixel_sail.types import Expression, Prediction
 
@@ -110,7 +111,7 @@ def task_of(
     return Task(
         kind=KIND,
         items=items,
-        question=partial(_question, prompts=prompts, is_upright=is_upright),
+        request=partial(_request, prompts=prompts, is_upright=is_upright),
         record=_record,
         format=PREDICTIONS,
         measure=partial(measure_predictions, missing_as_released=missing_as_released),
@@ -148,8 +149,11 @@ def sum_over_ranks(sums: IoUSums) -> IoUSums:
     return IoUSums.from_integers(dist.sum_over_ranks(integers).tolist(), iou_sum=float(dist.sum_over_ranks(ratios)[0]))
 
 
-def _question(expression: Expression, prompt: str, *, prompts: dict[str, str], is_upright: bool) -> ItemRequest:
+def _request(
+    expression: Expression, prompt: str, *, prompts: dict[str, str], is_upright: bool
+) -> ItemRequest[Expression]:
     return ItemRequest(
+        item=expression,
         key=prediction_key(expression),
         image_id=expression.image_id,
         photo=Photo(path=expression.image_path, size_hw=expression.image_hw, is_upright=is_upright),
@@ -157,8 +161,8 @@ def _question(expression: Expression, prompt: str, *, prompts: dict[str, str], i
     )
 
 
-def _record(expression: Expression, answered: Answered) -> Prediction:
-    mask, first = answered.reply.merged(answered.mask_rule), answered.reply.merged("first")
+def _record(request: ItemRequest[Expression], output: PredictorOutput, mask_rule: str) -> Prediction:
+    expression, mask, first = request.item, output.merged_mask(mask_rule), output.merged_mask("first")
     if mask is not None and first is not None and np.array_equal(mask, first):
         first = None
     return Prediction(
@@ -167,6 +171,6 @@ def _record(expression: Expression, answered: Answered) -> Prediction:
         image_id=expression.image_id,
         text=expression.text,
         segmentation=None if mask is None else encode_mask(mask),
-        answer=answered.reply.text,
+        answer=output.answer,
         first_segmentation=None if first is None else encode_mask(first),
     )

@@ -96,15 +96,14 @@ def _task(items: Sequence[RegionCaption], *, prompt: str, chosen: dict[str, Capt
     return long_answer_task(
         kind=KIND,
         items=items,
-        item_id=lambda item: item.item_id,
-        question=partial(_question, text=prompt),
+        request=partial(_request, text=prompt),
         measure=partial(_measure, chosen=chosen),
         example=_example,
         check=partial(_check, items, chosen),
     )
 
 
-def _question(item: RegionCaption, prompt: str, *, text: str) -> ItemRequest:
+def _request(item: RegionCaption, prompt: str, *, text: str) -> ItemRequest[RegionCaption]:
     """Return the released question, which has no stray blanks to leave out."""
     return region_request(item, prompt_template({"standard": text, "paper": text}, prompt, KIND))
 

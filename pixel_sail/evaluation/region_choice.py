@@ -47,15 +47,14 @@ def load(
     return long_answer_task(
         kind=KIND,
         items=items,
-        item_id=lambda item: item.item_id,
-        question=_question,
+        request=_request,
         measure=partial(_measure, protocols=protocols),
         example=_example,
         check=partial(_check, items, protocols),
     )
 
 
-def _question(item: RegionChoice, prompt: str) -> ItemRequest:
+def _request(item: RegionChoice, prompt: str) -> ItemRequest[RegionChoice]:
     stem = item.question.partition("\n")[0].replace(MARKED_OBJECT, "<Prompt0>")
     return region_request(item, prompt_template(PROMPTS, prompt, KIND).format(question=item.question, stem=stem))
 

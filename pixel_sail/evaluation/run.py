@@ -106,7 +106,7 @@ def _run_plan(config: EvalConfig, plan: Plan, folder: Path, output: Path) -> dic
         asked = time.monotonic()
         # Rank 0 scores alone, as some scorers start programs of their own.
         if dist.rank() == 0:
-            images = [str(question.image_id) for question in task.questions(config.predict.prompt)]
+            images = [str(request.image_id) for request in task.requests(config.predict.prompt)]
             task_scores = task.measure(task.items, records)
             resampled[name] = _resample(task_scores, images, name, config)
             now = time.monotonic()
@@ -153,7 +153,7 @@ def plan_evals(config: EvalConfig) -> Plan:
 def _ready(task: Task[Any, Any], config: EvalConfig) -> Task[Any, Any]:
     """Return the task with the items that are asked, after checking that they can be."""
     chosen = task.first_images(config.max_images, config.predict.prompt)
-    photos = dict.fromkeys(question.photo.path for question in chosen.questions(config.predict.prompt))
+    photos = dict.fromkeys(request.photo.path for request in chosen.requests(config.predict.prompt))
     absent = [path for path in photos if not path.is_file()]
     if absent:
         raise MissingDataError(

@@ -35,13 +35,13 @@ class StoredEval:
     """In the order of the items."""
 
     @cached_property
-    def questions(self) -> list[ItemRequest]:
-        """Return the question of every item, as it was asked."""
-        return self.task.questions(self.protocol["predict"]["prompt"])
+    def requests(self) -> list[ItemRequest[Any]]:
+        """Return what was asked of every item."""
+        return self.task.requests(self.protocol["predict"]["prompt"])
 
     def images(self) -> list[str]:
         """Return which image each item is about."""
-        return [str(question.image_id) for question in self.questions]
+        return [str(request.image_id) for request in self.requests]
 
     def measure(self) -> TaskScores:
         """Return the scores, computed anew. Raises: DataError."""
@@ -94,7 +94,7 @@ def read_stored(folder: Path, loaders: Collection[str] = ()) -> StoredEval:
     if not file.is_file():
         raise DataError(f"{file}: found no such file, expected all predictions; the evaluation was not finished")
     by_key = {task.format.key(record): record for record in read_records(file, task.format)}
-    keys = [question.key for question in task.questions(prompt)]
+    keys = [request.key for request in task.requests(prompt)]
     if by_key.keys() != set(keys):
         raise DataError(
             f"{file}: found {len(by_key)} predictions, {len(by_key.keys() - set(keys))} of them to no item, expected "

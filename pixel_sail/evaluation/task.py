@@ -4,8 +4,8 @@ Place in the flow: `refer_seg.py`, `region_caption.py`, `region_choice.py`, `vis
 `grounded_caption.py` return a `Task`, the target of an eval in a config; `engine.py` asks it. An item of PerBench's
 detailed captions becomes
 
-    ItemRequest(key="sa_1.jpg/0.0", image_id="images/sa_1.jpg", photo=Photo(path=..., size_hw=(1365, 2048)),
-             text="Can you provide me with a detailed ... <Prompt0>? ...", regions=(rle,), prompt_ids=(0,))
+    ItemRequest(item=RegionCaption(...), key="sa_1.jpg/0.0", image_id="images/sa_1.jpg", photo=Photo(path=..., ...),
+                text="Can you provide me with a detailed ... <Prompt0>? ...", regions=(rle,), prompt_ids=(0,))
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +16,10 @@ from typing import Any, Generic, Protocol, TypeVar
 from pixel_sail.config import ConfigError
 from pixel_sail.data.masks import decode_rle
 from pixel_sail.evaluation.photos import Photo
-from pixel_sail.evaluation.predict import PredictorOutput
 from pixel_sail.evaluation.record_files import Record, RecordFormat
 from pixel_sail.evaluation.result_examples import ResultExample
 from pixel_sail.evaluation.task_scores import Scores, TaskScores
+from pixel_sail.predictor_io import PredictorOutput
 from pixel_sail.types import RLE, VisualPrompt
 
 LONG_ANSWER_TOKENS = 512
@@ -29,9 +29,10 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ItemRequest:
-    """What is asked about one item. RLEs are decoded only while its image is worked on."""
+class ItemRequest(Generic[Item]):
+    """An item with what is asked about it. RLEs are decoded only while its image is worked on."""
 
+    item: Item
     key: Any
     """Names the item within its benchmark, as the key of its record does."""
     image_id: int | str
@@ -48,20 +49,8 @@ class ItemRequest:
         return tuple(VisualPrompt(prompt_id=prompt_id, mask=decode_rle(rle)) for prompt_id, rle in pairs)
 
     def overlay_key(self) -> tuple[Any, ...]:
-        """Return what is equal for questions about one photo that see the same prompts on it."""
+        """Return what is equal for requests about one photo that see the same prompts on it."""
         return (self.prompt_ids, tuple(rle["counts"] for rle in self.regions))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answered:
-    """A question with what the model said."""
-
-    question: ItemRequest
-    reply: PredictorOutput
-    is_retry: bool
-    """The reply has no mask of its own, its masks are those of a second answer that was forced to begin with one."""
-    mask_rule: str
-    """`predict.mask`, for tasks that write one mask."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +60,10 @@ class Task(Generic[Item, Record]):
     kind: str
     """Tasks of one kind share a table of scores."""
     items: Sequence[Item]
-    question: Callable[[Item, str], ItemRequest]
-    """(item, `predict.prompt`) -> question. Raises: ConfigError for a prompt the task does not have."""
-    record: Callable[[Item, Answered], Record]
-    """(item, what was said) -> what is written."""
+    request: Callable[[Item, str], ItemRequest[Item]]
+    """(item, `predict.prompt`) -> what is asked. Raises: ConfigError for a prompt the task does not have."""
+    record: Callable[[ItemRequest[Item], PredictorOutput, str], Record]
+    """(request, output, `predict.mask`) -> what is written."""
     format: RecordFormat[Record, Any]
     measure: Callable[[Sequence[Item], Sequence[Record]], TaskScores]
     """(items, their records in the same order) -> scores by name, and what each item adds to them."""
@@ -91,29 +80,16 @@ class Task(Generic[Item, Record]):
         """Return the scores of items by name; `records` are in their order."""
         return self.measure(items, records).scores
 
-    def questions(self, prompt: str) -> list[ItemRequest]:
-        """Return the question of every item, in order. Raises: ConfigError for a prompt the task does not have."""
-        return [self.question(item, prompt) for item in self.items]
+    def requests(self, prompt: str) -> list[ItemRequest[Item]]:
+        """Return what is asked of every item, in order. Raises: ConfigError for a prompt the task does not have."""
+        return [self.request(item, prompt) for item in self.items]
 
     def first_images(self, max_images: int, prompt: str) -> "Task[Item, Record]":
         """Return the task with the items of its first images only, with all where `max_images` is 0."""
         if max_images == 0:
             return self
-        groups = by_image([Asked(item=item, question=self.question(item, prompt)) for item in self.items])
-        return replace(self, items=[asked.item for group in groups[:max_images] for asked in group])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked(Generic[Item]):
-    """An item with its question."""
-
-    item: Item
-    question: ItemRequest
-
-    @property
-    def image_id(self) -> int | str:
-        """Return which image it is about."""
-        return self.question.image_id
+        groups = by_image(self.requests(prompt))
+        return replace(self, items=[request.item for group in groups[:max_images] for request in group])
 
 
 class HasImage(Protocol):

@@ -90,7 +90,7 @@ def measure(sums: Sequence[Sums], *, prefix: str = "", names: Sequence[str] | No
     )
 
 
-def together(*parts: TaskScores, **more: int) -> TaskScores:
+def merge_scores(*parts: TaskScores, **more: int) -> TaskScores:
     """Return the scores of all parts as one, with further counts."""
     scores: dict[str, float | int] = {}
     fractions: dict[str, ItemFractions] = {}

@@ -17,7 +17,7 @@ from pixel_sail.evaluation.item_predictions import ITEM_PREDICTIONS, ItemPredict
 from pixel_sail.evaluation.overlay import PREDICTED_COLOR, TRUE_COLOR
 from pixel_sail.evaluation.photos import Photo
 from pixel_sail.evaluation.result_examples import ResultExample
-from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS, Answered, ItemRequest, Task, prompt_template
+from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS, ItemRequest, Task, prompt_template
 from pixel_sail.evaluation.task_scores import PAPER_PREFIX, TaskScores, measure, merge_scores
 from pixel_sail.metrics.visual_referring import score_each, score_first_as_released, score_union
 from pixel_sail.types import RLE, VisualReferring
@@ -33,8 +33,8 @@ def load(*, annotations: str | Path, image_dir: str | Path) -> Task[VisualReferr
     return Task(
         kind=KIND,
         items=perbench.load_visual_referring(annotations, image_dir=image_dir),
-        question=_question,
-        record=_record,
+        request=_request,
+        record=item_prediction,
         format=ITEM_PREDICTIONS,
         measure=_measure,
         example=_example,
@@ -43,8 +43,9 @@ def load(*, annotations: str | Path, image_dir: str | Path) -> Task[VisualReferr
     )
 
 
-def _question(item: VisualReferring, prompt: str) -> ItemRequest:
+def _request(item: VisualReferring, prompt: str) -> ItemRequest[VisualReferring]:
     return ItemRequest(
+        item=item,
         key=item.item_id,
         image_id=str(item.image_path),
         photo=Photo(path=item.image_path, size_hw=item.image_hw),
@@ -52,10 +53,6 @@ def _question(item: VisualReferring, prompt: str) -> ItemRequest:
         regions=item.regions,
         prompt_ids=item.prompt_ids,
     )
-
-
-def _record(item: VisualReferring, answered: Answered) -> ItemPrediction:
-    return item_prediction(item.item_id, answered)
 
 
 def _own_masks(answer: ItemPrediction) -> tuple[RLE, ...]:

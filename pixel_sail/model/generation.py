@@ -64,7 +64,7 @@ class ImagePrefixes:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOutput:
-    """One generated answer."""
+    """What was generated after one text."""
 
     token_ids: list[int]
     """Generated tokens, with the ending token if it was reached."""
@@ -147,8 +147,8 @@ def generate(
         try:
             next(steps)
         except StopIteration as finished:
-            answers: list[list[GenerationOutput]] = finished.value
-            return answers
+            outputs: list[list[GenerationOutput]] = finished.value
+            return outputs
 
 
 @torch.no_grad()
@@ -164,7 +164,7 @@ def generate_steps(
     """Do what `generate` does, and yield after every step the tokens of all rows so far, those that fill up included;
     the lists are those that grow.
 
-    The answers are the generator's return value. Raises: ValueError for an empty text; NotFiniteError with the first
+    The outputs are the generator's return value. Raises: ValueError for an empty text; NotFiniteError with the first
     text whose states are not finite.
     """
     num_columns = max((len(group) for group in texts), default=0)
@@ -207,19 +207,19 @@ def generate_steps(
         consumed = [() if row.finished else (token,) for row, token in zip(rows, next_R, strict=True)]
         state_RD = cache.extend(consumed)[:, 0]
     none = state_RD.new_zeros(0, model.config.hidden_size)
-    answers = (
+    outputs = (
         GenerationOutput(token_ids=row.tokens, seg_states_ND=torch.stack(row.seg_states) if row.seg_states else none)
         for row in rows
     )
-    return list(_regroup(answers, [len(group) for group in texts], num_columns))
+    return list(_regroup(outputs, [len(group) for group in texts], num_columns))
 
 
 def _regroup(
-    answers: Iterator[GenerationOutput], counts: Sequence[int], num_columns: int
+    outputs: Iterator[GenerationOutput], counts: Sequence[int], num_columns: int
 ) -> Iterator[list[GenerationOutput]]:
-    """Yield the answers of each image without those of rows that only fill up."""
+    """Yield the outputs of each image without those of rows that only fill up."""
     for number in counts:
-        yield [next(answers) for _ in range(num_columns)][:number]
+        yield [next(outputs) for _ in range(num_columns)][:number]
 
 
 def _ends_with_seg(model: PixelSailForSegmentation, rows: Sequence[_Row]) -> bool:

@@ -20,7 +20,7 @@ Scores = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class ReferredObject:
     """One expression: the objects of its picture, whose masks do not overlap, and which of them is meant."""
 
     areas: Sequence[int]
@@ -28,10 +28,10 @@ class Asked:
     target: int
 
 
-def blind_scores(asked: Iterable[Asked]) -> dict[str, Scores]:
+def blind_scores(expressions: Iterable[ReferredObject]) -> dict[str, Scores]:
     """Return cIoU and gIoU of every guess, those of the random object as expected; nothing where nothing is asked."""
     measured: dict[str, list[tuple[float, float, float]]] = {name: [] for name in GUESSES}
-    for item in asked:
+    for item in expressions:
         for name, answers in _answers(item).items():
             pairs = [_overlap(item, answer) for answer in answers]
             inter, union = (fmean(pair[part] for pair in pairs) for part in (0, 1))
@@ -43,7 +43,7 @@ def blind_scores(asked: Iterable[Asked]) -> dict[str, Scores]:
     }
 
 
-def _answers(item: Asked) -> dict[str, list[list[int]]]:
+def _answers(item: ReferredObject) -> dict[str, list[list[int]]]:
     """Return the equally likely answers of every guess, each as the objects that are marked."""
     everything = list(range(len(item.areas)))
     same_colour = [index for index in everything if item.colours[index] == item.colours[item.target]]
@@ -53,7 +53,7 @@ def _answers(item: Asked) -> dict[str, list[list[int]]]:
     )
 
 
-def _overlap(item: Asked, answer: list[int]) -> tuple[int, int]:
+def _overlap(item: ReferredObject, answer: list[int]) -> tuple[int, int]:
     """Return the pixels of intersection and union of an answer and the target."""
     inter = item.areas[item.target] if item.target in answer else 0
     return inter, sum(item.areas[index] for index in answer) + item.areas[item.target] - inter

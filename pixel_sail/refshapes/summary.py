@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from pixel_sail.refshapes.baselines import Asked, blind_choices, blind_scores
+from pixel_sail.refshapes.baselines import ReferredObject, blind_choices, blind_scores
 from pixel_sail.refshapes.queries import Sentence
 
 Json = dict[str, Any]
@@ -40,7 +40,7 @@ def summarize(splits: Sequence[str], records: Sequence[Json], num_refs: Json) ->
             if sentences[split]
         },
         "blind_scores": {
-            split: blind_scores(_asked(*pair) for pair in pairs)
+            split: blind_scores(_referred_object(*pair) for pair in pairs)
             for split, pairs in sentences.items()
             if split != "train"
         },
@@ -52,6 +52,6 @@ def _counted(words: Any) -> dict[str, int]:
     return dict(sorted(Counter(words).items()))
 
 
-def _asked(record: Json, sentence: Sentence) -> Asked:
+def _referred_object(record: Json, sentence: Sentence) -> ReferredObject:
     areas = [item["area"] for item in record["objects"]]
-    return Asked(areas=areas, colours=record["colours"], target=sentence.targets[0])
+    return ReferredObject(areas=areas, colours=record["colours"], target=sentence.targets[0])

@@ -27,7 +27,7 @@ WINDOW = 64
 
 @dataclass(frozen=True, kw_only=True)
 class VqaRequest:
-    """One question, about one picture or none."""
+    """One question, about one picture or none, with its own limits."""
 
     question: str
     image: Image.Image | None
@@ -46,16 +46,16 @@ def answer(
     until: Sequence[str] = (),
 ) -> str:
     """Return the greedy answer to one question, without special tokens; `until` ends it early."""
-    asked = VqaRequest(question=question, image=image, max_new_tokens=max_new_tokens, until=tuple(until))
-    return next(answers(predictor, [asked]))
+    request = VqaRequest(question=question, image=image, max_new_tokens=max_new_tokens, until=tuple(until))
+    return next(answers(predictor, [request]))
 
 
-def answers(predictor: BatchPredictor, questions: Iterable[VqaRequest]) -> Iterator[str]:
+def answers(predictor: BatchPredictor, requests: Iterable[VqaRequest]) -> Iterator[str]:
     """Yield the greedy answer to every question, in order.
 
     `predictor.config.max_batch_tokens` limits what runs as one batch. Masks are not returned.
     """
-    waiting = iter(questions)
+    waiting = iter(requests)
     while window := list(islice(waiting, WINDOW)):
         yield from _answer_window(predictor, window)
 
@@ -82,24 +82,27 @@ def _answer_window(predictor: BatchPredictor, window: Sequence[VqaRequest]) -> l
     """Return the answers to a few questions, asked together as far as they have the same length limit."""
     special = special_tokens(predictor.processor.settings.num_visual_prompts)
     texts = [""] * len(window)
-    for limit in dict.fromkeys(asked.max_new_tokens for asked in window):
+    for limit in dict.fromkeys(request.max_new_tokens for request in window):
         by_picture: dict[str, list[int]] = {}
-        for index, asked in enumerate(window):
-            if asked.max_new_tokens == limit:
-                by_picture.setdefault(_picture_key(asked.image), []).append(index)
-        requests = [_request(predictor, [window[index] for index in indices]) for indices in by_picture.values()]
-        replies = predictor.changed(max_new_tokens=limit, answer="generated").ask_many(requests)
-        for indices, own in zip(by_picture.values(), replies, strict=True):
-            for index, reply in zip(indices, own, strict=True):
-                texts[index] = plain_answer(reply.text, special, window[index].until)
+        for index, request in enumerate(window):
+            if request.max_new_tokens == limit:
+                by_picture.setdefault(_picture_key(request.image), []).append(index)
+        batch = [
+            _generation_request(predictor, [window[index] for index in indices]) for indices in by_picture.values()
+        ]
+        outputs = predictor.changed(max_new_tokens=limit, answer="generated").ask_many(batch)
+        for indices, own in zip(by_picture.values(), outputs, strict=True):
+            for index, output in zip(indices, own, strict=True):
+                texts[index] = plain_answer(output.answer, special, window[index].until)
     return texts
 
 
-def _request(predictor: BatchPredictor, same_picture: Sequence[VqaRequest]) -> GenerationRequest:
+def _generation_request(predictor: BatchPredictor, same_picture: Sequence[VqaRequest]) -> GenerationRequest:
     """Return questions about one picture as the predictor takes them."""
     image = same_picture[0].image
     return GenerationRequest(
-        image=None if image is None else predictor.prepare(image), questions=[asked.question for asked in same_picture]
+        image=None if image is None else predictor.prepare(image),
+        questions=[request.question for request in same_picture],
     )
 
 

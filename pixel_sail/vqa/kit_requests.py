@@ -1,4 +1,4 @@
-"""Requests of the kit as questions that the predictor can answer, or a message that says why it cannot.
+"""Requests of the kit as requests that the predictor can answer, or a message that says why it cannot.
 
 Place in the flow: lmms-eval hands `lmms_eval_model.py` its `Instance` objects; their `args` and the kit's documents are
 read here, without importing the kit:
@@ -23,8 +23,8 @@ Documents = Mapping[str, Mapping[str, Sequence[Any]]]
 """Task name -> split -> documents."""
 
 
-def to_question(arguments: Sequence[Any], documents: Documents, *, default_max_new_tokens: int) -> VqaRequest:
-    """Return one `generate_until` request as a question.
+def to_request(arguments: Sequence[Any], documents: Documents, *, default_max_new_tokens: int) -> VqaRequest:
+    """Return one `generate_until` request of the kit as ours.
 
     Raises: DataError for more than one picture, for anything but pictures, for sampling, and for settings of a wrong
     kind. The message names the task and the document.

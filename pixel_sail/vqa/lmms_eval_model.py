@@ -19,7 +19,7 @@ from pixel_sail.config import ConfigError, PredictConfig
 from pixel_sail.evaluation.predict import DTYPES, BatchPredictor
 from pixel_sail.evaluation.run import checkpoint_folder
 from pixel_sail.vqa.answering import answers
-from pixel_sail.vqa.kit_requests import DEFAULT_MAX_NEW_TOKENS, to_question
+from pixel_sail.vqa.kit_requests import DEFAULT_MAX_NEW_TOKENS, to_request
 
 
 class PixelSail(lmms):
@@ -63,10 +63,10 @@ class PixelSail(lmms):
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Return one answer per request, in order. Raises: DataError for a request that the model cannot answer."""
         shown = tqdm(requests, desc="questions", disable=self.rank != 0)
-        asked = (
-            to_question(request.args, self.task_dict, default_max_new_tokens=self.max_new_tokens) for request in shown
+        own = (
+            to_request(request.args, self.task_dict, default_max_new_tokens=self.max_new_tokens) for request in shown
         )
-        return list(answers(self.predictor, asked))
+        return list(answers(self.predictor, own))
 
     def loglikelihood(self, requests: list[Any]) -> NoReturn:
         """Refuse: answers are generated, their probabilities are not computed."""
