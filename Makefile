@@ -15,7 +15,7 @@ help:  ## list the targets
 setup:  ## install everything into .venv (needs only Python 3.11 or newer)
 	@bash scripts/setup_env.sh
 
-quickstart: setup  ## train and evaluate a small model on drawn scenes
+quickstart: setup  ## train and evaluate a small model on synthetic scenes
 	$(VENV_PYTHON) scripts/quickstart.py
 
 # Two at a time: most tests wait for the start of processes. A file stays in one of them, for what its tests share.

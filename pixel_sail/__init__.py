@@ -4,7 +4,7 @@ Subpackages, in the order data flows through them: `types` (the nouns), `data` (
 text and mask logits), `losses`, `training`, `evaluation` and `metrics`. For your own code there is one entry:
 
     predictor = pixel_sail.Predictor.from_pretrained("runs/mine")
-    predictor.segment("photo.jpg", "the dog on the left").mask
+    predictor.segment("image.jpg", "the dog on the left").mask
 """
 
 from typing import TYPE_CHECKING, Any

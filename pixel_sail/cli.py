@@ -36,7 +36,7 @@ COMMANDS = {
     "tables": ("tools/make_tables.py", "print the paper's tables, and those of sweeps"),
     "score": ("tools/score.py", "score stored predictions again"),
     "compare": ("tools/compare_runs.py", "compare two evaluations, item by item"),
-    "make-data": ("tools/make_refshapes.py", "draw the RefShapes benchmark"),
+    "make-data": ("tools/make_refshapes.py", "render the RefShapes benchmark"),
     "make-tokenizer": ("tools/make_tokenizer.py", "train a small tokenizer for models that start from nothing"),
 }
 

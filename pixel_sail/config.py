@@ -128,11 +128,11 @@ class ModelConfig:
     init_from: str | None = None
     """Exported Pixel-SAIL folder whose weights training starts from; None starts from random weights."""
     init_fresh: list[str] = field(default_factory=list)
-    """Parts that are drawn anew, or left out, where the weights of `init_from` were made for another `architecture`:
-    mask_head, prompt_projection, patch_embedding. Where they fit they are taken. Empty: what does not fit is an
+    """Parts that are initialized anew, or left out, where the weights of `init_from` were made for another
+    `architecture`: mask_head, prompt_projection, patch_embedding. Where they fit they are taken. Empty: what does not fit is an
     error."""
     init: str = "ours"
-    """How the mask head and the layers towards teachers are drawn where they are new. ours: the signal keeps its
+    """How the mask head and the layers towards teachers are initialized where they are new. ours: the signal keeps its
     variance, each upsample block has weights of its own. torch (release): PyTorch's defaults, all blocks start alike.
     Weights taken from `init_from` stay as they are."""
     vocab_multiple: int = 64
@@ -158,7 +158,7 @@ class DataConfig:
     """ours or released: what the options of `configs/source/` stand at in which the project's data differ from the
     release's, such as `data.sources.coco_vp.candidates`; each can be set by itself."""
     repeats: dict[str, float] = field(default_factory=dict)
-    """Name -> how often its items occur in an epoch (default 1; fractions draw a random part)."""
+    """Name -> how often its items occur in an epoch (default 1; fractions sample a random part)."""
     weights: dict[str, float] = field(default_factory=dict)
     """Instead of repeats: name -> fraction of an epoch of `epoch_samples`, for every source."""
     epoch_samples: int = 0
@@ -583,9 +583,9 @@ class EvalConfig:
     seed: int = 0
     """Of the resampling; evals have resamples of their own, equal for all checkpoints."""
     resamples: int = 1000
-    """How often images are drawn for the intervals of the scores, 0 for none."""
+    """How often images are sampled for the intervals of the scores, 0 for none."""
     examples: int = 12
-    """Pictures of each eval in the report: a third each of its best, median and worst answers."""
+    """Images of each eval in the report: a third each of its best, median and worst answers."""
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -628,7 +628,7 @@ class DemoLimits:
     header_s: float = 10.0
     """A connection that has not asked for anything after so many seconds is ended."""
     transfer_s: float = 120.0
-    """A request with its photo must have come within so many seconds, and what is sent must be taken."""
+    """A request with its image must have come within so many seconds, and what is sent must be taken."""
     text_characters: int = 1000
     turns: int = 50
     """Questions about one image."""
@@ -654,7 +654,7 @@ class DemoConfig:
     """Names under which browsers may call it beside `host` and the local ones."""
     precision: str = "fp32"
     examples: int = 4
-    """Drawn scenes that the page offers."""
+    """Synthetic scenes that the page offers."""
     predict: PredictConfig = field(default_factory=PredictConfig)
     limits: DemoLimits = field(default_factory=DemoLimits)
 

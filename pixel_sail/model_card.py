@@ -100,7 +100,7 @@ def _model(config: Mapping[str, Any], *, num_parameters: int) -> str:
     own = config["model"]["architecture"]
     return (
         "A Pixel-SAIL model ([arXiv 2504.10465](https://arxiv.org/abs/2504.10465)): one decoder-only transformer that "
-        f"answers questions about pictures with text and masks. {num_parameters / 1e6:,.1f} M parameters, base "
+        f"answers questions about images with text and masks. {num_parameters / 1e6:,.1f} M parameters, base "
         f"{own['base']}, {own['num_hidden_layers']} layers of width {own['hidden_size']}, "
         f"patches of {own['patch_size']} pixels, mask "
         f"logits every {own['mask_stride']} pixels, images up to {own['max_long_side']} pixels long, up to "
@@ -117,7 +117,7 @@ def _use(name: str, prompt: str) -> str:
     lines += [
         "",
         f'predictor = Predictor.from_pretrained("{name}"{given})',
-        'predictor.segment("photo.jpg", "the dog on the left").mask',
+        'predictor.segment("image.jpg", "the dog on the left").mask',
     ]
     return "## Use\n\n```python\n" + "\n".join(lines) + "\n```\n"
 
@@ -157,7 +157,7 @@ def _recipe(run_dir: Path, config: Mapping[str, Any]) -> str:
         "largest gradient norm": optim["max_grad_norm"],
         "precision": optim["precision"],
         "seed": config["seed"],
-        "started from": Path(config["model"]["init_from"]).name if config["model"]["init_from"] else "drawn weights",
+        "started from": Path(config["model"]["init_from"]).name if config["model"]["init_from"] else "random weights",
         "distillation": ", ".join(config["distillation"]) or "none",
         "averaged weights": optim["ema_decay"] or "no",
     }

@@ -5,7 +5,7 @@ takes the type of a value from how it looks and knows nothing of the setting. Se
 quotation marks where Hydra would read something else than what was typed:
 
     name=2024_11_05              ->  name='2024_11_05'                (20241105 otherwise)
-    image=photo (1).jpg          ->  image='photo (1).jpg'            (a lexer error otherwise)
+    image=image (1).jpg          ->  image='image (1).jpg'            (a lexer error otherwise)
     experiment=007               ->  experiment='007'                 (the file 007.yaml, not 7.yaml)
     optim.lora.targets=[a(b|c)]  ->  optim.lora.targets=['a(b|c)']
     seed=007, name=abc, name="1.10", run_dir=${paths.runs}/a, output=null    stay as they are

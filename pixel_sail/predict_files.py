@@ -1,9 +1,9 @@
 """Free questions about image files.
 
-Place in the flow: `scripts/predict.py` calls `predict_files`, which asks a `Predictor`. For `photo.jpg` it writes
-`photo.json` and `photo.png`, the masks over the image:
+Place in the flow: `scripts/predict.py` calls `predict_files`, which asks a `Predictor`. For `image.jpg` it writes
+`image.json` and `image.png`, the masks over the image:
 
-    {"image": "photo.jpg", "question": "Please segment the dog.", "answer": "It is [SEG].", "text": "It is.",
+    {"image": "image.jpg", "question": "Please segment the dog.", "answer": "It is [SEG].", "text": "It is.",
      "phrases": [""], "masks": [{"size": [427, 640], "counts": "..."}], "scores": [0.93],
      "boxes": [[120, 48, 311, 402]], "timing": {"encode_s": 0.21, "generate_s": 0.08, "mask_s": 0.02}}
 """
@@ -21,7 +21,7 @@ from PIL import Image
 
 from pixel_sail.config import PREDICT_TEXTS, ConfigError, PredictCommandConfig, load_config, plain_options
 from pixel_sail.data.images import existing_file, load_image
-from pixel_sail.evaluation.overlay import PALETTE, Picture, paint
+from pixel_sail.evaluation.overlay import PALETTE, ImageArray, paint
 from pixel_sail.files import check_writable, is_hidden, replace_bytes, replace_text
 from pixel_sail.model.generation import NotFiniteError
 from pixel_sail.predictor import Predictor
@@ -138,12 +138,12 @@ def _regions(config: PredictCommandConfig) -> list[Box | Point]:
 
 
 def write_result(place: Path, path: Path, question: str, image: Image.Image, result: PredictorOutput) -> None:
-    """Write an answer as `<place>.json`, and its masks as a picture, `<place>.png`."""
+    """Write an answer as `<place>.json`, and its masks as an image, `<place>.png`."""
     record = {"image": path.name, "question": question, **result.to_json()}
     replace_text(place.with_name(f"{place.name}.json"), json.dumps(record, indent=1) + "\n")
-    picture: Picture = np.asarray(image)
+    image: ImageArray = np.asarray(image)
     for index, mask in enumerate(result.masks_NHW):
-        picture = paint(picture, mask, PALETTE[index % len(PALETTE)])
+        image = paint(image, mask, PALETTE[index % len(PALETTE)])
     content = BytesIO()
-    Image.fromarray(picture).save(content, format="PNG")
+    Image.fromarray(image).save(content, format="PNG")
     replace_bytes(place.with_name(f"{place.name}.png"), content.getvalue())

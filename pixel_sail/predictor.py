@@ -5,9 +5,9 @@ are those that the evaluation scores. An image is encoded once for a whole chat;
 every question, which costs little beside the image.
 
     predictor = pixel_sail.Predictor.from_pretrained("runs/mine")
-    predictor.segment("photo.jpg", "the dog on the left").mask            # bool [427, 640]
-    predictor.describe("photo.jpg", Box(10, 20, 200, 180)).text           # "A brown dog."
-    chat = predictor.chat("photo.jpg", [Point(120, 80)])
+    predictor.segment("image.jpg", "the dog on the left").mask            # bool [427, 640]
+    predictor.describe("image.jpg", Box(10, 20, 200, 180)).text           # "A brown dog."
+    chat = predictor.chat("image.jpg", [Point(120, 80)])
     chat.ask("What is <Prompt0>?"), chat.ask("Please segment what it looks at.")
 """
 

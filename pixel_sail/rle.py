@@ -1,6 +1,6 @@
 """Masks as COCO run-length encodings that fit into JSON, and their boxes.
 
-Place in the flow: below everything that writes masks: predictions, the drawn benchmark. Reading, with its checks, is in
+Place in the flow: below everything that writes masks: predictions, the synthetic benchmark. Reading, with its checks, is in
 `data/masks.py`. A 2 x 2 mask whose left column is set: {"size": [2, 2], "counts": "022"}.
 """
 

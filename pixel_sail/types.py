@@ -95,7 +95,7 @@ class Sample:
     """Size stated by the annotation file; the opened image must agree."""
     turns: tuple[Turn, ...]
     prompts: tuple[VisualPrompt, ...] = ()
-    part_drawn: float | None = None
+    part_choice: float | None = None
     """Where the turns do not fit into a sequence together: which of the parts that do is kept, 0 .. 1, 0 for the first
     (see data/turn_parts.py). None: a sample that is too long is an error."""
 
@@ -114,7 +114,7 @@ class Source(Protocol):
         ...
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
-        """Return item `index`; every random choice (sentences, templates, prompt ids) is drawn from `rng`."""
+        """Return item `index`; every random choice (sentences, templates, prompt ids) is sampled from `rng`."""
         ...
 
     def image_path(self, index: int) -> Path | None:
@@ -237,7 +237,7 @@ class TeacherTarget:
 
     teacher: str
     features_EYX: Tensor | None
-    """Stored features, float16 or int8; None: the teacher looks at the photo itself."""
+    """Stored features, float16 or int8; None: the teacher looks at the image itself."""
     scales_E: Tensor | None = None
     """float32: what a level of each channel of int8 features is worth."""
 
@@ -273,7 +273,7 @@ class Example:
     point_seed: int = 0
     """Seed of the mask loss's sampled points, so that they depend on the sample and not on the rank that runs it."""
     teacher_targets: tuple[TeacherTarget, ...] = ()
-    photo_HW3: Tensor | None = None
+    image_HW3: Tensor | None = None
     """uint8: the image as opened, where a teacher looks at it."""
 
     def __len__(self) -> int:
@@ -344,12 +344,12 @@ class Batch:
     teacher_images: tuple[int, ...] = ()
     """Index into `grids` of the image of each pair."""
     teacher_maps: tuple[Tensor | None, ...] = ()
-    """Stored features [E, Y, X] of each pair, float16 or int8; None: the teacher looks at the photo."""
+    """Stored features [E, Y, X] of each pair, float16 or int8; None: the teacher looks at the image."""
     teacher_scales: tuple[Tensor | None, ...] = ()
     """float32 [E] of each pair with int8 features."""
-    photo_images: tuple[int, ...] = ()
-    """Index into `grids` of each photo."""
-    photos: tuple[Tensor, ...] = ()
+    original_image_index: tuple[int, ...] = ()
+    """Index into `grids` of each original image."""
+    original_images: tuple[Tensor, ...] = ()
     """uint8 [H, W, 3], images as opened, where a teacher looks at them."""
     spans: tuple[SampleSpan, ...] | None = None
     """Every sample's tokens; None: to be read from the tensors."""
@@ -371,7 +371,7 @@ class Batch:
         assert len(set(counts)) == 1, f"masks, [SEG] positions, the sum over images and ignored masks differ: {counts}"
         pairs = (len(self.teacher_names), len(self.teacher_images), len(self.teacher_maps), len(self.teacher_scales))
         assert len(set(pairs)) == 1, f"names, images, maps and scales of teachers differ: {pairs}"
-        assert len(self.photo_images) == len(self.photos), "every photo needs its image"
+        assert len(self.original_image_index) == len(self.original_images), "every original image needs its index"
 
     def model_inputs(self) -> dict[str, Any]:
         """Return the keyword arguments of the model's forward that this batch provides."""
@@ -396,7 +396,7 @@ class Batch:
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        for name in ("masks", "ignored", "teacher_maps", "teacher_scales", "photos"):
+        for name in ("masks", "ignored", "teacher_maps", "teacher_scales", "original_images"):
             moved[name] = tuple(
                 None if tensor is None else tensor.to(device, non_blocking=True) for tensor in getattr(self, name)
             )

@@ -3,7 +3,7 @@
     scripts/demo.py checkpoint=runs/quickstart predict.prompt=short      then open http://127.0.0.1:7860
     scripts/demo.py checkpoint=runs/mine precision=bf16 port=8000 limits.answer_s=30
 
-Photos and questions stay in the memory of this process; nothing is written. Ends with Ctrl-C.
+Images and questions stay in the memory of this process; nothing is written. Ends with Ctrl-C.
 """
 
 import logging
@@ -15,7 +15,7 @@ import uvicorn
 from pixel_sail.cli import script_help, wants_help
 from pixel_sail.config import DemoConfig, command_line_overrides, load_config
 from pixel_sail.demo.connections import connection_options
-from pixel_sail.demo.examples import draw_examples
+from pixel_sail.demo.examples import render_examples
 from pixel_sail.demo.server import build_app
 from pixel_sail.entry import one_message
 from pixel_sail.predictor import Predictor
@@ -35,7 +35,7 @@ def main() -> int:
         predictor,
         # The last part only: users need not know where models lie.
         name=folder.parent.name if folder.name == "export" else folder.name,
-        examples=draw_examples(config.examples, config.predict.prompt),
+        examples=render_examples(config.examples, config.predict.prompt),
         limits=config.limits,
         names=[config.host, *config.names],
     )

@@ -1,7 +1,7 @@
 """Ask a checkpoint about an image or a folder of images.
 
-    scripts/predict.py checkpoint=runs/quickstart image=photo.jpg question="Please segment the red star in this image."
-    scripts/predict.py --checkpoint FOLDER --image 'photo (1).jpg' --question 'What is <Prompt0>?' --box 10,20,200,180
+    scripts/predict.py checkpoint=runs/quickstart image=image.jpg question="Please segment the red star in this image."
+    scripts/predict.py --checkpoint FOLDER --image 'image (1).jpg' --question 'What is <Prompt0>?' --box 10,20,200,180
 
 Writes <output>/<image>.json (answer, masks as COCO RLE, scores) and <image>.png (the masks over the image).
 --checkpoint, --image, --question and --output are the settings of these names, taken as they stand, also with ${...};

@@ -1,4 +1,4 @@
-"""From nothing to a trained and scored model: draws RefShapes, trains, scores, writes runs/quickstart/report.html.
+"""From nothing to a trained and scored model: renders RefShapes, trains, scores, writes runs/quickstart/report.html.
 
     make quickstart        (or: python scripts/quickstart.py [overrides of the training config ...])
 
@@ -67,7 +67,7 @@ def launch(processes: int, script: str, *overrides: str) -> float:
 
 @one_message
 def main() -> int:
-    """Draw, train, score, report."""
+    """Render, train, score, report."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     overrides = ["experiment=quickstart", *sys.argv[1:]]
     config = load_config("train", TrainConfig, overrides)
@@ -118,7 +118,7 @@ def report(config: TrainConfig, data: Path, run_dir: Path, timing: Timing) -> No
     scores = read_scores(run_dir)
     splits = {split: scores[f"refshapes_{split}"] for split in SPLITS}
     blind = {row: scores[name] for row, name in BLIND.items()}
-    meta = read_json(data / "meta.json", {"blind_scores": dict}, fail=DataError, remedy="draw the data again")
+    meta = read_json(data / "meta.json", {"blind_scores": dict}, fail=DataError, remedy="render the data again")
     guesses = {split: meta["blind_scores"][split] for split in SPLITS}
     seconds = round(sum(timing.seconds.values()), 1)
     metrics = {"splits": _brief(splits), "blind": _brief(blind), "guesses": guesses, "seconds": seconds}
@@ -142,7 +142,7 @@ def report(config: TrainConfig, data: Path, run_dir: Path, timing: Timing) -> No
             f"code {code_version()}",
             "train and val mix all kinds of expressions. Those of each val_... are decided by one kind of words, and "
             "another object has the colour of the one that is meant (in val_colour: its shape).",
-            "testA: all objects of a picture have one shape. testB: pairs of colour and shape not seen in training.",
+            "testA: all objects of an image have one shape. testB: pairs of colour and shape not seen in training.",
             f"Masks at stride {config.model.architecture.mask_stride}, scored at image size; missing = empty mask.",
         ],
         tables=[

@@ -1,4 +1,4 @@
-"""What several test files share: one untrained tokenizer, tiny models, drawn images, samples and batches.
+"""What several test files share: one untrained tokenizer, tiny models, synthetic images, samples and batches.
 
 A run of the tests says which processor and BLAS it ran on: these decide how numbers are rounded.
 """
@@ -56,8 +56,8 @@ def own_cache(tmp_path_factory):
 
 
 @pytest.fixture
-def as_large_pictures(monkeypatch):
-    """The tests' tiny pictures are computed as large ones are, which plans are about."""
+def as_large_images(monkeypatch):
+    """The tests' tiny images are computed as large ones are, which plans are about."""
     monkeypatch.setattr(attention_backends, "fastest_on_cpu", lambda spans, shape: "segments")
     monkeypatch.setattr(upsampler, "SMALL_MAP", 0)
 
@@ -78,7 +78,7 @@ def tokenizer():
 def make_config(tokenizer):
     """Return a function from changed fields to a tiny configuration.
 
-    Weights are drawn ten times wider than usual, so that attention is uneven and a token seen by mistake shows.
+    Weights are sampled ten times wider than usual, so that attention is uneven and a token seen by mistake shows.
     """
     token_ids = model_token_ids(tokenizer, num_visual_prompts=NUM_PROMPTS)
 
@@ -124,38 +124,38 @@ def processor(tokenizer, tiny_config):
 
 
 @pytest.fixture(scope="session")
-def draw_image():
-    def draw(rng, size_hw):
+def make_image():
+    def make(rng, size_hw):
         return Image.fromarray(rng.integers(0, 256, (*size_hw, 3), dtype=np.uint8))
 
-    return draw
+    return make
 
 
 @pytest.fixture(scope="session")
-def draw_sample(draw_image):
-    """Return a function that draws a sample with one turn per entry of `masks_per_turn`, and its image."""
+def make_sample(make_image):
+    """Return a function that samples a sample with one turn per entry of `masks_per_turn`, and its image."""
 
-    def draw(rng, *, size_hw=(16, 24), masks_per_turn=(1,), prompts=(), sample_id="drawn", path=None):
-        turns = tuple(_draw_turn(rng, size_hw, num_masks) for num_masks in masks_per_turn)
-        painted = tuple(VisualPrompt(prompt_id=i, mask=_draw_mask(rng, size_hw)) for i in prompts)
+    def make(rng, *, size_hw=(16, 24), masks_per_turn=(1,), prompts=(), sample_id="random", path=None):
+        turns = tuple(_random_turn(rng, size_hw, num_masks) for num_masks in masks_per_turn)
+        painted = tuple(VisualPrompt(prompt_id=i, mask=_random_mask(rng, size_hw)) for i in prompts)
         sample = Sample(
-            sample_id=sample_id, source="drawn", image_path=path, image_hw=size_hw, turns=turns, prompts=painted
+            sample_id=sample_id, source="random", image_path=path, image_hw=size_hw, turns=turns, prompts=painted
         )
-        return sample, draw_image(rng, size_hw) if size_hw else None
+        return sample, make_image(rng, size_hw) if size_hw else None
 
-    return draw
+    return make
 
 
-def _draw_mask(rng, size_hw):
+def _random_mask(rng, size_hw):
     mask = rng.random(size_hw) < 0.3
     mask[0, 0] = True
     return mask
 
 
-def _draw_turn(rng, size_hw, num_masks):
+def _random_turn(rng, size_hw, num_masks):
     question = " ".join(rng.choice(WORDS, size=rng.integers(1, 4)))
     answer = " and ".join(["here [SEG]"] * num_masks) or "no"
-    return Turn(question=question, answer=answer, masks=tuple(_draw_mask(rng, size_hw) for _ in range(num_masks)))
+    return Turn(question=question, answer=answer, masks=tuple(_random_mask(rng, size_hw) for _ in range(num_masks)))
 
 
 @pytest.fixture(scope="session")

@@ -39,15 +39,15 @@ def main() -> None:
 
 
 def stick_at_item(number: int) -> None:
-    draw = Mixture.draw
+    item = Mixture.item
 
-    def draw_or_sleep(self, position):
+    def item_or_sleep(self, position):
         place = self.place(position)
         if (place.source_name, place.item) == ("refshapes", number):
             time.sleep(FOR_EVER_S)
-        return draw(self, position)
+        return item(self, position)
 
-    Mixture.draw = draw_or_sleep
+    Mixture.item = item_or_sleep
 
 
 def spoil_step(fault: str, when: int) -> None:

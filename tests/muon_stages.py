@@ -37,11 +37,11 @@ def main() -> None:
 def gradient(name: str, shape: torch.Size, step: int) -> Tensor:
     """Return what bfloat16 holds exactly; as a matrix its singular values are 0.3 .. 1."""
     generator = torch.Generator().manual_seed(1000 * step + sum(name.encode()))
-    drawn = torch.randn(shape, generator=generator)
+    initialized = torch.randn(shape, generator=generator)
     if len(shape) > 1:
-        u, s, v = torch.linalg.svd(drawn.flatten(1), full_matrices=False)
-        drawn = (u * torch.linspace(0.3, 1.0, len(s)) @ v).view(shape)
-    return drawn.bfloat16().float()
+        u, s, v = torch.linalg.svd(initialized.flatten(1), full_matrices=False)
+        initialized = (u * torch.linspace(0.3, 1.0, len(s)) @ v).view(shape)
+    return initialized.bfloat16().float()
 
 
 class Known:

@@ -1,6 +1,6 @@
-"""How tests of visual-prompt sources draw regions and look at samples.
+"""How tests of visual-prompt sources sample regions and look at samples.
 
-Place in the flow: imported by tests only. Region k of a drawn record is column k of a 4 x 40 image.
+Place in the flow: imported by tests only. Region k of a synthetic record is column k of a 4 x 40 image.
 """
 
 import numpy as np

@@ -25,7 +25,7 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_data_root(root: Path, *, num_train: int = 10, num_eval: int = 3) -> Path:
-    """Draw the small benchmark and its tokenizer below a folder."""
+    """Render the small benchmark and its tokenizer below a folder."""
     spec = RefShapesSpec(seed=3, num_train=num_train, num_eval=num_eval)
     write_refshapes(root / "refshapes", spec, num_workers=1)
     texts = [item.text for item in expressions(load_refer(root / "refshapes", "refshapes", "train"))]

@@ -258,17 +258,17 @@ VARIANTS = [
 
 
 @pytest.fixture
-def batch(processor, draw_sample, make_batch):
+def batch(processor, make_sample, make_batch):
     """Two rows: prompts that are named in the text, one that is named but not painted, and a text without image."""
     rng = np.random.default_rng(0)
-    drawn = [
-        draw_sample(rng, size_hw=(16, 24), masks_per_turn=(1, 2), prompts=(3, 7), sample_id="two"),
-        draw_sample(rng, size_hw=(40, 16), masks_per_turn=(1,), prompts=(3,), sample_id="tall"),
-        draw_sample(rng, size_hw=None, masks_per_turn=(0,), sample_id="text only"),
+    sampled = [
+        make_sample(rng, size_hw=(16, 24), masks_per_turn=(1, 2), prompts=(3, 7), sample_id="two"),
+        make_sample(rng, size_hw=(40, 16), masks_per_turn=(1,), prompts=(3,), sample_id="tall"),
+        make_sample(rng, size_hw=None, masks_per_turn=(0,), sample_id="text only"),
     ]
     named = ["what is <Prompt3> and <Prompt7>", "where is <Prompt3>, not <Prompt9>", "no image, but <Prompt3>"]
     examples = []
-    for (sample, image), question in zip(drawn, named, strict=True):
+    for (sample, image), question in zip(sampled, named, strict=True):
         turns = (replace(sample.turns[0], question=question), *sample.turns[1:])
         examples.append(processor.encode_sample(replace(sample, turns=turns), image, independent_turns=False))
     return make_batch(examples[:2], examples[2:])
@@ -293,7 +293,7 @@ def test_a_variant_gives_the_same_on_the_fast_path_and_packed_and_every_weight_l
 
 @pytest.mark.parametrize("kernels", [Kernels(), REFERENCE], ids=["default", "reference"])
 @pytest.mark.parametrize("design", DESIGNS)
-@pytest.mark.usefixtures("as_large_pictures")
+@pytest.mark.usefixtures("as_large_images")
 def test_the_plan_counts_what_an_upsampler_computes_and_keeps(tiny_model, batch, design, kernels):
     model = tiny_model(hidden_size=64, num_hidden_layers=1, mask_dim=32, mask_stride=1, upsampler=design).train()
     model.use(kernels)
@@ -361,12 +361,12 @@ def test_unprojected_prompts_are_added_as_they_are(tiny_model, batch):
     torch.testing.assert_close(covered, seven.expand_as(covered))
 
 
-def test_pooled_prompts_are_the_same_in_generation(tiny_model, processor, draw_sample, make_batch):
+def test_pooled_prompts_are_the_same_in_generation(tiny_model, processor, make_sample, make_batch):
     """Two images with the same prompt: what is generated is what one forward pass over everything says."""
     model = tiny_model(seed=5, tie_word_embeddings=False, visual_prompts="pooled")
     rng, examples, texts = np.random.default_rng(4), [], []
     for _ in range(2):
-        sample, image = draw_sample(rng, size_hw=(16, 24), masks_per_turn=(0,), prompts=(3,))
+        sample, image = make_sample(rng, size_hw=(16, 24), masks_per_turn=(0,), prompts=(3,))
         turn = replace(sample.turns[0], question="what is <Prompt3>", answer="")
         examples.append(processor.encode_sample(replace(sample, turns=(turn,)), image, independent_turns=False))
         texts.append([processor.question_ids(turn.question)])

@@ -12,7 +12,7 @@ from pixel_sail.data.packing import PackedStream
 from pixel_sail.training.prepare import build_mixture
 
 MODULE = '''
-"""Photographs whose left half is to be segmented."""
+"""Images whose left half is to be segmented."""
 
 import json
 from pathlib import Path

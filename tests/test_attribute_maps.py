@@ -1,4 +1,4 @@
-"""Attribute maps as a teacher: the maps of RefShapes' training pictures, their cache, and training from it."""
+"""Attribute maps as a teacher: the maps of RefShapes' training images, their cache, and training from it."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from pixel_sail.distillation.cache import TeacherCacheError, decode_map, image_k
 from pixel_sail.distillation.teachers import load_teachers
 from pixel_sail.refshapes import RefShapesSpec, write_refshapes
 from pixel_sail.refshapes.attribute_maps import LEVELS, attribute_map, object_channels
-from pixel_sail.refshapes.formats import draw_scene
+from pixel_sail.refshapes.formats import sample_described_scene
 from pixel_sail.refshapes.kinds import VALUES
 from pixel_sail.types import DataError
 
@@ -39,7 +39,7 @@ def teachers(data: Path, *overrides: str):
 
 @pytest.mark.parametrize("index", range(4))
 def test_a_cell_holds_the_fractions_of_its_pixels(index: int) -> None:
-    _, scene, _ = draw_scene(0, "train", index)
+    _, scene, _ = sample_described_scene(0, "train", index)
     found = attribute_map(scene)
     height, width = scene.image_hw
     assert found.shape == (CHANNELS, height // CELL_PX, width // CELL_PX) and found.dtype == np.int8
@@ -64,7 +64,7 @@ def test_a_cell_holds_the_fractions_of_its_pixels(index: int) -> None:
 
 
 def test_a_centre_counts_for_the_two_places_beside_it() -> None:
-    _, scene, _ = draw_scene(0, "train", 0)
+    _, scene, _ = sample_described_scene(0, "train", 0)
     for item in scene.objects:
         places = np.split(object_channels(item, scene.image_hw)[22:42], 2)
         for place, centre, extent in zip(places, item.centre_xy, reversed(scene.image_hw), strict=True):
@@ -73,24 +73,24 @@ def test_a_centre_counts_for_the_two_places_beside_it() -> None:
             assert place @ middles == pytest.approx(np.clip(centre, middles[0], middles[-1]), abs=1e-3)
 
 
-def test_training_pictures_have_a_map_and_others_do_not(data: Path) -> None:
+def test_training_images_have_a_map_and_others_do_not(data: Path) -> None:
     pixels, states = teachers(data).choices
     assert (pixels.name, states.name) == ("attribute_pixels", "attribute_states")
     assert states.cache is not None and len(states.cache) == 6
-    pictures = sorted((data / "refshapes" / "images" / "train2014").iterdir())
-    _, scene, _ = draw_scene(0, "train", 2)
-    stored = states.cache.read(image_key(pictures[2]), "picture", map_hw=(16, 16))
+    images = sorted((data / "refshapes" / "images" / "train2014").iterdir())
+    _, scene, _ = sample_described_scene(0, "train", 2)
+    stored = states.cache.read(image_key(images[2]), "image", map_hw=(16, 16))
     assert stored is not None
     read = decode_map(stored.features_EYX, stored.scales_E)
     assert torch.allclose(read, torch.from_numpy(attribute_map(scene)).float() / LEVELS)
-    assert states.cache.read(image_key(pictures[-1]), "picture", map_hw=(16, 16)) is None
+    assert states.cache.read(image_key(images[-1]), "image", map_hw=(16, 16)) is None
 
 
-def test_the_teacher_cannot_look_at_pictures(data: Path) -> None:
-    with pytest.raises(DataError, match=r"the attribute teacher: found a picture without a stored map"):
+def test_the_teacher_cannot_look_at_images(data: Path) -> None:
+    with pytest.raises(DataError, match=r"the attribute teacher: found an image without a stored map"):
         teachers(data, "distillation.attribute_states.on_miss=online")
 
 
-def test_data_drawn_before_there_were_maps_is_refused(tmp_path: Path) -> None:
+def test_data_rendered_before_there_were_maps_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TeacherCacheError, match=r"index\.json is absent"):
         teachers(tmp_path)

@@ -22,7 +22,7 @@ NARROW = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "m
 
 
 @pytest.fixture
-def examples(processor, draw_sample):
+def examples(processor, make_sample):
     rng = np.random.default_rng(0)
     kinds = (
         {"size_hw": (64, 48), "masks_per_turn": (2, 1)},
@@ -30,7 +30,7 @@ def examples(processor, draw_sample):
         {"size_hw": None, "masks_per_turn": (0, 0)},
     )
     return [
-        processor.encode_sample(*draw_sample(rng, **kind), independent_turns=independent)
+        processor.encode_sample(*make_sample(rng, **kind), independent_turns=independent)
         for kind in kinds
         for independent in (False, True)
     ]
@@ -41,7 +41,7 @@ def test_the_work_of_a_sample_is_that_of_a_batch_of_it(examples, make_batch):
         assert of_example(example) == of_batch(make_batch([example]))
 
 
-@pytest.mark.usefixtures("as_large_pictures")
+@pytest.mark.usefixtures("as_large_images")
 def test_the_cost_is_the_work_in_tokens_of_layers_without_attention(tiny_model, examples, make_batch):
     model = tiny_model(**NARROW).train()
     model.use(Kernels())
@@ -100,11 +100,11 @@ def test_the_figures_of_the_documentation():
         mask_dim=512,
     )
 
-    def per_token(photo_hw, masks):
-        sample = assumed_sample(architecture, photo_hw, text_tokens=100, supervised=50, masks=masks)
+    def per_token(image_hw, masks):
+        sample = assumed_sample(architecture, image_hw, text_tokens=100, supervised=50, masks=masks)
         return SampleCost(architecture=architecture).of(sample) / sample.real_tokens
 
-    found = [per_token(photo_hw, masks) for photo_hw in ((480, 640), (1024, 1024)) for masks in (0, 5)]
+    found = [per_token(image_hw, masks) for image_hw in ((480, 640), (1024, 1024)) for masks in (0, 5)]
     assert found == pytest.approx([1.16, 1.28, 1.50, 1.62], abs=0.006)
 
 

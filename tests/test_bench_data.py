@@ -35,15 +35,15 @@ def bench():
 
 
 @pytest.fixture
-def photo_example(processor, draw_sample):
-    """An example as of a 640 x 480 photo with 120 tokens of text, one mask and no answer."""
-    sample, image = draw_sample(np.random.default_rng(0))
-    drawn = processor.encode_sample(sample, image, independent_turns=False)
+def image_example(processor, make_sample):
+    """An example as of a 640 x 480 image with 120 tokens of text, one mask and no answer."""
+    sample, image = make_sample(np.random.default_rng(0))
+    sampled = processor.encode_sample(sample, image, independent_turns=False)
     num_image, num_text = 1202, 120
     index = torch.arange(num_image + num_text)
     is_patch = (index >= 1) & (index < num_image - 1)
     return replace(
-        drawn,
+        sampled,
         input_ids_T=index,
         labels_T=torch.full_like(index, IGNORE_LABEL),
         branch_ids_T=(index >= num_image).long(),
@@ -52,31 +52,31 @@ def photo_example(processor, draw_sample):
     )
 
 
-def test_the_cost_of_a_photo_agrees_with_a_calculation_by_hand(bench, photo_example):
+def test_the_cost_of_an_image_agrees_with_a_calculation_by_hand(bench, image_example):
     def tera_products(example):
         return bench.forward_flops(SAIL_0_5B, [example], vocab_size=151_680) / 2e12
 
-    assert isinstance(photo_example, Example)
-    without_mask = tera_products(replace(photo_example, masks=()))
-    answered = replace(photo_example, labels_T=torch.where(photo_example.in_image_T, IGNORE_LABEL, 1))
+    assert isinstance(image_example, Example)
+    without_mask = tera_products(replace(image_example, masks=()))
+    answered = replace(image_example, labels_T=torch.where(image_example.in_image_T, IGNORE_LABEL, 1))
     # 0.473 linear layers, 0.0687 attention (0.075 if every token saw every other), 0.0008 patch embedding.
     assert without_mask == pytest.approx(0.473 + 0.0687 + 0.0008, abs=0.001)
-    assert tera_products(photo_example) - without_mask == pytest.approx(0.054, abs=0.001)
-    assert tera_products(answered) - tera_products(photo_example) == pytest.approx(0.0163, abs=0.0001)
+    assert tera_products(image_example) - without_mask == pytest.approx(0.054, abs=0.001)
+    assert tera_products(answered) - tera_products(image_example) == pytest.approx(0.0163, abs=0.0001)
 
 
-def test_branches_do_not_see_each_other(bench, photo_example):
-    two = torch.where(photo_example.in_image_T, 0, 1 + (torch.arange(len(photo_example)) >= 1262).long())
-    pairs = bench._seen_pairs(photo_example), bench._seen_pairs(replace(photo_example, branch_ids_T=two))
+def test_branches_do_not_see_each_other(bench, image_example):
+    two = torch.where(image_example.in_image_T, 0, 1 + (torch.arange(len(image_example)) >= 1262).long())
+    pairs = bench._seen_pairs(image_example), bench._seen_pairs(replace(image_example, branch_ids_T=two))
     assert pairs[0] - pairs[1] == 60 * 60
 
 
 @pytest.mark.parametrize("mask_stride", [2, 4, 8])
 def test_the_formula_counts_the_matrix_products_of_the_model(
-    bench, tiny_model, processor, draw_sample, make_batch, mask_stride
+    bench, tiny_model, processor, make_sample, make_batch, mask_stride
 ):
     model = tiny_model(mask_stride=mask_stride)
-    sample, image = draw_sample(np.random.default_rng(1), size_hw=(32, 40), masks_per_turn=(1, 2))
+    sample, image = make_sample(np.random.default_rng(1), size_hw=(32, 40), masks_per_turn=(1, 2))
     example = processor.encode_sample(sample, image, independent_turns=True)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(**make_batch([example]).model_inputs())
@@ -100,12 +100,12 @@ def test_the_fraction_of_a_step_is_worker_time_over_workers_plus_own_time(bench)
     assert cost == pytest.approx({"worker_ms": 60.0, "data_ms": 9.0, "step_ms": 60.0, "fraction": 0.15})
 
 
-def test_the_tool_measures_real_photographs(bench, tmp_path, capsys):
+def test_the_tool_measures_real_images(bench, tmp_path, capsys):
     shared_data("derived_gref_mini")
     shared_data("derived_refer_mini")
     arguments = ["--sequences", "2", "--samples", "2", "--processes", "1", "--json", str(tmp_path / "bench.json")]
     tokenizer = f"model.tokenizer={tmp_path / 'none'}"
-    assert bench.main([*arguments, *SHARED_CONFIGS, "data=bench_photos", tokenizer]) == 0
+    assert bench.main([*arguments, *SHARED_CONFIGS, "data=bench_images", tokenizer]) == 0
     figures = json.loads((tmp_path / "bench.json").read_text())
     assert figures["data"] == ["gref_mini", "refer_mini"]
     assert figures["seq_len"] == 8192
@@ -117,7 +117,7 @@ def test_the_tool_measures_real_photographs(bench, tmp_path, capsys):
     assert "stand in" in output
 
 
-def test_without_arguments_the_tool_measures_the_drawn_data(bench, data_root, monkeypatch, capsys):
+def test_without_arguments_the_tool_measures_the_synthetic_data(bench, data_root, monkeypatch, capsys):
     monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
     # Nothing but how long it takes: data and model are the tool's own choice.
     assert bench.main(["--sequences", "1", "--samples", "2", "--processes", "1"]) == 0

@@ -22,9 +22,9 @@ def bench():
 
 
 def test_the_rebuilt_released_step_has_the_loss_and_gradients_of_our_reference(
-    bench, tiny_model, processor, draw_sample, make_batch
+    bench, tiny_model, processor, make_sample, make_batch
 ):
-    sample = draw_sample(np.random.default_rng(0), masks_per_turn=(1, 2))
+    sample = make_sample(np.random.default_rng(0), masks_per_turn=(1, 2))
     batch = make_batch([processor.encode_sample(*sample, independent_turns=False)])
     model = tiny_model(mask_stride=2).train()
     model.use(REFERENCE)
@@ -88,7 +88,7 @@ def test_memory_is_that_of_the_steps_and_not_of_the_libraries(bench):
     assert 0 < held["peak"] - held["before"] < held["before"]
 
 
-def test_the_attention_and_head_benchmarks_write_growth_and_pictures(tmp_path):
+def test_the_attention_and_head_benchmarks_write_growth_and_images(tmp_path):
     attention, heads = load_tool("bench_attention"), load_tool("bench_heads")
     small = ["--rounds", "1", "--json", str(tmp_path / "a.json"), "--png", str(tmp_path / "a.png")]
     assert attention.main([*small, "--samples", "1", "2", "--image-tokens", "20", "--text-tokens", "6"]) == 0
@@ -188,11 +188,11 @@ def test_ranks_are_compared_on_one_run(data_root, monkeypatch, tmp_path, capsys)
 
 def test_the_small_step_is_measured_against_the_reference_and_has_its_losses(tmp_path, capsys):
     tool = load_tool("bench_small_step")
-    where = ["--pictures", "3", "--rounds", "1", "--expressions", "2", "--json", str(tmp_path / "out.json")]
+    where = ["--images", "3", "--rounds", "1", "--expressions", "2", "--json", str(tmp_path / "out.json")]
     assert tool.main([*where, "--ways", "reference", "ours", "turns"]) == 0
     (point,) = json.loads((tmp_path / "out.json").read_text())["points"]
     ways = point["ways"]
     assert max(way["loss_difference"] for way in ways.values()) < 1e-5
     assert ways["ours"]["operations"] < ways["reference"]["operations"]
     assert ways["ours"]["speed"] == pytest.approx(ways["reference"]["seconds"] / ways["ours"]["seconds"])
-    assert "3 pictures, 2 expressions each" in capsys.readouterr().out
+    assert "3 images, 2 expressions each" in capsys.readouterr().out

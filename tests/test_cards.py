@@ -129,7 +129,7 @@ PASS = {
     "refcocog_captions": 4 * 21_899,
 }
 """Samples of a pass. Co-training: iterations of the released checkpoint times GPUs, inferred. Fine-tunings: one for
-each photograph of the train split, times the released repeats."""
+each image of the train split, times the released repeats."""
 RELEASED_GPUS = {"0_5b": 16, "3b": 32, "7b": 32}
 """Inferred from the names of checkpoints, see docs/stages.md; for the 7B model our choice."""
 

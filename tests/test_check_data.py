@@ -58,12 +58,12 @@ def test_clean_real_grefs_are_sound(check):
     assert (status, split["refs"], split["refs_without_target"]) == (0, 27, 5)
 
 
-def test_missing_photos_are_named_with_what_to_download(check):
+def test_missing_images_are_named_with_what_to_download(check):
     status, screen, sources = check(f"root={shared_data('derived_refer_mini_nophotos')}", "dataset=refcocog")
     assert status == 1
     assert {source["splits"][0]["split"] for source in sources.values() if source["splits"]} == {"train"}
     assert all(_kinds(source) == {"missing file"} for source in sources.values())
-    assert "data/ref_seg/images/train2014: the photographs of COCO train2014" in screen
+    assert "data/ref_seg/images/train2014: the images of COCO train2014" in screen
 
 
 def _damaged_copy(source, target):
@@ -73,9 +73,9 @@ def _damaged_copy(source, target):
         folder.chmod(0o755)
     refs_file, instances_file = target / "refcocog" / "refs(google).p", target / "refcocog" / "instances.json"
     refs, instances = pickle.loads(refs_file.read_bytes()), json.loads(instances_file.read_text())
-    photos = target / "images" / "mscoco" / "images" / "train2014"
-    (photos / "COCO_train2014_000000099598.jpg").unlink()
-    truncated = photos / "COCO_train2014_000000573854.jpg"
+    images = target / "images" / "mscoco" / "images" / "train2014"
+    (images / "COCO_train2014_000000099598.jpg").unlink()
+    truncated = images / "COCO_train2014_000000573854.jpg"
     truncated.write_bytes(truncated.read_bytes()[:60_000])
     rows = {row["id"]: row for row in instances["annotations"]}
     rows[161542]["segmentation"] = encode_mask(np.ones((640, 639), dtype=bool))
@@ -102,7 +102,7 @@ def test_every_damage_of_a_copy_is_named_and_none_hides_another(check, tmp_path,
     root = _damaged_copy(shared_data("derived_refer_mini"), tmp_path / "damaged")
     status, screen, sources = check(f"root={root}", "dataset=refcocog", "split=val", f"sample={sample}")
     troubles = _troubles(sources["refcocog"])
-    # Which photos are decoded is a matter of the sample; everything else is looked at in any case.
+    # Which images are decoded is a matter of the sample; everything else is looked at in any case.
     expected = DAMAGES if sample == "all" else {k: v for k, v in DAMAGES.items() if k != "unreadable image"}
     for kind, subject in expected.items():
         assert [found for found in troubles if found[0] == kind and subject in found[1]], (kind, troubles)
@@ -110,7 +110,7 @@ def test_every_damage_of_a_copy_is_named_and_none_hides_another(check, tmp_path,
     assert status == 1
 
 
-def test_drawn_data_is_sound_for_every_source_of_a_run(check, data_root, monkeypatch):
+def test_synthetic_data_is_sound_for_every_source_of_a_run(check, data_root, monkeypatch):
     monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
     status, _, sources = check("experiment=quickstart", "sample=5", "sheet=1")
     assert (status, sorted(sources)) == (0, ["groupshapes", "refshapes"])
@@ -124,7 +124,7 @@ def test_notes_fail_only_a_strict_check(check):
     assert [check(*arguments, *strict)[0] for strict in ([], ["strict=true"])] == [0, 1]
 
 
-def test_absent_data_is_named_with_what_to_download_and_drawn_data_is_left_out(check, tmp_path, monkeypatch):
+def test_absent_data_is_named_with_what_to_download_and_synthetic_data_is_left_out(check, tmp_path, monkeypatch):
     monkeypatch.setenv("PIXEL_SAIL_DATA", str(tmp_path / "nothing"))
     for name in ("REFER", "GREF"):
         monkeypatch.setenv(f"PIXEL_SAIL_{name}_MINI", str(tmp_path / "neither"))
@@ -227,7 +227,7 @@ def test_everything_wrong_in_instances_is_named(check, tmp_path):
     assert (status, missed) == (1, set())
 
 
-def test_training_photos_of_an_evaluation_split_are_noted(check, tmp_path, monkeypatch):
+def test_training_images_of_an_evaluation_split_are_noted(check, tmp_path, monkeypatch):
     root = tmp_path / "data" / "ref_seg"
     images = [{"id": i, "file_name": f"COCO_train2014_{i:012d}.jpg", "height": 4, "width": 5} for i in (1, 2)]
     annotations = [{"id": 10 + i, "image_id": i, "segmentation": SQUARE} for i in (1, 2)]
@@ -240,7 +240,7 @@ def test_training_photos_of_an_evaluation_split_are_noted(check, tmp_path, monke
     messages = [f["message"] for f in sources["refcoco"]["findings"] if f["kind"] == "contamination"]
     assert status == 0
     assert [m.split(";")[0] for m in messages] == [
-        "found 1 of 1 photos also in the evaluation split refcoco+(unc) val, which has 1"
+        "found 1 of 1 images also in the evaluation split refcoco+(unc) val, which has 1"
     ]
 
 
@@ -269,7 +269,7 @@ def test_a_check_of_evals_counts_perbench_records_with_a_tag_in_both_texts(check
     assert "1 of" in screen and sources["refshapes_val"]["findings"] == []
 
 
-def test_a_check_of_evals_names_absent_photos_and_files_that_cannot_be_read(check, tmp_path, data_root):
+def test_a_check_of_evals_names_absent_images_and_files_that_cannot_be_read(check, tmp_path, data_root):
     folder = data_root / "refshapes"
     file = tmp_path / "STBench_VRES.json"
     file.write_text("[{}]")

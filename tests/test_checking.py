@@ -11,7 +11,7 @@ from running import ROOT
 from shared_data import shared_data
 
 from pixel_sail.config import CONFIG_FOLDER
-from pixel_sail.data.checking.contamination import photo_key
+from pixel_sail.data.checking.contamination import contamination_key
 from pixel_sail.data.checking.downloads import DOWNLOADS, advice_for, downloads_of
 from pixel_sail.data.checking.files import annotation_files, check_paths, file_fact
 from pixel_sail.data.checking.findings import Findings, Kind, Lengths, SoundFraction
@@ -140,12 +140,12 @@ def test_an_unreadable_refs_file_is_one_trouble(tmp_path, name, content):
     assert [f.kind for f in findings.all()] == [Kind.UNREADABLE_FILE]
 
 
-def test_the_same_photo_has_one_key_and_drawn_pictures_have_their_own(tmp_path):
+def test_the_same_image_has_one_key_and_synthetic_images_have_their_own(tmp_path):
     old, new = Path("a/train2014/COCO_train2014_000000000009.jpg"), Path("b/train2017/000000000009.jpg")
-    assert photo_key(old) == photo_key(new) == "coco 9"
-    assert photo_key(Path("a/sa_1.jpg")) == "sa_1.jpg"
+    assert contamination_key(old) == contamination_key(new) == "coco 9"
+    assert contamination_key(Path("a/sa_1.jpg")) == "sa_1.jpg"
     (tmp_path / "meta.json").write_text('{"generator_version": 1}')
-    assert photo_key(tmp_path / "images" / "train2014" / old.name) != "coco 9"
+    assert contamination_key(tmp_path / "images" / "train2014" / old.name) != "coco 9"
 
 
 class _Listed:
@@ -175,8 +175,8 @@ def _sample(sample_id, turns, prompts=(), path=None, image_hw=(4, 5)):
 
 
 def test_every_wrong_item_of_any_source_is_named(tmp_path):
-    photo = tmp_path / "a.png"
-    Image.new("RGB", (5, 4)).save(photo)
+    image = tmp_path / "a.png"
+    Image.new("RGB", (5, 4)).save(image)
     full, empty, other = np.ones((4, 5), bool), np.zeros((4, 5), bool), np.ones((5, 4), bool)
 
     def turn(answer="It is [SEG].", masks=(full,), question="where?"):
@@ -184,16 +184,16 @@ def test_every_wrong_item_of_any_source_is_named(tmp_path):
 
     prompt = VisualPrompt(prompt_id=3, mask=full)
     samples = {
-        "good": _sample("good", (turn(),), path=photo),
-        "no target": _sample("no target", (turn("No target [SEG].", (empty,)),), path=photo),
-        "empty": _sample("empty", (turn(masks=(empty,)),), path=photo),
-        "size": _sample("size", (turn(masks=(other,)),), path=photo),
-        "places": _sample("places", (turn("nothing"),), path=photo),
-        "question": _sample("question", (turn(question="[SEG]?"),), path=photo),
-        "silent": _sample("silent", (turn(question=" "),), path=photo),
-        "no turn": _sample("no turn", (), path=photo),
-        "unnamed": _sample("unnamed", (turn(),), (prompt,), path=photo),
-        "twice": _sample("twice", (turn(question="<Prompt3>?"),), (prompt, prompt), path=photo),
+        "good": _sample("good", (turn(),), path=image),
+        "no target": _sample("no target", (turn("No target [SEG].", (empty,)),), path=image),
+        "empty": _sample("empty", (turn(masks=(empty,)),), path=image),
+        "size": _sample("size", (turn(masks=(other,)),), path=image),
+        "places": _sample("places", (turn("nothing"),), path=image),
+        "question": _sample("question", (turn(question="[SEG]?"),), path=image),
+        "silent": _sample("silent", (turn(question=" "),), path=image),
+        "no turn": _sample("no turn", (), path=image),
+        "unnamed": _sample("unnamed", (turn(),), (prompt,), path=image),
+        "twice": _sample("twice", (turn(question="<Prompt3>?"),), (prompt, prompt), path=image),
         "no image": _sample("no image", (turn(),)),
         "lost": _sample("lost", (turn(),), path=tmp_path / "lost.png"),
         "broken": DataError("record 12: found nothing"),
@@ -218,7 +218,7 @@ def test_every_wrong_item_of_any_source_is_named(tmp_path):
     assert (result.images, result.empty_masks) == (SoundFraction(checked=11, sound=10), 1)
 
 
-def test_a_sample_of_items_is_drawn_without_repeats_and_all_of_a_small_source():
+def test_a_sample_of_items_is_synthetic_without_repeats_and_all_of_a_small_source():
     chosen = chosen_items(1000, 50, 0)
     assert len(set(chosen)) == 50 and chosen == sorted(chosen) == chosen_items(1000, 50, 0)
     assert chosen_items(3, 50, 0) == chosen_items(3, None, 0) == [0, 1, 2]
@@ -295,8 +295,8 @@ def test_a_path_leads_to_its_dataset(path, folder):
     assert advice_for(path)[0].startswith(f"data/{folder}: ")
 
 
-def test_every_drawn_file_is_of_the_row_that_says_what_is_drawn(data_root):
-    (row,) = (entry for entry in DOWNLOADS if entry.is_drawn)
+def test_every_synthetic_file_is_of_the_row_that_says_what_is_synthetic(data_root):
+    (row,) = (entry for entry in DOWNLOADS if entry.is_synthetic)
     named = {name.partition("/")[0] for name in row.holds.split(", ")}
     assert {path.name for path in (data_root / row.folder).iterdir() if path.is_dir()} == named
     files = [path for path in (data_root / row.folder).rglob("*") if path.is_file()]
@@ -330,7 +330,7 @@ def test_the_files_a_source_holds_on_to_are_found(tmp_path):
     file = tmp_path / "a.json"
     file.write_text("[]")
     source = _Listed([])
-    source.inner, source.photo = ItemCheck(), tmp_path / "a.jpg"
+    source.inner, source.image = ItemCheck(), tmp_path / "a.jpg"
     source.inner.where = file
     assert annotation_files(source) == [file]
 

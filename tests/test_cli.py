@@ -78,11 +78,11 @@ def test_an_installed_wheel_plans_outside_the_checkout(installed, tmp_path):
 def trained(installed, tmp_path_factory):
     """Return a folder in which an installed wheel drew its data and trained."""
     tmp_path = tmp_path_factory.mktemp("elsewhere")
-    drawn = "data/refshapes"
-    made = run_installed(installed, tmp_path, "make-data", *("--out", drawn, "--train", "8", "--eval", "3"))
+    sampled = "data/refshapes"
+    made = run_installed(installed, tmp_path, "make-data", *("--out", sampled, "--train", "8", "--eval", "3"))
     assert made.returncode == 0, made.stdout + made.stderr
-    options = ("--refer-root", drawn, "--dataset", "refshapes", "--split", "train", "--vocab-size", "400")
-    made = run_installed(installed, tmp_path, "make-tokenizer", *options, "--out", f"{drawn}/tokenizer")
+    options = ("--refer-root", sampled, "--dataset", "refshapes", "--split", "train", "--vocab-size", "400")
+    made = run_installed(installed, tmp_path, "make-tokenizer", *options, "--out", f"{sampled}/tokenizer")
     assert made.returncode == 0, made.stdout + made.stderr
     small = (
         *("model.architecture.hidden_size=32", "model.architecture.num_hidden_layers=1", "optim.steps=2"),
@@ -193,15 +193,15 @@ def test_scripts_explain_themselves_where_they_are_called_by_name(script):
 
 
 def test_predict_of_an_installed_wheel_says_how_far_it_is_with_a_folder(installed, trained):
-    (trained / "photos").mkdir()
+    (trained / "images").mkdir()
     for name in ("a.png", "b.jpg"):
-        Image.new("RGB", (64, 48), "red").save(trained / "photos" / name)
-    options = ("checkpoint=runs/small", "image=photos", "question=star", "predict.max_new_tokens=2", "output=out")
+        Image.new("RGB", (64, 48), "red").save(trained / "images" / name)
+    options = ("checkpoint=runs/small", "image=images", "question=star", "predict.max_new_tokens=2", "output=out")
     done = run_installed(installed, trained, "predict", *options)
     assert done.returncode == 0, done.stderr
-    assert [line.split(":")[0] for line in done.stdout.splitlines() if "photos" in line] == [
-        "1/2 photos/a.png",
-        "2/2 photos/b.jpg",
+    assert [line.split(":")[0] for line in done.stdout.splitlines() if "images" in line] == [
+        "1/2 images/a.png",
+        "2/2 images/b.jpg",
     ]
     assert {path.name for path in (trained / "out").iterdir()} == {"a.json", "a.png", "b.json", "b.png"}
 

@@ -10,22 +10,22 @@ from pixel_sail.metrics.iou import IoUSums
 
 
 def looped(pairs, images, seed, resamples):
-    """Draw images one resample at a time and add up items one by one."""
+    """Sample images one resample at a time and add up items one by one."""
     rng = np.random.default_rng(seed)
     names = list(dict.fromkeys(images))
     values = []
     for _ in range(resamples):
         top = bottom = 0.0
-        for drawn in rng.integers(len(names), size=len(names)):
+        for sampled in rng.integers(len(names), size=len(names)):
             for (numerator, denominator), image in zip(pairs, images, strict=True):
-                if image == names[drawn]:
+                if image == names[sampled]:
                     top, bottom = top + numerator, bottom + denominator
         values.append(top / bottom if bottom else np.nan)
     return np.array(values)
 
 
 @pytest.fixture()
-def drawn():
+def sampled():
     """60 items of 11 images: pixel counts, IoUs, and a score in which few items have a part."""
     rng = np.random.default_rng(5)
     images = [f"image {number}" for number in rng.integers(11, size=60)]
@@ -41,9 +41,9 @@ def fractions_of(pairs):
 
 
 @pytest.mark.parametrize("at_once", [1, 40, 1 << 22])
-def test_resamples_equal_those_of_a_loop_over_items(drawn, monkeypatch, at_once):
-    images, pairs = drawn
-    monkeypatch.setattr(confidence, "_MAX_DRAWN", at_once)
+def test_resamples_equal_those_of_a_loop_over_items(sampled, monkeypatch, at_once):
+    images, pairs = sampled
+    monkeypatch.setattr(confidence, "_MAX_SAMPLED", at_once)
     samples = bootstrap(fractions_of(pairs), images, seed=9, resamples=50)
     for name, values in pairs.items():
         np.testing.assert_allclose(samples[name], looped(values, images, 9, 50), rtol=1e-12, equal_nan=True)
@@ -58,7 +58,7 @@ def test_pixels_are_counted_exactly():
 
 
 def test_two_images_give_the_three_values_computed_by_hand():
-    # 2 of 4 and 3 of 4 pixels: both draws the first, one of each, both the second.
+    # 2 of 4 and 3 of 4 pixels: twice the first, one of each, both the second.
     samples = bootstrap({"ciou": ItemFractions.of([(2, 4), (3, 4)])}, ["a", "b"], seed=1, resamples=4000)["ciou"]
     values, counts = np.unique(samples, return_counts=True)
     assert values.tolist() == [0.5, 0.625, 0.75]
@@ -67,7 +67,7 @@ def test_two_images_give_the_three_values_computed_by_hand():
     assert interval(samples) == (0.5, 0.75)
 
 
-def test_questions_about_one_image_are_drawn_together():
+def test_questions_about_one_image_are_sampled_together():
     # Right and wrong in every image: no resample of images can change the share.
     pairs, images = [(1, 1), (0, 1)] * 6, [number // 2 for number in range(12)]
     accuracy = {"accuracy": ItemFractions.of(pairs)}
@@ -97,8 +97,8 @@ def test_seeds_differ_between_evals_and_not_between_runs():
     assert len({seed_for(seed, name) for seed in (0, 1) for name in ("refcoco_val", "refcoco_testA")}) == 4
 
 
-def test_a_score_and_itself_differ_by_nothing_in_every_resample(drawn):
-    images, pairs = drawn
+def test_a_score_and_itself_differ_by_nothing_in_every_resample(sampled):
+    images, pairs = sampled
     fractions = fractions_of(pairs)
     both = {f"{run}/{name}": value for run in "ab" for name, value in fractions.items()}
     samples = bootstrap(both, images, seed=2, resamples=100)
@@ -106,8 +106,8 @@ def test_a_score_and_itself_differ_by_nothing_in_every_resample(drawn):
     assert interval(difference) == (0.0, 0.0)
 
 
-def test_pairing_makes_a_small_steady_difference_visible(drawn):
-    images, pairs = drawn
+def test_pairing_makes_a_small_steady_difference_visible(sampled):
+    images, pairs = sampled
     worse = {"giou": ItemFractions.of((top - 0.01, 1) for top, _ in pairs["giou"])}
     both = {"a": ItemFractions.of(pairs["giou"]), "b": worse["giou"]}
     samples = bootstrap(both, images, seed=2)

@@ -13,7 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from drawn_checkpoints import (
+from omegaconf import OmegaConf
+from running import ROOT, load_tool
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from synthetic_checkpoints import (
     BASE_TOKENS,
     CHOSEN,
     DECODER,
@@ -26,10 +30,6 @@ from drawn_checkpoints import (
     write_eve,
     write_qwen,
 )
-from omegaconf import OmegaConf
-from running import ROOT, load_tool
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import (
     MistralConfig,
@@ -173,7 +173,7 @@ def test_training_starts_from_a_converted_base(qwen, tmp_path):
     assert all(torch.equal(model.state_dict()[name], value) for name, value in written.items())
 
 
-def test_what_a_text_base_lacks_is_drawn_from_the_seed(qwen, tmp_path):
+def test_what_a_text_base_lacks_is_synthetic_from_the_seed(qwen, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         to_ours(qwen, "qwen2", tmp_path / name, base=qwen, chosen=Chosen(**(vars(CHOSEN) | {"seed": seed})))
     a, b, c = (load_file(tmp_path / name / "model.safetensors") for name in "abc")
@@ -449,7 +449,7 @@ def test_special_tokens_that_are_ordinary_pieces_become_special_under_their_ids(
         add_special_tokens(tokenizer, num_visual_prompts=2)
 
 
-def draw_sentencepiece(folder):
+def make_sentencepiece(folder):
     """Write a tokenizer.model in the manner of SOLO's."""
     sentencepiece = pytest.importorskip("sentencepiece", reason="make setup installs it")
     from sentencepiece import sentencepiece_model_pb2
@@ -476,7 +476,7 @@ def draw_sentencepiece(folder):
 
 def test_a_solo_checkpoint_with_a_sentencepiece_tokenizer_is_converted(tmp_path):
     (tmp_path / "solo").mkdir()
-    theirs = draw_sentencepiece(tmp_path / "solo")
+    theirs = make_sentencepiece(tmp_path / "solo")
     count = theirs.get_piece_size() + len(PLAIN)
     model = text_model(MistralForCausalLM, MistralConfig, vocab_size=count)
     model.save_pretrained(tmp_path / "solo")

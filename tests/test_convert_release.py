@@ -6,7 +6,10 @@ import shutil
 
 import pytest
 import torch
-from drawn_checkpoints import (
+from running import load_tool
+from safetensors.torch import load_file, save_file
+from shared_data import parity_folder
+from synthetic_checkpoints import (
     BASE_TOKENS,
     CHOSEN,
     convert,
@@ -19,9 +22,6 @@ from drawn_checkpoints import (
     text_model,
     write_qwen,
 )
-from running import load_tool
-from safetensors.torch import load_file, save_file
-from shared_data import parity_folder
 from test_parity import _released_name
 from transformers import Qwen2Config, Qwen2ForCausalLM
 

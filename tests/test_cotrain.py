@@ -1,10 +1,10 @@
-"""The card of the 0.5B model, all as released: two processes make one step on drawn files of all its sources."""
+"""The card of the 0.5B model, all as released: two processes make one step on synthetic files of all its sources."""
 
 import re
 
 import pytest
-from drawn_cotrain import TINY, WHOLE_EPOCH, draw_and_lay_out, tiny_teachers
 from running import launcher, start
+from synthetic_cotrain import TINY, WHOLE_EPOCH, render_and_lay_out, tiny_teachers
 
 from pixel_sail.config import TrainConfig, load_config
 
@@ -17,7 +17,7 @@ def counted(line):
 
 @pytest.mark.slow
 def test_a_step_of_the_card_takes_samples_of_every_source_and_leaves_none_out(tmp_path):
-    draw_and_lay_out(tmp_path / "data")
+    render_and_lay_out(tmp_path / "data")
     run_dir = tmp_path / "run"
     command = [*launcher("torchrun"), "scripts/train.py", *CARD, *TINY, *tiny_teachers(), *WHOLE_EPOCH]
     done = start([*command, f"run_dir={run_dir}", "--dry-run"], tmp_path / "data")

@@ -37,7 +37,7 @@ class ListedSource:
         return Sample(sample_id=str(path), source="listed", image_path=path, image_hw=None, turns=(TURN,))
 
 
-TURN = Turn(question="what is this", answer="a photo")
+TURN = Turn(question="what is this", answer="an image")
 PATHS = [
     Path("coco/train2017/000000000007.jpg"),
     Path("train2014/COCO_train2014_000000000008.jpg"),

@@ -21,7 +21,7 @@ from test_predict import predictor as batch  # noqa: F401, a fixture
 from pixel_sail import Box, Point, Predictor
 from pixel_sail.config import DemoConfig, DemoLimits, EvalConfig, load_config
 from pixel_sail.demo import limits as limits_module
-from pixel_sail.demo.examples import draw_examples
+from pixel_sail.demo.examples import render_examples
 from pixel_sail.demo.limits import Refusal
 from pixel_sail.demo.server import PAGE, Example, _Queue
 from pixel_sail.demo.sessions import Sessions
@@ -95,7 +95,7 @@ def test_the_answer_is_that_of_the_predictor(client, predictor, image):
     assert encode_mask(shown) == result["masks"][0]
 
 
-def test_evaluation_predictor_and_demo_give_one_photo_one_mask(
+def test_evaluation_predictor_and_demo_give_one_image_one_mask(
     checkpoint,  # noqa: F811
     data_root,
     tmp_path,
@@ -149,7 +149,7 @@ def test_a_conversation_encodes_its_image_once_until_marks_change(client, image)
     assert not ask(client, session, "d", [point])[1]["result"]["goes_on"]
 
 
-def test_an_example_is_a_photo_like_any_other(client, predictor, image):
+def test_an_example_is_an_image_like_any_other(client, predictor, image):
     info = client.get("/api/info").json()
     assert info["examples"] == ["the star"] and info["limits"]["upload_mb"] == 1.0 and info["prompts"] == 15
     session = client.post("/api/examples/0", json={}).json()["session"]
@@ -158,7 +158,7 @@ def test_an_example_is_a_photo_like_any_other(client, predictor, image):
         assert Image.open(io.BytesIO(client.get(address).content)).size == image.size
 
 
-def test_a_photo_is_shown_as_the_model_sees_it(client, image):
+def test_an_image_is_shown_as_the_model_sees_it(client, image):
     buffer = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -190,14 +190,14 @@ def broken_png(image):
 
 BAD_UPLOADS = {
     "empty": (lambda image: b"", 400, "empty"),
-    "text": (lambda image: b"hello, this is no photo", 415, "no photo"),
+    "text": (lambda image: b"hello, this is no image", 415, "no image"),
     "cut": (lambda image: png(image)[:2000], 415, "damaged"),
     "broken": (broken_png, 415, "damaged"),
     "long file": (lambda image: png(image) + b"\0" * 1_000_001, 413, "1 MB"),
     "many pixels": (lambda image: png(Image.new("1", (2000, 2000))), 413, "2000 x 2000"),
     "a long side": (lambda image: png(Image.new("1", (66_000, 2))), 413, "66000 x 2"),
     "bomb": (lambda image: header_of_a_bomb(60_000), 413, "million pixels"),
-    "script in a drawing": (
+    "script in a vector graphic": (
         lambda image: b"<svg xmlns='http://www.w3.org/2000/svg'><script>1</script></svg>",
         415,
         "no",
@@ -207,7 +207,7 @@ BAD_UPLOADS = {
         415,
         "no",
     ),
-    "archive": (lambda image: b"PK\x03\x04" + b"\0" * 500, 415, "no photo"),
+    "archive": (lambda image: b"PK\x03\x04" + b"\0" * 500, 415, "no image"),
 }
 BAD_QUESTIONS = {
     "no session": ({"session": None}, 404, "no longer"),
@@ -222,7 +222,7 @@ BAD_QUESTIONS = {
     "no number": ({"regions": [{"point": [1, float("nan")]}]}, 400, "Mark 0 is no box"),
     "a huge number": ({"regions": [{"box": [0, 0, 10**400, 5]}]}, 400, "Mark 0 is no box"),
     "no base64": ({"regions": [{"png": "%%%"}]}, 400, "Mark 0 cannot be read"),
-    "a mask that is none": ({"regions": [{"png": "aGVsbG8="}]}, 415, "no photo"),
+    "a mask that is none": ({"regions": [{"png": "aGVsbG8="}]}, 415, "no image"),
     "a mask of another size": ({"regions": [{"png": mask_png(np.ones((4, 4), dtype=bool))}]}, 400, "another size"),
     "outside": ({"regions": [{"box": [10, 10, 900, 30]}]}, 200, "inside the image of 64 x 40"),
     "a region nobody marked": ({"text": "What is <Prompt3>?"}, 200, "<Prompt3> found"),
@@ -253,7 +253,7 @@ def assert_still_up(client, image):
 
 
 @pytest.mark.parametrize("what", BAD_UPLOADS)
-def test_an_upload_that_is_no_photo_is_refused(nothing_left, client, image, what):
+def test_an_upload_that_is_no_image_is_refused(nothing_left, client, image, what):
     make, status, message = BAD_UPLOADS[what]
     response = client.post("/api/images", content=make(image), headers={"content-type": "image/png"})
     assert response.status_code == status and message in response.json()["error"]
@@ -471,7 +471,7 @@ def test_the_image_not_used_for_longest_goes_first(client, image):
     assert found == [200, 404, 200, 200]
 
 
-def test_many_photos_of_one_user_push_out_no_other(client, image):
+def test_many_images_of_one_user_push_out_no_other(client, image):
     other = opened(client, image)
     own = opened(client, image)
     for _ in range(5):
@@ -509,15 +509,15 @@ def test_users_do_not_see_each_others_conversations(client, predictor, image):
         thread.start()
     for thread in threads:
         thread.join()
-    for session, photo in ((one, image), (other, other_image)):
-        chat = predictor.chat(photo)
+    for session, own_image in ((one, image), (other, other_image)):
+        chat = predictor.chat(own_image)
         expected = [chat.ask(text) for text in ("a star", "the box", "left")]
         assert [result["masks"] for result in results[session]] == [list(answer.rles) for answer in expected]
     assert results[one][0]["masks"] != results[other][0]["masks"]
 
 
 def test_examples_are_always_the_same_scenes():
-    first, again = draw_examples(3, "standard"), draw_examples(4, "short")
+    first, again = render_examples(3, "standard"), render_examples(4, "short")
     for one, other in zip(first, again, strict=False):
         np.testing.assert_array_equal(np.asarray(one.image), np.asarray(other.image))
         assert other.text in one.text and one.text != other.text

@@ -1,4 +1,4 @@
-"""The demo in a real browser: load a photo, mark regions, ask, see and save masks, and be told what is wrong.
+"""The demo in a real browser: load an image, mark regions, ask, see and save masks, and be told what is wrong.
 
 Chromium comes from the system's packages (`apt-get install chromium`); PIXEL_SAIL_CHROMIUM names one elsewhere.
 """
@@ -19,7 +19,7 @@ from test_predict import predictor as batch  # noqa: F401, a fixture
 from pixel_sail import Box, Point, Predictor
 from pixel_sail.config import DemoLimits
 from pixel_sail.demo.api import read_regions
-from pixel_sail.demo.examples import draw_examples
+from pixel_sail.demo.examples import render_examples
 from pixel_sail.rle import encode_mask
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -51,7 +51,7 @@ def predictor(batch):  # noqa: F811
 
 @pytest.fixture
 def address(predictor):
-    with served(predictor, limits=LIMITS, examples=draw_examples(2, "standard")) as address:
+    with served(predictor, limits=LIMITS, examples=render_examples(2, "standard")) as address:
         yield address
 
 
@@ -78,12 +78,12 @@ def open_page(browser, address):
 
 
 @pytest.fixture
-def photo(tmp_path):
-    """Return a small photo as a file, with its pixels."""
+def image_file(tmp_path):
+    """Return a small image as a file, with its pixels."""
     coarse = Image.fromarray(np.random.default_rng(4).integers(0, 256, (5, 8, 3), dtype=np.uint8))
     image = coarse.resize((64, 40), Image.Resampling.BICUBIC)
-    image.save(tmp_path / "my photo.png")
-    return tmp_path / "my photo.png", image
+    image.save(tmp_path / "my image.png")
+    return tmp_path / "my image.png", image
 
 
 def load(page, path):
@@ -99,7 +99,7 @@ def ask(page, text):
 
 
 def drag(page, start, end, size_hw=(40, 64)):
-    """Draw from one place of the photo to another."""
+    """Draw from one place of the image to another."""
     places = [on_screen(page, place, size_hw) for place in (start, end)]
     page.mouse.move(*places[0])
     page.mouse.down()
@@ -112,8 +112,8 @@ def on_screen(page, place, size_hw):
     return box["x"] + place[0] * box["width"] / size_hw[1], box["y"] + place[1] * box["height"] / size_hw[0]
 
 
-def picture(page):
-    """Return the pixels of the canvas, shrunk to the photo's size."""
+def shown_pixels(page):
+    """Return the pixels of the canvas, shrunk to the image's size."""
     shot = Image.open(io.BytesIO(page.locator("#canvas").screenshot())).convert("RGB")
     return np.asarray(shot.resize((64, 40), Image.Resampling.BOX), dtype=np.float32)
 
@@ -124,11 +124,11 @@ def saved(page, name):
     return download.value.suggested_filename, download.value.path().read_bytes()
 
 
-def test_load_mark_ask_see_and_save(open_page, predictor, photo):
-    page, (path, image) = open_page(), photo
+def test_load_mark_ask_see_and_save(open_page, predictor, image_file):
+    page, (path, image) = open_page(), image_file
     load(page, path)
     expect(page.locator("#model")).to_have_text("test")
-    before = picture(page)
+    before = shown_pixels(page)
     assert np.abs(before - np.asarray(image)).mean() < 8
     drag(page, (4, 5), (40, 30))
     page.click("[data-tool=point]")
@@ -157,33 +157,33 @@ def test_load_mark_ask_see_and_save(open_page, predictor, photo):
     expected = predictor.ask(image, sent["text"], regions)
     (mask,) = expected.masks_NHW
     name, content = saved(page, "Save mask as PNG")
-    assert name == "my photo_1_1.png"
+    assert name == "my image_1_1.png"
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(content)).convert("1")), mask)
     name, content = saved(page, "Save mask as RLE")
-    assert name == "my photo_1_1.json" and json.loads(content) == encode_mask(mask)
+    assert name == "my image_1_1.json" and json.loads(content) == encode_mask(mask)
 
     # The mask is seen in its colour, and can be hidden.
-    with_mask = picture(page)
+    with_mask = shown_pixels(page)
     page.locator(".masks input").uncheck()
-    without = picture(page)
+    without = shown_pixels(page)
     changed = np.abs(with_mask - without).sum(axis=2) > 30
     assert 0 < mask.sum() < mask.size and (changed == mask).mean() > 0.97
 
 
-def test_history_of_one_photo(open_page, photo):
-    page, (path, _) = open_page(), photo
+def test_history_of_one_image(open_page, image_file):
+    page, (path, _) = open_page(), image_file
     load(page, path)
     ask(page, "the star")
     ask(page, "the box")
-    assert "photo kept" in page.locator(".timing").nth(1).inner_text()
-    assert "photo kept" not in page.locator(".timing").nth(0).inner_text()
+    assert "image kept" in page.locator(".timing").nth(1).inner_text()
+    assert "image kept" not in page.locator(".timing").nth(0).inner_text()
     # Only the newest mask is shown, the older one can be shown again.
     boxes = page.locator(".masks input")
     expect(boxes.nth(0)).not_to_be_checked()
     expect(boxes.nth(1)).to_be_checked()
-    one = picture(page)
+    one = shown_pixels(page)
     boxes.nth(0).check()
-    assert np.abs(picture(page) - one).max() > 30
+    assert np.abs(shown_pixels(page) - one).max() > 30
     expect(page.locator(".break")).to_have_count(0)
     # A further mark belongs to the conversation; one taken away begins another.
     drag(page, (4, 5), (40, 30))
@@ -194,7 +194,7 @@ def test_history_of_one_photo(open_page, photo):
     page.click("#anew")
     expect(page.locator("#history li")).to_have_count(0)
     ask(page, "the star")
-    assert "photo kept" not in page.locator(".timing").inner_text()
+    assert "image kept" not in page.locator(".timing").inner_text()
 
 
 def test_an_example_is_loaded_with_its_question(open_page):
@@ -208,11 +208,11 @@ def test_an_example_is_loaded_with_its_question(open_page):
     expect(page.locator(".answer")).to_have_text("It is.")
 
 
-def test_a_wrong_file_is_refused_kindly(open_page, photo, tmp_path):
-    page, (path, _) = open_page(), photo
+def test_a_wrong_file_is_refused_kindly(open_page, image_file, tmp_path):
+    page, (path, _) = open_page(), image_file
     error = page.locator("#error")
     for name, content, message in (
-        ("notes.txt", b"no photo at all", "no photo that can be read"),
+        ("notes.txt", b"no image at all", "no image that can be read"),
         ("cut.png", path.read_bytes()[:1500], "damaged"),
         ("empty.jpg", b"", "empty"),
         ("large.jpg", b"\0" * 1_100_000, "more than 1 MB"),
@@ -225,7 +225,7 @@ def test_a_wrong_file_is_refused_kindly(open_page, photo, tmp_path):
     expect(error).to_be_hidden()
     # What was loaded stays when the next file is refused, and so does a question that was refused.
     page.set_input_files("#file", tmp_path / "notes.txt")
-    expect(error).to_contain_text("no photo that can be read")
+    expect(error).to_contain_text("no image that can be read")
     page.fill("#text", "What is <Prompt5>?")
     page.click("#ask")
     expect(error).to_contain_text("<Prompt5> found")
@@ -234,8 +234,8 @@ def test_a_wrong_file_is_refused_kindly(open_page, photo, tmp_path):
     ask(page, "the star")
 
 
-def test_script_in_a_text_or_a_name_is_only_text(open_page, photo, tmp_path):
-    page, (path, _) = open_page(), photo
+def test_script_in_a_text_or_a_name_is_only_text(open_page, image_file, tmp_path):
+    page, (path, _) = open_page(), image_file
     hostile = "<img src=x onerror=alert(1)><script>alert(2)</script>"
     dialogs = []
     page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
@@ -249,8 +249,8 @@ def test_script_in_a_text_or_a_name_is_only_text(open_page, photo, tmp_path):
     assert name.endswith("_1_1.png") and "/" not in name
 
 
-def test_two_users_at_once(open_page, photo, tmp_path):
-    path, image = photo
+def test_two_users_at_once(open_page, image_file, tmp_path):
+    path, image = image_file
     other_path = tmp_path / "other.png"
     Image.fromarray(255 - np.asarray(image)).save(other_path)
     pages = [open_page(), open_page()]
@@ -269,8 +269,8 @@ def test_two_users_at_once(open_page, photo, tmp_path):
     assert first != second
 
 
-def test_an_answer_can_be_stopped(open_page, photo, monkeypatch):
-    page, (path, _) = open_page(), photo
+def test_an_answer_can_be_stopped(open_page, image_file, monkeypatch):
+    page, (path, _) = open_page(), image_file
     load(page, path)
     gate = Gate(monkeypatch)
     page.fill("#text", "the star")
@@ -290,8 +290,8 @@ def test_an_answer_can_be_stopped(open_page, photo, monkeypatch):
     assert gate.ended.is_set()
 
 
-def test_the_page_fits_a_narrow_screen(open_page, photo):
-    page, (path, _) = open_page(width=360, height=700), photo
+def test_the_page_fits_a_narrow_screen(open_page, image_file):
+    page, (path, _) = open_page(width=360, height=700), image_file
     load(page, path)
     drag(page, (4, 5), (40, 30))
     ask(page, "a-question-of-one-very-long-word-" * 4)
@@ -302,15 +302,15 @@ def test_the_page_fits_a_narrow_screen(open_page, photo):
         assert box["x"] >= 0 and box["x"] + box["width"] <= viewport, name
     # The number of a mark is as large as elsewhere.
     x, y = on_screen(page, (4, 5), (40, 64))
-    page.screenshot(path=photo[0].with_name("page.png"))
-    shot = Image.open(photo[0].with_name("page.png")).convert("RGB")
+    page.screenshot(path=image_file[0].with_name("page.png"))
+    shot = Image.open(image_file[0].with_name("page.png")).convert("RGB")
     assert all(max(shot.getpixel((round(x + dx), round(y)))) < 40 for dx in (-8, 8))
     for button in page.locator("#tools button:visible, #ask, #anew").all():
         assert button.bounding_box()["height"] >= 36
 
 
-def test_the_keyboard_sees_where_a_photo_is_chosen(open_page, photo):
-    page, (path, _) = open_page(), photo
+def test_the_keyboard_sees_where_an_image_is_chosen(open_page, image_file):
+    page, (path, _) = open_page(), image_file
     for _ in range(2):
         for _ in range(20):
             page.keyboard.press("Tab")
@@ -318,13 +318,13 @@ def test_the_keyboard_sees_where_a_photo_is_chosen(open_page, photo):
                 break
         assert page.evaluate("document.activeElement.id") == "file"
         assert page.locator("#stage").evaluate("element => getComputedStyle(element).outlineStyle") == "solid"
-        # The same with a photo in the way.
+        # The same with an image in the way.
         load(page, path)
         page.focus("#text")
 
 
-def test_the_page_says_when_the_server_is_gone(browser, predictor, photo):
-    path, _ = photo
+def test_the_page_says_when_the_server_is_gone(browser, predictor, image_file):
+    path, _ = image_file
     with browser.new_context() as context:
         page = context.new_page()
         with served(predictor) as address:

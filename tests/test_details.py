@@ -25,7 +25,7 @@ OPTIONS = {
     "osprey": {"absent_questions"},
     "reasonseg": {"templates", "ignored_pixels"},
     "refcocog_vp": {"templates"},
-    "refer": {"draws"},
+    "refer": {"expression_sampling"},
     "muse": set(),
     "pix2cap_seg": set(),
     "pix2cap_vp": set(),
@@ -79,8 +79,8 @@ def test_one_detail_is_set_alone():
 def test_a_wrong_value_is_named():
     with pytest.raises(ConfigError, match=r"data\.details is 'mine', expected one of"):
         config_of("data.details=mine")
-    with pytest.raises(ValueError, match="source refcoco: found draws 'mine', expected one of"):
-        is_released("refcoco", "draws", "mine")
+    with pytest.raises(ValueError, match="source refcoco: found expression_sampling 'mine', expected one of"):
+        is_released("refcoco", "expression_sampling", "mine")
 
 
 @pytest.mark.parametrize("setting", DETAILS)
@@ -89,10 +89,10 @@ def test_every_kind_of_source_gives_samples_with_either_setting(data_root, monke
     # The question is the expression alone.
     config = config_of("data=refshapes_all", f"data.details={setting}", "+data.sources.refshapes.question_style=short")
     mixture = build_mixture(config.data, seed=0)
-    names = {mixture.draw(position).source_name for position in range(0, mixture.epoch_length, 3)}
+    names = {mixture.item(position).source_name for position in range(0, mixture.epoch_length, 3)}
     assert names == set(config.data.sources)
     positions = [p for p in range(300) if mixture.stream_item(p).source_name == "refshapes"]
-    asked = [[turn.question for turn in mixture.draw(p).sample.turns] for p in positions]
+    asked = [[turn.question for turn in mixture.item(p).sample.turns] for p in positions]
     assert any(len(set(texts)) < len(texts) for texts in asked) == (setting == "released")
 
 
@@ -125,9 +125,9 @@ def test_a_run_older_than_a_key_goes_on_with_the_default_of_the_key():
     assert differing(saved, config) == {}
     changed = config_of("data=cotrain_0_5b", "data.details=released")
     found = differing(saved, changed)
-    assert found["data.details"] == found["data.sources.grefcoco.draws"] == ("ours", "released")
-    alone = config_of("data=cotrain_0_5b", "data.sources.refcoco.draws=released", "seed=3")
-    assert differing(saved, alone) == {"data.sources.refcoco.draws": ("ours", "released"), "seed": (0, 3)}
+    assert found["data.details"] == found["data.sources.grefcoco.expression_sampling"] == ("ours", "released")
+    alone = config_of("data=cotrain_0_5b", "data.sources.refcoco.expression_sampling=released", "seed=3")
+    assert differing(saved, alone) == {"data.sources.refcoco.expression_sampling": ("ours", "released"), "seed": (0, 3)}
 
 
 def test_a_key_at_its_default_is_the_same_as_none_but_a_mapping_is_compared_as_it_is():

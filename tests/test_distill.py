@@ -106,18 +106,18 @@ def test_different_channels_are_refused():
 
 
 @pytest.fixture
-def examples(processor, draw_sample):
+def examples(processor, make_sample):
     """Three samples: with masks, with an image but no mask, without an image."""
     rng = np.random.default_rng(0)
-    drawn = [
-        draw_sample(rng, size_hw=(16, 24), masks_per_turn=(1, 2), sample_id="masks"),
-        draw_sample(rng, size_hw=(24, 16), masks_per_turn=(0,), sample_id="no masks"),
-        draw_sample(rng, size_hw=None, masks_per_turn=(), sample_id="text"),
+    sampled = [
+        make_sample(rng, size_hw=(16, 24), masks_per_turn=(1, 2), sample_id="masks"),
+        make_sample(rng, size_hw=(24, 16), masks_per_turn=(0,), sample_id="no masks"),
+        make_sample(rng, size_hw=None, masks_per_turn=(), sample_id="text"),
     ]
-    drawn[2] = (replace(drawn[2][0], turns=(replace(drawn[0][0].turns[0], answer="no", masks=()),)), None)
+    sampled[2] = (replace(sampled[2][0], turns=(replace(sampled[0][0].turns[0], answer="no", masks=()),)), None)
     return [
         (processor.encode_sample(s, image, independent_turns=True), None if image is None else np.array(image))
-        for s, image in drawn
+        for s, image in sampled
     ]
 
 
@@ -257,20 +257,20 @@ def test_means_of_samples_count_a_sample_without_features_with_zero(tiny_model, 
     assert [int(n) for n in (sums.distill_SX > 0).sum(0)] == [2, 1]
 
 
-def test_a_batch_crosses_processes_with_maps_scales_and_photos(make_batch, examples):
+def test_a_batch_crosses_processes_with_maps_scales_and_images(make_batch, examples):
     rng = np.random.default_rng(2)
     levels = torch.from_numpy(rng.integers(-127, 128, (5, 4, 6)).astype(np.int8))
     targets = (
         TeacherTarget(teacher="map", features_EYX=levels, scales_E=torch.rand(5)),
         TeacherTarget(teacher="states", features_EYX=None),
     )
-    photo = torch.from_numpy(examples[1][1])
+    image = torch.from_numpy(examples[1][1])
     batch = make_batch(
         [examples[2][0], replace(examples[0][0], teacher_targets=targets[:1])],
-        [replace(examples[1][0], teacher_targets=targets, photo_HW3=photo)],
+        [replace(examples[1][0], teacher_targets=targets, image_HW3=image)],
     )
     assert batch.teacher_names == ("map", "map", "states") and batch.teacher_images == (0, 1, 1)
-    assert batch.photo_images == (1,) and torch.equal(batch.photos[0], photo)
+    assert batch.original_image_index == (1,) and torch.equal(batch.original_images[0], image)
     assert batch.model_inputs()["distilled_images"] == {"map": (0, 1), "states": (1,)}
     arrived = unflatten_batch(flatten_batch(batch)).to("cpu")
     for name, value in vars(batch).items():
@@ -312,8 +312,8 @@ def test_gradients_reach_the_student_and_never_the_teacher(tiny_model, tiny_conf
     model = tiny_model()
     model.add_distill_head({"mask2former": DistillSite(site="pixel_map", channels=32)}, seed=0)
     target = TeacherTarget(teacher="mask2former", features_EYX=None)
-    example, photo = examples[0]
-    batch = make_batch([replace(example, teacher_targets=(target,), photo_HW3=torch.from_numpy(photo))])
+    example, image = examples[0]
+    batch = make_batch([replace(example, teacher_targets=(target,), image_HW3=torch.from_numpy(image))])
     terms = (DistillTerm(name="mask2former"),)
     maps = teachers.maps(batch)
     assert not maps["mask2former"][0].requires_grad
@@ -347,7 +347,7 @@ def test_the_head_changes_no_other_weight_and_no_random_number(tiny_model):
 GRID = StudentGrid(site="pixel_map", patch_size=8, max_long_side=64, cells_per_patch=2)
 
 
-def test_images_are_drawn_by_seed_epoch_and_index_in_the_given_fraction():
+def test_images_are_sampled_by_seed_epoch_and_index_in_the_given_fraction():
     choices = [TeacherChoice(name=name, fraction=0.3, grid=GRID) for name in ("a", "b")]
     seeds = np.random.default_rng(0).integers(2**62, size=4000).tolist()
     first, second = ([c.takes("s", point_seed=seed, has_masks=False) for seed in seeds] for c in choices)

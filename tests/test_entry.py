@@ -69,5 +69,5 @@ def test_every_command_makes_its_status_in_that_place():
             if isinstance(node, ast.FunctionDef) and node.name == "main":
                 decorators = {item.id for item in node.decorator_list if isinstance(item, ast.Name)}
                 without += [] if "one_message" in decorators else [path.name]
-    allowed = {"check_parity.py", "convert_refs.py", "picture_demo.py", "soak.py", "two_hosts.py"}
+    allowed = {"check_parity.py", "convert_refs.py", "screenshot_demo.py", "soak.py", "two_hosts.py"}
     assert set(without) == allowed, "these go on after an error, or are about processes that end with one"

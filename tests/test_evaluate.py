@@ -124,16 +124,16 @@ def test_a_missing_checkpoint_and_a_wrong_split_are_named(checkpoint, data_root,
         run_evals(load_config("evaluate", EvalConfig, options))
 
 
-def test_a_question_about_an_image_leaves_json_and_picture(checkpoint, tmp_path):
+def test_a_question_about_an_image_leaves_json_and_image(checkpoint, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "photo.png")
-    options = [f"checkpoint={checkpoint}", f"image={tmp_path / 'photo.png'}", f"output={tmp_path / 'out'}"]
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    options = [f"checkpoint={checkpoint}", f"image={tmp_path / 'image.png'}", f"output={tmp_path / 'out'}"]
     options += ["question='Please segment the star.'", "predict.answer=forced", "boxes=[[5,5,40,30]]"]
     ((path, output),) = list(predict_files(load_config("predict", PredictCommandConfig, options)))
-    assert path.name == "photo.png" and output.masks_NHW.shape == (1, 60, 90)
-    record = json.loads((tmp_path / "out" / "photo.json").read_text())
+    assert path.name == "image.png" and output.masks_NHW.shape == (1, 60, 90)
+    record = json.loads((tmp_path / "out" / "image.json").read_text())
     assert (decode_rle(record["masks"][0]) == output.masks_NHW[0]).all()
-    assert Image.open(tmp_path / "out" / "photo.png").size == (90, 60)
+    assert Image.open(tmp_path / "out" / "image.png").size == (90, 60)
 
 
 @pytest.mark.parametrize(
@@ -149,8 +149,8 @@ def test_a_question_about_an_image_leaves_json_and_picture(checkpoint, tmp_path)
     ],
 )
 def test_a_visual_prompt_outside_the_image_is_an_error(checkpoint, tmp_path, option, error, message):
-    Image.new("RGB", (90, 60)).save(tmp_path / "photo.png")
-    options = [f"checkpoint={checkpoint}", f"image={tmp_path / 'photo.png'}", f"output={tmp_path / 'out'}"]
+    Image.new("RGB", (90, 60)).save(tmp_path / "image.png")
+    options = [f"checkpoint={checkpoint}", f"image={tmp_path / 'image.png'}", f"output={tmp_path / 'out'}"]
     with pytest.raises(error, match=message):
         list(predict_files(load_config("predict", PredictCommandConfig, [*options, "question=x", option])))
     assert not (tmp_path / "out").exists()

@@ -60,7 +60,7 @@ class Ended:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """A benchmark of drawn images and an untrained model to be asked."""
+    """A benchmark of synthetic images and an untrained model to be asked."""
 
     data: Path
     checkpoint: Path
@@ -270,7 +270,7 @@ def test_a_cut_last_line_is_asked_again(bench, whole, tmp_path):
     check_same(output, whole)
 
 
-def last_photo(bench: Bench, whole: Path) -> Path:
+def last_image(bench: Bench, whole: Path) -> Path:
     """Return the image that was asked about last."""
     image_id = json.loads(parts(whole)[-1])["image_id"]
     content = json.loads((bench.data / "refshapes" / "refshapes" / "instances.json").read_text())
@@ -279,13 +279,13 @@ def last_photo(bench: Bench, whole: Path) -> Path:
 
 
 def test_a_truncated_image_is_named_and_the_work_before_it_is_kept(bench, whole, tmp_path):
-    output, photo = tmp_path / "out", last_photo(bench, whole)
-    sound = photo.read_bytes()
+    output, image = tmp_path / "out", last_image(bench, whole)
+    sound = image.read_bytes()
     try:
-        photo.write_bytes(sound[:200])
-        check_message(start(bench, output), str(photo), "cannot be decoded")
+        image.write_bytes(sound[:200])
+        check_message(start(bench, output), str(image), "cannot be decoded")
     finally:
-        photo.write_bytes(sound)
+        image.write_bytes(sound)
     kept = (output / EVAL / "part-0.jsonl").read_bytes()
     assert kept.endswith(b"\n") and not (output / EVAL / "predictions.jsonl").exists()
     assert start(bench, output).statuses == [0]
@@ -295,12 +295,12 @@ def test_a_truncated_image_is_named_and_the_work_before_it_is_kept(bench, whole,
 
 def test_a_missing_image_is_named_before_anything_is_asked_and_earlier_work_is_kept(bench, whole, tmp_path):
     output, part = copied(whole, tmp_path, kept_lines=6)
-    kept, photo = part.read_bytes(), last_photo(bench, whole)
-    moved = photo.rename(photo.with_suffix(".gone"))
+    kept, image = part.read_bytes(), last_image(bench, whole)
+    moved = image.rename(image.with_suffix(".gone"))
     try:
-        check_message(start(bench, output), str(photo))
+        check_message(start(bench, output), str(image))
     finally:
-        moved.rename(photo)
+        moved.rename(image)
     assert part.read_bytes() == kept
     assert start(bench, output).statuses == [0]
     assert part.read_bytes().startswith(kept)
@@ -437,14 +437,14 @@ def test_numbers_that_become_infinite_end_an_evaluation_with_the_item(bench, tmp
 
 def test_numbers_that_become_infinite_end_a_question_with_the_image(bench, tmp_path):
     folder = broken(bench, tmp_path / "model", "decoder.norm.weight", 3e38)
-    photos = sorted((bench.data / "refshapes" / "images" / "train2014").iterdir())[:2]
-    for photo in photos:
-        (tmp_path / "photos").mkdir(exist_ok=True)
-        shutil.copy(photo, tmp_path / "photos")
-    options = {"checkpoint": str(folder), "image": str(tmp_path / "photos"), "question": "the star"}
-    with pytest.raises(DataError, match=f"{photos[0].name}: the logits of token .* of the answer are not finite"):
+    images = sorted((bench.data / "refshapes" / "images" / "train2014").iterdir())[:2]
+    for image in images:
+        (tmp_path / "images").mkdir(exist_ok=True)
+        shutil.copy(image, tmp_path / "images")
+    options = {"checkpoint": str(folder), "image": str(tmp_path / "images"), "question": "the star"}
+    with pytest.raises(DataError, match=f"{images[0].name}: the logits of token .* of the answer are not finite"):
         list(predict_files(PredictCommandConfig(**options, output=str(tmp_path / "out"))))
-    requests = [PredictorRequest(image=photo, text="the star") for photo in photos]
+    requests = [PredictorRequest(image=image, text="the star") for image in images]
     with pytest.raises(DataError, match="are not finite; all weights are finite, so"):
         Predictor.from_pretrained(folder).ask_many(requests)
 
@@ -506,11 +506,11 @@ def test_answers_of_a_model_with_another_file_are_not_continued(bench, whole, mo
 
 def test_answers_about_other_annotations_are_not_continued(bench, whole, monkeypatch):
     file = bench.data / "refshapes" / "refshapes" / "instances.json"
-    own, photo = file.read_text(), last_photo(bench, whole)
-    renamed = photo.with_name(f"other_{photo.name}")
-    renamed.write_bytes(photo.read_bytes())
+    own, image = file.read_text(), last_image(bench, whole)
+    renamed = image.with_name(f"other_{image.name}")
+    renamed.write_bytes(image.read_bytes())
     try:
-        file.write_text(own.replace(photo.name, renamed.name))
+        file.write_text(own.replace(image.name, renamed.name))
         check_refused(bench, whole, monkeypatch)
     finally:
         file.write_text(own)

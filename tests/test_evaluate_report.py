@@ -1,4 +1,4 @@
-"""What an evaluation reports: both protocols on cases computed by hand, rows, tables, pictures, missing data."""
+"""What an evaluation reports: both protocols on cases computed by hand, rows, tables, images, missing data."""
 
 import json
 from dataclasses import replace
@@ -223,7 +223,7 @@ def test_the_target_of_grefcoco_as_released_loses_what_two_polygons_of_an_instan
     assert (decode_rle(only_crowd.target).sum(), decode_rle(only_crowd.released_target).sum()) == (12, 0)
 
 
-def test_no_drawn_target_is_damaged(data_root):
+def test_no_synthetic_target_is_damaged(data_root):
     items = expressions(load_refer(data_root / "refshapes", "refshapes", "val"))
     assert len(items) > 5 and all(item.released_target is None for item in items)
 
@@ -297,7 +297,7 @@ def test_a_third_each_is_best_median_and_worst():
 
 
 @pytest.mark.parametrize(("number", "ranks"), [(0, []), (1, ["best"]), (2, ["best", "worst"]), (9, ["best"] * 2)])
-def test_few_pictures_or_few_items_are_shown_once(number, ranks):
+def test_few_images_or_few_items_are_shown_once(number, ranks):
     shown = ranked(np.array([0.5, 0.1, 0.9, 0.2]), ["a", "b", "c", "d"], number)
     assert [rank for rank, _ in shown][: len(ranks)] == ranks
     assert len({index for _, index in shown}) == len(shown) == min(number, 4)
@@ -465,8 +465,8 @@ def test_a_damaged_file_is_not_a_missing_one(data_root, monkeypatch):
     assert not isinstance(error.value, MissingDataError)
 
 
-def test_missing_photos_are_found_before_anything_is_asked(data_root, monkeypatch, tmp_path):
-    with pytest.raises(MissingDataError, match=rf"refshapes_val: found 3 of 3 photos missing, the first is {tmp_path}"):
+def test_missing_images_are_found_before_anything_is_asked(data_root, monkeypatch, tmp_path):
+    with pytest.raises(MissingDataError, match=rf"refshapes_val: found 3 of 3 images missing, the first is {tmp_path}"):
         plan(data_root, monkeypatch, "evals=[refshapes_val]", f"+evals.refshapes_val.image_dir={tmp_path}")
 
 
@@ -510,8 +510,8 @@ def test_the_report_names_protocols_limits_and_what_was_skipped(evaluated):
     assert "<h3>Median</h3>" in page and page.count("<figure>") == 8
 
 
-def test_a_sheet_has_a_row_of_pictures_for_each_rank(evaluated):
+def test_a_sheet_has_a_row_of_images_for_each_rank(evaluated):
     with Image.open(evaluated[0] / "sheets" / "refshapes_val.png") as sheet:
         width, height = sheet.size
-    # Of four pictures two are best, one is median, one worst.
+    # Of four images two are best, one is median, one worst.
     assert width == 2 * (480 + 16) and height > 3 * 44

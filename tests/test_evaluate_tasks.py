@@ -18,11 +18,11 @@ from pixel_sail.data.masks import decode_rle
 from pixel_sail.evaluation import grounded_caption, predict, refer_seg, region_caption, region_choice, visual_referring
 from pixel_sail.evaluation.engine import answer_image, evaluate
 from pixel_sail.evaluation.item_predictions import ITEM_PREDICTIONS, ItemPrediction
-from pixel_sail.evaluation.photos import Photo
 from pixel_sail.evaluation.phrase_similarity import BERT_BASE_UNCASED, EncoderSimilarity
 from pixel_sail.evaluation.predict import BatchPredictor
 from pixel_sail.evaluation.record_files import RecordWriter, read_records
 from pixel_sail.evaluation.run import perbench_overall_of, run_evals
+from pixel_sail.evaluation.source_image import SourceImage
 from pixel_sail.evaluation.task import by_image
 from pixel_sail.evaluation.validation import validation_for
 from pixel_sail.metrics.grounded_caption import word_overlap
@@ -51,7 +51,7 @@ def checkpoint(tiny_model, processor, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def region_file(data_root, tmp_path_factory):
-    """RefCOCOg's region-caption file about the drawn images: every object of PerBench's file is an "image" of it."""
+    """RefCOCOg's region-caption file about the synthetic images: every object of PerBench's file is an "image" of it."""
     folder = data_root / "refshapes"
     images, annotations = [], []
     for record in json.loads((folder / "perbench" / "STBench_Detailed_Caption.json").read_text()):
@@ -68,7 +68,7 @@ def region_file(data_root, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def options(checkpoint, data_root, region_file):
-    """Return a function from evals to the command line that asks them of the drawn files, a few tokens each."""
+    """Return a function from evals to the command line that asks them of the synthetic files, a few tokens each."""
     folder = data_root / "refshapes"
     perbench = {"caption": "Detailed_Caption", "choice": "MCQ", "visual_referring": "VRES"}
     places = {
@@ -294,18 +294,18 @@ def test_items_that_cannot_be_asked_are_found_before_anything_is_asked(predictor
     assert not (tmp_path / "out").exists()
 
 
-def test_items_of_one_photo_must_agree_on_its_size(predictor, data_root):
+def test_items_of_one_image_must_agree_on_its_size(predictor, data_root):
     task = perbench(data_root, region_choice.load, "MCQ")
     wrong = replace(task.items[1], image_hw=(5, 5))
-    with pytest.raises(DataError, match="expected one photo of one size"):
+    with pytest.raises(DataError, match="expected one image of one size"):
         answer_image(predictor, task, [task.items[0], wrong])
 
 
-# ReasonSeg: upright photos and ignored pixels.
+# ReasonSeg: upright images and ignored pixels.
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_reasonseg_photos_are_asked_about_upright(tmp_path, orientation):
+def test_reasonseg_images_are_asked_about_upright(tmp_path, orientation):
     pixels = np.random.default_rng(0).integers(0, 255, (32, 48, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     exif = image.getexif()
@@ -319,12 +319,12 @@ def test_reasonseg_photos_are_asked_about_upright(tmp_path, orientation):
     (request,) = task.requests("standard")
     assert request.text == task.requests("paper")[0].text == task.items[0].text
     expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "val" / "a.jpg")))
-    assert np.array_equal(np.asarray(request.photo.open("x")), expected)
+    assert np.array_equal(np.asarray(request.source_image.open("x")), expected)
     assert task.items[0].target["size"] == list(expected.shape[:2])
 
 
 @pytest.mark.parametrize("orientation", [3, 6])
-def test_paper_scores_of_a_turned_photo_compare_with_the_target_on_the_stored_one(tmp_path, orientation):
+def test_paper_scores_of_a_turned_image_compare_with_the_target_on_the_stored_one(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     (tmp_path / "val").mkdir()
@@ -334,12 +334,12 @@ def test_paper_scores_of_a_turned_photo_compare_with_the_target_on_the_stored_on
     (tmp_path / "val" / "a.json").write_text(json.dumps(content))
     (item,) = refer_seg.load_reasonseg(root=tmp_path, split="val").items
     lying = refer_seg.load_reasonseg(root=tmp_path, split="val", upright=False)
-    (photo,) = [request.photo for request in lying.requests("standard")]
-    assert photo.open("x").size == (48, 32) and not photo.is_upright
-    # The object is found on the upright photo, and the released target has its points elsewhere.
+    (image,) = [request.source_image for request in lying.requests("standard")]
+    assert image.open("x").size == (48, 32) and not image.is_upright
+    # The object is found on the upright image, and the released target has its points elsewhere.
     assert refer_seg.measure_predictions([item], [_marked(item, item.target)]).scores["ciou"] == 1.0
     assert refer_seg.measure_predictions([item], [_marked(item, item.target)]).scores["paper_ciou"] == 0.0
-    # What a model must mark for the released script, on the photo as it lies there.
+    # What a model must mark for the released script, on the image as it lies there.
     assert lying.score(lying.items, [_marked(lying.items[0], lying.items[0].target)])["paper_ciou"] > 0.999
     assert refer_seg.measure_predictions([item], [_marked(item, item.released_target)]).scores["paper_ciou"] > 0.999
 
@@ -349,10 +349,10 @@ def _marked(item, mask):
     return Prediction(**names, segmentation=mask)
 
 
-def test_a_photo_of_another_size_is_refused_also_upright(tmp_path):
+def test_an_image_of_another_size_is_refused_also_upright(tmp_path):
     Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
     with pytest.raises(DataError, match=r"image held upright is \(6, 8\) .*annotations say \(8, 6\)"):
-        Photo(path=tmp_path / "a.png", size_hw=(8, 6), is_upright=True).open("x")
+        SourceImage(path=tmp_path / "a.png", size_hw=(8, 6), is_upright=True).open("x")
 
 
 def test_ignored_pixels_are_neither_target_nor_mistake():

@@ -66,17 +66,17 @@ def eve(tokenizer, make_config):
 
 
 @pytest.fixture
-def examples(eve, draw_sample):
+def examples(eve, make_sample):
     """A conversation with prompts, independent turns, another grid, an image without masks, and text alone."""
     rng = np.random.default_rng(5)
-    drawn = [
-        (draw_sample(rng, masks_per_turn=(1, 2), prompts=(3, 7), sample_id="conversation"), False),
-        (draw_sample(rng, masks_per_turn=(1, 0, 2), sample_id="branches"), True),
-        (draw_sample(rng, size_hw=(40, 9), masks_per_turn=(2,), sample_id="tall"), False),
-        (draw_sample(rng, size_hw=(8, 8), masks_per_turn=(0,), prompts=(1,), sample_id="no mask"), False),
-        (draw_sample(rng, size_hw=None, masks_per_turn=(0, 0), sample_id="text"), False),
+    sampled = [
+        (make_sample(rng, masks_per_turn=(1, 2), prompts=(3, 7), sample_id="conversation"), False),
+        (make_sample(rng, masks_per_turn=(1, 0, 2), sample_id="branches"), True),
+        (make_sample(rng, size_hw=(40, 9), masks_per_turn=(2,), sample_id="tall"), False),
+        (make_sample(rng, size_hw=(8, 8), masks_per_turn=(0,), prompts=(1,), sample_id="no mask"), False),
+        (make_sample(rng, size_hw=None, masks_per_turn=(0, 0), sample_id="text"), False),
     ]
-    return [eve.encode_sample(*pair, independent_turns=independent) for pair, independent in drawn]
+    return [eve.encode_sample(*pair, independent_turns=independent) for pair, independent in sampled]
 
 
 @pytest.fixture
@@ -158,10 +158,10 @@ def test_packed_samples_equal_each_sample_alone(eve_model, make_batch, examples,
                 torch.testing.assert_close(found, alone.mask_logits[0], **TOLERANCE)
 
 
-def test_image_tokens_see_only_what_went_before(eve_model, eve, draw_sample, make_batch):
+def test_image_tokens_see_only_what_went_before(eve_model, eve, make_sample, make_batch):
     model = eve_model()
     rng = np.random.default_rng(1)
-    sample, image = draw_sample(rng, sample_id="a")
+    sample, image = make_sample(rng, sample_id="a")
     example = eve.encode_sample(sample, image, independent_turns=False)
     changed = example.patches_PK.clone()
     changed[-1] = 255 - changed[-1]
@@ -283,9 +283,9 @@ def answers_with_cache(model, eve, example, span_length):
 
 
 @torch.no_grad()
-def test_generation_with_cached_images_equals_one_without(eve_model, eve, draw_sample):
+def test_generation_with_cached_images_equals_one_without(eve_model, eve, make_sample):
     model = eve_model()
-    sample, image = draw_sample(np.random.default_rng(2), prompts=(4,), sample_id="a")
+    sample, image = make_sample(np.random.default_rng(2), prompts=(4,), sample_id="a")
     example = eve.encode_sample(sample, image, independent_turns=False)
     span = eve.image_span(example.grid_hw)
     length = len(span.token_ids_S)
@@ -320,10 +320,10 @@ def whole_pass(model, ids, span, example):
     )
 
 
-def test_visual_prompts_have_an_effect_on_what_is_predicted(eve_model, eve, draw_image):
+def test_visual_prompts_have_an_effect_on_what_is_predicted(eve_model, eve, make_image):
     model = eve_model()
     predictor = BatchPredictor(model, eve, PredictConfig(answer="forced"))
-    image = draw_image(np.random.default_rng(3), (24, 24))
+    image = make_image(np.random.default_rng(3), (24, 24))
     mask = np.zeros((24, 24), dtype=bool)
     mask[:12, :12] = True
     prompt = VisualPrompt(prompt_id=2, mask=mask)
@@ -334,9 +334,9 @@ def test_visual_prompts_have_an_effect_on_what_is_predicted(eve_model, eve, draw
     assert with_prompt != without
 
 
-def test_a_prompt_is_added_as_it_is_to_the_patches_it_covers_and_nothing_else(eve_model, eve, draw_sample, make_batch):
+def test_a_prompt_is_added_as_it_is_to_the_patches_it_covers_and_nothing_else(eve_model, eve, make_sample, make_batch):
     model = eve_model()
-    sample, image = draw_sample(np.random.default_rng(2), size_hw=(16, 24))
+    sample, image = make_sample(np.random.default_rng(2), size_hw=(16, 24))
     example = eve.encode_sample(sample, image, independent_turns=False)
     plain = make_batch([example])
     mask = np.zeros((16, 24), dtype=bool)
@@ -351,13 +351,13 @@ def test_a_prompt_is_added_as_it_is_to_the_patches_it_covers_and_nothing_else(ev
     torch.testing.assert_close(difference, expected, **TOLERANCE)
 
 
-def test_the_embedding_is_that_of_convolutions_over_the_whole_picture(eve_model, eve, draw_image):
-    """A picture of 2 x 3 patches: class token, rows of patches, and a row end behind each, of every picture."""
+def test_the_embedding_is_that_of_convolutions_over_the_whole_image(eve_model, eve, make_image):
+    """An image of 2 x 3 patches: class token, rows of patches, and a row end behind each, of every image."""
     model = eve_model()
     embedding = model.patch_embedding
     assert isinstance(embedding, EveEmbedding)
     torch.nn.init.normal_(embedding.piece_projection.bias)
-    image = draw_image(np.random.default_rng(0), (16, 24))
+    image = make_image(np.random.default_rng(0), (16, 24))
     patches, grid = image_to_patches(image, 8, math.isqrt(16 * 24), "area")
     assert grid == (2, 3)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255.0
@@ -387,7 +387,7 @@ def test_the_embedding_is_that_of_convolutions_over_the_whole_picture(eve_model,
         ((801, 799), 800, (832, 800)),  # 801.0 x 799.0
     ],
 )
-def test_pictures_are_scaled_to_one_area(size_hw, side, resized):
+def test_images_are_scaled_to_one_area(size_hw, side, resized):
     assert resized_size(size_hw, 32, side, "area") == resized
 
 
@@ -401,14 +401,14 @@ def test_the_layout_of_an_image_is_class_token_rows_and_row_ends():
     assert image_tokens("eve", (2, 3)) == 9 and image_tokens("sail", (2, 3)) == 8
 
 
-def test_a_sample_is_the_chat_template_with_the_image_in_the_first_question(eve, draw_sample, tokenizer):
-    sample, image = draw_sample(np.random.default_rng(0), masks_per_turn=(1, 0))
+def test_a_sample_is_the_chat_template_with_the_image_in_the_first_question(eve, make_sample, tokenizer):
+    sample, image = make_sample(np.random.default_rng(0), masks_per_turn=(1, 0))
     example = eve.encode_sample(sample, image, independent_turns=False)
     rows, columns = example.grid_hw
-    picture = "<vision>" + ("<vpatch>" * columns + "</vision>") * rows
+    image_text = "<vision>" + ("<vpatch>" * columns + "</vision>") * rows
     first, second = sample.turns
     header = "<|im_end|>\n<|im_start|>assistant\n"
-    expected = f"<|im_start|>user\n{picture}\n{first.question}{header}{first.answer}<|im_end|>"
+    expected = f"<|im_start|>user\n{image_text}\n{first.question}{header}{first.answer}<|im_end|>"
     expected += f"<|im_start|>user\n{second.question}{header}{second.answer}<|im_end|>"
     assert tokenizer.decode(example.input_ids_T) == expected
     supervised = tokenizer.decode(example.labels_T[example.labels_T >= 0])
@@ -417,8 +417,8 @@ def test_a_sample_is_the_chat_template_with_the_image_in_the_first_question(eve,
     assert not example.in_image_T.any()
 
 
-def test_independent_turns_go_on_where_the_image_ends(eve, draw_sample, tokenizer):
-    sample, image = draw_sample(np.random.default_rng(0), masks_per_turn=(1, 0))
+def test_independent_turns_go_on_where_the_image_ends(eve, make_sample, tokenizer):
+    sample, image = make_sample(np.random.default_rng(0), masks_per_turn=(1, 0))
     example = eve.encode_sample(sample, image, independent_turns=True)
     for branch, turn in enumerate(sample.turns, start=1):
         own = example.branch_ids_T == branch
@@ -426,8 +426,8 @@ def test_independent_turns_go_on_where_the_image_ends(eve, draw_sample, tokenize
         assert int(example.position_ids_2T[0, own][0]) == int((example.branch_ids_T == 0).sum())
 
 
-def test_text_that_names_an_image_token_is_refused(eve, draw_sample):
-    sample, image = draw_sample(np.random.default_rng(0))
+def test_text_that_names_an_image_token_is_refused(eve, make_sample):
+    sample, image = make_sample(np.random.default_rng(0))
     with pytest.raises(DataError, match="found in the text"):
         eve.question_ids("what is a <vpatch>?")
     turn = replace(sample.turns[0], answer="a </vision> [SEG]")
@@ -453,14 +453,14 @@ def test_an_exported_folder_holds_the_base(eve_model, eve, tmp_path, batch):
 
 
 def test_an_eve_model_as_a_teacher_gives_the_pixel_map_of_a_forward_pass(
-    eve_model, eve, draw_sample, make_batch, tmp_path
+    eve_model, eve, make_sample, make_batch, tmp_path
 ):
     model = eve_model()
     model.use(Kernels(mask_head="maps"))
     model.save_pretrained(tmp_path)
     eve.save_pretrained(tmp_path)
-    # A picture of the wanted area, so that nothing is resized.
-    sample, image = draw_sample(np.random.default_rng(3), size_hw=(16, 64))
+    # An image of the wanted area, so that nothing is resized.
+    sample, image = make_sample(np.random.default_rng(3), size_hw=(16, 64))
     (feature,) = Teacher(ours(str(tmp_path)), device="cpu", precision="fp32", max_batch=4).features(
         [torch.from_numpy(np.array(image))]
     )
@@ -487,11 +487,11 @@ def test_fields_that_do_not_fit_together_are_refused(make_config, fields, messag
         make_config(**(EVE | fields))
 
 
-def test_a_sail_model_may_attend_causally(tiny_model, tokenizer, make_config, draw_sample):
+def test_a_sail_model_may_attend_causally(tiny_model, tokenizer, make_config, make_sample):
     config = make_config(attention="causal")
     processor = PixelSailProcessor.for_model(tokenizer, config)
     model = tiny_model(attention="causal")
-    example = processor.encode_sample(*draw_sample(np.random.default_rng(0)), independent_turns=False)
+    example = processor.encode_sample(*make_sample(np.random.default_rng(0)), independent_turns=False)
     assert not example.in_image_T.any()
     batch = collate([PackedSequence(stream=0, after=StreamState(next=1), examples=(example,))], seg_id=processor.seg_id)
     length = image_tokens("sail", example.grid_hw)
@@ -533,7 +533,7 @@ def test_the_7b_configuration_has_the_parameters_that_the_plan_says():
 
 
 @pytest.mark.parametrize("experts", ["routed", "mixed"])
-@pytest.mark.usefixtures("as_large_pictures")
+@pytest.mark.usefixtures("as_large_images")
 def test_the_plan_counts_operations_and_activations(eve_model, batch, experts):
     model = eve_model(hidden_size=64, intermediate_size=176).train()
     kernels = Kernels(experts=experts)

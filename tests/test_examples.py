@@ -51,10 +51,10 @@ def test_a_new_eval_scores_the_questions_it_chose(example, tmp_path):
     assert (tmp_path / "evaluation" / "report.html").is_file()
 
 
-def test_a_new_teacher_answers_to_the_edge_in_the_photo(example, tmp_path):
+def test_a_new_teacher_answers_to_the_edge_in_the_image(example, tmp_path):
     features_EYX = example("new_teacher").main(tmp_path)
     assert features_EYX.shape == (2, 16, 24)
-    # The photo is black up to column 48 and white from there: columns 11 and 12 of the map lie on either side.
+    # The image is black up to column 48 and white from there: columns 11 and 12 of the map lie on either side.
     assert (features_EYX[0, 1:-1, 11:13] > 0.1).all()
     # Black is no zero after normalisation: whether three of it minus three of it is one hangs on the order of adding.
     assert features_EYX[0, 1:-1, 2:10].abs().max() < 1e-4

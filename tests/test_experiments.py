@@ -134,17 +134,17 @@ def distinct_models():
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """What makes a batch of one photograph with a marked region and two masks, for any architecture."""
+class Sampling:
+    """What makes a batch of one image with a marked region and two masks, for any architecture."""
 
     tokenizer: object
-    draw_sample: object
+    make_sample: object
     make_batch: object
 
     def batch(self, architecture, teachers):
         config = PixelSailConfig.from_architecture(architecture)
-        drawn = self.draw_sample(np.random.default_rng(0), size_hw=(64, 96), masks_per_turn=(2,), prompts=(3,))
-        example = PixelSailProcessor.for_model(self.tokenizer, config).encode_sample(*drawn, independent_turns=False)
+        sampled = self.make_sample(np.random.default_rng(0), size_hw=(64, 96), masks_per_turn=(2,), prompts=(3,))
+        example = PixelSailProcessor.for_model(self.tokenizer, config).encode_sample(*sampled, independent_turns=False)
         # Features of any size: those that the losses compare with are given to them.
         return replace(
             self.make_batch([example]),
@@ -155,16 +155,16 @@ class Drawing:
         )
 
 
-def step(config, drawing):
+def step(config, sampling):
     """Make the forward pass, all losses and the backward pass; return the parameters without a gradient of their own
     shape."""
-    token_ids = model_token_ids(drawing.tokenizer, num_visual_prompts=config.model.architecture.num_visual_prompts)
+    token_ids = model_token_ids(sampling.tokenizer, num_visual_prompts=config.model.architecture.num_visual_prompts)
     architecture = replace(config.model.architecture, vocab_size=151_680, token_ids=token_ids, num_hidden_layers=2)
-    batch = drawing.batch(architecture, sorted(config.distillation))
+    batch = sampling.batch(architecture, sorted(config.distillation))
     terms = [DistillTerm(name=name, loss=own.loss) for name, own in sorted(config.distillation.items())]
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = PixelSailForSegmentation(PixelSailConfig.from_architecture(architecture)).train()
-    # Outside: a layer that is made without being drawn cannot be made within the mode.
+    # Outside: a layer that is made without being sampled cannot be made within the mode.
     add_training_parts(model, config.model.lora, seed=0, teachers=config.distillation)
     with FakeTensorMode(allow_non_fake_inputs=True):
         output = model(**batch.training_inputs())
@@ -180,10 +180,10 @@ def step(config, drawing):
     return [name for name, own in model.named_parameters() if own.grad is None or own.grad.shape != own.shape]
 
 
-def test_every_different_model_with_its_teachers_makes_a_step(tokenizer, draw_sample, make_batch):
+def test_every_different_model_with_its_teachers_makes_a_step(tokenizer, make_sample, make_batch):
     """Two layers, for all layers are alike; the other sizes are those of the experiments."""
-    drawing = Drawing(tokenizer=tokenizer, draw_sample=draw_sample, make_batch=make_batch)
+    sampling = Sampling(tokenizer=tokenizer, make_sample=make_sample, make_batch=make_batch)
     models = distinct_models()
     assert len(models) > 60
     for where, config in models:
-        assert step(config, drawing) == [], where
+        assert step(config, sampling) == [], where

@@ -13,7 +13,7 @@ def test_the_program_read_again_is_the_model(tiny_model, tmp_path, capsys, chang
     assert tool.main([str(tmp_path / "model"), "--out", str(tmp_path / "path.pt2")]) == 0
     assert "largest difference" in capsys.readouterr().out
     program = torch.export.load(tmp_path / "path.pt2").module()
-    states, seg_states = tool.draw((5, 3, 2), model.config.hidden_size)
+    states, seg_states = tool.random_states((5, 3, 2), model.config.hidden_size)
     with torch.no_grad():
         features = model.mask_head.pixel_features(states[None])[0]
         expected = torch.einsum("nd,yxd->nyx", model.mask_head.seg_queries(seg_states), features)

@@ -1,4 +1,4 @@
-"""RefShapes as grounded captions, MUSE and benchmark: the files load, and every mask is the drawn one."""
+"""RefShapes as grounded captions, MUSE and benchmark: the files load, and every mask is the synthetic one."""
 
 import re
 
@@ -23,18 +23,18 @@ def rng(seed=0):
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
     out = tmp_path_factory.mktemp("shapes")
-    photos = out / "images" / "train2014"
-    photos.mkdir(parents=True)
+    images = out / "images" / "train2014"
+    images.mkdir(parents=True)
     scenes, records = {}, []
     for image_id, split in enumerate(["train"] * 12 + ["val"] * 3 + ["testA"] * 2, start=1):
         scene = sample_scene(rng(image_id), SceneRules())
         name = f"COCO_train2014_{image_id:012d}.jpg"
-        (photos / name).write_bytes(encode_jpeg(paint_scene(rng(image_id), scene)))
+        (images / name).write_bytes(encode_jpeg(paint_scene(rng(image_id), scene)))
         height, width = scene.image_hw
         image = {"id": image_id, "file_name": name, "height": height, "width": width}
         records.append({"split": split, "image": image, "grounded": grounded_record(rng(image_id), scene, image)})
         scenes[name] = scene
-    write_grounded(out, records, photos)
+    write_grounded(out, records, images)
     return out, scenes
 
 
@@ -84,8 +84,8 @@ def test_shapes_load_through_muse_with_exact_masks(shapes):
 def test_shapes_load_as_benchmark(shapes):
     out, scenes = shapes
     root = out / "glamm_data" / "annotations" / "gcg_val_test"
-    photos = out / "images" / "train2014"
-    items = {split: gcg_benchmark.load(root=root, split=split, image_dir=photos) for split in ("val", "test")}
+    images = out / "images" / "train2014"
+    items = {split: gcg_benchmark.load(root=root, split=split, image_dir=images) for split in ("val", "test")}
     assert [len(items["val"]), len(items["test"])] == [3, 2]
     for item in (*items["val"], *items["test"]):
         scene = scenes[item.image_path.name]

@@ -162,7 +162,7 @@ def refcocog_source(tmp_path, *records, **settings):
     return refcocog_gcg.load(annotations=annotations, image_dir=[tmp_path], **settings)
 
 
-def test_refcocog_polygons_are_united_and_the_size_is_that_of_the_photo(tmp_path):
+def test_refcocog_polygons_are_united_and_the_size_is_that_of_the_image(tmp_path):
     refs = [
         {"sentence": "the LEFT box", "bbox": [], "segmentation": [[0, 0, 3, 0, 3, 3, 0, 3], [2, 1, 6, 1, 6, 4, 2, 4]]},
         {"sentence": "Right box.", "bbox": [], "segmentation": [[5, 0, 8, 0, 8, 3, 5, 3]]},
@@ -311,7 +311,7 @@ def test_the_benchmark_pairs_phrases_with_masks(tmp_path):
     np.testing.assert_array_equal([decode_rle(mask) for mask in item.masks], [LEFT, RIGHT])
 
 
-def test_the_benchmark_takes_the_size_of_masks_or_photo_where_none_is_stated(tmp_path):
+def test_the_benchmark_takes_the_size_of_masks_or_image_where_none_is_stated(tmp_path):
     files = benchmark(tmp_path, [CAPTION], MASKS, mask_images=[{"id": "sa_1"}])
     assert gcg_benchmark.load(**files)[0].image_hw == HW
     Image.new("RGB", (9, 7)).save(tmp_path / "sa_1.jpg")

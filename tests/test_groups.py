@@ -27,20 +27,20 @@ PROJECTIONS = [
 
 
 @pytest.fixture
-def batch(draw_sample, processor, make_batch):
+def batch(make_sample, processor, make_batch):
     """Two rows: an image with masks beside one without, and text alone."""
     rng = np.random.default_rng(0)
     rows = [[((48, 40), (2, 1)), ((40, 64), (0,))], [(None, (0,))]]
     examples = []
     for row in rows:
-        samples = [draw_sample(rng, size_hw=size, masks_per_turn=masks) for size, masks in row]
+        samples = [make_sample(rng, size_hw=size, masks_per_turn=masks) for size, masks in row]
         examples.append([processor.encode_sample(sample, image, independent_turns=False) for sample, image in samples])
     return make_batch(*examples)
 
 
 @pytest.fixture
-def text_batch(draw_sample, processor, make_batch):
-    sample, image = draw_sample(np.random.default_rng(1), size_hw=None, masks_per_turn=(0,))
+def text_batch(make_sample, processor, make_batch):
+    sample, image = make_sample(np.random.default_rng(1), size_hw=None, masks_per_turn=(0,))
     return make_batch([processor.encode_sample(sample, image, independent_turns=False)])
 
 
@@ -186,13 +186,13 @@ def test_adapters_start_at_exactly_the_given_model(tiny_model, batch):
     assert all(parameter.any() for name, parameter in with_adapters.named_parameters() if name.endswith("lora_A"))
 
 
-def test_adapters_are_drawn_from_the_seed_and_each_its_own(tiny_model):
-    drawn = []
+def test_adapters_are_initialized_from_the_seed_and_each_its_own(tiny_model):
+    initialized = []
     for seed in (0, 0, 1, 2):
         model = tiny_model()
         add_lora(model, lora_targets(model, LoraConfig()), rank=3, alpha=6.0, seed=seed)
-        drawn.append([value for name, value in model.named_parameters() if name.endswith("lora_A")])
-    first, again, other, third = drawn
+        initialized.append([value for name, value in model.named_parameters() if name.endswith("lora_A")])
+    first, again, other, third = initialized
     assert all(torch.equal(one, same) for one, same in zip(first, again, strict=True))
     for one, two, three in zip(first, other, third, strict=True):
         assert not torch.equal(one, two) and not torch.equal(one, three) and not torch.equal(two, three)

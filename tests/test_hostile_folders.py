@@ -1,7 +1,7 @@
 """Folders made to run something: every public entry that reads one refuses it, and nothing runs.
 
 What is planted leaves a marker file when it runs, or shows a secret of the environment: functions named in files of an
-evaluation, code beside a tokenizer or a model, pickles, kernels of the hub, interpolations, and an EPS called photo.jpg
+evaluation, code beside a tokenizer or a model, pickles, kernels of the hub, interpolations, and an EPS called image.jpg
 with a `gs` on the PATH that is ours.
 """
 
@@ -256,9 +256,9 @@ def test_nothing_that_a_model_brings_is_run(model, trap, data_root, tmp_path, mo
         run_evals(load_config("evaluate", EvalConfig, options))
     with pytest.raises(ConfigError):
         Predictor.from_pretrained(model)
-    photo = next((data_root / "refshapes" / "images" / "train2014").iterdir())
+    image = next((data_root / "refshapes" / "images" / "train2014").iterdir())
     for script, arguments in (
-        ("predict", [f"checkpoint={model}", f"image={photo}", "question=star", f"output={tmp_path / 'out'}"]),
+        ("predict", [f"checkpoint={model}", f"image={image}", "question=star", f"output={tmp_path / 'out'}"]),
         ("demo", [f"checkpoint={model}"]),
     ):
         monkeypatch.setattr(sys, "argv", [script, *arguments])
@@ -347,29 +347,31 @@ def test_a_run_of_somebody_shows_and_runs_nothing(tmp_path, trap, sound, capsys)
 
 
 @pytest.fixture
-def drawing(tmp_path):
-    path = tmp_path / "photo.jpg"
+def vector_graphic(tmp_path):
+    path = tmp_path / "image.jpg"
     path.write_bytes(EPS)
     return path
 
 
-def test_the_drawing_would_start_a_program(trap, drawing):
-    with pytest.raises(subprocess.CalledProcessError), Image.open(drawing) as opened:
+def test_the_vector_graphic_would_start_a_program(trap, vector_graphic):
+    with pytest.raises(subprocess.CalledProcessError), Image.open(vector_graphic) as opened:
         opened.load()
     assert trap.exists()
     trap.unlink()
 
 
-def test_a_drawing_called_photo_starts_no_program(trap, drawing):
+def test_a_vector_graphic_called_image_starts_no_program(trap, vector_graphic):
     for read_file in (
-        lambda: load_image(drawing, where="here"),
-        lambda: stored_hw(drawing, "here"),
-        lambda: upright_hw(drawing, "here"),
-        lambda: read_segment_ids(drawing, (8, 8), "here"),
+        lambda: load_image(vector_graphic, where="here"),
+        lambda: stored_hw(vector_graphic, "here"),
+        lambda: upright_hw(vector_graphic, "here"),
+        lambda: read_segment_ids(vector_graphic, (8, 8), "here"),
     ):
-        with pytest.raises(DataError, match=r"here: .*photo\.jpg: .*drawings such as EPS, PDF or SVG are not read"):
+        with pytest.raises(
+            DataError, match=r"here: .*image\.jpg: .*vector graphics such as EPS, PDF or SVG are not read"
+        ):
             read_file()
-    with Image.open(drawing) as opened:
+    with Image.open(vector_graphic) as opened:
         for take in (lambda: rgb_image(opened, where="here"), lambda: one_image([opened], "here")):
             with pytest.raises(DataError, match="here: found an image of the format EPS, expected one of JPEG"):
                 take()
@@ -379,8 +381,8 @@ def test_a_drawing_called_photo_starts_no_program(trap, drawing):
     "kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "PCX", "SGI", "ICO", "JPEG2000"]
 )
 def test_raster_formats_are_read(tmp_path, kind):
-    Image.new("RGB", (16, 16), (200, 30, 30)).save(tmp_path / "photo", kind)
-    assert load_image(tmp_path / "photo", where="here").size == (16, 16)
+    Image.new("RGB", (16, 16), (200, 30, 30)).save(tmp_path / "image", kind)
+    assert load_image(tmp_path / "image", where="here").size == (16, 16)
 
 
 def calls(path):

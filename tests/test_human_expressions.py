@@ -80,7 +80,7 @@ def test_all_human_expressions_are_items(name, read_file):
     assert all(item.image_path.is_file() for item in items)
 
 
-def test_the_experiment_on_four_real_photographs_makes_a_step(data_root, tmp_path):
+def test_the_experiment_on_four_real_images_makes_a_step(data_root, tmp_path):
     shared_data("derived_refer_mini")
     folders = [f"paths.runs={tmp_path}", f"model.tokenizer={data_root / 'refshapes' / 'tokenizer'}"]
     command = ["scripts/train.py", "experiment=refer_mini", *SHARED_CONFIGS, *folders, "deepspeed=none", "--dry-run"]
@@ -102,7 +102,7 @@ def record(**changes):
 def read(tmp_path, *records):
     file = tmp_path / "boxes.json"
     file.write_text(json.dumps(records))
-    return boxed_expressions.load(annotations=file, image_dir="photos")
+    return boxed_expressions.load(annotations=file, image_dir="images")
 
 
 def test_a_box_is_the_pixels_whose_centres_it_holds(tmp_path):
@@ -114,7 +114,7 @@ def test_a_box_is_the_pixels_whose_centres_it_holds(tmp_path):
     assert none.target is None
     assert np.argwhere(decode_rle(corner.target)).tolist() == [[3, 4]]
     assert [(item.ref_id, item.sent_id) for item in (first, none, corner)] == [(0, 0), (1, 0), (2, 0)]
-    assert str(first.image_path) == "photos/a.jpg" and first.image_hw == (4, 5)
+    assert str(first.image_path) == "images/a.jpg" and first.image_hw == (4, 5)
 
 
 @pytest.mark.parametrize(

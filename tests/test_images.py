@@ -246,7 +246,7 @@ def test_damaged_files_of_rare_formats_are_refused(tmp_path, pixels, image_forma
 
 def remarked(path):
     with remarks() as heard:
-        load_image(path, where="photo")
+        load_image(path, where="image")
     return [(remark.topic, remark.message.partition(";")[0]) for remark in heard]
 
 

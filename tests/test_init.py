@@ -1,4 +1,4 @@
-"""`model.init`: how the mask head and the layers towards teachers are drawn, wherever they are new."""
+"""`model.init`: how the mask head and the layers towards teachers are initialized, wherever they are new."""
 
 import json
 import logging
@@ -7,9 +7,9 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from drawn_checkpoints import CHOSEN, make_base_tokenizer, write_qwen
 from running import load_tool
 from safetensors.torch import load_file
+from synthetic_checkpoints import CHOSEN, make_base_tokenizer, write_qwen
 from test_start import base, build, configured  # noqa: F401, a fixture and what makes the card small
 from torch import nn
 
@@ -34,10 +34,10 @@ def narrow(monkeypatch):
     monkeypatch.setattr(configuration_pixel_sail, "MAX_FEATURE_SIZE", 64)
 
 
-def drawn_head(init, seed=0, **changes):
+def init_head(init, seed=0, **changes):
     torch.manual_seed(seed)
     head = MaskHead(Architecture(**(WIDE | changes))).requires_grad_(False)
-    head.draw_weights(init)
+    head.init_weights(init)
     return head
 
 
@@ -46,7 +46,7 @@ def layers_of(head):
 
 
 def assert_uniform(values, bound):
-    """Mean, spread and range of a uniform draw from -bound to bound."""
+    """Mean, spread and range of a uniform distribution from -bound to bound."""
     # Five standard deviations of a sample's mean; a standard deviation varies by 0.45 / sqrt(count) of itself.
     count = values.numel()
     assert values.abs().max() <= bound and values.abs().max() > bound * (1 - 20 / count)
@@ -56,8 +56,8 @@ def assert_uniform(values, bound):
 
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("design", UPSAMPLERS)
-def test_torch_draws_every_layer_as_torch_does_by_default(design):
-    head = drawn_head("torch", upsampler=design)
+def test_torch_initializes_every_layer_as_torch_does_by_default(design):
+    head = init_head("torch", upsampler=design)
     layers = layers_of(head)
     assert len(layers) == 6 + 2 * 3
     for name, layer in layers.items():
@@ -78,10 +78,10 @@ def _arguments(layer):
     return {name: getattr(layer, name) for name in names}
 
 
-def test_widths_of_the_two_draws_at_the_size_of_the_half_billion_model():
+def test_widths_of_the_two_inits_at_the_size_of_the_half_billion_model():
     found = {}
     for init in INITS:
-        head = drawn_head(init, hidden_size=896, num_attention_heads=14, mask_dim=512)
+        head = init_head(init, hidden_size=896, num_attention_heads=14, mask_dim=512)
         block = head.upsampler.blocks[0]
         if init == "ours":  # What the start adds to the noise.
             block.transposed.weight -= torch.eye(len(block.transposed.weight))[:, :, None, None]
@@ -95,7 +95,7 @@ def test_widths_of_the_two_draws_at_the_size_of_the_half_billion_model():
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("init", INITS)
 def test_upsample_blocks_start_alike_as_torch_and_each_its_own_as_ours(init):
-    blocks = drawn_head(init, mask_stride=2).upsampler.blocks
+    blocks = init_head(init, mask_stride=2).upsampler.blocks
     assert len(blocks) == 3
     first = blocks[0].state_dict()
     for block in blocks[1:]:
@@ -110,7 +110,7 @@ def test_upsample_blocks_start_alike_as_torch_and_each_its_own_as_ours(init):
 @pytest.mark.parametrize("design", ["transposed", "pixel_shuffle"])
 def test_the_upsampler_starts_as_a_repetition_of_its_input(design, monkeypatch):
     monkeypatch.setattr(upsampler, "START_NOISE", 0.0)
-    block = drawn_head("ours", upsampler=design).upsampler.blocks[0]
+    block = init_head("ours", upsampler=design).upsampler.blocks[0]
     states = torch.randn(2, 64, 5, 7)
     repeated = states.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     assert torch.equal(block.upsample(states), repeated)
@@ -124,7 +124,7 @@ def test_where_a_cell_is_can_be_read_from_the_first_map_as_ours_but_not_as_torch
     # Every patch has a random state, known by its place; one linear layer must tell the column of a cell from it.
     found = {}
     for init in INITS:
-        head = drawn_head(init, upsampler=design)
+        head = init_head(init, upsampler=design)
         torch.manual_seed(1)
         map_NC = head.upsampler(torch.randn(1, 64, 8, 8)).permute(0, 2, 3, 1).flatten(0, 2)
         columns_N = torch.arange(32).repeat(32) // 4
@@ -148,7 +148,7 @@ def fresh_model(data_root, init, seed=1):
     return build_model(config.model, seed=seed, teachers=TEACHERS)[0].state_dict()
 
 
-def test_a_run_draws_its_mask_head_and_teacher_layers_as_told_and_nothing_else(data_root):
+def test_a_run_initializes_its_mask_head_and_teacher_layers_as_told_and_nothing_else(data_root):
     plain, ours, as_torch = (fresh_model(data_root, init) for init in (None, *INITS))
     assert all(torch.equal(plain[name], ours[name]) for name in plain), "ours is the default"
     changed = {name for name in ours if not torch.equal(ours[name], as_torch[name])}
@@ -171,7 +171,7 @@ def test_a_teacher_that_was_renamed_keeps_its_layers_and_their_random_numbers(ti
     assert torch.allclose(weight, expected, rtol=1e-5, atol=0)
 
 
-def test_layers_towards_teachers_are_drawn_as_torch_draws_linear_layers(data_root):
+def test_layers_towards_teachers_are_initialized_as_torch_initializes_linear_layers(data_root):
     found = fresh_model(data_root, "torch")
     for name, width in (("map", 512), ("states", 32)):
         for part in ("weight", "bias"):
@@ -180,20 +180,22 @@ def test_layers_towards_teachers_are_drawn_as_torch_draws_linear_layers(data_roo
     assert not ours["distill_head.states_distill_linear.bias"].any()
 
 
-def test_a_part_that_is_drawn_anew_follows_the_choice_and_one_that_is_taken_does_not(data_root, base, caplog):  # noqa: F811
+def test_a_part_that_is_synthetic_anew_follows_the_choice_and_one_that_is_taken_does_not(data_root, base, caplog):  # noqa: F811
     start = load_file(f"{base}/model.safetensors")
     with caplog.at_level(logging.INFO):
         taken = build(configured(data_root, f"model.init_from={base}", "model.init=torch")).state_dict()
-    assert "all weights are taken, model.init=torch draws none of them" in caplog.text
+    assert "all weights are taken, model.init=torch initializes none of them" in caplog.text
     assert all(torch.equal(taken[name], value) for name, value in start.items())
     overrides = (f"model.init_from={base}", "model.architecture.mask_stride=2")
-    drawn = {init: build(configured(data_root, *overrides, f"model.init={init}")).state_dict() for init in INITS}
+    initialized = {init: build(configured(data_root, *overrides, f"model.init={init}")).state_dict() for init in INITS}
     for name in ("transposed", "depthwise", "pointwise"):
-        first, last = (drawn["torch"][f"mask_head.upsampler.blocks.{i}.{name}.weight"] for i in (0, 2))
+        first, last = (initialized["torch"][f"mask_head.upsampler.blocks.{i}.{name}.weight"] for i in (0, 2))
         assert torch.equal(first, last)
-        assert not torch.equal(first, drawn["ours"][f"mask_head.upsampler.blocks.0.{name}.weight"])
-    assert_uniform(drawn["torch"]["mask_head.pixel_projector.2.weight"], 32**-0.5)
-    assert all(torch.equal(drawn["torch"][name], value) for name, value in start.items() if "mask_head" not in name)
+        assert not torch.equal(first, initialized["ours"][f"mask_head.upsampler.blocks.0.{name}.weight"])
+    assert_uniform(initialized["torch"]["mask_head.pixel_projector.2.weight"], 32**-0.5)
+    assert all(
+        torch.equal(initialized["torch"][name], value) for name, value in start.items() if "mask_head" not in name
+    )
 
 
 def test_a_converted_start_has_the_mask_head_that_was_asked_for(tmp_path):

@@ -39,12 +39,12 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
 
 
 @pytest.fixture
-def batch(processor, draw_sample, make_batch):
+def batch(processor, make_sample, make_batch):
     """Two rows with two images of one grid, one of another, one without masks, text alone, and independent turns."""
     rng = np.random.default_rng(3)
 
     def example(independent=False, **what):
-        return processor.encode_sample(*draw_sample(rng, **what), independent_turns=independent)
+        return processor.encode_sample(*make_sample(rng, **what), independent_turns=independent)
 
     rows = [
         [
@@ -190,8 +190,8 @@ def test_the_kernel_of_a_norm_is_the_norm():
         torch.testing.assert_close(found, norm(states), rtol=tolerance, atol=tolerance)
 
 
-def test_samples_of_one_shape_are_computed_together(processor, draw_sample, make_batch):
-    sample, image = draw_sample(np.random.default_rng(0), masks_per_turn=(1,))
+def test_samples_of_one_shape_are_computed_together(processor, make_sample, make_batch):
+    sample, image = make_sample(np.random.default_rng(0), masks_per_turn=(1,))
     example = processor.encode_sample(sample, image, independent_turns=False)
     batch = make_batch([example] * 3, [example] * 2)
     where = (batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT)
@@ -311,7 +311,7 @@ def test_chunked_losses_never_hold_more_logits_than_a_chunk():
 def test_folded_logits_are_queries_dotted_with_features(make_config, stride):
     torch.manual_seed(0)
     head = MaskHead(make_config(mask_stride=stride))
-    head.draw_weights()
+    head.init_weights()
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.3) if parameter.dim() == 1 else None
     states, segs = torch.randn(2, 3, 5, 32, requires_grad=True), torch.randn(4, 32, requires_grad=True)

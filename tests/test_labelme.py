@@ -130,21 +130,21 @@ def test_a_label_that_names_no_target_is_refused(tmp_path, label):
 @pytest.mark.parametrize(
     ("stated_hw", "exif"), [((100, 80), None), ((160, 200), None), ((80, 100), 6)], ids=["turned", "resized", "exif"]
 )
-def test_a_file_that_states_another_size_than_the_photo_is_refused(tmp_path, stated_hw, exif):
+def test_a_file_that_states_another_size_than_the_image_is_refused(tmp_path, stated_hw, exif):
     shapes = [shape("rectangle", [[30, 30], [10, 10]])]
     write(tmp_path, shapes=shapes, size_hw=HW, exif=exif, imageHeight=stated_hw[0], imageWidth=stated_hw[1])
     with pytest.raises(DataError, match=r"found imageHeight and imageWidth \(\d+, \d+\), expected \(\d+, \d+\)"):
         expressions(root=tmp_path, split="train")
 
 
-def test_a_file_that_states_the_upright_size_of_a_turned_photo_is_read(tmp_path):
+def test_a_file_that_states_the_upright_size_of_a_turned_image_is_read(tmp_path):
     shapes = [shape("rectangle", [[30, 30], [10, 10]])]
     write(tmp_path, shapes=shapes, size_hw=HW, exif=6, imageHeight=100, imageWidth=80)
     (item,) = expressions(root=tmp_path, split="train")
     assert item.image_hw == (100, 80) and int(decode_rle(item.target).sum()) == 441
 
 
-def test_a_target_outside_the_photo_is_refused(tmp_path):
+def test_a_target_outside_the_image_is_refused(tmp_path):
     write(tmp_path, shapes=[shape("rectangle", [[30, 90], [10, 99]])], size_hw=HW)
-    with pytest.raises(DataError, match=r"shape 0: found a rectangle without a pixel in the photo of \(80, 100\)"):
+    with pytest.raises(DataError, match=r"shape 0: found a rectangle without a pixel in the image of \(80, 100\)"):
         expressions(root=tmp_path, split="train")

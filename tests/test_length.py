@@ -36,15 +36,15 @@ ARCHITECTURE = Architecture(vocab_size=320, hidden_size=32, intermediate_size=48
 
 
 @pytest.fixture(scope="module")
-def photo_processor(tokenizer):
-    """For photographs at their full size, patches of 16 pixels."""
+def image_processor(tokenizer):
+    """For images at their full size, patches of 16 pixels."""
     return PixelSailProcessor.for_model(tokenizer, ARCHITECTURE)
 
 
-class Photos:
-    """Photographs whose size nothing states, with texts of 10 to 300 letters."""
+class Images:
+    """Images whose size nothing states, with texts of 10 to 300 letters."""
 
-    name = "photos"
+    name = "images"
 
     def __init__(self, paths):
         self.paths = paths
@@ -55,7 +55,7 @@ class Photos:
     def get(self, index, rng):
         turn = Turn(question="what is here", answer="x" * int(rng.integers(10, 300)))
         path = self.paths[index]
-        return Sample(sample_id=f"photos/{index}", source="photos", image_path=path, image_hw=None, turns=(turn,))
+        return Sample(sample_id=f"images/{index}", source="images", image_path=path, image_hw=None, turns=(turn,))
 
 
 def samples_per_sequence(mixture, processor, settings, *, sequences, cost=len, num_streams=2):
@@ -68,7 +68,7 @@ def samples_per_sequence(mixture, processor, settings, *, sequences, cost=len, n
 
 
 @pytest.mark.parametrize("kind", ["panoptic", "of unknown size"])
-def test_the_forecast_is_what_sequences_of_real_photographs_hold(photo_processor, kind):
+def test_the_forecast_is_what_sequences_of_real_images_hold(image_processor, kind):
     root = shared_data("coco128_lightly")
     if kind == "panoptic":
         folder = root / "panoptic_segmentation" / "annotations"
@@ -80,11 +80,11 @@ def test_the_forecast_is_what_sequences_of_real_photographs_hold(photo_processor
             image_dir=root / "images" / "train2017",
         )
     else:
-        source = Photos(sorted((root / "images").rglob("*.jpg")))
-    mixture, settings = Mixture({"photos": source}, {}, seed=0), PackingSettings(seq_len=8192)
-    forecast = forecast_packing(mixture, photo_processor, settings)
+        source = Images(sorted((root / "images").rglob("*.jpg")))
+    mixture, settings = Mixture({"images": source}, {}, seed=0), PackingSettings(seq_len=8192)
+    forecast = forecast_packing(mixture, image_processor, settings)
     assert forecast.num_positions >= 256 and 0 < forecast.standard_error < 0.03 * forecast.samples_per_sequence
-    found = samples_per_sequence(mixture, photo_processor, settings, sequences=16)
+    found = samples_per_sequence(mixture, image_processor, settings, sequences=16)
     assert 4.0 < found < 8.0
     assert forecast.samples_per_sequence == pytest.approx(found, rel=0.03)
 
@@ -99,7 +99,7 @@ def test_the_forecast_is_what_sequences_of_real_photographs_hold(photo_processor
         ("+data.repeats.refshapes=2.5",),
     ],
 )
-def test_the_forecast_is_what_sequences_of_drawn_pictures_hold(data_root, overrides):
+def test_the_forecast_is_what_sequences_of_synthetic_images_hold(data_root, overrides):
     config = load_config("train", TrainConfig, [*SMALL, f"paths.data={data_root}", *overrides])
     processor = build_model(config.model, seed=0, teachers={})[1]
     mixture, settings = build_mixture(config.data, seed=0), config.data.packing
@@ -111,9 +111,9 @@ def test_the_forecast_is_what_sequences_of_drawn_pictures_hold(data_root, overri
     assert forecast == forecast_packing(mixture, processor, settings, cost=cost)
 
 
-def test_no_picture_is_opened_where_its_size_is_stated(draw_sample, processor, tmp_path):
+def test_no_image_is_opened_where_its_size_is_stated(make_sample, processor, tmp_path):
     rng = np.random.default_rng(0)
-    samples = [draw_sample(rng, size_hw=(16, 24), path=tmp_path / "nowhere.jpg")[0] for _ in range(8)]
+    samples = [make_sample(rng, size_hw=(16, 24), path=tmp_path / "nowhere.jpg")[0] for _ in range(8)]
 
     class Source:
         name = "stated"
@@ -131,9 +131,9 @@ def test_no_picture_is_opened_where_its_size_is_stated(draw_sample, processor, t
 @pytest.mark.parametrize("turns", [(1,), (2, 0, 1)])
 @pytest.mark.parametrize("size_hw", [(16, 24), (40, 16), None])
 @pytest.mark.parametrize("independent", [True, False])
-def test_a_sample_laid_out_by_size_lacks_its_pixels_only(draw_sample, processor, turns, size_hw, independent):
+def test_a_sample_laid_out_by_size_lacks_its_pixels_only(make_sample, processor, turns, size_hw, independent):
     masks, prompts = (turns, (0, 3)) if size_hw else ((0,) * len(turns), ())
-    sample, image = draw_sample(np.random.default_rng(0), size_hw=size_hw, masks_per_turn=masks, prompts=prompts)
+    sample, image = make_sample(np.random.default_rng(0), size_hw=size_hw, masks_per_turn=masks, prompts=prompts)
     whole = vars(processor.encode_sample(sample, image, independent_turns=independent))
     found = vars(processor.lay_out(sample, size_hw, independent_turns=independent))
     assert len(found["patches_PK"]) == 0
@@ -143,11 +143,11 @@ def test_a_sample_laid_out_by_size_lacks_its_pixels_only(draw_sample, processor,
     assert all(a is b for a, b in zip(found["masks"], whole["masks"], strict=True))
 
 
-def test_a_turned_photograph_counts_as_training_turns_it(processor, tmp_path):
+def test_a_turned_image_counts_as_training_turns_it(processor, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (64, 16)).save(tmp_path / "turned.jpg", exif=exif)
-    mixture = Mixture({"photos": Photos([tmp_path / "turned.jpg"])}, {}, seed=0)
+    mixture = Mixture({"images": Images([tmp_path / "turned.jpg"])}, {}, seed=0)
     settings = PackingSettings(seq_len=4000, max_samples=1)
     real = next(iter(PackedStream(mixture, processor, settings, index=0, num_streams=1))).examples[0]
     costs = []
@@ -155,8 +155,8 @@ def test_a_turned_photograph_counts_as_training_turns_it(processor, tmp_path):
     assert set(costs) == {real.grid_hw} == {(8, 2)}
 
 
-def test_samples_that_cannot_be_used_are_passed_but_not_packed(draw_sample, processor):
-    sample = draw_sample(np.random.default_rng(0), size_hw=None, masks_per_turn=(0,))[0]
+def test_samples_that_cannot_be_used_are_passed_but_not_packed(make_sample, processor):
+    sample = make_sample(np.random.default_rng(0), size_hw=None, masks_per_turn=(0,))[0]
 
     class Source:
         name = "half"
@@ -356,7 +356,7 @@ def test_assumed_samples_are_packed_as_a_run_packs_them():
     works, forecast = assumed_sequences(ARCHITECTURE, settings, Assumptions(), rows=1)
     assert max(work.real_tokens for work in works) <= 8192
     assert sum(work.samples for work in works) / len(works) == forecast.samples_per_sequence
-    # int(8192 * 0.95) // 1302 was 5; photographs of COCO's sizes and the best fit of eight make more of it.
+    # int(8192 * 0.95) // 1302 was 5; images of COCO's sizes and the best fit of eight make more of it.
     assert 6.2 < forecast.samples_per_sequence < 6.8
     filled = np.mean([work.real_tokens for work in works]) / 8192
     assert 0.93 < filled < 1.0
@@ -366,16 +366,16 @@ def test_assumed_samples_are_packed_as_a_run_packs_them():
     assert by_work.samples_per_sequence < forecast.samples_per_sequence
 
 
-def test_assumed_photographs_are_about_as_long_as_real_ones(photo_processor):
+def test_assumed_images_are_about_as_long_as_real_ones(image_processor):
     root = shared_data("coco128_lightly") / "images"
-    mixture, settings = Mixture({"photos": Photos(sorted(root.rglob("*.jpg")))}, {}, seed=0), PackingSettings()
-    real = [len(photo_processor.image_span(photo_processor.grid_of(_size(mixture, n))).token_ids_S) for n in range(256)]
+    mixture, settings = Mixture({"images": Images(sorted(root.rglob("*.jpg")))}, {}, seed=0), PackingSettings()
+    real = [len(image_processor.image_span(image_processor.grid_of(_size(mixture, n))).token_ids_S) for n in range(256)]
     works, _ = assumed_sequences(ARCHITECTURE, replace(settings, max_samples=1), Assumptions(text_tokens=1), rows=1)
     assert np.mean([work.real_tokens - 1 for work in works]) == pytest.approx(np.mean(real), rel=0.03)
 
 
 def _size(mixture, position):
-    with Image.open(mixture.draw(position).sample.image_path) as image:
+    with Image.open(mixture.item(position).sample.image_path) as image:
         return image.height, image.width
 
 

@@ -132,7 +132,7 @@ def _numbers(text):
     return asked
 
 
-def test_of_a_long_conversation_one_part_is_drawn_and_every_turn_is_reached(tmp_path, processor):
+def test_of_a_long_conversation_one_part_is_synthetic_and_every_turn_is_reached(tmp_path, processor):
     (whole,) = _packed_texts(tmp_path, processor, 10_000)
     assert _numbers(whole) == list(range(10))
     room = len(processor.text_ids(whole)) * 35 // 100
@@ -199,7 +199,7 @@ def test_malformed_records_are_refused_by_file_and_record(tmp_path, record, mess
     assert _turns(source) == [("a", "b")]
 
 
-def test_drawn_llava_file_loads_whole(data_root):
+def test_synthetic_llava_file_loads_whole(data_root):
     root = data_root / "refshapes"
     file = root / "llava" / "llava_v1_5_mix665k.json"
     source = load(annotations=file, image_dir=root / "images")
@@ -215,7 +215,7 @@ def test_drawn_llava_file_loads_whole(data_root):
     assert {"image" in record for record in records} == {True, False}
 
 
-def test_shared_chat_lines_load_with_their_photographs(tmp_path):
+def test_shared_chat_lines_load_with_their_images(tmp_path):
     """Real lines in the messages format, rewritten field by field as LLaVA's records."""
     folder = shared_data("xtuner_llava_style")
     lines = (folder / "mllm_sft_single_image_example_data.jsonl").read_text().splitlines()

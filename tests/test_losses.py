@@ -184,16 +184,16 @@ def test_no_token_costs_nothing_and_still_has_a_gradient():
 
 
 @pytest.fixture
-def examples(processor, draw_sample):
+def examples(processor, make_sample):
     """One sample with two masks, one with one mask, one with an image only, one with text only."""
     rng = np.random.default_rng(2)
-    drawn = [
-        draw_sample(rng, size_hw=(16, 24), masks_per_turn=(2,), sample_id="two"),
-        draw_sample(rng, size_hw=(9, 9), masks_per_turn=(1, 0), sample_id="one"),
-        draw_sample(rng, size_hw=(16, 8), masks_per_turn=(0,), sample_id="image only"),
-        draw_sample(rng, size_hw=None, masks_per_turn=(0,), sample_id="text only"),
+    sampled = [
+        make_sample(rng, size_hw=(16, 24), masks_per_turn=(2,), sample_id="two"),
+        make_sample(rng, size_hw=(9, 9), masks_per_turn=(1, 0), sample_id="one"),
+        make_sample(rng, size_hw=(16, 8), masks_per_turn=(0,), sample_id="image only"),
+        make_sample(rng, size_hw=None, masks_per_turn=(0,), sample_id="text only"),
     ]
-    encoded = [processor.encode_sample(sample, image, independent_turns=False) for sample, image in drawn]
+    encoded = [processor.encode_sample(sample, image, independent_turns=False) for sample, image in sampled]
     return [replace(example, point_seed=50 + index) for index, example in enumerate(encoded)]
 
 
@@ -384,13 +384,13 @@ def test_a_mask_without_a_counting_pixel_costs_nothing():
     assert (sums.bce.item(), sums.dice.item()) == (0.0, 0.0)
 
 
-def test_the_ignored_pixels_of_a_turn_reach_the_loss(tiny_model, processor, make_batch, draw_sample):
-    sample, image = draw_sample(np.random.default_rng(4), size_hw=(16, 24), masks_per_turn=(1, 1))
+def test_the_ignored_pixels_of_a_turn_reach_the_loss(tiny_model, processor, make_batch, make_sample):
+    sample, image = make_sample(np.random.default_rng(4), size_hw=(16, 24), masks_per_turn=(1, 1))
     everything = np.ones((16, 24), dtype=bool)
     turns = (replace(sample.turns[0], ignored=everything), sample.turns[1])
     batches = []
-    for drawn in (sample, replace(sample, turns=turns)):
-        batches.append(make_batch([processor.encode_sample(drawn, image, independent_turns=False)]))
+    for sampled in (sample, replace(sample, turns=turns)):
+        batches.append(make_batch([processor.encode_sample(sampled, image, independent_turns=False)]))
     model = tiny_model()
     plain, partly = (loss_sums(model(**batch.model_inputs()), batch, CONFIG) for batch in batches)
     assert 0.0 < partly.dice_S.item() < plain.dice_S.item()

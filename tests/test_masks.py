@@ -176,7 +176,7 @@ MASKS = st.tuples(st.integers(1, 12), st.integers(1, 12)).flatmap(
 def test_any_mask_comes_back_from_its_encoding(mask):
     rle = encode_mask(mask)
     assert json.loads(json.dumps(rle)) == rle
-    np.testing.assert_array_equal(decode_rle(check_rle(rle, mask.shape, "drawn")), mask)
+    np.testing.assert_array_equal(decode_rle(check_rle(rle, mask.shape, "sampled")), mask)
     np.testing.assert_array_equal(decode_segmentation(rle | {"counts": rle["counts"].encode()}, mask.shape, "w"), mask)
 
 
@@ -192,7 +192,7 @@ def test_uncompressed_and_compressed_runs_mean_the_same(mask):
         else:
             runs += [1] if runs else [0, 1]
             value = pixel
-    found = decode_segmentation({"size": list(mask.shape), "counts": runs}, mask.shape, "drawn")
+    found = decode_segmentation({"size": list(mask.shape), "counts": runs}, mask.shape, "sampled")
     np.testing.assert_array_equal(found, mask)
 
 
@@ -206,8 +206,8 @@ def test_a_union_is_or_whatever_the_order(masks):
 @given(st.text(max_size=12), st.integers(1, 9), st.integers(1, 9))
 def test_counts_that_are_no_mask_are_refused_by_name(counts, height, width):
     try:
-        rle = check_rle({"size": [height, width], "counts": counts}, (height, width), "drawn")
+        rle = check_rle({"size": [height, width], "counts": counts}, (height, width), "sampled")
     except DataError as error:
-        assert str(error).startswith("drawn")
+        assert str(error).startswith("sampled")
     else:
         assert decode_rle(rle).shape == (height, width)

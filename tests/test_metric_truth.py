@@ -35,7 +35,7 @@ def box_of_annotation(file: Path) -> dict[int, list[float]]:
 
 
 def box_mask(box: list[float], side: int = 800 * SCALE) -> dict:
-    """Return a box as RLE, on a page with room for candidates that leave their photo of up to 640 pixels."""
+    """Return a box as RLE, on a page with room for candidates that leave their image of up to 640 pixels."""
     left, top, width, height = (round(value * SCALE) for value in (box[0] + 50, box[1] + 50, box[2], box[3]))
     # Runs go down the columns: what is before the box, then a run of the box and one between for every column.
     runs = [left * side + top, *[height, side - height] * (width - 1), height]

@@ -24,17 +24,17 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 @pytest.fixture
-def mixed_examples(processor, draw_sample):
+def mixed_examples(processor, make_sample):
     """Five samples that differ in image size, text length, masks and prompts; the last two lack a mask and an image."""
     rng = np.random.default_rng(3)
-    drawn = [
-        draw_sample(rng, size_hw=(16, 24), masks_per_turn=(1, 2), prompts=(3, 7), sample_id="two turns"),
-        draw_sample(rng, size_hw=(40, 9), masks_per_turn=(3,), sample_id="tall"),
-        draw_sample(rng, size_hw=(16, 24), masks_per_turn=(1,), prompts=(0,), sample_id="same grid"),
-        draw_sample(rng, size_hw=(8, 8), masks_per_turn=(0,), prompts=(14,), sample_id="no mask"),
-        draw_sample(rng, size_hw=None, masks_per_turn=(0, 0), sample_id="text only"),
+    sampled = [
+        make_sample(rng, size_hw=(16, 24), masks_per_turn=(1, 2), prompts=(3, 7), sample_id="two turns"),
+        make_sample(rng, size_hw=(40, 9), masks_per_turn=(3,), sample_id="tall"),
+        make_sample(rng, size_hw=(16, 24), masks_per_turn=(1,), prompts=(0,), sample_id="same grid"),
+        make_sample(rng, size_hw=(8, 8), masks_per_turn=(0,), prompts=(14,), sample_id="no mask"),
+        make_sample(rng, size_hw=None, masks_per_turn=(0, 0), sample_id="text only"),
     ]
-    return [processor.encode_sample(sample, image, independent_turns=False) for sample, image in drawn]
+    return [processor.encode_sample(sample, image, independent_turns=False) for sample, image in sampled]
 
 
 def _tokens_of(output, batch, name):
@@ -91,8 +91,8 @@ def _may_see(sample, branch, in_image, query, key):
     return key <= query or bool(in_image[query] and in_image[key])
 
 
-def test_attention_mask_equals_a_double_loop(make_batch, mixed_examples, processor, draw_sample):
-    sample, image = draw_sample(np.random.default_rng(0), masks_per_turn=(1, 0, 1), sample_id="branches")
+def test_attention_mask_equals_a_double_loop(make_batch, mixed_examples, processor, make_sample):
+    sample, image = make_sample(np.random.default_rng(0), masks_per_turn=(1, 0, 1), sample_id="branches")
     branches = processor.encode_sample(sample, image, independent_turns=True)
     batch = make_batch([mixed_examples[0], branches], [mixed_examples[4], mixed_examples[3]])
     mask = attention_mask(batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT)
@@ -123,9 +123,9 @@ def _text_states(model, batch):
     return {int(b): hidden[branches == b] for b in branches.unique() if b > 0}
 
 
-def test_independent_turns_equal_asking_each_alone(tiny_model, processor, draw_sample, make_batch):
+def test_independent_turns_equal_asking_each_alone(tiny_model, processor, make_sample, make_batch):
     model = tiny_model()
-    sample, image = draw_sample(np.random.default_rng(1), masks_per_turn=(1, 2, 0), prompts=(1,))
+    sample, image = make_sample(np.random.default_rng(1), masks_per_turn=(1, 2, 0), prompts=(1,))
     together = _text_states(model, make_batch([processor.encode_sample(sample, image, independent_turns=True)]))
     assert sorted(together) == [1, 2, 3]
     for index in range(3):
@@ -134,9 +134,9 @@ def test_independent_turns_equal_asking_each_alone(tiny_model, processor, draw_s
         torch.testing.assert_close(together[index + 1], alone[1], **TOLERANCE)
 
 
-def test_turns_of_a_conversation_see_earlier_turns(tiny_model, processor, draw_sample, make_batch):
+def test_turns_of_a_conversation_see_earlier_turns(tiny_model, processor, make_sample, make_batch):
     model = tiny_model()
-    sample, image = draw_sample(np.random.default_rng(1), masks_per_turn=(1, 1))
+    sample, image = make_sample(np.random.default_rng(1), masks_per_turn=(1, 1))
     states = _text_states(model, make_batch([processor.encode_sample(sample, image, independent_turns=False)]))[1]
     last_alone = _text_states(
         model, make_batch([processor.encode_sample(_one_turn(sample, 1), image, independent_turns=False)])
@@ -199,9 +199,9 @@ def test_a_changed_later_token_leaves_earlier_text_and_other_samples_alone(tiny_
     assert (moved > 0.0).tolist() == (moved > 0.01).tolist() == expected
 
 
-def test_visual_prompts_change_only_the_embeddings_of_covered_patches(tiny_model, processor, draw_sample, make_batch):
+def test_visual_prompts_change_only_the_embeddings_of_covered_patches(tiny_model, processor, make_sample, make_batch):
     model = tiny_model()
-    sample, image = draw_sample(np.random.default_rng(2), size_hw=(16, 24))
+    sample, image = make_sample(np.random.default_rng(2), size_hw=(16, 24))
     mask = np.zeros((16, 24), dtype=bool)
     mask[8:, 8:] = True
     plain = make_batch([processor.encode_sample(sample, image, independent_turns=False)])

@@ -71,7 +71,7 @@ def test_muse_masks_may_be_uncompressed_runs_and_polygons_are_united(tmp_path):
     np.testing.assert_array_equal(united, LEFT)
 
 
-def test_muse_photos_of_both_years_are_found(tmp_path):
+def test_muse_images_of_both_years_are_found(tmp_path):
     (tmp_path / "val2017").mkdir()
     (tmp_path / "val2017" / "000000000009.jpg").touch()
     new = muse_record(coco_url="http://images.cocodataset.org/val2017/000000000009.jpg")

@@ -133,7 +133,7 @@ def test_the_release_asks_for_a_long_description_of_an_absent_region_in_every_fi
             assert absent.question.replace(absent.answer.split()[0], "{region}") in DETAILED_QUESTIONS
 
 
-def test_descriptions_are_drawn_and_lose_only_their_label(tmp_path):
+def test_descriptions_are_sampled_and_lose_only_their_label(tmp_path):
     texts = ["<region1>: A sign: stop, left of <region3>.", "Region2: b", "<region3>: c", "  ", "<region5>:", "f"]
     source = _source(tmp_path, [_described(*texts)], content="description", regions_per_sample=3)
     bare = {1: "A sign: stop, left of <region3>.", 2: "b", 3: "c", 6: "f"}
@@ -207,7 +207,7 @@ def test_all_segmentation_formats_are_read(tmp_path):
     assert found == {decode_segmentation(segmentation, SIZE, "x").tobytes() for segmentation in formats}
 
 
-def test_the_photograph_is_looked_for_in_all_folders(tmp_path):
+def test_the_image_is_looked_for_in_all_folders(tmp_path):
     folders = [tmp_path / "train", tmp_path / "val"]
     source = _source(tmp_path, [_record(1, "a", "b", file_name="COCO_train2014_000000000009.jpg")], image_dirs=folders)
     assert source.image_path(0) == folders[0] / "COCO_train2014_000000000009.jpg"
@@ -223,7 +223,7 @@ def test_wrong_settings_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["conversation", "short_form", "detail_description"])
-def test_drawn_osprey_files_load(data_root, name):
+def test_synthetic_osprey_files_load(data_root, name):
     """RefShapes says of every region what it is, so each prompt's answer can be checked against its mask."""
     root = data_root / "refshapes"
     file = root / "osprey" / f"osprey_{name}.json"
@@ -282,16 +282,16 @@ def test_shared_osprey_questions_and_answers_load(tmp_path):
     assert max(map(len, several)) > 1
 
 
-def test_shared_boxes_of_crowded_photographs_load(tmp_path):
+def test_shared_boxes_of_crowded_images_load(tmp_path):
     """Real numbers and places of objects: every box a region with a turn, some more than prompt tokens."""
     lines = (shared_data("vipllava_caps_boxes") / "caps_boxes_coco2014_val_80.jsonl").read_text().splitlines()
     records, names = [], []
-    for photo in map(json.loads, lines):
-        boxes = [[200 * x for x in item["bbox"]] for item in photo["instances"]]
+    for image in map(json.loads, lines):
+        boxes = [[200 * x for x in item["bbox"]] for item in image["instances"]]
         regions = [{"segmentation": [[x0, y0, x1, y0, x1, y1, x0, y1]]} for x0, y0, x1, y1 in boxes]
-        names.append([item["category"] for item in photo["instances"]])
+        names.append([item["category"] for item in image["instances"]])
         talk = _talk(*(text for k, name in enumerate(names[-1], 1) for text in (f"What is <region{k}>?", name)))
-        base = {"file_name": photo["image"], "height": 200, "width": 200}
+        base = {"file_name": image["image"], "height": 200, "width": 200}
         records.append(base | {"annotation": regions, "conversations": talk})
     source = _source(tmp_path, records)
     assert (len(source), len(lines)) == (77, 80)  # three have no object

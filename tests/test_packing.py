@@ -22,8 +22,8 @@ NUM_STREAMS = 4
 SETTINGS = PackingSettings(seq_len=120, packing_buffer=3)
 
 
-class DrawnSource:
-    """Items of very different length, every fourth without an image; the sample id tells what was drawn."""
+class RandomSource:
+    """Items of very different length, every fourth without an image; the sample id tells what was rendered."""
 
     def __init__(self, name, length, paths):
         self.name = name
@@ -34,17 +34,17 @@ class DrawnSource:
         return self.length
 
     def get(self, index, rng):
-        draw = int(rng.integers(10**6))
+        choice = int(rng.integers(10**6))
         question = "x" * (index * 7 % 23 + 1)
         if index % 4 == 3:
-            return self._sample(index, draw, None, None, Turn(question=question, answer="no"))
+            return self._sample(index, choice, None, None, Turn(question=question, answer="no"))
         size_hw = IMAGE_SIZES[index % len(IMAGE_SIZES)]
         mask = rng.random(size_hw) < 0.5
         turn = Turn(question=question, answer="[SEG]", masks=(mask,))
-        return self._sample(index, draw, self.paths[index % len(IMAGE_SIZES)], size_hw, turn)
+        return self._sample(index, choice, self.paths[index % len(IMAGE_SIZES)], size_hw, turn)
 
-    def _sample(self, index, draw, path, size_hw, turn):
-        name = f"{self.name}/{index}/{draw}"
+    def _sample(self, index, choice, path, size_hw, turn):
+        name = f"{self.name}/{index}/{choice}"
         return Sample(sample_id=name, source=self.name, image_path=path, image_hw=size_hw, turns=(turn,))
 
 
@@ -52,11 +52,11 @@ IMAGE_SIZES = ((16, 24), (8, 8), (24, 16))
 
 
 @pytest.fixture(scope="module")
-def image_paths(tmp_path_factory, draw_image):
+def image_paths(tmp_path_factory, make_image):
     folder = tmp_path_factory.mktemp("images")
     paths = [folder / f"{index}.png" for index in range(len(IMAGE_SIZES))]
     for index, path in enumerate(paths):
-        draw_image(np.random.default_rng(index), IMAGE_SIZES[index]).save(path)
+        make_image(np.random.default_rng(index), IMAGE_SIZES[index]).save(path)
     return paths
 
 
@@ -64,14 +64,14 @@ def image_paths(tmp_path_factory, draw_image):
 def make_mixture(image_paths):
     def make(*, lengths=(23,), repeats=(1.0,), seed=0):
         names = ["ab"[index] for index in range(len(lengths))]
-        sources = {name: DrawnSource(name, length, image_paths) for name, length in zip(names, lengths, strict=True)}
+        sources = {name: RandomSource(name, length, image_paths) for name, length in zip(names, lengths, strict=True)}
         return Mixture(sources, dict(zip(names, repeats, strict=True)), seed=seed)
 
     return make
 
 
 def _item(sample_id):
-    """Return source and index, without what was drawn."""
+    """Return source and index, without what was rendered."""
     return sample_id.rsplit("/", 1)[0]
 
 
@@ -99,7 +99,7 @@ def test_every_sample_comes_exactly_once_per_epoch_over_all_streams(make_mixture
     mixture = make_mixture()
     seen = [Counter(), Counter()]
     for stream in range(num_streams):
-        names = {mixture.draw(position).sample.sample_id: position for position in range(stream, 900, num_streams)}
+        names = {mixture.item(position).sample.sample_id: position for position in range(stream, 900, num_streams)}
         packed = set()
         for sequence in islice(PackedStream(mixture, processor, SETTINGS, index=stream, num_streams=num_streams), 40):
             for example in sequence.examples:
@@ -178,7 +178,7 @@ def _with_bad_items(mixture, bad):
 
     def get(index, rng):
         if index in bad:
-            raise DataError(f"item {index}: found nothing, expected a photo; replace the file")
+            raise DataError(f"item {index}: found nothing, expected an image; replace the file")
         return plain(index, rng)
 
     source.get = get
@@ -224,7 +224,7 @@ def test_max_samples_and_a_waiting_sample_count_correctly(make_mixture, processo
     sequences = list(islice(PackedStream(make_mixture(), processor, settings, index=0, num_streams=1), 15))
     names = [example.sample_id for sequence in sequences for example in sequence.examples]
     mixture = make_mixture()
-    assert names == [mixture.draw(position).sample.sample_id for position in range(len(names))]
+    assert names == [mixture.item(position).sample.sample_id for position in range(len(names))]
     assert sequences[-1].after.consumed == len(names)
 
 
@@ -274,15 +274,15 @@ def test_resuming_from_a_position_continues_with_the_same_sequences(make_mixture
 def test_equal_seeds_give_equal_samples_and_another_seed_another_order(make_mixture):
     first, again, other = make_mixture(seed=3), make_mixture(seed=3), make_mixture(seed=4)
     # Positions are read in different orders, since streams of different ranks do so.
-    forward = [first.draw(position) for position in range(46)]
-    backward = [again.draw(position) for position in reversed(range(46))][::-1]
+    forward = [first.item(position) for position in range(46)]
+    backward = [again.item(position) for position in reversed(range(46))][::-1]
     assert [d.sample.sample_id for d in forward] == [d.sample.sample_id for d in backward]
     assert [d.point_seed for d in forward] == [d.point_seed for d in backward]
     order = [_item(d.sample.sample_id) for d in forward[:23]]
-    assert order != [_item(other.draw(position).sample.sample_id) for position in range(23)]
+    assert order != [_item(other.item(position).sample.sample_id) for position in range(23)]
     assert order != [_item(d.sample.sample_id) for d in forward[23:]], "epochs are shuffled anew"
     assert len({d.point_seed for d in forward}) == 46
-    assert len({d.sample.sample_id for d in forward}) == 46, "an item is drawn anew in every epoch"
+    assert len({d.sample.sample_id for d in forward}) == 46, "an item is sampled anew in every epoch"
 
 
 @pytest.mark.parametrize(
@@ -294,9 +294,9 @@ def test_fractional_repeats_take_whole_rounds_and_a_random_rest(make_mixture, le
     rests = set()
     for epoch in range(6):
         positions = range(epoch * mixture.epoch_length, (epoch + 1) * mixture.epoch_length)
-        drawn = [mixture.draw(position) for position in positions]
-        assert {d.epoch for d in drawn} == {epoch}
-        counts = Counter(_item(d.sample.sample_id) for d in drawn)
+        sampled = [mixture.item(position) for position in positions]
+        assert {d.epoch for d in sampled} == {epoch}
+        counts = Counter(_item(d.sample.sample_id) for d in sampled)
         assert [counts[f"a/{index}"] for index in range(4)] == [1] * 4
         own = [counts[f"b/{index}"] for index in range(length)]
         assert sum(own) == share
@@ -305,13 +305,13 @@ def test_fractional_repeats_take_whole_rounds_and_a_random_rest(make_mixture, le
     assert (len(rests) > 1) == bool(share % length)
 
 
-def test_copies_of_an_item_in_one_epoch_are_drawn_differently(make_mixture):
+def test_copies_of_an_item_in_one_epoch_are_sampled_differently(make_mixture):
     mixture = make_mixture(lengths=(3,), repeats=(2.0,))
-    assert len({mixture.draw(position).sample.sample_id for position in range(6)}) == 6
+    assert len({mixture.item(position).sample.sample_id for position in range(6)}) == 6
 
 
 def test_weights_divide_an_epoch(image_paths):
-    sources = {name: DrawnSource(name, length, image_paths) for name, length in (("a", 4), ("b", 50), ("c", 7))}
+    sources = {name: RandomSource(name, length, image_paths) for name, length in (("a", 4), ("b", 50), ("c", 7))}
     mixture = Mixture(sources, {}, seed=0, weights={"a": 3, "b": 1.5, "c": 0}, epoch_samples=31)
     counts = Counter(mixture.stream_item(position).source_name for position in range(31))
     assert counts == {"a": 21, "b": 10}
@@ -335,7 +335,7 @@ def test_weights_divide_an_epoch(image_paths):
     ],
 )
 def test_wrong_weights_are_refused(image_paths, changes, message):
-    sources = {name: DrawnSource(name, 3, image_paths) for name in "ab"}
+    sources = {name: RandomSource(name, 3, image_paths) for name in "ab"}
     settings = {"repeats": {}, "epoch_samples": 8} | changes
     with pytest.raises(DataError, match=message):
         Mixture(sources, seed=0, **settings)
@@ -352,7 +352,7 @@ def test_a_mixture_without_items_or_with_negative_repeats_is_refused(make_mixtur
 
 def test_repeats_of_an_unknown_source_are_refused(image_paths):
     with pytest.raises(DataError, match=r"names \['b'\], but data.sources holds \['a'\]"):
-        Mixture({"a": DrawnSource("a", 3, image_paths)}, {"b": 2.0}, seed=0)
+        Mixture({"a": RandomSource("a", 3, image_paths)}, {"b": 2.0}, seed=0)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -396,16 +396,16 @@ def test_workers_are_reduced_until_they_share_the_streams_evenly(requested, stre
 
 
 @pytest.fixture
-def examples(processor, draw_sample):
+def examples(processor, make_sample):
     """Two samples with masks, one of them with two branches, one without an image, one with an image only."""
     rng = np.random.default_rng(8)
-    drawn = [
-        draw_sample(rng, size_hw=(16, 24), masks_per_turn=(1, 2), prompts=(3,), sample_id="two turns"),
-        draw_sample(rng, size_hw=None, masks_per_turn=(0,), sample_id="text only"),
-        draw_sample(rng, size_hw=(40, 8), masks_per_turn=(1,), prompts=(5,), sample_id="tall"),
-        draw_sample(rng, size_hw=(8, 8), masks_per_turn=(0,), sample_id="no mask"),
+    sampled = [
+        make_sample(rng, size_hw=(16, 24), masks_per_turn=(1, 2), prompts=(3,), sample_id="two turns"),
+        make_sample(rng, size_hw=None, masks_per_turn=(0,), sample_id="text only"),
+        make_sample(rng, size_hw=(40, 8), masks_per_turn=(1,), prompts=(5,), sample_id="tall"),
+        make_sample(rng, size_hw=(8, 8), masks_per_turn=(0,), sample_id="no mask"),
     ]
-    encoded = [processor.encode_sample(sample, image, independent_turns=True) for sample, image in drawn]
+    encoded = [processor.encode_sample(sample, image, independent_turns=True) for sample, image in sampled]
     return [replace(example, point_seed=100 + index) for index, example in enumerate(encoded)]
 
 

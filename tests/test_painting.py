@@ -90,7 +90,7 @@ def test_the_order_of_the_prompts_is_irrelevant(processor, masks, seed):
 @given(masks=_masks())
 @settings(max_examples=60, deadline=None)
 def test_the_ids_are_names_only(processor, masks):
-    """Other ids in the same order give the same picture with other names."""
+    """Other ids in the same order give the same image with other names."""
     if not _can_all_be_seen(masks):
         return
     ids = [2 * i + 3 for i in range(len(masks))]

@@ -1,4 +1,4 @@
-"""COCO panoptic and Pix2Cap files: real ones, drawn ones and damaged ones are read right or refused with a reason."""
+"""COCO panoptic and Pix2Cap files: real ones, synthetic ones and damaged ones are read right or refused with a reason."""
 
 import copy
 import json
@@ -7,7 +7,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from drawn_panoptic import (
+from PIL import Image
+from shared_data import shared_data
+from synthetic_panoptic import (
     CATEGORIES,
     DATA,
     PIXELS,
@@ -20,8 +22,6 @@ from drawn_panoptic import (
     save_png,
     write,
 )
-from PIL import Image
-from shared_data import shared_data
 
 from pixel_sail.data.images import load_image
 from pixel_sail.data.masks import decode_segmentation, union_masks
@@ -71,7 +71,7 @@ def test_folders_may_be_given_one_by_one(tmp_path):
     assert file.image(1).image_path == tmp_path / "elsewhere" / "000000000005.jpg"
 
 
-def test_photo_is_named_as_the_png_or_else_as_the_file_says(tmp_path):
+def test_image_is_named_as_the_png_or_else_as_the_file_says(tmp_path):
     data = copy.deepcopy(DATA)
     data["images"][0]["file_name"] = "COCO_train2014_000000000005.jpg"
     file = open_panoptic(write(tmp_path, data), "train2017", image_dir=tmp_path)
@@ -173,8 +173,8 @@ def test_file_level_damage_is_refused_when_the_source_is_made(tmp_path):
 
 
 @pytest.fixture
-def drawn(tmp_path):
-    """Return a folder with six drawn images as panoptic and Pix2Cap files, and their scenes."""
+def sampled(tmp_path):
+    """Return a folder with six synthetic images as panoptic and Pix2Cap files, and their scenes."""
     records, scenes = [], []
     (tmp_path / "images").mkdir()
     for index in range(6):
@@ -194,13 +194,13 @@ def drawn(tmp_path):
     return tmp_path, scenes
 
 
-def test_drawn_scenes_come_back_as_their_masks(drawn):
-    root, scenes = drawn
+def test_synthetic_scenes_come_back_as_their_masks(sampled):
+    root, scenes = sampled
     file = open_panoptic(root / "panoptic", "train", image_dir=root / "images")
     assert len(file) == len(scenes)
     for number, scene in enumerate(scenes):
         image = file.image(number)
-        load_image(image.image_path, where="drawn", expected_hw=image.image_hw)
+        load_image(image.image_path, where="sampled", expected_hw=image.image_hw)
         masks = list(file.masks(image).values())
         for mask, item in zip(masks, scene.objects, strict=False):
             np.testing.assert_array_equal(mask, item.mask)
@@ -212,8 +212,8 @@ def test_drawn_scenes_come_back_as_their_masks(drawn):
     ]
 
 
-def test_drawn_scenes_make_samples_of_every_source(drawn):
-    root, scenes = drawn
+def test_synthetic_scenes_make_samples_of_every_source(sampled):
+    root, scenes = sampled
     place = {"root": root / "panoptic", "split": "train", "image_dir": root / "images"}
     described = root / "pix2cap" / "pix2cap_coco_train.json"
     instance, semantic = coco_panoptic.load(**place), coco_semantic.load(**place)

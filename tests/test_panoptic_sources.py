@@ -1,4 +1,4 @@
-"""COCO panoptic and Pix2Cap sources: the right turns, masks and marked regions, whatever is drawn."""
+"""COCO panoptic and Pix2Cap sources: the right turns, masks and marked regions, whatever is sampled."""
 
 import copy
 import inspect
@@ -10,23 +10,23 @@ from collections import Counter
 import numpy as np
 import pytest
 import yaml
-from drawn_panoptic import (
+from hydra.utils import get_method
+from PIL import Image
+from shared_data import shared_data
+from synthetic_panoptic import (
     DATA,
     DOG,
     GRASS,
     PIXELS,
     SEGMENTS,
     changed,
-    drawn_turns,
     json_file,
     mask_areas,
     pixels_of,
+    sampled_turns,
     segment_entry,
     write,
 )
-from hydra.utils import get_method
-from PIL import Image
-from shared_data import shared_data
 
 from pixel_sail.config import CONFIG_FOLDER
 from pixel_sail.data.sources import coco_panoptic, coco_semantic, coco_vp, pix2cap_seg, pix2cap_vp
@@ -63,15 +63,15 @@ def test_images_without_content_are_left_out_and_counted(tmp_path, caplog):
 def test_sources_are_functions_of_index_and_rng_and_survive_pickling(tmp_path):
     for source in _all_sources(write(tmp_path)):
         copied = pickle.loads(pickle.dumps(source))
-        drawn = [s.get(0, np.random.default_rng(seed)) for seed in range(12) for s in (source, copied)]
+        sampled = [s.get(0, np.random.default_rng(seed)) for seed in range(12) for s in (source, copied)]
         texts = [
             [(turn.question, turn.answer, mask_areas(turn)) for turn in sample.turns]
             + [(prompt.prompt_id, prompt.mask.tobytes()) for prompt in sample.prompts]
-            for sample in drawn
+            for sample in sampled
         ]
         assert texts[::2] == texts[1::2]
         assert len({str(text) for text in texts}) > 8
-        sample = drawn[0]
+        sample = sampled[0]
         assert (sample.sample_id, sample.image_hw) == (f"{source.name}/train2017/image=5", (4, 6))
         assert sample.image_path == source.image_path(0) == tmp_path / "Images/train2017/000000000005.jpg"
 
@@ -124,7 +124,7 @@ def test_config_names_a_loader_and_arguments_it_takes(name):
 
 
 def test_things_are_numbered_from_left_to_right_and_crowds_are_ignored(tmp_path):
-    turns = [turn for turn in drawn_turns(coco_panoptic.load(root=write(tmp_path))) if "dog" in turn.answer]
+    turns = [turn for turn in sampled_turns(coco_panoptic.load(root=write(tmp_path))) if "dog" in turn.answer]
     for turn in turns:
         assert turn.answer == "dog-1 [SEG] dog-2 [SEG]."
         assert turn.question.endswith(" Segmentation in the instance mode.")
@@ -134,7 +134,7 @@ def test_things_are_numbered_from_left_to_right_and_crowds_are_ignored(tmp_path)
 
 
 def test_stuff_is_one_mask_of_all_its_segments(tmp_path):
-    turns = [turn for turn in drawn_turns(coco_panoptic.load(root=write(tmp_path))) if "grass" in turn.answer]
+    turns = [turn for turn in sampled_turns(coco_panoptic.load(root=write(tmp_path))) if "grass" in turn.answer]
     for turn in turns:
         assert (turn.answer, turn.ignored) == ("grass [SEG].", None)
         assert turn.question.endswith(" Segmentation in the semantic mode.")
@@ -145,8 +145,8 @@ def test_stuff_is_one_mask_of_all_its_segments(tmp_path):
 def test_class_with_only_a_crowd_is_no_question_of_the_instance_source(tmp_path):
     segments = [segment for segment in SEGMENTS if segment["id"] not in (1, 2)]
     root = write(tmp_path, changed(segments_info=segments), np.where(PIXELS < 3, 0, PIXELS))
-    assert {turn.answer for turn in drawn_turns(coco_panoptic.load(root=root))} == {"grass [SEG].", "wall [SEG]."}
-    semantic = {turn.question for turn in drawn_turns(coco_semantic.load(root=root))}
+    assert {turn.answer for turn in sampled_turns(coco_panoptic.load(root=root))} == {"grass [SEG].", "wall [SEG]."}
+    semantic = {turn.question for turn in sampled_turns(coco_semantic.load(root=root))}
     assert any("dog" in question for question in semantic)
 
 
@@ -154,7 +154,7 @@ def test_class_with_too_many_things_is_asked_for_as_one_mask(tmp_path):
     root = write(tmp_path)
     for limit, areas in ((0, [3, 3]), (2, [3, 3]), (1, [10])):
         source = coco_panoptic.load(root=root, instances_per_class=limit)
-        turns = [turn for turn in drawn_turns(source) if "dog" in turn.question]
+        turns = [turn for turn in sampled_turns(source) if "dog" in turn.question]
         assert {tuple(mask_areas(turn)) for turn in turns} == {tuple(areas)}
         assert all("semantic mode" in turn.question for turn in turns) == (limit == 1)
 
@@ -173,7 +173,7 @@ def test_classes_of_a_sample_differ_and_all_are_reached(tmp_path):
 
 def test_semantic_turns_unite_all_segments_of_a_class(tmp_path):
     areas = {"dog": 10, "grass": 8, "wall": 3}
-    turns = drawn_turns(coco_semantic.load(root=write(tmp_path)))
+    turns = sampled_turns(coco_semantic.load(root=write(tmp_path)))
     for turn in turns:
         name = next(name for name in areas if f"all the {name}" in turn.question)
         assert mask_areas(turn) == [areas[name]]
@@ -195,7 +195,7 @@ def test_spoken_names_have_no_hyphen_and_differ(tmp_path):
 def test_names_may_come_from_a_class_file(tmp_path):
     root, names = write(tmp_path), tmp_path / "names.txt"
     names.write_text("0:invalid_class_id\n18:puppy,hound\n193:lawn\n199:brick-work,wall\n250:spare\n")
-    answers = {turn.answer for turn in drawn_turns(coco_panoptic.load(root=root, class_file=names))}
+    answers = {turn.answer for turn in sampled_turns(coco_panoptic.load(root=root, class_file=names))}
     assert answers == {"puppy-1 [SEG] puppy-2 [SEG].", "lawn [SEG].", "brick work [SEG]."}
     for text, message in (
         ("18:a\n193:b\n", r"no name for the categories \[199\]"),
@@ -256,12 +256,12 @@ def test_a_class_file_goes_before_the_released_names(tmp_path):
 
 def test_crowds_are_background_in_the_release(tmp_path):
     root = write(tmp_path)
-    for turn in drawn_turns(coco_panoptic.load(root=root, crowds="released")):
+    for turn in sampled_turns(coco_panoptic.load(root=root, crowds="released")):
         assert turn.ignored is None
         assert mask_areas(turn) in ([3, 3], [8], [3])
-    assert any(turn.ignored is not None for turn in drawn_turns(coco_panoptic.load(root=root, crowds="ours")))
+    assert any(turn.ignored is not None for turn in sampled_turns(coco_panoptic.load(root=root, crowds="ours")))
     for option, area in (("ours", 10), ("released", 6)):
-        turns = drawn_turns(coco_semantic.load(root=root, crowds=option))
+        turns = sampled_turns(coco_semantic.load(root=root, crowds=option))
         assert {tuple(mask_areas(turn)) for turn in turns if "dog" in turn.question} == {(area,)}
 
 
@@ -279,7 +279,7 @@ def test_the_release_spells_out_any_number_of_things(tmp_path):
     root = write(tmp_path)
     for option, answers in (("ours", set(REFER_ANSWERS)), ("released", {"dog-1 [SEG] dog-2 [SEG]."})):
         source = coco_panoptic.load(root=root, instances_per_class=1, many_instances=option)
-        assert {turn.answer for turn in drawn_turns(source) if "dog" in turn.question} <= answers
+        assert {turn.answer for turn in sampled_turns(source) if "dog" in turn.question} <= answers
 
 
 # Pix2Cap
@@ -288,24 +288,27 @@ def test_the_release_spells_out_any_number_of_things(tmp_path):
 def test_described_segments_are_asked_for_once_each(tmp_path):
     source = pix2cap_seg.load(file=json_file(write(tmp_path)), root=tmp_path)
     expected = {"the dog on the right": 3, "the dog in the middle": 3, "wet grass": 8}
-    turns = drawn_turns(source)
+    turns = sampled_turns(source)
     assert len(turns) == 40 * 3
     for turn in turns:
         text = next(text for text in expected if text in turn.question)
         assert mask_areas(turn) == [expected[text]]
         assert turn.answer in REFER_ANSWERS
     assert (
-        len(drawn_turns(pix2cap_seg.load(file=json_file(tmp_path), root=tmp_path, descriptions_per_sample=2))) == 40 * 2
+        len(sampled_turns(pix2cap_seg.load(file=json_file(tmp_path), root=tmp_path, descriptions_per_sample=2)))
+        == 40 * 2
     )
     long_only = pix2cap_seg.load(file=json_file(tmp_path), root=tmp_path, min_description_chars=10)
-    assert len(drawn_turns(long_only)) == 40 * 2
+    assert len(sampled_turns(long_only)) == 40 * 2
 
 
 def test_pix2cap_need_not_list_every_segment_of_the_png(tmp_path):
     file = tmp_path / "some.json"
     write(tmp_path)
     file.write_text(json.dumps(changed(segments_info=SEGMENTS[:1])))
-    assert [mask_areas(turn) for turn in drawn_turns(pix2cap_seg.load(file=file, root=tmp_path), range(3))] == [[3]] * 3
+    assert [mask_areas(turn) for turn in sampled_turns(pix2cap_seg.load(file=file, root=tmp_path), range(3))] == [
+        [3]
+    ] * 3
 
 
 def test_marked_segments_are_described(tmp_path):
@@ -354,15 +357,15 @@ def test_region_is_classified_among_candidates(tmp_path):
     assert 60 < right[False] < 140, "a quarter of 400"
 
 
-def test_the_release_lists_one_candidate_more_where_the_right_one_was_not_drawn(tmp_path):
-    """Three names, of which two are drawn: the right one is among them in two of three cases."""
+def test_the_release_lists_one_candidate_more_where_the_right_one_was_not_sampled(tmp_path):
+    """Three names, of which two are sampled: the right one is among them in two of three cases."""
     root = write(tmp_path)
     for fraction, numbers in ((0.0, (2, 3)), (1.0, (1, 2))):
         source = coco_vp.load(
             root=root, num_candidates=2, others_fraction=fraction, absent_fraction=0.0, candidates="released"
         )
         counts, places = Counter(), Counter()
-        for turn in drawn_turns(source, range(120)):
+        for turn in sampled_turns(source, range(120)):
             *candidates, last = turn.question.rsplit(": ", 1)[1].removesuffix(".").split(", ")
             assert last == "others" and len(set(candidates)) == len(candidates)
             counts[len(candidates)] += 1

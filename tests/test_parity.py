@@ -129,16 +129,16 @@ def _greedy(model, example, prompt_length):
 
 
 @pytest.fixture(scope="module")
-def drawn_folders(tool, tiny_model, processor, draw_sample, tmp_path_factory):
-    """Folders in the layout of the shared ones, without weights: they are drawn by name."""
+def synthetic_folders(tool, tiny_model, processor, make_sample, tmp_path_factory):
+    """Folders in the layout of the shared ones, without weights: they are sampled by name."""
     folders = {}
     for tied in (True, False):
         folders[tied] = tmp_path_factory.mktemp("tied" if tied else "untied")
-        _draw_folder(folders[tied], tool, tiny_model(tie_word_embeddings=tied), processor, draw_sample)
+        _write_folder(folders[tied], tool, tiny_model(tie_word_embeddings=tied), processor, make_sample)
     return folders
 
 
-def _draw_folder(folder, tool, model, processor, draw_sample):
+def _write_folder(folder, tool, model, processor, make_sample):
     shapes = {name: list(value.shape) for name, value in _released_state(model).items()}
     tokens = model.config.token_ids
     named = convert_release_state(tool.named_weights(shapes), model, source_tokens=tokens, target_tokens=tokens)
@@ -150,7 +150,7 @@ def _draw_folder(folder, tool, model, processor, draw_sample):
     rng = np.random.default_rng(0)
     cases = {}
     for index, (size_hw, masks) in enumerate([((16, 24), (2,)), ((8, 16), (0,)), ((24, 8), (1, 1))]):
-        sample, image = draw_sample(rng, size_hw=size_hw, masks_per_turn=masks, prompts=(index,))
+        sample, image = make_sample(rng, size_hw=size_hw, masks_per_turn=masks, prompts=(index,))
         example = processor.encode_sample(sample, image, independent_turns=False)
         prompt_length = int((example.labels_T != IGNORE_LABEL).nonzero()[0])
         for name, value in _case(model, processor, example, prompt_length).items():
@@ -159,8 +159,8 @@ def _draw_folder(folder, tool, model, processor, draw_sample):
 
 
 @pytest.fixture
-def folder(drawn_folders, tmp_path):
-    return shutil.copytree(drawn_folders[False], tmp_path / "untied")
+def folder(synthetic_folders, tmp_path):
+    return shutil.copytree(synthetic_folders[False], tmp_path / "untied")
 
 
 def _weights(folder, tool):
@@ -168,8 +168,8 @@ def _weights(folder, tool):
     return tool.named_weights(json.loads((folder / "shapes.json").read_text()))
 
 
-def test_weights_are_drawn_by_name_where_no_file_is(tool, drawn_folders, capsys):
-    assert tool.main([str(drawn_folders[True]), str(drawn_folders[False])]) == 0
+def test_weights_are_sampled_by_name_where_no_file_is(tool, synthetic_folders, capsys):
+    assert tool.main([str(synthetic_folders[True]), str(synthetic_folders[False])]) == 0
     assert "parity holds" in capsys.readouterr().out
 
 

@@ -45,7 +45,7 @@ def _vres(tmp_path, **changes):
     return load_visual_referring(_write(tmp_path, [record | changes]), image_dir=tmp_path)
 
 
-def test_drawn_captions_load(data_root):
+def test_synthetic_captions_load(data_root):
     folder = data_root / "refshapes"
     file = folder / "perbench" / "STBench_Detailed_Caption.json"
     items = load_captions(file, image_dir=folder / "images/train2014")
@@ -59,7 +59,7 @@ def test_drawn_captions_load(data_root):
     assert len({item.item_id for item in items}) == len(items)
 
 
-def test_drawn_choices_load(data_root):
+def test_synthetic_choices_load(data_root):
     folder = data_root / "refshapes"
     file = folder / "perbench" / "STBench_MCQ.json"
     items = load_choices(file, image_dir=folder / "images/train2014")
@@ -73,7 +73,7 @@ def test_drawn_choices_load(data_root):
         load_image(item.image_path, where=item.item_id, expected_hw=item.image_hw)
 
 
-def test_drawn_visual_referring_loads(data_root):
+def test_synthetic_visual_referring_loads(data_root):
     folder = data_root / "refshapes"
     file = folder / "perbench" / "STBench_VRES.json"
     items = load_visual_referring(file, image_dir=folder / "images/train2014")
@@ -235,7 +235,7 @@ def test_malformed_region_captions_are_refused(tmp_path, settings, message):
 
 
 def test_shared_refcocog_sample_in_the_format_of_the_file_loads(tmp_path):
-    """Real photographs, polygons and expressions, one "image" for each expression."""
+    """Real images, polygons and expressions, one "image" for each expression."""
     root = shared_data("derived_refer_mini")
     annotations = load_refer(root, "refcocog", "val")
     images, regions, expected = [], [], {}

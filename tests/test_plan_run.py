@@ -39,7 +39,7 @@ SIZES = {
 
 
 @pytest.fixture
-def batch(draw_sample, processor, make_batch):
+def batch(make_sample, processor, make_batch):
     """Two rows: images of two sizes with masks, one without, and a sample of text alone."""
     rng = np.random.default_rng(0)
     rows = [
@@ -48,7 +48,7 @@ def batch(draw_sample, processor, make_batch):
     ]
     examples = []
     for row in rows:
-        samples = [draw_sample(rng, size_hw=size, masks_per_turn=masks) for size, masks in row]
+        samples = [make_sample(rng, size_hw=size, masks_per_turn=masks) for size, masks in row]
         examples.append([processor.encode_sample(sample, image, independent_turns=False) for sample, image in samples])
     return make_batch(*examples)
 
@@ -99,7 +99,7 @@ def test_parameters_of_the_paper_sizes_are_those_of_models_without_memory(hidden
 
 @pytest.mark.parametrize("kernels", [Kernels(), REFERENCE], ids=["default", "reference"])
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.usefixtures("as_large_pictures")
+@pytest.mark.usefixtures("as_large_images")
 def test_operations_of_a_training_step_are_those_torch_counts(tiny_model, batch, size, kernels):
     model = tiny_model(**SIZES[size]).train()
     model.use(kernels)
@@ -142,7 +142,7 @@ def saved_bytes(model, batch, config):
 @pytest.mark.parametrize("kernels", [Kernels(), REFERENCE], ids=["default", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.usefixtures("as_large_pictures")
+@pytest.mark.usefixtures("as_large_images")
 def test_kept_activations_are_those_that_autograd_saves(tiny_model, batch, size, dtype, kernels):
     model, config = tiny_model(**SIZES[size]).train().to(dtype), LossConfig()
     model.use(kernels)
@@ -154,7 +154,7 @@ def test_kept_activations_are_those_that_autograd_saves(tiny_model, batch, size,
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.usefixtures("as_large_pictures")
+@pytest.mark.usefixtures("as_large_images")
 def test_kept_activations_are_those_of_variable_length_kernels(tiny_model, batch, monkeypatch, size):
     """On torch's device without memory, which has no kernel of a norm: ours keeps the same."""
     monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: Norm.apply(x, weight, eps))
@@ -186,7 +186,7 @@ def test_checkpointing_keeps_one_map_in_place_of_what_is_computed_again(tiny_mod
     assert thin.dense_masks == whole.dense_masks == 0
 
 
-@pytest.mark.usefixtures("as_large_pictures")
+@pytest.mark.usefixtures("as_large_images")
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 def test_what_is_computed_twice_is_what_torch_counts(tiny_model, batch, checkpointing):
     """The backward pass with and without it, products alone."""
@@ -330,7 +330,7 @@ def test_a_wrong_machine_is_refused_by_name(arguments, named, capsys):
     assert named in capsys.readouterr().err
 
 
-def test_assumed_samples_have_the_grid_of_their_photo():
+def test_assumed_samples_have_the_grid_of_their_image():
     architecture = Architecture(patch_size=16)
     work = assumed_sample(architecture, (480, 640), text_tokens=100, supervised=50, masks=4)
     # 480 x 640 is a grid of 30 x 40.

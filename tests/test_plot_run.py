@@ -1,4 +1,4 @@
-"""Curves of runs: what is read from a log, which panels it makes, and that they are drawn where they belong."""
+"""Curves of runs: what is read from a log, which panels it makes, and that they are rendered where they belong."""
 
 import json
 import math
@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from running import load_tool
 
-from pixel_sail.evaluation.curves import COLORS, Curve, Panel, draw_panels, running_mean, size_panel
+from pixel_sail.evaluation.curves import COLORS, Curve, Panel, render_panels, running_mean, size_panel
 from pixel_sail.types import DataError
 
 
@@ -58,7 +58,7 @@ def test_a_log_of_an_earlier_version_has_todays_keys(tool, tmp_path):
     assert tool.main([str(tmp_path / "run"), "--keys", "total,distill/*,*/bce", *out]) == 0
 
 
-def test_a_finding_of_the_metric_bounds_is_no_number_and_stops_no_drawing(tool, tmp_path):
+def test_a_finding_of_the_metric_bounds_is_no_number_and_stops_no_plot(tool, tmp_path):
     lines = [step_line(1), {"step": 1, "metric_bounds": {"early": "total is 3, expected 0 .. 2"}}, step_line(2)]
     run = tool.read_run(write_log(tmp_path / "run", lines), "run")
     assert list(run.series["loss/total"]) == [1, 2] and "metric_bounds" not in run.series and not run.scores
@@ -124,11 +124,11 @@ def test_a_star_stands_for_one_part_of_a_name(tool):
     assert tool.split_name("shapes/distill/sam2") == ("shapes", "distill/sam2")
 
 
-def test_the_command_draws_and_says_what_is_wrong(tool, tmp_path, capsys):
+def test_the_command_renders_and_says_what_is_wrong(tool, tmp_path, capsys):
     runs = [str(write_log(tmp_path / name, [step_line(1), step_line(2)])) for name in ("a", "b/a")]
     assert tool.main([*runs, "--keys", "total,*/bce", "--out", str(tmp_path / "new" / "both.png")]) == 0
-    with Image.open(tmp_path / "new" / "both.png") as picture:
-        assert picture.format == "PNG" and picture.width == 2 * 560
+    with Image.open(tmp_path / "new" / "both.png") as figure:
+        assert figure.format == "PNG" and figure.width == 2 * 560
     assert tool.main([runs[0] + "/log.jsonl", "--smooth", "3"]) == 0
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["curves.png", "log.jsonl"]
     assert "4 panels of 1 run(s)" in capsys.readouterr().out.splitlines()[-1]
@@ -151,7 +151,7 @@ def test_running_means_are_those_counted_by_hand():
 
 
 def lines_of(panel):
-    figure = draw_panels([panel], "title")
+    figure = render_panels([panel], "title")
     return figure.axes[0].get_lines()
 
 
@@ -175,7 +175,7 @@ def test_values_that_are_not_finite_leave_gaps():
 def test_heights_start_at_zero_where_that_wastes_little():
     def bottom(*ys):
         panel = Panel(title="", curves=(Curve(label="", xs=tuple(range(len(ys))), ys=ys),))
-        return draw_panels([panel], "").axes[0].get_ylim()[0]
+        return render_panels([panel], "").axes[0].get_ylim()[0]
 
     assert bottom(0.5, 1.0) == 0.0
     assert bottom(0.9, 1.0) > 0.8
@@ -184,7 +184,7 @@ def test_heights_start_at_zero_where_that_wastes_little():
 
 def test_things_have_names_on_the_axis_and_no_lines_between_them():
     curve = Curve(label="seed 1", xs=(1.0, 2.0), ys=(0.3, 0.4))
-    axes = draw_panels([Panel(title="", curves=(curve,), x_names=("plain", "other"))], "").axes[0]
+    axes = render_panels([Panel(title="", curves=(curve,), x_names=("plain", "other"))], "").axes[0]
     assert [text.get_text() for text in axes.get_xticklabels()] == ["plain", "other"]
     (line,) = axes.get_lines()
     assert line.get_linestyle() == "None" and line.get_marker() == "o"
@@ -192,7 +192,7 @@ def test_things_have_names_on_the_axis_and_no_lines_between_them():
 
 def test_costs_over_sizes_have_the_sizes_as_ticks():
     panel = size_panel("", [1332, 2664], {"dense": [0.1, 0.4], "ours": [0.1, 0.2]}, x_label="tokens", y_label="s")
-    axes = draw_panels([panel], "").axes[0]
+    axes = render_panels([panel], "").axes[0]
     assert [text.get_text() for text in axes.get_xticklabels()] == ["1332", "2664"]
     assert axes.get_yscale() == axes.get_xscale() == "log"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["dense", "ours"]

@@ -16,19 +16,19 @@ COLOURS = {"a.png": "red", "b.jpg": "blue", "b.png": "green"}
 
 
 @pytest.fixture
-def photos(tmp_path, batch):  # noqa: F811
+def images(tmp_path, batch):  # noqa: F811
     batch.model.save_pretrained(tmp_path / "model")
     batch.processor.save_pretrained(tmp_path / "model")
-    (tmp_path / "photos").mkdir()
+    (tmp_path / "images").mkdir()
     for name, colour in COLOURS.items():
-        Image.new("RGB", (64, 48), colour).save(tmp_path / "photos" / name)
-    return tmp_path / "photos"
+        Image.new("RGB", (64, 48), colour).save(tmp_path / "images" / name)
+    return tmp_path / "images"
 
 
-def ask(photos, image, output):
+def ask(images, image, output):
     forced = PredictConfig(answer="forced")
     config = PredictCommandConfig(
-        checkpoint=str(photos.parent / "model"), image=str(image), question="a", output=str(output), predict=forced
+        checkpoint=str(images.parent / "model"), image=str(image), question="a", output=str(output), predict=forced
     )
     return list(predict_files(config))
 
@@ -41,31 +41,31 @@ def test_what_a_mac_leaves_in_a_folder_is_no_image_and_names_may_be_composed_oth
     assert module.image_files(tmp_path / "\u00e9.png") == [stored]
 
 
-def test_images_that_differ_in_their_ending_have_results_of_their_own(photos, tmp_path):
-    results = dict(ask(photos, photos, tmp_path / "out"))
+def test_images_that_differ_in_their_ending_have_results_of_their_own(images, tmp_path):
+    results = dict(ask(images, images, tmp_path / "out"))
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written == {"a.json", "a.png", "b.jpg.json", "b.jpg.png", "b.png.json", "b.png.png"}
     for name in ("b.jpg", "b.png"):
         record = json.loads((tmp_path / "out" / f"{name}.json").read_text())
-        assert record["image"] == name and record["masks"] == list(results[photos / name].rles)
+        assert record["image"] == name and record["masks"] == list(results[images / name].rles)
 
 
-def test_results_never_replace_an_image(photos, monkeypatch):
-    before = {path.name: path.read_bytes() for path in photos.iterdir()}
+def test_results_never_replace_an_image(images, monkeypatch):
+    before = {path.name: path.read_bytes() for path in images.iterdir()}
     # Said before the model is loaded.
     monkeypatch.setattr(module, "Predictor", None)
-    for image in (photos, photos / "a.png"):
+    for image in (images, images / "a.png"):
         with pytest.raises(ConfigError, match=r"a\.png is one of the images; give another folder"):
-            ask(photos, image, photos.parent / "photos" / ".." / "photos")
+            ask(images, image, images.parent / "images" / ".." / "images")
     with pytest.raises(ConfigError, match="is a file, expected a folder"):
-        ask(photos, photos, photos / "a.png")
-    assert {path.name: path.read_bytes() for path in photos.iterdir()} == before
+        ask(images, images, images / "a.png")
+    assert {path.name: path.read_bytes() for path in images.iterdir()} == before
 
 
-def test_a_broken_image_of_a_folder_keeps_no_other_from_its_answer(photos, tmp_path):
-    (photos / "aa.jpg").write_bytes(b"no photo")
-    results = dict(ask(photos, photos, tmp_path / "out"))
-    assert isinstance(results.pop(photos / "aa.jpg"), DataError)
+def test_a_broken_image_of_a_folder_keeps_no_other_from_its_answer(images, tmp_path):
+    (images / "aa.jpg").write_bytes(b"no image")
+    results = dict(ask(images, images, tmp_path / "out"))
+    assert isinstance(results.pop(images / "aa.jpg"), DataError)
     assert len(results) == 3 and all(result.answer == "It is [SEG]." for result in results.values())
     with pytest.raises(DataError, match="cannot be decoded"):
-        ask(photos, photos / "aa.jpg", tmp_path / "out")
+        ask(images, images / "aa.jpg", tmp_path / "out")

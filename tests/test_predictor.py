@@ -100,7 +100,7 @@ def test_files_pixels_and_opened_images_give_one_answer(forced, image, tmp_path)
         np.testing.assert_array_equal(forced.ask(same, "a star").masks_NHW, expected.masks_NHW)
 
 
-def test_an_opened_photo_is_turned_upright(forced, tmp_path):
+def test_an_opened_image_is_turned_upright(forced, tmp_path):
     pixels = np.random.default_rng(4).integers(0, 256, (40, 64, 3), dtype=np.uint8)
     exif = Image.Exif()
     exif[274] = 6
@@ -225,11 +225,11 @@ def test_a_result_tells_boxes_and_rles_as_json_does(forced, image):
     result = forced.ask(image, "a star")
     masks = np.zeros((2, 4, 6), dtype=bool)
     masks[0, 1:3, 2:5] = True
-    drawn = pixel_sail.PredictorOutput(answer="<p> a cup </p> [SEG] [SEG].", masks_NHW=masks, scores=(0.9, 0.0))
-    assert drawn.boxes == ((2, 1, 5, 3), None)
-    assert drawn.phrases == ("a cup", "")
-    assert drawn.mask.sum() == 6
-    record = drawn.to_json()
+    sampled = pixel_sail.PredictorOutput(answer="<p> a cup </p> [SEG] [SEG].", masks_NHW=masks, scores=(0.9, 0.0))
+    assert sampled.boxes == ((2, 1, 5, 3), None)
+    assert sampled.phrases == ("a cup", "")
+    assert sampled.mask.sum() == 6
+    record = sampled.to_json()
     assert record["boxes"] == [[2, 1, 5, 3], None] and record["masks"][0]["size"] == [4, 6]
     assert result.to_json()["timing"]["encode_s"] > 0
     assert result.timing.total_s == pytest.approx(sum(result.to_json()["timing"].values()))

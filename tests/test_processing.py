@@ -81,8 +81,8 @@ def test_normalized_patches_are_those_of_the_release():
             assert found[row, place].item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_patches_put_together_give_the_image_back(draw_image):
-    image = draw_image(np.random.default_rng(0), (24, 40))
+def test_patches_put_together_give_the_image_back(make_image):
+    image = make_image(np.random.default_rng(0), (24, 40))
     patches, (rows, columns) = image_to_patches(image, 8, 64)
     canvas = torch.zeros(24, 40, 3, dtype=torch.uint8)
     for index, patch in enumerate(patches):
@@ -130,8 +130,8 @@ def test_positions_of_the_worked_example():
     assert image_positions((2, 3)).T.tolist() == [list(pair) for pair in pairs]
 
 
-def test_layout_of_a_sample_with_two_turns(processor, draw_sample):
-    sample, image = draw_sample(np.random.default_rng(0), size_hw=(16, 24), masks_per_turn=(1, 2))
+def test_layout_of_a_sample_with_two_turns(processor, make_sample):
+    sample, image = make_sample(np.random.default_rng(0), size_hw=(16, 24), masks_per_turn=(1, 2))
     example = processor.encode_sample(sample, image, independent_turns=False)
     turns = [f"<|im_start|>user\n{t.question}<|im_end|>\n{t.answer}<|endoftext|>" for t in sample.turns]
     text = processor.tokenizer.decode(example.input_ids_T.tolist(), skip_special_tokens=False)
@@ -146,9 +146,9 @@ def test_layout_of_a_sample_with_two_turns(processor, draw_sample):
 
 @pytest.mark.parametrize("independent", [True, False])
 @pytest.mark.parametrize("size_hw", [(16, 24), None])
-def test_labels_are_the_answers_with_their_end_tokens_and_nothing_else(processor, draw_sample, independent, size_hw):
+def test_labels_are_the_answers_with_their_end_tokens_and_nothing_else(processor, make_sample, independent, size_hw):
     counts = (1, 0, 2) if size_hw else (0, 0, 0)
-    sample, image = draw_sample(np.random.default_rng(4), size_hw=size_hw, masks_per_turn=counts)
+    sample, image = make_sample(np.random.default_rng(4), size_hw=size_hw, masks_per_turn=counts)
     example = processor.encode_sample(sample, image, independent_turns=independent)
     kept = example.labels_T != IGNORE_LABEL
     assert torch.equal(example.labels_T[kept], example.input_ids_T[kept])
@@ -156,8 +156,8 @@ def test_labels_are_the_answers_with_their_end_tokens_and_nothing_else(processor
     assert text == "".join(f"{turn.answer}<|endoftext|>" for turn in sample.turns)
 
 
-def test_independent_turns_start_at_one_position_in_branches_of_their_own(processor, draw_sample):
-    sample, image = draw_sample(np.random.default_rng(4), size_hw=(16, 24), masks_per_turn=(1, 0, 2))
+def test_independent_turns_start_at_one_position_in_branches_of_their_own(processor, make_sample):
+    sample, image = make_sample(np.random.default_rng(4), size_hw=(16, 24), masks_per_turn=(1, 0, 2))
     example = processor.encode_sample(sample, image, independent_turns=True)
     for branch in (1, 2, 3):
         own = example.branch_ids_T == branch
@@ -165,8 +165,8 @@ def test_independent_turns_start_at_one_position_in_branches_of_their_own(proces
     assert example.branch_ids_T.unique_consecutive().tolist() == [0, 1, 2, 3]
 
 
-def test_text_only_samples_start_at_position_zero(processor, draw_sample):
-    sample, image = draw_sample(np.random.default_rng(4), size_hw=None, masks_per_turn=(0,))
+def test_text_only_samples_start_at_position_zero(processor, make_sample):
+    sample, image = make_sample(np.random.default_rng(4), size_hw=None, masks_per_turn=(0,))
     example = processor.encode_sample(sample, image, independent_turns=False)
     assert example.position_ids_2T.tolist() == [list(range(len(example)))] * 2
     assert example.grid_hw is None
@@ -272,12 +272,12 @@ def test_training_on_text_shortens_it():
     assert trained.decode(trained(text)["input_ids"]) == text
 
 
-def test_a_saved_processor_gives_equal_tokens(processor, draw_sample, tmp_path):
+def test_a_saved_processor_gives_equal_tokens(processor, make_sample, tmp_path):
     processor.save_pretrained(tmp_path)
     loaded = PixelSailProcessor.from_pretrained(tmp_path)
     assert loaded.settings == processor.settings
     assert loaded.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
-    sample, image = draw_sample(np.random.default_rng(0), masks_per_turn=(1, 2), prompts=(3,))
+    sample, image = make_sample(np.random.default_rng(0), masks_per_turn=(1, 2), prompts=(3,))
     found = loaded.encode_sample(sample, image, independent_turns=True)
     expected = processor.encode_sample(sample, image, independent_turns=True)
     for name, value in vars(expected).items():

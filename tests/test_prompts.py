@@ -14,8 +14,8 @@ from pixel_sail.data.prompts import (
     PROMPT_KINDS,
     box_prompt,
     check_fractions,
-    draw_prompt,
     point_prompt,
+    sample_prompt,
     scribble_prompt,
 )
 from pixel_sail.data.region_names import name_regions, named_regions, renumber, split_label
@@ -32,11 +32,11 @@ SEEDS = st.integers(0, 2**32)
 @settings(max_examples=150, deadline=None)
 def test_a_mark_has_pixels_and_only_a_box_leaves_the_region(mask, seed, kind):
     before = mask.copy()
-    mark = draw_prompt(mask, {kind: 0.3}, np.random.default_rng(seed))
+    mark = sample_prompt(mask, {kind: 0.3}, np.random.default_rng(seed))
     assert mark.shape == mask.shape and mark.dtype == bool and mark.any()
     assert kind == "box" or not mark[~mask].any()
     np.testing.assert_array_equal(mask, before)
-    np.testing.assert_array_equal(mark, draw_prompt(mask, {kind: 7}, np.random.default_rng(seed)))
+    np.testing.assert_array_equal(mark, sample_prompt(mask, {kind: 7}, np.random.default_rng(seed)))
 
 
 @given(mask=MASKS)
@@ -79,12 +79,12 @@ def test_a_scribble_in_a_wide_region_is_a_line_and_varies():
     assert 10 < np.median([scribble.sum() for scribble in scribbles]) < 0.5 * mask.size
 
 
-def test_kinds_are_drawn_by_their_fractions():
+def test_kinds_are_sampled_by_their_fractions():
     mask = np.zeros((40, 40), dtype=bool)
     mask[np.arange(40), np.arange(40)] = True
     fractions = {"mask": 2, "box": 1, "point": 1, "scribble": 0}
     rng = np.random.default_rng(0)
-    sizes = [int(draw_prompt(mask, fractions, rng).sum()) for _ in range(1000)]
+    sizes = [int(sample_prompt(mask, fractions, rng).sum()) for _ in range(1000)]
     assert set(sizes) == {40, 1600, 1}
     assert [sizes.count(size) / 1000 for size in (40, 1600, 1)] == pytest.approx([0.5, 0.25, 0.25], abs=0.05)
 
@@ -100,7 +100,7 @@ def test_wrong_fractions_are_refused(fractions):
 
 def test_a_region_without_pixels_is_refused():
     with pytest.raises(DataError, match="region without pixels"):
-        draw_prompt(np.zeros((2, 2), dtype=bool), {"box": 1.0}, np.random.default_rng(0))
+        sample_prompt(np.zeros((2, 2), dtype=bool), {"box": 1.0}, np.random.default_rng(0))
 
 
 def _sample(
@@ -142,7 +142,7 @@ def test_every_placeholder_becomes_the_token_of_its_region_and_nothing_else_chan
     assert (sample.turns[0].question, sample.turns[0].answer) == (expected, f"<Prompt{ids[0]}>: {expected}")
 
 
-def test_ids_are_drawn_from_all_prompt_tokens():
+def test_ids_are_sampled_from_all_prompt_tokens():
     seen = {_id_of(_sample([RegionTurn(question="{region0}", answer="x")], 1, seed), 0) for seed in range(200)}
     assert seen == set(range(15))
 
@@ -263,7 +263,7 @@ def test_renumbering_changes_all_numbers_at_once():
 
 
 @pytest.mark.parametrize(
-    ("questions", "draw"),
+    ("questions", "ask"),
     [
         (templates.DESCRIBE_QUESTIONS, templates.describe_question),
         (templates.DETAILED_QUESTIONS, templates.detailed_question),
@@ -271,9 +271,9 @@ def test_renumbering_changes_all_numbers_at_once():
         (templates.NAME_QUESTIONS, templates.name_question),
     ],
 )
-def test_every_template_is_drawn_and_names_the_region_once(questions, draw):
+def test_every_template_is_synthetic_and_names_the_region_once(questions, ask):
     rng = np.random.default_rng(0)
-    assert {draw(rng) for _ in range(400)} == set(questions)
+    assert {ask(rng) for _ in range(400)} == set(questions)
     assert all(question.count("{region}") == 1 and question.count("{") == 1 for question in questions)
     assert len(set(questions)) == len(questions) >= 5
 

@@ -61,7 +61,7 @@ def test_every_split_is_reported_beside_what_chance_is(run_dir, data_root):
         assert line.startswith(start + f"{every['ciou']:.3f} / {every['giou']:.3f} | ")
 
 
-def test_pictures_of_every_kind_are_shown(run_dir):
+def test_images_of_every_kind_are_shown(run_dir):
     text = (run_dir / "report.md").read_text()
     for split in (*KIND_SPLITS, "testA", "testB"):
         assert f"## Examples from {split}: " in text and (run_dir / "examples" / f"{split}_05.png").is_file()

@@ -25,7 +25,7 @@ from pixel_sail.types import DataError
 
 NUM_DAMAGES = 40
 REAL = SHARED / "data" / "derived_refer_mini"
-REAL_PHOTO = REAL / "images" / "mscoco" / "images" / "train2014" / "COCO_train2014_000000099598.jpg"
+REAL_IMAGE = REAL / "images" / "mscoco" / "images" / "train2014" / "COCO_train2014_000000099598.jpg"
 
 
 def mutated_bytes(rng, data):
@@ -85,7 +85,7 @@ def limited_memory():
     resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def _drawn_photo():
+def _random_image():
     grid = np.arange(48)[:, None, None] * np.arange(64)[None, :, None] * np.array([1, 2, 3])
     return Image.fromarray((grid % 256).astype(np.uint8))
 
@@ -97,11 +97,11 @@ def _encoded(image, kind, **options):
 
 
 IMAGES = {
-    "JPEG": lambda: _encoded(_drawn_photo(), "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03"
+    "JPEG": lambda: _encoded(_random_image(), "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03"
                              b"\x00\x00\x00\x01\x00\x06\x00\x00\x00\x00\x00\x00"),
-    "progressive JPEG": lambda: _encoded(_drawn_photo(), "JPEG", progressive=True),
-    "PNG": lambda: _encoded(_drawn_photo(), "PNG"),
-    "palette PNG": lambda: _encoded(_drawn_photo().quantize(16), "PNG"),
+    "progressive JPEG": lambda: _encoded(_random_image(), "JPEG", progressive=True),
+    "PNG": lambda: _encoded(_random_image(), "PNG"),
+    "palette PNG": lambda: _encoded(_random_image().quantize(16), "PNG"),
     "16-bit PNG": lambda: _encoded(Image.fromarray(np.arange(3000, dtype=np.uint16).reshape(50, 60)), "PNG"),
 }  # fmt: skip
 
@@ -116,10 +116,10 @@ def test_damaged_images_are_read_or_refused(tmp_path, kind):
     assert counts["refused"] > 0
 
 
-def test_a_damaged_real_photo_is_read_or_refused(tmp_path):
-    if not REAL_PHOTO.is_file():
-        pytest.skip(f"{REAL_PHOTO} is absent")
-    data = REAL_PHOTO.read_bytes()
+def test_a_damaged_real_image_is_read_or_refused(tmp_path):
+    if not REAL_IMAGE.is_file():
+        pytest.skip(f"{REAL_IMAGE} is absent")
+    data = REAL_IMAGE.read_bytes()
     counts = _outcomes(lambda path: load_image(path, where="fuzz"), data, tmp_path / "a.jpg", seed=2, number=30)
     assert min(counts.values()) > 0
 
@@ -174,11 +174,11 @@ def test_damaged_segmentations_are_read_or_refused(tmp_path, segmentation):
 
 
 def _write_refer(folder):
-    """Write a REFER and a gRefCOCO folder of two drawn photos."""
-    photos = folder / "images" / "train2014"
-    photos.mkdir(parents=True)
+    """Write a REFER and a gRefCOCO folder of two synthetic images."""
+    image_dir = folder / "images" / "train2014"
+    image_dir.mkdir(parents=True)
     for image_id in (1, 2):
-        (photos / f"{image_id}.png").write_bytes(_encoded(_drawn_photo(), "PNG"))
+        (image_dir / f"{image_id}.png").write_bytes(_encoded(_random_image(), "PNG"))
     images = [{"id": i, "file_name": f"{i}.png", "height": 48, "width": 64} for i in (1, 2)]
     rle = encode_mask(np.eye(48, 64, dtype=bool))
     annotations = [

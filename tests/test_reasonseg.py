@@ -1,4 +1,4 @@
-"""ReasonSeg: ignored pixels stay ignored, small shapes win, texts do not repeat, sizes are those of upright photos."""
+"""ReasonSeg: ignored pixels stay ignored, small shapes win, texts do not repeat, sizes are those of upright images."""
 
 import json
 import pickle
@@ -39,12 +39,12 @@ def shape(label, points):
     return {"label": label, "shape_type": "polygon", "points": points}
 
 
-def write(root, name="a", split="train", *, size_hw=(8, 10), exif=None, photo=True, encoding="utf-8", **changes):
+def write(root, name="a", split="train", *, size_hw=(8, 10), exif=None, image=True, encoding="utf-8", **changes):
     content = {"text": ["the box"], "is_sentence": False, "shapes": [shape("target", TARGET)], **changes}
     folder = root / split
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_bytes(json.dumps(content, ensure_ascii=False).encode(encoding))
-    if photo:
+    if image:
         extra = {}
         if exif is not None:
             extra["exif"] = Image.Exif()
@@ -93,7 +93,7 @@ def test_flag_shapes_mean_nothing(tmp_path):
     assert ignored is None
 
 
-def test_points_lines_and_shapes_beyond_the_photo_are_painted_where_they_show(tmp_path):
+def test_points_lines_and_shapes_beyond_the_image_are_painted_where_they_show(tmp_path):
     target, _ = painted(
         tmp_path, shape("target", [[2.9, 7]]), shape("target", [[0, 0], [3, 0]]), shape("target", [[8, 4], [99, 4]])
     )
@@ -145,7 +145,7 @@ def test_what_operating_systems_leave_in_a_folder_is_no_item(tmp_path):
     assert len(load(root=tmp_path)) == len(expressions(root=tmp_path, split="train")) == 1
 
 
-def test_photo_and_file_may_have_two_unicode_forms_of_one_name(tmp_path):
+def test_image_and_file_may_have_two_unicode_forms_of_one_name(tmp_path):
     write(tmp_path, unicodedata.normalize("NFD", "caf\u00e9"))
     folder = tmp_path / "train"
     (folder / unicodedata.normalize("NFD", "caf\u00e9.jpg")).rename(folder / "caf\u00e9.jpg")
@@ -173,7 +173,7 @@ def test_files_in_windows_letters_and_with_a_byte_order_mark_are_read(tmp_path):
         ({"shapes": [shape("target", [[1, float("nan")]])]}, "found point"),
         ({"shapes": [shape("target", [[1, 1e9]])]}, "within 100000 px"),
         ({"shapes": [shape("target", [])]}, "found no points"),
-        ({"photo": False}, r"a\.jpg: no such image file"),
+        ({"image": False}, r"a\.jpg: no such image file"),
     ],
 )
 def test_a_malformed_file_is_named_when_it_is_asked_for(tmp_path, changes, reason):
@@ -205,7 +205,7 @@ def test_an_absent_or_empty_folder_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_masks_fit_the_photo_as_it_is_opened(tmp_path, orientation):
+def test_masks_fit_the_image_as_it_is_opened(tmp_path, orientation):
     write(tmp_path, exif=orientation, size_hw=(8, 12))
     sample = load(root=tmp_path).get(0, rng())
     image = load_image(sample.image_path, where="x", expected_hw=sample.image_hw)
@@ -215,7 +215,7 @@ def test_masks_fit_the_photo_as_it_is_opened(tmp_path, orientation):
 
 @pytest.mark.parametrize("orientation", [2, 3, 5, 6, 7, 8])
 @pytest.mark.parametrize("ignored", [[], [shape("ignore", INNER)]])
-def test_a_turned_photo_has_the_target_that_the_released_script_paints_on_the_stored_one(
+def test_a_turned_image_has_the_target_that_the_released_script_paints_on_the_stored_one(
     tmp_path, orientation, ignored
 ):
     write(tmp_path, exif=orientation, size_hw=(9, 12), split="val", shapes=[shape("target", TARGET), *ignored])
@@ -228,7 +228,7 @@ def test_a_turned_photo_has_the_target_that_the_released_script_paints_on_the_st
     assert (decode_rle(upright.released_target) == np.asarray(turned)).all()
     assert upright.released_target["size"] == upright.target["size"] == list(upright_hw(path, "x"))
     assert upright.released_target != upright.target and stored.released_target is None
-    # The points are those of the upright photo: painted on the stored one they lie elsewhere.
+    # The points are those of the upright image: painted on the stored one they lie elsewhere.
     assert (decode_rle(stored.target) == paint(read_item(path.with_suffix(".json")).shapes, (9, 12))[0]).all()
 
 
@@ -240,7 +240,7 @@ def _with_orientation(mask, path, orientation):
 
 
 @pytest.mark.parametrize("orientation", [None, 1])
-def test_a_photo_without_a_turn_has_one_target(tmp_path, orientation):
+def test_an_image_without_a_turn_has_one_target(tmp_path, orientation):
     write(tmp_path, exif=orientation, split="val")
     (upright,) = expressions(root=tmp_path, split="val")
     assert upright.released_target is None
@@ -339,17 +339,17 @@ def test_real_files_load(tmp_path):
 
 
 def test_shapes_load_with_exact_masks(tmp_path):
-    photos = tmp_path / "images"
-    photos.mkdir()
+    images = tmp_path / "images"
+    images.mkdir()
     records, scenes = [], []
     for number in range(10):
         scene = sample_scene(rng(number), SceneRules())
         image = {"id": number, "file_name": f"{number}.jpg", "height": scene.image_hw[0], "width": scene.image_hw[1]}
-        (photos / image["file_name"]).write_bytes(encode_jpeg(paint_scene(rng(number), scene)))
+        (images / image["file_name"]).write_bytes(encode_jpeg(paint_scene(rng(number), scene)))
         grounded = grounded_record(rng(number), scene, image)
         records.append({"split": "train", "image": image, "grounded": grounded})
         scenes.append(scene)
-    write_grounded(tmp_path, records, photos)
+    write_grounded(tmp_path, records, images)
     source = load(root=tmp_path / "reason_seg")
     assert len(source) == 10
     num_ignored = 0

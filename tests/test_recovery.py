@@ -51,15 +51,15 @@ def mixed(data_root, tmp_path_factory):
         for number in range(8)
     ]
     (folder / "texts.json").write_text(json.dumps(texts))
-    drawn = "${paths.data}/refshapes"
-    photos = f"{drawn}/images/train2014"
+    sampled = "${paths.data}/refshapes"
+    images = f"{sampled}/images/train2014"
     return (
         *(item for item in SMALL if not item.startswith(("data.sources", "data.repeats", "experiment", "data.pack"))),
         *("name=mixed", "model=tiny", "source@data.sources=[refshapes,llava_mix665k,osprey_short_form]"),
-        f"data.sources.llava_mix665k.annotations={drawn}/llava/llava_v1_5_mix665k.json",
-        f"data.sources.llava_mix665k.image_dir={drawn}/images",
-        f"data.sources.osprey_short_form.annotations={drawn}/osprey/osprey_short_form.json",
-        f"data.sources.osprey_short_form.image_dirs=[{photos}]",
+        f"data.sources.llava_mix665k.annotations={sampled}/llava/llava_v1_5_mix665k.json",
+        f"data.sources.llava_mix665k.image_dir={sampled}/images",
+        f"data.sources.osprey_short_form.annotations={sampled}/osprey/osprey_short_form.json",
+        f"data.sources.osprey_short_form.image_dirs=[{images}]",
         "+data.sources.texts={_target_: pixel_sail.data.sources.llava.load, name: texts, "
         f"annotations: {folder / 'texts.json'}, image_dir: {folder}}}",
         *("+data.repeats.texts=2.5", "data.global_batch_size=4", "data.micro_batch_size=1"),

@@ -91,7 +91,7 @@ def test_shared_refcocog_sample_loads_as_marked_objects():
     assert len(seen) == 4
 
 
-def test_shared_refcocog_sample_without_photos_reaches_every_sentence():
+def test_shared_refcocog_sample_without_images_reaches_every_sentence():
     root = shared_data("derived_refer_mini_nophotos")
     source = refcocog_vp.load(root=root, absent_fraction=0.0)
     annotations = load_refer(root, "refcocog", "train")

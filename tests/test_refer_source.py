@@ -124,8 +124,8 @@ def test_absent_files_are_data_errors(tmp_path):
         load_refer(tmp_path, "toy", "train")
 
 
-def test_the_release_draws_five_objects_with_replacement_and_asks_for_each_with_one_sentence(tmp_path):
-    source = _source(_write(tmp_path), draws="released", question_style="short")
+def test_the_release_samples_five_objects_with_replacement_and_asks_for_each_with_one_sentence(tmp_path):
+    source = _source(_write(tmp_path), expression_sampling="released", question_style="short")
     sentences = {"top left box", "upper box", "the a box .", "lower box", "the b box"}
     same, seen = set(), Counter()
     for seed in range(60):
@@ -147,13 +147,13 @@ def test_of_several_refs_of_an_object_the_release_keeps_the_last_but_those_of_gr
     refs = [_ref(1, 1, 10, "train", (1, "first")), _ref(2, 1, 10, "train", (2, "second"))]
     root = _write(tmp_path, refs=refs)
     for option, expected in (("ours", {"first", "second"}), ("released", {"second"})):
-        source = _source(root, draws=option, question_style="short")
+        source = _source(root, expression_sampling=option, question_style="short")
         turns = [turn for seed in range(20) for turn in source.get(0, np.random.default_rng(seed)).turns]
         assert {turn.question for turn in turns} == expected
     refs = [_ref(1, 1, [10], "train", (1, "first")), _ref(2, 1, [10], "train", (2, "second"))]
     refs += [_ref(3, 1, [-1], "train", (3, "nothing"))]
     _write(tmp_path, dataset="grefs", refs=refs, name="grefs(unc).json")
-    source = load(root=root, dataset="grefs", draws="released", question_style="short")
+    source = load(root=root, dataset="grefs", expression_sampling="released", question_style="short")
     turns = [turn for seed in range(20) for turn in source.get(0, np.random.default_rng(seed)).turns]
     assert {turn.question for turn in turns} == {"first", "second", "nothing"}
     assert {turn.answer for turn in turns if turn.question == "nothing"} == {NO_TARGET_ANSWER}
@@ -406,7 +406,7 @@ def test_shared_refcocog_sample_loads():
         assert decode_rle(expression.target).sum() == pytest.approx(area, rel=0.02)
 
 
-def test_shared_refcocog_sample_without_photos_loads():
+def test_shared_refcocog_sample_without_images_loads():
     root = shared_data("derived_refer_mini_nophotos")
     train, val = (expressions(load_refer(root, "refcocog", split)) for split in ("train", "val"))
     assert (len(train), len({e.ref_id for e in train})) == (16, 8)
@@ -433,7 +433,7 @@ def test_shared_grefcoco_sample_loads():
 
 
 @pytest.mark.parametrize("height", [10**9, 10**400])
-def test_an_image_size_that_no_photo_has_is_refused(tmp_path, height):
+def test_an_image_size_that_no_image_has_is_refused(tmp_path, height):
     images = [{**image, "height": height} for image in INSTANCES["images"]]
     _write(tmp_path, instances={**INSTANCES, "images": images})
     with pytest.raises(DataError, match=r"image id \d+: found .*expected (at most|a number of 64 bits)"):

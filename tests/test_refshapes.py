@@ -1,6 +1,6 @@
 """RefShapes: exact masks, expressions that mean what they say, genuine formats, the same bytes for the same seed.
 
-Place in the flow: checks `pixel_sail/refshapes` and `tools/make_refshapes.py`. Each test draws its own few images.
+Place in the flow: checks `pixel_sail/refshapes` and `tools/make_refshapes.py`. Each test renders its own few images.
 """
 
 import itertools
@@ -36,13 +36,13 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scene_of(split: str, index: int) -> Scene:
-    return formats.draw_scene(3, split, index)[1]
+    return formats.sample_described_scene(3, split, index)[1]
 
 
 def sentences_of(split: str, num_images: int) -> list[tuple[Scene, Sentence]]:
     found: list[tuple[Scene, Sentence]] = []
     for index in range(num_images):
-        _, scene, singles = formats.draw_scene(3, split, index)
+        _, scene, singles = formats.sample_described_scene(3, split, index)
         describer = Describer(scene, np.random.default_rng(index), may_name_held_out=split == "testB")
         several = [describer.plural() for _ in range(6)] + [describer.no_target() for _ in range(12)]
         found += [(scene, sentence) for sentence in [*singles, *filter(None, several)]]
@@ -81,10 +81,10 @@ def test_masks_are_disjoint_and_keep_their_visible_fraction() -> None:
 def test_masks_cover_the_pixels_that_carry_the_paint() -> None:
     mean = {"red": (1, -1, -1), "green": (-1, 1, -1), "blue": (-1, -1, 1)}
     scenes = [scene_of("train", index) for index in range(30)]
-    pictures = {id(scene): paint_scene(np.random.default_rng(0), scene).astype(float) for scene in scenes}
+    images = {id(scene): paint_scene(np.random.default_rng(0), scene).astype(float) for scene in scenes}
     found = [(scene, item) for scene in scenes for item in scene.objects if item.colour in mean]
     for scene, item in found:
-        redness = pictures[id(scene)] @ np.array(mean[item.colour])
+        redness = images[id(scene)] @ np.array(mean[item.colour])
         outside = ~np.any([other.mask for other in scene.objects], axis=0)
         assert redness[item.mask].mean() > redness[outside].mean() + 30
     assert len(found) > 20
@@ -117,13 +117,13 @@ def test_every_expression_denotes_exactly_its_targets(split: str) -> None:
 
 @pytest.mark.parametrize("split", formats.KIND_SPLITS)
 def test_what_is_written_for_one_kind_is_decided_by_it_alone(dataset: Path, split: str) -> None:
-    """Draw the scenes of the files again, and look at the written sentences with the meaning they were drawn for."""
+    """Sample the scenes of the files again, and look at the written sentences with the meaning they were sampled for."""
     instances = read(dataset / "refshapes" / "instances.json")
     refs = [ref for ref in pickle.loads((dataset / "refshapes" / "refs(unc).p").read_bytes()) if ref["split"] == split]
     images = sorted({ref["image_id"] for ref in refs})
     assert len(images) == SPEC.num_eval
     for index, image_id in enumerate(images):
-        _, scene, sentences = formats.draw_scene(SPEC.seed, split, index)
+        _, scene, sentences = formats.sample_described_scene(SPEC.seed, split, index)
         ann_ids = [item["id"] for item in instances["annotations"] if item["image_id"] == image_id]
         written = {s["sent"]: r["ann_id"] for r in refs if r["image_id"] == image_id for s in r["sentences"]}
         assert written == {sentence.text: ann_ids[sentence.targets[0]] for sentence in sentences}
@@ -179,10 +179,10 @@ def test_words_that_suffice_without_the_colour_or_shape_do_not_put_it_to_the_tes
 
 def test_scenes_have_the_fractions_of_their_focus_and_colour_seldom_decides() -> None:
     rng = np.random.default_rng(0)
-    drawn = [pick_focus(rng, SceneRules()) for _ in range(4000)]
-    assert all(abs(drawn.count(focus) / 4000 - share) < 0.03 for focus, share in FOCUS_FRACTIONS.items())
+    sampled = [pick_focus(rng, SceneRules()) for _ in range(4000)]
+    assert all(abs(sampled.count(focus) / 4000 - share) < 0.03 for focus, share in FOCUS_FRACTIONS.items())
     assert sum(FOCUS_FRACTIONS.values()) == pytest.approx(1)
-    kinds = [sentence.kind for index in range(60) for sentence in formats.draw_scene(3, "train", index)[2]]
+    kinds = [sentence.kind for index in range(60) for sentence in formats.sample_described_scene(3, "train", index)[2]]
     assert 0.12 < kinds.count("colour") / len(kinds) < 0.35
     assert all(kinds.count(focus) / len(kinds) > 0.03 for focus in FOCI)
 
@@ -281,7 +281,7 @@ def test_held_out_pairs_are_a_tenth_of_all_pairs() -> None:
     assert len({colour for colour, _ in HELD_OUT}) == len({shape for _, shape in HELD_OUT}) == len(HELD_OUT)
 
 
-def test_held_out_pairs_are_drawn_in_test_b_only() -> None:
+def test_held_out_pairs_are_shown_in_test_b_only() -> None:
     for split in formats.SPLITS[:-1]:
         assert not any(item.is_held_out for index in range(25) for item in scene_of(split, index).objects)
     assert all(any(item.is_held_out for item in scene_of("testB", index).objects) for index in range(25))
@@ -309,7 +309,7 @@ def test_same_seed_writes_the_same_bytes_with_two_workers(dataset: Path, tmp_pat
     assert first.keys() == second.keys()
 
 
-def test_another_seed_draws_another_dataset(dataset: Path, tmp_path: Path) -> None:
+def test_another_seed_renders_another_dataset(dataset: Path, tmp_path: Path) -> None:
     write_refshapes(tmp_path / "other", RefShapesSpec(seed=4, num_train=1, num_eval=0), num_workers=1)
     name = "images/train2014/COCO_train2014_000000000001.jpg"
     assert (tmp_path / "other" / name).read_bytes() != (dataset / name).read_bytes()

@@ -29,23 +29,23 @@ FILES = {
     "sam_captions": ("perbench/STBench_Detailed_Caption.json", "perbench/object_caption_data_train_split.json"),
     "llava_mix665k": ("llava/llava_v1_5_mix665k.json", "llava_data/LLaVA-Instruct-150K/llava_v1_5_mix665k.json"),
 }
-"""Where the drawn file lies, and where the config expects the real one."""
+"""Where the synthetic file lies, and where the config expects the real one."""
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_config_reads_files_in_their_places_and_samples_become_tokens(data_root, tmp_path, processor, name):
-    drawn = data_root / "refshapes"
+    sampled = data_root / "refshapes"
     origin, place = (Path(path) for path in FILES[name])
     (tmp_path / place).parent.mkdir(parents=True)
-    (tmp_path / place).symlink_to(drawn / origin)
+    (tmp_path / place).symlink_to(sampled / origin)
     if name == "refcocog_vp":
         (tmp_path / place).unlink()
-        shutil.copytree(drawn / origin, tmp_path / place)
+        shutil.copytree(sampled / origin, tmp_path / place)
         (tmp_path / place / "refs(unc).p").rename(tmp_path / place / "refs(umd).p")
-    photos = ["coco/train2017", "ref_seg/images/train2014", "perbench/images", "llava_data/llava_images/train2014"]
-    for folder in photos:
+    images = ["coco/train2017", "ref_seg/images/train2014", "perbench/images", "llava_data/llava_images/train2014"]
+    for folder in images:
         (tmp_path / folder).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / folder).symlink_to(drawn / "images/train2014")
+        (tmp_path / folder).symlink_to(sampled / "images/train2014")
     config = OmegaConf.load(CONFIG_FOLDER / "source" / f"{name}.yaml")
     source = instantiate(OmegaConf.merge({"paths": {"data": str(tmp_path)}, "data": {"details": "ours"}}, config)[name])
     assert source.name == name and len(source) >= 3

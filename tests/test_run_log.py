@@ -28,12 +28,12 @@ PLAIN = re.compile(r"pixel_sail\.training\.log: (step .*)")
 
 
 @pytest.fixture
-def rows(draw_sample, processor):
+def rows(make_sample, processor):
     """Two rows of examples: images of two sizes with masks, one without, and a sample of text alone."""
     rng = np.random.default_rng(0)
     wanted = [[((64, 48), (2, 1)), ((40, 64), (1,)), (None, (0,))], [((48, 48), (0, 0))]]
-    drawn = [[draw_sample(rng, size_hw=size, masks_per_turn=masks) for size, masks in row] for row in wanted]
-    return [[processor.encode_sample(*pair, independent_turns=True) for pair in row] for row in drawn]
+    sampled = [[make_sample(rng, size_hw=size, masks_per_turn=masks) for size, masks in row] for row in wanted]
+    return [[processor.encode_sample(*pair, independent_turns=True) for pair in row] for row in sampled]
 
 
 def test_useful_operations_are_those_of_each_sample_alone(rows, make_batch, make_config):
@@ -229,7 +229,7 @@ def test_the_file_has_the_numbers_under_earlier_keys_as_well(two_sessions):
         assert [line[old] for line in lines if old in line] == [line[new] for line in lines if new in line] != []
 
 
-def test_tensorboard_holds_the_numbers_and_pictures_of_both_sessions(two_sessions):
+def test_tensorboard_holds_the_numbers_and_images_of_both_sessions(two_sessions):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run_dir, _, _ = two_sessions
@@ -242,10 +242,10 @@ def test_tensorboard_holds_the_numbers_and_pictures_of_both_sessions(two_session
         shown = [(event.step, event.value) for event in events.Scalars(name)]
         assert np.allclose(shown, expected, rtol=1e-5), name
     assert "total" not in events.Tags()["scalars"]
-    pictures = events.Images("refshapes_val/0")
-    assert [picture.step for picture in pictures] == [2, 4]
-    with Image.open(io.BytesIO(pictures[0].encoded_image_string)) as picture:
-        assert picture.width > picture.height, "true and predicted mask side by side"
+    images = events.Images("refshapes_val/0")
+    assert [image.step for image in images] == [2, 4]
+    with Image.open(io.BytesIO(images[0].encoded_image_string)) as image:
+        assert image.width > image.height, "true and predicted mask side by side"
 
 
 def test_wandb_goes_on_offline_under_the_same_id(two_sessions):
@@ -253,16 +253,16 @@ def test_wandb_goes_on_offline_under_the_same_id(two_sessions):
     own = (run_dir / "wandb_id").read_text()
     files = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))
     assert [path.name for path in files] == [f"run-{own}.wandb"] * 2
-    totals, pictures = [], []
+    totals, images = [], []
     for path in files:
         records = read_wandb(path)
         assert {record.run.run_id for record in records if record.HasField("run")} == {own}
         rows = history(records)
         totals += [(row["_step"], row["loss/total"]) for row in rows if "loss/total" in row]
-        pictures += [row["_step"] for row in rows if "refshapes_val.filenames" in row]
+        images += [row["_step"] for row in rows if "refshapes_val.filenames" in row]
         assert list(path.parent.glob("files/media/images/*.png"))
     expected = [(line["step"], line["loss/total"]) for line in log_lines(run_dir) if "loss/total" in line]
-    assert totals == expected and pictures == [2, 4]
+    assert totals == expected and images == [2, 4]
 
 
 def test_two_ranks_write_one_log_of_their_common_numbers(data_root, tmp_path):

@@ -31,13 +31,13 @@ def _sam(tmp_path, records, **settings):
     return sam_captions.load(annotations=tmp_path / "sam.json", image_dir=tmp_path / "images", **settings)
 
 
-def _photo(captions, name="sa_1.jpg"):
+def _image(captions, name="sa_1.jpg"):
     items = [{"segmentation": encode_mask(column(i)), "caption": text} for i, text in enumerate(captions)]
     return {"image_name": name, "object_annotations": items}
 
 
-def test_a_photograph_is_as_many_items_as_groups_and_every_object_is_reached_with_any_other(tmp_path):
-    source = _sam(tmp_path, [_photo([f"Thing number {k}." for k in range(12)]), _photo(["A cat here."], "sa_2.jpg")])
+def test_an_image_is_as_many_items_as_groups_and_every_object_is_reached_with_any_other(tmp_path):
+    source = _sam(tmp_path, [_image([f"Thing number {k}." for k in range(12)]), _image(["A cat here."], "sa_2.jpg")])
     assert len(source) == 4
     pairs, seen = set(), Counter()
     for seed in range(120):
@@ -59,10 +59,10 @@ def test_a_photograph_is_as_many_items_as_groups_and_every_object_is_reached_wit
 
 
 def test_captions_that_only_speak_of_the_marker_are_left_out_and_counted(tmp_path, caplog):
-    records = [_photo(["The cat is highlighted.", "A dog, outlined by a yellow edge, sleeps.", " "]), _photo([""])]
+    records = [_image(["The cat is highlighted.", "A dog, outlined by a yellow edge, sleeps.", " "]), _image([""])]
     source = _sam(tmp_path, records)
     assert len(source) == 1
-    assert "left out 3 of 4 captions" in caplog.text and "1 of 2 photographs" in caplog.text
+    assert "left out 3 of 4 captions" in caplog.text and "1 of 2 images" in caplog.text
     sample = get(source)
     assert [turn.answer.split(": ")[1] for turn in sample.turns] == ["A dog sleeps."]
     assert list(marked_regions(sample).values()) == [1]
@@ -85,7 +85,7 @@ def test_captions_that_only_speak_of_the_marker_are_left_out_and_counted(tmp_pat
     ],
 )  # fmt: skip
 def test_malformed_sam_records_are_refused(tmp_path, record, message):
-    source = _sam(tmp_path, [_photo(["A dog."]), record])
+    source = _sam(tmp_path, [_image(["A dog."]), record])
     numbers = [i for i in range(len(source)) if i > 0]
     if not numbers:
         assert record["object_annotations"] == []  # nothing to ask, and nothing to read the name for
@@ -94,7 +94,7 @@ def test_malformed_sam_records_are_refused(tmp_path, record, message):
         get(source, 1)
 
 
-def test_drawn_perbench_captions_load_as_training_data(data_root):
+def test_synthetic_perbench_captions_load_as_training_data(data_root):
     root = data_root / "refshapes"
     file = root / "perbench" / "STBench_Detailed_Caption.json"
     source = sam_captions.load(annotations=file, image_dir=root / "images/train2014")
@@ -108,7 +108,7 @@ def test_drawn_perbench_captions_load_as_training_data(data_root):
         load_image(sample.image_path, where=sample.sample_id, expected_hw=sample.image_hw)
 
 
-def test_a_real_sam_photograph_with_its_mask_and_caption_becomes_tokens(tmp_path, processor):
+def test_a_real_sam_image_with_its_mask_and_caption_becomes_tokens(tmp_path, processor):
     folder = shared_data("dam_dlc_bench")
     mask = np.asarray(Image.open(folder / "images_1_example_mask.png").convert("L")) > 127
     caption = next(iter(json.loads((folder / "dam_3b_v1.json").read_text()).values()))
@@ -153,7 +153,7 @@ def test_a_real_sam_photograph_with_its_mask_and_caption_becomes_tokens(tmp_path
         ("The dog has been outlined by a yellow contour.", ""),
         ("Yellow outline.", ""),
         ("The lamp highlights the yellow edge of the book.", ""),
-        # What is in the picture stays, word for word.
+        # What is in the image stays, word for word.
         ("The building is highlighted by the sunlight.", "The building is highlighted by the sunlight."),
         ("Lights highlight its shape , and highlights shine.", "Lights highlight its shape , and highlights shine."),
         ("A yellow bus with a yellow line on its side.", "A yellow bus with a yellow line on its side."),

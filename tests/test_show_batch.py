@@ -5,24 +5,24 @@ from PIL import Image
 from running import load_tool
 
 from pixel_sail.evaluation.batch_view import patches_to_pixels, view_samples
-from pixel_sail.evaluation.sample_picture import WIDTH_PX, draw_masks, mask_numbers, scale_mask
+from pixel_sail.evaluation.sample_image import WIDTH_PX, mask_numbers, render_masks, scale_mask
 from pixel_sail.evaluation.stage_view import token_kinds
 
 
-def test_pictures_mark_every_mask_and_prompt_however_small():
+def test_images_mark_every_mask_and_prompt_however_small():
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (900, 1200, 3), dtype=np.uint8))
     mask = np.zeros((900, 1200), bool)
     mask[700, 801] = True
-    plain = draw_masks(image, [], {})
+    plain = render_masks(image, [], {})
     assert plain.shape == (360, WIDTH_PX, 3)
-    assert (draw_masks(image, [mask], {}) != plain).any() and (draw_masks(image, [], {4: mask}) != plain).any()
+    assert (render_masks(image, [mask], {}) != plain).any() and (render_masks(image, [], {4: mask}) != plain).any()
     assert scale_mask(mask, (360, 480)).sum() == 1
     assert scale_mask(mask[:6, :8] | True, (12, 16)).sum() == 12 * 16
     assert mask_numbers([mask, ~mask, mask]) == [0, 1, 0]
 
 
-def test_the_first_batch_is_shown_as_text_and_pictures(data_root, tmp_path, monkeypatch, capsys):
+def test_the_first_batch_is_shown_as_text_and_images(data_root, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
     arguments = ["experiment=quickstart", "data.micro_batch_size=4", f"out={tmp_path / 'view'}"]
     assert load_tool("show_batch").main(arguments) == 0
@@ -59,10 +59,10 @@ def test_help_is_the_words_at_the_top_and_every_setting(capsys):
     assert "data.global_batch_size" in printed and "optim.lr" in printed
 
 
-def test_a_shown_batch_has_the_pixels_and_prompts_of_its_samples(processor, make_batch, draw_sample, tmp_path):
+def test_a_shown_batch_has_the_pixels_and_prompts_of_its_samples(processor, make_batch, make_sample, tmp_path):
     rng = np.random.default_rng(1)
-    sample, image = draw_sample(rng, size_hw=(16, 24), masks_per_turn=(2, 0), prompts=(2,))
-    text_only, _ = draw_sample(rng, size_hw=None, masks_per_turn=(0,), sample_id="words")
+    sample, image = make_sample(rng, size_hw=(16, 24), masks_per_turn=(2, 0), prompts=(2,))
+    text_only, _ = make_sample(rng, size_hw=None, masks_per_turn=(0,), sample_id="words")
     batch = make_batch(
         [processor.encode_sample(sample, image, independent_turns=True),
          processor.encode_sample(text_only, None, independent_turns=True)]
@@ -75,7 +75,7 @@ def test_a_shown_batch_has_the_pixels_and_prompts_of_its_samples(processor, make
         "here [SEG] and here [SEG]<|endoftext|>",
         "no<|endoftext|>",
     ]
-    assert (second.picture, second.first) == (None, sum(run.num_tokens for run in first.runs))
+    assert (second.image, second.first) == (None, sum(run.num_tokens for run in first.runs))
     kinds = token_kinds(batch)
     assert (kinds == 3).sum() == len(batch.targets_M) and (kinds == 1).sum() == 2 * 3 + 2
     assert ((kinds == 0) == (batch.sample_index_BT < 0).numpy()).all()

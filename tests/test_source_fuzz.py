@@ -4,9 +4,9 @@ import copy
 import json
 import shutil
 
-import drawn_panoptic
 import numpy as np
 import pytest
+import synthetic_panoptic
 from PIL import Image
 from running import ROOT
 from test_reader_fuzz import limited_memory, mutated_bytes, own_cache  # noqa: F401, the fixtures hold for this file too
@@ -92,27 +92,27 @@ def _go_through(source):
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory, data_root):
-    """Draw two images in every grounded format, and copy the first items of the others."""
-    out = tmp_path_factory.mktemp("drawn")
-    photos = out / "photos"
-    photos.mkdir()
+def sampled(tmp_path_factory, data_root):
+    """Sample two images in every grounded format, and copy the first items of the others."""
+    out = tmp_path_factory.mktemp("sampled")
+    images = out / "images"
+    images.mkdir()
     records = []
     for image_id, split in ((1, "train"), (2, "train"), (3, "val")):
         rng = np.random.default_rng(image_id)
         scene = sample_scene(rng, RULES[split])
         height, width = scene.image_hw
         image = {"id": image_id, "file_name": f"COCO_train2014_{image_id:012d}.jpg", "height": height, "width": width}
-        (photos / image["file_name"]).write_bytes(encode_jpeg(paint_scene(rng, scene)))
+        (images / image["file_name"]).write_bytes(encode_jpeg(paint_scene(rng, scene)))
         records.append({"split": split, "image": image, "grounded": grounded_record(rng, scene, image)})
-    write_grounded(out, records, photos)
+    write_grounded(out, records, images)
     for path in (data_root / "refshapes").glob("*/*.json"):
         if path.parent.name in ("osprey", "llava", "perbench"):
             (out / path.parent.name).mkdir(exist_ok=True)
             (out / path.parent.name / path.name).write_text(json.dumps(json.loads(path.read_text())[:2]))
-    drawn_panoptic.write(out / "coco")
+    synthetic_panoptic.write(out / "coco")
     for name in ("000000000004.jpg", "000000000005.jpg"):
-        Image.new("RGB", (6, 4)).save(photos / name)
+        Image.new("RGB", (6, 4)).save(images / name)
     shape = {"segmentation": [[0, 0, 3, 0, 3, 3]], "image_id": 1, "id": 1}
     image = {"id": 1, "file_name": "000000000004.jpg", "height": 4, "width": 6, "caption": "a thing"}
     boxed = {
@@ -130,42 +130,42 @@ def drawn(tmp_path_factory, data_root):
 GCG = "glamm_data/annotations/"
 PANOPTIC = "coco/annotations/panoptic_train2017.json"
 READERS = {
-    "boxed expressions": ("boxed.json", lambda f, d: boxed_expressions.load(annotations=f, image_dir=d / "photos")),
+    "boxed expressions": ("boxed.json", lambda f, d: boxed_expressions.load(annotations=f, image_dir=d / "images")),
     "osprey": ("osprey/osprey_conversation.json",
-               lambda f, d: _go_through(osprey.load(annotations=f, image_dirs=[d / "photos"], name="osprey"))),
+               lambda f, d: _go_through(osprey.load(annotations=f, image_dirs=[d / "images"], name="osprey"))),
     "osprey details": ("osprey/osprey_detail_description.json",
                        lambda f, d: _go_through(osprey.load(
-                           annotations=f, image_dirs=[d / "photos"], name="osprey", content="description"))),
+                           annotations=f, image_dirs=[d / "images"], name="osprey", content="description"))),
     "llava": ("llava/llava_v1_5_mix665k.json",
-              lambda f, d: _go_through(llava.load(annotations=f, image_dir=d / "photos"))),
+              lambda f, d: _go_through(llava.load(annotations=f, image_dir=d / "images"))),
     "sam captions": ("perbench/STBench_Detailed_Caption.json",
-                     lambda f, d: _go_through(sam_captions.load(annotations=f, image_dir=d / "photos"))),
+                     lambda f, d: _go_through(sam_captions.load(annotations=f, image_dir=d / "images"))),
     "perbench captions": ("perbench/STBench_Detailed_Caption.json",
-                          lambda f, d: perbench.load_captions(f, image_dir=d / "photos")),
-    "perbench choices": ("perbench/STBench_MCQ.json", lambda f, d: perbench.load_choices(f, image_dir=d / "photos")),
+                          lambda f, d: perbench.load_captions(f, image_dir=d / "images")),
+    "perbench choices": ("perbench/STBench_MCQ.json", lambda f, d: perbench.load_choices(f, image_dir=d / "images")),
     "perbench vres": ("perbench/STBench_VRES.json",
-                      lambda f, d: perbench.load_visual_referring(f, image_dir=d / "photos")),
-    "region captions": ("regions.json", lambda f, d: region_caption.load_region_captions(f, image_dir=d / "photos")),
+                      lambda f, d: perbench.load_visual_referring(f, image_dir=d / "images")),
+    "region captions": ("regions.json", lambda f, d: region_caption.load_region_captions(f, image_dir=d / "images")),
     "grandf": (GCG + "GranDf_HA_GCG_train.json",
-               lambda f, d: _go_through(grandf.load(annotations=f, image_dir=d / "photos"))),
+               lambda f, d: _go_through(grandf.load(annotations=f, image_dir=d / "images"))),
     "refcocog gcg": (GCG + "RefCOCOg_GCG_train.json",
-                     lambda f, d: _go_through(refcocog_gcg.load(annotations=f, image_dir=d / "photos"))),
+                     lambda f, d: _go_through(refcocog_gcg.load(annotations=f, image_dir=d / "images"))),
     "flickr gcg": (GCG + "flickr_mergedGT_GCG_train.json",
-                   lambda f, d: _go_through(flickr_gcg.load(annotations=f, image_dir=d / "photos"))),
+                   lambda f, d: _go_through(flickr_gcg.load(annotations=f, image_dir=d / "images"))),
     "gcg masks": (GCG + "gcg_val_test/val_gcg_coco_mask_gt.json",
-                  lambda f, d: gcg_benchmark.load(root=f.parent, split="val", image_dir=d / "photos")),
+                  lambda f, d: gcg_benchmark.load(root=f.parent, split="val", image_dir=d / "images")),
     "gcg captions": (GCG + "gcg_val_test/val_gcg_coco_caption_gt.json",
-                     lambda f, d: gcg_benchmark.load(root=f.parent, split="val", image_dir=d / "photos")),
-    "muse": ("muse/MUSE_train.json", lambda f, d: _go_through(muse.load(annotations=f, image_dir=d / "photos"))),
+                     lambda f, d: gcg_benchmark.load(root=f.parent, split="val", image_dir=d / "images")),
+    "muse": ("muse/MUSE_train.json", lambda f, d: _go_through(muse.load(annotations=f, image_dir=d / "images"))),
     "coco panoptic": (PANOPTIC, lambda f, d: _go_through(
-        coco_panoptic.load(root=d / "coco", image_dir=d / "photos"))),
+        coco_panoptic.load(root=d / "coco", image_dir=d / "images"))),
     "coco semantic": (PANOPTIC, lambda f, d: _go_through(
-        coco_semantic.load(root=d / "coco", image_dir=d / "photos"))),
-    "coco vp": (PANOPTIC, lambda f, d: _go_through(coco_vp.load(root=d / "coco", image_dir=d / "photos"))),
+        coco_semantic.load(root=d / "coco", image_dir=d / "images"))),
+    "coco vp": (PANOPTIC, lambda f, d: _go_through(coco_vp.load(root=d / "coco", image_dir=d / "images"))),
     "pix2cap seg": (PANOPTIC, lambda f, d: _go_through(
-        pix2cap_seg.load(file=f, root=d / "coco", image_dir=d / "photos"))),
+        pix2cap_seg.load(file=f, root=d / "coco", image_dir=d / "images"))),
     "pix2cap vp": (PANOPTIC, lambda f, d: _go_through(
-        pix2cap_vp.load(file=f, root=d / "coco", image_dir=d / "photos"))),
+        pix2cap_vp.load(file=f, root=d / "coco", image_dir=d / "images"))),
 }  # fmt: skip
 
 
@@ -189,15 +189,15 @@ def damage_and_read(file, folder, read, *, seed, number=NUM_DAMAGES):
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_damaged_annotations_are_read_or_refused(name, drawn, tmp_path):
-    shutil.copytree(drawn, tmp_path / "data")
+def test_damaged_annotations_are_read_or_refused(name, sampled, tmp_path):
+    shutil.copytree(sampled, tmp_path / "data")
     file, read = READERS[name]
     counts = damage_and_read(tmp_path / "data" / file, tmp_path / "data", read, seed=1)
     assert min(counts.values()) > 0
 
 
-def test_damaged_reasonseg_items_are_read_or_refused(drawn, tmp_path):
-    shutil.copytree(drawn, tmp_path / "data")
+def test_damaged_reasonseg_items_are_read_or_refused(sampled, tmp_path):
+    shutil.copytree(sampled, tmp_path / "data")
     file = sorted((tmp_path / "data" / "reason_seg" / "train").glob("*.json"))[0]
 
     def read(file, folder):
@@ -207,8 +207,8 @@ def test_damaged_reasonseg_items_are_read_or_refused(drawn, tmp_path):
     assert min(damage_and_read(file, tmp_path / "data", read, seed=2).values()) > 0
 
 
-def test_damaged_panoptic_pngs_are_read_or_refused(drawn, tmp_path):
-    shutil.copytree(drawn, tmp_path / "data")
+def test_damaged_panoptic_pngs_are_read_or_refused(sampled, tmp_path):
+    shutil.copytree(sampled, tmp_path / "data")
     file = tmp_path / "data" / "coco" / "annotations" / "panoptic_train2017" / "000000000005.png"
     data, refused = file.read_bytes(), 0
     rng = np.random.default_rng(3)

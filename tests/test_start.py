@@ -26,7 +26,7 @@ SMALL = tuple(
     }.items()
 )
 
-DRAWN = {
+INITIALIZED = {
     **{key: ["mask_head"] for key in ("stride_2", "stride_8", "stride_16", "upsampler_off")},
     **{key: ["mask_head"] for key in ("upsampler_bilinear", "upsampler_pixel_shuffle", "mask_dim_256")},
     **{key: ["prompt_projection"] for key in ("prompts_pooled", "prompts_off", "prompts_unprojected")},
@@ -65,10 +65,10 @@ def base(data_root, tmp_path_factory):
 
 def test_every_ablation_of_the_architecture_is_tried_here():
     files = {name: (CONFIG_FOLDER / "ablation" / f"{name}.yaml").read_text() for name in names("ablation")}
-    assert sorted(DRAWN) == sorted(name for name, text in files.items() if "architecture:" in text)
+    assert sorted(INITIALIZED) == sorted(name for name, text in files.items() if "architecture:" in text)
 
 
-@pytest.mark.parametrize("ablation", DRAWN)
+@pytest.mark.parametrize("ablation", INITIALIZED)
 def test_an_ablation_starts_from_the_cards_base(data_root, base, ablation, caplog):
     config = configured(data_root, f"ablation={ablation}", f"model.init_from={base}")
     with caplog.at_level(logging.INFO):
@@ -83,26 +83,28 @@ def test_an_ablation_starts_from_the_cards_base(data_root, base, ablation, caplo
         config.model.architecture
     )
     unkept = {name for name, tensor in found.items() if name not in start or not equal(tensor, start[name])}
-    drawn = {name for name in found if any(re.match(NAMES[part], name) for part in DRAWN[ablation])}
-    # Biases and norms are drawn as the constants they were.
-    assert {name for name in drawn if found[name].unique().numel() > 1} <= unkept <= drawn | {"lm_head.weight"}
+    initialized = {name for name in found if any(re.match(NAMES[part], name) for part in INITIALIZED[ablation])}
+    # Biases and norms are initialized as the constants they were.
+    assert (
+        {name for name in initialized if found[name].unique().numel() > 1} <= unkept <= initialized | {"lm_head.weight"}
+    )
     again = build(configured(data_root, f"ablation={ablation}", f"model.init_from={base}")).state_dict()
     assert all(torch.equal(found[name], again[name]) for name in found)
-    for name in drawn:
-        assert name in caplog.text, "the log lists what was drawn"
+    for name in initialized:
+        assert name in caplog.text, "the log lists what was initialized"
 
 
 def equal(a, b):
     return a.shape == b.shape and torch.equal(a, b)
 
 
-@pytest.mark.parametrize("ablation", [name for name, parts in DRAWN.items() if parts])
+@pytest.mark.parametrize("ablation", [name for name, parts in INITIALIZED.items() if parts])
 def test_without_permission_a_part_that_does_not_fit_is_an_error_that_says_what_to_write(data_root, base, ablation):
     config = configured(data_root, f"ablation={ablation}", f"model.init_from={base}", "model.init_fresh=[]")
     with pytest.raises(ConfigError, match=r"write model\.init_fresh=\[([a-z_,]+)\]") as caught:
         build(config)
     written = str(caught.value).partition("model.init_fresh=[")[2].partition("]")[0]
-    assert written.split(",") == DRAWN[ablation]
+    assert written.split(",") == INITIALIZED[ablation]
     config.model.init_fresh = written.split(",")
     build(config)
 
@@ -141,7 +143,7 @@ def test_tensors_that_the_start_lacks_or_has_too_many_are_an_error_whatever_is_a
             build(configured(data_root, f"model.init_from={tmp_path}", *overrides))
 
 
-def test_a_part_that_does_not_exist_cannot_be_drawn():
+def test_a_part_that_does_not_exist_cannot_be_initialized():
     with pytest.raises(ConfigError, match=r"model\.init_fresh: found \['decoder'\]"):
         load_config("train", TrainConfig, [CARD, "model.init_fresh=[decoder,mask_head]"])
 

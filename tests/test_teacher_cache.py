@@ -41,17 +41,17 @@ from pixel_sail.types import DataError, Sample, Turn
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "cache_teacher_features.py"
 GRID = StudentGrid(site="pixel_map", patch_size=8, max_long_side=64, cells_per_patch=2)
-IDENTITY = cache_identity({"kind": "drawn"}, precision="fp32", grid=GRID)
+IDENTITY = cache_identity({"kind": "sampled"}, precision="fp32", grid=GRID)
 
 
-def drawn_map(key, size=(4, 6)):
+def random_map(key, size=(4, 6)):
     rng = np.random.default_rng([ord(letter) for letter in key])
     return torch.from_numpy(rng.standard_normal((3, *size)).astype(np.float32))
 
 
 def compute(dtype, wrong=()):
     def run(keys):
-        maps = {key: encode_map(drawn_map(key), dtype) for key in keys if key not in wrong}
+        maps = {key: encode_map(random_map(key), dtype) for key in keys if key not in wrong}
         return maps, {key: "broken" for key in wrong if key in keys}
 
     return run
@@ -73,7 +73,7 @@ def test_what_is_read_is_what_was_written(tmp_path, dtype):
     cache = FeatureCache(tmp_path, IDENTITY, where="test")
     for key in "edcba":
         stored = cache.read(key, "item", map_hw=(4, 6))
-        expected = encode_map(drawn_map(key), dtype)
+        expected = encode_map(random_map(key), dtype)
         assert torch.equal(stored.features_EYX, expected.features_EYX)
         assert stored.features_EYX.dtype == (torch.float16 if dtype == "fp16" else torch.int8)
         if dtype == "int8":
@@ -98,15 +98,15 @@ def test_int8_is_wrong_by_half_a_level_at_most_and_zero_maps_stay_zero():
 def test_features_that_are_not_finite_are_refused_with_the_image(dtype, bad):
     features = torch.ones(2, 3, 4)
     features[1, 2, 3] = bad
-    with pytest.raises(DataError, match="photo 7: found 1 of 24 teacher features that are not finite"):
-        encode_map(features, dtype, "photo 7")
+    with pytest.raises(DataError, match="image 7: found 1 of 24 teacher features that are not finite"):
+        encode_map(features, dtype, "image 7")
 
 
 def test_features_too_large_for_fp16_are_refused_there_and_kept_by_int8():
     features = torch.tensor([[[65504.0, -7e4]]])
-    with pytest.raises(DataError, match="photo 7: found a teacher feature of magnitude 70000, expected at most 65504"):
-        encode_map(features, "fp16", "photo 7")
-    stored = encode_map(features, "int8", "photo 7")
+    with pytest.raises(DataError, match="image 7: found a teacher feature of magnitude 70000, expected at most 65504"):
+        encode_map(features, "fp16", "image 7")
+    stored = encode_map(features, "int8", "image 7")
     assert decode_map(stored.features_EYX, stored.scales_E)[0, 0, 1].item() == pytest.approx(-7e4)
     assert encode_map(features[..., :1], "fp16").features_EYX.item() == 65504
 
@@ -163,10 +163,10 @@ def test_an_unfinished_build_is_not_given_an_index(tmp_path):
     ("other", "named"),
     [
         (cache_identity({"kind": "other"}, precision="fp32", grid=GRID), "expert"),
-        (cache_identity({"kind": "drawn"}, precision="bf16", grid=GRID), "precision"),
+        (cache_identity({"kind": "sampled"}, precision="bf16", grid=GRID), "precision"),
         (
             cache_identity(
-                {"kind": "drawn"},
+                {"kind": "sampled"},
                 precision="fp32",
                 grid=StudentGrid(site="pixel_map", patch_size=8, max_long_side=64, cells_per_patch=4),
             ),
@@ -181,7 +181,7 @@ def test_a_cache_of_another_teacher_or_for_another_student_is_refused(tmp_path, 
 
 
 def test_maps_of_the_teachers_own_size_serve_every_student(tmp_path):
-    built(tmp_path, identity=cache_identity({"kind": "drawn"}, precision="fp32", grid=None))
+    built(tmp_path, identity=cache_identity({"kind": "sampled"}, precision="fp32", grid=None))
     assert FeatureCache(tmp_path, IDENTITY, where="test").read("a", "item", map_hw=(99, 99)) is not None
 
 
@@ -232,16 +232,16 @@ def test_a_cache_can_be_sent_to_another_process(tmp_path):
     cache.read("a", "item", map_hw=(4, 6))
     arrived = pickle.loads(pickle.dumps(cache))
     assert torch.equal(
-        arrived.read("a", "item", map_hw=(4, 6)).features_EYX, encode_map(drawn_map("a"), "fp16").features_EYX
+        arrived.read("a", "item", map_hw=(4, 6)).features_EYX, encode_map(random_map("a"), "fp16").features_EYX
     )
 
 
-class Photos:
-    """A source of drawn photos with one mask each."""
+class Images:
+    """A source of synthetic images with one mask each."""
 
     def __init__(self, folder, count=6):
         rng = np.random.default_rng(0)
-        self.name, self.paths = "photos", []
+        self.name, self.paths = "images", []
         for index in range(count):
             path = folder / f"{index}.png"
             Image.fromarray(rng.integers(0, 256, (16, 24, 3), dtype=np.uint8)).save(path)
@@ -256,16 +256,16 @@ class Photos:
     def get(self, index, rng):
         turn = Turn(question="red", answer="[SEG]", masks=(rng.random((16, 24)) < 0.5,))
         return Sample(
-            sample_id=f"photos/{index}",
-            source="photos",
+            sample_id=f"images/{index}",
+            source="images",
             image_path=self.paths[index],
             image_hw=(16, 24),
             turns=(turn,),
         )
 
 
-def photo_cache(folder, source, *, skip=0):
-    """Return a cache of the first photos, leaving out the last `skip`."""
+def image_cache(folder, source, *, skip=0):
+    """Return a cache of the first images, leaving out the last `skip`."""
     keys = {image_key(path): path for path in source.paths[: len(source) - skip]}
     plan = make_plan(list(keys), IDENTITY, dtype="fp16", images_per_shard=4)
     start_folder(folder, plan)
@@ -279,14 +279,14 @@ SETTINGS = PackingSettings(seq_len=64, packing_buffer=2)
 
 
 def mixture_of(source):
-    return Mixture({"photos": source}, {}, seed=0)
+    return Mixture({"images": source}, {}, seed=0)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_batches_carry_stored_maps_and_photos_through_the_workers(processor, tmp_path, num_workers):
-    source = Photos(tmp_path)
+def test_batches_carry_stored_maps_and_images_through_the_workers(processor, tmp_path, num_workers):
+    source = Images(tmp_path)
     choices = (
-        TeacherChoice(name="a", grid=GRID, cache=photo_cache(tmp_path / "cache", source)),
+        TeacherChoice(name="a", grid=GRID, cache=image_cache(tmp_path / "cache", source)),
         TeacherChoice(name="b", fraction=0.5, grid=GRID),
     )
     assignment = StreamAssignment(global_batch_size=2, rank=0, world_size=1, micro_batch_size=1)
@@ -309,43 +309,43 @@ def test_batches_carry_stored_maps_and_photos_through_the_workers(processor, tmp
             ):
                 path = source.paths[int(batch.sample_ids[batch.image_samples[image]].split("/")[1])]
                 if name == "a":
-                    assert torch.equal(features, encode_map(drawn_map(image_key(path)), "fp16").features_EYX)
+                    assert torch.equal(features, encode_map(random_map(image_key(path)), "fp16").features_EYX)
                 else:
                     assert features is None
-                    photo = batch.photos[batch.photo_images.index(image)]
-                    assert np.array_equal(photo.numpy(), np.array(Image.open(path)))
-            assert batch.photo_images == images.get("b", ())
-            seen_by_b += len(batch.photos)
+                    original = batch.original_images[batch.original_image_index.index(image)]
+                    assert np.array_equal(original.numpy(), np.array(Image.open(path)))
+            assert batch.original_image_index == images.get("b", ())
+            seen_by_b += len(batch.original_images)
     assert 0 < seen_by_b < 8 * 2
 
 
 def test_a_missing_image_ends_the_run_with_its_name_also_where_bad_samples_may_be_left_out(processor, tmp_path):
-    source = Photos(tmp_path)
-    choice = TeacherChoice(name="a", grid=GRID, cache=photo_cache(tmp_path / "cache", source, skip=1))
+    source = Images(tmp_path)
+    choice = TeacherChoice(name="a", grid=GRID, cache=image_cache(tmp_path / "cache", source, skip=1))
     stream = PackedStream(
         mixture_of(source), processor, SETTINGS, index=0, num_streams=1, max_skipped_fraction=1.0, teachers=[choice]
     )
     with pytest.raises(
-        TeacherCacheError, match=r"photos/5: .*5\.png: not in the cache .* of teacher a.*on_miss=online"
+        TeacherCacheError, match=r"images/5: .*5\.png: not in the cache .* of teacher a.*on_miss=online"
     ):
         list(islice(stream, 10))
 
 
-def test_a_miss_falls_back_to_the_photo_where_configured(processor, tmp_path):
-    source = Photos(tmp_path)
-    cache = photo_cache(tmp_path / "cache", source, skip=1)
+def test_a_miss_falls_back_to_the_image_where_configured(processor, tmp_path):
+    source = Images(tmp_path)
+    cache = image_cache(tmp_path / "cache", source, skip=1)
     choice = TeacherChoice(name="a", grid=GRID, cache=cache, falls_back=True)
     stream = PackedStream(mixture_of(source), processor, SETTINGS, index=0, num_streams=1, teachers=[choice])
     for number in range(len(source)):
         example = stream.example(number)
         (target,) = example.teacher_targets
-        is_last = example.sample_id == "photos/5"
-        assert (target.features_EYX is None) == is_last and (example.photo_HW3 is not None) == is_last
+        is_last = example.sample_id == "images/5"
+        assert (target.features_EYX is None) == is_last and (example.image_HW3 is not None) == is_last
 
 
 def test_changed_image_bytes_are_a_miss(processor, tmp_path):
-    source = Photos(tmp_path)
-    choice = TeacherChoice(name="a", grid=GRID, cache=photo_cache(tmp_path / "cache", source))
+    source = Images(tmp_path)
+    choice = TeacherChoice(name="a", grid=GRID, cache=image_cache(tmp_path / "cache", source))
     Image.fromarray(np.zeros((16, 24, 3), dtype=np.uint8)).save(source.paths[2])
     stream = PackedStream(mixture_of(source), processor, SETTINGS, index=0, num_streams=1, teachers=[choice])
     with pytest.raises(TeacherCacheError, match=r"2\.png: not in the cache"):
@@ -353,8 +353,8 @@ def test_changed_image_bytes_are_a_miss(processor, tmp_path):
 
 
 def test_maps_of_a_batch_are_in_order_whether_stored_or_computed(make_batch, processor, tmp_path):
-    source = Photos(tmp_path)
-    cache = photo_cache(tmp_path / "cache", source, skip=3)
+    source = Images(tmp_path)
+    cache = image_cache(tmp_path / "cache", source, skip=3)
     spec = mask2former(random=True, architecture=MASK2FORMER, shortest_edge=64, longest_edge=110)
     teacher = Teacher(spec, device="cpu", precision="fp32", max_batch=2)
     choice = TeacherChoice(name="a", grid=GRID, cache=cache, falls_back=True)
@@ -365,21 +365,21 @@ def test_maps_of_a_batch_are_in_order_whether_stored_or_computed(make_batch, pro
         number = int(example.sample_id.split("/")[1])
         if number < 3:
             key = image_key(source.paths[number])
-            assert torch.equal(found, encode_map(drawn_map(key), "fp16").features_EYX.float())
+            assert torch.equal(found, encode_map(random_map(key), "fp16").features_EYX.float())
         else:
-            photo = torch.from_numpy(np.array(Image.open(source.paths[number])))
-            torch.testing.assert_close(found, teacher.features([photo])[0], rtol=1e-4, atol=1e-5)
+            image = torch.from_numpy(np.array(Image.open(source.paths[number])))
+            torch.testing.assert_close(found, teacher.features([image])[0], rtol=1e-4, atol=1e-5)
 
 
-def test_stored_equals_online_to_rounding_on_real_photographs(tmp_path):
+def test_stored_equals_online_to_rounding_on_real_images(tmp_path):
     folder = shared_data("coco128_lightly") / "images"
     paths = sorted(folder.rglob("*.jpg"))[:6]
     spec = mask2former(random=True, architecture=MASK2FORMER, shortest_edge=96, longest_edge=160)
     teacher = Teacher(spec, device="cpu", precision="fp32", max_batch=4)
-    photos = [torch.from_numpy(np.array(Image.open(path).convert("RGB"))) for path in paths]
-    for photo, feature in zip(photos, teacher.features(photos), strict=True):
+    images = [torch.from_numpy(np.array(Image.open(path).convert("RGB"))) for path in paths]
+    for image, feature in zip(images, teacher.features(images), strict=True):
         online = resized_features(feature, (60, 80))
-        assert photo.shape[2] == 3
+        assert image.shape[2] == 3
         half, levels = (encode_map(online, dtype) for dtype in ("fp16", "int8"))
         largest = online.abs().amax(dim=(1, 2), keepdim=True)
         torch.testing.assert_close(decode_map(half.features_EYX, None), online, rtol=2**-11, atol=2**-25)

@@ -34,14 +34,14 @@ other side, so that a few pixels differ by one level and hardly any by two."""
 
 
 @pytest.fixture(scope="module")
-def photos():
+def images():
     folder = shared_data("coco128_lightly") / "images"
     paths = sorted(folder.rglob("*.jpg"))[:3]
     return [torch.from_numpy(np.array(Image.open(path).convert("RGB"))) for path in paths]
 
 
 @pytest.fixture
-def drawn():
+def random_images():
     rng = np.random.default_rng(0)
     return [
         torch.from_numpy(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in ((60, 80), (50, 90), (60, 80))
@@ -70,30 +70,30 @@ def test_sizes_are_those_of_transformers():
     for height, width in rng.integers(30, 2500, (300, 2)).tolist():
         found = ShortestEdge(short=800, long=1333)((height, width))
         assert found == get_size_with_aspect_ratio((height, width), 800, 1333)
-        picture = np.empty((3, height, width), dtype=np.uint8)
-        expected = get_resize_output_image_size(picture, 768, default_to_square=False)
+        image = np.empty((3, height, width), dtype=np.uint8)
+        expected = get_resize_output_image_size(image, 768, default_to_square=False)
         assert ShortestEdge(short=768)((height, width)) == tuple(expected)
 
 
-def test_mask2former_sees_what_the_processor_of_transformers_makes(photos):
+def test_mask2former_sees_what_the_processor_of_transformers_makes(images):
     processor = transformers.models.mask2former.image_processing_pil_mask2former.Mask2FormerImageProcessorPil()
     preprocessing = mask2former(random=True, architecture=MASK2FORMER).preprocessing
-    for photo in photos:
-        expected = processor(Image.fromarray(photo.numpy()), return_tensors="pt")["pixel_values"][0]
-        found = preprocessing(photo)
+    for image in images:
+        expected = processor(Image.fromarray(image.numpy()), return_tensors="pt")["pixel_values"][0]
+        found = preprocessing(image)
         assert found.shape == expected.shape
         assert (found - expected).abs().max() <= 2 * ONE_LEVEL
         assert (found - expected).abs().mean() < 0.05 * ONE_LEVEL
 
 
-def test_sam2_sees_what_the_settings_of_its_processor_make_of_a_photo(photos):
+def test_sam2_sees_what_the_settings_of_its_processor_make_of_an_image(images):
     processor = transformers.models.mask2former.image_processing_pil_mask2former.Mask2FormerImageProcessorPil(
         size={"height": 1024, "width": 1024}, size_divisor=0
     )
     preprocessing = sam2(random=True, architecture=SAM2).preprocessing
-    for photo in photos:
-        expected = processor(Image.fromarray(photo.numpy()), return_tensors="pt")["pixel_values"][0]
-        found = preprocessing(photo)
+    for image in images:
+        expected = processor(Image.fromarray(image.numpy()), return_tensors="pt")["pixel_values"][0]
+        found = preprocessing(image)
         assert found.shape == (3, 1024, 1024)
         assert (found - expected).abs().max() <= 2 * ONE_LEVEL
 
@@ -115,22 +115,22 @@ def test_the_settings_of_sams_processor_are_still_those():
     assert tuple(transformers.image_utils.IMAGENET_DEFAULT_STD) == IMAGENET_STD
 
 
-def test_radio_sees_bicubic_levels_at_the_nearest_multiple_of_its_patches(photos):
+def test_radio_sees_bicubic_levels_at_the_nearest_multiple_of_its_patches(images):
     preprocessing = radio(random=True, architecture=RADIO | {"patch_size": 16}, shortest_edge=300).preprocessing
-    photo = photos[0]
-    height, width = photo.shape[:2]
+    image = images[0]
+    height, width = image.shape[:2]
     size = ShortestEdge(short=300)((height, width))
-    levels = np.array(Image.fromarray(photo.numpy()).resize(size[::-1], Image.Resampling.BICUBIC))
+    levels = np.array(Image.fromarray(image.numpy()).resize(size[::-1], Image.Resampling.BICUBIC))
     pixels = torch.from_numpy(levels).permute(2, 0, 1)[None].float() / 255
     snapped = tuple(round(side / 16) * 16 for side in size)
     expected = F.interpolate(pixels, snapped, mode="bilinear", align_corners=False)[0]
     assert preprocessing.size((height, width)) == snapped
-    assert (preprocessing(photo) - expected).abs().max() <= 1.001 / 255
+    assert (preprocessing(image) - expected).abs().max() <= 1.001 / 255
 
 
-def test_a_photo_of_the_right_size_is_not_filtered():
-    photo = torch.arange(48, dtype=torch.uint8).view(4, 4, 3)
-    assert torch.equal(resize_levels(photo.permute(2, 0, 1), (4, 4), mode="bilinear"), photo.permute(2, 0, 1).float())
+def test_an_image_of_the_right_size_is_not_filtered():
+    image = torch.arange(48, dtype=torch.uint8).view(4, 4, 3)
+    assert torch.equal(resize_levels(image.permute(2, 0, 1), (4, 4), mode="bilinear"), image.permute(2, 0, 1).float())
 
 
 WHOLE = {
@@ -158,16 +158,16 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_features_are_those_of_the_whole_published_model(name, drawn, tmp_path):
+def test_features_are_those_of_the_whole_published_model(name, random_images, tmp_path):
     function, make_whole, arguments, features_of = WHOLE[name]
     whole = make_whole()
     whole.save_pretrained(tmp_path)
     spec = function(str(tmp_path), **arguments)
     teacher = Teacher(spec, device="cpu", precision="fp32", max_batch=8)
-    found = teacher.features(drawn)
-    for photo, feature in zip(drawn, found, strict=True):
+    found = teacher.features(random_images)
+    for image, feature in zip(random_images, found, strict=True):
         with torch.no_grad():
-            expected = features_of(whole, spec.preprocessing(photo)[None])[0]
+            expected = features_of(whole, spec.preprocessing(image)[None])[0]
         assert feature.shape == expected.shape and feature.shape[0] == spec.channels
         torch.testing.assert_close(feature, expected, rtol=1e-5, atol=1e-5)
     assert sum(p.numel() for p in teacher.network.parameters()) <= sum(p.numel() for p in whole.parameters())
@@ -199,7 +199,7 @@ OLD_SWIN_NAMES = (
 """Names of transformers 5 -> those of the weights on the hub, which were saved years before."""
 
 
-def test_weights_with_the_names_of_the_hub_load_into_the_part_as_into_the_whole(drawn, tmp_path):
+def test_weights_with_the_names_of_the_hub_load_into_the_part_as_into_the_whole(random_images, tmp_path):
     whole = whole_mask2former()
     whole.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
@@ -228,7 +228,7 @@ def test_weights_with_a_missing_tensor_are_refused_by_its_name(tmp_path):
         sam2(str(tmp_path)).build()
 
 
-def test_the_image_encoder_loads_from_the_video_model_of_the_hub(tmp_path, drawn):
+def test_the_image_encoder_loads_from_the_video_model_of_the_hub(tmp_path, random_images):
     whole = whole_sam2()
     whole.save_pretrained(tmp_path)
     file, config = tmp_path / "model.safetensors", json.loads((tmp_path / "config.json").read_text())
@@ -239,9 +239,9 @@ def test_the_image_encoder_loads_from_the_video_model_of_the_hub(tmp_path, drawn
     }
     save_file(load_file(file) | video, file, metadata={"format": "pt"})
     spec = sam2(str(tmp_path), side=64)
-    (found,) = Teacher(spec, device="cpu", precision="fp32", max_batch=1).features(drawn[:1])
+    (found,) = Teacher(spec, device="cpu", precision="fp32", max_batch=1).features(random_images[:1])
     with torch.no_grad():
-        expected = whole.get_image_embeddings(spec.preprocessing(drawn[0])[None])[-1][0]
+        expected = whole.get_image_embeddings(spec.preprocessing(random_images[0])[None])[-1][0]
     torch.testing.assert_close(found, expected)
     save_file(load_file(file) | {"vision_encoder.extra": torch.zeros(2)}, file, metadata={"format": "pt"})
     with pytest.raises(DataError, match=r"unexpected_keys.*vision_encoder\.extra"):
@@ -268,16 +268,16 @@ def test_pickled_weights_and_unpinned_names_are_refused(tmp_path):
         sam2()
 
 
-def test_batches_of_like_photos_give_what_each_gives_alone(drawn):
+def test_batches_of_like_images_give_what_each_gives_alone(random_images):
     spec = mask2former(random=True, architecture=MASK2FORMER, shortest_edge=64, longest_edge=110)
     teacher = Teacher(spec, device="cpu", precision="fp32", max_batch=8)
-    together = teacher.features(drawn)
-    for photo, feature in zip(drawn, together, strict=True):
-        torch.testing.assert_close(feature, teacher.features([photo])[0], rtol=1e-4, atol=1e-5)
-    limited = Teacher(spec, device="cpu", precision="fp32", max_batch=1).features(drawn)
+    together = teacher.features(random_images)
+    for image, feature in zip(random_images, together, strict=True):
+        torch.testing.assert_close(feature, teacher.features([image])[0], rtol=1e-4, atol=1e-5)
+    limited = Teacher(spec, device="cpu", precision="fp32", max_batch=1).features(random_images)
     for feature, alone in zip(together, limited, strict=True):
         torch.testing.assert_close(feature, alone, rtol=1e-4, atol=1e-5)
-    # Two photos are further apart than that by far.
+    # Two images are further apart than that by far.
     assert (together[0][:, :4, :4] - together[1][:, :4, :4]).abs().max() > 1e-2
 
 
@@ -289,23 +289,23 @@ def test_random_weights_are_equal_in_every_process_and_leave_the_global_generato
 
 
 @pytest.mark.parametrize("function", [mask2former, sam2, radio])
-def test_half_precision_stays_close(function, drawn):
+def test_half_precision_stays_close(function, random_images):
     architecture = {mask2former: MASK2FORMER, sam2: SAM2, radio: RADIO}[function]
     arguments = {mask2former: {"shortest_edge": 64}, sam2: {"side": 64}, radio: {"shortest_edge": 64}}[function]
     spec = function(random=True, architecture=architecture, **arguments)
     full, half = (
-        Teacher(spec, device="cpu", precision=p, max_batch=2).features(drawn[:1])[0] for p in ("fp32", "bf16")
+        Teacher(spec, device="cpu", precision=p, max_batch=2).features(random_images[:1])[0] for p in ("fp32", "bf16")
     )
     assert half.dtype == torch.float32
     assert 0 < (half - full).abs().max() < 0.05 * full.abs().max()
 
 
 def test_our_own_model_gives_the_pixel_map_it_has_in_a_forward_pass(
-    tiny_model, processor, draw_sample, make_batch, tmp_path
+    tiny_model, processor, make_sample, make_batch, tmp_path
 ):
     model = tiny_model()
     model.save_pretrained(tmp_path)
-    sample, image = draw_sample(np.random.default_rng(3), size_hw=(16, 24))
+    sample, image = make_sample(np.random.default_rng(3), size_hw=(16, 24))
     spec = ours(str(tmp_path))
     (feature,) = Teacher(spec, device="cpu", precision="fp32", max_batch=4).features(
         [torch.from_numpy(np.array(image))]

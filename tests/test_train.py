@@ -182,13 +182,13 @@ def test_a_changed_checkpoint_is_refused_by_name(data_root, tmp_path):
 def test_bad_samples_within_the_allowed_fraction_are_listed_and_left_out(data_root, tmp_path):
     broken = tmp_path / "data"
     shutil.copytree(data_root, broken)
-    photos = sorted((broken / "refshapes" / "images" / "train2014").glob("*.jpg"))[:2]
-    for path in photos:
+    images = sorted((broken / "refshapes" / "images" / "train2014").glob("*.jpg"))[:2]
+    for path in images:
         path.unlink()
     overrides = ("data.max_skipped_fraction=0.5", "deepspeed=none", "optim.steps=8", "data.num_workers=2")
     train(broken, tmp_path / "whole", *overrides)
     skipped = [json.loads(line) for line in (tmp_path / "whole" / "skipped.jsonl").read_text().splitlines()]
-    assert {Path(line["reason"].split(": ")[1]).name for line in skipped} == {path.name for path in photos}
+    assert {Path(line["reason"].split(": ")[1]).name for line in skipped} == {path.name for path in images}
     assert {line["source"] for line in skipped} == {"refshapes", "groupshapes"}
     assert log_lines(tmp_path / "whole")[-1]["data/skipped"] == len(skipped)
     train(broken, tmp_path / "parts", *overrides, "checkpoint.stop_after=5")

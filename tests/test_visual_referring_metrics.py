@@ -10,7 +10,7 @@ from pixel_sail.types import RLE, DataError
 
 
 def _columns(*columns: int) -> RLE:
-    """Columns of four pixels in a picture of 4 x 8."""
+    """Columns of four pixels in an image of 4 x 8."""
     mask = np.zeros((4, 8), dtype=bool)
     mask[:, list(columns)] = True
     return encode_mask(mask)

@@ -25,7 +25,7 @@ def predictor(tiny_model, processor):
 
 @pytest.fixture
 def encoded(predictor, monkeypatch):
-    """The pictures that were made patches of, in order."""
+    """The images that were made patches of, in order."""
     seen = []
     prepare = predictor.processor.image_patches
     monkeypatch.setattr(predictor.processor, "image_patches", lambda image: seen.append(image) or prepare(image))
@@ -56,7 +56,7 @@ class Echo:
         ]
 
 
-def picture(color, size=(24, 16)):
+def plain_image(color, size=(24, 16)):
     return Image.new("RGB", size, color)
 
 
@@ -65,7 +65,7 @@ def asked(question="red?", image=None, max_new_tokens=4, until=()):
 
 
 def test_an_answer_is_the_predictors_without_special_tokens(predictor):
-    image = picture((200, 30, 40))
+    image = plain_image((200, 30, 40))
     questions = [f"{word}?" for word in ("red", "left", "star", "the small", "box", "behind it", "of", "round")]
     raw = [output.answer for output in predictor.changed(max_new_tokens=24).ask(image, questions)]
     assert any(token in text for text in raw for token in SPECIAL), "the test needs answers with special tokens"
@@ -74,26 +74,29 @@ def test_an_answer_is_the_predictors_without_special_tokens(predictor):
     assert not any(token in text for text in said for token in SPECIAL)
 
 
-def test_a_picture_changes_the_answer_and_none_is_allowed(predictor):
-    said = [answer(predictor, image, "what?", max_new_tokens=24) for image in (None, picture("red"), picture("blue"))]
+def test_an_image_changes_the_answer_and_none_is_allowed(predictor):
+    said = [
+        answer(predictor, image, "what?", max_new_tokens=24)
+        for image in (None, plain_image("red"), plain_image("blue"))
+    ]
     alone = predictor.changed(max_new_tokens=24).ask(None, ["what?"])[0].text
     assert said[0] == plain_answer(alone, SPECIAL)
     assert len(set(said)) == 3
 
 
 def test_questions_asked_together_get_the_answers_they_get_alone(predictor):
-    pictures = [picture("red"), picture("blue", size=(40, 24)), None]
-    questions = [asked(f"{word}?", pictures[i % 3], 3 + i % 2) for i, word in enumerate(["a", "red", "left of"] * 4)]
+    images = [plain_image("red"), plain_image("blue", size=(40, 24)), None]
+    questions = [asked(f"{word}?", images[i % 3], 3 + i % 2) for i, word in enumerate(["a", "red", "left of"] * 4)]
     together = list(answers(predictor, questions))
     assert together == [answer(predictor, q.image, q.question, max_new_tokens=q.max_new_tokens) for q in questions]
 
 
-def test_equal_pictures_are_encoded_once_wherever_they_stand_in_a_window(predictor, encoded):
-    list(answers(predictor, [asked(f"{i}", picture(("red", "blue")[i % 2])) for i in range(8)]))
+def test_equal_images_are_encoded_once_wherever_they_stand_in_a_window(predictor, encoded):
+    list(answers(predictor, [asked(f"{i}", plain_image(("red", "blue")[i % 2])) for i in range(8)]))
     assert len(encoded) == 2
 
 
-def test_pictures_with_equal_bytes_and_another_palette_differ(predictor, encoded):
+def test_images_with_equal_bytes_and_another_palette_differ(predictor, encoded):
     images = [Image.new("P", (24, 16)) for _ in range(2)]
     for image, color in zip(images, ([255, 0, 0], [0, 0, 255]), strict=True):
         image.putpalette(color)
@@ -104,7 +107,7 @@ def test_pictures_with_equal_bytes_and_another_palette_differ(predictor, encoded
 
 def test_questions_with_other_length_limits_are_asked_apart_and_answered_in_order(processor):
     batches = []
-    questions = [asked("one", None, 4), asked("two", None, 8), asked("three", picture("red"), 4)]
+    questions = [asked("one", None, 4), asked("two", None, 8), asked("three", plain_image("red"), 4)]
     assert list(answers(Echo(processor, batches), questions)) == ["one", "two", "three"]
     assert batches == [
         {"max_new_tokens": 4, "answer": "generated"},
@@ -114,7 +117,7 @@ def test_questions_with_other_length_limits_are_asked_apart_and_answered_in_orde
     ]
 
 
-def test_no_more_than_a_window_of_pictures_is_read_ahead(processor):
+def test_no_more_than_a_window_of_images_is_read_ahead(processor):
     read = []
     questions = (read.append(i) or asked(str(i)) for i in range(3 * WINDOW))
     said = answers(Echo(processor, []), questions)
@@ -154,13 +157,13 @@ def read(visuals=(), settings=None, **changes):
 
 
 def test_a_request_of_the_kit_becomes_a_question():
-    image = picture("red")
+    image = plain_image("red")
     found = read([image], {"max_new_tokens": 16, "until": ["\n\n", "ASSISTANT:"], "temperature": 0, "do_sample": False})
     assert found == asked("red?", image, 16, ("\n\n", "ASSISTANT:"))
 
 
 @pytest.mark.parametrize("visuals", [[], None])
-def test_a_document_without_a_picture_is_a_question_of_text(visuals):
+def test_a_document_without_an_image_is_a_question_of_text(visuals):
     assert read(visuals).image is None
     assert to_request(("red?", {}, None, 0, "t", "s"), {"t": {"s": [{}]}}, default_max_new_tokens=1).image is None
 
@@ -184,9 +187,9 @@ def test_settings_of_a_task_are_read(settings, max_new_tokens, until):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"visuals": [picture("red"), picture("blue")]}, "2 pictures found, expected one or none"),
-        ({"visuals": ["film.mp4"]}, "str found, expected a picture"),
-        ({"visuals": [{"array": []}]}, "dict found, expected a picture"),
+        ({"visuals": [plain_image("red"), plain_image("blue")]}, "2 images found, expected one or none"),
+        ({"visuals": ["film.mp4"]}, "str found, expected an image"),
+        ({"visuals": [{"array": []}]}, "dict found, expected an image"),
         ({"settings": {"do_sample": True}}, "answers are greedy"),
         ({"settings": {"temperature": 0.2}}, "answers are greedy"),
         ({"settings": {"num_beams": 4}}, "answers are greedy"),

@@ -1,4 +1,4 @@
-"""The adapter inside lmms-eval itself: registry, our task files on drawn pictures, scores, several processes."""
+"""The adapter inside lmms-eval itself: registry, our task files on synthetic images, scores, several processes."""
 
 import base64
 import io
@@ -51,12 +51,12 @@ def checkpoint(tiny_model, processor, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     rng = np.random.default_rng(5)
     return [Image.fromarray(rng.integers(0, 256, (16, 24, 3), dtype=np.uint8)) for _ in range(3)]
 
 
-def rows_of(task: str, pictures) -> list[dict]:
+def rows_of(task: str, images) -> list[dict]:
     """Some documents with the columns of the benchmark."""
     options = {"A": "red", "B": "blue", "C": "green", "D": "nan"}
     if task == "pixel_sail_mme":
@@ -64,7 +64,7 @@ def rows_of(task: str, pictures) -> list[dict]:
         return [
             {
                 "question_id": f"{category}/{i // 2}",
-                "image": pictures[i // 2],
+                "image": images[i // 2],
                 "question": f"Is it number {i}? Please answer yes or no.",
                 "answer": ("Yes", "No")[i % 2],
                 "category": category,
@@ -72,18 +72,18 @@ def rows_of(task: str, pictures) -> list[dict]:
             for i, category in enumerate(names)
         ]
     if task == "pixel_sail_mmbench_en_dev":
-        keys = {"category": "color", "L2-category": "perception", "source": "drawn", "split": "dev"}
+        keys = {"category": "color", "L2-category": "perception", "source": "sampled", "split": "dev"}
         return [
             {
                 "index": i,
                 "question": f"Color {i}?",
                 "hint": ("nan", "Look.")[i % 2],
                 "answer": "ABC"[i],
-                "image": picture,
+                "image": image,
             }
             | options
             | keys
-            for i, picture in enumerate(pictures)
+            for i, image in enumerate(images)
         ]
     if task == "pixel_sail_seed_image":
         choices = {f"choice_{letter}": letter * 2 for letter in "abcd"}
@@ -93,7 +93,7 @@ def rows_of(task: str, pictures) -> list[dict]:
                 "question": f"Pick {i}?",
                 "answer": "ABC"[i % 3],
                 "data_type": "video" if i == 1 else "image",
-                "image": pictures[:2] if i == 1 else [pictures[i // 2]],
+                "image": images[:2] if i == 1 else [images[i // 2]],
             }
             | choices
             for i in range(5)
@@ -105,26 +105,26 @@ def rows_of(task: str, pictures) -> list[dict]:
             "answer": "ABC"[i],
             "category": ("math", "coarse perception", "math")[i],
             "l2_category": ("geometry", "image emotion", "statistical reasoning")[i],
-            "image": png_base64(picture),
+            "image": png_base64(image),
         }
         | options
-        for i, picture in enumerate(pictures)
+        for i, image in enumerate(images)
     ]
 
 
-def png_base64(picture) -> str:
+def png_base64(image) -> str:
     file = io.BytesIO()
-    picture.save(file, format="PNG")
+    image.save(file, format="PNG")
     return base64.b64encode(file.getvalue()).decode()
 
 
 @pytest.fixture
-def local_tasks(tmp_path, pictures) -> Path:
-    """A folder with our task files, changed only to read drawn documents."""
+def local_tasks(tmp_path, images) -> Path:
+    """A folder with our task files, changed only to read synthetic documents."""
     folder = tmp_path / "tasks"
     folder.mkdir()
     for file in TASK_FOLDER.glob("*.yaml"):
-        rows = rows_of(file.stem, pictures)
+        rows = rows_of(file.stem, images)
         data = datasets.Dataset.from_list(rows)
         if file.stem != "pixel_sail_mmstar":
             one = datasets.Image()
@@ -170,9 +170,9 @@ def test_every_task_file_is_known_to_the_tests():
 
 
 @pytest.mark.parametrize("task", sorted(TEMPLATES))
-def test_the_kit_gets_for_every_document_what_the_model_says_alone(task, model, local_tasks, pictures, checkpoint):
+def test_the_kit_gets_for_every_document_what_the_model_says_alone(task, model, local_tasks, images, checkpoint):
     samples = evaluate(model, local_tasks, task)["samples"][task]
-    rows = [row for row in rows_of(task, pictures) if row.get("data_type") != "video"]
+    rows = [row for row in rows_of(task, images) if row.get("data_type") != "video"]
     predictor = BatchPredictor.from_pretrained(checkpoint)
     expected = []
     for row in rows:
@@ -187,7 +187,7 @@ def test_the_kit_gets_for_every_document_what_the_model_says_alone(task, model, 
 
 
 def test_answers_become_the_scores_of_the_kit(model, local_tasks, monkeypatch):
-    """MME: two pictures of perception, one answered right twice, the other once: (100 + 100 + 50 + 0) / 2 = 125."""
+    """MME: two images of perception, one answered right twice, the other once: (100 + 100 + 50 + 0) / 2 = 125."""
     said = {"0": "Yes.", "1": "no", "2": "Yes", "3": "Yes", "4": "No", "5": "Yes"}
     say_with(monkeypatch, model, lambda question: said[question.split()[3][0]])
     scores = evaluate(model, local_tasks, "pixel_sail_mme")["results"]["pixel_sail_mme"]
@@ -215,11 +215,11 @@ def say_with(monkeypatch, model, said):
     monkeypatch.setattr(type(model.predictor), "ask_many", ask_many)
 
 
-def test_the_kits_own_task_with_several_pictures_is_refused_by_name(model, local_tasks):
+def test_the_kits_own_task_with_several_images_is_refused_by_name(model, local_tasks):
     file = local_tasks / "pixel_sail_seed_image.yaml"
     text = "\n".join(line for line in file.read_text().splitlines() if not line.startswith("process_docs"))
     file.write_text(text + "\n")
-    with pytest.raises(DataError, match=r"task pixel_sail_seed_image, split test, document 1: 2 pictures found"):
+    with pytest.raises(DataError, match=r"task pixel_sail_seed_image, split test, document 1: 2 images found"):
         evaluate(model, local_tasks, "pixel_sail_seed_image")
 
 

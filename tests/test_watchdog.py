@@ -50,7 +50,7 @@ def test_a_sample_that_is_never_read_ends_the_run_with_its_name(data_root, tmp_p
     assert "s of it waiting for data; the limit is 6 s (watchdog.limit_s)" in report
     assert "refshapes, item 4 (position " in report
     assert "in training_batches" in report, "the stack of the waiting process"
-    assert "in draw_or_sleep" in stderr, "the stack of the data worker"
+    assert "in item_or_sleep" in stderr, "the stack of the data worker"
     assert "stands still" in stderr and str(run_dir / "stalled" / "rank0.txt") in stderr
 
 

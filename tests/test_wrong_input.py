@@ -41,7 +41,7 @@ READS = {
     "predict": (
         *(f"{EXPORT}/{name}" for name in ("config.json", "processor_config.json", "tokenizer.json")),
         *(f"{EXPORT}/{name}" for name in ("tokenizer_config.json", "model.safetensors")),
-        "photo.png",
+        "image.png",
     ),
     "export_checkpoint": (
         "run/config.json",
@@ -156,7 +156,7 @@ def call(entry: str, folder: Path, monkeypatch, *overrides: str) -> int:
                 *(f"checkpoint={export}", "evals=[refshapes_val]", f"paths.data={folder / 'data'}"),
                 *(f"output={folder / 'scores'}", "max_images=1", "predict.prompt=short", "progress=false"),
             ],
-            "predict": [f"checkpoint={export}", f"image={folder / 'photo.png'}", question, f"output={folder / 'out'}"],
+            "predict": [f"checkpoint={export}", f"image={folder / 'image.png'}", question, f"output={folder / 'out'}"],
         }[entry]
         monkeypatch.setattr(sys, "argv", [entry, *arguments])
         return script_main(entry)()
@@ -176,10 +176,10 @@ def finished(data_root, tmp_path_factory, in_process):
     folder = tmp_path_factory.mktemp("finished") / "used"
     shutil.copytree(data_root, folder / "data", ignore=shutil.ignore_patterns("images"))
     (folder / "data" / "refshapes" / "images").symlink_to(data_root / "refshapes" / "images")
-    Image.fromarray(np.full((24, 32, 3), 200, np.uint8)).save(folder / "photo.png")
+    Image.fromarray(np.full((24, 32, 3), 200, np.uint8)).save(folder / "image.png")
     with pytest.MonkeyPatch.context() as monkeypatch:
         assert call("train", folder, monkeypatch) == 0
-    note = {"from_step": 1, "failed_step": 2, "streams": [{"next": 0, "waiting": []}], "reason": "drawn"}
+    note = {"from_step": 1, "failed_step": 2, "streams": [{"next": 0, "waiting": []}], "reason": "sampled"}
     (folder / "run" / "rollbacks.jsonl").write_text(json.dumps(note) + "\n")
     row = {
         **{"eval": "refshapes_val", "kind": "expressions", "scores": {"ciou": 0.5, "giou": 0.5, "count": 3}},
@@ -227,14 +227,14 @@ def test_undamaged_files_are_used(entry, finished, monkeypatch):
 
 
 def test_a_killed_data_worker_ends_with_86_and_says_so(finished, monkeypatch, capfd):
-    draw = Mixture.draw
+    item = Mixture.item
 
-    def draw_or_die(self, position):
+    def item_or_die(self, position):
         if get_worker_info() is not None:
             os.kill(os.getpid(), signal.SIGKILL)
-        return draw(self, position)
+        return item(self, position)
 
-    monkeypatch.setattr(Mixture, "draw", draw_or_die)
+    monkeypatch.setattr(Mixture, "item", item_or_die)
     folder = restored(finished)
     assert call("train", folder, monkeypatch, "data.num_workers=1") == 86
     assert re.search(

@@ -1,10 +1,10 @@
 """Measure what the data costs: samples per second, memory per worker, padding, and the fraction of a training step.
 
-    python tools/bench_data.py                                         every kind of drawn data, the 0.5B model
+    python tools/bench_data.py                                         every kind of synthetic data, the 0.5B model
     python tools/bench_data.py data=refcoco --seq-len 4608             any data group, model or experiment
     python tools/bench_data.py --json runs/bench_data.json --sequences 64 data.packing.packing_buffer=16
 
-Drawn data comes from tools/make_refshapes.py. Overrides are those of scripts/train.py. Three things are run: samples
+Synthetic data comes from tools/make_refshapes.py. Overrides are those of scripts/train.py. Three things are run: samples
 one by one in this process (time per stage), sequences of one stream (padding), and the training loader with worker
 processes (rate, memory, what the training process itself spends on taking sequences over). From these
 
@@ -142,7 +142,7 @@ def time_stages(mixture: Mixture, processor: PixelSailProcessor, settings: Packi
     num_turns = num_masks = 0
     for position in tqdm(range(-num_samples, num_samples), desc="samples", leave=False, disable=None):
         times = [time.perf_counter()]
-        sample = mixture.draw(position % num_samples).sample
+        sample = mixture.item(position % num_samples).sample
         times.append(time.perf_counter())
         path, where = sample.image_path, sample.sample_id
         image = None if path is None else load_image(path, where=where, expected_hw=sample.image_hw)
@@ -247,7 +247,7 @@ def processor_of(config: TrainConfig, mixture: Mixture) -> tuple[PixelSailProces
     if Path(folder).is_dir():
         tokenizer = load_tokenizer(folder, num_visual_prompts=num_prompts)
         return PixelSailProcessor.for_model(tokenizer, architecture), len(tokenizer), folder
-    turns = [turn for i in range(min(mixture.epoch_length, 500)) for turn in mixture.draw(i).sample.turns]
+    turns = [turn for i in range(min(mixture.epoch_length, 500)) for turn in mixture.item(i).sample.turns]
     texts = [text for turn in turns for text in (turn.question, turn.answer)]
     stand_in = train_tokenizer(texts, vocab_size=4096, num_visual_prompts=num_prompts)
     note = f"{folder} is absent: {len(stand_in)} tokens trained on the data's own text stand in"

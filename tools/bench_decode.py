@@ -4,7 +4,7 @@
     python tools/bench_decode.py --size 0.5b --device cuda --precision bf16 --answers 1 32 256
     python tools/bench_decode.py --json runs/bench_decode.json
 
-One picture of 480 x 640 is encoded, then some questions about it are answered together, with random weights and without
+One image of 480 x 640 is encoded, then some questions about it are answered together, with random weights and without
 an end token. A token's time is that of a long answer less that of a short one, divided by the tokens between them;
 plain and compiled take turns. The first compiled answer stands apart: it holds the compilation.
 Compiled answers are compared with the plain ones. In half precision random weights may turn a token; that is counted.
@@ -29,7 +29,7 @@ from pixel_sail.files import replace_text
 from pixel_sail.model.generation import GenerationOutput, ImagePrefixes, generate
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
-from pixel_sail.planning.benchmarks import QUESTION, SIZES, drawn_picture, sized_config, small_tokenizer
+from pixel_sail.planning.benchmarks import QUESTION, SIZES, random_image, sized_config, small_tokenizer
 from pixel_sail.provenance import code_version, device_name
 
 IMAGE_HW = (480, 640)
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     predictor = build_predictor(options.size, precision=options.precision, device=options.device)
-    image = drawn_picture(np.random.default_rng(0), IMAGE_HW)
+    image = random_image(np.random.default_rng(0), IMAGE_HW)
     prefixes = predictor.encode([GenerationRequest(image=predictor.prepare(image), questions=())])
     assert prefixes is not None
     points = [

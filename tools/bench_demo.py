@@ -1,7 +1,7 @@
 """Several users ask the demo, first in turn and then all at once; prints latencies, errors and memory.
 
 Place in the flow: beside everything; starts `scripts/demo.py` with a checkpoint and talks to it as the page does. Every
-user loads a drawn scene, asks about it, marks a region, asks again, and loads the next. One line of the table:
+user loads a synthetic scene, asks about it, marks a region, asks again, and loads the next. One line of the table:
 
     at once     412 questions   0 errors   latency 0.31 s median, 0.62 s in 19 of 20, 0.94 s at most
 
@@ -28,7 +28,7 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from pixel_sail.demo.examples import draw_examples
+from pixel_sail.demo.examples import render_examples
 from pixel_sail.entry import one_message
 from pixel_sail.files import replace_text
 from pixel_sail.paths import root_folder
@@ -70,7 +70,7 @@ def started_demo(overrides: Sequence[str]) -> Iterator[tuple[str, int]]:
 
 def talk(address: str, user: int, until: float, turn: AbstractContextManager[object], log: Log) -> None:
     """Load scenes and ask, each time when it is the user's turn, until the time is over."""
-    scenes = draw_examples(NUM_SCENES, "short")
+    scenes = render_examples(NUM_SCENES, "short")
     with httpx.Client(base_url=address, timeout=120) as client:
         number, session = user, ""
         while time.monotonic() < until:

@@ -2,14 +2,14 @@
 
     python tools/bench_distill.py                                   small teachers and student, minutes on two cores
     python tools/bench_distill.py --scale gpu --images 8            Swin-L, Hiera-L and the 0.5B student on one GPU
-    python tools/bench_distill.py --photos data/coco/val2017 --json runs/bench_distill.json
+    python tools/bench_distill.py --image-dir data/coco/val2017 --json runs/bench_distill.json
 
-All weights are random: times do not depend on them. A step is forward, losses, backward and AdamW on some photos of one
+All weights are random: times do not depend on them. A step is forward, losses, backward and AdamW on some images of one
 size with one mask each. Measured in turn, `--repeats` times, the median is reported:
 
     none      no teacher
-    released  per photo: PIL preprocessing, the whole Mask2Former and the whole SAM 2 image path, batch of one
-    online    Teachers.maps: preprocessing on the device, the needed parts only, photos of like size together
+    released  per image: PIL preprocessing, the whole Mask2Former and the whole SAM 2 image path, batch of one
+    online    Teachers.maps: preprocessing on the device, the needed parts only, images of like size together
     cached    Teachers.maps on stored maps that a loader worker has read; the worker's own time is given apart
 
 The small scale keeps the proportion between teachers and student of the large one roughly; both are printed as
@@ -67,7 +67,7 @@ NUM_PROMPTS = 15
 class Scale:
     """Sizes of everything."""
 
-    photo_hw: SizeHW
+    image_hw: SizeHW
     student: dict[str, Any]
     mask2former: dict[str, Any]
     shortest_edge: int
@@ -84,7 +84,7 @@ def swin(embed_dim: int, num_heads: list[int], depths: list[int], window: int) -
 
 
 def hiera(width: int, heads: int, blocks: list[int], global_blocks: list[int], side: int, fpn: int) -> dict[str, Any]:
-    """Return the fields of SAM 2 with a Hiera backbone for square photos."""
+    """Return the fields of SAM 2 with a Hiera backbone for square images."""
     widths = [width * 2**stage for stage in range(4)]
     backbone = {
         "model_type": "sam2_hiera_det_model",
@@ -116,7 +116,7 @@ def decoder(channels: int, feedforward: int) -> dict[str, Any]:
 
 SCALES = {
     "cpu": Scale(
-        photo_hw=(240, 320),
+        image_hw=(240, 320),
         student={
             "hidden_size": 256,
             "intermediate_size": 1024,
@@ -133,7 +133,7 @@ SCALES = {
         precision="fp32",
     ),
     "gpu": Scale(
-        photo_hw=(480, 640),
+        image_hw=(480, 640),
         student={
             "hidden_size": 896,
             "intermediate_size": 4864,
@@ -153,11 +153,11 @@ SCALES = {
 
 
 class Bench:
-    """The student, the teachers in both ways, and a batch of photos."""
+    """The student, the teachers in both ways, and a batch of images."""
 
-    def __init__(self, scale: Scale, photos: Sequence[Image.Image], device: torch.device, folder: Path) -> None:
+    def __init__(self, scale: Scale, images: Sequence[Image.Image], device: torch.device, folder: Path) -> None:
         torch.manual_seed(0)
-        self.device, self.scale, self.pictures = device, scale, photos
+        self.device, self.scale, self.pil_images = device, scale, images
         self.dtype = DTYPES[scale.precision]
         tokenizer = train_tokenizer([], vocab_size=320, num_visual_prompts=NUM_PROMPTS)
         architecture = Architecture(
@@ -200,24 +200,26 @@ class Bench:
         self.pil = Mask2FormerImageProcessorPil(size=size)
         square = {"height": scale.sam_side, "width": scale.sam_side}
         self.pil_square = Mask2FormerImageProcessorPil(size=square, size_divisor=0)
-        self.photos = [torch.from_numpy(np.array(picture)) for picture in photos]
-        self.examples = [self.example(index) for index in range(len(photos))]
+        self.images_HW3 = [torch.from_numpy(np.array(image)) for image in images]
+        self.examples = [self.example(index) for index in range(len(images))]
         self.caches = {name: self.write_cache(name, spec, folder / name) for name, spec in specs.items()}
 
     def example(self, index: int) -> Example:
-        """Return one photo with one masked object and a short text, as training sees it."""
-        mask = np.zeros((self.pictures[index].height, self.pictures[index].width), dtype=bool)
+        """Return one image with one masked object and a short text, as training sees it."""
+        mask = np.zeros((self.pil_images[index].height, self.pil_images[index].width), dtype=bool)
         mask[20:120, 30:150] = True
         turn = Turn(question="Please segment the object in this image.", answer="It is [SEG].", masks=(mask,))
-        sample = Sample(sample_id=str(index), source="photos", image_path=None, image_hw=mask.shape, turns=(turn,))
-        return self.processor.encode_sample(sample, self.pictures[index], independent_turns=False)
+        sample = Sample(sample_id=str(index), source="images", image_path=None, image_hw=mask.shape, turns=(turn,))
+        return self.processor.encode_sample(sample, self.pil_images[index], independent_turns=False)
 
     def write_cache(self, name: str, spec: TeacherSpec, folder: Path) -> FeatureCache:
-        """Write the maps of the photos, float16 and of the student's size, and open them."""
+        """Write the maps of the images, float16 and of the student's size, and open them."""
         grid = student_grid(self.model.config, SITES[name])
         identity = cache_identity(spec.identity(), precision=self.scale.precision, grid=grid)
-        plan = make_plan([self.key(i) for i in range(len(self.photos))], identity, dtype="fp16", images_per_shard=64)
-        own = self.teachers.networks[name].features(self.photos)
+        plan = make_plan(
+            [self.key(i) for i in range(len(self.images_HW3))], identity, dtype="fp16", images_per_shard=64
+        )
+        own = self.teachers.networks[name].features(self.images_HW3)
         maps = {}
         for index, features in enumerate(own):
             grid_hw = self.examples[index].grid_hw
@@ -234,7 +236,7 @@ class Bench:
         return f"{index:04d}"
 
     def batch(self, way: str) -> Batch:
-        """Return the photos as a batch for one of the ways; `cached` reads the stored maps."""
+        """Return the images as a batch for one of the ways; `cached` reads the stored maps."""
         sequences = []
         for index, example in enumerate(self.examples):
             targets: tuple[TeacherTarget, ...] = ()
@@ -242,8 +244,8 @@ class Bench:
                 targets = tuple(TeacherTarget(teacher=term.name, features_EYX=None) for term in TERMS)
             elif way == "cached":
                 targets = tuple(self.stored(term.name, index) for term in TERMS)
-            photo = self.photos[index] if way in ("online", "released") else None
-            changed = replace(example, teacher_targets=targets, photo_HW3=photo)
+            image = self.images_HW3[index] if way in ("online", "released") else None
+            changed = replace(example, teacher_targets=targets, image_HW3=image)
             sequences.append(PackedSequence(stream=index, after=StreamState(), examples=(changed,)))
         return collate(sequences, seg_id=self.processor.seg_id)
 
@@ -258,13 +260,13 @@ class Bench:
 
     @torch.no_grad()
     def released_maps(self) -> dict[str, list[Tensor]]:
-        """Return the maps as the released code makes them: photo by photo, whole models, PIL on the CPU."""
+        """Return the maps as the released code makes them: image by image, whole models, PIL on the CPU."""
         maps: dict[str, list[Tensor]] = {"mask2former": [], "sam2": []}
-        for picture in self.pictures:
-            pixels = self.pil(picture, return_tensors="pt")["pixel_values"].to(self.device, self.dtype)
+        for image in self.pil_images:
+            pixels = self.pil(image, return_tensors="pt")["pixel_values"].to(self.device, self.dtype)
             features = self.whole["mask2former"](pixels).pixel_decoder_last_hidden_state
             maps["mask2former"].append(features[0].float())
-            pixels = self.pil_square(picture, return_tensors="pt")["pixel_values"].to(self.device, self.dtype)
+            pixels = self.pil_square(image, return_tensors="pt")["pixel_values"].to(self.device, self.dtype)
             encoder: Any = self.whole["sam2"]
             maps["sam2"].append(encoder.get_image_embeddings(pixels)[-1][0].float())
         return maps
@@ -322,13 +324,13 @@ def measure(bench: Bench, repeats: int) -> dict[str, Any]:
         for shift in range(len(ways)):
             way = ways[(turn + shift) % len(ways)]
             times[way].append(seconds_of(partial(bench.step, way, batches[way]), bench.device))
-        for index in range(len(bench.photos)):
+        for index in range(len(bench.images_HW3)):
             began = time.perf_counter()
             for term in TERMS:
                 bench.stored(term.name, index)
             reading.append(time.perf_counter() - began)
     median = {way: statistics.median(times[way]) for way in ways}
-    none, num_images = median["none"], len(bench.photos)
+    none, num_images = median["none"], len(bench.images_HW3)
     student = operations(lambda: bench.step("none", batches["none"]))
     online = operations(lambda: bench.teachers.maps(batches["online"].to(bench.device)))
     whole = operations(bench.released_maps)
@@ -348,16 +350,16 @@ def measure(bench: Bench, repeats: int) -> dict[str, Any]:
     }
 
 
-def photos_of(folder: Path | None, size_hw: SizeHW, num_images: int) -> list[Image.Image]:
-    """Return real photographs squeezed to one size, or noise where no folder is given."""
+def images_of(folder: Path | None, size_hw: SizeHW, num_images: int) -> list[Image.Image]:
+    """Return real images squeezed to one size, or noise where no folder is given."""
     height, width = size_hw
     if folder is None:
         rng = np.random.default_rng(0)
         return [Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for _ in range(num_images)]
     paths = sorted(folder.rglob("*.jpg"))[:num_images]
     if len(paths) < num_images:
-        raise DataError(f"{folder}: {len(paths)} photos found, {num_images} expected; give another folder")
-    return [load_image(path, where="--photos").resize((width, height)) for path in paths]
+        raise DataError(f"{folder}: {len(paths)} images found, {num_images} expected; give another folder")
+    return [load_image(path, where="--image-dir").resize((width, height)) for path in paths]
 
 
 @one_message
@@ -365,23 +367,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; wrong input ends with one message and exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=sorted(SCALES), default="gpu" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--images", type=int, default=4, help="photos of a step (4)")
+    parser.add_argument("--images", type=int, default=4, help="images of a step (4)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds that medians are taken of (5)")
-    parser.add_argument("--photos", type=Path, help="folder of photographs; noise without it")
+    parser.add_argument("--image-dir", type=Path, help="folder of images; noise without it")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     options = parser.parse_args(None if arguments is None else list(arguments))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)
     scale = SCALES[options.scale]
-    photos = photos_of(options.photos, scale.photo_hw, options.images)
+    images = images_of(options.image_dir, scale.image_hw, options.images)
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(Bench(scale, photos, device, Path(folder)), options.repeats)
+        result = measure(Bench(scale, images, device, Path(folder)), options.repeats)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "one CPU thread, CPU time"
     setting = {"scale": options.scale, "images": options.images, "repeats": options.repeats, "device": name}
     result = {**setting, "torch": torch.__version__, **result, "sizes": asdict(scale)}
     print(
-        f"{options.scale} scale, {options.images} photos of {scale.photo_hw} a step, {name}, torch {torch.__version__}"
+        f"{options.scale} scale, {options.images} images of {scale.image_hw} a step, {name}, torch {torch.__version__}"
     )
     for way, seconds in result["seconds"].items():
         low, high = result["spread"][way]

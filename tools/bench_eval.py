@@ -49,7 +49,7 @@ from pixel_sail.model.image_layout import image_positions
 from pixel_sail.model.mask_head import mask_logits
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
-from pixel_sail.planning.benchmarks import ANSWER, QUESTION, SIZES, drawn_picture, sized_config, small_tokenizer
+from pixel_sail.planning.benchmarks import ANSWER, QUESTION, SIZES, random_image, sized_config, small_tokenizer
 from pixel_sail.provenance import code_version
 
 IMAGE_HW = (480, 640)
@@ -158,10 +158,10 @@ def build_predictor(size: str, *, precision: str, device: str, max_batch_tokens:
     return BatchPredictor(model, processor, settings)
 
 
-def draw_images(predictor: BatchPredictor, number: int) -> list[PreparedImage]:
+def random_images(predictor: BatchPredictor, number: int) -> list[PreparedImage]:
     """Return images of COCO's usual size."""
     rng = np.random.default_rng(0)
-    return [predictor.prepare(drawn_picture(rng, IMAGE_HW)) for _ in range(number)]
+    return [predictor.prepare(random_image(rng, IMAGE_HW)) for _ in range(number)]
 
 
 def timed_seconds(start: float, device: torch.device) -> float:
@@ -223,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     predictor = build_predictor(
         options.size, precision=options.precision, device=options.device, max_batch_tokens=options.max_batch_tokens
     )
-    images = draw_images(predictor, options.images)
+    images = random_images(predictor, options.images)
     measure(predictor, images[:1], 1, released_images=1)  # warm up
     points = [
         measure(

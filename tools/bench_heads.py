@@ -4,7 +4,7 @@
     python tools/bench_heads.py --hidden 896 --mask-dim 512 --vocab 151680 --device cuda --precision bf16
     python tools/bench_heads.py --json runs/heads.json --png runs/heads.png
 
-One picture of 480 x 640 (30 x 40 patches) with some masks goes through `maps` (features of the mask width at every
+One image of 480 x 640 (30 x 40 patches) with some masks goes through `maps` (features of the mask width at every
 cell, then logits), `folded` (the last layer inside the query) and `points` (logits only where the loss looks); text
 through `plain` and `chunked`. Times are medians of forward and backward pass. `--json` holds them and `growth`, the
 exponent of cost over expressions between the first and the last point: below 1, a further expression costs less than
@@ -52,7 +52,7 @@ def median_seconds(work: Callable[[], Tensor], rounds: int, device: str) -> floa
 
 
 def mask_seconds(kind: str, head: MaskHead, options: argparse.Namespace, number: int) -> float:
-    """Return the seconds of the mask head and its losses with `number` masks of one picture."""
+    """Return the seconds of the mask head and its losses with `number` masks of one image."""
     weight = next(head.parameters())
     states = torch.randn(1, *GRID, options.hidden, device=weight.device, dtype=weight.dtype, requires_grad=True)
     segs = torch.randn(number, options.hidden, device=weight.device, dtype=weight.dtype, requires_grad=True)
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     sizes = {"hidden_size": options.hidden, "mask_dim": options.mask_dim, "mask_stride": options.stride}
     head, text = MaskHead(Architecture(**sizes)), TextHead(options.hidden, options.vocab)
-    head.draw_weights()
+    head.init_weights()
     for module in (head, text):
         module.to(device=options.device, dtype=DTYPES[options.precision])
     masks = {
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         replace_text(options.json, json.dumps({**settings, "code": code_version(), **found}, indent=1) + "\n")
     if options.png:
         panel = size_panel(
-            "mask head and losses", options.expressions, masks, x_label="expressions per picture", y_label="seconds"
+            "mask head and losses", options.expressions, masks, x_label="expressions per image", y_label="seconds"
         )
         save_panels(options.png, [panel], "")
     return 0

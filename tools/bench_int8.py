@@ -25,7 +25,7 @@ from PIL import Image
 from torch import nn
 
 from pixel_sail.config import PredictConfig, TrainConfig, load_config
-from pixel_sail.demo.examples import draw_examples
+from pixel_sail.demo.examples import render_examples
 from pixel_sail.entry import one_message
 from pixel_sail.evaluation.predict import BatchPredictor, GenerationRequest
 from pixel_sail.evaluation.run import checkpoint_folder
@@ -100,11 +100,11 @@ def seconds(predictor: BatchPredictor, rounds: int) -> dict[str, float]:
 
 
 def agreement(folder: str, scenes: int) -> dict[str, float]:
-    """Return how far masks of drawn scenes change: mean IoU with the float32 masks, fraction of changed texts."""
+    """Return how far masks of synthetic scenes change: mean IoU with the float32 masks, fraction of changed texts."""
     plain = BatchPredictor.from_pretrained(checkpoint_folder(folder), config=PredictConfig(max_new_tokens=16))
     small = with_int8(plain, compiled=False)
     overlaps, changed = [], 0
-    for example in draw_examples(scenes, "short"):
+    for example in render_examples(scenes, "short"):
         (one,), (other,) = plain.ask(example.image, [example.text]), small.ask(example.image, [example.text])
         changed += one.text != other.text
         masks = [output.merged_mask("union") for output in (one, other)]

@@ -4,7 +4,7 @@ torch, and that the losses agree.
     OMP_NUM_THREADS=1 python tools/bench_small_step.py
     OMP_NUM_THREADS=1 python tools/bench_small_step.py --expressions 8 16 32 --ways ours dense segments
 
-16 pictures of 128 x 128, 112 x 144 and 144 x 112 with independent questions go through a model of width 128 and 4
+16 images of 128 x 128, 112 x 144 and 144 x 112 with independent questions go through a model of width 128 and 4
 layers in two micro-batches of 8 rows. `reference` is `kernels.REFERENCE` with the mask losses of one image after
 another, `ours` what training does, `dense`, `segments` and `turns` the same with that attention, `kept` without
 computing anything again in the backward pass, `bf16` under autocast, `compiled` with `kernels.compile=layers`. The ways
@@ -37,7 +37,7 @@ from pixel_sail.losses.total import LossConfig, combine, count, loss_sums
 from pixel_sail.model.kernels import REFERENCE, Kernels
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
-from pixel_sail.planning.benchmarks import drawn_examples, sized_config, small_tokenizer
+from pixel_sail.planning.benchmarks import sized_config, small_tokenizer, synthetic_examples
 from pixel_sail.provenance import code_version
 from pixel_sail.training.optim import build_optimizer
 from pixel_sail.types import Batch
@@ -57,16 +57,16 @@ ROWS = 8
 LOSSES = LossConfig(points=PointSampling(num_points=1024, oversample_ratio=1.0, importance_ratio=0.0), dice=2.0)
 
 
-def drawn_batches(processor: PixelSailProcessor, pictures: int, expressions: int) -> list[Batch]:
-    """Return micro-batches of one picture in a row, sizes in turn."""
-    share = -(-pictures // len(IMAGES))
+def synthetic_batches(processor: PixelSailProcessor, images: int, expressions: int) -> list[Batch]:
+    """Return micro-batches of one image in a row, sizes in turn."""
+    share = -(-images // len(IMAGES))
     of_size = [
-        drawn_examples(processor, share, expressions=expressions, size_hw=size, independent_turns=True)
+        synthetic_examples(processor, share, expressions=expressions, size_hw=size, independent_turns=True)
         for size in IMAGES
     ]
-    examples = [example for alike in zip(*of_size, strict=True) for example in alike][:pictures]
+    examples = [example for alike in zip(*of_size, strict=True) for example in alike][:images]
     sequences = [PackedSequence(stream=0, after=StreamState(next=1), examples=(example,)) for example in examples]
-    return [collate(sequences[first : first + ROWS], seg_id=processor.seg_id) for first in range(0, pictures, ROWS)]
+    return [collate(sequences[first : first + ROWS], seg_id=processor.seg_id) for first in range(0, images, ROWS)]
 
 
 def one_by_one(images: Sequence[ImageMasks], sampling: PointSampling) -> tuple[torch.Tensor, list[int]]:
@@ -126,10 +126,10 @@ class Operations(TorchDispatchMode):
 
 
 def measured(options: argparse.Namespace, expressions: int) -> dict[str, Any]:
-    """Return what each way takes for pictures with so many expressions."""
+    """Return what each way takes for images with so many expressions."""
     tokenizer = small_tokenizer()
     processor = PixelSailProcessor.for_model(tokenizer, sized_config("small", tokenizer))
-    batches = drawn_batches(processor, options.pictures, expressions)
+    batches = synthetic_batches(processor, options.images, expressions)
     trainers = [Trainer(name, batches) for name in options.ways]
     losses: dict[str, list[float]] = {name: [] for name in options.ways}
     seconds: dict[str, list[float]] = {name: [] for name in options.ways}
@@ -159,14 +159,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and write what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=["reference", "ours"], help="first: yardstick")
-    parser.add_argument("--expressions", nargs="+", type=int, default=[5], help="per picture")
-    parser.add_argument("--pictures", type=int, default=16)
+    parser.add_argument("--expressions", nargs="+", type=int, default=[5], help="per image")
+    parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     points = [measured(options, expressions) for expressions in options.expressions]
     for point in points:
-        print(f"{options.pictures} pictures, {point['expressions']} expressions each, {point['tokens']} tokens")
+        print(f"{options.images} images, {point['expressions']} expressions each, {point['tokens']} tokens")
         for name, way in point["ways"].items():
             print(
                 f"{name:10s} {way['seconds']:7.3f} CPU-s (lowest {way['lowest']:.3f})  speed {way['speed']:5.2f}  "

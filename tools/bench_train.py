@@ -8,7 +8,7 @@
 The released method, rebuilt from our reference path: one sample per forward pass, a dense mask, the states of all
 layers kept, float32 logits of all positions with a shifted copy, an upsampler to stride 2 by convolutions, features of
 the mask width at every cell, whole mask maps. Ours is the step of `training/loop.py` with the default `kernels` group.
-Both train the same samples (one 480 x 640 picture with five expressions each) from the same weights with the same
+Both train the same samples (one 480 x 640 image with five expressions each) from the same weights with the same
 optimizer; what differs in shape is the stride, 2 against the paper's 4, and with it one more block of the upsampler.
 `ours, stride 2` has the released stride, too, `ours, feed_forward` and `ours, layers` trade time for memory
 (`optim.activation_checkpointing`), `reference` is our slow path at stride 4.
@@ -19,8 +19,8 @@ On a CPU memory is the highest resident size of a process of its own that makes 
 held after a step of a tiny model, with which torch's libraries come into memory; on CUDA it is torch's own peak.
 `ours, compiled` (`kernels.compile=layers`) needs a C++ compiler on a CPU and runs where `--ways` names it.
 `--json` holds `speed_ratio` and `memory_ratio`, ours divided by theirs, the same of every way under `ratios`, and
-everything that is printed. `--growth` measures steps of one sequence instead, of growing pictures, of more samples, or
-of more expressions per picture, and says with which exponent they take longer.
+everything that is printed. `--growth` measures steps of one sequence instead, of growing images, of more samples, or
+of more expressions per image, and says with which exponent they take longer.
 """
 
 import argparse
@@ -56,7 +56,7 @@ from pixel_sail.model.kernels import REFERENCE, Kernels
 from pixel_sail.model.mask_head import mask_logits
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, mask_logits_of_images
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
-from pixel_sail.planning.benchmarks import SIZES, drawn_examples, packed, sized_config, small_tokenizer
+from pixel_sail.planning.benchmarks import SIZES, packed, sized_config, small_tokenizer, synthetic_examples
 from pixel_sail.planning.flops import forward_flops, training_flops
 from pixel_sail.planning.workload import of_batch
 from pixel_sail.provenance import code_version
@@ -70,7 +70,7 @@ GROWTH: dict[str, Sequence[Any]] = {
     "sequence": (1, 2, 4),
     "expressions": (1, 5, 10),
 }
-"""What grows, and the points: (height, width), samples of the sequence, expressions of each picture."""
+"""What grows, and the points: (height, width), samples of the sequence, expressions of each image."""
 
 LOSSES = LossConfig()
 
@@ -295,7 +295,7 @@ def trainers(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Tra
         built = build_models(options.size, [4, way.stride], options.device, DTYPES[options.precision])
         model, processor = built[way.stride]
         size_hw = (options.image[0], options.image[1])
-        examples = drawn_examples(processor, options.samples, expressions=options.expressions, size_hw=size_hw)
+        examples = synthetic_examples(processor, options.samples, expressions=options.expressions, size_hw=size_hw)
         per_sequence = 1 if way.kernels is None else options.samples_per_sequence
         batches = [batch.to(options.device) for batch in packed(examples, per_sequence, processor.seg_id)]
         made[name] = Trainer(way, model, batches)
@@ -394,7 +394,7 @@ def grown(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def show_growth(options: argparse.Namespace, found: dict[str, Any]) -> None:
-    """Print the points of an axis, and draw them where a picture is wanted."""
+    """Print the points of an axis, and plot them where a figure is wanted."""
     print(f"{options.growth:>12s} {'tokens':>8s} " + " ".join(f"{name:>20s}" for name in options.ways) + "   seconds")
     for point in found["points"]:
         seconds = " ".join(f"{point['seconds'][name]:20.3f}" for name in options.ways)
@@ -402,7 +402,7 @@ def show_growth(options: argparse.Namespace, found: dict[str, Any]) -> None:
     print("growth " + ", ".join(f"{name} {exponent:.2f}" for name, exponent in found["exponents"].items()))
     if options.png:
         costs = {name: [point["seconds"][name] for point in found["points"]] for name in options.ways}
-        x_label = "expressions of the picture" if options.growth == "expressions" else "tokens of the sequence"
+        x_label = "expressions of the image" if options.growth == "expressions" else "tokens of the sequence"
         panel = size_panel(f"a step, by {options.growth}", found["sizes"], costs, x_label=x_label, y_label="seconds")
         save_panels(options.png, [panel], "")
 
@@ -455,7 +455,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32")
     parser.add_argument("--samples", type=int, default=2, help="samples of one optimizer step")
     parser.add_argument("--samples-per-sequence", type=int, default=1, help="of ours; the released method takes one")
-    parser.add_argument("--expressions", type=int, default=5, help="of each picture")
+    parser.add_argument("--expressions", type=int, default=5, help="of each image")
     parser.add_argument("--image", type=int, nargs=2, default=(480, 640), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ways", nargs="+", choices=sorted(WAYS), default=DEFAULT_WAYS)
@@ -468,7 +468,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.child:
         return child(options)
     if options.png and not options.growth:
-        parser.error("--png draws what --growth measures; name an axis")
+        parser.error("--png plots what --growth measures; name an axis")
     found = grown(options) if options.growth else measure(options, given)
     cuda = options.device.startswith("cuda")
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"

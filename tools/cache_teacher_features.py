@@ -94,8 +94,8 @@ class Job:
     plan: Plan
     images: dict[str, Image]
 
-    def photos(self, keys: Sequence[str]) -> Iterator[tuple[str, Tensor | str]]:
-        """Yield the photos of these keys, decoded ahead in threads; the reason instead of one that cannot be used."""
+    def opened_images(self, keys: Sequence[str]) -> Iterator[tuple[str, Tensor | str]]:
+        """Yield the images of these keys, decoded ahead in threads; the reason instead of one that cannot be used."""
 
         def load(key: str) -> Tensor | str:
             image = self.images[key]
@@ -114,11 +114,11 @@ class Job:
         unusable: dict[str, str] = {}
         size_of = self.teacher.spec.preprocessing.size
         ordered = sorted(keys, key=lambda key: (size_of(self.images[key].hw), key))
-        photos = self.photos(ordered)
-        while group := list(islice(photos, self.teacher.max_batch)):
-            unusable |= {key: photo for key, photo in group if isinstance(photo, str)}
-            usable = [(key, photo) for key, photo in group if isinstance(photo, Tensor)]
-            features = self.teacher.features([photo for _, photo in usable])
+        opened = self.opened_images(ordered)
+        while group := list(islice(opened, self.teacher.max_batch)):
+            unusable |= {key: pixels for key, pixels in group if isinstance(pixels, str)}
+            usable = [(key, pixels) for key, pixels in group if isinstance(pixels, Tensor)]
+            features = self.teacher.features([pixels for _, pixels in usable])
             for (key, _), own in zip(usable, features, strict=True):
                 image = self.images[key]
                 maps[key] = encode_map(self.pooled(own, image.hw), self.plan.dtype, f"{image.where}: {image.path}")
@@ -145,7 +145,7 @@ def images_of(mixture: Mixture, sources: Sequence[str]) -> tuple[dict[str, Image
             if path is None or path in seen:
                 continue
             try:
-                # The size that the annotations state decides how a photo with an orientation mark is turned.
+                # The size that the annotations state decides how an image with an orientation mark is turned.
                 sample = source.get(index, np.random.default_rng(0))
                 key = image_key(path)
             except DataError as error:
@@ -176,10 +176,10 @@ def stored_bytes(job: Job) -> int:
 
 
 def measured_stride(job: Job) -> int:
-    """Return the stride of the teacher's own map, from a small grey photo."""
-    photo = torch.full((64, 64, 3), 127, dtype=torch.uint8)
+    """Return the stride of the teacher's own map, from a small grey image."""
+    image = torch.full((64, 64, 3), 127, dtype=torch.uint8)
     height = job.teacher.spec.preprocessing.size((64, 64))[0]
-    return height // int(job.teacher.features([photo])[0].shape[1])
+    return height // int(job.teacher.features([image])[0].shape[1])
 
 
 def print_plan(job: Job, name: str, architecture: Architecture, *, num_measured: int) -> None:

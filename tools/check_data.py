@@ -6,10 +6,10 @@
     python tools/check_data.py evals=paper                                # what scripts/evaluate.py would ask
     python tools/check_data.py root=DIR dataset=refcocog split=val        # one folder of refs and instances
 
-Prints tables, writes report.json and report.html (with drawn samples) to `out=`, runs/data_check by default. Exit
+Prints tables, writes report.json and report.html (with rendered samples) to `out=`, runs/data_check by default. Exit
 status: 0 everything is sound or only noted, 1 something must be mended, 2 the command line is wrong. `sample=` is how
-many items, masks and photographs are decoded per source (200; `all`); records, sizes and file names are looked at
-completely. `strict=true` counts notes as trouble, `sheet=` is how many samples are drawn, `progress=false` is quiet.
+many items, masks and images are decoded per source (200; `all`); records, sizes and file names are looked at
+completely. `strict=true` counts notes as trouble, `sheet=` is how many samples are rendered, `progress=false` is quiet.
 """
 
 import logging

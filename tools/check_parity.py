@@ -5,7 +5,7 @@
 A folder holds `config.json` (sizes and special tokens; with `image_placeholder` it is of the EVE type),
 `reference_state.safetensors` (weights in the release's naming) and `cases.safetensors` (tensors named `<case>.<name>`).
 Without the weights file, or with --named-weights,
-every tensor of `shapes.json` is drawn from a generator seeded by its name. Prints the largest absolute error of every
+every tensor of `shapes.json` is sampled from a generator seeded by its name. Prints the largest absolute error of every
 recorded tensor; exit status 1 when one exceeds the tolerance or a greedily decoded token differs, 2 when a folder
 cannot be checked.
 """
@@ -335,7 +335,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     """Check every folder named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
-    parser.add_argument("--named-weights", action="store_true", help="draw weights by name even if a file is there")
+    parser.add_argument("--named-weights", action="store_true", help="sample weights by name even if a file is there")
     parser.add_argument("--tolerance", type=float, default=1e-4)
     options = parser.parse_args(None if arguments is None else list(arguments))
     logging.basicConfig(level=logging.WARNING)

@@ -47,7 +47,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--visual-prompts", type=int, default=defaults.num_visual_prompts, help="0: without")
     parser.add_argument("--vocab-multiple", type=int, default=defaults.vocab_multiple)
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of everything that is initialised")
-    parser.add_argument("--init", choices=INITS, default=defaults.init, help="how a new mask head is drawn: model.init")
+    parser.add_argument(
+        "--init", choices=INITS, default=defaults.init, help="how a new mask head is initialized: model.init"
+    )
     parser.add_argument("--shard-gb", type=float, default=SHARD_BYTES / 1e9, help="largest file, 1e9 bytes")
     options = parser.parse_args(arguments)
     if options.to is not None and options.layout is None:

@@ -1,7 +1,7 @@
 """Count what a training step asks of a GPU, without one: kernels, bytes through memory, operations, and the time that
 they cannot take less of.
 
-    python tools/count_step.py                                            0.5B, six pictures of 480 x 640 in a sequence
+    python tools/count_step.py                                            0.5B, six images of 480 x 640 in a sequence
     python tools/count_step.py --size 3b --image 1024 1024 --samples 2
     python tools/count_step.py --checkpointing layers --json runs/count.json
 
@@ -37,7 +37,7 @@ from pixel_sail.model.attention_backends import attention_segments
 from pixel_sail.model.kernels import CHECKPOINTING, Kernels
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
-from pixel_sail.planning.benchmarks import SIZES, drawn_examples, packed, sized_config, small_tokenizer
+from pixel_sail.planning.benchmarks import SIZES, packed, sized_config, small_tokenizer, synthetic_examples
 from pixel_sail.planning.flops import forward_flops, training_flops
 from pixel_sail.planning.workload import of_batch
 from pixel_sail.provenance import code_version
@@ -133,7 +133,7 @@ def counted(options: argparse.Namespace) -> dict[str, Any]:
     kernels = Kernels(attention="varlen")
     model.use(kernels, options.checkpointing)
     processor, size_hw = PixelSailProcessor.for_model(tokenizer, config), (options.image[0], options.image[1])
-    examples = drawn_examples(processor, options.samples, expressions=options.expressions, size_hw=size_hw)
+    examples = synthetic_examples(processor, options.samples, expressions=options.expressions, size_hw=size_hw)
     (batch,) = packed(examples, options.samples, processor.seg_id)
     assert batch.spans is not None
     attention = {
@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", choices=sorted(SIZES), default="0.5b")
     parser.add_argument("--image", type=int, nargs=2, default=(480, 640), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--samples", type=int, default=6, help="in the sequence")
-    parser.add_argument("--expressions", type=int, default=5, help="of each picture")
+    parser.add_argument("--expressions", type=int, default=5, help="of each image")
     parser.add_argument("--checkpointing", choices=CHECKPOINTING, default="none")
     parser.add_argument("--rate", type=float, default=700.0, help="TFLOP/s that products reach")
     parser.add_argument("--bandwidth", type=float, default=4.0, help="TB/s of the memory")
@@ -184,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     found = counted(options)
     total = found["total"]
-    print(f"{options.size} model, bf16, {options.samples} pictures of {options.image}, {found['tokens']} tokens")
+    print(f"{options.size} model, bf16, {options.samples} images of {options.image}, {found['tokens']} tokens")
     print(f"{'':42s} {'kernels':>8s} {'TFLOP':>8s} {'GB':>8s} {'ms at least':>12s}")
     for name, row in [*list(found["rows"].items())[: options.top], ("all", total)]:
         print(

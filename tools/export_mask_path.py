@@ -45,7 +45,7 @@ class MaskPath(nn.Module):
         return mask_logits(self.head.seg_queries(seg_states_ND), self.head.pixel_features(states_hwD[None])[0])
 
 
-def draw(size: tuple[int, int, int], width: int) -> tuple[Tensor, Tensor]:
+def random_states(size: tuple[int, int, int], width: int) -> tuple[Tensor, Tensor]:
     """Return states of so many rows and columns of patches, and of so many [SEG]."""
     return torch.randn(*size[:2], width), torch.randn(size[2], width)
 
@@ -55,7 +55,7 @@ def largest_difference(program: Callable[[Tensor, Tensor], Tensor], path: MaskPa
     """Return how far a written program is from the model, over all sizes."""
     found = []
     for size in SIZES:
-        states, seg_states = draw(size, width)
+        states, seg_states = random_states(size, width)
         found.append((program(states, seg_states) - path(states, seg_states)).abs().max().item())
     return max(found)
 
@@ -72,11 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path, width = MaskPath(model.mask_head).eval(), model.config.hidden_size
     rows, columns, masks = (torch.export.Dim(name, min=1, max=LARGEST_SIDE) for name in ("rows", "columns", "masks"))
     dynamic = {"states_hwD": {0: rows, 1: columns}, "seg_states_ND": {0: masks}}
-    program = torch.export.export(path, draw(MADE_WITH, width), dynamic_shapes=dynamic)
+    program = torch.export.export(path, random_states(MADE_WITH, width), dynamic_shapes=dynamic)
     torch.export.save(program, options.out)
     differences = {options.out: largest_difference(torch.export.load(options.out).module(), path, width)}
     if options.onnx:
-        torch.onnx.export(path, draw(MADE_WITH, width), str(options.onnx), dynamo=True, dynamic_shapes=dynamic)
+        torch.onnx.export(path, random_states(MADE_WITH, width), str(options.onnx), dynamo=True, dynamic_shapes=dynamic)
         differences[options.onnx] = largest_difference(onnx_program(options.onnx), path, width)
     for file, difference in differences.items():
         print(f"{file}: largest difference of a logit {difference:.1e} over {len(SIZES)} sizes")

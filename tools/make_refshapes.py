@@ -1,4 +1,4 @@
-"""Draw the RefShapes benchmark: images and annotations in every on-disk format the project reads.
+"""Render the RefShapes benchmark: images and annotations in every on-disk format the project reads.
 
 Place in the flow: run once before training on RefShapes; `pixel_sail.refshapes` does the work. Example:
 
@@ -17,8 +17,8 @@ from pixel_sail.refshapes import RefShapesSpec, write_refshapes
 
 @one_message
 def main() -> int:
-    """Read the command line, draw the dataset, and return the exit status."""
-    parser = argparse.ArgumentParser(description="Draw the RefShapes benchmark.")
+    """Read the command line, render the dataset, and return the exit status."""
+    parser = argparse.ArgumentParser(description="Render the RefShapes benchmark.")
     parser.add_argument("--out", type=Path, default=Path("data/refshapes"), help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train", type=int, default=RefShapesSpec.num_train, help="number of training images")

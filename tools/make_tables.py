@@ -6,7 +6,7 @@
 A run is a folder with the results.jsonl of scripts/evaluate.py, or a run folder with such an `evaluation`. Without any
 run the paper's rows are printed alone. `--sweep` takes the folder of tools/sweep.py: mean and spread over seeds, and
 differences to the group that `--baseline` names (by default the first), with intervals from a paired bootstrap over
-images. `--plot` draws the scores of every job over the groups.
+images. `--plot` plots the scores of every job over the groups.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="TEXT",
         help="the group that others are compared with: its name, a value, or a part of these",
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of a sweep's scores")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="image of a sweep's scores")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the tables to this file too")
     parser.add_argument("--loader", action="append", default=[], metavar="NAME", help=LOADER_HELP)
     return parser.parse_args(arguments)

@@ -8,7 +8,7 @@
 Overrides are those of scripts/train.py; `gpu` (h100, h200, a100, 4090, cpu), `gpus`, `mfu` and `peak_tflops`
 describe the machine. Where the files of the configured data are there, `sequences=N` sequences (16) say what a step
 costs, and the lengths of up to 4,096 samples how many of them a sequence holds. `sequences=0`, or files that are
-missing, mean stated assumptions: samples with photographs of COCO's sizes (`text_tokens=`, `supervised_fraction=`,
+missing, mean stated assumptions: samples with images of COCO's sizes (`text_tokens=`, `supervised_fraction=`,
 `masks_per_image=`, `images_with_masks=`), packed as the run packs them, and `data.planned_samples` of them in an epoch.
 Nothing is trained and no GPU is used.
 
@@ -54,7 +54,7 @@ logger = logging.getLogger("plan_run")
 DEFAULT_SEQUENCES = 16
 
 MACHINE_KEYS = {"gpu": str, "gpus": int, "mfu": float, "peak_tflops": float}
-ASSUMED_KEYS = {field.name: float for field in fields(Assumptions) if field.name != "photo_hw"}
+ASSUMED_KEYS = {field.name: float for field in fields(Assumptions) if field.name != "image_hw"}
 WHOLE_NUMBERS = ("text_tokens", "masks_per_image")
 
 
@@ -94,7 +94,7 @@ def measure(config: TrainConfig, num_sequences: int, *, gpus: int) -> tuple[list
     if folder.is_dir():
         tokenizer = load_tokenizer(str(folder), num_visual_prompts=prompts)
     else:
-        turns = [turn for i in range(min(mixture.epoch_length, 200)) for turn in mixture.draw(i).sample.turns]
+        turns = [turn for i in range(min(mixture.epoch_length, 200)) for turn in mixture.item(i).sample.turns]
         texts = [text for turn in turns for text in (turn.question, turn.answer)]
         tokenizer = train_tokenizer(texts, vocab_size=4096, num_visual_prompts=prompts)
     rows = config.data.micro_batch_size

@@ -1,4 +1,4 @@
-"""Draw what training runs logged: losses, losses by source, learning rate, gradient norm, speed, validation scores.
+"""Plot what training runs logged: losses, losses by source, learning rate, gradient norm, speed, validation scores.
 
     python tools/plot_run.py runs/quickstart                            -> runs/quickstart/curves.png
     python tools/plot_run.py runs/a runs/b --out compare.png            one colour per run
@@ -30,7 +30,7 @@ DEFAULT_KEYS = (
     *("*/text", "*/bce", "*/dice", "*/distill/*", "optim/lr", "optim/grad_norm"),
     *("perf/tokens_per_s", "time/data_s", "perf/mfu", "perf/memory_gb", "*/ciou", "*/giou"),
 )
-"""Drawn where a run has them."""
+"""Plotted where a run has them."""
 
 TITLES = {
     "total": "total loss",
@@ -191,7 +191,7 @@ def labels_of(paths: Sequence[Path]) -> list[str]:
 
 @one_message
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw; wrong input ends with one message and exit status 2."""
+    """Plot; wrong input ends with one message and exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=f"run folder or {LOG_FILE}")
     parser.add_argument("--keys", help="names of numbers, separated by commas (default: all the usual ones)")

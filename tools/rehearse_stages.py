@@ -5,7 +5,7 @@
 Each stage starts from the export of the one before. Its figures are losses of its own kind on data that it does not
 train on, before and after: nats per supervised token for captions and chat, the same and BCE and dice of the masks for
 the mix, BCE and dice for referring segmentation. RefShapes has no captions of whole images: they are put together from
-what its Osprey file says about each region. Needs what `make quickstart` draws. Ends with status 1 when a stage did not
+what its Osprey file says about each region. Needs what `make quickstart` renders. Ends with status 1 when a stage did not
 improve each of its figures.
 """
 
@@ -121,7 +121,7 @@ def write_files(data: Path, out: Path) -> None:
         chat = json.loads((folder / "llava" / "llava_v1_5_mix665k.json").read_text())
         questions = json.loads((folder / "osprey" / "osprey_short_form.json").read_text())
     except OSError as error:
-        raise DataError(f"{folder}: {error}; draw the data with tools/make_refshapes.py first") from error
+        raise DataError(f"{folder}: {error}; render the data with tools/make_refshapes.py first") from error
     captions = [
         {
             "id": record["file_name"],

@@ -1,6 +1,6 @@
 """Score a file of predictions against referring annotations: prints one JSON object.
 
-Place in the flow: the last step of an evaluation, needing neither model nor photos. Example:
+Place in the flow: the last step of an evaluation, needing neither model nor images. Example:
 
     python tools/score.py --predictions runs/a/refcoco_val.jsonl --refer-root data/ref_seg --dataset refcoco --split val
     {"ciou": 0.791, "giou": 0.802, "p50": 0.911, ..., "count": 10834, "missing": 3, "paper_ciou": 0.79, ...}
@@ -52,7 +52,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset", help="folder name, for example refcoco+")
     parser.add_argument("--split", help="exact split name, for example testA")
     parser.add_argument("--split-by", help="part in brackets of refs(...).p, needed where there are several files")
-    parser.add_argument("--image-dir", type=Path, help="photos; not opened, only named")
+    parser.add_argument("--image-dir", type=Path, help="images; not opened, only named")
     parser.add_argument("--loader", action="append", default=[], metavar="NAME", help=LOADER_HELP)
     options = parser.parse_args(arguments)
     if options.predictions is not None and None in (options.refer_root, options.dataset, options.split):

@@ -4,7 +4,7 @@
     python tools/show_batch.py data=refcoco model=sail_0_5b out=runs/batch
 
 Takes the overrides of scripts/train.py, and `out=FOLDER` (runs/first_batch by default) for index.html, batch.txt,
-stages.png (source, sample, packed sequence, batch in one figure) and one picture per image. Tokens are decoded back to
+stages.png (source, sample, packed sequence, batch in one figure) and one PNG per image. Tokens are decoded back to
 text and the supervised ones marked. Exit status 2 for a wrong config
 or wrong data, with the reason.
 """
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (position := first_with_image(mixture, batch)) is not None:
         written.append(folder / "stages.png")
         place = mixture.stream_item(position)
-        sample, num_items = mixture.draw(position).sample, len(mixture.sources[place.source])
+        sample, num_items = mixture.item(position).sample, len(mixture.sources[place.source])
         write_stages(written[-1], sample, batch, source=place.source_name, num_items=num_items, item=place.item)
     print(f"written: {', '.join(map(str, written))}")
     return 0
@@ -72,7 +72,7 @@ def first_with_image(mixture: Mixture, batch: Batch) -> int | None:
         place = mixture.stream_item(position)
         if mixture.sources[place.source].image_path(place.item) is not None:
             with suppress(DataError):
-                if mixture.draw(position).sample.sample_id in batch.sample_ids:
+                if mixture.item(position).sample.sample_id in batch.sample_ids:
                     return position
     return None
 

@@ -4,7 +4,7 @@
     python tools/soak.py --steps 240 --kills 20 --every 8 --validate-every 0 --json kills.json
     python tools/soak.py --steps 400 --launcher torchrun deepspeed=zero2
 
-RefShapes are drawn into the work folder, then `scripts/train.py` is started as a user starts it, with validation,
+RefShapes are rendered into the work folder, then `scripts/train.py` is started as a user starts it, with validation,
 checkpoints, TensorBoard and the log. Every second the memory of all its processes is read. At the end:
 
 * memory: of each process that lived long enough, the resident memory (RSS, as /proc tells it) in the second half of its
@@ -121,8 +121,8 @@ def marked_processes(mark: str) -> list[int]:
     return sorted(found)
 
 
-def draw_data(root: Path) -> None:
-    """Draw a small benchmark and its tokenizer, once."""
+def make_data(root: Path) -> None:
+    """Render a small benchmark and its tokenizer, once."""
     if (root / "refshapes" / "tokenizer").is_dir():
         return
     from pixel_sail.data.sources.refer import expressions, load_refer
@@ -354,7 +354,7 @@ def processes_left(mark: str, patience_s: float = 20.0) -> list[int]:
 def soak(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Run it and return all figures; `faults` is empty when everything holds."""
     mark, watched = uuid.uuid4().hex, Watched()
-    draw_data(work / "data")
+    make_data(work / "data")
     shared_before = set(names_in(Path("/dev/shm")))
     faults: list[str] = []
     kills: list[dict[str, Any]] = []
@@ -402,7 +402,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--launcher", choices=("python", "torchrun"), default="python")
     parser.add_argument("--max-growth-mb", type=float, default=16.0)
     parser.add_argument("--timeout-s", type=float, default=7200.0, help="longest time of one start")
-    parser.add_argument("--work", type=Path, default=Path("runs/soak"), help="emptied first, but for the drawn data")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/soak"), help="emptied first, but for the synthetic data"
+    )
     parser.add_argument("--json", type=Path)
     given, overrides = parser.parse_known_args(arguments)
     given.overrides = overrides

@@ -28,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools.soak import ROOT, TINY, comparable, draw_data, num_lines
+from tools.soak import ROOT, TINY, comparable, make_data, num_lines
 
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 PORT = 29533
@@ -187,14 +187,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--peer-timeout-s", type=float, default=10.0)
     parser.add_argument("--grace-s", type=float, default=30.0, help="for the launcher to end after its process")
     parser.add_argument("--timeout-s", type=float, default=400.0, help="longest time of one start")
-    parser.add_argument("--work", type=Path, default=Path("runs/two_hosts"), help="emptied first, but for drawn data")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/two_hosts"), help="emptied first, but for synthetic data"
+    )
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)
     if os.geteuid() != 0 or shutil.which("ip") is None:
         print("two_hosts: needs root and the `ip` command (package iproute2)", file=sys.stderr)
         return 2
     work = given.work.resolve()
-    draw_data(work / "data")
+    make_data(work / "data")
     for path in work.iterdir():
         if path.is_dir() and path.name != "data":
             shutil.rmtree(path)

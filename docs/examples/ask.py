@@ -1,4 +1,4 @@
-"""Ask a model about a picture from Python: about an object, about a marked region, and on and on about one image.
+"""Ask a model about an image from Python: about an object, about a marked region, and on and on about one image.
 
 Place in the flow: exported folder -> `Predictor` -> `PredictorOutput` with text, masks at image size, scores and
 boxes. Give `RUN/export` of a trained model instead of the random one to see sense.
@@ -19,13 +19,13 @@ def main(folder: Path) -> list[PredictorOutput]:
     """Ask, write the first mask as a PNG, and return the answers."""
     config = PredictConfig(answer="forced")  # Random weights never say [SEG]: it is put into their mouth.
     predictor = Predictor.from_pretrained(export_model(folder), config=config)
-    photo = sorted((folder / "data" / "refshapes" / "images" / "train2014").glob("*.jpg"))[0]
+    image = sorted((folder / "data" / "refshapes" / "images" / "train2014").glob("*.jpg"))[0]
 
     # An object, named by words: "Please segment the red star in this image."
-    results = [predictor.segment(photo, "the red star")]
+    results = [predictor.segment(image, "the red star")]
 
     # A region, marked by a box, a point or a mask; the question calls it by its name.
-    chat = predictor.chat(photo, [Box(24, 24, 48, 48)])
+    chat = predictor.chat(image, [Box(24, 24, 48, 48)])
     results.append(chat.ask("Please segment what is left of <Prompt0>."))
     # A second question about the same image knows the first; the image is not encoded again.
     results.append(chat.ask("Please segment what is above it."))

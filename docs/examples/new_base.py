@@ -7,7 +7,7 @@ language model does not have (patch embedding, mask head) starts at random. Text
 from pathlib import Path
 
 import torch
-from tiny import draw_data, work_folder
+from tiny import make_data, work_folder
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from pixel_sail.config import ModelConfig, TrainConfig, load_config
@@ -35,7 +35,7 @@ def start_from(language: Qwen2ForCausalLM, config: ModelConfig, folder: Path) ->
 
 def main(folder: Path) -> tuple[PixelSailForSegmentation, Qwen2ForCausalLM]:
     """Take a small random language model as a base and train from it one step's worth of configuration."""
-    draw_data(folder)
+    make_data(folder)
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}

@@ -1,4 +1,4 @@
-"""A dataset of one's own: photographs in a folder, a box for each in a JSON file.
+"""A dataset of one's own: images in a folder, a box for each in a JSON file.
 
 Place in the flow: own files -> `load` -> `Source` -> mixture -> packing, as every source. An item of `boxes.json`:
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tiny import SMALL, draw_data, work_folder
+from tiny import SMALL, make_data, work_folder
 
 from pixel_sail.config import TrainConfig, load_config
 from pixel_sail.data.packing import PackedSequence, PackedStream
@@ -27,7 +27,7 @@ def load(*, root: str | Path) -> "BoxSource":
 
 
 class BoxSource:
-    """One item per photograph; everything random is drawn from the `rng` it is given."""
+    """One item per image; everything random is sampled from the `rng` it is given."""
 
     name = "boxes"
 
@@ -40,7 +40,7 @@ class BoxSource:
         return len(self.items)
 
     def image_path(self, index: int) -> Path:
-        """Return the photograph of an item without opening it."""
+        """Return the image of an item without opening it."""
         return self.root / self.items[index]["file"]
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
@@ -61,7 +61,7 @@ class BoxSource:
 
 
 def write_files(root: Path) -> None:
-    """Write two photographs and their boxes."""
+    """Write two images and their boxes."""
     root.mkdir(parents=True, exist_ok=True)
     items = []
     for index, (height, width) in enumerate([(32, 48), (48, 32)]):
@@ -72,7 +72,7 @@ def write_files(root: Path) -> None:
 
 def main(folder: Path) -> PackedSequence:
     """Configure the new source beside none other and return the first packed sequence."""
-    write_files(draw_data(folder) / "boxes")
+    write_files(make_data(folder) / "boxes")
     config = load_config("train", TrainConfig, SMALL)
     config.data.sources = {"boxes": {"_target_": "new_dataset.load", "root": str(folder / "data" / "boxes")}}
     config.data.repeats = {}

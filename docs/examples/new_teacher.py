@@ -1,13 +1,13 @@
 """A teacher of one's own: a fixed edge filter whose response the model learns to predict from its pixel map.
 
-Place in the flow: configuration -> `edges` -> `TeacherSpec` -> `Teacher` -> loss `loss/distill/edges`. A real teacher loads
-safetensors in `build` and lists their hashes in `weights` (`pixel_sail/distillation/weights.py`).
+Place in the flow: configuration -> `edges` -> `TeacherSpec` -> `Teacher` -> loss `loss/distill/edges`. A real teacher
+loads safetensors in `build` and lists their hashes in `weights` (`pixel_sail/distillation/weights.py`).
 """
 
 from pathlib import Path
 
 import torch
-from tiny import draw_data, work_folder
+from tiny import make_data, work_folder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,7 +19,7 @@ from pixel_sail.distillation.teachers import checked_spec
 
 
 class Edges(nn.Module):
-    """Horizontal and vertical differences of the grey picture, at a quarter of its size."""
+    """Horizontal and vertical differences of the grey image, at a quarter of its size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,17 +46,17 @@ def edges(max_long_side: int) -> TeacherSpec:
 
 
 def main(folder: Path) -> Tensor:
-    """Configure the teacher and return its features of one picture."""
-    draw_data(folder)
+    """Configure the teacher and return its features of one image."""
+    make_data(folder)
     settings = TeacherSettings(
         model={"_target_": "new_teacher.edges", "max_long_side": 256}, channels=2, site="pixel_map"
     )
     spec = checked_spec("edges", settings, build, allow_random=False)
     teacher = Teacher(spec, device="cpu", precision="fp32", max_batch=4)
-    photo_HW3 = torch.zeros(64, 96, 3, dtype=torch.uint8)
-    photo_HW3[:, 48:] = 255
-    (features_EYX,) = teacher.features([photo_HW3])
-    print(f"a photo of 64 x 96 gives features {tuple(features_EYX.shape)}")
+    image_HW3 = torch.zeros(64, 96, 3, dtype=torch.uint8)
+    image_HW3[:, 48:] = 255
+    (features_EYX,) = teacher.features([image_HW3])
+    print(f"an image of 64 x 96 gives features {tuple(features_EYX.shape)}")
     return features_EYX
 
 

@@ -1,6 +1,7 @@
-"""What the other examples start from: a few drawn scenes and a small model with random weights.
+"""What the other examples start from: a few synthetic scenes and a small model with random weights.
 
-Place in the flow: drawn files -> tokenizer -> model -> exported folder, as `make quickstart` makes them at full size:
+Place in the flow: synthetic files -> tokenizer -> model -> exported folder, as `make quickstart` makes them at full
+size:
 
     folder/data/refshapes/{images,refshapes,grefshapes,tokenizer,...}
     folder/export/{config.json, model.safetensors, tokenizer.json, ...}
@@ -32,8 +33,8 @@ def work_folder() -> Path:
     return Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp(prefix="pixel_sail_"))
 
 
-def draw_data(folder: Path) -> Path:
-    """Draw RefShapes below `folder`, point the configuration to it, and return the folder of the data."""
+def make_data(folder: Path) -> Path:
+    """Render RefShapes below `folder`, point the configuration to it, and return the folder of the data."""
     data = folder / "data"
     if write_refshapes(data / "refshapes", RefShapesSpec(seed=1, num_train=8, num_eval=3), num_workers=1):
         texts = [item.text for item in expressions(load_refer(data / "refshapes", "refshapes", "train"))]
@@ -44,8 +45,8 @@ def draw_data(folder: Path) -> Path:
 
 
 def export_model(folder: Path) -> Path:
-    """Draw the data, make a model with random weights, and return its exported folder."""
-    draw_data(folder)
+    """Render the data, make a model with random weights, and return its exported folder."""
+    make_data(folder)
     model, processor = build_model(load_config("train", TrainConfig, SMALL).model, seed=0, teachers={})
     export = folder / "export"
     model.save_pretrained(export)

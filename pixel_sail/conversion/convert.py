@@ -216,20 +216,22 @@ def architecture_of(config: Architecture) -> Architecture:
 def starting_values(
     layout: Layout, expected: Mapping[str, tuple[int, ...]], architecture: Architecture, *, seed: int, init: str
 ) -> dict[str, tuple[Callable[[], Tensor], str]]:
-    """Return what makes each parameter that the layout may lack, drawn from `seed`, and the note why."""
+    """Return what makes each parameter that the layout may lack, initialized from `seed`, and the note why."""
     allowed = {name: why for name in expected if (why := reason(layout.initialised, name)) is not None}
     if not allowed:
         return {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        drawn = nn.ModuleDict({"patch_embedding": PatchEmbedding(architecture), "mask_head": MaskHead(architecture)})
-        for linear in drawn["patch_embedding"].children():
+        initialized = nn.ModuleDict(
+            {"patch_embedding": PatchEmbedding(architecture), "mask_head": MaskHead(architecture)}
+        )
+        for linear in initialized["patch_embedding"].children():
             assert isinstance(linear, nn.Linear)
             nn.init.normal_(linear.weight, std=architecture.initializer_range)
-        head = drawn["mask_head"]
+        head = initialized["mask_head"]
         assert isinstance(head, MaskHead)
-        head.draw_weights(init)
-    values = drawn.state_dict()
+        head.init_weights(init)
+    values = initialized.state_dict()
     return {name: (values[name].clone, f"initialised because {why}") for name, why in allowed.items()}
 
 

@@ -52,7 +52,7 @@ class Rows:
 
     sources: Tensor
     """For each row of the target the row it copies, -1 for none."""
-    drawn: tuple[int, ...]
+    initialized: tuple[int, ...]
     """Rows of tokens that only the target has: normal with this deviation. Other rows without a source are zero."""
     deviation: float
     seed: int
@@ -73,7 +73,7 @@ class Rows:
         sources = row_sources(source_tokens, shared, source_rows=source_rows, target_rows=target_rows)
         added = sorted(index for token, index in target_tokens.items() if token not in source_tokens)
         sources[added] = -1
-        return cls(sources=sources, drawn=tuple(added), deviation=deviation, seed=seed)
+        return cls(sources=sources, initialized=tuple(added), deviation=deviation, seed=seed)
 
     def place(self, rows_VD: Tensor) -> Tensor:
         """Return the target's rows."""
@@ -81,18 +81,18 @@ class Rows:
             return rows_VD
         placed = rows_VD[self.sources.clamp_min(0)]
         placed[self.sources < 0] = 0
-        if self.drawn:
+        if self.initialized:
             generator = torch.Generator().manual_seed(self.seed)
-            size = (len(self.drawn), rows_VD.shape[1])
-            placed[list(self.drawn)] = (torch.randn(size, generator=generator) * self.deviation).to(rows_VD.dtype)
+            size = (len(self.initialized), rows_VD.shape[1])
+            placed[list(self.initialized)] = (torch.randn(size, generator=generator) * self.deviation).to(rows_VD.dtype)
         return placed
 
     def note(self, source_rows: int) -> str:
         """Return what happened to the rows, in words."""
         kept = self.sources[self.sources >= 0]
-        zero = len(self.sources) - len(kept) - len(self.drawn)
+        zero = len(self.sources) - len(kept) - len(self.initialized)
         return (
-            f"{COPIED} {len(kept)} of {source_rows} rows by token name; {len(self.drawn)} rows of new tokens drawn, "
+            f"{COPIED} {len(kept)} of {source_rows} rows by token name; {len(self.initialized)} rows of new tokens initialized, "
             f"{zero} rows of no token zero, {source_rows - len(kept)} rows dropped because no token uses them"
         )
 

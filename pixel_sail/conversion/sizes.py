@@ -53,7 +53,7 @@ class Chosen:
     seed: int = 0
     """Of everything that is initialised."""
     init: str = "ours"
-    """How a new mask head is drawn: ours or torch, as `model.init`."""
+    """How a new mask head is initialized: ours or torch, as `model.init`."""
 
 
 def read_base_config(folder: Path) -> dict[str, Any]:

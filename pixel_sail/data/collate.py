@@ -42,7 +42,7 @@ def collate(sequences: Sequence[PackedSequence], *, seg_id: int) -> Batch:
     images = [i for i, example in enumerate(examples) if example.grid_hw is not None]
     supervised = (labels[:, 1:] != IGNORE_LABEL).nonzero()
     pairs = [(image, target) for image, i in enumerate(images) for target in examples[i].teacher_targets]
-    photos = [(image, photo) for image, i in enumerate(images) if (photo := examples[i].photo_HW3) is not None]
+    originals = [(image, own) for image, i in enumerate(images) if (own := examples[i].image_HW3) is not None]
     return Batch(
         sample_ids=tuple(example.sample_id for example in examples),
         sources=tuple(example.source for example in examples),
@@ -70,8 +70,8 @@ def collate(sequences: Sequence[PackedSequence], *, seg_id: int) -> Batch:
         teacher_images=tuple(image for image, _ in pairs),
         teacher_maps=tuple(target.features_EYX for _, target in pairs),
         teacher_scales=tuple(target.scales_E for _, target in pairs),
-        photo_images=tuple(image for image, _ in photos),
-        photos=tuple(photo for _, photo in photos),
+        original_image_index=tuple(image for image, _ in originals),
+        original_images=tuple(own for _, own in originals),
         spans=sample_spans(arrays["sample_index"], arrays["branch_ids"], arrays["in_image"]),
     )
 

@@ -14,7 +14,7 @@ from pixel_sail.types import DataError, SizeHW
 T = TypeVar("T")
 
 MAX_PIXELS = 1 << 28
-"""No photograph has more, and a mask of a size that is a slip of the pen would fill the memory."""
+"""No image has more, and a mask of a size that is a slip of the pen would fill the memory."""
 
 ImageFolders = str | Path | list[str | Path]
 """One folder, or several to look an image up in."""

@@ -6,7 +6,7 @@ mixture, and a checkpoint keeps the fingerprint, so that a continued run does no
     {"refcoco/refs(unc).p": ["51dcaa..."], "refcoco/instances.json": ["fd35e8..."]}
 
 A file is named by its folder and its own name, so that data may move; where several have one name, all are listed.
-Photos and mask PNGs are not read at the start of a run and not part of it.
+Images and mask PNGs are not read at the start of a run and not part of it.
 """
 
 from collections.abc import Iterator

@@ -1,11 +1,11 @@
 """The size of an image without decoding it, for annotation files that do not state it.
 
-Place in the flow: sources whose polygons come without a size (RefCOCOg-GCG, ReasonSeg) ask here before they draw masks.
-Which of the two sizes is right depends on what the annotators saw:
+Place in the flow: sources whose polygons come without a size (RefCOCOg-GCG, ReasonSeg) ask here before they decode
+masks. Which of the two sizes is right depends on what the annotators saw:
 
-    a phone photo stored as 3000 x 4000 with the EXIF note "turn by 90 degrees":
+    a phone image stored as 3000 x 4000 with the EXIF note "turn by 90 degrees":
     stored_hw -> (3000, 4000)   COCO counts pixels as stored
-    upright_hw -> (4000, 3000)  most tools show, and ReasonSeg counts, the upright photo
+    upright_hw -> (4000, 3000)  most tools show, and ReasonSeg counts, the upright image
 """
 
 from pathlib import Path
@@ -31,7 +31,7 @@ def upright_hw(path: Path, where: str) -> SizeHW:
 
 
 def turn_of(path: Path, where: str) -> Image.Transpose | None:
-    """Return what makes the stored photo upright, None where it is. Raises: DataError if the file is missing or no
+    """Return what makes the stored image upright, None where it is. Raises: DataError if the file is missing or no
     image."""
     orientation = _read(path, where)[1]
     return EXIF_TURNS.get(orientation) if isinstance(orientation, int) else None

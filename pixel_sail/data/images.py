@@ -1,7 +1,7 @@
 """Opening images: one function that either returns an upright RGB image of the expected size or says what is wrong.
 
 Place in the flow: training (`data/packing.py`) and inference open every image here; sources whose annotations name
-photographs of several folders look them up with `find_image`. A message looks like
+images of several folders look them up with `find_image`. A message looks like
 
     refcoco/train/image=9: /data/train2014/COCO_9.jpg: cannot be decoded (image file is truncated); replace the file
 """
@@ -32,7 +32,7 @@ EXIF_TURNS = {
 """EXIF orientation -> what makes the image upright; 1 is upright already."""
 
 PAGE = (255, 255, 255)
-"""What shows through transparent pixels: white, as on the page that a viewer or a browser draws an image on."""
+"""What shows through transparent pixels: white, as on the page that a viewer or a browser shows an image on."""
 
 MAX_16_BIT = 65535
 
@@ -43,8 +43,8 @@ RASTER_FORMATS = (
     *("JPEG", "MPO", "PNG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "DIB", "TIFF"),
     *("PPM", "TGA", "PCX", "SGI", "ICO", "DDS", "QOI"),
 )
-"""Pillow's names of the formats that are read. All are decoded by Pillow itself; others, such as EPS, are drawings for
-which it starts programs, whatever the file is called."""
+"""Pillow's names of the formats that are read. All are decoded by Pillow itself; others, such as EPS, are vector
+graphics for which it starts programs, whatever the file is called."""
 
 DECODING_ERRORS = (
     UnidentifiedImageError,
@@ -74,7 +74,7 @@ _COCO_2014 = re.compile(r"COCO_(?:train|val)2014_(\d{12}\.jpg)")
 def find_image(folders: Sequence[Path], file_name: str) -> Path:
     """Return the image file of this name in the first folder that holds it; the place in the first folder if none does.
 
-    COCO's photographs have one number but two names, `COCO_train2014_000000000009.jpg` in the folders of 2014 and
+    COCO's images have one number but two names, `COCO_train2014_000000000009.jpg` in the folders of 2014 and
     `000000000009.jpg` in those of 2017; where the first name is not found, the second is looked for.
     """
     match = _COCO_2014.fullmatch(file_name)
@@ -130,7 +130,7 @@ def open_image(source: str | Path | BinaryIO, formats: Sequence[str] = ()) -> Im
         return Image.open(source, formats=tried)
     except UnidentifiedImageError:
         raise UnidentifiedImageError(
-            f"it is none of {', '.join(tried)}; drawings such as EPS, PDF or SVG are not read, convert them"
+            f"it is none of {', '.join(tried)}; vector graphics such as EPS, PDF or SVG are not read, convert them"
         ) from None
 
 
@@ -148,7 +148,7 @@ def load_image(path: str | Path, *, where: str, expected_hw: SizeHW | None = Non
 
     EXIF orientation is applied, unless the stored orientation is the one with the expected size (annotation files count
     pixels as stored). Transparent pixels show a white page. 16-bit grey is scaled to 8 bits; other modes (bilevel,
-    grey, palette, CMYK, ...) are converted, of an animation the first picture is taken.
+    grey, palette, CMYK, ...) are converted, of an animation the first image is taken.
     Raises: DataError when the file is missing, cannot be decoded, has another size than the annotations state, or
     has pixel values without a known range.
     """

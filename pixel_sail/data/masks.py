@@ -33,7 +33,7 @@ SHORT_POLYGON = "short polygon"
 
 _MIN_POLYGON_NUMBERS = 6
 _MAX_COORDINATE_PX = 100_000
-"""Larger coordinates cannot belong to a photograph, and pycocotools would allocate memory in proportion to them."""
+"""Larger coordinates cannot belong to an image, and pycocotools would allocate memory in proportion to them."""
 
 
 def decode_segmentation(

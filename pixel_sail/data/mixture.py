@@ -1,7 +1,7 @@
 """A mixture of sources in a deterministic order.
 
 Place in the flow: `data/packing.py` asks for position after position of an endless stream; which item that is, and the
-random generator it is drawn with, depend on (seed, position) alone - never on workers, ranks or time.
+random generator it is sampled with, depend on (seed, position) alone - never on workers, ranks or time.
 
 Example: sources of 4 and 3 items with repeats 1 and 2.4 make epochs of 4 + 7 = 11 positions: all items of the first,
 each of the second twice, and one of them, another in every epoch, a third time; position 25 is entry 3 of epoch 2.
@@ -30,7 +30,7 @@ class StreamItem:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
+class MixtureItem:
     """One position of the mixture."""
 
     sample: Sample
@@ -95,12 +95,12 @@ class Mixture:
         source, item, copy = (int(value) for value in self.epoch_order(epoch)[offset])
         return StreamItem(epoch=epoch, source=source, source_name=self.names[source], item=item, copy=copy)
 
-    def draw(self, position: int) -> Drawn:
+    def item(self, position: int) -> MixtureItem:
         """Return the sample at a position; DataError when its item is wrong."""
         item = self.stream_item(position)
         rng = np.random.default_rng([self.seed, 1, item.epoch, item.source, item.item, item.copy])
         sample = self.sources[item.source].get(item.item, rng)
-        return Drawn(
+        return MixtureItem(
             sample=sample,
             source_name=item.source_name,
             position=position,

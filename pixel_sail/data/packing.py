@@ -171,18 +171,18 @@ class PackedStream:
         return example
 
     def _read(self, number: int) -> Example:
-        drawn = self.mixture.draw(self._stream_position(number))
-        sample = drawn.sample
+        item = self.mixture.item(self._stream_position(number))
+        sample = item.sample
         example, image = self._encode(sample)
-        if len(example) > self.settings.seq_len and sample.part_drawn is not None:
+        if len(example) > self.settings.seq_len and sample.part_choice is not None:
             part = fitting_part(sample, self.processor, example.grid_hw, self.settings.seq_len)
             example, image = self._encode(part)
         if len(example) > self.settings.seq_len:
             raise DataError(
                 f"{sample.sample_id}: {len(example)} tokens found, at most data.packing.seq_len = "
-                f"{self.settings.seq_len} expected; raise it or draw fewer turns per sample"
+                f"{self.settings.seq_len} expected; raise it or sample fewer turns per sample"
             )
-        example = replace(example, source=drawn.source_name, point_seed=drawn.point_seed)
+        example = replace(example, source=item.source_name, point_seed=item.point_seed)
         if not self.teachers or image is None or sample.image_path is None:
             return example
         return with_teacher_targets(example, self.teachers, path=sample.image_path, image=image)
@@ -249,7 +249,7 @@ def with_teacher_targets(
     return replace(
         example,
         teacher_targets=targets,
-        photo_HW3=torch.from_numpy(np.array(image)) if is_looked_at else None,
+        image_HW3=torch.from_numpy(np.array(image)) if is_looked_at else None,
     )
 
 

@@ -197,7 +197,7 @@ class PanopticFile:
         return image_id, file_name, segments
 
     def _image_path(self, png_name: str, stated_name: object) -> Path:
-        """Return the photo: named as the PNG (release), or, where only that exists, as `images` says."""
+        """Return the image: named as the PNG (release), or, where only that exists, as `images` says."""
         path = image_file(self.image_dir, str(Path(png_name).with_suffix(".jpg")))
         if isinstance(stated_name, str) and not os.path.isfile(path):
             stated = image_file(self.image_dir, stated_name)
@@ -218,13 +218,13 @@ def open_panoptic(
 
     root: the COCO folder, with `Annotations/annotations/panoptic_{split}.json` and `Images/{split}/`, or with
     `annotations/panoptic_{split}.json` and `{split}/`; the PNGs stand in `panoptic_{split}/` beside the JSON.
-    annotations, png_dir, image_dir: used instead where given. Photos may be absent until one is opened.
+    annotations, png_dir, image_dir: used instead where given. Images may be absent until one is opened.
     Raises: DataError.
     """
     root = Path(root)
     jsons = [root / folder / f"panoptic_{split}.json" for folder in ANNOTATION_FOLDERS]
     pngs = [root / folder / f"panoptic_{split}" for folder in ANNOTATION_FOLDERS]
-    photos = [root / folder / split for folder in IMAGE_FOLDERS]
+    folders = [root / folder / split for folder in IMAGE_FOLDERS]
     file = Path(annotations) if annotations is not None else next(filter(Path.is_file, jsons), None)
     folder = Path(png_dir) if png_dir is not None else next(filter(Path.is_dir, pngs), None)
     if file is None:
@@ -232,8 +232,8 @@ def open_panoptic(
     if folder is None or not folder.is_dir():
         tried = [str(path) for path in ([folder] if folder is not None else pngs)]
         raise DataError(f"found none of {tried}, expected the folder of panoptic PNGs; unpack it or correct the path")
-    photo_dir = Path(image_dir) if image_dir is not None else next(filter(Path.is_dir, photos), photos[0])
-    return PanopticFile(file, png_dir=folder, image_dir=photo_dir, lists_all=lists_all)
+    found_dir = Path(image_dir) if image_dir is not None else next(filter(Path.is_dir, folders), folders[0])
+    return PanopticFile(file, png_dir=folder, image_dir=found_dir, lists_all=lists_all)
 
 
 def load_categories(file: Path) -> dict[int, Category]:

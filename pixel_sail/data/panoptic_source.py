@@ -34,7 +34,7 @@ class PanopticSource:
         return len(self._numbers)
 
     def image_path(self, index: int) -> Path:
-        """Return the photo of an item."""
+        """Return the image of an item."""
         return self._image(index).image_path
 
     def _image(self, index: int) -> PanopticImage:

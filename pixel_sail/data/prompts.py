@@ -20,7 +20,8 @@ PROMPT_KINDS = ("mask", "box", "point", "scribble")
 MASK_ONLY = {"mask": 1.0}
 
 POINT_MARGIN_PX = 16
-"""A point is drawn among the pixels further from the outline than this, if there are any (release: the patch size)."""
+"""A point is sampled among the pixels further from the outline than this, if there are any (release: the patch
+size)."""
 
 SCRIBBLE_CORNERS = (2, 5)
 """Smallest and largest number of places a scribble passes through."""
@@ -36,8 +37,8 @@ def check_fractions(fractions: Mapping[str, float], where: str) -> None:
         )
 
 
-def draw_prompt(mask: BoolMask, fractions: Mapping[str, float], rng: np.random.Generator) -> BoolMask:
-    """Return the region as a prompt of a kind drawn by `fractions`, which need not sum to 1.
+def sample_prompt(mask: BoolMask, fractions: Mapping[str, float], rng: np.random.Generator) -> BoolMask:
+    """Return the region as a prompt of a kind sampled by `fractions`, which need not sum to 1.
 
     Raises: DataError if empty. The result always has a pixel, and a point or scribble lies within the region.
     """

@@ -5,7 +5,7 @@ Place in the flow: annotation files -> here -> `data/sources/refer.py`, which ma
     <root>/<dataset>/refs(<split_by>).p or .jsonl        one annotation per ref (see `data/refs_files.py`)
     <root>/<dataset>/grefs(<split_by>).json or .p        a list of annotations per ref, [-1] when nothing is referred to
     <root>/<dataset>/instances.json                      images and segmentations in COCO format
-    <root>/images/train2014/...                          photos; only opened by whoever needs pixels
+    <root>/images/train2014/...                          images; only opened by whoever needs pixels
 
 One entry of refs(umd).p:
 
@@ -34,7 +34,7 @@ from pixel_sail.types import DataError, SizeHW
 logger = logging.getLogger(__name__)
 
 IMAGE_FOLDERS = ("images/train2014", "images/mscoco/images/train2014", "coco2014/train2014")
-"""Where photos are looked for below the root and then below the dataset's folder, in this order; the first stands for
+"""Where images are looked for below the root and then below the dataset's folder, in this order; the first stands for
 all when none exists."""
 
 MAX_ID = (1 << 63) - 1
@@ -45,7 +45,7 @@ _NO_TARGET_IDS = (-1,)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReferImage:
-    """One photo of the split."""
+    """One image of the split."""
 
     image_id: int
     path: Path
@@ -136,7 +136,7 @@ def load_refer(
     split_by: str | None = None,
     image_dir: str | Path | None = None,
 ) -> ReferAnnotations:
-    """Read the annotations of one split; photos need not exist. Raises: DataError naming the file and the ref.
+    """Read the annotations of one split; images need not exist. Raises: DataError naming the file and the ref.
 
     The split must match exactly ("testA", not "test"). Several dataset names are folder names of one and the same
     dataset, the first that exists is read.
@@ -154,8 +154,8 @@ def load_refer(
         )
     _check_unique_sentences(kept, refs_file)
     _report_repeated_refs(kept, refs_file)
-    photos = Path(image_dir) if image_dir is not None else _find_image_dir(root, folder)
-    images, segmentations = _resolve(kept, refs_file, photos=photos)
+    found_dir = Path(image_dir) if image_dir is not None else _find_image_dir(root, folder)
+    images, segmentations = _resolve(kept, refs_file, found_dir=found_dir)
     grouped: dict[int, list[Ref]] = {image_id: [] for image_id in images}
     for ref in kept:
         grouped[ref.image_id].append(ref)
@@ -263,7 +263,7 @@ def _report_repeated_refs(refs: list[Ref], refs_file: Path) -> None:
         )
 
 
-def _resolve(refs: list[Ref], refs_file: Path, *, photos: Path) -> tuple[dict[int, ReferImage], Segmentations]:
+def _resolve(refs: list[Ref], refs_file: Path, *, found_dir: Path) -> tuple[dict[int, ReferImage], Segmentations]:
     """Return images and segmentations that the refs use, from the instances.json beside the refs file."""
     instances_file = refs_file.parent / "instances.json"
     image_rows = open_records(instances_file, "images")
@@ -278,7 +278,7 @@ def _resolve(refs: list[Ref], refs_file: Path, *, photos: Path) -> tuple[dict[in
             raise DataError(f"{where}: found image_id {ref.image_id}, expected one of {instances_file}; check the pair")
         if ref.image_id not in images:
             row = image_rows[image_numbers[ref.image_id]]
-            images[ref.image_id] = _parse_image(row, instances_file, photos=photos)
+            images[ref.image_id] = _parse_image(row, instances_file, found_dir=found_dir)
         for ann_id in ref.ann_ids:
             number = annotation_numbers.get(ann_id)
             if number is None:
@@ -303,7 +303,7 @@ def _numbers_by_id(records: Records) -> dict[int, int]:
     return by_id
 
 
-def _parse_image(row: dict[str, Any], instances_file: Path, *, photos: Path) -> ReferImage:
+def _parse_image(row: dict[str, Any], instances_file: Path, *, found_dir: Path) -> ReferImage:
     where = f"{instances_file}: image id {row['id']}"
     height, width = _field(row, "height", (int,), where), _field(row, "width", (int,), where)
     if height < 1 or width < 1:
@@ -313,7 +313,7 @@ def _parse_image(row: dict[str, Any], instances_file: Path, *, photos: Path) -> 
             f"{where}: found size {shown((height, width))}, expected at most {MAX_PIXELS} pixels; repair the file"
         )
     return ReferImage(
-        image_id=row["id"], path=image_file(photos, _field(row, "file_name", (str,), where)), size_hw=(height, width)
+        image_id=row["id"], path=image_file(found_dir, _field(row, "file_name", (str,), where)), size_hw=(height, width)
     )
 
 

@@ -1,6 +1,6 @@
 """Questions about marked regions, as one sample: which region gets which prompt token, what is asked of an absent one.
 
-Place in the flow: the visual-prompt sources list their regions with question and answer; this module draws the prompt
+Place in the flow: the visual-prompt sources list their regions with question and answer; this module samples the prompt
 ids, marks the regions and fills in the names. The text of a source says {region} for the region of its turn, or
 {region0}, {region1}, ... for any region of the sample:
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pixel_sail.data.prompts import MASK_ONLY, check_fractions, draw_prompt
+from pixel_sail.data.prompts import MASK_ONLY, check_fractions, sample_prompt
 from pixel_sail.texts import shown
 from pixel_sail.types import BoolMask, DataError, Sample, SizeHW, Turn, VisualPrompt
 
@@ -29,7 +29,7 @@ class RegionSettings:
     """How regions are marked."""
 
     num_prompts: int = 15
-    """Prompt tokens the model has; the ids of a sample are drawn from all of them."""
+    """Prompt tokens the model has; the ids of a sample are sampled from all of them."""
     fractions: Mapping[str, float] = field(default_factory=lambda: dict(MASK_ONLY))
     """Fractions of mask, box, point and scribble."""
     absent_fraction: float = 0.05
@@ -72,7 +72,7 @@ def region_sample(
     image_hw: SizeHW | None,
     absent_question: Callable[[np.random.Generator], str] | None = None,
 ) -> Sample:
-    """Return the sample of these turns, every region marked by a prompt id of its own drawn at random.
+    """Return the sample of these turns, every region marked by a prompt id of its own sampled at random.
 
     `absent_question` words the question, with {region}, about a prompt that is not there; None asks none.
     Raises: DataError when there are more regions than prompt tokens, a region has no pixel, or a turn or placeholder
@@ -81,7 +81,7 @@ def region_sample(
     if len(regions) > settings.num_prompts:
         raise DataError(
             f"{sample_id}: found {len(regions)} regions, expected at most {settings.num_prompts}, one per prompt "
-            "token; raise the number of visual prompts or draw fewer regions"
+            "token; raise the number of visual prompts or sample fewer regions"
         )
     ids = [int(value) for value in rng.permutation(settings.num_prompts)]
     absent = ids[len(regions)] if len(regions) < settings.num_prompts and absent_question is not None else None
@@ -112,7 +112,7 @@ def region_sample(
     if empty:
         raise DataError(f"{sample_id}: found regions {empty} without pixels, expected at least one; repair the item")
     prompts = tuple(
-        VisualPrompt(prompt_id=ids[index], mask=draw_prompt(mask, settings.fractions, rng))
+        VisualPrompt(prompt_id=ids[index], mask=sample_prompt(mask, settings.fractions, rng))
         for index, mask in enumerate(regions)
     )
     return Sample(

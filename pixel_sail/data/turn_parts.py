@@ -1,8 +1,8 @@
 """Conversations longer than a sequence: divided between turns into parts, of which one is kept.
 
-Place in the flow: a source of conversations sets `Sample.part_drawn`; `data/packing.py` calls `fitting_part` where a
+Place in the flow: a source of conversations sets `Sample.part_choice`; `data/packing.py` calls `fitting_part` where a
 sample is longer than a sequence. With turns of 3000, 4000, 2500 and 1000 tokens, an image of 1082 and a budget of 8192
-the parts are turns (1, 2) and (3, 4): of part_drawn 0.0 the first is kept, of 0.7 the second.
+the parts are turns (1, 2) and (3, 4): of part_choice 0.0 the first is kept, of 0.7 the second.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ def fitting_part(sample: Sample, processor: PixelSailProcessor, grid_hw: SizeHW 
     `grid_hw`: patch grid of the image, None without one. A turn longer than that is a part of its own, too long as
     before. A sample whose turns must stay together is returned as it is.
     """
-    if sample.part_drawn is None:
+    if sample.part_choice is None:
         return sample
     num_image = 0 if grid_hw is None else len(processor.image_span(grid_hw).token_ids_S)
     # One for the token that ends an answer. What stands before a question is counted for each, also where base eve
@@ -27,7 +27,7 @@ def fitting_part(sample: Sample, processor: PixelSailProcessor, grid_hw: SizeHW 
         len(processor.question_ids(turn.question)) + len(processor.text_ids(turn.answer)) + 1 for turn in sample.turns
     ]
     parts = divided(lengths, budget - num_image)
-    part = parts[int(sample.part_drawn * len(parts))]
+    part = parts[int(sample.part_choice * len(parts))]
     return replace(sample, turns=tuple(sample.turns[index] for index in part))
 
 

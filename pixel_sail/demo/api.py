@@ -59,15 +59,15 @@ def _are_numbers(value: object, length: int) -> bool:
         isinstance(value, list)
         and len(value) == length
         and all(isinstance(number, int | float) and not isinstance(number, bool) for number in value)
-        # No photo is so large, and what is no number is not between any two.
+        # No image is so large, and what is no number is not between any two.
         and all(-1e9 < number < 1e9 for number in value)
     )
 
 
 def result_record(result: PredictorOutput, *, goes_on: bool, wait_s: float) -> dict[str, Any]:
     """Return an answer for the page, with the seconds its question waited for others."""
-    pictures = [mask_text(mask) for mask in result.masks_NHW]
-    return {**result.to_json(), "pngs": pictures, "goes_on": goes_on, "wait_s": wait_s}
+    pngs = [mask_text(mask) for mask in result.masks_NHW]
+    return {**result.to_json(), "pngs": pngs, "goes_on": goes_on, "wait_s": wait_s}
 
 
 def jpeg_bytes(image: Image.Image) -> bytes:

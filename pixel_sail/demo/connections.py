@@ -7,7 +7,7 @@ that has kept the server waiting for longest is ended in favour of the new one:
 
     phase       what the server waits for                  ends after
     headers     the first, or the next, request            limits.header_s
-    body        the rest of it, such as a photo            limits.transfer_s
+    body        the rest of it, such as an image            limits.transfer_s
     reading     that the client takes what was sent        limits.transfer_s
     answer      the model, not the client                  (see limits.answer_s)
 """

@@ -1,8 +1,8 @@
-"""Drawn scenes that the page offers, so that the demo can be tried without a photo.
+"""Synthetic scenes that the page offers, so that the demo can be tried without an image.
 
-Place in the flow: `scripts/demo.py` draws them with `pixel_sail/refshapes/`, as the quickstart draws its data:
+Place in the flow: `scripts/demo.py` renders them with `pixel_sail/refshapes/`, as the quickstart renders its data:
 
-    draw_examples(4, "short")[0]  ->  Example(image=<240x320>, text="large red star")
+    render_examples(4, "short")[0]  ->  Example(image=<240x320>, text="large red star")
 """
 
 import numpy as np
@@ -17,12 +17,12 @@ from pixel_sail.refshapes.scene import paint_scene, sample_scene
 SEED = 20
 
 
-def draw_examples(count: int, prompt: str) -> list[Example]:
+def render_examples(count: int, prompt: str) -> list[Example]:
     """Return scenes, always the same, each with a question about one object; prompt: see `PredictConfig`."""
-    return [_draw(index, prompt) for index in range(count)]
+    return [_render(index, prompt) for index in range(count)]
 
 
-def _draw(index: int, prompt: str) -> Example:
+def _render(index: int, prompt: str) -> Example:
     rng = np.random.default_rng((SEED, index))
     while True:
         scene = sample_scene(rng, SceneRules())

@@ -20,11 +20,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 
 MOST_SIDE_PX = 65_500
-"""Longest side of a JPEG that can be written, as which photos are shown (libjpeg)."""
+"""Longest side of a JPEG that can be written, as which images are shown (libjpeg)."""
 
 MOST_MASK_PX = 200_000_000
 """Pixels of all masks of an answer: each needs about 12 bytes while they are made. A model that says [SEG] over and
-over about a large photo would fill the memory."""
+over about a large image would fill the memory."""
 
 
 class Refusal(Exception):
@@ -37,9 +37,9 @@ class Refusal(Exception):
 
 
 def decode_image(content: bytes, limits: DemoLimits) -> Image.Image:
-    """Return uploaded bytes as an upright RGB image. Raises: Refusal for what is no photo within limits."""
+    """Return uploaded bytes as an upright RGB image. Raises: Refusal for what is no image within limits."""
     if not content:
-        raise Refusal(400, "The file is empty. Choose a photo.")
+        raise Refusal(400, "The file is empty. Choose an image.")
     try:
         with warnings.catch_warnings():
             # Pillow warns of large images; here their size is checked before a pixel is decoded.
@@ -48,7 +48,7 @@ def decode_image(content: bytes, limits: DemoLimits) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise Refusal(413, f"The image has more than {limits.megapixels:g} million pixels. Make it smaller.") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
-        raise Refusal(415, f"This is no photo that can be read. Expected one of {', '.join(FORMATS)}.") from error
+        raise Refusal(415, f"This is no image that can be read. Expected one of {', '.join(FORMATS)}.") from error
     width, height = opened.size
     if width * height > limits.megapixels * 1e6:
         raise Refusal(

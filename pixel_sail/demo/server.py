@@ -3,9 +3,9 @@
 Place in the flow: `scripts/demo.py` starts it. The model answers one question at a time, in one thread; the others
 wait in a queue of limited length. Nothing is written to disk and no file is read but those named in `PAGE`:
 
-    POST /api/images?replaces=...  bytes of a photo          -> {"session": "Jt0Z...", "height": 427, "width": 640}
+    POST /api/images?replaces=...  bytes of an image          -> {"session": "Jt0Z...", "height": 427, "width": 640}
     POST /api/examples/0           {}                        -> the same
-    GET  /api/images/Jt0Z...                                 -> the photo, upright, as JPEG
+    GET  /api/images/Jt0Z...                                 -> the image, upright, as JPEG
     POST /api/ask                  see `api.py`             -> lines of JSON: {"piece": "It"} ... {"result": {...}}
     POST /api/forget               {"session": "Jt0Z..."}    -> {}; the next question begins a new conversation
 """
@@ -153,7 +153,7 @@ class _Demo:
         self.num_prompts = predictor.batch.processor.settings.num_visual_prompts
         self.sessions = Sessions(predictor, limits)
         self.queue = _Queue(limits)
-        # Few at a time: a decoded photo is a hundred times its file.
+        # Few at a time: a decoded image is a hundred times its file.
         self.decoders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="decode")
 
     async def _decoded(self, work: Callable[..., T], *arguments: Any) -> T:
@@ -186,15 +186,15 @@ class _Demo:
         )
 
     async def upload(self, request: Request) -> Response:
-        """Take a photo."""
+        """Take an image."""
         kind = _content_type(request)
         if not kind.startswith("image/") and kind != "application/octet-stream":
-            raise Refusal(415, "This is no photo. Choose an image file.")
+            raise Refusal(415, "This is no image. Choose an image file.")
         most_mb = self.limits.upload_mb
         content = await _body(
             request, int(most_mb * 1e6), f"The file has more than {most_mb:g} MB. Choose a smaller one."
         )
-        # Not in the model's thread: a photo must not wait for a long answer.
+        # Not in the model's thread: an image must not wait for a long answer.
         image = await self._decoded(decode_image, content, self.limits)
         return self._opened(image, request)
 
@@ -215,13 +215,13 @@ class _Demo:
         return found
 
     def _opened(self, image: Image.Image, request: Request) -> Response:
-        """Begin a session; `?replaces=` names the one its user leaves, so that many photos push out nobody else's."""
+        """Begin a session; `?replaces=` names the one its user leaves, so that many images push out nobody else's."""
         session = self.sessions.open(image, replaces=request.query_params.get("replaces"))
         size = {"height": session.image.height, "width": session.image.width}
         return JSONResponse({"session": session.name, **size})
 
     async def image(self, request: Request) -> Response:
-        """Show a photo as the model sees it: upright."""
+        """Show an image as the model sees it: upright."""
         session = self.sessions.get(request.path_params["session"])
         content = await self._decoded(jpeg_bytes, session.image)
         return Response(content, media_type="image/jpeg")
@@ -265,7 +265,7 @@ class _Demo:
                 # Before they are made, which is after the last piece.
                 if said.count(SEG_TOKEN) > most:
                     yield {
-                        "error": f"The answer has more than {most} masks, too many for a photo of this size. "
+                        "error": f"The answer has more than {most} masks, too many for an image of this size. "
                         "Make it smaller."
                     }
                     return

@@ -1,8 +1,8 @@
 """A teacher that needs no network: it knows the attributes of rendered objects.
 
 Place in the flow: `configs/distillation/attributes.yaml` names `attributes` below; `refshapes/attribute_maps.py` writes
-its maps when the pictures are drawn, as a cache of features. It stands on drawn pictures where Mask2Former and SAM 2
-stand on photographs: an image [128, 128] has a map [43, 16, 16] of colours, shapes, textures, sizes and places.
+its maps when the images are rendered, as a cache of features. It stands on synthetic images where Mask2Former and SAM 2
+stand on images: an image [128, 128] has a map [43, 16, 16] of colours, shapes, textures, sizes and places.
 """
 
 from torch import nn
@@ -20,13 +20,13 @@ CHANNELS = 10 + 6 + 4 + 2 + 2 * NUM_PLACES + 1
 
 
 def attributes() -> TeacherSpec:
-    """Return the spec of the teacher whose maps come with the drawn pictures; it cannot be run on others."""
+    """Return the spec of the teacher whose maps come with the synthetic images; it cannot be run on others."""
 
     def build() -> nn.Module:
         raise DataError(
-            "the attribute teacher: found a picture without a stored map, expected the training pictures of "
+            "the attribute teacher: found an image without a stored map, expected the training images of "
             "RefShapes, with which the maps are written; leave the caches of distillation=attributes at the "
-            "folder that was drawn with the pictures"
+            "folder that was rendered with the images"
         )
 
     return TeacherSpec(

@@ -193,7 +193,7 @@ class FeatureCache:
         if self.is_pooled and tuple(stored.features_EYX.shape[1:]) != tuple(map_hw):
             raise TeacherCacheError(
                 f"{self.where}: {item}: stored map is {tuple(stored.features_EYX.shape[1:])} cells, the student's is "
-                f"{tuple(map_hw)}; the photo was turned otherwise when the cache was built"
+                f"{tuple(map_hw)}; the image was turned otherwise when the cache was built"
             )
         return stored
 

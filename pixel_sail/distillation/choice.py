@@ -5,7 +5,7 @@ function of (seed, epoch, index), through the sample's `point_seed`, and of the 
 or a second teacher change nothing. An image is sent as its stored map where there is a cache, else as its pixels:
 
     mask2former with a cache, sam2 without    ->    TeacherTarget("mask2former", map [256, 120, 160], fp16),
-                                                    TeacherTarget("sam2", None) and the photo [480, 640, 3]
+                                                    TeacherTarget("sam2", None) and the image [480, 640, 3]
 """
 
 import zlib
@@ -40,8 +40,8 @@ class TeacherChoice:
             return False
         if self.fraction >= 1.0:
             return True
-        drawn = np.random.default_rng([point_seed, zlib.crc32(lasting_name(self.name).encode())]).random()
-        return bool(drawn < self.fraction)
+        sampled = np.random.default_rng([point_seed, zlib.crc32(lasting_name(self.name).encode())]).random()
+        return bool(sampled < self.fraction)
 
 
 def teacher_targets(

@@ -1,8 +1,8 @@
 """An exported model of ours as a teacher: its post-projector pixel map.
 
 Place in the flow: `configs/distillation/ours.yaml` names `ours` below, with the `export` folder of a larger run. An
-image span sees nothing but itself, so its features do not depend on any text: a photo of 128 x 128 through a model with
-patches of 16, stride 4 and mask_dim 128 gives [128, 32, 32].
+image span sees nothing but itself, so its features do not depend on any text: an image of 128 x 128 through a model
+with patches of 16, stride 4 and mask_dim 128 gives [128, 32, 32].
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from pixel_sail.types import DataError, SizeHW
 
 
 class PixelMap(nn.Module):
-    """The model's pixel features of pictures alone."""
+    """The model's pixel features of images alone."""
 
     def __init__(self, model: PixelSailForSegmentation, lead_ids: Sequence[int] = ()) -> None:
         """`lead_ids`: the text that the model's template puts before an image."""
@@ -37,7 +37,7 @@ class PixelMap(nn.Module):
         self.lead_ids = tuple(lead_ids)
 
     def forward(self, pixels_B3HW: Tensor) -> Tensor:
-        """Return the pixel features [B, E, Y, X] of normalised pictures whose sides are multiples of the patch size."""
+        """Return the pixel features [B, E, Y, X] of normalised images whose sides are multiples of the patch size."""
         config, device = self.model.config, pixels_B3HW.device
         size, num_images = config.patch_size, len(pixels_B3HW)
         rows, columns = (side // size for side in pixels_B3HW.shape[2:])

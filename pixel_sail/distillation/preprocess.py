@@ -1,8 +1,8 @@
-"""From a photo to what a teacher expects, on the device the teacher runs on.
+"""From an image to what a teacher expects, on the device the teacher runs on.
 
-Place in the flow: `teacher.py` calls it for every photo. Resizing repeats what the image processors of transformers do
-with 8-bit pictures (filter with antialiasing, columns, then rows, each rounded to whole levels), so that they
-differ by two levels of 255 at most and by a fiftieth of a level in the mean. For a photo of 480 x 640:
+Place in the flow: `teacher.py` calls it for every image. Resizing repeats what the image processors of transformers do
+with 8-bit images (filter with antialiasing, columns, then rows, each rounded to whole levels), so that they
+differ by two levels of 255 at most and by a fiftieth of a level in the mean. For an image of 480 x 640:
 
     Mask2Former  ShortestEdge(short=800, long=1333, divisor=32)  ->  800 x 1088
     SAM 2        Square(side=1024)                               ->  1024 x 1024
@@ -38,7 +38,7 @@ class ShortestEdge:
     divisor: int = 1
 
     def __call__(self, size_hw: SizeHW) -> SizeHW:
-        """Return the size a photo of this size is resized to."""
+        """Return the size an image of this size is resized to."""
         short, long = min(size_hw), max(size_hw)
         exact: float = self.short
         if self.long is not None and long / short * self.short > self.long:
@@ -52,12 +52,12 @@ class ShortestEdge:
 
 @dataclass(frozen=True, kw_only=True)
 class Square:
-    """Both sides become `side`, whatever the shape of the photo."""
+    """Both sides become `side`, whatever the shape of the image."""
 
     side: int
 
     def __call__(self, size_hw: SizeHW) -> SizeHW:
-        """Return the size a photo of this size is resized to."""
+        """Return the size an image of this size is resized to."""
         return self.side, self.side
 
 
@@ -69,7 +69,7 @@ class PatchMultiple:
     max_long_side: int
 
     def __call__(self, size_hw: SizeHW) -> SizeHW:
-        """Return the size a photo of this size is resized to."""
+        """Return the size an image of this size is resized to."""
         return resized_size(size_hw, self.patch_size, self.max_long_side)
 
 
@@ -81,7 +81,7 @@ class AreaMultiple:
     side: int
 
     def __call__(self, size_hw: SizeHW) -> SizeHW:
-        """Return the size a photo of this size is resized to."""
+        """Return the size an image of this size is resized to."""
         return resized_size(size_hw, self.patch_size, self.side, "area")
 
 
@@ -99,19 +99,19 @@ class Preprocessing:
     """After resizing, both sides go to the nearest multiple of this (bilinear, on unrounded values)."""
 
     def size(self, size_hw: SizeHW) -> SizeHW:
-        """Return the size (height, width) of what the teacher gets for a photo of this size."""
+        """Return the size (height, width) of what the teacher gets for an image of this size."""
         rows, columns = self.resize(size_hw)
         return max(round(rows / self.snap), 1) * self.snap, max(round(columns / self.snap), 1) * self.snap
 
-    def __call__(self, photo_HW3: Tensor) -> Tensor:
-        """Return the teacher's input [3, H, W], float32, on the photo's device. The photo is uint8."""
-        height, width = photo_HW3.shape[:2]
-        levels_3HW = resize_levels(photo_HW3.permute(2, 0, 1), self.resize((height, width)), mode=self.mode)
+    def __call__(self, image_HW3: Tensor) -> Tensor:
+        """Return the teacher's input [3, H, W], float32, on the image's device. The image is uint8."""
+        height, width = image_HW3.shape[:2]
+        levels_3HW = resize_levels(image_HW3.permute(2, 0, 1), self.resize((height, width)), mode=self.mode)
         pixels_3HW = levels_3HW / 255.0
         size = self.size((height, width))
         if tuple(pixels_3HW.shape[1:]) != size:
             pixels_3HW = F.interpolate(pixels_3HW[None], size, mode="bilinear", align_corners=False)[0]
-        mean, std = to_device(torch.tensor([self.mean, self.std]), photo_HW3.device)[..., None, None]
+        mean, std = to_device(torch.tensor([self.mean, self.std]), image_HW3.device)[..., None, None]
         return (pixels_3HW - mean) / std
 
     def identity(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Place in the flow: `configs/distillation/sam2.yaml` names `sam2` below. The feature is what the predictor of the
 released code keeps as `image_embed`: the pyramid's coarsest level, stride 16, with the no-memory embedding added, which
-is how SAM 2 treats a picture outside a video. Every photo becomes 1024 x 1024 and its map [256, 64, 64].
+is how SAM 2 treats an image outside a video. Every image becomes 1024 x 1024 and its map [256, 64, 64].
 """
 
 from typing import Any
@@ -32,7 +32,7 @@ def num_channels(config: Sam2Config) -> int:
 
 
 class ImageEncoder(Sam2PreTrainedModel):
-    """The part of SAM 2 that looks at one picture, loadable from the weights of the whole."""
+    """The part of SAM 2 that looks at one image, loadable from the weights of the whole."""
 
     _keys_to_ignore_on_load_unexpected = list(UNUSED)  # noqa: RUF012, declared so by the base class
 

@@ -40,7 +40,7 @@ class TeacherSettings:
     channels: int = 256
     """Feature channels of the teacher, the width of the student's linear layer."""
     fraction: float = 1.0
-    """Fraction of the samples with images that are distilled, drawn anew in every epoch."""
+    """Fraction of the samples with images that are distilled, sampled anew in every epoch."""
     sources: list[str] = field(default_factory=list)
     """Names in `data.sources` it is used for; empty: all."""
     masks_only: bool = False

@@ -1,7 +1,7 @@
-"""A teacher: how to build it, and once built, photos in and feature maps out.
+"""A teacher: how to build it, and once built, images in and feature maps out.
 
 Place in the flow: a configuration's `_target_` returns a `TeacherSpec`, which is cheap; `teachers.py` and the cache
-tool make a `Teacher` of it where the network is needed. Two photos of 480 x 640 through Mask2Former give two maps
+tool make a `Teacher` of it where the network is needed. Two images of 480 x 640 through Mask2Former give two maps
 [256, 200, 272].
 
 Axis letters: E feature channels, h w cells of a feature map, H W pixels.
@@ -29,7 +29,7 @@ class TeacherSpec:
     channels: int
     preprocessing: Preprocessing
     weights: dict[str, str]
-    """File name -> SHA-256; of a random network what was drawn."""
+    """File name -> SHA-256; of a random network what was initialized."""
     build: Callable[[], nn.Module]
     """Returns the network on the CPU, float32: pixels [B, 3, H, W] -> features [B, E, h, w]."""
     is_random: bool = False
@@ -50,20 +50,20 @@ class Teacher:
         self.network = spec.build().eval().requires_grad_(False).to(self.device, self.dtype)
 
     @torch.no_grad()
-    def features(self, photos: Sequence[Tensor]) -> list[Tensor]:
-        """Return the feature map [E, h, w], float32, of every photo [H, W, 3], uint8.
+    def features(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """Return the feature map [E, h, w], float32, of every image [H, W, 3], uint8.
 
-        Photos that are resized to the same size go through the network together.
+        Images that are resized to the same size go through the network together.
         Raises: DataError when the network has another number of channels than its spec says.
         """
         same_size: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for index, photo in enumerate(photos):
-            same_size[self.spec.preprocessing.size((photo.shape[0], photo.shape[1]))].append(index)
-        maps: list[Tensor | None] = [None] * len(photos)
+        for index, image in enumerate(images):
+            same_size[self.spec.preprocessing.size((image.shape[0], image.shape[1]))].append(index)
+        maps: list[Tensor | None] = [None] * len(images)
         for indices in same_size.values():
             for start in range(0, len(indices), self.max_batch):
                 group = indices[start : start + self.max_batch]
-                pixels_B3HW = torch.stack([self.spec.preprocessing(photos[i].to(self.device)) for i in group])
+                pixels_B3HW = torch.stack([self.spec.preprocessing(images[i].to(self.device)) for i in group])
                 features_BEhw = self.network(pixels_B3HW.to(self.dtype)).float()
                 if features_BEhw.shape[1] != self.spec.channels:
                     raise DataError(

@@ -32,9 +32,9 @@ class Teachers:
     def maps(self, batch: Batch) -> dict[str, list[Tensor]]:
         """Return for every teacher the float32 maps [E, h, w] of its images of a batch, in the order of the batch.
 
-        Photos and stored maps are moved to the device as they are, an eighth and a half of the float32 size.
+        Images and stored maps are moved to the device as they are, an eighth and a half of the float32 size.
         """
-        photo_of = dict(zip(batch.photo_images, batch.photos, strict=True))
+        image_of = dict(zip(batch.original_image_index, batch.original_images, strict=True))
         found: dict[str, list[Tensor | None]] = {}
         waiting: dict[str, list[tuple[int, int]]] = {}
         pairs = zip(batch.teacher_names, batch.teacher_images, batch.teacher_maps, batch.teacher_scales, strict=True)
@@ -46,7 +46,7 @@ class Teachers:
             else:
                 own.append(decode_map(features, scales))
         for name, places in waiting.items():
-            computed = self.networks[name].features([photo_of[image] for _, image in places])
+            computed = self.networks[name].features([image_of[index] for _, index in places])
             for (place, _), features in zip(places, computed, strict=True):
                 found[name][place] = features
         return {name: [features for features in maps if features is not None] for name, maps in found.items()}

@@ -31,7 +31,7 @@ Config = TypeVar("Config", bound=PreTrainedConfig)
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSource:
-    """Where the weights of a network come from: a folder, or a draw of random numbers."""
+    """Where the weights of a network come from: a folder, or random initialization."""
 
     folder: Path | None
     architecture: dict[str, Any]
@@ -46,7 +46,7 @@ class WeightSource:
         random: bool,
         architecture: dict[str, Any] | None,
     ) -> "WeightSource":
-        """Return the source of a teacher: `weights` at `revision`, or (`random`, for tests) nothing but a draw.
+        """Return the source of a teacher: `weights` at `revision`, or (`random`, for tests) nothing but random numbers.
 
         architecture: fields of the network's configuration, all of them for a random one; for another they replace
         those of the folder's `config.json`. Raises: DataError.
@@ -62,7 +62,7 @@ class WeightSource:
         return kind.from_pretrained(self.folder, **self.architecture)
 
     def identity(self) -> dict[str, str]:
-        """Return the hashes of the files by name; of a random network what was drawn."""
+        """Return the hashes of the files by name; of a random network what was initialized."""
         if self.folder is None:
             return {"random": json.dumps(self.architecture or None, sort_keys=True)}
         return file_hashes(self.folder)
@@ -72,7 +72,7 @@ class WeightSource:
     ) -> Network:
         """Return the network with its weights, see `load_strictly`. Raises: DataError."""
         if self.folder is None:
-            return draw_randomly(kind, config)
+            return init_randomly(kind, config)
         return load_strictly(kind, self.folder, unused=unused, absent=absent, config=config)
 
 
@@ -154,7 +154,7 @@ def load_strictly(
     return network
 
 
-def draw_randomly(kind: type[Network], config: PreTrainedConfig) -> Network:
+def init_randomly(kind: type[Network], config: PreTrainedConfig) -> Network:
     """Return the network with random weights that are the same in every process; the global generator is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

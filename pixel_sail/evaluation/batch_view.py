@@ -1,4 +1,4 @@
-"""A packed batch made readable: its tokens as text with the supervised ones marked, its patches as pictures.
+"""A packed batch made readable: its tokens as text with the supervised ones marked, its patches as images.
 
 Place in the flow: `tools/show_batch.py` collates the first batch of a config and calls `write_batch_view`. Everything
 shown is taken from the `Batch`, so what is seen is what the model gets. One sample, supervised tokens between >> <<:
@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pixel_sail.evaluation.overlay import Picture
+from pixel_sail.evaluation.overlay import ImageArray
 from pixel_sail.evaluation.report import STYLE
-from pixel_sail.evaluation.sample_picture import draw_masks
+from pixel_sail.evaluation.sample_image import render_masks
 from pixel_sail.files import replace_text
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.types import Batch, BoolMask, SizeHW
@@ -53,7 +53,7 @@ class SampleView:
     first: int
     """Its first token in the row."""
     runs: tuple[Run, ...]
-    picture: Picture | None
+    image: ImageArray | None
 
 
 def view_samples(batch: Batch, processor: PixelSailProcessor) -> list[SampleView]:
@@ -67,7 +67,7 @@ def view_samples(batch: Batch, processor: PixelSailProcessor) -> list[SampleView
                 row=row,
                 first=int(tokens[0]),
                 runs=_runs(batch, processor, row, tokens),
-                picture=_picture(batch, index),
+                image=_render_image(batch, index),
             )
         )
     return views
@@ -116,7 +116,7 @@ def _image_text(batch: Batch, row: int, tokens: torch.Tensor) -> str:
     return f"[image {height} x {width} patches{prompts}]"
 
 
-def _picture(batch: Batch, index: int) -> Picture | None:
+def _render_image(batch: Batch, index: int) -> ImageArray | None:
     """Return the pixels the model gets, with its masks and the patches that prompts are painted on."""
     if index not in batch.image_samples:
         return None
@@ -133,14 +133,14 @@ def _picture(batch: Batch, index: int) -> Picture | None:
     ids = batch.prompt_ids_BT[row, tokens[batch.patch_index_BT[row, tokens] >= 0]].numpy().reshape(grid)
     cell = size_hw[0] // grid[0]
     prompts = {int(i): (ids == i).repeat(cell, axis=0).repeat(cell, axis=1) for i in np.unique(ids) if i >= 0}
-    return draw_masks(Image.fromarray(pixels), masks, prompts, ignored)
+    return render_masks(Image.fromarray(pixels), masks, prompts, ignored)
 
 
-def patches_to_pixels(patches_PK: torch.Tensor, grid_hw: SizeHW) -> Picture:
-    """Return the picture [H, W, 3] of patches made by `image_to_patches`."""
+def patches_to_pixels(patches_PK: torch.Tensor, grid_hw: SizeHW) -> ImageArray:
+    """Return the image [H, W, 3] of patches made by `image_to_patches`."""
     side = round((patches_PK.shape[1] / 3) ** 0.5)
     tiles = patches_PK.view(*grid_hw, 3, side, side).permute(0, 3, 1, 4, 2)
-    pixels: Picture = tiles.reshape(grid_hw[0] * side, grid_hw[1] * side, 3).numpy()
+    pixels: ImageArray = tiles.reshape(grid_hw[0] * side, grid_hw[1] * side, 3).numpy()
     return pixels
 
 
@@ -174,7 +174,7 @@ def text_view(batch: Batch, views: list[SampleView]) -> str:
 
 
 def write_batch_view(folder: Path, batch: Batch, processor: PixelSailProcessor) -> list[SampleView]:
-    """Write index.html, batch.txt and one picture per image into a folder; return the samples."""
+    """Write index.html, batch.txt and one PNG per image into a folder; return the samples."""
     views = view_samples(batch, processor)
     replace_text(folder / "batch.txt", text_view(batch, views))
     page = [
@@ -183,17 +183,17 @@ def write_batch_view(folder: Path, batch: Batch, processor: PixelSailProcessor) 
         f"<style>{STYLE}{VIEW_STYLE}</style><h1>First batch</h1>",
         "<ul>",
         *(f"<li>{html.escape(fact)}</li>" for fact in batch_facts(batch)),
-        "</ul><p><mark>Marked</mark> tokens are supervised. Numbers on the picture count its different masks, P names "
+        "</ul><p><mark>Marked</mark> tokens are supervised. Numbers on the image count its different masks, P names "
         "the patches that carry a prompt, grey pixels do not count.</p>",
     ]
     for number, view in enumerate(views):
-        picture = ""
-        if view.picture is not None:
+        image = ""
+        if view.image is not None:
             name = f"sample_{number:03d}.png"
-            Image.fromarray(view.picture).save(folder / name)
-            picture = f'<img alt="{html.escape(view.name)}" src="{name}">'
+            Image.fromarray(view.image).save(folder / name)
+            image = f'<img alt="{html.escape(view.name)}" src="{name}">'
         heading = f"<h3>row {view.row}: {html.escape(view.name)}</h3>"
-        page.append(f"<div class=sample><div>{picture}</div><div>{heading}<pre>{_html_runs(view)}</pre></div></div>")
+        page.append(f"<div class=sample><div>{image}</div><div>{heading}<pre>{_html_runs(view)}</pre></div></div>")
     replace_text(folder / "index.html", "\n".join([*page, "</html>"]) + "\n")
     return views
 

@@ -5,7 +5,7 @@ Place in the flow: `tools/check_data.py` hands over its arguments, `data_check.p
     (nothing)                                 every file of configs/source whose data is to be downloaded or is there
     source=refcoco,refcocog                   these
     experiment=quickstart  data=refcoco ...   the sources of a run, with any override of scripts/train.py
-    evals=perbench  evals=[refcoco_val,...]   what scripts/evaluate.py would ask: whether it can be read, and its photos
+    evals=perbench  evals=[refcoco_val,...]   what scripts/evaluate.py would ask: whether it can be read, and its images
     root=DIR dataset=NAME split=val           one REFER folder; split_by= and image_dir= as for the source
 
 and in each case sample=200 (or all), sheet=6, strict=true, progress=false, out=FOLDER.
@@ -34,9 +34,9 @@ class CheckSettings:
     """How the check is done."""
 
     sample: int | None = 200
-    """Items, masks and photographs that are decoded per source, None for all."""
+    """Items, masks and images that are decoded per source, None for all."""
     sheet: int = 6
-    """Samples per source that are drawn into the HTML report."""
+    """Samples per source that are rendered into the HTML report."""
     strict: bool = False
     """Notes count as trouble too."""
     progress: bool = True
@@ -60,7 +60,7 @@ class CheckPlan:
     are_trained_on: bool = True
     """False: the sources are just folders, and their evaluation splits may be what they are."""
     left_out: tuple[str, ...] = ()
-    """Sources of this project's own drawn data that nobody drew."""
+    """Sources of this project's own synthetic data that nobody rendered."""
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[CheckPlan, CheckSettings]:
@@ -157,10 +157,10 @@ def node_paths(node: Node) -> list[Path]:
 
 
 def _is_optional_and_absent(node: Node, data_folder: Path) -> bool:
-    """Return whether a source that nobody has to download is not there: drawn here, or outside the data folder."""
+    """Return whether a source that nobody has to download is not there: rendered here, or outside the data folder."""
     paths = node_paths(node)
     if not paths or any(path.exists() for path in paths):
         return False
     entries = [entry for path in paths for entry in downloads_of(str(path))]
-    is_drawn = bool(entries) and all(entry.is_drawn for entry in entries)
-    return is_drawn or not any(path.is_relative_to(data_folder) for path in paths)
+    is_synthetic = bool(entries) and all(entry.is_synthetic for entry in entries)
+    return is_synthetic or not any(path.is_relative_to(data_folder) for path in paths)

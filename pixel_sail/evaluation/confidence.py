@@ -3,9 +3,9 @@
 Place in the flow: `TaskScores.fractions` and the image of every item -> `bootstrap` -> samples of each score ->
 `interval` -> `results.jsonl`, the report, `tools/compare_runs.py`.
 
-The questions about one image are not independent, so images are drawn with replacement and every question comes along
-as often as its image was drawn. For two images whose fractions are 2/4 and 3/4 the draws are (first, first) = 0.5,
-(first, second) and (second, first) = 0.625, (second, second) = 0.75, each in a quarter of the resamples.
+The questions about one image are not independent, so images are sampled with replacement and every question comes along
+as often as its image was sampled. For two images whose fractions are 2/4 and 3/4 the resamples are (first, first) =
+0.5, (first, second) and (second, first) = 0.625, (second, second) = 0.75, each in a quarter of the resamples.
 The score of a resample is computed as the score itself is, sum over sum: of cIoU the pixels of all its items, exactly.
 
 A resample in which a score is not defined (N-acc without an item that has no target) is left out of its interval.
@@ -20,8 +20,8 @@ from pixel_sail.evaluation.task_scores import ItemFractions, Values
 
 RESAMPLES = 1000
 LEVEL = 0.95
-_MAX_DRAWN = 1 << 22
-"""Numbers drawn at a time, which bounds the memory."""
+_MAX_SAMPLED = 1 << 22
+"""Numbers sampled at a time, which bounds the memory."""
 
 Interval = tuple[float, float]
 
@@ -44,7 +44,7 @@ def bootstrap(
     if not columns or not numbers:
         return {}
     sums_IK = np.stack([np.bincount(owners_N, weights=column, minlength=len(numbers)) for column in columns], axis=1)
-    sums_RK = np.concatenate([times_RI @ sums_IK for times_RI in _draws(len(numbers), seed, resamples)])
+    sums_RK = np.concatenate([times_RI @ sums_IK for times_RI in _resample_counts(len(numbers), seed, resamples)])
     scores = {}
     for index, name in enumerate(fractions):
         numerators_R, denominators_R = sums_RK[:, 2 * index], sums_RK[:, 2 * index + 1]
@@ -62,13 +62,13 @@ def interval(samples_R: Values, level: float = LEVEL) -> Interval | None:
     return float(low), float(high)
 
 
-def _draws(num_images: int, seed: int, resamples: int) -> Iterator[Values]:
+def _resample_counts(num_images: int, seed: int, resamples: int) -> Iterator[Values]:
     """Yield how often each image is in each resample [some resamples, I]."""
     rng = np.random.default_rng(seed)
-    rows_at_once = max(1, _MAX_DRAWN // num_images)
+    rows_at_once = max(1, _MAX_SAMPLED // num_images)
     for start in range(0, resamples, rows_at_once):
         rows = min(rows_at_once, resamples - start)
-        drawn_RI = rng.integers(num_images, size=(rows, num_images))
-        places = drawn_RI + num_images * np.arange(rows)[:, None]
+        sampled_RI = rng.integers(num_images, size=(rows, num_images))
+        places = sampled_RI + num_images * np.arange(rows)[:, None]
         times = np.bincount(places.ravel(), minlength=rows * num_images)
         yield times.reshape(rows, num_images).astype(np.float64)

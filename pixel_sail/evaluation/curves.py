@@ -1,4 +1,4 @@
-"""Line charts as one picture, drawn by matplotlib.
+"""Line charts as one figure, rendered by matplotlib.
 
 Place in the flow: `tools/plot_run.py` makes one `Panel` per number from log files, the benchmarks of `tools/` one per
 measured cost; `save_panels` writes them. Figures are made without pyplot, so that no display is ever looked for.
@@ -42,7 +42,7 @@ class Curve:
     color: int = 0
     pattern: int = 0
     smooth: int = 1
-    """Points of the running mean; above 1 the values themselves are drawn faintly behind it."""
+    """Points of the running mean; above 1 the values themselves are rendered faintly behind it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ def size_panel(
     return Panel(title=title, curves=curves, x_label=x_label, y_label=y_label, is_log=True)
 
 
-def draw_panels(panels: Sequence[Panel], title: str, *, columns: int = 3) -> Figure:
+def render_panels(panels: Sequence[Panel], title: str, *, columns: int = 3) -> Figure:
     """Return all panels in rows of at most `columns`."""
     columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -92,7 +92,7 @@ def draw_panels(panels: Sequence[Panel], title: str, *, columns: int = 3) -> Fig
     figure.suptitle(title)
     all_axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, panel in zip(all_axes, panels, strict=False):
-        _draw(axes, panel)
+        _render(axes, panel)
     for axes in all_axes[len(panels) :]:
         axes.set_visible(False)
     return figure
@@ -100,12 +100,12 @@ def draw_panels(panels: Sequence[Panel], title: str, *, columns: int = 3) -> Fig
 
 def save_panels(path: Path, panels: Sequence[Panel], title: str, *, columns: int = 3) -> None:
     """Write all panels as a PNG file, whole or not at all."""
-    picture = io.BytesIO()
-    draw_panels(panels, title, columns=columns).savefig(picture, format="png")
-    replace_bytes(path, picture.getvalue())
+    buffer = io.BytesIO()
+    render_panels(panels, title, columns=columns).savefig(buffer, format="png")
+    replace_bytes(path, buffer.getvalue())
 
 
-def _draw(axes: Axes, panel: Panel) -> None:
+def _render(axes: Axes, panel: Panel) -> None:
     for curve in panel.curves:
         color = COLORS[curve.color % len(COLORS)]
         if curve.smooth > 1:

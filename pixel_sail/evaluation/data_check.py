@@ -3,7 +3,7 @@
 Place in the flow: `tools/check_data.py` -> `check_plan.py` -> here -> `data_report.py`. The annotation files of REFER
 folders are gone through first, each once, because the evaluation splits they hold are what the other sources are
 compared with. Example: a plan with the sources refcoco and coco_panoptic gives two reports, and the second notes how
-many of its photos are in refcoco(unc) val.
+many of its images are in refcoco(unc) val.
 """
 
 import logging
@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from pixel_sail.config import build
-from pixel_sail.data.checking.contamination import coco_key, note_contamination, photo_key
+from pixel_sail.data.checking.contamination import coco_key, contamination_key, note_contamination
 from pixel_sail.data.checking.downloads import advice_for
 from pixel_sail.data.checking.files import (
-    ABSENT_PHOTO,
-    ABSENT_PHOTOS,
+    ABSENT_IMAGE,
+    ABSENT_IMAGES,
     annotation_files,
     check_image,
     check_paths,
@@ -42,12 +42,12 @@ Built = TypeVar("Built")
 
 TRAINING_SPLIT = "train"
 Evaluated = dict[tuple[str, str], frozenset[str]]
-"""Keys of the photos of every evaluation split that is known, by (dataset, split)."""
+"""Keys of the images of every evaluation split that is known, by (dataset, split)."""
 
 
 @dataclass(kw_only=True)
 class CheckResult:
-    """Reports, and samples to draw, by source."""
+    """Reports, and samples to show, by source."""
 
     reports: list[SourceReport] = field(default_factory=list)
     samples: dict[str, list[Sample]] = field(default_factory=dict)
@@ -63,7 +63,7 @@ def run_check(plan: CheckPlan, settings: CheckSettings) -> CheckResult:
             check = check_refer(folder, findings, sample=settings.sample, progress=settings.progress)
         note_remarks(heard, findings)
         found[folder] = (check, findings)
-    evaluated = evaluation_photos(plan, {folder: check for folder, (check, _) in found.items()})
+    evaluated = evaluation_images(plan, {folder: check for folder, (check, _) in found.items()})
     result = CheckResult()
     for name, node in tqdm(_split_up(plan, folders, found), desc="sources", disable=not settings.progress):
         folder = refer_folder(node)
@@ -92,12 +92,12 @@ def refer_folder(node: Node) -> ReferFolder | None:
     )
 
 
-def evaluation_photos(plan: CheckPlan, checked: dict[ReferFolder, ReferCheck]) -> Evaluated:
-    """Return the photos of all evaluation splits of the checked folders, the evals and data/ref_seg."""
+def evaluation_images(plan: CheckPlan, checked: dict[ReferFolder, ReferCheck]) -> Evaluated:
+    """Return the images of all evaluation splits of the checked folders, the evals and data/ref_seg."""
     evaluated: dict[tuple[str, str], set[str]] = defaultdict(set)
     for check in checked.values():
-        for key, photos in check.photos_by_split.items():
-            evaluated[key] |= {photo_key(photo) for photo in photos}
+        for key, images in check.images_by_split.items():
+            evaluated[key] |= {contamination_key(image) for image in images}
     others = [refer_folder(node) for node in plan.evals.values()]
     ref_seg = plan.data_folder / "ref_seg"
     if ref_seg.is_dir():
@@ -108,7 +108,7 @@ def evaluation_photos(plan: CheckPlan, checked: dict[ReferFolder, ReferCheck]) -
                 # Only the splits matter here; what is wrong with the file is told when one of its sources is checked.
                 for row in read_refs(path, Findings()):
                     evaluated[refer_name(folder.dataset, split_by), row.split].add(coco_key(row.image_id))
-    return {key: frozenset(photos) for key, photos in evaluated.items() if key[1] != TRAINING_SPLIT}
+    return {key: frozenset(images) for key, images in evaluated.items() if key[1] != TRAINING_SPLIT}
 
 
 def _split_up(
@@ -141,7 +141,7 @@ def _check_source(
         )
         own = _own_dataset(node)
         note_contamination(
-            items.photos, {key: keys for key, keys in evaluated.items() if key[0] != own}, name, findings
+            items.image_keys, {key: keys for key, keys in evaluated.items() if key[0] != own}, name, findings
         )
     items = ItemCheck() if items is None else items
     check = None if files is None else files[0]
@@ -164,21 +164,25 @@ def _check_source(
 
 
 def _check_eval(name: str, node: Node, settings: CheckSettings) -> SourceReport:
-    """Return what is found in an eval: whether it can be read, what its reader warns about, and its photos."""
+    """Return what is found in an eval: whether it can be read, what its reader warns about, and its images."""
     findings = Findings()
     task: Task[Any, Any] | None = _build(name, node, findings, lambda: as_task(build(node, name), name))
     requests = [] if task is None else task.requests("standard")
-    photos = list({request.photo.path: request.photo for request in requests}.values())
-    opened = set(chosen_items(len(photos), settings.sample, seed=0))
+    source_images = list({request.source_image.path: request.source_image for request in requests}.values())
+    opened = set(chosen_items(len(source_images), settings.sample, seed=0))
     images = SoundFraction()
-    for number, photo in enumerate(tqdm(photos, desc=f"{name}: photos", disable=not settings.progress, leave=False)):
-        if not photo.path.parent.is_dir():
-            findings.trouble(Kind.MISSING_FILE, photo.path.parent, ABSENT_PHOTOS)
+    for number, source_image in enumerate(
+        tqdm(source_images, desc=f"{name}: images", disable=not settings.progress, leave=False)
+    ):
+        if not source_image.path.parent.is_dir():
+            findings.trouble(Kind.MISSING_FILE, source_image.path.parent, ABSENT_IMAGES)
         elif number in opened:
-            is_sound = check_image(photo.path, None if photo.is_upright else photo.size_hw, findings)
+            is_sound = check_image(
+                source_image.path, None if source_image.is_upright else source_image.size_hw, findings
+            )
             images += SoundFraction(checked=1, sound=int(is_sound))
-        elif not photo.path.is_file():
-            findings.trouble(Kind.MISSING_IMAGE, photo.path, ABSENT_PHOTO)
+        elif not source_image.path.is_file():
+            findings.trouble(Kind.MISSING_IMAGE, source_image.path, ABSENT_IMAGE)
     return SourceReport(
         name=name,
         reads=_reads(node),
@@ -214,7 +218,7 @@ def _build(name: str, node: Node, findings: Findings, make: Callable[[], Built])
     if refer_folder(node) is None:
         is_complete = check_paths(node, findings)
     else:
-        # Only annotation files have a suffix; these sources can be built without the folder of photos.
+        # Only annotation files have a suffix; these sources can be built without the folder of images.
         is_complete = not any(Path(subject).suffix for subject in findings.subjects(Kind.MISSING_FILE))
     if not is_complete:
         return None

@@ -1,7 +1,7 @@
-"""The data check as one HTML file: its tables, everything it found, and a sheet of drawn samples.
+"""The data check as one HTML file: its tables, everything it found, and a sheet of rendered samples.
 
 Place in the flow: `tools/check_data.py` calls `write_data_report` with what `data_check.py` returned. A sheet shows for
-each source the photo with numbered masks and prompts over the questions and answers that belong to them.
+each source the image with numbered masks and prompts over the questions and answers that belong to them.
 """
 
 import html
@@ -22,7 +22,7 @@ from pixel_sail.data.checking.report import (
 from pixel_sail.data.images import load_image
 from pixel_sail.evaluation.data_check import CheckResult
 from pixel_sail.evaluation.report import STYLE
-from pixel_sail.evaluation.sample_picture import color_of, draw_masks, jpeg_source, mask_numbers
+from pixel_sail.evaluation.sample_image import color_of, jpeg_source, mask_numbers, render_masks
 from pixel_sail.files import replace_text
 from pixel_sail.model.tokenization import SEG_TOKEN
 from pixel_sail.types import Sample
@@ -62,15 +62,15 @@ def write_data_report(path: Path, result: CheckResult) -> None:
 
 
 def sample_figure(sample: Sample) -> str:
-    """Return the picture of one sample with its texts."""
+    """Return the image of one sample with its texts."""
     masks = [mask for turn in sample.turns for mask in turn.masks]
-    picture = ""
+    figure = ""
     if sample.image_path is not None:
         image = load_image(sample.image_path, where=sample.sample_id, expected_hw=sample.image_hw)
         prompts = {prompt.prompt_id: prompt.mask for prompt in sample.prompts}
         ignored = [turn.ignored for turn in sample.turns if turn.ignored is not None]
-        drawn = draw_masks(image, masks, prompts, ignored)
-        picture = f'<img alt="{len(masks)} masks, {len(sample.prompts)} prompts" src="{jpeg_source(drawn)}">'
+        rendered = render_masks(image, masks, prompts, ignored)
+        figure = f'<img alt="{len(masks)} masks, {len(sample.prompts)} prompts" src="{jpeg_source(rendered)}">'
     numbers = iter(mask_numbers(masks))
     lines = []
     for turn in sample.turns:
@@ -79,7 +79,7 @@ def sample_figure(sample: Sample) -> str:
             answer = answer.replace(SEG_TOKEN, mask_chip(next(numbers)), 1)
         lines.append(f"<p><b>{html.escape(turn.question)}</b><br>{answer}</p>")
     caption = f"<span class=dim>{html.escape(sample.sample_id)}</span>{''.join(lines)}"
-    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
+    return f"<figure>{figure}<figcaption>{caption}</figcaption></figure>"
 
 
 def mask_chip(number: int) -> str:

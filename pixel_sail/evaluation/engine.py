@@ -115,7 +115,7 @@ def batches(predictor: BatchPredictor, requests: Sequence[ItemRequest[Item]]) ->
     costs: list[tuple[int, Batch[Item]]] = []
     by_grid: dict[SizeHW, list[list[ItemRequest[Item]]]] = {}
     for group in by_image(requests):
-        by_grid.setdefault(predictor.processor.grid_of(group[0].photo.size_hw), []).append(group)
+        by_grid.setdefault(predictor.processor.grid_of(group[0].image.size_hw), []).append(group)
     for grid, groups in by_grid.items():
         batch: Batch[Item] = []
         for group in groups:
@@ -195,7 +195,9 @@ def _ask(
         return predictor.ask_many(requests)
     except NotFiniteError as error:
         request = overlays[error.request][error.question]
-        raise DataError(f"item {request.key} of image {request.image_id} ({request.photo.path}): {error}") from None
+        raise DataError(
+            f"item {request.key} of image {request.image_id} ({request.source_image.path}): {error}"
+        ) from None
 
 
 def _retry(
@@ -232,15 +234,15 @@ def _by_overlay(group: Sequence[ItemRequest[Item]]) -> list[list[ItemRequest[Ite
 
 
 def _open_image(group: Sequence[ItemRequest[Any]]) -> Image.Image:
-    """Open the photo that all requests of a group must be about."""
+    """Open the image that all requests of a group must be about."""
     first = group[0]
-    other = next((request for request in group if request.photo != first.photo), None)
+    other = next((request for request in group if request.source_image != first.source_image), None)
     if other is not None:
         raise DataError(
-            f"image {first.image_id}: found {first.photo} for item {first.key} and {other.photo} for item {other.key}, "
-            "expected one photo of one size; repair the annotations"
+            f"image {first.image_id}: found {first.source_image} for item {first.key} and {other.source_image} for item {other.key}, "
+            "expected one image of one size; repair the annotations"
         )
-    return first.photo.open(f"image {first.image_id}")
+    return first.source_image.open(f"image {first.image_id}")
 
 
 def _requests(task: Task[Item, Any], prompt: str) -> list[ItemRequest[Item]]:
@@ -300,8 +302,8 @@ def _digest(requests: Sequence[ItemRequest[Any]]) -> str:
     """Return a hash of all that is asked, so that predictions for other annotations are not taken for these."""
     digest = hashlib.sha256()
     for request in requests:
-        photo = [request.photo.path.name, request.photo.size_hw, request.photo.is_upright]
-        asked = [request.key, request.image_id, photo, request.text, request.prompt_ids, request.regions]
+        source_image = [request.source_image.path.name, request.source_image.size_hw, request.source_image.is_upright]
+        asked = [request.key, request.image_id, image, request.text, request.prompt_ids, request.regions]
         digest.update(json.dumps(asked, sort_keys=True).encode())
     return digest.hexdigest()
 

@@ -25,9 +25,9 @@ from pixel_sail.data.sources import gcg_benchmark
 from pixel_sail.data.templates.grounded_caption import PAPER_CAPTION_PROMPT, STANDARD_CAPTION_PROMPT
 from pixel_sail.evaluation.item_predictions import ItemPrediction, long_answer_task
 from pixel_sail.evaluation.overlay import PALETTE
-from pixel_sail.evaluation.photos import Photo
 from pixel_sail.evaluation.phrase_similarity import EncoderSimilarity
 from pixel_sail.evaluation.result_examples import Panel, ResultExample
+from pixel_sail.evaluation.source_image import SourceImage
 from pixel_sail.evaluation.task import ItemRequest, Task, prompt_template
 from pixel_sail.evaluation.task_scores import ItemFractions, TaskScores
 from pixel_sail.metrics.answer_text import GroundedText, grounded_text, grounded_text_as_released
@@ -103,16 +103,16 @@ def _request(item: GroundedCaption, prompt: str) -> ItemRequest[GroundedCaption]
         item=item,
         key=item.image_id,
         image_id=item.image_id,
-        photo=Photo(path=item.image_path, size_hw=item.image_hw),
+        source_image=SourceImage(path=item.image_path, size_hw=item.image_hw),
         text=prompt_template(PROMPTS, prompt, KIND),
     )
 
 
 def _example(item: GroundedCaption, answer: ItemPrediction) -> ResultExample:
-    photo = Photo(path=item.image_path, size_hw=item.image_hw)
+    source_image = SourceImage(path=item.image_path, size_hw=item.image_hw)
     panels = (_panel(answer.masks), _panel(item.masks))
     return ResultExample(
-        text=item.image_id, answer=answer.answer, photo=photo, panels=panels, expected=item.captions[0]
+        text=item.image_id, answer=answer.answer, source_image=source_image, panels=panels, expected=item.captions[0]
     )
 
 

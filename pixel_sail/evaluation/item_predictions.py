@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from pixel_sail.data.masks import check_rle
-from pixel_sail.evaluation.photos import Photo
 from pixel_sail.evaluation.record_files import Json, RecordFormat, check_fields, check_kinds
 from pixel_sail.evaluation.result_examples import ResultExample
+from pixel_sail.evaluation.source_image import SourceImage
 from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS, ItemRequest, Task
 from pixel_sail.evaluation.task_scores import TaskScores
 from pixel_sail.predictor_io import PredictorOutput
@@ -115,7 +115,7 @@ def region_request(item: AboutRegion, text: str) -> ItemRequest[AboutRegion]:
         item=item,
         key=item.item_id,
         image_id=str(item.image_path),
-        photo=Photo(path=item.image_path, size_hw=item.image_hw),
+        source_image=SourceImage(path=item.image_path, size_hw=item.image_hw),
         text=text,
         regions=(item.region,),
         prompt_ids=(0,),

@@ -1,4 +1,4 @@
-"""Pictures of masks.
+"""Masks painted over images.
 
 Place in the flow: validation, `scripts/predict.py` and the report paint with it. A mask is tinted at half strength and
 gets a border in full colour:
@@ -12,7 +12,7 @@ from PIL import Image
 
 from pixel_sail.types import BoolMask
 
-Picture = NDArray[np.uint8]
+ImageArray = NDArray[np.uint8]
 """RGB pixels [H, W, 3]."""
 
 PALETTE = ((213, 94, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233), (240, 228, 66))
@@ -20,8 +20,8 @@ PALETTE = ((213, 94, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (230, 15
 PREDICTED_COLOR, TRUE_COLOR = PALETTE[0], PALETTE[2]
 
 
-def paint(image: Image.Image | Picture, mask: BoolMask, color: tuple[int, int, int]) -> Picture:
-    """Return the image with the mask tinted and its border drawn."""
+def paint(image: Image.Image | ImageArray, mask: BoolMask, color: tuple[int, int, int]) -> ImageArray:
+    """Return the image with the mask tinted and its border rendered."""
     pixels = np.asarray(image, dtype=np.float32).copy()
     pixels[mask] = 0.5 * pixels[mask] + 0.5 * np.array(color, dtype=np.float32)
     padded = np.pad(mask, 1)

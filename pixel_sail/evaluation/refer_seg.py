@@ -24,7 +24,6 @@ from pixel_sail.data.sources.blind_baseline import make_blind
 from pixel_sail.data.sources.refer import expressions, load_refer
 from pixel_sail.data.templates.referring import PAPER_REFER_PROMPT, SHORT_REFER_PROMPT, STANDARD_REFER_PROMPT
 from pixel_sail.evaluation.engine import answer_image, answer_own
-from pixel_sail.evaluation.photos import Photo
 from pixel_sail.evaluation.predict import SHORT_ANSWER_TOKENS, BatchPredictor
 from pixel_sail.evaluation.predictions import (
     PREDICTIONS,
@@ -34,6 +33,7 @@ from pixel_sail.evaluation.predictions import (
     score_predictions,
 )
 from pixel_sail.evaluation.result_examples import expression_example
+from pixel_sail.evaluation.source_image import SourceImage
 from pixel_sail.evaluation.task import ItemRequest, Task, by_image, prompt_template
 from pixel_sail.metrics.iou import IoUSums
 from pixel_sail.predictor_io import PredictorOutput
@@ -87,9 +87,9 @@ def load_reasonseg(
 ) -> ReferTask:
     """Return one split of ReasonSeg: the `_target_` of an eval; the arguments are those of `reasonseg.expressions`.
 
-    In the released script a question whose answer has no mask has no part in cIoU. There the model also sees a photo
+    In the released script a question whose answer has no mask has no part in cIoU. There the model also sees an image
     with an EXIF turn as it is stored: `upright: false` asks so. With `upright: true` the `paper_` scores compare with
-    the released target, but the answer is that about the upright photo, turned back.
+    the released target, but the answer is that about the upright image, turned back.
     Raises: DataError; ValueError on an unknown query or sentences.
     """
     items = reasonseg.expressions(root=root, split=split, query=query, sentences=sentences, upright=upright)
@@ -105,7 +105,7 @@ def task_of(
 ) -> ReferTask:
     """Return the task of asking for these expressions.
 
-    prompts: template of each `predict.prompt`, with {sent}. is_upright: masks count pixels of photos turned upright.
+    prompts: template of each `predict.prompt`, with {sent}. is_upright: masks count pixels of images turned upright.
     missing_as_released: `empty` or `skipped`, what the released script makes of an answer without a mask.
     """
     return Task(
@@ -156,7 +156,7 @@ def _request(
         item=expression,
         key=prediction_key(expression),
         image_id=expression.image_id,
-        photo=Photo(path=expression.image_path, size_hw=expression.image_hw, is_upright=is_upright),
+        source_image=SourceImage(path=expression.image_path, size_hw=expression.image_hw, is_upright=is_upright),
         text=prompt_template(prompts, prompt, KIND).format(sent=expression.text),
     )
 

@@ -23,8 +23,8 @@ from pixel_sail.data.sources import perbench, region_caption
 from pixel_sail.data.templates.region import PERBENCH_CAPTION_PROMPT, REGION_CAPTION_PROMPT
 from pixel_sail.evaluation.item_predictions import ItemPrediction, long_answer_task, region_request
 from pixel_sail.evaluation.overlay import TRUE_COLOR
-from pixel_sail.evaluation.photos import Photo
 from pixel_sail.evaluation.result_examples import ResultExample
+from pixel_sail.evaluation.source_image import SourceImage
 from pixel_sail.evaluation.task import ItemRequest, Task, prompt_template
 from pixel_sail.evaluation.task_scores import ItemFractions, TaskScores
 from pixel_sail.metrics.answer_text import object_caption_as_released, plain_description, region_caption_as_released
@@ -109,10 +109,12 @@ def _request(item: RegionCaption, prompt: str, *, text: str) -> ItemRequest[Regi
 
 
 def _example(item: RegionCaption, answer: ItemPrediction) -> ResultExample:
-    photo = Photo(path=item.image_path, size_hw=item.image_hw)
+    source_image = SourceImage(path=item.image_path, size_hw=item.image_hw)
     shown = " / ".join(item.references)
     panels = (((item.region, TRUE_COLOR),),)
-    return ResultExample(text=answer.question, answer=answer.answer, photo=photo, panels=panels, expected=shown)
+    return ResultExample(
+        text=answer.question, answer=answer.answer, source_image=source_image, panels=panels, expected=shown
+    )
 
 
 def _check(items: Sequence[RegionCaption], chosen: dict[str, CaptionProtocol]) -> None:

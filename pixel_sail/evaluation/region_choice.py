@@ -17,8 +17,8 @@ from pixel_sail.data.sources import perbench
 from pixel_sail.data.templates.region import MARKED_OBJECT, PERBENCH_CHOICE_PROMPT
 from pixel_sail.evaluation.item_predictions import ItemPrediction, long_answer_task, region_request
 from pixel_sail.evaluation.overlay import TRUE_COLOR
-from pixel_sail.evaluation.photos import Photo
 from pixel_sail.evaluation.result_examples import ResultExample
+from pixel_sail.evaluation.source_image import SourceImage
 from pixel_sail.evaluation.task import ItemRequest, Task, prompt_template
 from pixel_sail.evaluation.task_scores import PAPER_PREFIX, TaskScores, measure, merge_scores
 from pixel_sail.metrics.choice import score_choice, score_choice_as_released
@@ -60,9 +60,11 @@ def _request(item: RegionChoice, prompt: str) -> ItemRequest[RegionChoice]:
 
 
 def _example(item: RegionChoice, answer: ItemPrediction) -> ResultExample:
-    photo = Photo(path=item.image_path, size_hw=item.image_hw)
+    source_image = SourceImage(path=item.image_path, size_hw=item.image_hw)
     panels = (((item.region, TRUE_COLOR),),)
-    return ResultExample(text=item.question, answer=answer.answer, photo=photo, panels=panels, expected=item.answer)
+    return ResultExample(
+        text=item.question, answer=answer.answer, source_image=source_image, panels=panels, expected=item.answer
+    )
 
 
 def _check(items: Sequence[RegionChoice], protocols: Sequence[str]) -> None:

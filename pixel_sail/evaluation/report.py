@@ -1,13 +1,13 @@
-"""The report of a run: scores as tables, the loss curve, and pictures of what was asked, predicted and true.
+"""The report of a run: scores as tables, the loss curve, and images of what was asked, predicted and true.
 
 Place in the flow: `run.py` and the quickstart call `write_report` after scoring. It writes into the run folder
 
-    report.md, report.html     facts, tables, pictures; the HTML holds its pictures
-    examples/<eval>_00.png     one picture each
-    sheets/<eval>.png          all pictures of an eval that has masks: its best, median and worst ones
+    report.md, report.html     facts, tables, images; the HTML holds its images
+    examples/<eval>_00.png     one image each
+    sheets/<eval>.png          all images of an eval that has masks: its best, median and worst ones
     montage.png                two of each eval with masks
 
-The pictures are `ResultExample`s of `result_examples.py`, the tables come from `tables.py` and `paper_tables.py`.
+The images are `ResultExample`s of `result_examples.py`, the tables come from `tables.py` and `paper_tables.py`.
 """
 
 import base64
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pixel_sail.evaluation.overlay import Picture
+from pixel_sail.evaluation.overlay import ImageArray
 from pixel_sail.evaluation.result_examples import ResultExample, sheet
 from pixel_sail.evaluation.tables import Table
 from pixel_sail.files import read_json_lines, replace_bytes, replace_text
@@ -49,7 +49,7 @@ def write_report(
     examples: Mapping[str, Sequence[ResultExample]],
     log_file: Path | None = None,
 ) -> None:
-    """Write report.md, report.html and their pictures into `folder`; `examples` by eval, equal ranks together."""
+    """Write report.md, report.html and their images into `folder`; `examples` by eval, equal ranks together."""
     text, page = [f"# {title}", ""], [f"<h1>{html.escape(title)}</h1>"]
     text += [f"- {fact}" for fact in facts]
     page += ["<ul>", *[f"<li>{html.escape(fact)}</li>" for fact in facts], "</ul>"]
@@ -59,7 +59,7 @@ def write_report(
     if log_file is not None:
         page += ["<h2>Training loss</h2>", loss_curve(log_file)]
     for heading, shown in examples.items():
-        markdown, figures = _pictures(folder, heading, shown)
+        markdown, figures = _figures(folder, heading, shown)
         text += markdown
         page += figures
     masks = [example for shown in examples.values() for example in shown[:2] if example.iou is not None]
@@ -71,8 +71,8 @@ def write_report(
     replace_text(folder / "report.html", "\n".join([head, view, f"<style>{STYLE}</style>", *page, "</html>"]) + "\n")
 
 
-def _pictures(folder: Path, heading: str, examples: Sequence[ResultExample]) -> tuple[list[str], list[str]]:
-    """Write the pictures of one eval; return their part of the Markdown and of the HTML file."""
+def _figures(folder: Path, heading: str, examples: Sequence[ResultExample]) -> tuple[list[str], list[str]]:
+    """Write the images of one eval; return their part of the Markdown and of the HTML file."""
     title = f"Examples from {heading}{_legend(examples)}"
     text, page = ["", f"## {title}", ""], [f"<h2>{html.escape(title)}</h2>"]
     numbered = enumerate(examples)
@@ -83,7 +83,7 @@ def _pictures(folder: Path, heading: str, examples: Sequence[ResultExample]) -> 
         page.append("<div class=grid>")
         for index, example in group:
             name = f"examples/{heading}_{index:02d}.png"
-            data = _save_png(folder / name, example.picture())
+            data = _save_png(folder / name, example.render())
             caption = f"{example.text} ({example.remarks()})".replace("\n", " ")
             text += [f"**{caption}**", "", f"![{heading} {index}]({name})", ""]
             page.append(_figure(example, data))
@@ -101,23 +101,23 @@ def _legend(examples: Sequence[ResultExample]) -> str:
 
 
 def _figure(example: ResultExample, png: bytes) -> str:
-    """Return one picture with its caption as HTML."""
+    """Return one image with its caption as HTML."""
     source = base64.b64encode(png).decode()
     caption = f'"{html.escape(example.text)}" <span class=dim>{html.escape(example.remarks())}</span>'
     image = f'<img alt="{html.escape(example.text)}" src="data:image/png;base64,{source}">'
     return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
-def _save_png(path: Path, picture: Picture) -> bytes:
-    """Write a picture and return its bytes."""
+def _save_png(path: Path, image: ImageArray) -> bytes:
+    """Write an image and return its bytes."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG")
+    Image.fromarray(image).save(buffer, format="PNG")
     replace_bytes(path, buffer.getvalue())
     return buffer.getvalue()
 
 
 def loss_curve(log_file: Path, width: int = 720, height: int = 200) -> str:
-    """Return the total loss over steps of a log.jsonl as an SVG drawing."""
+    """Return the total loss over steps of a log.jsonl as an SVG figure."""
     remedy = "correct or delete that line"
     lines = map(current_log_line, read_json_lines(log_file, {"step": int}, fail=DataError, remedy=remedy))
     points = [(line["step"], line["loss/total"]) for line in lines if "loss/total" in line]

@@ -1,4 +1,4 @@
-"""Items with their answers as pictures: which ones are shown, and how.
+"""Items with their answers as images: which ones are shown, and how.
 
 Place in the flow: every task makes a `ResultExample` of an item and its record; `run.py` chooses the best, median and
 worst ones (`ranked`) -> `report.py` puts them into the page and `sheet` into one PNG. One of referring segmentation:
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from pixel_sail.data.masks import decode_rle
-from pixel_sail.evaluation.overlay import PREDICTED_COLOR, TRUE_COLOR, Picture, paint
-from pixel_sail.evaluation.photos import Photo
+from pixel_sail.evaluation.overlay import PREDICTED_COLOR, TRUE_COLOR, ImageArray, paint
 from pixel_sail.evaluation.predictions import prediction_key, score_prediction
+from pixel_sail.evaluation.source_image import SourceImage
 from pixel_sail.types import RLE, Expression, Prediction
 
 Item = TypeVar("Item")
@@ -39,7 +39,7 @@ class ResultExample:
     text: str
     """What was asked."""
     answer: str
-    photo: Photo
+    source_image: SourceImage
     panels: tuple[Panel, ...]
     """Shown right of the plain image."""
     expected: str = ""
@@ -48,13 +48,13 @@ class ResultExample:
     rank: str = ""
     """Why it is shown: one of RANKS, within its benchmark; "" where it was not chosen by its score."""
 
-    def picture(self) -> Picture:
+    def image(self) -> ImageArray:
         """Return the image and its panels side by side [H, W of all + gaps, 3]."""
-        image = self.photo.open(str(self.photo.path))
+        image = self.source_image.open(str(self.source_image.path))
         gap = np.full((image.height, 4, 3), 255, dtype=np.uint8)
         parts = [np.asarray(image)]
         for panel in self.panels:
-            painted: Picture = np.asarray(image)
+            painted: ImageArray = np.asarray(image)
             for rle, color in panel:
                 painted = paint(painted, decode_rle(rle), color)
             parts += [gap, painted]
@@ -73,7 +73,7 @@ def expression_example(item: Expression, prediction: Prediction, *, is_upright: 
     return ResultExample(
         text=item.text,
         answer=prediction.answer,
-        photo=Photo(path=item.image_path, size_hw=item.image_hw, is_upright=is_upright),
+        source_image=SourceImage(path=item.image_path, size_hw=item.image_hw, is_upright=is_upright),
         panels=tuple(() if rle is None else ((rle, color),) for rle, color in masks),
         iou=score_prediction(item, prediction).iou_sum,
     )
@@ -116,12 +116,12 @@ def ranked(values: NDArray[np.float64], images: Sequence[Hashable], number: int)
     return [(rank, index) for rank in RANKS for index in chosen[rank]]
 
 
-def sheet(rows: Sequence[Sequence[ResultExample]], width: int) -> Picture:
-    """Return the pictures of several examples in rows, each `width` pixels wide and captioned with its expression."""
-    drawn = [[_cell(example, width) for example in row] for row in rows]
-    heights = [max(cell.shape[0] for cell in row) for row in drawn]
+def sheet(rows: Sequence[Sequence[ResultExample]], width: int) -> ImageArray:
+    """Return the images of several examples in rows, each `width` pixels wide and captioned with its expression."""
+    sampled = [[_cell(example, width) for example in row] for row in rows]
+    heights = [max(cell.shape[0] for cell in row) for row in sampled]
     page = np.full((sum(heights), max(map(len, rows)) * (width + 16), 3), 255, dtype=np.uint8)
-    for index, row in enumerate(drawn):
+    for index, row in enumerate(sampled):
         top = sum(heights[:index])
         for column, pixels in enumerate(row):
             left = column * (width + 16)
@@ -129,18 +129,18 @@ def sheet(rows: Sequence[Sequence[ResultExample]], width: int) -> Picture:
     return page
 
 
-def _cell(example: ResultExample, width: int) -> Picture:
-    """Return one captioned picture."""
-    picture = Image.fromarray(example.picture())
-    picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.NEAREST)
-    cell = Image.new("RGB", (width + 16, picture.height + 44), "white")
-    cell.paste(picture, (8, 34))
+def _cell(example: ResultExample, width: int) -> ImageArray:
+    """Return one captioned image."""
+    image = Image.fromarray(example.image())
+    image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.NEAREST)
+    cell = Image.new("RGB", (width + 16, image.height + 44), "white")
+    cell.paste(image, (8, 34))
     ImageDraw.Draw(cell).text((8, 8), _caption(example, width), fill="black", font=ImageFont.load_default(_FONT_PX))
     return np.asarray(cell)
 
 
 def _caption(example: ResultExample, width: int) -> str:
-    """Return one line that fits over a picture: rank, question, IoU."""
+    """Return one line that fits over an image: rank, question, IoU."""
     before = f"{example.rank}: " if example.rank else ""
     after = "" if example.iou is None else f"   IoU {example.iou:.2f}"
     text = " ".join(example.text.split())

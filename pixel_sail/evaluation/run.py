@@ -5,7 +5,7 @@ Place in the flow: `scripts/evaluate.py` and the quickstart call `run_evals`, wh
     <output>/<eval>/...        predictions, see `engine.py`
     <output>/.lock             who is writing into the folder, see `training/run_lock.py`
     <output>/results.jsonl     one row per eval, see `results.py`
-    <output>/report.html       the scores of this call, the paper's tables, and pictures from every eval
+    <output>/report.html       the scores of this call, the paper's tables, and images from every eval
 
 All that can be found out without the model (files, options, Java) is found out before it is loaded.
 """
@@ -153,11 +153,11 @@ def plan_evals(config: EvalConfig) -> Plan:
 def _ready(task: Task[Any, Any], config: EvalConfig) -> Task[Any, Any]:
     """Return the task with the items that are asked, after checking that they can be."""
     chosen = task.first_images(config.max_images, config.predict.prompt)
-    photos = dict.fromkeys(request.photo.path for request in chosen.requests(config.predict.prompt))
-    absent = [path for path in photos if not path.is_file()]
+    images = dict.fromkeys(request.source_image.path for request in chosen.requests(config.predict.prompt))
+    absent = [path for path in images if not path.is_file()]
     if absent:
         raise MissingDataError(
-            f"found {len(absent)} of {len(photos)} photos missing, the first is {absent[0]}; unpack the images there"
+            f"found {len(absent)} of {len(images)} images missing, the first is {absent[0]}; unpack the images there"
         )
     task.check()
     return chosen

@@ -1,6 +1,6 @@
 """One figure of the data pipeline: an item of a source, its sample, the sequence it is packed into, the batch.
 
-`tools/show_batch.py` draws it from what a config really gives; docs/data.md shows one. Colours of the token strips:
+`tools/show_batch.py` renders it from what a config really gives; docs/data.md shows one. Colours of the token strips:
 
     image blue | question grey | supervised answer green | padding white; a line between samples
 """
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from pixel_sail.data.images import load_image
-from pixel_sail.evaluation.sample_picture import draw_masks
+from pixel_sail.evaluation.sample_image import render_masks
 from pixel_sail.files import replace_bytes
 from pixel_sail.model.attention_mask import attention_mask
 from pixel_sail.types import Batch, Sample
@@ -56,7 +56,7 @@ def write_stages(path: Path, sample: Sample, batch: Batch, *, source: str, num_i
         f"{sample.image_path.name}, {height} x {width}",
     )
     masks = [mask for turn in sample.turns[:TURNS_SHOWN] for mask in turn.masks]
-    sample_axes.imshow(draw_masks(image, masks, {prompt.prompt_id: prompt.mask for prompt in sample.prompts}))
+    sample_axes.imshow(render_masks(image, masks, {prompt.prompt_id: prompt.mask for prompt in sample.prompts}))
     _title(sample_axes, f"2. Sample: {len(sample.turns)} turns, {len(sample.prompts)} visual prompts", _turns(sample))
     strip_axes, mask_axes = rows[1].subplots(1, 2, width_ratios=(2.2, 1))
     kinds = token_kinds(batch)
@@ -98,7 +98,7 @@ def _turns(sample: Sample) -> str:
 
 
 def _strips(axes: Axes, kinds: NDArray[np.int64], owners: NDArray[np.int64]) -> None:
-    """Draw each row of tokens as a strip, with a line where another sample begins."""
+    """Render each row of tokens as a strip, with a line where another sample begins."""
     axes.imshow(
         kinds, cmap=ListedColormap(list(KINDS.values())), vmin=-0.5, vmax=len(KINDS) - 0.5, aspect="auto",
         interpolation="nearest",

@@ -6,7 +6,7 @@ came from:
 
     read_stored(Path("runs/a/evaluation/refcoco_val")).measure().scores["ciou"] == 0.81
 
-Neither model nor photos are needed. The folder may be anybody's: what it can name is in `loaders.py`.
+Neither model nor images are needed. The folder may be anybody's: what it can name is in `loaders.py`.
 """
 
 import json

@@ -8,7 +8,7 @@ Place in the flow: `sweep.json` and the evaluation folders of its jobs -> `Group
     | ablation=stride_8 | 0.571 +- 0.012 (2) |
     | ablation=stride_4 | 0.598 +- 0.004 (2) |
 
-The difference of two groups pairs jobs of one seed. Its interval comes from drawing images anew, the same ones for all
+The difference of two groups pairs jobs of one seed. Its interval comes from resampling images, the same ones for all
 jobs of both groups, and taking the mean over seeds each time: it says how sure the difference is for these weights on
 other images. How it varies with the seed is beside it.
 """
@@ -203,5 +203,5 @@ def differences_table(
         heading=f"Differences to {baseline.name}",
         columns=("mean", "95 % interval over images", "by seed"),
         rows=tuple(rows),
-        note="Jobs of one seed are paired; every resample draws the same images for all of them.",
+        note="Jobs of one seed are paired; every resample samples the same images for all of them.",
     )

@@ -4,7 +4,8 @@ Place in the flow: `refer_seg.py`, `region_caption.py`, `region_choice.py`, `vis
 `grounded_caption.py` return a `Task`, the target of an eval in a config; `engine.py` asks it. An item of PerBench's
 detailed captions becomes
 
-    ItemRequest(item=RegionCaption(...), key="sa_1.jpg/0.0", image_id="images/sa_1.jpg", photo=Photo(path=..., ...),
+    ItemRequest(item=RegionCaption(...), key="sa_1.jpg/0.0", image_id="images/sa_1.jpg",
+    source_image=SourceImage(path=..., ...),
                 text="Can you provide me with a detailed ... <Prompt0>? ...", regions=(rle,), prompt_ids=(0,))
 """
 
@@ -15,9 +16,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from pixel_sail.config import ConfigError
 from pixel_sail.data.masks import decode_rle
-from pixel_sail.evaluation.photos import Photo
 from pixel_sail.evaluation.record_files import Record, RecordFormat
 from pixel_sail.evaluation.result_examples import ResultExample
+from pixel_sail.evaluation.source_image import SourceImage
 from pixel_sail.evaluation.task_scores import Scores, TaskScores
 from pixel_sail.predictor_io import PredictorOutput
 from pixel_sail.types import RLE, VisualPrompt
@@ -36,8 +37,8 @@ class ItemRequest(Generic[Item]):
     key: Any
     """Names the item within its benchmark, as the key of its record does."""
     image_id: int | str
-    """Items with the same one are about the same photo; images are asked in the order of their ids."""
-    photo: Photo
+    """Items with the same one are about the same image; images are asked in the order of their ids."""
+    source_image: SourceImage
     text: str
     regions: tuple[RLE, ...] = ()
     prompt_ids: tuple[int, ...] = ()
@@ -49,7 +50,7 @@ class ItemRequest(Generic[Item]):
         return tuple(VisualPrompt(prompt_id=prompt_id, mask=decode_rle(rle)) for prompt_id, rle in pairs)
 
     def overlay_key(self) -> tuple[Any, ...]:
-        """Return what is equal for requests about one photo that see the same prompts on it."""
+        """Return what is equal for requests about one image that see the same prompts on it."""
         return (self.prompt_ids, tuple(rle["counts"] for rle in self.regions))
 
 
@@ -68,7 +69,7 @@ class Task(Generic[Item, Record]):
     measure: Callable[[Sequence[Item], Sequence[Record]], TaskScores]
     """(items, their records in the same order) -> scores by name, and what each item adds to them."""
     example: Callable[[Item, Record], ResultExample]
-    """(item, record) -> a picture for the report."""
+    """(item, record) -> an image for the report."""
     max_new_tokens: int
     """Longest answer where `predict.max_new_tokens` does not say."""
     retries_without_mask: bool = False

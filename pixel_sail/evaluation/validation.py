@@ -1,4 +1,4 @@
-"""Scoring during training, and the pictures that go with it.
+"""Scoring during training, and the images that go with it.
 
 Place in the flow: `scripts/train.py` gives `validation_for(...)` to the training loop, which knows nothing of
 evaluation. A validation logs one line of scores of every eval on its first `max_images` images, and a few overlays.
@@ -10,7 +10,7 @@ import numpy as np
 
 from pixel_sail.config import ConfigError, LogConfig, PredictConfig, ValidationConfig
 from pixel_sail.data.masks import decode_rle
-from pixel_sail.evaluation.overlay import PREDICTED_COLOR, TRUE_COLOR, Picture, paint
+from pixel_sail.evaluation.overlay import PREDICTED_COLOR, TRUE_COLOR, ImageArray, paint
 from pixel_sail.evaluation.predict import BatchPredictor
 from pixel_sail.evaluation.predictions import prediction_key
 from pixel_sail.evaluation.refer_seg import KIND, ReferTask, as_task, score_in_memory
@@ -53,16 +53,16 @@ def _refer_task(built: Sequence[Expression] | ReferTask, where: str) -> ReferTas
     return task
 
 
-def overlays(task: ReferTask, predictions: Sequence[Prediction]) -> list[tuple[str, Picture]]:
-    """Return (caption, picture [H, W, 3]) of each prediction, the true mask left and the predicted one right."""
+def overlays(task: ReferTask, predictions: Sequence[Prediction]) -> list[tuple[str, ImageArray]]:
+    """Return (caption, image [H, W, 3]) of each prediction, the true mask left and the predicted one right."""
     by_id = {prediction_key(item): item for item in task.items}
-    pictures = []
+    images = []
     for prediction in predictions:
         item = by_id[prediction_key(prediction)]
-        image = task.example(item, prediction).photo.open(f"image {item.image_id}")
+        image = task.example(item, prediction).source_image.open(f"image {item.image_id}")
         empty = np.zeros(item.image_hw, dtype=bool)
         true = decode_rle(item.target) if item.target is not None else empty
         predicted = decode_rle(prediction.segmentation) if prediction.segmentation is not None else empty
         sides = (paint(image, true, TRUE_COLOR), paint(image, predicted, PREDICTED_COLOR))
-        pictures.append((f"{item.text} -> {prediction.answer}", np.concatenate(sides, axis=1)))
-    return pictures
+        images.append((f"{item.text} -> {prediction.answer}", np.concatenate(sides, axis=1)))
+    return images

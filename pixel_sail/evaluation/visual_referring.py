@@ -15,8 +15,8 @@ from pathlib import Path
 from pixel_sail.data.sources import perbench
 from pixel_sail.evaluation.item_predictions import ITEM_PREDICTIONS, ItemPrediction, item_prediction
 from pixel_sail.evaluation.overlay import PREDICTED_COLOR, TRUE_COLOR
-from pixel_sail.evaluation.photos import Photo
 from pixel_sail.evaluation.result_examples import ResultExample
+from pixel_sail.evaluation.source_image import SourceImage
 from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS, ItemRequest, Task, prompt_template
 from pixel_sail.evaluation.task_scores import PAPER_PREFIX, TaskScores, measure, merge_scores
 from pixel_sail.metrics.visual_referring import score_each, score_first_as_released, score_union
@@ -48,7 +48,7 @@ def _request(item: VisualReferring, prompt: str) -> ItemRequest[VisualReferring]
         item=item,
         key=item.item_id,
         image_id=str(item.image_path),
-        photo=Photo(path=item.image_path, size_hw=item.image_hw),
+        source_image=SourceImage(path=item.image_path, size_hw=item.image_hw),
         text=prompt_template(PROMPTS, prompt, KIND).format(question=item.question),
         regions=item.regions,
         prompt_ids=item.prompt_ids,
@@ -64,7 +64,7 @@ def _example(item: VisualReferring, answer: ItemPrediction) -> ResultExample:
     return ResultExample(
         text=item.question,
         answer=answer.answer,
-        photo=Photo(path=item.image_path, size_hw=item.image_hw),
+        source_image=SourceImage(path=item.image_path, size_hw=item.image_hw),
         panels=(
             tuple((rle, PREDICTED_COLOR) for rle in answer.masks),
             tuple((rle, TRUE_COLOR) for rle in item.targets),

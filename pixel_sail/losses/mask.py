@@ -75,9 +75,9 @@ def sample_points(
 ) -> Tensor:
     """Return points [N, Q, 2]: the most uncertain of many uniform candidates, and fresh uniform ones.
 
-    Masks of several images come with a generator for each and their numbers: what is drawn for an image does not depend
-    on the others. Random numbers are drawn on the generators' device (the CPU) and moved, so that a run does not depend
-    on the device.
+    Masks of several images come with a generator for each and their numbers: what is sampled for an image does not depend
+    on the others. Random numbers are sampled on the generators' device (the CPU) and moved, so that a run does not
+    depend on the device.
     Source: PointRend / Mask2Former, with their ratios.
     """
     generators = [generator] if isinstance(generator, torch.Generator) else generator
@@ -86,11 +86,11 @@ def sample_points(
     num_important = int(sampling.importance_ratio * sampling.num_points)
     num_candidates = int(sampling.oversample_ratio * sampling.num_points)
     num_fresh = sampling.num_points - num_important
-    drawn = [
+    sampled = [
         tuple(torch.rand(count, size, 2, generator=own) for size in (num_candidates, num_fresh))
         for own, count in zip(generators, counts, strict=True)
     ]
-    candidates, fresh = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    candidates, fresh = (torch.cat(parts) for parts in zip(*sampled, strict=True))
     fresh = to_device(fresh, device)
     if not num_important:
         return fresh

@@ -4,7 +4,7 @@ Place in the flow: (prediction, target) pairs -> `boundary_sums` of one pair -> 
 that ask for it (`refer_seg.load_with_boundaries`).
 
 The rim of a mask is made of its pixels that are at most d away from a pixel outside, d being 2 % of the image's
-diagonal; beyond the picture's edge is outside too. Boundary IoU is the IoU of the two rims. Source: Cheng et al.,
+diagonal; beyond the image's edge is outside too. Boundary IoU is the IoU of the two rims. Source: Cheng et al.,
 Boundary IoU (CVPR 2021), whose d, kernel and padding are kept. Example at 128 x 128: d = 4 pixels; a square of side 40
 moved by 2 pixels keeps an IoU of 0.90 and a boundary IoU of 0.60.
 """

@@ -44,19 +44,19 @@ def linear_name(teacher: str) -> str:
     return f"{lasting_name(teacher)}_distill_linear"
 
 
-def _draw_ours(layer: nn.Linear, generator: torch.Generator) -> None:
+def _init_ours(layer: nn.Linear, generator: torch.Generator) -> None:
     nn.init.normal_(layer.weight, std=layer.in_features**-0.5, generator=generator)
     nn.init.zeros_(layer.bias)
 
 
-def _draw_as_torch(layer: nn.Linear, generator: torch.Generator) -> None:
+def _init_as_torch(layer: nn.Linear, generator: torch.Generator) -> None:
     """What `nn.Linear.reset_parameters` does, which takes no generator."""
     bound = layer.in_features**-0.5
     nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
     nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
 
 
-_DRAWN = {"ours": _draw_ours, "torch": _draw_as_torch}
+_INITIALIZERS = {"ours": _init_ours, "torch": _init_as_torch}
 """One for each of `mask_head.INITS`."""
 
 
@@ -66,7 +66,7 @@ class DistillHead(nn.ModuleDict):
     def __init__(
         self, config: Architecture, sites: Mapping[str, DistillSite], *, seed: int, init: str = "ours"
     ) -> None:
-        """Draw the layers from a generator of their own each, so that no other weight depends on them.
+        """Initialize the layers from a generator of their own each, so that no other weight depends on them.
 
         init: ours, with the variance of the states and no bias; or torch (release), the default of `nn.Linear`.
         """
@@ -78,7 +78,7 @@ class DistillHead(nn.ModuleDict):
             # A generator on the CPU takes the lower 32 bits of its seed: both must be in them.
             generator = torch.Generator().manual_seed(zlib.crc32(lasting_name(name).encode(), seed))
             with torch.no_grad():
-                _DRAWN[init](layer, generator)
+                _INITIALIZERS[init](layer, generator)
             self[linear_name(name)] = layer
 
     def reads(self, site: str) -> list[str]:

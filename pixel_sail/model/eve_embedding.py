@@ -32,8 +32,9 @@ class EveEmbedding(nn.Module):
         self.config = config
 
     @torch.no_grad()
-    def draw_weights(self) -> None:
-        """Draw starting weights: the pieces keep their variance, everything that enters the decoder is an embedding."""
+    def init_weights(self) -> None:
+        """Initialize the weights: the pieces keep their variance, everything that enters the decoder is an
+        embedding."""
         nn.init.normal_(self.piece_projection.weight, std=self.piece_projection.weight[0].numel() ** -0.5)
         for layer in (self.piece_projection, self.patch_projection):
             assert layer.bias is not None

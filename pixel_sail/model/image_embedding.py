@@ -1,6 +1,6 @@
 """How an image and its visual prompts become token embeddings.
 
-Place in the flow: this is the seam between pictures and the decoder. `modeling_pixel_sail` looks up the token
+Place in the flow: this is the seam between images and the decoder. `modeling_pixel_sail` looks up the token
 embeddings, this module adds what a patch shows and which prompt covers it; a base model with another image tokeniser
 replaces this file's module and nothing of the decoder.
 

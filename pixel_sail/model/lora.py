@@ -35,7 +35,7 @@ class LoraLinear(nn.Linear):
         if self.bias is not None:
             self.bias.requires_grad_(False)
         self.scale = alpha / rank
-        # Drawn on the CPU, so that the values are the same wherever the layer is.
+        # Initialized on the CPU, so that the values are the same wherever the layer is.
         start_RI = torch.empty(rank, linear.in_features)
         nn.init.kaiming_uniform_(start_RI, a=math.sqrt(5), generator=generator)
         self.lora_A = nn.Parameter(start_RI.to(self.weight))
@@ -49,7 +49,7 @@ class LoraLinear(nn.Linear):
 def add_lora(model: nn.Module, names: Sequence[str], *, rank: int, alpha: float, seed: int) -> None:
     """Replace the named linear layers of a model by adapted ones.
 
-    Each draws from a generator of its own, so that no adapter depends on which others there are.
+    Each is initialized from a generator of its own, so that no adapter depends on which others there are.
     """
     for name in names:
         linear = model.get_submodule(name)

@@ -24,7 +24,7 @@ MaskHeadMode = Literal["reference", "products", "folded"]
 """Which implementation `MaskHead.forward` takes."""
 
 INITS = ("ours", "torch")
-"""How new weights of the mask head and of the distillation layers are drawn: see `MaskHead.draw_weights`."""
+"""How new weights of the mask head and of the distillation layers are initialized: see `MaskHead.init_weights`."""
 
 
 def two_layer(size_in: int, size_middle: int, size_out: int) -> nn.Sequential:
@@ -44,26 +44,26 @@ class MaskHead(nn.Module):
         self.seg_projector = two_layer(width, channels, config.mask_dim)
 
     @torch.no_grad()
-    def draw_weights(self, init: str = "ours") -> None:
-        """Draw starting weights, from the global generator.
+    def init_weights(self, init: str = "ours") -> None:
+        """Initialize the weights, from the global generator.
 
         ours: the upsampler starts as a repetition of its input, and mask logits are of order one.
         torch (release): PyTorch's defaults, and all upsample blocks are copies of one. These start with biases that
         outweigh the signal: after two blocks nine tenths of the features' energy is the same at every pixel, and the
         layer norms keep it so.
         """
-        {"ours": self._draw_ours, "torch": self._draw_as_torch}[init]()
+        {"ours": self._init_ours, "torch": self._init_as_torch}[init]()
 
-    def _draw_as_torch(self) -> None:
+    def _init_as_torch(self) -> None:
         for layer in self.modules():
             if isinstance(layer, (nn.ConvTranspose2d, nn.Conv2d, nn.Linear)):
                 layer.reset_parameters()
         self.upsampler.copy_first_block()
 
-    def _draw_ours(self) -> None:
+    def _init_ours(self) -> None:
         for layer in self.modules():
             if isinstance(layer, UpsampleBlock):
-                layer.draw_weights()
+                layer.init_weights()
             elif isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
                 nn.init.zeros_(layer.bias)

@@ -86,20 +86,20 @@ class PixelSailForSegmentation(PreTrainedModel):
         self.kernels = Kernels()
         self.distill_head: DistillHead | None = None
         for module in self.modules():
-            self._draw_weights(module)
+            self._init_module(module)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Leave the weights as `_draw_weights` made them: Hugging Face skips modules that own no parameter directly."""
+        """Leave the weights as `_init_module` made them: Hugging Face skips modules that own no parameter directly."""
 
-    def _draw_weights(self, module: nn.Module) -> None:
-        """Draw the starting weights of one module.
+    def _init_module(self, module: nn.Module) -> None:
+        """Initialize the weights of one module.
 
         | parameters                                        | initialisation                       |
         | embeddings, linear layers outside the mask head   | normal, std `initializer_range`      |
         | q/k/v biases                                      | zero                                 |
         | norms                                             | one (and zero)                       |
-        | mask head, embedding of eve patches               | see their `draw_weights`             |
+        | mask head, embedding of eve patches               | see their `init_weights`             |
         """
         if isinstance(module, nn.Embedding) or module is self.lm_head:
             nn.init.normal_(module.weight, std=self.config.initializer_range)
@@ -112,7 +112,7 @@ class PixelSailForSegmentation(PreTrainedModel):
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
         elif isinstance(module, (MaskHead, EveEmbedding)):
-            module.draw_weights()
+            module.init_weights()
 
     def add_distill_head(self, sites: Mapping[str, DistillSite], *, seed: int, init: str = "ours") -> None:
         """Give the model a linear layer for each teacher; exports leave them out."""

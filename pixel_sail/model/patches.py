@@ -28,7 +28,7 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-"""Statistics of CLIP's pictures, which EVE's are normalised with."""
+"""Statistics of CLIP's images, which EVE's are normalised with."""
 
 RESAMPLING = {"long_side": Image.Resampling.BILINEAR, "area": Image.Resampling.BICUBIC}
 """Filter of each rule, as in the release."""
@@ -81,7 +81,7 @@ def image_to_patches(
 def normalize_patches(
     patches_SK: Tensor, *, mean: tuple[float, ...] = PIXEL_MEAN, std: tuple[float, ...] = PIXEL_STD
 ) -> Tensor:
-    """Return patches of bytes as float32, where pictures of these statistics have mean 0 and deviation 1."""
+    """Return patches of bytes as float32, where images of these statistics have mean 0 and deviation 1."""
     pixels_SCQ = patches_SK.float().view(len(patches_SK), 3, patches_SK.shape[1] // 3) / 255.0
     mean_C1, std_C1 = to_device(torch.tensor([mean, std]), patches_SK.device)[..., None]
     return ((pixels_SCQ - mean_C1) / std_C1).view(patches_SK.shape)

@@ -32,7 +32,7 @@ SCORES_PER_CALL = 10_000
 slices, copies and the start of a kernel, forward and backward."""
 WEIGHT_OF_BRANCHES = 2.5
 """How many of them a score between branches and what they see takes in `turns`, where scores are written to memory.
-Both numbers from `tools/bench_small_step.py` at 5, 16 and 32 questions a picture, see docs/performance.md."""
+Both numbers from `tools/bench_small_step.py` at 5, 16 and 32 questions an image, see docs/performance.md."""
 
 
 def fastest_on_cpu(spans: Sequence[SampleSpan], shape: tuple[int, int]) -> str:

@@ -22,7 +22,7 @@ SMALL_MAP = 2**21
 than the memory is worth. Six images of 128 x 128 at stride 4 with 128 channels have 786,432."""
 
 START_NOISE = 0.1
-"""Fraction of a plain random draw in the starting weights of a block."""
+"""Fraction of plain random values in the starting weights of a block."""
 
 
 class ChannelLayerNorm(nn.Module):
@@ -62,9 +62,9 @@ class UpsampleBlock(nn.Module):
         self.norm = ChannelLayerNorm(channels)
 
     @torch.no_grad()
-    def draw_weights(self) -> None:
-        """Draw weights with which the map starts as its input repeated, but for noise: four equal cells for each, which
-        hold nothing of neighbours.
+    def init_weights(self) -> None:
+        """Initialize the weights with which the map starts as its input repeated, but for noise: four equal cells for
+        each, which hold nothing of neighbours.
 
         One linear layer can then read the same thing from every cell. Where each of the four has random weights of its
         own, it takes far longer to learn from the upsampled map where something is (docs/experiments.md).

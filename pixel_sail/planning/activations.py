@@ -2,7 +2,7 @@
 
 Place in the flow: `memory.py` adds them to weights, gradients and moments. Every term names what autograd saves, as the
 modules of `pixel_sail/model` are written; a test counts the same with `saved_tensors_hooks`. Parameters do not count,
-a storage that is saved twice counts once. Pictures are taken to be large: small ones keep some megabytes more
+a storage that is saved twice counts once. Images are taken to be large: small ones keep some megabytes more
 (`SMALL_MAP` in model/upsampler.py).
 
     0.5B model, one row of 5,208 tokens with eight masks on two of four images, bf16, in GB: decoder 3.88 (4.90 with

@@ -1,6 +1,6 @@
 """Sequences of assumed samples, for plans of runs whose data are not at hand.
 
-Place in the flow: `tools/plan_run.py` plans with them where files are missing. Samples are drawn, then packed by the
+Place in the flow: `tools/plan_run.py` plans with them where files are missing. Samples are made up, then packed by the
 rule of `data/packing.py`, so that what a plan says follows from the same packing as the run:
 
     assumed_sequences(architecture, PackingSettings(seq_len=8192), Assumptions(), rows=1)
@@ -34,21 +34,21 @@ COCO_SIZES: dict[SizeHW, int] = {
     (333, 500): 2,
     (640, 640): 1,
 }
-"""Sizes of COCO's photographs, in percent: those of 397 of them, sizes of nearly the same patch grid put together. With
+"""Sizes of COCO's images, in percent: those of 397 of them, sizes of nearly the same patch grid put together. With
 patches of 16 pixels they have 1,106 tokens on the average, the 397 have 1,100."""
 
 USUAL_HW: SizeHW = (480, 640)
 
 NUM_SAMPLES = 2048
-"""Drawn for a plan. Samples of a sequence vary by a tenth, so that their mean is known to half a percent."""
+"""Sampled for a plan. Samples of a sequence vary by a tenth, so that their mean is known to half a percent."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
     """What is taken for granted where no data is at hand."""
 
-    photo_hw: SizeHW | None = None
-    """Size of every photograph; None: sizes drawn from those of COCO's."""
+    image_hw: SizeHW | None = None
+    """Size of every image; None: sizes sampled from those of COCO's."""
     text_tokens: int = 100
     """Of one sample, questions and answers together: the mean of a geometric distribution."""
     supervised_fraction: float = 0.5
@@ -59,17 +59,17 @@ class Assumptions:
 
 
 def assumed_sample(
-    architecture: Architecture, photo_hw: SizeHW, *, text_tokens: int, supervised: int, masks: int
+    architecture: Architecture, image_hw: SizeHW, *, text_tokens: int, supervised: int, masks: int
 ) -> Workload:
     """Return one sample alone in a row."""
-    grid = grid_size(photo_hw, architecture.patch_size, architecture.max_long_side, architecture.sizing)
+    grid = grid_size(image_hw, architecture.patch_size, architecture.max_long_side, architecture.sizing)
     image = image_tokens(architecture.base, grid)
     length = image + text_tokens
     is_prefix = architecture.attention == "prefix"
     return Workload(
         rows=1,
         tokens_per_row=length,
-        images=(ImageLoad(rows=grid[0], columns=grid[1], masks=masks, photo_hw=photo_hw),),
+        images=(ImageLoad(rows=grid[0], columns=grid[1], masks=masks, image_hw=image_hw),),
         supervised=supervised,
         samples=1,
         real_tokens=length,
@@ -90,7 +90,7 @@ def assumed_samples(architecture: Architecture, assumptions: Assumptions, number
     sizes, percents = list(COCO_SIZES), np.array(list(COCO_SIZES.values()))
     samples = []
     for _ in range(number):
-        drawn_hw = sizes[rng.choice(len(sizes), p=percents / percents.sum())]
+        sampled_hw = sizes[rng.choice(len(sizes), p=percents / percents.sum())]
         text = assumptions.text_tokens
         if text > 1:
             text = int(rng.geometric(1 / text))
@@ -98,7 +98,7 @@ def assumed_samples(architecture: Architecture, assumptions: Assumptions, number
         samples.append(
             assumed_sample(
                 architecture,
-                assumptions.photo_hw or drawn_hw,
+                assumptions.image_hw or sampled_hw,
                 text_tokens=text,
                 supervised=round(text * assumptions.supervised_fraction),
                 masks=assumptions.masks_per_image if has_masks else 0,

@@ -1,10 +1,10 @@
-"""What the benchmarks of `tools/` run on: sizes of models, and drawn samples.
+"""What the benchmarks of `tools/` run on: sizes of models, and synthetic samples.
 
 Place in the flow: beside everything; `tools/bench_*.py` and `tools/count_step.py` take from here what they time or
 count, so that their figures are about the same models and the same work:
 
     sized_config("scaled", small_tokenizer())    width 256, 6 layers, the 0.5B model's proportions
-    drawn_examples(processor, 2, expressions=5, size_hw=(480, 640))    a picture and five questions with a box each
+    synthetic_examples(processor, 2, expressions=5, size_hw=(480, 640))    an image and five questions with a box each
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 ANSWER = "It is [SEG]."
 QUESTION = "Please segment the small dog to the left of the man in the red shirt number"
-"""To be ended by a number, which tells the questions about a picture apart."""
+"""To be ended by a number, which tells the questions about an image apart."""
 PROMPTS = 15
 """Visual prompts that the tokenizer knows."""
 
@@ -56,15 +56,15 @@ def sized_config(size: str, tokenizer: PreTrainedTokenizerFast, **changes: Any) 
     return PixelSailConfig.from_architecture(Architecture(**{**SIZES[size], "token_ids": token_ids, **changes}))
 
 
-def drawn_picture(rng: np.random.Generator, size_hw: SizeHW) -> Image.Image:
-    """Return a picture of noise."""
+def random_image(rng: np.random.Generator, size_hw: SizeHW) -> Image.Image:
+    """Return an image of noise."""
     return Image.fromarray(rng.integers(0, 256, (*size_hw, 3), dtype=np.uint8))
 
 
-def drawn_examples(
+def synthetic_examples(
     processor: PixelSailProcessor, number: int, *, expressions: int, size_hw: SizeHW, independent_turns: bool = False
 ) -> list[Example]:
-    """Return samples of one drawn picture each, every expression with a box for a mask."""
+    """Return samples of one synthetic image each, every expression with a box for a mask."""
     rng, examples = np.random.default_rng(0), []
     for index in range(number):
         turns = []
@@ -73,9 +73,9 @@ def drawn_examples(
             top, left = (int(rng.integers(side // 2)) for side in size_hw)
             mask[top : top + size_hw[0] // 3, left : left + size_hw[1] // 3] = True
             turns.append(Turn(question=f"{QUESTION} {turn}.", answer=ANSWER, masks=(mask,)))
-        sample = Sample(sample_id=str(index), source="drawn", image_path=None, image_hw=size_hw, turns=tuple(turns))
+        sample = Sample(sample_id=str(index), source="synthetic", image_path=None, image_hw=size_hw, turns=tuple(turns))
         examples.append(
-            processor.encode_sample(sample, drawn_picture(rng, size_hw), independent_turns=independent_turns)
+            processor.encode_sample(sample, random_image(rng, size_hw), independent_turns=independent_turns)
         )
     return examples
 

@@ -33,19 +33,19 @@ def run_folder_bytes(checkpoint: int, *, exported: int, keep: int) -> int:
     return (keep + 1) * checkpoint + 4 * exported + EXPORT_FILES
 
 
-def teacher_cache_bytes_per_image(architecture: Architecture, settings: TeacherSettings, photo_hw: SizeHW) -> int:
+def teacher_cache_bytes_per_image(architecture: Architecture, settings: TeacherSettings, image_hw: SizeHW) -> int:
     """Return what one image takes in an int8 cache of teacher features: a byte per value, a scale per channel."""
-    rows, columns = grid_size(photo_hw, architecture.patch_size, architecture.max_long_side, architecture.sizing)
+    rows, columns = grid_size(image_hw, architecture.patch_size, architecture.max_long_side, architecture.sizing)
     cells_per_patch = 2**architecture.num_upsample_blocks if settings.site == "pixel_map" else 1
     return settings.channels * (rows * columns * cells_per_patch**2 + 4)
 
 
 def all_cache_bytes(
-    architecture: Architecture, teachers: Mapping[str, TeacherSettings], photo_hw: SizeHW, num_images: int
+    architecture: Architecture, teachers: Mapping[str, TeacherSettings], image_hw: SizeHW, num_images: int
 ) -> dict[str, int]:
     """Return the size of the cache of every teacher that has one."""
     return {
-        name: num_images * teacher_cache_bytes_per_image(architecture, own, photo_hw)
+        name: num_images * teacher_cache_bytes_per_image(architecture, own, image_hw)
         for name, own in teachers.items()
         if own.cache is not None
     }

@@ -137,8 +137,8 @@ def memory_per_gpu(state: TrainingState, *, activations: float, masks_and_points
     return GpuMemory(state=state, activations=activations, peak=used * (1 + FRAGMENTATION) + RUNTIME_BYTES)
 
 
-def mask_loss_temporaries(photo_areas: list[int], masks: list[int], num_candidates: int) -> float:
+def mask_loss_temporaries(image_areas: list[int], masks: list[int], num_candidates: int) -> float:
     """Return the bytes of the worst image while its losses are computed: its masks as float32, and candidate points
     with their places, values and order."""
-    per_image = [count * (5 * area + 40 * num_candidates) for area, count in zip(photo_areas, masks, strict=True)]
+    per_image = [count * (5 * area + 40 * num_candidates) for area, count in zip(image_areas, masks, strict=True)]
     return float(max(per_image, default=0))

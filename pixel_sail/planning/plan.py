@@ -180,7 +180,7 @@ def _memory_rows(
     )
     temporaries = max(
         memory.mask_loss_temporaries(
-            [image.photo_hw[0] * image.photo_hw[1] for image in work.images],
+            [image.image_hw[0] * image.image_hw[1] for image in work.images],
             [image.masks for image in work.images],
             candidates,
         )
@@ -233,7 +233,7 @@ def _disk(
         "checkpoints_kept": config.checkpoint.keep,
         "run_folder": disk.run_folder_bytes(checkpoint, exported=exported, keep=config.checkpoint.keep),
         "teacher_cache_per_100k_images": disk.all_cache_bytes(
-            config.model.architecture, config.distillation, assumptions.photo_hw or USUAL_HW, 100_000
+            config.model.architecture, config.distillation, assumptions.image_hw or USUAL_HW, 100_000
         ),
     }
 

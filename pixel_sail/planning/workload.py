@@ -1,9 +1,9 @@
 """What one micro-batch holds: the numbers that FLOPs and memory depend on.
 
 Place in the flow: `plan.py` takes `Workload`s either from real batches (`of_batch`) or from stated assumptions
-(`assumed.py`), averages over them, and says which. One row with five pictures of 480 x 640 and 100 text tokens each:
+(`assumed.py`), averages over them, and says which. One row with five images of 480 x 640 and 100 text tokens each:
 
-    Workload(rows=1, tokens_per_row=6510, images=(ImageLoad(rows=30, columns=40, masks=4, photo_hw=(480, 640)), ...),
+    Workload(rows=1, tokens_per_row=6510, images=(ImageLoad(rows=30, columns=40, masks=4, image_hw=(480, 640)), ...),
              supervised=250, samples=5, real_tokens=6510, seen_pairs=7850270, computed_pairs=7875020,
              computed_keys=12520)
 """
@@ -25,7 +25,7 @@ class ImageLoad:
     rows: int
     columns: int
     masks: int
-    photo_hw: SizeHW
+    image_hw: SizeHW
     """Size of its masks, pixels."""
 
     @property
@@ -65,7 +65,7 @@ def of_batch(batch: Batch) -> Workload:
     for (rows, columns), count in zip(batch.grids, batch.masks_per_image, strict=True):
         sizes = [tuple(next(masks).shape) for _ in range(count)]
         images.append(
-            ImageLoad(rows=rows, columns=columns, masks=count, photo_hw=(sizes[0][0], sizes[0][1]) if sizes else (0, 0))
+            ImageLoad(rows=rows, columns=columns, masks=count, image_hw=(sizes[0][0], sizes[0][1]) if sizes else (0, 0))
         )
     spans = batch.spans
     if spans is None:
@@ -94,7 +94,7 @@ def of_example(example: Example) -> Workload:
     if example.grid_hw is not None:
         rows, columns = example.grid_hw
         height, width = example.masks[0].shape if example.masks else (0, 0)
-        images = (ImageLoad(rows=rows, columns=columns, masks=len(example.masks), photo_hw=(height, width)),)
+        images = (ImageLoad(rows=rows, columns=columns, masks=len(example.masks), image_hw=(height, width)),)
     return Workload(
         rows=1,
         tokens_per_row=len(example),

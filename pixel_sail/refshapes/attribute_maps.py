@@ -1,9 +1,9 @@
-"""What a perfect teacher would say about a drawn picture: a map of the attributes and places of its objects.
+"""What a perfect teacher would say about a synthetic image: a map of the attributes and places of its objects.
 
-Place in the flow: `formats.py` hands over the maps of the training pictures, this file writes them as the cache of the
+Place in the flow: `formats.py` hands over the maps of the training images, this file writes them as the cache of the
 teacher `pixel_sail/distillation/attributes.py`. A pixel of a red star at the left edge has 1 in the channels red, star,
 plain, small, column 0 (of 10) and its row; a pixel of no object has 1 in the last of the 43 channels. A cell of the map
-is the mean over 8 x 8 pixels: [43, 16, 16] for a picture of 128 x 128.
+is the mean over 8 x 8 pixels: [43, 16, 16] for an image of 128 x 128.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,7 +53,7 @@ def attribute_map(scene: Scene) -> AttributeMap:
 
 
 def write_attribute_maps(folder: Path, maps: Mapping[Path, AttributeMap]) -> None:
-    """Write the maps of pictures as a cache of features, which training reads with `distillation=attributes`."""
+    """Write the maps of images as a cache of features, which training reads with `distillation=attributes`."""
     keyed = {image_key(path): levels for path, levels in maps.items()}
     identity = cache_identity(attributes().identity(), precision="fp32", grid=None)
     plan = make_plan(list(keyed), identity, dtype="int8", images_per_shard=IMAGES_PER_SHARD)

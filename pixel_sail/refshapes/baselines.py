@@ -1,7 +1,7 @@
 """What answers that need no model score on RefShapes: what chance is, split by split.
 
 Place in the flow: `formats.py` hands over what each expression of a split is about and writes the scores to meta.json;
-the quickstart's report shows them beside the model's. Nobody looks at a picture here, and only "the target's colour"
+the quickstart's report shows them beside the model's. Nobody looks at an image here, and only "the target's colour"
 knows something of the expression: it is a detector of colours without faults, told the right colour even where the
 expression names none. The scores of one split, as an example of the data:
 
@@ -21,7 +21,7 @@ Scores = dict[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class ReferredObject:
-    """One expression: the objects of its picture, whose masks do not overlap, and which of them is meant."""
+    """One expression: the objects of its image, whose masks do not overlap, and which of them is meant."""
 
     areas: Sequence[int]
     colours: Sequence[str]

@@ -158,7 +158,7 @@ class Describer:
         return None if anchor is None else (pick(self.rng, RELATIONS), anchor)
 
     def _relation(self, item: SceneObject) -> Query | None:
-        """Use the word that fits the anchor drawn: nearness, or the axis along which the two are further apart."""
+        """Use the word that fits the anchor sampled: nearness, or the axis along which the two are further apart."""
         queries: list[Query] = []
         for base in (*self._bases(item, 2), *self._bases(item, 2)):
             anchor = pick(self.rng, self.scene.objects)

@@ -1,6 +1,6 @@
-"""Which objects a scene has: drawn so that one kind of words, the scene's focus, has to decide between them.
+"""Which objects a scene has: sampled so that one kind of words, the scene's focus, has to decide between them.
 
-Place in the flow: `kinds.py` -> here -> `scene.py`, which places and paints the objects. Were the kinds drawn freely,
+Place in the flow: `kinds.py` -> here -> `scene.py`, which places and paints the objects. Were the kinds sampled freely,
 the colour would give nearly every object away. A scene whose focus is the place, as an example of the data:
 
     four small plain red stars and a large striped blue ring      ("the leftmost star", "the red star at the bottom")
@@ -41,9 +41,9 @@ class SceneRules:
     """What the scenes of one split are like."""
 
     focus: str | None = None
-    """None: drawn for every scene, by FOCUS_FRACTIONS."""
+    """None: sampled for every scene, by FOCUS_FRACTIONS."""
     one_shape: bool = False
-    """All objects have the same shape, as all are people in some photographs; it never helps to tell them apart."""
+    """All objects have the same shape, as all are people in some images; it never helps to tell them apart."""
     held_out: bool = False
     """The object that the scene is about has a held-out colour and shape; no other scene has any."""
 
@@ -69,7 +69,7 @@ def sample_kinds(rng: np.random.Generator, focus: str, rules: SceneRules) -> lis
 
 
 class _Palette:
-    """What one scene may draw from. Its lead is the colour and shape that the scene is about."""
+    """What one scene may sample from. Its lead is the colour and shape that the scene is about."""
 
     def __init__(self, rng: np.random.Generator, rules: SceneRules) -> None:
         self.rng = rng
@@ -81,7 +81,8 @@ class _Palette:
     def kind(
         self, colour: str | None = None, shape: str | None = None, texture: str | None = None, size: str | None = None
     ) -> Kind:
-        """Return a kind with what is not given drawn; a colour and shape that are both given are taken as they are."""
+        """Return a kind with what is not given sampled; a colour and shape that are both given are taken as they
+        are."""
         if colour is None:
             colour = pick(self.rng, self.colours_for(shape) if shape else self.colours)
         return Kind(

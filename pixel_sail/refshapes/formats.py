@@ -126,10 +126,10 @@ def write_refshapes(
     shutil.rmtree(partial_out, ignore_errors=True)
     try:
         (partial_out / IMAGE_FOLDER).mkdir(parents=True)
-        draw = partial(_draw_record, spec.seed, spec.num_fully_annotated, partial_out / IMAGE_FOLDER)
+        render = partial(_render_record, spec.seed, spec.num_fully_annotated, partial_out / IMAGE_FOLDER)
         records: list[Json] = []
-        with closing(_run(draw, spec.jobs(), num_workers)) as drawn:  # Workers must stop before the folder goes.
-            for record in drawn:
+        with closing(_run(render, spec.jobs(), num_workers)) as rendered:  # Workers must stop before the folder goes.
+            for record in rendered:
                 records.append(record)
                 on_image()
         _write_files(partial_out, spec, records)
@@ -157,19 +157,19 @@ def check_same(out: Path, spec: RefShapesSpec) -> None:
             raise DataError(f"{out}/meta.json: {key} is {meta.get(key)!r}, expected {value!r} as asked for; {advice}")
 
 
-def _run(draw: Callable[[Job], Json], jobs: list[Job], num_workers: int) -> Generator[Json, None, None]:
+def _run(render: Callable[[Job], Json], jobs: list[Job], num_workers: int) -> Generator[Json, None, None]:
     """Yield the records in the order of the jobs."""
     if num_workers <= 1:
-        yield from map(draw, jobs)
+        yield from map(render, jobs)
         return
     with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
-        yield from pool.imap(draw, jobs, chunksize=8)
+        yield from pool.imap(render, jobs, chunksize=8)
 
 
-def draw_scene(seed: int, split: str, index: int) -> tuple[np.random.Generator, Scene, list[Sentence]]:
-    """Return the scene of one image, its expressions with one target, and the generator for what else is drawn.
+def sample_described_scene(seed: int, split: str, index: int) -> tuple[np.random.Generator, Scene, list[Sentence]]:
+    """Return the scene of one image, its expressions with one target, and the generator for what else is sampled.
 
-    Scenes that leave nothing to say about their focus are drawn again.
+    Scenes that leave nothing to say about their focus are sampled again.
     """
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     rules = replace(RULES[split], focus=pick_focus(rng, RULES[split]))
@@ -196,10 +196,10 @@ def _expressions(describer: Describer, split: str) -> list[Sentence]:
     return describer.singles(NUM_SENTENCES[split], held_out)
 
 
-def _draw_record(seed: int, num_fully_annotated: int, folder: Path, job: Job) -> Json:
-    """Draw one image, write its JPEG, and return everything the annotation files say about it, without global ids."""
+def _render_record(seed: int, num_fully_annotated: int, folder: Path, job: Job) -> Json:
+    """Render one image, write its JPEG, and return everything the annotation files say about it, without global ids."""
     split, index, image_id = job
-    rng, scene, sentences = draw_scene(seed, split, index)
+    rng, scene, sentences = sample_described_scene(seed, split, index)
     file_name = f"COCO_train2014_{image_id:012d}.jpg"
     (folder / file_name).write_bytes(encode_jpeg(paint_scene(rng, scene)))
     height, width = scene.image_hw
@@ -274,8 +274,8 @@ def _write_files(out: Path, spec: RefShapesSpec, records: list[Json]) -> None:
         (out / folder / "instances.json").write_text(written)
     # Through JSON, as pickle writes a string seen before as a back reference, and workers' strings are never shared.
     (out / "refshapes" / "refs(unc).p").write_bytes(pickle.dumps(json.loads(json.dumps(refs)), protocol=2))
-    drawn = {out / IMAGE_FOLDER / r["image"]["file_name"]: r["attributes"] for r in records if "attributes" in r}
-    write_attribute_maps(out / "attribute_maps", drawn)
+    rendered = {out / IMAGE_FOLDER / r["image"]["file_name"]: r["attributes"] for r in records if "attributes" in r}
+    write_attribute_maps(out / "attribute_maps", rendered)
     perbench = [record["perbench"] for record in records if "perbench" in record]
     _write_json(out / "perbench" / "STBench_Detailed_Caption.json", [item["caption"] for item in perbench])
     _write_json(out / "perbench" / "STBench_MCQ.json", [item["mcq"] for item in perbench])

@@ -116,7 +116,7 @@ def _box(item: SceneObject) -> list[int]:
 
 
 def _groups(rng: np.random.Generator, scene: Scene) -> list[Group]:
-    """Return all objects in groups that one phrase names, at a level of detail drawn for the whole caption."""
+    """Return all objects in groups that one phrase names, at a level of detail sampled for the whole caption."""
     details = pick(rng, DETAILS)
     by_words: dict[str, list[SceneObject]] = {}
     for item in scene.objects:
@@ -270,9 +270,9 @@ def _benchmark_files(items: list[Json]) -> tuple[Json, Json]:
 def _write_reason(folder: Path, records: Sequence[Json], image_folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for record in records:
-        photo = image_folder / record["image"]["file_name"]
-        shutil.copyfile(photo, folder / photo.name)
-        _write_json((folder / photo.name).with_suffix(".json"), record["grounded"]["reason"])
+        image = image_folder / record["image"]["file_name"]
+        shutil.copyfile(image, folder / image.name)
+        _write_json((folder / image.name).with_suffix(".json"), record["grounded"]["reason"])
 
 
 def _write_json(path: Path, value: Json | list[Json]) -> None:

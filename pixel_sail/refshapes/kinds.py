@@ -1,7 +1,7 @@
 """The words of RefShapes: colours, shapes, textures, sizes, and which colour and shape never meet in training.
 
-Place in the flow: the bottom of the package. `focus.py` draws the kinds of a scene, `scene.py` places them. An object's
-kind, as an example of the data:
+Place in the flow: the bottom of the package. `focus.py` samples the kinds of a scene, `scene.py` places them. An
+object's kind, as an example of the data:
 
     Kind(colour="red", shape="star", texture="plain", size="large")
 """
@@ -21,7 +21,7 @@ SIZES = ("small", "large")
 VALUES = {"colour": COLOURS, "shape": SHAPES, "texture": TEXTURES, "size": SIZES}
 
 HELD_OUT = frozenset((COLOURS[i], SHAPES[(5 * i + 2) % len(SHAPES)]) for i in range(6))
-"""(colour, shape) pairs drawn and named in testB only: 6 of 60; no colour and no shape repeats."""
+"""(colour, shape) pairs sampled and named in testB only: 6 of 60; no colour and no shape repeats."""
 
 
 @dataclass(frozen=True, kw_only=True)

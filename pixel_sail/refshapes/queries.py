@@ -23,7 +23,7 @@ Filters = tuple[tuple[str, str], ...]
 ATTRIBUTES = ("size", "texture", "colour", "shape")
 SIDES = ("left", "right", "top", "bottom")
 FAR_SIDES = tuple(f"far {side}" for side in SIDES)
-"""As a side, but the object must also stand in the outer third of the picture."""
+"""As a side, but the object must also stand in the outer third of the image."""
 PLACES = (*SIDES, *FAR_SIDES, "top left", "top right", "bottom left", "bottom right", "middle")
 RELATIONS = ("left of", "right of", "above", "below", "next to")
 MARGIN_PX = 10.0
@@ -79,7 +79,7 @@ def _matches(item: SceneObject, query: Query) -> bool:
 
 
 def _edge_order(items: Iterable[SceneObject], side: str) -> list[tuple[float, float, SceneObject]]:
-    """Sort by distance of the centre from one side of the picture; the second value is that of the near edge."""
+    """Sort by distance of the centre from one side of the image; the second value is that of the near edge."""
     axis, sign = {"left": (0, 1), "right": (0, -1), "top": (1, 1), "bottom": (1, -1)}[side]
     edge = axis if sign > 0 else axis + 2
     keyed = [(sign * item.centre_xy[axis], float(sign * item.box_xyxy[edge]), item) for item in items]

@@ -21,7 +21,7 @@ Json = dict[str, Any]
 
 
 def _spot(scene: Scene, item: SceneObject) -> str:
-    """Return in which ninth of the picture an object stands."""
+    """Return in which ninth of the image an object stands."""
     height, width = scene.image_hw
     row = ("top ", "middle ", "bottom ")[min(2, int(item.centre_xy[1] / height * 3))]
     column = ("left", "center", "right")[min(2, int(item.centre_xy[0] / width * 3))]

@@ -1,4 +1,4 @@
-"""Scenes of RefShapes: which objects stand where, the exact visible mask of every object, and the picture.
+"""Scenes of RefShapes: which objects stand where, the exact visible mask of every object, and the image.
 
 Place in the flow: `focus.py` says which objects; `expressions.py` talks about a `Scene`, `formats.py` writes both to
 disk. Everything is a pure function of the generator handed in. A scene, as an example of the data:
@@ -7,7 +7,7 @@ disk. Everything is a pure function of the generator handed in. A scene, as an e
         SceneObject(index=0, colour="red", shape="star", texture="plain", size="large", centre_xy=(40.2, 91.7),
                     box_xyxy=(17, 70, 64, 115), area=1012, mask=<bool 128x128>), ...))
 
-`objects` is in drawing order: a later object covers an earlier one, and masks never overlap. The picture is cluttered
+`objects` is in painting order: a later object covers an earlier one, and masks never overlap. The image is cluttered
 on purpose (noise, blobs, strokes, muted fragments, uneven light, blur, sensor noise), but only the objects carry a
 vivid colour, white or black.
 """
@@ -53,7 +53,7 @@ MUDDY_RGB = np.array(
 
 @dataclass(frozen=True, kw_only=True)
 class SceneObject(Kind):
-    """One drawn object with the geometry of its visible region."""
+    """One rendered object with the geometry of its visible region."""
 
     index: int
     centre_xy: tuple[float, float]
@@ -81,7 +81,7 @@ _Placed = tuple[_Stamp, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """The objects of a picture in drawing order; `paint_scene` makes the picture."""
+    """The objects of an image in painting order; `paint_scene` makes the image."""
 
     image_hw: SizeHW
     focus: str
@@ -92,7 +92,7 @@ class Scene:
 
 
 def sample_scene(rng: np.random.Generator, rules: SceneRules) -> Scene:
-    """Draw one scene that keeps the rules."""
+    """Sample one scene that keeps the rules."""
     image_hw, focus = pick(rng, IMAGE_SIZES), pick_focus(rng, rules)
     for _ in range(50):
         stamps = [_make_stamp(rng, kind) for kind in sample_kinds(rng, focus, rules)]
@@ -134,7 +134,7 @@ def _star_distance(x: FloatArray, y: FloatArray) -> FloatArray:
 
 
 def _make_stamp(rng: np.random.Generator, kind: Kind) -> _Stamp:
-    """Draw one object: its soft outline and its textured, slightly shaded paint."""
+    """Render one object: its soft outline and its textured, slightly shaded paint."""
     across = float(rng.uniform(*ACROSS_PX[kind.size]))
     if kind.size == "large":
         across = min(across, float(rng.uniform(*ACROSS_PX[kind.size])))
@@ -300,7 +300,7 @@ def _clutter(rng: np.random.Generator, canvas: FloatArray) -> FloatArray:
 
 
 def encode_jpeg(pixels: NDArray[np.uint8]) -> bytes:
-    """Return a picture as a JPEG of quality 90."""
+    """Return an image as a JPEG of quality 90."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="JPEG", quality=90)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""What meta.json says about a drawn dataset: counts, how far colours go, and what is scored without a model.
+"""What meta.json says about a synthetic dataset: counts, how far colours go, and what is scored without a model.
 
 Place in the flow: `formats.py` hands over its records and gets the second half of meta.json; the quickstart's report
 reads `blind_scores` from there. A part of it, as an example of the data:

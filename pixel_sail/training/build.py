@@ -1,9 +1,9 @@
 """Model and processor from the config.
 
 Place in the flow: `training/loop.py` calls `build_model` before the accelerator wraps anything. Starting weights are
-random, drawn from the run's seed as `model.init` says, or come from an exported folder. There the decoder and the
+random, initialized from the run's seed as `model.init` says, or come from an exported folder. There the decoder and the
 vocabulary must be those that are configured; what has no weights is as configured, and parts of another design are
-drawn anew where `model.init_fresh` allows it. For example an upsampler of one block on a base with two:
+initialized anew where `model.init_fresh` allows it. For example an upsampler of one block on a base with two:
 
     build_model(ModelConfig(init_from="runs/base", init_fresh=["mask_head"],
                             architecture=Architecture(mask_stride=8, ...), ...), seed=0, teachers={})
@@ -60,19 +60,19 @@ def build_model(
     wanted = PixelSailConfig.from_architecture(architecture)
     processor = PixelSailProcessor.for_model(tokenizer, wanted)
     if config.init_from is None:
-        model = _drawn(wanted, init=config.init, seed=seed)
+        model = _initialized(wanted, init=config.init, seed=seed)
     else:
         model = _load_start(config, wanted, seed=seed)
     add_training_parts(model, config.lora, seed=seed, teachers=teachers, init=config.init)
     return model.train(), processor
 
 
-def _drawn(wanted: PixelSailConfig, *, init: str, seed: int) -> PixelSailForSegmentation:
+def _initialized(wanted: PixelSailConfig, *, init: str, seed: int) -> PixelSailForSegmentation:
     """Return a model with random weights; what `init` says nothing about is the same for each."""
     set_seed(seed)
     model = PixelSailForSegmentation(wanted)
     if init != "ours":
-        model.mask_head.draw_weights(init)
+        model.mask_head.init_weights(init)
     return model
 
 
@@ -127,7 +127,7 @@ def _load_start(config: ModelConfig, wanted: PixelSailConfig, *, seed: int) -> P
     }
     if not differing:
         if config.init != "ours":
-            logger.info("%s: all weights are taken, model.init=%s draws none of them", where, config.init)
+            logger.info("%s: all weights are taken, model.init=%s initializes none of them", where, config.init)
         return start
     fixed = {name: pair for name, pair in differing.items() if name not in (*SETTINGS, *DESIGN)}
     if fixed:
@@ -136,7 +136,7 @@ def _load_start(config: ModelConfig, wanted: PixelSailConfig, *, seed: int) -> P
             "model.architecture and model.tokenizer to what was found, or start from another folder"
         )
     weights = start.state_dict()
-    # Neither layers nor words have a part in what may be drawn.
+    # Neither layers nor words have a part in what may be initialized.
     small = replace(config.architecture, num_hidden_layers=1, vocab_size=1)
     with torch.device("meta"):
         shaped = PixelSailForSegmentation(PixelSailConfig.from_architecture(small)).state_dict()
@@ -144,18 +144,22 @@ def _load_start(config: ModelConfig, wanted: PixelSailConfig, *, seed: int) -> P
     if refused := [part for part in unfit if part not in config.init_fresh]:
         raise ConfigError(
             f"{where}: its weights do not fit in {refused}; (found, configured) differ in {differing}. Configure what "
-            f"was found, start from a folder of this design, or write model.init_fresh=[{','.join(unfit)}] to draw "
+            f"was found, start from a folder of this design, or write model.init_fresh=[{','.join(unfit)}] to initialize "
             "these parts anew"
         )
     kept = {name: tensor for name, tensor in weights.items() if not any(_is_of(part, name) for part in unfit)}
-    drawn = {}
+    initialized = {}
     if unfit:
-        fresh = _drawn(PixelSailConfig.from_architecture(small), init=config.init, seed=seed).state_dict()
-        drawn = {name: tensor for name, tensor in fresh.items() if any(_is_of(part, name) for part in unfit)}
+        fresh = _initialized(PixelSailConfig.from_architecture(small), init=config.init, seed=seed).state_dict()
+        initialized = {name: tensor for name, tensor in fresh.items() if any(_is_of(part, name) for part in unfit)}
     logger.info("%s: (found, configured) differ in %s", where, differing)
-    logger.info("%s: left out %s, drawn anew %s", where, sorted(weights.keys() - kept.keys()), sorted(drawn))
+    logger.info(
+        "%s: left out %s, initialized anew %s", where, sorted(weights.keys() - kept.keys()), sorted(initialized)
+    )
     # Strict as any start: weights that are missing or too many end with their names.
-    model = PixelSailForSegmentation.from_pretrained(None, config=wanted, state_dict=kept | drawn, dtype=torch.float32)
+    model = PixelSailForSegmentation.from_pretrained(
+        None, config=wanted, state_dict=kept | initialized, dtype=torch.float32
+    )
     assert isinstance(model, PixelSailForSegmentation)
     return model
 

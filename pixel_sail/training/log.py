@@ -121,7 +121,7 @@ class RunLog:
             self._file.flush()
 
     def overlays(self, step: int, name: str, images: Sequence[tuple[str, NDArray[np.uint8]]]) -> None:
-        """Log pictures [H, W, 3] with their captions."""
+        """Log images [H, W, 3] with their captions."""
         if not self.active:
             return
         if self._board is not None:
@@ -129,8 +129,8 @@ class RunLog:
                 self._board.add_image(f"{name}/{index}", image, step, dataformats="HWC")
                 self._board.add_text(f"{name}/{index}", caption, step)
         if self._wandb is not None:
-            pictures = [self._wandb.Image(image, caption=caption) for caption, image in images]
-            self._wandb.log({name: pictures}, step=step)
+            wandb_images = [self._wandb.Image(image, caption=caption) for caption, image in images]
+            self._wandb.log({name: wandb_images}, step=step)
 
 
 def cut_log(path: Path, last_step: int) -> None:

@@ -6,7 +6,7 @@ the same order, `lmms_eval_model.py` returns them to the kit, which scores them.
     VqaRequest(question="Is the star red? Please answer yes or no.", image=<Image 640x427>, max_new_tokens=16)
         -> "Yes"
 
-Questions about the same picture that stand near each other share it: it is encoded once. What the predictor can answer
+Questions about the same image that stand near each other share it: it is encoded once. What the predictor can answer
 as one batch, it does.
 """
 
@@ -22,12 +22,12 @@ from pixel_sail.evaluation.predict import BatchPredictor, GenerationRequest
 from pixel_sail.model.tokenization import special_tokens
 
 WINDOW = 64
-"""Questions among which those about the same picture are looked for; so many pictures are held at once."""
+"""Questions among which those about the same image are looked for; so many images are held at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VqaRequest:
-    """One question, about one picture or none, with its own limits."""
+    """One question, about one image or none, with its own limits."""
 
     question: str
     image: Image.Image | None
@@ -83,31 +83,29 @@ def _answer_window(predictor: BatchPredictor, window: Sequence[VqaRequest]) -> l
     special = special_tokens(predictor.processor.settings.num_visual_prompts)
     texts = [""] * len(window)
     for limit in dict.fromkeys(request.max_new_tokens for request in window):
-        by_picture: dict[str, list[int]] = {}
+        by_image: dict[str, list[int]] = {}
         for index, request in enumerate(window):
             if request.max_new_tokens == limit:
-                by_picture.setdefault(_picture_key(request.image), []).append(index)
-        batch = [
-            _generation_request(predictor, [window[index] for index in indices]) for indices in by_picture.values()
-        ]
+                by_image.setdefault(_pixel_key(request.image), []).append(index)
+        batch = [_generation_request(predictor, [window[index] for index in indices]) for indices in by_image.values()]
         outputs = predictor.changed(max_new_tokens=limit, answer="generated").ask_many(batch)
-        for indices, own in zip(by_picture.values(), outputs, strict=True):
+        for indices, own in zip(by_image.values(), outputs, strict=True):
             for index, output in zip(indices, own, strict=True):
                 texts[index] = plain_answer(output.answer, special, window[index].until)
     return texts
 
 
-def _generation_request(predictor: BatchPredictor, same_picture: Sequence[VqaRequest]) -> GenerationRequest:
-    """Return questions about one picture as the predictor takes them."""
-    image = same_picture[0].image
+def _generation_request(predictor: BatchPredictor, same_image: Sequence[VqaRequest]) -> GenerationRequest:
+    """Return questions about one image as the predictor takes them."""
+    image = same_image[0].image
     return GenerationRequest(
         image=None if image is None else predictor.prepare(image),
-        questions=[request.question for request in same_picture],
+        questions=[request.question for request in same_image],
     )
 
 
-def _picture_key(image: Image.Image | None) -> str:
-    """Return what is equal for equal pictures: size and a hash of the pixels. Nothing for no picture."""
+def _pixel_key(image: Image.Image | None) -> str:
+    """Return what is equal for equal images: size and a hash of the pixels. Nothing for no image."""
     if image is None:
         return ""
     # As RGB, because the bytes of a palette image say nothing without their palette.

@@ -26,7 +26,7 @@ Documents = Mapping[str, Mapping[str, Sequence[Any]]]
 def to_request(arguments: Sequence[Any], documents: Documents, *, default_max_new_tokens: int) -> VqaRequest:
     """Return one `generate_until` request of the kit as ours.
 
-    Raises: DataError for more than one picture, for anything but pictures, for sampling, and for settings of a wrong
+    Raises: DataError for more than one image, for anything but images, for sampling, and for settings of a wrong
     kind. The message names the task and the document.
     """
     text, settings, doc_to_visual, doc_id, task, split = arguments
@@ -43,21 +43,21 @@ def to_request(arguments: Sequence[Any], documents: Documents, *, default_max_ne
 
 
 def one_image(visuals: Sequence[Any], where: str) -> Image.Image | None:
-    """Return the only picture, None where there is none.
+    """Return the only image, None where there is none.
 
-    Raises: DataError for several pictures, for a video, a sound or anything else, and for a drawing such as EPS.
+    Raises: DataError for several images, for a video, a sound or anything else, and for a vector graphic such as EPS.
     """
     for visual in visuals:
         if not isinstance(visual, Image.Image):
             raise DataError(
-                f"{where}: {type(visual).__name__} found, expected a picture; the model sees neither videos nor "
+                f"{where}: {type(visual).__name__} found, expected an image; the model sees neither videos nor "
                 "sounds, leave the task out"
             )
         check_format(visual, where)
     if len(visuals) > 1:
         raise DataError(
-            f"{where}: {len(visuals)} pictures found, expected one or none, as the model was trained on; leave the "
-            "task out (of SEED-Bench, pixel_sail_seed_image has the questions about one picture)"
+            f"{where}: {len(visuals)} images found, expected one or none, as the model was trained on; leave the "
+            "task out (of SEED-Bench, pixel_sail_seed_image has the questions about one image)"
         )
     return visuals[0] if visuals else None
 

@@ -23,7 +23,7 @@ from pixel_sail.vqa.kit_requests import DEFAULT_MAX_NEW_TOKENS, to_request
 
 
 class PixelSail(lmms):
-    """Greedy answers about one picture or none."""
+    """Greedy answers about one image or none."""
 
     is_simple = True
 
@@ -46,7 +46,7 @@ class PixelSail(lmms):
             raise ConfigError(f"model_args: precision is {precision!r}, expected one of {sorted(DTYPES)}")
         if str(batch_size) != "1":
             raise ConfigError(
-                f"--batch_size is {batch_size}, expected none: pictures differ in size, so tokens limit a batch; "
+                f"--batch_size is {batch_size}, expected none: images differ in size, so tokens limit a batch; "
                 "give --model_args max_batch_tokens=65536 instead"
             )
         # Several processes are often started with one --device cuda; each has a GPU of its own.

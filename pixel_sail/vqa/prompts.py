@@ -58,7 +58,7 @@ def seed_question(document: Document) -> str:
 
 
 def seed_image_documents(documents: Any) -> Any:
-    """Return the rows of SEED-Bench's `datasets.Dataset` that ask about one picture, without those about videos."""
+    """Return the rows of SEED-Bench's `datasets.Dataset` that ask about one image, without those about videos."""
     return documents.filter(lambda data_type: data_type == "image", input_columns=["data_type"])
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 REFER = "github.com/lichengunc/refer"
 COCO = "cocodataset.org"
-PHOTO_LICENCE = "photographs: the Flickr licence of each"
+IMAGE_LICENCE = "images: the Flickr licence of each"
 UNKNOWN_LICENCE = "not known here: read the publisher's terms"
 
 
@@ -33,7 +33,7 @@ class Download:
     """What to check it with: sources of configs/source."""
     aliases: tuple[str, ...] = ()
     """Other paths that mean the same, or lie in the folder and would be taken for another one's."""
-    is_drawn: bool = False
+    is_synthetic: bool = False
     """Made by this project, nothing to download."""
 
     def advice(self) -> str:
@@ -50,9 +50,9 @@ class Download:
 DOWNLOADS = (
     Download(
         folder="ref_seg/images/train2014",
-        holds="the photographs of COCO train2014, COCO_train2014_*.jpg",
+        holds="the images of COCO train2014, COCO_train2014_*.jpg",
         origin=f"{COCO}, train images 2014",
-        licence=PHOTO_LICENCE,
+        licence=IMAGE_LICENCE,
         size="82,783 files, about 13 GB",
         sources="refcoco",
         aliases=("images/train2014", "images/mscoco/images/train2014", "coco2014/train2014"),
@@ -98,8 +98,8 @@ DOWNLOADS = (
         holds="annotations/panoptic_train2017.json, annotations/panoptic_train2017/*.png, train2017/*.jpg, "
         "val2017/*.jpg",
         origin=f"{COCO}, images 2017 and panoptic annotations 2017",
-        licence=f"annotations CC BY 4.0, {PHOTO_LICENCE}",
-        size="118,287 + 5,000 photographs, about 19 GB",
+        licence=f"annotations CC BY 4.0, {IMAGE_LICENCE}",
+        size="118,287 + 5,000 images, about 19 GB",
         sources="coco_panoptic",
     ),
     Download(
@@ -115,13 +115,13 @@ DOWNLOADS = (
         folder="glamm_data/images",
         holds="grandf/train, grandf/val_test (SA-1B), coco2014/train2014, coco2017 (may be links), flickr30k/Flickr30K",
         origin=f"the GLaMM project, {COCO}, and Flickr30k",
-        licence=f"SA-1B and Flickr30k: their own terms; {PHOTO_LICENCE}",
+        licence=f"SA-1B and Flickr30k: their own terms; {IMAGE_LICENCE}",
         size="",
         sources="grandf,refcocog_gcg,openpsg_gcg,flickr30k_gcg",
     ),
     Download(
         folder="muse",
-        holds="MUSE_train.json; its photographs are those of coco and of COCO train2014",
+        holds="MUSE_train.json; its images are those of coco and of COCO train2014",
         origin="the PixelLM project",
         licence=UNKNOWN_LICENCE,
         size="",
@@ -129,7 +129,7 @@ DOWNLOADS = (
     ),
     Download(
         folder="pixel2cap",
-        holds="pix2cap_coco_train.json; its masks and photographs are those of coco",
+        holds="pix2cap_coco_train.json; its masks and images are those of coco",
         origin="the Pix2Cap-COCO project",
         licence=UNKNOWN_LICENCE,
         size="",
@@ -140,7 +140,7 @@ DOWNLOADS = (
         holds="train, val and test, each *.jpg with a *.json of the same name",
         origin="ReasonSeg of the LISA project",
         licence="none seen: treat as research only",
-        size="239 + 200 + 779 photographs",
+        size="239 + 200 + 779 images",
         sources="reasonseg",
     ),
     Download(
@@ -165,7 +165,7 @@ DOWNLOADS = (
         holds="blip_laion_cc_sbu_558k.json, images with the folders that file names",
         origin="the LLaVA project",
         licence=UNKNOWN_LICENCE,
-        size="558,000 photographs",
+        size="558,000 images",
         sources="llava_pretrain",
         aliases=("LLaVA-Pretrain",),
     ),
@@ -180,7 +180,7 @@ DOWNLOADS = (
     Download(
         folder="perbench",
         holds="STBench_Detailed_Caption.json, STBench_MCQ.json, STBench_VRES.json, "
-        "object_caption_data_train_split.json, and in images the SA-1B photographs they name (masa_sam_500k)",
+        "object_caption_data_train_split.json, and in images the SA-1B images they name (masa_sam_500k)",
         origin="the authors of Pixel-SAIL (the released code names the Hugging Face datasets zhangtao-whu/st_train and "
         "Dense-World/Sa2VA-Training)",
         licence=UNKNOWN_LICENCE,
@@ -196,7 +196,7 @@ DOWNLOADS = (
         size="about 460 MB",
         sources="refshapes,grefshapes,groupshapes",
         aliases=("refshapes/images/train2014", "refshapes/glamm_data/annotations"),
-        is_drawn=True,
+        is_synthetic=True,
     ),
     Download(
         folder="tokenizers/qwen2_5",

@@ -1,4 +1,4 @@
-"""Single files: what they are, and whether a photo is what the annotations say.
+"""Single files: what they are, and whether an image is what the annotations say.
 
 Place in the flow: `refer_files.py` and `items.py` look at files through these functions. Example:
 
@@ -19,8 +19,8 @@ from pixel_sail.types import DataError, SizeHW
 SIZE_TOLERANCE = 0.02
 """Published sizes are rounded; whether a megabyte is 10**6 or 2**20 bytes is not said, so either may fit."""
 
-ABSENT_PHOTO = "found no such file, expected a photo; unpack the images again"
-ABSENT_PHOTOS = "found no such folder, expected photos; see what to download"
+ABSENT_IMAGE = "found no such file, expected an image; unpack the images again"
+ABSENT_IMAGES = "found no such folder, expected images; see what to download"
 ANNOTATION_SUFFIXES = (".json", ".jsonl", ".p", ".csv", ".txt", ".parquet")
 
 
@@ -44,7 +44,7 @@ def check_image(path: Path, expected_hw: SizeHW | None, findings: Findings) -> b
     """Return whether an image can be decoded in full and has the stated size; add what is wrong."""
     path = existing_file(path)
     if not os.path.isfile(path):
-        findings.trouble(Kind.MISSING_IMAGE, path, ABSENT_PHOTO)
+        findings.trouble(Kind.MISSING_IMAGE, path, ABSENT_IMAGE)
         return False
     try:
         image = load_image(path, where="image")

@@ -3,7 +3,7 @@
 Place in the flow: `instances.py`, `refer_files.py` and `items.py` add to `Findings`; `report.py` shows them. Example:
 
     Finding(kind=Kind.MISSING_IMAGE, subject="images/train2014/COCO_train2014_000000000009.jpg",
-            message="found no such file, expected the photo of 3 refs; unpack the images again", is_trouble=True)
+            message="found no such file, expected the image of 3 refs; unpack the images again", is_trouble=True)
 """
 
 from collections import Counter
@@ -170,7 +170,7 @@ class SourceReport:
     """Masks without a pixel among the checked ones, those of answers that say so left out."""
     texts: Lengths | None
     milliseconds: float | None
-    """Mean time to draw one item and open its image."""
+    """Mean time to sample one item and open its image."""
     findings: tuple[Finding, ...]
     to_download: tuple[str, ...] = ()
     """Where what is missing can be found and where it belongs."""

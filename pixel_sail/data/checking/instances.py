@@ -26,12 +26,12 @@ from pixel_sail.texts import shown
 from pixel_sail.types import DataError, SizeHW
 
 OUTSIDE_TOLERANCE_PX = 1.0
-"""Annotators draw up to the border; a point further out than this belongs to another image or is damaged."""
+"""Annotators mark up to the border; a point further out than this belongs to another image or is damaged."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRow:
-    """One photo as the file states it."""
+    """One image as the file states it."""
 
     file_name: str | None
     size_hw: SizeHW | None

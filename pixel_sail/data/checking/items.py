@@ -1,7 +1,7 @@
 """The items of any source gone through by asking for them, as training does.
 
-Place in the flow: `evaluation/data_check.py` calls `check_items` with a built source. Every photo is looked for; a
-sample of the items is drawn, opened and measured, and every item that fails is named. Example:
+Place in the flow: `evaluation/data_check.py` calls `check_items` with a built source. Every image is looked for; a
+sample of the items is read, opened and measured, and every item that fails is named. Example:
 
     osprey/conversation/17   item   the mask of turn 0 is (480, 640), expected (427, 640)
 """
@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from pixel_sail.data.checking.contamination import photo_key
-from pixel_sail.data.checking.files import ABSENT_PHOTO, ABSENT_PHOTOS, check_image
+from pixel_sail.data.checking.contamination import contamination_key
+from pixel_sail.data.checking.files import ABSENT_IMAGE, ABSENT_IMAGES, check_image
 from pixel_sail.data.checking.findings import Findings, Kind, Lengths, SoundFraction
 from pixel_sail.data.images import load_image
 from pixel_sail.data.remarks import Remark, remarks
@@ -33,16 +33,16 @@ _PROMPT_TAG = re.compile(r"<Prompt(\d+)>")
 class ItemCheck:
     """What was found among the items of a source; findings went to the `Findings` that were passed in."""
 
-    photos: set[str] = field(default_factory=set)
-    """Key of every photo of the source."""
+    image_keys: set[str] = field(default_factory=set)
+    """Key of every image of the source."""
     images: SoundFraction = field(default_factory=SoundFraction)
     masks: SoundFraction = field(default_factory=SoundFraction)
     empty_masks: int = 0
     text_lengths: list[int] = field(default_factory=list)
-    """Characters of every question and answer that was drawn."""
+    """Characters of every question and answer that was sampled."""
     seconds: list[float] = field(default_factory=list)
     shown: list[Sample] = field(default_factory=list)
-    """A few sound samples, for pictures."""
+    """A few sound samples, for images."""
 
     @property
     def texts(self) -> Lengths | None:
@@ -51,16 +51,16 @@ class ItemCheck:
 
     @property
     def milliseconds(self) -> float | None:
-        """Return the mean time to draw one item and open its image."""
+        """Return the mean time to sample one item and open its image."""
         return 1000 * float(np.mean(self.seconds)) if self.seconds else None
 
 
 def check_items(
     source: Source, findings: Findings, *, sample: int | None, num_shown: int, seed: int = 0, progress: bool
 ) -> ItemCheck:
-    """Look for every photo of a source and draw `sample` of its items, all of them when it is None."""
+    """Look for every image of a source and read `sample` of its items, all of them when it is None."""
     result = ItemCheck()
-    _find_photos(source, result, findings, progress)
+    _find_images(source, result, findings, progress)
     indices = chosen_items(len(source), sample, seed)
     with remarks() as heard:
         for index in tqdm(indices, desc=f"{source.name}: items", disable=not progress, leave=False):
@@ -78,22 +78,22 @@ def note_remarks(heard: Iterable[Remark], findings: Findings) -> None:
 def _check_item(
     source: Source, index: int, result: ItemCheck, findings: Findings, *, num_shown: int, seed: int
 ) -> None:
-    """Draw one item, open its image and measure it."""
+    """Sample one item, open its image and measure it."""
     start = time.perf_counter()
     try:
-        drawn = source.get(index, np.random.default_rng([seed, index]))
+        item = source.get(index, np.random.default_rng([seed, index]))
     except DataError as error:
         findings.trouble(Kind.ITEM, f"{source.name} item {index}", str(error))
         return
-    is_open = drawn.image_path is None or _opens(drawn, result, findings)
+    is_open = item.image_path is None or _opens(item, result, findings)
     seconds = time.perf_counter() - start
     if not is_open:
         return
     result.seconds.append(seconds)
-    result.text_lengths += [len(text) for turn in drawn.turns for text in (turn.question, turn.answer)]
-    is_sound = check_sample(drawn, result, findings)
+    result.text_lengths += [len(text) for turn in item.turns for text in (turn.question, turn.answer)]
+    is_sound = check_sample(item, result, findings)
     if is_sound and len(result.shown) < num_shown:
-        result.shown.append(drawn)
+        result.shown.append(item)
 
 
 def chosen_items(size: int, sample: int | None, seed: int) -> list[int]:
@@ -103,11 +103,11 @@ def chosen_items(size: int, sample: int | None, seed: int) -> list[int]:
     return sorted(int(index) for index in np.random.default_rng(seed).choice(size, size=sample, replace=False))
 
 
-def _find_photos(source: Source, result: ItemCheck, findings: Findings, progress: bool) -> None:
-    """Look for the photo of every item once; photos of a folder that is not there are named together."""
+def _find_images(source: Source, result: ItemCheck, findings: Findings, progress: bool) -> None:
+    """Look for the image of every item once; images of a folder that is not there are named together."""
     folders: dict[Path, bool] = {}
     seen: set[Path] = set()
-    for index in tqdm(range(len(source)), desc=f"{source.name}: photos", disable=not progress, leave=False):
+    for index in tqdm(range(len(source)), desc=f"{source.name}: images", disable=not progress, leave=False):
         try:
             path = source.image_path(index)
         except DataError as error:
@@ -116,36 +116,36 @@ def _find_photos(source: Source, result: ItemCheck, findings: Findings, progress
         if path is None or path in seen:
             continue
         seen.add(path)
-        result.photos.add(photo_key(path))
+        result.image_keys.add(contamination_key(path))
         if path.parent not in folders:
             folders[path.parent] = path.parent.is_dir()
         if not folders[path.parent]:
-            findings.trouble(Kind.MISSING_FILE, path.parent, ABSENT_PHOTOS)
+            findings.trouble(Kind.MISSING_FILE, path.parent, ABSENT_IMAGES)
         elif not os.path.isfile(path):  # Unlike Path.is_file also of names that are too long.
-            findings.trouble(Kind.MISSING_IMAGE, path, ABSENT_PHOTO)
+            findings.trouble(Kind.MISSING_IMAGE, path, ABSENT_IMAGE)
 
 
-def _opens(drawn: Sample, result: ItemCheck, findings: Findings) -> bool:
+def _opens(item: Sample, result: ItemCheck, findings: Findings) -> bool:
     """Open the image of a sample once where all is well, and look closer where it is not."""
-    assert drawn.image_path is not None
-    if not drawn.image_path.parent.is_dir():
+    assert item.image_path is not None
+    if not item.image_path.parent.is_dir():
         return False
     try:
-        load_image(drawn.image_path, where=drawn.sample_id, expected_hw=drawn.image_hw)
+        load_image(item.image_path, where=item.sample_id, expected_hw=item.image_hw)
     except DataError:
-        check_image(drawn.image_path, drawn.image_hw, findings)
+        check_image(item.image_path, item.image_hw, findings)
         result.images += SoundFraction(checked=1)
         return False
     result.images += SoundFraction(checked=1, sound=1)
     return True
 
 
-def check_sample(drawn: Sample, result: ItemCheck, findings: Findings) -> bool:
+def check_sample(item: Sample, result: ItemCheck, findings: Findings) -> bool:
     """Return whether a sample can be trained on; add what is wrong with its texts, masks and prompts."""
     problems: list[tuple[Kind, str]] = []
-    if not drawn.turns:
+    if not item.turns:
         problems.append((Kind.ITEM, "found no question, expected at least one turn"))
-    for number, turn in enumerate(drawn.turns):
+    for number, turn in enumerate(item.turns):
         if not turn.question.strip() or not turn.answer.strip():
             problems.append((Kind.EMPTY_TEXT, f"turn {number}: found an empty question or answer"))
         num_places = turn.answer.count(SEG_TOKEN)
@@ -154,32 +154,32 @@ def check_sample(drawn: Sample, result: ItemCheck, findings: Findings) -> bool:
             problems.append((Kind.ITEM, f"{found}, expected as many, all in the answer"))
         for mask in turn.masks:
             may_be_empty = turn.answer == NO_TARGET_ANSWER
-            problems += _mask_problems(mask, drawn, f"turn {number}", result, may_be_empty=may_be_empty)
-        if turn.ignored is not None and turn.ignored.shape != (drawn.image_hw or turn.ignored.shape):
+            problems += _mask_problems(mask, item, f"turn {number}", result, may_be_empty=may_be_empty)
+        if turn.ignored is not None and turn.ignored.shape != (item.image_hw or turn.ignored.shape):
             problems.append((Kind.MASK_SIZE, f"turn {number}: found ignored pixels {turn.ignored.shape}"))
-    for prompt in drawn.prompts:
-        problems += _mask_problems(prompt.mask, drawn, f"<Prompt{prompt.prompt_id}>", result, may_be_empty=False)
-    painted = Counter(prompt.prompt_id for prompt in drawn.prompts)
+    for prompt in item.prompts:
+        problems += _mask_problems(prompt.mask, item, f"<Prompt{prompt.prompt_id}>", result, may_be_empty=False)
+    painted = Counter(prompt.prompt_id for prompt in item.prompts)
     if any(count > 1 for count in painted.values()):
         problems.append((Kind.ITEM, f"found prompt ids {sorted(painted.elements())}, expected each once"))
-    named = {int(tag) for turn in drawn.turns for tag in _PROMPT_TAG.findall(turn.question + turn.answer)}
+    named = {int(tag) for turn in item.turns for tag in _PROMPT_TAG.findall(turn.question + turn.answer)}
     if set(painted) - named:
         problems.append((Kind.ITEM, f"found marked prompts {sorted(set(painted) - named)} that no text names"))
-    if drawn.image_path is None and (drawn.prompts or any(turn.masks for turn in drawn.turns)):
+    if item.image_path is None and (item.prompts or any(turn.masks for turn in item.turns)):
         problems.append((Kind.ITEM, "found masks or prompts without an image"))
     for kind, message in problems:
-        findings.trouble(kind, drawn.sample_id, message)
+        findings.trouble(kind, item.sample_id, message)
     return not problems
 
 
 def _mask_problems(
-    mask: BoolMask, drawn: Sample, where: str, result: ItemCheck, *, may_be_empty: bool
+    mask: BoolMask, item: Sample, where: str, result: ItemCheck, *, may_be_empty: bool
 ) -> list[tuple[Kind, str]]:
     """Return what is wrong with a mask, and count it."""
     problems = []
-    if mask.dtype != np.bool_ or mask.ndim != 2 or mask.shape != (drawn.image_hw or mask.shape):
+    if mask.dtype != np.bool_ or mask.ndim != 2 or mask.shape != (item.image_hw or mask.shape):
         found = f"{where}: found a mask of {mask.shape} {mask.dtype}"
-        problems.append((Kind.MASK_SIZE, f"{found}, expected bool of {drawn.image_hw} (height, width of the image)"))
+        problems.append((Kind.MASK_SIZE, f"{found}, expected bool of {item.image_hw} (height, width of the image)"))
     elif not mask.any() and not may_be_empty:
         result.empty_masks += 1
         problems.append((Kind.EMPTY_MASK, f"{where}: found a mask without a pixel, expected at least one"))

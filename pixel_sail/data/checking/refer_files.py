@@ -1,4 +1,4 @@
-"""A REFER or gRefCOCO folder gone through as it lies on disk: files, refs, annotations, masks and photos.
+"""A REFER or gRefCOCO folder gone through as it lies on disk: files, refs, annotations, masks and images.
 
 Place in the flow: `evaluation/data_check.py` calls `check_refer` once per folder. The loader of these files
 (`data/refer_annotations.py`) rightly stops at the first error; here everything is read item by item, so that one run
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pixel_sail.data.checking.files import ABSENT_PHOTO, ABSENT_PHOTOS, check_image, file_fact
+from pixel_sail.data.checking.files import ABSENT_IMAGE, ABSENT_IMAGES, check_image, file_fact
 from pixel_sail.data.checking.findings import FileFact, Findings, Kind, Lengths, SoundFraction, SplitCount
 from pixel_sail.data.checking.instances import Instances, read_instances
 from pixel_sail.data.checking.known import images_overlap_by_design, known_split, refer_name
@@ -46,8 +46,8 @@ class ReferFolder:
         """Return the folder with the annotation files."""
         return self.root / self.dataset
 
-    def photos(self) -> Path:
-        """Return the folder with the photos: the given one, or the first usual one that exists."""
+    def found_image_dir(self) -> Path:
+        """Return the folder with the images: the given one, or the first usual one that exists."""
         if self.image_dir is not None:
             return self.image_dir
         folders = [parent / name for parent in (self.root, self.path) for name in IMAGE_FOLDERS]
@@ -64,7 +64,7 @@ class ReferCheck:
     masks: SoundFraction
     empty_masks: int
     texts: Lengths | None
-    photos_by_split: dict[tuple[str, str], frozenset[Path]]
+    images_by_split: dict[tuple[str, str], frozenset[Path]]
     """By (refcocog(umd), val)."""
 
 
@@ -82,7 +82,7 @@ def refs_files(folder: ReferFolder) -> list[tuple[str, Path]]:
 
 
 def check_refer(folder: ReferFolder, findings: Findings, *, sample: int | None, progress: bool) -> ReferCheck:
-    """Go through one folder; `sample` masks and photos are decoded, all of them when it is None."""
+    """Go through one folder; `sample` masks and images are decoded, all of them when it is None."""
     paths = refs_files(folder)
     if not paths:
         wanted = f"refs({folder.split_by or '*'}).p or grefs({folder.split_by or '*'}).json"
@@ -106,7 +106,7 @@ def check_refer(folder: ReferFolder, findings: Findings, *, sample: int | None, 
             progress=progress,
         )
     splits: list[SplitCount] = []
-    photos: dict[tuple[str, str], frozenset[Path]] = {}
+    by_split: dict[tuple[str, str], frozenset[Path]] = {}
     for split_by, path in paths:
         if instances.is_read:
             _check_ids(rows[split_by], path, instances, findings)
@@ -114,16 +114,16 @@ def check_refer(folder: ReferFolder, findings: Findings, *, sample: int | None, 
         for split, group in _by_split(rows[split_by]).items():
             names = {image.file_name for row in group if (image := instances.images.get(row.image_id)) is not None}
             key = (refer_name(folder.dataset, split_by), split)
-            photos[key] = frozenset(image_file(folder.photos(), name) for name in names if name is not None)
+            by_split[key] = frozenset(image_file(folder.found_image_dir(), name) for name in names if name is not None)
         _check_overlap(rows[split_by], folder.dataset, split_by, path, findings)
     return ReferCheck(
         files=tuple(fact for fact in facts if fact is not None),
         splits=tuple(splits),
-        images=_check_photos(folder, {row.image_id for row in every}, instances, findings, sample, progress),
+        images=_check_images(folder, {row.image_id for row in every}, instances, findings, sample, progress),
         masks=instances.masks,
         empty_masks=instances.empty_masks,
         texts=Lengths.of([length for row in every for length in row.text_lengths]),
-        photos_by_split=photos,
+        images_by_split=by_split,
     )
 
 
@@ -187,7 +187,7 @@ def _check_ids(rows: Iterable[RefRow], path: Path, instances: Instances, finding
 
 
 def _check_overlap(rows: Iterable[RefRow], dataset: str, split_by: str, path: Path, findings: Findings) -> None:
-    """Add photos that are both in train and in another split of the same file."""
+    """Add images that are both in train and in another split of the same file."""
     images = {split: {row.image_id for row in group} for split, group in _by_split(rows).items()}
     training = images.pop("train", set())
     for split, others in images.items():
@@ -208,7 +208,7 @@ def _choose(ids: Iterable[int], sample: int | None) -> set[int]:
     return {int(value) for value in np.random.default_rng(0).choice(ordered, size=sample, replace=False)}
 
 
-def _check_photos(
+def _check_images(
     folder: ReferFolder,
     used: set[int],
     instances: Instances,
@@ -216,21 +216,21 @@ def _check_photos(
     sample: int | None,
     progress: bool,
 ) -> SoundFraction:
-    """Look for every photo that a ref needs, and open `sample` of those that exist."""
-    photos = folder.photos()
+    """Look for every image that a ref needs, and open `sample` of those that exist."""
+    image_dir = folder.found_image_dir()
     known = [image_id for image_id in sorted(used) if image_id in instances.images]
-    if not photos.is_dir():
-        findings.trouble(Kind.MISSING_FILE, photos, ABSENT_PHOTOS)
+    if not image_dir.is_dir():
+        findings.trouble(Kind.MISSING_FILE, image_dir, ABSENT_IMAGES)
         return SoundFraction()
     chosen = _choose(known, sample)
     result = SoundFraction()
-    for image_id in tqdm(known, desc=f"{folder.dataset}: photos", disable=not progress, leave=False):
+    for image_id in tqdm(known, desc=f"{folder.dataset}: images", disable=not progress, leave=False):
         row: Any = instances.images[image_id]
         if row.file_name is None:
             continue
-        path = image_file(photos, row.file_name)
+        path = image_file(image_dir, row.file_name)
         if not os.path.isfile(path):
-            findings.trouble(Kind.MISSING_IMAGE, path, ABSENT_PHOTO)
+            findings.trouble(Kind.MISSING_IMAGE, path, ABSENT_IMAGE)
             result += SoundFraction(checked=int(image_id in chosen))
         elif image_id in chosen:
             result += SoundFraction(checked=1, sound=int(check_image(path, row.size_hw, findings)))

@@ -5,7 +5,7 @@ Train and score with `blind_baseline=language` for a model that does not read, w
 does not see:
 
     language:  "the red star left of the ring"  ->  "object 17"            (a number without meaning)
-    image:     COCO_..12.jpg                    ->  COCO_..13.jpg          (another picture of the same size)
+    image:     COCO_..12.jpg                    ->  COCO_..13.jpg          (another image of the same size)
 """
 
 import logging

@@ -127,12 +127,12 @@ class CocoPanopticSource(PanopticSource):
         )
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
-        """Return image `index` with up to `classes_per_sample` classes drawn from `rng`. Raises: DataError."""
+        """Return image `index` with up to `classes_per_sample` classes sampled from `rng`. Raises: DataError."""
         image = self._image(index)
         masks = self._file.masks(image)
         groups = [group for group in self._classes.of(image).values() if self._can_ask(group)]
-        drawn = [groups[i] for i in rng.permutation(len(groups))[: self._classes_per_sample]]
-        return self._sample(image, [self._turn(group, masks, image.image_hw, rng) for group in drawn])
+        sampled = [groups[i] for i in rng.permutation(len(groups))[: self._classes_per_sample]]
+        return self._sample(image, [self._turn(group, masks, image.image_hw, rng) for group in sampled])
 
     def _can_ask(self, segments: Sequence[Segment]) -> bool:
         """Say whether there is more than crowds; a crowd of a stuff class is stuff like any other."""

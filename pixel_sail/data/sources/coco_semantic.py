@@ -113,7 +113,7 @@ class CocoSemanticSource(PanopticSource):
         )
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
-        """Return image `index` with up to `classes_per_sample` classes drawn from `rng`. Raises: DataError."""
+        """Return image `index` with up to `classes_per_sample` classes sampled from `rng`. Raises: DataError."""
         image = self._image(index)
         masks = self._file.masks(image)
         used = {category_id: self._used(group) for category_id, group in self._classes.of(image).items()}

@@ -11,8 +11,8 @@ Example:
 Now and then the right name is missing and the answer is `<Prompt4>: others.`
 
 What the released loader got wrong, and what happens here:
-- a right name was added to ten drawn ones, so that a list of ten instead of eleven gave "others" away: every list has
-  `num_candidates` names, with the right one among them or not, unless `candidates=released`;
+- a right name was added to ten synthetic ones, so that a list of ten instead of eleven gave "others" away: every list
+  has `num_candidates` names, with the right one among them or not, unless `candidates=released`;
 - a sample that used up all prompt tokens had none left for the question about an absent region and failed: then no
   such question is asked;
 - the caches and the random replacements, see `coco_panoptic.py`.
@@ -56,7 +56,7 @@ def load(
     root, split, annotations, png_dir, image_dir, class_file, class_names: as in `coco_panoptic.load`.
     regions_per_sample: most turns of one sample. num_candidates: names a question lists beside "others".
     others_fraction: how often the right one is left out. candidates, ours: always num_candidates; released: so many
-    drawn names, and the right one where it is not among them, less the right one where the answer is "others".
+    sampled names, and the right one where it is not among them, less the right one where the answer is "others".
     prompt_fractions, num_prompts, absent_fraction: see `RegionSettings`. Raises: DataError, ValueError.
     """
     file = open_panoptic(root, split, annotations=annotations, png_dir=png_dir, image_dir=image_dir)
@@ -111,14 +111,14 @@ class CocoRegionSource(PanopticSource):
         )
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
-        """Return image `index` with up to `regions_per_sample` regions drawn from `rng`. Raises: DataError."""
+        """Return image `index` with up to `regions_per_sample` regions sampled from `rng`. Raises: DataError."""
         image = self._image(index)
         masks = self._file.masks(image)
-        drawn = self._draw(image, rng)
-        turns = [self._turn(number, segment.category_id, rng) for number, segment in enumerate(drawn)]
+        sampled = self._sample_segments(image, rng)
+        turns = [self._turn(number, segment.category_id, rng) for number, segment in enumerate(sampled)]
         return region_sample(
             turns,
-            [masks[segment.segment_id] for segment in drawn],
+            [masks[segment.segment_id] for segment in sampled],
             rng,
             self._settings,
             sample_id=self._sample_id(image),
@@ -128,7 +128,7 @@ class CocoRegionSource(PanopticSource):
             absent_question=class_question,
         )
 
-    def _draw(self, image: PanopticImage, rng: np.random.Generator) -> list[Segment]:
+    def _sample_segments(self, image: PanopticImage, rng: np.random.Generator) -> list[Segment]:
         """Return the regions of one sample, of known categories."""
         regions = [segment for group in self._classes.of(image).values() for segment in group if not segment.is_crowd]
         return [regions[i] for i in rng.permutation(len(regions))[: self._regions_per_sample]]
@@ -147,8 +147,8 @@ class CocoRegionSource(PanopticSource):
     def _num_wrong(self, has_right_one: bool, rng: np.random.Generator) -> int:
         """Return how many wrong names are listed."""
         if self._adds_right_name:
-            # Drawn from all names, among which the right one may be; it is then one of them.
+            # Sampled from all names, among which the right one may be; it is then one of them.
             num_names = len(self._classes.names)
-            is_drawn = rng.random() * num_names < self._num_candidates
-            return self._num_candidates - 1 if is_drawn else self._num_candidates
+            is_sampled = rng.random() * num_names < self._num_candidates
+            return self._num_candidates - 1 if is_sampled else self._num_candidates
         return self._num_candidates - 1 if has_right_one else self._num_candidates

@@ -35,7 +35,7 @@ def load(
 ) -> Source:
     """Return the training source: the `_target_` of `configs/source/flickr30k_gcg.yaml`.
 
-    annotations: the JSON file. image_dir: one folder of photos, or several to look in. templates: see
+    annotations: the JSON file. image_dir: one folder of images, or several to look in. templates: see
     `GroundedCaptionSource`. Raises: DataError, ValueError.
     """
     return GroundedCaptionSource(FlickrLayout(annotations), image_dir, name=name, templates=templates)

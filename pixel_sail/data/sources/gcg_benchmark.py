@@ -10,7 +10,7 @@ Of `val_gcg_coco_mask_gt.json`; the masks of an image stand in the order of its 
     {"images": [{"id": "sa_10010541", "height": 1500, "width": 2250}],
      "annotations": [{"id": 1, "image_id": "sa_10010541", "category_id": 1, "segmentation": {"size": [...], ...}}]}
 
-The photo of an image is `<id>.jpg`. Where an image has another number of labels than masks, the released scorer prints
+The file of an image is `<id>.jpg`. Where an image has another number of labels than masks, the released scorer prints
 the exception and goes on with too few; here such a file is refused, unless the config asks for it.
 """
 
@@ -36,7 +36,7 @@ def load(
 ) -> list[GroundedCaption]:
     """Return every image of a split, in the order of the caption file.
 
-    root: folder of the two files. split: val or test. image_dir: one folder of photos, or several to look in.
+    root: folder of the two files. split: val or test. image_dir: one folder of images, or several to look in.
     refuse_unpaired: False keeps images whose numbers of phrases and masks differ as they are, and logs how many.
     A size comes from the files: of the image, else of its masks; an image without both is opened.
     Raises: DataError naming file and image.

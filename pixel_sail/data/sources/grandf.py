@@ -26,7 +26,7 @@ from pixel_sail.types import DataError, SizeHW, Source
 def load(*, annotations: str | Path, image_dir: ImageFolders, name: str = "grandf", templates: str = OURS) -> Source:
     """Return the training source: the `_target_` of `configs/source/grandf.yaml` and `openpsg_gcg.yaml`.
 
-    annotations: the JSON file. image_dir: one folder of photos, or several to look in. templates: see
+    annotations: the JSON file. image_dir: one folder of images, or several to look in. templates: see
     `GroundedCaptionSource`. Raises: DataError, ValueError.
     """
     return GroundedCaptionSource(GrandfLayout(annotations), image_dir, name=name, templates=templates)

@@ -4,7 +4,7 @@ Place in the flow: `grandf.py`, `refcocog_gcg.py` and `flickr_gcg.py` read their
 source places the phrases (`data/phrases.py`), unites the masks of each, and words one turn per image:
 
     CaptionRecord(caption="A dog and two cups", phrases=(MaskedPhrase(text="two cups", segmentations=(rle, rle)), ...))
-    -> Turn(question="What is in this picture? ...", answer="<p> A dog </p> [SEG] and <p> two cups </p> [SEG]",
+    -> Turn(question="What is in this image? ...", answer="<p> A dog </p> [SEG] and <p> two cups </p> [SEG]",
             masks=(<dog>, <both cups>))
 
 What the released loaders get wrong and this one does not: overlapping or repeated spans nested tags into one another;
@@ -55,7 +55,7 @@ class CaptionRecord:
 
     item_id: str
     file_name: str
-    """Of the photo, as in the file."""
+    """Of the image, as in the file."""
     image_hw: SizeHW | None
     """None where the file states no size."""
     caption: str
@@ -105,13 +105,13 @@ class GroundedCaptionSource:
         return len(self._items)
 
     def image_path(self, index: int) -> Path:
-        """Return the photo of an item."""
+        """Return the image of an item."""
         return find_image(self._folders, self._layout.read(int(self._items[index])).file_name)
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
-        """Return the caption of item `index` with all its phrases; only the question is drawn from `rng`.
+        """Return the caption of item `index` with all its phrases; only the question is sampled from `rng`.
 
-        Where the file states no size, the photo's size as stored is read, as COCO counts pixels, and becomes the
+        Where the file states no size, the image's size as stored is read, as COCO counts pixels, and becomes the
         sample's. Raises: DataError.
         """
         record = self._layout.read(int(self._items[index]))

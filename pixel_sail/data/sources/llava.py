@@ -11,7 +11,7 @@ Place in the flow: llava_v1_5_mix665k.json (665k records, 1 GB) -> here -> `Samp
 What the released loader got wrong, and what happens here:
 - long conversations were cut within a word of an answer, which a model then learned to stop at, and what followed was
   never seen: what does not fit into a sequence (`data.packing.seq_len`) with its image is divided between turns into
-  parts that do (`data/turn_parts.py`), of which one is drawn, or with `long_conversations=released` the first one kept;
+  parts that do (`data/turn_parts.py`), of which one is sampled, or with `long_conversations=released` the first one kept;
 - messages of one side in a row: see `data/conversations.py`.
 """
 
@@ -34,8 +34,8 @@ def load(
     """Return the file as a training source.
 
     annotations: the JSON file. image_dir: folder that the paths of the records start from. long_conversations: of one
-    that is longer than a sequence, ours: a part drawn at random; released: the turns from the beginning on (the release
-    cuts the next turn, here it is left out). A single turn that is longer is an error. Raises: DataError, ValueError.
+    that is longer than a sequence, ours: a part sampled at random; released: the turns from the beginning on (the
+    release cuts the next turn, here it is left out). A single turn that is longer is an error. Raises: DataError, ValueError.
     """
     keeps_beginning = is_released(name, "long_conversations", long_conversations)
     return LlavaSource(open_records(annotations), Path(image_dir), name=name, keeps_beginning=keeps_beginning)
@@ -59,7 +59,7 @@ class LlavaSource:
         return self._image_of(self._checked_record(index), index)
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
-        """Return record `index`; which part is kept of a conversation that is too long is drawn from `rng`.
+        """Return record `index`; which part is kept of a conversation that is too long is sampled from `rng`.
 
         Raises: DataError.
         """
@@ -74,7 +74,7 @@ class LlavaSource:
             image_path=self._image_of(record, index),
             image_hw=None,
             turns=tuple(Turn(question=question, answer=answer) for question, answer in pairs),
-            part_drawn=0.0 if self._keeps_beginning else float(rng.random()),
+            part_choice=0.0 if self._keeps_beginning else float(rng.random()),
         )
 
     def _checked_record(self, index: int) -> dict[str, Any]:

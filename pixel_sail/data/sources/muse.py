@@ -6,7 +6,7 @@ Place in the flow: `MUSE_train.json` -> here -> `Sample`, all questions of an im
      "questions": ["What could I drink tea from?"], "text_answers": ["The mug {seg} next to the pot."],
      "answers": [[{"segmentation": [[30.5, 12.0, ...]], "category_name": "mug", "rephrased_name": "white mug"}]]}
 
-Photos of 2017 have `coco_url` in place of `file_name`. Without `text_answers`, or where one is null, the answer is
+Images of 2017 have `coco_url` in place of `file_name`. Without `text_answers`, or where one is null, the answer is
 worded here; an object's `rephrased_name` is used nine times in ten, as released.
 
 What the released loader gets wrong and this one does not: polygons were summed, not united; masks and conversations of
@@ -41,8 +41,8 @@ SLOT = "{seg}"
 def load(*, annotations: str | Path, image_dir: ImageFolders, name: str = "muse") -> Source:
     """Return the training source: the `_target_` of `configs/source/muse.yaml`.
 
-    annotations: the JSON file. image_dir: the folders with the COCO photos of train2014, train2017 and val2017; a
-    photo has the same number in all of them. Raises: DataError.
+    annotations: the JSON file. image_dir: the folders with the COCO images of train2014, train2017 and val2017; an
+    image has the same number in all of them. Raises: DataError.
     """
     return MuseSource(open_records(annotations), image_dir, name=name)
 
@@ -61,7 +61,7 @@ class MuseSource:
         return len(self._items)
 
     def image_path(self, index: int) -> Path:
-        """Return the photo of an item."""
+        """Return the image of an item."""
         number = int(self._items[index])
         return find_image(self._folders, _file_name(self._records[number], self._where(number)))
 
@@ -163,7 +163,7 @@ def _name(item: dict[str, Any], where: str, rng: np.random.Generator) -> str:
 
 
 def _file_name(record: object, where: str) -> str:
-    """Return the name of the photo, of either year."""
+    """Return the name of the image, of either year."""
     if isinstance(record, dict) and "file_name" not in record and "coco_url" in record:
         return field(record, "coco_url", str, where).rsplit("/", maxsplit=1)[-1]
     return field(record, "file_name", str, where)

@@ -12,7 +12,7 @@ records like this one (`description` in one of them only), in which regions are 
 What the released loader got wrong, and what happens here:
 - region names were replaced piece by piece, so that `<region10>` became `<<Prompt3>0>`: a name is replaced as a whole;
 - an item with more regions than prompt tokens was replaced by a random other one: as many of its turns as have tokens
-  for all their regions are asked, drawn anew every time, in the order of the file;
+  for all their regions are asked, sampled anew every time, in the order of the file;
 - an item without regions ended the run: it is left out when the source is made, and counted;
 - a description lost everything up to the last colon of it: only its label `<region1>:` is removed;
 - a prompt's paint order came from the mask and not from the box or point made of it, which could hide it: see
@@ -69,7 +69,7 @@ def load(
 ) -> Source:
     """Return one of Osprey's files as a training source.
 
-    annotations: the JSON file. image_dirs: folders of the photographs, looked through in this order. content: one of
+    annotations: the JSON file. image_dirs: folders of the images, looked through in this order. content: one of
     CONTENTS. single_word_answers: every question of a conversation asks for one. regions_per_sample: most described
     regions of one sample; conversations show all. prompt_fractions, num_prompts, absent_fraction: see `RegionSettings`.
     absent_questions, ours: about a region that is not there conversations ask as they do about others; released: for a
@@ -137,13 +137,14 @@ class OspreySource:
         return len(self._numbers)
 
     def image_path(self, index: int) -> Path:
-        """Return the photo of an item: where it was found, or the first place it could be. Raises: DataError."""
+        """Return the image of an item: where it was found, or the first place it could be. Raises: DataError."""
         number = int(self._numbers[index])
         record = _checked_record(self._records[number], f"{self._records.where}[{number}]")
         return find_image(self._image_dirs, record["file_name"])
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
-        """Return item `index`, turns and regions drawn from `rng`. Raises: DataError naming file, record and region."""
+        """Return item `index`, turns and regions sampled from `rng`. Raises: DataError naming file, record and
+        region."""
         number = int(self._numbers[index])
         where = f"{self._records.where}[{number}]"
         record = _checked_record(self._records[number], where)

@@ -3,7 +3,7 @@
 Place in the flow: `data/panoptic.py` -> here -> `Sample` with one turn per description, templates from
 `data/templates/segmentation.py`. `pix2cap_vp.py` asks the other way round.
 
-Pix2Cap's file is a COCO panoptic JSON whose segments carry a text; the PNGs and photos are COCO's own. An example:
+Pix2Cap's file is a COCO panoptic JSON whose segments carry a text; the PNGs and images are COCO's own. An example:
 
     {"id": 8345037, "category_id": 51, "description": "A blue bowl of rice behind the plate of fruit.", ...}
 
@@ -37,7 +37,7 @@ def load(
 ) -> Source:
     """Return Pix2Cap's file as a training source.
 
-    file: pix2cap_coco_train.json. root, split, png_dir, image_dir: where COCO's PNGs and photos are, see
+    file: pix2cap_coco_train.json. root, split, png_dir, image_dir: where COCO's PNGs and images are, see
     `open_panoptic`. descriptions_per_sample: most turns of one sample. min_description_chars: shorter texts are left
     out. Both defaults are the released values. Raises: DataError, ValueError.
     """
@@ -84,7 +84,7 @@ class Pix2CapSegSource(PanopticSource):
         )
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
-        """Return image `index` with up to `descriptions_per_sample` texts drawn from `rng`. Raises: DataError."""
+        """Return image `index` with up to `descriptions_per_sample` texts sampled from `rng`. Raises: DataError."""
         image = self._image(index)
         masks = self._file.masks(image)
         groups: dict[str, list[Segment]] = {}

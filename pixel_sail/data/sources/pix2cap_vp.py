@@ -86,7 +86,7 @@ class Pix2CapRegionSource(PanopticSource):
         )
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
-        """Return image `index` with 1 .. `regions_per_sample` regions, number and choice drawn from `rng`.
+        """Return image `index` with 1 .. `regions_per_sample` regions, number and choice sampled from `rng`.
 
         Raises: DataError.
         """
@@ -94,14 +94,14 @@ class Pix2CapRegionSource(PanopticSource):
         masks = self._file.masks(image)
         segments = described(image.segments, self._min_chars)
         count = int(rng.integers(1, self._regions_per_sample + 1))
-        drawn = [segments[i] for i in rng.permutation(len(segments))[:count]]
+        sampled = [segments[i] for i in rng.permutation(len(segments))[:count]]
         turns = [
             RegionTurn(question=describe_question(rng), answer=describe_answer(segment.description), region=number)
-            for number, segment in enumerate(drawn)
+            for number, segment in enumerate(sampled)
         ]
         return region_sample(
             turns,
-            [masks[segment.segment_id] for segment in drawn],
+            [masks[segment.segment_id] for segment in sampled],
             rng,
             self._settings,
             sample_id=self._sample_id(image),

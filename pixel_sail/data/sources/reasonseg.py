@@ -9,10 +9,10 @@ Place in the flow: `<root>/<split>/x.jpg` with `x.json` beside it -> here -> `Sa
 Files are of the layout of LabelMe: shapes may be polygons, rectangles, circles or masks, see `data/labelme.py`. They
 are painted from large to small, outline included, so that a small one inside a large one wins. `flag` means nothing;
 pixels under a label with `ignore` in it belong to neither target nor background. Files are UTF-8 or cp1252.
-The size is that of the photo held upright, as the points were drawn on what the annotators saw.
+The size is that of the image held upright, as the points were annotated on what the annotators saw.
 
 What the released code gets wrong and this does not: ignored pixels were trained as background, and scored as garbage
-because the values 0, 1 and 255 went through a run-length encoder that knows two; a photo with an EXIF turn was shown
+because the values 0, 1 and 255 went through a run-length encoder that knows two; an image with an EXIF turn was shown
 lying on its side, with the points painted as if it stood; a missing prediction was left out of the cIoU, which is for
 the scorer to avoid.
 """
@@ -64,11 +64,11 @@ class ReasonItem:
     is_sentence: bool
     shapes: tuple[Shape, ...]
     stated_hw: SizeHW | None
-    """Size of the photo that was drawn on, where the file states it."""
+    """Size of the image that was annotated, where the file states it."""
 
     @property
     def image_path(self) -> Path:
-        """Return the photo beside the file."""
+        """Return the image beside the file."""
         return existing_file(self.json_path.with_suffix(".jpg"))
 
 
@@ -100,13 +100,13 @@ def load(
 def expressions(
     *, root: str | Path, split: str, query: str = "all", sentences: str = "first", upright: bool = True
 ) -> list[Expression]:
-    """Return what is asked of one split, in the order of the file names; the photos must be there for their sizes.
+    """Return what is asked of one split, in the order of the file names; the images must be there for their sizes.
 
     `text` is the whole released question, so the evaluation adds nothing to it. Ids count the items of the split from
-    1, whatever `query` is. `target` is None where no target is drawn, `ignored` None where every pixel counts.
-    upright: photos are held upright; False: they stay as they are stored and the same points are painted on that, as
-    in the released evaluation, whose target misses the object of a photo with an EXIF turn. Where it is True such a
-    target, turned with the photo, is `released_target`.
+    1, whatever `query` is. `target` is None where no target is annotated, `ignored` None where every pixel counts.
+    upright: images are held upright; False: they stay as they are stored and the same points are painted on that, as
+    in the released evaluation, whose target misses the object of an image with an EXIF turn. Where it is True such a
+    target, turned with the image, is `released_target`.
     Raises: DataError; ValueError on an unknown query or sentences.
     """
     _check_choice("query", query, QUERIES)
@@ -140,7 +140,7 @@ def expressions(
 
 
 def _turned_as_released(item: ReasonItem) -> RLE | None:
-    """Return the released target of a photo with an EXIF turn, as it lies on the upright photo; None without a turn."""
+    """Return the released target of an image with an EXIF turn, as it lies on the upright image; None without a turn."""
     turn = turn_of(item.image_path, str(item.json_path))
     if turn is None:
         return None
@@ -151,7 +151,7 @@ def _turned_as_released(item: ReasonItem) -> RLE | None:
 
 
 class ReasonSegSource:
-    """One item per photo with a text and a target; up to three of its texts as turns, none twice."""
+    """One item per image with a text and a target; up to three of its texts as turns, none twice."""
 
     def __init__(
         self,
@@ -177,17 +177,17 @@ class ReasonSegSource:
             logger.warning("source %s: left out %d of %d files without text or target", name, num_left_out, len(files))
 
     def __len__(self) -> int:
-        """Return the number of photos with a text and a target."""
+        """Return the number of images with a text and a target."""
         return len(self._files)
 
     def image_path(self, index: int) -> Path:
-        """Return the photo of an item."""
+        """Return the image of an item."""
         return existing_file(self._files[index].with_suffix(".jpg"))
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
-        """Return a photo with texts in an order drawn from `rng`. Raises: DataError.
+        """Return an image with texts in an order sampled from `rng`. Raises: DataError.
 
-        `image_hw` is None as the file states no size, and the photo is turned upright when it is opened.
+        `image_hw` is None as the file states no size, and the image is turned upright when it is opened.
         """
         item = read_item(self._files[index])
         sample_id = f"{self.name}/{self._split}/{item.json_path.stem}"
@@ -229,15 +229,15 @@ def read_item(path: Path) -> ReasonItem:
 
 
 def paint_item(item: ReasonItem, image_hw: SizeHW) -> tuple[BoolMask, BoolMask | None]:
-    """Return the target and the ignored pixels of a file on its photo, whose upright size is `image_hw`.
+    """Return the target and the ignored pixels of a file on its image, whose upright size is `image_hw`.
 
-    Raises: DataError where the shapes were not drawn on this photo, as far as that shows: the file states another size,
-    all coordinates look like fractions, or a target lies outside.
+    Raises: DataError where the shapes were not annotated on this image, as far as that shows: the file states another
+    size, all coordinates look like fractions, or a target lies outside.
     """
     if item.stated_hw not in (None, image_hw):
         raise DataError(
-            f"{item.json_path}: found imageHeight and imageWidth {item.stated_hw}, expected {image_hw} as of the photo "
-            "held upright; the photo was resized or turned after it was drawn on, or is another one"
+            f"{item.json_path}: found imageHeight and imageWidth {item.stated_hw}, expected {image_hw} as of the image "
+            "held upright; the image was resized or turned after it was annotated, or is another one"
         )
     numbers = [value for shape in item.shapes for point in shape.points for value in point]
     check_pixels(numbers, image_hw, str(item.json_path))
@@ -247,23 +247,23 @@ def paint_item(item: ReasonItem, image_hw: SizeHW) -> tuple[BoolMask, BoolMask |
 def paint(shapes: Sequence[Shape], size_hw: SizeHW) -> tuple[BoolMask, BoolMask | None]:
     """Return the target and the ignored pixels, which do not overlap; None if nothing is ignored.
 
-    Areas are counted in pixels within the photo; of two equal ones the later in the file is painted last. Raises:
-    DataError for a target outside the photo.
+    Areas are counted in pixels within the image; of two equal ones the later in the file is painted last. Raises:
+    DataError for a target outside the image.
     """
     painted = [(paint_shape(shape, size_hw), shape) for shape in shapes]
     target, ignored = np.zeros(size_hw, dtype=np.bool_), np.zeros(size_hw, dtype=np.bool_)
     for mask, shape in sorted(painted, key=lambda pair: -int(pair[0].sum())):
         if not (shape.is_ignored or mask.any()):
             raise DataError(
-                f"{shape.where}: found a {shape.kind} without a pixel in the photo of {size_hw} (height, width), "
-                "expected one at least; photo and file do not belong together"
+                f"{shape.where}: found a {shape.kind} without a pixel in the image of {size_hw} (height, width), "
+                "expected one at least; image and file do not belong together"
             )
         target[mask], ignored[mask] = not shape.is_ignored, shape.is_ignored
     return target, ignored if ignored.any() else None
 
 
 def _stated_hw(record: object, where: str) -> SizeHW | None:
-    """Return the size LabelMe notes of the photo, None where the file has none. Raises: DataError."""
+    """Return the size LabelMe notes of the image, None where the file has none. Raises: DataError."""
     if not isinstance(record, dict) or record.get("imageHeight") is None or record.get("imageWidth") is None:
         return None
     return field(record, "imageHeight", int, where), field(record, "imageWidth", int, where)
@@ -290,24 +290,24 @@ def _read_json(path: Path) -> object:
         return json.loads(text)
     except FileNotFoundError:
         raise DataError(
-            f"{path}: found no such file, expected one beside its photo; unpack the dataset again"
+            f"{path}: found no such file, expected one beside its image; unpack the dataset again"
         ) from None
     except ValueError as error:
         raise DataError(f"{path}: found no readable JSON ({error}), expected text and shapes; get it again") from error
 
 
 def _json_files(root: Path, split: str) -> list[Path]:
-    """Return the files of a split by name. A photo without a file counts too, so that it is found out when used."""
+    """Return the files of a split by name. An image without a file counts too, so that it is found out when used."""
     folder = root / split
     if not folder.is_dir():
-        raise MissingDataError(f"{folder}: found no such folder, expected photos with JSON files; check root and split")
+        raise MissingDataError(f"{folder}: found no such folder, expected images with JSON files; check root and split")
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix in (".jpg", ".json") and not is_hidden(path):
-            # Photo and file may have the two Unicode forms of one name.
+            # Image and file may have the two Unicode forms of one name.
             files.setdefault(unicodedata.normalize("NFC", path.stem), existing_file(path.with_suffix(".json")))
     if not files:
-        raise DataError(f"{folder}: found no .jpg and no .json, expected photos with JSON files; unpack the dataset")
+        raise DataError(f"{folder}: found no .jpg and no .json, expected images with JSON files; unpack the dataset")
     return sorted(files.values())
 
 

@@ -6,7 +6,7 @@ Place in the flow: `RefCOCOg_GCG_train.json` -> here -> `grounded_caption.py`. O
                 "caption": "The standing man wears a striped tie next to a boy.",
                 "refs": [{"sentence": "a striped tie", "bbox": [16, 45, 28, 41], "segmentation": [[16.2, 84.9, ...]]}]}}
 
-The file states no size, so the photo is asked. The caption keeps its capitals, unless `letters=released`. What the
+The file states no size, so the image is asked. The caption keeps its capitals, unless `letters=released`. What the
 released loader gets wrong: see `grounded_caption.py`; it also cut the end off a phrase that another one overlapped.
 """
 
@@ -33,7 +33,7 @@ def load(
 ) -> Source:
     """Return the training source: the `_target_` of `configs/source/refcocog_gcg.yaml`.
 
-    annotations: the JSON file. image_dir: one folder of photos, or several to look in. templates: see
+    annotations: the JSON file. image_dir: one folder of images, or several to look in. templates: see
     `GroundedCaptionSource`. letters, ours: captions as they are; released: in lower case.
     Raises: DataError, ValueError.
     """

@@ -8,7 +8,7 @@ Example: the ref with the sentence "The tie of the standing man." becomes
     Turn(question="Describe <Prompt4> in a few words.", answer="<Prompt4>: the tie of the standing man")
 
 What the released loader got wrong, and what happens here:
-- one sentence per object was drawn when the source was made, the others were never seen: it is drawn for every sample;
+- one sentence per object was sampled when the source was made, the others were never seen: it is sampled for every sample;
 - of several refs of one object only the last was kept: their sentences are one list;
 - its file could not be imported at all.
 """
@@ -50,8 +50,8 @@ def load(
     """Return one split as a training source.
 
     root, dataset, split, split_by, image_dir: as in `refer.load`. regions_per_sample: most regions of one sample.
-    prompt_fractions, num_prompts, absent_fraction: see `RegionSettings`. templates, ours: one of several short questions;
-    released: always the same one. Raises: DataError, ValueError.
+    prompt_fractions, num_prompts, absent_fraction: see `RegionSettings`. templates, ours: one of several short
+    questions; released: always the same one. Raises: DataError, ValueError.
     """
     question = released_short_question if is_released(name, "templates", templates) else short_question
     settings = RegionSettings(
@@ -97,11 +97,11 @@ class ReferRegionSource:
         return len(self._image_ids)
 
     def image_path(self, index: int) -> Path:
-        """Return the photo of an item."""
+        """Return the image of an item."""
         return self._annotations.images[self._image_ids[index]].path
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
-        """Return image `index` with 1 .. `regions_per_sample` objects and a sentence of each, drawn from `rng`.
+        """Return image `index` with 1 .. `regions_per_sample` objects and a sentence of each, sampled from `rng`.
 
         Raises: DataError.
         """
@@ -109,16 +109,16 @@ class ReferRegionSource:
         image = self._annotations.images[image_id]
         objects = list(self._objects[image_id].items())
         count = int(rng.integers(1, self._regions_per_sample + 1))
-        drawn = [objects[i] for i in rng.permutation(len(objects))[:count]]
+        sampled = [objects[i] for i in rng.permutation(len(objects))[:count]]
         turns = [
             RegionTurn(
                 question=self._question(rng), answer=REGION_ANSWER + texts[rng.integers(len(texts))], region=number
             )
-            for number, (_, texts) in enumerate(drawn)
+            for number, (_, texts) in enumerate(sampled)
         ]
         return region_sample(
             turns,
-            [self._mask(ann_ids, image_id) for ann_ids, _ in drawn],
+            [self._mask(ann_ids, image_id) for ann_ids, _ in sampled],
             rng,
             self._settings,
             sample_id=f"{self.name}/{self._annotations.split}/image={image_id}",

@@ -6,8 +6,8 @@ RefShapes and gRefCOCO; their file layouts are described there.
 
 Differs from the released loader, which froze one sentence per object when it was made (most were never seen), drew five
 objects with replacement (one conversation asked the same thing twice), and added up polygons and instances instead of
-uniting them (masks with 2s, where they overlap). Here sentences are drawn anew in every epoch, without repeats unless
-`draws=released`.
+uniting them (masks with 2s, where they overlap). Here sentences are sampled anew in every epoch, without repeats unless
+`expression_sampling=released`.
 
 Example: the ref {"ref_id": 8, "image_id": 519404, "ann_id": 1241542, "split": "val", "sentences": [{"sent_id": 2,
 "sent": "the tie of the standing man", "raw": "The tie of the standing man."}]} becomes
@@ -48,17 +48,17 @@ def load(
     text_field: str = "raw",
     question_style: str = "varied",
     blind_baseline: str = "none",
-    draws: str = OURS,
+    expression_sampling: str = OURS,
 ) -> Source:
     """Return one split as a training source: the `_target_` of `configs/source/refcoco.yaml` and its like.
 
     root: folder that holds the dataset folders and the images. dataset: folder name, for example `refcoco+`, or a list
     of names it goes by, of which the first that exists is read.
     split: exact name in the file. split_by: the part in brackets, `unc` or `umd`; needed where there are several files.
-    image_dir: photos, where they are in none of IMAGE_FOLDERS. name: of the source in logs, the dataset by default.
+    image_dir: images, where they are in none of IMAGE_FOLDERS. name: of the source in logs, the dataset by default.
     expressions_per_image: most turns of one sample. text_field: `raw` or `sent`. question_style: `varied` or `fixed`.
-    blind_baseline: language or image. draws, ours: no expression twice in a sample; released: always
-    `expressions_per_image` turns, each about one of the objects drawn with replacement, and an object is asked for with
+    blind_baseline: language or image. expression_sampling, ours: no expression twice in a sample; released: always
+    `expressions_per_image` turns, each about one of the objects sampled with replacement, and an object is asked for with
     one of its sentences only (of its last ref, where several refs name it).
     Raises: DataError.
     """
@@ -69,7 +69,7 @@ def load(
         expressions_per_image=expressions_per_image,
         text_field=text_field,
         question_style=question_style,
-        draws=draws,
+        expression_sampling=expression_sampling,
     )
 
 
@@ -116,7 +116,7 @@ class ReferSource:
         expressions_per_image: int = 5,
         text_field: str = "raw",
         question_style: str = "varied",
-        draws: str = OURS,
+        expression_sampling: str = OURS,
     ) -> None:
         """Check the settings. Raises: DataError."""
         _check_text_field(text_field)
@@ -135,7 +135,7 @@ class ReferSource:
         self._expressions_per_image = expressions_per_image
         self._text_field = text_field
         self._question_style = question_style
-        self._draws_as_released = is_released(name, "draws", draws)
+        self._samples_as_released = is_released(name, "expression_sampling", expression_sampling)
         self._image_ids = self._usable_image_ids()
 
     def __len__(self) -> int:
@@ -143,20 +143,21 @@ class ReferSource:
         return len(self._image_ids)
 
     def image_path(self, index: int) -> Path:
-        """Return the photo of an item."""
+        """Return the image of an item."""
         return self._annotations.images[self._image_ids[index]].path
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
-        """Return image `index` with up to `expressions_per_image` different expressions, in an order drawn from `rng`.
+        """Return image `index` with up to `expressions_per_image` different expressions, in an order sampled from
+        `rng`.
 
         Every ref of the image is asked for once before any ref is asked for with a second sentence, and no text occurs
-        twice, unless `draws=released`. Masks are decoded here and not kept. Raises: DataError.
+        twice, unless `expression_sampling=released`. Masks are decoded here and not kept. Raises: DataError.
         """
         image_id = self._image_ids[index]
         image = self._annotations.images[image_id]
         masks: dict[tuple[int, ...], BoolMask] = {}
         turns = []
-        for ref, text in self._draw(self._annotations.refs_by_image[image_id], rng):
+        for ref, text in self._sample_expressions(self._annotations.refs_by_image[image_id], rng):
             if ref.ann_ids not in masks:
                 masks[ref.ann_ids] = _target_mask(ref, self._annotations)
             turn = referring_turn(
@@ -171,30 +172,30 @@ class ReferSource:
             turns=tuple(turns),
         )
 
-    def _draw(self, refs: tuple[Ref, ...], rng: np.random.Generator) -> list[tuple[Ref, str]]:
+    def _sample_expressions(self, refs: tuple[Ref, ...], rng: np.random.Generator) -> list[tuple[Ref, str]]:
         """Return the (ref, text) pairs of one sample."""
-        if self._draws_as_released:
-            return self._draw_as_released(refs, rng)
+        if self._samples_as_released:
+            return self._sample_as_released(refs, rng)
         queues = []
         for ref in refs:
             texts = [text for sentence in ref.sentences if (text := self._text(sentence))]
             queues.append((ref, [texts[i] for i in rng.permutation(len(texts))]))
-        drawn: dict[str, Ref] = {}
+        sampled: dict[str, Ref] = {}
         while any(texts for _, texts in queues):
             for i in rng.permutation(len(queues)):
                 ref, texts = queues[i]
-                while texts and texts[-1] in drawn:
+                while texts and texts[-1] in sampled:
                     texts.pop()
                 if texts:
-                    drawn[texts.pop()] = ref
-                if len(drawn) == self._expressions_per_image:
-                    return [(ref, text) for text, ref in drawn.items()]
-        return [(ref, text) for text, ref in drawn.items()]
+                    sampled[texts.pop()] = ref
+                if len(sampled) == self._expressions_per_image:
+                    return [(ref, text) for text, ref in sampled.items()]
+        return [(ref, text) for text, ref in sampled.items()]
 
-    def _draw_as_released(self, refs: tuple[Ref, ...], rng: np.random.Generator) -> list[tuple[Ref, str]]:
-        """Return always `expressions_per_image` pairs, of objects drawn with replacement with one sentence each.
+    def _sample_as_released(self, refs: tuple[Ref, ...], rng: np.random.Generator) -> list[tuple[Ref, str]]:
+        """Return always `expressions_per_image` pairs, of objects sampled with replacement with one sentence each.
 
-        The release draws the sentences once per run and repeat; in a run of one pass that is the same.
+        The release samples the sentences once per run and repeat; in a run of one pass that is the same.
         """
         objects: dict[object, tuple[Ref, list[str]]] = {}
         for ref in refs:

@@ -1,4 +1,4 @@
-"""Detailed captions of objects in SAM's photographs: the training set of PerBench's captions.
+"""Detailed captions of objects in SAM's images: the training set of PerBench's captions.
 
 Place in the flow: object_caption_data_train_split.json -> here -> `data/regions.py` -> `Sample` with visual prompts.
 
@@ -9,8 +9,8 @@ Place in the flow: object_caption_data_train_split.json -> here -> `data/regions
             answer="<Prompt4>: The object is a red mug on a desk."), and so on for up to five objects
 
 What the released loader got wrong, and what happens here:
-- objects were divided into groups of five when the source was made, so that the same ones always stood together: a
-  photograph is still as many items as that makes groups, but each draws its objects anew from all of them;
+- objects were divided into groups of five when the source was made, so that the same ones always stood together: an
+  image is still as many items as that makes groups, but each samples its objects anew from all of them;
 - mentions of the yellow outline were cut out word by word, which left broken sentences: see `templates/marker.py`;
 - decoded masks were kept for good, which filled the memory of every worker: nothing is kept.
 """
@@ -49,7 +49,7 @@ def load(
 ) -> Source:
     """Return the file as a training source.
 
-    annotations: the JSON file. image_dir: folder of the photographs. regions_per_sample: most objects of one sample.
+    annotations: the JSON file. image_dir: folder of the images. regions_per_sample: most objects of one sample.
     prompt_fractions, num_prompts, absent_fraction: see `RegionSettings`. Raises: DataError, ValueError.
     """
     settings = RegionSettings(
@@ -61,7 +61,7 @@ def load(
 
 
 class SamCaptionSource:
-    """ceil(n / regions_per_sample) items per photograph with n captions, each of about equally many objects."""
+    """ceil(n / regions_per_sample) items per image with n captions, each of about equally many objects."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class SamCaptionSource:
         name: str,
         regions_per_sample: int = 5,
     ) -> None:
-        """Count the captions of every photograph; those without text are left out and counted."""
+        """Count the captions of every image; those without text are left out and counted."""
         self.name = name
         self._records = records
         self._image_dir = image_dir
@@ -85,12 +85,12 @@ class SamCaptionSource:
         return len(self._numbers)
 
     def image_path(self, index: int) -> Path:
-        """Return the photo of an item. Raises: DataError."""
+        """Return the image of an item. Raises: DataError."""
         number = int(self._numbers[index])
         return image_file(self._image_dir, _image_name(self._records[number], f"{self._records.where}[{number}]"))
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
-        """Return objects drawn from all of an item's photograph. Raises: DataError naming file, record and object."""
+        """Return objects sampled from all of an item's image. Raises: DataError naming file, record and object."""
         number = int(self._numbers[index])
         where = f"{self._records.where}[{number}]"
         record = self._records[number]
@@ -98,11 +98,11 @@ class SamCaptionSource:
         captions = _captions(record, where)
         num_items = -(-len(captions) // self._regions_per_sample)
         order = rng.permutation(len(captions))[: -(-len(captions) // num_items)]
-        drawn = [list(captions.items())[i] for i in order]
-        masks = [_mask(record["object_annotations"][place], f"{where}, object {place}") for place, _ in drawn]
+        sampled = [list(captions.items())[i] for i in order]
+        masks = [_mask(record["object_annotations"][place], f"{where}, object {place}") for place, _ in sampled]
         turns = [
             RegionTurn(question=detailed_question(rng) + DETAILED_SUFFIX, answer=REGION_ANSWER + text, region=region)
-            for region, (_, text) in enumerate(drawn)
+            for region, (_, text) in enumerate(sampled)
         ]
         sizes = sorted({mask.shape for mask in masks})
         if len(sizes) > 1:
@@ -116,7 +116,7 @@ class SamCaptionSource:
             source=self.name,
             image_path=image_file(self._image_dir, image_name),
             image_hw=(masks[0].shape[0], masks[0].shape[1]),
-            absent_question=lambda draw: detailed_question(draw) + DETAILED_SUFFIX,
+            absent_question=lambda rng: detailed_question(rng) + DETAILED_SUFFIX,
         )
 
     def _items(self) -> NDArray[np.int32]:
@@ -136,7 +136,7 @@ class SamCaptionSource:
         if num_without or num_empty:
             logger.warning(
                 "source %s: left out %d of %d captions, they say nothing or only speak of the marker that their writer "
-                "saw; %d of %d photographs have no caption",
+                "saw; %d of %d images have no caption",
                 *(self.name, num_without, num_objects, num_empty, len(self._records)),
             )
         return np.array(numbers, dtype=np.int32)

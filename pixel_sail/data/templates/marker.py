@@ -23,7 +23,7 @@ _YELLOW = rf"(?:(?:a|an|the|its|this|that)\s+)?{_KIND}yellow(?:ish)?(?:[\s-]+col
 _OUTLINE = r"(?:edg(?:e|es|ing)|contours?|outlin(?:e|es|ing))"
 """What is only ever said of the marker, after "yellow"."""
 _ANY_LINE = rf"(?:{_OUTLINE}|borders?|boundar(?:y|ies)|lines?|frames?|highlight(?:s|ing)?)"
-"""What may be a thing in the picture as well, so it takes "marked by" before it."""
+"""What may be a thing in the image as well, so it takes "marked by" before it."""
 _IN_YELLOW = (
     r"(?:highlighted|outlined)\s+in\s+(?:bright\s+)?yellow"
     r"(?=\s*(?:[,.;:!?]|$)|\s+(?:is|are|was|were|has|have|shows?|appears?|seems?|looks?|features?|and)\b)"

@@ -59,7 +59,7 @@ def referring_turn(
 ) -> Turn:
     """Return the turn that asks for `expression` and answers with `mask`.
 
-    Style "varied" draws question and answer from `rng`; "fixed" always uses the standard prompt and `It is [SEG].`;
+    Style "varied" samples question and answer from `rng`; "fixed" always uses the standard prompt and `It is [SEG].`;
     "short" asks with the expression alone and answers `[SEG].`, for small quick runs. Without a target the answer is
     `No target [SEG].` and the mask must be all False. Raises: ValueError on an unknown style or on a no-target mask
     with pixels.

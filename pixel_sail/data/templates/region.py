@@ -1,6 +1,6 @@
 """The templates of questions about marked regions, and the prompts that region benchmarks are scored with.
 
-Place in the flow: `data/sources/osprey.py`, `refcocog_vp.py` and `sam_captions.py` draw questions here, with {region}
+Place in the flow: `data/sources/osprey.py`, `refcocog_vp.py` and `sam_captions.py` sample questions here, with {region}
 for the region's name, which `data/regions.py` fills in; the evaluation of region captions and of PerBench fills the
 constant prompts. Question templates are our own; what is marked "released" is a protocol fact that a published
 checkpoint was trained or scored with.
@@ -88,7 +88,7 @@ PERBENCH_CHOICE_PROMPT = "Please answer the question according to the <Prompt0>.
 """Released evaluation prompt of PerBench's choices; questions end with a line break in the file."""
 
 MARKED_OBJECT = "the marked object"
-"""What drawn choices call their region."""
+"""What synthetic choices call their region."""
 
 PERBENCH_REFERRING_ANSWER = "It is [SEG]."
 """Released: the beginning forced on a second answer where the first to PerBench's visual referring had no mask."""
@@ -96,28 +96,28 @@ PERBENCH_REFERRING_ANSWER = "It is [SEG]."
 
 def describe_question(rng: np.random.Generator) -> str:
     """Return a question for a description of {region} of any length."""
-    return _draw(DESCRIBE_QUESTIONS, rng)
+    return _sample(DESCRIBE_QUESTIONS, rng)
 
 
 def detailed_question(rng: np.random.Generator) -> str:
     """Return a question for a long description of {region}."""
-    return _draw(DETAILED_QUESTIONS, rng)
+    return _sample(DETAILED_QUESTIONS, rng)
 
 
 def short_question(rng: np.random.Generator) -> str:
     """Return a question for a phrase that refers to {region}."""
-    return _draw(SHORT_QUESTIONS, rng)
+    return _sample(SHORT_QUESTIONS, rng)
 
 
 def released_short_question(rng: np.random.Generator) -> str:
-    """Return the released question for a phrase that refers to {region}, as if it were drawn."""
+    """Return the released question for a phrase that refers to {region}, as if it were sampled."""
     return RELEASED_SHORT_QUESTION
 
 
 def name_question(rng: np.random.Generator) -> str:
     """Return a question for what {region} is, without candidates."""
-    return _draw(NAME_QUESTIONS, rng)
+    return _sample(NAME_QUESTIONS, rng)
 
 
-def _draw(questions: tuple[str, ...], rng: np.random.Generator) -> str:
+def _sample(questions: tuple[str, ...], rng: np.random.Generator) -> str:
     return questions[rng.integers(len(questions))]

@@ -62,7 +62,7 @@ DESCRIPTION_QUESTIONS = (
 )
 
 _STAND_FOR_NOTHING = ("-stuff", "-merged", "-other")
-"""Endings by which COCO tells its own classes apart; no reader of a picture would say them."""
+"""Endings by which COCO tells its own classes apart; no reader of an image would say them."""
 
 SPOKEN_NAMES = {
     "floor-wood": "wooden floor",
@@ -142,5 +142,5 @@ def description_turn(description: str, mask: BoolMask, rng: np.random.Generator)
 
 
 def _filled(templates: Sequence[str], placeholder: str, text: str, rng: np.random.Generator) -> str:
-    """Return a template drawn from `rng` with the text in it; braces in the text are left alone."""
+    """Return a template sampled from `rng` with the text in it; braces in the text are left alone."""
     return templates[int(rng.integers(len(templates)))].replace(placeholder, text)

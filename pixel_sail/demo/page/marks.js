@@ -1,11 +1,11 @@
-// Drawing on the picture: marks that the user makes, masks that the model gives. Coordinates are those of the image.
+// Drawing on the image: marks that the user makes, masks that the model gives. Coordinates are those of the image.
 
 const MARK_COLOUR = "#ffffff";
 const SMALLEST_BOX = 3;
 const SHARP_SIDE = 1000;
 
 // Everything drawn on one canvas: the image, masks over it, marks on top.
-export class Picture {
+export class ImageView {
   constructor(canvas, onChange) {
     this.canvas = canvas;
     this.context = canvas.getContext("2d");
@@ -18,28 +18,28 @@ export class Picture {
     canvas.addEventListener("pointerdown", (event) => this.press(event));
     canvas.addEventListener("pointermove", (event) => this.move(event));
     canvas.addEventListener("pointerup", (event) => this.release(event));
-    canvas.addEventListener("pointercancel", () => { this.draft = null; this.draw(); });
-    new ResizeObserver(() => this.draw()).observe(canvas);
+    canvas.addEventListener("pointercancel", () => { this.draft = null; this.render(); });
+    new ResizeObserver(() => this.render()).observe(canvas);
   }
 
   show(image) {
     this.image = image;
     this.width = image.naturalWidth;
     this.height = image.naturalHeight;
-    // Small photos get more than one pixel of the canvas each, so that marks on them are sharp.
+    // Small images get more than one pixel of the canvas each, so that marks on them are sharp.
     this.zoom = Math.max(1, Math.ceil(SHARP_SIDE / Math.max(this.width, this.height)));
     this.canvas.width = this.width * this.zoom;
     this.canvas.height = this.height * this.zoom;
     this.canvas.style.setProperty("--aspect", this.width / this.height);
     this.marks = [];
     this.masks = [];
-    this.draw();
+    this.render();
     this.onChange();
   }
 
   removeLast() {
     this.marks.pop();
-    this.draw();
+    this.render();
     this.onChange();
   }
 
@@ -59,14 +59,14 @@ export class Picture {
     if (this.tool === "point") this.finish({ point: start });
     else if (this.tool === "box") this.draft = { start, end: start };
     else this.draft = { path: [start] };
-    this.draw();
+    this.render();
   }
 
   move(event) {
     if (!this.draft) return;
     if (this.draft.path) this.draft.path.push(this.place(event));
     else this.draft.end = this.place(event);
-    this.draw();
+    this.render();
   }
 
   release(event) {
@@ -81,12 +81,12 @@ export class Picture {
       // A click is no box.
       if (x1 - x0 >= SMALLEST_BOX && y1 - y0 >= SMALLEST_BOX) this.finish({ box: [x0, y0, x1, y1] });
     }
-    this.draw();
+    this.render();
   }
 
   finish(mark) {
     this.marks.push(mark);
-    this.draw();
+    this.render();
     this.onChange();
   }
 
@@ -111,7 +111,7 @@ export class Picture {
     });
   }
 
-  draw() {
+  render() {
     if (!this.image) return;
     const { context } = this;
     context.setTransform(this.zoom, 0, 0, this.zoom, 0, 0);
@@ -119,9 +119,9 @@ export class Picture {
     context.drawImage(this.image, 0, 0, this.width, this.height);
     context.imageSmoothingEnabled = false;
     for (const mask of this.masks) if (mask.visible) context.drawImage(mask.layer, 0, 0);
-    // Pixels of the photo in one of the screen: marks can be read on a narrow screen as on a wide one.
+    // Pixels of the image in one of the screen: marks can be read on a narrow screen as on a wide one.
     const scale = this.width / (this.canvas.clientWidth || this.width);
-    this.marks.forEach((mark, index) => this.drawMark(mark, String(index), scale));
+    this.marks.forEach((mark, index) => this.renderMark(mark, String(index), scale));
     if (this.draft?.path) strokePath(context, this.draft.path, "rgba(255, 255, 255, 0.6)", this.brushWidth());
     else if (this.draft) {
       const { start, end } = this.draft;
@@ -129,7 +129,7 @@ export class Picture {
     }
   }
 
-  drawMark(mark, name, scale) {
+  renderMark(mark, name, scale) {
     const { context } = this;
     let [x, y] = mark.point ?? mark.at ?? [mark.box[0], mark.box[1]];
     if (mark.box) outline(context, mark.box, scale);

@@ -1,10 +1,10 @@
-// What the page does: load a photo, ask about it, show the answers. Marks and masks are drawn by marks.js.
+// What the page does: load an image, ask about it, show the answers. Marks and masks are drawn by marks.js.
 
-import { Picture, maskLayer } from "./marks.js";
+import { ImageArray, maskLayer } from "./marks.js";
 
 const at = (id) => document.getElementById(id);
-const picture = new Picture(at("canvas"), refresh);
-const state = { info: null, session: null, photo: "", loading: false, asking: null, colours: 0, turns: 0 };
+const view = new ImageView(at("canvas"), refresh);
+const state = { info: null, session: null, imageName: "", loading: false, asking: null, colours: 0, turns: 0 };
 
 // Return a new element; texts go in as text, never as HTML.
 function make(tag, { text, ...properties } = {}, ...children) {
@@ -40,14 +40,14 @@ function complain(message) {
 // Bring buttons and hints in line with the state.
 function refresh() {
   const ready = state.session !== null && !state.loading;
-  const marks = picture.marks.length;
+  const marks = view.marks.length;
   at("text").disabled = !ready;
   at("ask").disabled = !ready;
   at("ask").textContent = state.asking ? "Stop" : "Ask";
   at("anew").disabled = !ready || Boolean(state.asking) || at("history").childElementCount === 0;
   at("undo").disabled = !ready || marks === 0;
   at("hint").hidden = at("history").childElementCount > 0;
-  at("names").replaceChildren(...picture.marks.map((_, index) => {
+  at("names").replaceChildren(...view.marks.map((_, index) => {
     const button = make("button", { type: "button", text: `<Prompt${index}>`, disabled: !ready });
     button.title = "Put this mark into the question";
     button.addEventListener("click", () => insert(`<Prompt${index}>`));
@@ -65,9 +65,9 @@ function insert(name) {
   box.focus();
 }
 
-// --- photos ---
+// --- images ---
 
-async function openPhoto(name, request, text = "") {
+async function openImage(name, request, text = "") {
   if (state.loading) return;
   state.asking?.abort();
   state.loading = true;
@@ -78,13 +78,13 @@ async function openPhoto(name, request, text = "") {
     const { session } = await (await request()).json();
     const image = new Image();
     image.src = `api/images/${session}`;
-    await image.decode().catch(() => { throw new Error("The photo cannot be shown. Load it again."); });
-    Object.assign(state, { session, photo: name, colours: 0, turns: 0 });
+    await image.decode().catch(() => { throw new Error("The image cannot be shown. Load it again."); });
+    Object.assign(state, { session, imageName: name, colours: 0, turns: 0 });
     at("history").replaceChildren();
     at("text").value = text;
     at("drop").hidden = true;
     at("canvas").hidden = at("tools").hidden = false;
-    picture.show(image);
+    view.show(image);
   } catch (error) {
     complain(error.message);
   }
@@ -93,13 +93,13 @@ async function openPhoto(name, request, text = "") {
   refresh();
 }
 
-// Return the address with the photo that is left, so that the server need not keep it.
+// Return the address with the image that is left, so that the server need not keep it.
 const replacing = (address) => (state.session ? `${address}?replaces=${state.session}` : address);
 
 function openFile(file) {
   const most = state.info?.limits.upload_mb ?? Infinity;
   const type = file.type.startsWith("image/") ? file.type : "application/octet-stream";
-  openPhoto(file.name, () => {
+  openImage(file.name, () => {
     // Said here, for a server that stops reading a body is heard by few browsers.
     if (file.size > most * 1e6) throw new Error(`The file has more than ${most} MB. Choose a smaller one.`);
     return call(replacing("api/images"), { method: "POST", headers: { "content-type": type }, body: file });
@@ -117,7 +117,7 @@ async function ask() {
   at("status").textContent = "Thinking...";
   const answer = make("p", { className: "answer" });
   const turn = make("li", {}, make("p", { className: "question", text }), answer);
-  const body = { session: state.session, text, regions: picture.regions() };
+  const body = { session: state.session, text, regions: view.regions() };
   try {
     const response = await call("api/ask", asJson(body, { signal: stop.signal }));
     at("history").append(turn);
@@ -167,7 +167,7 @@ async function finish(turn, answer, result, signal) {
   const palette = state.info.colours;
   const colours = result.pngs.map(() => palette[state.colours++ % palette.length]);
   const layers = await Promise.all(result.pngs.map((png, index) => maskLayer(png, colours[index])));
-  // Another photo may have been opened meanwhile.
+  // Another image may have been opened meanwhile.
   signal.throwIfAborted();
   answer.replaceChildren(...colouredPhrases(result, colours));
   if (!/[\p{L}\p{N}]/u.test(result.text)) {
@@ -175,16 +175,16 @@ async function finish(turn, answer, result, signal) {
   }
   // Only the newest masks are shown at first; every one can be shown again.
   for (const box of at("history").querySelectorAll("input:checked")) box.checked = false;
-  for (const mask of picture.masks) mask.visible = false;
+  for (const mask of view.masks) mask.visible = false;
   const list = make("ul", { className: "masks" });
   layers.forEach((layer, index) => {
     const mask = { layer, visible: true };
-    picture.masks.push(mask);
+    view.masks.push(mask);
     list.append(maskRow(mask, index, colours[index], result));
   });
   if (layers.length) turn.append(list);
   turn.append(make("p", { className: "timing", text: spent(result) }));
-  picture.draw();
+  view.render();
   turn.scrollIntoView({ block: "nearest" });
 }
 
@@ -205,13 +205,13 @@ function colouredPhrases(result, colours) {
 
 function maskRow(mask, index, colour, result) {
   const box = make("input", { type: "checkbox", checked: true });
-  box.addEventListener("change", () => { mask.visible = box.checked; picture.draw(); });
+  box.addEventListener("change", () => { mask.visible = box.checked; view.render(); });
   const swatch = make("span", { className: "swatch" });
   swatch.style.background = colour;
   const name = result.phrases[index] || `Mask ${index + 1}`;
   const isEmpty = result.boxes[index] === null;
   const about = isEmpty ? `${name} (nothing found)` : `${name} (${Math.round(100 * result.scores[index])} %)`;
-  const file = `${state.photo.replace(/\.[^.]*$/, "") || "photo"}_${state.turns}_${index + 1}`;
+  const file = `${state.imageName.replace(/\.[^.]*$/, "") || "image"}_${state.turns}_${index + 1}`;
   const bytes = Uint8Array.from(atob(result.pngs[index]), (character) => character.charCodeAt(0));
   return make(
     "li", {}, make("label", { className: "name" }, box, swatch, make("span", { text: about })),
@@ -234,8 +234,8 @@ function download(kind, file, blob) {
 
 function spent(result) {
   const { encode_s, generate_s, mask_s } = result.timing;
-  const photo = encode_s > 0 ? `photo ${encode_s.toFixed(2)} s` : "photo kept";
-  const parts = [photo, `answer ${generate_s.toFixed(2)} s`, `masks ${mask_s.toFixed(2)} s`];
+  const encoded = encode_s > 0 ? `image ${encode_s.toFixed(2)} s` : "image kept";
+  const parts = [encoded, `answer ${generate_s.toFixed(2)} s`, `masks ${mask_s.toFixed(2)} s`];
   if (result.wait_s >= 0.01) parts.unshift(`waited ${result.wait_s.toFixed(2)} s`);
   return parts.join(" \u00b7 ");
 }
@@ -245,9 +245,9 @@ async function beginAnew() {
   try {
     await call("api/forget", asJson({ session: state.session }));
     at("history").replaceChildren();
-    picture.masks = [];
+    view.masks = [];
     Object.assign(state, { colours: 0, turns: 0 });
-    picture.draw();
+    view.render();
   } catch (error) {
     complain(error.message);
   }
@@ -270,11 +270,11 @@ for (const kind of ["dragover", "dragleave", "drop"]) {
 }
 for (const button of document.querySelectorAll("[data-tool]")) {
   button.addEventListener("click", () => {
-    picture.tool = button.dataset.tool;
+    view.tool = button.dataset.tool;
     for (const other of document.querySelectorAll("[data-tool]")) other.setAttribute("aria-pressed", other === button);
   });
 }
-at("undo").addEventListener("click", () => { complain(); picture.removeLast(); });
+at("undo").addEventListener("click", () => { complain(); view.removeLast(); });
 at("anew").addEventListener("click", beginAnew);
 at("form").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -299,7 +299,7 @@ async function begin() {
     const image = make("img", { src: `api/examples/${index}`, alt: "" });
     const button = make("button", { type: "button" }, image, make("span", { text }));
     button.addEventListener("click", () =>
-      openPhoto(`example_${index + 1}`, () => call(replacing(`api/examples/${index}`), asJson({})), text));
+      openImage(`example_${index + 1}`, () => call(replacing(`api/examples/${index}`), asJson({})), text));
     return button;
   }));
   if (state.info.examples.length) at("text").placeholder = state.info.examples[0];

@@ -1,10 +1,10 @@
-"""Pictures of training samples: the photo with every mask and prompt in a colour and a number of its own.
+"""Images of training samples: the image with every mask and prompt in a colour and a number of its own.
 
-Place in the flow: the data report and the batch viewer draw with it, on top of `overlay.py`. Different masks are tinted
-and numbered 1, 2, ... in the order of the [SEG] of all turns, and the same mask asked for twice has one number; visual
+Place in the flow: the data report and the batch viewer render with it, on top of `overlay.py`. Different masks are
+tinted and numbered 1, 2, ... in the order of the [SEG] of all turns, and the same mask asked for twice has one number; visual
 prompts are outlined and named P0, P1, ... by their id.
 
-    draw_masks(photo of 640 x 480, [left cup, right cup, left cup], {7: spoon})
+    render_masks(image of 640 x 480, [left cup, right cup, left cup], {7: spoon})
     ->  RGB [360, 480, 3] with "1" and "2" on the cups and a ring named "P7" around the spoon
 """
 
@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pixel_sail.evaluation.overlay import PALETTE, Picture, paint
+from pixel_sail.evaluation.overlay import PALETTE, ImageArray, paint
 from pixel_sail.types import BoolMask, SizeHW
 
 WIDTH_PX = 480
-"""Photos are scaled down to this width."""
+"""Images are scaled down to this width."""
 SMALL_WIDTH_PX = 240
-"""Smaller pictures are enlarged by a whole factor to at least this width."""
+"""Smaller images are enlarged by a whole factor to at least this width."""
 BORDER_PX = 2
 IGNORED_COLOR = (110, 110, 110)
 
@@ -32,40 +32,40 @@ def color_of(number: int) -> tuple[int, int, int]:
 
 
 def mask_numbers(masks: Sequence[BoolMask]) -> list[int]:
-    """Return which picture number, from 0, each mask has: equal masks have the same."""
+    """Return which image number, from 0, each mask has: equal masks have the same."""
     seen: dict[tuple[tuple[int, ...], bytes], int] = {}
     return [seen.setdefault((mask.shape, mask.tobytes()), len(seen)) for mask in masks]
 
 
-def draw_masks(
+def render_masks(
     image: Image.Image,
     masks: Sequence[BoolMask],
     prompts: Mapping[int, BoolMask],
     ignored: Sequence[BoolMask] = (),
-) -> Picture:
+) -> ImageArray:
     """Return an image with masks tinted and numbered, prompts, by id, outlined and named, and ignored pixels grey.
 
     Shapes: masks are [H, W] of the image; the result is scaled, see WIDTH_PX.
     """
-    size_hw = _drawn_size((image.height, image.width))
+    size_hw = _rendered_size((image.height, image.width))
     resampling = Image.Resampling.BILINEAR if size_hw[1] < image.width else Image.Resampling.NEAREST
-    picture = np.asarray(image.convert("RGB").resize((size_hw[1], size_hw[0]), resampling))
+    pixels = np.asarray(image.convert("RGB").resize((size_hw[1], size_hw[0]), resampling))
     for mask in ignored:
-        picture = paint(picture, scale_mask(mask, size_hw), IGNORED_COLOR)
+        pixels = paint(pixels, scale_mask(mask, size_hw), IGNORED_COLOR)
     labels: dict[str, tuple[BoolMask, tuple[int, int, int]]] = {}
     for number, mask in zip(mask_numbers(masks), masks, strict=True):
         if str(number + 1) not in labels:
             scaled = scale_mask(mask, size_hw)
-            picture = paint(picture, scaled, color_of(number))
+            pixels = paint(pixels, scaled, color_of(number))
             labels[str(number + 1)] = (scaled, color_of(number))
     for prompt_id, mask in sorted(prompts.items()):
         scaled = scale_mask(mask, size_hw)
-        picture = _outline(picture, scaled, color_of(prompt_id))
+        pixels = _outline(pixels, scaled, color_of(prompt_id))
         labels[f"P{prompt_id}"] = (scaled, color_of(prompt_id))
-    return _write_labels(picture, labels)
+    return _write_labels(pixels, labels)
 
 
-def _drawn_size(size_hw: SizeHW) -> SizeHW:
+def _rendered_size(size_hw: SizeHW) -> SizeHW:
     height, width = size_hw
     if width > WIDTH_PX:
         return max(1, round(height * WIDTH_PX / width)), WIDTH_PX
@@ -84,8 +84,8 @@ def scale_mask(mask: BoolMask, size_hw: SizeHW) -> BoolMask:
     return small
 
 
-def _outline(picture: Picture, mask: BoolMask, color: tuple[int, int, int]) -> Picture:
-    """Draw a ring around a region, so that a single pixel can be seen and the photo stays visible below."""
+def _outline(pixels: ImageArray, mask: BoolMask, color: tuple[int, int, int]) -> ImageArray:
+    """Render a ring around a region, so that a single pixel can be seen and the image stays visible below."""
     wide, size = mask.copy(), BORDER_PX
     for row, column in np.argwhere(mask)[:1] if mask.sum() == 1 else ():
         wide[max(0, row - 4) : row + 5, max(0, column - 4) : column + 5] = True
@@ -94,14 +94,14 @@ def _outline(picture: Picture, mask: BoolMask, color: tuple[int, int, int]) -> P
     for row in range(2 * size + 1):
         for column in range(2 * size + 1):
             ring |= grown[row : row + wide.shape[0], column : column + wide.shape[1]]
-    result = picture.copy()
+    result = pixels.copy()
     result[ring & ~wide] = color
     return result
 
 
-def _write_labels(picture: Picture, labels: Mapping[str, tuple[BoolMask, tuple[int, int, int]]]) -> Picture:
+def _write_labels(pixels: ImageArray, labels: Mapping[str, tuple[BoolMask, tuple[int, int, int]]]) -> ImageArray:
     """Write each label on a pixel of its mask, near the middle."""
-    canvas = Image.fromarray(picture)
+    canvas = Image.fromarray(pixels)
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(14)
     for text, (mask, color) in labels.items():
@@ -116,8 +116,8 @@ def _write_labels(picture: Picture, labels: Mapping[str, tuple[BoolMask, tuple[i
     return np.asarray(canvas)
 
 
-def jpeg_source(picture: Picture) -> str:
-    """Return a picture as the `src` of an HTML image."""
+def jpeg_source(pixels: ImageArray) -> str:
+    """Return an image as the `src` of an HTML image."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="JPEG", quality=85)
+    Image.fromarray(pixels).save(buffer, format="JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,11 +1,11 @@
 """RefShapes laid out as the released mixes expect the public datasets: every file of `data=cotrain_0_5b` in its place.
 
-Place in the flow: tests call `draw_and_lay_out`; by hand,
+Place in the flow: tests call `render_and_lay_out`; by hand,
 
-    python tests/drawn_cotrain.py DIR
+    python tests/synthetic_cotrain.py DIR
     PIXEL_SAIL_DATA=DIR torchrun --nproc-per-node=2 scripts/train.py experiment=pixel_sail_0_5b ... --dry-run
 
-draws the benchmark below DIR, with a tokenizer, lays it out and prints the whole command.
+renders the benchmark below DIR, with a tokenizer, lays it out and prints the whole command.
 """
 
 import json
@@ -17,7 +17,7 @@ from pathlib import Path
 from running import make_data_root
 from tiny_teachers import MASK2FORMER, SAM2
 
-PHOTOS = (
+IMAGE_DIRS = (
     *("ref_seg/images/train2014", "coco/train2017", "llava_data/llava_images/train2014"),
     *(
         "glamm_data/images/grandf/train",
@@ -25,7 +25,7 @@ PHOTOS = (
         "glamm_data/images/coco2014/train2014",
     ),
 )
-"""Folders that hold photographs; the drawn ones stand in each."""
+"""Folders that hold images; the synthetic ones stand in each."""
 
 FILES = {
     "ref_seg/refcoco": "refshapes",
@@ -40,7 +40,7 @@ FILES = {
     "osprey-724k/osprey_conversation.json": "osprey/osprey_conversation.json",
     "osprey-724k/osprey_short_form.json": "osprey/osprey_short_form.json",
     "osprey-724k/osprey_detail_description.json": "osprey/osprey_detail_description.json",
-    # Drawn scenes have no parts and no absent classes; the records are of the same form.
+    # Synthetic scenes have no parts and no absent classes; the records are of the same form.
     "osprey-724k/osprey_part_level.json": "osprey/osprey_conversation.json",
     "osprey-724k/osprey_lvis_positive_negative.json": "osprey/osprey_conversation.json",
 }
@@ -59,22 +59,22 @@ TINY = (
 
 
 WHOLE_EPOCH = ("data.packing.seq_len=10240", "data.packing.packing_buffer=1", "data.stream_rounds=1")
-"""The 128 samples of a step of the card, in the mixture's order, hold every one of an epoch of two drawn photos."""
+"""The 128 samples of a step of the card, in the mixture's order, hold every one of an epoch of two synthetic images."""
 
 
-def draw_and_lay_out(root: Path) -> None:
-    """Draw a benchmark of two training photos below `root` and put everything that the released mixes read there."""
-    drawn = make_data_root(root, num_train=2, num_eval=1) / "refshapes"
-    places = FILES | dict.fromkeys(PHOTOS, "images/train2014")
+def render_and_lay_out(root: Path) -> None:
+    """Render a benchmark of two training images below `root` and put everything that the released mixes read there."""
+    rendered = make_data_root(root, num_train=2, num_eval=1) / "refshapes"
+    places = FILES | dict.fromkeys(IMAGE_DIRS, "images/train2014")
     for place, origin in places.items():
-        assert (drawn / origin).exists(), origin
+        assert (rendered / origin).exists(), origin
         (root / place).parent.mkdir(parents=True, exist_ok=True)
-        (root / place).symlink_to(drawn / origin)
+        (root / place).symlink_to(rendered / origin)
     # RefCOCOg has other names for its splits, and none for those of one kind of expressions.
     refcocog = root / "ref_seg" / "refcocog"
     refcocog.mkdir()
-    (refcocog / "instances.json").symlink_to(drawn / "refshapes" / "instances.json")
-    refs = pickle.loads((drawn / "refshapes" / "refs(unc).p").read_bytes())
+    (refcocog / "instances.json").symlink_to(rendered / "refshapes" / "instances.json")
+    refs = pickle.loads((rendered / "refshapes" / "refs(unc).p").read_bytes())
     refs = [{**ref, "split": SPLITS_OF_REFCOCOG.get(ref["split"], "val")} for ref in refs]
     (refcocog / "refs(umd).p").write_bytes(pickle.dumps(json.loads(json.dumps(refs)), protocol=2))
 
@@ -106,7 +106,7 @@ def _word(value: object) -> str:
 
 def main() -> None:
     root = Path(sys.argv[1]).resolve()
-    draw_and_lay_out(root)
+    render_and_lay_out(root)
     command = ["torchrun", "--nproc-per-node=2", "scripts/train.py", "experiment=pixel_sail_0_5b"]
     print(f"PIXEL_SAIL_DATA={root}", shlex.join([*command, *TINY, *tiny_teachers(), *WHOLE_EPOCH, "--dry-run"]))
 

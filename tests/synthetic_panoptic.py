@@ -81,7 +81,7 @@ def changed_segment(index, **fields):
     return changed(segments_info=segments)
 
 
-def drawn_turns(source, seeds=range(40)):
+def sampled_turns(source, seeds=range(40)):
     return [turn for seed in seeds for turn in source.get(0, np.random.default_rng(seed)).turns]
 
 

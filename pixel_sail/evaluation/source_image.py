@@ -1,11 +1,12 @@
-"""The photograph that an evaluation item is about, and how it is opened.
+"""The image that an evaluation item is about, and how it is opened.
 
-Place in the flow: questions and report pictures name a `Photo`; `open` returns it as the annotators saw it. An example:
+Place in the flow: questions and examples of reports name a `SourceImage`; `open` returns it as the annotators saw it.
+An example:
 
-    Photo(path=Path("data/lisa_reasoning/val/62.jpg"), size_hw=(4000, 3000), is_upright=True)
+    SourceImage(path=Path("data/lisa_reasoning/val/62.jpg"), size_hw=(4000, 3000), is_upright=True)
 
 is stored as 3000 x 4000 pixels with the EXIF note to turn it. COCO's annotations count pixels as stored instead; which
-of the two is meant cannot be told from the size where a photo is square or upside down, so the dataset says it.
+of the two is meant cannot be told from the size where an image is square or upside down, so the dataset says it.
 """
 
 from dataclasses import dataclass
@@ -18,13 +19,13 @@ from pixel_sail.types import DataError, SizeHW
 
 
 @dataclass(frozen=True, kw_only=True)
-class Photo:
+class SourceImage:
     """An image file and the size its annotations state."""
 
     path: Path
     size_hw: SizeHW
     is_upright: bool = False
-    """Annotations count pixels of the photo turned by its EXIF orientation, not as stored."""
+    """Annotations count pixels of the image turned by its EXIF orientation, not as stored."""
 
     def open(self, where: str) -> Image.Image:
         """Return the RGB image. Raises: DataError when it is missing, damaged or of another size."""

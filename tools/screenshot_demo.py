@@ -1,9 +1,9 @@
-"""Make the picture of the demo that the documentation shows, with a real browser.
+"""Make the screenshot of the demo that the documentation shows, with a real browser.
 
 Place in the flow: beside everything; talks to a running `scripts/demo.py` through Chromium from the system's packages.
 
     python scripts/demo.py checkpoint=runs/quickstart predict.prompt=short predict.max_new_tokens=16 &
-    python tools/picture_demo.py --example 3 --text "pink cross" --out docs/demo.jpg
+    python tools/screenshot_demo.py --example 3 --text "pink cross" --out docs/demo.jpg
 """
 
 import argparse
@@ -16,7 +16,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 VIEW = {"width": 1120, "height": 640}
 
 
-def draw_and_ask(page: Page, example: int, texts: list[str]) -> None:
+def mark_and_ask(page: Page, example: int, texts: list[str]) -> None:
     """Load an example, ask its question and further ones, and show all masks."""
     page.locator("#examples button").nth(example).click()
     expect(page.locator("#ask")).to_be_enabled()
@@ -30,7 +30,7 @@ def draw_and_ask(page: Page, example: int, texts: list[str]) -> None:
 
 
 def main() -> int:
-    """Write the picture; exit status 2 where no browser is installed."""
+    """Write the screenshot; exit status 2 where no browser is installed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--address", default="http://127.0.0.1:7860")
     parser.add_argument("--out", type=Path, required=True, help="a JPEG file")
@@ -45,7 +45,7 @@ def main() -> int:
         browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": VIEW["width"], "height": VIEW["height"]})
         page.goto(arguments.address)
-        draw_and_ask(page, arguments.example, arguments.text)
+        mark_and_ask(page, arguments.example, arguments.text)
         page.mouse.move(0, 0)
         page.screenshot(path=str(arguments.out), type="jpeg", quality=85)
         browser.close()
