@@ -44,6 +44,7 @@ CONFIG_VALUES: dict[str, dict[Any, Any]] = {
     "kernels.recompute_elementwise": {"recomputed": True, "plain": False},
     "data.leakage": "data.decontamination",
     "data.sources.*.wording": "data.sources.*.templates",
+    "data.sources.*.draws": "data.sources.*.expression_sampling",
     "data.sources.*.hide": "data.sources.*.blind_baseline",
     "evals.*.hide": "evals.*.blind_baseline",
 }

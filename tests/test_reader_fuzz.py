@@ -97,8 +97,8 @@ def _encoded(image, kind, **options):
 
 
 IMAGES = {
-    "JPEG": lambda: _encoded(_random_image(), "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03"
-                             b"\x00\x00\x00\x01\x00\x06\x00\x00\x00\x00\x00\x00"),
+    "JPEG": lambda: _encoded(_random_image(), "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00"
+                             b"\x03\x00\x00\x00\x01\x00\x06\x00\x00\x00\x00\x00\x00"),
     "progressive JPEG": lambda: _encoded(_random_image(), "JPEG", progressive=True),
     "PNG": lambda: _encoded(_random_image(), "PNG"),
     "palette PNG": lambda: _encoded(_random_image().quantize(16), "PNG"),

@@ -133,6 +133,7 @@ def test_an_old_choice_in_a_list_and_an_old_argument_of_a_source_are_refused_wit
     node = {"_target_": "pixel_sail.data.sources.refer.load", "root": str(data_root / "refshapes"), "hide": "text"}
     with pytest.raises(ConfigError, match=r"hide was renamed to data\.sources\.shapes\.blind_baseline"):
         build(node | {"dataset": "refshapes"}, "data.sources.shapes")
+    assert renamed_override("data.sources.a.draws=released") == "data.sources.a.expression_sampling=released"
     assert renamed_override("data.sources.shapes.hide=text") == "data.sources.shapes.blind_baseline=language"
 
 

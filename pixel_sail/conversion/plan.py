@@ -92,8 +92,9 @@ class Rows:
         kept = self.sources[self.sources >= 0]
         zero = len(self.sources) - len(kept) - len(self.initialized)
         return (
-            f"{COPIED} {len(kept)} of {source_rows} rows by token name; {len(self.initialized)} rows of new tokens initialized, "
-            f"{zero} rows of no token zero, {source_rows - len(kept)} rows dropped because no token uses them"
+            f"{COPIED} {len(kept)} of {source_rows} rows by token name; {len(self.initialized)} rows of new tokens "
+            f"initialized, {zero} rows of no token zero, {source_rows - len(kept)} rows dropped because no token uses "
+            "them"
         )
 
 

@@ -239,8 +239,8 @@ def _open_image(group: Sequence[ItemRequest[Any]]) -> Image.Image:
     other = next((request for request in group if request.source_image != first.source_image), None)
     if other is not None:
         raise DataError(
-            f"image {first.image_id}: found {first.source_image} for item {first.key} and {other.source_image} for item {other.key}, "
-            "expected one image of one size; repair the annotations"
+            f"image {first.image_id}: found {first.source_image} for item {first.key} and {other.source_image} for "
+            f"item {other.key}, expected one image of one size; repair the annotations"
         )
     return first.source_image.open(f"image {first.image_id}")
 

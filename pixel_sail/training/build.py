@@ -144,8 +144,8 @@ def _load_start(config: ModelConfig, wanted: PixelSailConfig, *, seed: int) -> P
     if refused := [part for part in unfit if part not in config.init_fresh]:
         raise ConfigError(
             f"{where}: its weights do not fit in {refused}; (found, configured) differ in {differing}. Configure what "
-            f"was found, start from a folder of this design, or write model.init_fresh=[{','.join(unfit)}] to initialize "
-            "these parts anew"
+            f"was found, start from a folder of this design, or write model.init_fresh=[{','.join(unfit)}] to "
+            "initialize these parts anew"
         )
     kept = {name: tensor for name, tensor in weights.items() if not any(_is_of(part, name) for part in unfit)}
     initialized = {}
