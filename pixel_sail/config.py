@@ -129,8 +129,8 @@ class ModelConfig:
     """Exported Pixel-SAIL folder whose weights training starts from; None starts from random weights."""
     init_fresh: list[str] = field(default_factory=list)
     """Parts that are initialized anew, or left out, where the weights of `init_from` were made for another
-    `architecture`: mask_head, prompt_projection, patch_embedding. Where they fit they are taken. Empty: what does not fit is an
-    error."""
+    `architecture`: mask_head, prompt_projection, patch_embedding. Where they fit they are taken. Empty: what does not
+    fit is an error."""
     init: str = "ours"
     """How the mask head and the layers towards teachers are initialized where they are new. ours: the signal keeps its
     variance, each upsample block has weights of its own. torch (release): PyTorch's defaults, all blocks start alike.

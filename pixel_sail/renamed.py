@@ -20,38 +20,30 @@ CONFIG_KEYS: dict[str, str] = {
     "data.lane_rounds": "data.stream_rounds",
     "data.packing.token_budget": "data.packing.seq_len",
     "data.packing.lookahead": "data.packing.packing_buffer",
-    "predict.token_budget": "predict.max_batch_tokens",
-    "experts": "distillation",
-    "experts.drawn_states": "distillation.attribute_states",
-    "experts.drawn_pixels": "distillation.attribute_pixels",
-    "allow_random_experts": "allow_random_teachers",
-    "speed.elementwise": "kernels.recompute_elementwise",
-    "speed": "kernels",
-    "checkpoint.rewinds": "checkpoint.max_rollbacks",
-    "corridor": "metric_bounds",
     "data.max_skipped_share": "data.max_skipped_fraction",
-    "data.sources.*.absent_share": "data.sources.*.absent_fraction",
-    "data.sources.*.others_share": "data.sources.*.others_fraction",
-    "data.sources.*.prompt_shares": "data.sources.*.prompt_fractions",
-    "experts.*.share": "experts.*.fraction",
-}
-"""Old key of a configuration -> new key. A key with settings below it is moved with all of them."""
-CONFIG_GROUPS: dict[str, str] = {"experts": "distillation"}
-"""Old name of a config group, as in `group=choice`, -> new name."""
-CONFIG_CHOICES: dict[tuple[str, str], str] = {("experts", "drawn"): "attributes"}
-"""(old group, old choice) -> new choice."""
-CONFIG_VALUES: dict[str, dict[Any, Any]] = {
-    "kernels.recompute_elementwise": {"recomputed": True, "plain": False},
     "data.leakage": "data.decontamination",
     "data.sources.*.wording": "data.sources.*.templates",
     "data.sources.*.draws": "data.sources.*.expression_sampling",
     "data.sources.*.hide": "data.sources.*.blind_baseline",
+    "data.sources.*.absent_share": "data.sources.*.absent_fraction",
+    "data.sources.*.others_share": "data.sources.*.others_fraction",
+    "data.sources.*.prompt_shares": "data.sources.*.prompt_fractions",
     "evals.*.hide": "evals.*.blind_baseline",
+    "experts.drawn_states.share": "distillation.attribute_states.fraction",
+    "experts.drawn_pixels.share": "distillation.attribute_pixels.fraction",
+    "experts.*.share": "distillation.*.fraction",
+    "experts.drawn_states": "distillation.attribute_states",
+    "experts.drawn_pixels": "distillation.attribute_pixels",
+    "experts": "distillation",
+    "allow_random_experts": "allow_random_teachers",
+    "speed.elementwise": "kernels.recompute_elementwise",
+    "speed": "kernels",
+    "predict.token_budget": "predict.max_batch_tokens",
+    "checkpoint.rewinds": "checkpoint.max_rollbacks",
+    "corridor": "metric_bounds",
 }
 """Old key of a configuration -> new key. A key with settings below it is moved with all of them."""
-CONFIG_GROUPS: dict[str, str] = {
-    "leakage": "decontamination",
-}
+CONFIG_GROUPS: dict[str, str] = {"experts": "distillation", "leakage": "decontamination"}
 """Old name of a config group, as in `group=choice`, -> new name."""
 CONFIG_CHOICES: dict[tuple[str, str], str] = {
     ("experts", "drawn"): "attributes",
@@ -59,27 +51,12 @@ CONFIG_CHOICES: dict[tuple[str, str], str] = {
     ("evals", "refshapes_val_image_hidden"): "refshapes_val_image_blind",
 }
 """(old group, old choice) -> new choice."""
-CONFIG_VALUES: dict[str, dict[Any, Any]] = {
-    "data.sources.*.blind_baseline": {"text": "language"},
-    "evals.*.blind_baseline": {"text": "language"},
-}
-"""New key -> values that mean the same: old -> new."""
 TARGETS: dict[str, str] = {
     "pixel_sail.experts.drawn.": "pixel_sail.distillation.attributes.",
     "pixel_sail.experts.": "pixel_sail.distillation.",
 }
 """Beginning of an old `_target_` -> beginning of the new one."""
 LOG_KEYS: dict[str, str] = {
-    "distill/drawn_states": "distill/attribute_states",
-    "distill/drawn_states_images": "distill/attribute_states_images",
-    "distill/drawn_pixels": "distill/attribute_pixels",
-    "distill/drawn_pixels_images": "distill/attribute_pixels_images",
-    "*/distill/drawn_states": "*/distill/attribute_states",
-    "*/distill/drawn_pixels": "*/distill/attribute_pixels",
-}
-"""Old key of a line of log.jsonl -> new key."""
-STATE_KEYS: dict[str, str] = {"lanes": "streams"}
-"""Old field of a checkpoint's train_state, and of what is noted when a run goes back to it, -> new field."""
     **{name: f"loss/{name}" for name in ("total", "text", "bce", "dice")},
     **{name: f"data/{name}" for name in ("tokens", "supervised_tokens", "masks", "samples", "epoch", "skipped")},
     **{name: f"perf/{name}" for name in ("tokens_per_s", "samples_per_s", "mfu", "memory_gb")},
@@ -89,12 +66,26 @@ STATE_KEYS: dict[str, str] = {"lanes": "streams"}
     "grad_norm": "optim/grad_norm",
     "step_s": "time/step_s",
     "data_wait_s": "time/data_s",
+    "distill/drawn_states_images": "data/distill/attribute_states_images",
+    "distill/drawn_pixels_images": "data/distill/attribute_pixels_images",
+    "distill/drawn_states": "loss/distill/attribute_states",
+    "distill/drawn_pixels": "loss/distill/attribute_pixels",
+    "*/distill/drawn_states": "*/distill/attribute_states",
+    "*/distill/drawn_pixels": "*/distill/attribute_pixels",
     "distill/*_images": "data/distill/*_images",
     "distill/*": "loss/distill/*",
     "corridor": "metric_bounds",
 }
 """Old key of a line of log.jsonl -> new key; with several that fit, the first one counts."""
-CONFIG_VALUES["metric_bounds.*.metric"] = {old: new for old, new in LOG_KEYS.items() if "*" not in old}
+CONFIG_VALUES: dict[str, dict[Any, Any]] = {
+    "kernels.recompute_elementwise": {"recomputed": True, "plain": False},
+    "data.sources.*.blind_baseline": {"text": "language"},
+    "evals.*.blind_baseline": {"text": "language"},
+    "metric_bounds.*.metric": {old: new for old, new in LOG_KEYS.items() if "*" not in old},
+}
+"""New key -> values that mean the same: old -> new."""
+STATE_KEYS: dict[str, str] = {"lanes": "streams"}
+"""Old field of a checkpoint's train_state, and of what is noted when a run goes back to it, -> new field."""
 
 _FULL_KEY = re.compile(r"full_key: (\S+)")
 _QUOTED = re.compile(r"['\"`]/?([\w@./]+)['\"`]")
@@ -126,6 +117,8 @@ def current_log_line(line: Mapping[str, Any]) -> dict[str, Any]:
 def current_state(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return where a run was, as a checkpoint or the note of a failed step says it, under today's fields."""
     return {STATE_KEYS.get(name, name): value for name, value in fields.items()}
+
+
 def with_old_log_keys(line: Mapping[str, Any]) -> dict[str, Any]:
     """Return a line of log.jsonl that has its numbers under the keys of earlier versions as well."""
     names = {new: old for old, new in LOG_KEYS.items()}

@@ -51,7 +51,8 @@ def checkpoint(tiny_model, processor, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def region_file(data_root, tmp_path_factory):
-    """RefCOCOg's region-caption file about the synthetic images: every object of PerBench's file is an "image" of it."""
+    """RefCOCOg's region-caption file about the synthetic images: every object of PerBench's file is an "image" of
+    it."""
     folder = data_root / "refshapes"
     images, annotations = [], []
     for record in json.loads((folder / "perbench" / "STBench_Detailed_Caption.json").read_text()):

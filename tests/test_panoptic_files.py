@@ -1,4 +1,5 @@
-"""COCO panoptic and Pix2Cap files: real ones, synthetic ones and damaged ones are read right or refused with a reason."""
+"""COCO panoptic and Pix2Cap files: real ones, synthetic ones and damaged ones are read right or refused with a
+reason."""
 
 import copy
 import json

@@ -4,9 +4,9 @@
     python tools/bench_data.py data=refcoco --seq-len 4608             any data group, model or experiment
     python tools/bench_data.py --json runs/bench_data.json --sequences 64 data.packing.packing_buffer=16
 
-Synthetic data comes from tools/make_refshapes.py. Overrides are those of scripts/train.py. Three things are run: samples
-one by one in this process (time per stage), sequences of one stream (padding), and the training loader with worker
-processes (rate, memory, what the training process itself spends on taking sequences over). From these
+Synthetic data comes from tools/make_refshapes.py. Overrides are those of scripts/train.py. Three things are run:
+samples one by one in this process (time per stage), sequences of one stream (padding), and the training loader with
+worker processes (rate, memory, what the training process itself spends on taking sequences over). From these
 
     data work of a step    worker seconds per sequence / workers + seconds per sequence in the training process
     step                   3 x forward FLOPs of the sequence / rate          (backward: 2 x forward, none recomputed)

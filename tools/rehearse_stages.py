@@ -5,8 +5,8 @@
 Each stage starts from the export of the one before. Its figures are losses of its own kind on data that it does not
 train on, before and after: nats per supervised token for captions and chat, the same and BCE and dice of the masks for
 the mix, BCE and dice for referring segmentation. RefShapes has no captions of whole images: they are put together from
-what its Osprey file says about each region. Needs what `make quickstart` renders. Ends with status 1 when a stage did not
-improve each of its figures.
+what its Osprey file says about each region. Needs what `make quickstart` renders. Ends with status 1 when a stage did
+not improve each of its figures.
 """
 
 import argparse

@@ -303,7 +303,7 @@ def _digest(requests: Sequence[ItemRequest[Any]]) -> str:
     digest = hashlib.sha256()
     for request in requests:
         source_image = [request.source_image.path.name, request.source_image.size_hw, request.source_image.is_upright]
-        asked = [request.key, request.image_id, image, request.text, request.prompt_ids, request.regions]
+        asked = [request.key, request.image_id, source_image, request.text, request.prompt_ids, request.regions]
         digest.update(json.dumps(asked, sort_keys=True).encode())
     return digest.hexdigest()
 

@@ -75,9 +75,9 @@ def sample_points(
 ) -> Tensor:
     """Return points [N, Q, 2]: the most uncertain of many uniform candidates, and fresh uniform ones.
 
-    Masks of several images come with a generator for each and their numbers: what is sampled for an image does not depend
-    on the others. Random numbers are sampled on the generators' device (the CPU) and moved, so that a run does not
-    depend on the device.
+    Masks of several images come with a generator for each and their numbers: what is sampled for an image does not
+    depend on the others. Random numbers are sampled on the generators' device (the CPU) and moved, so that a run does
+    not depend on the device.
     Source: PointRend / Mask2Former, with their ratios.
     """
     generators = [generator] if isinstance(generator, torch.Generator) else generator

@@ -11,8 +11,8 @@ Place in the flow: llava_v1_5_mix665k.json (665k records, 1 GB) -> here -> `Samp
 What the released loader got wrong, and what happens here:
 - long conversations were cut within a word of an answer, which a model then learned to stop at, and what followed was
   never seen: what does not fit into a sequence (`data.packing.seq_len`) with its image is divided between turns into
-  parts that do (`data/turn_parts.py`), of which one is sampled, or with `long_conversations=released` the first one kept;
-- messages of one side in a row: see `data/conversations.py`.
+  parts that do (`data/turn_parts.py`), of which one is sampled, or with `long_conversations=released` the first one
+kept; - messages of one side in a row: see `data/conversations.py`.
 """
 
 from pathlib import Path
@@ -35,8 +35,8 @@ def load(
 
     annotations: the JSON file. image_dir: folder that the paths of the records start from. long_conversations: of one
     that is longer than a sequence, ours: a part sampled at random; released: the turns from the beginning on (the
-    release cuts the next turn, here it is left out). A single turn that is longer is an error. Raises: DataError, ValueError.
-    """
+    release cuts the next turn, here it is left out). A single turn that is longer is an error. Raises: DataError,
+    ValueError."""
     keeps_beginning = is_released(name, "long_conversations", long_conversations)
     return LlavaSource(open_records(annotations), Path(image_dir), name=name, keeps_beginning=keeps_beginning)
 

@@ -140,7 +140,8 @@ def expressions(
 
 
 def _turned_as_released(item: ReasonItem) -> RLE | None:
-    """Return the released target of an image with an EXIF turn, as it lies on the upright image; None without a turn."""
+    """Return the released target of an image with an EXIF turn, as it lies on the upright image; None without a
+    turn."""
     turn = turn_of(item.image_path, str(item.json_path))
     if turn is None:
         return None

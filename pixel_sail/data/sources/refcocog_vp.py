@@ -8,8 +8,8 @@ Example: the ref with the sentence "The tie of the standing man." becomes
     Turn(question="Describe <Prompt4> in a few words.", answer="<Prompt4>: the tie of the standing man")
 
 What the released loader got wrong, and what happens here:
-- one sentence per object was sampled when the source was made, the others were never seen: it is sampled for every sample;
-- of several refs of one object only the last was kept: their sentences are one list;
+- one sentence per object was sampled when the source was made, the others were never seen: it is sampled for every
+sample; - of several refs of one object only the last was kept: their sentences are one list;
 - its file could not be imported at all.
 """
 

@@ -58,8 +58,8 @@ def load(
     image_dir: images, where they are in none of IMAGE_FOLDERS. name: of the source in logs, the dataset by default.
     expressions_per_image: most turns of one sample. text_field: `raw` or `sent`. question_style: `varied` or `fixed`.
     blind_baseline: language or image. expression_sampling, ours: no expression twice in a sample; released: always
-    `expressions_per_image` turns, each about one of the objects sampled with replacement, and an object is asked for with
-    one of its sentences only (of its last ref, where several refs name it).
+    `expressions_per_image` turns, each about one of the objects sampled with replacement, and an object is asked for
+    with one of its sentences only (of its last ref, where several refs name it).
     Raises: DataError.
     """
     annotations = load_refer(root, dataset, split, split_by=split_by, image_dir=image_dir)
