@@ -141,9 +141,9 @@ def write_result(place: Path, path: Path, question: str, image: Image.Image, res
     """Write an answer as `<place>.json`, and its masks as an image, `<place>.png`."""
     record = {"image": path.name, "question": question, **result.to_json()}
     replace_text(place.with_name(f"{place.name}.json"), json.dumps(record, indent=1) + "\n")
-    image: ImageArray = np.asarray(image)
+    painted: ImageArray = np.asarray(image)
     for index, mask in enumerate(result.masks_NHW):
-        image = paint(image, mask, PALETTE[index % len(PALETTE)])
+        painted = paint(painted, mask, PALETTE[index % len(PALETTE)])
     content = BytesIO()
-    Image.fromarray(image).save(content, format="PNG")
+    Image.fromarray(painted).save(content, format="PNG")
     replace_bytes(place.with_name(f"{place.name}.png"), content.getvalue())

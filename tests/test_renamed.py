@@ -119,7 +119,7 @@ def test_a_run_with_experts_is_one_with_distillation_today():
         ("experts.drawn_states.cache=x", "distillation.attribute_states.cache=x"),
         ("+experts.edges.model={a: 1}", "+distillation.edges.model={a: 1}"),
         ("allow_random_experts=true", "allow_random_teachers=true"),
-        ("speed.experts=mixed", "speed.experts=mixed"),
+        ("speed.experts=mixed", "kernels.experts=mixed"),
     ],
 )
 def test_experts_on_a_command_line_are_refused_as_distillation(override, written):

@@ -115,7 +115,7 @@ def batches(predictor: BatchPredictor, requests: Sequence[ItemRequest[Item]]) ->
     costs: list[tuple[int, Batch[Item]]] = []
     by_grid: dict[SizeHW, list[list[ItemRequest[Item]]]] = {}
     for group in by_image(requests):
-        by_grid.setdefault(predictor.processor.grid_of(group[0].image.size_hw), []).append(group)
+        by_grid.setdefault(predictor.processor.grid_of(group[0].source_image.size_hw), []).append(group)
     for grid, groups in by_grid.items():
         batch: Batch[Item] = []
         for group in groups:

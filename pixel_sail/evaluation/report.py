@@ -83,7 +83,7 @@ def _figures(folder: Path, heading: str, examples: Sequence[ResultExample]) -> t
         page.append("<div class=grid>")
         for index, example in group:
             name = f"examples/{heading}_{index:02d}.png"
-            data = _save_png(folder / name, example.render())
+            data = _save_png(folder / name, example.image())
             caption = f"{example.text} ({example.remarks()})".replace("\n", " ")
             text += [f"**{caption}**", "", f"![{heading} {index}]({name})", ""]
             page.append(_figure(example, data))

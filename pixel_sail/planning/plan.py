@@ -95,9 +95,9 @@ def make_plan(
     forward = [flops.forward_flops(architecture, work, teachers, config.kernels) for work in works]
     parts = {name: micro_batches * mean([getattr(one, name) for one in forward]) for name in vars(forward[0])}
     step = flops.ForwardFlops(**parts)
-    teachers = _teachers(config, works, micro_batches)
+    teacher_flops = _teacher_flops(config, works, micro_batches)
     training = flops.training_flops(step, architecture, checkpointing=config.optim.activation_checkpointing)
-    seconds = (training["model"] + sum(cost or 0.0 for cost in teachers.values())) / machine.operations_per_second(
+    seconds = (training["model"] + sum(cost or 0.0 for cost in teacher_flops.values())) / machine.operations_per_second(
         config.optim.precision
     ) + training["recomputed"] / machine.operations_per_second(config.optim.precision)
     tokens = micro_batches * mean([work.real_tokens for work in works])
@@ -116,7 +116,7 @@ def make_plan(
             "forward": parts,
             "step": training["model"],
             "recomputed": training["recomputed"],
-            "teachers": teachers,
+            "teachers": teacher_flops,
             "with_minimal_attention": flops.BACKWARD_AND_FORWARD
             * (step.total - step.attention + step.attention_minimal),
         },
@@ -133,7 +133,7 @@ def make_plan(
     }
 
 
-def _teachers(config: TrainConfig, works: Sequence[Workload], micro_batches: int) -> dict[str, float | None]:
+def _teacher_flops(config: TrainConfig, works: Sequence[Workload], micro_batches: int) -> dict[str, float | None]:
     costs = [flops.teacher_flops(work, config.distillation) for work in works]
     means: dict[str, float | None] = {}
     for name in config.distillation:
