@@ -83,7 +83,7 @@ def test_a_mask_logit_is_the_dot_product_of_query_and_feature():
 
 
 def _may_see(sample, branch, in_image, query, key):
-    """Return the attention rule in words: own sample; own or shared branch; earlier, or both in the image."""
+    """Return what attention allows, in words: own sample; own or shared branch; earlier, or both in the image."""
     if sample[query] != sample[key]:
         return False
     if branch[key] != 0 and branch[key] != branch[query]:

@@ -175,7 +175,7 @@ def test_checkpointing_keeps_one_map_in_place_of_what_is_computed_again(tiny_mod
     )
     layers, slots = SIZES["small"]["num_hidden_layers"], work.rows * work.tokens_per_row
     key_value = architecture.num_key_value_heads * architecture.head_dim
-    # A norm's input, one number and its output; queries, mixed values, keys and values, a log-sum per head.
+    # A norm's input, one number and its output; queries, attention output, keys and values, a log-sum per head.
     attention = 2 * 64 + 1 + 2 * 64 + 2 * key_value + architecture.num_attention_heads
     norm_and_swiglu = 2 * 64 + 1 + 2 * 176
     ends = 4 * slots * (layers * (attention + norm_and_swiglu)) - whole.decoder

@@ -180,7 +180,7 @@ class DecoderLayer(nn.Module):
     """Pre-norm attention and feed-forward, each with a residual connection."""
 
     compiled = False
-    """Whether both halves, but not the products of attention, go through torch.compile (see `Speed.compile`)."""
+    """Whether both halves, but not the products of attention, go through torch.compile (see `Kernels.compile`)."""
     checkpointed = False
     """Whether the backward pass computes the feed-forward half again (see `OptimConfig.activation_checkpointing`)."""
 

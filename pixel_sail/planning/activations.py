@@ -90,14 +90,14 @@ def attention_bytes(architecture: Architecture, work: Workload, element: int, ke
     width, key_value = architecture.hidden_size, architecture.num_key_value_heads * architecture.head_dim
     tokens = work.rows * work.tokens_per_row
     if kernels.attention == "dense":
-        # Rotated queries, keys and values repeated for every head, and the mixed values.
+        # Rotated queries, keys and values repeated for every head, and the attention output.
         maps = 4 * width * tokens
     elif kernels.attention == "varlen":
-        # Rotated queries, the mixed values of each call and all of them in one row; keys and values, and again those of
-        # texts in the order of their calls.
+        # Rotated queries, the attention output of images and of texts, and both in one row; keys and values, and again
+        # those of texts in the order of their segments.
         maps = (3 * width + 2 * key_value) * tokens + 2 * key_value * work.computed_keys
     else:
-        # Rotated queries, keys, values, and the mixed values.
+        # Rotated queries, keys, values, and the attention output.
         maps = (2 * width + 2 * key_value) * tokens
     norm = norm_bytes(architecture, tokens, element, kernels)
     # Both weights on every token keep everything twice.
