@@ -28,6 +28,7 @@ from pixel_sail.evaluation.task_scores import Scores
 from pixel_sail.files import read_json, replace_text
 from pixel_sail.provenance import code_version
 from pixel_sail.refshapes.formats import KIND_SPLITS
+from pixel_sail.renamed import current_config
 from pixel_sail.types import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,7 +132,7 @@ def report(config: TrainConfig, data: Path, run_dir: Path, timing: Timing) -> No
         name = f"refshapes_{split}"
         predictions = read_predictions(run_dir / "evaluation" / name / "predictions.jsonl")
         examples[split] = spread_examples(build(evals[name], name), predictions, EXAMPLES_PER_SPLIT)
-    made_with = json.loads((run_dir / "config.json").read_text())
+    made_with = current_config(json.loads((run_dir / "config.json").read_text()))
     steps, sequences = made_with["optim"]["steps"], made_with["data"]["global_batch_size"]
     write_report(
         run_dir,
