@@ -5,7 +5,7 @@ Place in the flow: `refer_seg.py`, `region_caption.py`, `region_choice.py`, `vis
 detailed captions becomes
 
     ItemRequest(item=RegionCaption(...), key="sa_1.jpg/0.0", image_id="images/sa_1.jpg",
-    source_image=SourceImage(path=..., ...),
+                source_image=SourceImage(path=..., ...),
                 text="Can you provide me with a detailed ... <Prompt0>? ...", regions=(rle,), prompt_ids=(0,))
 """
 
