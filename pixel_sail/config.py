@@ -28,7 +28,7 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from pixel_sail.data.decontamination import DecontaminationConfig
-from pixel_sail.data.details import DETAILS
+from pixel_sail.data.details import DETAIL_CHOICES
 from pixel_sail.data.packing import PackingSettings
 from pixel_sail.distillation.settings import TeacherSettings
 from pixel_sail.errors import ExpectedError
@@ -186,8 +186,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Check the numbers and the choice."""
-        if self.details not in DETAILS:
-            raise ConfigError(f"data.details is {self.details!r}, expected one of {DETAILS}")
+        if self.details not in DETAIL_CHOICES:
+            raise ConfigError(f"data.details is {self.details!r}, expected one of {DETAIL_CHOICES}")
         if (self.global_batch_size is None) == (self.samples_per_step is None):
             raise ConfigError(
                 f"data.global_batch_size is {self.global_batch_size}, data.samples_per_step is {self.samples_per_step};"
@@ -659,7 +659,7 @@ class DemoConfig:
     limits: DemoLimits = field(default_factory=DemoLimits)
 
 
-Config = TypeVar("Config", TrainConfig, EvalConfig, PredictCommandConfig, DemoConfig)
+ConfigT = TypeVar("ConfigT", TrainConfig, EvalConfig, PredictCommandConfig, DemoConfig)
 
 _STORE = ConfigStore.instance()
 for _name, _node in (
@@ -674,8 +674,8 @@ for _name, _node in (
 
 
 def load_config(
-    name: str, schema: type[Config], overrides: Sequence[str], *, given: Mapping[str, str] = types.MappingProxyType({})
-) -> Config:
+    name: str, schema: type[ConfigT], overrides: Sequence[str], *, given: Mapping[str, str] = types.MappingProxyType({})
+) -> ConfigT:
     """Compose `configs/<name>.yaml` with command-line overrides into a checked object.
 
     Settings that hold text get the text that was typed, see `overrides.py`. A leading `~` of a path is the home

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from pixel_sail.config import ConfigError
 from pixel_sail.errors import ExpectedError
-from pixel_sail.evaluation.results import EVALUATION, FILE_NAME, SCORED, Row, read_rows
+from pixel_sail.evaluation.results import EVALUATION, RESULTS_FILE, SCORED, ResultRow, read_rows
 from pixel_sail.evaluation.run import EXPORT
 from pixel_sail.evaluation.tables import scores_table
 from pixel_sail.files import read_json, read_json_lines, replace_text
@@ -181,7 +181,7 @@ def _scores(run_dir: Path, export: Path) -> str:
     hashes = model_hashes(export)
     weights_sha256, model_sha256 = weights_hash(export, hashes), hash_of(hashes)
     folder = run_dir / EVALUATION
-    rows = read_rows(folder, fields=_ROW) if (folder / FILE_NAME).is_file() else {}
+    rows = read_rows(folder, fields=_ROW) if (folder / RESULTS_FILE).is_file() else {}
     own = {
         name: row
         for name, row in rows.items()
@@ -203,7 +203,7 @@ def _scores(run_dir: Path, export: Path) -> str:
     return "\n".join(lines)
 
 
-def _intervals(rows: Mapping[str, Row]) -> dict[str, dict[str, tuple[float, float]]]:
+def _intervals(rows: Mapping[str, ResultRow]) -> dict[str, dict[str, tuple[float, float]]]:
     return {
         name: {score: (low, high) for score, (low, high) in row.get("intervals", {}).items()}
         for name, row in rows.items()

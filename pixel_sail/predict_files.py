@@ -21,7 +21,7 @@ from PIL import Image
 
 from pixel_sail.config import PREDICT_TEXTS, ConfigError, PredictCommandConfig, load_config, plain_options
 from pixel_sail.data.images import existing_file, load_image
-from pixel_sail.evaluation.overlay import PALETTE, ImageArray, paint
+from pixel_sail.evaluation.overlay import PALETTE, ImageArray, tint_mask
 from pixel_sail.files import check_writable, is_hidden, replace_bytes, replace_text
 from pixel_sail.model.generation import NotFiniteError
 from pixel_sail.predictor import Predictor
@@ -143,7 +143,7 @@ def write_result(place: Path, path: Path, question: str, image: Image.Image, res
     replace_text(place.with_name(f"{place.name}.json"), json.dumps(record, indent=1) + "\n")
     painted: ImageArray = np.asarray(image)
     for index, mask in enumerate(result.masks_NHW):
-        painted = paint(painted, mask, PALETTE[index % len(PALETTE)])
+        painted = tint_mask(painted, mask, PALETTE[index % len(PALETTE)])
     content = BytesIO()
     Image.fromarray(painted).save(content, format="PNG")
     replace_bytes(place.with_name(f"{place.name}.png"), content.getvalue())

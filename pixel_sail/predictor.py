@@ -27,7 +27,7 @@ from PIL import Image
 from pixel_sail.config import ConfigError, PredictConfig
 from pixel_sail.data.images import load_image, rgb_image
 from pixel_sail.data.templates.region import REGION_CAPTION_PROMPT
-from pixel_sail.evaluation.predict import DTYPES, BatchPredictor, GenerationRequest
+from pixel_sail.evaluation.predict import BatchPredictor, GenerationRequest
 from pixel_sail.evaluation.refer_seg import PROMPTS
 from pixel_sail.evaluation.run import checkpoint_folder
 from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS
@@ -35,7 +35,7 @@ from pixel_sail.model.folder import MODEL_FILES
 from pixel_sail.model.generation import GenerationOutput, ImagePrefixes, NotFiniteError, generate_steps
 from pixel_sail.model.tokenization import END_TOKEN, IMAGE_TOKENS, SEG_TOKEN, TURN_END, TURN_START
 from pixel_sail.predictor_io import ImageLike, PredictorOutput, PredictorRequest, Region, Timing, visual_prompts
-from pixel_sail.types import DataError, VisualPrompt
+from pixel_sail.types import DTYPES, DataError, VisualPrompt
 
 DESCRIBE_IMAGE = "Please describe this image."
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

@@ -21,7 +21,7 @@ from pixel_sail.paths import is_bundled
 STARTS = "starts.jsonl"
 """File of a run folder with one line for every start of the run."""
 
-PACKAGES = ("transformers", "accelerate", "deepspeed")
+RECORDED_PACKAGES = ("transformers", "accelerate", "deepspeed")
 
 
 def code_version() -> str:
@@ -58,4 +58,4 @@ def packages() -> dict[str, str]:
     """Return the versions of Python and of the packages that numbers hang on."""
     # torch itself says for which CUDA it was built.
     own = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    return own | {name: metadata.version(name) for name in PACKAGES}
+    return own | {name: metadata.version(name) for name in RECORDED_PACKAGES}

@@ -35,6 +35,15 @@ BoolMask = NDArray[np.bool_]
 RLE = dict[str, Any]
 """COCO run-length encoding: {"size": [height, width], "counts": str}."""
 
+Json = dict[str, Any]
+"""A JSON object, as a file holds it."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Name of a precision in settings -> its dtype."""
+
+PROTOCOLS = ("standard", "paper")
+"""How a benchmark is scored: as its authors define it, or as the paper's code does."""
+
 SizeHW = tuple[int, int]
 
 IGNORE_LABEL = -100

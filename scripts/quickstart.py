@@ -20,7 +20,7 @@ import torch
 from pixel_sail.config import EvalConfig, TrainConfig, build, load_config
 from pixel_sail.entry import one_message
 from pixel_sail.evaluation.predictions import read_predictions
-from pixel_sail.evaluation.report import write_report
+from pixel_sail.evaluation.report import write_html_report
 from pixel_sail.evaluation.result_examples import spread_examples
 from pixel_sail.evaluation.results import SCORED, read_rows
 from pixel_sail.evaluation.tables import guesses_table, scores_table
@@ -32,10 +32,10 @@ from pixel_sail.renamed import current_config
 from pixel_sail.types import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
-SPLITS = ("val", *KIND_SPLITS, "testA", "testB")
+EVAL_SPLITS = ("val", *KIND_SPLITS, "testA", "testB")
 BLIND = {"language-blind": "refshapes_val_language_blind", "image-blind": "refshapes_val_image_blind"}
-EVALS = [f"refshapes_{split}" for split in SPLITS] + list(BLIND.values())
-SHOWN = (*KIND_SPLITS, "testA", "testB")
+EVALS = [f"refshapes_{split}" for split in EVAL_SPLITS] + list(BLIND.values())
+REPORTED_SPLITS = (*KIND_SPLITS, "testA", "testB")
 EXAMPLES_PER_SPLIT = 6
 
 
@@ -79,7 +79,7 @@ def main() -> int:
     if not (data / "tokenizer").is_dir():
         arguments = ("--refer-root", str(data), "--dataset", "refshapes", "--out", str(data / "tokenizer"))
         run(sys.executable, "tools/make_tokenizer.py", *arguments)
-    timing = Timing(run_dir / "timing.json")
+    timing = StageTimes(run_dir / "timing.json")
     processes = num_processes(config.data.global_batch_size)
     if not timing.has("train"):
         micro = config.data.micro_batch_size
@@ -96,7 +96,7 @@ def main() -> int:
     return 0
 
 
-class Timing:
+class StageTimes:
     """Seconds of each finished stage, remembered in a file so that a second call knows what is done."""
 
     def __init__(self, path: Path) -> None:
@@ -114,27 +114,27 @@ class Timing:
         replace_text(self.path, json.dumps(self.seconds) + "\n")
 
 
-def report(config: TrainConfig, data: Path, run_dir: Path, timing: Timing) -> None:
+def report(config: TrainConfig, data: Path, run_dir: Path, timing: StageTimes) -> None:
     """Write metrics.json, report.md and report.html from what the commands left behind. Raises: DataError."""
     scores = read_scores(run_dir)
-    splits = {split: scores[f"refshapes_{split}"] for split in SPLITS}
+    splits = {split: scores[f"refshapes_{split}"] for split in EVAL_SPLITS}
     blind = {row: scores[name] for row, name in BLIND.items()}
     meta = read_json(data / "meta.json", {"blind_scores": dict}, fail=DataError, remedy="render the data again")
-    guesses = {split: meta["blind_scores"][split] for split in SPLITS}
+    guesses = {split: meta["blind_scores"][split] for split in EVAL_SPLITS}
     seconds = round(sum(timing.seconds.values()), 1)
     metrics = {"splits": _brief(splits), "blind": _brief(blind), "guesses": guesses, "seconds": seconds}
     replace_text(run_dir / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-    names = ",".join(f"refshapes_{split}" for split in SHOWN)
+    names = ",".join(f"refshapes_{split}" for split in REPORTED_SPLITS)
     where = [f"checkpoint={run_dir}", f"evals=[{names}]", f"paths.data={config.paths.data}"]
     evals = load_config("evaluate", EvalConfig, where).evals
     examples = {}
-    for split in SHOWN:
+    for split in REPORTED_SPLITS:
         name = f"refshapes_{split}"
         predictions = read_predictions(run_dir / "evaluation" / name / "predictions.jsonl")
         examples[split] = spread_examples(build(evals[name], name), predictions, EXAMPLES_PER_SPLIT)
     made_with = current_config(json.loads((run_dir / "config.json").read_text()))
     steps, sequences = made_with["optim"]["steps"], made_with["data"]["global_batch_size"]
-    write_report(
+    write_html_report(
         run_dir,
         title="Pixel-SAIL quickstart: referring segmentation on RefShapes",
         facts=[

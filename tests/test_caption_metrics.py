@@ -180,7 +180,7 @@ def test_letters_outside_ascii_are_words_in_any_locale(tools):
 def test_dropped_tokens_are_those_of_the_coco_evaluation(tools):
     from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
 
-    assert frozenset(PUNCTUATIONS) == java_tools.DROPPED_TOKENS
+    assert frozenset(PUNCTUATIONS) == java_tools.PUNCTUATION_TOKENS
 
 
 # The protocol of the paper.

@@ -13,12 +13,12 @@ from shared_data import shared_data
 from pixel_sail.config import CONFIG_FOLDER
 from pixel_sail.data.checking.contamination import contamination_key
 from pixel_sail.data.checking.downloads import DOWNLOADS, advice_for, downloads_of
-from pixel_sail.data.checking.files import annotation_files, check_paths, file_fact
-from pixel_sail.data.checking.findings import Findings, Kind, Lengths, SoundFraction
+from pixel_sail.data.checking.files import annotation_files, check_source_paths, file_fact
+from pixel_sail.data.checking.findings import FindingKind, Findings, Lengths, SoundFraction
 from pixel_sail.data.checking.instances import read_instances, segmentation_problems
 from pixel_sail.data.checking.items import ItemCheck, check_items, check_sample, chosen_items
 from pixel_sail.data.checking.known import KNOWN_FILE, expected_images, known_split
-from pixel_sail.data.checking.refs import read_refs
+from pixel_sail.data.checking.refs import check_refs
 from pixel_sail.types import DataError, Sample, Turn, VisualPrompt
 
 SQUARE = [[0, 0, 3, 0, 3, 3, 0, 3]]
@@ -40,34 +40,34 @@ def test_every_wrong_ref_is_named(tmp_path):
     path = tmp_path / "refs(unc).p"
     path.write_bytes(pickle.dumps(REFS))
     findings = Findings()
-    rows = read_refs(path, findings)
+    rows = check_refs(path, findings)
     troubles = {(f.kind, f.subject.removeprefix(f"{path}: ")) for f in findings.all() if f.is_trouble}
     assert troubles == {
-        (Kind.REF_RECORD, "refs[0]"),
-        (Kind.REF_RECORD, "refs[1]"),
-        (Kind.REF_RECORD, "refs[2], ref_id 1"),
-        (Kind.NO_SENTENCE, "refs[2], ref_id 1"),
-        (Kind.REF_RECORD, "refs[3], ref_id 2"),
-        (Kind.DUPLICATE_REF_ID, "refs[4], ref_id 2"),
-        (Kind.REF_RECORD, "refs[4], ref_id 2"),
-        (Kind.DUPLICATE_SENTENCE, "refs[4], ref_id 2, sentence 0"),
-        (Kind.NO_SENTENCE, "refs[4], ref_id 2, sentence 0"),
-        (Kind.REF_RECORD, "refs[5], ref_id 4"),
-        (Kind.NO_SENTENCE, "refs[5], ref_id 4"),
-        (Kind.REF_RECORD, "refs[6], ref_id 5, sentence 1"),
-        (Kind.NO_SENTENCE, "refs[6], ref_id 5"),
+        (FindingKind.REF_RECORD, "refs[0]"),
+        (FindingKind.REF_RECORD, "refs[1]"),
+        (FindingKind.REF_RECORD, "refs[2], ref_id 1"),
+        (FindingKind.NO_SENTENCE, "refs[2], ref_id 1"),
+        (FindingKind.REF_RECORD, "refs[3], ref_id 2"),
+        (FindingKind.DUPLICATE_REF_ID, "refs[4], ref_id 2"),
+        (FindingKind.REF_RECORD, "refs[4], ref_id 2"),
+        (FindingKind.DUPLICATE_SENTENCE, "refs[4], ref_id 2, sentence 0"),
+        (FindingKind.NO_SENTENCE, "refs[4], ref_id 2, sentence 0"),
+        (FindingKind.REF_RECORD, "refs[5], ref_id 4"),
+        (FindingKind.NO_SENTENCE, "refs[5], ref_id 4"),
+        (FindingKind.REF_RECORD, "refs[6], ref_id 5, sentence 1"),
+        (FindingKind.NO_SENTENCE, "refs[6], ref_id 5"),
     }
     assert [(row.image_id, row.ann_ids, row.text_lengths) for row in rows][-1] == (1, (10,), (9,))
-    assert [f.kind for f in findings.all() if not f.is_trouble] == [Kind.EMPTY_TEXT]
+    assert [f.kind for f in findings.all() if not f.is_trouble] == [FindingKind.EMPTY_TEXT]
 
 
 def test_generalised_refs_may_have_no_target_and_no_sentence(tmp_path):
     path = tmp_path / "grefs(unc).json"
     path.write_text(json.dumps([{"ref_id": 1, "image_id": 1, "ann_id": [-1], "split": "val", "sentences": []}]))
     findings = Findings()
-    (row,) = read_refs(path, findings)
+    (row,) = check_refs(path, findings)
     assert row.ann_ids == ()
-    assert [(f.kind, f.is_trouble) for f in findings.all()] == [(Kind.NO_SENTENCE, False)]
+    assert [(f.kind, f.is_trouble) for f in findings.all()] == [(FindingKind.NO_SENTENCE, False)]
 
 
 def checked_instances(tmp_path, *annotations):
@@ -94,7 +94,7 @@ def test_masks_that_differ_from_the_stated_area_are_counted_with_examples(tmp_pa
         {"segmentation": [square(10, 50)]},
     ]
     ((kind, is_trouble, message),) = checked_instances(tmp_path, *rows)
-    assert (kind, is_trouble) == (Kind.AREA, False)
+    assert (kind, is_trouble) == (FindingKind.AREA, False)
     assert message.startswith(
         "found 2 of 5 masks whose pixels differ from the stated area by more than 15% (annotations[2], id 3: 1600 "
         "pixels, stated 1200; annotations[3], id 4: 1600 pixels, stated 16)"
@@ -104,7 +104,7 @@ def test_masks_that_differ_from_the_stated_area_are_counted_with_examples(tmp_pa
 def test_fractions_are_a_trouble_and_the_corner_of_a_file_in_pixels_is_none(tmp_path):
     fractions, corner = {"segmentation": [[0.1, 0.2, 0.6, 0.2, 0.6, 0.8]]}, {"segmentation": [square(0, 1)]}
     assert [(kind, bad) for kind, bad, _ in checked_instances(tmp_path, fractions, corner)] == [
-        (Kind.FRACTIONS, True)
+        (FindingKind.FRACTIONS, True)
     ] * 2
     assert checked_instances(tmp_path, {"segmentation": [square(10, 50)]}, corner) == []
 
@@ -113,12 +113,12 @@ def test_lists_of_encodings_are_sound_and_short_polygons_are_noted(tmp_path):
     rle = {"size": [100, 100], "counts": [0, 50, 9950]}
     assert checked_instances(tmp_path, {"segmentation": [rle], "area": 50}) == []
     ((kind, is_trouble, message),) = checked_instances(tmp_path, {"segmentation": [square(10, 50), [1, 1, 2, 2]]})
-    assert (kind, is_trouble) == (Kind.SHORT_POLYGON, False)
+    assert (kind, is_trouble) == (FindingKind.SHORT_POLYGON, False)
     assert message.startswith("found 1 polygons with fewer than three points, the first is polygon 1")
     ((kind, is_trouble, _),) = checked_instances(tmp_path, {"segmentation": [[1, 1, 2, 2]]})
-    assert (kind, is_trouble) == (Kind.BAD_MASK, True)
+    assert (kind, is_trouble) == (FindingKind.BAD_MASK, True)
     ((kind, is_trouble, _),) = checked_instances(tmp_path, {"segmentation": [rle | {"size": [1, 2]}]})
-    assert (kind, is_trouble) == (Kind.MASK_SIZE, True)
+    assert (kind, is_trouble) == (FindingKind.MASK_SIZE, True)
 
 
 def test_half_a_character_in_a_ref_is_named(tmp_path):
@@ -126,9 +126,9 @@ def test_half_a_character_in_a_ref_is_named(tmp_path):
     ref = {"ref_id": 1, "image_id": 1, "ann_id": 10, "split": "val", "sentences": [sentence]}
     (tmp_path / "refs(unc).p").write_bytes(pickle.dumps([ref]))
     findings = Findings()
-    read_refs(tmp_path / "refs(unc).p", findings)
+    check_refs(tmp_path / "refs(unc).p", findings)
     (found,) = findings.all()
-    assert (found.kind, found.is_trouble) == (Kind.REF_RECORD, True) and "half a character" in found.message
+    assert (found.kind, found.is_trouble) == (FindingKind.REF_RECORD, True) and "half a character" in found.message
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1", b"\x80\x04"])
@@ -136,8 +136,8 @@ def test_half_a_character_in_a_ref_is_named(tmp_path):
 def test_an_unreadable_refs_file_is_one_trouble(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     findings = Findings()
-    assert read_refs(tmp_path / name, findings) == []
-    assert [f.kind for f in findings.all()] == [Kind.UNREADABLE_FILE]
+    assert check_refs(tmp_path / name, findings) == []
+    assert [f.kind for f in findings.all()] == [FindingKind.UNREADABLE_FILE]
 
 
 def test_the_same_image_has_one_key_and_synthetic_images_have_their_own(tmp_path):
@@ -202,17 +202,17 @@ def test_every_wrong_item_of_any_source_is_named(tmp_path):
     result = check_items(_Listed(list(samples.values())), findings, sample=None, num_shown=9, progress=False)
     found = {(f.kind, Path(f.subject).name) for f in findings.all()}
     assert found == {
-        (Kind.EMPTY_MASK, "empty"),
-        (Kind.MASK_SIZE, "size"),
-        (Kind.ITEM, "places"),
-        (Kind.ITEM, "question"),
-        (Kind.EMPTY_TEXT, "silent"),
-        (Kind.ITEM, "no turn"),
-        (Kind.ITEM, "unnamed"),
-        (Kind.ITEM, "twice"),
-        (Kind.ITEM, "no image"),
-        (Kind.MISSING_IMAGE, "lost.png"),
-        (Kind.ITEM, "listed item 12"),
+        (FindingKind.EMPTY_MASK, "empty"),
+        (FindingKind.MASK_SIZE, "size"),
+        (FindingKind.ITEM, "places"),
+        (FindingKind.ITEM, "question"),
+        (FindingKind.EMPTY_TEXT, "silent"),
+        (FindingKind.ITEM, "no turn"),
+        (FindingKind.ITEM, "unnamed"),
+        (FindingKind.ITEM, "twice"),
+        (FindingKind.ITEM, "no image"),
+        (FindingKind.MISSING_IMAGE, "lost.png"),
+        (FindingKind.ITEM, "listed item 12"),
     }
     assert [sample.sample_id for sample in result.shown] == ["good", "no target"]
     assert (result.images, result.empty_masks) == (SoundFraction(checked=11, sound=10), 1)
@@ -235,13 +235,13 @@ def test_masks_of_unknown_image_size_are_compared_with_nothing():
     [
         (SQUARE, []),
         ([[0, 0, 5.9, 0, 5.9, 4.9, 0, 4.9]], []),
-        ([[-1.5, 0, 3, 0, 3, 3]], [Kind.OUTSIDE_IMAGE]),
-        ([*SQUARE, [0, 0, 9, 0, 3, 3], [0, 0, 3, 0, 3, 7]], [Kind.OUTSIDE_IMAGE] * 2),
-        ({"size": [5, 4], "counts": "x"}, [Kind.MASK_SIZE]),
-        ({"counts": "x"}, [Kind.MASK_SIZE]),
-        ([], [Kind.BAD_MASK]),
-        (None, [Kind.BAD_MASK]),
-        ([[0, 0, float("nan"), 0, 3, 3]], [Kind.BAD_MASK]),
+        ([[-1.5, 0, 3, 0, 3, 3]], [FindingKind.OUTSIDE_IMAGE]),
+        ([*SQUARE, [0, 0, 9, 0, 3, 3], [0, 0, 3, 0, 3, 7]], [FindingKind.OUTSIDE_IMAGE] * 2),
+        ({"size": [5, 4], "counts": "x"}, [FindingKind.MASK_SIZE]),
+        ({"counts": "x"}, [FindingKind.MASK_SIZE]),
+        ([], [FindingKind.BAD_MASK]),
+        (None, [FindingKind.BAD_MASK]),
+        ([[0, 0, float("nan"), 0, 3, 3]], [FindingKind.BAD_MASK]),
     ],
 )
 def test_segmentations_are_judged_without_decoding(segmentation, kinds):
@@ -313,17 +313,17 @@ def test_files_are_measured_and_unexpected_sizes_noted(tmp_path):
     findings = Findings()
     fact = file_fact(path, findings)
     assert (fact.num_bytes, fact.sha256[:8]) == (2, "4f53cda1")
-    assert [(f.kind, f.is_trouble) for f in findings.all()] == [(Kind.FILE_SIZE, False)]
+    assert [(f.kind, f.is_trouble) for f in findings.all()] == [(FindingKind.FILE_SIZE, False)]
     assert file_fact(tmp_path / "none.json", findings) is None
-    assert findings.subjects(Kind.MISSING_FILE) == {str(tmp_path / "none.json")}
+    assert findings.subjects(FindingKind.MISSING_FILE) == {str(tmp_path / "none.json")}
 
 
 def test_one_of_several_folders_is_enough_and_every_missing_path_is_named(tmp_path):
     findings = Findings()
-    assert check_paths({"_target_": "a/b", "dirs": ["/no/where", str(tmp_path)], "style": "short"}, findings)
+    assert check_source_paths({"_target_": "a/b", "dirs": ["/no/where", str(tmp_path)], "style": "short"}, findings)
     assert findings.all() == ()
-    assert not check_paths({"file": "/no/a.json", "dirs": ["/no/b", "/no/c"], "root": str(tmp_path)}, findings)
-    assert findings.subjects(Kind.MISSING_FILE) == {"/no/a.json", "/no/b, /no/c"}
+    assert not check_source_paths({"file": "/no/a.json", "dirs": ["/no/b", "/no/c"], "root": str(tmp_path)}, findings)
+    assert findings.subjects(FindingKind.MISSING_FILE) == {"/no/a.json", "/no/b, /no/c"}
 
 
 def test_the_files_a_source_holds_on_to_are_found(tmp_path):

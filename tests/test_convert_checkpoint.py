@@ -42,7 +42,7 @@ from transformers import (
 from pixel_sail.config import ModelConfig
 from pixel_sail.conversion import sources, vocabulary, writer
 from pixel_sail.conversion.convert import expected_shapes, to_ours
-from pixel_sail.conversion.layouts import LAYOUTS, reason
+from pixel_sail.conversion.layouts import LAYOUTS, layout_reason
 from pixel_sail.conversion.plan import Rows
 from pixel_sail.conversion.sizes import COPIED_SIZES, Chosen, base_architecture
 from pixel_sail.conversion.sources import open_source
@@ -141,7 +141,7 @@ def architecture_of_file(name):
 def test_the_defaults_of_every_road_are_those_of_the_model_files(name, layout):
     assert ROADS.keys() == {path.stem for path in (ROOT / "configs" / "model").glob("*.yaml")}
     wanted = Architecture(**architecture_of_file(name))
-    held = {n: s for n, s in expected_shapes(wanted).items() if reason(LAYOUTS[layout].initialised, n) is None}
+    held = {n: s for n, s in expected_shapes(wanted).items() if layout_reason(LAYOUTS[layout].initialised, n) is None}
     infos = {n: sources.TensorInfo(shape=shape, dtype=torch.bfloat16) for n, shape in held.items()}
     base = {field: getattr(wanted, field) for field in (*COPIED_SIZES, "rope_theta")}
     assert vars(base_architecture(base, infos, Chosen())) == vars(wanted)

@@ -87,7 +87,7 @@ def test_the_recorded_release_comes_back_bit_for_bit(name):
     tool = load_tool("check_parity")
     stride = max(1, -(-config["patch_size"] // 2 ** config["upsample_blocks"]))
     architecture = Architecture(
-        **{field: config[field] for field in tool.COPIED_SIZES},
+        **{field: config[field] for field in tool.RECORDED_SIZES},
         mask_stride=stride,
         num_visual_prompts=config["num_visual_prompts"],
         token_ids=tokens,

@@ -23,7 +23,7 @@ from pixel_sail.config import DemoConfig, DemoLimits, EvalConfig, load_config
 from pixel_sail.demo import limits as limits_module
 from pixel_sail.demo.examples import render_examples
 from pixel_sail.demo.limits import Refusal
-from pixel_sail.demo.server import PAGE, Example, _Queue
+from pixel_sail.demo.server import PAGE_FILES, DemoExample, _Queue
 from pixel_sail.demo.sessions import Sessions
 from pixel_sail.evaluation import refer_seg
 from pixel_sail.evaluation.predictions import read_predictions
@@ -52,7 +52,7 @@ def predictor(batch):  # noqa: F811
 
 @pytest.fixture
 def client(predictor, image):
-    examples = [Example(image=image, text="the star")]
+    examples = [DemoExample(image=image, text="the star")]
     with (
         served(predictor, limits=LIMITS, examples=examples) as address,
         httpx.Client(base_url=address, timeout=30) as client,
@@ -291,7 +291,7 @@ def test_no_other_file_of_the_server_can_be_read(client, address):
 
 
 def test_the_page_is_served_and_may_load_nothing_from_elsewhere(client):
-    for address, (_, kind) in PAGE.items():
+    for address, (_, kind) in PAGE_FILES.items():
         response = client.get(address)
         assert response.status_code == 200 and response.headers["content-type"] == kind
         assert "default-src 'none'" in response.headers["content-security-policy"]

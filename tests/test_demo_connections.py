@@ -14,7 +14,7 @@ from test_predict import predictor as batch  # noqa: F401, a fixture
 
 from pixel_sail import Predictor
 from pixel_sail.config import DemoLimits
-from pixel_sail.demo.server import Example
+from pixel_sail.demo.server import DemoExample
 from pixel_sail.predictor import Chat
 
 HOST = "Host: 127.0.0.1\r\n"
@@ -81,7 +81,7 @@ def test_slow_clients_of_any_number_keep_nobody_out(batch, kind):  # noqa: F811
 
 def test_clients_that_do_not_take_their_answer_keep_nobody_out(batch):  # noqa: F811
     noise = np.random.default_rng(0).integers(0, 256, (2000, 3000, 3), dtype=np.uint8)
-    examples = [Example(image=Image.fromarray(noise), text="a")]
+    examples = [DemoExample(image=Image.fromarray(noise), text="a")]
     text = f"GET /api/examples/0 HTTP/1.1\r\n{HOST}\r\n"
     limits = DemoLimits(transfer_s=1.0)
     with served(Predictor(batch), most=3, examples=examples, limits=limits) as address:

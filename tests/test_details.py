@@ -9,7 +9,7 @@ from hydra.utils import get_method
 from omegaconf import OmegaConf
 
 from pixel_sail.config import CONFIG_FOLDER, ConfigError, TrainConfig, load_config
-from pixel_sail.data.details import DETAILS, is_released
+from pixel_sail.data.details import DETAIL_CHOICES, is_released
 from pixel_sail.training.checkpoint import differing_leaves, with_defaults
 from pixel_sail.training.prepare import build_mixture, identity_defaults, run_identity
 
@@ -56,7 +56,7 @@ def test_every_option_of_every_source_follows_the_setting(all_sources):
         loader = get_method(node["_target_"])
         named = {key for key, argument in inspect.signature(loader).parameters.items() if argument.default == "ours"}
         assert given == named == OPTIONS[node["_target_"].split(".")[-2]], name
-    for setting in DETAILS:
+    for setting in DETAIL_CHOICES:
         for node in all_sources(f"data.details={setting}").values():
             options = OPTIONS[node["_target_"].split(".")[-2]]
             assert {node[option] for option in options} <= {setting}
@@ -83,7 +83,7 @@ def test_a_wrong_value_is_named():
         is_released("refcoco", "expression_sampling", "mine")
 
 
-@pytest.mark.parametrize("setting", DETAILS)
+@pytest.mark.parametrize("setting", DETAIL_CHOICES)
 def test_every_kind_of_source_gives_samples_with_either_setting(data_root, monkeypatch, setting):
     monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
     # The question is the expression alone.
@@ -107,7 +107,7 @@ def without_new_keys(identity):
     """Return the identity as a run has it that is older than the setting and its options."""
     data = {key: value for key, value in identity["data"].items() if key != "details"}
     data["sources"] = {
-        name: {key: value for key, value in node.items() if value not in DETAILS}
+        name: {key: value for key, value in node.items() if value not in DETAIL_CHOICES}
         for name, node in data["sources"].items()
     }
     return {**identity, "data": data}

@@ -132,8 +132,8 @@ def test_ranks_that_differ_are_named():
 
 def test_the_worst_finding_is_the_verdict_and_its_fix_is_shown():
     fine, bad = checks.check_open_files(65536), checks.check_open_files(10)
-    assert checks.verdict([fine]) == OK and checks.verdict([fine, bad]) == BAD
-    assert "-> ulimit" in checks.findings_text([fine, bad]) and "->" not in checks.findings_text([fine])
+    assert checks.worst_status([fine]) == OK and checks.worst_status([fine, bad]) == BAD
+    assert "-> ulimit" in checks.checks_text([fine, bad]) and "->" not in checks.checks_text([fine])
 
 
 def doctor():

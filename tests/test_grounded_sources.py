@@ -14,7 +14,7 @@ from shared_data import shared_data
 
 from pixel_sail.config import CONFIG_FOLDER
 from pixel_sail.data.masks import decode_rle
-from pixel_sail.data.remarks import remarks
+from pixel_sail.data.remarks import collect_remarks
 from pixel_sail.data.sources import flickr_gcg, gcg_benchmark, grandf, refcocog_gcg
 from pixel_sail.data.templates.grounded_caption import CAPTION_QUESTIONS, PAPER_CAPTION_PROMPT, STANDARD_CAPTION_PROMPT
 from pixel_sail.rle import encode_mask
@@ -138,7 +138,7 @@ def test_spans_of_other_words_are_remarked_and_train_nothing(tmp_path, caplog):
         "ball": {"token_positives": [15, 19], "rle_masks": [encode_mask(OVER)]},
     }
     record = grandf_record("A boy throws a ball.", groundings=groundings)
-    with remarks() as heard:
+    with collect_remarks() as heard:
         source = grandf_source(tmp_path, record)
     assert "2 are not in their caption" in caplog.text
     assert [remark.message for remark in heard] == [

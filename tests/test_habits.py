@@ -33,7 +33,7 @@ def test_the_site_takes_versions_the_project_pins_too():
 
 def test_every_pinned_package_has_a_licence_on_the_page():
     tool = load_tool("list_licences")
-    packages, known = tool.pinned(), tool.rows_of(tool.PAGE)
+    packages, known = tool.pinned(), tool.rows_of(tool.LICENCES_PAGE)
     assert {p.file for p in packages} == set(tool.FILES)
     assert len(packages) == len(known) > 100
     assert not [p.name for p in packages if f"{tool.normal(p.name)}=={p.version}" not in known]
@@ -42,7 +42,9 @@ def test_every_pinned_package_has_a_licence_on_the_page():
 def test_the_check_of_licences_names_what_is_missing(monkeypatch, tmp_path, capsys):
     tool = load_tool("list_licences")
     page = tmp_path / "licences.md"
-    page.write_text("".join(line for line in tool.PAGE.read_text().splitlines(True) if not line.startswith("| torch ")))
+    page.write_text(
+        "".join(line for line in tool.LICENCES_PAGE.read_text().splitlines(True) if not line.startswith("| torch "))
+    )
     monkeypatch.setattr(tool, "PAGE", page)
     assert tool.main(["--check"]) == 1
     assert "['torch']" in capsys.readouterr().err

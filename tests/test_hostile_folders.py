@@ -29,7 +29,7 @@ from pixel_sail.data.images import load_image, rgb_image
 from pixel_sail.data.panoptic import read_segment_ids
 from pixel_sail.distillation.mask2former import mask2former
 from pixel_sail.distillation.ours import ours
-from pixel_sail.evaluation.loaders import LOADERS, TARGETS, eval_entry, load_entry, read_entry
+from pixel_sail.evaluation.loaders import LOADER_TARGETS, LOADERS, eval_entry, load_entry, read_entry
 from pixel_sail.evaluation.phrase_similarity import EncoderSimilarity
 from pixel_sail.evaluation.run import run_evals
 from pixel_sail.files import sha256
@@ -180,7 +180,7 @@ def test_every_eval_of_the_configuration_is_on_the_list_and_old_folders_name_the
         entry = read_entry(json.loads(json.dumps(eval_entry(node, 3))), "here")
         assert entry["loader"] in LOADERS and entry["max_images"] == 3
         assert read_entry(node | {"max_images": 3}, "here") == entry
-    for target, name in TARGETS.items():
+    for target, name in LOADER_TARGETS.items():
         module, _, function = target.rpartition(".")
         assert getattr(importlib.import_module(module), function) is LOADERS[name]
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from pixel_sail.data.image_sizes import stored_hw
 from pixel_sail.data.images import existing_file, find_image, image_file, load_image
-from pixel_sail.data.remarks import remarks
+from pixel_sail.data.remarks import collect_remarks
 from pixel_sail.model.patches import grid_size, image_to_patches
 from pixel_sail.types import DataError
 
@@ -245,7 +245,7 @@ def test_damaged_files_of_rare_formats_are_refused(tmp_path, pixels, image_forma
 
 
 def remarked(path):
-    with remarks() as heard:
+    with collect_remarks() as heard:
         load_image(path, where="image")
     return [(remark.topic, remark.message.partition(";")[0]) for remark in heard]
 
@@ -289,7 +289,7 @@ def test_a_name_is_found_in_the_other_unicode_form_and_remarked(tmp_path, pixels
     Image.fromarray(pixels).save(path)
     wanted = unicodedata.normalize(asked, name)
     assert str(tmp_path / wanted) != str(path)
-    with remarks() as heard:
+    with collect_remarks() as heard:
         assert find_image([tmp_path / "absent", tmp_path], wanted) == image_file(tmp_path, wanted) == path
         np.testing.assert_array_equal(_load(tmp_path / wanted), pixels)
         assert stored_hw(tmp_path / wanted, "w") == pixels.shape[:2]

@@ -23,12 +23,12 @@ from pixel_sail.config import PredictConfig
 from pixel_sail.data.sources.refer import expressions, load_refer
 from pixel_sail.distillation import cache_writer
 from pixel_sail.distillation.cache import FeatureCache
-from pixel_sail.distillation.cache_writer import finish, is_shard_complete, make_plan, start_folder, write_shard
+from pixel_sail.distillation.cache_writer import finish, is_shard_complete, plan_cache, start_folder, write_shard
 from pixel_sail.errors import WriteError
 from pixel_sail.evaluation.engine import evaluate
 from pixel_sail.evaluation.predict import BatchPredictor
 from pixel_sail.evaluation.refer_seg import as_task
-from pixel_sail.evaluation.report import write_report
+from pixel_sail.evaluation.report import write_html_report
 from pixel_sail.evaluation.results import append_row, read_rows
 from pixel_sail.files import read_json_lines, recover_folder, replace_folder
 from pixel_sail.training import checkpoint, checkpoint_writer
@@ -234,7 +234,7 @@ def test_an_export_that_finds_no_room_leaves_the_older_one_and_nothing_else(tmp_
 
 def test_killed_while_a_feature_cache_is_built(tmp_path):
     def act(folder):
-        plan = make_plan(list("abc"), IDENTITY, dtype="fp16", images_per_shard=2)
+        plan = plan_cache(list("abc"), IDENTITY, dtype="fp16", images_per_shard=2)
         start_folder(folder, plan)
         for number in range(2):
             if not is_shard_complete(folder, number):
@@ -280,11 +280,11 @@ def test_killed_while_results_and_a_report_are_written(tmp_path):
     def prepare(folder):
         folder.mkdir()
         append_row(folder, row | {"eval": "before"})
-        write_report(folder, title="before", facts=[], tables=[], cases={})
+        write_html_report(folder, title="before", facts=[], tables=[], cases={})
 
     def act(folder):
         append_row(folder, row)
-        write_report(folder, title="after", facts=[], tables=[], cases={})
+        write_html_report(folder, title="after", facts=[], tables=[], cases={})
 
     def check(folder):
         assert {"before"} <= read_rows(folder).keys() <= {"before", "val"}

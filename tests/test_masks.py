@@ -17,7 +17,7 @@ from pixel_sail.data.masks import (
     summed_as_released,
     union_masks,
 )
-from pixel_sail.data.remarks import remarks
+from pixel_sail.data.remarks import collect_remarks
 from pixel_sail.rle import encode_mask
 from pixel_sail.types import DataError
 
@@ -136,7 +136,7 @@ def test_a_list_of_encodings_is_their_union():
 
 @pytest.mark.parametrize("short", [[], [0, 0], [3, 3, 3, 4], (1, 1, 4, 4)])
 def test_a_short_polygon_among_good_ones_is_left_out_and_remarked(short):
-    with remarks() as heard:
+    with collect_remarks() as heard:
         mask = decode_segmentation([FIRST_SQUARE, short, SECOND_SQUARE], SIZE_HW, "f.json: annotation 12")
     np.testing.assert_array_equal(mask, TWO_SQUARES)
     assert [(r.topic, r.where) for r in heard] == [("short polygon", "f.json: annotation 12")]

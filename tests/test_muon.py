@@ -31,7 +31,7 @@ from pixel_sail.training import muon
 from pixel_sail.training.build import add_training_parts
 from pixel_sail.training.muon import MuonAdamW, orthogonal_all
 from pixel_sail.training.optim import build_optimizer, set_learning_rate
-from pixel_sail.training.roles import ROLES, is_orthogonal
+from pixel_sail.training.roles import PARAMETER_ROLES, is_orthogonal
 from pixel_sail.training.schedule import is_stable, learning_rate
 
 MUON = OptimConfig(optimizer="muon", lr=1e-2, weight_decay=0.1, betas=(0.9, 0.98))
@@ -69,7 +69,7 @@ def test_every_weight_has_one_role_and_is_trained_once(tiny_model, kind):
     assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
     assert orthogonal_names(model, optimizer) == expected_names(model) != set()
     for name, parameter in model.named_parameters():
-        matching = [role for role in ROLES if re.fullmatch(role.pattern, name)]
+        matching = [role for role in PARAMETER_ROLES if re.fullmatch(role.pattern, name)]
         assert len(matching) == (1 if parameter.ndim > 1 else 0), name
 
 

@@ -27,10 +27,10 @@ from synthetic_panoptic import (
 from pixel_sail.data.images import load_image
 from pixel_sail.data.masks import decode_segmentation, union_masks
 from pixel_sail.data.panoptic import load_categories, open_panoptic
-from pixel_sail.data.remarks import remarks
+from pixel_sail.data.remarks import collect_remarks
 from pixel_sail.data.sources import coco_panoptic, coco_semantic, coco_vp, pix2cap_seg, pix2cap_vp
 from pixel_sail.data.templates import segmentation
-from pixel_sail.refshapes.formats import CATEGORY_ID, RULES
+from pixel_sail.refshapes.formats import CATEGORY_ID, SCENE_RULES
 from pixel_sail.refshapes.panoptic_format import write_panoptic
 from pixel_sail.refshapes.scene import encode_jpeg, paint_scene, sample_scene
 from pixel_sail.rle import encode_mask as shape_rle
@@ -99,7 +99,7 @@ def test_a_segment_whose_pixels_are_not_the_stated_area_is_remarked(tmp_path, ar
     data = copy.deepcopy(DATA)
     data["annotations"][1]["segments_info"][0]["area"] = area
     file = open_panoptic(write(tmp_path, data), "train2017")
-    with remarks() as heard:
+    with collect_remarks() as heard:
         file.masks(file.image(1))
     found = [remark.message for remark in heard]
     assert found == (["segment 1 has 3 pixels in the PNG, the file states 400"] if differs else [])
@@ -180,7 +180,7 @@ def sampled(tmp_path):
     (tmp_path / "images").mkdir()
     for index in range(6):
         rng = np.random.default_rng([7, index])
-        scene = sample_scene(rng, RULES["train"])
+        scene = sample_scene(rng, SCENE_RULES["train"])
         name = f"COCO_train2014_{index + 1:012d}.jpg"
         (tmp_path / "images" / name).write_bytes(encode_jpeg(paint_scene(rng, scene)))
         objects = [

@@ -414,7 +414,7 @@ def test_every_template_holds_its_placeholder_once():
         assert all(template.count("{name}") == 1 for template in templates)
     assert all(template.count("all the {name}") == 1 for template in segmentation.SEMANTIC_QUESTIONS)
     assert all(template.count("{description}") == 1 for template in segmentation.DESCRIPTION_QUESTIONS)
-    for templates in (region_class.CLASS_QUESTIONS, region_class.DESCRIBE_QUESTIONS):
+    for templates in (region_class.CLASS_QUESTIONS, region_class.DETAIL_QUESTIONS):
         assert all(template.count("{region}") == 1 for template in templates)
         assert len(set(templates)) == len(templates)
 

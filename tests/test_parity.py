@@ -143,7 +143,7 @@ def _write_folder(folder, tool, model, processor, make_sample):
     tokens = model.config.token_ids
     named = convert_release_state(tool.named_weights(shapes), model, source_tokens=tokens, target_tokens=tokens)
     model.load_state_dict(named)
-    config = {name: getattr(model.config, name) for name in tool.COPIED_SIZES}
+    config = {name: getattr(model.config, name) for name in tool.RECORDED_SIZES}
     config |= {"mrope_section": [0, 2, 2], "special_tokens": tokens, "num_visual_prompts": 15, "upsample_blocks": 1}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "shapes.json").write_text(json.dumps(shapes))

@@ -281,7 +281,7 @@ def test_every_template_is_synthetic_and_names_the_region_once(questions, ask):
 def test_the_prompts_of_region_captions_are_questions_of_training():
     asked = templates.REGION_CAPTION_PROMPT.replace("<Prompt0>", "{region}")
     assert "{region}" in asked
-    assert asked in templates.DETAILED_QUESTIONS and asked in region_class.DESCRIBE_QUESTIONS
+    assert asked in templates.DETAILED_QUESTIONS and asked in region_class.DETAIL_QUESTIONS
     # SAM's captions are asked for with the suffix that PerBench's are.
     assert templates.PERBENCH_CAPTION_PROMPT == templates.REGION_CAPTION_PROMPT + templates.DETAILED_SUFFIX
 

@@ -35,7 +35,7 @@ def run_dir(quickstart, data_root, tiny_model, processor, tmp_path_factory):
         options = [f"checkpoint={folder}", f"evals=[{','.join(quickstart.EVALS)}]", "predict.answer=forced"]
         options += ["progress=false", "examples=0", "resamples=0", "predict.prompt=short"]
         run_evals(load_config("evaluate", EvalConfig, options))
-        timing = quickstart.Timing(folder / "timing.json")
+        timing = quickstart.StageTimes(folder / "timing.json")
         timing.add("train", 10.0)
         timing.add("evaluate", 2.5)
         config = load_config("train", TrainConfig, ["experiment=quickstart", f"run_dir={folder}"])

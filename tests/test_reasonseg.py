@@ -13,7 +13,7 @@ from shared_data import shared_data
 from pixel_sail.data.image_sizes import upright_hw
 from pixel_sail.data.images import load_image
 from pixel_sail.data.masks import decode_rle
-from pixel_sail.data.sources.reasonseg import expressions, load, paint, read_item
+from pixel_sail.data.sources.reasonseg import expressions, load, paint_shapes, read_item
 from pixel_sail.data.templates.reasoning import (
     PHRASE_QUESTIONS,
     SENTENCE_QUESTIONS,
@@ -55,7 +55,7 @@ def write(root, name="a", split="train", *, size_hw=(8, 10), exif=None, image=Tr
 
 def painted(tmp_path, *shapes):
     write(tmp_path, shapes=list(shapes))
-    return paint(read_item(tmp_path / "train" / "a.json").shapes, (8, 10))
+    return paint_shapes(read_item(tmp_path / "train" / "a.json").shapes, (8, 10))
 
 
 def filled(rows, columns):
@@ -229,7 +229,7 @@ def test_a_turned_image_has_the_target_that_the_released_script_paints_on_the_st
     assert upright.released_target["size"] == upright.target["size"] == list(upright_hw(path, "x"))
     assert upright.released_target != upright.target and stored.released_target is None
     # The points are those of the upright image: painted on the stored one they lie elsewhere.
-    assert (decode_rle(stored.target) == paint(read_item(path.with_suffix(".json")).shapes, (9, 12))[0]).all()
+    assert (decode_rle(stored.target) == paint_shapes(read_item(path.with_suffix(".json")).shapes, (9, 12))[0]).all()
 
 
 def _with_orientation(mask, path, orientation):

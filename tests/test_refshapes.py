@@ -19,8 +19,8 @@ from pixel_sail.refshapes import RefShapesSpec, formats, write_refshapes
 from pixel_sail.refshapes.baselines import GUESSES, ReferredObject, blind_choices, blind_scores
 from pixel_sail.refshapes.expressions import Describer
 from pixel_sail.refshapes.focus import FOCI, FOCUS_FRACTIONS, SceneRules, pick_focus
-from pixel_sail.refshapes.kinds import COLOURS, HELD_OUT, SHAPES, TEXTURES, VALUES
-from pixel_sail.refshapes.queries import Query, Sentence, decides, denote, is_put_to_the_test, names_held_out
+from pixel_sail.refshapes.kinds import COLOURS, HELD_OUT_PAIRS, SHAPES, TEXTURES, VALUES
+from pixel_sail.refshapes.queries import Query, SceneExpression, decides, denote, is_put_to_the_test, names_held_out
 from pixel_sail.refshapes.scene import ACROSS_PX, IMAGE_SIZES, Scene, SceneObject, paint_scene
 from pixel_sail.types import DataError
 
@@ -39,8 +39,8 @@ def scene_of(split: str, index: int) -> Scene:
     return formats.sample_described_scene(3, split, index)[1]
 
 
-def sentences_of(split: str, num_images: int) -> list[tuple[Scene, Sentence]]:
-    found: list[tuple[Scene, Sentence]] = []
+def sentences_of(split: str, num_images: int) -> list[tuple[Scene, SceneExpression]]:
+    found: list[tuple[Scene, SceneExpression]] = []
     for index in range(num_images):
         _, scene, singles = formats.sample_described_scene(3, split, index)
         describer = Describer(scene, np.random.default_rng(index), may_name_held_out=split == "testB")
@@ -99,7 +99,7 @@ def test_object_counts_image_sizes_and_focus_follow_the_rules(split: str) -> Non
     scenes = [scene_of(split, index) for index in range(12)]
     assert all(2 <= len(scene.objects) <= 6 and scene.image_hw in IMAGE_SIZES for scene in scenes)
     assert {scene.focus for scene in scenes} <= (
-        {formats.RULES[split].focus} if split in formats.KIND_SPLITS else set(FOCI)
+        {formats.SCENE_RULES[split].focus} if split in formats.KIND_SPLITS else set(FOCI)
     )
     if split == "testA":
         assert all(len({item.shape for item in scene.objects}) == 1 for scene in scenes)
@@ -168,7 +168,7 @@ def test_words_that_suffice_without_the_colour_or_shape_do_not_put_it_to_the_tes
 
     def is_asked(*named: tuple[str, str], target: int) -> bool:
         query = Query(attributes=named)
-        sentence = Sentence(text="", query=query, targets=(target,), kind=decides(scene, query))
+        sentence = SceneExpression(text="", query=query, targets=(target,), kind=decides(scene, query))
         return is_put_to_the_test(scene, sentence)
 
     assert is_asked(("colour", "red"), ("shape", "ring"), target=1) is True
@@ -278,8 +278,12 @@ def test_negation_denotes_what_fits_and_lacks_the_value() -> None:
 
 
 def test_held_out_pairs_are_a_tenth_of_all_pairs() -> None:
-    assert 0.08 <= len(HELD_OUT) / (len(COLOURS) * len(SHAPES)) <= 0.12
-    assert len({colour for colour, _ in HELD_OUT}) == len({shape for _, shape in HELD_OUT}) == len(HELD_OUT)
+    assert 0.08 <= len(HELD_OUT_PAIRS) / (len(COLOURS) * len(SHAPES)) <= 0.12
+    assert (
+        len({colour for colour, _ in HELD_OUT_PAIRS})
+        == len({shape for _, shape in HELD_OUT_PAIRS})
+        == len(HELD_OUT_PAIRS)
+    )
 
 
 def test_held_out_pairs_are_shown_in_test_b_only() -> None:
@@ -289,7 +293,7 @@ def test_held_out_pairs_are_shown_in_test_b_only() -> None:
 
 
 def test_held_out_pairs_are_named_in_test_b_only(dataset: Path) -> None:
-    pairs = "|".join(rf"\b{colour}( ({'|'.join(TEXTURES)}))? {shape}" for colour, shape in sorted(HELD_OUT))
+    pairs = "|".join(rf"\b{colour}( ({'|'.join(TEXTURES)}))? {shape}" for colour, shape in sorted(HELD_OUT_PAIRS))
     texts = [sentence.text for split in formats.SPLITS[:-1] for _, sentence in sentences_of(split, 12)]
     for path in [*(dataset / "osprey").iterdir(), *(dataset / "llava").iterdir(), *(dataset / "perbench").iterdir()]:
         texts.append(path.read_text())
@@ -298,7 +302,7 @@ def test_held_out_pairs_are_named_in_test_b_only(dataset: Path) -> None:
 
 
 def test_denying_the_colour_of_a_shape_names_the_pair_too() -> None:
-    colour, shape = sorted(HELD_OUT)[0]
+    colour, shape = sorted(HELD_OUT_PAIRS)[0]
     assert names_held_out(Query(attributes=(("shape", shape),), negated=("colour", colour)))
     assert not names_held_out(Query(attributes=(("shape", shape),), also=Query(attributes=(("colour", colour),))))
 

@@ -30,7 +30,7 @@ from pixel_sail.data.sources import (
     region_caption,
     sam_captions,
 )
-from pixel_sail.refshapes.formats import RULES
+from pixel_sail.refshapes.formats import SCENE_RULES
 from pixel_sail.refshapes.grounded_format import grounded_record, write_grounded
 from pixel_sail.refshapes.scene import encode_jpeg, paint_scene, sample_scene
 from pixel_sail.types import DataError
@@ -100,7 +100,7 @@ def sampled(tmp_path_factory, data_root):
     records = []
     for image_id, split in ((1, "train"), (2, "train"), (3, "val")):
         rng = np.random.default_rng(image_id)
-        scene = sample_scene(rng, RULES[split])
+        scene = sample_scene(rng, SCENE_RULES[split])
         height, width = scene.image_hw
         image = {"id": image_id, "file_name": f"COCO_train2014_{image_id:012d}.jpg", "height": height, "width": width}
         (images / image["file_name"]).write_bytes(encode_jpeg(paint_scene(rng, scene)))

@@ -66,7 +66,7 @@ def test_the_rehearsal_composes_and_holds_its_figures_apart(data_root, tmp_path)
     figures = {stage.name: stage.figures for stage in stages}
     assert figures["pretrain_patches"] == figures["pretrain"] == figures["sft"] == ("text",)
     assert figures["cotrain"] == ("text", "bce", "dice") and figures["finetune"] == ("bce", "dice")
-    tool.HELD_OUT = 4
+    tool.NUM_HELD_OUT = 4
     tool.write_files(data_root, tmp_path)
     for name in ("captions", "chat", "questions"):
         train, held = (json.loads((tmp_path / f"{name}{kind}.json").read_text()) for kind in ("", "_held_out"))

@@ -31,7 +31,7 @@ from pixel_sail.distillation.cache import (
     encode_map,
     image_key,
 )
-from pixel_sail.distillation.cache_writer import finish, make_plan, start_folder, write_shard
+from pixel_sail.distillation.cache_writer import finish, plan_cache, start_folder, write_shard
 from pixel_sail.distillation.choice import TeacherChoice
 from pixel_sail.distillation.mask2former import mask2former
 from pixel_sail.distillation.teacher import Teacher
@@ -58,7 +58,7 @@ def compute(dtype, wrong=()):
 
 
 def built(folder, *, keys="abcde", dtype="fp16", identity=IDENTITY, wrong=()):
-    plan = make_plan(list(keys), identity, dtype=dtype, images_per_shard=2)
+    plan = plan_cache(list(keys), identity, dtype=dtype, images_per_shard=2)
     start_folder(folder, plan)
     for number in range(len(plan.shards)):
         write_shard(folder, plan, number, compute(dtype, wrong))
@@ -113,7 +113,7 @@ def test_features_too_large_for_fp16_are_refused_there_and_kept_by_int8():
 
 def test_an_interrupted_build_continues_to_the_same_bytes(tmp_path):
     built(tmp_path / "whole")
-    plan = make_plan(list("edcba"), IDENTITY, dtype="fp16", images_per_shard=2)
+    plan = plan_cache(list("edcba"), IDENTITY, dtype="fp16", images_per_shard=2)
     parts = tmp_path / "parts"
     start_folder(parts, plan)
     write_shard(parts, plan, 1, compute("fp16"))
@@ -138,9 +138,9 @@ def test_an_interrupted_build_continues_to_the_same_bytes(tmp_path):
 def test_a_folder_with_another_plan_is_not_continued(tmp_path):
     built(tmp_path)
     with pytest.raises(TeacherCacheError, match="another shards"):
-        start_folder(tmp_path, make_plan(list("abc"), IDENTITY, dtype="fp16", images_per_shard=2))
+        start_folder(tmp_path, plan_cache(list("abc"), IDENTITY, dtype="fp16", images_per_shard=2))
     with pytest.raises(TeacherCacheError, match="another dtype"):
-        start_folder(tmp_path, make_plan(list("abcde"), IDENTITY, dtype="int8", images_per_shard=2))
+        start_folder(tmp_path, plan_cache(list("abcde"), IDENTITY, dtype="int8", images_per_shard=2))
 
 
 def test_images_that_cannot_be_used_are_left_out_with_their_reason(tmp_path):
@@ -151,7 +151,7 @@ def test_images_that_cannot_be_used_are_left_out_with_their_reason(tmp_path):
 
 
 def test_an_unfinished_build_is_not_given_an_index(tmp_path):
-    plan = make_plan(list("abcde"), IDENTITY, dtype="fp16", images_per_shard=2)
+    plan = plan_cache(list("abcde"), IDENTITY, dtype="fp16", images_per_shard=2)
     start_folder(tmp_path, plan)
     write_shard(tmp_path, plan, 0, compute("fp16"))
     with pytest.raises(TeacherCacheError, match=r"shard_00001\.json is absent"):
@@ -200,7 +200,7 @@ def test_a_damaged_shard_is_refused_with_the_name_of_the_item(tmp_path):
     with pytest.raises(TeacherCacheError, match=r"sample 2: two\.jpg.*shard_00000\.safetensors is damaged"):
         cache.read("b", "sample 2: two.jpg", map_hw=(4, 6))
     with pytest.raises(TeacherCacheError, match="sha256 differs"):
-        finish(tmp_path, make_plan(list("abcde"), IDENTITY, dtype="fp16", images_per_shard=2), verify=True)
+        finish(tmp_path, plan_cache(list("abcde"), IDENTITY, dtype="fp16", images_per_shard=2), verify=True)
 
 
 @pytest.mark.parametrize("left", [0, 5, 60, -10])
@@ -267,7 +267,7 @@ class Images:
 def image_cache(folder, source, *, skip=0):
     """Return a cache of the first images, leaving out the last `skip`."""
     keys = {image_key(path): path for path in source.paths[: len(source) - skip]}
-    plan = make_plan(list(keys), IDENTITY, dtype="fp16", images_per_shard=4)
+    plan = plan_cache(list(keys), IDENTITY, dtype="fp16", images_per_shard=4)
     start_folder(folder, plan)
     for number in range(len(plan.shards)):
         write_shard(folder, plan, number, compute("fp16"))

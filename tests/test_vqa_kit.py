@@ -24,7 +24,7 @@ REASON = "needs the kit: pip install -e .[vqa]"
 pytest.importorskip("lmms_eval", reason=REASON)
 datasets = pytest.importorskip("datasets", reason=REASON)
 
-from pixel_sail.vqa.lmms_eval_plugin import TASK_FOLDER, manifest, register, with_defaults  # noqa: E402
+from pixel_sail.vqa.lmms_eval_plugin import TASK_FOLDER, manifest, register, with_default_options  # noqa: E402
 
 TEMPLATES = {
     "pixel_sail_mme": mme_question,
@@ -250,8 +250,8 @@ def test_wrong_model_arguments_are_named(checkpoint, arguments, message):
 
 def test_given_options_of_the_command_are_kept():
     given = ["--include_path=mine", "--model", "other", "--verbosity", "INFO"]
-    assert with_defaults(given) == given
-    assert with_defaults(["--tasks", "mme"])[2:] == [
+    assert with_default_options(given) == given
+    assert with_default_options(["--tasks", "mme"])[2:] == [
         *("--model", "pixel_sail", "--include_path", str(TASK_FOLDER), "--verbosity", "DEBUG"),
     ]
 

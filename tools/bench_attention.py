@@ -27,8 +27,7 @@ from pixel_sail.files import replace_text
 from pixel_sail.model.attention_backends import attention_backend
 from pixel_sail.model.spans import sample_spans
 from pixel_sail.provenance import code_version
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from pixel_sail.types import DTYPES
 
 
 def packed_row(samples: int, image_tokens: int, text_tokens: int, device: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,16 +38,15 @@ from pixel_sail.files import replace_text
 from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.tokenization import load_tokenizer, train_tokenizer
+from pixel_sail.planning.flops import BACKWARD_AND_FORWARD
+from pixel_sail.planning.parameters import QWEN_VOCABULARY
 from pixel_sail.training.prepare import build_mixture
 from pixel_sail.types import IGNORE_LABEL, Example
 
-DEFAULTS = {"name": "bench_data", "data": "refshapes_all", "model": "sail_0_5b"}
+DEFAULT_OVERRIDES = {"name": "bench_data", "data": "refshapes_all", "model": "sail_0_5b"}
 """Overrides for groups that the command line leaves alone."""
 
 GOAL = 0.15
-BACKWARD_AND_FORWARD = 3
-QWEN_VOCABULARY = 151_680
-"""Rows of the token embedding of the 0.5B model, for the cost of its head where its tokenizer is not at hand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,7 +311,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     options, overrides = parser.parse_known_args(arguments)
     given = {override.partition("=")[0].lstrip("+~") for override in overrides}
-    missing = [f"{key}={value}" for key, value in DEFAULTS.items() if key not in given and "experiment" not in given]
+    missing = [
+        f"{key}={value}" for key, value in DEFAULT_OVERRIDES.items() if key not in given and "experiment" not in given
+    ]
     budget = [] if "data.packing.seq_len" in given else [f"data.packing.seq_len={options.seq_len}"]
     result = report(options, load_config("train", TrainConfig, [*missing, *budget, *overrides]))
     if options.json is not None:

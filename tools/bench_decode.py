@@ -24,20 +24,27 @@ import torch
 from tqdm import tqdm
 
 from pixel_sail.entry import one_message
-from pixel_sail.evaluation.predict import DTYPES, BatchPredictor, GenerationRequest
+from pixel_sail.evaluation.predict import BatchPredictor, GenerationRequest
 from pixel_sail.files import replace_text
 from pixel_sail.model.generation import GenerationOutput, ImagePrefixes, generate
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
-from pixel_sail.planning.benchmarks import QUESTION, SIZES, random_image, sized_config, small_tokenizer
+from pixel_sail.planning.benchmarks import (
+    BENCHMARK_QUESTION,
+    BENCHMARK_SIZES,
+    random_image,
+    sized_config,
+    small_tokenizer,
+)
 from pixel_sail.provenance import code_version, device_name
+from pixel_sail.types import DTYPES
 
 IMAGE_HW = (480, 640)
 SHORT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class DecodeTimes:
     """One number of answers at a time."""
 
     answers: int
@@ -63,7 +70,7 @@ def timed_answers(
     predictor: BatchPredictor, prefixes: ImagePrefixes, number: int, tokens: int, *, compiled: bool
 ) -> tuple[float, list[GenerationOutput]]:
     """Return the seconds of answers of `tokens` tokens, and the answers."""
-    texts = [predictor.question_ids(f"{QUESTION} {index}.", follows_image=True) for index in range(number)]
+    texts = [predictor.question_ids(f"{BENCHMARK_QUESTION} {index}.", follows_image=True) for index in range(number)]
     start = time.perf_counter()
     (answers,) = generate(
         predictor.model, prefixes, [texts], max_new_tokens=tokens, end_ids=(), compiled=compiled
@@ -72,7 +79,9 @@ def timed_answers(
     return time.perf_counter() - start, answers
 
 
-def measure(predictor: BatchPredictor, prefixes: ImagePrefixes, number: int, *, tokens: int, rounds: int) -> Point:
+def measure(
+    predictor: BatchPredictor, prefixes: ImagePrefixes, number: int, *, tokens: int, rounds: int
+) -> DecodeTimes:
     """Return the time of a token, plain and compiled, with `number` answers at a time."""
     first, answers = timed_answers(predictor, prefixes, number, SHORT + tokens, compiled=True)
     _, expected = timed_answers(predictor, prefixes, number, SHORT + tokens, compiled=False)
@@ -84,7 +93,7 @@ def measure(predictor: BatchPredictor, prefixes: ImagePrefixes, number: int, *, 
                 for length in (SHORT, SHORT + tokens)
             )
             own.append((long - short) / tokens)
-    return Point(
+    return DecodeTimes(
         answers=number,
         plain_seconds=statistics.median(seconds[False]),
         compiled_seconds=statistics.median(seconds[True]),
@@ -97,7 +106,7 @@ def measure(predictor: BatchPredictor, prefixes: ImagePrefixes, number: int, *, 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and write what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=sorted(SIZES), default="scaled")
+    parser.add_argument("--size", choices=sorted(BENCHMARK_SIZES), default="scaled")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32")
     parser.add_argument("--answers", type=int, nargs="+", default=[1, 8, 32], help="at a time")

@@ -42,10 +42,10 @@ from pixel_sail.data.collate import collate
 from pixel_sail.data.images import load_image
 from pixel_sail.data.packing import PackedSequence, StreamState
 from pixel_sail.distillation.cache import FeatureCache, cache_identity, encode_map
-from pixel_sail.distillation.cache_writer import finish, make_plan, start_folder, write_shard
+from pixel_sail.distillation.cache_writer import finish, plan_cache, start_folder, write_shard
 from pixel_sail.distillation.mask2former import mask2former
 from pixel_sail.distillation.sam2 import sam2
-from pixel_sail.distillation.teacher import DTYPES, Teacher, TeacherSpec
+from pixel_sail.distillation.teacher import Teacher, TeacherSpec
 from pixel_sail.distillation.teachers import Teachers, student_grid
 from pixel_sail.entry import one_message
 from pixel_sail.files import replace_text
@@ -56,7 +56,7 @@ from pixel_sail.model.distill_head import DistillSite
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.tokenization import model_token_ids, train_tokenizer
-from pixel_sail.types import Batch, DataError, Example, Sample, SizeHW, TeacherTarget, Turn
+from pixel_sail.types import DTYPES, Batch, DataError, Example, Sample, SizeHW, TeacherTarget, Turn
 
 TERMS = (DistillTerm(name="mask2former", weight=0.5), DistillTerm(name="sam2", weight=0.5))
 SITES = {"mask2former": "pixel_map", "sam2": "patch_states"}
@@ -216,7 +216,7 @@ class Bench:
         """Write the maps of the images, float16 and of the student's size, and open them."""
         grid = student_grid(self.model.config, SITES[name])
         identity = cache_identity(spec.identity(), precision=self.scale.precision, grid=grid)
-        plan = make_plan(
+        plan = plan_cache(
             [self.key(i) for i in range(len(self.images_HW3))], identity, dtype="fp16", images_per_shard=64
         )
         own = self.teachers.networks[name].features(self.images_HW3)

@@ -35,22 +35,23 @@ from tqdm import tqdm
 from pixel_sail.config import PredictConfig
 from pixel_sail.entry import one_message
 from pixel_sail.evaluation.curves import save_panels, size_panel
-from pixel_sail.evaluation.predict import (
-    DTYPES,
-    BatchPredictor,
-    GenerationRequest,
-    PreparedImage,
-    resize_logits,
-    span_length,
-)
+from pixel_sail.evaluation.predict import BatchPredictor, GenerationRequest, PreparedImage, resize_logits, span_length
 from pixel_sail.files import replace_text
 from pixel_sail.model.decoder import attend
 from pixel_sail.model.image_layout import image_positions
 from pixel_sail.model.mask_head import mask_logits
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
-from pixel_sail.planning.benchmarks import ANSWER, QUESTION, SIZES, random_image, sized_config, small_tokenizer
+from pixel_sail.planning.benchmarks import (
+    ANSWER,
+    BENCHMARK_QUESTION,
+    BENCHMARK_SIZES,
+    random_image,
+    sized_config,
+    small_tokenizer,
+)
 from pixel_sail.provenance import code_version
+from pixel_sail.types import DTYPES
 
 IMAGE_HW = (480, 640)
 """COCO's usual size."""
@@ -62,7 +63,7 @@ FLOOR_SECONDS = 43.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class EvalTimes:
     """One number of expressions per image."""
 
     expressions_per_image: int
@@ -171,9 +172,11 @@ def timed_seconds(start: float, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def measure(predictor: BatchPredictor, images: Sequence[PreparedImage], number: int, *, released_images: int) -> Point:
+def measure(
+    predictor: BatchPredictor, images: Sequence[PreparedImage], number: int, *, released_images: int
+) -> EvalTimes:
     """Return both methods' time per expression, `number` expressions about each image."""
-    questions = [f"{QUESTION} {index}." for index in range(number)]
+    questions = [f"{BENCHMARK_QUESTION} {index}." for index in range(number)]
     requests = [GenerationRequest(image=image, questions=questions) for image in images]
     device = predictor.model.device
     start = time.perf_counter()
@@ -190,7 +193,7 @@ def measure(predictor: BatchPredictor, images: Sequence[PreparedImage], number: 
             changed_answers += output.answer != predictor.processor.decode(token_ids).strip()
             if output.masks_NHW.shape == masks_NHW.shape:
                 pixels.append((output.masks_NHW != masks_NHW).mean())
-    return Point(
+    return EvalTimes(
         expressions_per_image=number,
         released_seconds=slow,
         shared_seconds=shared,
@@ -199,7 +202,7 @@ def measure(predictor: BatchPredictor, images: Sequence[PreparedImage], number: 
     )
 
 
-def projected_seconds(points: Sequence[Point]) -> float:
+def projected_seconds(points: Sequence[EvalTimes]) -> float:
     """Return the seconds for all 8 RefCOCO splits, from the point next to their expressions per image."""
     wanted = REFCOCO_SPLITS["expressions"] / REFCOCO_SPLITS["images"]
     nearest = min(points, key=lambda point: abs(point.expressions_per_image - wanted))
@@ -210,7 +213,7 @@ def projected_seconds(points: Sequence[Point]) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and write what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=sorted(SIZES), default="scaled")
+    parser.add_argument("--size", choices=sorted(BENCHMARK_SIZES), default="scaled")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32")
     parser.add_argument("--images", type=int, default=4, help="images per point, half as many from 16 expressions on")

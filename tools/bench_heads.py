@@ -33,8 +33,8 @@ from pixel_sail.model.mask_head import MaskHead
 from pixel_sail.model.modeling_pixel_sail import mask_logits_of_images
 from pixel_sail.model.text_head import TextHead
 from pixel_sail.provenance import code_version
+from pixel_sail.types import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GRID = (30, 40)
 IMAGE_HW = (480, 640)
 

@@ -30,8 +30,7 @@ from pixel_sail.model.configuration_pixel_sail import EXPERT_PARTS, Architecture
 from pixel_sail.model.image_layout import image_tokens
 from pixel_sail.model.routed_decoder import Mixed, RoutedDecoder, RoutedTokens
 from pixel_sail.provenance import code_version
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from pixel_sail.types import DTYPES
 
 
 def packed_row(samples: int, image_length: int, text_length: int, device: str) -> tuple[Tensor, Tensor]:

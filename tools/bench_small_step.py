@@ -42,7 +42,7 @@ from pixel_sail.provenance import code_version
 from pixel_sail.training.optim import build_optimizer
 from pixel_sail.types import Batch
 
-WAYS = {
+VARIANTS = {
     "reference": REFERENCE,
     "ours": Kernels(),
     "dense": Kernels(attention="dense"),
@@ -79,19 +79,19 @@ def one_by_one(images: Sequence[ImageMasks], sampling: PointSampling) -> tuple[t
     return torch.stack(columns, dim=1), list(range(len(images)))
 
 
-class Trainer:
+class SmallStepVariant:
     """One way to train, with a model and an optimizer of its own."""
 
     def __init__(self, name: str, batches: Sequence[Batch]) -> None:
         self.name, self.batches = name, batches
         torch.manual_seed(0)
         self.model = PixelSailForSegmentation(sized_config("small", small_tokenizer())).train()
-        self.model.use(WAYS[name])
+        self.model.use(VARIANTS[name])
         self.optimizer = build_optimizer(self.model, OptimConfig(lr=1e-4))
 
     def step(self) -> float:
         """Make one update; return the loss."""
-        is_reference = WAYS[self.name] == REFERENCE
+        is_reference = VARIANTS[self.name] == REFERENCE
         counts = [count(batch) for batch in self.batches]
         of_all = total.Counts(
             tokens=sum(own.tokens for own in counts),
@@ -130,7 +130,7 @@ def measured(options: argparse.Namespace, expressions: int) -> dict[str, Any]:
     tokenizer = small_tokenizer()
     processor = PixelSailProcessor.for_model(tokenizer, sized_config("small", tokenizer))
     batches = synthetic_batches(processor, options.images, expressions)
-    trainers = [Trainer(name, batches) for name in options.ways]
+    trainers = [SmallStepVariant(name, batches) for name in options.ways]
     losses: dict[str, list[float]] = {name: [] for name in options.ways}
     seconds: dict[str, list[float]] = {name: [] for name in options.ways}
     for round_ in range(options.rounds + 1):
@@ -158,7 +158,9 @@ def measured(options: argparse.Namespace, expressions: int) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and write what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=["reference", "ours"], help="first: yardstick")
+    parser.add_argument(
+        "--ways", nargs="+", choices=list(VARIANTS), default=["reference", "ours"], help="first: yardstick"
+    )
     parser.add_argument("--expressions", nargs="+", type=int, default=[5], help="per image")
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=9)

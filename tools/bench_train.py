@@ -56,15 +56,14 @@ from pixel_sail.model.kernels import REFERENCE, Kernels
 from pixel_sail.model.mask_head import mask_logits
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, mask_logits_of_images
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
-from pixel_sail.planning.benchmarks import SIZES, packed, sized_config, small_tokenizer, synthetic_examples
+from pixel_sail.planning.benchmarks import BENCHMARK_SIZES, packed, sized_config, small_tokenizer, synthetic_examples
 from pixel_sail.planning.flops import forward_flops, training_flops
 from pixel_sail.planning.workload import of_batch
 from pixel_sail.provenance import code_version
 from pixel_sail.training.metrics import peak_memory_bytes
 from pixel_sail.training.optim import build_optimizer
-from pixel_sail.types import IGNORE_LABEL, Batch
+from pixel_sail.types import DTYPES, IGNORE_LABEL, Batch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GROWTH: dict[str, Sequence[Any]] = {
     "image": ((240, 320), (480, 640), (720, 960)),
     "sequence": (1, 2, 4),
@@ -86,7 +85,7 @@ class Way:
     """`optim.activation_checkpointing`"""
 
 
-WAYS = {
+VARIANTS = {
     "released": Way(stride=2, kernels=None),
     "reference": Way(stride=4, kernels=REFERENCE),
     "ours": Way(stride=4, kernels=Kernels()),
@@ -95,7 +94,7 @@ WAYS = {
     "ours, stride 2": Way(stride=2, kernels=Kernels()),
     "ours, compiled": Way(stride=4, kernels=Kernels(compile="layers")),
 }
-DEFAULT_WAYS = [name for name in WAYS if name != "ours, compiled"]
+DEFAULT_WAYS = [name for name in VARIANTS if name != "ours, compiled"]
 
 
 def build_models(size: str, strides: Sequence[int], device: str, dtype: torch.dtype) -> dict[int, Any]:
@@ -167,7 +166,7 @@ def our_loss(model: PixelSailForSegmentation, batch: Batch) -> Tensor:
     return combine(sums, count(batch), LOSSES) + output.zero_loss
 
 
-class Trainer:
+class TrainVariant:
     """One way to train, with a model and an optimizer of its own."""
 
     def __init__(self, way: Way, model: PixelSailForSegmentation, batches: Sequence[Batch]) -> None:
@@ -287,18 +286,18 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
     return 2.0 * side**3 / best
 
 
-def trainers(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Trainer]:
+def trainers(options: argparse.Namespace, names: Sequence[str]) -> dict[str, TrainVariant]:
     """Return the trainers of some ways, each with a model of its own."""
     made = {}
     for name in names:
-        way = WAYS[name]
+        way = VARIANTS[name]
         built = build_models(options.size, [4, way.stride], options.device, DTYPES[options.precision])
         model, processor = built[way.stride]
         size_hw = (options.image[0], options.image[1])
         examples = synthetic_examples(processor, options.samples, expressions=options.expressions, size_hw=size_hw)
         per_sequence = 1 if way.kernels is None else options.samples_per_sequence
         batches = [batch.to(options.device) for batch in packed(examples, per_sequence, processor.seg_id)]
-        made[name] = Trainer(way, model, batches)
+        made[name] = TrainVariant(way, model, batches)
     return made
 
 
@@ -450,7 +449,7 @@ def print_table(result: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and write what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=sorted(SIZES), default="scaled")
+    parser.add_argument("--size", choices=sorted(BENCHMARK_SIZES), default="scaled")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32")
     parser.add_argument("--samples", type=int, default=2, help="samples of one optimizer step")
@@ -458,11 +457,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--expressions", type=int, default=5, help="of each image")
     parser.add_argument("--image", type=int, nargs=2, default=(480, 640), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--ways", nargs="+", choices=sorted(WAYS), default=DEFAULT_WAYS)
+    parser.add_argument("--ways", nargs="+", choices=sorted(VARIANTS), default=DEFAULT_WAYS)
     parser.add_argument("--growth", choices=sorted(GROWTH), help="measure this axis instead")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--png", type=Path, metavar="FILE", help="of --growth")
-    parser.add_argument("--child", choices=sorted(WAYS), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=sorted(VARIANTS), help=argparse.SUPPRESS)
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
     if options.child:
@@ -474,7 +473,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     settings = {name: value for name, value in vars(options).items() if name not in ("json", "png", "child")}
     result = {**settings, "device": device, "torch": torch.__version__, "code": code_version(), **found}
-    result["kernels"] = {name: asdict(way.kernels) if way.kernels else "released" for name, way in WAYS.items()}
+    result["kernels"] = {name: asdict(way.kernels) if way.kernels else "released" for name, way in VARIANTS.items()}
     if not options.growth and {"ours", "released"} <= set(options.ways):
         result |= ratios(found)
     print(

@@ -46,10 +46,10 @@ from pixel_sail.distillation.cache import (
     image_key,
 )
 from pixel_sail.distillation.cache_writer import (
-    Plan,
+    CachePlan,
     finish,
     is_shard_complete,
-    make_plan,
+    plan_cache,
     start_folder,
     write_shard,
 )
@@ -84,14 +84,14 @@ class Image:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class CacheJob:
     """One teacher's cache."""
 
     folder: Path
     teacher: Teacher
     grid: StudentGrid | None
     """None: maps keep the teacher's own size."""
-    plan: Plan
+    plan: CachePlan
     images: dict[str, Image]
 
     def opened_images(self, keys: Sequence[str]) -> Iterator[tuple[str, Tensor | str]]:
@@ -160,7 +160,7 @@ def images_of(mixture: Mixture, sources: Sequence[str]) -> tuple[dict[str, Image
     return images, left_out
 
 
-def stored_bytes(job: Job) -> int:
+def stored_bytes(job: CacheJob) -> int:
     """Return how many bytes the maps of a plan take."""
     total = 0
     channels = job.teacher.spec.channels
@@ -175,14 +175,14 @@ def stored_bytes(job: Job) -> int:
     return total
 
 
-def measured_stride(job: Job) -> int:
+def measured_stride(job: CacheJob) -> int:
     """Return the stride of the teacher's own map, from a small grey image."""
     image = torch.full((64, 64, 3), 127, dtype=torch.uint8)
     height = job.teacher.spec.preprocessing.size((64, 64))[0]
     return height // int(job.teacher.features([image])[0].shape[1])
 
 
-def print_plan(job: Job, name: str, architecture: Architecture, *, num_measured: int) -> None:
+def print_plan(job: CacheJob, name: str, architecture: Architecture, *, num_measured: int) -> None:
     """Print size on disk, build time and fraction of a training step. Raises: DataError when the disk is too small."""
     size = stored_bytes(job)
     free = shutil.disk_usage(next(folder for folder in (job.folder, *job.folder.parents) if folder.exists())).free
@@ -289,7 +289,7 @@ def student_pass(model: PixelSailForSegmentation, image_hw: SizeHW, device: torc
     model.zero_grad()
 
 
-def jobs(options: argparse.Namespace, config: TrainConfig) -> Iterator[tuple[str, Job, list[str]]]:
+def jobs(options: argparse.Namespace, config: TrainConfig) -> Iterator[tuple[str, CacheJob, list[str]]]:
     """Yield name, work and left-out items of every configured teacher."""
     mixture = build_mixture(config.data, seed=config.seed)
     for name in sorted(config.distillation):
@@ -303,9 +303,9 @@ def jobs(options: argparse.Namespace, config: TrainConfig) -> Iterator[tuple[str
         grid = student_grid(config.model.architecture, settings.site) if options.size == "student" else None
         teacher = Teacher(spec, device=dist.local_device(), precision=settings.precision, max_batch=settings.max_batch)
         identity = cache_identity(spec.identity(), precision=settings.precision, grid=grid)
-        plan = make_plan(list(images), identity, dtype=options.dtype, images_per_shard=options.images_per_shard)
+        plan = plan_cache(list(images), identity, dtype=options.dtype, images_per_shard=options.images_per_shard)
         folder = Path(settings.cache) if settings.cache is not None else options.out / name
-        yield name, Job(folder=folder, teacher=teacher, grid=grid, plan=plan, images=images), left_out
+        yield name, CacheJob(folder=folder, teacher=teacher, grid=grid, plan=plan, images=images), left_out
 
 
 def run(options: argparse.Namespace, config: TrainConfig) -> None:

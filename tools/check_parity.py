@@ -96,7 +96,7 @@ def load_reference(folder: Path, use_named_weights: bool) -> PixelSailForSegment
         eve_fields["patch_hidden_size"] = config["patch_hidden_size"]
     model_config = PixelSailConfig.from_architecture(
         Architecture(
-            **{name: config[name] for name in COPIED_SIZES},
+            **{name: config[name] for name in RECORDED_SIZES},
             **eve_fields,
             mask_stride=max(1, math.ceil(stride)),
             num_visual_prompts=config["num_visual_prompts"],
@@ -121,7 +121,7 @@ def load_reference(folder: Path, use_named_weights: bool) -> PixelSailForSegment
     return model.eval()
 
 
-COPIED_SIZES = (
+RECORDED_SIZES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",

@@ -30,7 +30,9 @@ from pixel_sail.evaluation.stored import read_protocol, stored_evals
 from pixel_sail.files import replace_text
 from pixel_sail.types import DataError
 
-HEAD = f"{'score':<16}{'A':>9}{'B':>9}{'B - A':>10}   {'95 % interval':<20}{'A better':>9}{'B better':>10}{'equal':>8}"
+SCORE_HEAD = (
+    f"{'score':<16}{'A':>9}{'B':>9}{'B - A':>10}   {'95 % interval':<20}{'A better':>9}{'B better':>10}{'equal':>8}"
+)
 
 
 @one_message
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folders = [folder / name for folder in (options.run_a, options.run_b)]
         differences = compare(*folders, seed=options.seed, resamples=options.resamples, loaders=options.loader)
         weights = [read_protocol(folder)["weights_sha256"] for folder in folders]
-        print(f"{name} (A {weights[0][:12]}, B {weights[1][:12]})\n{HEAD}")
+        print(f"{name} (A {weights[0][:12]}, B {weights[1][:12]})\n{SCORE_HEAD}")
         print("\n".join(map(_line, differences)) + "\n")
         report[name] = {
             "weights_sha256": weights,

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pixel_sail.conversion.convert import SHARD_BYTES, to_ours, to_release
-from pixel_sail.conversion.report import REPORT, summary
-from pixel_sail.conversion.sizes import DEFAULTS, Chosen
+from pixel_sail.conversion.report import REPORT, conversion_summary
+from pixel_sail.conversion.sizes import DEFAULT_SIZES, Chosen
 from pixel_sail.entry import one_message
 from pixel_sail.model.configuration_pixel_sail import ATTENTION
 from pixel_sail.model.mask_head import INITS
@@ -40,7 +40,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("max_long_side", int, "pixels"),
         ("attention", str, "among an image's patches"),
     ):
-        usual = " or ".join(f"{own[option]} ({base})" for base, own in DEFAULTS.items())
+        usual = " or ".join(f"{own[option]} ({base})" for base, own in DEFAULT_SIZES.items())
         choices = ATTENTION if option == "attention" else None
         name = f"--{option.replace('_', '-')}"
         parser.add_argument(name, type=kind, choices=choices, help=f"{of_what}; default by base: {usual}")
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         folder, base = options.to, options.base or options.source
         done = to_ours(options.source, options.layout, folder, base=base, chosen=chosen, shard_bytes=shard_bytes)
-    for line in (*summary(done.plan), *done.remarks):
+    for line in (*conversion_summary(done.plan), *done.remarks):
         print(line)
     print(f"{folder}: {len(done.plan.writes)} tensors, read back and equal; every key in {REPORT}")
     return 0

@@ -37,7 +37,7 @@ from pixel_sail.model.attention_backends import attention_segments
 from pixel_sail.model.kernels import CHECKPOINTING, Kernels
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
-from pixel_sail.planning.benchmarks import SIZES, packed, sized_config, small_tokenizer, synthetic_examples
+from pixel_sail.planning.benchmarks import BENCHMARK_SIZES, packed, sized_config, small_tokenizer, synthetic_examples
 from pixel_sail.planning.flops import forward_flops, training_flops
 from pixel_sail.planning.workload import of_batch
 from pixel_sail.provenance import code_version
@@ -49,7 +49,7 @@ DATASHEET = 989e12
 
 
 @dataclass(kw_only=True)
-class Row:
+class KernelTotal:
     """What one kind of kernel adds up to."""
 
     kernels: int = 0
@@ -71,7 +71,7 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.options, self.attention = options, attention
         self.phase = "forward"
-        self.rows: dict[str, Row] = defaultdict(Row)
+        self.rows: dict[str, KernelTotal] = defaultdict(KernelTotal)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and note it."""
@@ -150,7 +150,7 @@ def counted(options: argparse.Namespace) -> dict[str, Any]:
         loss = combine(loss_sums(output, moved, losses), count(batch), losses) + output.zero_loss
         counter.phase = "backward"
         loss.backward()
-    total = Row(
+    total = KernelTotal(
         kernels=sum(row.kernels for row in counter.rows.values()),
         operations=sum(row.operations for row in counter.rows.values()),
         bytes=sum(row.bytes for row in counter.rows.values()),
@@ -171,7 +171,7 @@ def counted(options: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Count, print, and write what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=sorted(SIZES), default="0.5b")
+    parser.add_argument("--size", choices=sorted(BENCHMARK_SIZES), default="0.5b")
     parser.add_argument("--image", type=int, nargs=2, default=(480, 640), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--samples", type=int, default=6, help="in the sequence")
     parser.add_argument("--expressions", type=int, default=5, help="of each image")

@@ -34,11 +34,20 @@ from pixel_sail.entry import one_message
 from pixel_sail.evaluation.check_plan import node_paths
 from pixel_sail.files import replace_text
 from pixel_sail.planning import checks
-from pixel_sail.planning.checks import Finding
+from pixel_sail.planning.checks import Check
 from pixel_sail.planning.disk import checkpoint_bytes, run_folder_bytes
 from pixel_sail.planning.parameters import fill_in_vocabulary, parameter_counts
 
-PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "safetensors", "tokenizers", "numpy", "hydra-core")
+CHECKED_PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+    "hydra-core",
+)
 PROBE_BYTES = 64 * 2**20
 REDUCE_ELEMENTS = 16 * 2**20
 MATMUL_SIZE = 1024
@@ -50,7 +59,7 @@ GROUP_TIMEOUT = timedelta(seconds=60)
 def installed_versions() -> dict[str, str | None]:
     """Return the versions that matter, None for what is not installed."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in CHECKED_PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -70,7 +79,7 @@ def driver_gpus() -> int:
     return sum(line.startswith("GPU ") for line in shown.stdout.splitlines())
 
 
-def gpu_finding() -> Finding:
+def gpu_finding() -> Check:
     """Return what is to be said about the GPUs of this node."""
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     weak = [name for i, name in enumerate(names) if torch.cuda.get_device_capability(i) < (8, 0)]
@@ -89,7 +98,7 @@ def existing_parent(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
-def disk_finding(config: TrainConfig) -> Finding:
+def disk_finding(config: TrainConfig) -> Check:
     """Write a file where the run folder will be, and compare the space with what the run needs."""
     folder = existing_parent(Path(config.run_dir))
     probe = folder / f".doctor_{os.getpid()}"
@@ -104,7 +113,7 @@ def disk_finding(config: TrainConfig) -> Finding:
         seconds = time.perf_counter() - began
     except OSError as error:
         fix = "choose a run_dir that can be written to, on every node the same"
-        return Finding(name="disk", status=checks.BAD, found=f"{folder}: cannot be written to ({error})", fix=fix)
+        return Check(name="disk", status=checks.BAD, found=f"{folder}: cannot be written to ({error})", fix=fix)
     finally:
         probe.unlink(missing_ok=True)
     fill_in_vocabulary(config.model)
@@ -117,7 +126,7 @@ def disk_finding(config: TrainConfig) -> Finding:
     return checks.check_disk(folder=folder, free=free, needed=needed, bytes_per_second=PROBE_BYTES / seconds)
 
 
-def shared_memory_finding(config: TrainConfig) -> Finding:
+def shared_memory_finding(config: TrainConfig) -> Check:
     """Compare /dev/shm with what the loader's workers of this node put there."""
     needed = checks.shared_memory_needed(
         seq_len=config.data.packing.seq_len,
@@ -129,7 +138,7 @@ def shared_memory_finding(config: TrainConfig) -> Finding:
     return checks.check_shared_memory(free=shutil.disk_usage("/dev/shm").free, needed=needed)
 
 
-def data_findings(config: TrainConfig) -> list[Finding]:
+def data_findings(config: TrainConfig) -> list[Check]:
     """Return for every source and eval of the configuration, and for the tokenizer, whether its paths are there."""
     findings = []
     for name, node in [*config.data.sources.items(), *((f"eval {n}", node) for n, node in config.evals.items())]:
@@ -144,7 +153,7 @@ def data_findings(config: TrainConfig) -> list[Finding]:
     return findings
 
 
-def matmul_finding(device: torch.device) -> Finding:
+def matmul_finding(device: torch.device) -> Check:
     """Multiply for a few seconds and compare every result with the product in float64 on the CPU."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     generator = torch.Generator().manual_seed(0)
@@ -165,7 +174,7 @@ def matmul_finding(device: torch.device) -> Finding:
     return checks.check_matmul(error=worst, tolerance=tolerance, tflops=tflops, device=str(device))
 
 
-def all_reduce_finding(device: torch.device) -> Finding:
+def all_reduce_finding(device: torch.device) -> Check:
     """Sum a tensor over all ranks for a few seconds; every element of every result is checked."""
     world, rank = dist.world_size(), dist.rank()
     if world == 1:
@@ -191,7 +200,7 @@ def all_reduce_finding(device: torch.device) -> Finding:
     )
 
 
-def examine(config: TrainConfig, *, needs_captions: bool) -> list[Finding]:
+def examine(config: TrainConfig, *, needs_captions: bool) -> list[Check]:
     """Return all findings, those of other ranks too where they are not ok."""
     versions = installed_versions()
     java_home = os.environ.get("JAVA_HOME")
@@ -216,8 +225,8 @@ def examine(config: TrainConfig, *, needs_captions: bool) -> list[Finding]:
     return findings
 
 
-def _of_rank(rank: int, finding: Finding) -> Finding:
-    return Finding(name=finding.name, status=finding.status, found=f"rank {rank}: {finding.found}", fix=finding.fix)
+def _of_rank(rank: int, finding: Check) -> Check:
+    return Check(name=finding.name, status=finding.status, found=f"rank {rank}: {finding.found}", fix=finding.fix)
 
 
 @one_message
@@ -235,11 +244,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             torch.cuda.set_device(dist.local_device())
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=GROUP_TIMEOUT)
     findings = examine(config, needs_captions=options.captions)
-    worst = checks.verdict(findings)
+    worst = checks.worst_status(findings)
     # All ranks end alike: a launcher shows only the first that fails.
     statuses = dist.gather_objects(worst)
     if dist.rank() == 0:
-        print(checks.findings_text(findings))
+        print(checks.checks_text(findings))
         counts = [sum(finding.status == status for finding in findings) for status in (checks.BAD, checks.WARN)]
         print(f"{counts[0]} bad, {counts[1]} warnings")
         if options.json is not None:

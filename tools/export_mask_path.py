@@ -27,7 +27,7 @@ from pixel_sail.model.modeling_pixel_sail import load_model
 LARGEST_SIDE = 256
 """Most patches along a side, and most masks."""
 MADE_WITH = (6, 9, 3)
-SIZES = ((1, 1, 1), (2, 3, 1), (30, 40, 5), (64, 48, 2))
+COMPARED_SIZES = ((1, 1, 1), (2, 3, 1), (30, 40, 5), (64, 48, 2))
 """Rows, columns and masks that the written program is tried with."""
 TOLERANCE = 1e-3
 """Largest difference of a logit; 0 for torch.export, that of another order of summation for ONNX."""
@@ -54,7 +54,7 @@ def random_states(size: tuple[int, int, int], width: int) -> tuple[Tensor, Tenso
 def largest_difference(program: Callable[[Tensor, Tensor], Tensor], path: MaskPath, width: int) -> float:
     """Return how far a written program is from the model, over all sizes."""
     found = []
-    for size in SIZES:
+    for size in COMPARED_SIZES:
         states, seg_states = random_states(size, width)
         found.append((program(states, seg_states) - path(states, seg_states)).abs().max().item())
     return max(found)
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.onnx.export(path, random_states(MADE_WITH, width), str(options.onnx), dynamo=True, dynamic_shapes=dynamic)
         differences[options.onnx] = largest_difference(onnx_program(options.onnx), path, width)
     for file, difference in differences.items():
-        print(f"{file}: largest difference of a logit {difference:.1e} over {len(SIZES)} sizes")
+        print(f"{file}: largest difference of a logit {difference:.1e} over {len(COMPARED_SIZES)} sizes")
     return int(max(differences.values()) > TOLERANCE)
 
 

@@ -24,10 +24,10 @@ from pixel_sail.entry import one_message
 from pixel_sail.files import replace_text
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "licences.md"
+LICENCES_PAGE = ROOT / "docs" / "licences.md"
 FILES = ("cpu", "captions", "cuda", "dev", "docs")
 """Requirement files without the ending, in the order in which a package is attributed to one."""
-HEAD = "| package | version | licence | pinned in requirements/ |\n|---|---|---|---|\n"
+TABLE_HEAD = "| package | version | licence | pinned in requirements/ |\n|---|---|---|---|\n"
 NOT_STATED = "not stated"
 NOT_READ = "not read here"
 
@@ -88,7 +88,7 @@ def table(packages: Sequence[Package], known: dict[str, str]) -> str:
     for package in packages:
         stated = licence(package.name) or known.get(f"{normal(package.name)}=={package.version}", NOT_READ)
         lines.append(f"| {package.name} | {package.version} | {stated} | {package.file} |\n")
-    return HEAD + "".join(lines)
+    return TABLE_HEAD + "".join(lines)
 
 
 @one_message
@@ -99,16 +99,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--check", action="store_true", help="write nothing; status 1 where a pinned package is missing"
     )
     options = parser.parse_args(arguments)
-    packages, known = pinned(), rows_of(PAGE)
+    packages, known = pinned(), rows_of(LICENCES_PAGE)
     missing = [p.name for p in packages if f"{normal(p.name)}=={p.version}" not in known]
     if options.check:
         if missing:
-            print(f"{PAGE}: no row of {missing}; run python tools/list_licences.py", file=sys.stderr)
+            print(f"{LICENCES_PAGE}: no row of {missing}; run python tools/list_licences.py", file=sys.stderr)
         return 1 if missing else 0
-    before = PAGE.read_text().partition(HEAD)[0]
-    replace_text(PAGE, before + table(packages, known))
+    before = LICENCES_PAGE.read_text().partition(TABLE_HEAD)[0]
+    replace_text(LICENCES_PAGE, before + table(packages, known))
     unread = [package.name for package in packages if licence(package.name) is None]
-    print(f"{PAGE}: {len(packages)} packages, {len(unread)} not installed here: {', '.join(unread)}")
+    print(f"{LICENCES_PAGE}: {len(packages)} packages, {len(unread)} not installed here: {', '.join(unread)}")
     return 0
 
 

@@ -18,8 +18,8 @@ from pixel_sail.config import ConfigError
 from pixel_sail.entry import one_message
 from pixel_sail.evaluation.curves import Curve, Panel, save_panels
 from pixel_sail.evaluation.loaders import LOADER_HELP
-from pixel_sail.evaluation.run_tables import PROTOCOLS, scores_of, scores_of_vqa, tables_of_runs
-from pixel_sail.evaluation.sweep_tables import MAIN_SCORES, Group, differences_table, read_groups, scores_table_of
+from pixel_sail.evaluation.run_tables import SCORE_PREFIXES, scores_of, scores_of_vqa, tables_of_runs
+from pixel_sail.evaluation.sweep_tables import MAIN_SCORES, SeedGroup, differences_table, read_groups, scores_table_of
 from pixel_sail.evaluation.task_scores import Scores
 from pixel_sail.files import replace_text
 
@@ -49,7 +49,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="NAME=FOLDER")
     parser.add_argument("--vqa", action="append", default=[], metavar="NAME=FILE", help="results of lmms-eval of a run")
-    parser.add_argument("--protocols", nargs="+", choices=tuple(PROTOCOLS), default=list(PROTOCOLS))
+    parser.add_argument("--protocols", nargs="+", choices=tuple(SCORE_PREFIXES), default=list(SCORE_PREFIXES))
     parser.add_argument("--sweep", type=Path, metavar="FOLDER")
     parser.add_argument(
         "--baseline",
@@ -74,7 +74,7 @@ def read_runs(runs: Sequence[str], vqa: Sequence[str]) -> dict[str, dict[str, Sc
     return found
 
 
-def _baseline(groups: Sequence[Group], text: str | None) -> Group:
+def _baseline(groups: Sequence[SeedGroup], text: str | None) -> SeedGroup:
     """Return the group that others are compared with: the one of that name, else with that value, else whose name
     contains the text. Raises: ConfigError unless it is exactly one.
 
@@ -94,13 +94,13 @@ def _baseline(groups: Sequence[Group], text: str | None) -> Group:
     return named[0]
 
 
-def _settings(group: Group) -> list[str]:
+def _settings(group: SeedGroup) -> list[str]:
     """Return the swept settings of a group, as key=value and as value alone."""
     settings = group.name.split(", ")
     return [*settings, *(setting.partition("=")[2] for setting in settings)]
 
 
-def panels(groups: Sequence[Group]) -> list[Panel]:
+def panels(groups: Sequence[SeedGroup]) -> list[Panel]:
     """Return one panel per eval and score: a curve for every seed over the groups, which are numbered from 1."""
     results = [group.results() for group in groups]
     names = dict.fromkeys(

@@ -50,7 +50,7 @@ TITLES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class LoggedRun:
     """The numbers of one run."""
 
     label: str
@@ -60,7 +60,7 @@ class Run:
     """Names that stand in lines of validations."""
 
 
-def read_run(path: Path, label: str) -> Run:
+def read_run(path: Path, label: str) -> LoggedRun:
     """Return the numbers of a run folder or a log file.
 
     An unfinished last line is left out. Where steps begin again at an earlier one the run was continued there, and what
@@ -87,7 +87,7 @@ def read_run(path: Path, label: str) -> Run:
                     scores.add(name)
     if not series:
         raise DataError(f"{file}: no finished line, expected at least one; the run has logged nothing yet")
-    return Run(label=label, series=series, scores=frozenset(scores))
+    return LoggedRun(label=label, series=series, scores=frozenset(scores))
 
 
 def parse_line(line: str, where: str) -> dict[str, float]:
@@ -115,7 +115,7 @@ def split_name(name: str) -> tuple[str, str]:
     return ("", name) if not rest or group in LOG_GROUPS else (group, rest)
 
 
-def make_panels(runs: Sequence[Run], keys: Sequence[str], *, smooth: int, must_exist: bool) -> list[Panel]:
+def make_panels(runs: Sequence[LoggedRun], keys: Sequence[str], *, smooth: int, must_exist: bool) -> list[Panel]:
     """Return one panel for each key, and for each number that a pattern stands for.
 
     Raises: DataError for a key that no run has, unless such keys are to be left out.
@@ -143,7 +143,7 @@ def fits(name: str, pattern: str) -> bool:
     return is_source and len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
 
 
-def make_panel(runs: Sequence[Run], names: Sequence[str], *, smooth: int) -> Panel:
+def make_panel(runs: Sequence[LoggedRun], names: Sequence[str], *, smooth: int) -> Panel:
     """Return a panel of one number: a colour for each run, or for each source or eval where there are several, and
     then a pattern of dashes for each run."""
     curves = []
@@ -175,7 +175,7 @@ def make_panel(runs: Sequence[Run], names: Sequence[str], *, smooth: int) -> Pan
     return Panel(title=title, curves=tuple(curves))
 
 
-def color_order(runs: Sequence[Run], name: str) -> list[str]:
+def color_order(runs: Sequence[LoggedRun], name: str) -> list[str]:
     """Return all sources, or all evals where `name` is a score: one has the same colour in every panel."""
     is_score = any(name in run.scores for run in runs)
     names = dict.fromkeys(other for run in runs for other in run.series if is_score == (other in run.scores))

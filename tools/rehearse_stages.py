@@ -32,7 +32,7 @@ from pixel_sail.types import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 
-HELD_OUT = 200
+NUM_HELD_OUT = 200
 """Records at the end of a file that are not trained on."""
 BATCHES = 24
 
@@ -134,8 +134,8 @@ def write_files(data: Path, out: Path) -> None:
         for record in described
     ]
     for name, records in (("captions", captions), ("chat", chat), ("questions", questions)):
-        replace_text(out / f"{name}.json", json.dumps(records[:-HELD_OUT]))
-        replace_text(out / f"{name}_held_out.json", json.dumps(records[-HELD_OUT:]))
+        replace_text(out / f"{name}.json", json.dumps(records[:-NUM_HELD_OUT]))
+        replace_text(out / f"{name}_held_out.json", json.dumps(records[-NUM_HELD_OUT:]))
 
 
 @torch.no_grad()

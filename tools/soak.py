@@ -48,7 +48,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MARK = "PIXEL_SAIL_SOAK"
 """Environment variable by which every process of a run is found, also one that lost its parent."""
 
-TINY = (
+TINY_RUN = (
     *("experiment=quickstart", "model.architecture.hidden_size=32", "model.architecture.intermediate_size=64"),
     *("model.architecture.num_hidden_layers=2", "model.architecture.mask_dim=16"),
     *("data.sources.refshapes.expressions_per_image=3", "data.sources.groupshapes.expressions_per_image=2"),
@@ -144,7 +144,7 @@ def command_line(arguments: argparse.Namespace, run_dir: Path) -> list[str]:
     if not arguments.validate_every:
         validation += ["evals=[]"]
     sharding = ["deepspeed=none"] if arguments.launcher == "python" else []
-    return [*start, "scripts/train.py", *TINY, *own, *validation, *sharding, *arguments.overrides]
+    return [*start, "scripts/train.py", *TINY_RUN, *own, *validation, *sharding, *arguments.overrides]
 
 
 def temporary_folder(work: Path) -> Path:
@@ -153,7 +153,7 @@ def temporary_folder(work: Path) -> Path:
     return Path(tempfile.gettempdir()) / f"soak_{hashlib.sha256(str(work.resolve()).encode()).hexdigest()[:8]}"
 
 
-class Session:
+class RunProcess:
     """One start of the run: the process and where its output goes."""
 
     def __init__(self, command: Sequence[str], work: Path, mark: str) -> None:
@@ -181,7 +181,7 @@ class Session:
         self.process.wait()
 
 
-def finish(session: Session, mark: str, watched: Watched, since: float, timeout_s: float) -> None:
+def finish(session: RunProcess, mark: str, watched: Watched, since: float, timeout_s: float) -> None:
     """Look at the memory every second until the run ends. Raises: RuntimeError unless it ended well and in time."""
     deadline = time.monotonic() + timeout_s
     while session.is_running:
@@ -196,7 +196,7 @@ def finish(session: Session, mark: str, watched: Watched, since: float, timeout_
         )
 
 
-def wait_for_kill_point(session: Session, run_dir: Path, point: str, line: int, chance: random.Random) -> bool:
+def wait_for_kill_point(session: RunProcess, run_dir: Path, point: str, line: int, chance: random.Random) -> bool:
     """Wait until the run is where it shall be killed; return False if it ended before."""
     if point == "start":
         return sleep_while_running(session, chance.uniform(0.2, 6.0))
@@ -219,7 +219,7 @@ def wait_for_kill_point(session: Session, run_dir: Path, point: str, line: int, 
     return session.is_running
 
 
-def sleep_while_running(session: Session, seconds: float) -> bool:
+def sleep_while_running(session: RunProcess, seconds: float) -> bool:
     """Sleep, and return whether the run still runs."""
     time.sleep(seconds)
     return session.is_running
@@ -254,7 +254,7 @@ def train_with_kills(arguments: argparse.Namespace, work: Path, mark: str, watch
     since = time.monotonic()
     for index, line in enumerate(lines):
         point, alone = KILL_POINTS[index % len(KILL_POINTS)], chance.random() < 0.5
-        session = Session(command_line(arguments, run_dir), work, mark)
+        session = RunProcess(command_line(arguments, run_dir), work, mark)
         if not wait_for_kill_point(session, run_dir, point, line, chance):
             status = session.process.wait()
             raise RuntimeError(f"kill {index} ({point}): the run had ended with {status}; {session.output}")
@@ -262,7 +262,7 @@ def train_with_kills(arguments: argparse.Namespace, work: Path, mark: str, watch
         left = sorted(names_in(run_dir / "checkpoints"))
         kills.append({"point": point, "trainer_alone": alone, "lines": num_lines(run_dir / "log.jsonl"), "left": left})
         print(f"kill {index + 1}: {kills[-1]}", flush=True)
-    session = Session(command_line(arguments, run_dir), work, mark)
+    session = RunProcess(command_line(arguments, run_dir), work, mark)
     finish(session, mark, watched, since, arguments.timeout_s)
     return kills
 
@@ -361,12 +361,12 @@ def soak(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     since = time.monotonic()
     if arguments.kills:
         finish(
-            Session(command_line(arguments, work / "whole"), work, mark), mark, Watched(), since, arguments.timeout_s
+            RunProcess(command_line(arguments, work / "whole"), work, mark), mark, Watched(), since, arguments.timeout_s
         )
         kills = train_with_kills(arguments, work, mark, watched)
         faults += differences(work / "run", work / "whole")
     else:
-        session = Session(command_line(arguments, work / "run"), work, mark)
+        session = RunProcess(command_line(arguments, work / "run"), work, mark)
         finish(session, mark, watched, since, arguments.timeout_s)
     seconds = time.monotonic() - since
     left_processes = processes_left(mark)

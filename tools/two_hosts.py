@@ -28,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools.soak import ROOT, TINY, comparable, make_data, num_lines
+from tools.soak import ROOT, TINY_RUN, comparable, make_data, num_lines
 
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 PORT = 29533
@@ -91,7 +91,7 @@ def ip(*arguments: str) -> None:
 
 def command_line(launcher: str, host: int, overrides: Sequence[str]) -> list[str]:
     """Return the command that a host is started with."""
-    train = ["scripts/train.py", *TINY, "evals=[]", *overrides]
+    train = ["scripts/train.py", *TINY_RUN, "evals=[]", *overrides]
     programs = Path(sys.executable).parent
     if launcher == "torchrun":
         meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={ADDRESSES[0]}:{PORT}", "--rdzv-id=two_hosts"]

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from pixel_sail.conversion.layouts import Layout, find_layout, reason, released_key, renamed
-from pixel_sail.conversion.plan import Plan, Rows, make_plan
+from pixel_sail.conversion.layouts import Layout, find_layout, layout_reason, released_key, renamed
+from pixel_sail.conversion.plan import ConversionPlan, Rows, plan_conversion
 from pixel_sail.conversion.released_limits import check_released, released_remarks
-from pixel_sail.conversion.report import write_report
-from pixel_sail.conversion.sizes import Chosen, base_architecture, read_base_config, remarks
+from pixel_sail.conversion.report import write_conversion_report
+from pixel_sail.conversion.sizes import Chosen, base_architecture, decoder_remarks, read_base_config
 from pixel_sail.conversion.sources import TensorSource, open_source
 from pixel_sail.conversion.vocabulary import (
     UNUSED_PROMPT,
@@ -49,7 +49,7 @@ EMBEDDING, HEAD = TOKEN_ROWS
 class Done:
     """What a conversion did."""
 
-    plan: Plan
+    plan: ConversionPlan
     remarks: tuple[str, ...]
 
 
@@ -92,7 +92,7 @@ def to_ours(
         init=chosen.init,
     )
     config = PixelSailConfig.from_architecture(architecture)
-    notes = tuple(remarks(settings)) + _image_remarks(layout, architecture.attention)
+    notes = tuple(decoder_remarks(settings)) + _image_remarks(layout, architecture.attention)
     facts = {
         **{"layout": layout_name, "source": str(path), "base": str(base)},
         **{"seed": chosen.seed, "init": chosen.init, "remarks": notes},
@@ -111,7 +111,7 @@ def plan_to_ours(
     target_tokens: Mapping[str, int],
     seed: int,
     init: str = "ours",
-) -> Plan:
+) -> ConversionPlan:
     """Return what becomes of every tensor on the way to ours; see `plan.make_plan`."""
     expected = expected_shapes(architecture)
     keys = {renamed(layout, key): key for key in source.infos}
@@ -127,7 +127,7 @@ def plan_to_ours(
     if architecture.tie_word_embeddings:
         del expected[HEAD]
         tied = (keys[EMBEDDING], keys.get(HEAD, ""))
-    return make_plan(
+    return plan_conversion(
         source,
         expected,
         rename=partial(renamed, layout),
@@ -166,7 +166,7 @@ def plan_to_release(
     source_tokens: Mapping[str, int],
     target_tokens: Mapping[str, int],
     target_rows: int | None = None,
-) -> Plan:
+) -> ConversionPlan:
     """Return what becomes of every tensor on the way to the release.
 
     The release has one row per token, unless `target_rows` says otherwise, and writes a tied head a second time.
@@ -189,7 +189,7 @@ def plan_to_release(
     if config.tie_word_embeddings and HEAD not in source.infos:
         note = "the token embedding once more, because the release writes a tied head twice"
         again[rename(HEAD)] = (lambda: rows.place(source.read(EMBEDDING)).clone(), note)
-    return make_plan(
+    return plan_conversion(
         source,
         {rename(name): shape for name, shape in shapes.items()},
         rename=rename,
@@ -217,7 +217,7 @@ def starting_values(
     layout: Layout, expected: Mapping[str, tuple[int, ...]], architecture: Architecture, *, seed: int, init: str
 ) -> dict[str, tuple[Callable[[], Tensor], str]]:
     """Return what makes each parameter that the layout may lack, initialized from `seed`, and the note why."""
-    allowed = {name: why for name in expected if (why := reason(layout.initialised, name)) is not None}
+    allowed = {name: why for name in expected if (why := layout_reason(layout.initialised, name)) is not None}
     if not allowed:
         return {}
     with torch.random.fork_rng(devices=[]):
@@ -244,7 +244,7 @@ def _why_dropped(layout: Layout, key: str, architecture: Architecture) -> str | 
         and not architecture.num_visual_prompts
     ):
         return "the model has no visual prompts"
-    return reason(layout.dropped, key)
+    return layout_reason(layout.dropped, key)
 
 
 def _image_remarks(layout: Layout, attention: str) -> tuple[str, ...]:
@@ -264,7 +264,7 @@ def _finish_ours(
     *,
     config: PixelSailConfig,
     tokenizer: PreTrainedTokenizerBase,
-    plan: Plan,
+    plan: ConversionPlan,
     facts: dict[str, Any],
 ) -> None:
     """Write configuration, tokenizer and report."""
@@ -272,12 +272,17 @@ def _finish_ours(
     config.dtype = next(write.info.dtype for write in plan.writes if write.name == EMBEDDING)
     config.save_pretrained(working)
     PixelSailProcessor.for_model(tokenizer, config).save_pretrained(working)
-    write_report(working, plan, hashes, facts)
+    write_conversion_report(working, plan, hashes, facts)
 
 
 def _finish_release(
-    working: Path, hashes: dict[str, str], *, tokenizer: PreTrainedTokenizerBase, plan: Plan, facts: dict[str, Any]
+    working: Path,
+    hashes: dict[str, str],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: ConversionPlan,
+    facts: dict[str, Any],
 ) -> None:
     """Write tokenizer and report."""
     tokenizer.save_pretrained(str(working))
-    write_report(working, plan, hashes, facts)
+    write_conversion_report(working, plan, hashes, facts)

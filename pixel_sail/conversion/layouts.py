@@ -91,7 +91,7 @@ def renamed(layout: Layout, key: str) -> str | None:
     return None
 
 
-def reason(table: tuple[tuple[str, str], ...], key: str) -> str | None:
+def layout_reason(table: tuple[tuple[str, str], ...], key: str) -> str | None:
     """Return why a key is dropped or initialised, None if it is not."""
     return next((why for pattern, why in table if re.fullmatch(pattern, key)), None)
 

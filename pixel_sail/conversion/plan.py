@@ -39,7 +39,7 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ConversionPlan:
     """All tensors: what is written, and one entry for each of either side."""
 
     writes: tuple[Write, ...]
@@ -98,7 +98,7 @@ class Rows:
         )
 
 
-def make_plan(
+def plan_conversion(
     source: TensorSource,
     expected: Mapping[str, tuple[int, ...]],
     *,
@@ -108,7 +108,7 @@ def make_plan(
     rows: Rows,
     row_names: Sequence[str],
     tied: tuple[str, str] | None,
-) -> Plan:
+) -> ConversionPlan:
     """Return what becomes of every tensor.
 
     expected: names and shapes of the target. rename: the target's name of a key, None if it has none. dropped: why a
@@ -163,7 +163,7 @@ def make_plan(
             f"{source.path}: {tied[1]} differs from {tied[0]}, expected them equal because tie_word_embeddings is "
             "true; give the config.json the checkpoint was trained with"
         )
-    return Plan(writes=tuple(writes[name] for name in expected if name in writes), entries=tuple(entries))
+    return ConversionPlan(writes=tuple(writes[name] for name in expected if name in writes), entries=tuple(entries))
 
 
 def _reader(source: TensorSource, key: str, rows: Rows | None) -> Callable[[], Tensor]:

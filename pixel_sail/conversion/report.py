@@ -12,18 +12,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pixel_sail.conversion.plan import COPIED, Plan
+from pixel_sail.conversion.plan import COPIED, ConversionPlan
 
 REPORT = "conversion.json"
 
 
-def write_report(folder: Path, plan: Plan, hashes: Mapping[str, str], facts: Mapping[str, Any]) -> None:
+def write_conversion_report(
+    folder: Path, plan: ConversionPlan, hashes: Mapping[str, str], facts: Mapping[str, Any]
+) -> None:
     """Write the report of a conversion."""
     entries = [entry.as_dict(hashes) for entry in plan.entries]
     (folder / REPORT).write_text(json.dumps({**facts, "entries": entries}, indent=1))
 
 
-def summary(plan: Plan) -> list[str]:
+def conversion_summary(plan: ConversionPlan) -> list[str]:
     """Return the lines on screen: one per kind of note, with the keys where they were not simply copied."""
     counts = Counter(entry.note for entry in plan.entries)
     lines = []

@@ -28,7 +28,7 @@ COPIED_SIZES = (
 )
 
 
-DEFAULTS: dict[str, dict[str, Any]] = {
+DEFAULT_SIZES: dict[str, dict[str, Any]] = {
     "sail": {"patch_size": 16, "mask_stride": 4, "mask_dim": 512, "max_long_side": 1024, "attention": "prefix"},
     "eve": {"patch_size": 32, "mask_stride": 4, "mask_dim": 256, "max_long_side": 800, "attention": "causal"},
 }
@@ -38,7 +38,7 @@ with one of those files takes what was converted without a word on the command l
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """What a base does not determine. None: as in `DEFAULTS`, or as the checkpoint's tensors show it."""
+    """What a base does not determine. None: as in `DEFAULT_SIZES`, or as the checkpoint's tensors show it."""
 
     patch_size: int | None = None
     """Pixels."""
@@ -90,7 +90,7 @@ def _check_kind(path: Path, config: Mapping[str, Any]) -> None:
         raise DataError(f"{path}: {'; '.join(differing)}; such a decoder cannot be converted")
 
 
-def remarks(config: Mapping[str, Any]) -> list[str]:
+def decoder_remarks(config: Mapping[str, Any]) -> list[str]:
     """Return what a reader of the report must know about the decoder."""
     window = config.get("sliding_window")
     if window and not config.get("use_sliding_window", True):
@@ -116,7 +116,7 @@ def base_architecture(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]
         "num_visual_prompts": chosen.num_visual_prompts,
     }
     shown = _shown(infos)
-    defaults = DEFAULTS[shown.get("base", "sail")]
+    defaults = DEFAULT_SIZES[shown.get("base", "sail")]
     given = {name: value for name in defaults if (value := getattr(chosen, name)) is not None}
     _check_given(given, shown)
     return Architecture(**(fields | defaults | given | shown))

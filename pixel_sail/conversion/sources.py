@@ -27,7 +27,7 @@ INDEX = "model.safetensors.index.json"
 STATE_KEY = "state_dict"
 """Under which a .pth file may hold its tensors."""
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Safetensors' name of a type -> torch's. Weights of other types (quantised ones) are not converted."""
 
 _DAMAGED = (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError)
@@ -211,6 +211,8 @@ def _check_index(path: Path, file: Path, *, listed: set[str], held: set[str]) ->
 def _info(file: Path, name: str, view: Any) -> TensorInfo:
     """Return shape and type of a tensor in an open file."""
     found = view.get_dtype()
-    if found not in DTYPES:
-        raise DataError(f"{file}: {name} has type {found}, expected one of {sorted(DTYPES)}; quantised weights cannot")
-    return TensorInfo(shape=tuple(view.get_shape()), dtype=DTYPES[found])
+    if found not in SAFETENSORS_DTYPES:
+        raise DataError(
+            f"{file}: {name} has type {found}, expected one of {sorted(SAFETENSORS_DTYPES)}; quantised weights cannot"
+        )
+    return TensorInfo(shape=tuple(view.get_shape()), dtype=SAFETENSORS_DTYPES[found])

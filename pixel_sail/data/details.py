@@ -11,11 +11,13 @@ one. Called from Python without the option, a source does what it does by defaul
 from pixel_sail.types import DataError
 
 OURS, RELEASED = "ours", "released"
-DETAILS = (OURS, RELEASED)
+DETAIL_CHOICES = (OURS, RELEASED)
 
 
 def is_released(source: str, option: str, value: str) -> bool:
     """Say whether an option of a source asks for what the release does. Raises: DataError for an unknown value."""
-    if value not in DETAILS:
-        raise DataError(f"source {source}: found {option} {value!r}, expected one of {DETAILS}; correct the config")
+    if value not in DETAIL_CHOICES:
+        raise DataError(
+            f"source {source}: found {option} {value!r}, expected one of {DETAIL_CHOICES}; correct the config"
+        )
     return value == RELEASED

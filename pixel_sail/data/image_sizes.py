@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image
 
-from pixel_sail.data.images import DECODING_ERRORS, EXIF_TURNS, existing_file, open_image, reason
+from pixel_sail.data.images import DECODING_ERRORS, EXIF_TURNS, existing_file, open_image, pillow_reason
 from pixel_sail.types import DataError, MissingDataError, SizeHW
 
 _SIDEWAYS = range(5, 9)
@@ -47,4 +47,4 @@ def _read(path: Path, where: str) -> tuple[SizeHW, object]:
             f"{where}: {path}: no such image file; check configs/paths and the image folder"
         ) from None
     except DECODING_ERRORS as error:
-        raise DataError(f"{where}: {path}: cannot be read ({reason(error)}); replace the file") from error
+        raise DataError(f"{where}: {path}: cannot be read ({pillow_reason(error)}); replace the file") from error

@@ -31,7 +31,7 @@ EXIF_TURNS = {
 }
 """EXIF orientation -> what makes the image upright; 1 is upright already."""
 
-PAGE = (255, 255, 255)
+BACKGROUND_RGB = (255, 255, 255)
 """What shows through transparent pixels: white, as on the page that a viewer or a browser shows an image on."""
 
 MAX_16_BIT = 65535
@@ -161,7 +161,7 @@ def load_image(path: str | Path, *, where: str, expected_hw: SizeHW | None = Non
     except FileNotFoundError:
         raise DataError(f"{where}: {path}: no such image file; check configs/paths and the image folder") from None
     except DECODING_ERRORS as error:
-        raise DataError(f"{where}: {path}: cannot be decoded ({reason(error)}); replace the file") from error
+        raise DataError(f"{where}: {path}: cannot be decoded ({pillow_reason(error)}); replace the file") from error
     if expected_hw is not None and (image.height, image.width) != tuple(expected_hw):
         raise DataError(
             f"{where}: {path}: image is {(image.height, image.width)} (height, width), annotations say "
@@ -172,7 +172,7 @@ def load_image(path: str | Path, *, where: str, expected_hw: SizeHW | None = Non
     return _to_rgb(image, f"{where}: {path}")
 
 
-def reason(error: BaseException) -> str:
+def pillow_reason(error: BaseException) -> str:
     """Return what an error of Pillow says, or what it is called where it says nothing."""
     return str(error) or type(error).__name__
 
@@ -188,7 +188,7 @@ def rgb_image(image: Image.Image, *, where: str) -> Image.Image:
         image.load()
         upright = _upright(image, None)
     except DECODING_ERRORS as error:
-        raise DataError(f"{where}: the image cannot be decoded ({reason(error)}); open another file") from error
+        raise DataError(f"{where}: the image cannot be decoded ({pillow_reason(error)}); open another file") from error
     return _to_rgb(upright, where)
 
 
@@ -230,7 +230,7 @@ def _to_rgb(image: Image.Image, where: str) -> Image.Image:
     if not image.has_transparency_data:
         return image.convert("RGB")
     opaque = image.convert("RGBA")
-    page = Image.new("RGBA", image.size, (*PAGE, 255))
+    page = Image.new("RGBA", image.size, (*BACKGROUND_RGB, 255))
     return Image.alpha_composite(page, opaque).convert("RGB")
 
 
@@ -244,5 +244,5 @@ def _to_8_bit(image: Image.Image, where: str) -> Image.Image:
         )
     grey = (values * 255.0 / MAX_16_BIT).astype(np.uint8)
     if "transparency" in image.info:
-        grey[values == image.info["transparency"]] = PAGE[0]
+        grey[values == image.info["transparency"]] = BACKGROUND_RGB[0]
     return Image.fromarray(grey)

@@ -19,11 +19,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from pixel_sail.data.fields import field
-from pixel_sail.data.images import DECODING_ERRORS, open_image, reason
+from pixel_sail.data.images import DECODING_ERRORS, open_image, pillow_reason
 from pixel_sail.texts import shown
 from pixel_sail.types import BoolMask, DataError, SizeHW
 
-T = TypeVar("T", int, float)
+Coordinate = TypeVar("Coordinate", int, float)
 
 _MAX_COORDINATE_PX = 100_000
 
@@ -136,7 +136,9 @@ def _whole(points: Points) -> list[tuple[int, int]]:
     return [(int(x), int(y)) for x, y in points]
 
 
-def _corners(points: Sequence[tuple[T, T]]) -> tuple[tuple[T, T], tuple[T, T]]:
+def _corners(
+    points: Sequence[tuple[Coordinate, Coordinate]],
+) -> tuple[tuple[Coordinate, Coordinate], tuple[Coordinate, Coordinate]]:
     """Return the upper left and the lower right of some points."""
     xs, ys = [x for x, _ in points], [y for _, y in points]
     return (min(xs), min(ys)), (max(xs), max(ys))
@@ -149,7 +151,9 @@ def _mask_pixels(record: dict[str, object], points: Points, where: str) -> BoolM
         with open_image(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]) as opened:
             pixels = np.asarray(opened.convert("L")) > 0
     except DECODING_ERRORS as error:
-        raise DataError(f"{where}: found a mask that is no PNG ({reason(error)}), expected one; repair it") from error
+        raise DataError(
+            f"{where}: found a mask that is no PNG ({pillow_reason(error)}), expected one; repair it"
+        ) from error
     (left, top), (right, bottom) = _corners(_whole(points))
     if pixels.shape != (bottom - top + 1, right - left + 1):
         raise DataError(

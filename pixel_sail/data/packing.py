@@ -30,7 +30,7 @@ from pixel_sail.distillation.choice import TeacherChoice, teacher_targets
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.types import DataError, Example, Sample
 
-Item = TypeVar("Item")
+Element = TypeVar("Element")
 
 
 @dataclass(kw_only=True)
@@ -95,19 +95,19 @@ class PackedSequence:
 
 
 def pack_samples(
-    read: Callable[[int], tuple[Item, float] | None],
+    read: Callable[[int], tuple[Element, float] | None],
     settings: PackingSettings,
     *,
-    held: dict[int, tuple[Item, float]],
+    held: dict[int, tuple[Element, float]],
     upcoming: int,
-) -> Iterator[tuple[tuple[Item, ...], StreamState]]:
+) -> Iterator[tuple[tuple[Element, ...], StreamState]]:
     """Yield the samples of one sequence after another, without end, and where the stream is after each.
 
     read: sample `number` of the stream and what it takes of `seq_len`, None for one that is left out. held: samples
     that were read and wait, by number; upcoming: the number to read next.
     """
     while True:
-        chosen: list[Item] = []
+        chosen: list[Element] = []
         room = float(settings.seq_len)
         while True:
             while len(held) < settings.packing_buffer:
@@ -124,7 +124,7 @@ def pack_samples(
         yield tuple(chosen), StreamState(next=upcoming, waiting=tuple(held))
 
 
-def _best_fit(held: dict[int, tuple[Item, float]], room: float, *, is_first: bool) -> int | None:
+def _best_fit(held: dict[int, tuple[Element, float]], room: float, *, is_first: bool) -> int | None:
     """Return the sample to pack next: the oldest into an empty sequence, so that none waits for ever, else the one that
     costs most and fits, the older of two."""
     if is_first:

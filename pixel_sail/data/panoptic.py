@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixel_sail.data.fingerprint import add_to_fingerprint
-from pixel_sail.data.images import DECODING_ERRORS, existing_file, image_file, open_image, reason
+from pixel_sail.data.images import DECODING_ERRORS, existing_file, image_file, open_image, pillow_reason
 from pixel_sail.data.records import open_records
 from pixel_sail.data.remarks import STATED_AREA, areas_differ, remark
 from pixel_sail.files import sha256
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 ANNOTATION_FOLDERS = ("Annotations/annotations", "annotations")
 """Below the COCO folder: where people unpack `annotations_trainval2017.zip` and its panoptic sister."""
 
-IMAGE_FOLDERS = ("Images", ".", "images")
+PNG_FOLDERS = ("Images", ".", "images")
 """Below the COCO folder: where train2017 and val2017 stand."""
 
 UNLABELLED = 0
@@ -224,7 +224,7 @@ def open_panoptic(
     root = Path(root)
     jsons = [root / folder / f"panoptic_{split}.json" for folder in ANNOTATION_FOLDERS]
     pngs = [root / folder / f"panoptic_{split}" for folder in ANNOTATION_FOLDERS]
-    folders = [root / folder / split for folder in IMAGE_FOLDERS]
+    folders = [root / folder / split for folder in PNG_FOLDERS]
     file = Path(annotations) if annotations is not None else next(filter(Path.is_file, jsons), None)
     folder = Path(png_dir) if png_dir is not None else next(filter(Path.is_dir, pngs), None)
     if file is None:
@@ -298,7 +298,7 @@ def read_segment_ids(path: Path, size_hw: SizeHW, where: str) -> NDArray[np.int3
     except FileNotFoundError:
         raise DataError(f"{where}: {path}: found no such PNG, expected it; unpack the panoptic PNGs") from None
     except DECODING_ERRORS as error:
-        raise DataError(f"{where}: {path}: cannot be decoded ({reason(error)}); replace the file") from error
+        raise DataError(f"{where}: {path}: cannot be decoded ({pillow_reason(error)}); replace the file") from error
     if mode != "RGB":
         raise DataError(f"{where}: {path}: found a PNG of mode {mode}, expected 8-bit RGB; it is no panoptic PNG")
     rgb = pixels.astype(np.int32)

@@ -33,7 +33,7 @@ from pixel_sail.types import DataError, SizeHW
 
 logger = logging.getLogger(__name__)
 
-IMAGE_FOLDERS = ("images/train2014", "images/mscoco/images/train2014", "coco2014/train2014")
+COCO_TRAIN_FOLDERS = ("images/train2014", "images/mscoco/images/train2014", "coco2014/train2014")
 """Where images are looked for below the root and then below the dataset's folder, in this order; the first stands for
 all when none exists."""
 
@@ -197,7 +197,7 @@ def _find_folder(root: Path, names: Sequence[str]) -> Path:
 
 
 def _find_image_dir(root: Path, folder: Path) -> Path:
-    folders = [parent / name for parent in (root, folder) for name in IMAGE_FOLDERS]
+    folders = [parent / name for parent in (root, folder) for name in COCO_TRAIN_FOLDERS]
     return next((path for path in folders if path.is_dir()), folders[0])
 
 

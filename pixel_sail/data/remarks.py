@@ -59,7 +59,7 @@ def remark(topic: str, file: str, where: str, message: str) -> None:
 
 
 @contextmanager
-def remarks() -> Iterator[dict[Remark, None]]:
+def collect_remarks() -> Iterator[dict[Remark, None]]:
     """Collect what is remarked inside the block, each thing once."""
     heard: dict[Remark, None] = {}
     token = _HEARD.set(heard)

@@ -1,7 +1,7 @@
 """A web page to ask a model, for one machine.
 
 Place in the flow: `scripts/demo.py` starts it. The model answers one question at a time, in one thread; the others
-wait in a queue of limited length. Nothing is written to disk and no file is read but those named in `PAGE`:
+wait in a queue of limited length. Nothing is written to disk and no file is read but those named in `PAGE_FILES`:
 
     POST /api/images?replaces=...  bytes of an image          -> {"session": "Jt0Z...", "height": 427, "width": 640}
     POST /api/examples/0           {}                        -> the same
@@ -44,7 +44,7 @@ from pixel_sail.types import DataError
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-PAGE = {
+PAGE_FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
     "/marks.js": ("marks.js", "text/javascript; charset=utf-8"),
@@ -66,7 +66,7 @@ QUESTION_BYTES = 8_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Example:
+class DemoExample:
     """An image that the page offers, with a question."""
 
     image: Image.Image
@@ -146,7 +146,7 @@ class _AddHeaders:
 class _Demo:
     """What answers the requests."""
 
-    def __init__(self, predictor: Predictor, name: str, examples: Sequence[Example], limits: DemoLimits) -> None:
+    def __init__(self, predictor: Predictor, name: str, examples: Sequence[DemoExample], limits: DemoLimits) -> None:
         self.name = name
         self.examples = examples
         self.limits = limits
@@ -163,7 +163,7 @@ class _Demo:
     def routes(self) -> list[Route]:
         """Return what can be asked for."""
         return [
-            *(Route(address, _page(name, kind)) for address, (name, kind) in PAGE.items()),
+            *(Route(address, _page(name, kind)) for address, (name, kind) in PAGE_FILES.items()),
             Route("/api/info", self.info),
             Route("/api/images", self.upload, methods=["POST"]),
             Route("/api/examples/{index}", self.example, methods=["POST"]),
@@ -207,7 +207,7 @@ class _Demo:
         """Show one of the examples."""
         return Response(jpeg_bytes(self._example(request).image), media_type="image/jpeg")
 
-    def _example(self, request: Request) -> Example:
+    def _example(self, request: Request) -> DemoExample:
         # Looked up as a text: Python refuses to read numbers of thousands of digits.
         found = {str(index): example for index, example in enumerate(self.examples)}.get(request.path_params["index"])
         if found is None:
@@ -342,7 +342,7 @@ def build_app(
     predictor: Predictor,
     *,
     name: str,
-    examples: Sequence[Example] = (),
+    examples: Sequence[DemoExample] = (),
     limits: DemoLimits | None = None,
     names: Sequence[str] = (),
 ) -> Starlette:

@@ -136,7 +136,7 @@ class FeatureCache:
         """Read the index. Raises: TeacherCacheError when it is absent, unfinished, or not what is `wanted`."""
         self.folder = folder
         self.where = where
-        index = read_json(folder / INDEX, where, {"identity": dict, "shards": list})
+        index = read_cache_json(folder / INDEX, where, {"identity": dict, "shards": list})
         for number, shard in enumerate(index["shards"]):
             files.check_fields(
                 *(shard, f"{where}: {folder / INDEX}: shard {number}", {"file": str, "items": dict}),
@@ -212,7 +212,7 @@ class FeatureCache:
         )
 
 
-def read_json(path: Path, where: str, fields: files.Fields) -> dict[str, Any]:
+def read_cache_json(path: Path, where: str, fields: files.Fields) -> dict[str, Any]:
     """Return a JSON file of a cache. Raises: TeacherCacheError."""
     if not path.exists():
         raise TeacherCacheError(

@@ -23,13 +23,13 @@ from pixel_sail.distillation.cache import (
     TeacherCacheError,
     checksum,
     identity_digest,
-    read_json,
+    read_cache_json,
 )
 from pixel_sail.files import flush, replace_text, sha256, writing
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class CachePlan:
     """What a folder will hold."""
 
     identity: dict[str, Any]
@@ -38,21 +38,21 @@ class Plan:
     """Keys of the images of each shard."""
 
 
-def make_plan(keys: Sequence[str], identity: dict[str, Any], *, dtype: str, images_per_shard: int) -> Plan:
+def plan_cache(keys: Sequence[str], identity: dict[str, Any], *, dtype: str, images_per_shard: int) -> CachePlan:
     """Return the plan for these images; doubles are stored once."""
     ordered = sorted(set(keys))
     shards = tuple(tuple(ordered[i : i + images_per_shard]) for i in range(0, len(ordered), images_per_shard))
-    return Plan(identity=identity, dtype=dtype, shards=shards)
+    return CachePlan(identity=identity, dtype=dtype, shards=shards)
 
 
-def start_folder(folder: Path, plan: Plan) -> None:
+def start_folder(folder: Path, plan: CachePlan) -> None:
     """Write the plan, or check that a folder that was begun has the same one. Raises: TeacherCacheError."""
     content = {"identity": plan.identity, "dtype": plan.dtype, "shards": [list(keys) for keys in plan.shards]}
     path = folder / PLAN
     if not path.is_file():
         replace_text(path, json.dumps(content) + "\n")
         return
-    found = read_json(path, "cache", {"identity": dict, "dtype": str, "shards": list})
+    found = read_cache_json(path, "cache", {"identity": dict, "dtype": str, "shards": list})
     differing = [name for name in content if found.get(name) != content[name]]
     if differing:
         raise TeacherCacheError(
@@ -74,7 +74,7 @@ def is_shard_complete(folder: Path, number: int) -> bool:
 
 def write_shard(
     folder: Path,
-    plan: Plan,
+    plan: CachePlan,
     number: int,
     compute: Callable[[Sequence[str]], tuple[Mapping[str, StoredMap], Mapping[str, str]]],
 ) -> None:
@@ -101,7 +101,7 @@ def write_shard(
     replace_text(final.with_suffix(".json"), json.dumps(content) + "\n")
 
 
-def finish(folder: Path, plan: Plan, *, verify: bool = False) -> None:
+def finish(folder: Path, plan: CachePlan, *, verify: bool = False) -> None:
     """Write the index of a complete cache; `verify` hashes every shard again.
 
     Raises: TeacherCacheError when a shard is missing or is not what its JSON file says.
@@ -109,7 +109,7 @@ def finish(folder: Path, plan: Plan, *, verify: bool = False) -> None:
     shards = []
     kinds = {"file": str, "sha256": str, "items": dict, "unusable": dict}
     for number, keys in enumerate(plan.shards):
-        content = read_json(folder / f"{shard_name(number)}.json", "cache", kinds)
+        content = read_cache_json(folder / f"{shard_name(number)}.json", "cache", kinds)
         if sorted([*content["items"], *content["unusable"]]) != list(keys):
             raise TeacherCacheError(f"{folder / content['file']}: holds other images than {PLAN} says; build it again")
         if verify and sha256(folder / content["file"]) != content["sha256"]:

@@ -16,7 +16,7 @@ from omegaconf import MISSING
 
 from pixel_sail.types import DataError
 
-CHOICES = {
+TEACHER_CHOICES = {
     "loss": ("mse", "cosine", "normalized_mse", "kl"),
     "site": ("pixel_map", "patch_states"),
     "precision": ("fp32", "bf16"),
@@ -56,7 +56,7 @@ class TeacherSettings:
 
     def __post_init__(self) -> None:
         """Check the choices and numbers. Raises: DataError."""
-        for name, allowed in CHOICES.items():
+        for name, allowed in TEACHER_CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise DataError(f"distillation: {name} is {getattr(self, name)!r}, expected one of {allowed}")
         if not 0.0 <= self.fraction <= 1.0:

@@ -16,9 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pixel_sail.distillation.preprocess import Preprocessing
-from pixel_sail.types import DataError
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from pixel_sail.types import DTYPES, DataError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from pixel_sail.model.folder import KERNELS, MODEL_CONFIG, check_no_code
 from pixel_sail.types import DataError
 
 Network = TypeVar("Network", bound=PreTrainedModel)
-Config = TypeVar("Config", bound=PreTrainedConfig)
+NetworkConfig = TypeVar("NetworkConfig", bound=PreTrainedConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class WeightSource:
         folder = None if random else weights_folder(weights, revision, where=f"distillation: {teacher}")
         return cls(folder=folder, architecture=dict(architecture or {}))
 
-    def config(self, kind: type[Config]) -> Config:
+    def config(self, kind: type[NetworkConfig]) -> NetworkConfig:
         """Return the network's configuration."""
         if self.folder is None:
             return kind(**self.architecture)

@@ -33,7 +33,7 @@ mark { background: #bfe5cf }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class TokenRun:
     """Successive tokens of one kind."""
 
     text: str
@@ -52,7 +52,7 @@ class SampleView:
     row: int
     first: int
     """Its first token in the row."""
-    runs: tuple[Run, ...]
+    runs: tuple[TokenRun, ...]
     image: ImageArray | None
 
 
@@ -80,7 +80,7 @@ def _tokens_of(batch: Batch, index: int) -> tuple[int, torch.Tensor]:
     return int(rows[0]), tokens
 
 
-def _runs(batch: Batch, processor: PixelSailProcessor, row: int, tokens: torch.Tensor) -> tuple[Run, ...]:
+def _runs(batch: Batch, processor: PixelSailProcessor, row: int, tokens: torch.Tensor) -> tuple[TokenRun, ...]:
     """Return the tokens of a sample, joined where they are of one kind."""
     # The position before a token predicts it, so the supervised token is the next one.
     supervised = set((batch.logit_positions_M2[batch.logit_positions_M2[:, 0] == row][:, 1] + 1).tolist())
@@ -97,7 +97,7 @@ def _runs(batch: Batch, processor: PixelSailProcessor, row: int, tokens: torch.T
             is_image, is_supervised, branch = kinds[start]
             text = str(processor.tokenizer.decode(ids, skip_special_tokens=False))
             runs.append(
-                Run(
+                TokenRun(
                     text=_image_text(batch, row, tokens) if is_image else text,
                     num_tokens=end - start,
                     is_image=is_image,

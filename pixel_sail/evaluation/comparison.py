@@ -41,7 +41,7 @@ def compare(
 
     Raises: DataError when the runs were asked different questions, before any annotations are read.
     """
-    check_same(first, second)
+    check_same_questions(first, second)
     a, b = read_stored(first, loaders), read_stored(second, loaders)
     check_same_targets(a, b)
     task_scores = {"a": a.measure(), "b": b.measure()}
@@ -67,7 +67,7 @@ def compare(
     return result
 
 
-def check_same(first: Path, second: Path) -> None:
+def check_same_questions(first: Path, second: Path) -> None:
     """Find out whether both runs answered the same questions. Raises: DataError."""
     one, other = read_protocol(first), read_protocol(second)
     if one["questions_sha256"] == other["questions_sha256"]:

@@ -24,15 +24,15 @@ from pixel_sail.data.checking.files import (
     ABSENT_IMAGES,
     annotation_files,
     check_image,
-    check_paths,
+    check_source_paths,
     file_fact,
 )
-from pixel_sail.data.checking.findings import FileFact, Findings, Kind, Lengths, SoundFraction, SourceReport
+from pixel_sail.data.checking.findings import FileFact, FindingKind, Findings, Lengths, SoundFraction, SourceReport
 from pixel_sail.data.checking.items import ItemCheck, check_items, chosen_items, note_remarks
 from pixel_sail.data.checking.known import is_known, refer_name
 from pixel_sail.data.checking.refer_files import ReferCheck, ReferFolder, check_refer, refs_files
-from pixel_sail.data.checking.refs import read_refs
-from pixel_sail.data.remarks import remarks
+from pixel_sail.data.checking.refs import check_refs
+from pixel_sail.data.remarks import collect_remarks
 from pixel_sail.evaluation.check_plan import CheckPlan, CheckSettings, Node
 from pixel_sail.evaluation.refer_seg import as_task
 from pixel_sail.evaluation.task import Task
@@ -59,7 +59,7 @@ def run_check(plan: CheckPlan, settings: CheckSettings) -> CheckResult:
     found: dict[ReferFolder, tuple[ReferCheck, Findings]] = {}
     for folder in dict.fromkeys(folders.values()):
         findings = Findings()
-        with remarks() as heard:
+        with collect_remarks() as heard:
             check = check_refer(folder, findings, sample=settings.sample, progress=settings.progress)
         note_remarks(heard, findings)
         found[folder] = (check, findings)
@@ -106,7 +106,7 @@ def evaluation_images(plan: CheckPlan, checked: dict[ReferFolder, ReferCheck]) -
         for split_by, path in refs_files(folder):
             if is_known(folder.dataset, split_by):
                 # Only the splits matter here; what is wrong with the file is told when one of its sources is checked.
-                for row in read_refs(path, Findings()):
+                for row in check_refs(path, Findings()):
                     evaluated[refer_name(folder.dataset, split_by), row.split].add(coco_key(row.image_id))
     return {key: frozenset(images) for key, images in evaluated.items() if key[1] != TRAINING_SPLIT}
 
@@ -175,14 +175,14 @@ def _check_eval(name: str, node: Node, settings: CheckSettings) -> SourceReport:
         tqdm(source_images, desc=f"{name}: images", disable=not settings.progress, leave=False)
     ):
         if not source_image.path.parent.is_dir():
-            findings.trouble(Kind.MISSING_FILE, source_image.path.parent, ABSENT_IMAGES)
+            findings.trouble(FindingKind.MISSING_FILE, source_image.path.parent, ABSENT_IMAGES)
         elif number in opened:
             is_sound = check_image(
                 source_image.path, None if source_image.is_upright else source_image.size_hw, findings
             )
             images += SoundFraction(checked=1, sound=int(is_sound))
         elif not source_image.path.is_file():
-            findings.trouble(Kind.MISSING_IMAGE, source_image.path, ABSENT_IMAGE)
+            findings.trouble(FindingKind.MISSING_IMAGE, source_image.path, ABSENT_IMAGE)
     return SourceReport(
         name=name,
         reads=_reads(node),
@@ -216,21 +216,21 @@ def _own_dataset(node: Node) -> str | None:
 def _build(name: str, node: Node, findings: Findings, make: Callable[[], Built]) -> Built | None:
     """Return the source or eval as a run makes it, None (and trouble) where that fails; its warnings become notes."""
     if refer_folder(node) is None:
-        is_complete = check_paths(node, findings)
+        is_complete = check_source_paths(node, findings)
     else:
         # Only annotation files have a suffix; these sources can be built without the folder of images.
-        is_complete = not any(Path(subject).suffix for subject in findings.subjects(Kind.MISSING_FILE))
+        is_complete = not any(Path(subject).suffix for subject in findings.subjects(FindingKind.MISSING_FILE))
     if not is_complete:
         return None
-    with _warnings() as warned, remarks() as heard:
+    with _warnings() as warned, collect_remarks() as heard:
         try:
             built: Built | None = make()
         except ValueError as error:
             # DataError and ConfigError are ValueErrors, and so is what sources say about a wrong setting.
-            findings.trouble(Kind.SOURCE, name, f"cannot be built: {error}")
+            findings.trouble(FindingKind.SOURCE, name, f"cannot be built: {error}")
             built = None
     for message in warned:
-        findings.note(Kind.LOADER, name, message)
+        findings.note(FindingKind.LOADER, name, message)
     note_remarks(heard, findings)
     return built
 
@@ -265,6 +265,6 @@ def _facts(built: Any, node: Node, findings: Findings) -> tuple[FileFact, ...]:
 
 def _advice(findings: Findings) -> tuple[str, ...]:
     """Return what to download for everything that is missing or cannot be read."""
-    kinds = (Kind.MISSING_FILE, Kind.UNREADABLE_FILE, Kind.SOURCE)
+    kinds = (FindingKind.MISSING_FILE, FindingKind.UNREADABLE_FILE, FindingKind.SOURCE)
     texts = [f"{finding.subject} {finding.message}" for finding in findings.all() if finding.kind in kinds]
     return tuple(dict.fromkeys(advice for text in texts for advice in advice_for(text)))

@@ -11,13 +11,13 @@ from pathlib import Path
 from pixel_sail.data.checking.findings import SourceReport
 from pixel_sail.data.checking.report import (
     FILE_COLUMNS,
-    SOURCE_COLUMNS,
+    REPORT_COLUMNS,
     SPLIT_COLUMNS,
     file_rows,
+    report_verdict,
     shown_findings,
     source_row,
     split_rows,
-    verdict,
 )
 from pixel_sail.data.images import load_image
 from pixel_sail.evaluation.data_check import CheckResult
@@ -42,8 +42,8 @@ def write_data_report(path: Path, result: CheckResult) -> None:
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Data check</title>',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<style>{STYLE}{SHEET_STYLE}</style><h1>Data check</h1>",
-        f"<p class={'bad' if bad else 'good'}>{html.escape(verdict(result.reports))}</p>",
-        *_table(SOURCE_COLUMNS, [source_row(report) for report in result.reports]),
+        f"<p class={'bad' if bad else 'good'}>{html.escape(report_verdict(result.reports))}</p>",
+        *_table(REPORT_COLUMNS, [source_row(report) for report in result.reports]),
         "<p class=dim>images, masks: sound of those that were decoded; empty: masks without a pixel; text chars: "
         "shortest, median and longest text</p>",
     ]

@@ -37,7 +37,7 @@ from pixel_sail.model.folder import hash_of, weights_hash
 from pixel_sail.predictor_io import PredictorOutput
 from pixel_sail.types import DataError, SizeHW
 
-Batch = list[list[ItemRequest[Item]]]
+RequestBatch = list[list[ItemRequest[Item]]]
 """Items of a few images, by image."""
 
 QUESTION_TOKENS = 32
@@ -107,17 +107,17 @@ def answer_image(predictor: BatchPredictor, task: Task[Item, Record], items: Seq
     return [by_key[request.key] for request in requests]
 
 
-def batches(predictor: BatchPredictor, requests: Sequence[ItemRequest[Item]]) -> list[Batch[Item]]:
+def batches(predictor: BatchPredictor, requests: Sequence[ItemRequest[Item]]) -> list[RequestBatch[Item]]:
     """Return all items in batches of images with one patch grid within the token budget, dear batches first.
 
     An image whose questions alone exceed the budget is a batch of its own.
     """
-    costs: list[tuple[int, Batch[Item]]] = []
+    costs: list[tuple[int, RequestBatch[Item]]] = []
     by_grid: dict[SizeHW, list[list[ItemRequest[Item]]]] = {}
     for group in by_image(requests):
         by_grid.setdefault(predictor.processor.grid_of(group[0].source_image.size_hw), []).append(group)
     for grid, groups in by_grid.items():
-        batch: Batch[Item] = []
+        batch: RequestBatch[Item] = []
         for group in groups:
             if batch and _cost(predictor, grid, [*batch, group]) > predictor.config.max_batch_tokens:
                 costs.append((_cost(predictor, grid, batch), batch))
@@ -127,7 +127,7 @@ def batches(predictor: BatchPredictor, requests: Sequence[ItemRequest[Item]]) ->
     return [batch for _, batch in sorted(costs, key=lambda pair: -pair[0])]
 
 
-def _cost(predictor: BatchPredictor, grid_hw: SizeHW, batch: Batch[Any]) -> int:
+def _cost(predictor: BatchPredictor, grid_hw: SizeHW, batch: RequestBatch[Any]) -> int:
     """Return about how many tokens a batch takes: the images, once for all that see the same prompts, and the texts."""
     overlays = [_by_overlay(group) for group in batch]
     per_question = QUESTION_TOKENS + (predictor.config.max_new_tokens or 0)
@@ -141,7 +141,7 @@ def _with_length(predictor: BatchPredictor, task: Task[Any, Any]) -> BatchPredic
     return predictor.changed(max_new_tokens=task.max_new_tokens) if is_open else predictor
 
 
-def _keys(batch: Batch[Any]) -> set[Any]:
+def _keys(batch: RequestBatch[Any]) -> set[Any]:
     return {request.key for group in batch for request in group}
 
 
@@ -154,8 +154,8 @@ class _Prepared(Generic[Item]):
 
 
 def _answer_batches(
-    predictor: BatchPredictor, task: Task[Item, Record], own: Sequence[Batch[Item]]
-) -> Iterator[tuple[Batch[Item], list[Record]]]:
+    predictor: BatchPredictor, task: Task[Item, Record], own: Sequence[RequestBatch[Item]]
+) -> Iterator[tuple[RequestBatch[Item], list[Record]]]:
     """Yield batches with their records; the images of the next batch are opened while the model works on this one."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         opened = deque(pool.submit(_prepare, predictor, batch) for batch in own[:1])
@@ -165,7 +165,7 @@ def _answer_batches(
             yield batch, list(_answer(predictor, task, prepared))
 
 
-def _prepare(predictor: BatchPredictor, batch: Batch[Item]) -> _Prepared[Item]:
+def _prepare(predictor: BatchPredictor, batch: RequestBatch[Item]) -> _Prepared[Item]:
     """Open the images of a batch and decode the regions that are asked about. Raises: DataError."""
     prepared: _Prepared[Item] = _Prepared(requests=[], overlays=[])
     for group in batch:
@@ -383,7 +383,7 @@ def _complete(output: Path, task: Task[Any, Record], keys: Sequence[Any]) -> lis
     return [answered[key] for key in keys]
 
 
-def _progress(own: Sequence[Batch[Any]], name: str, shown: bool) -> "tqdm[Any]":
+def _progress(own: Sequence[RequestBatch[Any]], name: str, shown: bool) -> "tqdm[Any]":
     """Return a progress bar over images, on rank 0."""
     num_images = sum(len(batch) for batch in own)
     return tqdm(total=num_images, desc=name, unit="image", disable=not shown or dist.rank() != 0)

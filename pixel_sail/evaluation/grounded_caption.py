@@ -26,7 +26,7 @@ from pixel_sail.data.templates.grounded_caption import PAPER_CAPTION_PROMPT, STA
 from pixel_sail.evaluation.item_predictions import ItemPrediction, long_answer_task
 from pixel_sail.evaluation.overlay import PALETTE
 from pixel_sail.evaluation.phrase_similarity import EncoderSimilarity
-from pixel_sail.evaluation.result_examples import Panel, ResultExample
+from pixel_sail.evaluation.result_examples import ColoredMasks, ResultExample
 from pixel_sail.evaluation.source_image import SourceImage
 from pixel_sail.evaluation.task import ItemRequest, Task, prompt_template
 from pixel_sail.evaluation.task_scores import ItemFractions, TaskScores
@@ -116,7 +116,7 @@ def _example(item: GroundedCaption, answer: ItemPrediction) -> ResultExample:
     )
 
 
-def _panel(masks: Sequence[RLE]) -> Panel:
+def _panel(masks: Sequence[RLE]) -> ColoredMasks:
     """Return masks in colours that repeat after the last one."""
     return tuple((rle, PALETTE[index % len(PALETTE)]) for index, rle in enumerate(masks))
 

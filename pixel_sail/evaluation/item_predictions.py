@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from pixel_sail.data.masks import check_rle
-from pixel_sail.evaluation.record_files import Json, RecordFormat, check_fields, check_kinds
+from pixel_sail.evaluation.record_files import RecordFormat, check_kinds, check_line_fields
 from pixel_sail.evaluation.result_examples import ResultExample
 from pixel_sail.evaluation.source_image import SourceImage
 from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS, ItemRequest, Task
 from pixel_sail.evaluation.task_scores import TaskScores
 from pixel_sail.predictor_io import PredictorOutput
 from pixel_sail.rle import encode_mask
-from pixel_sail.types import RLE, DataError, RegionCaption, RegionChoice
+from pixel_sail.types import RLE, DataError, Json, RegionCaption, RegionChoice
 
 Item = TypeVar("Item")
 
@@ -52,7 +52,7 @@ def _to_json(answer: ItemPrediction, where: str) -> Json:
 
 
 def _from_json(line: Json, where: str) -> ItemPrediction:
-    check_fields(line, _FIELDS, (), where)
+    check_line_fields(line, _FIELDS, (), where)
     check_kinds(line, _KINDS, where)
     masks = tuple(check_rle(mask, None, f"{where}: mask {index}") for index, mask in enumerate(line["masks"]))
     return ItemPrediction(**{**line, "masks": masks})

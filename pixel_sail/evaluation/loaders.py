@@ -42,7 +42,7 @@ LOADERS: Mapping[str, Loader] = {
 }
 """Name in `protocol.json` -> function. All only read annotations and return what is asked."""
 
-TARGETS = {f"{function.__module__}.{function.__qualname__}": name for name, function in LOADERS.items()}
+LOADER_TARGETS = {f"{function.__module__}.{function.__qualname__}": name for name, function in LOADERS.items()}
 """What configurations call them, and what `protocol.json` called them before."""
 
 LOADER_HELP = "a function of your own, as package.module.function, that may read the items of an eval; may be repeated"
@@ -54,7 +54,7 @@ LIMIT = "max_images"
 def eval_entry(node: Mapping[str, Any], max_images: int) -> dict[str, Any]:
     """Return what `protocol.json` says about an eval of a configuration."""
     settings = {key: value for key, value in node.items() if key != TARGET}
-    return {"loader": TARGETS.get(node[TARGET], node[TARGET]), "settings": settings, LIMIT: max_images}
+    return {"loader": LOADER_TARGETS.get(node[TARGET], node[TARGET]), "settings": settings, LIMIT: max_images}
 
 
 def read_entry(entry: Any, where: str) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def read_entry(entry: Any, where: str) -> dict[str, Any]:
     if TARGET in entry:
         settings = {key: value for key, value in entry.items() if key not in (TARGET, LIMIT)}
         entry = {
-            "loader": TARGETS.get(str(entry[TARGET]), entry[TARGET]),
+            "loader": LOADER_TARGETS.get(str(entry[TARGET]), entry[TARGET]),
             "settings": settings,
             LIMIT: entry.get(LIMIT, 0),
         }

@@ -20,7 +20,7 @@ PALETTE = ((213, 94, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (230, 15
 PREDICTED_COLOR, TRUE_COLOR = PALETTE[0], PALETTE[2]
 
 
-def paint(image: Image.Image | ImageArray, mask: BoolMask, color: tuple[int, int, int]) -> ImageArray:
+def tint_mask(image: Image.Image | ImageArray, mask: BoolMask, color: tuple[int, int, int]) -> ImageArray:
     """Return the image with the mask tinted and its border rendered."""
     pixels = np.asarray(image, dtype=np.float32).copy()
     pixels[mask] = 0.5 * pixels[mask] + 0.5 * np.array(color, dtype=np.float32)

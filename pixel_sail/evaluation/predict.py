@@ -26,15 +26,13 @@ from pixel_sail.model.mask_head import mask_logits
 from pixel_sail.model.modeling_pixel_sail import PixelSailForSegmentation, first_not_finite, load_model
 from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.predictor_io import PredictorOutput
-from pixel_sail.types import DataError, SizeHW, VisualPrompt
+from pixel_sail.types import DTYPES, DataError, SizeHW, VisualPrompt
 
 FORCED_ANSWER = "It is [SEG]."
 """The answer that is put into the model's mouth with `predict.answer=forced` (released retry)."""
 
 SHORT_ANSWER_TOKENS = 32
 """Longest answer where nothing else is said: enough for masks alone."""
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,19 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from pixel_sail.data.masks import check_rle, decode_rle
-from pixel_sail.evaluation.record_files import (
-    Json,
-    RecordFormat,
-    RecordWriter,
-    check_fields,
-    check_kinds,
-    read_records,
-)
+from pixel_sail.evaluation.record_files import RecordFormat, RecordWriter, check_kinds, check_line_fields, read_records
 from pixel_sail.evaluation.task_scores import PAPER_PREFIX, TaskScores, measure, merge_scores
 from pixel_sail.metrics.boundary import BoundarySums, boundary_sums
 from pixel_sail.metrics.iou import IoUSums
 from pixel_sail.metrics.released_iou import ReleasedIoUSums, released_target
-from pixel_sail.types import DataError, Expression, Prediction
+from pixel_sail.types import DataError, Expression, Json, Prediction
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +44,7 @@ def _to_json(prediction: Prediction, where: str) -> Json:
 
 
 def _from_json(line: Json, where: str) -> Prediction:
-    check_fields(line, _REQUIRED_FIELDS, ("answer", "first_segmentation"), where)
+    check_line_fields(line, _REQUIRED_FIELDS, ("answer", "first_segmentation"), where)
     check_kinds(line, _KINDS, where)
     masks = {name: check_rle(line[name], None, where) for name in _MASK_FIELDS if line.get(name) is not None}
     return Prediction(**{**line, **masks})

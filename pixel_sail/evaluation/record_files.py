@@ -24,12 +24,10 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from pixel_sail.texts import shown
-from pixel_sail.types import DataError
+from pixel_sail.types import DataError, Json
 
 logger = logging.getLogger(__name__)
 
-Json = dict[str, Any]
-"""One line."""
 
 Record = TypeVar("Record")
 Key = TypeVar("Key")
@@ -155,7 +153,7 @@ def read_records(path: str | Path, record_format: RecordFormat[Record, Any]) -> 
     return list(records.values())
 
 
-def check_fields(line: Json, required: tuple[str, ...], optional: tuple[str, ...], where: str) -> None:
+def check_line_fields(line: Json, required: tuple[str, ...], optional: tuple[str, ...], where: str) -> None:
     """Raise DataError unless a line has all required fields and none but these and the optional ones."""
     missing = [name for name in required if name not in line]
     unknown = sorted(line.keys() - {*required, *optional})

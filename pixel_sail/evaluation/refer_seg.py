@@ -139,10 +139,10 @@ def predict_image(predictor: BatchPredictor, group: Sequence[Expression]) -> lis
 def score_in_memory(predictor: BatchPredictor, task: ReferTask) -> tuple[IoUSums, list[Prediction]]:
     """Return the scores over all ranks and this rank's predictions, without files: validation during training."""
     items, predictions = answer_own(predictor, task)
-    return sum_over_ranks(score_predictions(items, predictions) if items else IoUSums()), predictions
+    return sum_ious_over_ranks(score_predictions(items, predictions) if items else IoUSums()), predictions
 
 
-def sum_over_ranks(sums: IoUSums) -> IoUSums:
+def sum_ious_over_ranks(sums: IoUSums) -> IoUSums:
     """Return the sums of all ranks."""
     integers = torch.tensor(sums.integers(), dtype=torch.int64, device=dist.local_device())
     ratios = torch.tensor([sums.iou_sum], dtype=torch.float64, device=dist.local_device())

@@ -22,16 +22,13 @@ from pixel_sail.evaluation.source_image import SourceImage
 from pixel_sail.evaluation.task import ItemRequest, Task, prompt_template
 from pixel_sail.evaluation.task_scores import PAPER_PREFIX, TaskScores, measure, merge_scores
 from pixel_sail.metrics.choice import score_choice, score_choice_as_released
-from pixel_sail.types import RegionChoice
+from pixel_sail.types import PROTOCOLS, RegionChoice
 
 KIND = "region choices"
 
 PROMPTS = {"standard": PERBENCH_CHOICE_PROMPT, "paper": PERBENCH_CHOICE_PROMPT, "short": "{stem}"}
 """The release has no stray blanks to leave out here. short: the question without its options, for models that were
 trained on short questions about regions; "the marked object" becomes the prompt's token."""
-
-
-PROTOCOLS = ("standard", "paper")
 
 
 def load(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from pixel_sail.data.masks import decode_rle
-from pixel_sail.evaluation.overlay import PREDICTED_COLOR, TRUE_COLOR, ImageArray, paint
+from pixel_sail.evaluation.overlay import PREDICTED_COLOR, TRUE_COLOR, ImageArray, tint_mask
 from pixel_sail.evaluation.predictions import prediction_key, score_prediction
 from pixel_sail.evaluation.source_image import SourceImage
 from pixel_sail.types import RLE, Expression, Prediction
@@ -24,7 +24,7 @@ Item = TypeVar("Item")
 
 Color = tuple[int, int, int]
 
-Panel = tuple[tuple[RLE, Color], ...]
+ColoredMasks = tuple[tuple[RLE, Color], ...]
 """Masks painted on one copy of the image, with their colours."""
 
 RANKS = ("best", "median", "worst")
@@ -40,7 +40,7 @@ class ResultExample:
     """What was asked."""
     answer: str
     source_image: SourceImage
-    panels: tuple[Panel, ...]
+    panels: tuple[ColoredMasks, ...]
     """Shown right of the plain image."""
     expected: str = ""
     """Where the answer is text, what it should have been."""
@@ -56,7 +56,7 @@ class ResultExample:
         for panel in self.panels:
             painted: ImageArray = np.asarray(image)
             for rle, color in panel:
-                painted = paint(painted, decode_rle(rle), color)
+                painted = tint_mask(painted, decode_rle(rle), color)
             parts += [gap, painted]
         return np.concatenate(parts, axis=1)
 

@@ -29,13 +29,13 @@ from pixel_sail.types import DataError
 
 EVALUATION = "evaluation"
 """Folder inside a run folder that evaluations go to unless they are sent elsewhere."""
-FILE_NAME = "results.jsonl"
+RESULTS_FILE = "results.jsonl"
 
 PERBENCH_EVALS = ("perbench_caption", "perbench_choice", "perbench_visual_referring")
 """Evals whose mean is PerBench's overall score; they are known by these names in `configs/evals/`."""
 PERBENCH_OVERALL = "perbench_overall"
 
-Row = dict[str, Any]
+ResultRow = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Resampled:
         found = {name: interval(values) for name, values in self.samples.items()}
         return {name: ends for name, ends in found.items() if ends is not None}
 
-    def row(self) -> Row:
+    def row(self) -> ResultRow:
         """Return how it was made."""
         how = {"by": "image", "images": self.num_images, "resamples": self.resamples, "seed": self.seed}
         return {**how, "level": LEVEL}
@@ -69,7 +69,9 @@ class Cost:
     scoring_s: float
 
 
-def result_row(name: str, kind: str, task_scores: TaskScores, resampled: Resampled, cost: Cost, protocol: Row) -> Row:
+def result_row(
+    name: str, kind: str, task_scores: TaskScores, resampled: Resampled, cost: Cost, protocol: ResultRow
+) -> ResultRow:
     """Return the row of one eval; `protocol` is that of its folder."""
     limit = protocol["eval"]["max_images"]
     return {
@@ -103,12 +105,12 @@ def by_protocol(scores: Scores) -> dict[str, list[str]]:
     return {protocol: members for protocol, members in found.items() if members}
 
 
-def config_sha256(protocol: Row) -> str:
+def config_sha256(protocol: ResultRow) -> str:
     """Return a hash of everything that the predictions depend on, see `protocol.json`."""
     return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
 
 
-def perbench_row(rows: Mapping[str, Row], resampled: Mapping[str, Resampled]) -> Row | None:
+def perbench_row(rows: Mapping[str, ResultRow], resampled: Mapping[str, Resampled]) -> ResultRow | None:
     """Return PerBench's overall score as a row of its own, None unless all three parts were scored.
 
     The parts are about different items and resampled independently; a part without an interval leaves none.
@@ -174,14 +176,14 @@ SCORED: dict[str, type] = {"eval": str, "scores": dict}
 """Rows that scores are taken from."""
 
 
-def append_row(folder: Path, row: Row) -> None:
+def append_row(folder: Path, row: ResultRow) -> None:
     """Add a row to the results of a folder; a row that is cut is as none. Raises: WriteError."""
-    append_line(folder / FILE_NAME, json.dumps(row))
+    append_line(folder / RESULTS_FILE, json.dumps(row))
 
 
-def read_rows(folder: Path, *, fields: Fields = _NAMED) -> dict[str, Row]:
+def read_rows(folder: Path, *, fields: Fields = _NAMED) -> dict[str, ResultRow]:
     """Return the last row of every eval of a folder, each with these fields. Raises: DataError."""
-    file = folder / FILE_NAME
+    file = folder / RESULTS_FILE
     expected = (
         "expected the JSON lines of an evaluation; give the folder that scripts/evaluate.py wrote, or run it again"
     )

@@ -23,15 +23,15 @@ from pixel_sail.evaluation.confidence import bootstrap, seed_for
 from pixel_sail.evaluation.engine import evaluate, protocol_of
 from pixel_sail.evaluation.loaders import eval_entry
 from pixel_sail.evaluation.paper_tables import paper_tables
-from pixel_sail.evaluation.predict import DTYPES, BatchPredictor
+from pixel_sail.evaluation.predict import BatchPredictor
 from pixel_sail.evaluation.refer_seg import as_task
-from pixel_sail.evaluation.report import write_report
+from pixel_sail.evaluation.report import write_html_report
 from pixel_sail.evaluation.result_examples import ResultExample, ranked, spread
 from pixel_sail.evaluation.results import (
     EVALUATION,
     Cost,
     Resampled,
-    Row,
+    ResultRow,
     append_row,
     perbench_overall_of,
     perbench_row,
@@ -43,7 +43,7 @@ from pixel_sail.evaluation.task_scores import Scores, TaskScores
 from pixel_sail.model.folder import holds_model, model_hashes
 from pixel_sail.provenance import code_version, device_name
 from pixel_sail.training.run_lock import RunLock
-from pixel_sail.types import MissingDataError
+from pixel_sail.types import DTYPES, MissingDataError
 
 __all__ = ["checkpoint_folder", "perbench_overall_of", "run_evals"]
 
@@ -57,7 +57,7 @@ RANKED_BY = ("giou", "miou")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class EvalPlan:
     """The evals that can be asked, and why others cannot."""
 
     tasks: Mapping[str, Task[Any, Any]]
@@ -83,13 +83,13 @@ def run_evals(config: EvalConfig) -> dict[str, Scores]:
         lock.release()
 
 
-def _run_plan(config: EvalConfig, plan: Plan, folder: Path, output: Path) -> dict[str, Scores]:
+def _run_plan(config: EvalConfig, plan: EvalPlan, folder: Path, output: Path) -> dict[str, Scores]:
     """Ask and score all evals of a plan; the folder is ours alone."""
     hashes = model_hashes(folder)
     predictor = BatchPredictor.from_pretrained(
         folder, config=config.predict, precision=config.precision, device=str(dist.local_device())
     )
-    rows: dict[str, Row] = {}
+    rows: dict[str, ResultRow] = {}
     resampled: dict[str, Resampled] = {}
     examples: dict[str, list[ResultExample]] = {}
     for name, task in plan.tasks.items():
@@ -123,7 +123,7 @@ def _run_plan(config: EvalConfig, plan: Plan, folder: Path, output: Path) -> dic
     return dist.gather_objects({name: row["scores"] for name, row in rows.items()})[0]
 
 
-def plan_evals(config: EvalConfig) -> Plan:
+def plan_evals(config: EvalConfig) -> EvalPlan:
     """Return the configured evals, after finding out all that can be wrong before the model is loaded.
 
     Raises: ConfigError, DataError; MissingDataError naming every eval whose files are not there, unless
@@ -147,7 +147,7 @@ def plan_evals(config: EvalConfig) -> Plan:
         )
     for name, reason in skipped.items():
         logger.warning("evals.%s is skipped: %s", name, reason)
-    return Plan(tasks=tasks, skipped=skipped)
+    return EvalPlan(tasks=tasks, skipped=skipped)
 
 
 def _ready(task: Task[Any, Any], config: EvalConfig) -> Task[Any, Any]:
@@ -193,8 +193,8 @@ def _report(
     output: Path,
     config: EvalConfig,
     folder: Path,
-    plan: Plan,
-    rows: Mapping[str, Row],
+    plan: EvalPlan,
+    rows: Mapping[str, ResultRow],
     examples: Mapping[str, Sequence[ResultExample]],
 ) -> None:
     """Write the report of this call."""
@@ -204,7 +204,7 @@ def _report(
         kinds.setdefault(row["kind"], {})[name] = row["scores"]
     intervals = {name: row["intervals"] for name, row in rows.items()}
     weights = next(iter(rows.values()))["weights_sha256"]
-    write_report(
+    write_html_report(
         output,
         title=f"Evaluation: {folder}",
         facts=_facts(config, plan, weights),
@@ -216,7 +216,7 @@ def _report(
     )
 
 
-def _facts(config: EvalConfig, plan: Plan, weights: str) -> list[str]:
+def _facts(config: EvalConfig, plan: EvalPlan, weights: str) -> list[str]:
     """Return what a reader must know about the numbers."""
     facts = [
         f"weights {weights[:12]}, code {code_version()}, {config.precision} on {dist.world_size()} x {device_name()}",

@@ -24,7 +24,7 @@ from pixel_sail.types import DataError
 
 NOT_RUN = "not run"
 NOT_PRINTED = "-"
-PROTOCOLS = {"paper": PAPER_PREFIX, "standard": ""}
+SCORE_PREFIXES = {"paper": PAPER_PREFIX, "standard": ""}
 
 Runs = Mapping[str, Mapping[str, Scores]]
 """Run -> eval -> scores."""
@@ -59,7 +59,7 @@ def scores_of_vqa(file: Path) -> dict[str, Scores]:
         ) from error
 
 
-def tables_of_runs(runs: Runs, protocols: Sequence[str] = tuple(PROTOCOLS)) -> list[Table]:
+def tables_of_runs(runs: Runs, protocols: Sequence[str] = tuple(SCORE_PREFIXES)) -> list[Table]:
     """Return all four tables, then that of the components, each with a row for every run and protocol."""
     content = json.loads(FILE.read_text())
     tables = [
@@ -78,7 +78,7 @@ def _table(heading: str, table: dict[str, Any], runs: Runs, protocols: Sequence[
         # lmms-eval has no such protocols: its scores are the same in both rows, so one row is enough.
         has_both = any(PAPER_PREFIX + c["score"] in results.get(c["eval"], {}) for c in columns)
         for protocol in protocols if has_both else protocols[-1:]:
-            values = [results.get(c["eval"], {}).get(PROTOCOLS[protocol] + c["score"]) for c in columns]
+            values = [results.get(c["eval"], {}).get(SCORE_PREFIXES[protocol] + c["score"]) for c in columns]
             cells = tuple(
                 NOT_RUN if value is None else f"{value * column['scale']:.{column['decimals']}f}"
                 for value, column in zip(values, columns, strict=True)

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pixel_sail.evaluation.overlay import PALETTE, ImageArray, paint
+from pixel_sail.evaluation.overlay import PALETTE, ImageArray, tint_mask
 from pixel_sail.types import BoolMask, SizeHW
 
 WIDTH_PX = 480
@@ -51,12 +51,12 @@ def render_masks(
     resampling = Image.Resampling.BILINEAR if size_hw[1] < image.width else Image.Resampling.NEAREST
     pixels = np.asarray(image.convert("RGB").resize((size_hw[1], size_hw[0]), resampling))
     for mask in ignored:
-        pixels = paint(pixels, scale_mask(mask, size_hw), IGNORED_COLOR)
+        pixels = tint_mask(pixels, scale_mask(mask, size_hw), IGNORED_COLOR)
     labels: dict[str, tuple[BoolMask, tuple[int, int, int]]] = {}
     for number, mask in zip(mask_numbers(masks), masks, strict=True):
         if str(number + 1) not in labels:
             scaled = scale_mask(mask, size_hw)
-            pixels = paint(pixels, scaled, color_of(number))
+            pixels = tint_mask(pixels, scaled, color_of(number))
             labels[str(number + 1)] = (scaled, color_of(number))
     for prompt_id, mask in sorted(prompts.items()):
         scaled = scale_mask(mask, size_hw)

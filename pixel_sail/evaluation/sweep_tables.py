@@ -1,6 +1,6 @@
 """What came out of a sweep: mean and spread over seeds, and the paired difference to a baseline.
 
-Place in the flow: `sweep.json` and the evaluation folders of its jobs -> `Group`s, jobs that differ in the seed only ->
+Place in the flow: `sweep.json` and the evaluation folders of its jobs -> `SeedGroup`s, jobs that differ in the seed only ->
 `scores_of_groups` and `differences` -> `tools/make_tables.py --sweep`. An example, cIoU of two groups with two seeds:
 
     | | refshapes_val ciou |
@@ -21,24 +21,24 @@ from pathlib import Path
 
 import numpy as np
 
-from pixel_sail.evaluation.comparison import check_same, check_same_targets
+from pixel_sail.evaluation.comparison import check_same_questions, check_same_targets
 from pixel_sail.evaluation.confidence import RESAMPLES, Interval, bootstrap, interval, seed_for
 from pixel_sail.evaluation.results import EVALUATION, SCORED, read_rows
-from pixel_sail.evaluation.results import FILE_NAME as RESULTS_NAME
+from pixel_sail.evaluation.results import RESULTS_FILE as RESULTS_NAME
 from pixel_sail.evaluation.stored import read_stored
 from pixel_sail.evaluation.tables import Table
 from pixel_sail.evaluation.task_scores import Scores
 from pixel_sail.types import DataError
 
 SWEEP_NAME = "sweep.json"
-SEED = "seed"
+SEED_KEY = "seed"
 MAIN_SCORES = ("ciou", "giou", "boundary_iou", "accuracy", "meteor", "cider", "overall")
 """Scores that a sweep's table shows, of those an eval has."""
 NOTHING = "not run"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
+class SeedGroup:
     """Jobs that differ in their seed only."""
 
     name: str
@@ -57,7 +57,7 @@ class Group:
         return found
 
 
-def read_groups(sweep: Path) -> list[Group]:
+def read_groups(sweep: Path) -> list[SeedGroup]:
     """Return the groups of a sweep's folder in the order of its jobs. Raises: DataError."""
     file = sweep / SWEEP_NAME
     try:
@@ -67,13 +67,13 @@ def read_groups(sweep: Path) -> list[Group]:
         raise DataError(f"{file}: found no sweep ({error!r}), expected the folder that tools/sweep.py names") from error
     folders: dict[str, dict[str, Path]] = {}
     for name, values in swept.items():
-        seed = values.pop(SEED, "0")
+        seed = values.pop(SEED_KEY, "0")
         group = ", ".join(f"{key}={value}" for key, value in values.items()) or "all"
         folders.setdefault(group, {})[seed] = sweep / name
-    return [Group(name=name, folders=own) for name, own in folders.items()]
+    return [SeedGroup(name=name, folders=own) for name, own in folders.items()]
 
 
-def scores_table_of(groups: Sequence[Group]) -> Table:
+def scores_table_of(groups: Sequence[SeedGroup]) -> Table:
     """Return mean, standard deviation and number of seeds of every main score."""
     results = {group.name: group.results() for group in groups}
     columns = list(
@@ -127,7 +127,7 @@ class GroupDifference:
 
 
 def differences(
-    baseline: Group, group: Group, *, seed: int = 0, resamples: int = RESAMPLES, loaders: Collection[str] = ()
+    baseline: SeedGroup, group: SeedGroup, *, seed: int = 0, resamples: int = RESAMPLES, loaders: Collection[str] = ()
 ) -> list[GroupDifference]:
     """Return the differences of all main scores over the seeds that both groups have; `loaders` as in `read_stored`.
 
@@ -145,8 +145,8 @@ def differences(
 
 def _differences(
     name: str,
-    baseline: Group,
-    group: Group,
+    baseline: SeedGroup,
+    group: SeedGroup,
     seeds: Sequence[str],
     *,
     seed: int,
@@ -158,7 +158,7 @@ def _differences(
     reference = next(iter(folders.values()))
     stored = {}
     for place, folder in folders.items():
-        check_same(reference, folder)
+        check_same_questions(reference, folder)
         stored[place] = read_stored(folder, loaders)
     one = next(iter(stored.values()))
     measured = {}
@@ -188,7 +188,7 @@ def _differences(
 
 
 def differences_table(
-    baseline: Group, groups: Sequence[Group], *, resamples: int = RESAMPLES, loaders: Collection[str] = ()
+    baseline: SeedGroup, groups: Sequence[SeedGroup], *, resamples: int = RESAMPLES, loaders: Collection[str] = ()
 ) -> Table:
     """Return the differences of all groups to the baseline, a row for each eval and score."""
     rows = []

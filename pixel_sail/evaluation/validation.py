@@ -10,7 +10,7 @@ import numpy as np
 
 from pixel_sail.config import ConfigError, LogConfig, PredictConfig, ValidationConfig
 from pixel_sail.data.masks import decode_rle
-from pixel_sail.evaluation.overlay import PREDICTED_COLOR, TRUE_COLOR, ImageArray, paint
+from pixel_sail.evaluation.overlay import PREDICTED_COLOR, TRUE_COLOR, ImageArray, tint_mask
 from pixel_sail.evaluation.predict import BatchPredictor
 from pixel_sail.evaluation.predictions import prediction_key
 from pixel_sail.evaluation.refer_seg import KIND, ReferTask, as_task, score_in_memory
@@ -63,6 +63,6 @@ def overlays(task: ReferTask, predictions: Sequence[Prediction]) -> list[tuple[s
         empty = np.zeros(item.image_hw, dtype=bool)
         true = decode_rle(item.target) if item.target is not None else empty
         predicted = decode_rle(prediction.segmentation) if prediction.segmentation is not None else empty
-        sides = (paint(image, true, TRUE_COLOR), paint(image, predicted, PREDICTED_COLOR))
+        sides = (tint_mask(image, true, TRUE_COLOR), tint_mask(image, predicted, PREDICTED_COLOR))
         images.append((f"{item.text} -> {prediction.answer}", np.concatenate(sides, axis=1)))
     return images

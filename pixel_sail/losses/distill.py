@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-TINY = 1e-6
+EPSILON = 1e-6
 """Smallest sum of fractions that is divided by."""
 
 
@@ -60,7 +60,7 @@ def distill_losses(student_NYXE: Tensor, features_NEhw: Tensor, kind: str = "mse
         return F.mse_loss(student, normalized, reduction="none").mean((1, 2, 3))
     if kind == "kl":
         fractions = target.clamp(min=0.0)
-        fractions = fractions / fractions.sum(3, keepdim=True).clamp(min=TINY)
+        fractions = fractions / fractions.sum(3, keepdim=True).clamp(min=EPSILON)
         return F.kl_div(student.log_softmax(3), fractions, reduction="none").sum(3).mean((1, 2))
     raise ValueError(f"distillation: loss {kind!r}, expected mse, cosine, normalized_mse or kl")
 

@@ -19,9 +19,7 @@ from statistics import fmean
 
 from pixel_sail.metrics.java_tools import CaptionTools
 from pixel_sail.metrics.nltk_meteor import nltk_meteor, wordnet_folder
-from pixel_sail.types import DataError
-
-PROTOCOLS = ("standard", "paper")
+from pixel_sail.types import PROTOCOLS, DataError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,9 +32,8 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 from scipy.optimize import linear_sum_assignment
 
-from pixel_sail.types import RLE, DataError
+from pixel_sail.types import PROTOCOLS, RLE, DataError
 
-PROTOCOLS = ("standard", "paper")
 MIN_IOU = 0.5
 MIN_SIMILARITY = 0.5
 MAX_DETECTIONS = 100

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 TOKENIZER_JAR = "tokenizer/stanford-corenlp-3.4.1.jar"
 METEOR_JAR = "meteor/meteor-1.5.jar"
 
-DROPPED_TOKENS = frozenset(
+PUNCTUATION_TOKENS = frozenset(
     ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
 )
 """What COCO's caption evaluation drops after tokenizing (pycocoevalcap 1.2). The brackets stay in: the list has them in
@@ -92,7 +92,7 @@ class CaptionTools:
                 "score in halves to find the caption it stumbles over"
             )
         return [
-            " ".join(token for token in line.rstrip().split(" ") if token not in DROPPED_TOKENS)
+            " ".join(token for token in line.rstrip().split(" ") if token not in PUNCTUATION_TOKENS)
             for line in tokenized[:-1]
         ]
 

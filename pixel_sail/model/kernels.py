@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pixel_sail.types import DataError
 
-CHOICES = {
+KERNEL_CHOICES = {
     "attention": ("auto", "dense", "segments", "turns", "flex", "varlen"),
     "text_loss": ("chunked", "plain"),
     "mask_head": ("folded", "points", "maps"),
@@ -54,7 +54,7 @@ class Kernels:
 
     def __post_init__(self) -> None:
         """Check the choices. Raises: DataError."""
-        for name, allowed in CHOICES.items():
+        for name, allowed in KERNEL_CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise DataError(f"kernels.{name} is {getattr(self, name)!r}, expected one of {allowed}")
 

@@ -133,14 +133,14 @@ def assumed_sequences(
 
     forecast = summed_up(noted(), num_positions=num_samples)
     grouped = [sequences[start : start + rows] for start in range(0, len(sequences) - rows + 1, rows)]
-    return [together(group) for group in grouped or [sequences]], forecast
+    return [micro_batch_workload(group) for group in grouped or [sequences]], forecast
 
 
 def _tokens(work: Workload) -> float:
     return work.real_tokens
 
 
-def together(sequences: Sequence[Sequence[Workload]]) -> Workload:
+def micro_batch_workload(sequences: Sequence[Sequence[Workload]]) -> Workload:
     """Return the micro-batch of some sequences of samples, one sequence in a row."""
     samples = [sample for sequence in sequences for sample in sequence]
     return Workload(

@@ -21,7 +21,7 @@ from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.model.tokenization import model_token_ids, train_tokenizer
 from pixel_sail.types import Batch, Example, Sample, SizeHW, Turn
 
-SIZES: dict[str, dict[str, Any]] = {
+BENCHMARK_SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 600, "mask_dim": 16},
     # The quickstart's model, but for its vocabulary.
@@ -39,21 +39,23 @@ SIZES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 ANSWER = "It is [SEG]."
-QUESTION = "Please segment the small dog to the left of the man in the red shirt number"
+BENCHMARK_QUESTION = "Please segment the small dog to the left of the man in the red shirt number"
 """To be ended by a number, which tells the questions about an image apart."""
-PROMPTS = 15
+PROMPTS_PER_IMAGE = 15
 """Visual prompts that the tokenizer knows."""
 
 
 def small_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer trained on the benchmarks' own words; the model's vocabulary is larger."""
-    return train_tokenizer([ANSWER, f"{QUESTION}."] * 4, vocab_size=500, num_visual_prompts=PROMPTS)
+    return train_tokenizer([ANSWER, f"{BENCHMARK_QUESTION}."] * 4, vocab_size=500, num_visual_prompts=PROMPTS_PER_IMAGE)
 
 
 def sized_config(size: str, tokenizer: PreTrainedTokenizerFast, **changes: Any) -> PixelSailConfig:
-    """Return the configuration of a model of one of `SIZES`, with some fields changed."""
-    token_ids = model_token_ids(tokenizer, num_visual_prompts=PROMPTS)
-    return PixelSailConfig.from_architecture(Architecture(**{**SIZES[size], "token_ids": token_ids, **changes}))
+    """Return the configuration of a model of one of `BENCHMARK_SIZES`, with some fields changed."""
+    token_ids = model_token_ids(tokenizer, num_visual_prompts=PROMPTS_PER_IMAGE)
+    return PixelSailConfig.from_architecture(
+        Architecture(**{**BENCHMARK_SIZES[size], "token_ids": token_ids, **changes})
+    )
 
 
 def random_image(rng: np.random.Generator, size_hw: SizeHW) -> Image.Image:
@@ -72,7 +74,7 @@ def synthetic_examples(
             mask = np.zeros(size_hw, dtype=bool)
             top, left = (int(rng.integers(side // 2)) for side in size_hw)
             mask[top : top + size_hw[0] // 3, left : left + size_hw[1] // 3] = True
-            turns.append(Turn(question=f"{QUESTION} {turn}.", answer=ANSWER, masks=(mask,)))
+            turns.append(Turn(question=f"{BENCHMARK_QUESTION} {turn}.", answer=ANSWER, masks=(mask,)))
         sample = Sample(sample_id=str(index), source="synthetic", image_path=None, image_hw=size_hw, turns=tuple(turns))
         examples.append(
             processor.encode_sample(sample, random_image(rng, size_hw), independent_turns=independent_turns)

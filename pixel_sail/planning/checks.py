@@ -1,4 +1,4 @@
-"""Is this machine fit for a run? One function per question; each takes plain numbers and returns a `Finding`.
+"""Is this machine fit for a run? One function per question; each takes plain numbers and returns a `Check`.
 
 Place in the flow: `tools/doctor.py` measures, these functions judge, so that every bad case can be tried without a
 broken machine. For example:
@@ -16,7 +16,7 @@ OK, WARN, BAD = "ok", "warn", "bad"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class Check:
     """The answer to one question."""
 
     name: str
@@ -28,7 +28,7 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule:
+class VersionRule:
     """Versions of a package that must not be used."""
 
     package: str
@@ -38,50 +38,50 @@ class Rule:
     fix: str
 
 
-RULES = (
-    Rule(
+VERSION_RULES = (
+    VersionRule(
         package="python",
         below="3.11",
         status=BAD,
         reason="the code uses features of Python 3.11",
         fix="install Python 3.11 or newer, then `make setup`",
     ),
-    Rule(
+    VersionRule(
         package="torch",
         below="2.6",
         status=BAD,
         reason="loading weights runs code in spite of weights_only (CVE-2025-32434)",
         fix="`make setup`, or pip install the torch of requirements/cpu.txt",
     ),
-    Rule(
+    VersionRule(
         package="torch",
         below="2.10",
         status=BAD,
         reason="loading weights can corrupt memory in spite of weights_only (CVE-2026-24747)",
         fix="`make setup`, or pip install the torch of requirements/cpu.txt",
     ),
-    Rule(
+    VersionRule(
         package="transformers",
         below="5.17",
         status=BAD,
         reason="configuration classes and weight loading of 4.x and early 5.x differ",
         fix="pip install 'transformers>=5.17'",
     ),
-    Rule(
+    VersionRule(
         package="accelerate",
         below="1.15",
         status=BAD,
         reason="older versions were not tried and fill the DeepSpeed dictionary otherwise",
         fix="pip install 'accelerate>=1.15'",
     ),
-    Rule(
+    VersionRule(
         package="deepspeed",
         below="0.19",
         status=BAD,
         reason="checkpoints reach into the optimizer state as DeepSpeed 0.19 lays it out",
         fix="pip install 'deepspeed>=0.19'",
     ),
-    Rule(
+    VersionRule(
         package="hydra-core",
         below="1.3.8",
         status=BAD,
@@ -103,74 +103,76 @@ def version_numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in match.group().split(".")) if match else ()
 
 
-def check_versions(versions: Mapping[str, str | None]) -> list[Finding]:
+def check_versions(versions: Mapping[str, str | None]) -> list[Check]:
     """Return one finding per package; None means that it is not installed."""
     findings = []
     for package, version in versions.items():
         if version is None:
             status = BAD if package in REQUIRED else OK
             fix = "`make setup`, or install requirements/cpu.txt" if status == BAD else ""
-            findings.append(Finding(name=package, status=status, found="not there", fix=fix))
+            findings.append(Check(name=package, status=status, found="not there", fix=fix))
             continue
         rules = [
-            rule for rule in RULES if rule.package == package and version_numbers(version) < version_numbers(rule.below)
+            rule
+            for rule in VERSION_RULES
+            if rule.package == package and version_numbers(version) < version_numbers(rule.below)
         ]
         if rules:
             found = f"{version}, expected {rules[-1].below} or newer: {rules[0].reason}"
-            findings.append(Finding(name=package, status=rules[0].status, found=found, fix=rules[0].fix))
+            findings.append(Check(name=package, status=rules[0].status, found=found, fix=rules[0].fix))
         else:
-            findings.append(Finding(name=package, status=OK, found=version))
+            findings.append(Check(name=package, status=OK, found=version))
     return findings
 
 
 def check_gpus(
     *, seen_by_driver: int, seen_by_torch: int, torch_cuda: str | None, processes: int, without_bf16: Sequence[str]
-) -> Finding:
+) -> Check:
     """Judge the GPUs of one node against its processes. `without_bf16`: names of GPUs that cannot compute in bf16."""
     if seen_by_driver and torch_cuda is None:
-        return Finding(
+        return Check(
             name="GPUs",
             status=BAD,
             found=f"{seen_by_driver} GPUs, but this torch was built for the CPU",
             fix="TORCH_VARIANT=cuda make setup (some `pip install` may have replaced torch)",
         )
     if seen_by_driver and not seen_by_torch:
-        return Finding(
+        return Check(
             name="GPUs",
             status=BAD,
             found=f"the driver shows {seen_by_driver} GPUs, torch (CUDA {torch_cuda}) none",
             fix="look at CUDA_VISIBLE_DEVICES; the driver may be older than that CUDA (nvidia-smi shows its newest)",
         )
     if not seen_by_torch:
-        return Finding(name="GPUs", status=WARN, found="none: the run will use the CPU", fix="fine for the quickstart")
+        return Check(name="GPUs", status=WARN, found="none: the run will use the CPU", fix="fine for the quickstart")
     if processes > seen_by_torch:
-        return Finding(
+        return Check(
             name="GPUs",
             status=BAD,
             found=f"{processes} processes on this node, {seen_by_torch} GPUs",
             fix=f"launch with at most {seen_by_torch} processes per node",
         )
     if without_bf16:
-        return Finding(
+        return Check(
             name="GPUs",
             status=WARN,
             found=f"{', '.join(without_bf16)} cannot compute in bf16",
             fix="optim.precision=fp32, or GPUs from Ampere on",
         )
-    return Finding(name="GPUs", status=OK, found=f"{seen_by_torch} for {processes} processes, CUDA {torch_cuda}")
+    return Check(name="GPUs", status=OK, found=f"{seen_by_torch} for {processes} processes, CUDA {torch_cuda}")
 
 
-def check_disk(*, folder: Path, free: float, needed: float, bytes_per_second: float) -> Finding:
+def check_disk(*, folder: Path, free: float, needed: float, bytes_per_second: float) -> Check:
     """Judge the disk of the run folder: `needed` are its checkpoints and the export."""
     found = f"{folder}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed, {bytes_per_second / 1e6:.0f} MB/s"
     if free < needed:
-        return Finding(
+        return Check(
             name="disk", status=BAD, found=found, fix="free space, another run_dir, or a smaller checkpoint.keep"
         )
     if bytes_per_second < SLOW_DISK:
         fix = "each checkpoint will hold the training up; use a faster disk or save less often (checkpoint.every)"
-        return Finding(name="disk", status=WARN, found=found, fix=fix)
-    return Finding(name="disk", status=OK, found=found)
+        return Check(name="disk", status=WARN, found=found, fix=fix)
+    return Check(name="disk", status=OK, found=found)
 
 
 def shared_memory_needed(*, seq_len: int, sequences: int, patch_size: int, workers: int, processes: int) -> float:
@@ -182,25 +184,25 @@ def shared_memory_needed(*, seq_len: int, sequences: int, patch_size: int, worke
     return 4.0 * per_batch * workers * processes
 
 
-def check_shared_memory(*, free: float, needed: float) -> Finding:
+def check_shared_memory(*, free: float, needed: float) -> Check:
     """Judge /dev/shm, through which loader workers hand over their batches."""
     found = f"/dev/shm has {free / 1e9:.2f} GB free, batches in flight take about {needed / 1e9:.2f} GB"
     if free < needed:
         fix = "docker run --ipc=host (or --shm-size=16g), remount /dev/shm larger, or fewer data.num_workers"
-        return Finding(name="shared memory", status=BAD, found=found, fix=fix)
+        return Check(name="shared memory", status=BAD, found=found, fix=fix)
     if free < 2 * needed:
         fix = "masks come on top: twice as much is safe; fewer data.num_workers, or a larger /dev/shm"
-        return Finding(name="shared memory", status=WARN, found=found, fix=fix)
-    return Finding(name="shared memory", status=OK, found=found)
+        return Check(name="shared memory", status=WARN, found=found, fix=fix)
+    return Check(name="shared memory", status=OK, found=found)
 
 
-def check_open_files(limit: int) -> Finding:
+def check_open_files(limit: int) -> Check:
     """Judge how many files a process may have open; every tensor on its way from a worker is one."""
     found = f"a process may open {limit} files"
     fix = "ulimit -n 65536 before launching (in Slurm: in the batch script; in Docker: --ulimit nofile=65536)"
     if limit < MIN_OPEN_FILES:
-        return Finding(name="open files", status=BAD, found=found, fix=fix)
-    return Finding(
+        return Check(name="open files", status=BAD, found=found, fix=fix)
+    return Check(
         name="open files",
         status=WARN if limit < SAFE_OPEN_FILES else OK,
         found=found,
@@ -208,11 +210,11 @@ def check_open_files(limit: int) -> Finding:
     )
 
 
-def check_java(path: str | None, *, is_needed: bool) -> Finding:
+def check_java(path: str | None, *, is_needed: bool) -> Check:
     """Judge whether caption scores can be computed."""
     if path:
-        return Finding(name="java", status=OK, found=path)
-    return Finding(
+        return Check(name="java", status=OK, found=path)
+    return Check(
         name="java",
         status=BAD if is_needed else WARN,
         found="not there: no caption scores",
@@ -220,58 +222,56 @@ def check_java(path: str | None, *, is_needed: bool) -> Finding:
     )
 
 
-def check_paths(name: str, paths: Mapping[str, bool]) -> Finding:
+def check_paths(name: str, paths: Mapping[str, bool]) -> Check:
     """Judge whether the files and folders of a source or eval are there (path -> exists)."""
     missing = [path for path, exists in paths.items() if not exists]
     if missing:
         fix = "see data/README.md, or set PIXEL_SAIL_DATA; tools/check_data.py looks inside"
-        return Finding(name=f"data {name}", status=BAD, found=f"missing: {', '.join(missing)}", fix=fix)
-    return Finding(name=f"data {name}", status=OK, found=f"{len(paths)} paths are there")
+        return Check(name=f"data {name}", status=BAD, found=f"missing: {', '.join(missing)}", fix=fix)
+    return Check(name=f"data {name}", status=OK, found=f"{len(paths)} paths are there")
 
 
-def check_matmul(*, error: float, tolerance: float, tflops: float, device: str) -> Finding:
+def check_matmul(*, error: float, tolerance: float, tflops: float, device: str) -> Check:
     """Judge a product that was compared with the same in float64. `error` is relative to the largest entry."""
     found = f"{device}: {tflops:.2f} TFLOP/s, relative error {error:.1e}"
     if not error <= tolerance:  # NaN too
         fix = "do not train on this device: run it alone again, then have it replaced"
-        return Finding(name="matmul", status=BAD, found=f"{found}, expected at most {tolerance:.0e}", fix=fix)
-    return Finding(name="matmul", status=OK, found=found)
+        return Check(name="matmul", status=BAD, found=f"{found}, expected at most {tolerance:.0e}", fix=fix)
+    return Check(name="matmul", status=OK, found=found)
 
 
 def check_all_reduce(
     *, world_size: int, wrong_ranks: Sequence[int], seconds: float, num_bytes: int, backend: str
-) -> Finding:
+) -> Check:
     """Judge a timed sum over all ranks. The rate is NCCL's bus bandwidth: 2 (N - 1) / N of the bytes per second."""
     if world_size == 1:
-        return Finding(name="all-reduce", status=OK, found="one process, nothing to exchange")
+        return Check(name="all-reduce", status=OK, found="one process, nothing to exchange")
     rate = 2 * (world_size - 1) / world_size * num_bytes / seconds
     found = f"{world_size} ranks over {backend}: {rate / 1e9:.2f} GB/s for {num_bytes / 1e6:.0f} MB"
     if wrong_ranks:
         fix = "NCCL_DEBUG=INFO, then NCCL_P2P_DISABLE=1 or NCCL_IB_DISABLE=1 to find the broken way"
-        return Finding(
-            name="all-reduce", status=BAD, found=f"{found}; wrong sums on ranks {list(wrong_ranks)}", fix=fix
-        )
+        return Check(name="all-reduce", status=BAD, found=f"{found}; wrong sums on ranks {list(wrong_ranks)}", fix=fix)
     if backend == "nccl" and rate < SLOW_NETWORK:
         fix = "NCCL fell back to a slow way: NCCL_DEBUG=INFO names it; set NCCL_SOCKET_IFNAME or mend InfiniBand"
-        return Finding(name="all-reduce", status=WARN, found=found, fix=fix)
-    return Finding(name="all-reduce", status=OK, found=found)
+        return Check(name="all-reduce", status=WARN, found=found, fix=fix)
+    return Check(name="all-reduce", status=OK, found=found)
 
 
-def check_ranks_agree(name: str, values: Sequence[str]) -> Finding:
+def check_ranks_agree(name: str, values: Sequence[str]) -> Check:
     """Judge whether all ranks have the same of something: versions, run folder, commit."""
     if len(set(values)) > 1:
         seen = "; ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
-        return Finding(name=name, status=BAD, found=seen, fix="every node must run the same code, packages and run_dir")
-    return Finding(name=name, status=OK, found=f"equal on {len(values)} ranks: {values[0]}")
+        return Check(name=name, status=BAD, found=seen, fix="every node must run the same code, packages and run_dir")
+    return Check(name=name, status=OK, found=f"equal on {len(values)} ranks: {values[0]}")
 
 
-def verdict(findings: Sequence[Finding]) -> str:
+def worst_status(findings: Sequence[Check]) -> str:
     """Return the worst status."""
     statuses = [finding.status for finding in findings]
     return BAD if BAD in statuses else WARN if WARN in statuses else OK
 
 
-def findings_text(findings: Sequence[Finding]) -> str:
+def checks_text(findings: Sequence[Check]) -> str:
     """Return one line per finding, and under it how to mend what is not ok."""
     lines = []
     for finding in findings:

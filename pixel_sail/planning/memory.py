@@ -20,9 +20,9 @@ from dataclasses import dataclass
 
 from pixel_sail.config import DeepSpeedConfig
 from pixel_sail.model.configuration_pixel_sail import Architecture
+from pixel_sail.planning.activations import FLOAT32
 from pixel_sail.planning.parameters import layer_parameters
 
-FLOAT32 = 4
 BUCKET_ELEMENTS = 50_000_000
 """`reduce_bucket_size` and ZeRO-3's prefetch bucket, see training/accelerator.py."""
 

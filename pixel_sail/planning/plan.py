@@ -22,7 +22,7 @@ from pixel_sail.planning.length import Length, length_lines
 from pixel_sail.planning.parameters import TrainingParts, parameter_counts
 from pixel_sail.planning.workload import Workload, mean
 
-PEAK_TFLOPS = {"h100": 989.0, "h200": 989.0, "a100": 312.0, "4090": 165.0, "cpu": 0.1}
+PLANNED_TFLOPS = {"h100": 989.0, "h200": 989.0, "a100": 312.0, "4090": 165.0, "cpu": 0.1}
 """Dense bf16 products with float32 sums, from the vendors' data sheets; cpu: an order of magnitude, two cores."""
 
 GPU_MEMORY_GB = {"h100": 80.0, "h200": 141.0, "a100": 80.0, "4090": 24.0, "cpu": 16.0}
@@ -44,8 +44,8 @@ class Machine:
 
     def __post_init__(self) -> None:
         """Check the choices. Raises: ConfigError."""
-        if self.gpu not in PEAK_TFLOPS:
-            raise ConfigError(f"gpu is {self.gpu!r}, expected one of {sorted(PEAK_TFLOPS)}, or give peak_tflops=")
+        if self.gpu not in PLANNED_TFLOPS:
+            raise ConfigError(f"gpu is {self.gpu!r}, expected one of {sorted(PLANNED_TFLOPS)}, or give peak_tflops=")
         if self.gpus < 1 or not 0.0 < self.mfu <= 1.0 or (self.peak_tflops is not None and self.peak_tflops <= 0):
             raise ConfigError(
                 f"gpus is {self.gpus}, mfu {self.mfu}, peak_tflops {self.peak_tflops}; expected at least 1, a fraction "
@@ -60,7 +60,7 @@ class Machine:
 
     def operations_per_second(self, precision: str) -> float:
         """Return what all GPUs do together at this MFU."""
-        peak = PEAK_TFLOPS[self.gpu] if self.peak_tflops is None else self.peak_tflops
+        peak = PLANNED_TFLOPS[self.gpu] if self.peak_tflops is None else self.peak_tflops
         slowdown = FP32_SLOWDOWN[self.gpu] if precision == "fp32" else 1.0
         return self.gpus * self.mfu * peak * 1e12 / slowdown
 
@@ -267,7 +267,7 @@ def plan_text(plan: dict[str, Any]) -> str:
     for name, cost in work["teachers"].items():
         said = "      not known" if cost is None else f"{cost / 1e12:16.3f}"
         lines.append(f"  {'teacher ' + name:28}{'':11}{said}")
-    peak = time["peak_tflops"] or PEAK_TFLOPS[time["gpu"]]
+    peak = time["peak_tflops"] or PLANNED_TFLOPS[time["gpu"]]
     lines += [
         "",
         f"time on {time['gpus']} x {time['gpu']} ({peak:g} TFLOP/s) at an MFU of {time['mfu']:g}",

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pixel_sail.distillation.attributes import CELL_PX, CHANNELS, NUM_PLACES, attributes
 from pixel_sail.distillation.cache import StoredMap, cache_identity, image_key
-from pixel_sail.distillation.cache_writer import finish, make_plan, start_folder, write_shard
+from pixel_sail.distillation.cache_writer import finish, plan_cache, start_folder, write_shard
 from pixel_sail.refshapes.kinds import VALUES
 from pixel_sail.refshapes.scene import Scene, SceneObject
 
@@ -56,7 +56,7 @@ def write_attribute_maps(folder: Path, maps: Mapping[Path, AttributeMap]) -> Non
     """Write the maps of images as a cache of features, which training reads with `distillation=attributes`."""
     keyed = {image_key(path): levels for path, levels in maps.items()}
     identity = cache_identity(attributes().identity(), precision="fp32", grid=None)
-    plan = make_plan(list(keyed), identity, dtype="int8", images_per_shard=IMAGES_PER_SHARD)
+    plan = plan_cache(list(keyed), identity, dtype="int8", images_per_shard=IMAGES_PER_SHARD)
     folder.mkdir(parents=True)
     start_folder(folder, plan)
     scales = torch.full((CHANNELS,), 1.0 / LEVELS)

@@ -16,7 +16,7 @@ from statistics import fmean
 
 GUESSES = ("every object", "largest object", "target's colour", "random object")
 
-Scores = dict[str, float]
+BaselineScores = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class ReferredObject:
     target: int
 
 
-def blind_scores(expressions: Iterable[ReferredObject]) -> dict[str, Scores]:
+def blind_scores(expressions: Iterable[ReferredObject]) -> dict[str, BaselineScores]:
     """Return cIoU and gIoU of every guess, those of the random object as expected; nothing where nothing is asked."""
     measured: dict[str, list[tuple[float, float, float]]] = {name: [] for name in GUESSES}
     for item in expressions:
@@ -59,7 +59,7 @@ def _overlap(item: ReferredObject, answer: list[int]) -> tuple[int, int]:
     return inter, sum(item.areas[index] for index in answer) + item.areas[item.target] - inter
 
 
-def blind_choices(questions: Sequence[dict[str, str]]) -> Scores:
+def blind_choices(questions: Sequence[dict[str, str]]) -> BaselineScores:
     """Return the accuracy on multiple-choice questions of the best single letter, and of each question's usual answer.
 
     A question is {"question": "What is the size of the marked object?\\nA. large\\nB. small\\n", "answer": "B. small"}.

@@ -23,7 +23,7 @@ from pixel_sail.refshapes.queries import (
     RELATIONS,
     Filters,
     Query,
-    Sentence,
+    SceneExpression,
     decides,
     denote,
     names_held_out,
@@ -45,19 +45,19 @@ class Describer:
             for filters in _subsets(item):
                 self.by_filters.setdefault(filters, []).append(item.index)
 
-    def singles(self, count: int, targets: Sequence[int] = ()) -> list[Sentence]:
+    def singles(self, count: int, targets: Sequence[int] = ()) -> list[SceneExpression]:
         """Return up to `count` different sentences that each refer to one object, most of the scene's focus.
 
         targets: the objects they are about, all where none is given.
         """
-        found: dict[str, Sentence] = {}
+        found: dict[str, SceneExpression] = {}
         for _ in range(count * 6):
             target = pick(self.rng, targets or range(len(self.scene.objects)))
             focus = self.scene.focus if self.rng.random() < FOCUS_SENTENCES else pick(self.rng, FOCI)
             query = self._find(self.scene.objects[target], focus)
             if query is not None and self._is_allowed(query):
                 text, kind = self._word(query), decides(self.scene, query)
-                found.setdefault(text, Sentence(text=text, query=query, targets=(target,), kind=kind))
+                found.setdefault(text, SceneExpression(text=text, query=query, targets=(target,), kind=kind))
             if len(found) == count:
                 break
         return list(found.values())
@@ -70,7 +70,7 @@ class Describer:
             return self._position(item) if focus == "place" else self._relation(item)
         return self._attributes(item, names_shape=focus == "shape")
 
-    def plural(self) -> Sentence | None:
+    def plural(self) -> SceneExpression | None:
         """Return a sentence for two objects or more, None if this attempt found none."""
         roll = self.rng.random()
         item = pick(self.rng, self.scene.objects)
@@ -87,9 +87,9 @@ class Describer:
         if len(targets) < 2 or len(targets) == len(self.scene.objects) or not self._is_allowed(query):
             return None
         text = word_plural(self.rng, query, len(targets))
-        return Sentence(text=text, query=query, targets=tuple(sorted(targets)), kind="plural")
+        return SceneExpression(text=text, query=query, targets=tuple(sorted(targets)), kind="plural")
 
-    def no_target(self) -> Sentence | None:
+    def no_target(self) -> SceneExpression | None:
         """Return a sentence that fits nothing here though its parts occur, None if this attempt found none."""
         filters = dict(_pick_filters(self.rng, pick(self.rng, self.scene.objects)))
         other = pick(self.rng, self.scene.objects)
@@ -100,7 +100,7 @@ class Describer:
         is_vague = len(filters) < 2 and query.relation is None
         if is_vague or denote(self.scene, query) != frozenset() or not self._is_allowed(query):
             return None
-        return Sentence(text=self._word(query), query=query, targets=(), kind="none")
+        return SceneExpression(text=self._word(query), query=query, targets=(), kind="none")
 
     def _word(self, query: Query) -> str:
         count = len(self.by_filters.get(query.attributes, ())) if query.attributes else len(self.scene.objects)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pixel_sail.refshapes.kinds import COLOURS, HELD_OUT, SHAPES, SIZES, TEXTURES, Kind, pick, shuffled
+from pixel_sail.refshapes.kinds import COLOURS, HELD_OUT_PAIRS, SHAPES, SIZES, TEXTURES, Attributes, pick, shuffled
 
 FOCUS_FRACTIONS = {
     "colour": 0.15,
@@ -59,12 +59,12 @@ def pick_focus(rng: np.random.Generator, rules: SceneRules) -> str:
     return tuple(fractions)[int(np.searchsorted(bounds, rng.random() * bounds[-1]))]
 
 
-def sample_kinds(rng: np.random.Generator, focus: str, rules: SceneRules) -> list[Kind]:
+def sample_kinds(rng: np.random.Generator, focus: str, rules: SceneRules) -> list[Attributes]:
     """Return the kinds of one scene, two to six, in any order."""
-    kinds: list[Kind] = []
+    kinds: list[Attributes] = []
     for kind in _OBJECTS[focus](_Palette(rng, rules))[:MAX_OBJECTS]:
         is_too_large = kind.size == "large" and sum(other.size == "large" for other in kinds) >= MAX_LARGE
-        kinds.append(Kind(**{**vars(kind), "size": "small"}) if is_too_large else kind)
+        kinds.append(Attributes(**{**vars(kind), "size": "small"}) if is_too_large else kind)
     return shuffled(rng, kinds)
 
 
@@ -73,19 +73,21 @@ class _Palette:
 
     def __init__(self, rng: np.random.Generator, rules: SceneRules) -> None:
         self.rng = rng
-        pairs = sorted(HELD_OUT) if rules.held_out else [(c, s) for c in COLOURS for s in SHAPES if _is_free(c, s)]
+        pairs = (
+            sorted(HELD_OUT_PAIRS) if rules.held_out else [(c, s) for c in COLOURS for s in SHAPES if _is_free(c, s)]
+        )
         self.lead = pick(rng, pairs)
         self.shapes = (self.lead[1],) if rules.one_shape else SHAPES
         self.colours = tuple(colour for colour in COLOURS if any(_is_free(colour, shape) for shape in self.shapes))
 
     def kind(
         self, colour: str | None = None, shape: str | None = None, texture: str | None = None, size: str | None = None
-    ) -> Kind:
+    ) -> Attributes:
         """Return a kind with what is not given sampled; a colour and shape that are both given are taken as they
         are."""
         if colour is None:
             colour = pick(self.rng, self.colours_for(shape) if shape else self.colours)
-        return Kind(
+        return Attributes(
             colour=colour,
             shape=shape or pick(self.rng, self.shapes_for(colour)),
             texture=texture or ("plain" if self.chance(PLAIN) else pick(self.rng, TEXTURES[1:])),
@@ -114,10 +116,10 @@ class _Palette:
 
 
 def _is_free(colour: str, shape: str) -> bool:
-    return (colour, shape) not in HELD_OUT
+    return (colour, shape) not in HELD_OUT_PAIRS
 
 
-def _colour(palette: _Palette) -> list[Kind]:
+def _colour(palette: _Palette) -> list[Attributes]:
     """Return three to five objects, each of another colour, of two shapes for the most part."""
     colour, shape = palette.lead
     shared = (shape, pick(palette.rng, palette.shapes))
@@ -128,7 +130,7 @@ def _colour(palette: _Palette) -> list[Kind]:
     return kinds
 
 
-def _shape(palette: _Palette) -> list[Kind]:
+def _shape(palette: _Palette) -> list[Attributes]:
     """Return two colours, each with up to three objects of different shapes."""
     colour, shape = palette.lead
     rest = [other for other in palette.shapes_for(colour) if other != shape]
@@ -137,7 +139,7 @@ def _shape(palette: _Palette) -> list[Kind]:
     return kinds + [palette.kind(second, one) for one in palette.shapes_for(second)[: palette.between(1, 3)]]
 
 
-def _size_texture(palette: _Palette) -> list[Kind]:
+def _size_texture(palette: _Palette) -> list[Attributes]:
     """Return two to four objects of one colour and shape that differ in texture, or one in size, and a few more."""
     colour, shape = palette.lead
     number = palette.between(2, 4)
@@ -156,33 +158,33 @@ def _size_texture(palette: _Palette) -> list[Kind]:
     return kinds + others
 
 
-def _place(palette: _Palette) -> list[Kind]:
+def _place(palette: _Palette) -> list[Attributes]:
     """Return two to four equal objects and up to two more, some of the same colour."""
     colour = palette.lead[0]
     kinds = _equal(palette, palette.between(2, 4), large=0.3)
     return kinds + [palette.kind(colour if palette.chance(0.3) else None) for _ in range(palette.between(0, 2))]
 
 
-def _relation(palette: _Palette) -> list[Kind]:
+def _relation(palette: _Palette) -> list[Attributes]:
     """Return two or three equal objects and one to three of other colours that they can be left of or below."""
     kinds = _equal(palette, palette.between(2, 3), large=0.2)
     return kinds + [palette.kind(colour) for colour in palette.other_colours()[: palette.between(1, 3)]]
 
 
-def _negation_ordinal(palette: _Palette) -> list[Kind]:
+def _negation_ordinal(palette: _Palette) -> list[Attributes]:
     """Return three or four equal objects to count, or one that lacks what others of its sort have, and a few more."""
     kinds = _equal(palette, max(palette.between(2, 4), 3), large=0.0) if palette.chance(0.5) else _odd_one(palette)
     return kinds + [palette.kind() for _ in range(palette.between(1, 2))]
 
 
-def _equal(palette: _Palette, number: int, *, large: float) -> list[Kind]:
+def _equal(palette: _Palette, number: int, *, large: float) -> list[Attributes]:
     """Return objects that are alike in all four attributes."""
     texture = "plain" if palette.chance(PLAIN) else pick(palette.rng, TEXTURES)
     size = "large" if palette.chance(large) else "small"
     return [palette.kind(*palette.lead, texture, size)] * number
 
 
-def _odd_one(palette: _Palette) -> list[Kind]:
+def _odd_one(palette: _Palette) -> list[Attributes]:
     """Return one object and one or two that all differ from it by the same value of one attribute."""
     colour, shape = palette.lead
     number = palette.between(1, 2)
@@ -197,7 +199,7 @@ def _odd_one(palette: _Palette) -> list[Kind]:
     return [palette.kind(colour, shape, odd)] + [palette.kind(colour, shape, usual) for _ in range(number)]
 
 
-_OBJECTS: dict[str, Callable[[_Palette], list[Kind]]] = {
+_OBJECTS: dict[str, Callable[[_Palette], list[Attributes]]] = {
     "colour": _colour,
     "shape": _shape,
     "size_texture": _size_texture,

@@ -35,7 +35,6 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -45,32 +44,30 @@ from pixel_sail.refshapes.expressions import Describer
 from pixel_sail.refshapes.focus import FOCI, FOCUS_FRACTIONS, SceneRules, pick_focus
 from pixel_sail.refshapes.grounded_format import grounded_record, write_grounded
 from pixel_sail.refshapes.groups import group_sentences
-from pixel_sail.refshapes.kinds import HELD_OUT, SHAPES
+from pixel_sail.refshapes.kinds import HELD_OUT_PAIRS, SHAPES
 from pixel_sail.refshapes.panoptic_format import write_panoptic
-from pixel_sail.refshapes.queries import Sentence, is_put_to_the_test
+from pixel_sail.refshapes.queries import SceneExpression, is_put_to_the_test
 from pixel_sail.refshapes.question_formats import caption, llava_record, osprey_record, perbench_record
 from pixel_sail.refshapes.scene import Scene, SceneObject, encode_jpeg, paint_scene, sample_scene
 from pixel_sail.refshapes.summary import summarize
 from pixel_sail.rle import encode_mask
-from pixel_sail.types import DataError
+from pixel_sail.types import DataError, Json
 
-Json = dict[str, Any]
-"""One item of an annotation file, as written."""
-Job = tuple[str, int, int]
+SceneJob = tuple[str, int, int]
 """(split, index within the split, image id)."""
 
 GENERATOR_VERSION = 5
 """Raise this whenever the same seed no longer gives the same bytes."""
 KIND_SPLITS = {f"val_{focus}": focus for focus in FOCI}
 """Every expression of these is decided by one kind of words and by nothing else, see `is_put_to_the_test`."""
-RULES = {
+SCENE_RULES = {
     "train": SceneRules(),
     "val": SceneRules(),
     **{split: SceneRules(focus=focus) for split, focus in KIND_SPLITS.items()},
     "testA": SceneRules(one_shape=True),
     "testB": SceneRules(held_out=True),
 }
-SPLITS = tuple(RULES)
+SPLITS = tuple(SCENE_RULES)
 NUM_SENTENCES = {"train": 16, "val": 6, "testA": 6, "testB": 6}
 """Most expressions with one target of an image of a split."""
 NUM_OF_KIND = (2, 3)
@@ -101,11 +98,11 @@ class RefShapesSpec:
             "num_images": {split: self.num_train if split == "train" else self.num_eval for split in SPLITS},
             "num_fully_annotated": self.num_fully_annotated,
             "attribute_cell_px": CELL_PX,
-            "held_out": [list(pair) for pair in sorted(HELD_OUT)],
+            "held_out": [list(pair) for pair in sorted(HELD_OUT_PAIRS)],
             "focus_shares": FOCUS_FRACTIONS,
         }
 
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[SceneJob]:
         """Return the job of every image; image ids count from 1 over all splits."""
         pairs = [(split, index) for split in SPLITS for index in range(self.header()["num_images"][split])]
         return [(split, index, image_id) for image_id, (split, index) in enumerate(pairs, start=1)]
@@ -120,7 +117,7 @@ def write_refshapes(
     Raises: DataError if `out` exists and is something else.
     """
     if out.exists():
-        check_same(out, spec)
+        check_same_spec(out, spec)
         return False
     partial_out = out.with_name(f".{out.name}.partial-{os.getpid()}")
     shutil.rmtree(partial_out, ignore_errors=True)
@@ -139,7 +136,7 @@ def write_refshapes(
     return True
 
 
-def check_same(out: Path, spec: RefShapesSpec) -> None:
+def check_same_spec(out: Path, spec: RefShapesSpec) -> None:
     """Raise DataError unless `out` holds the dataset that `spec` asks for."""
     advice = "choose another --out, or move that folder away"
     if not (out / "meta.json").is_file():
@@ -157,7 +154,7 @@ def check_same(out: Path, spec: RefShapesSpec) -> None:
             raise DataError(f"{out}/meta.json: {key} is {meta.get(key)!r}, expected {value!r} as asked for; {advice}")
 
 
-def _run(render: Callable[[Job], Json], jobs: list[Job], num_workers: int) -> Generator[Json, None, None]:
+def _run(render: Callable[[SceneJob], Json], jobs: list[SceneJob], num_workers: int) -> Generator[Json, None, None]:
     """Yield the records in the order of the jobs."""
     if num_workers <= 1:
         yield from map(render, jobs)
@@ -166,13 +163,15 @@ def _run(render: Callable[[Job], Json], jobs: list[Job], num_workers: int) -> Ge
         yield from pool.imap(render, jobs, chunksize=8)
 
 
-def sample_described_scene(seed: int, split: str, index: int) -> tuple[np.random.Generator, Scene, list[Sentence]]:
+def sample_described_scene(
+    seed: int, split: str, index: int
+) -> tuple[np.random.Generator, Scene, list[SceneExpression]]:
     """Return the scene of one image, its expressions with one target, and the generator for what else is sampled.
 
     Scenes that leave nothing to say about their focus are sampled again.
     """
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
-    rules = replace(RULES[split], focus=pick_focus(rng, RULES[split]))
+    rules = replace(SCENE_RULES[split], focus=pick_focus(rng, SCENE_RULES[split]))
     fewest = NUM_OF_KIND[0] if split in KIND_SPLITS else 1
     while True:
         scene = sample_scene(rng, rules)
@@ -185,7 +184,7 @@ def _describer(rng: np.random.Generator, scene: Scene, split: str) -> Describer:
     return Describer(scene, rng, may_name_held_out=split == "testB")
 
 
-def _expressions(describer: Describer, split: str) -> list[Sentence]:
+def _expressions(describer: Describer, split: str) -> list[SceneExpression]:
     """Return the expressions of one image: in testB about objects of a held-out kind only."""
     scene = describer.scene
     if split in KIND_SPLITS:
@@ -196,7 +195,7 @@ def _expressions(describer: Describer, split: str) -> list[Sentence]:
     return describer.singles(NUM_SENTENCES[split], held_out)
 
 
-def _render_record(seed: int, num_fully_annotated: int, folder: Path, job: Job) -> Json:
+def _render_record(seed: int, num_fully_annotated: int, folder: Path, job: SceneJob) -> Json:
     """Render one image, write its JPEG, and return everything the annotation files say about it, without global ids."""
     split, index, image_id = job
     rng, scene, sentences = sample_described_scene(seed, split, index)
@@ -235,9 +234,9 @@ def _annotation(item: SceneObject) -> Json:
             "bbox": [x0, y0, x1 - x0, y1 - y0], "iscrowd": 0}  # fmt: skip
 
 
-def _generalised(rng: np.random.Generator, describer: Describer, count: int) -> list[Sentence]:
+def _generalised(rng: np.random.Generator, describer: Describer, count: int) -> list[SceneExpression]:
     """Return about `count` sentences, half with one target, three in ten with several, two in ten with none."""
-    found: dict[str, Sentence] = {}
+    found: dict[str, SceneExpression] = {}
     for _ in range(count):
         roll = rng.random()
         for _ in range(12):

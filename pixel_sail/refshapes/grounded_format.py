@@ -20,7 +20,6 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -28,18 +27,16 @@ from pycocotools import mask as coco_mask
 from pixel_sail.refshapes.kinds import SHAPES, pick
 from pixel_sail.refshapes.scene import Scene, SceneObject
 from pixel_sail.rle import encode_mask
-from pixel_sail.types import RLE, BoolMask
+from pixel_sail.types import RLE, BoolMask, Json
 
-Json = dict[str, Any]
-"""One item of an annotation file, as written."""
-Group = tuple[str, list[SceneObject]]
+NamedObjects = tuple[str, list[SceneObject]]
 """A phrase and the objects it names."""
 
-DETAILS = (("colour", "shape"), ("shape",), ("size", "colour", "shape"), ("texture", "colour", "shape"))
+PHRASE_ATTRIBUTES = (("colour", "shape"), ("shape",), ("size", "colour", "shape"), ("texture", "colour", "shape"))
 """What the phrases of one caption say about the objects."""
 
 COUNTS = ("no", "a", "two", "three", "four", "five", "six")
-BACKGROUND = "a dull background"
+BACKGROUND_PHRASE = "a dull background"
 """Named in captions, without a mask."""
 
 BENCHMARK_SPLITS = {"val": "val", "testA": "test"}
@@ -115,9 +112,9 @@ def _box(item: SceneObject) -> list[int]:
     return [x0, y0, x1 - x0, y1 - y0]
 
 
-def _groups(rng: np.random.Generator, scene: Scene) -> list[Group]:
+def _groups(rng: np.random.Generator, scene: Scene) -> list[NamedObjects]:
     """Return all objects in groups that one phrase names, at a level of detail sampled for the whole caption."""
-    details = pick(rng, DETAILS)
+    details = pick(rng, PHRASE_ATTRIBUTES)
     by_words: dict[str, list[SceneObject]] = {}
     for item in scene.objects:
         words = [str(getattr(item, name)) for name in details]
@@ -132,18 +129,18 @@ def _counted(words: str, count: int) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def _caption(rng: np.random.Generator, scene: Scene) -> tuple[str, list[Group]]:
+def _caption(rng: np.random.Generator, scene: Scene) -> tuple[str, list[NamedObjects]]:
     """Return a caption and its phrases, as they stand in it and in its order."""
     groups = [(phrase, items) for phrase, items in _groups(rng, scene)]
     phrases = [phrase for phrase, _ in groups]
     listed = " and ".join([*([", ".join(phrases[:-1])] if len(phrases) > 1 else []), phrases[-1]])
     if rng.random() < 0.5:
-        return f"The image shows {listed} on {BACKGROUND}.", groups
+        return f"The image shows {listed} on {BACKGROUND_PHRASE}.", groups
     first = groups[0][0][0].upper() + groups[0][0][1:]
-    return f"{listed[0].upper()}{listed[1:]} on {BACKGROUND}.", [(first, groups[0][1]), *groups[1:]]
+    return f"{listed[0].upper()}{listed[1:]} on {BACKGROUND_PHRASE}.", [(first, groups[0][1]), *groups[1:]]
 
 
-def _spans(caption: str, groups: list[Group]) -> list[list[int]]:
+def _spans(caption: str, groups: list[NamedObjects]) -> list[list[int]]:
     """Return where each phrase stands; phrases come in reading order, so each is looked for after the one before."""
     spans, end = [], 0
     for phrase, _ in groups:
@@ -153,16 +150,21 @@ def _spans(caption: str, groups: list[Group]) -> list[list[int]]:
     return spans
 
 
-def _grandf(caption: str, groups: list[Group], image: Json) -> Json:
+def _grandf(caption: str, groups: list[NamedObjects], image: Json) -> Json:
     groundings: Json = {
         phrase: {"token_positives": span, "rle_masks": [encode_mask(item.mask) for item in items]}
         for span, (phrase, items) in zip(_spans(caption, groups), groups, strict=True)
     }
     size = {key: image[key] for key in ("file_name", "height", "width")}
-    return {**size, "image_id": str(image["id"]), "caption": caption, "groundings": {**groundings, BACKGROUND: None}}
+    return {
+        **size,
+        "image_id": str(image["id"]),
+        "caption": caption,
+        "groundings": {**groundings, BACKGROUND_PHRASE: None},
+    }
 
 
-def _refcocog(rng: np.random.Generator, caption: str, groups: list[Group], image: Json) -> Json:
+def _refcocog(rng: np.random.Generator, caption: str, groups: list[NamedObjects], image: Json) -> Json:
     """Return the refs in any order, as their place in the caption is not stated."""
     refs = []
     for i in rng.permutation(len(groups)).tolist():
@@ -172,7 +174,7 @@ def _refcocog(rng: np.random.Generator, caption: str, groups: list[Group], image
     return {str(image["id"]): {"img_file_name": image["file_name"], "caption": f'"{caption}"', "refs": refs}}
 
 
-def _flickr(caption: str, groups: list[Group], image: Json) -> Json:
+def _flickr(caption: str, groups: list[NamedObjects], image: Json) -> Json:
     annotations = [
         {"bbox": _box(item), "area": item.area, "tokens_positive": [span], "sam_mask": encode_mask(item.mask)}
         for span, (_, items) in zip(_spans(caption, groups), groups, strict=True)

@@ -10,12 +10,12 @@ model that starts from nothing learns what words look like before it has to comb
 import numpy as np
 
 from pixel_sail.refshapes.kinds import VALUES
-from pixel_sail.refshapes.queries import Query, Sentence
+from pixel_sail.refshapes.queries import Query, SceneExpression
 from pixel_sail.refshapes.scene import Scene
 from pixel_sail.refshapes.templates import noun_phrase
 
 
-def group_sentences(rng: np.random.Generator, scene: Scene) -> list[Sentence]:
+def group_sentences(rng: np.random.Generator, scene: Scene) -> list[SceneExpression]:
     """Return one sentence for every attribute value that occurs in the scene but not on every object."""
     sentences = []
     for name, values in VALUES.items():
@@ -24,5 +24,5 @@ def group_sentences(rng: np.random.Generator, scene: Scene) -> list[Sentence]:
             if 0 < len(targets) < len(scene.objects):
                 query = Query(attributes=((name, value),))
                 text = noun_phrase(rng, query.attributes, is_plural=True)
-                sentences.append(Sentence(text=text, query=query, targets=targets, kind="group"))
+                sentences.append(SceneExpression(text=text, query=query, targets=targets, kind="group"))
     return sentences

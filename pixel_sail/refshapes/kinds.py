@@ -20,12 +20,12 @@ TEXTURES = ("plain", "striped", "dotted", "checkered")
 SIZES = ("small", "large")
 VALUES = {"colour": COLOURS, "shape": SHAPES, "texture": TEXTURES, "size": SIZES}
 
-HELD_OUT = frozenset((COLOURS[i], SHAPES[(5 * i + 2) % len(SHAPES)]) for i in range(6))
+HELD_OUT_PAIRS = frozenset((COLOURS[i], SHAPES[(5 * i + 2) % len(SHAPES)]) for i in range(6))
 """(colour, shape) pairs sampled and named in testB only: 6 of 60; no colour and no shape repeats."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind:
+class Attributes:
     """The four attributes an expression can name."""
 
     colour: str
@@ -36,7 +36,7 @@ class Kind:
     @property
     def is_held_out(self) -> bool:
         """Say whether this colour and shape go together in testB only."""
-        return (self.colour, self.shape) in HELD_OUT
+        return (self.colour, self.shape) in HELD_OUT_PAIRS
 
 
 def pick(rng: np.random.Generator, items: Sequence[_Item]) -> _Item:

@@ -22,9 +22,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from pixel_sail.rle import bounding_box
-from pixel_sail.types import BoolMask, DataError
-
-Json = dict[str, Any]
+from pixel_sail.types import BoolMask, DataError, Json
 
 PANOPTIC_FOLDER = "panoptic"
 PIX2CAP_FOLDER = "pix2cap"

@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pixel_sail.refshapes.kinds import HELD_OUT
+from pixel_sail.refshapes.kinds import HELD_OUT_PAIRS
 from pixel_sail.refshapes.scene import Scene, SceneObject
 
 Filters = tuple[tuple[str, str], ...]
@@ -45,7 +45,7 @@ class Query:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sentence:
+class SceneExpression:
     """One worded expression and the objects it refers to, by index, in increasing order."""
 
     text: str
@@ -149,7 +149,7 @@ def names_held_out(query: Query) -> bool:
     values = {name: {value for key, value in parts if key == name} for name in ("colour", "shape")}
     inner = [part for part in (query.relation[1] if query.relation else None, query.also) if part is not None]
     pairs = itertools.product(values["colour"], values["shape"])
-    return any(pair in HELD_OUT for pair in pairs) or any(names_held_out(part) for part in inner)
+    return any(pair in HELD_OUT_PAIRS for pair in pairs) or any(names_held_out(part) for part in inner)
 
 
 def decides(scene: Scene, query: Query) -> str:
@@ -182,7 +182,7 @@ def shares(scene: Scene, target: int, name: str) -> bool:
     return sum(getattr(item, name) == value for item in scene.objects) > 1
 
 
-def is_put_to_the_test(scene: Scene, sentence: Sentence) -> bool:
+def is_put_to_the_test(scene: Scene, sentence: SceneExpression) -> bool:
     """Say whether a sentence with one target can be answered by nothing but what its kind says.
 
     Then another object has the target's colour, or its shape where the colour decides. Of a colour or shape, the words

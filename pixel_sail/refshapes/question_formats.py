@@ -8,16 +8,13 @@ Place in the flow: beside `formats.py`, which asks for what one image contribute
 """
 
 import math
-from typing import Any
 
 import numpy as np
 
 from pixel_sail.refshapes.kinds import SHAPES, VALUES, pick
 from pixel_sail.refshapes.scene import Scene, SceneObject
 from pixel_sail.rle import encode_mask
-
-Json = dict[str, Any]
-"""One item of an annotation file, as written."""
+from pixel_sail.types import Json
 
 
 def _spot(scene: Scene, item: SceneObject) -> str:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from pixel_sail.refshapes.focus import SceneRules, pick_focus, sample_kinds
-from pixel_sail.refshapes.kinds import SHAPES, Kind, pick
+from pixel_sail.refshapes.kinds import SHAPES, Attributes, pick
 from pixel_sail.types import BoolMask, SizeHW
 
 FloatArray = NDArray[np.floating[Any]]
@@ -52,7 +52,7 @@ MUDDY_RGB = np.array(
 
 
 @dataclass(frozen=True, kw_only=True)
-class SceneObject(Kind):
+class SceneObject(Attributes):
     """One rendered object with the geometry of its visible region."""
 
     index: int
@@ -69,7 +69,7 @@ class SceneObject(Kind):
 class _Stamp:
     """One object before it has a place: square arrays centred on it."""
 
-    kind: Kind
+    kind: Attributes
     across_px: float
     alpha: FloatArray
     rgb: FloatArray
@@ -133,7 +133,7 @@ def _star_distance(x: FloatArray, y: FloatArray) -> FloatArray:
     return ((across * -edge_along) + (along - outer) * edge_across) / length
 
 
-def _make_stamp(rng: np.random.Generator, kind: Kind) -> _Stamp:
+def _make_stamp(rng: np.random.Generator, kind: Attributes) -> _Stamp:
     """Render one object: its soft outline and its textured, slightly shaded paint."""
     across = float(rng.uniform(*ACROSS_PX[kind.size]))
     if kind.size == "large":

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from pixel_sail.refshapes.baselines import ReferredObject, blind_choices, blind_scores
-from pixel_sail.refshapes.queries import Sentence
-
-Json = dict[str, Any]
+from pixel_sail.refshapes.queries import SceneExpression
+from pixel_sail.types import Json
 
 
 def summarize(splits: Sequence[str], records: Sequence[Json], num_refs: Json) -> Json:
@@ -52,6 +51,6 @@ def _counted(words: Any) -> dict[str, int]:
     return dict(sorted(Counter(words).items()))
 
 
-def _referred_object(record: Json, sentence: Sentence) -> ReferredObject:
+def _referred_object(record: Json, sentence: SceneExpression) -> ReferredObject:
     areas = [item["area"] for item in record["objects"]]
     return ReferredObject(areas=areas, colours=record["colours"], target=sentence.targets[0])

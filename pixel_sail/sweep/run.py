@@ -33,7 +33,7 @@ from pixel_sail.types import DataError
 
 logger = logging.getLogger("sweep")
 
-FILE_NAME = "sweep.json"
+SWEEP_FILE = "sweep.json"
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -108,7 +108,7 @@ def _note(jobs: Sequence[Job], settings: Settings) -> None:
 
     Raises: ConfigError when the file is damaged or cannot be written.
     """
-    file = settings.folder / FILE_NAME
+    file = settings.folder / SWEEP_FILE
     try:
         known = dict(json.loads(file.read_text())["jobs"]) if file.is_file() else {}
         known |= {job.name: {"swept": job.swept, "overrides": list(job.overrides)} for job in jobs}

@@ -26,7 +26,7 @@ class Role:
     why: str
 
 
-ROLES = (
+PARAMETER_ROLES = (
     Role(
         pattern=r".*\.lora_[AB]",
         orthogonal=False,
@@ -79,7 +79,7 @@ def is_orthogonal(name: str, shape: Size) -> bool:
     """Return whether a parameter gets orthogonal updates. Raises: KeyError for a matrix that no role names."""
     if len(shape) < 2:
         return False
-    for role in ROLES:
+    for role in PARAMETER_ROLES:
         if re.fullmatch(role.pattern, name):
             return role.orthogonal
     raise KeyError(f"{name} {tuple(shape)}: no role in training/roles.py matches it; add one, it decides its optimizer")

@@ -15,10 +15,10 @@ def main() -> int:
             f"{error}; install the kit with: pip install -e .[vqa] (best in an environment of its own)", file=sys.stderr
         )
         return 2
-    from pixel_sail.vqa.lmms_eval_plugin import register, with_defaults
+    from pixel_sail.vqa.lmms_eval_plugin import register, with_default_options
 
     register()
-    sys.argv = [sys.argv[0], *with_defaults(sys.argv[1:])]
+    sys.argv = [sys.argv[0], *with_default_options(sys.argv[1:])]
     kit.cli_evaluate()
     return 0
 

@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from pixel_sail import dist
 from pixel_sail.config import ConfigError, PredictConfig
-from pixel_sail.evaluation.predict import DTYPES, BatchPredictor
+from pixel_sail.evaluation.predict import BatchPredictor
 from pixel_sail.evaluation.run import checkpoint_folder
+from pixel_sail.types import DTYPES
 from pixel_sail.vqa.answering import answers
 from pixel_sail.vqa.kit_requests import DEFAULT_MAX_NEW_TOKENS, to_request
 

@@ -27,7 +27,7 @@ def register() -> None:
     MODEL_REGISTRY_V2.register_manifest(manifest(), overwrite=True)
 
 
-def with_defaults(arguments: list[str]) -> list[str]:
+def with_default_options(arguments: list[str]) -> list[str]:
     """Return the kit's command line with our model and task folder, where it names no others.
 
     The kit prints an exception and ends with status 0 unless its verbosity is DEBUG, which is therefore the default.

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pixel_sail.data.checking.findings import Findings, Kind
+from pixel_sail.data.checking.findings import FindingKind, Findings
 from pixel_sail.data.remarks import AREA_TOLERANCE, areas_differ
 
-SHOWN = 3
+MAX_LISTED = 3
 
 
 @dataclass(kw_only=True)
@@ -35,9 +35,9 @@ class AreaCheck:
         if not self.differing:
             return
         found = f"found {len(self.differing)} of {self.checked} masks whose pixels differ from the stated area by more "
-        examples = "; ".join(self.differing[:SHOWN])
+        examples = "; ".join(self.differing[:MAX_LISTED])
         findings.note(
-            Kind.AREA,
+            FindingKind.AREA,
             path,
             f"{found}than {AREA_TOLERANCE:.0%} ({examples}); holes that are written as polygons are filled, or the "
             "coordinates are of another scale",

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from pixel_sail.data.checking.findings import Findings, Kind
+from pixel_sail.data.checking.findings import FindingKind, Findings
 from pixel_sail.data.decontamination import coco_image_id
 
 
@@ -48,4 +48,4 @@ def note_contamination(
         if shared:
             found = f"found {len(shared)} of {len(keys)} images also in the evaluation split {dataset} {split}"
             advice = "data.decontamination leaves them out of training where it names this split"
-            findings.note(Kind.CONTAMINATION, source, f"{found}, which has {len(images)}; {advice}")
+            findings.note(FindingKind.CONTAMINATION, source, f"{found}, which has {len(images)}; {advice}")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pixel_sail.data.checking.findings import FileFact, Findings, Kind
+from pixel_sail.data.checking.findings import FileFact, FindingKind, Findings
 from pixel_sail.data.checking.known import expected_images, expected_megabytes
 from pixel_sail.data.images import existing_file, load_image
 from pixel_sail.files import is_hidden, sha256
@@ -27,7 +27,9 @@ ANNOTATION_SUFFIXES = (".json", ".jsonl", ".p", ".csv", ".txt", ".parquet")
 def file_fact(path: Path, findings: Findings) -> FileFact | None:
     """Return size and SHA-256 of a file, None (and trouble) where there is none; note an unexpected size."""
     if not path.is_file():
-        findings.trouble(Kind.MISSING_FILE, path, "found no such file, expected annotations; see what to download")
+        findings.trouble(
+            FindingKind.MISSING_FILE, path, "found no such file, expected annotations; see what to download"
+        )
         return None
     num_bytes = path.stat().st_size
     known = expected_megabytes(path.name)
@@ -35,7 +37,9 @@ def file_fact(path: Path, findings: Findings) -> FileFact | None:
         readings = (num_bytes / 1e6, num_bytes / 2**20)
         if all(abs(reading / known - 1) > SIZE_TOLERANCE for reading in readings):
             findings.note(
-                Kind.FILE_SIZE, path, f"found {readings[0]:.1f} MB, published are {known} MB; a part or another release"
+                FindingKind.FILE_SIZE,
+                path,
+                f"found {readings[0]:.1f} MB, published are {known} MB; a part or another release",
             )
     return FileFact(path=str(path), num_bytes=num_bytes, sha256=sha256(path))
 
@@ -44,12 +48,12 @@ def check_image(path: Path, expected_hw: SizeHW | None, findings: Findings) -> b
     """Return whether an image can be decoded in full and has the stated size; add what is wrong."""
     path = existing_file(path)
     if not os.path.isfile(path):
-        findings.trouble(Kind.MISSING_IMAGE, path, ABSENT_IMAGE)
+        findings.trouble(FindingKind.MISSING_IMAGE, path, ABSENT_IMAGE)
         return False
     try:
         image = load_image(path, where="image")
     except DataError as error:
-        findings.trouble(Kind.UNREADABLE_IMAGE, path, str(error).removeprefix(f"image: {path}: "))
+        findings.trouble(FindingKind.UNREADABLE_IMAGE, path, str(error).removeprefix(f"image: {path}: "))
         return False
     if expected_hw is None or (image.height, image.width) == tuple(expected_hw):
         return True
@@ -57,7 +61,7 @@ def check_image(path: Path, expected_hw: SizeHW | None, findings: Findings) -> b
         # Annotations may count pixels as stored, before the EXIF orientation is applied.
         load_image(path, where="image", expected_hw=expected_hw)
     except DataError as error:
-        findings.trouble(Kind.IMAGE_SIZE, path, str(error).removeprefix(f"image: {path}: "))
+        findings.trouble(FindingKind.IMAGE_SIZE, path, str(error).removeprefix(f"image: {path}: "))
         return False
     return True
 
@@ -74,7 +78,7 @@ def annotation_files(item: object, depth: int = 4) -> list[Path]:
     return list(found)
 
 
-def check_paths(arguments: Mapping[str, Any], findings: Findings) -> bool:
+def check_source_paths(arguments: Mapping[str, Any], findings: Findings) -> bool:
     """Return whether every path among the arguments of a source exists; of a list of folders one is enough.
 
     Only annotation files and folders are looked for here. Folders with a published number of images are counted.
@@ -86,7 +90,7 @@ def check_paths(arguments: Mapping[str, Any], findings: Findings) -> bool:
             is_complete = False
             what = "file" if paths[0].suffix else "folder"
             subject = ", ".join(str(path) for path in paths)
-            findings.trouble(Kind.MISSING_FILE, subject, f"found no such {what} for {key}; see what to download")
+            findings.trouble(FindingKind.MISSING_FILE, subject, f"found no such {what} for {key}; see what to download")
         _count_images(paths, findings)
     return is_complete
 
@@ -102,4 +106,4 @@ def _count_images(folders: Iterable[Path], findings: Findings) -> None:
             continue
         count = sum(path.suffix == ".jpg" and not is_hidden(path) for path in folder.iterdir())
         if count != known[0]:
-            findings.note(Kind.COUNT, folder, f"found {count} images, {known[0]} are known ({known[1]})")
+            findings.note(FindingKind.COUNT, folder, f"found {count} images, {known[0]} are known ({known[1]})")

@@ -15,7 +15,7 @@ from statistics import median
 from pixel_sail.texts import limited
 
 
-class Kind(StrEnum):
+class FindingKind(StrEnum):
     """What may be wrong, in the order of the report."""
 
     MISSING_FILE = "missing file"
@@ -53,7 +53,7 @@ class Kind(StrEnum):
 class Finding:
     """One thing that is wrong (trouble) or worth knowing (a note)."""
 
-    kind: Kind
+    kind: FindingKind
     subject: str
     """File, record or item."""
     message: str
@@ -67,24 +67,24 @@ class Findings:
     def __init__(self) -> None:
         self._found: dict[Finding, None] = {}
 
-    def trouble(self, kind: Kind, subject: object, message: str) -> None:
+    def trouble(self, kind: FindingKind, subject: object, message: str) -> None:
         """Add something that must be mended."""
         self._add(kind, subject, message, is_trouble=True)
 
-    def note(self, kind: Kind, subject: object, message: str) -> None:
+    def note(self, kind: FindingKind, subject: object, message: str) -> None:
         """Add something that is worth knowing."""
         self._add(kind, subject, message, is_trouble=False)
 
-    def _add(self, kind: Kind, subject: object, message: str, *, is_trouble: bool) -> None:
+    def _add(self, kind: FindingKind, subject: object, message: str, *, is_trouble: bool) -> None:
         subject, message = limited(str(subject)), limited(message)
         self._found[Finding(kind=kind, subject=subject, message=message, is_trouble=is_trouble)] = None
 
     def all(self) -> tuple[Finding, ...]:
         """Return everything found: troubles first, by kind, in the order of discovery."""
-        order = list(Kind)
+        order = list(FindingKind)
         return tuple(sorted(self._found, key=lambda finding: (not finding.is_trouble, order.index(finding.kind))))
 
-    def subjects(self, kind: Kind) -> set[str]:
+    def subjects(self, kind: FindingKind) -> set[str]:
         """Return what findings of one kind are about."""
         return {finding.subject for finding in self._found if finding.kind is kind}
 
@@ -185,6 +185,6 @@ class SourceReport:
         """Return how many findings are only worth knowing."""
         return len(self.findings) - self.num_troubles
 
-    def kinds(self) -> Counter[Kind]:
+    def kinds(self) -> Counter[FindingKind]:
         """Return how many troubles there are of each kind."""
         return Counter(finding.kind for finding in self.findings if finding.is_trouble)

@@ -17,11 +17,11 @@ from typing import Any
 from tqdm import tqdm
 
 from pixel_sail.data.checking.areas import AreaCheck
-from pixel_sail.data.checking.findings import Findings, Kind, SoundFraction
+from pixel_sail.data.checking.findings import FindingKind, Findings, SoundFraction
 from pixel_sail.data.coordinates import check_pixels, shows_pixels
 from pixel_sail.data.masks import decode_segmentation
 from pixel_sail.data.records import Records, open_records
-from pixel_sail.data.remarks import remarks
+from pixel_sail.data.remarks import collect_remarks
 from pixel_sail.texts import shown
 from pixel_sail.types import DataError, SizeHW
 
@@ -62,24 +62,24 @@ def read_instances(
     try:
         image_rows, annotation_rows = open_records(path, "images"), open_records(path, "annotations")
     except DataError as error:
-        findings.trouble(Kind.UNREADABLE_FILE, path, str(error).removeprefix(f"{path}: "))
+        findings.trouble(FindingKind.UNREADABLE_FILE, path, str(error).removeprefix(f"{path}: "))
         return result
     result.is_read = True
     result.in_pixels = partial(shows_pixels, annotation_rows)
     folder = path.parent.name
     for number in tqdm(range(len(image_rows)), desc=f"{folder}: images", disable=not progress, leave=False):
-        row = _parse(image_rows, number, Kind.IMAGE_RECORD, findings)
+        row = _parse(image_rows, number, FindingKind.IMAGE_RECORD, findings)
         if row is not None:
             _read_image(row, f"{path}: images[{number}]", result, findings)
     for number in tqdm(range(len(annotation_rows)), desc=f"{folder}: annotations", disable=not progress, leave=False):
-        row = _parse(annotation_rows, number, Kind.ANNOTATION_RECORD, findings)
+        row = _parse(annotation_rows, number, FindingKind.ANNOTATION_RECORD, findings)
         if row is not None:
             _read_annotation(row, f"{path}: annotations[{number}]", result, findings, is_chosen, is_used)
     result.areas.report(path, findings)
     return result
 
 
-def _parse(rows: Records, number: int, kind: Kind, findings: Findings) -> dict[str, Any] | None:
+def _parse(rows: Records, number: int, kind: FindingKind, findings: Findings) -> dict[str, Any] | None:
     """Return one record, None (and trouble) when it is not a JSON object."""
     try:
         row = rows[number]
@@ -95,16 +95,20 @@ def _parse(rows: Records, number: int, kind: Kind, findings: Findings) -> dict[s
 def _read_image(row: dict[str, Any], where: str, result: Instances, findings: Findings) -> None:
     image_id = row.get("id")
     if type(image_id) is not int:
-        findings.trouble(Kind.IMAGE_RECORD, where, f"found id {shown(image_id)}, expected an integer; repair the file")
+        findings.trouble(
+            FindingKind.IMAGE_RECORD, where, f"found id {shown(image_id)}, expected an integer; repair the file"
+        )
         return
     where = f"{where}, id {image_id}"
     if image_id in result.images:
-        findings.trouble(Kind.DUPLICATE_IMAGE_ID, where, "found the id again, expected each once; repair the file")
+        findings.trouble(
+            FindingKind.DUPLICATE_IMAGE_ID, where, "found the id again, expected each once; repair the file"
+        )
         return
     file_name, height, width = (row.get(key) for key in ("file_name", "height", "width"))
     if not isinstance(file_name, str) or not file_name:
         findings.trouble(
-            Kind.IMAGE_RECORD, where, f"found file_name {shown(file_name)}, expected a name; repair the file"
+            FindingKind.IMAGE_RECORD, where, f"found file_name {shown(file_name)}, expected a name; repair the file"
         )
         file_name = None
     size_hw = None
@@ -112,7 +116,7 @@ def _read_image(row: dict[str, Any], where: str, result: Instances, findings: Fi
         size_hw = (height, width)
     else:
         found = f"found height {shown(height)} and width {shown(width)}"
-        findings.trouble(Kind.IMAGE_RECORD, where, f"{found}, expected positive integers; repair the file")
+        findings.trouble(FindingKind.IMAGE_RECORD, where, f"{found}, expected positive integers; repair the file")
     result.images[image_id] = ImageRow(file_name=file_name, size_hw=size_hw)
 
 
@@ -127,18 +131,20 @@ def _read_annotation(
     annotation_id, image_id = row.get("id"), row.get("image_id")
     if type(annotation_id) is not int or type(image_id) is not int:
         found = f"found id {shown(annotation_id)} and image_id {shown(image_id)}"
-        findings.trouble(Kind.ANNOTATION_RECORD, where, f"{found}, expected integers; repair the file")
+        findings.trouble(FindingKind.ANNOTATION_RECORD, where, f"{found}, expected integers; repair the file")
         return
     where = f"{where}, id {annotation_id}"
     if annotation_id in result.image_of_annotation:
-        findings.trouble(Kind.DUPLICATE_ANNOTATION_ID, where, "found the id again, expected each once; repair the file")
+        findings.trouble(
+            FindingKind.DUPLICATE_ANNOTATION_ID, where, "found the id again, expected each once; repair the file"
+        )
         return
     result.image_of_annotation[annotation_id] = image_id
     image = result.images.get(image_id)
     if image is None:
         if is_used(annotation_id):
             found = f"found image_id {image_id}"
-            findings.trouble(Kind.UNKNOWN_ID, where, f"{found}, expected one of the images; repair the file")
+            findings.trouble(FindingKind.UNKNOWN_ID, where, f"{found}, expected one of the images; repair the file")
         return
     if image.size_hw is not None:
         _check_mask(row, image.size_hw, where, result, findings, is_chosen(annotation_id))
@@ -153,30 +159,32 @@ def _check_mask(
         findings.trouble(kind, where, message)
     if short := short_polygons(segmentation):
         found = f"found {len(short)} polygons with fewer than three points, the first is polygon {short[0]}"
-        findings.note(Kind.SHORT_POLYGON, where, f"{found}; they are left out, the others painted")
-    is_damaged = any(kind is not Kind.OUTSIDE_IMAGE for kind, _ in problems)
+        findings.note(FindingKind.SHORT_POLYGON, where, f"{found}; they are left out, the others painted")
+    is_damaged = any(kind is not FindingKind.OUTSIDE_IMAGE for kind, _ in problems)
     if is_damaged or not is_chosen:
         # Damaged ones outside the sample are named, but the share is that of the sample.
         result.masks += SoundFraction(checked=int(is_chosen))
         return
     try:
-        with remarks():  # A short polygon was noted above.
+        with collect_remarks():  # A short polygon was noted above.
             num_pixels = int(decode_segmentation(segmentation, size_hw, where, result.in_pixels).sum())
     except DataError as error:
-        findings.trouble(Kind.BAD_MASK, where, str(error).removeprefix(f"{where}: "))
+        findings.trouble(FindingKind.BAD_MASK, where, str(error).removeprefix(f"{where}: "))
         result.masks += SoundFraction(checked=1)
         return
     has_pixels = num_pixels > 0
     result.areas.add(num_pixels, row, where)
     if not has_pixels:
-        findings.trouble(Kind.EMPTY_MASK, where, "found no pixel in the image, expected at least one; repair the file")
+        findings.trouble(
+            FindingKind.EMPTY_MASK, where, "found no pixel in the image, expected at least one; repair the file"
+        )
     result.empty_masks += not has_pixels
     result.masks += SoundFraction(checked=1, sound=int(has_pixels and not problems))
 
 
 def segmentation_problems(
     segmentation: object, size_hw: SizeHW, in_pixels: Callable[[], bool] | None = None
-) -> list[tuple[Kind, str]]:
+) -> list[tuple[FindingKind, str]]:
     """Return what is wrong with a segmentation as far as it shows without decoding it."""
     if isinstance(segmentation, list) and segmentation and all(isinstance(part, dict) for part in segmentation):
         return [problem for part in segmentation for problem in segmentation_problems(part, size_hw)]
@@ -184,11 +192,14 @@ def segmentation_problems(
         size = segmentation.get("size")
         if size != list(size_hw):
             return [
-                (Kind.MASK_SIZE, f"found size {shown(size)}, expected {list(size_hw)} (height, width of the image)")
+                (
+                    FindingKind.MASK_SIZE,
+                    f"found size {shown(size)}, expected {list(size_hw)} (height, width of the image)",
+                )
             ]
         return []
     if not isinstance(segmentation, list) or not segmentation:
-        return [(Kind.BAD_MASK, f"found {shown(segmentation)}, expected polygons or an RLE; repair the file")]
+        return [(FindingKind.BAD_MASK, f"found {shown(segmentation)}, expected polygons or an RLE; repair the file")]
     problems = []
     short = short_polygons(segmentation)
     kept = [polygon for number, polygon in enumerate(segmentation) if number not in short]
@@ -196,17 +207,21 @@ def segmentation_problems(
         try:
             check_pixels([value for polygon in kept for value in polygon], size_hw, "", in_pixels)
         except DataError as error:
-            return [(Kind.FRACTIONS, str(error).removeprefix(": "))]
+            return [(FindingKind.FRACTIONS, str(error).removeprefix(": "))]
     for number, polygon in enumerate(segmentation):
         if number in short:
             continue
         if not _is_polygon(polygon):
             found = f"found polygon {number} = {shown(polygon)}"
-            problems.append((Kind.BAD_MASK, f"{found}, expected finite x, y pairs of three points; repair the file"))
+            problems.append(
+                (FindingKind.BAD_MASK, f"{found}, expected finite x, y pairs of three points; repair the file")
+            )
         elif (reach := _reach_outside(polygon, size_hw)) > OUTSIDE_TOLERANCE_PX:
             found = f"found polygon {number} {reach:.1f} px outside the image"
             expected = f"expected points within {size_hw} (height, width)"
-            problems.append((Kind.OUTSIDE_IMAGE, f"{found}, {expected}; image and annotation do not belong together"))
+            problems.append(
+                (FindingKind.OUTSIDE_IMAGE, f"{found}, {expected}; image and annotation do not belong together")
+            )
     return problems
 
 

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from pixel_sail.data.checking.contamination import contamination_key
 from pixel_sail.data.checking.files import ABSENT_IMAGE, ABSENT_IMAGES, check_image
-from pixel_sail.data.checking.findings import Findings, Kind, Lengths, SoundFraction
+from pixel_sail.data.checking.findings import FindingKind, Findings, Lengths, SoundFraction
 from pixel_sail.data.images import load_image
-from pixel_sail.data.remarks import Remark, remarks
+from pixel_sail.data.remarks import Remark, collect_remarks
 from pixel_sail.data.templates.referring import NO_TARGET_ANSWER
 from pixel_sail.model.tokenization import SEG_TOKEN
 from pixel_sail.types import BoolMask, DataError, Sample, Source
@@ -62,7 +62,7 @@ def check_items(
     result = ItemCheck()
     _find_images(source, result, findings, progress)
     indices = chosen_items(len(source), sample, seed)
-    with remarks() as heard:
+    with collect_remarks() as heard:
         for index in tqdm(indices, desc=f"{source.name}: items", disable=not progress, leave=False):
             _check_item(source, index, result, findings, num_shown=num_shown, seed=seed)
     note_remarks(heard, findings)
@@ -72,7 +72,7 @@ def check_items(
 def note_remarks(heard: Iterable[Remark], findings: Findings) -> None:
     """Add what readers remarked."""
     for remark in heard:
-        findings.note(Kind.REMARK, remark.where, f"{remark.topic}: {remark.message}")
+        findings.note(FindingKind.REMARK, remark.where, f"{remark.topic}: {remark.message}")
 
 
 def _check_item(
@@ -83,7 +83,7 @@ def _check_item(
     try:
         item = source.get(index, np.random.default_rng([seed, index]))
     except DataError as error:
-        findings.trouble(Kind.ITEM, f"{source.name} item {index}", str(error))
+        findings.trouble(FindingKind.ITEM, f"{source.name} item {index}", str(error))
         return
     is_open = item.image_path is None or _opens(item, result, findings)
     seconds = time.perf_counter() - start
@@ -111,7 +111,7 @@ def _find_images(source: Source, result: ItemCheck, findings: Findings, progress
         try:
             path = source.image_path(index)
         except DataError as error:
-            findings.trouble(Kind.ITEM, f"{source.name} item {index}", str(error))
+            findings.trouble(FindingKind.ITEM, f"{source.name} item {index}", str(error))
             continue
         if path is None or path in seen:
             continue
@@ -120,9 +120,9 @@ def _find_images(source: Source, result: ItemCheck, findings: Findings, progress
         if path.parent not in folders:
             folders[path.parent] = path.parent.is_dir()
         if not folders[path.parent]:
-            findings.trouble(Kind.MISSING_FILE, path.parent, ABSENT_IMAGES)
+            findings.trouble(FindingKind.MISSING_FILE, path.parent, ABSENT_IMAGES)
         elif not os.path.isfile(path):  # Unlike Path.is_file also of names that are too long.
-            findings.trouble(Kind.MISSING_IMAGE, path, ABSENT_IMAGE)
+            findings.trouble(FindingKind.MISSING_IMAGE, path, ABSENT_IMAGE)
 
 
 def _opens(item: Sample, result: ItemCheck, findings: Findings) -> bool:
@@ -142,31 +142,31 @@ def _opens(item: Sample, result: ItemCheck, findings: Findings) -> bool:
 
 def check_sample(item: Sample, result: ItemCheck, findings: Findings) -> bool:
     """Return whether a sample can be trained on; add what is wrong with its texts, masks and prompts."""
-    problems: list[tuple[Kind, str]] = []
+    problems: list[tuple[FindingKind, str]] = []
     if not item.turns:
-        problems.append((Kind.ITEM, "found no question, expected at least one turn"))
+        problems.append((FindingKind.ITEM, "found no question, expected at least one turn"))
     for number, turn in enumerate(item.turns):
         if not turn.question.strip() or not turn.answer.strip():
-            problems.append((Kind.EMPTY_TEXT, f"turn {number}: found an empty question or answer"))
+            problems.append((FindingKind.EMPTY_TEXT, f"turn {number}: found an empty question or answer"))
         num_places = turn.answer.count(SEG_TOKEN)
         if num_places != len(turn.masks) or SEG_TOKEN in turn.question:
             found = f"turn {number}: found {num_places} {SEG_TOKEN} and {len(turn.masks)} masks"
-            problems.append((Kind.ITEM, f"{found}, expected as many, all in the answer"))
+            problems.append((FindingKind.ITEM, f"{found}, expected as many, all in the answer"))
         for mask in turn.masks:
             may_be_empty = turn.answer == NO_TARGET_ANSWER
             problems += _mask_problems(mask, item, f"turn {number}", result, may_be_empty=may_be_empty)
         if turn.ignored is not None and turn.ignored.shape != (item.image_hw or turn.ignored.shape):
-            problems.append((Kind.MASK_SIZE, f"turn {number}: found ignored pixels {turn.ignored.shape}"))
+            problems.append((FindingKind.MASK_SIZE, f"turn {number}: found ignored pixels {turn.ignored.shape}"))
     for prompt in item.prompts:
         problems += _mask_problems(prompt.mask, item, f"<Prompt{prompt.prompt_id}>", result, may_be_empty=False)
     painted = Counter(prompt.prompt_id for prompt in item.prompts)
     if any(count > 1 for count in painted.values()):
-        problems.append((Kind.ITEM, f"found prompt ids {sorted(painted.elements())}, expected each once"))
+        problems.append((FindingKind.ITEM, f"found prompt ids {sorted(painted.elements())}, expected each once"))
     named = {int(tag) for turn in item.turns for tag in _PROMPT_TAG.findall(turn.question + turn.answer)}
     if set(painted) - named:
-        problems.append((Kind.ITEM, f"found marked prompts {sorted(set(painted) - named)} that no text names"))
+        problems.append((FindingKind.ITEM, f"found marked prompts {sorted(set(painted) - named)} that no text names"))
     if item.image_path is None and (item.prompts or any(turn.masks for turn in item.turns)):
-        problems.append((Kind.ITEM, "found masks or prompts without an image"))
+        problems.append((FindingKind.ITEM, "found masks or prompts without an image"))
     for kind, message in problems:
         findings.trouble(kind, item.sample_id, message)
     return not problems
@@ -174,14 +174,16 @@ def check_sample(item: Sample, result: ItemCheck, findings: Findings) -> bool:
 
 def _mask_problems(
     mask: BoolMask, item: Sample, where: str, result: ItemCheck, *, may_be_empty: bool
-) -> list[tuple[Kind, str]]:
+) -> list[tuple[FindingKind, str]]:
     """Return what is wrong with a mask, and count it."""
     problems = []
     if mask.dtype != np.bool_ or mask.ndim != 2 or mask.shape != (item.image_hw or mask.shape):
         found = f"{where}: found a mask of {mask.shape} {mask.dtype}"
-        problems.append((Kind.MASK_SIZE, f"{found}, expected bool of {item.image_hw} (height, width of the image)"))
+        problems.append(
+            (FindingKind.MASK_SIZE, f"{found}, expected bool of {item.image_hw} (height, width of the image)")
+        )
     elif not mask.any() and not may_be_empty:
         result.empty_masks += 1
-        problems.append((Kind.EMPTY_MASK, f"{where}: found a mask without a pixel, expected at least one"))
+        problems.append((FindingKind.EMPTY_MASK, f"{where}: found a mask without a pixel, expected at least one"))
     result.masks += SoundFraction(checked=1, sound=int(not problems))
     return problems

@@ -20,12 +20,12 @@ import numpy as np
 from tqdm import tqdm
 
 from pixel_sail.data.checking.files import ABSENT_IMAGE, ABSENT_IMAGES, check_image, file_fact
-from pixel_sail.data.checking.findings import FileFact, Findings, Kind, Lengths, SoundFraction, SplitCount
+from pixel_sail.data.checking.findings import FileFact, FindingKind, Findings, Lengths, SoundFraction, SplitCount
 from pixel_sail.data.checking.instances import Instances, read_instances
 from pixel_sail.data.checking.known import images_overlap_by_design, known_split, refer_name
-from pixel_sail.data.checking.refs import RefRow, read_refs
+from pixel_sail.data.checking.refs import RefRow, check_refs
 from pixel_sail.data.images import image_file
-from pixel_sail.data.refer_annotations import IMAGE_FOLDERS
+from pixel_sail.data.refer_annotations import COCO_TRAIN_FOLDERS
 
 _REFS_FILE = re.compile(r"(?P<stem>g?refs\((?P<split_by>.+)\))\.(?P<suffix>jsonl?|p)")
 _SUFFIX_ORDER = ("json", "jsonl", "p")
@@ -50,7 +50,7 @@ class ReferFolder:
         """Return the folder with the images: the given one, or the first usual one that exists."""
         if self.image_dir is not None:
             return self.image_dir
-        folders = [parent / name for parent in (self.root, self.path) for name in IMAGE_FOLDERS]
+        folders = [parent / name for parent in (self.root, self.path) for name in COCO_TRAIN_FOLDERS]
         return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
@@ -87,11 +87,13 @@ def check_refer(folder: ReferFolder, findings: Findings, *, sample: int | None, 
     if not paths:
         wanted = f"refs({folder.split_by or '*'}).p or grefs({folder.split_by or '*'}).json"
         findings.trouble(
-            Kind.MISSING_FILE, folder.path / wanted, "found no such file, expected annotations; see what to download"
+            FindingKind.MISSING_FILE,
+            folder.path / wanted,
+            "found no such file, expected annotations; see what to download",
         )
     instances_file = folder.path / "instances.json"
     facts = [file_fact(path, findings) for path in (*(path for _, path in paths), instances_file)]
-    rows = {split_by: read_refs(path, findings) for split_by, path in paths}
+    rows = {split_by: check_refs(path, findings) for split_by, path in paths}
     every = [row for group in rows.values() for row in group]
     used = {ann_id for row in every for ann_id in row.ann_ids}
     chosen = _choose(used, sample)
@@ -158,7 +160,9 @@ def count_splits(
                      if expected is not None and found != expected]  # fmt: skip
         if differing:
             found = f"found {', '.join(differing)} that are published"
-            findings.note(Kind.COUNT, f"{path}: split {split}", f"{found}; a part of the dataset or another release")
+            findings.note(
+                FindingKind.COUNT, f"{path}: split {split}", f"{found}; a part of the dataset or another release"
+            )
     return counts
 
 
@@ -176,14 +180,14 @@ def _check_ids(rows: Iterable[RefRow], path: Path, instances: Instances, finding
         if row.image_id not in instances.images:
             found = f"found image_id {row.image_id}"
             findings.trouble(
-                Kind.UNKNOWN_ID, where, f"{found}, expected one of instances.json; check the pair of files"
+                FindingKind.UNKNOWN_ID, where, f"{found}, expected one of instances.json; check the pair of files"
             )
         for ann_id in row.ann_ids:
             image_id = instances.image_of_annotation.get(ann_id)
             if image_id != row.image_id:
                 found = "which instances.json does not hold" if image_id is None else f"of image {image_id}"
                 expected = f"expected one of image {row.image_id}; check the pair of files"
-                findings.trouble(Kind.UNKNOWN_ID, where, f"found ann_id {ann_id}, {found}, {expected}")
+                findings.trouble(FindingKind.UNKNOWN_ID, where, f"found ann_id {ann_id}, {found}, {expected}")
 
 
 def _check_overlap(rows: Iterable[RefRow], dataset: str, split_by: str, path: Path, findings: Findings) -> None:
@@ -196,9 +200,11 @@ def _check_overlap(rows: Iterable[RefRow], dataset: str, split_by: str, path: Pa
             continue
         found = f"found {len(shared)} images of train also in {split} (first image_id {shared[0]})"
         if images_overlap_by_design(dataset, split_by):
-            findings.note(Kind.CONTAMINATION, path, f"{found}; so published, this file splits objects and not images")
+            findings.note(
+                FindingKind.CONTAMINATION, path, f"{found}; so published, this file splits objects and not images"
+            )
         else:
-            findings.trouble(Kind.CONTAMINATION, path, f"{found}, expected none; get the file again")
+            findings.trouble(FindingKind.CONTAMINATION, path, f"{found}, expected none; get the file again")
 
 
 def _choose(ids: Iterable[int], sample: int | None) -> set[int]:
@@ -220,7 +226,7 @@ def _check_images(
     image_dir = folder.found_image_dir()
     known = [image_id for image_id in sorted(used) if image_id in instances.images]
     if not image_dir.is_dir():
-        findings.trouble(Kind.MISSING_FILE, image_dir, ABSENT_IMAGES)
+        findings.trouble(FindingKind.MISSING_FILE, image_dir, ABSENT_IMAGES)
         return SoundFraction()
     chosen = _choose(known, sample)
     result = SoundFraction()
@@ -230,7 +236,7 @@ def _check_images(
             continue
         path = image_file(image_dir, row.file_name)
         if not os.path.isfile(path):
-            findings.trouble(Kind.MISSING_IMAGE, path, ABSENT_IMAGE)
+            findings.trouble(FindingKind.MISSING_IMAGE, path, ABSENT_IMAGE)
             result += SoundFraction(checked=int(image_id in chosen))
         elif image_id in chosen:
             result += SoundFraction(checked=1, sound=int(check_image(path, row.size_hw, findings)))

@@ -1,6 +1,6 @@
 """The records of a refs or grefs file gone through one by one, without stopping at a wrong one.
 
-Place in the flow: `refer_files.py` calls `read_refs` for each file of a folder. Example:
+Place in the flow: `refer_files.py` calls `check_refs` for each file of a folder. Example:
 
     {"ref_id": 7, "image_id": 1, "ann_id": 10, "split": "val", "sent_ids": [1, 2], "sentences": [{"sent_id": 1, ...}]}
     ->  RefRow(where="refs[0], ref_id 7", image_id=1, ann_ids=(10,), split="val", text_lengths=(13,))
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pixel_sail.data import refs_files
-from pixel_sail.data.checking.findings import Findings, Kind
+from pixel_sail.data.checking.findings import FindingKind, Findings
 from pixel_sail.texts import has_half_character, shown
 from pixel_sail.types import DataError
 
@@ -34,7 +34,7 @@ class RefRow:
     """Characters of every sentence that can be read."""
 
 
-def read_refs(path: Path, findings: Findings) -> list[RefRow]:
+def check_refs(path: Path, findings: Findings) -> list[RefRow]:
     """Return the records of a file; everything wrong goes to `findings`, and a record without a usable image id is left
     out."""
     records = _read(path, findings)
@@ -45,18 +45,22 @@ def read_refs(path: Path, findings: Findings) -> list[RefRow]:
     for number, record in enumerate(records):
         where = f"refs[{number}]"
         if not isinstance(record, dict):
-            findings.trouble(Kind.REF_RECORD, f"{path}: {where}", f"found {shown(record)}, expected a dict; repair it")
+            findings.trouble(
+                FindingKind.REF_RECORD, f"{path}: {where}", f"found {shown(record)}, expected a dict; repair it"
+            )
             continue
         ref_id = _integer(record, "ref_id", f"{path}: {where}", findings)
         where = f"{where}, ref_id {shown(record.get('ref_id'))}"
         if ref_id is not None and first_with.setdefault(ref_id, number) != number:
             found = f"found the id again (first in refs[{first_with[ref_id]}])"
-            findings.trouble(Kind.DUPLICATE_REF_ID, f"{path}: {where}", f"{found}, expected each once; renumber it")
+            findings.trouble(
+                FindingKind.DUPLICATE_REF_ID, f"{path}: {where}", f"{found}, expected each once; renumber it"
+            )
         image_id = _integer(record, "image_id", f"{path}: {where}", findings)
         split = record.get("split")
         if not isinstance(split, str) or not split:
             findings.trouble(
-                Kind.REF_RECORD, f"{path}: {where}", f"found split {shown(split)}, expected a name; repair it"
+                FindingKind.REF_RECORD, f"{path}: {where}", f"found split {shown(split)}, expected a name; repair it"
             )
         ann_ids = _annotation_ids(record, f"{path}: {where}", is_generalised, findings)
         lengths = _sentences(record, ref_id, pairs, f"{path}: {where}", is_generalised, findings)
@@ -74,11 +78,11 @@ def _read(path: Path, findings: Findings) -> list[Any]:
             return list(refs_files.read_refs(path))
         content = refs_files.read_content(path)
     except DataError as error:
-        findings.trouble(Kind.UNREADABLE_FILE, path, str(error).removeprefix(f"{path}: "))
+        findings.trouble(FindingKind.UNREADABLE_FILE, path, str(error).removeprefix(f"{path}: "))
         return []
     if not isinstance(content, list):
         found = f"found {type(content).__name__}"
-        findings.trouble(Kind.UNREADABLE_FILE, path, f"{found}, expected a list of refs; check the download")
+        findings.trouble(FindingKind.UNREADABLE_FILE, path, f"{found}, expected a list of refs; check the download")
         return []
     return content
 
@@ -86,7 +90,9 @@ def _read(path: Path, findings: Findings) -> list[Any]:
 def _integer(record: dict[str, Any], key: str, where: str, findings: Findings) -> int | None:
     value = record.get(key)
     if type(value) is not int:
-        findings.trouble(Kind.REF_RECORD, where, f"found {key} {shown(value)}, expected an integer; repair the file")
+        findings.trouble(
+            FindingKind.REF_RECORD, where, f"found {key} {shown(value)}, expected an integer; repair the file"
+        )
         return None
     return value
 
@@ -98,7 +104,7 @@ def _annotation_ids(record: dict[str, Any], where: str, is_generalised: bool, fi
         return ()
     if not ids or not all(type(value) is int and value >= 0 for value in ids):
         expected = "expected ids, or [-1] for no target" if is_generalised else "expected an id"
-        findings.trouble(Kind.REF_RECORD, where, f"found ann_id {shown(found)}, {expected}; repair the file")
+        findings.trouble(FindingKind.REF_RECORD, where, f"found ann_id {shown(found)}, {expected}; repair the file")
         return ()
     return ids
 
@@ -114,30 +120,34 @@ def _sentences(
     """Return the length of every sentence; add those that are missing, repeated or damaged."""
     sentences = record.get("sentences")
     if not isinstance(sentences, list):
-        findings.trouble(Kind.NO_SENTENCE, where, f"found sentences {shown(sentences)}, expected a list; repair it")
+        findings.trouble(
+            FindingKind.NO_SENTENCE, where, f"found sentences {shown(sentences)}, expected a list; repair it"
+        )
         return ()
     if not sentences:
         # The published gRefCOCO file has such refs, which every reader leaves out.
         add = findings.note if is_generalised else findings.trouble
-        add(Kind.NO_SENTENCE, where, "found no sentence, expected at least one; the ref is left out")
+        add(FindingKind.NO_SENTENCE, where, "found no sentence, expected at least one; the ref is left out")
     lengths, present = [], set()
     for number, sentence in enumerate(sentences):
         spot = f"{where}, sentence {number}"
         sent_id = sentence.get("sent_id") if isinstance(sentence, dict) else None
         if type(sent_id) is not int:
-            findings.trouble(Kind.REF_RECORD, spot, f"found {shown(sentence)}, expected a dict with sent_id; repair it")
+            findings.trouble(
+                FindingKind.REF_RECORD, spot, f"found {shown(sentence)}, expected a dict with sent_id; repair it"
+            )
             continue
         present.add(sent_id)
         if (ref_id, sent_id) in pairs:
             found = f"found sent_id {sent_id} of this ref again"
-            findings.trouble(Kind.DUPLICATE_SENTENCE, spot, f"{found}, expected each once; renumber the file")
+            findings.trouble(FindingKind.DUPLICATE_SENTENCE, spot, f"{found}, expected each once; renumber the file")
         pairs.add((ref_id, sent_id))
         lengths += list(_text_length(sentence, spot, findings))
     listed = record.get("sent_ids")
     for sent_id in listed if isinstance(listed, list) else ():
         if sent_id not in present and sentences:
             found = f"sent_ids lists {shown(sent_id)}, found no sentence with it"
-            findings.trouble(Kind.NO_SENTENCE, where, f"{found}; get the file again")
+            findings.trouble(FindingKind.NO_SENTENCE, where, f"{found}; get the file again")
     return tuple(lengths)
 
 
@@ -146,12 +156,12 @@ def _text_length(sentence: dict[str, Any], where: str, findings: Findings) -> It
     wrong = [key for key in ("sent", "raw") if not isinstance(sentence.get(key), str)]
     for key in wrong:
         findings.trouble(
-            Kind.NO_SENTENCE, where, f"found {key} {shown(sentence.get(key))}, expected text; get the file again"
+            FindingKind.NO_SENTENCE, where, f"found {key} {shown(sentence.get(key))}, expected text; get the file again"
         )
     if not wrong:
         if any(has_half_character(sentence[key]) for key in ("sent", "raw")):
             found = f"found half a character in {shown(sentence)}"
-            findings.trouble(Kind.REF_RECORD, where, f"{found}, expected Unicode text; repair the sentence")
+            findings.trouble(FindingKind.REF_RECORD, where, f"{found}, expected Unicode text; repair the sentence")
         if not sentence["sent"].strip():
-            findings.note(Kind.EMPTY_TEXT, where, "found no letters; the sentence is left out of training")
+            findings.note(FindingKind.EMPTY_TEXT, where, "found no letters; the sentence is left out of training")
         yield len(sentence["sent"])

@@ -18,7 +18,7 @@ from pixel_sail.data.checking.findings import Finding, SourceReport, SplitCount
 SHOWN_PER_KIND = 20
 """Findings of one kind that are shown of one source; the JSON report holds all of them."""
 
-SOURCE_COLUMNS = ("source", "items", "images", "masks", "empty", "text chars", "ms/item", "trouble", "notes")
+REPORT_COLUMNS = ("source", "items", "images", "masks", "empty", "text chars", "ms/item", "trouble", "notes")
 SPLIT_COLUMNS = (
     "file",
     "split",
@@ -79,7 +79,7 @@ def shown_findings(findings: Sequence[Finding]) -> list[tuple[str, list[Finding]
 
 def text_report(reports: Sequence[SourceReport]) -> str:
     """Return everything for the screen."""
-    lines = _table(SOURCE_COLUMNS, [source_row(report) for report in reports])
+    lines = _table(REPORT_COLUMNS, [source_row(report) for report in reports])
     if splits := split_rows(reports):
         lines += ["", *_table(SPLIT_COLUMNS, splits)]
     if files := file_rows(reports):
@@ -94,10 +94,10 @@ def text_report(reports: Sequence[SourceReport]) -> str:
     if advice := list(dict.fromkeys(text for report in reports for text in report.to_download)):
         lines += ["", "What to download:"]
         lines += [textwrap.fill(text, 118, initial_indent="  ", subsequent_indent="    ") for text in advice]
-    return "\n".join([*lines, "", verdict(reports)])
+    return "\n".join([*lines, "", report_verdict(reports)])
 
 
-def verdict(reports: Sequence[SourceReport]) -> str:
+def report_verdict(reports: Sequence[SourceReport]) -> str:
     """Return the last line."""
     num_troubles = sum(report.num_troubles for report in reports)
     result = "sound" if num_troubles == 0 else _plural(num_troubles, "trouble")
@@ -112,7 +112,7 @@ def _plural(count: int, name: str) -> str:
 def json_report(reports: Sequence[SourceReport], *, settings: dict[str, object]) -> str:
     """Return everything, nothing shortened."""
     content = [asdict(report) | {"troubles": report.num_troubles, "notes": report.num_notes} for report in reports]
-    return json.dumps({"settings": settings, "verdict": verdict(reports), "sources": content}, indent=1) + "\n"
+    return json.dumps({"settings": settings, "verdict": report_verdict(reports), "sources": content}, indent=1) + "\n"
 
 
 def _table(columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -23,7 +23,7 @@ from pixel_sail.data.panoptic_source import PanopticSource, check_at_least
 from pixel_sail.data.prompts import MASK_ONLY
 from pixel_sail.data.regions import RegionSettings, RegionTurn, region_sample
 from pixel_sail.data.sources.pix2cap_seg import described
-from pixel_sail.data.templates.region_class import describe_answer, describe_question
+from pixel_sail.data.templates.region_class import describe_answer, detail_question
 from pixel_sail.types import Sample, Source
 
 
@@ -96,7 +96,7 @@ class Pix2CapRegionSource(PanopticSource):
         count = int(rng.integers(1, self._regions_per_sample + 1))
         sampled = [segments[i] for i in rng.permutation(len(segments))[:count]]
         turns = [
-            RegionTurn(question=describe_question(rng), answer=describe_answer(segment.description), region=number)
+            RegionTurn(question=detail_question(rng), answer=describe_answer(segment.description), region=number)
             for number, segment in enumerate(sampled)
         ]
         return region_sample(
@@ -108,5 +108,5 @@ class Pix2CapRegionSource(PanopticSource):
             source=self.name,
             image_path=image.image_path,
             image_hw=image.image_hw,
-            absent_question=describe_question,
+            absent_question=detail_question,
         )

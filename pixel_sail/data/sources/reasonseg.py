@@ -121,7 +121,7 @@ def expressions(
         released = _turned_as_released(item) if upright else None
         if not upright:
             image_hw = stored_hw(item.image_path, str(path))
-            target, ignored = paint(item.shapes, image_hw)
+            target, ignored = paint_shapes(item.shapes, image_hw)
         for sent_id, text in enumerate(item.texts[: 1 if sentences == "first" else None], start=1):
             result.append(
                 Expression(
@@ -145,7 +145,7 @@ def _turned_as_released(item: ReasonItem) -> RLE | None:
     turn = turn_of(item.image_path, str(item.json_path))
     if turn is None:
         return None
-    target, ignored = paint(item.shapes, stored_hw(item.image_path, str(item.json_path)))
+    target, ignored = paint_shapes(item.shapes, stored_hw(item.image_path, str(item.json_path)))
     values = target.astype(np.uint8) if ignored is None else target + ignored * np.uint8(255)
     stored = decode_rle(encode_as_released(values))
     return encode_mask(np.asarray(Image.fromarray(stored).transpose(turn)))
@@ -242,10 +242,10 @@ def paint_item(item: ReasonItem, image_hw: SizeHW) -> tuple[BoolMask, BoolMask |
         )
     numbers = [value for shape in item.shapes for point in shape.points for value in point]
     check_pixels(numbers, image_hw, str(item.json_path))
-    return paint(item.shapes, image_hw)
+    return paint_shapes(item.shapes, image_hw)
 
 
-def paint(shapes: Sequence[Shape], size_hw: SizeHW) -> tuple[BoolMask, BoolMask | None]:
+def paint_shapes(shapes: Sequence[Shape], size_hw: SizeHW) -> tuple[BoolMask, BoolMask | None]:
     """Return the target and the ignored pixels, which do not overlap; None if nothing is ignored.
 
     Areas are counted in pixels within the image; of two equal ones the later in the file is painted last. Raises:

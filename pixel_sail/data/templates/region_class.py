@@ -24,7 +24,7 @@ CLASS_QUESTIONS = (
 CANDIDATES = " The candidate categories: {names}."  # released
 OTHERS = "others"  # released: the last candidate, and the answer where no other candidate is right
 
-DESCRIBE_QUESTIONS = (
+DETAIL_QUESTIONS = (
     CAPTION_QUESTION,  # released; what region benchmarks ask
     "Describe {region} in detail.",
     "What can be seen at {region}? Say all that matters.",
@@ -54,9 +54,9 @@ def class_answer(name: str) -> str:
     return "{region}: " + name  # released, without a full stop
 
 
-def describe_question(rng: np.random.Generator) -> str:
+def detail_question(rng: np.random.Generator) -> str:
     """Return a question for a description of {region}."""
-    return DESCRIBE_QUESTIONS[rng.integers(len(DESCRIBE_QUESTIONS))]
+    return DETAIL_QUESTIONS[rng.integers(len(DETAIL_QUESTIONS))]
 
 
 def describe_answer(description: str) -> str:
