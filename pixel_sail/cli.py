@@ -1,7 +1,7 @@
 """The command `pixel-sail`: one name for the scripts and tools, also where no checkout is.
 
-Place in the flow: the outermost layer. A subcommand becomes the Python process of its script, so that arguments,
-output, signals and exit status are the script's own:
+The outermost layer. A subcommand becomes the Python process of its script, so that arguments, output, signals and exit
+status are the script's own:
 
     pixel-sail train experiment=quickstart      is      python scripts/train.py experiment=quickstart
     pixel-sail completion bash                  prints what bash needs to complete the subcommands

@@ -1,7 +1,7 @@
 """The page a user reads to know what can be configured: one dataclass per config group.
 
-Place in the flow: `configs/*.yaml` are merged onto these schemas, so that an unknown key or a wrong type fails before
-anything is built. Scripts call `load_config("train", TrainConfig, overrides)` and get a checked object back:
+`configs/*.yaml` are merged onto these schemas, so that an unknown key or a wrong type fails before anything is built.
+Scripts call `load_config("train", TrainConfig, overrides)` and get a checked object back:
 
     load_config("train", TrainConfig, ["experiment=quickstart", "optim.lr=1e-3"]).optim.lr == 1e-3
 

@@ -1,8 +1,7 @@
 """Processes: the environment a launcher leaves behind, and sums over ranks.
 
-Place in the flow: the lowest layer beside `types`; training and evaluation ask it who they are. Works the same under
-plain `python` (one process), `torchrun`, `accelerate launch` and the `deepspeed` launcher, which leave for the second
-of two processes
+The lowest layer beside `types`; training and evaluation ask it who they are. Works the same under plain `python` (one
+process), `torchrun`, `accelerate launch` and the `deepspeed` launcher, which leave for the second of two processes
 
     RANK=1 LOCAL_RANK=1 WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500
 """

@@ -1,7 +1,7 @@
 """The card of a trained model, and its way to the Hugging Face hub.
 
-Place in the flow: behind training and evaluation; `tools/publish_model.py` calls it. What stands on the card is read
-from what the run and its evaluation wrote, so that nothing has to be remembered:
+Behind training and evaluation; `tools/publish_model.py` calls it. What stands on the card is read from what the run and
+its evaluation wrote, so that nothing has to be remembered:
 
     runs/mine/{config.json, starts.jsonl, export/, evaluation/results.jsonl}  ->  runs/mine/export/README.md
 """

@@ -1,8 +1,8 @@
 """Overrides of a command line as they are typed -> as Hydra reads them.
 
-Place in the flow: `config.load_config` and the sweep pass every command line through here before Hydra reads it. Hydra
-takes the type of a value from how it looks and knows nothing of the setting. Settings that hold text therefore get
-quotation marks where Hydra would read something else than what was typed:
+`config.load_config` and the sweep pass every command line through here before Hydra reads it. Hydra takes the type of a
+value from how it looks and knows nothing of the setting. Settings that hold text therefore get quotation marks where
+Hydra would read something else than what was typed:
 
     name=2024_11_05              ->  name='2024_11_05'                (20241105 otherwise)
     image=image (1).jpg          ->  image='image (1).jpg'            (a lexer error otherwise)

@@ -1,7 +1,7 @@
 """Where the files beside the package lie (configs/, scripts/ and tools/), and folders as users name them.
 
-Place in the flow: the lowest layer, imports nothing of the project. In a checkout they stand beside `pixel_sail/`; a
-wheel carries a copy within it, put there by `setup.py`:
+The lowest layer, imports nothing of the project. In a checkout they stand beside `pixel_sail/`; a wheel carries a copy
+within it, put there by `setup.py`:
 
     /home/me/pixel_sail/            {pixel_sail, configs, scripts, tools}     a checkout, also installed with `pip -e`
     .../site-packages/pixel_sail/bundled/      {configs, scripts, tools}      a wheel

@@ -1,7 +1,7 @@
 """Free questions about image files.
 
-Place in the flow: `scripts/predict.py` calls `predict_files`, which asks a `Predictor`. For `image.jpg` it writes
-`image.json` and `image.png`, the masks over the image:
+`scripts/predict.py` calls `predict_files`, which asks a `Predictor`. For `image.jpg` it writes `image.json` and
+`image.png`, the masks over the image:
 
     {"image": "image.jpg", "question": "Please segment the dog.", "answer": "It is [SEG].", "text": "It is.",
      "phrases": [""], "masks": [{"size": [427, 640], "counts": "..."}], "scores": [0.93],

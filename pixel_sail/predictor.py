@@ -1,8 +1,8 @@
 """Ask a model about images from Python.
 
-Place in the flow: the outermost layer, for a person's own code; `evaluation/predict.py` does the work, so that answers
-are those that the evaluation scores. An image is encoded once for a whole chat; what was said before is read again with
-every question, which costs little beside the image.
+The outermost layer, for a person's own code; `evaluation/predict.py` does the work, so that answers are those that the
+evaluation scores. An image is encoded once for a whole chat; what was said before is read again with every question,
+which costs little beside the image.
 
     predictor = pixel_sail.Predictor.from_pretrained("runs/mine")
     predictor.segment("image.jpg", "the dog on the left").mask            # bool [427, 640]

@@ -1,7 +1,7 @@
 """What goes into a predictor and what comes out: an image with a text and marked regions; a text with masks.
 
-Place in the flow: `predictor.py` takes a `PredictorRequest`; `evaluation/predict.py` makes a `PredictorOutput` of what
-was generated, for a person's own code and for every task of the evaluation. One as an example:
+`predictor.py` takes a `PredictorRequest`; `evaluation/predict.py` makes a `PredictorOutput` of what was generated, for
+a person's own code and for every task of the evaluation. One as an example:
 
     PredictorOutput(answer="It is [SEG].", masks_NHW=<bool 1x427x640>, scores=(0.93,), timing=Timing(...))
     .boxes     ((120, 48, 311, 402),)       .to_json()  {"answer": "It is [SEG].", "masks": [{"size": ...}], ...}

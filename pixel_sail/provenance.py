@@ -1,7 +1,6 @@
 """Which code, packages and machine made something.
 
-Place in the flow: beside `dist` and `places`; written into `starts.jsonl` of every run and every row of
-`results.jsonl`. An example:
+Beside `dist` and `places`; written into `starts.jsonl` of every run and every row of `results.jsonl`. An example:
 
     {"code": "515b51a", "device": "NVIDIA H100", "world_size": 8, "python": "3.11.7", "torch": "2.13.0", ...}
 """

@@ -1,7 +1,7 @@
 """Masks as COCO run-length encodings that fit into JSON, and their boxes.
 
-Place in the flow: below everything that writes masks: predictions, the synthetic benchmark. Reading, with its checks,
-is in `data/masks.py`. A 2 x 2 mask whose left column is set: {"size": [2, 2], "counts": "022"}.
+Below everything that writes masks: predictions, the synthetic benchmark. Reading, with its checks, is in
+`data/masks.py`. A 2 x 2 mask whose left column is set: {"size": [2, 2], "counts": "022"}.
 """
 
 import numpy as np

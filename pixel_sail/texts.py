@@ -1,7 +1,7 @@
 """Texts that come from files: values shown in a message, and characters that nobody can print or tokenise.
 
-Place in the flow: below everything else. A value of an annotation file may be of any size, so a message shows its
-beginning, and the whole of it is never written out:
+Below everything else. A value of an annotation file may be of any size, so a message shows its beginning, and the whole
+of it is never written out:
 
     shown([1, 2, "a red hat"])           ->  "[1, 2, 'a red hat']"
     shown({"size": [480, 640], "counts": "XyZ..." (a megabyte)})  ->  "{'size': [480, 640], 'counts': 'XyZ..."

@@ -1,6 +1,6 @@
 """The nouns of pixel_sail: what flows from annotation files to scores.
 
-Place in the flow: everything else imports this module, it imports `errors.py` and `texts.py` alone. Read it first, then
+Everything else imports this module, it imports `errors.py` and `texts.py` alone. Read it first, then
 `data/sources/refer.py`, `data/collate.py`, `model/modeling_pixel_sail.py`, `losses/`, `training/loop.py`.
 
     TRAIN  annotations --sources--> Sample --processor--> Example --packing, collate--> Batch --model--> losses

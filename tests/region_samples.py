@@ -1,6 +1,6 @@
 """How tests of visual-prompt sources sample regions and look at samples.
 
-Place in the flow: imported by tests only. Region k of a synthetic record is column k of a 4 x 40 image.
+Imported by tests only. Region k of a synthetic record is column k of a 4 x 40 image.
 """
 
 import numpy as np

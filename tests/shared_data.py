@@ -1,6 +1,6 @@
 """Where tests find the read-only data that lies beside the checkout.
 
-Place in the flow: imported by tests only. Example: SHARED / "data" / "derived_iou_pairs" / "pairs.json".
+Imported by tests only. Example: SHARED / "data" / "derived_iou_pairs" / "pairs.json".
 """
 
 import os

@@ -1,6 +1,6 @@
 """RefShapes laid out as the released mixes expect the public datasets: every file of `data=cotrain_0_5b` in its place.
 
-Place in the flow: tests call `render_and_lay_out`; by hand,
+Tests call `render_and_lay_out`; by hand,
 
     python tests/synthetic_cotrain.py DIR
     PIXEL_SAIL_DATA=DIR torchrun --nproc-per-node=2 scripts/train.py experiment=pixel_sail_0_5b ... --dry-run

@@ -1,7 +1,6 @@
 """A small panoptic dataset that tests write to disk: one image with things, a crowd and stuff, one without segments.
 
-Place in the flow: imported by the panoptic tests only. Example: root = write(tmp_path), then
-coco_panoptic.load(root=root).get(0, rng).
+Imported by the panoptic tests only. Example: root = write(tmp_path), then coco_panoptic.load(root=root).get(0, rng).
 """
 
 import copy

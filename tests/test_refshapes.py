@@ -1,6 +1,6 @@
 """RefShapes: exact masks, expressions that mean what they say, genuine formats, the same bytes for the same seed.
 
-Place in the flow: checks `pixel_sail/refshapes` and `tools/make_refshapes.py`. Each test renders its own few images.
+Checks `pixel_sail/refshapes` and `tools/make_refshapes.py`. Each test renders its own few images.
 """
 
 import itertools

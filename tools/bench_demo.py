@@ -1,7 +1,7 @@
 """Several users ask the demo, first in turn and then all at once; prints latencies, errors and memory.
 
-Place in the flow: beside everything; starts `scripts/demo.py` with a checkpoint and talks to it as the page does. Every
-user loads a synthetic scene, asks about it, marks a region, asks again, and loads the next. One line of the table:
+Beside everything; starts `scripts/demo.py` with a checkpoint and talks to it as the page does. Every user loads a
+synthetic scene, asks about it, marks a region, asks again, and loads the next. One line of the table:
 
     at once     412 questions   0 errors   latency 0.31 s median, 0.62 s in 19 of 20, 0.94 s at most
 

@@ -1,8 +1,8 @@
 """Measure what 8-bit weights in the decoder gain and cost on a CPU: seconds of an answer, memory, and changed masks.
 
-Place in the flow: beside everything. The linear layers of the decoder get 8-bit weights and, per token, 8-bit inputs
-(torchao); heads, embeddings and norms stay in float32. Needs the package torchao, which `make setup` does not install,
-and a C++ compiler for the compiled variant.
+Beside everything. The linear layers of the decoder get 8-bit weights and, per token, 8-bit inputs (torchao); heads,
+embeddings and norms stay in float32. Needs the package torchao, which `make setup` does not install, and a C++ compiler
+for the compiled variant.
 
     pip install torchao
     python tools/bench_int8.py                               times at the 0.5B model's size, random weights

@@ -1,8 +1,8 @@
 """Measure what further processes gain: the same run on 1, 2, ... processes, one thread or one GPU each.
 
-Place in the flow: beside everything; starts `scripts/train.py` through torchrun and reads `log.jsonl` of the runs.
-Efficiency is the rate on n processes over n times the rate on one. All runs make the same steps on the same data, so
-that their losses are compared too.
+Beside everything; starts `scripts/train.py` through torchrun and reads `log.jsonl` of the runs. Efficiency is the rate
+on n processes over n times the rate on one. All runs make the same steps on the same data, so that their losses are
+compared too.
 
     python tools/bench_ranks.py experiment=quickstart                      1 and 2 processes, 60 steps, two rounds
     python tools/bench_ranks.py --ranks 1 2 4 8 --steps 200 experiment=pixel_sail_0_5b name=bench

@@ -1,7 +1,6 @@
 """Compare two evaluations item by item: which scores differ, and by more than chance.
 
-Place in the flow: after two runs of `scripts/evaluate.py` on the same evals; needs neither model nor images. Example
-(numbers made up):
+After two runs of `scripts/evaluate.py` on the same evals; needs neither model nor images. Example (numbers made up):
 
     python tools/compare_runs.py runs/a/evaluation runs/b/evaluation --json difference.json
 

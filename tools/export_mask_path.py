@@ -1,8 +1,8 @@
 """Write the way from hidden states to mask logits as a program without Python, for other runtimes.
 
-Place in the flow: behind training. Of a model it takes what follows the decoder: states of an image's patches [h, w, D]
-and of [SEG] tokens [N, D] become mask logits [N, h * s, w * s], for any number of patches and masks. The decoder is not
-part of it: its cache grows token by token, in Python.
+Behind training. Of a model it takes what follows the decoder: states of an image's patches [h, w, D] and of [SEG]
+tokens [N, D] become mask logits [N, h * s, w * s], for any number of patches and masks. The decoder is not part of it:
+its cache grows token by token, in Python.
 
     python tools/export_mask_path.py runs/mine --out mask_path.pt2                            torch.export
     python tools/export_mask_path.py runs/mine --out mask_path.pt2 --onnx mask_path.onnx      and ONNX

@@ -1,7 +1,7 @@
 """List the licences of the pinned packages, as their own metadata states them.
 
-Place in the flow: beside everything; run after a change of requirements/, in the environment that `make setup` made. It
-rewrites the table of docs/licences.md, a row of which is
+Beside everything; run after a change of requirements/, in the environment that `make setup` made. It rewrites the table
+of docs/licences.md, a row of which is
 
     | torch | 2.13.0 | BSD-3-Clause | cpu |
 

@@ -1,6 +1,6 @@
 """Render the RefShapes benchmark: images and annotations in every on-disk format the project reads.
 
-Place in the flow: run once before training on RefShapes; `pixel_sail.refshapes` does the work. Example:
+Run once before training on RefShapes; `pixel_sail.refshapes` does the work. Example:
 
     python tools/make_refshapes.py --out data/refshapes --seed 0 --train 12000 --eval 150 --workers 2
 """

@@ -1,6 +1,6 @@
 """Score a file of predictions against referring annotations: prints one JSON object.
 
-Place in the flow: the last step of an evaluation, needing neither model nor images. Example:
+The last step of an evaluation, needing neither model nor images. Example:
 
     python tools/score.py --predictions runs/a/refcoco_val.jsonl --refer-root data/ref_seg --dataset refcoco --split val
     {"ciou": 0.791, "giou": 0.802, "p50": 0.911, ..., "count": 10834, "missing": 3, "paper_ciou": 0.79, ...}

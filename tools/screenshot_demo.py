@@ -1,6 +1,6 @@
 """Make the screenshot of the demo that the documentation shows, with a real browser.
 
-Place in the flow: beside everything; talks to a running `scripts/demo.py` through Chromium from the system's packages.
+Beside everything; talks to a running `scripts/demo.py` through Chromium from the system's packages.
 
     python scripts/demo.py checkpoint=runs/quickstart predict.prompt=short predict.max_new_tokens=16 &
     python tools/screenshot_demo.py --example 3 --text "pink cross" --out docs/demo.jpg

@@ -1,7 +1,7 @@
 """Ask a model about an image from Python: about an object, about a marked region, and on and on about one image.
 
-Place in the flow: exported folder -> `Predictor` -> `PredictorOutput` with text, masks at image size, scores and
-boxes. Give `RUN/export` of a trained model instead of the random one to see sense.
+Exported folder -> `Predictor` -> `PredictorOutput` with text, masks at image size, scores and boxes. Give `RUN/export`
+of a trained model instead of the random one to see sense.
 
     python docs/examples/ask.py [FOLDER]
 """

@@ -1,7 +1,7 @@
 """A base of one's own: a language model of the Qwen2 kind becomes the start of a Pixel-SAIL model.
 
-Place in the flow: Hugging Face language model -> `start_from` -> exported folder -> `model.init_from=FOLDER`. What the
-language model does not have (patch embedding, mask head) starts at random. Text gets the very same states as before.
+Hugging Face language model -> `start_from` -> exported folder -> `model.init_from=FOLDER`. What the language model does
+not have (patch embedding, mask head) starts at random. Text gets the very same states as before.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """A dataset of one's own: images in a folder, a box for each in a JSON file.
 
-Place in the flow: own files -> `load` -> `Source` -> mixture -> packing, as every source. An item of `boxes.json`:
+Own files -> `load` -> `Source` -> mixture -> packing, as every source. An item of `boxes.json`:
 
     {"file": "0.png", "size": [16, 24], "name": "the dark corner", "box": [0, 0, 12, 8]}
 

@@ -1,8 +1,8 @@
 """A benchmark of one's own: the expressions of RefShapes that name a colour first.
 
-Place in the flow: own files -> `load` -> list of `Expression` (or a `Task`) -> predictions, scores, report. Whoever
-returns expressions gets cIoU, gIoU, P@0.5 .. 0.9, N-acc and T-acc; for another kind of answer return a
-`pixel_sail.evaluation.task.Task`, as `region_choice.load` does.
+Own files -> `load` -> list of `Expression` (or a `Task`) -> predictions, scores, report. Whoever returns expressions
+gets cIoU, gIoU, P@0.5 .. 0.9, N-acc and T-acc; for another kind of answer return a `pixel_sail.evaluation.task.Task`,
+as `region_choice.load` does.
 """
 
 from pathlib import Path

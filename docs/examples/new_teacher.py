@@ -1,7 +1,7 @@
 """A teacher of one's own: a fixed edge filter whose response the model learns to predict from its pixel map.
 
-Place in the flow: configuration -> `edges` -> `TeacherSpec` -> `Teacher` -> loss `loss/distill/edges`. A real teacher
-loads safetensors in `build` and lists their hashes in `weights` (`pixel_sail/distillation/weights.py`).
+Configuration -> `edges` -> `TeacherSpec` -> `Teacher` -> loss `loss/distill/edges`. A real teacher loads safetensors in
+`build` and lists their hashes in `weights` (`pixel_sail/distillation/weights.py`).
 """
 
 from pathlib import Path

@@ -1,7 +1,6 @@
 """What the other examples start from: a few synthetic scenes and a small model with random weights.
 
-Place in the flow: synthetic files -> tokenizer -> model -> exported folder, as `make quickstart` makes them at full
-size:
+Synthetic files -> tokenizer -> model -> exported folder, as `make quickstart` makes them at full size:
 
     folder/data/refshapes/{images,refshapes,grefshapes,tokenizer,...}
     folder/export/{config.json, model.safetensors, tokenizer.json, ...}

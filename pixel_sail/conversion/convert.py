@@ -1,6 +1,6 @@
 """The two directions of conversion, from a checkpoint on disk to a new folder.
 
-Place in the flow: `tools/convert_checkpoint.py` calls one of them.
+`tools/convert_checkpoint.py` calls one of them.
 
     to_ours("base/Qwen2.5-0.5B", "qwen2", Path("runs/qwen2_5_0_5b"), ...)    a folder that `model.init_from` takes
     to_release("exports/step_00090000", Path("released"), ...)               the release's names, one token per row

@@ -1,6 +1,6 @@
 """Which name a tensor has in each layout, and which of ours a layout does not have.
 
-Place in the flow: `plan` asks it what becomes of every key. One `Layout` per value of `--from`:
+`plan` asks it what becomes of every key. One `Layout` per value of `--from`:
 
     release    single_transformer.model.layers.0.self_attn.q_proj.weight   ->  decoder.layers.0.self_attn.q_proj.weight
     sail       model.vis_embed.weight                                      ->  patch_embedding.patch_projection.weight

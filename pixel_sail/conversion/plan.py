@@ -1,7 +1,7 @@
 """What becomes of every tensor of a conversion, before any of them is read.
 
-Place in the flow: `convert` gives it names and shapes of both sides; `writer` carries the plan out and the report lists
-it. Strict in both directions: a key nobody knows, a parameter nobody fills and a wrong shape are errors, all named.
+`convert` gives it names and shapes of both sides; `writer` carries the plan out and the report lists it. Strict in both
+directions: a key nobody knows, a parameter nobody fills and a wrong shape are errors, all named.
 
     Entry(source="model.norm.weight", target="decoder.norm.weight", shape=(896,), dtype="bfloat16", note="copied")
     Entry(source=None, target="mask_head.seg_projector.0.bias", ..., note="initialised because ..")

@@ -1,8 +1,8 @@
 """Which of our models the released code computes alike, and what must be told it beside the weights.
 
-Place in the flow: `convert` asks before it makes the plan of a conversion to the release. That code reads its settings
-from a configuration of its own and loads weights with strict=False, so that a model which does not fit would be
-something else there without a word:
+`convert` asks before it makes the plan of a conversion to the release. That code reads its settings from a
+configuration of its own and loads weights with strict=False, so that a model which does not fit would be something else
+there without a word:
 
     Architecture(attention="causal", ...)   ->  DataError: attention 'causal', expected 'prefix' (the tokens ..)
     Architecture(base="eve", ...)           ->  remark: build it with seg_pred_down_ratio=8 and moe_part=[..]

@@ -1,6 +1,6 @@
 """What became of every key: the file beside the weights and the lines on screen.
 
-Place in the flow: `convert` writes it into the new folder, the tool prints the summary:
+`convert` writes it into the new folder, the tool prints the summary:
 
     {"layout": "qwen2", ..., "entries": [{"source": "model.norm.weight", "target": "decoder.norm.weight",
      "shape": [896], "dtype": "bfloat16", "note": "copied", "sha256": "9f.."}, ...]}

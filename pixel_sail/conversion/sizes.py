@@ -1,6 +1,6 @@
 """The architecture of a converted model: decoder sizes from `config.json`, the rest from shapes or as chosen.
 
-Place in the flow: `convert` builds the target's configuration here. Example, Qwen2.5-0.5B as a fresh base:
+`convert` builds the target's configuration here. Example, Qwen2.5-0.5B as a fresh base:
 
     {"hidden_size": 896, "num_attention_heads": 14, ...} + Chosen(mask_dim=256)  ->  Architecture(hidden_size=896, ...)
 """

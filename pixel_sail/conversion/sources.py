@@ -1,7 +1,7 @@
 """Checkpoints on disk as tensors by name, read one at a time and without running anything a file asks for.
 
-Place in the flow: the first step of a conversion. A source is a folder of safetensors (one file, or shards with an
-index), one safetensors file, one .pth / .pt file, or a DeepSpeed ZeRO folder (`zero_shards`):
+The first step of a conversion. A source is a folder of safetensors (one file, or shards with an index), one safetensors
+file, one .pth / .pt file, or a DeepSpeed ZeRO folder (`zero_shards`):
 
     open_source("base/Qwen2.5-0.5B")      infos: {"model.norm.weight": TensorInfo(shape=(896,), dtype=bfloat16), ...}
     open_source("runs/iter_139416.pth")   the same for a file, optionally under its key "state_dict"

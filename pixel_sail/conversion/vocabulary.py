@@ -1,7 +1,7 @@
 """Tokenizers of checkpoints: which token each row of an embedding belongs to, there and here.
 
-Place in the flow: `convert` needs both vocabularies before it can place rows by name. The release adds its tokens when
-it is started, so that its tokenizer folder lacks them; which order was used shows in the number of rows:
+`convert` needs both vocabularies before it can place rows by name. The release adds its tokens when it is started, so
+that its tokenizer folder lacks them; which order was used shows in the number of rows:
 
     tokenizer of 151671 tokens, embedding of 151690 rows  ->  [SEG], <p>, </p>, <Prompt0> .. <Prompt14>, <NO_Prompt>
 """

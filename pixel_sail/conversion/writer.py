@@ -1,6 +1,6 @@
 """A new folder of weights, written shard by shard, read back, and put in place whole or not at all.
 
-Place in the flow: the last step of a conversion. Never more than one shard is in memory:
+The last step of a conversion. Never more than one shard is in memory:
 
     new/model-00001-of-00002.safetensors  new/model-00002-of-00002.safetensors  new/model.safetensors.index.json
     new/config.json  new/tokenizer.json ...  new/conversion.json

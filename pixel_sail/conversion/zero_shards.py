@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO checkpoints as tensors by name: float32 master weights put together from the shards of all ranks.
 
-Place in the flow: `sources.open_source` comes here for a folder that holds `*_optim_states.pt`, or names one in its
-file `latest`. Stage 1 and 2 cut the concatenation of all parameters of a group, stage 3 every parameter:
+`sources.open_source` comes here for a folder that holds `*_optim_states.pt`, or names one in its file `latest`. Stage 1
+and 2 cut the concatenation of all parameters of a group, stage 3 every parameter:
 
     2 ranks, a of 5 values, b of 4    stage 2: [a0..a4] [b0..b3], stage 3: [a0 a1 a2 b0 b1] [a3 a4 - b2 b3]
 

@@ -1,8 +1,8 @@
 """Sequences -> Batch: pad rows, make indices global, list what is supervised.
 
-Place in the flow: the last step of data loading; the model and the losses read nothing but the `Batch`. Two sequences
-of 120 and 97 tokens become rows of 120; the second row's patches start behind the first row's in `patches_SK`, its
-sample indices behind the first row's in `sample_ids`.
+The last step of data loading; the model and the losses read nothing but the `Batch`. Two sequences of 120 and 97 tokens
+become rows of 120; the second row's patches start behind the first row's in `patches_SK`, its sample indices behind the
+first row's in `sample_ids`.
 """
 
 from collections.abc import Sequence

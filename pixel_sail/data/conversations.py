@@ -1,6 +1,6 @@
 """Lists of messages by "human" and "gpt" as questions with answers.
 
-Place in the flow: `data/sources/llava.py` and `osprey.py` read the conversations of their records here.
+`data/sources/llava.py` and `osprey.py` read the conversations of their records here.
 
 Example:
 

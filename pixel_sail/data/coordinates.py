@@ -1,7 +1,7 @@
 """Coordinates that are fractions of the image (0 .. 1) where pixels are expected.
 
-Place in the flow: whoever reads polygons, boxes or points of a file or a command line asks here before painting. Many
-exporters write fractions; painted as pixels they would all be the pixel in the corner at the upper left:
+Whoever reads polygons, boxes or points of a file or a command line asks here before painting. Many exporters write
+fractions; painted as pixels they would all be the pixel in the corner at the upper left:
 
     [0.1, 0.2, 0.6, 0.2, 0.6, 0.8] in an image of 640 x 480   ->  refused: they look like fractions
     [0, 0, 1, 0, 1, 1, 0, 1] in the same image                ->  the pixel in the corner, if other regions of the file

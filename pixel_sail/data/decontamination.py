@@ -1,8 +1,8 @@
 """Decontamination, keeping evaluation images out of training: the RefCOCO family shares its images.
 
-Place in the flow: `training/loop.py` passes every source through `without_images` before they are mixed. RefCOCO,
-RefCOCO+, RefCOCOg and gRefCOCO annotate the same COCO images and split them differently, and most other sources use
-COCO images too, so that a model would be scored on images it was trained on:
+`training/loop.py` passes every source through `without_images` before they are mixed. RefCOCO, RefCOCO+, RefCOCOg and
+gRefCOCO annotate the same COCO images and split them differently, and most other sources use COCO images too, so that a
+model would be scored on images it was trained on:
 
     evaluation_image_ids([HeldOut(root="data/ref_seg", dataset="refcocog", splits=["val", "test"])]) -> {581857, ...}
     "coco/train2017/000000581857.jpg" -> COCO image 581857, left out

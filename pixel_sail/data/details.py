@@ -1,7 +1,7 @@
 """Details of the training data in which this project differs from the release, each an option of the source it is of.
 
-Place in the flow: the `load` of a source calls `is_released` for each such option; the files of `configs/source/` set
-all of them to `${data.details}`, so that `data.details=released` switches all and
+The `load` of a source calls `is_released` for each such option; the files of `configs/source/` set all of them to
+`${data.details}`, so that `data.details=released` switches all and
 
     data.sources.coco_vp.candidates=released
 

@@ -1,6 +1,6 @@
 """Reading one field of an annotation record, or saying what is wrong with it.
 
-Place in the flow: the sources take records of `data/records.py` apart with it. A message looks like
+The sources take records of `data/records.py` apart with it. A message looks like
 
     RefCOCOg_GCG_train.json[17]: found caption = None, expected str; repair the record
 """

@@ -1,7 +1,7 @@
 """Which annotation files were read, and what they held: the fingerprint of a run's data.
 
-Place in the flow: the readers add every annotation file they open; `training/prepare.py` collects while it builds the
-mixture, and a checkpoint keeps the fingerprint, so that a continued run does not go on with other data unnoticed:
+The readers add every annotation file they open; `training/prepare.py` collects while it builds the mixture, and a
+checkpoint keeps the fingerprint, so that a continued run does not go on with other data unnoticed:
 
     {"refcoco/refs(unc).p": ["51dcaa..."], "refcoco/instances.json": ["fd35e8..."]}
 

@@ -1,8 +1,8 @@
 """A batch on its way from a loader worker to the training process: one block of memory per dtype.
 
-Place in the flow: `data/loader.py` flattens it in the worker and restores it in the training process. Every tensor that
-crosses a process boundary costs a file descriptor and a fraction of a millisecond, and a batch has a mask for every
-question; in one block they cost the same once, and the tensors of the restored batch are views of it.
+`data/loader.py` flattens it in the worker and restores it in the training process. Every tensor that crosses a process
+boundary costs a file descriptor and a fraction of a millisecond, and a batch has a mask for every question; in one
+block they cost the same once, and the tensors of the restored batch are views of it.
 
 Example: input ids [2, 120] and positions [2, 2, 120] travel as 720 int64 numbers, with the layout
 [("input_ids_BT", None, int64, 0, (2, 120)), ("position_ids_2BT", None, int64, 240, (2, 2, 120))].

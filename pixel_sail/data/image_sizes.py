@@ -1,7 +1,7 @@
 """The size of an image without decoding it, for annotation files that do not state it.
 
-Place in the flow: sources whose polygons come without a size (RefCOCOg-GCG, ReasonSeg) ask here before they decode
-masks. Which of the two sizes is right depends on what the annotators saw:
+Sources whose polygons come without a size (RefCOCOg-GCG, ReasonSeg) ask here before they decode masks. Which of the two
+sizes is right depends on what the annotators saw:
 
     a phone image stored as 3000 x 4000 with the EXIF note "turn by 90 degrees":
     stored_hw -> (3000, 4000)   COCO counts pixels as stored

@@ -1,7 +1,7 @@
 """Opening images: one function that either returns an upright RGB image of the expected size or says what is wrong.
 
-Place in the flow: training (`data/packing.py`) and inference open every image here; sources whose annotations name
-images of several folders look them up with `find_image`. A message looks like
+Training (`data/packing.py`) and inference open every image here; sources whose annotations name images of several
+folders look them up with `find_image`. A message looks like
 
     refcoco/train/image=9: /data/train2014/COCO_9.jpg: cannot be decoded (image file is truncated); replace the file
 """

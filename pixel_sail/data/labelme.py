@@ -1,6 +1,6 @@
 """Shapes of LabelMe files as masks.
 
-Place in the flow: `data/sources/reasonseg.py` reads files of this layout and paints their shapes here. One shape:
+`data/sources/reasonseg.py` reads files of this layout and paints their shapes here. One shape:
 
     {"label": "target", "shape_type": "rectangle", "points": [[60.0, 50.0], [10.0, 10.0]]}   ->  51 x 41 pixels
 

@@ -1,8 +1,8 @@
 """Worker processes that turn streams into batches, in an order that does not depend on how many there are.
 
-Place in the flow: `training/loop.py` calls `training_batches` once, at a saved position or at the start, and takes one
-list of micro-batches per optimizer step. A step takes one sequence from each of `global_batch_size` streams; with more
-rounds than one there are that many sets of streams, which take turns, so that more workers find something to do. With 8
+`training/loop.py` calls `training_batches` once, at a saved position or at the start, and takes one list of
+micro-batches per optimizer step. A step takes one sequence from each of `global_batch_size` streams; with more rounds
+than one there are that many sets of streams, which take turns, so that more workers find something to do. With 8
 sequences, 2 ranks, micro-batches of 2 sequences and 2 rounds, rank 0 makes
 
     step 1, 3, ...: streams (0, 2) and (4, 6)        step 2, 4, ...: streams (8, 10) and (12, 14)

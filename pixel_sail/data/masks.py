@@ -1,7 +1,7 @@
 """Segmentations of annotation files <-> boolean masks. The only module of the package that decodes COCO segmentations.
 
-Place in the flow: annotation files -> here -> masks of `Turn` (training) or `Expression.target` (evaluation); predicted
-masks -> here -> `Prediction.segmentation`.
+Annotation files -> here -> masks of `Turn` (training) or `Expression.target` (evaluation); predicted masks -> here ->
+`Prediction.segmentation`.
 
 A segmentation is a list of polygons, a run-length encoding, or (as RRSIS-D writes it) a list of encodings; polygons of
 fewer than three points among better ones are left out, told by a remark. Several parts are always united, never summed:

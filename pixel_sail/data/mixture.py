@@ -1,7 +1,7 @@
 """A mixture of sources in a deterministic order.
 
-Place in the flow: `data/packing.py` asks for position after position of an endless stream; which item that is, and the
-random generator it is sampled with, depend on (seed, position) alone - never on workers, ranks or time.
+`data/packing.py` asks for position after position of an endless stream; which item that is, and the random generator it
+is sampled with, depend on (seed, position) alone - never on workers, ranks or time.
 
 Example: sources of 4 and 3 items with repeats 1 and 2.4 make epochs of 4 + 7 = 11 positions: all items of the first,
 each of the second twice, and one of them, another in every epoch, a third time; position 25 is entry 3 of epoch 2.

@@ -1,10 +1,10 @@
 """Packs samples into sequences of at most `seq_len` tokens.
 
-Place in the flow: `data/loader.py` reads several `PackedStream`s. The endless mixture is divided into a fixed number L
-of streams; stream l has positions l, l + L, l + 2L, ... Each stream fills its own sequences one after another, and an
-optimizer step takes one sequence from each stream. Ranks and workers only share out the streams, so the global batch
-does not depend on their number. A stream buffers `packing_buffer` samples and fills a sequence with those that fit
-best; its whole state is which sample it reads next and which ones it holds back:
+`data/loader.py` reads several `PackedStream`s. The endless mixture is divided into a fixed number L of streams; stream
+l has positions l, l + L, l + 2L, ... Each stream fills its own sequences one after another, and an optimizer step takes
+one sequence from each stream. Ranks and workers only share out the streams, so the global batch does not depend on
+their number. A stream buffers `packing_buffer` samples and fills a sequence with those that fit best; its whole state
+is which sample it reads next and which ones it holds back:
 
     packing_buffer 3, seq_len 10, lengths 6 5 3 4 7 ...
         ->  sequences (6 4) (5 3) ..., after the first StreamState(4, (1, 2))

@@ -1,9 +1,8 @@
 """How many samples a sequence will hold, measured without opening an image.
 
-Place in the flow: `planning/length.py` asks before a run begins, since the length of an epoch in steps depends on it.
-The first positions of the mixture's stream, in their shuffled order the sample that a survey would take, are packed by
-the rule of `data/packing.py` itself. Only the pixels are left out: a sample is as long as its text and the size of its
-image say.
+`planning/length.py` asks before a run begins, since the length of an epoch in steps depends on it. The first positions
+of the mixture's stream, in their shuffled order the sample that a survey would take, are packed by the rule of
+`data/packing.py` itself. Only the pixels are left out: a sample is as long as its text and the size of its image say.
 
     5,000 images with their questions  ->  PackingForecast(num_positions=4098, num_sequences=651,
                                   samples_per_sequence=6.29, positions_per_sequence=6.295, standard_error=0.02)

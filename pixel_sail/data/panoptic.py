@@ -1,7 +1,7 @@
 """COCO panoptic annotations: a JSON list of segments per image, and a PNG whose colours say which pixel is whose.
 
-Place in the flow: annotation files -> here -> the sources `coco_panoptic`, `coco_semantic`, `coco_vp` and, as
-Pix2Cap-COCO is the same format with a description per segment, `pix2cap_seg` and `pix2cap_vp`.
+Annotation files -> here -> the sources `coco_panoptic`, `coco_semantic`, `coco_vp` and, as Pix2Cap-COCO is the same
+format with a description per segment, `pix2cap_seg` and `pix2cap_vp`.
 
 One record of `annotations`; the pixels of its segment have the colour (77, 85, 127) in the PNG, as
 77 + 256 * 85 + 256**2 * 127 = 8345037, and black pixels are nobody's:

@@ -1,7 +1,7 @@
 """What the training sources over a panoptic file share: which images they use, and how a sample of one is named.
 
-Place in the flow: `data/panoptic.py` -> here -> `coco_panoptic`, `coco_semantic`, `coco_vp`, `pix2cap_seg` and
-`pix2cap_vp`, which add the turns. The first sample of COCO is Sample(sample_id="coco_vp/train2017/image=9", ...).
+`data/panoptic.py` -> here -> `coco_panoptic`, `coco_semantic`, `coco_vp`, `pix2cap_seg` and `pix2cap_vp`, which add the
+turns. The first sample of COCO is Sample(sample_id="coco_vp/train2017/image=9", ...).
 """
 
 from collections.abc import Callable, Sequence

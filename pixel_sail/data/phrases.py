@@ -1,7 +1,7 @@
 """Finding phrases in a caption and marking them, one [SEG] each, without breaking the text.
 
-Place in the flow: the grounded-caption sources name phrases with masks; this module says where in the caption each
-stands, and `mark_caption` writes the answer a model is trained on:
+The grounded-caption sources name phrases with masks; this module says where in the caption each stands, and
+`mark_caption` writes the answer a model is trained on:
 
     "A man in a red hat." with the phrases "a man in a red hat" and "Red hat"
     -> "<p> A man in a red hat </p> [SEG]."     ("Red hat" lies inside the longer phrase and is dropped)

@@ -1,8 +1,8 @@
 """Read pickle files that hold plain data, and refuse every other one before anything runs.
 
-Place in the flow: `refs(unc).p` -> here -> `data/sources/refer.py`. A pickle is a program: an ordinary load of a
-downloaded file may start any command. This reader knows containers, text, bytes, numbers, booleans and None; a file
-that asks for anything by name is refused at the moment it asks, so nothing is imported or called.
+`refs(unc).p` -> here -> `data/sources/refer.py`. A pickle is a program: an ordinary load of a downloaded file may start
+any command. This reader knows containers, text, bytes, numbers, booleans and None; a file that asks for anything by
+name is refused at the moment it asks, so nothing is imported or called.
 
 Example: b'(lp0\\n(dp1\\nVref_id\\np2\\nI7\\nsa.' is the list [{"ref_id": 7}] as Python 2 wrote it.
 """

@@ -1,7 +1,7 @@
 """How a region is marked: as its mask, its box, a point or a scribble.
 
-Place in the flow: `data/regions.py` turns the mask of a region into the mask of its visual prompt; the processor paints
-the prompt's id on the patches it covers.
+`data/regions.py` turns the mask of a region into the mask of its visual prompt; the processor paints the prompt's id on
+the patches it covers.
 
 Example: a mask of 40 x 25 pixels becomes, with fractions {"mask": 0.2, "box": 0.4, "point": 0.4}, in two of five cases
 the full rectangle around it and in two a single pixel well inside.

@@ -1,7 +1,7 @@
 """One walk over JSON text that notes where every record of every list at its top stands.
 
-Place in the flow: `data/records.py` calls `scan` when a file has no index yet. Values are parsed to find their ends and
-then thrown away, so that the walk needs the text of the file and little more.
+`data/records.py` calls `scan` when a file has no index yet. Values are parsed to find their ends and then thrown away,
+so that the walk needs the text of the file and little more.
 
 Example: {"info": {}, "images": [{"id": 3}, {"id": 5}]} -> is_object, lists = {"images": positions [[24, 33], [35, 44]],
 fields {"id": [3, 5]}}.

@@ -1,10 +1,10 @@
 """Large JSON annotation files as records that are read from disk one at a time.
 
-Place in the flow: annotation file -> here -> `data/sources/`. A file of a gigabyte would be five as Python objects, in
-every process. Instead its text is scanned once per machine for where each record begins and ends; the positions go to a
-small index in a cache folder, named by the hash of the annotation file, and every process maps both into memory, so
-that they exist once for all loader workers. A record is parsed when it is asked for. Integer fields that every record
-has (ids, mostly) are kept in the index too, so that looking a record up reads no text.
+Annotation file -> here -> `data/sources/`. A file of a gigabyte would be five as Python objects, in every process.
+Instead its text is scanned once per machine for where each record begins and ends; the positions go to a small index in
+a cache folder, named by the hash of the annotation file, and every process maps both into memory, so that they exist
+once for all loader workers. A record is parsed when it is asked for. Integer fields that every record has (ids, mostly)
+are kept in the index too, so that looking a record up reads no text.
 
 Example: [{"image": "a.jpg", "id": 7}, {"image": "b.jpg", "id": 9}] has the spans [[1, 28], [30, 57]] and the field
 id = [7, 9]; open_records(path)[1] is {"image": "b.jpg", "id": 9}.

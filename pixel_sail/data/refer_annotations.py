@@ -1,6 +1,6 @@
 """Read REFER and gRefCOCO annotation files into one split of checked records.
 
-Place in the flow: annotation files -> here -> `data/sources/refer.py`, which makes samples and expressions of them.
+Annotation files -> here -> `data/sources/refer.py`, which makes samples and expressions of them.
 
     <root>/<dataset>/refs(<split_by>).p or .jsonl        one annotation per ref (see `data/refs_files.py`)
     <root>/<dataset>/grefs(<split_by>).json or .p        a list of annotations per ref, [-1] when nothing is referred to

@@ -1,6 +1,6 @@
 """The file of refs in a REFER or gRefCOCO folder: which one it is, what it holds, and pickles turned into JSON lines.
 
-Place in the flow: annotation folder -> here -> `data/refer_annotations.py`; `tools/convert_refs.py` calls `convert`.
+Annotation folder -> here -> `data/refer_annotations.py`; `tools/convert_refs.py` calls `convert`.
 
     refs(unc).p                    as published: a pickle, read by a reader that runs nothing
     refs(unc).jsonl                made from it once by tools/convert_refs.py, and read in preference from then on

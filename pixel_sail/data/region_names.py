@@ -1,7 +1,7 @@
 """The names by which annotation files call their regions in text.
 
-Place in the flow: `data/sources/osprey.py` turns the texts of its records into texts with {region0}, {region1}, ...,
-in which `data/regions.py` fills in prompt tokens.
+`data/sources/osprey.py` turns the texts of its records into texts with {region0}, {region1}, ..., in which
+`data/regions.py` fills in prompt tokens.
 
 Example: with 12 regions, "Is <region1> left of Region10?" -> "Is {region0} left of {region9}?".
 

@@ -1,8 +1,8 @@
 """Questions about marked regions, as one sample: which region gets which prompt token, what is asked of an absent one.
 
-Place in the flow: the visual-prompt sources list their regions with question and answer; this module samples the prompt
-ids, marks the regions and fills in the names. The text of a source says {region} for the region of its turn, or
-{region0}, {region1}, ... for any region of the sample:
+The visual-prompt sources list their regions with question and answer; this module samples the prompt ids, marks the
+regions and fills in the names. The text of a source says {region} for the region of its turn, or {region0}, {region1},
+... for any region of the sample:
 
     RegionTurn(question="What is {region}?", answer="{region}: a red hat", region=1)
     -> Turn(question="What is <Prompt11>?", answer="<Prompt11>: a red hat")

@@ -1,7 +1,7 @@
 """What is odd in the data and can be used all the same: told once in the log, listed in full by the data check.
 
-Place in the flow: readers call `remark`; `evaluation/data_check.py` listens while it samples items. Without a listener
-a line goes to the log for the first of each topic and file, as a training run reads the same record again and again:
+Readers call `remark`; `evaluation/data_check.py` listens while it samples items. Without a listener a line goes to the
+log for the first of each topic and file, as a training run reads the same record again and again:
 
     remark("short polygon", "refcoco/instances.json", "annotation 12: left out polygon 1 of 2 points")
 """

@@ -1,8 +1,8 @@
 """Conversations longer than a sequence: divided between turns into parts, of which one is kept.
 
-Place in the flow: a source of conversations sets `Sample.part_choice`; `data/packing.py` calls `fitting_part` where a
-sample is longer than a sequence. With turns of 3000, 4000, 2500 and 1000 tokens, an image of 1082 and a budget of 8192
-the parts are turns (1, 2) and (3, 4): of part_choice 0.0 the first is kept, of 0.7 the second.
+A source of conversations sets `Sample.part_choice`; `data/packing.py` calls `fitting_part` where a sample is longer
+than a sequence. With turns of 3000, 4000, 2500 and 1000 tokens, an image of 1082 and a budget of 8192 the parts are
+turns (1, 2) and (3, 4): of part_choice 0.0 the first is kept, of 0.7 the second.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """What the page and the server say to each other, as JSON.
 
-Place in the flow: `server.py` reads questions with it and writes answers. A question and the last line of its answer:
+`server.py` reads questions with it and writes answers. A question and the last line of its answer:
 
     {"session": "Jt0Z...", "text": "What is <Prompt0>?", "regions": [{"box": [10, 20, 200, 180]}, {"point": [5, 7]},
      {"png": "iVBORw0K..."}]}

@@ -1,9 +1,9 @@
 """Connections of the demo, none of which can keep others out by being slow.
 
-Place in the flow: `scripts/demo.py` gives `connection_options` to uvicorn, which makes one object per connection.
-Uvicorn counts all open connections and refuses requests above a limit, however little the others do: a few dozen that
-send or take a byte now and then would shut the demo. Here each of them has a time, and where there are too many the one
-that has kept the server waiting for longest is ended in favour of the new one:
+`scripts/demo.py` gives `connection_options` to uvicorn, which makes one object per connection. Uvicorn counts all open
+connections and refuses requests above a limit, however little the others do: a few dozen that send or take a byte now
+and then would shut the demo. Here each of them has a time, and where there are too many the one that has kept the
+server waiting for longest is ended in favour of the new one:
 
     phase       what the server waits for                  ends after
     headers     the first, or the next, request            limits.header_s

@@ -1,6 +1,6 @@
 """Synthetic scenes that the page offers, so that the demo can be tried without an image.
 
-Place in the flow: `scripts/demo.py` renders them with `pixel_sail/refshapes/`, as the quickstart renders its data:
+`scripts/demo.py` renders them with `pixel_sail/refshapes/`, as the quickstart renders its data:
 
     render_examples(4, "short")[0]  ->  Example(image=<240x320>, text="large red star")
 """

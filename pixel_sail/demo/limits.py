@@ -1,7 +1,7 @@
 """What the demo accepts, and how it refuses the rest.
 
-Place in the flow: `server.py` checks bytes and texts with it, `sessions.py` the number of images. A refusal is an HTTP
-status and one sentence that the page shows as it is:
+`server.py` checks bytes and texts with it, `sessions.py` the number of images. A refusal is an HTTP status and one
+sentence that the page shows as it is:
 
     Refusal(413, "The file has more than 20 MB. Choose a smaller one.")
 """

@@ -1,7 +1,7 @@
 """A web page to ask a model, for one machine.
 
-Place in the flow: `scripts/demo.py` starts it. The model answers one question at a time, in one thread; the others
-wait in a queue of limited length. Nothing is written to disk and no file is read but those named in `PAGE_FILES`:
+`scripts/demo.py` starts it. The model answers one question at a time, in one thread; the others wait in a queue of
+limited length. Nothing is written to disk and no file is read but those named in `PAGE_FILES`:
 
     POST /api/images?replaces=...  bytes of an image          -> {"session": "Jt0Z...", "height": 427, "width": 640}
     POST /api/examples/0           {}                        -> the same

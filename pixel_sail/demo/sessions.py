@@ -1,7 +1,7 @@
 """The images that users of the demo look at, each with its conversation.
 
-Place in the flow: `server.py` keeps one `Sessions`. A session begins with an image; its name is a random secret, so
-that nobody finds another user's image by counting. Everything is in memory, nothing on disk:
+`server.py` keeps one `Sessions`. A session begins with an image; its name is a random secret, so that nobody finds
+another user's image by counting. Everything is in memory, nothing on disk:
 
     sessions.open(image).name  ->  "Jt0Zr3...";   sessions.get("Jt0Zr3...").chat_with([Box(1, 2, 30, 40)]).ask("...")
 """

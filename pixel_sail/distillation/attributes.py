@@ -1,8 +1,8 @@
 """A teacher that needs no network: it knows the attributes of rendered objects.
 
-Place in the flow: `configs/distillation/attributes.yaml` names `attributes` below; `refshapes/attribute_maps.py` writes
-its maps when the images are rendered, as a cache of features. It stands on synthetic images where Mask2Former and SAM 2
-stand on images: an image [128, 128] has a map [43, 16, 16] of colours, shapes, textures, sizes and places.
+`configs/distillation/attributes.yaml` names `attributes` below; `refshapes/attribute_maps.py` writes its maps when the
+images are rendered, as a cache of features. It stands on synthetic images where Mask2Former and SAM 2 stand on images:
+an image [128, 128] has a map [43, 16, 16] of colours, shapes, textures, sizes and places.
 """
 
 from torch import nn

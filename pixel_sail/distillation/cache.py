@@ -1,7 +1,7 @@
 """Feature maps of a teacher on disk: their layout, their identity, and reading them.
 
-Place in the flow: tools/cache_teacher_features.py writes through `cache_writer`, the loader's workers read one map per
-chosen image through `choice`. A folder holds
+Tools/cache_teacher_features.py writes through `cache_writer`, the loader's workers read one map per chosen image
+through `choice`. A folder holds
 
     plan.json               identity, and which image is in which shard; written first
     shard_00000.safetensors ...    maps by image key; memory-mapped, so that reading one touches its bytes only

@@ -1,8 +1,8 @@
 """Writing a cache: a plan, shards in any order by any number of processes, and the index.
 
-Place in the flow: tools/cache_teacher_features.py runs it; `cache` reads the result and describes the folder. Which
-image lies in which shard depends on the sorted keys alone, and images are computed together within their shard only,
-so that a build that was interrupted continues to the same bytes. 130 images by 64 a shard make shards of 64, 64 and 2.
+Tools/cache_teacher_features.py runs it; `cache` reads the result and describes the folder. Which image lies in which
+shard depends on the sorted keys alone, and images are computed together within their shard only, so that a build that
+was interrupted continues to the same bytes. 130 images by 64 a shard make shards of 64, 64 and 2.
 """
 
 import json

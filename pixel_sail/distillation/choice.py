@@ -1,8 +1,8 @@
 """Which images a teacher is used for, and what of them travels to the training process.
 
-Place in the flow: `data/packing.py` asks for every sample it encodes, in a worker of the loader. The choice is a pure
-function of (seed, epoch, index), through the sample's `point_seed`, and of the teacher's name: more workers, more ranks
-or a second teacher change nothing. An image is sent as its stored map where there is a cache, else as its pixels:
+`data/packing.py` asks for every sample it encodes, in a worker of the loader. The choice is a pure function of (seed,
+epoch, index), through the sample's `point_seed`, and of the teacher's name: more workers, more ranks or a second
+teacher change nothing. An image is sent as its stored map where there is a cache, else as its pixels:
 
     mask2former with a cache, sam2 without    ->    TeacherTarget("mask2former", map [256, 120, 160], fp16),
                                                     TeacherTarget("sam2", None) and the image [480, 640, 3]

@@ -1,8 +1,8 @@
 """Mask2Former's pixel decoder as a teacher: backbone and pixel decoder, without the transformer decoder and heads.
 
-Place in the flow: `configs/distillation/mask2former.yaml` names `mask2former` below. The feature is the map that the
-mask logits are dotted with (`pixel_decoder_last_hidden_state`), 256 channels at stride 4 of the resized image; two
-thirds of the released Swin-L model are enough for it: 480 x 640 -> 800 x 1088 -> [256, 200, 272].
+`configs/distillation/mask2former.yaml` names `mask2former` below. The feature is the map that the mask logits are
+dotted with (`pixel_decoder_last_hidden_state`), 256 channels at stride 4 of the resized image; two thirds of the
+released Swin-L model are enough for it: 480 x 640 -> 800 x 1088 -> [256, 200, 272].
 """
 
 from typing import Any

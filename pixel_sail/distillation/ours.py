@@ -1,8 +1,8 @@
 """An exported model of ours as a teacher: its post-projector pixel map.
 
-Place in the flow: `configs/distillation/ours.yaml` names `ours` below, with the `export` folder of a larger run. An
-image span sees nothing but itself, so its features do not depend on any text: an image of 128 x 128 through a model
-with patches of 16, stride 4 and mask_dim 128 gives [128, 32, 32].
+`configs/distillation/ours.yaml` names `ours` below, with the `export` folder of a larger run. An image span sees
+nothing but itself, so its features do not depend on any text: an image of 128 x 128 through a model with patches of 16,
+stride 4 and mask_dim 128 gives [128, 32, 32].
 """
 
 from collections.abc import Callable, Sequence

@@ -1,8 +1,8 @@
 """From an image to what a teacher expects, on the device the teacher runs on.
 
-Place in the flow: `teacher.py` calls it for every image. Resizing repeats what the image processors of transformers do
-with 8-bit images (filter with antialiasing, columns, then rows, each rounded to whole levels), so that they
-differ by two levels of 255 at most and by a fiftieth of a level in the mean. For an image of 480 x 640:
+`teacher.py` calls it for every image. Resizing repeats what the image processors of transformers do with 8-bit images
+(filter with antialiasing, columns, then rows, each rounded to whole levels), so that they differ by two levels of 255
+at most and by a fiftieth of a level in the mean. For an image of 480 x 640:
 
     Mask2Former  ShortestEdge(short=800, long=1333, divisor=32)  ->  800 x 1088
     SAM 2        Square(side=1024)                               ->  1024 x 1024

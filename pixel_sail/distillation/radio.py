@@ -1,8 +1,8 @@
 """RADIO as a teacher: the spatial features of its last layer.
 
-Place in the flow: `configs/distillation/radio.yaml` names `radio` below. The network is transformers' own port, which
-reads the published safetensors without their code; RADIO normalises its input itself, so images only become numbers
-0 .. 1. An image of 480 x 640 becomes 768 x 1024 and its map [1024, 48, 64] with RADIO-L.
+`configs/distillation/radio.yaml` names `radio` below. The network is transformers' own port, which reads the published
+safetensors without their code; RADIO normalises its input itself, so images only become numbers 0 .. 1. An image of 480
+x 640 becomes 768 x 1024 and its map [1024, 48, 64] with RADIO-L.
 
 The sizes of the older repositories (RADIO-L among them) do not stand in their `config.json` under the port's names:
 `architecture` gives them, and a size that does not fit the weights is refused by the names of the tensors.

@@ -1,8 +1,8 @@
 """SAM 2.1's image encoder as a teacher: Hiera, feature pyramid, and the embedding that says "no memory".
 
-Place in the flow: `configs/distillation/sam2.yaml` names `sam2` below. The feature is what the predictor of the
-released code keeps as `image_embed`: the pyramid's coarsest level, stride 16, with the no-memory embedding added, which
-is how SAM 2 treats an image outside a video. Every image becomes 1024 x 1024 and its map [256, 64, 64].
+`configs/distillation/sam2.yaml` names `sam2` below. The feature is what the predictor of the released code keeps as
+`image_embed`: the pyramid's coarsest level, stride 16, with the no-memory embedding added, which is how SAM 2 treats an
+image outside a video. Every image becomes 1024 x 1024 and its map [256, 64, 64].
 """
 
 from typing import Any

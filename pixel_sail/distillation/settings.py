@@ -1,8 +1,7 @@
 """What can be said about one teacher in a configuration.
 
-Place in the flow: `config.TrainConfig.distillation` holds one `TeacherSettings` per teacher, by name; `choice`,
-`teachers`, `losses/distill.py` and `model/distill_head.py` read their part of it. As in
-`configs/distillation/sam2.yaml`:
+`config.TrainConfig.distillation` holds one `TeacherSettings` per teacher, by name; `choice`, `teachers`,
+`losses/distill.py` and `model/distill_head.py` read their part of it. As in `configs/distillation/sam2.yaml`:
 
     TeacherSettings(model={"_target_": "pixel_sail.distillation.sam2.sam2",
                            "weights": "data/experts/sam2.1-hiera-large"},

@@ -1,8 +1,7 @@
 """A teacher: how to build it, and once built, images in and feature maps out.
 
-Place in the flow: a configuration's `_target_` returns a `TeacherSpec`, which is cheap; `teachers.py` and the cache
-tool make a `Teacher` of it where the network is needed. Two images of 480 x 640 through Mask2Former give two maps
-[256, 200, 272].
+A configuration's `_target_` returns a `TeacherSpec`, which is cheap; `teachers.py` and the cache tool make a `Teacher`
+of it where the network is needed. Two images of 480 x 640 through Mask2Former give two maps [256, 200, 272].
 
 Axis letters: E feature channels, h w cells of a feature map, H W pixels.
 """

@@ -1,8 +1,8 @@
 """The teachers of a training run: what the workers need of them, and the maps of a batch.
 
-Place in the flow: `training/loop.py` builds them before anything is wrapped or sharded and holds them beside the
-student; `training/step.py` asks for the maps of every micro-batch before the student's forward pass, so that a
-teacher's activations are gone by then.
+`training/loop.py` builds them before anything is wrapped or sharded and holds them beside the student;
+`training/step.py` asks for the maps of every micro-batch before the student's forward pass, so that a teacher's
+activations are gone by then.
 """
 
 from collections.abc import Callable, Mapping, Sequence

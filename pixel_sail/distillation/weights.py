@@ -1,7 +1,7 @@
 """Published weights on disk: where they are, what their bytes are, and loading them strictly.
 
-Place in the flow: the files that build one teacher each (`mask2former`, `sam2`, `radio`) call it. Only safetensors are
-read and no code of a repository is run. Weights are a folder, or a name on the Hugging Face hub with a pinned revision:
+The files that build one teacher each (`mask2former`, `sam2`, `radio`) call it. Only safetensors are read and no code of
+a repository is run. Weights are a folder, or a name on the Hugging Face hub with a pinned revision:
 
     weights_folder("data/experts/sam2.1-hiera-large", None)            -> that folder
     weights_folder("facebook/sam2.1-hiera-large", "5f7c7d1...")        -> the hub's local copy of that commit

@@ -1,7 +1,7 @@
 """A packed batch made readable: its tokens as text with the supervised ones marked, its patches as images.
 
-Place in the flow: `tools/show_batch.py` collates the first batch of a config and calls `write_batch_view`. Everything
-shown is taken from the `Batch`, so what is seen is what the model gets. One sample, supervised tokens between >> <<:
+`tools/show_batch.py` collates the first batch of a config and calls `write_batch_view`. Everything shown is taken from
+the `Batch`, so what is seen is what the model gets. One sample, supervised tokens between >> <<:
 
     refcoco/train/image=581857 (row 0, tokens 0 .. 1236)
     [image 30 x 40 patches]<|im_start|>user

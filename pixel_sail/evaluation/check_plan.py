@@ -1,6 +1,6 @@
 """What the data check looks at, from its command line.
 
-Place in the flow: `tools/check_data.py` hands over its arguments, `data_check.py` gets a `CheckPlan`. Accepted:
+`tools/check_data.py` hands over its arguments, `data_check.py` gets a `CheckPlan`. Accepted:
 
     (nothing)                                 every file of configs/source whose data is to be downloaded or is there
     source=refcoco,refcocog                   these

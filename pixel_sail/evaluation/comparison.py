@@ -1,7 +1,7 @@
 """Two runs on the same items: the difference of every score, with a paired bootstrap interval.
 
-Place in the flow: two `StoredEval` of one benchmark -> `compare` -> `Difference` per score -> `tools/compare_runs.py`.
-Both runs are resampled with the same images, so what is hard for both does not widen the interval:
+Two `StoredEval` of one benchmark -> `compare` -> `Difference` per score -> `tools/compare_runs.py`. Both runs are
+resampled with the same images, so what is hard for both does not widen the interval:
 
     Difference(score="ciou", a=0.71, b=0.73, interval=(0.012, 0.029), a_better=310, b_better=402, equal=517)
 

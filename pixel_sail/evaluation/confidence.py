@@ -1,7 +1,7 @@
 """Bootstrap intervals of scores and of differences of scores, resampled by image.
 
-Place in the flow: `TaskScores.fractions` and the image of every item -> `bootstrap` -> samples of each score ->
-`interval` -> `results.jsonl`, the report, `tools/compare_runs.py`.
+`TaskScores.fractions` and the image of every item -> `bootstrap` -> samples of each score -> `interval` ->
+`results.jsonl`, the report, `tools/compare_runs.py`.
 
 The questions about one image are not independent, so images are sampled with replacement and every question comes along
 as often as its image was sampled. For two images whose fractions are 2/4 and 3/4 the resamples are (first, first) =

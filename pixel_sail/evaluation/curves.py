@@ -1,7 +1,7 @@
 """Line charts as one figure, rendered by matplotlib.
 
-Place in the flow: `tools/plot_run.py` makes one `Panel` per number from log files, the benchmarks of `tools/` one per
-measured cost; `save_panels` writes them. Figures are made without pyplot, so that no display is ever looked for.
+`tools/plot_run.py` makes one `Panel` per number from log files, the benchmarks of `tools/` one per measured cost;
+`save_panels` writes them. Figures are made without pyplot, so that no display is ever looked for.
 
     Panel(title="bce by source", curves=(Curve(label="refshapes", xs=(10, 20), ys=(0.39, 0.21), color=0), ...))
 """

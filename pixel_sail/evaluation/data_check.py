@@ -1,9 +1,9 @@
 """All sources and evals of a check, one after another, into reports.
 
-Place in the flow: `tools/check_data.py` -> `check_plan.py` -> here -> `data_report.py`. The annotation files of REFER
-folders are gone through first, each once, because the evaluation splits they hold are what the other sources are
-compared with. Example: a plan with the sources refcoco and coco_panoptic gives two reports, and the second notes how
-many of its images are in refcoco(unc) val.
+`tools/check_data.py` -> `check_plan.py` -> here -> `data_report.py`. The annotation files of REFER folders are gone
+through first, each once, because the evaluation splits they hold are what the other sources are compared with. Example:
+a plan with the sources refcoco and coco_panoptic gives two reports, and the second notes how many of its images are in
+refcoco(unc) val.
 """
 
 import logging

@@ -1,7 +1,7 @@
 """The data check as one HTML file: its tables, everything it found, and a sheet of rendered samples.
 
-Place in the flow: `tools/check_data.py` calls `write_data_report` with what `data_check.py` returned. A sheet shows for
-each source the image with numbered masks and prompts over the questions and answers that belong to them.
+`tools/check_data.py` calls `write_data_report` with what `data_check.py` returned. A sheet shows for each source the
+image with numbered masks and prompts over the questions and answers that belong to them.
 """
 
 import html

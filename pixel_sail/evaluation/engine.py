@@ -1,6 +1,6 @@
 """Asking every item of a task exactly once, over any number of processes, and going on after a kill.
 
-Place in the flow: `run.py` builds tasks and calls `evaluate`, which returns the records that the task then scores.
+`run.py` builds tasks and calls `evaluate`, which returns the records that the task then scores.
 
     <output>/protocol.json                what asked the questions: hashes of all files of the model and of the
                                           questions, settings, eval

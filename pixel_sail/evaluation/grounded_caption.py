@@ -1,7 +1,7 @@
 """Grounded captions: an image is described, with a mask for every phrase that can be seen.
 
-Place in the flow: `data/sources/gcg_benchmark.py` -> here -> `Task`, whose answers `metrics/captions.py` and
-`metrics/grounded_caption.py` compare. An eval in a config:
+`data/sources/gcg_benchmark.py` -> here -> `Task`, whose answers `metrics/captions.py` and `metrics/grounded_caption.py`
+compare. An eval in a config:
 
     {_target_: pixel_sail.evaluation.grounded_caption.load, root: ..., split: val, image_dir: ...}
 

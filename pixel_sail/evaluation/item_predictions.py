@@ -1,7 +1,7 @@
 """Answers about regions and whole images as lines of a file: what every task but referring segmentation writes.
 
-Place in the flow: predictor -> engine -> `<output>/<eval>/predictions.jsonl` -> the scorer of the task, which takes
-what it needs from the answer. Nothing is cleaned before it is written, so one file can be scored in several ways:
+Predictor -> engine -> `<output>/<eval>/predictions.jsonl` -> the scorer of the task, which takes what it needs from the
+answer. Nothing is cleaned before it is written, so one file can be scored in several ways:
 
     {"item_id": "sa_1.jpg/0.0", "question": "Can you provide ... <Prompt0>?", "answer": "<Prompt0>: a red cup.",
      "masks": [], "is_retry": false}

@@ -1,7 +1,7 @@
 """Masks painted over images.
 
-Place in the flow: validation, `scripts/predict.py` and the report paint with it. A mask is tinted at half strength and
-gets a border in full colour:
+Validation, `scripts/predict.py` and the report paint with it. A mask is tinted at half strength and gets a border in
+full colour:
 
     paint(image, mask, PREDICTED_COLOR)  ->  uint8 [H, W, 3]
 """

@@ -1,7 +1,7 @@
 """The paper's Tables 1-4 with a checkpoint's scores as their first rows.
 
-Place in the flow: scores of a run -> here, with the numbers of `paper_tables.json` -> `Table` -> the report. The file
-holds what the paper prints and which score of which eval belongs into a column:
+Scores of a run -> here, with the numbers of `paper_tables.json` -> `Table` -> the report. The file holds what the paper
+prints and which score of which eval belongs into a column:
 
     {"number": 2, "title": "region captions of RefCOCOg, METEOR in percent",
      "columns": [{"name": "METEOR", "eval": "refcocog_region_caption", "score": "meteor", "scale": 100, "decimals": 1}],

@@ -1,7 +1,7 @@
 """How alike two phrases are, by a text encoder, for the recall of grounded captions.
 
-Place in the flow: `grounded_caption.py` gives `EncoderSimilarity(folder)` to `metrics/grounded_caption.py`, which calls
-it with two lists of phrases. The release takes bert-base-uncased:
+`grounded_caption.py` gives `EncoderSimilarity(folder)` to `metrics/grounded_caption.py`, which calls it with two lists
+of phrases. The release takes bert-base-uncased:
 
     EncoderSimilarity("data/bert-base-uncased")(["a man"], ["the man", "a cup"])  ->  [[0.93, 0.71]]   (numbers made up)
 

@@ -1,9 +1,9 @@
 """The only inference path: questions about images in, text and masks at image size out.
 
-Place in the flow: `evaluation/engine.py`, `scripts/predict.py` and validation during training call `BatchPredictor`.
-An image is encoded once for all questions that see the same visual prompts on it (prompts change the image's own
-states); images of one patch grid and all their questions run as one batch within a token budget. Pixel features are
-made once per image, and only when an answer holds a [SEG].
+`evaluation/engine.py`, `scripts/predict.py` and validation during training call `BatchPredictor`. An image is encoded
+once for all questions that see the same visual prompts on it (prompts change the image's own states); images of one
+patch grid and all their questions run as one batch within a token budget. Pixel features are made once per image, and
+only when an answer holds a [SEG].
 
     predictor.ask(image, ["Please segment the cat."])[0]
         -> PredictorOutput(answer="It is [SEG].", masks_NHW=<bool 1x427x640>, scores=(0.93,))

@@ -1,7 +1,7 @@
 """Predictions of referring segmentation as lines of a file, and their score.
 
-Place in the flow: predictor -> `PredictionWriter` -> file -> `read_predictions` -> `score_predictions` -> one row. How
-a file survives a killed run stands in `record_files.py`.
+Predictor -> `PredictionWriter` -> file -> `read_predictions` -> `score_predictions` -> one row. How a file survives a
+killed run stands in `record_files.py`.
 
 Example line: {"ref_id": 8, "sent_id": 2, "image_id": 519404, "text": "the tie of the standing man", "segmentation":
 {"size": [480, 640], "counts": "..."}, "answer": "It is [SEG]."}; "segmentation" is null when no [SEG] was generated. An

@@ -1,9 +1,9 @@
 """Files of answers, one JSON record per line, that survive a killed run.
 
-Place in the flow: the engine opens a `RecordWriter` per process and reads with `read_records` what is there already;
-`predictions.py` and `item_predictions.py` say what a line holds. The writer adds whole lines, so a run that was killed
-leaves at most one unfinished line at the end; reading drops it and says so, opening for writing cuts it off. A line
-that a full disk did not take is cut off at once, and the message says what is safe.
+The engine opens a `RecordWriter` per process and reads with `read_records` what is there already; `predictions.py` and
+`item_predictions.py` say what a line holds. The writer adds whole lines, so a run that was killed leaves at most one
+unfinished line at the end; reading drops it and says so, opening for writing cuts it off. A line that a full disk did
+not take is cut off at once, and the message says what is safe.
 
 Example, a file of three lines whose last one was cut:
 

@@ -1,6 +1,6 @@
 """Referring segmentation: every expression asks for one mask, which is compared with the union of its targets.
 
-Place in the flow: expressions of a split -> here -> `Task`, which `run.py` and validation ask. An eval in a config is
+Expressions of a split -> here -> `Task`, which `run.py` and validation ask. An eval in a config is
 
     {_target_: pixel_sail.evaluation.refer_seg.load, root: ..., dataset: refcoco, split: val}
 

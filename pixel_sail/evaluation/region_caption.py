@@ -1,7 +1,7 @@
 """Captions of marked regions: RefCOCOg's and PerBench's detailed ones.
 
-Place in the flow: `data/sources/region_caption.py` and `perbench.py` -> here -> `Task`, whose answers
-`metrics/captions.py` compares with what people wrote. Evals in a config:
+`data/sources/region_caption.py` and `perbench.py` -> here -> `Task`, whose answers `metrics/captions.py` compares with
+what people wrote. Evals in a config:
 
     {_target_: pixel_sail.evaluation.region_caption.load_refcocog, annotations: ..., image_dir: ...}
     {_target_: pixel_sail.evaluation.region_caption.load_perbench, annotations: ..., image_dir: ...}

@@ -1,8 +1,8 @@
 """Multiple-choice questions about a marked region: PerBench's.
 
-Place in the flow: `data/sources/perbench.py` -> here -> `Task`, whose answers `metrics/choice.py` judges. An eval in a
-config is `{_target_: pixel_sail.evaluation.region_choice.load, annotations: ..., image_dir: ...}`; `protocols: [paper]`
-does without reading the options, should a file write them in another way.
+`data/sources/perbench.py` -> here -> `Task`, whose answers `metrics/choice.py` judges. An eval in a config is
+`{_target_: pixel_sail.evaluation.region_choice.load, annotations: ..., image_dir: ...}`; `protocols: [paper]` does
+without reading the options, should a file write them in another way.
 
 Scores of one question with the options "A. red" and "B. blue", right answer "B. blue", generated `<Prompt0>: B`:
 accuracy 1 (the letter names an option), paper_accuracy 0 (release: "B. blue" is no part of the text).

@@ -1,6 +1,6 @@
 """The report of a run: scores as tables, the loss curve, and images of what was asked, predicted and true.
 
-Place in the flow: `run.py` and the quickstart call `write_html_report` after scoring. It writes into the run folder
+`run.py` and the quickstart call `write_html_report` after scoring. It writes into the run folder
 
     report.md, report.html     facts, tables, images; the HTML holds its images
     examples/<eval>_00.png     one image each

@@ -1,7 +1,7 @@
 """Items with their answers as images: which ones are shown, and how.
 
-Place in the flow: every task makes a `ResultExample` of an item and its record; `run.py` chooses the best, median and
-worst ones (`ranked`) -> `report.py` puts them into the page and `sheet` into one PNG. One of referring segmentation:
+Every task makes a `ResultExample` of an item and its record; `run.py` chooses the best, median and worst ones
+(`ranked`) -> `report.py` puts them into the page and `sheet` into one PNG. One of referring segmentation:
 
     image | predicted mask | true mask | best: "the small striped circle" (IoU 0.87, answer: It is [SEG].)
 """

@@ -1,7 +1,7 @@
 """Rows of `results.jsonl`: the scores of one eval with their intervals, and everything that made them.
 
-Place in the flow: `run.py` scores an eval -> `result_row` -> `append_row`; the report, `tools/compare_runs.py` and the
-quickstart read them back. A row, shortened:
+`run.py` scores an eval -> `result_row` -> `append_row`; the report, `tools/compare_runs.py` and the quickstart read
+them back. A row, shortened:
 
     {"eval": "refcoco_val", "kind": "referring segmentation", "scores": {"ciou": 0.81, "paper_ciou": 0.8, ...},
      "intervals": {"ciou": [0.803, 0.818], ...}, "resampled": {"by": "image", "images": 1500, "resamples": 1000, ...},

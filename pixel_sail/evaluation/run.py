@@ -1,6 +1,6 @@
 """All configured evals of one checkpoint.
 
-Place in the flow: `scripts/evaluate.py` and the quickstart call `run_evals`, which leaves behind
+`scripts/evaluate.py` and the quickstart call `run_evals`, which leaves behind
 
     <output>/<eval>/...        predictions, see `engine.py`
     <output>/.lock             who is writing into the folder, see `training/run_lock.py`

@@ -1,7 +1,7 @@
 """The paper's Tables 1-4 with several runs beside its own rows, and the table of its components.
 
-Place in the flow: `tools/make_tables.py` reads `results.jsonl` of every run, and what lmms-eval wrote for Table 4; this
-module makes tables of them with the columns of `paper_tables.json`. An example, one run and one protocol:
+`tools/make_tables.py` reads `results.jsonl` of every run, and what lmms-eval wrote for Table 4; this module makes
+tables of them with the columns of `paper_tables.json`. An example, one run and one protocol:
 
     | | METEOR |
     |---|---:|

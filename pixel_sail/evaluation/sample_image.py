@@ -1,8 +1,8 @@
 """Images of training samples: the image with every mask and prompt in a colour and a number of its own.
 
-Place in the flow: the data report and the batch viewer render with it, on top of `overlay.py`. Different masks are
-tinted and numbered 1, 2, ... in the order of the [SEG] of all turns, and the same mask asked for twice has one number;
-visual prompts are outlined and named P0, P1, ... by their id.
+The data report and the batch viewer render with it, on top of `overlay.py`. Different masks are tinted and numbered 1,
+2, ... in the order of the [SEG] of all turns, and the same mask asked for twice has one number; visual prompts are
+outlined and named P0, P1, ... by their id.
 
     render_masks(image of 640 x 480, [left cup, right cup, left cup], {7: spoon})
     ->  RGB [360, 480, 3] with "1" and "2" on the cups and a ring named "P7" around the spoon

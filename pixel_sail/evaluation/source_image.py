@@ -1,7 +1,6 @@
 """The image that an evaluation item is about, and how it is opened.
 
-Place in the flow: questions and examples of reports name a `SourceImage`; `open` returns it as the annotators saw it.
-An example:
+Questions and examples of reports name a `SourceImage`; `open` returns it as the annotators saw it. An example:
 
     SourceImage(path=Path("data/lisa_reasoning/val/62.jpg"), size_hw=(4000, 3000), is_upright=True)
 

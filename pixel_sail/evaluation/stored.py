@@ -1,8 +1,7 @@
 """Evals of an evaluation folder, read back to be scored again or compared.
 
-Place in the flow: `<output>/<eval>/protocol.json` and `predictions.jsonl` -> `StoredEval` -> `comparison.py` for
-`tools/compare_runs.py`. The protocol says which loader read the items with what settings, so they come from where they
-came from:
+`<output>/<eval>/protocol.json` and `predictions.jsonl` -> `StoredEval` -> `comparison.py` for `tools/compare_runs.py`.
+The protocol says which loader read the items with what settings, so they come from where they came from:
 
     read_stored(Path("runs/a/evaluation/refcoco_val")).measure().scores["ciou"] == 0.81
 

@@ -1,8 +1,7 @@
 """What came out of a sweep: mean and spread over seeds, and the paired difference to a baseline.
 
-Place in the flow: `sweep.json` and the evaluation folders of its jobs -> `SeedGroup`s, jobs that differ in the seed
-only -> `scores_of_groups` and `differences` -> `tools/make_tables.py --sweep`. An example, cIoU of two groups with two
-seeds:
+`sweep.json` and the evaluation folders of its jobs -> `SeedGroup`s, jobs that differ in the seed only ->
+`scores_of_groups` and `differences` -> `tools/make_tables.py --sweep`. An example, cIoU of two groups with two seeds:
 
     | | refshapes_val ciou |
     |---|---:|

@@ -1,7 +1,7 @@
 """Tables of a report, as Markdown and as HTML.
 
-Place in the flow: scores of a run -> `scores_table`, the paper's rows -> `paper_tables.py` -> `Table` -> `report.py`.
-A row of scores, with the interval of each score that has one:
+Scores of a run -> `scores_table`, the paper's rows -> `paper_tables.py` -> `Table` -> `report.py`. A row of scores,
+with the interval of each score that has one:
 
     ("refshapes_val", ("0.659 (0.631-0.688)", "0.727 (0.703-0.751)", "1229"))
 """

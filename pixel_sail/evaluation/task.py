@@ -1,8 +1,7 @@
 """What a benchmark says about itself: its items, what is asked of each, what is written about each, how that is scored.
 
-Place in the flow: `refer_seg.py`, `region_caption.py`, `region_choice.py`, `visual_referring.py` and
-`grounded_caption.py` return a `Task`, the target of an eval in a config; `engine.py` asks it. An item of PerBench's
-detailed captions becomes
+`refer_seg.py`, `region_caption.py`, `region_choice.py`, `visual_referring.py` and `grounded_caption.py` return a
+`Task`, the target of an eval in a config; `engine.py` asks it. An item of PerBench's detailed captions becomes
 
     ItemRequest(item=RegionCaption(...), key="sa_1.jpg/0.0", image_id="images/sa_1.jpg",
                 source_image=SourceImage(path=..., ...),

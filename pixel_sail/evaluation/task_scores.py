@@ -1,7 +1,7 @@
 """Scores, and what each item adds to them, so that they can be resampled and compared item by item.
 
-Place in the flow: the sums of `metrics/` -> `measure` -> `TaskScores`, which every `Task` returns -> `confidence.py`
-(intervals), `results.py` (rows), `tools/compare_runs.py`. Two expressions with 2 of 4 and 3 of 4 pixels right:
+The sums of `metrics/` -> `measure` -> `TaskScores`, which every `Task` returns -> `confidence.py` (intervals),
+`results.py` (rows), `tools/compare_runs.py`. Two expressions with 2 of 4 and 3 of 4 pixels right:
 
     TaskScores(scores={"ciou": 0.625, "giou": 0.625, "count": 2, ...},
              fractions={"ciou": ItemFractions(numerators_N=[2, 3], denominators_N=[4, 4]),

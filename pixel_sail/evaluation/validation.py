@@ -1,7 +1,7 @@
 """Scoring during training, and the images that go with it.
 
-Place in the flow: `scripts/train.py` gives `validation_for(...)` to the training loop, which knows nothing of
-evaluation. A validation logs one line of scores of every eval on its first `max_images` images, and a few overlays.
+`scripts/train.py` gives `validation_for(...)` to the training loop, which knows nothing of evaluation. A validation
+logs one line of scores of every eval on its first `max_images` images, and a few overlays.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,7 @@
 """Questions that mention marked regions and are answered by masks: PerBench's visual-text referring segmentation.
 
-Place in the flow: `data/sources/perbench.py` -> here -> `Task`, whose masks `metrics/visual_referring.py` compares. An
-eval in a config is `{_target_: pixel_sail.evaluation.visual_referring.load, annotations: ..., image_dir: ...}`.
+`data/sources/perbench.py` -> here -> `Task`, whose masks `metrics/visual_referring.py` compares. An eval in a config is
+`{_target_: pixel_sail.evaluation.visual_referring.load, annotations: ..., image_dir: ...}`.
 
 As in the release, an answer without a mask is followed by a second one that begins with "It is [SEG]."; the line says
 so (`is_retry`). Scores of one pass: `ciou`, `giou`, ... compare the union of the masks with that of the targets, and

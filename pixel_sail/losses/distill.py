@@ -1,8 +1,8 @@
 """Distillation losses: what the student's linear layer says against a teacher's features.
 
-Place in the flow: `losses/total.py` calls `distill_losses` for the chosen images with the maps of
-`model/distill_head.py` and those of `distillation/teachers.py`. A student map [120, 160, 256] is compared with
-Mask2Former's [256, 200, 272] resized to 120 x 160.
+`losses/total.py` calls `distill_losses` for the chosen images with the maps of `model/distill_head.py` and those of
+`distillation/teachers.py`. A student map [120, 160, 256] is compared with Mask2Former's [256, 200, 272] resized to 120
+x 160.
 
 Axis letters: N images, Y X cells of the student's map, h w cells of the teacher's, E teacher channels.
 """

@@ -1,8 +1,8 @@
 """Mask losses on sampled points: binary cross-entropy and Dice.
 
-Place in the flow: `losses/total.py` calls `losses_at_points` once per micro-batch with the model's logits and the true
-masks of all its images. Both losses are told mask by mask, so that dividing by the number of masks of the whole global
-batch is the caller's business. `point_losses` is the same for one image, and what tests compare with.
+`losses/total.py` calls `losses_at_points` once per micro-batch with the model's logits and the true masks of all its
+images. Both losses are told mask by mask, so that dividing by the number of masks of the whole global batch is the
+caller's business. `point_losses` is the same for one image, and what tests compare with.
 
 Example: 3 masks of a 427 x 640 image and logits [3, 108, 160]; 37,632 random points per mask are looked at, the 9,408
 most uncertain and 3,136 fresh ones are scored, both maps being read bilinearly at the same relative places.

@@ -1,8 +1,7 @@
 """Text loss: cross-entropy of the next token at supervised positions.
 
-Place in the flow: `losses/total.py` calls it with the logits the model computed at `Batch.logit_positions_M2`. For the
-answer "It is [SEG]." with its ending token there are five such positions, the first being the last token of the
-question.
+`losses/total.py` calls it with the logits the model computed at `Batch.logit_positions_M2`. For the answer "It is
+[SEG]." with its ending token there are five such positions, the first being the last token of the question.
 """
 
 from torch import Tensor

@@ -1,7 +1,7 @@
 """All losses of a micro-batch as sums, and the one place where they become a number to differentiate.
 
-Place in the flow: `training/step.py` calls `loss_sums` after the forward pass and `combine` with the counts of the
-whole global batch (all ranks, all micro-batches), so that a token or a mask weighs the same wherever it was computed:
+`training/step.py` calls `loss_sums` after the forward pass and `combine` with the counts of the whole global batch (all
+ranks, all micro-batches), so that a token or a mask weighs the same wherever it was computed:
 
     total = text_weight * sum(w * CE) / tokens + bce_weight * sum(BCE) / masks + dice_weight * sum(Dice) / masks
             + for each teacher: teacher_weight * sum(distillation) / its distilled images

@@ -1,8 +1,7 @@
 """What of a generated answer is scored: descriptions without marks, phrases beside the masks they name.
 
-Place in the flow: the text of a prediction, as generated -> here -> `metrics/captions.py`,
-`metrics/grounded_caption.py`. Functions that end in `_as_released` do what the released scripts do, for the `paper`
-protocol.
+The text of a prediction, as generated -> here -> `metrics/captions.py`, `metrics/grounded_caption.py`. Functions that
+end in `_as_released` do what the released scripts do, for the `paper` protocol.
 
 Example:
 

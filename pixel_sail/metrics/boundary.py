@@ -1,7 +1,7 @@
 """Boundary IoU: how well the rims of two masks agree, whatever their insides do.
 
-Place in the flow: (prediction, target) pairs -> `boundary_sums` of one pair -> `evaluation/predictions.py`, for evals
-that ask for it (`refer_seg.load_with_boundaries`).
+(prediction, target) pairs -> `boundary_sums` of one pair -> `evaluation/predictions.py`, for evals that ask for it
+(`refer_seg.load_with_boundaries`).
 
 The rim of a mask is made of its pixels that are at most d away from a pixel outside, d being 2 % of the image's
 diagonal; beyond the image's edge is outside too. Boundary IoU is the IoU of the two rims. Source: Cheng et al.,

@@ -1,7 +1,7 @@
 """METEOR, CIDEr, BLEU and ROUGE-L of descriptions, in two protocols that are named with every score.
 
-Place in the flow: references and answers by item id (cleaned by `metrics/answer_text.py`) -> `score_captions` ->
-`CaptionScores` -> table. Example: {"7": ("a dog on grass",)} and {"7": "a dog"} -> meteor, cider, bleu1..4, rouge_l.
+References and answers by item id (cleaned by `metrics/answer_text.py`) -> `score_captions` -> `CaptionScores` -> table.
+Example: {"7": ("a dog on grass",)} and {"7": "a dog"} -> meteor, cider, bleu1..4, rouge_l.
 
 - `standard`: as COCO: PTB tokens, METEOR 1.5, CIDEr, BLEU and ROUGE-L of the answer against its references. Also what
   the release does for RefCOCOg regions and grounded captions.

@@ -1,7 +1,7 @@
 """Multiple choice: which option an answer names, and how often it is the right one, in two protocols.
 
-Place in the flow: question, right answer and generated answer -> `ChoiceSums` of one item -> added over items ->
-`summary`. An example of the data:
+Question, right answer and generated answer -> `ChoiceSums` of one item -> added over items -> `summary`. An example of
+the data:
 
     question "What colour is it?\\nA. red\\nB. dark red\\n", right "B. dark red", generated "It is dark red."
     -> standard: option B, right.   paper: wrong, "B. dark red" is not in "It is dark red."

@@ -1,7 +1,7 @@
 """AP50, mIoU and recall of grounded captions, in two protocols.
 
-Place in the flow: masks and phrases of one image, predicted and expected -> `ImageScore` -> `GroundedCaptionScores`,
-joined over images and ranks -> `summary`. The words of the caption are scored by `metrics/captions.py`.
+Masks and phrases of one image, predicted and expected -> `ImageScore` -> `GroundedCaptionScores`, joined over images
+and ranks -> `summary`. The words of the caption are scored by `metrics/captions.py`.
 
 Example: two targets, one predicted mask that equals the first and has its phrase -> standard: AP50 0.505 (precision 1
 up to recall 0.5), mIoU 0.5, recall 0.5. paper: AP50 0.505, mIoU 1.0, recall 0.5.

@@ -1,6 +1,6 @@
 """cIoU, gIoU, precision at IoU thresholds and no-target accuracy, as integer sums that become ratios at the end.
 
-Place in the flow: (prediction, target) pairs -> `IoUSums` of one pair -> added over expressions and ranks -> `summary`.
+(prediction, target) pairs -> `IoUSums` of one pair -> added over expressions and ranks -> `summary`.
 
 Rules, where published code differs or hides them in an epsilon:
 - cIoU = sum of intersections / sum of unions; gIoU = mean of the IoU of each pair.

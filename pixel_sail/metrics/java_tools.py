@@ -1,8 +1,8 @@
 """The two Java programs behind COCO's caption scores: the PTB tokenizer and METEOR 1.5, supervised.
 
-Place in the flow: captions -> `CaptionTools.tokenize` -> `metrics/captions.py` -> `CaptionTools.meteor`. Both jars are
-those of the PyPI package pycocoevalcap, so that scores are comparable; the package's own wrappers hang or shift lines
-when a process dies or a caption holds a line break, hence these.
+Captions -> `CaptionTools.tokenize` -> `metrics/captions.py` -> `CaptionTools.meteor`. Both jars are those of the PyPI
+package pycocoevalcap, so that scores are comparable; the package's own wrappers hang or shift lines when a process dies
+or a caption holds a line break, hence these.
 
 Example: tokenize(["A dog, I think."]) -> ["a dog i think"]; METEOR answers a line on its standard input with a line:
 

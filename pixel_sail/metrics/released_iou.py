@@ -1,7 +1,7 @@
 """cIoU and gIoU as the released scripts compute them, small constants and all, for the `paper` protocol.
 
-Place in the flow: (predicted, target) pairs as RLE -> `ReleasedIoUSums` -> added over items -> `summary`.
-Where a correct score is wanted, use `metrics/iou.py`.
+(predicted, target) pairs as RLE -> `ReleasedIoUSums` -> added over items -> `summary`. Where a correct score is wanted,
+use `metrics/iou.py`.
 
 What is done differently from there (facts of the released code):
 - cIoU = sum of intersections / (sum of unions + 1e-10); gIoU = mean of intersection / (union + 1e-5), plus 1 where

@@ -1,6 +1,6 @@
 """PerBench's questions that mention marked regions and are answered by masks, and PerBench's overall score.
 
-Place in the flow: predicted and target masks of one question, as RLE -> sums of `metrics/iou.py` (`standard`) or of
+Predicted and target masks of one question, as RLE -> sums of `metrics/iou.py` (`standard`) or of
 `metrics/released_iou.py` (`paper`) -> added over questions and ranks -> table.
 
 Protocols, for predictions P0, P1, ... in the order of their [SEG] and targets T0, T1, ... in the order of the file:

@@ -1,9 +1,9 @@
 """Attention backends for packed rows that need no mask over the row: the image of a sample is always its prefix.
 
-Place in the flow: `modeling_pixel_sail` asks `attention_backend` for the backend of a forward pass and passes it to the
-decoder. A sample of 1,202 image tokens and a conversation of 130 has two attention segments: 1,202 queries over 1,202
-keys without a mask, and 130 queries over 1,332 keys, causal from the bottom right. Each independent question is a
-segment, over the image and itself. `attention_mask.py` has the same as one dense mask; tests compare with it.
+`modeling_pixel_sail` asks `attention_backend` for the backend of a forward pass and passes it to the decoder. A sample
+of 1,202 image tokens and a conversation of 130 has two attention segments: 1,202 queries over 1,202 keys without a
+mask, and 130 queries over 1,332 keys, causal from the bottom right. Each independent question is a segment, over the
+image and itself. `attention_mask.py` has the same as one dense mask; tests compare with it.
 
 Axis letters: B rows, T tokens, A attention heads, G key-value heads, E head width, I segments of one shape, Q queries
 of a segment, K keys of a segment, N all tokens of all rows.

@@ -1,7 +1,7 @@
 """Who may attend to whom in a packed sequence.
 
-Place in the flow: the decoder turns the three per-token arrays of a batch into one boolean mask. This is the reference
-path: obvious and dense. One sample with an image of two patches and two independent questions of two tokens each:
+The decoder turns the three per-token arrays of a batch into one boolean mask. This is the reference path: obvious and
+dense. One sample with an image of two patches and two independent questions of two tokens each:
 
     token          <vision> patch patch </vision>  q0 q0  q1 q1
     in_image          1      1     1      1         0  0   0  0

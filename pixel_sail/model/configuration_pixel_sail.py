@@ -1,7 +1,7 @@
 """The architecture of a Pixel-SAIL model, as one dataclass with two users.
 
-Place in the flow: Hydra's `model` group fills `Architecture`, `PixelSailConfig` carries the same fields into the
-`config.json` that travels with the weights. The values of a real model, for example of the 0.5B one:
+Hydra's `model` group fills `Architecture`, `PixelSailConfig` carries the same fields into the `config.json` that
+travels with the weights. The values of a real model, for example of the 0.5B one:
 
     Architecture(vocab_size=151680, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
                  num_attention_heads=14, num_key_value_heads=2, patch_size=16, mask_stride=4, mask_dim=512)

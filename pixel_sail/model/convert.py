@@ -1,8 +1,7 @@
 """Conversion of the released code's state dict into ours, strict in both directions.
 
-Place in the flow: `tools/check_parity.py` and checkpoint conversion call `convert_release_state`. Keys are translated
-by a table, embedding rows by token name, because the release appended its tokens in an order that differs between its
-configs:
+`tools/check_parity.py` and checkpoint conversion call `convert_release_state`. Keys are translated by a table,
+embedding rows by token name, because the release appended its tokens in an order that differs between its configs:
 
     single_transformer.model.layers.0.self_attn.q_proj.weight  ->  decoder.layers.0.self_attn.q_proj.weight
     upsample_blocks.1.2.depthwise.bias                         ->  mask_head.upsampler.blocks.1.depthwise.bias

@@ -1,7 +1,7 @@
 """The decoder-only transformer: RMSNorm, grouped-query attention, SwiGLU, 2-D rotary positions.
 
-Place in the flow: `modeling_pixel_sail` and `generation` hand it embeddings, it returns the states after the final
-norm. It knows nothing of images: images only show in the positions and in the attention backend it is given.
+`modeling_pixel_sail` and `generation` hand it embeddings, it returns the states after the final norm. It knows nothing
+of images: images only show in the positions and in the attention backend it is given.
 
 Example: embeddings [2, 194, 128] with positions [2, 2, 194] and `MaskedAttention(mask [2, 1, 194, 194])` give states
 [2, 194, 128].

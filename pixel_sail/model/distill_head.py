@@ -1,7 +1,7 @@
 """The student's linear layers towards its teachers: used in training, absent from exported models.
 
-Place in the flow: `training/build.py` adds a `DistillHead` to the model where teachers are configured, forward calls it
-for the chosen images, `losses/distill.py` compares the result. Names are the released ones:
+`training/build.py` adds a `DistillHead` to the model where teachers are configured, forward calls it for the chosen
+images, `losses/distill.py` compares the result. Names are the released ones:
 
     distill_head.mask2former_distill_linear.weight [256, mask_dim]    from the pixel map, after the projector
     distill_head.sam2_distill_linear.weight        [256, hidden]      from the patch states, after the final norm

@@ -1,7 +1,7 @@
 """How an image becomes token embeddings in the EVE base: two convolutions, a class token, a token behind every row.
 
-Place in the flow: takes the place of `image_embedding.PatchEmbedding` where the architecture's base is eve. A patch is
-2 x 2 pieces of 16 x 16 pixels, and no convolution reaches into another patch, so that patches stay what sequences hold:
+Takes the place of `image_embedding.PatchEmbedding` where the architecture's base is eve. A patch is 2 x 2 pieces of 16
+x 16 pixels, and no convolution reaches into another patch, so that patches stay what sequences hold:
 
     patch [3, 32, 32] -> 2 x 2 pieces of 1024 channels -> GELU -> one embedding of the decoder's width
 

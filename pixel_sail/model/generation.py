@@ -1,8 +1,7 @@
 """Greedy answers about images: every image is encoded once, any number of texts about it share its keys and values.
 
-Place in the flow: `evaluation/predict.py` and the parity tool call `encode_images`, then `generate`. Images of one
-batch have one patch grid. A [SEG] state is taken after the token was consumed, also when [SEG] is the last token that
-was generated.
+`evaluation/predict.py` and the parity tool call `encode_images`, then `generate`. Images of one batch have one patch
+grid. A [SEG] state is taken after the token was consumed, also when [SEG] is the last token that was generated.
 
 Example: 4 images of 64 patches, 12 questions about each, run as one batch of 48 texts over 4 cached prefixes of 66
 tokens, none of which is copied; the answer `It is [SEG].<end>` costs 6 further single-token passes and gives one

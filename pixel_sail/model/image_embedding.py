@@ -1,8 +1,8 @@
 """How an image and its visual prompts become token embeddings.
 
-Place in the flow: this is the seam between images and the decoder. `modeling_pixel_sail` looks up the token
-embeddings, this module adds what a patch shows and which prompt covers it; a base model with another image tokeniser
-replaces this file's module and nothing of the decoder.
+This is the seam between images and the decoder. `modeling_pixel_sail` looks up the token embeddings, this module adds
+what a patch shows and which prompt covers it; a base model with another image tokeniser replaces this file's module and
+nothing of the decoder.
 
 Example: 64 patches of 3 x 16 x 16 values standing at tokens 1 .. 64 of a sequence; patches 9, 10, 17 and 18 carry
 prompt 3:

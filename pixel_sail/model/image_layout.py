@@ -1,7 +1,7 @@
 """The tokens of an image: which ids, at which positions, and which of them are patches.
 
-Place in the flow: the processor and the generator lay out images with it, for training and inference alike. The two
-layouts of a grid of 2 x 3, where in the second some text of the template stands before the image:
+The processor and the generator lay out images with it, for training and inference alike. The two layouts of a grid of 2
+x 3, where in the second some text of the template stands before the image:
 
     sail   <vision> <vpatch>x6 </vision>                                  (row, column) positions
     eve    <|im_start|>user\\n <vision> <vpatch>x3 </vision> <vpatch>x3 </vision>      1-D positions

@@ -1,7 +1,7 @@
 """Which implementation computes each part of the model.
 
-Place in the flow: `kernels` of a training run becomes `model.kernels`. Every choice has a slow, obvious reference
-beside a fast path, and tests that compare outputs and gradients of both:
+`kernels` of a training run becomes `model.kernels`. Every choice has a slow, obvious reference beside a fast path, and
+tests that compare outputs and gradients of both:
 
     Kernels(attention="dense", text_loss="plain", mask_head="maps", recompute_elementwise=False)    the reference
     Kernels()                                                                                       the default

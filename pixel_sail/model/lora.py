@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on linear layers.
 
-Place in the flow: `training/build.py` adds them to a model whose weights are loaded, `training/checkpoint.py` folds
-them into the weights they adapt when it exports, so that nothing after training knows of them. The adapted layer keeps
-its place and the names of its parameters; two are new:
+`training/build.py` adds them to a model whose weights are loaded, `training/checkpoint.py` folds them into the weights
+they adapt when it exports, so that nothing after training knows of them. The adapted layer keeps its place and the
+names of its parameters; two are new:
 
     decoder.layers.0.self_attn.q_proj.weight [896, 896]    frozen
     decoder.layers.0.self_attn.q_proj.lora_A [16, 896]     random

@@ -1,7 +1,7 @@
 """From hidden states to mask logits: pixel features dotted with [SEG] queries.
 
-Place in the flow: `modeling_pixel_sail` gives it the patch states of each image and the states of the [SEG] tokens; the
-losses and the predictor take the logits. No bias, no scale: a logit is a plain dot product.
+`modeling_pixel_sail` gives it the patch states of each image and the states of the [SEG] tokens; the losses and the
+predictor take the logits. No bias, no scale: a logit is a plain dot product.
 
 Example: a 8 x 8 grid of 128 channels and 5 [SEG] states give logits [5, 32, 32] at stride 4 of a 128 x 128 image.
 

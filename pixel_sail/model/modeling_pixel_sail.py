@@ -1,7 +1,7 @@
 """The Pixel-SAIL model: packed tokens and raw patches in, text logits and mask logits out.
 
-Place in the flow: `data/collate.py` makes its inputs, `losses/` and `evaluation/` take its outputs. No loss is computed
-here. Forward reads top to bottom: embed, add image and prompts, decode, read text, read masks.
+`data/collate.py` makes its inputs, `losses/` and `evaluation/` take its outputs. No loss is computed here. Forward
+reads top to bottom: embed, add image and prompts, decode, read text, read masks.
 
 Example: a sequence of two samples, an 8 x 8 grid with 3 masks and a 7 x 9 grid with none, in one row of 260 tokens,
 gives hidden_BTD [1, 260, 128], logits of the chosen positions [M, V] and mask_logits ([3, 32, 32], None).

@@ -1,7 +1,7 @@
 """Image <-> token grid: sizes, pixels and prompt masks. The only file that knows the order of patches.
 
-Place in the flow: the processor calls it for training and inference alike. Sizes for patches of 16 and a longest side
-of 1024, all (height, width):
+The processor calls it for training and inference alike. Sizes for patches of 16 and a longest side of 1024, all
+(height, width):
 
     image 427 x 640  -> resized 432 x 640 -> grid 27 x 40 = 1080 patches
     image 480 x 640  -> resized 480 x 640 -> grid 30 x 40 = 1200 patches

@@ -1,7 +1,7 @@
 """The one way from images and text to tokens, for training and for inference.
 
-Place in the flow: `data/packing.py` turns a `Sample` into an `Example` with it, the predictor encodes images and
-questions with it. The layout of a sample with one question (grid 2 x 3):
+`data/packing.py` turns a `Sample` into an `Example` with it, the predictor encodes images and questions with it. The
+layout of a sample with one question (grid 2 x 3):
 
     <vision> <vpatch>x6 </vision> | <|im_start|>user\\n{question}<|im_end|>\\n | {answer}<|endoftext|>
     positions (row, column): (0,0) (1,1) (1,2) (1,3) (2,1) (2,2) (2,3) (4,4) (5,5) ...

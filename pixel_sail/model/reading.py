@@ -1,7 +1,7 @@
 """Folders of models and tokenizers that come from elsewhere, read so that damage is told in one message.
 
-Place in the flow: `tokenization.py`, `processing_pixel_sail.py` and `modeling_pixel_sail.py` load what a folder holds
-within `reading`; the libraries below them raise a dozen classes for files that are cut, lost or of another model:
+`tokenization.py`, `processing_pixel_sail.py` and `modeling_pixel_sail.py` load what a folder holds within `reading`;
+the libraries below them raise a dozen classes for files that are cut, lost or of another model:
 
     with reading("tokenizer data/tokenizer"):
         AutoTokenizer.from_pretrained("data/tokenizer")

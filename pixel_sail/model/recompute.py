@@ -1,9 +1,9 @@
 """Layers that keep what enters them and make the rest again in the backward pass, where that costs little.
 
-Place in the flow: `decoder.py` and `upsampler.py` take these where `kernels.recompute_elementwise` is true. Between two
-matrix products lie norms, rotations, activations and small convolutions. Plain autograd keeps a map for most of their
-steps; here the outputs of products are kept and most of what lies between is computed twice. One 0.5B layer over 1,332
-tokens in float32 then keeps, in MB,
+`decoder.py` and `upsampler.py` take these where `kernels.recompute_elementwise` is true. Between two matrix products
+lie norms, rotations, activations and small convolutions. Plain autograd keeps a map for most of their steps; here the
+outputs of products are kept and most of what lies between is computed twice. One 0.5B layer over 1,332 tokens in
+float32 then keeps, in MB,
 
     states 4.8 and normed 4.8, queries 4.8, keys and values 1.4, attention output 4.8, states 4.8 and normed 4.8,
     gate 25.9, other half 25.9

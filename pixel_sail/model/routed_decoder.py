@@ -1,8 +1,8 @@
 """A decoder whose layers have weights of their own for image tokens, each token computed by its own weights only.
 
-Place in the flow: `modeling_pixel_sail` takes it in place of `Decoder` where the architecture names
-`modality_experts`. Tokens are put in order once, text before image, so that each half goes through its weights as one
-product; only queries, keys, values and what attention makes of them return to the order of the sequence:
+`modeling_pixel_sail` takes it in place of `Decoder` where the architecture names `modality_experts`. Tokens are put in
+order once, text before image, so that each half goes through its weights as one product; only queries, keys, values and
+what attention makes of them return to the order of the sequence:
 
     sequence  u  <vision> p p </vision>  a b      a layer's products   [u a b] and [<vision> p p </vision>]
 

@@ -1,8 +1,8 @@
 """Where the samples of packed rows stand, as numbers of the host.
 
-Place in the flow: `data/collate.py` lists the spans of a batch before it goes to a device, so that attention needs no
-mask and the model needs no look at the device to know its shapes. A row that holds an image of 66 tokens with one
-conversation of 40, and a second image with two independent questions, is
+`data/collate.py` lists the spans of a batch before it goes to a device, so that attention needs no mask and the model
+needs no look at the device to know its shapes. A row that holds an image of 66 tokens with one conversation of 40, and
+a second image with two independent questions, is
 
     SampleSpan(row=0, start=0, image=66, shared=0, branches=(40,)), SampleSpan(row=0, start=106, image=66, shared=0,
     branches=(12, 15))

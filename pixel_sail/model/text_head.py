@@ -1,8 +1,8 @@
 """The text head: next-token logits, or the loss of known next tokens without keeping the logits.
 
-Place in the flow: `modeling_pixel_sail` calls it on the states of supervised positions. With 600 such positions and a
-vocabulary of 151,680 the logits would be 364 MB in float32, held three times over; in chunks of 256 rows they are
-155 MB for a moment, and the backward pass computes them again.
+`modeling_pixel_sail` calls it on the states of supervised positions. With 600 such positions and a vocabulary of
+151,680 the logits would be 364 MB in float32, held three times over; in chunks of 256 rows they are 155 MB for a
+moment, and the backward pass computes them again.
 
 Axis letters: M positions, D width, V vocabulary.
 """

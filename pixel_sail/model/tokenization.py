@@ -1,8 +1,7 @@
 """Tokenizers: which tokens the model needs, and how to make a small tokenizer where no pretrained one is wanted.
 
-Place in the flow: `build_model` in training adds `special_tokens` to whatever tokenizer the config names;
-`tools/make_tokenizer.py` trains a byte-level BPE on the text of a dataset for the tiny models. Any text can be
-encoded, since every byte is a token:
+`build_model` in training adds `special_tokens` to whatever tokenizer the config names; `tools/make_tokenizer.py` trains
+a byte-level BPE on the text of a dataset for the tiny models. Any text can be encoded, since every byte is a token:
 
     "Please segment the red star in this image."  ->  9 tokens with a vocabulary of 1,024 trained on RefShapes
 """

@@ -1,7 +1,7 @@
 """Small tables from the host to the device of a model, without waiting for it.
 
-Place in the flow: whoever needs a tensor made of Python numbers within a training step. A plain copy to a GPU waits
-until the GPU has nothing left to do; one from pinned memory is only put into its queue:
+Whoever needs a tensor made of Python numbers within a training step. A plain copy to a GPU waits until the GPU has
+nothing left to do; one from pinned memory is only put into its queue:
 
     to_device(torch.tensor([1.0, 0.1]), device)
 """

@@ -1,9 +1,9 @@
 """Attention of many short texts about small images: every text looks at what its sample shares and at itself.
 
-Place in the flow: `attention_backends.attention_backend` takes it on a CPU where it has fewest scores. A dense mask
-over an image of 66 tokens and 32 questions of 16 has 334,000 scores a head, most of them masked; here the image is one
-product, 66 x 66, and the questions are two, 512 x 66 and 32 times 16 x 16: 46,000, in as many operations as for one
-question. Samples are padded to equal sizes inside a layer's attention only.
+`attention_backends.attention_backend` takes it on a CPU where it has fewest scores. A dense mask over an image of 66
+tokens and 32 questions of 16 has 334,000 scores a head, most of them masked; here the image is one product, 66 x 66,
+and the questions are two, 512 x 66 and 32 times 16 x 16: 46,000, in as many operations as for one question. Samples are
+padded to equal sizes inside a layer's attention only.
 
 Axis letters: B rows, T tokens, N all tokens of all rows, M slots of the padded layout, I samples, P shared tokens of a
 sample (its image, and text before its branches), R branches, L tokens of a branch, A heads, G key-value heads, E head

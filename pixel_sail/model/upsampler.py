@@ -1,6 +1,6 @@
 """The learnable upsampler: from one state per patch to one feature per `mask_stride` pixels.
 
-Place in the flow: the last hidden states of an image's patches enter as a map, the mask head projects what comes out.
+The last hidden states of an image's patches enter as a map, the mask head projects what comes out.
 
 Example: a 40 x 30 grid of 896 channels (a 640 x 480 image in patches of 16) leaves two blocks as 160 x 120.
 

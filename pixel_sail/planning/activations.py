@@ -1,9 +1,9 @@
 """Bytes that the forward pass of one micro-batch keeps for its backward pass.
 
-Place in the flow: `memory.py` adds them to weights, gradients and moments. Every term names what autograd saves, as the
-modules of `pixel_sail/model` are written; a test counts the same with `saved_tensors_hooks`. Parameters do not count,
-a storage that is saved twice counts once. Images are taken to be large: small ones keep some megabytes more
-(`SMALL_MAP` in model/upsampler.py).
+`memory.py` adds them to weights, gradients and moments. Every term names what autograd saves, as the modules of
+`pixel_sail/model` are written; a test counts the same with `saved_tensors_hooks`. Parameters do not count, a storage
+that is saved twice counts once. Images are taken to be large: small ones keep some megabytes more (`SMALL_MAP` in
+model/upsampler.py).
 
     0.5B model, one row of 5,208 tokens with eight masks on two of four images, bf16, in GB: decoder 3.88 (4.90 with
     attention varlen), dense masks 0, text head 0.0004, mask head 0.25, mask losses 0.004; computed in the obvious way

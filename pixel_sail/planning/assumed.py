@@ -1,7 +1,7 @@
 """Sequences of assumed samples, for plans of runs whose data are not at hand.
 
-Place in the flow: `tools/plan_run.py` plans with them where files are missing. Samples are made up, then packed by the
-rule of `data/packing.py`, so that what a plan says follows from the same packing as the run:
+`tools/plan_run.py` plans with them where files are missing. Samples are made up, then packed by the rule of
+`data/packing.py`, so that what a plan says follows from the same packing as the run:
 
     assumed_sequences(architecture, PackingSettings(seq_len=8192), Assumptions(), rows=1)
       ->  micro-batches such as Workload(rows=1, tokens_per_row=7915, samples=6, ...), and

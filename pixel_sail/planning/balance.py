@@ -1,9 +1,8 @@
 """What a sample weighs in a sequence, so that sequences of all ranks take equally long.
 
-Place in the flow: `training/prepare.py` hands `SampleCost` to the packing where `data.packing.balance` is `flops`.
-A step ends when its slowest rank does, and equal numbers of tokens are not equal work: attention within an image grows
-with the square of its patches, and masks want the upsampler. In the 0.5B model, with 100 tokens of text of which half
-are learned,
+`training/prepare.py` hands `SampleCost` to the packing where `data.packing.balance` is `flops`. A step ends when its
+slowest rank does, and equal numbers of tokens are not equal work: attention within an image grows with the square of
+its patches, and masks want the upsampler. In the 0.5B model, with 100 tokens of text of which half are learned,
 
     480 x 640 without masks 1.16, with five masks 1.28, 1024 x 1024 without masks 1.50, with five masks 1.62
 

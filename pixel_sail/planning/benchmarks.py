@@ -1,7 +1,7 @@
 """What the benchmarks of `tools/` run on: sizes of models, and synthetic samples.
 
-Place in the flow: beside everything; `tools/bench_*.py` and `tools/count_step.py` take from here what they time or
-count, so that their figures are about the same models and the same work:
+Beside everything; `tools/bench_*.py` and `tools/count_step.py` take from here what they time or count, so that their
+figures are about the same models and the same work:
 
     sized_config("scaled", small_tokenizer())    width 256, 6 layers, the 0.5B model's proportions
     synthetic_examples(processor, 2, expressions=5, size_hw=(480, 640))    an image and five questions with a box each

@@ -1,7 +1,7 @@
 """Is this machine fit for a run? One function per question; each takes plain numbers and returns a `Check`.
 
-Place in the flow: `tools/doctor.py` measures, these functions judge, so that every bad case can be tried without a
-broken machine. For example:
+`tools/doctor.py` measures, these functions judge, so that every bad case can be tried without a broken machine. For
+example:
 
     check_shared_memory(free=64e6, needed=900e6)
       -> Finding(name="shared memory", status="bad", found="/dev/shm has 0.06 GB free, ...", fix="... --shm-size=...")

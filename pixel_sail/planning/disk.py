@@ -1,7 +1,7 @@
 """Bytes a run leaves on disk.
 
-Place in the flow: `plan.py` adds them up for its table. Checkpoints hold whole float32 parameters and the moments of
-those that are trained, see training/checkpoint.py; before an old one is deleted the new one is complete.
+`plan.py` adds them up for its table. Checkpoints hold whole float32 parameters and the moments of those that are
+trained, see training/checkpoint.py; before an old one is deleted the new one is complete.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,8 @@
 """Floating-point operations of one training step, by part.
 
-Place in the flow: `plan.py` calls `training_flops` on the micro-batches of a step. One multiplication and one addition
-are two operations. The backward pass costs twice the forward pass (gradients of inputs and of weights); norms,
-activations, rotations and losses are left out, they are bound by memory and not by arithmetic.
+`plan.py` calls `training_flops` on the micro-batches of a step. One multiplication and one addition are two operations.
+The backward pass costs twice the forward pass (gradients of inputs and of weights); norms, activations, rotations and
+losses are left out, they are bound by memory and not by arithmetic.
 
     forward of the 0.5B model on four images of 480 x 640 in one row of 5,208 tokens, in TFLOP: decoder 3.73,
     attention 0.54 (2.33 with a dense mask), text head 0.05, upsampler 0.15, mask head 0.06

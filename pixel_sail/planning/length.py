@@ -1,8 +1,8 @@
 """How long a run is: sequences of a step, steps, and the passes over the data that these are.
 
-Place in the flow: `training/prepare.py` calls `measured_length` once the data is known, `tools/plan_run.py` before;
-what comes out replaces the wishes `optim.epochs` and `data.samples_per_step` in everything behind it. One pass over
-2,230,656 samples, 128 to a step, on 32 processes:
+`training/prepare.py` calls `measured_length` once the data is known, `tools/plan_run.py` before; what comes out
+replaces the wishes `optim.epochs` and `data.samples_per_step` in everything behind it. One pass over 2,230,656 samples,
+128 to a step, on 32 processes:
 
     Length(items=2230656, samples_per_sequence=4.0, global_batch_size=32, steps=17427, ...).passes == 1.0
 

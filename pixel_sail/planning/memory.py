@@ -1,8 +1,8 @@
 """Bytes on one GPU: what training holds between steps and at the height of a step.
 
-Place in the flow: `plan.py` calls `memory_per_gpu` for every ZeRO stage and micro-batch. What is held follows from
-`training/accelerator.py` and `training/optim.py`, per trained parameter, with N processes and p = 4 bytes (fp32) or
-2 (bf16); a frozen one has only its weight. A moving average of the weights counts as a third moment, 4 more bytes;
+`plan.py` calls `memory_per_gpu` for every ZeRO stage and micro-batch. What is held follows from
+`training/accelerator.py` and `training/optim.py`, per trained parameter, with N processes and p = 4 bytes (fp32) or 2
+(bf16); a frozen one has only its weight. A moving average of the weights counts as a third moment, 4 more bytes;
 weights of Muon have one moment, 4 bytes less, and stage 1 and 2 gather them for a moment as 2 bytes:
 
     | stage | weights | gradients | float32 masters | Adam's moments |

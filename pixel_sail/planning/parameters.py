@@ -1,6 +1,6 @@
 """How many parameters each part of a model has, from its sizes alone.
 
-Place in the flow: the first thing `plan.py` computes; memory and disk follow from it. For the 0.5B model:
+The first thing `plan.py` computes; memory and disk follow from it. For the 0.5B model:
 
     {"token_embedding": 135905280, "image_embedding": 1490944, "decoder": 357898112, "text_head": 0,
      "mask_head": 10579200, "distill_head": 0}

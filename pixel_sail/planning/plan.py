@@ -1,7 +1,7 @@
 """All that is known about a run before it starts, as one dictionary, and the text that shows it.
 
-Place in the flow: `tools/plan_run.py` calls `make_plan` with a configuration, the micro-batches of its data (measured
-or assumed) and the machine, then prints `plan_text`. Every number in it is plain, so that it can be written as JSON:
+`tools/plan_run.py` calls `make_plan` with a configuration, the micro-batches of its data (measured or assumed) and the
+machine, then prints `plan_text`. Every number in it is plain, so that it can be written as JSON:
 
     make_plan(...)["time"] == {"gpus": 32, "mfu": 0.4, "step_seconds": 0.374, "hours": 2.08, "gpu_hours": 66.5, ...}
 """

@@ -1,7 +1,7 @@
 """What one micro-batch holds: the numbers that FLOPs and memory depend on.
 
-Place in the flow: `plan.py` takes `Workload`s either from real batches (`of_batch`) or from stated assumptions
-(`assumed.py`), averages over them, and says which. One row with five images of 480 x 640 and 100 text tokens each:
+`plan.py` takes `Workload`s either from real batches (`of_batch`) or from stated assumptions (`assumed.py`), averages
+over them, and says which. One row with five images of 480 x 640 and 100 text tokens each:
 
     Workload(rows=1, tokens_per_row=6510, images=(ImageLoad(rows=30, columns=40, masks=4, image_hw=(480, 640)), ...),
              supervised=250, samples=5, real_tokens=6510, seen_pairs=7850270, computed_pairs=7875020,

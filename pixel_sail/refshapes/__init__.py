@@ -1,8 +1,7 @@
 """RefShapes: an embedded referring-segmentation benchmark, rendered in minutes and written in the public formats.
 
-Place in the flow: makes the data that sources and evaluations read; nothing else imports it. `focus.py` says which
-objects a scene has, `scene.py` renders, `expressions.py` speaks, `formats.py` writes. What one image contributes, as an
-example of the data:
+Makes the data that sources and evaluations read; nothing else imports it. `focus.py` says which objects a scene has,
+`scene.py` renders, `expressions.py` speaks, `formats.py` writes. What one image contributes, as an example of the data:
 
     images/train2014/COCO_train2014_000000000001.jpg with six objects, "the star below the blue ring" -> annotation 4
 """

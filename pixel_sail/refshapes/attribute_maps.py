@@ -1,9 +1,9 @@
 """What a perfect teacher would say about a synthetic image: a map of the attributes and places of its objects.
 
-Place in the flow: `formats.py` hands over the maps of the training images, this file writes them as the cache of the
-teacher `pixel_sail/distillation/attributes.py`. A pixel of a red star at the left edge has 1 in the channels red, star,
-plain, small, column 0 (of 10) and its row; a pixel of no object has 1 in the last of the 43 channels. A cell of the map
-is the mean over 8 x 8 pixels: [43, 16, 16] for an image of 128 x 128.
+`formats.py` hands over the maps of the training images, this file writes them as the cache of the teacher
+`pixel_sail/distillation/attributes.py`. A pixel of a red star at the left edge has 1 in the channels red, star, plain,
+small, column 0 (of 10) and its row; a pixel of no object has 1 in the last of the 43 channels. A cell of the map is the
+mean over 8 x 8 pixels: [43, 16, 16] for an image of 128 x 128.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,9 +1,9 @@
 """What answers that need no model score on RefShapes: what chance is, split by split.
 
-Place in the flow: `formats.py` hands over what each expression of a split is about and writes the scores to meta.json;
-the quickstart's report shows them beside the model's. Nobody looks at an image here, and only "the target's colour"
-knows something of the expression: it is a detector of colours without faults, told the right colour even where the
-expression names none. The scores of one split, as an example of the data:
+`formats.py` hands over what each expression of a split is about and writes the scores to meta.json; the quickstart's
+report shows them beside the model's. Nobody looks at an image here, and only "the target's colour" knows something of
+the expression: it is a detector of colours without faults, told the right colour even where the expression names none.
+The scores of one split, as an example of the data:
 
     {"every object": {"ciou": 0.27, "giou": 0.26}, "largest object": {...}, "target's colour": {...},
      "random object": {...}}

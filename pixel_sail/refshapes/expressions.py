@@ -1,7 +1,7 @@
 """Finds the expressions of a scene: queries that fit one object, several or none, in words.
 
-Place in the flow: `queries.py` (meaning), `templates.py` (words) -> here -> `formats.py` (the files). An expression is
-first a `Query`, whose meaning is computed from the scene; only then is it worded. As an example of the data:
+`queries.py` (meaning), `templates.py` (words) -> here -> `formats.py` (the files). An expression is first a `Query`,
+whose meaning is computed from the scene; only then is it worded. As an example of the data:
 
     Sentence(text="the small star below the blue ring", targets=(4,), kind="relation",
              query=Query(attributes=(("size", "small"), ("shape", "star")),

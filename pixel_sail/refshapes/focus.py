@@ -1,7 +1,7 @@
 """Which objects a scene has: sampled so that one kind of words, the scene's focus, has to decide between them.
 
-Place in the flow: `kinds.py` -> here -> `scene.py`, which places and paints the objects. Were the kinds sampled freely,
-the colour would give nearly every object away. A scene whose focus is the place, as an example of the data:
+`kinds.py` -> here -> `scene.py`, which places and paints the objects. Were the kinds sampled freely, the colour would
+give nearly every object away. A scene whose focus is the place, as an example of the data:
 
     four small plain red stars and a large striped blue ring      ("the leftmost star", "the red star at the bottom")
 

@@ -1,6 +1,6 @@
 """Writers of RefShapes: the scenes of all splits in the on-disk formats of the public datasets they stand in for.
 
-Place in the flow: the top of the package; `tools/make_refshapes.py` calls `write_refshapes`, which leaves this folder:
+The top of the package; `tools/make_refshapes.py` calls `write_refshapes`, which leaves this folder:
 
     images/train2014/COCO_train2014_000000000001.jpg
     refshapes/refs(unc).p, instances.json             REFER (RefCOCO)

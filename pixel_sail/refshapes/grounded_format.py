@@ -1,7 +1,7 @@
 """RefShapes in the formats of grounded captions, MUSE and ReasonSeg.
 
-Place in the flow: beside `formats.py`, which asks `grounded_record` for what an image contributes and, at the end,
-`write_grounded` for these files:
+Beside `formats.py`, which asks `grounded_record` for what an image contributes and, at the end, `write_grounded` for
+these files:
 
     glamm_data/annotations/{GranDf_HA,OpenPsg,RefCOCOg,flickr_mergedGT}..._train.json   train images, as named below
     glamm_data/annotations/gcg_val_test/{val,test}_gcg_coco_{mask,caption}_gt.json      val and testA images

@@ -1,7 +1,7 @@
 """The words of RefShapes: colours, shapes, textures, sizes, and which colour and shape never meet in training.
 
-Place in the flow: the bottom of the package. `focus.py` samples the kinds of a scene, `scene.py` places them. An
-object's kind, as an example of the data:
+The bottom of the package. `focus.py` samples the kinds of a scene, `scene.py` places them. An object's kind, as an
+example of the data:
 
     Kind(colour="red", shape="star", texture="plain", size="large")
 """

@@ -1,6 +1,6 @@
 """RefShapes as COCO panoptic segmentation and as Pix2Cap-COCO: every object a thing, the rest one stuff segment.
 
-Place in the flow: `formats.py` calls `write_panoptic` with its records, one per image. It leaves, below the dataset:
+`formats.py` calls `write_panoptic` with its records, one per image. It leaves, below the dataset:
 
     panoptic/annotations/panoptic_train.json                    images, annotations, categories
     panoptic/annotations/panoptic_train/COCO_train2014_000000000001.png   colours say which pixel is whose

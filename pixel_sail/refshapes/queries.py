@@ -1,7 +1,7 @@
 """What an expression of RefShapes means: queries, the objects they denote, and what decides between those.
 
-Place in the flow: `scene.py` (what there is) -> here -> `expressions.py`, which looks for queries about a scene and
-words them. The query of "the small star below the blue ring", as an example of the data:
+`scene.py` (what there is) -> here -> `expressions.py`, which looks for queries about a scene and words them. The query
+of "the small star below the blue ring", as an example of the data:
 
     Query(attributes=(("size", "small"), ("shape", "star")),
           relation=("below", Query(attributes=(("colour", "blue"), ("shape", "ring")))))

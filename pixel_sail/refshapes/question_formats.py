@@ -1,6 +1,6 @@
 """RefShapes in the formats that ask about regions and whole images: PerBench, Osprey, LLaVA.
 
-Place in the flow: beside `formats.py`, which asks for what one image contributes to each file. An example of the data:
+Beside `formats.py`, which asks for what one image contributes to each file. An example of the data:
 
     {"file_name": "COCO_train2014_000000000006.jpg", "height": 144, "width": 112, "annotation": [{"segmentation": {...},
      "bbox": [54, 84, 51, 51]}], "conversations": [{"from": "human", "value": "What is the shape of <region1>?"},

@@ -1,7 +1,7 @@
 """Scenes of RefShapes: which objects stand where, the exact visible mask of every object, and the image.
 
-Place in the flow: `focus.py` says which objects; `expressions.py` talks about a `Scene`, `formats.py` writes both to
-disk. Everything is a pure function of the generator handed in. A scene, as an example of the data:
+`focus.py` says which objects; `expressions.py` talks about a `Scene`, `formats.py` writes both to disk. Everything is a
+pure function of the generator handed in. A scene, as an example of the data:
 
     Scene(image_hw=(128, 128), focus="place", objects=(
         SceneObject(index=0, colour="red", shape="star", texture="plain", size="large", centre_xy=(40.2, 91.7),

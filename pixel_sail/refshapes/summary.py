@@ -1,7 +1,7 @@
 """What meta.json says about a synthetic dataset: counts, how far colours go, and what is scored without a model.
 
-Place in the flow: `formats.py` hands over its records and gets the second half of meta.json; the quickstart's report
-reads `blind_scores` from there. A part of it, as an example of the data:
+`formats.py` hands over its records and gets the second half of meta.json; the quickstart's report reads `blind_scores`
+from there. A part of it, as an example of the data:
 
     {"num_sentences": {"train": 190112, "val": 900, ...}, "kinds": {"val": {"colour": 180, "shape": 171, ...}, ...},
      "colour_decides": {"train": 0.21, "val": 0.2}, "blind_scores": {"val_place": {"target's colour": {...}, ...}, ...}}

@@ -1,6 +1,6 @@
 """The words of RefShapes' queries: nouns, adjectives, places, relations, for one object or several.
 
-Place in the flow: `expressions.py` finds a query and words it here. An example:
+`expressions.py` finds a query and words it here. An example:
 
     Query(attributes=(("size", "small"), ("shape", "star")), place="left")  ->  "the leftmost little star"
 """

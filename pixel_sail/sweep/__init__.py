@@ -1,4 +1,4 @@
 """Many runs from one command: the jobs of a grid of overrides, run, continued and summed up.
 
-Place in the flow: beside training and evaluation, which it starts as commands of their own and never imports.
+Beside training and evaluation, which it starts as commands of their own and never imports.
 """

@@ -1,7 +1,7 @@
 """What can be known to be wrong with a job before it runs: without data, weights, or the processes it will have.
 
-Place in the flow: `run.py` checks every job, and the evaluation they share, before the first one starts. The checks are
-those that training makes too, made early. An example, the end of what is said about `experiment=quickstart
+`run.py` checks every job, and the evaluation they share, before the first one starts. The checks are those that
+training makes too, made early. An example, the end of what is said about `experiment=quickstart
 ablation=stride_4,marks_box`:
 
     job 'ablation-marks_box' (experiment=quickstart ablation=marks_box): data.sources.osprey_short_form: found no

@@ -1,7 +1,7 @@
 """Overrides with several values -> one job for every combination.
 
-Place in the flow: `run.py` expands the command line, `jobs.py` runs what comes out. Values are written as Hydra's
-multirun takes them: `a,b,c`, `range(1,4)`, `choice(a,b)`; texts stay what was typed. An example of the data:
+`run.py` expands the command line, `jobs.py` runs what comes out. Values are written as Hydra's multirun takes them:
+`a,b,c`, `range(1,4)`, `choice(a,b)`; texts stay what was typed. An example of the data:
 
     expand(["experiment=refshapes_ladder", "ablation=stride_4,stride_8", "seed=1,2"])[1] == Job(
         name="ablation-stride_4__seed-2",

@@ -1,7 +1,6 @@
 """One job of a sweep: training, then evaluation, each a command that goes on where it stopped.
 
-Place in the flow: `run.py` calls `run_job` for every job of the grid, here or on a node of a cluster. A sweep's folder
-while it runs:
+`run.py` calls `run_job` for every job of the grid, here or on a node of a cluster. A sweep's folder while it runs:
 
     sweep.json                                  what was asked for, see run.py
     jobs/ablation-stride_4__seed-2.json         {"overrides": [...], "evaluate": [...], "done": ["train"]}

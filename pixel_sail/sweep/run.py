@@ -1,6 +1,6 @@
 """The command line of sweeps: expand, run here or through Slurm, sum up.
 
-Place in the flow: `scripts/train.py -m` and `tools/sweep.py` call `main`. An example, two jobs at a time:
+`scripts/train.py -m` and `tools/sweep.py` call `main`. An example, two jobs at a time:
 
     python scripts/train.py -m --jobs 2 --evaluate "evals=[refshapes_val] predict.prompt=short" \
         experiment=refshapes_student deepspeed=none ablation=stride_4,stride_8 seed=1,2,3

@@ -1,8 +1,8 @@
 """Jobs of a sweep through Slurm, by the package submitit, which is not among the requirements.
 
-Place in the flow: `run.py` calls `run_through_slurm` in place of `run_here`. Settings are those of submitit's
-`update_parameters`, for example `slurm_partition=gpu timeout_min=600 gpus_per_node=8 cpus_per_task=64`; `cluster=local`
-or `cluster=debug` try the same without Slurm. The folder must be seen by all nodes.
+`run.py` calls `run_through_slurm` in place of `run_here`. Settings are those of submitit's `update_parameters`, for
+example `slurm_partition=gpu timeout_min=600 gpus_per_node=8 cpus_per_task=64`; `cluster=local` or `cluster=debug` try
+the same without Slurm. The folder must be seen by all nodes.
 """
 
 import importlib

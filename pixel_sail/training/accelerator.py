@@ -1,7 +1,7 @@
 """The Accelerator and the whole DeepSpeed dictionary, written from our config with nothing left to "auto".
 
-Place in the flow: `training/loop.py` calls `build_accelerator` first. Plain processes (no DeepSpeed) take the same
-loop, which is how the tests compare the two.
+`training/loop.py` calls `build_accelerator` first. Plain processes (no DeepSpeed) take the same loop, which is how the
+tests compare the two.
 """
 
 import logging

@@ -1,8 +1,8 @@
 """An exponential moving average of the weights, kept as one more entry of the optimizer's state.
 
-Place in the flow: `training/loop.py` calls `update_average` after each step. What the optimizer owns are the float32
-values that are trained, sharded or not, so the average is sharded the same way, and `training/checkpoint.py` gathers,
-saves and restores it as it does with Adam's moments:
+`training/loop.py` calls `update_average` after each step. What the optimizer owns are the float32 values that are
+trained, sharded or not, so the average is sharded the same way, and `training/checkpoint.py` gathers, saves and
+restores it as it does with Adam's moments:
 
     optimizer.state[weight] == {"step": 3.0, "exp_avg": ..., "exp_avg_sq": ..., "average": ...}
 

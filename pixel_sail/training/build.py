@@ -1,9 +1,9 @@
 """Model and processor from the config.
 
-Place in the flow: `training/loop.py` calls `build_model` before the accelerator wraps anything. Starting weights are
-random, initialized from the run's seed as `model.init` says, or come from an exported folder. There the decoder and the
-vocabulary must be those that are configured; what has no weights is as configured, and parts of another design are
-initialized anew where `model.init_fresh` allows it. For example an upsampler of one block on a base with two:
+`training/loop.py` calls `build_model` before the accelerator wraps anything. Starting weights are random, initialized
+from the run's seed as `model.init` says, or come from an exported folder. There the decoder and the vocabulary must be
+those that are configured; what has no weights is as configured, and parts of another design are initialized anew where
+`model.init_fresh` allows it. For example an upsampler of one block on a base with two:
 
     build_model(ModelConfig(init_from="runs/base", init_fresh=["mask_head"],
                             architecture=Architecture(mask_stride=8, ...), ...), seed=0, teachers={})

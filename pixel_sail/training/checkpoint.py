@@ -1,9 +1,9 @@
 """Checkpoints: everything a run needs to continue as if it had never stopped.
 
-Place in the flow: `training/loop.py` starts with `latest`; `checkpoint_writer.py` writes what `collect` returns. A
-checkpoint does not depend on the number of processes or the ZeRO stage: parameters and the optimizer's moments (two of
-AdamW, one of Muon) are whole float32 tensors under the model's own names; frozen parameters have no moments. A moving
-average of the weights is one entry more beside the moments.
+`training/loop.py` starts with `latest`; `checkpoint_writer.py` writes what `collect` returns. A checkpoint does not
+depend on the number of processes or the ZeRO stage: parameters and the optimizer's moments (two of AdamW, one of Muon)
+are whole float32 tensors under the model's own names; frozen parameters have no moments. A moving average of the
+weights is one entry more beside the moments.
 
     runs/<name>/checkpoints/step_00000500/
         model.safetensors  optimizer.safetensors  state.json  manifest.json (sha256 of each)  COMPLETE

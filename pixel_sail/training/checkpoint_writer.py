@@ -1,7 +1,7 @@
 """Writing checkpoints beside the training, whole or not at all.
 
-Place in the flow: `training/loop.py` opens one `CheckpointWriter` and calls `save` after a step. The state is copied to
-host memory at once; one thread of rank 0 writes the files while the next steps run. What it leaves, and when:
+`training/loop.py` opens one `CheckpointWriter` and calls `save` after a step. The state is copied to host memory at
+once; one thread of rank 0 writes the files while the next steps run. What it leaves, and when:
 
     .writing_step_00000500/   files, hashes, COMPLETE, all flushed to disk
     step_00000500/            the same folder, renamed

@@ -1,7 +1,6 @@
 """The first step of a run for trial: everything is built as the run would build it, and nothing is written.
 
-Place in the flow: `scripts/train.py --dry-run` prints what `dry_run` returns, on rank 0 of as many processes as were
-launched:
+`scripts/train.py --dry-run` prints what `dry_run` returns, on rank 0 of as many processes as were launched:
 
     an epoch: 2,910 samples; 1.00 of them in a sequence (standard error 0.0 %, from 1,024 samples)
     a step: 16 sequences, 16.0 samples expected

@@ -1,8 +1,8 @@
 """No update from gradients that are not finite.
 
-Place in the flow: `training/loop.py` makes one `GradientCheck` for the wrapped model, `training/step.py` runs every
-backward pass through it. Left alone, plain AdamW and DeepSpeed in fp32 would write NaN into every weight, and DeepSpeed
-in bf16 would leave the update out without a word:
+`training/loop.py` makes one `GradientCheck` for the wrapped model, `training/step.py` runs every backward pass through
+it. Left alone, plain AdamW and DeepSpeed in fp32 would write NaN into every weight, and DeepSpeed in bf16 would leave
+the update out without a word:
 
     step 57, loss 1.93, a gradient of rank 1 is inf  ->  NonFiniteLossError on all ranks, rank 1 names its samples
 """

@@ -1,6 +1,6 @@
 """Where progress goes: a JSON line per logged step, the terminal, TensorBoard, wandb.
 
-Place in the flow: `training/loop.py` opens one `RunLog`; on ranks other than 0 it does nothing. A line of `log.jsonl`:
+`training/loop.py` opens one `RunLog`; on ranks other than 0 it does nothing. A line of `log.jsonl`:
 
     {"step": 120, "optim/lr": 0.0019, "loss/total": 1.21, "loss/text": 0.01, "loss/bce": 0.42, "loss/dice": 0.68,
     "optim/grad_norm": 0.9, "data/tokens": 3104, "data/padding_fraction": 0.02, "data/supervised_tokens": 480,

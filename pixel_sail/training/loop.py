@@ -1,7 +1,7 @@
 """The run, top to bottom.
 
-Place in the flow: `scripts/train.py` calls `train` with a checked config and a function that scores the model;
-everything it does with them is on this page, the verbs are the other files of this folder.
+`scripts/train.py` calls `train` with a checked config and a function that scores the model; everything it does with
+them is on this page, the verbs are the other files of this folder.
 
     scripts/train.py experiment=quickstart  ->  runs/quickstart/{config.json, log.jsonl, checkpoints/, export/}
 """

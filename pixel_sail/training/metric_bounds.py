@@ -1,7 +1,7 @@
 """Where the numbers of a run are expected, judged while it runs.
 
-Place in the flow: `training/loop.py` shows every step's logged numbers to one `MetricBounds`. A bound is judged once,
-by the first value at its step or later:
+`training/loop.py` shows every step's logged numbers to one `MetricBounds`. A bound is judged once, by the first value
+at its step or later:
 
     metric_bounds.early_loss: {metric: loss/total, after: 400, high: 1.6}
     step 400, loss/total 2.31  ->  a warning, and in the log {"step": 400, "metric_bounds": {"early_loss": "..."}}

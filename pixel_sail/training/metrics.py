@@ -1,7 +1,7 @@
 """What a log line says beside the losses of its step: how fast the run is, what it takes, what each source gave.
 
-Place in the flow: `training/loop.py` tells `PerfMetrics` when a step begins, has its data and is done, adds every
-step's `StepReport.by_source`, and asks for the numbers of a log line. They cover all steps since the last line:
+`training/loop.py` tells `PerfMetrics` when a step begins, has its data and is done, adds every step's
+`StepReport.by_source`, and asks for the numbers of a log line. They cover all steps since the last line:
 
     {"perf/tokens_per_s": 31200.0, "perf/samples_per_s": 24.1, "time/step_s": 0.412, "time/data_s": 0.003,
      "perf/mfu": 0.31, "perf/memory_gb": 61.2}

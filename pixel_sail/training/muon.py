@@ -1,8 +1,8 @@
 """Muon for the matrices that `roles.py` names, AdamW for everything else, as one optimizer.
 
-Place in the flow: `optim.py` builds it in place of AdamW; groups marked `ORTHOGONAL` are Muon's. Its update is that of
-`torch.optim.Muon(nesterov=True, adjust_lr_fn="match_rms_adamw")`: an average of the gradients whose singular values
-are all brought near 1 (0.7 .. 1.2), times 0.2 sqrt(longer side), which makes its entries as large as AdamW's are.
+`optim.py` builds it in place of AdamW; groups marked `ORTHOGONAL` are Muon's. Its update is that of
+`torch.optim.Muon(nesterov=True, adjust_lr_fn="match_rms_adamw")`: an average of the gradients whose singular values are
+all brought near 1 (0.7 .. 1.2), times 0.2 sqrt(longer side), which makes its entries as large as AdamW's are.
 
     gradient [64, 256] -> momentum -> orthogonal [64, 256], every entry about 1/16 -> x 0.2 sqrt(256) -> about 0.2
 

@@ -1,8 +1,8 @@
 """The optimizer with parameter groups that are proved to cover every trained parameter exactly once.
 
-Place in the flow: `training/loop.py` builds it before DeepSpeed takes over. `optim.groups` sorts the parameters by
-name; within a group matrices decay, everything with one axis (norms, biases) and the token embedding does not - unless
-`optim.decay_all` asks for the released behaviour. Frozen groups get no gradient and no optimizer state. For example
+`training/loop.py` builds it before DeepSpeed takes over. `optim.groups` sorts the parameters by name; within a group
+matrices decay, everything with one axis (norms, biases) and the token embedding does not - unless `optim.decay_all`
+asks for the released behaviour. Frozen groups get no gradient and no optimizer state. For example
 
     {"adapters": GroupConfig(match=[".*lora"], lr_scale=5.0), "decoder": GroupConfig(match=["decoder"], frozen=True)}
 

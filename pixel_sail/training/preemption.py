@@ -1,7 +1,7 @@
 """Preemption, the end of a run from outside: a scheduler's signal becomes a checkpoint and an exit status.
 
-Place in the flow: `training/loop.py` asks after every step whether any rank was told to stop; `scripts/train.py` ends
-with `REQUEUE_STATUS`. Slurm sends SIGUSR1 before the time limit, to every process of a job step:
+`training/loop.py` asks after every step whether any rank was told to stop; `scripts/train.py` ends with
+`REQUEUE_STATUS`. Slurm sends SIGUSR1 before the time limit, to every process of a job step:
 
     09:58:00 SIGUSR1 to rank 3 -> step 4,711 ends -> all ranks save -> "preempted after step 4711" -> status 85
 

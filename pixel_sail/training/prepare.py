@@ -1,7 +1,7 @@
 """Everything a run has before its next step.
 
-Place in the flow: `prepare` builds what the configuration names and brings it to where the last checkpoint stands;
-`training/loop.py` makes steps with the `Run` it returns, `training/dry_run.py` a single one. For example
+`prepare` builds what the configuration names and brings it to where the last checkpoint stands; `training/loop.py`
+makes steps with the `Run` it returns, `training/dry_run.py` a single one. For example
 
     Run(state=TrainState(step=500, ...), found=Path("runs/mine/checkpoints/step_00000500"), num_trained=1_214_464, ...)
 """

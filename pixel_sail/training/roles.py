@@ -1,6 +1,6 @@
 """Which weights get orthogonal updates under `optim.optimizer=muon`; all others stay with AdamW.
 
-Place in the flow: `optim.py` asks `is_orthogonal` for every trained parameter, by name and shape. For example
+`optim.py` asks `is_orthogonal` for every trained parameter, by name and shape. For example
 
     decoder.layers.0.self_attn.q_proj.weight [64, 64]      yes
     decoder.layers.0.input_layernorm.weight [64]           no, one axis: norms, biases and single embeddings never

@@ -1,8 +1,8 @@
 """Going back to the last checkpoint and past the data that a run broke down on.
 
-Place in the flow: where a loss or gradient is not finite and `checkpoint.max_rollbacks` allows it, `training/loop.py`
-notes where the data stood after the step that failed, and ends with the status that asks to be started again. The next
-session starts from the checkpoint with that note's place in the data:
+Where a loss or gradient is not finite and `checkpoint.max_rollbacks` allows it, `training/loop.py` notes where the data
+stood after the step that failed, and ends with the status that asks to be started again. The next session starts from
+the checkpoint with that note's place in the data:
 
     step 57 fails, the last checkpoint is step 50  ->  rollbacks.jsonl: {"from_step": 50, "failed_step": 57, ...}
     next session: weights, moments and step 50, data from behind that of step 57

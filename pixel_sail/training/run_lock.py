@@ -1,8 +1,8 @@
 """One run per folder.
 
-Place in the flow: `training/loop.py` takes the lock on rank 0 before anything is read from or written to the folder,
-and `evaluation/run.py` that of the folder it writes its answers to. The lock is the kernel's and ends with the process
-that holds it, however that ends; the text in the file only says who it is:
+`training/loop.py` takes the lock on rank 0 before anything is read from or written to the folder, and
+`evaluation/run.py` that of the folder it writes its answers to. The lock is the kernel's and ends with the process that
+holds it, however that ends; the text in the file only says who it is:
 
     runs/<name>/.lock    {"host": "node7", "pid": 4711, "since": "2030-05-04 13:07:55"}
 

@@ -1,7 +1,7 @@
 """A plain Hugging Face folder from a checkpoint, without its run.
 
-Place in the flow: `tools/export_checkpoint.py` calls it for a run that is going on or was given up; a run that ends
-exports by itself (`checkpoint.export`), to the same files:
+`tools/export_checkpoint.py` calls it for a run that is going on or was given up; a run that ends exports by itself
+(`checkpoint.export`), to the same files:
 
     runs/mine/checkpoints/step_00000500/  ->  runs/mine/exports/step_00000500/{config.json, model.safetensors, ...}
 """

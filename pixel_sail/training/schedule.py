@@ -1,6 +1,6 @@
 """The learning rate as a pure function of the step, so that nothing about it needs saving.
 
-Place in the flow: `training/loop.py` sets it before every step. With 1,000 steps, warm-up 0.05 and lr 4e-5:
+`training/loop.py` sets it before every step. With 1,000 steps, warm-up 0.05 and lr 4e-5:
 
     cosine                          step 0 has 8e-7, step 49 has 4e-5, step 524 about 2e-5, step 999 about 0
     wsd, the last 0.2 of the steps  step 0 has 8e-7, steps 49 .. 800 have 4e-5, step 900 has 2e-5, step 999 has 2e-7

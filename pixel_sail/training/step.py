@@ -1,8 +1,8 @@
 """One optimizer step.
 
-Place in the flow: `training/loop.py` calls `optimizer_step` with the micro-batches of one step. The counts of the
-whole global batch are known before the first forward pass, so every micro-batch's loss is its exact part of one
-global mean: the result does not depend on how samples were dealt to ranks and micro-batches.
+`training/loop.py` calls `optimizer_step` with the micro-batches of one step. The counts of the whole global batch are
+known before the first forward pass, so every micro-batch's loss is its exact part of one global mean: the result does
+not depend on how samples were dealt to ranks and micro-batches.
 """
 
 from collections.abc import Sequence

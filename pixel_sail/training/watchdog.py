@@ -1,7 +1,7 @@
 """Ending a run that stands still, with what is needed to find out why.
 
-Place in the flow: `training/loop.py` tells the watchdog of its rank what it begins; a thread compares the clock. Every
-rank has its own, so that those which wait for the one that is stuck end too. What rank 1 leaves behind:
+`training/loop.py` tells the watchdog of its rank what it begins; a thread compares the clock. Every rank has its own,
+so that those which wait for the one that is stuck end too. What rank 1 leaves behind:
 
     runs/<name>/stalled/rank1.txt    "rank 1 (node7, process 4711): step 57 stands still, 1801 s of it waiting for data
                                      ...", samples being read, samples in hand, stacks of all threads

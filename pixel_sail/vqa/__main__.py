@@ -1,6 +1,6 @@
 """lmms-eval's command with our model and tasks: `python -m pixel_sail.vqa --tasks pixel_sail_mme --model_args ...`.
 
-Place in the flow: the start of a VQA evaluation; takes every option of `lmms-eval`, under `torchrun -m` too.
+The start of a VQA evaluation; takes every option of `lmms-eval`, under `torchrun -m` too.
 """
 
 import sys

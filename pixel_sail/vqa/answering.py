@@ -1,7 +1,7 @@
 """Short answers to general visual questions; knows nothing of the kit that asks them.
 
-Place in the flow: `kit_requests.py` makes a `VqaRequest` of each request of the kit, `answers` yields one text each in
-the same order, `lmms_eval_model.py` returns them to the kit, which scores them.
+`kit_requests.py` makes a `VqaRequest` of each request of the kit, `answers` yields one text each in the same order,
+`lmms_eval_model.py` returns them to the kit, which scores them.
 
     VqaRequest(question="Is the star red? Please answer yes or no.", image=<Image 640x427>, max_new_tokens=16)
         -> "Yes"

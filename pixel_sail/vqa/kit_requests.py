@@ -1,7 +1,7 @@
 """Requests of the kit as requests that the predictor can answer, or a message that says why it cannot.
 
-Place in the flow: lmms-eval hands `lmms_eval_model.py` its `Instance` objects; their `args` and the kit's documents are
-read here, without importing the kit:
+Lmms-eval hands `lmms_eval_model.py` its `Instance` objects; their `args` and the kit's documents are read here, without
+importing the kit:
 
     ("Is it red?", {"max_new_tokens": 16, "until": ["\\n\\n"]}, doc_to_visual, 7, "mme", "test")
         -> VqaRequest(question="Is it red?", image=<Image>, max_new_tokens=16, until=("\\n\\n",))

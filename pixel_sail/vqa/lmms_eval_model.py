@@ -1,7 +1,7 @@
 """Pixel-SAIL as a model of lmms-eval.
 
-Place in the flow: lmms-eval finds the class by the manifest of `lmms_eval_plugin.py`, builds it from `--model_args`,
-and calls `generate_until` with its share of the requests; the answers come from `answering.py`. Example:
+Lmms-eval finds the class by the manifest of `lmms_eval_plugin.py`, builds it from `--model_args`, and calls
+`generate_until` with its share of the requests; the answers come from `answering.py`. Example:
 
     --model pixel_sail --model_args pretrained=runs/quickstart,precision=bf16,max_batch_tokens=65536
 

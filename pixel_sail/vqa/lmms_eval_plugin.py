@@ -1,7 +1,7 @@
 """How lmms-eval gets to know the model and the tasks.
 
-Place in the flow: the entry point `pixel_sail` of group `lmms_eval.models` names `manifest`, so that the kit's own
-command knows `--model pixel_sail`; `python -m pixel_sail.vqa` calls `register` and needs no entry point. Both lead to
+The entry point `pixel_sail` of group `lmms_eval.models` names `manifest`, so that the kit's own command knows `--model
+pixel_sail`; `python -m pixel_sail.vqa` calls `register` and needs no entry point. Both lead to
 
     ModelManifest(model_id="pixel_sail", simple_class_path="pixel_sail.vqa.lmms_eval_model.PixelSail")
 """

@@ -1,7 +1,7 @@
 """Templates of general visual questions as in the released evaluation.
 
-Place in the flow: the task files in `tasks/` name the functions here as `doc_to_text` and `process_docs`, so that the
-kit's log of a run shows the very question that the model was asked.
+The task files in `tasks/` name the functions here as `doc_to_text` and `process_docs`, so that the kit's log of a run
+shows the very question that the model was asked.
 
     {"question": "Which one is red?", "A": "the box", "B": "the star", "C": "nan", "hint": "nan"}
         -> "Which one is red?\\nA. the box\\nB. the star\\nAnswer with the option's letter from the given choices

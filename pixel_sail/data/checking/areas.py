@@ -1,7 +1,7 @@
 """The areas that a COCO file states beside the pixels of its masks.
 
-Place in the flow: `instances.py` adds every mask it decodes; one note tells how many disagree. Example: a square with a
-square hole, written as two polygons, is filled (COCO unites polygons) and has 1600 pixels where `area` says 1200.
+`instances.py` adds every mask it decodes; one note tells how many disagree. Example: a square with a square hole,
+written as two polygons, is filled (COCO unites polygons) and has 1600 pixels where `area` says 1200.
 """
 
 from dataclasses import dataclass, field

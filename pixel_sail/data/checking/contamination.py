@@ -1,7 +1,7 @@
 """Images that are trained on and scored on.
 
-Place in the flow: `evaluation/data_check.py` compares the images of every source with those of the evaluation splits it
-knows. COCO renamed its images between releases, so the number in the name is what counts:
+`evaluation/data_check.py` compares the images of every source with those of the evaluation splits it knows. COCO
+renamed its images between releases, so the number in the name is what counts:
 
     coco2014/train2014/COCO_train2014_000000581857.jpg and coco/train2017/000000581857.jpg  ->  both "coco 581857"
 """

@@ -2,7 +2,7 @@
 
 The table of `data/README.md`, and what the data check says about something that is missing.
 
-Place in the flow: `evaluation/data_check.py` asks `advice_for` about paths that do not exist. Example:
+`evaluation/data_check.py` asks `advice_for` about paths that do not exist. Example:
 
     advice_for("data/ref_seg/refcocog/refs(umd).p: found no such file ...")
     ->  ("data/ref_seg/refcocog: refs(umd).p (or refs(google).p), instances.json. From github.com/...",)

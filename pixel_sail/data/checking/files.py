@@ -1,6 +1,6 @@
 """Single files: what they are, and whether an image is what the annotations say.
 
-Place in the flow: `refer_files.py` and `items.py` look at files through these functions. Example:
+`refer_files.py` and `items.py` look at files through these functions. Example:
 
     check_image(Path("COCO_9.jpg"), (480, 640), findings)  ->  False, and findings hold "unreadable image"
 """

@@ -1,6 +1,6 @@
 """What the data check finds, as plain records.
 
-Place in the flow: `instances.py`, `refer_files.py` and `items.py` add to `Findings`; `report.py` shows them. Example:
+`instances.py`, `refer_files.py` and `items.py` add to `Findings`; `report.py` shows them. Example:
 
     Finding(kind=Kind.MISSING_IMAGE, subject="images/train2014/COCO_train2014_000000000009.jpg",
             message="found no such file, expected the image of 3 refs; unpack the images again", is_trouble=True)

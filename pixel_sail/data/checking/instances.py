@@ -1,7 +1,7 @@
 """An `instances.json` gone through record by record, without stopping at a wrong one.
 
-Place in the flow: `refer_files.py` checks the refs against what this returns. Every record's fields, sizes and polygon
-coordinates are looked at; masks are decoded only for the chosen annotations, since a file holds up to 200,000.
+`refer_files.py` checks the refs against what this returns. Every record's fields, sizes and polygon coordinates are
+looked at; masks are decoded only for the chosen annotations, since a file holds up to 200,000.
 
 Example: {"id": 10, "image_id": 1, "segmentation": {"size": [640, 480], "counts": "..."}} for an image of (480, 640) is
 "mask size: found [640, 480], expected [480, 640]".

@@ -1,7 +1,7 @@
 """The items of any source gone through by asking for them, as training does.
 
-Place in the flow: `evaluation/data_check.py` calls `check_items` with a built source. Every image is looked for; a
-sample of the items is read, opened and measured, and every item that fails is named. Example:
+`evaluation/data_check.py` calls `check_items` with a built source. Every image is looked for; a sample of the items is
+read, opened and measured, and every item that fails is named. Example:
 
     osprey/conversation/17   item   the mask of turn 0 is (480, 640), expected (427, 640)
 """

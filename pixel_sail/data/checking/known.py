@@ -1,6 +1,6 @@
 """Published sizes of the public datasets, with where each number comes from.
 
-Place in the flow: the data check shows them beside what it counts. They stand in `data/known_statistics.json`:
+The data check shows them beside what it counts. They stand in `data/known_statistics.json`:
 
     {"refer": {"refcoco(unc)": {"val": {"images": 1500, "refs": 3811, "sentences": 10834, "origin": "TFDS ..."}}}}
 """

@@ -1,8 +1,7 @@
 """A REFER or gRefCOCO folder gone through as it lies on disk: files, refs, annotations, masks and images.
 
-Place in the flow: `evaluation/data_check.py` calls `check_refer` once per folder. The loader of these files
-(`data/refer_annotations.py`) rightly stops at the first error; here everything is read item by item, so that one run
-names all damages. Example:
+`evaluation/data_check.py` calls `check_refer` once per folder. The loader of these files (`data/refer_annotations.py`)
+rightly stops at the first error; here everything is read item by item, so that one run names all damages. Example:
 
     refs(unc).p: refs[7], ref_id 3   duplicate ref_id   found the id again, expected each once
     images/train2014/COCO_train2014_000000000009.jpg   missing image   ...

@@ -1,6 +1,6 @@
 """The records of a refs or grefs file gone through one by one, without stopping at a wrong one.
 
-Place in the flow: `refer_files.py` calls `check_refs` for each file of a folder. Example:
+`refer_files.py` calls `check_refs` for each file of a folder. Example:
 
     {"ref_id": 7, "image_id": 1, "ann_id": 10, "split": "val", "sent_ids": [1, 2], "sentences": [{"sent_id": 1, ...}]}
     ->  RefRow(where="refs[0], ref_id 7", image_id=1, ann_ids=(10,), split="val", text_lengths=(13,))

@@ -1,7 +1,7 @@
 """The result of a data check as text and as JSON.
 
-Place in the flow: `tools/check_data.py` prints `text_report` and writes `json_report`; `evaluation/data_report.py`
-makes HTML of the same tables. The first lines of a report:
+`tools/check_data.py` prints `text_report` and writes `json_report`; `evaluation/data_report.py` makes HTML of the same
+tables. The first lines of a report:
 
     source   items  images  masks  empty  text chars  ms/item  trouble  notes
     refcoco  16994  199/200  200/200     0     1/17/113      8.1        1      0

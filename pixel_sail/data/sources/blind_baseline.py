@@ -1,8 +1,7 @@
 """Annotations with the text or the images made useless: what a benchmark gives away without them.
 
-Place in the flow: `refer.load` and `refer_seg.load` pass annotations through `make_blind` when the config says so.
-Train and score with `blind_baseline=language` for a model that does not read, with `blind_baseline=image` for one that
-does not see:
+`refer.load` and `refer_seg.load` pass annotations through `make_blind` when the config says so. Train and score with
+`blind_baseline=language` for a model that does not read, with `blind_baseline=image` for one that does not see:
 
     language:  "the red star left of the ring"  ->  "object 17"            (a number without meaning)
     image:     COCO_..12.jpg                    ->  COCO_..13.jpg          (another image of the same size)

@@ -1,7 +1,7 @@
 """Human expressions with a box instead of a mask (RefCOCOS), for evaluation.
 
-Place in the flow: a JSON list -> here -> `Expression`, whose target is the whole box -> `evaluation/refer_seg.py`. One
-record, of which the keys below are read:
+A JSON list -> here -> `Expression`, whose target is the whole box -> `evaluation/refer_seg.py`. One record, of which
+the keys below are read:
 
     {"image_id": 9400, "local_image": "val2017/000000009400.jpg", "expression": "the person looking at an apple laptop",
      "bbox_xyxy": [2.16, 95.43, 104.63, 192.51], "height": 480, "width": 640}

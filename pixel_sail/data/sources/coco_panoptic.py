@@ -1,7 +1,7 @@
 """COCO panoptic segmentation, instance by instance: every thing of a class gets a mask of its own, as "dog-1", "dog-2".
 
-Place in the flow: `data/panoptic.py` -> here -> `Sample` with one turn per class, templates from
-`data/templates/segmentation.py`. `coco_semantic.py` asks the same files for one mask per class.
+`data/panoptic.py` -> here -> `Sample` with one turn per class, templates from `data/templates/segmentation.py`.
+`coco_semantic.py` asks the same files for one mask per class.
 
 Example: an image with two dogs and grass gives Turn(question="Mark each dog separately. Segmentation in the instance
 mode.", answer="dog-1 [SEG] dog-2 [SEG].", masks=(left, right)) and Turn(..., answer="grass [SEG].", masks=(grass,)).

@@ -1,7 +1,7 @@
 """COCO panoptic annotations as semantic segmentation: one mask of "all the dogs", for things and stuff alike.
 
-Place in the flow: `data/panoptic.py` -> here -> `Sample` with one turn per class, templates from
-`data/templates/segmentation.py`. Files and class names are those of `coco_panoptic.py`.
+`data/panoptic.py` -> here -> `Sample` with one turn per class, templates from `data/templates/segmentation.py`. Files
+and class names are those of `coco_panoptic.py`.
 
 Example: two dogs and a crowd of dogs give Turn(question="Cover all the dog at once. Segmentation in the semantic
 mode.", answer="Sure, [SEG].", masks=(<the pixels of all three segments>,)).

@@ -1,7 +1,7 @@
 """COCO panoptic segments as marked regions whose class is to be chosen among candidates.
 
-Place in the flow: `data/panoptic.py` -> here -> `data/regions.py` -> `Sample` with visual prompts and one turn per
-region, templates from `data/templates/region_class.py`.
+`data/panoptic.py` -> here -> `data/regions.py` -> `Sample` with visual prompts and one turn per region, templates from
+`data/templates/region_class.py`.
 
 Example:
 

@@ -1,6 +1,6 @@
 """Flickr30k grounded captions: COCO style, with the caption on the image and spans and a SAM mask on annotations.
 
-Place in the flow: `flickr_mergedGT_GCG_train.json` -> here -> `grounded_caption.py`. One image and its annotations:
+`flickr_mergedGT_GCG_train.json` -> here -> `grounded_caption.py`. One image and its annotations:
 
     {"id": 7, "file_name": "1000092795.jpg", "height": 500, "width": 333, "caption": "Two young guys look up"}
     {"id": 1, "image_id": 7, "bbox": [10, 20, 90, 200], "area": 18000, "tokens_positive": [[0, 14]], "sam_mask": {...}}

@@ -1,6 +1,6 @@
 """The validation and test files of grounded caption generation, as items to be scored.
 
-Place in the flow: two COCO-style files per split -> here -> `GroundedCaption`. Of `val_gcg_coco_caption_gt.json`:
+Two COCO-style files per split -> here -> `GroundedCaption`. Of `val_gcg_coco_caption_gt.json`:
 
     {"images": [{"id": "sa_10010541"}],
      "annotations": [{"id": 1, "image_id": "sa_10010541", "caption": "A man and a cup.", "labels": ["A man", "a cup"]}]}

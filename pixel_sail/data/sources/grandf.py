@@ -1,6 +1,6 @@
 """GranD-f and OpenPSG grounded captions: one record per image, phrases with spans and lists of RLE masks.
 
-Place in the flow: `GranDf_HA_GCG_train.json` or `OpenPsgGCG_train.json` -> here -> `grounded_caption.py`. One record:
+`GranDf_HA_GCG_train.json` or `OpenPsgGCG_train.json` -> here -> `grounded_caption.py`. One record:
 
     {"file_name": "sa_10010541.jpg", "height": 1500, "width": 2250, "image_id": "sa_10010541",
      "caption": "A man holds two cups.",

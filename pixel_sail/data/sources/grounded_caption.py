@@ -1,7 +1,7 @@
 """Captions whose phrases have masks, whatever file they come from, as training samples.
 
-Place in the flow: `grandf.py`, `refcocog_gcg.py` and `flickr_gcg.py` read their layouts into `CaptionRecord`s; this
-source places the phrases (`data/phrases.py`), unites the masks of each, and words one turn per image:
+`grandf.py`, `refcocog_gcg.py` and `flickr_gcg.py` read their layouts into `CaptionRecord`s; this source places the
+phrases (`data/phrases.py`), unites the masks of each, and words one turn per image:
 
     CaptionRecord(caption="A dog and two cups", phrases=(MaskedPhrase(text="two cups", segmentations=(rle, rle)), ...))
     -> Turn(question="What is in this image? ...", answer="<p> A dog </p> [SEG] and <p> two cups </p> [SEG]",

@@ -1,6 +1,6 @@
 """LLaVA-1.5's instruction mix: conversations about whole images, and without any image.
 
-Place in the flow: llava_v1_5_mix665k.json (665k records, 1 GB) -> here -> `Sample` without masks.
+Llava_v1_5_mix665k.json (665k records, 1 GB) -> here -> `Sample` without masks.
 
     {"id": "000000033471", "image": "coco/train2017/000000033471.jpg", "conversations": [{"from": "human", "value":
      "<image>\\nWhat are the colors of the bus?"}, {"from": "gpt", "value": "White and red."}, ...]}

@@ -1,6 +1,6 @@
 """MUSE: several questions per image, each answered by several objects with masks.
 
-Place in the flow: `MUSE_train.json` -> here -> `Sample`, all questions of an image as its turns. One record:
+`MUSE_train.json` -> here -> `Sample`, all questions of an image as its turns. One record:
 
     {"file_name": "COCO_train2014_000000000009.jpg", "height": 480, "width": 640, "ann_list": [{"category_id": 51}],
      "questions": ["What could I drink tea from?"], "text_answers": ["The mug {seg} next to the pot."],

@@ -1,7 +1,7 @@
 """Osprey-724K: questions and answers about marked regions, and descriptions of them.
 
-Place in the flow: Osprey's JSON files -> here -> `data/regions.py` -> `Sample` with visual prompts. The five files hold
-records like this one (`description` in one of them only), in which regions are called `<region1>`, `<region2>`, ...:
+Osprey's JSON files -> here -> `data/regions.py` -> `Sample` with visual prompts. The five files hold records like this
+one (`description` in one of them only), in which regions are called `<region1>`, `<region2>`, ...:
 
     {"file_name": "000000222016.jpg", "height": 640, "width": 480, "annotation": [{"segmentation": [[...]]}, ...],
      "conversations": [{"from": "human", "value": "What is <region1>?"}, {"from": "gpt", "value": "A red bus."}],

@@ -1,7 +1,7 @@
 """PerBench: region captions, choices about a region, and referring segmentation with marked regions, for evaluation.
 
-Place in the flow: PerBench's three JSON files -> here -> `RegionCaption`, `RegionChoice`, `VisualReferring` ->
-`evaluation/`. Images are named without folder and size; the size is that of the masks.
+PerBench's three JSON files -> here -> `RegionCaption`, `RegionChoice`, `VisualReferring` -> `evaluation/`. Images are
+named without folder and size; the size is that of the masks.
 
     STBench_Detailed_Caption.json  [{"image_name": "sa_1.jpg", "object_annotations":
                                      [{"segmentation": {"size": [1365, 2048], "counts": "..."}, "caption": "A ..."}]}]

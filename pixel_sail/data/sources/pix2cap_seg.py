@@ -1,7 +1,7 @@
 """Pix2Cap-COCO as segmentation: a text describes one segment of an image, the answer is its mask.
 
-Place in the flow: `data/panoptic.py` -> here -> `Sample` with one turn per description, templates from
-`data/templates/segmentation.py`. `pix2cap_vp.py` asks the other way round.
+`data/panoptic.py` -> here -> `Sample` with one turn per description, templates from `data/templates/segmentation.py`.
+`pix2cap_vp.py` asks the other way round.
 
 Pix2Cap's file is a COCO panoptic JSON whose segments carry a text; the PNGs and images are COCO's own. An example:
 

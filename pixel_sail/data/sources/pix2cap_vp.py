@@ -1,7 +1,7 @@
 """Pix2Cap-COCO as region description: a segment is marked by a visual prompt, the answer is its text.
 
-Place in the flow: `data/panoptic.py` -> here -> `data/regions.py` -> `Sample` with visual prompts and one turn per
-region, templates from `data/templates/region_class.py`. The file is described in `pix2cap_seg.py`.
+`data/panoptic.py` -> here -> `data/regions.py` -> `Sample` with visual prompts and one turn per region, templates from
+`data/templates/region_class.py`. The file is described in `pix2cap_seg.py`.
 
 Example:
 

@@ -1,6 +1,6 @@
 """ReasonSeg: one object per image, asked for by what it is good for, as training samples and expressions to score.
 
-Place in the flow: `<root>/<split>/x.jpg` with `x.json` beside it -> here -> `Sample` or `Expression`. One JSON file:
+`<root>/<split>/x.jpg` with `x.json` beside it -> here -> `Sample` or `Expression`. One JSON file:
 
     {"text": ["something that keeps the rain off"], "is_sentence": false,
      "shapes": [{"label": "target", "points": [[853.0, 512.0], [841.0, 513.0], ...]},

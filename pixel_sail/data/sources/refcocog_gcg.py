@@ -1,6 +1,6 @@
 """RefCOCOg grounded captions: a caption per image made of referring expressions, each with its polygons.
 
-Place in the flow: `RefCOCOg_GCG_train.json` -> here -> `grounded_caption.py`. One record is an object of one key:
+`RefCOCOg_GCG_train.json` -> here -> `grounded_caption.py`. One record is an object of one key:
 
     {"519404": {"img_file_name": "COCO_train2014_000000519404.jpg",
                 "caption": "The standing man wears a striped tie next to a boy.",

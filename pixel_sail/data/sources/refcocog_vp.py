@@ -1,7 +1,7 @@
 """Referring expressions the other way round: an object is marked, its expression is the answer.
 
-Place in the flow: `data/refer_annotations.py` -> here -> `data/regions.py` -> `Sample` with visual prompts. Reads what
-`refer.py` reads: RefCOCOg for the released fine-tuning on region captions, RefCOCO, RefCOCO+ or RefShapes as well.
+`data/refer_annotations.py` -> here -> `data/regions.py` -> `Sample` with visual prompts. Reads what `refer.py` reads:
+RefCOCOg for the released fine-tuning on region captions, RefCOCO, RefCOCO+ or RefShapes as well.
 
 Example: the ref with the sentence "The tie of the standing man." becomes
 

@@ -1,8 +1,8 @@
 """Referring segmentation as training samples and as expressions to score.
 
-Place in the flow: `data/refer_annotations.py` -> `ReferAnnotations` -> here -> `Sample` (training: one per image, with
-several expressions as turns) or `Expression` (evaluation: every sentence once). Serves RefCOCO, RefCOCO+, RefCOCOg,
-RefShapes and gRefCOCO; their file layouts are described there.
+`data/refer_annotations.py` -> `ReferAnnotations` -> here -> `Sample` (training: one per image, with several expressions
+as turns) or `Expression` (evaluation: every sentence once). Serves RefCOCO, RefCOCO+, RefCOCOg, RefShapes and gRefCOCO;
+their file layouts are described there.
 
 Differs from the released loader, which froze one sentence per object when it was made (most were never seen), drew five
 objects with replacement (one conversation asked the same thing twice), and added up polygons and instances instead of

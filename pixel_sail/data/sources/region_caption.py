@@ -1,7 +1,7 @@
 """RefCOCOg region captions, for evaluation: one marked object, one expression to compare a description with.
 
-Place in the flow: finetune_refcocog_val_with_mask.json -> here -> `RegionCaption` -> `evaluation/`. The file is in COCO
-format, but its "images" are expressions, so that one image occurs several times:
+Finetune_refcocog_val_with_mask.json -> here -> `RegionCaption` -> `evaluation/`. The file is in COCO format, but its
+"images" are expressions, so that one image occurs several times:
 
     {"images": [{"id": 0, "file_name": "COCO_train2014_000000380440.jpg", "height": 640, "width": 424,
                  "caption": "the man in yellow coat"}, ...],

@@ -1,6 +1,6 @@
 """Detailed captions of objects in SAM's images: the training set of PerBench's captions.
 
-Place in the flow: object_caption_data_train_split.json -> here -> `data/regions.py` -> `Sample` with visual prompts.
+Object_caption_data_train_split.json -> here -> `data/regions.py` -> `Sample` with visual prompts.
 
     [{"image_name": "sa_1.jpg", "object_annotations": [{"segmentation": {"size": [1365, 2048], "counts": "..."},
       "caption": "The object highlighted by a yellow edge is a red mug on a desk."}, ...]}, ...]

@@ -1,8 +1,8 @@
 """The templates of grounded captions: how a description with masks is asked for and how a phrase is tied to its mask.
 
-Place in the flow: `data/sources/grounded_caption.py` asks `caption_question` for training, `data/phrases.py` marks the
-phrases; the evaluation asks one of the two constant prompts. Question templates are our own; what is marked "released"
-is a protocol fact that a published checkpoint was trained or scored with.
+`data/sources/grounded_caption.py` asks `caption_question` for training, `data/phrases.py` marks the phrases; the
+evaluation asks one of the two constant prompts. Question templates are our own; what is marked "released" is a protocol
+fact that a published checkpoint was trained or scored with.
 
 Example: marked_phrase("a red hat") is `<p> a red hat </p> [SEG]`.
 """

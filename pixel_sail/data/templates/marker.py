@@ -1,7 +1,7 @@
 """Captions whose writer saw the region outlined in yellow, without the mention of that outline.
 
-Place in the flow: `data/sources/sam_captions.py` passes every caption through `remove_marker`. The outline is not in
-the image that the model sees, so a caption must not speak of it.
+`data/sources/sam_captions.py` passes every caption through `remove_marker`. The outline is not in the image that the
+model sees, so a caption must not speak of it.
 
     "The object highlighted by a yellow edge is a red mug."  ->  "The object is a red mug."
     "A dog, outlined with a thin yellow contour, sleeps."    ->  "A dog sleeps."

@@ -1,7 +1,7 @@
 """The templates of MUSE: questions whose answer is several objects, each with its mask.
 
-Place in the flow: `data/sources/muse.py` asks with a question of the file and `muse_question`; where the file words no
-answer, `muse_answer` does. Templates are our own but for the one marked "released".
+`data/sources/muse.py` asks with a question of the file and `muse_question`; where the file words no answer,
+`muse_answer` does. Templates are our own but for the one marked "released".
 
 Example: muse_answer(["mug", "tea bag"], rng) is "Mug: [SEG] and tea bag: [SEG]." or "I found mug and tea bag.
 Their masks: [SEG] and [SEG]."

@@ -1,7 +1,7 @@
 """The templates of reasoning segmentation: long questions and short phrases about something the image implies.
 
-Place in the flow: `data/sources/reasonseg.py` calls `reasoning_turn` for training and fills the constant prompts for
-evaluation. Templates are our own but for those marked "released".
+`data/sources/reasonseg.py` calls `reasoning_turn` for training and fills the constant prompts for evaluation. Templates
+are our own but for those marked "released".
 
 Example: the phrase "something that keeps the rain off" is asked as "What is something that keeps the rain off in this
 image? Please output segmentation mask." and answered "It is [SEG]."

@@ -1,8 +1,8 @@
 """The templates of referring segmentation: how a phrase is asked for and how the answer names its mask.
 
-Place in the flow: `data/sources/refer.py` calls `referring_turn` for training; the evaluation fills one of the two
-constant prompts. Question templates are our own; answers and evaluation prompts marked "released" are protocol facts
-that a published checkpoint was trained or scored with.
+`data/sources/refer.py` calls `referring_turn` for training; the evaluation fills one of the two constant prompts.
+Question templates are our own; answers and evaluation prompts marked "released" are protocol facts that a published
+checkpoint was trained or scored with.
 
 Example: ("the lady in blue", mask) -> Turn(question="Which pixels belong to the lady in blue?", answer="[SEG].",
 masks=(mask,)).

@@ -1,9 +1,9 @@
 """The templates of questions about marked regions, and the prompts that region benchmarks are scored with.
 
-Place in the flow: `data/sources/osprey.py`, `refcocog_vp.py` and `sam_captions.py` sample questions here, with {region}
-for the region's name, which `data/regions.py` fills in; the evaluation of region captions and of PerBench fills the
-constant prompts. Question templates are our own; what is marked "released" is a protocol fact that a published
-checkpoint was trained or scored with.
+`data/sources/osprey.py`, `refcocog_vp.py` and `sam_captions.py` sample questions here, with {region} for the region's
+name, which `data/regions.py` fills in; the evaluation of region captions and of PerBench fills the constant prompts.
+Question templates are our own; what is marked "released" is a protocol fact that a published checkpoint was trained or
+scored with.
 
 Example: DESCRIBE_QUESTIONS[0] becomes `Describe <Prompt11>.`, its answer `<Prompt11>: a man in a red coat.`
 """

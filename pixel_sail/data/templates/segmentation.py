@@ -1,7 +1,7 @@
 """The templates of panoptic and semantic segmentation, and of segmentation by a long description.
 
-Place in the flow: `data/sources/coco_panoptic.py`, `coco_semantic.py` and `pix2cap_seg.py` make their turns here.
-Questions are our own; what is marked "released" a published checkpoint was trained with.
+`data/sources/coco_panoptic.py`, `coco_semantic.py` and `pix2cap_seg.py` make their turns here. Questions are our own;
+what is marked "released" a published checkpoint was trained with.
 
 Example: ("dog", two masks) -> Turn(question="Give every dog a mask of its own. Segmentation in the instance mode.",
 answer="dog-1 [SEG] dog-2 [SEG].", masks=(<the dog on the left>, <the other>)).
