@@ -22,11 +22,11 @@ quickstart: setup  ## train and evaluate a small model on synthetic scenes
 test: setup  ## run all tests, on the CPU and offline
 	$(TEST_ENV) $(VENV_PYTHON) -m pytest -q -n 2 --dist loadfile tests
 
-check: setup  ## lint, formatting, types, configs and import direction
+check: setup  ## lint, formatting, types, configs, import direction and words
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
 	$(VENV_PYTHON) -m mypy pixel_sail scripts tools
-	$(TEST_ENV) $(VENV_PYTHON) -m pytest -q tests/test_configs.py tests/test_import_direction.py
+	$(TEST_ENV) $(VENV_PYTHON) -m pytest -q tests/test_configs.py tests/test_import_direction.py tests/test_words.py
 
 format: setup  ## let ruff repair and format the code
 	$(VENV_PYTHON) -m ruff check --fix .

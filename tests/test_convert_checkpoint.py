@@ -123,7 +123,7 @@ def test_an_evev2_base_keeps_every_weight_and_shows_its_own_sizes(parts, base_to
         assert torch.equal(found[:known], tensor[:known]), name
 
 
-ROADS = {
+CONVERSIONS = {
     "sail_0_5b": ("qwen2", "sail"),
     "sail_3b": ("qwen2", "sail"),
     "solo_7b": ("solo",),
@@ -137,9 +137,9 @@ def architecture_of_file(name):
     return OmegaConf.to_object(OmegaConf.load(ROOT / "configs" / "model" / f"{name}.yaml")["architecture"])
 
 
-@pytest.mark.parametrize(("name", "layout"), [(name, layout) for name, own in ROADS.items() for layout in own])
-def test_the_defaults_of_every_road_are_those_of_the_model_files(name, layout):
-    assert ROADS.keys() == {path.stem for path in (ROOT / "configs" / "model").glob("*.yaml")}
+@pytest.mark.parametrize(("name", "layout"), [(name, layout) for name, own in CONVERSIONS.items() for layout in own])
+def test_the_defaults_of_every_conversion_are_those_of_the_model_files(name, layout):
+    assert CONVERSIONS.keys() == {path.stem for path in (ROOT / "configs" / "model").glob("*.yaml")}
     wanted = Architecture(**architecture_of_file(name))
     held = {n: s for n, s in expected_shapes(wanted).items() if layout_reason(LAYOUTS[layout].initialised, n) is None}
     infos = {n: sources.TensorInfo(shape=shape, dtype=torch.bfloat16) for n, shape in held.items()}

@@ -62,7 +62,7 @@ def test_coco_images_are_known_by_their_number(name, expected):
     assert coco_image_id(Path("anywhere") / name) == expected
 
 
-def test_items_of_held_out_images_are_gone_and_the_others_keep_their_order():
+def test_items_of_excluded_images_are_gone_and_the_others_keep_their_order():
     part = without_images(ListedSource(PATHS), frozenset({7, 9}))
     assert [part.image_path(index) for index in range(len(part))] == PATHS[1:4]
     rng = np.random.default_rng(0)
@@ -70,7 +70,7 @@ def test_items_of_held_out_images_are_gone_and_the_others_keep_their_order():
     assert part.name == "listed"
 
 
-def test_a_source_without_held_out_images_is_unchanged():
+def test_a_source_without_excluded_images_is_unchanged():
     source = ListedSource(PATHS)
     assert without_images(source, frozenset({123})) is source
     assert without_images(source, frozenset()) is source
@@ -95,7 +95,7 @@ def _write_refer(root, splits):
     (folder / "grefs(unc).json").write_text(json.dumps(refs))
 
 
-def test_held_out_images_are_those_of_the_named_splits(tmp_path, monkeypatch):
+def test_excluded_images_are_those_of_the_named_splits(tmp_path, monkeypatch):
     monkeypatch.setenv("PIXEL_SAIL_CACHE", str(tmp_path / "cache"))
     _write_refer(tmp_path, {7: "val", 8: "train", 9: "testA"})
     entry = HeldOut(root=str(tmp_path), dataset="grefs", splits=["val", "testA"])

@@ -79,7 +79,7 @@ class Clock:
         return self.now
 
 
-def test_the_meter_times_steps_and_not_what_lies_between(rows, make_batch, tiny_config, monkeypatch):
+def test_metrics_time_steps_and_not_what_lies_between(rows, make_batch, tiny_config, monkeypatch):
     clock, batch = Clock(), make_batch(*rows)
     monkeypatch.setattr(metrics_module, "time", clock)
     perf = PerfMetrics(tiny_config, {}, peak_tflops=1e-6, device=torch.device("cpu"))

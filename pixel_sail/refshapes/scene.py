@@ -42,7 +42,7 @@ COLOUR_RGB: dict[str, tuple[int, int, int]] = {
 IMAGE_SIZES: tuple[SizeHW, ...] = ((128, 128), (112, 144), (144, 112))
 ACROSS_PX = {"small": (24.0, 31.0), "large": (44.0, 58.0)}
 """Range of the diameter of each size class."""
-MIN_VISIBLE_FRAC = 0.6
+MIN_VISIBLE_FRACTION = 0.6
 MAX_TILT_DEG = {"circle": 180, "ring": 180, "square": 14, "triangle": 24, "star": 36, "cross": 18}
 MUDDY_RGB = np.array(
     [(112, 96, 74), (138, 126, 100), (92, 104, 82), (88, 98, 110), (150, 138, 122), (74, 68, 62), (120, 110, 116),
@@ -199,7 +199,7 @@ def _place(rng: np.random.Generator, stamps: list[_Stamp], image_hw: SizeHW) -> 
                 continue
             if any(placed[i][0].kind.colour == stamp.kind.colour for i in touched):
                 continue
-            if all(visible[i] - covered[i] >= MIN_VISIBLE_FRAC * full[i] for i in touched):
+            if all(visible[i] - covered[i] >= MIN_VISIBLE_FRACTION * full[i] for i in touched):
                 under[inside_here] = len(placed)
                 visible = [have - lost for have, lost in zip(visible, covered, strict=True)]
                 placed.append((stamp, top, left))
