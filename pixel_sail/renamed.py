@@ -185,8 +185,8 @@ def _renamed(key: str, table: Mapping[str, str]) -> str | None:
 
 
 def _stands_for(star: str, key: str) -> re.Match[str] | None:
-    """Return whether a key is one that a key with or without `*` means, and what stands at the `*`."""
-    return re.fullmatch(re.escape(star).replace(r"\*", "([^.]+)"), key)
+    """Match a key with one that may have `*`, which is one name: of a configuration up to a dot, of a log up to a slash."""
+    return re.fullmatch(re.escape(star).replace(r"\*", "([^/]+)" if "/" in star else "([^.]+)"), key)
 
 
 def _matches(node: Any, parts: list[str], before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

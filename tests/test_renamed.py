@@ -80,8 +80,14 @@ def test_a_source_is_not_named_like_a_group_of_the_log(name):
 
 
 def test_a_line_has_earlier_keys_beside_todays():
-    line = {"step": 1, "loss/total": 2.0, "optim/lr/head": 3.0, "data/distill/sam2_images": 4, "x/distill/sam2": 5.0}
-    old = {"total": 2.0, "lr/head": 3.0, "distill/sam2_images": 4}
+    line = {
+        "step": 1,
+        "loss/total": 2.0,
+        "optim/lr/head.muon": 3.0,
+        "data/distill/sam2_images": 4,
+        "x/distill/sam2": 5.0,
+    }
+    old = {"total": 2.0, "lr/head.muon": 3.0, "distill/sam2_images": 4}
     assert with_old_log_keys(line) == {**line, **old}
     assert (
         current_log_line(with_old_log_keys(line)) == line == current_log_line({**old, "step": 1, "x/distill/sam2": 5.0})
