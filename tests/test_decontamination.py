@@ -124,7 +124,7 @@ def test_the_mixture_of_a_run_leaves_them_out_unless_told_otherwise(tmp_path, mo
         sources={"grefs": source}, decontamination=DecontaminationConfig(enabled=enabled, held_out=held_out)
     )
     if enabled:
-        with pytest.raises(DataError, match="hold no item"):
+        with pytest.raises(DataError, match="found no items in"):
             build_mixture(config, seed=0)
     else:
         assert build_mixture(config, seed=0).epoch_length == 2

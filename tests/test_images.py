@@ -173,7 +173,7 @@ def test_cmyk_inks_become_the_colours_they_print(tmp_path):
 def test_values_without_a_known_range_are_refused(tmp_path, values):
     Image.fromarray(values).save(tmp_path / "a.tif")
     with pytest.raises(
-        DataError, match=r"^toy/7: .*a\.tif: pixel values .* found, expected whole numbers 0 \.\. 65535"
+        DataError, match=r"^toy/7: .*a\.tif: found pixel values .*, expected whole numbers 0 \.\. 65535"
     ):
         _load(tmp_path / "a.tif")
 

@@ -140,7 +140,7 @@ def test_a_short_polygon_among_good_ones_is_left_out_and_remarked(short):
         mask = decode_segmentation([FIRST_SQUARE, short, SECOND_SQUARE], SIZE_HW, "f.json: annotation 12")
     np.testing.assert_array_equal(mask, TWO_SQUARES)
     assert [(r.topic, r.where) for r in heard] == [("short polygon", "f.json: annotation 12")]
-    assert [r.message for r in heard] == ["left out 1 of 3 polygons, polygon 1 has fewer than three points"]
+    assert [r.message for r in heard] == ["skipped 1 of 3 polygons, polygon 1 has fewer than three points"]
 
 
 def test_a_remark_nobody_listens_to_is_logged_once_per_file(caplog):

@@ -328,10 +328,10 @@ def test_weights_divide_an_epoch(image_paths):
     [
         ({"weights": {"a": 1.0}}, "expected a weight for each"),
         ({"weights": {"a": 0.0, "b": 0.0}}, "not all 0"),
-        ({"weights": {"a": 1.0, "b": -1.0}}, "data.weights.b is -1.0"),
-        ({"weights": {"a": 1.0, "c": 1.0}}, r"names \['c'\]"),
-        ({"weights": {"a": 1.0, "b": 1.0}, "epoch_samples": 0}, "data.epoch_samples is 0"),
-        ({"weights": {"a": 1.0, "b": 1.0}, "repeats": {"a": 2.0}}, "both set"),
+        ({"weights": {"a": 1.0, "b": -1.0}}, "data.weights.b: found -1.0"),
+        ({"weights": {"a": 1.0, "c": 1.0}}, r"data.weights: found \['c'\]"),
+        ({"weights": {"a": 1.0, "b": 1.0}, "epoch_samples": 0}, "data.epoch_samples: found 0"),
+        ({"weights": {"a": 1.0, "b": 1.0}, "repeats": {"a": 2.0}}, "found both, expected at most one"),
     ],
 )
 def test_wrong_weights_are_refused(image_paths, changes, message):
@@ -343,7 +343,11 @@ def test_wrong_weights_are_refused(image_paths, changes, message):
 
 @pytest.mark.parametrize(
     ("lengths", "repeats", "message"),
-    [((4,), (-0.5,), "data.repeats.a is -0.5"), ((4,), (0.0,), "hold no item"), ((0,), (1.0,), "hold no item")],
+    [
+        ((4,), (-0.5,), "data.repeats.a: found -0.5"),
+        ((4,), (0.0,), "found no items in"),
+        ((0,), (1.0,), "found no items in"),
+    ],
 )
 def test_a_mixture_without_items_or_with_negative_repeats_is_refused(make_mixture, lengths, repeats, message):
     with pytest.raises(DataError, match=message):
@@ -351,7 +355,7 @@ def test_a_mixture_without_items_or_with_negative_repeats_is_refused(make_mixtur
 
 
 def test_repeats_of_an_unknown_source_are_refused(image_paths):
-    with pytest.raises(DataError, match=r"names \['b'\], but data.sources holds \['a'\]"):
+    with pytest.raises(DataError, match=r"data.repeats: found \['b'\], expected names in data.sources \['a'\]"):
         Mixture({"a": RandomSource("a", 3, image_paths)}, {"b": 2.0}, seed=0)
 
 
@@ -362,7 +366,7 @@ def test_a_sample_longer_than_a_sequence_stops_with_its_name(make_mixture, proce
     stream = training_batches(
         make_mixture(), processor, settings, assignment, start=[StreamState()], num_workers=workers
     )
-    with pytest.raises(DataError, match=r"a/\d+/\d+: \d+ tokens found, at most data.packing.seq_len = 30"):
+    with pytest.raises(DataError, match=r"a/\d+/\d+: found \d+ tokens, expected at most data.packing.seq_len = 30"):
         list(islice(stream, 23))
 
 
@@ -375,8 +379,8 @@ def test_a_sample_of_exactly_the_budget_is_packed(make_mixture, processor):
 
 @pytest.mark.parametrize(("num_streams", "world_size", "micro"), [(6, 4, 1), (4, 1, 3), (4, 2, 4), (1, 2, 1)])
 def test_streams_that_do_not_divide_over_ranks_are_refused(num_streams, world_size, micro):
-    message = f"data.global_batch_size is {num_streams}; with {world_size} processes"
-    with pytest.raises(DataError, match=f"{message}.* must be a multiple of {world_size * micro}"):
+    message = f"data.global_batch_size: found {num_streams}, expected a multiple of {world_size * micro} "
+    with pytest.raises(DataError, match=f"{message}with {world_size} processes"):
         StreamAssignment(global_batch_size=num_streams, rank=0, world_size=world_size, micro_batch_size=micro)
 
 

@@ -180,8 +180,8 @@ def test_absent_regions_are_as_frequent_as_asked_and_come_anywhere():
     [
         (RegionTurn(question="{region2}?", answer="x"), r"names \{region2\}, found regions \['0', '1'\]"),
         (RegionTurn(question="{region}?", answer="x"), r"names \{region\}"),
-        (RegionTurn(question="{region}?", answer="x", region=2), r"a turn about region 2 found, expected 0 \.\. 1"),
-        (RegionTurn(question="{region}?", answer="x", region=-1), r"a turn about region -1 found"),
+        (RegionTurn(question="{region}?", answer="x", region=2), r"found a turn about region 2, expected 0 \.\. 1"),
+        (RegionTurn(question="{region}?", answer="x", region=-1), r"found a turn about region -1,"),
     ],
 )
 def test_a_turn_about_a_region_that_is_not_there_is_refused(turn, message):

@@ -367,7 +367,7 @@ def test_empty_sentences_are_left_out_of_training_and_logged(tmp_path, caplog):
     assert [turn.question for turn in source.get(0, np.random.default_rng(0)).turns] == [
         "Please segment box in this image."
     ]
-    assert "left out 2 sentences" in caplog.text
+    assert "skipped 2 sentences" in caplog.text
 
 
 def test_no_target_turn_is_answered_as_released_with_an_empty_mask(tmp_path):
