@@ -61,10 +61,10 @@ def test_the_notes_of_an_earlier_version_count(tmp_path):
     error = NonFiniteLossError("losses are not finite")
     note = {"from_step": 2, "failed_step": 3, "lanes": [asdict(StreamState(next=7))]}
     (tmp_path / "rewinds.jsonl").write_text(json.dumps(note) + "\n")
-    assert behind_rollbacks(tmp_path, TrainState(step=2)).lanes == (StreamState(next=7),)
-    ending = rollback(tmp_path, error, from_step=2, failed_step=4, lanes=[StreamState(next=9)], limit=2)
+    assert behind_rollbacks(tmp_path, TrainState(step=2)).streams == (StreamState(next=7),)
+    ending = rollback(tmp_path, error, from_step=2, failed_step=4, streams=[StreamState(next=9)], limit=2)
     assert "Rollback 2 of 2" in str(ending)
-    assert behind_rollbacks(tmp_path, TrainState(step=2)).lanes == (StreamState(next=9),)
+    assert behind_rollbacks(tmp_path, TrainState(step=2)).streams == (StreamState(next=9),)
 
 
 def test_rollbacks_are_counted(tmp_path):
