@@ -185,7 +185,7 @@ def _renamed(key: str, table: Mapping[str, str]) -> str | None:
 
 
 def _stands_for(star: str, key: str) -> re.Match[str] | None:
-    """Match a key with one that may have `*`, which is one name: of a configuration up to a dot, of a log up to a slash."""
+    """Match a key with one with `*`: text without a dot in a configuration key, without a slash in a log."""
     return re.fullmatch(re.escape(star).replace(r"\*", "([^/]+)" if "/" in star else "([^.]+)"), key)
 
 
