@@ -116,7 +116,7 @@ def test_a_disk_that_refuses_ends_the_run_with_the_last_whole_checkpoint_named(t
     writer = writer_to(tmp_path, asynchronous=asynchronous)
     writer.save(TrainState(step=1), *small, ACCELERATOR)
     writer.wait()
-    with pytest.raises(CheckpointError, match=r"step_00000002: not written: .*step_00000001 is whole"):
+    with pytest.raises(CheckpointError, match=r"step_00000002: not written: .*step_00000001 is complete"):
         writer.save(TrainState(step=2), *large, ACCELERATOR)
         # In the background: a later step's check tells, however late the error comes.
         for _ in range(3000):
@@ -129,7 +129,7 @@ def test_an_error_in_the_background_is_told_even_when_training_fails_too(tmp_pat
     with pytest.raises(ZeroDivisionError), writer_to(tmp_path) as writer:
         writer.save(TrainState(step=2), *trained(400), ACCELERATOR)
         raise ZeroDivisionError
-    assert "step_00000002: not written" in caplog.text and "no checkpoint is whole yet" in caplog.text
+    assert "step_00000002: not written" in caplog.text and "no checkpoint is complete yet" in caplog.text
 
 
 def test_a_clean_end_still_raises_what_the_last_save_met(tmp_path, small_files):

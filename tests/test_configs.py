@@ -108,7 +108,7 @@ def test_a_decontamination_group_beside_the_recipe_is_refused_and_a_key_takes_it
         "decontamination@data.decontamination=refcoco_family",
     )
     assert not load_config("train", TrainConfig, card).data.decontamination.enabled
-    with pytest.raises(ConfigError, match=r"is without effect.*add data\.decontamination\.enabled=true"):
+    with pytest.raises(ConfigError, match=r"has no effect.*add data\.decontamination\.enabled=true"):
         load_config("train", TrainConfig, [*card, group])
     kept = load_config("train", TrainConfig, [*card, group, "data.decontamination.enabled=true"])
     assert kept == load_config("train", TrainConfig, [*card, "data.decontamination.enabled=true"])
@@ -138,7 +138,7 @@ def test_a_recipe_that_does_not_exist_is_an_error_that_lists_those_that_do():
 
 
 def test_null_for_a_group_is_an_error_that_says_how_to_choose_none():
-    with pytest.raises(ConfigError, match=r"'recipe=null'.*leave it out, or put ~ before its name"):
+    with pytest.raises(ConfigError, match=r"'recipe=null'.*omit it, or put ~ before its name"):
         load_config("train", TrainConfig, ["name=x", "recipe=null"])
     assert load_config("train", TrainConfig, ["name=x", "~recipe"]) == load_config("train", TrainConfig, ["name=x"])
 

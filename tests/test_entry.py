@@ -41,7 +41,7 @@ def test_an_expected_error_is_one_message_with_its_status(kind, capsys):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
 def test_a_machine_that_refuses_is_one_message_with_the_path(number, capsys):
     assert ending_with(OSError(number, "refused", "runs/a/log.jsonl"))() == 2
-    assert "Error: runs/a/log.jsonl: refused; make room" in capsys.readouterr().err
+    assert "Error: runs/a/log.jsonl: refused; free disk space" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("x"), ValueError("x"), FileNotFoundError(2, "x", "y")])
@@ -52,7 +52,9 @@ def test_a_bug_keeps_its_traceback(error):
 
 def test_what_cannot_be_written_is_told_with_its_path(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(WriteError, match=rf"{tmp_path}/file/report.html: cannot be written \(.*\), expected a place"):
+    with pytest.raises(
+        WriteError, match=rf"{tmp_path}/file/report.html: cannot be written \(.*\), expected a writable path"
+    ):
         replace_text(tmp_path / "file" / "report.html", "text")
     (tmp_path / "folder").mkdir()
     with pytest.raises(WriteError, match="folder: cannot be written"):

@@ -205,7 +205,7 @@ def test_a_disk_that_fills_during_a_save_leaves_the_checkpoint_before_and_the_ru
     overrides += ("checkpoint.asynchronous=false",)
     command = [sys.executable, str(ROOT / "tests" / "faulty_run.py"), "disk", "0", "3", *overrides]
     done = start(command, data_root)
-    assert done.returncode == 2 and "step_00000002 is whole" in done.stderr
+    assert done.returncode == 2 and "step_00000002 is complete" in done.stderr
     complete = checkpoint.complete_checkpoints(tmp_path / "checkpoints")
     assert [path.name for path in complete] == ["step_00000001", "step_00000002"]
     assert not (tmp_path / "export").exists()

@@ -61,7 +61,7 @@ def test_six_steps_equal_three_steps_and_three_more_bit_for_bit(data_root, tmp_p
     train(data_root, tmp_path / "parts", "data.num_workers=2", "deepspeed=none", "checkpoint.stop_after=3")
     assert len(log_lines(tmp_path / "parts")) == 3
     said = train(data_root, tmp_path / "parts", "data.num_workers=1", "deepspeed=none", "name=renamed")
-    assert "is the run 'quickstart', which goes on under the name 'renamed'" in said
+    assert "is the run 'quickstart', now called 'renamed'" in said
     assert log_lines(tmp_path / "parts") == log_lines(tmp_path / "whole")
     weights = [tmp_path / run / "export" / "model.safetensors" for run in ("whole", "parts")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
@@ -122,7 +122,7 @@ def test_a_signal_ends_the_run_after_a_checkpoint_with_its_own_status(data_root,
     send(processes[-1].pid, number)
     messages = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [85] * len(ranks), messages
-    assert all("which is saved; the same command goes on" in message for message in messages)
+    assert all("which is saved; run the same command to resume" in message for message in messages)
     stopped = len(log_lines(tmp_path / "run"))
     assert 3 <= stopped < 30
     train(data_root, tmp_path / "run", *overrides, by="python" if by == "python" else "torchrun")

@@ -147,7 +147,7 @@ def prepare(config: TrainConfig, *, lock: bool) -> Run:
         checkpoint.load_parameters(model, saved[0])
         logger.info("continuing from %s", found)
         if (before := name_of_run(run_dir)) not in (None, config.name):
-            logger.warning("%s is the run %r, which goes on under the name %r", run_dir, before, config.name)
+            logger.warning("%s is the run %r, now called %r", run_dir, before, config.name)
     state = behind_rollbacks(run_dir, state)
     model.use(config.kernels, config.optim.activation_checkpointing)
     own_optimizer = build_optimizer(model, config.optim)
