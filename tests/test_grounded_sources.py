@@ -94,7 +94,7 @@ def test_grandf_leaves_out_captions_without_phrase_and_counts_what_is_not_used(t
         source = grandf_source(tmp_path, *records)
     assert len(source) == 1
     assert source.get(0, rng()).turns[0].answer == "<p> A dog </p> [SEG] and two cups."
-    assert "left out 3 of 4 captions" in caplog.text
+    assert "skipped 3 of 4 captions" in caplog.text
     assert "of 6 phrases, 3 have no mask, 1 are not in their caption and 1 overlap a longer one" in caplog.text
 
 
@@ -142,8 +142,8 @@ def test_spans_of_other_words_are_remarked_and_train_nothing(tmp_path, caplog):
         source = grandf_source(tmp_path, record)
     assert "2 are not in their caption" in caplog.text
     assert [remark.message for remark in heard] == [
-        "the span [0, 5] holds 'A boy', the phrase is 'the brother'; left out",
-        "the span [0, 5] holds 'A boy', the phrase is 'puppy'; left out",
+        "the span [0, 5] holds 'A boy', the phrase is 'the brother'; skipped",
+        "the span [0, 5] holds 'A boy', the phrase is 'puppy'; skipped",
     ]
     (turn,) = source.get(0, rng()).turns
     assert turn.answer == "A boy throws a <p> ball </p> [SEG]."
@@ -244,7 +244,7 @@ def test_flickr_annotations_on_one_span_are_one_phrase_and_every_span_is_marked(
     assert turn.answer == ("<p> Two guys </p> [SEG] and <p> a big cat </p> [SEG], <p> a cat </p> [SEG]")
     for mask, expected in zip(turn.masks, [LEFT | RIGHT, OVER, OVER], strict=True):
         np.testing.assert_array_equal(mask, large(expected))
-    assert "left out 1 of 2 captions" in caplog.text
+    assert "skipped 1 of 2 captions" in caplog.text
     assert "of 5 phrases, 0 have no mask, 0 are not in their caption and 1 overlap" in caplog.text
 
 

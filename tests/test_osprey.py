@@ -100,7 +100,7 @@ def test_records_without_regions_or_turns_are_left_out_and_counted(tmp_path, cap
     records = [_record(0, "a", "b"), _record(1), _record(1, "a", "b"), _record(1, "a", "b", annotation=None),
                _record(1, "only asked"), _record(2, "c", "d")]  # fmt: skip
     source = _source(tmp_path, records)
-    assert "left out 4 of 6 records" in caplog.text
+    assert "skipped 4 of 6 records" in caplog.text
     assert [get(source, i).sample_id for i in range(len(source))] == ["toy/record=2", "toy/record=5"]
 
 
@@ -165,7 +165,7 @@ def test_wrong_descriptions_are_refused(tmp_path):
 def test_records_without_any_description_are_left_out(tmp_path, caplog):
     records = [_described("<region1>: ", ""), _described("<region1>: a")]
     assert len(_source(tmp_path, records, content="description")) == 1
-    assert "left out 1 of 2 records" in caplog.text
+    assert "skipped 1 of 2 records" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,8 @@ def test_images_without_content_are_left_out_and_counted(tmp_path, caplog):
     data["annotations"][0]["segments_info"] = [segment_entry(3, DOG, iscrowd=1)]
     lengths = [len(source) for source in _all_sources(write(tmp_path, data))]
     assert lengths == [1, 2, 1, 1, 1], "only the semantic source asks for a crowd"
-    assert "source coco_panoptic: left out 1 of 2 images without a segment that is not a crowd" in caplog.text
-    assert "source pix2cap_vp: left out 1 of 2 images without a description" in caplog.text
+    assert "source coco_panoptic: skipped 1 of 2 images without a segment that is not a crowd" in caplog.text
+    assert "source pix2cap_vp: skipped 1 of 2 images without a description" in caplog.text
 
 
 def test_sources_are_functions_of_index_and_rng_and_survive_pickling(tmp_path):

@@ -135,7 +135,7 @@ def test_files_without_text_or_target_are_left_out_and_counted(tmp_path, caplog)
     write(tmp_path, "c")
     source = load(root=tmp_path)
     assert [source.image_path(i).name for i in range(len(source))] == ["c.jpg"]
-    assert "left out 2 of 3 files" in caplog.text
+    assert "skipped 2 of 3 files" in caplog.text
 
 
 def test_what_operating_systems_leave_in_a_folder_is_no_item(tmp_path):

@@ -62,7 +62,7 @@ def test_captions_that_only_speak_of_the_marker_are_left_out_and_counted(tmp_pat
     records = [_image(["The cat is highlighted.", "A dog, outlined by a yellow edge, sleeps.", " "]), _image([""])]
     source = _sam(tmp_path, records)
     assert len(source) == 1
-    assert "left out 3 of 4 captions" in caplog.text and "1 of 2 images" in caplog.text
+    assert "skipped 3 of 4 captions" in caplog.text and "1 of 2 images" in caplog.text
     sample = get(source)
     assert [turn.answer.split(": ")[1] for turn in sample.turns] == ["A dog sleeps."]
     assert list(marked_regions(sample).values()) == [1]
