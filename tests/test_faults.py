@@ -1,6 +1,5 @@
-"""The list of faults in docs/reliability.md: every test it names exists, and those that stand nowhere else are here."""
+"""Every fault in docs/reliability.md names a test file, and the tests that fit in no other file are here."""
 
-import ast
 import json
 import re
 import sys
@@ -36,22 +35,11 @@ def rows():
     ]
 
 
-def test_every_test_the_page_names_exists():
-    named = re.findall(r"`(test_\w+)\.py::(test_\w+)`", PAGE.read_text())
-    assert len(named) > 50
-    functions = {}
-    for file, test in named:
-        if file not in functions:
-            tree = ast.parse((ROOT / "tests" / f"{file}.py").read_text())
-            functions[file] = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-        assert test in functions[file], f"docs/reliability.md names {file}.py::{test}"
-
-
-def test_every_fault_has_what_happens_and_a_test_or_a_reason():
+def test_every_fault_has_what_happens_and_a_test_file_or_a_reason():
     assert len(rows()) > 40
     for row in rows():
         assert all(row), row
-        assert re.search(r"`test_\w+\.py::test_\w+`|no test: ", row[2]), row
+        assert re.search(r"`test_\w+\.py`|no test: ", row[2]), row
 
 
 # Checkpoints
