@@ -130,7 +130,7 @@ CONVERSIONS = {
     "eve_7b": ("evev2",),
     "tiny": (),
 }
-"""Model file -> the roads that lead to a start for it; tiny starts from random weights."""
+"""Model file -> the ways to a start for it; tiny starts from random weights."""
 
 
 def architecture_of_file(name):

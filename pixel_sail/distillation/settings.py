@@ -33,7 +33,7 @@ class TeacherSettings:
     """Factor of its loss in the total."""
     loss: str = "mse"
     """mse (release), cosine, normalized_mse: against features with mean 0 and deviation 1 at every cell, or kl: the
-    channels are classes, of which the student gives the shares."""
+    channels are classes, of which the student gives the fractions."""
     site: str = "pixel_map"
     """What of the student is compared: its pixel_map after the projector, or its patch_states after the decoder."""
     channels: int = 256
