@@ -138,7 +138,7 @@ def test_the_wrong_tokenizer_of_a_release_is_noticed(base_tokenizer, make_config
     state, _ = release_checkpoint(tmp_path, base_tokenizer, make_config, release_orders(2)[0], num_visual_prompts=2)
     save_file(state, tmp_path / "state.safetensors")
     other_tokenizer(tmp_path / "base")
-    with pytest.raises(DataError, match=r"the release appends one of \[1, 0, 2\].*give the tokenizer of the base"):
+    with pytest.raises(DataError, match=r"the release appends one of \[1, 0, 2\].*use the tokenizer of the base"):
         convert(tmp_path / "state.safetensors", "release", tmp_path / "ours", base=tmp_path / "base", chosen=RELEASED)
 
 
@@ -225,7 +225,7 @@ def test_a_model_that_the_release_computes_otherwise_is_not_written_for_it(
         {name: torch.zeros(shape) for name, shape in expected_shapes(config).items()},
         tmp_path / "ours" / "a.safetensors",
     )
-    with pytest.raises(DataError, match=f"{re.escape(message)} .*the released code builds nothing else"):
+    with pytest.raises(DataError, match=f"{re.escape(message)} .*the released code supports nothing else"):
         to_release(tmp_path / "ours", tmp_path / "released")
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 

@@ -190,7 +190,7 @@ def broken_png(image):
 
 BAD_UPLOADS = {
     "empty": (lambda image: b"", 400, "empty"),
-    "text": (lambda image: b"hello, this is no image", 415, "no image"),
+    "text": (lambda image: b"hello, this is no image", 415, "not a readable image"),
     "cut": (lambda image: png(image)[:2000], 415, "damaged"),
     "broken": (broken_png, 415, "damaged"),
     "long file": (lambda image: png(image) + b"\0" * 1_000_001, 413, "1 MB"),
@@ -207,7 +207,7 @@ BAD_UPLOADS = {
         415,
         "no",
     ),
-    "archive": (lambda image: b"PK\x03\x04" + b"\0" * 500, 415, "no image"),
+    "archive": (lambda image: b"PK\x03\x04" + b"\0" * 500, 415, "not a readable image"),
 }
 BAD_QUESTIONS = {
     "no session": ({"session": None}, 404, "no longer"),
@@ -215,23 +215,23 @@ BAD_QUESTIONS = {
     "no text": ({"text": " \n"}, 400, "no question"),
     "a number for a text": ({"text": 5}, 400, "no question"),
     "a long text": ({"text": "a" * 201}, 413, "201 characters"),
-    "half a character": ({"text": "a \ud800 b"}, 400, "broken character"),
+    "half a character": ({"text": "a \ud800 b"}, 400, "invalid character"),
     "regions as text": ({"regions": "all"}, 400, "not a list"),
     "many regions": ({"regions": [{"point": [1, 1]}] * 16}, 413, "at most 15"),
-    "an unknown region": ({"regions": [{"circle": [1, 2, 3]}]}, 400, "Mark 0 is no box"),
-    "no number": ({"regions": [{"point": [1, float("nan")]}]}, 400, "Mark 0 is no box"),
-    "a huge number": ({"regions": [{"box": [0, 0, 10**400, 5]}]}, 400, "Mark 0 is no box"),
+    "an unknown region": ({"regions": [{"circle": [1, 2, 3]}]}, 400, "Mark 0 is not a box"),
+    "no number": ({"regions": [{"point": [1, float("nan")]}]}, 400, "Mark 0 is not a box"),
+    "a huge number": ({"regions": [{"box": [0, 0, 10**400, 5]}]}, 400, "Mark 0 is not a box"),
     "no base64": ({"regions": [{"png": "%%%"}]}, 400, "Mark 0 cannot be read"),
-    "a mask that is none": ({"regions": [{"png": "aGVsbG8="}]}, 415, "no image"),
+    "a mask that is none": ({"regions": [{"png": "aGVsbG8="}]}, 415, "not a readable image"),
     "a mask of another size": ({"regions": [{"png": mask_png(np.ones((4, 4), dtype=bool))}]}, 400, "another size"),
     "outside": ({"regions": [{"box": [10, 10, 900, 30]}]}, 200, "inside the image of 64 x 40"),
     "a region nobody marked": ({"text": "What is <Prompt3>?"}, 200, "<Prompt3> found"),
     "a token of the model": ({"text": "It is [SEG]."}, 200, "only the model may say"),
 }
 BAD_BODIES = {
-    "no JSON": (b"{", "application/json", 400, "no JSON"),
-    "a list": (b"[1]", "application/json", 400, "no JSON object"),
-    "deep": (b"[" * 100_000, "application/json", 400, "no JSON"),
+    "no JSON": (b"{", "application/json", 400, "not JSON"),
+    "a list": (b"[1]", "application/json", 400, "not a JSON object"),
+    "deep": (b"[" * 100_000, "application/json", 400, "not JSON"),
     "a form": (b"session=1&text=2", "application/x-www-form-urlencoded", 415, "application/json"),
     "long": (b'"' + b"a" * 8_000_001 + b'"', "application/json", 413, "too long"),
 }
