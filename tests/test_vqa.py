@@ -195,7 +195,7 @@ def test_settings_of_a_task_are_read(settings, max_new_tokens, until):
         ({"settings": {"num_beams": 4}}, "answers are greedy"),
         ({"settings": {"max_new_tokens": 0}}, "max_new_tokens is 0"),
         ({"settings": {"max_new_tokens": "16"}}, "max_new_tokens is '16'"),
-        ({"settings": {"until": [""]}}, "expected texts that are not empty"),
+        ({"settings": {"until": [""]}}, "expected non-empty texts"),
         ({"text": ["a", "b"]}, "a question of type list"),
     ],
 )

@@ -114,14 +114,14 @@ def open_source(path: str | Path) -> TensorSource:
     return LoadedSource(path, _tensors_of(path, load_safely(path)))
 
 
-def load_safely(path: Path, stand_ins: Sequence[tuple[Any, str]] = ()) -> Any:
+def load_safely(path: Path, placeholders: Sequence[tuple[Any, str]] = ()) -> Any:
     """Return the tensors and plain data of a torch.save file.
 
-    `stand_ins`: (class without behavior, full name in the file) that replace classes of the file by plain data.
+    `placeholders`: (class without behavior, full name in the file) that replace classes of the file by plain data.
     Raises: DataError if the file is damaged or requests any other class, without running it.
     """
     try:
-        with torch.serialization.safe_globals(list(stand_ins)):
+        with torch.serialization.safe_globals(list(placeholders)):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise DataError(

@@ -1,13 +1,13 @@
 """lmms-eval's command with our model and tasks: `python -m pixel_sail.vqa --tasks pixel_sail_mme --model_args ...`.
 
-The start of a VQA evaluation; takes every option of `lmms-eval`, under `torchrun -m` too.
+Takes all options of `lmms-eval`, also under `torchrun -m`.
 """
 
 import sys
 
 
 def main() -> int:
-    """Hand over to the kit; end with status 2 where it is not installed."""
+    """Run the kit's command, or exit with status 2 if it is not installed."""
     try:
         import lmms_eval.__main__ as kit
     except ModuleNotFoundError as error:
