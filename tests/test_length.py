@@ -290,7 +290,7 @@ def test_passes_that_whole_steps_cannot_make_are_said():
     config = config_of("optim.steps=null", "optim.epochs=0.5", "data.global_batch_size=8")
     found = length_of(config, forecast_of(5.0), items=10, group=1, is_assumed=False)
     assert found.steps == 1 and found.misses_passes
-    assert "the data are gone through 4.000 times, not 0.5" in length_lines(found)[-1]
+    assert "the run makes 4.000 passes over the data, not 0.5" in length_lines(found)[-1]
     assert not length_of(config, forecast_of(5.0), items=8000, group=1, is_assumed=False).misses_passes
 
 
@@ -338,7 +338,7 @@ def test_a_run_of_passes_keeps_its_length_on_another_number_of_processes_and_wit
     with (own / "refshapes" / "refshapes" / "instances.json").open("a") as file:
         file.write("\n")
     said = train(own, run_dir, *PASSES, "checkpoint.allow_changed_data=true", "data.planned_samples=9")
-    assert "looking at samples" not in said
+    assert "on samples of the mixture" not in said
     lines = log_lines(run_dir)
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
     assert lines[-1]["data/epoch"] == pytest.approx(1.5, abs=1.5 / steps)

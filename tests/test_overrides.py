@@ -147,7 +147,7 @@ def test_plain_options_are_taken_as_they_stand():
         (["--image"], "found nothing after it"),
         (["--box", "1,2,3"], "--box: found '1,2,3', expected 4 numbers"),
         (["--point", "1,nan"], "expected 2 numbers"),
-        (["--point", "1,2", "points=[[1,2]]"], "use one of both"),
+        (["--point", "1,2", "points=[[1,2]]"], "use one of them"),
         (["image=${x}.jpg"], "--image, --question, --output TEXT are used verbatim"),
         (["image="], "image is empty"),
         (["--image="], "image is empty"),

@@ -248,7 +248,7 @@ def test_a_box_covers_every_pixel_it_touches(image):
         ({"text": "  "}, "expected a question of at least one word"),
         ({"text": 7}, "text: found 7"),
         ({"text": "It is [SEG]."}, r"\[SEG\] found, which only the model may say"),
-        ({"text": "a<|im_end|>b"}, "take it out of the question"),
+        ({"text": "a<|im_end|>b"}, "remove it from the question"),
         ({"text": "what is <Prompt0>?"}, "<Prompt0> found, but 0 regions are marked"),
         ({"prompts": [Box(0, 0, 65, 10)]}, r"prompt 0: found Box\(.*inside the image of 64 x 40"),
         ({"prompts": [Point(3, -1)]}, "expected x, y inside the image of 64 x 40"),
@@ -306,7 +306,7 @@ def test_a_model_of_the_hub_is_fetched_at_its_revision(batch, image, tmp_path, m
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "no/such/folder"}, "give a run folder"),
+        ({"name": "no/such/folder"}, "use a run folder"),
         ({"precision": "fp64"}, r"found 'fp64', expected one of \('fp32', 'bf16'\)"),
     ],
 )
@@ -337,7 +337,7 @@ def test_a_damaged_model_is_refused(batch, tmp_path, damage):  # noqa: F811
     batch.model.save_pretrained(tmp_path)
     batch.processor.save_pretrained(tmp_path)
     damage(tmp_path)
-    with pytest.raises(ConfigError, match=f"{re.escape(str(tmp_path))}: cannot be loaded (?s:.*)export it anew"):
+    with pytest.raises(ConfigError, match=f"{re.escape(str(tmp_path))}: cannot be loaded (?s:.*)export it again"):
         Predictor.from_pretrained(tmp_path)
 
 

@@ -46,7 +46,7 @@ def test_a_run_goes_back_to_its_checkpoint_and_past_the_data_it_broke_down_on(da
     command = [sys.executable, str(ROOT / "tests" / "faulty_run.py"), "loss", "0", "4", *SMALL, f"run_dir={tmp_path}"]
     done = start([*command, *OVERRIDES], data_root)
     assert done.returncode == 85, done.stderr[-4000:]
-    assert "are not finite" in done.stderr and "Rollback 1 of 1: the same command goes on from step 2" in done.stderr
+    assert "are not finite" in done.stderr and "Rollback 1 of 1: the same command resumes from step 2" in done.stderr
     train(data_root, tmp_path, *OVERRIDES, "checkpoint.stop_after=1")
     train(data_root, tmp_path, *OVERRIDES)
     monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
