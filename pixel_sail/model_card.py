@@ -27,7 +27,8 @@ from pixel_sail.renamed import current_config
 from pixel_sail.types import DataError
 
 CARD = "README.md"
-MADE_BY = "<!-- Made by tools/publish_model.py: written anew whenever it is called. -->"
+MADE_BY = "<!-- Made by tools/publish_model.py:"
+"""Marks a card of this tool, which may be replaced."""
 UPLOADED = (*MODEL_FILES, CARD)
 
 LIMITS = """\
@@ -85,7 +86,7 @@ def card_text(run_dir: Path, *, name: str, license_name: str) -> str:
             f"{run_dir / 'config.json'}: found no configuration of a run ({type(error).__name__}: {error}); {remedy}"
         ) from error
     parts = [
-        "\n".join(["---", *front, "---", MADE_BY, ""]),
+        "\n".join(["---", *front, "---", f"{MADE_BY} replaced by each call. -->", ""]),
         f"# {name.rpartition('/')[2]}\n",
         *sections,
         _scores(run_dir, export),
