@@ -156,7 +156,7 @@ def test_the_tool_leaves_what_is_up_to_date_and_renews_what_is_not(tool, refs_pi
     assert read_refs(converted) == REFS[:1]
     converted.write_text("nonsense")
     assert tool.main([str(refs_pickle)]) == 0
-    assert "written anew" in capsys.readouterr().err
+    assert "rewritten" in capsys.readouterr().err
     assert read_refs(converted) == REFS[:1]
 
 

@@ -307,12 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=100, help="samples timed stage by stage (100)")
     parser.add_argument("--sequences", type=int, default=40, help="sequences for padding and for the loader (40)")
     parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1), help="loader workers to start")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=8,
-        help="loader workers assumed per GPU when computing the fraction of a step (8)",
-    )
+    parser.add_argument("--workers", type=int, default=8, help="loader workers assumed for the computed step (8)")
     parser.add_argument("--flop-rate", type=float, default=400e12, help="FLOP/s of the training GPU (4e14)")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     options, overrides = parser.parse_known_args(arguments)

@@ -147,7 +147,7 @@ def main() -> int:
     half_s = 30 * arguments.minutes
     memory_mb: list[float] = []
     with started_demo(arguments.overrides) as (address, pid):
-        # Warm up: the first question initializes kernels and caches.
+        # Warm up: the first question includes one-time setup.
         run_users(address, 1, 1.0, at_once=True)
         ended = threading.Event()
 
