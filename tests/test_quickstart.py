@@ -72,5 +72,5 @@ def test_a_run_of_an_earlier_version_is_refused(quickstart, run_dir, tmp_path):
     rows = (tmp_path / "evaluation" / "results.jsonl").read_text().splitlines()
     kept = [row for row in rows if json.loads(row)["eval"] != "refshapes_val_shape"]
     (tmp_path / "evaluation" / "results.jsonl").write_text("\n".join(kept) + "\n")
-    with pytest.raises(DataError, match=r"no scores of refshapes_val_shape, expected 11 evals.*move its folder away"):
+    with pytest.raises(DataError, match=r"no scores of refshapes_val_shape, expected 11 evals.*Move its folder away"):
         quickstart.read_scores(tmp_path)

@@ -300,7 +300,7 @@ def test_a_run_that_loses_a_process_ends_in_time_and_says_so(data_root, mixed, t
         message = processes[0].communicate(timeout=120)[1]
     assert processes[0].returncode == 86, message[-3000:]
     assert "LostPeer: rank 0 of 2 lost another process" in message
-    assert "the same command goes on from the last complete checkpoint" in message
+    assert "the same command again to resume from the last complete checkpoint" in message
 
 
 def test_a_run_killed_four_times_also_while_saving_has_the_log_of_one_that_was_not(tmp_path):

@@ -238,7 +238,9 @@ def test_a_killed_data_worker_ends_with_86_and_says_so(finished, monkeypatch, ca
     folder = restored(finished)
     assert call("train", folder, monkeypatch, "data.num_workers=1") == 86
     assert re.search(
-        r"^LostWorker: rank 0 of 1: DataLoader worker .*The same command goes on", capfd.readouterr().err, re.M
+        r"^LostWorker: rank 0 of 1: DataLoader worker .*Run the same command again to resume",
+        capfd.readouterr().err,
+        re.M,
     )
 
 

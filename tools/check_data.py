@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_data_report(settings.out / "report.html", result)
     print(text_report(result.reports))
     if plan.left_out:
-        print(f"left out, nobody has to download them and they are not there: {', '.join(plan.left_out)}")
+        print(f"skipped, as they are missing and not part of a download: {', '.join(plan.left_out)}")
     print(f"written: {settings.out / 'report.html'}, {settings.out / 'report.json'}")
     num_troubles = sum(report.num_troubles for report in result.reports)
     num_notes = sum(report.num_notes for report in result.reports)
