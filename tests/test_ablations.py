@@ -1,5 +1,5 @@
-"""Every ablation file is one change: it composes with the experiment it belongs to, differs from it in the leaves it
-names and nowhere else, fits the functions it names, and makes a model that computes."""
+"""Every ablation file is one change: it composes with its experiment, differs from it only in the keys it
+sets, matches the signatures of the functions it names, and builds a model that runs."""
 
 from dataclasses import asdict, replace
 from functools import cache

@@ -1,4 +1,4 @@
-"""Sequences of equal work: what a sample weighs, and that ranks then have equally much to do."""
+"""Load balancing: the cost estimate of a sample, and equal work per rank."""
 
 from itertools import islice
 

@@ -1,6 +1,6 @@
-"""Caption scores against published numbers and by hand; what happens when Java is absent, dies or talks nonsense.
+"""Caption metrics against published and hand-computed values; errors when Java is missing, dies or answers nonsense.
 
-Tests that need Java are skipped where there is none. The Python packages are pinned in requirements/captions.txt, which
+Tests that need Java are skipped without it. The Python packages are pinned in requirements/captions.txt, which
 `make setup` installs, so that their absence fails. One METEOR process serves all tests.
 """
 

@@ -1,4 +1,4 @@
-"""The data check names every damage there is, calls clean data sound, and says what to download."""
+"""The data check reports every kind of damage, passes clean data, and lists what to download."""
 
 import json
 import pickle

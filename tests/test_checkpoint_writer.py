@@ -1,4 +1,4 @@
-"""Writing checkpoints in the background: the same bytes, no silent error, nothing half written under a final name."""
+"""Background checkpoint writing: the same bytes, no silent error, no partial file under a final name."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""tools/compare_runs.py on two evaluations written by hand: differences, intervals, refusals."""
+"""tools/compare_runs.py on two hand-written evaluations: differences, intervals, rejected inputs."""
 
 import json
 import runpy

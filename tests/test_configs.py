@@ -1,4 +1,4 @@
-"""Every configuration file composes, fits its schema and names functions that exist with arguments they take."""
+"""Every config file composes, fits its schema, and names existing functions with arguments that they accept."""
 
 import ast
 import inspect

@@ -1,4 +1,4 @@
-"""Checkpoints of other bases become ours without losing a bit, and what does not fit leaves nothing."""
+"""Checkpoints of other bases are converted bit-exactly, and a failed conversion leaves no files."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Pickles become JSON lines that are read in their place, and only while they belong together."""
+"""Refs pickles are converted to JSON lines, which sources read instead as long as the pickle is unchanged."""
 
 import json
 import os

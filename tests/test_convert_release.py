@@ -1,4 +1,5 @@
-"""The release's layout becomes ours and comes back bit for bit, and what the release computes otherwise stays here."""
+"""The release's layout is converted to ours and back bit-exactly; what the release computes differently is not
+exported."""
 
 import json
 import re

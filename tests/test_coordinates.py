@@ -1,4 +1,4 @@
-"""Coordinates that look like fractions are refused wherever regions are read, the pixel in the corner is not."""
+"""Coordinates that look like fractions are rejected wherever regions are read; a pixel in the corner is accepted."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The card of the 0.5B model, all as released: two processes make one step on synthetic files of all its sources."""
+"""The released 0.5B configuration: two processes take one step on synthetic files of all its sources."""
 
 import re
 

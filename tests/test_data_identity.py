@@ -1,4 +1,4 @@
-"""A run remembers which annotation files it learned from, and does not go on with others unless told so."""
+"""A run records its annotation files, and does not resume with different ones unless configured to."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Evaluation images stay out of training, by their COCO number, whatever folder or year names the file."""
+"""Evaluation images are excluded from training by COCO image ID, independent of folder and year in the file name."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The demo's server: answers of the Predictor, limits, refusals that say what to do, and nothing left behind."""
+"""The demo's server: answers of the Predictor, limits, actionable errors, and no leftovers."""
 
 import asyncio
 import base64

@@ -1,4 +1,4 @@
-"""The demo in a real browser: load an image, mark regions, ask, see and save masks, and be told what is wrong.
+"""The demo in a real browser: load an image, mark regions, ask, view and save masks, and see errors.
 
 Chromium comes from the system's packages (`apt-get install chromium`); PIXEL_SAIL_CHROMIUM names one elsewhere.
 """

@@ -1,4 +1,4 @@
-"""Slow clients of the demo are ended and keep nobody out."""
+"""Connections of slow clients are closed and do not block other clients of the demo."""
 
 import io
 import socket

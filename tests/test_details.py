@@ -1,4 +1,4 @@
-"""`data.details` sets every option by which sources follow the release, and belongs to a run."""
+"""`data.details` sets every option in which sources follow the release, and is recorded with the run."""
 
 import inspect
 import json

@@ -1,4 +1,4 @@
-"""Distillation: the released losses, exact parts of a global mean, gradients for the student alone, and runs with
+"""Distillation: the released losses, exact parts of a global mean, gradients only for the student, and runs with
 and without teachers."""
 
 import json

@@ -1,4 +1,4 @@
-"""What the pages say exists: links, anchors, tests, scripts, configuration groups and keys."""
+"""Everything that the docs name exists: links, anchors, tests, scripts, config groups and keys."""
 
 import ast
 import inspect

@@ -1,4 +1,4 @@
-"""The doctor: every bad case with made-up numbers, and one real look at this machine."""
+"""tools/doctor.py: every failure with made-up numbers, and one real check of this machine."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""One place makes a message and an exit status of what a person can mend; a bug keeps its traceback."""
+"""User errors are turned into one message and an exit status in one place; a bug keeps its traceback."""
 
 import ast
 import errno

@@ -1,7 +1,7 @@
-"""An evaluation that is killed, starved, fed damage or spread over ranks gives the numbers of one that nothing befell.
+"""An evaluation with kills, lack of resources, damaged files or several ranks gives the scores of an undisturbed one.
 
-Every run is `scripts/evaluate.py` as a process of its own. They are forked from a process that has imported everything
-once, as starting Python anew would take most of the time.
+Every run is a separate process of `scripts/evaluate.py`, forked from a process that has imported everything
+once, because starting Python again would take most of the time.
 """
 
 import json

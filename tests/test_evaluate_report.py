@@ -1,4 +1,4 @@
-"""What an evaluation reports: both protocols on cases computed by hand, rows, tables, images, missing data."""
+"""Evaluation reports: both protocols on hand-computed examples, rows, tables, images, missing data."""
 
 import json
 from dataclasses import replace

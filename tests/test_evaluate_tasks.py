@@ -1,4 +1,5 @@
-"""Every task of the evaluation: asked once, the same over ranks and after a kill, scored from what was written."""
+"""Every evaluation task: each item is queried once, results are the same over ranks and after a kill, scores use the
+files."""
 
 import json
 import subprocess

@@ -1,5 +1,5 @@
 """The EVE base: routed weights equal both mixed, packed equals alone, prompts work with cached images, and the plan
-counts what there is."""
+counts its parameters."""
 
 import json
 import math

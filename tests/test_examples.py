@@ -1,4 +1,4 @@
-"""The scripts of docs/examples run and do what the pages say of them."""
+"""The scripts of docs/examples run and do what their pages describe."""
 
 import importlib
 import sys

@@ -1,7 +1,8 @@
-"""Every experiment with every ablation: the table of docs/ablations.md says which take which, others refuse by name.
+"""Every experiment with every ablation: the table of docs/ablations.md lists the valid pairs; others raise a named
+error.
 
-Those that are taken compose, fit the functions they name, and make a step with all losses, each different model once
-and on tensors without content, so that the paper's sizes cost no memory.
+Valid pairs compose, match the functions they name, and take a step with all losses, each distinct model once
+and on meta tensors, so that the paper's sizes need no memory.
 """
 
 import re

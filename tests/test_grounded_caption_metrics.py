@@ -1,4 +1,4 @@
-"""AP50, mIoU and recall of grounded captions: by hand, and AP50 against pycocotools' own evaluation."""
+"""AP50, mIoU and recall of grounded captions against hand-computed values, and AP50 against pycocotools."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""Grounded captions and their benchmark: every layout loads, masks are united, nothing is left out without a word."""
+"""Grounded captions and their benchmark: every layout loads, masks are merged, and every skipped record is reported."""
 
 import inspect
 import json

@@ -1,4 +1,4 @@
-"""What is trained, at which rate, what stays as it was, and what of it all an exported model holds."""
+"""Parameter groups: which parameters are trained at which learning rate, which are frozen, and which are exported."""
 
 import copy
 import json

@@ -1,8 +1,8 @@
-"""Folders made to run something: every public entry that reads one refuses it, and nothing runs.
+"""Folders crafted to execute code: every public entry point that reads one rejects it, and nothing runs.
 
-What is planted leaves a marker file when it runs, or shows a secret of the environment: functions named in files of an
-evaluation, code beside a tokenizer or a model, pickles, kernels of the hub, interpolations, and an EPS called image.jpg
-with a `gs` on the PATH that is ours.
+Planted code writes a marker file when it runs, or prints a secret of the environment: functions named in files of an
+evaluation, code in the folder of a tokenizer or model, pickles, hub kernels, interpolations, and an EPS called
+image.jpg with a `gs` on the PATH that is ours.
 """
 
 import ast

@@ -1,4 +1,5 @@
-"""Image files of every kind become upright 8-bit RGB, and damaged or foreign ones stop with their name."""
+"""Image files of every kind are decoded to upright 8-bit RGB; damaged or unsupported ones raise an error with their
+path."""
 
 import io
 import unicodedata

@@ -1,4 +1,4 @@
-"""`model.init`: how the mask head and the layers towards teachers are initialized, wherever they are new."""
+"""`model.init`: initialization of the mask head and the distillation layers wherever they are new."""
 
 import json
 import logging

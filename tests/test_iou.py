@@ -1,4 +1,4 @@
-"""IoU scores on cases computed by hand, and on 305 real pairs whose scores were computed independently."""
+"""IoU scores on hand-computed examples, and on 305 real mask pairs with independently computed scores."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Every fast path gives the outputs and gradients of its slow reference, and asks the device for nothing."""
+"""Every fast path matches the outputs and gradients of its reference, without device synchronization."""
 
 from dataclasses import replace
 from functools import cache

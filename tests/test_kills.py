@@ -1,8 +1,8 @@
-"""A process that dies at any file operation leaves whole files under final names, and the same command then ends as if
+"""A process killed at any file operation leaves only complete files under final names, and a rerun ends as if
 nothing had happened.
 
-Death is an exception at the n-th operation, for every n; no operation after it takes place, as clean-ups of a dead
-process do not. A file that is opened for writing is also left with half of a content.
+A kill is an exception at the n-th operation, for every n; later operations have no effect, as clean-ups of a dead
+process do not run. A file opened for writing is also left with half of its content.
 """
 
 import io

@@ -1,4 +1,5 @@
-"""LabelMe's shapes: each kind is painted as it is drawn there, pixels counted by hand; lines and points are refused."""
+"""LabelMe's shapes: each kind is rasterized as LabelMe draws it (pixels counted by hand); lines and points are
+rejected."""
 
 import base64
 import io

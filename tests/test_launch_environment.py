@@ -1,4 +1,4 @@
-"""What launchers, platforms and schedulers leave in the environment, and the one message for what does not fit."""
+"""Environment variables set by launchers, platforms and schedulers, and the error message for inconsistent ones."""
 
 import logging
 import os

@@ -1,4 +1,5 @@
-"""The Slurm scripts start what they promise (srun, scontrol and python are stand-ins), and what launchers hide."""
+"""The Slurm scripts start the documented processes (srun, scontrol and python are fakes), and exit statuses per
+launcher."""
 
 import json
 import os

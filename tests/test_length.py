@@ -1,4 +1,4 @@
-"""Passes and samples of a step become steps and sequences by a measurement that real streams of sequences confirm."""
+"""Epochs and samples per step are converted to steps and sequences by an estimate that agrees with real streams."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Conversations about images and about nothing: markers go, sides alternate, no turn is cut."""
+"""Conversations with and without image: markers are removed, roles alternate, no turn is truncated."""
 
 import json
 import re

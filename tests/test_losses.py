@@ -1,4 +1,4 @@
-"""Mask and text losses against slow references, and sums that do not depend on how a batch is cut."""
+"""Mask and text losses against reference implementations; sums do not depend on how a batch is split."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Every COCO segmentation format becomes the same boolean mask, and damaged ones stop with a reason."""
+"""Every COCO segmentation format decodes to the same boolean mask; damaged ones raise an error with the reason."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Numbers outside their bound warn once or end the run, also when it is started again."""
+"""A metric outside its bounds logs one warning or stops the run, also after a restart."""
 
 import json
 import sys

@@ -1,4 +1,5 @@
-"""Packed samples equal lonely ones, nothing leaks, every parameter learns, and generation equals the forward pass."""
+"""Packed samples give the outputs of single ones, nothing leaks, every parameter learns, generation equals the forward
+pass."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""The card of a model tells what its run and evaluation wrote, of these very weights, and goes to the hub with them."""
+"""The model card reports the records of the run and the evaluation of these weights, and is uploaded with them."""
 
 import json
 from dataclasses import asdict

@@ -1,5 +1,5 @@
-"""Orthogonal updates for exactly the weights of the table, the same however the run is shared out; and the schedule
-that may become longer."""
+"""Orthogonal updates for exactly the weights of the table, independent of rank count and ZeRO stage; and the schedule
+that may be extended."""
 
 import copy
 import json

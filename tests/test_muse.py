@@ -1,4 +1,4 @@
-"""MUSE: every question is a turn, every object a mask, and what cannot be used is named or counted."""
+"""MUSE: every question becomes a turn, every object a mask; unusable records are named or counted."""
 
 import json
 

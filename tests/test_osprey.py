@@ -1,4 +1,4 @@
-"""Osprey's files become questions about marked regions, and every region keeps its name."""
+"""Osprey's files are read as questions about marked regions, and every region keeps its name."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Text settings keep what was typed on the command line, whatever it looks like to Hydra."""
+"""Text settings keep the literal text of the command line, regardless of Hydra's grammar."""
 
 import random
 

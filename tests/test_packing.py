@@ -1,4 +1,5 @@
-"""The stream of sequences is the same for any number of ranks and workers, resumes exactly, and rows mix nothing up."""
+"""The stream of packed sequences is independent of ranks and workers and resumes exactly; samples in a row stay
+separate."""
 
 import pickle
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Painted visual prompts: each stays visible, small ones lie over large ones, their order does not matter."""
+"""Painted visual prompts: each stays visible, small ones are on top of large ones, their order does not matter."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""COCO panoptic and Pix2Cap files: real ones, synthetic ones and damaged ones are read right or refused with a
+"""COCO panoptic and Pix2Cap files: real, synthetic and damaged ones are read correctly or rejected with a
 reason."""
 
 import copy

@@ -1,4 +1,4 @@
-"""COCO panoptic and Pix2Cap sources: the right turns, masks and marked regions, whatever is sampled."""
+"""COCO panoptic and Pix2Cap sources: correct turns, masks and marked regions for every sampling."""
 
 import copy
 import inspect

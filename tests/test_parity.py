@@ -1,4 +1,5 @@
-"""The parity tool accepts what equals the release, notices what does not, and says why a folder cannot be checked."""
+"""The parity tool accepts outputs equal to the release, detects differences, and reports why a folder cannot be
+checked."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""PerBench's three files and the RefCOCOg region-caption file become evaluation items."""
+"""PerBench's three files and the RefCOCOg region-caption file are read as evaluation items."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Phrases of a caption: each keeps its place and its characters, or is counted as not found or overlapped."""
+"""Phrases of a caption: each keeps its position and characters, or is counted as not found or overlapping."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Plain pickles load, whoever wrote them; nothing else does, and nothing is ever run."""
+"""Pickles of plain data load, with any Python version; all others are rejected, and no code is executed."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""What a run is said to cost equals what a tiny run really costs."""
+"""Planned costs equal the measured costs of a tiny run."""
 
 import json
 import sys

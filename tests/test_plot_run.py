@@ -1,4 +1,4 @@
-"""Curves of runs: what is read from a log, which panels it makes, and that they are rendered where they belong."""
+"""Plots of runs: reading a log, choosing panels, and rendering curves in the right panel."""
 
 import json
 import math

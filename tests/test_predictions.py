@@ -1,4 +1,4 @@
-"""Prediction files survive a killed run, refuse damage, and score the same from Python and from the tool."""
+"""Prediction files survive a killed run, reject damage, and score the same from Python and from the tool."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a person's own code sees: questions about one image and many, chats, and refusals that say what to do."""
+"""The public Predictor API: questions about one image and many, chats, and actionable errors."""
 
 import os
 import re

@@ -1,4 +1,5 @@
-"""Images become the right patches, texts the right tokens and labels, and samples that contradict themselves stop."""
+"""Images are turned into the right patches, texts into the right tokens and labels; inconsistent samples raise an
+error."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Marks of regions stay inside them, and the names of regions reach the text whole."""
+"""Marks of regions stay inside them, and region names are kept whole in the text."""
 
 import re
 from pathlib import Path

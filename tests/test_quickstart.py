@@ -1,4 +1,4 @@
-"""What the quickstart reports: every split beside what chance is there, and runs of other versions refused."""
+"""The quickstart's report: every split with its chance level; runs of other versions are rejected."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Damaged files of every format are either read or refused with a DataError, whatever bytes were changed."""
+"""Damaged files of every format are either read or rejected with a DataError, for any changed bytes."""
 
 import io
 import json

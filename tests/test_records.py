@@ -1,4 +1,4 @@
-"""JSON files are read record by record, exactly as a whole read would give them, by any number of processes at once."""
+"""JSON files are read record by record with the result of a full read, by any number of concurrent processes."""
 
 import codecs
 import json

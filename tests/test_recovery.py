@@ -1,6 +1,6 @@
-"""A run is the same however it is shared out and however often it was stopped.
+"""A run gives the same result for any number of ranks and workers and after any number of interruptions.
 
-All runs train on one mixture of text alone, chat about an image, marked regions and masks, one sample per micro-batch:
+All runs train on one mixture of text only, image chat, marked regions and masks, one sample per micro-batch:
 in most steps some ranks have no image, no region or no mask where others have.
 """
 

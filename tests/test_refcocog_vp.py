@@ -1,4 +1,4 @@
-"""Referring expressions become answers about marked objects, and every sentence is reached."""
+"""Referring expressions are used as answers about marked objects, and every sentence is reached."""
 
 import json
 import re

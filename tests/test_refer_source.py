@@ -1,4 +1,4 @@
-"""REFER and gRefCOCO files become the right expressions and reproducible training samples."""
+"""REFER and gRefCOCO files give the right expressions and reproducible training samples."""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""Questions and answers of referring segmentation are varied, whole and true to their masks."""
+"""Question and answer templates of referring segmentation are varied, complete and consistent with the masks."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""RefShapes: exact masks, expressions that mean what they say, genuine formats, the same bytes for the same seed.
+"""RefShapes: exact masks, unambiguous expressions, the original file formats, the same bytes for the same seed.
 
 Checks `pixel_sail/refshapes` and `tools/make_refshapes.py`. Each test renders its own few images.
 """

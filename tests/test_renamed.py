@@ -1,4 +1,4 @@
-"""Old names in public files: refused on a command line with the new name, translated in files of earlier versions."""
+"""Old names: rejected on the command line with a pointer to the new name, translated in files of earlier versions."""
 
 import json
 

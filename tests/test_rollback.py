@@ -1,4 +1,4 @@
-"""A run that breaks down on its data goes back to its checkpoint and past that data, the same way every time."""
+"""A run that fails on its data rolls back to its checkpoint and skips that data, deterministically."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""One run per folder: a second one is told who holds it, and a killed one holds nothing."""
+"""One run per folder: a second one gets an error that names the holder, and a killed run releases the lock."""
 
 import errno
 import fcntl

@@ -1,4 +1,4 @@
-"""What a run tells of itself: numbers of speed and memory, lines or a bar on the terminal, TensorBoard and wandb."""
+"""Logging of a run: speed and memory metrics, terminal lines or progress bar, TensorBoard and wandb."""
 
 import io
 import json

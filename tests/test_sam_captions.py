@@ -1,4 +1,4 @@
-"""Captions of SAM's objects: every object is reached, and the marker that their writers saw is gone."""
+"""Captions of SAM objects: every object is reached, and mentions of the annotators' marker are removed."""
 
 import json
 import re

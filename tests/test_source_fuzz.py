@@ -1,4 +1,4 @@
-"""Every source gives samples of damaged annotation files or refuses them with a DataError, whichever value is wrong."""
+"""Every source reads damaged annotation files or rejects them with a DataError, whichever value is wrong."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""The stages start from each other, are composed of what exists, and their rehearsal asks for what they hold."""
+"""Training stages: each starts from the previous one, all configs compose, and the rehearsal covers their losses."""
 
 import json
 import re

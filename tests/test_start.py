@@ -1,4 +1,5 @@
-"""A run starts from an exported folder: the same decoder and words, other designs of the rest where that is allowed."""
+"""A run starts from an exported folder: the same decoder and vocabulary, other modules may be redesigned where
+allowed."""
 
 import logging
 import re

@@ -1,4 +1,5 @@
-"""Sweeps: a grid becomes jobs, jobs go on where they stopped, one failure leaves the others alone, tables come out."""
+"""Sweeps: a grid is expanded to jobs, jobs resume where they stopped, a failure does not affect others, tables are
+written."""
 
 import errno
 import json

@@ -1,5 +1,5 @@
-"""The cache of teacher features: what is read is what was computed, builds can be interrupted, what does not belong is
-refused by name."""
+"""The teacher feature cache: reads return the computed maps, builds can be interrupted, and mismatched caches are
+rejected by name."""
 
 import json
 import pickle

@@ -1,5 +1,5 @@
-"""Teachers: their preprocessing is that of transformers, their features those of the whole models, their weights
-strict."""
+"""Teachers: preprocessing equals that of transformers, features equal those of the full models, weights are loaded
+strictly."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""Values of files in messages: shown as far as they fit, whatever their size; half characters end nowhere else."""
+"""Values in error messages: truncated to fit at any size; lone surrogates are not written anywhere else."""
 
 import pickle
 import time

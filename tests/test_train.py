@@ -1,4 +1,4 @@
-"""Training end to end, as a user starts it: exact continuation, every launcher, clear failures."""
+"""Training end to end through the command line: exact resumption, every launcher, clear failures."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Scores of questions answered by several masks, in all protocols, and the sums the released scripts make."""
+"""Scores of questions with several masks per answer, in all protocols, and the sums of the released scripts."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A run that stands still ends by itself, says where every rank was, and leaves no process behind."""
+"""A stalled run ends by itself, reports where every rank was, and leaves no process behind."""
 
 import os
 import subprocess

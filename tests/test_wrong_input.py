@@ -1,6 +1,6 @@
-"""Every entry point x every file it reads x every damage: one message and status 2, and nothing half-written.
+"""Every entry point x every file it reads x every damage: one message, status 2, and no partial output.
 
-A tenth of the pairs by default; EVERY_DAMAGE=1 takes all.
+Runs a tenth of the pairs by default; EVERY_DAMAGE=1 runs all.
 """
 
 import importlib.util
