@@ -192,7 +192,7 @@ def source_alone(name):
 
 
 @pytest.mark.parametrize("mix", [*MIXES, *LISTS])
-def test_a_mix_has_the_sources_and_repeats_of_the_release_and_nothing_else_of_its_own(mix):
+def test_a_mix_has_exactly_the_sources_and_repeats_of_the_release(mix):
     data = changed_by(mix).data if mix in MIXES else load_config("train", TrainConfig, ["name=x", f"data={mix}"]).data
     assert {name: data.repeats.get(name, 1) for name in data.sources} == (MIXES | LISTS)[mix]
     assert not set(data.repeats) - set(data.sources) and not data.weights

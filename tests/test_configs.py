@@ -102,7 +102,7 @@ def test_an_ablation_and_the_command_line_change_one_thing_of_a_recipe_and_a_sta
     assert staged.name == "stage_pretrain_sail_0_5b"
 
 
-def test_a_decontamination_group_beside_the_recipe_is_refused_and_a_key_takes_it_back():
+def test_a_decontamination_group_beside_the_recipe_is_rejected_and_a_key_takes_it_back():
     card, group = (
         ["experiment=pixel_sail_0_5b", "recipe=released"],
         "decontamination@data.decontamination=refcoco_family",
@@ -234,7 +234,7 @@ def test_no_help_of_a_program_names_a_place_outside_of_the_repository():
     assert {path: PLACE.findall(text) for path, text in texts.items() if PLACE.search(text)} == {}
 
 
-def test_configs_lie_where_the_package_looks_for_them():
+def test_configs_are_where_the_package_looks_for_them():
     assert Path(__file__).resolve().parent.parent / "configs" == CONFIG_FOLDER
 
 
@@ -253,7 +253,7 @@ def test_configs_lie_where_the_package_looks_for_them():
         *("loss.points.importance_ratio=2", "loss.points.num_points=0", "run_dir=runs/\udcff"),
     ],
 )
-def test_a_number_out_of_its_range_is_refused_by_its_name(setting):
+def test_a_number_out_of_its_range_is_rejected_by_its_name(setting):
     with pytest.raises((ConfigError, DataError)) as refusal:
         load_config("train", TrainConfig, ["name=x", setting])
     assert setting.partition("=")[0].rpartition(".")[2] in str(refusal.value)

@@ -243,7 +243,7 @@ def test_a_zero_folder_is_put_together(stage, world, tmp_path):
         open_source(tmp_path / "zero")
 
 
-def test_a_zero_folder_without_a_shard_is_refused(tmp_path):
+def test_a_zero_folder_without_a_shard_is_rejected(tmp_path):
     step = write_zero(tmp_path / "zero", {"a": torch.ones(9)}, 2, 3)
     next(step.glob("*_rank_1_*")).unlink()
     with pytest.raises(DataError, match=r"ranks \[0, 2\], expected those of 0 .. 2"):
@@ -276,7 +276,7 @@ class Malicious:
         return (Path.touch, (self.path,))
 
 
-def test_a_pickle_that_asks_for_code_is_refused_and_not_run(tmp_path):
+def test_a_pickle_that_asks_for_code_is_rejected_and_not_run(tmp_path):
     trace = tmp_path / "it_was_run"
     torch.save({"state_dict": {"a": torch.ones(2)}, "hook": Malicious(trace)}, tmp_path / "bad.pth")
     with pytest.raises(

@@ -155,7 +155,7 @@ def convert_release(folder, prompts=2):
     return convert(folder / "state.safetensors", "release", folder / "ours", base=folder / "base", chosen=chosen)
 
 
-def test_a_tokenizer_without_seg_is_refused_although_it_has_a_token_for_every_row(
+def test_a_tokenizer_without_seg_is_rejected_although_it_has_a_token_for_every_row(
     base_tokenizer, make_config, tmp_path
 ):
     _, right = write_release(tmp_path, base_tokenizer, make_config, release_orders(2)[0], num_visual_prompts=2)
@@ -185,7 +185,7 @@ def test_weights_for_prompts_are_dropped_only_where_there_are_no_prompts(base_to
     assert load_model(tmp_path / "ours").config.num_visual_prompts == 0
 
 
-def test_a_tokenizer_with_a_prompt_missing_in_between_is_refused(base_tokenizer, make_config, tmp_path):
+def test_a_tokenizer_with_a_prompt_missing_in_between_is_rejected(base_tokenizer, make_config, tmp_path):
     order = tuple("<Prompt7>" if token == "<Prompt0>" else token for token in release_orders(2)[0])
     _, tokenizer = write_release(tmp_path, base_tokenizer, make_config, order, num_visual_prompts=2)
     tokenizer.save_pretrained(tmp_path / "base")

@@ -253,7 +253,7 @@ def assert_still_up(client, image):
 
 
 @pytest.mark.parametrize("what", BAD_UPLOADS)
-def test_an_upload_that_is_no_image_is_refused(nothing_left, client, image, what):
+def test_an_upload_that_is_no_image_is_rejected(nothing_left, client, image, what):
     make, status, message = BAD_UPLOADS[what]
     response = client.post("/api/images", content=make(image), headers={"content-type": "image/png"})
     assert response.status_code == status and message in response.json()["error"]
@@ -261,7 +261,7 @@ def test_an_upload_that_is_no_image_is_refused(nothing_left, client, image, what
 
 
 @pytest.mark.parametrize("what", BAD_QUESTIONS)
-def test_a_question_that_cannot_be_asked_is_refused(nothing_left, client, image, what):
+def test_a_question_that_cannot_be_asked_is_rejected(nothing_left, client, image, what):
     changes, status, message = BAD_QUESTIONS[what]
     question = {"session": opened(client, image), "text": "the star", "regions": []} | changes
     response = client.post(
@@ -272,7 +272,7 @@ def test_a_question_that_cannot_be_asked_is_refused(nothing_left, client, image,
 
 
 @pytest.mark.parametrize("what", BAD_BODIES)
-def test_a_body_that_is_no_question_is_refused(nothing_left, client, image, what):
+def test_a_request_body_without_question_is_rejected(nothing_left, client, image, what):
     body, kind, status, message = BAD_BODIES[what]
     response = client.post("/api/ask", content=body, headers={"content-type": kind})
     assert response.status_code == status and message in response.json()["error"]
@@ -341,7 +341,7 @@ class Gate:
             self.ended.set()
 
 
-def test_a_full_queue_says_so_and_opens_again(client, image, monkeypatch):
+def test_a_full_queue_is_reported_and_opens_again(client, image, monkeypatch):
     session = opened(client, image)
     with monkeypatch.context() as patch:
         gate = Gate(patch)
@@ -366,7 +366,7 @@ def test_a_full_queue_says_so_and_opens_again(client, image, monkeypatch):
     assert "result" in response.text
 
 
-def test_an_answer_nobody_waits_for_ends_early(client, image, monkeypatch):
+def test_an_answer_without_waiting_client_ends_early(client, image, monkeypatch):
     gate = Gate(monkeypatch)
     question = {"session": opened(client, image), "text": "a"}
     with client.stream("POST", "/api/ask", json=question) as response:
@@ -379,7 +379,7 @@ def test_an_answer_nobody_waits_for_ends_early(client, image, monkeypatch):
     assert gate.ended.is_set() and len(gate.said) < 100
 
 
-def test_a_question_whose_asker_left_before_its_answer_began_is_not_worked_on():
+def test_a_question_of_a_disconnected_client_is_not_answered():
     worked = []
 
     async def leave():
@@ -483,7 +483,7 @@ def test_many_images_of_one_user_push_out_no_other(client, image):
     assert "result" in ask(client, other, "a")[1] and "result" in ask(client, own, "a")[1]
 
 
-def test_an_image_nobody_asks_about_is_forgotten(predictor, image):
+def test_an_unused_image_is_evicted(predictor, image):
     now = [0.0]
     sessions = Sessions(predictor, DemoLimits(idle_s=10.0), clock=lambda: now[0])
     one, other = sessions.open(image).name, sessions.open(image).name

@@ -208,7 +208,7 @@ def test_an_example_is_loaded_with_its_question(open_page):
     expect(page.locator(".answer")).to_have_text("It is.")
 
 
-def test_a_wrong_file_is_refused_kindly(open_page, image_file, tmp_path):
+def test_a_wrong_file_is_rejected_with_a_clear_message(open_page, image_file, tmp_path):
     page, (path, _) = open_page(), image_file
     error = page.locator("#error")
     for name, content, message in (

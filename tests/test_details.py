@@ -118,7 +118,7 @@ def differing(saved, config):
     return dict(differing_leaves(with_defaults(saved, defaults), with_defaults(identity_of(config), defaults)))
 
 
-def test_a_run_older_than_a_key_goes_on_with_the_default_of_the_key():
+def test_a_run_older_than_a_key_resumes_with_its_default():
     config = config_of("data=cotrain_0_5b")
     saved = without_new_keys(identity_of(config))
     assert len(dict(differing_leaves(saved, identity_of(config)))) > 15

@@ -382,7 +382,7 @@ def test_answers_to_no_item_are_named(bench, whole, tmp_path, monkeypatch):
         run(bench, output, monkeypatch)
 
 
-def test_a_second_evaluation_in_one_folder_is_refused_and_names_the_first(bench, tmp_path):
+def test_a_second_evaluation_in_one_folder_is_rejected_and_names_the_first(bench, tmp_path):
     # Locks of one process do not exclude each other; the second evaluation is a process of its own.
     lock = RunLock(tmp_path / "out", name="output")
     try:
@@ -405,7 +405,7 @@ def broken(bench: Bench, folder: Path, name: str, value: float) -> Path:
     return folder
 
 
-def test_weights_of_whole_numbers_are_refused(bench, tmp_path, monkeypatch):
+def test_weights_of_whole_numbers_are_rejected(bench, tmp_path, monkeypatch):
     folder = broken(bench, tmp_path / "model", "decoder.norm.weight", 1.0)
     weights = load_file(folder / "model.safetensors")
     weights["decoder.norm.weight"] = weights["decoder.norm.weight"].int()
@@ -415,7 +415,7 @@ def test_weights_of_whole_numbers_are_refused(bench, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_weights_that_are_not_finite_are_refused_by_name(bench, tmp_path, monkeypatch, value):
+def test_weights_that_are_not_finite_are_rejected_by_name(bench, tmp_path, monkeypatch, value):
     folder = broken(bench, tmp_path / "model", "decoder.norm.weight", value)
     with pytest.raises(DataError, match=r"found NaN or infinite numbers in decoder\.norm\.weight"):
         run(bench, tmp_path / "out", monkeypatch, f"checkpoint={folder}")

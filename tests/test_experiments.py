@@ -109,7 +109,7 @@ NAMES_WHAT_IS_WRONG = r"^(model: \w+|data\.sources\.\w+:|no value for \['distill
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_an_experiment_takes_the_ablations_of_the_table_and_refuses_the_others_by_name(experiment):
+def test_an_experiment_takes_the_ablations_of_the_table_and_rejects_the_others_by_name(experiment):
     wrong = {}
     for ablation in ABLATIONS:
         found = outcome(experiment, ablation)

@@ -66,13 +66,13 @@ def cut(path: Path) -> None:
 
 @pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE, checkpoint.MANIFEST])
 @pytest.mark.parametrize("damage", [cut, Path.unlink])
-def test_a_checkpoint_with_a_cut_or_missing_file_is_refused_by_its_name(complete_checkpoint, name, damage):
+def test_a_checkpoint_with_a_cut_or_missing_file_is_rejected_by_its_name(complete_checkpoint, name, damage):
     damage(complete_checkpoint / name)
     with pytest.raises(CheckpointError, match=rf"(?s){complete_checkpoint}.*{name}.*Delete this checkpoint folder"):
         checkpoint.read(complete_checkpoint, {"seed": 1})
 
 
-def test_a_checkpoint_whose_hashes_lack_a_file_is_refused(complete_checkpoint):
+def test_a_checkpoint_whose_hashes_lack_a_file_is_rejected(complete_checkpoint):
     manifest = complete_checkpoint / checkpoint.MANIFEST
     hashes = json.loads(manifest.read_text())
     del hashes[checkpoint.MODEL]
@@ -129,7 +129,7 @@ def sealed(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change", STATES)
-def test_a_state_of_wrong_types_is_refused_though_its_hash_agrees(complete_checkpoint, change):
+def test_a_state_of_wrong_types_is_rejected_though_its_hash_agrees(complete_checkpoint, change):
     file = complete_checkpoint / checkpoint.STATE
     saved = json.loads(file.read_text())
     saved["train_state"] |= STATES[change]
@@ -140,13 +140,13 @@ def test_a_state_of_wrong_types_is_refused_though_its_hash_agrees(complete_check
 
 
 @pytest.mark.parametrize("content", ["[]", "null", "3", '{"model.safetensors": 3}', "[" * 100_000, "\0"])
-def test_a_manifest_that_holds_no_hashes_is_refused(complete_checkpoint, content):
+def test_a_manifest_that_holds_no_hashes_is_rejected(complete_checkpoint, content):
     (complete_checkpoint / checkpoint.MANIFEST).write_text(content)
     with pytest.raises(CheckpointError, match=r"manifest\.json.*expected .*Delete this checkpoint"):
         checkpoint.read(complete_checkpoint, {"seed": 1})
 
 
-def test_tensors_of_other_shapes_names_or_types_are_refused_and_never_broadcast(complete_checkpoint):
+def test_tensors_of_other_shapes_names_or_types_are_rejected_and_never_broadcast(complete_checkpoint):
     model = torch.nn.Linear(3, 2)
     sound = {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
     moments = {f"{key}.{name}": tensor for key in checkpoint.MOMENTS for name, tensor in sound.items()}
@@ -187,7 +187,7 @@ def test_folders_without_the_marker_are_not_checkpoints(complete_checkpoint):
     assert checkpoint.latest(folder) == complete_checkpoint
 
 
-def test_a_disk_that_fills_during_a_save_leaves_the_checkpoint_before_and_the_run_goes_on_from_it(data_root, tmp_path):
+def test_a_disk_full_during_a_save_keeps_the_previous_checkpoint_and_the_run_resumes_from_it(data_root, tmp_path):
     """The limit on the size of a file stands in for the disk: the third checkpoint is larger than it."""
     overrides = (*SMALL, f"run_dir={tmp_path}", "deepspeed=none", "checkpoint.every=1", "optim.steps=4")
     overrides += ("checkpoint.asynchronous=false",)

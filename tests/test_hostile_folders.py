@@ -160,7 +160,7 @@ def test_an_evaluation_does_not_go_on_in_a_planted_folder(evaluation, model, dat
         run_evals(load_config("evaluate", EvalConfig, options))
 
 
-def test_a_function_of_ones_own_is_called_where_its_user_allows_it(tmp_path, monkeypatch, data_root):
+def test_a_user_function_is_called_if_allowed(tmp_path, monkeypatch, data_root):
     (tmp_path / "own_eval.py").write_text("def load(*, root: str): return [root]\n")
     monkeypatch.syspath_prepend(tmp_path)
     entry = read_entry(eval_entry({"_target_": "own_eval.load", "root": "a"}, 0), "here")

@@ -217,14 +217,14 @@ def test_steps_go_through_the_positions_of_the_stream_as_often_as_wished(epochs,
     assert (length.steps, length.global_batch_size, length.samples_per_step) == (steps, 10, 50.0)
 
 
-def test_given_steps_and_sequences_stay_and_their_passes_are_told():
+def test_given_steps_and_sequences_are_kept_and_their_epochs_reported():
     config = config_of("optim.steps=80", "data.global_batch_size=10")
     length = length_of(config, forecast_of(5.0), items=1000, group=4, is_assumed=False)
     assert (length.steps, length.global_batch_size, length.passes) == (80, 10, 4.0)
     assert length_of(config, forecast_of(5.0), items=None, group=4, is_assumed=True).passes is None
 
 
-def test_passes_over_an_unknown_number_of_samples_are_refused():
+def test_passes_over_an_unknown_number_of_samples_are_rejected():
     with pytest.raises(ConfigError, match=r"data\.planned_samples=N, or a number of steps: optim\.steps=N"):
         length_of(config_of(*WISHED), forecast_of(5.0), items=None, group=1, is_assumed=True)
 
@@ -286,7 +286,7 @@ def saved_run(folder, **identity):
     return folder
 
 
-def test_passes_that_whole_steps_cannot_make_are_said():
+def test_epochs_that_are_not_whole_steps_are_reported():
     config = config_of("optim.steps=null", "optim.epochs=0.5", "data.global_batch_size=8")
     found = length_of(config, forecast_of(5.0), items=10, group=1, is_assumed=False)
     assert found.steps == 1 and found.misses_passes

@@ -71,7 +71,7 @@ def test_a_log_of_an_earlier_version_is_judged_under_todays_keys(tmp_path):
         MetricBounds({"early": bound("stop")}, file, start=30)
 
 
-def test_an_earlier_name_of_a_metric_is_refused_with_the_new_one():
+def test_an_earlier_name_of_a_metric_is_rejected_with_the_new_one():
     with pytest.raises(ConfigError, match="metric is 'total', which was renamed; write loss/total"):
         bound(metric="total")
 
@@ -96,6 +96,6 @@ def test_a_run_outside_its_metric_bounds_is_saved_and_ends(data_root, tmp_path):
 @pytest.mark.parametrize(
     "wrong", ["{metric:loss/bce,after:2,low:5,action:halt}", "{metric:loss/bce,after:2}", "{after:2,low:1}"]
 )
-def test_wrong_bounds_are_refused(wrong):
+def test_wrong_bounds_are_rejected(wrong):
     with pytest.raises(ConfigError, match=r"halt|neither low nor high|metric"):
         load_config("train", TrainConfig, ["name=x", f"+metric_bounds={{a:{wrong}}}"])

@@ -51,7 +51,7 @@ def _all_sources(root):
     ]
 
 
-def test_images_without_content_are_left_out_and_counted(tmp_path, caplog):
+def test_images_without_content_are_skipped_and_counted(tmp_path, caplog):
     data = copy.deepcopy(DATA)
     data["annotations"][0]["segments_info"] = [segment_entry(3, DOG, iscrowd=1)]
     lengths = [len(source) for source in _all_sources(write(tmp_path, data))]
@@ -88,7 +88,7 @@ def test_samples_become_tokens(tmp_path, processor):
         assert len(example.masks) == sum(len(turn.masks) for turn in sample.turns)
 
 
-def test_wrong_settings_are_refused_when_the_source_is_made(tmp_path):
+def test_wrong_settings_are_rejected_when_the_source_is_made(tmp_path):
     root = write(tmp_path)
     for make, settings in (
         (coco_panoptic.load, {"classes_per_sample": 0}),
@@ -265,7 +265,7 @@ def test_crowds_are_background_in_the_release(tmp_path):
         assert {tuple(mask_areas(turn)) for turn in turns if "dog" in turn.question} == {(area,)}
 
 
-def test_images_with_nothing_but_crowds_are_left_out_where_crowds_are_background(tmp_path):
+def test_images_with_nothing_but_crowds_are_skipped_where_crowds_are_background(tmp_path):
     data = copy.deepcopy(DATA)
     data["annotations"][0]["segments_info"] = [segment_entry(3, DOG, iscrowd=1)]
     root = write(tmp_path, data)

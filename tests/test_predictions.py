@@ -157,7 +157,7 @@ def test_absent_field_is_named(tmp_path):
         read_predictions(path)
 
 
-def test_identical_repeats_count_once_and_different_ones_are_refused(tmp_path):
+def test_identical_repeats_count_once_and_different_ones_are_rejected(tmp_path):
     predictions = _perfect()
     path = _write(tmp_path / "a.jsonl", [*predictions, predictions[0]])
     assert read_predictions(path) == predictions
@@ -168,7 +168,7 @@ def test_identical_repeats_count_once_and_different_ones_are_refused(tmp_path):
         score_predictions(_expressions(), [*predictions, replace(predictions[1], segmentation=None)])
 
 
-def test_writer_refuses_a_damaged_mask(tmp_path):
+def test_writer_rejects_a_damaged_mask(tmp_path):
     damaged = replace(_perfect()[0], segmentation={"size": [6, 8], "counts": "12"})
     with PredictionWriter(tmp_path / "a.jsonl") as writer, pytest.raises(DataError, match="cover 3 pixels"):
         writer.write(damaged)
@@ -213,7 +213,7 @@ def test_order_of_predictions_does_not_matter():
         ),
     ],
 )
-def test_predictions_of_something_else_are_refused(change, reason):
+def test_predictions_of_something_else_are_rejected(change, reason):
     with pytest.raises(DataError, match=reason):
         score_predictions(_expressions(), [replace(_perfect()[0], **change)])
 

@@ -67,7 +67,7 @@ def test_images_of_every_kind_are_shown(run_dir):
         assert f"## Examples from {split}: " in text and (run_dir / "examples" / f"{split}_05.png").is_file()
 
 
-def test_a_run_of_an_earlier_version_is_refused(quickstart, run_dir, tmp_path):
+def test_a_run_of_an_earlier_version_is_rejected(quickstart, run_dir, tmp_path):
     shutil.copytree(run_dir / "evaluation", tmp_path / "evaluation")
     rows = (tmp_path / "evaluation" / "results.jsonl").read_text().splitlines()
     kept = [row for row in rows if json.loads(row)["eval"] != "refshapes_val_shape"]

@@ -195,7 +195,7 @@ def test_means_of_samples_train_as_the_release_does(data_root, mixed, tmp_path, 
         assert abs(parts - line["loss/total"]) > 1e-3
 
 
-def test_layers_that_are_computed_again_are_gathered_again(data_root, mixed, tmp_path):
+def test_layers_that_are_recomputed_are_gathered_again(data_root, mixed, tmp_path):
     """Wide enough for ZeRO-3 to shard them, which it does to weights of more than 10,000 numbers."""
     wide = ("model.architecture.hidden_size=128", "model.architecture.intermediate_size=256", "optim.steps=4")
     train(data_root, tmp_path / "plain", *mixed, *wide, "deepspeed=none")

@@ -40,7 +40,7 @@ REFS = [(1, [10], ["The A.", "first"]), (1, [11], ["the B", " . "]), (1, [10], [
         (2, [-1], ["nothing"]), (1, [10, 11], ["both"])]  # fmt: skip
 
 
-def test_every_sentence_of_every_object_is_reached_and_stands_for_its_mask(tmp_path, caplog):
+def test_every_sentence_of_every_object_is_reached_with_its_mask(tmp_path, caplog):
     source = refcocog_vp.load(root=_refer_root(tmp_path, REFS), dataset="toy", name="vp", absent_fraction=0.0)
     assert len(source) == 1  # the other image has nothing that could be marked
     assert "skipped 3 of 8 sentences" in caplog.text

@@ -42,7 +42,7 @@ def sizes_of_steps(num_steps):
     return sizes
 
 
-def test_a_run_goes_back_to_its_checkpoint_and_past_the_data_it_broke_down_on(data_root, tmp_path, monkeypatch):
+def test_a_run_rolls_back_to_its_checkpoint_and_skips_the_data_it_failed_on(data_root, tmp_path, monkeypatch):
     command = [sys.executable, str(ROOT / "tests" / "faulty_run.py"), "loss", "0", "4", *SMALL, f"run_dir={tmp_path}"]
     done = start([*command, *OVERRIDES], data_root)
     assert done.returncode == 85, done.stderr[-4000:]
@@ -87,7 +87,7 @@ def test_rollbacks_are_counted(tmp_path):
     assert json.loads((tmp_path / ROLLBACKS_FILE).read_text().splitlines()[1])["reason"] == "losses are not finite"
 
 
-def test_a_note_of_an_earlier_version_is_read_and_one_without_streams_refused(tmp_path):
+def test_a_note_of_an_earlier_version_is_read_and_one_without_streams_rejected(tmp_path):
     note = {"from_step": 2, "failed_step": 3, "lanes": [{"next": 7, "waiting": [3]}], "reason": "not finite"}
     (tmp_path / ROLLBACKS_FILE).write_text(json.dumps(note) + "\n")
     assert behind_rollbacks(tmp_path, TrainState(step=2)).streams == (StreamState(next=7, waiting=(3,)),)

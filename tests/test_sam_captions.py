@@ -58,7 +58,7 @@ def test_an_image_is_as_many_items_as_groups_and_every_object_is_reached_with_an
     assert len({get(source, i).sample_id for i in range(4)}) == 4
 
 
-def test_captions_that_only_speak_of_the_marker_are_left_out_and_counted(tmp_path, caplog):
+def test_captions_about_the_marker_only_are_skipped_and_counted(tmp_path, caplog):
     records = [_image(["The cat is highlighted.", "A dog, outlined by a yellow edge, sleeps.", " "]), _image([""])]
     source = _sam(tmp_path, records)
     assert len(source) == 1
@@ -84,7 +84,7 @@ def test_captions_that_only_speak_of_the_marker_are_left_out_and_counted(tmp_pat
           [{"caption": "A cat.", "segmentation": {"size": [4, 4], "counts": [16]}}]}, "object 0: found a .* without"),
     ],
 )  # fmt: skip
-def test_malformed_sam_records_are_refused(tmp_path, record, message):
+def test_malformed_sam_records_are_rejected(tmp_path, record, message):
     source = _sam(tmp_path, [_image(["A dog."]), record])
     numbers = [i for i in range(len(source)) if i > 0]
     if not numbers:

@@ -80,7 +80,7 @@ with watchdog.Watchdog(pathlib.Path(sys.argv[1]), WatchdogConfig(limit_s=0.5, sl
 """
 
 
-def test_a_c_function_that_never_lets_python_run_is_ended_too(tmp_path):
+def test_a_c_function_that_never_returns_to_python_is_ended_too(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", HOLDING_THE_LOCK, str(tmp_path)],
         cwd=ROOT,
