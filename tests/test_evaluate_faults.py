@@ -317,7 +317,7 @@ def test_a_full_disk_is_said_and_the_work_before_it_is_kept(bench, whole, tmp_pa
     part = output / EVAL / "part-0.jsonl"
     ended = start(bench, output, faults={0: Fault(largest_file_bytes=limit)})
     kept = part.read_bytes()
-    check_message(ended, f"{part}: cannot be written (File too large)", "MiB are free in", "Make room")
+    check_message(ended, f"{part}: cannot be written (File too large)", "MiB are free in", "Free disk space")
     check_message(ended, f"ends with a whole line ({len(kept)} bytes, {kept.count(10)} lines")
     # What the system took of the line that did not fit is gone again.
     assert kept.endswith(b"}\n") and 0 < len(kept) <= limit < num_bytes

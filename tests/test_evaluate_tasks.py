@@ -516,7 +516,7 @@ def test_the_released_recall_is_printed_only_where_phrases_are_compared_as_relea
 def test_a_damaged_similarity_model_is_rejected_before_anything_is_asked(grounded, tmp_path):
     (tmp_path / "config.json").write_text("{")
     scoring = grounded_caption.Scoring(similarity_model=tmp_path, score_text=False)
-    with pytest.raises(DataError, match=r"config\.json: .*; get it again"):
+    with pytest.raises(DataError, match=r"config\.json: .*; download it again"):
         grounded_caption._check(grounded[0].items, scoring)
     (tmp_path / "config.json").write_text(json.dumps(BERT_BASE_UNCASED))
     with pytest.raises(DataError, match="expected"):

@@ -191,7 +191,7 @@ def test_what_is_in_a_file_that_an_evaluation_names_is_not_shown(tmp_path, trap)
         secret.write_text(json.dumps(content))
         for loader in ("region_choice", "visual_referring", "perbench_caption", "boxed_expressions"):
             settings = {"annotations": str(secret), "image_dir": str(tmp_path)}
-            with pytest.raises(DataError, match="is not shown") as refusal:
+            with pytest.raises(DataError, match="hidden here") as refusal:
                 load_entry({"loader": loader, "settings": settings, "max_images": 0}, "here")
             assert SECRET not in str(refusal.value) and refusal.value.__cause__ is None
     with pytest.raises(DataError, match="/absent"):

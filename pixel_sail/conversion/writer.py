@@ -35,7 +35,7 @@ class Write:
     name: str
     info: TensorInfo
     make: Callable[[], Tensor]
-    """Returns the tensor; called once, when its shard is written."""
+    """Returns the tensor. Called once, when its shard is written."""
 
 
 def write_folder(
