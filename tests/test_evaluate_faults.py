@@ -265,7 +265,7 @@ def test_a_cut_last_line_is_asked_again(bench, whole, tmp_path):
     content = part.read_bytes()
     part.write_bytes(content[:-50])
     ended = start(bench, output)
-    assert ended.statuses == [0] and "cut off an unfinished last line" in ended.said
+    assert ended.statuses == [0] and "truncated an incomplete last line" in ended.said
     assert part.read_bytes().startswith(b"".join(content.splitlines(keepends=True)[:5]))
     check_same(output, whole)
 

@@ -353,7 +353,7 @@ def _marked(item, mask):
 
 def test_an_image_of_another_size_is_rejected_also_upright(tmp_path):
     Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
-    with pytest.raises(DataError, match=r"image held upright is \(6, 8\) .*annotations say \(8, 6\)"):
+    with pytest.raises(DataError, match=r"upright image is \(6, 8\) .*annotations say \(8, 6\)"):
         SourceImage(path=tmp_path / "a.png", size_hw=(8, 6), is_upright=True).open("x")
 
 

@@ -114,8 +114,8 @@ def test_run_killed_at_any_byte_can_be_resumed(tmp_path, caplog):
         assert len(done) == sum(end - 1 <= length for end in ends), "a record without its newline is complete"
         _write(path, predictions[len(done) :])
         assert path.read_bytes() == whole
-    assert "dropped an unfinished last line" in caplog.text
-    assert "cut off an unfinished last line" in caplog.text
+    assert "dropped an incomplete last line" in caplog.text
+    assert "truncated an incomplete last line" in caplog.text
 
 
 def test_malformed_line_before_the_end_is_an_error_with_its_number(tmp_path):

@@ -145,7 +145,7 @@ def read_records(path: str | Path, record_format: RecordFormat[Record, Any]) -> 
         ) from error
     body, rest = _split_unfinished(data)
     if rest:
-        logger.warning("%s: dropped an unfinished last line of %d bytes", path, len(rest))
+        logger.warning("%s: dropped an incomplete last line of %d bytes", path, len(rest))
     records: dict[Any, Record] = {}
     for number, line in enumerate(body.splitlines(), start=1):
         where = f"{path}:{number}"
@@ -214,7 +214,7 @@ def _repair_end(path: Path) -> None:
         return
     body, rest = _split_unfinished(path.read_bytes())
     if rest:
-        logger.warning("%s: cut off an unfinished last line of %d bytes", path, len(rest))
+        logger.warning("%s: truncated an incomplete last line of %d bytes", path, len(rest))
     with path.open("r+b") as file:
         file.truncate(len(body))
         if body and not body.endswith(b"\n"):

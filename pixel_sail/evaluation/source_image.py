@@ -33,7 +33,7 @@ class SourceImage:
         image = load_image(self.path, where=where)
         if (image.height, image.width) != tuple(self.size_hw):
             raise DataError(
-                f"{where}: {self.path}: the image held upright is {(image.height, image.width)} (height, width), "
+                f"{where}: {self.path}: the upright image is {(image.height, image.width)} (height, width), "
                 f"annotations say {tuple(self.size_hw)}; the image folder does not belong to these annotations"
             )
         return image

@@ -98,7 +98,7 @@ def scores_table_of(groups: Sequence[SeedGroup]) -> Table:
         heading="Mean over seeds",
         columns=tuple(f"{name} {score}" for name, score in columns),
         rows=tuple(rows),
-        note="Standard deviation over seeds behind +-, number of seeds in brackets.",
+        note="Standard deviation over seeds after +-, number of seeds in brackets.",
     )
 
 

@@ -86,7 +86,7 @@ def guesses_table(
             (row, (*(_cell(scores[key], None) for key in ("count", "ciou", "giou")), *_pairs(guesses[row], names)))
             for row, scores in rows.items()
         ),
-        note="Guesses are cIoU / gIoU of marking what the column says, whatever the question.",
+        note="Guesses are cIoU / gIoU of marking what the column names, independent of the question.",
     )
 
 

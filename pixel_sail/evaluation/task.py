@@ -112,5 +112,5 @@ def by_image(things: Sequence[AboutImage]) -> list[list[AboutImage]]:
 def prompt_template(prompts: Mapping[str, str], name: str, kind: str) -> str:
     """Return the template of `predict.prompt`. Raises: ConfigError if the task does not have it."""
     if name not in prompts:
-        raise ConfigError(f"predict.prompt is {name!r}, but {kind} is asked for with one of {sorted(prompts)}")
+        raise ConfigError(f"predict.prompt is {name!r}, expected one of {sorted(prompts)} for {kind}")
     return prompts[name]

@@ -159,7 +159,7 @@ def distill_sums(
     distill_terms: Sequence[DistillTerm],
     teacher_maps: Mapping[str, Sequence[Tensor]],
 ) -> Tensor:
-    """Return the distillation loss of each sample from each teacher [S, X]; 0 where it is not distilled."""
+    """Return the distillation loss of each sample from each teacher [S, X]; 0 if it is not distilled."""
     num_samples = len(batch.sample_ids)
     if not distill_terms:
         return batch.targets_M.new_zeros(num_samples, 0, dtype=torch.float32)

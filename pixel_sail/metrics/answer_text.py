@@ -44,7 +44,7 @@ def grounded_text(text: str) -> GroundedText:
             waiting = ""
         else:
             waiting = plain_description(match["phrase"])
-    # A mark between a word and a full stop leaves no blank behind.
+    # A removed mark between a word and a full stop must not leave a blank.
     caption = re.sub(r" +([.,;:!?])", r"\1", plain_description(text))
     return GroundedText(caption=caption, phrases=tuple(phrases))
 

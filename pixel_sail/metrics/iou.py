@@ -160,7 +160,7 @@ class IoUSums:
         return self.add(IoUSums.from_rles(prediction, target, ignored=ignored, empty_iou=empty_iou, where=where))
 
     def summary(self) -> dict[str, float | int]:
-        """Return the scores by name, fractions in 0-1; `n_acc` and `t_acc` only where there are no-target items.
+        """Return the scores by name, fractions in 0-1; `n_acc` and `t_acc` only with no-target items.
 
         If no pair has any pixel, cIoU is `empty_iou`, like gIoU. Raises: DataError without pairs.
         """

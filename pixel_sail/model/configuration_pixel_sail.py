@@ -135,14 +135,14 @@ class Architecture:
             )
         if self.base == "eve":
             if self.attention != "causal":
-                raise DataError("model: base eve has text before its image, which only attention=causal takes")
+                raise DataError("model: base eve has text before its image, which only attention=causal supports")
             if self.patch_size % 2 or self.patch_hidden_size < 1:
                 raise DataError(
                     f"model: patch_size is {self.patch_size} and patch_hidden_size {self.patch_hidden_size}; base eve "
                     "expects an even number (each patch is 2 x 2 pieces) and at least 1"
                 )
             if self.visual_prompts != "injection":
-                raise DataError(f"model: visual_prompts is {self.visual_prompts!r}; base eve takes injection only")
+                raise DataError(f"model: visual_prompts is {self.visual_prompts!r}; base eve supports injection only")
         elif self.modality_experts:
             raise DataError(f"model: modality_experts is {list(self.modality_experts)}, which needs base=eve")
 

@@ -46,7 +46,7 @@ TOKEN_ROWS = ("embed_tokens.weight", "lm_head.weight")
 """Parameters whose rows belong to tokens."""
 
 DROPPED_TOKENS = frozenset({"<NO_Prompt>"})
-"""Released tokens that are never an input, so that a vocabulary without them loses nothing."""
+"""Released tokens that never occur in inputs, so a vocabulary may lack them."""
 
 
 def our_key(released_key: str) -> str:

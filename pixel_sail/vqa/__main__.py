@@ -11,9 +11,7 @@ def main() -> int:
     try:
         import lmms_eval.__main__ as kit
     except ModuleNotFoundError as error:
-        print(
-            f"{error}; install the kit with: pip install -e .[vqa] (best in an environment of its own)", file=sys.stderr
-        )
+        print(f"{error}; install the kit with: pip install -e .[vqa] (best in a separate environment)", file=sys.stderr)
         return 2
     from pixel_sail.vqa.lmms_eval_plugin import register, with_default_options
 

@@ -71,7 +71,7 @@ def _visuals(doc_to_visual: Callable[[Any], Any] | None, document: Any) -> list[
 def _check_greedy(settings: Mapping[str, Any], where: str) -> None:
     """Raise DataError if the task requests anything but greedy decoding."""
     temperature = settings.get("temperature") or 0
-    # Tasks often leave a temperature beside `do_sample: false`, which then has no effect.
+    # Tasks often have a temperature together with `do_sample: false`, which then has no effect.
     is_sampled = settings.get("do_sample", temperature > 0)
     if is_sampled or (settings.get("num_beams") or 1) > 1:
         asked = {key: settings[key] for key in ("do_sample", "temperature", "num_beams") if key in settings}
