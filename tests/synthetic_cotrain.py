@@ -25,7 +25,7 @@ IMAGE_DIRS = (
         "glamm_data/images/coco2014/train2014",
     ),
 )
-"""Folders that hold images; the synthetic ones stand in each."""
+"""Image folders; the synthetic images are in each."""
 
 FILES = {
     "ref_seg/refcoco": "refshapes",

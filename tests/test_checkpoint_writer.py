@@ -202,7 +202,7 @@ def test_rotation_keeps_the_newest_and_never_deletes_the_one_just_written(tmp_pa
         for step in (1, 2, 3):
             writer.save(TrainState(step=step), model, optimizer, ACCELERATOR)
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
-    # Checkpoints of later steps, whoever put them there, do not make an earlier one superfluous.
+    # Checkpoints of later steps, wherever they come from, do not supersede an earlier one.
     assert superseded(tmp_path, tmp_path / "step_00000002", 1) == []
     assert superseded(tmp_path, tmp_path / "step_00000003", 1) == [tmp_path / "step_00000002"]
 

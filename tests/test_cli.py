@@ -76,7 +76,7 @@ def test_an_installed_wheel_plans_outside_the_checkout(installed, tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(installed, tmp_path_factory):
-    """Return a folder in which an installed wheel drew its data and trained."""
+    """Return a folder in which an installed wheel rendered its data and trained."""
     tmp_path = tmp_path_factory.mktemp("elsewhere")
     sampled = "data/refshapes"
     made = run_installed(installed, tmp_path, "make-data", *("--out", sampled, "--train", "8", "--eval", "3"))

@@ -143,7 +143,7 @@ def test_a_conversation_encodes_its_image_once_until_marks_change(client, image)
     assert second["timing"]["encode_s"] == 0 and second["goes_on"]
     assert third["timing"]["encode_s"] > 0 and third["goes_on"]
     assert "3 questions" in ask(client, session, "d", [box, point])[1]["error"]
-    # A conversation about other marks is another one, and so is one that the user begins anew.
+    # Other marks start a new conversation, and so does a request of the user.
     assert not ask(client, session, "d", [point])[1]["result"]["goes_on"]
     assert client.post("/api/forget", json={"session": session}).status_code == 200
     assert not ask(client, session, "d", [point])[1]["result"]["goes_on"]
@@ -324,7 +324,7 @@ def test_a_server_may_listen_at_an_address_of_colons(predictor):
 
 
 class Gate:
-    """Answers wait, piece after piece, until the test lets them go on."""
+    """Answers wait before every piece until the test releases them."""
 
     def __init__(self, monkeypatch):
         self.pieces = threading.Semaphore(0)

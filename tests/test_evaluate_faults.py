@@ -42,7 +42,7 @@ SIZES = {"num_hidden_layers": 1, "max_long_side": 32}
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """What befalls a process."""
+    """Fault of a process."""
 
     killed_after_bytes: int | None = None
     """SIGKILL itself after this many bytes of answers, in the middle of a line or not."""
@@ -163,7 +163,7 @@ def bench(tiny_model, make_config, tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(bench, tmp_path_factory):
-    """The folder of an evaluation that nothing befell."""
+    """Output folder of an undisturbed evaluation."""
     output = tmp_path_factory.mktemp("whole") / "out"
     ended = start(bench, output)
     assert ended.statuses == [0], ended.said[-3000:]

@@ -88,7 +88,7 @@ def code(marker):
 
 
 def planted(marker, data_root):
-    """Return name -> what stands under `eval` in a protocol.json."""
+    """Return name -> the value of `eval` in a protocol.json."""
     files = {"root": str(data_root / "refshapes"), "dataset": "refshapes", "split": "val"}
     load = {"_target_": "pixel_sail.evaluation.refer_seg.load"}
     touch = {"_target_": "pathlib.Path.touch", "_args_": [{"_target_": "pathlib.Path", "_args_": [str(marker)]}]}

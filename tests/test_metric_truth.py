@@ -65,7 +65,7 @@ def score(results: list[dict], boxes: dict[int, list[float]]) -> tuple[IoUSums, 
 
 
 def known_boxes() -> dict[int, list[float]]:
-    """Return the boxes of the few val objects that lie beside the checkout."""
+    """Return the boxes of the few val objects that are stored next to the checkout."""
     files = ("derived_refer_mini/refcocog/instances.json", "derived_refer_mini_nophotos/refcocog/instances.json")
     folders = [(shared_data(file.split("/")[0]), file.split("/", 1)[1]) for file in files]
     boxes: dict[int, list[float]] = {}

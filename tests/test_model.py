@@ -443,7 +443,7 @@ def test_generation_with_cache_equals_full_forward_passes(tiny_model, processor,
     texts = [processor.question_ids(question) for question in QUESTIONS]
     (free,) = generate(model, prefix, [texts], max_new_tokens=6, end_ids=())
     assert len({tuple(answer.token_ids) for answer in free}) == len(QUESTIONS), "answers too alike to show a mix-up"
-    # One text ends early, at its third token, while the others go on.
+    # One text ends early, at its third token, while the others continue.
     end_ids = (free[1].token_ids[2],)
     (together,) = generate(model, prefix, [texts], max_new_tokens=6, end_ids=end_ids)
     assert len(together[1].token_ids) <= 3

@@ -281,9 +281,9 @@ def test_equal_seeds_give_equal_samples_and_another_seed_another_order(make_mixt
     assert [d.point_seed for d in forward] == [d.point_seed for d in backward]
     order = [_item(d.sample.sample_id) for d in forward[:23]]
     assert order != [_item(other.item(position).sample.sample_id) for position in range(23)]
-    assert order != [_item(d.sample.sample_id) for d in forward[23:]], "epochs are shuffled anew"
+    assert order != [_item(d.sample.sample_id) for d in forward[23:]], "every epoch has another order"
     assert len({d.point_seed for d in forward}) == 46
-    assert len({d.sample.sample_id for d in forward}) == 46, "an item is sampled anew in every epoch"
+    assert len({d.sample.sample_id for d in forward}) == 46, "every epoch samples an item differently"
 
 
 @pytest.mark.parametrize(

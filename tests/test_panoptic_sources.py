@@ -375,7 +375,7 @@ def test_the_release_lists_one_candidate_more_where_the_right_one_was_not_sample
                 places[len(candidates), candidates.index(name)] += 1
         assert set(counts) == set(numbers), fraction
         assert 0.58 < counts[numbers[0]] / counts.total() < 0.75, "two of three"
-        assert len(places) == (5 if fraction == 0.0 else 0), "the right one stands anywhere"
+        assert len(places) == (5 if fraction == 0.0 else 0), "the right one is at any position"
 
 
 def test_absent_region_is_asked_for_without_candidates(tmp_path):

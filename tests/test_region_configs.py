@@ -29,7 +29,7 @@ FILES = {
     "sam_captions": ("perbench/STBench_Detailed_Caption.json", "perbench/object_caption_data_train_split.json"),
     "llava_mix665k": ("llava/llava_v1_5_mix665k.json", "llava_data/LLaVA-Instruct-150K/llava_v1_5_mix665k.json"),
 }
-"""Where the synthetic file lies, and where the config expects the real one."""
+"""Path of the synthetic file, and the path where the config expects the real one."""
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -80,10 +80,12 @@ def test_the_stages_train_one_after_another(data_root, tmp_path, monkeypatch, ca
     monkeypatch.setattr(tool, "BATCHES", 1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert tool.main(["--data", str(data_root), "--out", str(tmp_path), "--steps", "2"]) in (0, 1)
-    told = re.findall(r"^(\w+) +held-out (\w+) +([\d.]+) -> ([\d.]+)$", capsys.readouterr().out, re.MULTILINE)
+    reported = re.findall(r"^(\w+) +held-out (\w+) +([\d.]+) -> ([\d.]+)$", capsys.readouterr().out, re.MULTILINE)
     stages = tool.stages(data_root, 2)
-    assert [(name, figure) for name, figure, _, _ in told] == [(own.name, one) for own in stages for one in own.figures]
-    assert all(float(before) > 0 and float(after) > 0 and before != after for _, _, before, after in told)
+    assert [(name, figure) for name, figure, _, _ in reported] == [
+        (own.name, one) for own in stages for one in own.figures
+    ]
+    assert all(float(before) > 0 and float(after) > 0 and before != after for _, _, before, after in reported)
     start = None
     for stage in stages:
         run_dir = tmp_path / stage.name
