@@ -26,7 +26,7 @@ def plan(arguments, capsys):
 
 
 def cost_of(planned):
-    """Return the cost as a card says it."""
+    """Return the cost as written in a card."""
     time = planned["time"]
     (chosen,) = [row for row in planned["memory"] if row["chosen"]]
     hours = f"{time['hours']:.2f} h, {time['gpu_hours']:.1f} GPU-hours"
@@ -53,7 +53,7 @@ STAGES = {
     "`cotrain`": ("stage=cotrain", "distillation=sam2_mask2former"),
     "`finetune`": ("stage=finetune",),
 }
-"""Row of docs/stages.md -> what is planned for it; the page says the same in words."""
+"""Row of docs/stages.md -> overrides of the planned runs that the row lists."""
 SIZES = {
     "sail_0_5b": {"always": (), "`cotrain`": ()},
     "sail_3b": {"always": (CHECKPOINTED,), "`cotrain`": ("data=cotrain_3b", "data.samples_per_step=256")},
@@ -110,7 +110,7 @@ def test_a_card_names_what_the_release_does_otherwise(card):
 
 @pytest.mark.parametrize("card", CARDS)
 def test_a_card_and_the_recipe_are_all_that_the_release_does_otherwise(card):
-    """Each setting of the recipe is the card's own, or named in the line that says what the release does otherwise."""
+    """Each setting of the recipe is the card's, or named in its line of differences from the release."""
     text = header(card)
     plain = load_config("train", TrainConfig, [f"experiment={card}"])
     assert f"scripts/train.py experiment={card} recipe=released" in text.replace("\\ ", "")

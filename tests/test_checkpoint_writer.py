@@ -51,7 +51,7 @@ def files_of(folder):
 
 
 def hold_writing(monkeypatch):
-    """Make the writing of files wait until the returned event is set."""
+    """Block file writes until the returned event is set."""
     go_on, original = threading.Event(), checkpoint_writer.save_file
 
     def held(*arguments):
@@ -103,7 +103,7 @@ def test_an_error_of_the_training_waits_for_the_writing(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small_files():
-    """No file may grow beyond 64 kB, which the kernel refuses as it refuses a full disk."""
+    """Limit files to 64 kB; beyond that, writes fail as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, before[1]))
     yield
@@ -118,7 +118,7 @@ def test_a_disk_error_ends_the_run_and_names_the_last_complete_checkpoint(tmp_pa
     writer.wait()
     with pytest.raises(CheckpointError, match=r"step_00000002: not written: .*step_00000001 is complete"):
         writer.save(TrainState(step=2), *large, ACCELERATOR)
-        # In the background: a later step's check tells, however late the error comes.
+        # In the background: a later step's check raises the error.
         for _ in range(3000):
             writer.check()
             time.sleep(0.01)

@@ -180,7 +180,7 @@ def test_a_missing_value_is_an_error_that_names_its_key():
 
 
 def values(node):
-    """Yield every text of a configuration but those of its list of defaults, which name other configurations."""
+    """Yield every string of a config except its defaults list, which names other configs."""
     if isinstance(node, dict):
         for key, value in node.items():
             yield from () if key == "defaults" else values(value)
@@ -195,7 +195,7 @@ PLACE = re.compile(r"/(?:home|mnt|root|work)/\S*|(?<!\.)\.\./\S*|~/\S*|\$\{oc\.e
 
 
 def machine_paths(text: str) -> list[str]:
-    """Return what in a configuration file leads to a place on a machine other than through `paths`."""
+    """Return the machine-specific paths in a config file that do not use `paths`."""
     # Also in comments, whose commands a user copies.
     return PLACE.findall(text) + [value for value in values(yaml.safe_load(text)) if value.startswith("/")]
 

@@ -130,7 +130,7 @@ CONVERSIONS = {
     "eve_7b": ("evev2",),
     "tiny": (),
 }
-"""Model file -> the ways to a start for it; tiny starts from random weights."""
+"""Model file -> bases it can start from; tiny starts from random weights."""
 
 
 def architecture_of_file(name):
@@ -192,7 +192,7 @@ def test_what_a_text_base_lacks_is_synthetic_from_the_seed(qwen, tmp_path):
 
 
 def zero_pieces(state, stage, world):
-    """Return the flat tensors of every rank, made the slow way."""
+    """Return the flat tensors of every rank, by a simple reference."""
     if stage == 2:
         row = torch.cat([value.flatten() for value in state.values()])
         padding = -len(row) % (2 * world)
@@ -424,11 +424,11 @@ def test_no_more_than_one_shard_is_in_memory(qwen, tmp_path, monkeypatch):
 
 
 PLAIN = ("<vision>", "<vpatch>", "</vision>", "<|im_start|>", "<|im_end|>")
-"""What SOLO's tokenizer has as ordinary pieces of its vocabulary."""
+"""Ordinary pieces of the vocabulary of SOLO's tokenizer."""
 
 
 def with_plain_pieces(tokenizer):
-    """The same vocabulary, but some special tokens are ordinary pieces, which no merge leads to."""
+    """The same vocabulary, but some special tokens are ordinary pieces that no merge produces."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content["model"]["vocab"] |= {own["content"]: own["id"] for own in content["added_tokens"]}
     content["added_tokens"] = [own for own in content["added_tokens"] if own["content"] not in PLAIN]
@@ -450,7 +450,7 @@ def test_special_tokens_that_are_ordinary_pieces_become_special_under_their_ids(
 
 
 def make_sentencepiece(folder):
-    """Write a tokenizer.model in the manner of SOLO's."""
+    """Write a tokenizer.model like SOLO's."""
     sentencepiece = pytest.importorskip("sentencepiece", reason="make setup installs it")
     from sentencepiece import sentencepiece_model_pb2
 
@@ -506,7 +506,7 @@ def test_a_sentencepiece_tokenizer_without_its_package_is_an_error_that_names_it
 
 def test_a_full_disk_is_one_message_and_leaves_nothing(qwen, tmp_path, capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # What a process may write to one file; beyond it writing fails as on a full disk.
+    # File size limit of a process; beyond it, writes fail as on a full disk.
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         arguments = ["--from", "qwen2", "--to", str(tmp_path / "ours"), "--patch-size", "8", str(qwen)]

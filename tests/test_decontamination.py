@@ -19,7 +19,7 @@ from pixel_sail.types import DataError, Sample, Turn
 
 
 class ListedSource:
-    """Items that are nothing but a path."""
+    """Items that consist of a path only."""
 
     name = "listed"
 

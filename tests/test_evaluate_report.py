@@ -144,7 +144,7 @@ def test_ignored_pixels_damage_the_released_target_along_the_columns():
     # Down the columns: 1 1, 255 0, 0 0, 0 0. Runs begin at the first 1, at 255 and at the first 0 after it.
     expected = np.array([[1, 0, 1, 1], [1, 1, 1, 1]], dtype=bool)
     assert (decode_rle(released_target(encode_mask(target), encode_mask(ignored))) == expected).all()
-    # A run of 255 that ends at a 0 becomes a target, where nothing was asked for, too.
+    # A run of 255 that ends at a 0 becomes a target, also for expressions without target.
     assert (decode_rle(released_target(None, encode_mask(ignored))) == ignored).all()
     assert released_target(encode_mask(target), None) == encode_mask(target)
     with pytest.raises(DataError, match=r"size \[2, 4\] and ignored pixels of size \[4, 2\]"):
@@ -228,7 +228,7 @@ def test_no_synthetic_target_is_damaged(data_root):
     assert len(items) > 5 and all(item.released_target is None for item in items)
 
 
-# The mask of the first [SEG] beside the union.
+# The mask of the first [SEG], and the union.
 
 
 def record_of(masks, rule="union"):
@@ -284,7 +284,7 @@ def test_every_score_of_masks_is_the_sum_over_its_items():
         assert ratio is None or ratio == pytest.approx(measured.scores[name], abs=1e-9)
 
 
-# Which items are shown.
+# Choice of shown items.
 
 
 def test_a_third_each_is_best_median_and_worst():
@@ -513,5 +513,5 @@ def test_the_report_names_protocols_limits_and_what_was_skipped(evaluated):
 def test_a_sheet_has_a_row_of_images_for_each_rank(evaluated):
     with Image.open(evaluated[0] / "sheets" / "refshapes_val.png") as sheet:
         width, height = sheet.size
-    # Of four images two are best, one is median, one worst.
+    # Of four images, two are the best, one the median, one the worst.
     assert width == 2 * (480 + 16) and height > 3 * 44

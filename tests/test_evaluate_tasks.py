@@ -70,7 +70,8 @@ def region_file(data_root, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def options(checkpoint, data_root, region_file):
-    """Return a function from evals to the command line that asks them of the synthetic files, a few tokens each."""
+    """Return a function from evals to the command line that runs them on the synthetic files, with a few tokens
+    each."""
     folder = data_root / "refshapes"
     perbench = {"caption": "Detailed_Caption", "choice": "MCQ", "visual_referring": "VRES"}
     places = {
@@ -97,7 +98,7 @@ def options(checkpoint, data_root, region_file):
 
 @pytest.fixture(scope="module")
 def whole(options, tmp_path_factory):
-    """Folder and scores of all evals, asked in one go by one process."""
+    """Folder and scores of all evals, run uninterrupted by one process."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, run_evals(load_config("evaluate", EvalConfig, options(folder, *EVALS)))
 
@@ -144,7 +145,7 @@ def test_two_processes_write_the_same_predictions(whole, options, data_root, tmp
 
 
 def test_a_killed_evaluation_resumes_with_the_missing_images(options, data_root, tmp_path, monkeypatch):
-    # The budget makes every image a batch of its own.
+    # max_batch_tokens makes every image a separate batch.
     in_one_go = [*options(tmp_path / "whole", "perbench_choice"), "predict.max_batch_tokens=1"]
     run_evals(load_config("evaluate", EvalConfig, in_one_go))
     overrides = [*options(tmp_path / "killed", "perbench_choice"), "predict.max_batch_tokens=1"]
@@ -163,7 +164,7 @@ def test_a_killed_evaluation_resumes_with_the_missing_images(options, data_root,
     asked = count_questions(monkeypatch)
     run_evals(load_config("evaluate", EvalConfig, overrides))
     assert records(tmp_path / "killed", "perbench_choice") == records(tmp_path / "whole", "perbench_choice")
-    # The first image is not asked again, the one that was cut is asked as a whole.
+    # The first image is not queried again; the interrupted one is queried completely.
     assert len(set(images)) == 2
     assert sum(asked) == len(answers(tmp_path / "killed", "perbench_choice")) - images.count(images[0])
 
@@ -247,7 +248,7 @@ def test_masks_depend_on_the_marked_region_and_not_on_what_else_is_asked(predict
     together = mask_pixels(answer_image(forced, task, items))
     alone = mask_pixels(answer_image(forced, task, items[:1]))
     other = mask_pixels(answer_image(forced, task, [replace(items[0], region=items[1].region)]))
-    # Batches of other sizes may round otherwise, which can turn a pixel at the threshold.
+    # Other batch sizes may round differently, which can flip a pixel at the threshold.
     assert (together[0] != alone[0]).sum() <= 2 < (other[0] != alone[0]).sum()
 
 
@@ -338,10 +339,10 @@ def test_paper_scores_of_a_turned_image_compare_with_the_target_on_the_stored_on
     lying = refer_seg.load_reasonseg(root=tmp_path, split="val", upright=False)
     (image,) = [request.source_image for request in lying.requests("standard")]
     assert image.open("x").size == (48, 32) and not image.is_upright
-    # The object is found on the upright image, and the released target has its points elsewhere.
+    # The object is found on the upright image; the released target has its points elsewhere.
     assert refer_seg.measure_predictions([item], [_marked(item, item.target)]).scores["ciou"] == 1.0
     assert refer_seg.measure_predictions([item], [_marked(item, item.target)]).scores["paper_ciou"] == 0.0
-    # What a model must mark for the released script, on the image as it lies there.
+    # The mask that the released script expects, on the image as stored.
     assert lying.score(lying.items, [_marked(lying.items[0], lying.items[0].target)])["paper_ciou"] > 0.999
     assert refer_seg.measure_predictions([item], [_marked(item, item.released_target)]).scores["paper_ciou"] > 0.999
 

@@ -186,7 +186,7 @@ def test_every_parameter_has_a_gradient_whatever_a_batch_holds(eve_model, make_b
 
 
 def test_every_weight_is_called_once_per_pass_whatever_a_batch_holds(eve_model, make_batch, examples):
-    """ZeRO-3 gathers at each call and needs equally many of them, in one order, on every rank."""
+    """ZeRO-3 gathers at each call, so every rank needs the same calls in the same order."""
     model = eve_model().train()
     calls = []
     for name, module in model.named_modules():
@@ -242,7 +242,7 @@ def test_recomputed_layers_change_nothing(eve_model, batch, checkpointing):
     expected, gradients, _ = losses_and_gradients(model, batch, Kernels())
     found, again, _ = losses_and_gradients(model, batch, Kernels(), checkpointing)
     assert torch.equal(found, expected)
-    # Parts of a gradient may be added in another order.
+    # Parts of a gradient may be summed in another order.
     for name, value in gradients.items():
         torch.testing.assert_close(again[name], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()), msg=name)
     assert max(float(value.abs().max()) for value in gradients.values()) > 0.01
@@ -572,7 +572,7 @@ def test_recorded_outputs_of_the_released_eve_model_are_reproduced(tmp_path, cap
     printed = capsys.readouterr().out
     for tensor in ("hidden_last", "logits", "llm_loss", "feature_low", "feature_high", "seg_query", "mask_logits"):
         assert printed.count(f"\n  {tensor} ") == 2
-    # A prompt that is left out, or an image weight that is another, is noticed.
+    # A missing prompt or a changed image weight is detected.
     for name in ("cases.safetensors", "config.json", "reference_state.safetensors"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     cases = load_file(folder / "cases.safetensors")

@@ -188,7 +188,7 @@ def test_folders_without_the_marker_are_not_checkpoints(complete_checkpoint):
 
 
 def test_a_disk_full_during_a_save_keeps_the_previous_checkpoint_and_the_run_resumes_from_it(data_root, tmp_path):
-    """The limit on the size of a file stands in for the disk: the third checkpoint is larger than it."""
+    """A file size limit replaces the full disk: the third checkpoint exceeds it."""
     overrides = (*SMALL, f"run_dir={tmp_path}", "deepspeed=none", "checkpoint.every=1", "optim.steps=4")
     overrides += ("checkpoint.asynchronous=false",)
     command = [sys.executable, str(ROOT / "tests" / "faulty_run.py"), "disk", "0", "3", *overrides]

@@ -81,7 +81,7 @@ def test_every_tuning_trains_exactly_the_parts_it_names_once(tiny_model, tuning)
 def test_every_trained_parameter_gets_a_gradient_from_any_batch_and_no_frozen_one(
     tiny_model, batch, text_batch, tuning
 ):
-    """Without it processes would wait for each other's gradients for ever."""
+    """Without it, processes would wait forever for each other's gradients."""
     for data in (batch, text_batch):
         model, optim = tuned(tiny_model, tuning)
         build_optimizer(model, optim)
@@ -180,7 +180,7 @@ def test_adapters_start_at_exactly_the_given_model(tiny_model, batch):
     add_lora(with_adapters, lora_targets(model, LoraConfig()), rank=3, alpha=6.0, seed=0)
     thin = {name: value for name, value in with_adapters.named_parameters() if name.endswith("lora_B")}
     assert thin and not any(value.any() for value in thin.values())
-    # An adapted feed-forward part is computed in another way, which may round otherwise.
+    # An adapted feed-forward network is computed differently, so rounding may differ.
     found, expected = (own(**batch.model_inputs()).logits for own in (with_adapters, model))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert all(parameter.any() for name, parameter in with_adapters.named_parameters() if name.endswith("lora_A"))

@@ -90,7 +90,7 @@ def test_ignored_pixels_are_in_neither_mask():
     ignored = _mask("####", "....", "....", "....")
     sums = IoUSums.from_masks(TOP_LEFT, TOP_ROWS, ignored=ignored)
     assert (sums.intersection, sums.union, sums.iou_sum) == (2, 4, 0.5)
-    # Nothing is left of what was predicted: right where nothing is asked for, a miss elsewhere.
+    # The prediction becomes empty: right for an expression without target, otherwise a miss.
     assert IoUSums.from_masks(TOP_LEFT, None, ignored=TOP_ROWS).num_no_target_correct == 1
     assert IoUSums.from_masks(TOP_LEFT, CORNER, ignored=TOP_ROWS).num_target_nonempty == 0
     assert IoUSums.from_masks(CORNER, TOP_LEFT, ignored=TOP_ROWS).num_no_target == 1

@@ -46,7 +46,7 @@ class Death(BaseException):
 
 
 class Mortal:
-    """Counts file operations within, and dies at one of them."""
+    """Counts file operations inside the context, and dies at one of them."""
 
     def __init__(self, monkeypatch, dies_at: int | None) -> None:
         self.count, self.dies_at, self.is_active = 0, dies_at, False
@@ -100,7 +100,7 @@ class Mortal:
 
 
 def survive(tmp_path, *, prepare, act, check, done) -> int:
-    """Let `act` die at each of its operations: `check` what it leaves, act again, look whether it is `done`."""
+    """Let `act` die at each of its operations: `check` the leftovers, act again, and assert that it is `done`."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         prepare(tmp_path / "whole")
         with Mortal(monkeypatch, None) as alive:
@@ -323,4 +323,4 @@ def test_garbage_among_the_lines_is_reported_by_file_and_line(tmp_path, line):
         with pytest.raises(DataError, match=r"log\.jsonl, line 2: found .*, expected .*; "):
             read()
     cut_log(path, 1)
-    assert path.read_bytes() == b'{"step": 1}\n', "what is made again need not be read"
+    assert path.read_bytes() == b'{"step": 1}\n', "rewritten files need not be read"

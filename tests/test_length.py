@@ -42,7 +42,7 @@ def image_processor(tokenizer):
 
 
 class Images:
-    """Images whose size nothing states, with texts of 10 to 300 letters."""
+    """Images of unknown size, with texts of 10 to 300 letters."""
 
     name = "images"
 
@@ -59,7 +59,7 @@ class Images:
 
 
 def samples_per_sequence(mixture, processor, settings, *, sequences, cost=len, num_streams=2):
-    """Return what sequences of the real stream hold, pixels and all."""
+    """Return the contents of sequences of the real stream, with decoded images."""
     streams = [
         islice(PackedStream(mixture, processor, settings, index=index, num_streams=num_streams, cost=cost), sequences)
         for index in range(num_streams)
@@ -276,7 +276,7 @@ def test_a_checkpoint_from_before_passes_could_be_given_fits():
 
 
 def saved_run(folder, **identity):
-    """Write what `with_saved_length` reads of a checkpoint."""
+    """Write the files of a checkpoint that `with_saved_length` reads."""
     folder.mkdir()
     (folder / checkpoint.STATE).write_text(json.dumps({"config": identity}))
     for name in (checkpoint.MODEL, checkpoint.OPTIMIZER):

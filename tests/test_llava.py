@@ -126,7 +126,7 @@ def _packed_texts(tmp_path, processor, budget, *, image=None, epochs=1, **option
 
 
 def _numbers(text):
-    """Return which turns a text has, all of them whole."""
+    """Return the turns of a text and assert that they are complete."""
     asked, answered = ([int(n) for n in re.findall(rf"{who}(\d) (?:word ?){{20}}", text)] for who in "hg")
     assert asked == answered
     return asked

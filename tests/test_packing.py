@@ -24,7 +24,7 @@ SETTINGS = PackingSettings(seq_len=120, packing_buffer=3)
 
 
 class RandomSource:
-    """Items of very different length, every fourth without an image; the sample id tells what was rendered."""
+    """Items of very different length, every fourth without an image; the sample id identifies what was sampled."""
 
     def __init__(self, name, length, paths):
         self.name = name
@@ -72,7 +72,7 @@ def make_mixture(image_paths):
 
 
 def _item(sample_id):
-    """Return source and index, without what was rendered."""
+    """Return source and index, without the random part."""
     return sample_id.rsplit("/", 1)[0]
 
 
@@ -173,7 +173,7 @@ def test_any_lengths_are_packed_once_within_seq_len_and_resume_from_any_point(
 
 
 def _with_bad_items(mixture, bad):
-    """Make these items of the first source fail as a broken file does."""
+    """Make these items of the first source fail like a broken file."""
     source = mixture.sources[0]
     plain = source.get
 

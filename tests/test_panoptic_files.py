@@ -329,7 +329,7 @@ def test_shared_two_channel_pngs_are_rejected():
 
 
 def test_shared_coco_panoptic_with_texts_is_read_as_pix2cap(tmp_path):
-    """Pix2Cap's own file is not at hand: its texts are put on COCO's own segments, as in that file."""
+    """Pix2Cap's file is not available: its texts are attached to COCO's segments, as in that file."""
     place = _lightly("train2017")
     data = json.loads(place.pop("annotations").read_text())
     for record in data["annotations"]:

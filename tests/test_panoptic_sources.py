@@ -108,7 +108,7 @@ def test_wrong_settings_are_rejected_when_the_source_is_made(tmp_path):
     ):
         with pytest.raises(DataError, match="expected") as error:
             make(root=root, **settings)
-        # Data that are not there may be left out by an evaluation, a wrong setting may not.
+        # An evaluation may skip missing data, but not a wrong setting.
         assert not isinstance(error.value, MissingDataError)
 
 

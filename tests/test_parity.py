@@ -131,7 +131,7 @@ def _greedy(model, example, prompt_length):
 
 @pytest.fixture(scope="module")
 def synthetic_folders(tool, tiny_model, processor, make_sample, tmp_path_factory):
-    """Folders in the layout of the shared ones, without weights: they are sampled by name."""
+    """Folders in the layout of the shared ones, without weights, which are sampled by name."""
     folders = {}
     for tied in (True, False):
         folders[tied] = tmp_path_factory.mktemp("tied" if tied else "untied")
@@ -165,7 +165,7 @@ def folder(synthetic_folders, tmp_path):
 
 
 def _weights(folder, tool):
-    """Return the weights the folder stands for, in the release's naming."""
+    """Return the weights of the folder, with the release's names."""
     return tool.named_weights(json.loads((folder / "shapes.json").read_text()))
 
 

@@ -52,7 +52,7 @@ def test_images_that_differ_in_their_ending_have_results_of_their_own(images, tm
 
 def test_results_never_replace_an_image(images, monkeypatch):
     before = {path.name: path.read_bytes() for path in images.iterdir()}
-    # Said before the model is loaded.
+    # Reported before the model is loaded.
     monkeypatch.setattr(module, "Predictor", None)
     for image in (images, images / "a.png"):
         with pytest.raises(ConfigError, match=r"a\.png is one of the images; give another folder"):

@@ -282,7 +282,7 @@ def test_the_prompts_of_region_captions_are_questions_of_training():
     asked = templates.REGION_CAPTION_PROMPT.replace("<Prompt0>", "{region}")
     assert "{region}" in asked
     assert asked in templates.DETAILED_QUESTIONS and asked in region_class.DETAIL_QUESTIONS
-    # SAM's captions are asked for with the suffix that PerBench's are.
+    # Questions for SAM's captions have the same suffix as PerBench's.
     assert templates.PERBENCH_CAPTION_PROMPT == templates.REGION_CAPTION_PROMPT + templates.DETAILED_SUFFIX
 
 

@@ -228,7 +228,7 @@ def test_a_turned_image_has_the_target_that_the_released_script_paints_on_the_st
     assert (decode_rle(upright.released_target) == np.asarray(turned)).all()
     assert upright.released_target["size"] == upright.target["size"] == list(upright_hw(path, "x"))
     assert upright.released_target != upright.target and stored.released_target is None
-    # The points are those of the upright image: painted on the stored one they lie elsewhere.
+    # The points are those of the upright image; on the stored one they are elsewhere.
     assert (decode_rle(stored.target) == paint_shapes(read_item(path.with_suffix(".json")).shapes, (9, 12))[0]).all()
 
 

@@ -117,7 +117,7 @@ def test_every_expression_denotes_exactly_its_targets(split: str) -> None:
 
 @pytest.mark.parametrize("split", formats.KIND_SPLITS)
 def test_what_is_written_for_one_kind_is_decided_by_it_alone(dataset: Path, split: str) -> None:
-    """Sample the scenes of the files again, and look at the written sentences with the meaning they were sampled
+    """Sample the scenes of the files again, and check the written sentences against the meaning they were sampled
     for."""
     instances = read(dataset / "refshapes" / "instances.json")
     refs = [ref for ref in pickle.loads((dataset / "refshapes" / "refs(unc).p").read_bytes()) if ref["split"] == split]

@@ -19,7 +19,7 @@ START = {"train": ("name=x", "model=sail_0_5b", "data=cotrain_0_5b", "optim.step
 
 
 def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield each setting of a YAML file as it is typed on a command line."""
+    """Yield each setting of a YAML file as a command-line override."""
     for key, value in node.items():
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{key}.")

@@ -11,7 +11,7 @@ from pixel_sail.renamed import current_config, current_log_line, hint, renamed_o
 
 @pytest.fixture
 def tables(monkeypatch):
-    """Names of an invented earlier version."""
+    """Names of a fictitious earlier version."""
     monkeypatch.setattr(
         renamed, "CONFIG_KEYS", {"speed.fast": "kernels.quick", "speed": "kernels", "old.*.a": "new.*.b"}
     )
@@ -150,7 +150,7 @@ def test_an_old_argument_of_a_source_is_rejected_with_the_new_one():
 
 
 def test_no_old_name_is_a_name_of_today():
-    """A name in both columns would be refused although it is right, or translated twice."""
+    """A name in both columns would be rejected although it is valid, or translated twice."""
     for old in renamed.CONFIG_KEYS:
         assert renamed.renamed_key(renamed.CONFIG_KEYS[old]) is None, old
     assert not renamed.LOG_KEYS.keys() & set(renamed.LOG_KEYS.values())

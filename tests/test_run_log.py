@@ -40,7 +40,7 @@ def test_useful_operations_are_those_of_each_sample_alone(rows, make_batch, make
     config = make_config(num_visual_prompts=0)  # else every micro-batch projects them once
     packed = of_batch(make_batch(*rows))
     alone = [of_batch(make_batch([example])) for row in rows for example in row]
-    assert packed.rows * packed.tokens_per_row > packed.real_tokens, "the batch shall hold padding"
+    assert packed.rows * packed.tokens_per_row > packed.real_tokens, "the batch must contain padding"
     together = useful_flops(config, packed, {})
     assert together == pytest.approx(sum(useful_flops(config, work, {}) for work in alone), rel=1e-12)
     assert together < 3 * forward_flops(config, packed, {}).total

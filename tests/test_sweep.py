@@ -87,7 +87,7 @@ values = dict(argument.split("=", 1) for argument in sys.argv[1:])
 
 @pytest.fixture
 def fake_scripts(tmp_path, monkeypatch):
-    """Trainings that note their starts: seed 3 asks twice for another start, the one in FAILING fails."""
+    """Trainings that record their starts: seed 3 requests two restarts, the one in FAILING fails."""
     folder = tmp_path / "scripts"
     folder.mkdir()
     (folder / "train.py").write_text(FAKE_TRAIN)
@@ -114,7 +114,7 @@ def test_a_failed_job_loses_no_other_and_is_the_only_one_tried_again(fake_script
     assert main(command) == 0
     assert starts(folder) == {"seed-1": 1, "seed-2": 2, "seed-3": 3, "seed-4": 1}
     assert "1 finished, 3 skipped" in capsys.readouterr().out
-    # Another evaluation is done for all, and no training again; more seeds join the same folder.
+    # A new evaluation runs for all jobs without retraining; more seeds use the same folder.
     assert main([*command[:2], "--evaluate=evals=[refshapes_testA]", "experiment=quickstart", "seed=1,2,3,4,5"]) == 0
     assert starts(folder) == {"seed-1": 1, "seed-2": 2, "seed-3": 3, "seed-4": 1, "seed-5": 1}
     assert {path.read_text() for path in folder.glob("*/scored")} == {"[refshapes_testA]"}
@@ -270,7 +270,7 @@ def test_slurm_without_submitit_is_an_error_that_says_so(fake_scripts, tmp_path,
 
 
 class FakeExecutor:
-    """What the sweep uses of submitit: jobs run at once; the second one is lost."""
+    """The part of submitit that the sweep uses: jobs run immediately; the second one is lost."""
 
     def __init__(self, folder, cluster):
         self.log, self.count = [(str(folder), cluster)], 0
@@ -353,7 +353,7 @@ def test_a_signal_before_the_job_has_begun_requeues_too(tmp_path, monkeypatch):
 
 
 def test_a_real_sweep_trains_scores_and_makes_its_tables(data_root, tmp_path, capsys):
-    """One tiny training by the documented command; a copy with other answers stands in for a second group."""
+    """One tiny training by the documented command; a copy with other answers is the second group."""
     folder = tmp_path / "sweep"
     command = [
         *(sys.executable, "scripts/train.py", "-m", f"--folder={folder}", "experiment=quickstart", "deepspeed=none"),
@@ -382,7 +382,7 @@ def test_a_real_sweep_trains_scores_and_makes_its_tables(data_root, tmp_path, ca
     said = capsys.readouterr().out
     score = json.loads((first / "evaluation" / "results.jsonl").read_text())["scores"]["ciou"]
     assert f"| ablation=stride_16 | {score:.3f} (1) |" in said
-    # With one seed the table says what the comparison of two runs says.
+    # With one seed, the table equals the comparison of two runs.
     evals = [group / "evaluation" / "refshapes_val" for group in (first, second)]
     ciou = next(one for one in compare(*evals) if one.score == "ciou")
     assert ciou.a != ciou.b and ciou.interval is not None

@@ -25,7 +25,7 @@ def predictor(tiny_model, processor):
 
 @pytest.fixture
 def encoded(predictor, monkeypatch):
-    """The images that were made patches of, in order."""
+    """The images that were converted to patches, in order."""
     seen = []
     prepare = predictor.processor.image_patches
     monkeypatch.setattr(predictor.processor, "image_patches", lambda image: seen.append(image) or prepare(image))
