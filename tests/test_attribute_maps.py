@@ -38,7 +38,7 @@ def teachers(data: Path, *overrides: str):
 
 
 @pytest.mark.parametrize("index", range(4))
-def test_a_cell_holds_the_fractions_of_its_pixels(index: int) -> None:
+def test_a_cell_has_the_attribute_fractions_of_its_pixels(index: int) -> None:
     _, scene, _ = sample_described_scene(0, "train", index)
     found = attribute_map(scene)
     height, width = scene.image_hw

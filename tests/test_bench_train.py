@@ -104,7 +104,7 @@ def test_growth_is_the_exponent(tmp_path):
     assert load_tool("bench_attention").growth([10, 20, 40], [1.0, 4.0, 16.0]) == pytest.approx(2.0)
 
 
-def test_the_benchmark_of_8_bit_weights_says_what_it_needs(monkeypatch, capsys):
+def test_the_benchmark_of_8_bit_weights_names_its_requirements(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torchao", None)
     assert load_tool("bench_int8").main([]) == 2
     assert "pip install torchao" in capsys.readouterr().err

@@ -245,7 +245,7 @@ def test_ids_must_be_the_same(tools):
 
 
 @pytest.mark.parametrize("protocol", ["standard", "paper"])
-def test_absent_java_is_said_first(monkeypatch, tmp_path, protocol):
+def test_missing_java_is_reported_first(monkeypatch, tmp_path, protocol):
     monkeypatch.setenv("PATH", str(tmp_path))
     for call in (
         lambda: check_caption_tools(protocol),
@@ -331,6 +331,6 @@ def test_a_process_that_hangs_is_killed(program, monkeypatch):
     assert _ask(program, "more") == ["MORE"]
 
 
-def test_a_process_that_cannot_start_says_so(tmp_path):
+def test_a_process_that_cannot_start_is_an_error(tmp_path):
     with pytest.raises(DataError, match="cannot start"):
         LineProcess([str(tmp_path / "absent")], timeout_s=1).ask("x", 1, "item x", str.isupper)

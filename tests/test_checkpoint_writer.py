@@ -79,7 +79,7 @@ def test_background_and_foreground_write_the_same_bytes_while_training_continues
     assert not torch.equal(parameters["weight"], model.weight), "the step after the save changed the model"
 
 
-def test_the_next_save_waits_for_the_one_before(tmp_path, monkeypatch):
+def test_the_next_save_waits_for_the_previous_one(tmp_path, monkeypatch):
     model, optimizer = trained()
     go_on = hold_writing(monkeypatch)
     with writer_to(tmp_path) as writer:
@@ -226,7 +226,7 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
     assert [step_of(path.name) for path in complete_checkpoints(tmp_path)] == [5, 99_999_999, 100_000_000]
 
 
-def test_what_a_killed_process_left_is_ignored_and_removed_at_the_next_start(tmp_path):
+def test_leftovers_of_a_killed_process_are_ignored_and_removed_at_the_next_start(tmp_path):
     model, optimizer = trained()
     with writer_to(tmp_path) as writer:
         writer.save(TrainState(step=1), model, optimizer, ACCELERATOR)
@@ -240,7 +240,7 @@ def test_what_a_killed_process_left_is_ignored_and_removed_at_the_next_start(tmp
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
 
 
-def test_a_folder_of_the_final_name_that_is_not_whole_is_replaced(tmp_path):
+def test_an_incomplete_folder_of_the_final_name_is_replaced(tmp_path):
     model, optimizer = trained()
     (tmp_path / "step_00000001").mkdir()
     (tmp_path / "step_00000001" / "model.safetensors").write_bytes(b"half")

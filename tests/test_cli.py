@@ -118,7 +118,7 @@ def test_the_demo_of_an_installed_wheel_answers_and_ends_when_interrupted(instal
     assert demo.returncode == 0, rest
 
 
-def test_a_demo_without_a_checkpoint_says_what_is_missing():
+def test_a_demo_without_a_checkpoint_names_the_missing_setting():
     for arguments, message in (([], "checkpoint"), (["checkpoint=runs/nowhere"], "runs/nowhere")):
         done = subprocess.run(
             [sys.executable, ROOT / "scripts" / "demo.py", *arguments],
@@ -192,7 +192,7 @@ def test_scripts_explain_themselves_where_they_are_called_by_name(script):
     assert done.returncode == 0 and done.stdout.startswith(f"usage: {script}.py KEY=VALUE") and not done.stderr
 
 
-def test_predict_of_an_installed_wheel_says_how_far_it_is_with_a_folder(installed, trained):
+def test_predict_of_an_installed_wheel_prints_progress_for_a_folder(installed, trained):
     (trained / "images").mkdir()
     for name in ("a.png", "b.jpg"):
         Image.new("RGB", (64, 48), "red").save(trained / "images" / name)

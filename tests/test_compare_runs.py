@@ -189,7 +189,7 @@ def test_choices_are_compared_question_by_question(tmp_path, data_root):
         assert difference.b - difference.a == pytest.approx(1 / len(items))
 
 
-def test_what_was_evaluated_is_scored_again_by_the_scoring_tool(runs, items, capsys):
+def test_the_scoring_tool_rescores_an_evaluation(runs, items, capsys):
     score = runpy.run_path(str(ROOT / "tools" / "score.py"))["main"]
     assert score(["--evaluated", str(runs / "b" / "val")]) == 0
     scores = json.loads(capsys.readouterr().out)

@@ -173,7 +173,7 @@ def test_training_starts_from_a_converted_base(qwen, tmp_path):
     assert all(torch.equal(model.state_dict()[name], value) for name, value in written.items())
 
 
-def test_what_a_text_base_lacks_is_synthetic_from_the_seed(qwen, tmp_path):
+def test_weights_missing_in_a_text_base_are_initialized_from_the_seed(qwen, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         to_ours(qwen, "qwen2", tmp_path / name, base=qwen, chosen=Chosen(**(vars(CHOSEN) | {"seed": seed})))
     a, b, c = (load_file(tmp_path / name / "model.safetensors") for name in "abc")
@@ -251,7 +251,7 @@ def test_a_zero_folder_without_a_shard_is_rejected(tmp_path):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_what_deepspeed_stores_beside_the_weights_is_let_through_as_dead_data(stage, tmp_path):
+def test_metadata_of_deepspeed_is_read_as_inert_data(stage, tmp_path):
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -355,7 +355,7 @@ def drop_key(folder):
     ],
     ids=lambda value: None if callable(value) else value[:24],
 )
-def test_what_does_not_fit_is_named_and_leaves_no_folder(spoil, message, damaged, tmp_path, capsys):
+def test_a_mismatch_is_named_and_leaves_no_folder(spoil, message, damaged, tmp_path, capsys):
     spoil(damaged)
     tool = load_tool("convert_checkpoint")
     arguments = ["--from", "qwen2", "--to", str(tmp_path / "ours"), "--patch-size", "8", str(damaged)]
@@ -517,7 +517,7 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(qwen, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_safetensors_says_of_a_file_that_changed_meanwhile_is_one_message(qwen, tmp_path, monkeypatch, capsys):
+def test_a_safetensors_file_that_changed_meanwhile_is_one_message(qwen, tmp_path, monkeypatch, capsys):
     class Changed:
         def __init__(self, *arguments, **options):
             self.opened = safe_open(*arguments, **options)

@@ -214,7 +214,7 @@ EVE = {"base": "eve", "attention": "causal", "mask_stride": 2, "patch_hidden_siz
         (EVE | {"attention_bias": False}, "attention_bias False, expected True"),
     ],
 )
-def test_a_model_that_the_release_computes_otherwise_is_not_written_for_it(
+def test_a_model_that_the_release_computes_differently_is_not_exported_to_it(
     changes, message, make_config, tokenizer, tmp_path
 ):
     check_released(tmp_path, make_config(mask_stride=2))

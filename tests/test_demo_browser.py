@@ -323,7 +323,7 @@ def test_the_keyboard_sees_where_an_image_is_chosen(open_page, image_file):
         page.focus("#text")
 
 
-def test_the_page_says_when_the_server_is_gone(browser, predictor, image_file):
+def test_the_page_shows_a_lost_connection(browser, predictor, image_file):
     path, _ = image_file
     with browser.new_context() as context:
         page = context.new_page()

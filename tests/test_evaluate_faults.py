@@ -260,7 +260,7 @@ def test_a_corrupt_line_in_the_middle_is_named_and_the_rest_is_used_once_it_is_g
     check_same(output, whole)
 
 
-def test_a_cut_last_line_is_asked_again(bench, whole, tmp_path):
+def test_an_item_with_a_truncated_line_is_queried_again(bench, whole, tmp_path):
     output, part = copied(whole, tmp_path, kept_lines=6)
     content = part.read_bytes()
     part.write_bytes(content[:-50])
@@ -293,7 +293,7 @@ def test_a_truncated_image_is_named_and_the_work_before_it_is_kept(bench, whole,
     check_same(output, whole)
 
 
-def test_a_missing_image_is_named_before_anything_is_asked_and_earlier_work_is_kept(bench, whole, tmp_path):
+def test_a_missing_image_is_named_before_the_first_question_and_earlier_work_is_kept(bench, whole, tmp_path):
     output, part = copied(whole, tmp_path, kept_lines=6)
     kept, image = part.read_bytes(), last_image(bench, whole)
     moved = image.rename(image.with_suffix(".gone"))
@@ -310,7 +310,7 @@ def test_a_missing_image_is_named_before_anything_is_asked_and_earlier_work_is_k
 # Missing resources.
 
 
-def test_a_full_disk_is_said_and_the_work_before_it_is_kept(bench, whole, tmp_path):
+def test_a_full_disk_is_reported_and_earlier_work_is_kept(bench, whole, tmp_path):
     output = tmp_path / "out"
     num_bytes = (whole / EVAL / "predictions.jsonl").stat().st_size
     limit = num_bytes * 6 // 10
@@ -336,7 +336,7 @@ def test_a_disk_that_is_full_at_the_end_leaves_no_part_of_the_result(bench, whol
     check_same(output, whole)
 
 
-def test_absent_java_is_said_before_anything_is_asked(bench, tmp_path, monkeypatch):
+def test_missing_java_is_reported_before_the_first_question(bench, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     folder = bench.data / "refshapes"
     overrides = (
@@ -405,7 +405,7 @@ def broken(bench: Bench, folder: Path, name: str, value: float) -> Path:
     return folder
 
 
-def test_weights_of_whole_numbers_are_rejected(bench, tmp_path, monkeypatch):
+def test_integer_weights_are_rejected(bench, tmp_path, monkeypatch):
     folder = broken(bench, tmp_path / "model", "decoder.norm.weight", 1.0)
     weights = load_file(folder / "model.safetensors")
     weights["decoder.norm.weight"] = weights["decoder.norm.weight"].int()

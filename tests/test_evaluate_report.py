@@ -357,7 +357,7 @@ def test_intervals_follow_the_scores_and_html_is_escaped():
     assert own[-2] == "| **x** | **0.500 (0.400-0.610)** |  | **3** |"
 
 
-def test_a_table_of_guesses_has_what_chance_is_beside_every_row():
+def test_a_table_of_guesses_has_the_chance_level_in_every_row():
     guesses = {"every object": {"ciou": 0.25, "giou": 0.3}, "random object": {"ciou": 0.1, "giou": 0.2}}
     scores = {"x": {"ciou": 0.5, "giou": 0.6, "p50": 0.7, "count": 3}}
     table = guesses_table("By kind", scores, {"x": guesses})
@@ -384,7 +384,7 @@ def row_of(name, scores, samples, **changes):
     return result_row(name, "kind", measured, samples, cost, PROTOCOL | changes)
 
 
-def test_a_row_says_what_made_it(tmp_path):
+def test_a_row_records_its_provenance(tmp_path):
     row = row_of("a", {"ciou": 0.5, "paper_ciou": 0.25, "missing": 1}, resampled(ciou=[0.4, 0.6]))
     assert row["intervals"] == {"ciou": pytest.approx((0.405, 0.595))}
     assert row["protocols"] == {"standard": ["ciou"], "paper": ["paper_ciou"]}
@@ -448,7 +448,7 @@ def test_all_evals_without_files_are_named_at_once(data_root, monkeypatch):
     assert "missing_data=skip" in message
 
 
-def test_what_is_there_is_run_on_request(data_root, monkeypatch, caplog):
+def test_evals_with_data_are_run_on_request(data_root, monkeypatch, caplog):
     found = plan(data_root, monkeypatch, "evals=[refcoco_val,refshapes_val]", "missing_data=skip")
     assert list(found.tasks) == ["refshapes_val"] and list(found.skipped) == ["refcoco_val"]
     assert "evals.refcoco_val is skipped" in caplog.text
@@ -465,7 +465,7 @@ def test_a_damaged_file_is_not_a_missing_one(data_root, monkeypatch):
     assert not isinstance(error.value, MissingDataError)
 
 
-def test_missing_images_are_found_before_anything_is_asked(data_root, monkeypatch, tmp_path):
+def test_missing_images_are_found_before_the_first_question(data_root, monkeypatch, tmp_path):
     with pytest.raises(MissingDataError, match=rf"refshapes_val: found 3 of 3 images missing, the first is {tmp_path}"):
         plan(data_root, monkeypatch, "evals=[refshapes_val]", f"+evals.refshapes_val.image_dir={tmp_path}")
 
@@ -486,7 +486,7 @@ def evaluated(data_root, tiny_model, processor, tmp_path_factory):
         return folder / "evaluation", run_evals(load_config("evaluate", EvalConfig, options))
 
 
-def test_rows_of_a_run_hold_scores_intervals_and_what_made_them(evaluated):
+def test_rows_of_a_run_have_scores_intervals_and_provenance(evaluated):
     folder, scores = evaluated
     rows = read_rows(folder)
     assert list(rows) == list(scores) == ["refshapes_val", "grefshapes_val"]

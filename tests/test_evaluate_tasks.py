@@ -198,7 +198,7 @@ def test_the_questions_are_part_of_the_protocol(whole, options, tmp_path):
         run_evals(load_config("evaluate", EvalConfig, overrides))
 
 
-def test_each_task_has_a_length_of_its_own_unless_the_config_says_one(whole, options, tmp_path):
+def test_each_task_has_a_default_length_unless_configured(whole, options, tmp_path):
     lengths = {}
     for name in ("reasonseg_val", "gcg_val"):
         overrides = [o for o in options(tmp_path, name) if "max_new_tokens" not in o]
@@ -287,7 +287,7 @@ def test_an_answer_without_mask_is_followed_by_a_forced_one_that_only_paper_coun
     assert not forced.is_retry and forced.masks == answer.masks and forced.answer == "It is [SEG]."
 
 
-def test_items_that_cannot_be_asked_are_found_before_anything_is_asked(predictor, data_root, tmp_path):
+def test_invalid_items_are_found_before_the_first_question(predictor, data_root, tmp_path):
     task = perbench(data_root, visual_referring.load, "VRES")
     item = replace(task.items[0], item_id="new", prompt_ids=(15,))
     with pytest.raises(DataError, match=r"found <Prompt15>, expected prompts below 15"):
@@ -514,7 +514,7 @@ def test_the_released_recall_is_printed_only_where_phrases_are_compared_as_relea
     assert {name for name in measured.fractions if "recall" in name} == names
 
 
-def test_a_damaged_similarity_model_is_rejected_before_anything_is_asked(grounded, tmp_path):
+def test_a_damaged_similarity_model_is_rejected_before_the_first_question(grounded, tmp_path):
     (tmp_path / "config.json").write_text("{")
     scoring = grounded_caption.Scoring(similarity_model=tmp_path, score_text=False)
     with pytest.raises(DataError, match=r"config\.json: .*; download it again"):

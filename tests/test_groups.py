@@ -107,7 +107,7 @@ def test_the_first_match_wins_and_the_rest_is_the_default_group(tiny_model):
     assert group_of.keys() == dict(tiny_model().named_parameters()).keys()
 
 
-def test_groups_have_their_own_rate_and_decay_and_norms_still_do_not_decay(tiny_model):
+def test_groups_have_separate_rate_and_decay_and_norms_do_not_decay(tiny_model):
     groups = {"head": GroupConfig(match=["mask_head"], lr_scale=10.0, weight_decay=0.3)}
     model = tiny_model()
     optimizer = build_optimizer(model, OptimConfig(groups=groups, weight_decay=0.05))
@@ -331,7 +331,7 @@ def test_frozen_weights_are_saved_as_they_were_and_have_no_moments(tuned_run, ba
     assert line["optim/lr/adapters"] == 5 * line["optim/lr"] and line["optim/lr/head"] == 2 * line["optim/lr"]
 
 
-def test_an_export_holds_averaged_weights_with_the_adapters_in_them(tuned_run, base):
+def test_an_export_has_averaged_weights_with_merged_adapters(tuned_run, base):
     exported = load_model(tuned_run / "export")
     assert exported.config.averaged_weights is True
     assert load_model(base).config.averaged_weights is False

@@ -185,7 +185,7 @@ def test_every_eval_of_the_configuration_is_on_the_list_and_old_folders_name_the
         assert getattr(importlib.import_module(module), function) is LOADERS[name]
 
 
-def test_what_is_in_a_file_that_an_evaluation_names_is_not_shown(tmp_path, trap):
+def test_contents_of_a_file_named_by_an_evaluation_are_not_shown(tmp_path, trap):
     secret = tmp_path / "secret.json"
     for content in ([{"image": SECRET, "id": SECRET}], {"token": SECRET}, SECRET):
         secret.write_text(json.dumps(content))
@@ -317,7 +317,7 @@ def test_a_model_in_several_files_is_read_and_known_by_all_of_them(
 # Runs.
 
 
-def test_a_run_of_somebody_shows_and_runs_nothing(tmp_path, trap, sound, capsys):
+def test_an_untrusted_run_executes_and_discloses_nothing(tmp_path, trap, sound, capsys):
     run = tmp_path / "run"
     weights, optimizer = trained()
     with writer_to(run / "checkpoints", asynchronous=False) as writer:

@@ -105,7 +105,7 @@ def read(tmp_path, *records):
     return boxed_expressions.load(annotations=file, image_dir="images")
 
 
-def test_a_box_is_the_pixels_whose_centres_it_holds(tmp_path):
+def test_a_box_covers_the_pixels_whose_centers_are_inside(tmp_path):
     first, none, corner = read(tmp_path, record(), record(bbox_xyxy=None), record(bbox_xyxy=[4, 3, 5, 4]))
     # Centres of columns are 0.5, 1.5, 2.5, ...: 1.5 to 3.4 holds 1.5 and 2.5; rows 0.5, 1.5 and 2.5.
     expected = np.zeros((4, 5), dtype=bool)

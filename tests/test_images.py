@@ -277,7 +277,7 @@ def test_sixteen_bit_colours_of_twelve_bits_are_remarked(tmp_path):
         assert bool(remarked(tmp_path / "a.png")) is is_dark
 
 
-def test_a_dark_image_of_eight_bits_is_not_remarked(tmp_path):
+def test_a_dark_8_bit_image_is_not_reported(tmp_path):
     Image.new("RGB", (4, 4), (9, 9, 9)).save(tmp_path / "a.png")
     assert remarked(tmp_path / "a.png") == []
 

@@ -94,7 +94,7 @@ def test_widths_of_the_two_inits_at_the_size_of_the_half_billion_model():
 
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("init", INITS)
-def test_upsample_blocks_start_alike_as_torch_and_each_its_own_as_ours(init):
+def test_upsample_blocks_start_equal_as_torch_and_different_as_ours(init):
     blocks = init_head(init, mask_stride=2).upsampler.blocks
     assert len(blocks) == 3
     first = blocks[0].state_dict()
@@ -120,7 +120,7 @@ def test_the_upsampler_starts_as_a_repetition_of_its_input(design, monkeypatch):
 
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("design", UPSAMPLERS)
-def test_where_a_cell_is_can_be_read_from_the_first_map_as_ours_but_not_as_torch(design):
+def test_the_first_map_encodes_cell_positions_as_ours_but_not_as_torch(design):
     # Every patch has a random state; one linear layer must predict the column of a cell from it.
     found = {}
     for init in INITS:

@@ -54,7 +54,7 @@ def test_missing_prediction_is_an_empty_mask_and_is_counted():
 
 @pytest.mark.parametrize("target", [None, EMPTY])
 @pytest.mark.parametrize("empty_iou", [0.0, 1.0])
-def test_pair_without_pixels_counts_as_the_argument_says(target, empty_iou):
+def test_pair_without_pixels_counts_as_configured(target, empty_iou):
     sums = IoUSums.from_masks(EMPTY, target, empty_iou=empty_iou)
     assert (sums.iou_sum, sums.union, sums.hits) == (empty_iou, 0, (int(empty_iou),) * 5)
     assert sums.summary()["giou"] == sums.summary()["ciou"] == empty_iou

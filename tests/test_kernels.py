@@ -166,7 +166,7 @@ def test_every_real_token_gets_the_values_of_the_dense_mask(batch):
 
 
 @pytest.mark.parametrize("kernel", [old_varlen, new_varlen])
-def test_what_variable_length_kernels_are_given_makes_the_values_of_the_dense_mask(batch, monkeypatch, kernel):
+def test_inputs_of_variable_length_kernels_give_the_values_of_the_dense_mask(batch, monkeypatch, kernel):
     """The kernels are for CUDA only; a plain replacement has the same contract."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     where = (batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT)
@@ -341,7 +341,7 @@ def test_points_read_before_the_dot_product_are_those_read_after_it_also_beyond_
     assert found[0, 0].item() == pytest.approx(corner, rel=1e-4)
 
 
-def test_points_are_chosen_alike_from_maps_and_from_features():
+def test_the_same_points_are_chosen_from_maps_and_from_features():
     sampling = PointSampling(num_points=40)
     mask_embed, pixel_embed, masks = torch.randn(3, 9), torch.randn(4, 6, 8), torch.rand(3, 20, 30) < 0.4
     maps, reader = (

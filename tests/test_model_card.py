@@ -43,7 +43,7 @@ def make(run, *more):
     return load_tool("publish_model").main([str(run), "--license", "apache-2.0", *more])
 
 
-def test_the_card_says_what_was_written_down(run, tmp_path):
+def test_the_card_reports_the_records_of_the_run(run, tmp_path):
     weights = sha256(run / "export" / "model.safetensors")
     scored(run, "refshapes_val", weights, limit_images=3)
     scored(run, "refshapes_testA", "0" * 64)
@@ -116,7 +116,7 @@ class Hub:
         return SimpleNamespace(oid="c0ffee")
 
 
-def test_a_model_is_uploaded_with_its_card_and_nothing_else(run, monkeypatch, capsys):
+def test_only_a_model_and_its_card_are_uploaded(run, monkeypatch, capsys):
     hub = Hub()
     monkeypatch.setattr("pixel_sail.model_card.HfApi", lambda: hub)
     (run / "export" / "notes.log").write_text("private")

@@ -58,7 +58,7 @@ def test_a_text_setting_is_what_was_typed(text):
 
 
 @pytest.mark.parametrize("text", [text for text in TEXTS if text.isprintable()])
-def test_a_run_is_called_what_was_typed_and_has_its_own_folder(text):
+def test_a_run_has_the_given_name_and_its_own_folder(text):
     config = load_config("train", TrainConfig, [f"name={text}"])
     assert (config.name, config.run_dir) == (text, f"runs/{text}")
 

@@ -151,7 +151,7 @@ def test_wrong_png_is_rejected_with_file_and_record(tmp_path, damage, message):
         (changed_segment(1, description="a [SEG] dog"), r"found '\[SEG\]' in a description"),
     ],
 )
-def test_malformed_record_stays_in_and_is_named_when_it_is_asked_for(tmp_path, data, message):
+def test_malformed_record_is_kept_and_named_when_read(tmp_path, data, message):
     source = coco_panoptic.load(root=write(tmp_path, data))
     assert len(source) == 1
     with pytest.raises(DataError, match=message) as error:

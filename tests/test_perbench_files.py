@@ -86,7 +86,7 @@ def test_synthetic_visual_referring_loads(data_root):
         load_image(item.image_path, where=item.item_id, expected_hw=item.image_hw)
 
 
-def test_tags_are_found_whole_and_numbered_by_their_place_among_all_tags(tmp_path, caplog):
+def test_tags_are_matched_completely_and_numbered_among_all_tags(tmp_path, caplog):
     tags = {f"<obj{i}>": _column(i) for i in (3, 10, 1, 0, 11)}
     question = "Between <obj10> and <obj1>, like <obj10>?"
     (item,) = _vres(tmp_path, question=question, answer="<obj11>, then <obj3>", segmentations=tags)

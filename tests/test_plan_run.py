@@ -188,7 +188,7 @@ def test_checkpointing_keeps_one_map_in_place_of_what_is_recomputed(tiny_model, 
 
 @pytest.mark.usefixtures("as_large_images")
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-def test_what_is_computed_twice_is_what_torch_counts(tiny_model, batch, checkpointing):
+def test_recomputed_operations_equal_the_count_of_torch(tiny_model, batch, checkpointing):
     """The backward pass with and without it, products alone."""
     model, counted = tiny_model(**SIZES["small"]).train(), []
     for kind in ("none", checkpointing):
@@ -299,7 +299,7 @@ def tool():
     return load_tool("plan_run")
 
 
-def test_the_tool_measures_data_that_is_there_and_says_so(data_root, tmp_path, monkeypatch, capsys):
+def test_the_tool_measures_existing_data_and_reports_it(data_root, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
     out = tmp_path / "plan.json"
     assert tool().main(["experiment=quickstart", "gpu=cpu", "gpus=2", "sequences=8", "--json", str(out)]) == 0

@@ -75,7 +75,7 @@ def test_many_images_at_once_get_the_answers_of_one_question_at_a_time(predictor
         assert output.scores == pytest.approx(expected.scores, abs=1e-4)
 
 
-def test_batches_hold_images_of_one_grid_and_keep_to_the_budget(predictor, images, monkeypatch):
+def test_batches_have_images_of_one_grid_within_max_batch_tokens(predictor, images, monkeypatch):
     batches, encode = [], predict.encode_images
 
     def counting_images(model, patches_IPK, grid, *rest):

@@ -139,7 +139,7 @@ def test_a_chat_encodes_its_image_once_and_keeps_its_history(predictor, image, e
     assert sum(len(result.masks_NHW) for result in results) > 0
 
 
-def test_a_further_question_is_not_a_first_one(predictor, image):
+def test_a_follow_up_question_is_not_a_first_question(predictor, image):
     chat = predictor.chat(image)
     chat.ask("the red box")
     asked = ("a star", "left", "behind it", "the small star")

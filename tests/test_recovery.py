@@ -290,7 +290,7 @@ def test_every_process_group_waits_as_long_as_configured(data_root, mixed, tmp_p
 
 
 @pytest.mark.parametrize("how", ["killed", "silent"])
-def test_a_run_that_loses_a_process_ends_in_time_and_says_so(data_root, mixed, tmp_path, how):
+def test_a_run_that_loses_a_process_ends_in_time_with_a_message(data_root, mixed, tmp_path, how):
     """A killed process closes its connections; a stopped one is silent, like a host with a pulled cable."""
     overrides = ("deepspeed=zero2", "optim.steps=2000", "watchdog.peer_timeout_s=5")
     command = [sys.executable, "scripts/train.py", *mixed, *overrides, f"run_dir={tmp_path / 'run'}"]

@@ -39,7 +39,7 @@ def test_a_saved_configuration_gets_todays_keys_values_and_targets(tables):
     assert current_config(current_config(saved)) == current_config(saved)
 
 
-def test_what_is_there_under_both_names_keeps_the_new_ones_value(tables):
+def test_a_key_under_both_names_keeps_the_value_of_the_new_one(tables):
     assert current_config({"speed": {"a": 1, "b": 2}, "kernels": {"a": 3}}) == {"kernels": {"a": 3, "b": 2}}
     assert current_log_line({"total": 1, "loss/total": 2}) == {"loss/total": 2}
 
@@ -79,7 +79,7 @@ def test_a_source_is_not_named_like_a_group_of_the_log(name):
         load_config("train", TrainConfig, ["experiment=quickstart", f"+data.sources.{name}={{_target_: x}}"])
 
 
-def test_a_line_has_earlier_keys_beside_todays():
+def test_a_line_has_earlier_and_current_keys():
     line = {
         "step": 1,
         "loss/total": 2.0,

@@ -124,7 +124,7 @@ def test_without_a_known_peak_nothing_is_counted(rows, make_batch, tiny_config, 
         ("Abacus", 0.0),
     ],
 )
-def test_a_gpu_is_known_by_its_whole_name(name, peak):
+def test_a_gpu_is_identified_by_its_full_name(name, peak):
     assert named_peak_tflops(name) == peak
 
 
@@ -229,7 +229,7 @@ def test_the_file_has_the_numbers_under_earlier_keys_as_well(two_sessions):
         assert [line[old] for line in lines if old in line] == [line[new] for line in lines if new in line] != []
 
 
-def test_tensorboard_holds_the_numbers_and_images_of_both_sessions(two_sessions):
+def test_tensorboard_has_the_metrics_and_images_of_both_sessions(two_sessions):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run_dir, _, _ = two_sessions

@@ -100,7 +100,7 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("ablation", [name for name, parts in INITIALIZED.items() if parts])
-def test_without_permission_a_part_that_does_not_fit_is_an_error_that_says_what_to_write(data_root, base, ablation):
+def test_a_mismatched_part_is_an_error_that_names_the_setting_to_allow_it(data_root, base, ablation):
     config = configured(data_root, f"ablation={ablation}", f"model.init_from={base}", "model.init_fresh=[]")
     with pytest.raises(ConfigError, match=r"set model\.init_fresh=\[([a-z_,]+)\]") as caught:
         build(config)

@@ -99,7 +99,7 @@ def starts(folder):
     return {path.parent.name: len(path.read_text()) for path in folder.glob("*/starts")}
 
 
-def test_a_failed_job_loses_no_other_and_is_the_only_one_tried_again(fake_scripts, tmp_path, monkeypatch, capsys):
+def test_a_failed_job_affects_no_other_and_is_the_only_one_retried(fake_scripts, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "sweep"
     command = [f"--folder={folder}", "--jobs=2", "--evaluate=evals=[refshapes_val]", "experiment=quickstart"]
     command += ["seed=1,2,3,4"]
@@ -129,7 +129,7 @@ def test_a_launcher_that_does_not_exist_fails_the_jobs_and_not_the_sweep(fake_sc
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"overrides": []}', '{"overrides": 1, "evaluate": [], "done": []}'])
-def test_a_damaged_record_fails_its_own_job_only(fake_scripts, tmp_path, capsys, content):
+def test_a_damaged_record_fails_only_its_job(fake_scripts, tmp_path, capsys, content):
     folder = tmp_path / "sweep"
     (folder / "jobs").mkdir(parents=True)
     (folder / "jobs" / "seed-1.json").write_text(content)
@@ -254,7 +254,7 @@ def test_a_stopped_sweep_has_its_trainings_save_and_starts_no_other(tmp_path):
     assert "1 interrupted, 1 not started" in said
 
 
-def test_a_job_is_scored_on_data_where_it_was_trained_unless_the_evaluation_says_otherwise(tmp_path):
+def test_a_job_is_scored_with_its_training_paths_unless_the_evaluation_sets_others(tmp_path):
     job = Job(name="a", overrides=("experiment=quickstart", "paths.data=/mine"), swept={})
     evals = "evals=[refshapes_val]"
     command = sweep_jobs.evaluate_command(job, Settings(folder=tmp_path, evaluate=(evals,)))
@@ -263,7 +263,7 @@ def test_a_job_is_scored_on_data_where_it_was_trained_unless_the_evaluation_says
     assert [part for part in command if part.startswith("paths.data")] == ["paths.data=/other"]
 
 
-def test_slurm_without_submitit_is_an_error_that_says_so(fake_scripts, tmp_path, monkeypatch, capsys):
+def test_slurm_without_submitit_is_an_error(fake_scripts, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "submitit", None)
     assert main([f"--folder={tmp_path / 's'}", "--slurm=timeout_min=9", "experiment=quickstart", "seed=1"]) == 2
     assert "pip install submitit" in capsys.readouterr().err

@@ -158,7 +158,7 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_features_are_those_of_the_whole_published_model(name, random_images, tmp_path):
+def test_features_equal_those_of_the_full_published_model(name, random_images, tmp_path):
     function, make_whole, arguments, features_of = WHOLE[name]
     whole = make_whole()
     whole.save_pretrained(tmp_path)

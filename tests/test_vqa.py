@@ -227,7 +227,7 @@ def test_options_of_seed_bench_are_lettered():
     )
 
 
-def test_the_command_says_how_to_install_the_kit_where_it_is_missing():
+def test_the_command_explains_how_to_install_the_missing_kit():
     # An entry of None in sys.modules makes every import of that name fail, installed or not.
     code = "import sys, runpy; sys.modules['lmms_eval'] = None; runpy.run_module('pixel_sail.vqa', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -226,7 +226,7 @@ def test_undamaged_files_are_used(entry, finished, monkeypatch):
     assert call(entry, restored(finished), monkeypatch) == 0
 
 
-def test_a_killed_data_worker_ends_with_86_and_says_so(finished, monkeypatch, capfd):
+def test_a_killed_data_worker_ends_with_86_and_a_message(finished, monkeypatch, capfd):
     item = Mixture.item
 
     def item_or_die(self, position):
