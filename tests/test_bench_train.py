@@ -167,7 +167,7 @@ def test_kernels_and_bytes_of_a_step_are_counted_without_a_gpu(monkeypatch, tmp_
     weights, tokens = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48, three["tokens"]
     more = rows["forward product"]["operations"] - two["rows"]["forward product"]["operations"]
     assert more == 2 * weights * tokens
-    # No layer gathers its tokens or normalises in steps.
+    # No layer gathers its tokens or normalizes in steps.
     assert three["total"]["kernels"] - two["total"]["kernels"] <= 95
     assert "MFU" in capsys.readouterr().out
 

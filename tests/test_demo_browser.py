@@ -162,7 +162,7 @@ def test_load_mark_ask_see_and_save(open_page, predictor, image_file):
     name, content = saved(page, "Save mask as RLE")
     assert name == "my image_1_1.json" and json.loads(content) == encode_mask(mask)
 
-    # The mask is seen in its colour, and can be hidden.
+    # The mask is shown in its color, and can be hidden.
     with_mask = shown_pixels(page)
     page.locator(".masks input").uncheck()
     without = shown_pixels(page)

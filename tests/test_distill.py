@@ -38,7 +38,7 @@ TERMS = (DistillTerm(name="map", weight=0.5), DistillTerm(name="states", weight=
 
 
 def bilinear_by_hand(features, size):
-    """Read an array [E, h, w] at the centres of `size` cells, repeating the border."""
+    """Read an array [E, h, w] at the centers of `size` cells, repeating the border."""
     channels, rows, columns = features.shape
     resized = np.zeros((channels, *size))
     for y in range(size[0]):
