@@ -76,7 +76,7 @@ def test_the_rehearsal_composes_and_holds_out_its_evaluation_data(data_root, tmp
 def test_the_stages_train_one_after_another(data_root, tmp_path, monkeypatch, capsys):
     """Two steps each, four with masks: every stage runs, starts from the previous one and prints its losses."""
     tool = load_tool("rehearse_stages")
-    monkeypatch.setattr(tool, "HELD_OUT", 4)
+    monkeypatch.setattr(tool, "NUM_HELD_OUT", 4)
     monkeypatch.setattr(tool, "BATCHES", 1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert tool.main(["--data", str(data_root), "--out", str(tmp_path), "--steps", "2"]) in (0, 1)
