@@ -155,7 +155,7 @@ def test_kernels_and_bytes_of_a_step_are_counted_without_a_gpu(monkeypatch, tmp_
     options = ("--size", "tiny", "--image", "64", "96", "--samples", "2", "--json", str(tmp_path / "count.json"))
     found = []
     for layers in (2, 3):
-        monkeypatch.setitem(tool.SIZES["tiny"], "num_hidden_layers", layers)
+        monkeypatch.setitem(tool.BENCHMARK_SIZES["tiny"], "num_hidden_layers", layers)
         assert tool.main(options) == 0
         found.append(json.loads((tmp_path / "count.json").read_text()))
     two, three = found
