@@ -110,7 +110,7 @@ def test_a_span_of_other_words_is_not_believed(caption, phrase, span):
         ("a boy", "young boy", (0, 5)),
     ],
 )
-def test_a_span_with_another_wording_of_the_phrase_is_accepted(caption, phrase, span):
+def test_a_span_with_another_text_of_the_phrase_is_accepted(caption, phrase, span):
     placement = place_phrases(caption, [Phrase(text=phrase, span=span)])
     assert [marked.span for marked in placement.spans] == [span]
     assert placement.misplaced == ()
