@@ -7,7 +7,7 @@ script's own:
     pixel-sail completion bash                  prints the completion script for bash
     pixel-sail predict --help                   prints the script's docstring, then every setting:
 
-      image               needed            Image file or folder of images.
+      image               required          Image file or folder of images.
       predict.mask        'union'           union: the masks of all generated [SEG] tokens are merged. ...
 
 The exit status is 2 for a subcommand that does not exist.
@@ -25,16 +25,16 @@ from pixel_sail.paths import root_folder
 COMMANDS = {
     "train": ("scripts/train.py", "train a model, or resume a run"),
     "evaluate": ("scripts/evaluate.py", "score a checkpoint on benchmarks"),
-    "predict": ("scripts/predict.py", "ask a checkpoint about an image or a folder of images"),
-    "demo": ("scripts/demo.py", "ask a checkpoint in a browser"),
+    "predict": ("scripts/predict.py", "answer a question about an image or a folder of images"),
+    "demo": ("scripts/demo.py", "start the browser demo of a checkpoint"),
     "doctor": ("tools/doctor.py", "check this machine for problems before a run"),
-    "check-data": ("tools/check_data.py", "check datasets for damage"),
+    "check-data": ("tools/check_data.py", "check that dataset files are complete and valid"),
     "plan": ("tools/plan_run.py", "estimate time, memory and disk space of a run"),
-    "convert": ("tools/convert_checkpoint.py", "convert public weights to ours, and back"),
+    "convert": ("tools/convert_checkpoint.py", "convert public weights to the format of pixel_sail, and back"),
     "publish": ("tools/publish_model.py", "write the card of a trained model, and upload it to the hub"),
     "export": ("tools/export_checkpoint.py", "export a checkpoint as a Hugging Face folder"),
     "tables": ("tools/make_tables.py", "print the paper's tables, and those of sweeps"),
-    "score": ("tools/score.py", "score stored predictions again"),
+    "score": ("tools/score.py", "rescore stored predictions"),
     "compare": ("tools/compare_runs.py", "compare two evaluations, item by item"),
     "make-data": ("tools/make_refshapes.py", "render the RefShapes benchmark"),
     "make-tokenizer": ("tools/make_tokenizer.py", "train a small tokenizer for models with random weights"),
@@ -130,7 +130,7 @@ def _settings(classes: dict[str, ast.ClassDef], schema: str, prefix: str) -> Ite
             # A default factory: an empty list or dict, or a group that is defined in another file.
             yield (name, "", _meaning(following)) if kind.startswith(("list", "dict")) else (f"{name}.*", "", kind)
         else:
-            default = "needed" if item.value is None else ast.unparse(item.value).replace("MISSING", "needed")
+            default = "required" if item.value is None else ast.unparse(item.value).replace("MISSING", "required")
             yield name, default, _meaning(following)
 
 

@@ -5,6 +5,8 @@ Scripts call `load_config("train", TrainConfig, overrides)` and get a validated 
 
     load_config("train", TrainConfig, ["experiment=quickstart", "optim.lr=1e-3"]).optim.lr == 1e-3
 
+"(release)" marks the value of the released Pixel-SAIL code, "ours" the choice of this project.
+
 Entries of `data.sources` and `evals` are arbitrary: each names a function by `_target_` and gives its arguments.
 """
 
@@ -550,7 +552,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     metric_bounds: dict[str, MetricBoundConfig] = field(default_factory=dict)
-    """Name -> bounds of a loss or validation score. Empty: nothing is checked."""
+    """Name -> interval in which a loss or validation score must lie. Empty: nothing is checked."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     predict: PredictConfig = field(default_factory=PredictConfig)
     evals: dict[str, Any] = field(default_factory=dict)
@@ -589,7 +591,7 @@ class EvalConfig:
     max_images: int = 0
     """Score only the first images of each eval; the number is part of the result. 0: all images."""
     missing_data: str = "stop"
-    """If files of an eval are missing: stop, or skip that eval and say so in the report."""
+    """If files of an eval are missing: stop, or skip that eval and list it in the report."""
     seed: int = 0
     """Seed of the bootstrap. Each eval has its own resamples, the same for all checkpoints."""
     resamples: int = 1000

@@ -147,7 +147,7 @@ class Chat:
         self._prepared = None if image is None else batch.prepare(image)
         self._prompts = prompts
         self._prefixes: ImagePrefixes | None = None
-        self._spoken_ids: list[int] = []
+        self._history_ids: list[int] = []
 
     @property
     def num_prompts(self) -> int:
@@ -161,7 +161,7 @@ class Chat:
         Raises: DataError as `Predictor.ask`.
         """
         if self._prepared is None:
-            raise DataError("prompts: found in a chat without an image, expected an image; give one to Predictor.chat")
+            raise DataError("prompts: found in a chat without an image, expected an image; pass one to Predictor.chat")
         self._prompts += visual_prompts(regions, self._prepared.size_hw, first=len(self._prompts))
         self._prefixes = None
 
@@ -192,12 +192,12 @@ class Chat:
             )
         self._wait()
         encoded = time.perf_counter()
-        is_first = not self._spoken_ids
+        is_first = not self._history_ids
         question_ids = self.batch.question_ids(text, follows_image=is_first and self._prepared is not None)
-        heard_ids = [*self._spoken_ids, *question_ids]
-        generated = yield from self._pieces(heard_ids)
+        context_ids = [*self._history_ids, *question_ids]
+        generated = yield from self._pieces(context_ids)
         # The states of [SEG] tokens in earlier turns come first.
-        earlier = self._spoken_ids.count(self.batch.processor.seg_id)
+        earlier = self._history_ids.count(self.batch.processor.seg_id)
         generated = replace(generated, seg_states_ND=generated.seg_states_ND[earlier:])
         self._wait()
         ended = time.perf_counter()
@@ -209,16 +209,16 @@ class Chat:
             generate_s=ended - encoded,
             mask_s=time.perf_counter() - ended,
         )
-        said = [token for token in generated.token_ids if token not in self.batch.end_ids]
-        self._spoken_ids = [*heard_ids, *said, self.batch.processor.end_id]
+        answer_ids = [token for token in generated.token_ids if token not in self.batch.end_ids]
+        self._history_ids = [*context_ids, *answer_ids, self.batch.processor.end_id]
         self.results.append(replace(output, timing=timing))
 
-    def _pieces(self, heard_ids: list[int]) -> Generator[str, None, GenerationOutput]:
+    def _pieces(self, context_ids: list[int]) -> Generator[str, None, GenerationOutput]:
         """Yield new text of the answer during generation, and return the generated output."""
         steps = generate_steps(
             self.batch.model,
             self._prefixes,
-            [[heard_ids]],
+            [[context_ids]],
             max_new_tokens=self.batch.max_new_tokens,
             end_ids=self.batch.end_ids,
             compiled=self.batch.config.compile == "decode",
@@ -299,11 +299,13 @@ def _check_text(text: str, num_prompts: int, where: str = "") -> None:
         raise DataError(f"{where}text: found {text!r}, expected a question of at least one word")
     for token in _CONTROL_TOKENS:
         if token in text:
-            raise DataError(f"{where}text: {token} found, which only the model may say; remove it from the question")
+            raise DataError(
+                f"{where}text: {token} found, which only the model may generate; remove it from the question"
+            )
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}text: holds half a character ({error.reason}), expected whole ones") from error
+        raise DataError(f"{where}text: found an unpaired surrogate ({error.reason}), expected Unicode text") from error
     # Compared as texts: Python refuses to read numbers of thousands of digits.
     numbers = {number.lstrip("0") or "0" for number in _NAMED_PROMPT.findall(text)}
     unmarked = sorted(numbers - set(map(str, range(num_prompts))), key=lambda number: (len(number), number))

@@ -27,7 +27,7 @@ def shown(value: object, limit: int = SHOWN_CHARS) -> str:
 
 
 def limited(message: str) -> str:
-    """Return a message without half characters and of at most MAX_MESSAGE_CHARS; a longer one loses its middle."""
+    """Return a message without unpaired surrogates and of at most MAX_MESSAGE_CHARS; a longer one loses its middle."""
     if len(message) > MAX_MESSAGE_CHARS:
         half = MAX_MESSAGE_CHARS // 2 - 20
         message = f"{message[:half]} [... left out ...] {message[-half:]}"

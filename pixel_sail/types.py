@@ -66,8 +66,8 @@ def check_texts(texts: Iterable[str], where: str) -> None:
     for text in texts:
         if has_half_character(text):
             raise DataError(
-                f"{where}: found half a character in {shown(text)}, expected Unicode text; the program that wrote the "
-                "file split a character, repair or remove the record"
+                f"{where}: found an unpaired surrogate in {shown(text)}, expected Unicode text; the program that wrote "
+                "the file split a character, repair or remove the record"
             )
 
 

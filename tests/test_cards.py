@@ -118,7 +118,7 @@ def test_a_card_and_the_recipe_cover_all_differences_from_the_release(card):
     assert "docs/faq.md lists every difference" in text
     for setting in recipe("train"):
         is_own = load_config("train", TrainConfig, [f"experiment={card}", setting]) == plain
-        assert is_own or f"{setting} (by itself: " in text, setting
+        assert is_own or f"{setting} (default: " in text, setting
 
 
 PASS = {

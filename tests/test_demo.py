@@ -215,7 +215,7 @@ BAD_QUESTIONS = {
     "no text": ({"text": " \n"}, 400, "no question"),
     "a number for a text": ({"text": 5}, 400, "no question"),
     "a long text": ({"text": "a" * 201}, 413, "201 characters"),
-    "half a character": ({"text": "a \ud800 b"}, 400, "invalid character"),
+    "an unpaired surrogate": ({"text": "a \ud800 b"}, 400, "invalid character"),
     "regions as text": ({"regions": "all"}, 400, "not a list"),
     "many regions": ({"regions": [{"point": [1, 1]}] * 16}, 413, "at most 15"),
     "an unknown region": ({"regions": [{"circle": [1, 2, 3]}]}, 400, "Mark 0 is not a box"),
@@ -226,7 +226,7 @@ BAD_QUESTIONS = {
     "a mask of another size": ({"regions": [{"png": mask_png(np.ones((4, 4), dtype=bool))}]}, 400, "another size"),
     "outside": ({"regions": [{"box": [10, 10, 900, 30]}]}, 200, "inside the image of 64 x 40"),
     "a region nobody marked": ({"text": "What is <Prompt3>?"}, 200, "<Prompt3> found"),
-    "a token of the model": ({"text": "It is [SEG]."}, 200, "only the model may say"),
+    "a token of the model": ({"text": "It is [SEG]."}, 200, "only the model may generate"),
 }
 BAD_BODIES = {
     "no JSON": (b"{", "application/json", 400, "not JSON"),

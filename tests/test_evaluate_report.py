@@ -104,7 +104,7 @@ def test_protocols_count_as_computed_by_hand(name):
 def test_the_documentation_shows_the_same_table():
     text = (ROOT / "docs" / "evaluation.md").read_text()
     for name, (_, *counts) in PROTOCOLS.items():
-        shown = [f"{a} / {b}, {iou:.2f}" if (a, b, iou) != NOT_COUNTED else "left out, 0.00" for a, b, iou in counts]
+        shown = [f"{a} / {b}, {iou:.2f}" if (a, b, iou) != NOT_COUNTED else "excluded, 0.00" for a, b, iou in counts]
         cells = " | ".join(shown)
         assert f"| {name} | {cells} |" in text
 

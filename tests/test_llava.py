@@ -71,7 +71,7 @@ def test_messages_become_questions_with_answers(messages, expected):
         (_messages(("h", "a"), ("g", None)), "message 1: found .*None"),
         (_messages(("h", "a"), ("g", " ")), "found question 'a' with answer ''"),
         (_messages(("h", "<image>"), ("g", "b")), "found question '' with answer 'b'"),
-        (_messages(("h", "a \ud83d b"), ("g", "b")), "message 0: found half a character"),
+        (_messages(("h", "a \ud83d b"), ("g", "b")), "message 0: found an unpaired surrogate"),
     ],
 )
 def test_invalid_conversations_are_rejected(messages, message):

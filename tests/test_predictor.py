@@ -247,7 +247,7 @@ def test_a_box_covers_every_pixel_it_touches(image):
     [
         ({"text": "  "}, "expected a question of at least one word"),
         ({"text": 7}, "text: found 7"),
-        ({"text": "It is [SEG]."}, r"\[SEG\] found, which only the model may say"),
+        ({"text": "It is [SEG]."}, r"\[SEG\] found, which only the model may generate"),
         ({"text": "a<|im_end|>b"}, "remove it from the question"),
         ({"text": "what is <Prompt0>?"}, "<Prompt0> found, but 0 regions are marked"),
         ({"prompts": [Box(0, 0, 65, 10)]}, r"prompt 0: found Box\(.*inside the image of 64 x 40"),
@@ -262,7 +262,7 @@ def test_a_box_covers_every_pixel_it_touches(image):
         ({"prompts": np.ones((40, 64), dtype=bool)}, r"found one array \(40, 64\).* write \[mask\]"),
         ({"prompts": [Box("0", 0, 9, 9)]}, "prompt 0: .*expected numbers"),
         ({"prompts": [Point(1, None)]}, "prompt 0: .*expected numbers"),
-        ({"text": "a \ud800 b"}, "half a character"),
+        ({"text": "a \ud800 b"}, "an unpaired surrogate"),
         ({"text": f"<Prompt{'9' * 5000}>"}, "0 regions are marked"),
         ({"image": np.zeros((0, 5, 3), dtype=np.uint8)}, "found 5 x 0 pixels"),
         ({"image": Image.new("RGB", (0, 0))}, "found 0 x 0 pixels"),

@@ -88,5 +88,5 @@ def texts_of(kind, text):
 @pytest.mark.parametrize("kind", ["question", "answer", "expression", "reference", "phrase"])
 def test_a_lone_surrogate_is_rejected_with_its_item_and_a_pair_is_not(kind):
     texts_of(kind, "\U0001f600 \u2603 \x00")
-    with pytest.raises(DataError, match=r"(s/1|ref_id 1, sent_id 2).*half a character in '\\ud800 star'"):
+    with pytest.raises(DataError, match=r"(s/1|ref_id 1, sent_id 2).*an unpaired surrogate in '\\ud800 star'"):
         texts_of(kind, HALF)

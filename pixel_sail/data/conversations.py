@@ -77,7 +77,9 @@ def _parse_message(message: Any, where: str) -> tuple[str, str]:
             f"{where}: found {shown(message)}, expected {{'from': 'human' or 'gpt', 'value': text}}; repair the file"
         )
     if has_half_character(text):
-        raise DataError(f"{where}: found half a character in {shown(text)}, expected Unicode text; repair the file")
+        raise DataError(
+            f"{where}: found an unpaired surrogate in {shown(text)}, expected Unicode text; repair the file"
+        )
     return role, (_without_markers(text) if role == "human" else text).strip()
 
 

@@ -120,7 +120,8 @@ def _epoch_items_by_repeats(names: list[str], sizes: list[int], repeats: Mapping
 def _epoch_items_by_weight(
     names: list[str], sizes: list[int], weights: Mapping[str, float], num_samples: int
 ) -> list[int]:
-    """Return the same from weights: integers that sum to `num_samples`, each within one of its exact fraction."""
+    """Return the number of positions of an epoch for each source: integers that sum to `num_samples`, each within one
+    of its exact fraction."""
     _check_names(weights, names, "data.weights")
     if set(weights) != set(names) or sum(weights.values()) <= 0:
         raise DataError(

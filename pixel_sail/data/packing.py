@@ -198,14 +198,14 @@ class PackedStream:
 
     def __iter__(self) -> Iterator[PackedSequence]:
         """Yield sequences without end. Raises: DataError when this stream alone skipped more samples than allowed."""
-        held = {number: self._weighed(number) for number in self.start.waiting}
+        held = {number: self._with_cost(number) for number in self.start.waiting}
         skipped: list[Skipped] = []
         num_skipped = 0
 
         def read(number: int) -> tuple[Example, float] | None:
             nonlocal num_skipped
             try:
-                return self._weighed(number)
+                return self._with_cost(number)
             except TeacherCacheError:
                 # The cache is wrong, not the sample: skipping it would change the training data.
                 raise
@@ -220,7 +220,7 @@ class PackedStream:
             yield PackedSequence(stream=self.index, after=after, examples=examples, skipped=tuple(skipped))
             skipped.clear()
 
-    def _weighed(self, number: int) -> tuple[Example, float]:
+    def _with_cost(self, number: int) -> tuple[Example, float]:
         example = self.example(number)
         return example, self.cost(example)
 
@@ -246,11 +246,11 @@ def with_teacher_targets(
         grid_hw=example.grid_hw,
         where=example.sample_id,
     )
-    is_looked_at = any(target.features_EYX is None for target in targets)
+    needs_pixels = any(target.features_EYX is None for target in targets)
     return replace(
         example,
         teacher_targets=targets,
-        image_HW3=torch.from_numpy(np.array(image)) if is_looked_at else None,
+        image_HW3=torch.from_numpy(np.array(image)) if needs_pixels else None,
     )
 
 

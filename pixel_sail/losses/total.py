@@ -7,7 +7,7 @@ ranks, all micro-batches), so that every token and every mask has the same weigh
             + for each teacher: teacher_weight * sum(distillation) / its distilled images
 
 With `loss.mean=sample` losses are averaged within each sample first, then over the samples of the global batch. A
-sample without masks, or without features of a teacher, counts with 0:
+sample without masks, or without features of a teacher, counts as 0:
 
     total = sum over samples (text_weight * w * mean(CE) + bce_weight * mean(BCE) + dice_weight * mean(Dice)
             + for each teacher: teacher_weight * distillation) / samples
@@ -45,7 +45,7 @@ class LossConfig:
     dice: float = 0.5
     mean: str = "global"
     """global: average over all tokens and all masks of the global batch. sample (release): average within each sample,
-    then over the samples of the global batch; a sample without masks counts with 0."""
+    then over the samples of the global batch; a sample without masks counts as 0."""
     points: PointSampling = field(default_factory=PointSampling)
 
     def __post_init__(self) -> None:

@@ -183,7 +183,8 @@ class PixelSailProcessor:
         if not 0 <= prompt.prompt_id < self.settings.num_visual_prompts:
             raise DataError(
                 f"{where}: visual prompt {prompt.prompt_id} found, expected 0 .. "
-                f"{self.settings.num_visual_prompts - 1}; use fewer prompts or raise model.num_visual_prompts"
+                f"{self.settings.num_visual_prompts - 1}; use fewer prompts or raise "
+                "model.architecture.num_visual_prompts"
             )
         if not prompt.mask.any():
             raise DataError(f"{where}: the mask of <Prompt{prompt.prompt_id}> marks no pixel; remove the prompt")

@@ -18,7 +18,7 @@ from pixel_sail.model.recompute import recompute_between_products
 Step = Callable[[Tensor], Tensor]
 
 SMALL_MAP = 2**21
-"""Size of an upsampled map in numbers (8 MB in float32) below which intermediate steps are kept, because recomputing
+"""Elements of an upsampled map (8 MB in float32) below which intermediate steps are kept, because recomputing
 costs more time than the memory is worth. Six images of 128 x 128 at stride 4 with 128 channels have 786,432."""
 
 START_NOISE = 0.1

@@ -1,4 +1,4 @@
-"""Dry run: builds everything as the run would, makes one step and writes nothing.
+"""Dry run: builds everything as the run would, runs one step and writes nothing.
 
 `scripts/train.py --dry-run` prints the result of `dry_run` on rank 0:
 
@@ -33,7 +33,7 @@ SHOWN_POSITIONS = 1024
 
 
 def dry_run(config: TrainConfig) -> list[str]:
-    """Make the next step of a run, discard it and return the report, on every rank.
+    """Run the next step of a run, discard it and return the report, on every rank.
 
     Raises: the errors of `training.loop.train` in its first step, and those of samples it would read soon after.
     """

@@ -122,7 +122,7 @@ def write_config(run: Run) -> None:
 
 
 def update(run: Run, done: int, now: StepData, streams: Sequence[StreamState], writer: CheckpointWriter) -> StepReport:
-    """Make the step after `done` steps; `streams` are the data positions after it.
+    """Run the optimizer step after `done` steps; `streams` are the data positions after it.
 
     Raises: NonFiniteLossError, or RequeueRun if the run may roll back and skip this data.
     """

@@ -98,7 +98,7 @@ def optimizer_step(
     sources: Sequence[str],
     distillation: Distillation | None = None,
 ) -> StepReport:
-    """Make one update from this rank's micro-batches and return the global losses.
+    """Run one update from this rank's micro-batches and return the global losses.
 
     Raises: NonFiniteLossError on every rank, before the update, naming this rank's samples.
     """

@@ -161,7 +161,7 @@ def _text_length(sentence: dict[str, Any], where: str, findings: Findings) -> It
         )
     if not wrong:
         if any(has_half_character(sentence[key]) for key in ("sent", "raw")):
-            found = f"found half a character in {shown(sentence)}"
+            found = f"found an unpaired surrogate in {shown(sentence)}"
             findings.trouble(FindingKind.REF_RECORD, where, f"{found}, expected Unicode text; repair the sentence")
         if not sentence["sent"].strip():
             findings.note(FindingKind.EMPTY_TEXT, where, "found no letters; training skips the sentence")

@@ -218,7 +218,8 @@ class OspreySource:
         if not chosen:
             raise DataError(
                 f"{where}: found no turn about at most {self._settings.num_prompts} regions, expected one, as there "
-                "are no more prompt tokens; raise num_prompts and model.num_visual_prompts or remove the record"
+                "are no more prompt tokens; raise num_prompts and model.architecture.num_visual_prompts, or remove the "
+                "record"
             )
         return chosen, sorted(marked)
 
