@@ -133,9 +133,9 @@ def _data(data: Mapping[str, Any]) -> str:
     filtered = data["decontamination"]["enabled"]
     lines += [
         "",
-        "Images of the RefCOCO family's evaluation splits were left out of every source."
+        "Images of the RefCOCO family's evaluation splits were excluded from every source."
         if filtered
-        else "**Images of evaluation splits were not left out.**",
+        else "**Images of evaluation splits were not excluded.**",
         "",
     ]
     return "\n".join(lines)

@@ -30,7 +30,7 @@ def limited(message: str) -> str:
     """Return a message without unpaired surrogates and of at most MAX_MESSAGE_CHARS; a longer one loses its middle."""
     if len(message) > MAX_MESSAGE_CHARS:
         half = MAX_MESSAGE_CHARS // 2 - 20
-        message = f"{message[:half]} [... left out ...] {message[-half:]}"
+        message = f"{message[:half]} [... omitted ...] {message[-half:]}"
     return message.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
