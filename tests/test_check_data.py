@@ -133,7 +133,7 @@ def test_absent_data_is_named_with_what_to_download_and_synthetic_data_is_skippe
     assert {"refcoco", "refcocog", "grefcoco"} <= set(sources) and "refshapes" not in sources
     assert all(source["troubles"] > 0 for source in sources.values())
     assert "data/ref_seg/refcoco+: refs(unc).p, instances.json. From github.com/lichengunc/refer" in screen
-    assert "left out" in screen and "refshapes" in screen
+    assert "skipped, as they are missing" in screen and "refshapes" in screen
 
 
 @pytest.mark.parametrize(
