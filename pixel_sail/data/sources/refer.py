@@ -56,10 +56,10 @@ def load(
     alternatives, of which the first that exists is read. split: exact name in the file. split_by: the part in
     parentheses, `unc` or `umd`; needed if there are several files. image_dir: image folder, needed if the images are in
     none of COCO_TRAIN_FOLDERS. name: source name in logs, the dataset by default. expressions_per_image: maximum turns
-    per sample. text_field: `raw` or `sent`. question_style: `varied` or `fixed`. blind_baseline: language or image.
-    expression_sampling: with `ours`, no expression occurs twice in a sample; with `released`, a sample has exactly
-    `expressions_per_image` turns about objects sampled with replacement, and each object is queried with one of its
-    sentences only (of its last ref if it has several). Raises: DataError.
+    per sample. text_field: `raw` or `sent`. question_style: `varied`, `fixed` or `short` (the expression alone).
+    blind_baseline: none, language or image. expression_sampling: with `ours`, no expression occurs twice in a sample;
+    with `released`, a sample has exactly `expressions_per_image` turns about objects sampled with replacement, and each
+    object is queried with one of its sentences only (of its last ref if it has several). Raises: DataError.
     """
     annotations = load_refer(root, dataset, split, split_by=split_by, image_dir=image_dir)
     return ReferSource(
