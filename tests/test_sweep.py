@@ -218,7 +218,7 @@ EARLY = [
     (["experiment=quickstart", "evals.refshapes_val.root=a", "+evals.other.root=b,c"], "other.root-b", "evals.other"),
     (["experiment=refshapes_distill", "distillation.ours.fraction=1,3"], "fraction-3", "fraction is 3"),
     (["experiment=refshapes_distill", "+distillation.ours.model.weightz=a,b"], "weightz-a", "distillation.ours.model"),
-    (["experiment=quickstart", "data.micro_batch_size=8,3"], "batch-3", "multiple of 3"),
+    (["experiment=quickstart", "data.micro_batch_size=8,3"], "size-3", "multiple of 3"),
 ]
 
 
