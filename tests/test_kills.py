@@ -280,11 +280,11 @@ def test_killed_while_results_and_a_report_are_written(tmp_path):
     def prepare(folder):
         folder.mkdir()
         append_row(folder, row | {"eval": "before"})
-        write_html_report(folder, title="before", facts=[], tables=[], cases={})
+        write_html_report(folder, title="before", facts=[], tables=[], examples={})
 
     def act(folder):
         append_row(folder, row)
-        write_html_report(folder, title="after", facts=[], tables=[], cases={})
+        write_html_report(folder, title="after", facts=[], tables=[], examples={})
 
     def check(folder):
         assert {"before"} <= read_rows(folder).keys() <= {"before", "val"}
