@@ -362,7 +362,7 @@ def test_a_checkpoint_is_exported_as_its_run_exports_it(tuned_run, tmp_path, cap
     for name in names:
         assert (tmp_path / "new" / "out" / name).read_bytes() == (tuned_run / "export" / name).read_bytes(), name
     assert tool.main([str(tuned_run), "--to", str(tmp_path / "new" / "out")]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists; delete it" in capsys.readouterr().err
     assert tool.main([str(tuned_run), "--step", "3"]) == 2
     assert "found ['step_00000002', 'step_00000004'], expected step 3" in capsys.readouterr().err
     shutil.copytree(tuned_run, tmp_path / "run")
