@@ -1,8 +1,8 @@
-# `make` lists the targets. Every target but clean makes .venv first; see scripts/setup_env.sh.
+# `make` lists the targets. Every target except clean, help and docs creates .venv first; see scripts/setup_env.sh.
 
 VENV_PYTHON := .venv/bin/python
 
-# Tests see no GPU and no network, whatever the machine has, so that they give the same answer everywhere.
+# Tests run without GPU and network, so that results are the same on every machine.
 # OMP_NUM_THREADS is removed because launchers behave differently once it is set.
 TEST_ENV := env -u OMP_NUM_THREADS CUDA_VISIBLE_DEVICES= WANDB_MODE=offline HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
@@ -18,7 +18,7 @@ setup:  ## install everything into .venv (needs only Python 3.11 or newer)
 quickstart: setup  ## train and evaluate a small model on synthetic scenes
 	$(VENV_PYTHON) scripts/quickstart.py
 
-# Two at a time: most tests wait for the start of processes. A file stays in one of them, for what its tests share.
+# Two workers, as most tests wait for processes to start. loadfile keeps a file in one worker for its shared fixtures.
 test: setup  ## run all tests, on the CPU and offline
 	$(TEST_ENV) $(VENV_PYTHON) -m pytest -q -n 2 --dist loadfile tests
 
@@ -28,11 +28,11 @@ check: setup  ## lint, formatting, types, configs, import direction and words
 	$(VENV_PYTHON) -m mypy pixel_sail scripts tools
 	$(TEST_ENV) $(VENV_PYTHON) -m pytest -q tests/test_configs.py tests/test_import_direction.py tests/test_words.py
 
-format: setup  ## let ruff repair and format the code
+format: setup  ## fix and format the code with ruff
 	$(VENV_PYTHON) -m ruff check --fix .
 	$(VENV_PYTHON) -m ruff format .
 
-docs: .venv-docs/.stamp  ## build the documentation into site/, every warning an error
+docs: .venv-docs/.stamp  ## build the documentation into site/ with warnings as errors
 	.venv-docs/bin/mkdocs build --strict
 
 .venv-docs/.stamp: requirements/docs.txt
@@ -40,6 +40,6 @@ docs: .venv-docs/.stamp  ## build the documentation into site/, every warning an
 	.venv-docs/bin/pip install --quiet --no-deps -r requirements/docs.txt
 	@touch $@
 
-clean:  ## remove .venv and caches; runs/ and data/ stay
+clean:  ## remove .venv and caches; keep runs/ and data/
 	rm -rf .venv .venv-docs site build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
 """Pixel-SAIL: pixel-grounded understanding with one decoder-only transformer (arXiv 2504.10465).
 
-Subpackages, in the order data flows through them: `types` (the nouns), `data` (files to batches), `model` (batches to
-text and mask logits), `losses`, `training`, `evaluation` and `metrics`. For your own code there is one entry:
+Subpackages in the order of the data flow: `types` (shared data types), `data` (files to batches), `model` (batches to
+text and mask logits), `losses`, `training`, `evaluation` and `metrics`. The public API is `Predictor`:
 
     predictor = pixel_sail.Predictor.from_pretrained("runs/mine")
     predictor.segment("image.jpg", "the dog on the left").mask
@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import the public names when they are first used: tools that need no model start without torch."""
+    """Import public names on first use, so that tools without a model start without torch."""
     if name not in __all__:
         raise AttributeError(f"module 'pixel_sail' has no attribute {name!r}")
     from pixel_sail import predictor, predictor_io

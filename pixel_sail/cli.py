@@ -1,16 +1,16 @@
-"""The command `pixel-sail`: one name for the scripts and tools, also where no checkout is.
+"""The command `pixel-sail`: the scripts and tools as subcommands, with or without a checkout.
 
-The outermost layer. A subcommand becomes the Python process of its script, so that arguments, output, signals and exit
-status are the script's own:
+A subcommand replaces this process by that of its script, so arguments, output, signals and exit status are the
+script's own:
 
     pixel-sail train experiment=quickstart      is      python scripts/train.py experiment=quickstart
-    pixel-sail completion bash                  prints what bash needs to complete the subcommands
-    pixel-sail predict --help                   prints the script's words, then every setting:
+    pixel-sail completion bash                  prints the completion script for bash
+    pixel-sail predict --help                   prints the script's docstring, then every setting:
 
       image               needed            Image file or folder of images.
-      predict.mask        'union'           union of all generated [SEG], or only the `first` one as in ...
+      predict.mask        'union'           union: the masks of all generated [SEG] tokens are merged. ...
 
-Exit status 2 for a subcommand that does not exist.
+The exit status is 2 for a subcommand that does not exist.
 """
 
 import ast
@@ -23,21 +23,21 @@ import pixel_sail
 from pixel_sail.paths import root_folder
 
 COMMANDS = {
-    "train": ("scripts/train.py", "train a model, or go on with a run"),
+    "train": ("scripts/train.py", "train a model, or resume a run"),
     "evaluate": ("scripts/evaluate.py", "score a checkpoint on benchmarks"),
     "predict": ("scripts/predict.py", "ask a checkpoint about an image or a folder of images"),
     "demo": ("scripts/demo.py", "ask a checkpoint in a browser"),
-    "doctor": ("tools/doctor.py", "look for what would break a run on this machine"),
-    "check-data": ("tools/check_data.py", "find every damage in datasets"),
-    "plan": ("tools/plan_run.py", "say what a run will cost"),
+    "doctor": ("tools/doctor.py", "check this machine for problems before a run"),
+    "check-data": ("tools/check_data.py", "check datasets for damage"),
+    "plan": ("tools/plan_run.py", "estimate time, memory and disk space of a run"),
     "convert": ("tools/convert_checkpoint.py", "convert public weights to ours, and back"),
     "publish": ("tools/publish_model.py", "write the card of a trained model, and upload it to the hub"),
-    "export": ("tools/export_checkpoint.py", "make an exported folder of a checkpoint"),
+    "export": ("tools/export_checkpoint.py", "export a checkpoint as a Hugging Face folder"),
     "tables": ("tools/make_tables.py", "print the paper's tables, and those of sweeps"),
     "score": ("tools/score.py", "score stored predictions again"),
     "compare": ("tools/compare_runs.py", "compare two evaluations, item by item"),
     "make-data": ("tools/make_refshapes.py", "render the RefShapes benchmark"),
-    "make-tokenizer": ("tools/make_tokenizer.py", "train a small tokenizer for models that start from nothing"),
+    "make-tokenizer": ("tools/make_tokenizer.py", "train a small tokenizer for models with random weights"),
 }
 
 SCHEMAS = {
@@ -47,8 +47,8 @@ SCHEMAS = {
     "demo": "DemoConfig",
     "check-data": None,
 }
-"""Commands that take settings, whose help is made here, and the class of `config.py` that holds them; the others have
-options and help of their own."""
+"""Commands with settings, whose help is generated here, and their class in `config.py`. Other commands have options and
+help of their own."""
 
 BASH = """_pixel_sail() {{
     local word="${{COMP_WORDS[COMP_CWORD]}}"
@@ -72,7 +72,7 @@ compdef _pixel_sail pixel-sail
 SHELLS = {"bash": BASH, "zsh": ZSH}
 
 PAGE_OF_SETTINGS = Path(__file__).with_name("config.py")
-"""Read as text, not imported, so that help comes at once."""
+"""Parsed as text instead of imported, so that help is fast."""
 WIDEST_DEFAULT = 16
 
 
@@ -88,7 +88,7 @@ def usage() -> str:
             *lines,
             f"  {'completion':<{width}}print shell completion: source <(pixel-sail completion bash)",
             "",
-            "Training and scoring take Hydra overrides, such as experiment=quickstart optim.steps=100.",
+            "Training and evaluation accept Hydra overrides, for example experiment=quickstart optim.steps=100.",
         ]
     )
 
@@ -104,7 +104,7 @@ def wants_help(arguments: Sequence[str]) -> bool:
 
 
 def script_help(script: Path, schema: str | None = None, *, command: str | None = None) -> str:
-    """Return the words at the top of a script, and every setting of a class of `config.py` with default and meaning."""
+    """Return a script's docstring, and every setting of a class of `config.py` with default and description."""
     about = ast.get_docstring(ast.parse(script.read_text())) or ""
     lines = [f"usage: {command or script.name} KEY=VALUE ...", "", about]
     if schema is not None:
@@ -112,13 +112,13 @@ def script_help(script: Path, schema: str | None = None, *, command: str | None 
         classes = {item.name: item for item in page.body if isinstance(item, ast.ClassDef)}
         rows = list(_settings(classes, schema, ""))
         width = max(len(name) for name, _, _ in rows)
-        lines += ["", "Settings, with what they are where nothing is said:", ""]
+        lines += ["", "Settings and their defaults:", ""]
         lines += [f"  {name:<{width}}  {default:<{WIDEST_DEFAULT}}  {about}".rstrip() for name, default, about in rows]
     return "\n".join(lines)
 
 
 def _settings(classes: dict[str, ast.ClassDef], schema: str, prefix: str) -> Iterator[tuple[str, str, str]]:
-    """Yield name, default and meaning of every setting, those of groups as `group.name`."""
+    """Yield name, default and description of every setting; those of groups as `group.name`."""
     body = classes[schema].body
     for item, following in zip(body, [*body[1:], None], strict=True):
         if not isinstance(item, ast.AnnAssign):
@@ -127,7 +127,7 @@ def _settings(classes: dict[str, ast.ClassDef], schema: str, prefix: str) -> Ite
         if kind in classes:
             yield from _settings(classes, kind, f"{name}.")
         elif isinstance(item.value, ast.Call):
-            # Made when it is needed: an empty list or dict, or a group whose page is another file.
+            # A default factory: an empty list or dict, or a group that is defined in another file.
             yield (name, "", _meaning(following)) if kind.startswith(("list", "dict")) else (f"{name}.*", "", kind)
         else:
             default = "needed" if item.value is None else ast.unparse(item.value).replace("MISSING", "needed")
@@ -142,7 +142,7 @@ def _meaning(following: ast.stmt | None) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand in place of this process; return the exit status where none is run."""
+    """Replace this process by a subcommand; return the exit status if none is run."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given:
         print(usage(), file=sys.stderr)

@@ -1,11 +1,11 @@
-"""The page a user reads to know what can be configured: one dataclass per config group.
+"""Configuration schemas: one dataclass per config group, with every setting, its default and its meaning.
 
-`configs/*.yaml` are merged onto these schemas, so that an unknown key or a wrong type fails before anything is built.
-Scripts call `load_config("train", TrainConfig, overrides)` and get a checked object back:
+`configs/*.yaml` are merged onto these schemas, so an unknown key or a wrong type fails before anything is built.
+Scripts call `load_config("train", TrainConfig, overrides)` and get a validated object:
 
     load_config("train", TrainConfig, ["experiment=quickstart", "optim.lr=1e-3"]).optim.lr == 1e-3
 
-`data.sources` and `evals` are open sets: each entry names a function by `_target_` and its arguments.
+Entries of `data.sources` and `evals` are arbitrary: each names a function by `_target_` and gives its arguments.
 """
 
 import math
@@ -50,18 +50,18 @@ SCHEDULES = ("cosine", "wsd")
 
 
 class ConfigError(ExpectedError, ValueError):
-    """A configuration is wrong; the message names the key, what was found and what was expected."""
+    """A setting is invalid. The message names the key, the value found and the value expected."""
 
 
 def check_range(name: str, value: float, low: float = 0.0, high: float = math.inf) -> None:
-    """Raise ConfigError unless a setting is a finite number of this range."""
+    """Raise ConfigError unless a setting is a finite number in [low, high]."""
     if not (math.isfinite(value) and low <= value <= high):
         most = "" if high == math.inf else f" and at most {high:g}"
         raise ConfigError(f"{name} is {value}, expected a number of at least {low:g}{most}")
 
 
 def check_patterns(where: str, patterns: Sequence[str]) -> None:
-    """Raise ConfigError unless there are patterns and all are regular expressions."""
+    """Raise ConfigError if the list is empty or an entry is not a regular expression."""
     if not patterns:
         raise ConfigError(f"{where} is empty, expected regular expressions on names, such as 'decoder\\.'")
     for pattern in patterns:
@@ -72,24 +72,27 @@ def check_patterns(where: str, patterns: Sequence[str]) -> None:
 
 
 def matching(where: str, pattern: str, names: Sequence[str]) -> list[str]:
-    """Return the names whose start a regular expression matches. Raises: ConfigError, with near names, for none."""
+    """Return the names that a regular expression matches from their start. Raises: ConfigError, with close matches, if
+    there are none."""
     found = [name for name in names if re.match(pattern, name)]
     if not found:
         near = get_close_matches(pattern.replace("\\", ""), names, n=5, cutoff=0.0)
-        raise ConfigError(f"{where}: {pattern!r} matches none of {len(names)} names from its start; near ones: {near}")
+        raise ConfigError(
+            f"{where}: {pattern!r} matches none of {len(names)} names from their start; close names: {near}"
+        )
     return found
 
 
 @dataclass(kw_only=True)
 class LoraConfig:
-    """Low-rank adapters; what they adapt is frozen."""
+    """Low-rank adapters (LoRA). The adapted weights are frozen."""
 
     rank: int = 0
-    """0: none."""
+    """Rank of the adapters; 0 disables them."""
     alpha: float = 16.0
-    """The change of a weight is alpha / rank times the product of its two matrices."""
+    """Scale: the update of a weight is alpha / rank * B @ A."""
     targets: list[str] = field(default_factory=lambda: [r"decoder\.layers\..*_proj"])
-    """Regular expressions on the names of linear layers, read from the name's start."""
+    """Regular expressions, matched from the start of the names of linear layers."""
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -99,48 +102,47 @@ class LoraConfig:
 
 
 LONGEST_NAME = 200
-"""Bytes; file systems allow 255, and some names are made longer."""
+"""Bytes. File systems allow 255, and some file names add a prefix."""
 
 
 def check_name(name: str) -> None:
-    """Raise ConfigError unless a run's name can be the name of its folder."""
+    """Raise ConfigError unless a run's name is valid as a folder name."""
     if not name.strip() or name in (".", "..") or "/" in name or not name.isprintable():
         raise ConfigError(
-            f"name is {name!r}, expected the name of one folder: printable characters, no '/'; a folder elsewhere is "
-            "named by run_dir"
+            f"name is {name!r}, expected the name of one folder: printable characters, no '/'; set run_dir for a "
+            "folder elsewhere"
         )
     if len(os.fsencode(name)) > LONGEST_NAME:
         raise ConfigError(f"name has {len(os.fsencode(name))} bytes, expected at most {LONGEST_NAME}: {name!r}")
 
 
 FRESH_PARTS = ("mask_head", "prompt_projection", "patch_embedding")
-"""Parts of a model whose weights depend on choices that ablations change."""
+"""Parts of a model whose weight shapes depend on settings that ablations change."""
 
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """What is trained, and from which weights."""
+    """Model architecture and initial weights."""
 
     architecture: Architecture = field(default_factory=Architecture)
-    """Sizes; `vocab_size` and `token_ids` are filled in from the tokenizer."""
+    """Sizes of the network. `vocab_size` and `token_ids` are set from the tokenizer."""
     tokenizer: str = MISSING
     """Folder of a Hugging Face tokenizer."""
     init_from: str | None = None
-    """Exported Pixel-SAIL folder whose weights training starts from; None starts from random weights."""
+    """Exported Pixel-SAIL folder to initialize from. None: random weights."""
     init_fresh: list[str] = field(default_factory=list)
-    """Parts that are initialized anew, or left out, where the weights of `init_from` were made for another
-    `architecture`: mask_head, prompt_projection, patch_embedding. Where they fit they are taken. Empty: what does not
-    fit is an error."""
+    """Parts that are randomly initialized, or dropped, if their weights in `init_from` do not fit `architecture`:
+    mask_head, prompt_projection, patch_embedding. Weights that fit are loaded. Empty: a mismatch is an error."""
     init: str = "ours"
-    """How the mask head and the layers towards teachers are initialized where they are new. ours: the signal keeps its
-    variance, each upsample block has weights of its own. torch (release): PyTorch's defaults, all blocks start alike.
-    Weights taken from `init_from` stay as they are."""
+    """Initialization of a new mask head and new distillation layers. ours: variance-preserving, with independent
+    weights for each upsample block. torch (release): PyTorch's defaults, with identical weights for all blocks.
+    Weights loaded from `init_from` are not changed."""
     vocab_multiple: int = 64
     """The vocabulary is padded to a multiple of this."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
-        """Check the names of parts and the choice."""
+        """Check part names and choices."""
         if self.init not in INITS:
             raise ConfigError(f"model.init is {self.init!r}, expected one of {INITS}")
         check_range("model.vocab_multiple", self.vocab_multiple, low=1)
@@ -150,42 +152,42 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Which sources, how often each, packed how."""
+    """Training sources, their mixture, packing and batch size."""
 
     sources: dict[str, Any] = field(default_factory=dict)
     """Name -> `_target_` and arguments of a function that returns a `types.Source`."""
     details: str = "ours"
-    """ours or released: what the options of `configs/source/` stand at in which the project's data differ from the
-    release's, such as `data.sources.coco_vp.candidates`; each can be set by itself."""
+    """ours or released: default of those options in `configs/source/` for which our data differ from the release's,
+    for example `data.sources.coco_vp.candidates`. Each option can also be set on its own."""
     repeats: dict[str, float] = field(default_factory=dict)
-    """Name -> how often its items occur in an epoch (default 1; fractions sample a random part)."""
+    """Source name -> repetitions of its items per epoch (default 1; the fractional part is a random subset)."""
     weights: dict[str, float] = field(default_factory=dict)
-    """Instead of repeats: name -> fraction of an epoch of `epoch_samples`, for every source."""
+    """Alternative to `repeats`: source name -> fraction of an epoch of `epoch_samples`. Must list every source."""
     epoch_samples: int = 0
-    """Samples of an epoch where `weights` is set."""
+    """Samples per epoch when `weights` is set."""
     decontamination: DecontaminationConfig = field(default_factory=DecontaminationConfig)
-    """Evaluation images that training must not see."""
+    """Evaluation images that are excluded from training."""
     max_skipped_fraction: float = 0.001
-    """The run fails when more of the mixture's samples than this (of an epoch at least) could not be used."""
+    """The run fails when more than this fraction of the samples read so far (of one epoch, if longer) is unusable."""
     packing: PackingSettings = field(default_factory=PackingSettings)
     global_batch_size: int | None = 8
-    """Packed sequences of one optimizer step, over all processes and accumulation steps. Exactly one of this and
-    `samples_per_step` is set."""
+    """Packed sequences per optimizer step, over all processes and accumulation steps. Set exactly one of this and
+    `samples_per_step`."""
     samples_per_step: int | None = None
-    """Instead: samples of one optimizer step. The number of sequences follows from how many samples a sequence holds,
-    which is measured, and is rounded to what the processes can share (planning/length.py)."""
+    """Samples per optimizer step. The number of sequences is computed from the measured samples per sequence and
+    rounded to a multiple of processes x micro-batch size (planning/length.py)."""
     planned_samples: int | None = None
-    """Samples of an epoch that `tools/plan_run.py` assumes where the files are not there. Training counts them."""
+    """Samples per epoch that `tools/plan_run.py` assumes if the data files are missing. Training counts them."""
     micro_batch_size: int = 1
-    """Packed sequences of one forward pass on one process."""
+    """Packed sequences per forward pass and process."""
     stream_rounds: int = 1
-    """Sets of data streams that are read in turn, one packed sequence from each stream of a set per step; more of them
-    let more workers share the work of one step."""
+    """Number of sets of data streams. Steps cycle through the sets and read one packed sequence from each stream of a
+    set; more sets let more data workers prepare one step."""
     num_workers: int = 2
-    """Loader processes per training process; as many are used as divide the micro-batches of all rounds."""
+    """Maximum data workers per training process; the number used divides the micro-batches of all rounds."""
 
     def __post_init__(self) -> None:
-        """Check the numbers and the choice."""
+        """Check ranges and choices."""
         if self.details not in DETAIL_CHOICES:
             raise ConfigError(f"data.details is {self.details!r}, expected one of {DETAIL_CHOICES}")
         if (self.global_batch_size is None) == (self.samples_per_step is None):
@@ -206,7 +208,7 @@ class DataConfig:
 
     @property
     def resolved_batch_size(self) -> int:
-        """Return the sequences of a step, which are known once the length of the run is (planning/length.py)."""
+        """Return the packed sequences per step, once the length of the run is resolved (planning/length.py)."""
         assert self.global_batch_size is not None, "data.samples_per_step was not resolved"
         return self.global_batch_size
 
@@ -216,16 +218,16 @@ DEFAULT_GROUP = "default"
 
 @dataclass(kw_only=True)
 class GroupConfig:
-    """Parameters that are trained in their own way."""
+    """A parameter group with its own learning rate, weight decay or freezing."""
 
     match: list[str] = MISSING
-    """Regular expressions on parameter names, read from the name's start."""
+    """Regular expressions, matched from the start of parameter names."""
     lr_scale: float = 1.0
-    """Factor on the schedule's learning rate."""
+    """Multiplier of the scheduled learning rate."""
     weight_decay: float | None = None
-    """In place of `optim.weight_decay`, for those parameters that decay at all."""
+    """Overrides `optim.weight_decay` for the parameters of the group that decay."""
     frozen: bool = False
-    """Kept as they are: no gradient, no optimizer state."""
+    """True: not trained, without gradient and optimizer state."""
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -238,12 +240,12 @@ class GroupConfig:
 
 @dataclass(kw_only=True)
 class MuonConfig:
-    """Orthogonal updates of the weights that training/roles.py names, under `optim.optimizer=muon`."""
+    """Muon (orthogonalized updates) for the weights listed in training/roles.py, with `optim.optimizer=muon`."""
 
     lr_scale: float = 1.0
-    """Factor on the learning rate of their group. Updates are scaled to be as large as AdamW's."""
+    """Multiplier of their group's learning rate. Updates are scaled to match the RMS of AdamW's."""
     momentum: float = 0.95
-    """Of the mean of gradients, in Nesterov's form."""
+    """Nesterov momentum."""
     ns_steps: int = 5
     """Newton-Schulz steps."""
 
@@ -256,39 +258,43 @@ class MuonConfig:
 
 @dataclass(kw_only=True)
 class OptimConfig:
-    """The optimizer, and the learning rate over the steps."""
+    """Optimizer, learning-rate schedule and length of the run."""
 
     optimizer: str = "adamw"
-    """adamw; or muon: orthogonal updates for matrices (training/roles.py), AdamW for the rest."""
+    """adamw, or muon: Muon for matrices (training/roles.py) and AdamW for the rest."""
     muon: MuonConfig = field(default_factory=MuonConfig)
     steps: int | None = 1000
-    """Optimizer steps of the run. Exactly one of this and `epochs` is set."""
+    """Optimizer steps of the run. Set exactly one of this and `epochs`."""
     epochs: float | None = None
-    """Instead: passes over the data. The number of steps follows from the samples of an epoch and of a step, which are
-    measured (planning/length.py), and is part of the run from then on."""
+    """Passes over the data. The number of steps is computed from the measured samples per epoch and per step
+    (planning/length.py) and fixed for the rest of the run."""
     lr: float = 4e-5
+    """Peak learning rate."""
     final_lr: float = 0.0
+    """Learning rate after the last step."""
     warmup_fraction: float = 0.05
+    """Fraction of the steps with linear warm-up."""
     schedule: str = "cosine"
-    """What follows the warm-up: cosine; or wsd: the rate stays, and decays linearly at the end."""
+    """Schedule after the warm-up: cosine, or wsd (constant, then linear decay)."""
     decay_fraction: float = 0.2
     """Fraction of the steps over which wsd decays."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.05
     decay_all: bool = False
-    """True (release): weight decay also on norms, biases and embeddings."""
+    """True (release): norms, biases and embeddings also get weight decay."""
     max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
     precision: str = "fp32"
     """fp32 or bf16."""
     activation_checkpointing: str = "none"
-    """What the backward pass computes again instead of keeping it: same numbers, less memory. feed_forward: the second
-    half of every decoder layer, most of its memory for about a tenth more time. layers: everything but what goes into
-    each layer, about a third more time."""
+    """Activations recomputed in the backward pass, with the same results and less memory. feed_forward: the
+    feed-forward half of every decoder layer, which saves most of its memory and takes about 10 % longer. layers: whole
+    layers, about 33 % longer."""
     groups: dict[str, GroupConfig] = field(default_factory=dict)
-    """Parameter groups by name; a parameter belongs to the first that matches it, the others to the group `default`."""
+    """Parameter groups by name. A parameter belongs to the first group that matches it, otherwise to `default`."""
     ema_decay: float = 0.0
-    """Above 0: validation and export use an exponential moving average of the weights, such as 0.999."""
+    """Above 0, for example 0.999: validation and export use an exponential moving average of the weights."""
 
     def __post_init__(self) -> None:
         """Check the choices."""
@@ -333,14 +339,14 @@ class OptimConfig:
 
     @property
     def num_steps(self) -> int:
-        """Return the steps of the run, which are known once its length is (planning/length.py)."""
+        """Return the steps of the run, once its length is resolved (planning/length.py)."""
         assert self.steps is not None, "optim.epochs was not resolved"
         return self.steps
 
 
 @dataclass(kw_only=True)
 class DeepSpeedConfig:
-    """Sharding; the whole DeepSpeed dictionary is written from these fields and `optim`."""
+    """ZeRO sharding. The complete DeepSpeed configuration is generated from these fields and `optim`."""
 
     enabled: bool = True
     stage: int = 2
@@ -355,12 +361,12 @@ class DeepSpeedConfig:
 
 
 LOG_GROUPS = ("loss", "optim", "data", "perf", "time")
-"""What the keys of a training step's numbers begin with in the log; names of sources and evals begin the others."""
+"""Prefixes of a training step's log keys. Other keys begin with the name of a source or eval."""
 
 
 @dataclass(kw_only=True)
 class LogConfig:
-    """Where progress goes; one JSON line per logged step is always written to `<run_dir>/log.jsonl`."""
+    """Logging. One JSON line per logged step is always written to `<run_dir>/log.jsonl`."""
 
     every: int = 10
     """Steps between log lines."""
@@ -369,12 +375,12 @@ class LogConfig:
     """disabled, offline or online."""
     wandb_project: str = "pixel_sail"
     progress: bool = True
-    """Show a progress bar with the time left, or where stderr is no terminal a plain line per logged step."""
+    """Show a progress bar with the remaining time, or one line per logged step if stderr is not a terminal."""
     overlays: int = 4
-    """Images with predicted and true mask that are logged at each validation."""
+    """Images logged at each validation with their predicted and ground-truth masks."""
     peak_tflops: float | None = None
-    """bf16 TFLOP/s of one GPU that `perf/mfu` is a fraction of; None: from its name where known, else it is not
-    logged."""
+    """Peak bf16 TFLOP/s of one GPU, for `perf/mfu`. None: looked up by GPU name; `perf/mfu` is not logged for an
+    unknown GPU."""
 
     def __post_init__(self) -> None:
         """Check the choices."""
@@ -388,24 +394,23 @@ class LogConfig:
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    """When the state is saved, and whether a run continues from it."""
+    """Checkpointing and resuming."""
 
     every: int = 500
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
-    """How many complete checkpoints stay."""
+    """Number of complete checkpoints to keep."""
     asynchronous: bool = True
-    """Write in the background while training goes on; rank 0 holds a copy of the state, 12 bytes per parameter, in
-    host memory meanwhile."""
+    """Write checkpoints in the background. Rank 0 needs host memory for a copy of the state, 12 bytes per parameter."""
     resume: str = "auto"
-    """auto: continue from the last complete checkpoint if there is one. never: refuse a used run folder."""
+    """auto: resume from the last complete checkpoint if there is one. never: fail if the run folder has one."""
     allow_changed_data: bool = False
-    """True: a run may go on although annotation files differ from those it was started with; the log names them."""
+    """True: a run may resume with annotation files that differ from those it started with. The log lists them."""
     max_rollbacks: int = 0
-    """How often a run may go back to its last checkpoint and past the data that made a loss or gradient not finite;
-    each time it ends with status 85. 0: it stops."""
+    """Maximum number of rollbacks: after a non-finite loss or gradient, the run exits with status 85 and resumes from
+    its last checkpoint with the data after the failed step. 0: the run fails."""
     stop_after: int = 0
-    """Save and end this session after so many steps, 0 to go on to the end; a later session continues."""
+    """Save and exit after this many steps of the session; a later session resumes. 0: run to the end."""
 
     def __post_init__(self) -> None:
         """Check the choices."""
@@ -419,15 +424,15 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True)
 class WatchdogConfig:
-    """When a run that stands still is ended, see training/watchdog.py."""
+    """Time limits after which a stalled run ends, see training/watchdog.py."""
 
     limit_s: float = 1800.0
-    """Seconds that an optimizer step may take, waiting for its data included; 0: for ever."""
+    """Maximum seconds of an optimizer step, including the wait for data. 0: no limit."""
     slow_factor: float = 4.0
-    """So many times longer may the first three steps of a session take, and each save and validation."""
+    """Multiplier of the limit for the first three steps of a session and for each save and validation."""
     peer_timeout_s: float | None = None
-    """A process that waited so long for another one takes it for lost and ends. Must be longer than rank 0 needs to
-    write a checkpoint. None: twice what the watchdog allows, so that it speaks first, and half an hour at least."""
+    """Timeout in seconds of collective operations, after which a process ends. Must exceed the time rank 0 needs to
+    write a checkpoint. None: max(1800, 2 * limit_s * slow_factor), so the watchdog reports first."""
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -439,16 +444,16 @@ class WatchdogConfig:
 
 @dataclass(kw_only=True)
 class MetricBoundConfig:
-    """Where a number of the log is expected, see training/metric_bounds.py."""
+    """Interval [low, high] in which a logged metric must lie, see training/metric_bounds.py."""
 
     metric: str = MISSING
     """Key of log.jsonl, for example `loss/total` or `refshapes_val/ciou`."""
     after: int = MISSING
-    """The first value at this step or later is judged, once."""
+    """The first value logged at or after this step is checked, once."""
     low: float | None = None
     high: float | None = None
     action: str = "warn"
-    """warn, or stop: save and end the run."""
+    """warn: log a warning. stop: save a checkpoint and exit."""
 
     def __post_init__(self) -> None:
         """Check the choices."""
@@ -462,22 +467,23 @@ class MetricBoundConfig:
 
 @dataclass(kw_only=True)
 class PredictConfig:
-    """How answers are generated."""
+    """Generation settings."""
 
     max_new_tokens: int | None = None
-    """Longest answer; None: as long as the task needs, 32 for masks alone and 512 where there is text to be said."""
+    """Maximum tokens of an answer. None: 32 for tasks with masks only, 512 for tasks with text."""
     prompt: str = "standard"
-    """standard: a plain request. paper: with the stray blanks of the released evaluation. short: the expression
-    or the question alone, for referring segmentation and region choices only."""
+    """Question template. standard: a plain request. paper: as in the released evaluation, with its stray spaces.
+    short: the expression or question alone, for referring segmentation and region choice only."""
     mask: str = "union"
-    """union of all generated [SEG], or only the `first` one as in the released evaluation."""
+    """union: the masks of all generated [SEG] tokens are merged. first: only the first is used, as in the released
+    evaluation."""
     answer: str = "generated"
-    """generated, or `forced` to "It is [SEG]."."""
+    """generated: the model writes the answer. forced: the answer is fixed to "It is [SEG]."."""
     max_batch_tokens: int = 16384
-    """Most tokens worked on at once: those of the images of a batch and of all their texts, padding included."""
+    """Maximum tokens per batch: image and text tokens, padding included."""
     compile: str = "off"
-    """off, or `decode`: the passes that read one token each go through torch.compile, half a minute or more before the
-    first answer and a C++ compiler on a CPU."""
+    """off, or decode: single-token passes use torch.compile. The first answer takes half a minute or more longer, and a
+    CPU needs a C++ compiler."""
 
     def __post_init__(self) -> None:
         """Check the choices."""
@@ -496,12 +502,12 @@ class PredictConfig:
 
 @dataclass(kw_only=True)
 class ValidationConfig:
-    """Scoring during training."""
+    """Validation during training."""
 
     every: int = 0
-    """Steps between validations, 0 for none."""
+    """Steps between validations. 0: no validation."""
     max_images: int = 64
-    """Images of each eval that are scored during training; the number is part of the logged result."""
+    """Maximum images per eval; the number is logged with the result."""
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -511,10 +517,12 @@ class ValidationConfig:
 
 @dataclass(kw_only=True)
 class PathsConfig:
-    """The only place with machine paths; `configs/paths` fills it from environment variables."""
+    """Paths of this machine; `configs/paths` fills them from environment variables."""
 
     data: str = "data"
+    """Folder of all datasets."""
     runs: str = "runs"
+    """Folder of all runs."""
 
 
 @dataclass(kw_only=True)
@@ -522,71 +530,74 @@ class TrainConfig:
     """One training run."""
 
     name: str = MISSING
-    """Of the run, and of its folder in `paths.runs`."""
+    """Name of the run and of its folder in `paths.runs`."""
     run_dir: str = "${paths.runs}/${name}"
+    """Folder of the run."""
     seed: int = 0
     paths: PathsConfig = field(default_factory=PathsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     distillation: dict[str, TeacherSettings] = field(default_factory=dict)
-    """Frozen networks whose features the model learns to predict as well, by name; empty: none."""
+    """Teachers by name: frozen networks whose features are distilled into the model. Empty: no distillation."""
     allow_random_teachers: bool = False
-    """True: teachers may have random weights, which only a test of the machinery wants."""
+    """True: teachers may have random weights. For tests only."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     kernels: Kernels = field(default_factory=Kernels)
-    """Which way of computing the same numbers is taken."""
+    """Implementations to use; all of them compute the same results."""
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     metric_bounds: dict[str, MetricBoundConfig] = field(default_factory=dict)
-    """Name -> where a loss or validation score is expected after so many steps; empty: nothing is judged."""
+    """Name -> bounds of a loss or validation score. Empty: nothing is checked."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     predict: PredictConfig = field(default_factory=PredictConfig)
     evals: dict[str, Any] = field(default_factory=dict)
     """Name -> `_target_` and arguments of a function that returns expressions to score, or a task."""
 
     def __post_init__(self) -> None:
-        """Check the name, the seed, of which NumPy's old generator takes 32 bits, and what must fit together."""
+        """Check the name, the seed (32 bits, the limit of NumPy's legacy generator) and incompatible settings."""
         check_name(self.name)
         check_range("seed", self.seed, high=2**32 - 1)
         for name in (*self.data.sources, *self.evals):
             if name in LOG_GROUPS:
                 raise ConfigError(
-                    f"a source or eval is named {name!r}, expected a name other than {', '.join(LOG_GROUPS)}: with "
-                    "these begin keys of the log that are not its own; rename it"
+                    f"a source or eval is named {name!r}, expected a name other than {', '.join(LOG_GROUPS)}; these "
+                    "are prefixes of other log keys; rename it"
                 )
         if self.optim.optimizer == "muon" and self.deepspeed.enabled and self.deepspeed.stage == 3:
             raise ConfigError(
-                "optim.optimizer is 'muon' and deepspeed.stage is 3, which cuts every matrix into parts; expected "
-                "another stage: take deepspeed=zero2, or optim=adamw"
+                "optim.optimizer is 'muon' and deepspeed.stage is 3, which shards every matrix; expected another "
+                "stage; use deepspeed=zero2 or optim=adamw"
             )
 
 
 @dataclass(kw_only=True)
 class EvalConfig:
-    """One evaluation of one checkpoint."""
+    """Evaluation of one checkpoint."""
 
     checkpoint: str = MISSING
     """Exported folder, or a run folder (its `export`)."""
     output: str | None = None
-    """Folder for predictions and results; by default `evaluation` beside the exported folder."""
+    """Output folder of predictions and results. None: `evaluation`, next to the exported folder."""
     precision: str = "fp32"
+    """fp32 or bf16."""
     paths: PathsConfig = field(default_factory=PathsConfig)
     predict: PredictConfig = field(default_factory=PredictConfig)
     evals: dict[str, Any] = field(default_factory=dict)
     max_images: int = 0
-    """Score only the first images of each eval, 0 for all; the number is part of the result."""
+    """Score only the first images of each eval; the number is part of the result. 0: all images."""
     missing_data: str = "stop"
-    """What to do when files of an eval are not there: stop, or skip these evals and say so in the report."""
+    """If files of an eval are missing: stop, or skip that eval and say so in the report."""
     seed: int = 0
-    """Of the resampling; evals have resamples of their own, equal for all checkpoints."""
+    """Seed of the bootstrap. Each eval has its own resamples, the same for all checkpoints."""
     resamples: int = 1000
-    """How often images are sampled for the intervals of the scores, 0 for none."""
+    """Bootstrap resamples of the images for confidence intervals. 0: no intervals."""
     examples: int = 12
-    """Images of each eval in the report: a third each of its best, median and worst answers."""
+    """Images of each eval in the report: a third each with the best, median and worst scores."""
     progress: bool = True
+    """Show a progress bar."""
 
     def __post_init__(self) -> None:
         """Check the choices."""
@@ -602,59 +613,68 @@ class PredictCommandConfig:
     """One question about one image, or about every image of a folder."""
 
     checkpoint: str = MISSING
+    """Run folder or exported folder."""
     image: str = MISSING
     """Image file or folder of images."""
     question: str = MISSING
+    """Question; regions are written `<Prompt0>`, `<Prompt1>`, ..."""
     boxes: list[Any] = field(default_factory=list)
     """Visual prompts 0, 1, ... as (x0, y0, x1, y1) in pixels."""
     points: list[Any] = field(default_factory=list)
-    """Further visual prompts as (x, y) in pixels."""
+    """Further visual prompts, after the boxes, as (x, y) in pixels."""
     output: str = "runs/predict"
+    """Output folder."""
     precision: str = "fp32"
+    """fp32 or bf16."""
     predict: PredictConfig = field(default_factory=PredictConfig)
 
 
 PREDICT_TEXTS = ("checkpoint", "image", "question", "output")
-"""Settings of `PredictCommandConfig` that scripts/predict.py also takes as options."""
+"""Settings of `PredictCommandConfig` that scripts/predict.py also accepts as options."""
 
 
 @dataclass(kw_only=True)
 class DemoLimits:
-    """How much one user of the demo may ask for, and all together."""
+    """Limits of the demo, per user and in total."""
 
     upload_mb: float = 20.0
+    """Maximum size of an uploaded image."""
     megapixels: float = 24.0
-    """Of an image as stored, checked before it is decoded."""
+    """Maximum size of an image as stored, checked before decoding."""
     header_s: float = 10.0
-    """A connection that has not asked for anything after so many seconds is ended."""
+    """Seconds after which a connection without a request is closed."""
     transfer_s: float = 120.0
-    """A request with its image must have come within so many seconds, and what is sent must be taken."""
+    """Seconds within which a request must be received completely and a response sent completely."""
     text_characters: int = 1000
+    """Maximum length of a question."""
     turns: int = 50
-    """Questions about one image."""
+    """Maximum questions about one image."""
     answer_s: float = 120.0
-    """An answer that takes longer is broken off."""
+    """Maximum seconds of an answer; a longer one is cut off."""
     waiting: int = 16
-    """Questions in the queue, the one being answered included."""
+    """Maximum questions in the queue, including the one being answered."""
     images: int = 16
-    """Images in memory with what was said about them; the one not asked about for longest goes first."""
+    """Images kept in memory with their conversations; the least recently used is dropped first."""
     idle_s: float = 3600.0
-    """An image nobody asked about for so long is forgotten."""
+    """Seconds without a question after which an image is dropped."""
 
 
 @dataclass(kw_only=True)
 class DemoConfig:
-    """The demo in a browser."""
+    """The browser demo."""
 
     checkpoint: str = MISSING
+    """Run folder or exported folder."""
     host: str = "127.0.0.1"
-    """Address to listen at. Everybody who reaches it can ask: leave it local, or put a server with passwords before."""
+    """Address to listen on. There is no access control: keep it local, or use a reverse proxy with authentication."""
     port: int = 7860
+    """Port to listen on."""
     names: list[str] = field(default_factory=list)
-    """Names under which browsers may call it beside `host` and the local ones."""
+    """Host names under which browsers may request the page, in addition to `host` and the local ones."""
     precision: str = "fp32"
+    """fp32 or bf16."""
     examples: int = 4
-    """Synthetic scenes that the page offers."""
+    """Number of synthetic example images on the page."""
     predict: PredictConfig = field(default_factory=PredictConfig)
     limits: DemoLimits = field(default_factory=DemoLimits)
 
@@ -669,18 +689,18 @@ for _name, _node in (
     ("demo", DemoConfig),
 ):
     _STORE.store(name=f"{_name}_schema", node=_node)
-    # Empty: its name alone is read, by `${program}` in the defaults of a file that several programs take.
+    # Empty: only its name is used, by `${program}` in the defaults of files that several programs share.
     _STORE.store(group="program", name=_name, node={}, package="_global_")
 
 
 def load_config(
     name: str, schema: type[ConfigT], overrides: Sequence[str], *, given: Mapping[str, str] = types.MappingProxyType({})
 ) -> ConfigT:
-    """Compose `configs/<name>.yaml` with command-line overrides into a checked object.
+    """Compose `configs/<name>.yaml` with command-line overrides into a validated object.
 
-    Settings that hold text get the text that was typed, see `overrides.py`. A leading `~` of a path is the home
-    folder, and an empty `paths.data` or `paths.runs`, as of an empty variable, counts as not given.
-    given: texts by key of the schema that are taken as they are, without even `${...}`.
+    Text settings keep the text that was typed, see `overrides.py`. A leading `~` of a path is expanded. An empty
+    `paths.data` or `paths.runs`, for example from an empty variable, counts as unset.
+    given: texts by key of the schema that are used verbatim, without resolving `${...}`.
     Raises: ConfigError for unknown keys, wrong types, missing values and choices that do not exist.
     """
     where = f"configs/{name}.yaml {[*overrides, *(f'--{key}={text}' for key, text in given.items())]}"
@@ -693,12 +713,12 @@ def load_config(
             except OmegaConfBaseException:
                 raise
             except ValueError as error:
-                # What Hydra raises for `recipe=null`.
+                # Hydra raises this for `recipe=null`.
                 raise ConfigError(
-                    f"{where}: {error}; to choose none of a group leave it out, or put ~ before its name"
+                    f"{where}: {error}; to choose none of a group omit it, or put ~ before its name"
                 ) from error
             _check_files(composed, schema, {override.partition("=")[0] for override in overrides})
-        # For names of what was chosen, such as ${hydra:runtime.choices.model}; not part of the result.
+        # Needed to resolve ${hydra:runtime.choices.model} and the like; not part of the result.
         HydraConfig.instance().set_config(composed)
         with open_dict(composed):
             del composed["hydra"]
@@ -708,13 +728,11 @@ def load_config(
         OmegaConf.resolve(composed)
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
-            raise ConfigError(f"configs/{name}.yaml: no value for {missing}; give each as key=value")
+            raise ConfigError(f"configs/{name}.yaml: no value for {missing}; set each as key=value")
         _expand_homes(composed)
         result = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
-        plain = (
-            f"; --{', --'.join(PREDICT_TEXTS)} TEXT are taken as they stand" if schema is PredictCommandConfig else ""
-        )
+        plain = f"; --{', --'.join(PREDICT_TEXTS)} TEXT are used verbatim" if schema is PredictCommandConfig else ""
         cause = f": {str(error.__cause__).splitlines()[0]}" if str(error.__cause__ or "") else ""
         raise ConfigError(f"{where}: {error}{cause}{hint(str(error))}{plain}") from error
     assert is_dataclass(result) and isinstance(result, schema)
@@ -722,21 +740,21 @@ def load_config(
         for override in overrides:
             if override.startswith("decontamination@data.decontamination="):
                 raise ConfigError(
-                    f"{where}: {override} is without effect, as data.decontamination.enabled is false (recipe=released "
-                    "sets it); add data.decontamination.enabled=true to keep evaluation images out, or leave it out"
+                    f"{where}: {override} has no effect, as data.decontamination.enabled is false (recipe=released "
+                    "sets it); add data.decontamination.enabled=true to exclude evaluation images, or omit it"
                 )
     texts: dict[str, Any] = {key: text if key in _NO_PATHS else _path(key, text) for key, text in given.items()}
     config = replace(result, **texts)
     if has_half_character(getattr(config, "run_dir", "")):
-        raise ConfigError(f"{where}: run_dir holds bytes that are no UTF-8, expected a name that is text")
+        raise ConfigError(f"{where}: run_dir holds bytes that are not UTF-8, expected text; rename the folder")
     for key in _NEVER_EMPTY:
         if getattr(config, key, None) == "":
-            raise ConfigError(f"{where}: {key} is empty, expected a value; a shell variable may not have been set")
+            raise ConfigError(f"{where}: {key} is empty, expected a value; check that the shell variable in it is set")
     return config
 
 
 def _check_forms(where: str, overrides: Sequence[str], given: Mapping[str, str]) -> None:
-    """Raise ConfigError for what is no override, and for a setting that is also given as an option."""
+    """Raise ConfigError for arguments that are not overrides, and for a setting that is also given as an option."""
     for override in overrides:
         if override.startswith("-") or ("=" not in override and not override.startswith("~")):
             raise ConfigError(f"{where}: found {override!r}, expected key=value; --help lists the keys")
@@ -747,13 +765,14 @@ def _check_forms(where: str, overrides: Sequence[str], given: Mapping[str, str])
 
 
 _NEVER_EMPTY = ("name", "run_dir", "checkpoint", "output", "image")
-"""Settings whose empty text would be read as the current folder."""
+"""Settings for which an empty text would mean the current folder."""
 _NO_PATHS = ("name", "question")
 """Settings whose leading `~` is part of the text."""
 
 
 def _composed(name: str, schema: type, overrides: Sequence[str]) -> DictConfig:
-    """Return what Hydra composes of overrides as they were typed. Raises: HydraException, OmegaConfBaseException."""
+    """Return the configuration that Hydra composes from overrides as typed. Raises: HydraException,
+    OmegaConfBaseException."""
     before = OmegaConf.create()
     if any(needs_look(override, schema) for override in overrides):
         before = compose(name, as_typed([o for o in overrides if not needs_look(o, schema)], schema, lambda key: False))
@@ -768,8 +787,8 @@ def _composed(name: str, schema: type, overrides: Sequence[str]) -> DictConfig:
 
 
 def _check_files(composed: DictConfig, schema: type, given: Collection[str]) -> None:
-    """Raise ConfigError where a chosen file has a number for a text that no override gives: `name: 2024_11_05` is
-    20241105 by the rules of YAML, and another run's name may be the same."""
+    """Raise ConfigError where a chosen file has a number for a text setting that no override sets. YAML reads
+    `name: 2024_11_05` as 20241105, which may be the name of another run."""
     chosen = [(group, name) for group, name in composed.hydra.runtime.choices.items() if isinstance(name, str)]
     folders = [Path(source.path) for source in composed.hydra.runtime.config_sources if source.schema == "file"]
     for file in (folder / group / f"{name}.yaml" for group, name in chosen for folder in folders):
@@ -784,11 +803,11 @@ def _check_files(composed: DictConfig, schema: type, given: Collection[str]) -> 
 
 
 def _path(key: str, path: str) -> str:
-    """Return a path with the home folder for `~`. Raises: ConfigError where there is none."""
+    """Return a path with `~` expanded. Raises: ConfigError if there is no home folder."""
     found = expanded(path)
     if found is None:
         raise ConfigError(
-            f"{key} is {path!r}, but HOME is not set and the system does not know this user; write it out"
+            f"{key} is {path!r}, but HOME is not set and the system does not know this user; give the full path"
         )
     return found
 
@@ -804,14 +823,14 @@ def _expand_homes(node: Any, where: str = "") -> None:
 
 
 def command_line_overrides() -> list[str]:
-    """Return the overrides of this process; the deepspeed launcher's own --local_rank argument is left out."""
+    """Return the overrides of this process, without the deepspeed launcher's own --local_rank argument."""
     return [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
 
 
 def plain_options(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
     """Return the options `--name TEXT` and `--name=TEXT` among arguments, and the other arguments.
 
-    The text is whatever stands there, also when it begins with a dash. Raises: ConfigError for an option without one.
+    The text may begin with a dash. Raises: ConfigError for an option without a text.
     """
     found: list[tuple[str, str]] = []
     rest: list[str] = []
@@ -824,41 +843,42 @@ def plain_options(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[
             continue
         value = text if separator else next(left, None)
         if value is None:
-            raise ConfigError(f"{argument}: found nothing behind it, expected {argument} TEXT")
+            raise ConfigError(f"{argument}: found nothing after it, expected {argument} TEXT")
         found.append((name, value))
     return found, rest
 
 
 def check_plain(settings: Any, where: str) -> None:
-    """Raise DataError where settings of a file ask for anything to be looked up or called."""
+    """Raise DataError if settings read from a file contain interpolations or functions to call."""
     waiting = [settings]
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):
             if special := [key for key in value if key.startswith("_")]:
                 raise DataError(
-                    f"{where}: found {special[0]!r:.80} among the settings, expected plain ones; settings of a file "
-                    "call nothing"
+                    f"{where}: found {special[0]!r:.80} among the settings, expected plain values; settings read from "
+                    "a file cannot call functions"
                 )
             waiting += [*value, *value.values()]
         elif isinstance(value, list):
             waiting += value
         elif isinstance(value, str) and ("${" in value or "\0" in value):
             raise DataError(
-                f"{where}: found the setting {value!r:.80}, expected plain text; settings of a file look nothing up"
+                f"{where}: found the setting {value!r:.80}, expected plain text; settings read from a file cannot use "
+                "interpolation"
             )
 
 
 def build(node: Any, where: str) -> Any:
-    """Call the function an open-set entry names; ConfigError for a wrong target or argument.
+    """Call the function that an entry names in `_target_`. Raises: ConfigError for a wrong target or argument.
 
-    For entries of the user's own configuration only: what it names is run. Files of runs and evaluations, which may be
-    somebody else's, pass `check_plain` and name nothing that is called (`evaluation/loaders.py`).
+    Only for the user's own configuration, as the named function is executed. Settings from files of runs and
+    evaluations are untrusted and go through `check_plain` instead (`evaluation/loaders.py`).
     """
     if not isinstance(node, dict) or "_target_" not in node:
         raise ConfigError(
-            f"{where}: found no _target_ in {node}, expected a function and its arguments; the entry was changed where "
-            "no config file defines it"
+            f"{where}: found no _target_ in {node}, expected a function and its arguments; an override changes an "
+            "entry that no config file defines, choose a config file that does"
         )
     if (new := renamed_target(str(node["_target_"]))) is not None:
         raise ConfigError(f"{where}: _target_ is {node['_target_']!r}, which was renamed; write {new}")

@@ -1,7 +1,7 @@
-"""Processes: the environment a launcher leaves behind, and sums over ranks.
+"""Distributed processes: the launcher's environment variables, and collectives.
 
-The lowest layer beside `types`; training and evaluation ask it who they are. Works the same under plain `python` (one
-process), `torchrun`, `accelerate launch` and the `deepspeed` launcher, which leave for the second of two processes
+Works the same under plain `python` (one process), `torchrun`, `accelerate launch` and the `deepspeed` launcher, which
+set for the second of two processes
 
     RANK=1 LOCAL_RANK=1 WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500
 """
@@ -29,12 +29,12 @@ OTHER_LAUNCHERS = {
     "flux run": ("FLUX_TASK_RANK", ("FLUX_JOB_SIZE",)),
     "jsrun": ("JSM_NAMESPACE_RANK", ("JSM_NAMESPACE_SIZE",)),
 }
-"""Programs that start tasks without setting `VARIABLES` -> their number of a task, and the first of these variables
-that is set counts the tasks."""
+"""Programs that start tasks without setting `VARIABLES` -> variable with the number of a task, and variables with the
+number of tasks, of which the first that is set counts."""
 
 
 PORTS = (15_000, 32_000)
-"""Where a free port is looked for: below 32768, where Linux begins with those of outgoing connections."""
+"""Range of ports to choose from: below 32768, where Linux's ports of outgoing connections begin."""
 
 
 class LaunchError(ExpectedError):
@@ -42,9 +42,9 @@ class LaunchError(ExpectedError):
 
 
 def free_port() -> int:
-    """Return a port of this machine that nobody listens on.
+    """Return a free port of this machine.
 
-    None of those that systems give to outgoing connections: between this call and its use one might be taken.
+    Ports of outgoing connections are excluded, as one might be taken between this call and its use.
     """
     for _ in range(100):
         port = random.SystemRandom().randrange(*PORTS)
@@ -54,15 +54,15 @@ def free_port() -> int:
             except OSError:
                 continue
             return port
-    raise LaunchError(f"found no free port among a hundred of {PORTS[0]} .. {PORTS[1]}, expected one; give MASTER_PORT")
+    raise LaunchError(f"found no free port among a hundred of {PORTS[0]} .. {PORTS[1]}, expected one; set MASTER_PORT")
 
 
 def ensure_launch_environment() -> None:
-    """Check the launcher's variables, and fill in those that a single process can do without, so that DeepSpeed need
-    not guess. A variable that is empty counts as not set.
+    """Check the launcher's variables, and set the defaults of a single process, so that DeepSpeed need not guess. An
+    empty variable counts as unset.
 
-    Raises: LaunchError for variables that are missing or do not fit together, and for a task that another program
-    started beside others without numbering it, which would do the whole work once more.
+    Raises: LaunchError for missing or inconsistent variables, and for one of several tasks of a program that does not
+    set them: every task would repeat the whole work.
     """
     given = {name: value for name in VARIABLES if (value := os.environ.get(name, "").strip())}
     for name in VARIABLES:
@@ -82,11 +82,11 @@ def ensure_launch_environment() -> None:
         raise LaunchError(f"MASTER_PORT is {port}, expected 1 .. 65535; {_HOW}")
     num_gpus = torch.cuda.device_count()
     if local is None and size > 1 and num_gpus > 1:
-        raise LaunchError(f"LOCAL_RANK is not set, expected which of the {num_gpus} GPUs this process takes; {_HOW}")
+        raise LaunchError(f"LOCAL_RANK is not set, expected which of the {num_gpus} GPUs this process uses; {_HOW}")
     if num_gpus and (local or 0) >= num_gpus:
         raise LaunchError(
-            f"LOCAL_RANK is {local}, but torch sees {num_gpus} GPUs, counted from 0; start at most as many processes "
-            "on this node"
+            f"LOCAL_RANK is {local}, but torch sees {num_gpus} GPUs, counted from 0; start at most {num_gpus} "
+            "processes on this node"
         )
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in given]
     if size > 1 and missing:
@@ -106,7 +106,7 @@ _HOW = (
 
 
 def _number(given: Mapping[str, str], name: str) -> int | None:
-    """Return a variable as a number, None where it is not set. Raises: LaunchError."""
+    """Return a variable as a number, None if it is not set. Raises: LaunchError."""
     if name not in given:
         return None
     if not re.fullmatch(r"[0-9]{1,9}", given[name]):
@@ -115,7 +115,7 @@ def _number(given: Mapping[str, str], name: str) -> int | None:
 
 
 def _refuse_unnumbered_tasks() -> None:
-    """Raise LaunchError where another program started several tasks of which this is one."""
+    """Raise LaunchError if this is one of several tasks that another program started."""
     for program, (number, sizes) in OTHER_LAUNCHERS.items():
         name = next((size for size in sizes if os.environ.get(size)), sizes[-1])
         count = os.environ.get(name, "")
@@ -126,16 +126,16 @@ def _refuse_unnumbered_tasks() -> None:
         raise LaunchError(
             f"found task {os.environ[number]} of {count} that {program} started ({number}, {name}), but no RANK and "
             "WORLD_SIZE: every task would do the whole work alone. Use scripts/slurm/train.sbatch or evaluate.sbatch, "
-            f"or let {program} start one task per node and that torchrun --nproc-per-node=GPUS, or set RANK=${number}, "
-            f"WORLD_SIZE=${name}, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for every task. For a process of its own set "
-            "RANK=0 and WORLD_SIZE=1"
+            f"or let {program} start one torchrun --nproc-per-node=GPUS per node, or set RANK=${number}, "
+            f"WORLD_SIZE=${name}, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for every task. For an independent process "
+            "set RANK=0 and WORLD_SIZE=1"
         )
 
 
 def start_group() -> None:
-    """Join the process group the launcher described, if there is more than one process.
+    """Join the launcher's process group, if there is more than one process.
 
-    The time-out is long: ranks meet only at the end of an evaluation, and one may be slower by hours.
+    The timeout is long, as ranks synchronize only at the end of an evaluation and one may be slower by hours.
     """
     if launched_world_size() > 1:
         if torch.cuda.is_available():
@@ -154,12 +154,12 @@ def world_size() -> int:
 
 
 def launched_world_size() -> int:
-    """Return the number of processes the launcher started, also before the group exists."""
+    """Return the number of launched processes, also before the group exists."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Return the sum of a tensor over all ranks; use int64 or float64 for anything that is counted."""
+    """Return the sum of a tensor over all ranks; use int64 or float64 for counts."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         values = values.clone()
         dist.all_reduce(values)
@@ -167,7 +167,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Return the value of every rank, in rank order; every rank must call it. For small plain things."""
+    """Return the value of every rank, in rank order; every rank must call it. For small plain objects."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
@@ -182,15 +182,15 @@ def barrier() -> None:
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Return whether an error means that another process was lost or silent; gloo has no class of its own for it."""
+    """Return whether an error means that another process was lost or unresponsive; gloo has no error class for it."""
     if "EADDRINUSE" in str(error):
-        # The address of the group is taken: nobody was there to be lost.
+        # The group's address is in use, so there was no other process yet.
         return False
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def shutdown() -> None:
-    """Leave the process group in order: gloo aborts now and then when a process exits with the group alive."""
+    """Destroy the process group: gloo sometimes aborts when a process exits with the group alive."""
     if dist.is_initialized():
         barrier()
         dist.destroy_process_group()

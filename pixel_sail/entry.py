@@ -1,10 +1,10 @@
-"""The one place that makes a message and an exit status of an error.
+"""Turns errors into a message on stderr and an exit status.
 
 `main` of every script and tool is decorated with `one_message`.
 
     ConfigError("optim.lr is -1, expected ...")    ->  stderr "ConfigError: optim.lr is -1, expected ...", status 2
     RequeueRun("preempted after step 500")         ->  stderr "RequeueRun: preempted ...", status 85
-    a full disk where nobody wrapped it            ->  stderr "OSError: runs/a/log.jsonl: No space left ...", status 2
+    OSError of a full disk                         ->  stderr "OSError: runs/a/log.jsonl: No space left ...", status 2
     anything else                                  ->  traceback, status 1
 """
 
@@ -19,10 +19,10 @@ Arguments = ParamSpec("Arguments")
 
 
 def one_message(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
-    """Return `main` with expected errors told on stderr and turned into their exit status."""
+    """Return `main` with expected errors printed to stderr and turned into their exit status."""
 
     @wraps(main)
-    def told(*arguments: Arguments.args, **options: Arguments.kwargs) -> int:
+    def wrapped(*arguments: Arguments.args, **options: Arguments.kwargs) -> int:
         try:
             return main(*arguments, **options)
         except ExpectedError as error:
@@ -33,10 +33,10 @@ def one_message(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
                 raise
             where = f"{error.filename}: " if error.filename is not None else ""
             print(
-                f"{type(error).__name__}: {where}{error.strerror}; make room, correct the rights, or choose another "
-                "place",
+                f"{type(error).__name__}: {where}{error.strerror}; free disk space, fix the permissions, or use "
+                "another folder",
                 file=sys.stderr,
             )
             return ExpectedError.status
 
-    return told
+    return wrapped

@@ -1,7 +1,7 @@
-"""Errors that are told in one message.
+"""Errors that users can fix, reported as one message without a traceback.
 
-The lowest layer, imports nothing of the project. Every error that a person can mend derives from `ExpectedError`, so
-that an entry point needs no list of them, see `entry.py`:
+This module imports nothing from the project. Every such error derives from `ExpectedError`, so entry points need not
+list them, see `entry.py`:
 
     class DataError(ExpectedError, ValueError)        ->  "DataError: refs.p: found ..., expected ...", exit status 2
     KeyError of a bug                                 ->  traceback, exit status 1
@@ -11,14 +11,14 @@ import errno
 
 
 class ExpectedError(Exception):
-    """Something a person can mend. The message names where, what was found, what was expected, what to do."""
+    """An error that a user can fix. The message says where, what was found, what was expected and what to do."""
 
     status = 2
-    """Exit status of a program that ends with it, see docs/reliability.md."""
+    """Exit status of a program that ends with this error, see docs/reliability.md."""
 
 
 class WriteError(ExpectedError, OSError):
-    """A file or folder cannot be written: no room, no right, or something else in its place."""
+    """A file or folder cannot be written: no space, no permission, or another kind of file at its path."""
 
 
 REFUSALS = (
@@ -26,4 +26,4 @@ REFUSALS = (
     *(errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.EIO, errno.ESTALE),
 )
-"""What an operating system answers where the machine refuses: no room, no right, a broken disk. No bug of ours."""
+"""Error numbers of problems with the machine and not our code: no space, no permission, a broken disk."""

@@ -1,7 +1,7 @@
-"""Files and folders that are either whole or absent, and how they are read again.
+"""Atomic writes of files and folders, and reading JSON files with validation.
 
-The lowest layer beside `types`. Everything that is written under a final name goes through `replace_text`,
-`append_lines` or `replace_folder`, or is renamed by its writer; JSON is read by `read_json` and `read_json_lines`:
+Every file gets its final name through `replace_text`, `append_lines` or `replace_folder`, or is renamed by its writer.
+JSON is read with `read_json` and `read_json_lines`:
 
     replace_text(Path("runs/a/metrics.json"), "{...}")    # a reader sees the old text or the new one, never a part
     read_json(path, {"step": int}, fail=CheckpointError, remedy="delete it")["step"]
@@ -25,22 +25,22 @@ from safetensors import SafetensorError
 from pixel_sail.errors import ExpectedError, WriteError
 
 WRITING, REPLACED = ".writing_", ".replaced_"
-"""What the name of a folder begins with while it is written, and where the one before it waits to be deleted."""
+"""Prefixes of the name of a folder while it is written, and of the older one until it is deleted."""
 
 Fields = Mapping[str, type | tuple[type, ...]]
-"""Names that a JSON object must have, and the types of their values; a bool is no number."""
+"""Required fields of a JSON object and the types of their values. A bool does not count as a number."""
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 logger = logging.getLogger(__name__)
 
 DEBRIS = frozenset({"__MACOSX", "Thumbs.db", "ehthumbs.db", "desktop.ini", "@eaDir"})
-"""What operating systems and file servers leave in folders, beside names that begin with a dot."""
+"""Files that operating systems and file servers add to folders, besides names with a leading dot."""
 
 
 def is_hidden(path: Path) -> bool:
-    """Say whether a name is no content of a folder: it begins with a dot, as the `._x.jpg` of Mac archives, or is
-    another program's debris."""
+    """Return whether a file is not part of a folder's content: a name with a leading dot, such as `._x.jpg` in Mac
+    archives, or one of `DEBRIS`."""
     return path.name.startswith(".") or path.name in DEBRIS
 
 
@@ -52,26 +52,26 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what a disk refuses into WriteError with the path."""
+    """Turn errors of the disk into WriteError with the path."""
     try:
         yield
     except WriteError:
         raise
     except (OSError, SafetensorError) as error:
-        # safetensors has one class for a disk that refuses and for tensors that make no file.
+        # safetensors uses one class for disk errors and for invalid tensors.
         if isinstance(error, SafetensorError) and "I/O error" not in str(error):
             raise
         reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
         named = getattr(error, "filename", None)
         inside = f"{named}: " if named not in (None, str(path)) else ""
         raise WriteError(
-            f"{path}: cannot be written ({inside}{reason}), expected a place with room that may be written to; make "
-            "room, correct the rights, or choose another place"
+            f"{path}: cannot be written ({inside}{reason}), expected a writable path with free space; free disk space, "
+            "fix the permissions, or use another folder"
         ) from error
 
 
 def check_writable(folder: Path) -> None:
-    """See that results can be written to a folder, or it can be made, before work begins. Raises: WriteError."""
+    """Check before work begins that a folder is writable or can be created. Raises: WriteError."""
     with writing(folder):
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         probe = there / f"{WRITING}{os.getpid()}"
@@ -80,12 +80,12 @@ def check_writable(folder: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file aside and put it in place at once; missing folders are made. Raises: WriteError."""
+    """Write a text file atomically; missing folders are created. Raises: WriteError."""
     replace_bytes(path, text.encode())
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """Write a file aside and put it in place at once; missing folders are made. Raises: WriteError."""
+    """Write a file atomically; missing folders are created. Raises: WriteError."""
     working = path.with_name(f"{WRITING}{path.name}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,15 +98,15 @@ def replace_bytes(path: Path, content: bytes) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a text file, as `append_lines`."""
+    """Append a line to a text file, see `append_lines`."""
     append_lines(path, [line])
 
 
 def append_lines(path: Path, lines: Sequence[str]) -> None:
-    """Add lines to a text file, which is made where there is none, and flush them to disk. Raises: WriteError.
+    """Append lines to a text file, create it if it does not exist, and flush to disk. Raises: WriteError.
 
-    A process that dies here leaves at most a cut last line. `read_json_lines` does not see it, and the next call
-    removes it.
+    A process that dies here leaves at most an incomplete last line, which `read_json_lines` ignores and the next call
+    removes.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def append_lines(path: Path, lines: Sequence[str]) -> None:
 
 
 def _cut_end(file: BinaryIO) -> int:
-    """Remove an unfinished last line from an open file; return how long the file is then."""
+    """Remove an incomplete last line from an open file; return the new length."""
     length = file.seek(0, os.SEEK_END)
     if length:
         file.seek(length - 1)
@@ -133,14 +133,14 @@ def _cut_end(file: BinaryIO) -> int:
 
 
 def whole_lines(content: bytes) -> bytes:
-    """Return the beginning of a file up to its last whole line: a kill cuts lines, a power loss leaves NUL bytes."""
+    """Return a file up to its last complete line: a kill cuts lines, a power loss leaves NUL bytes."""
     text = content.rstrip(b"\0\n")
     ended = content[len(text) : len(text) + 1] == b"\n"
     return content[: len(text) + 1] if ended else content[: text.rfind(b"\n") + 1]
 
 
 def read_json(path: Path, fields: Fields, *, fail: type[ExpectedError], remedy: str) -> dict[str, Any]:
-    """Return the JSON object of a file. Raises: `fail` where it is absent or unreadable, or a field is not there."""
+    """Return the JSON object of a file. Raises: `fail` if the file is missing or unreadable, or lacks a field."""
     try:
         text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -149,9 +149,9 @@ def read_json(path: Path, fields: Fields, *, fail: type[ExpectedError], remedy: 
 
 
 def read_json_lines(path: Path, fields: Fields, *, fail: type[ExpectedError], remedy: str) -> list[dict[str, Any]]:
-    """Return the JSON objects of a file that lines are added to, none where there is no file; a cut end is left out.
+    """Return the JSON objects of a file of `append_lines`, none if there is none. An incomplete last line is skipped.
 
-    Raises: `fail`, with the number of the line, for one that is no such object.
+    Raises: `fail`, with the line number, for a line that is not such an object.
     """
     if not path.exists():
         return []
@@ -161,7 +161,7 @@ def read_json_lines(path: Path, fields: Fields, *, fail: type[ExpectedError], re
         raise fail(f"{path}: cannot be read ({reason_of(error)}), expected JSON lines; {remedy}") from error
     whole = whole_lines(content)
     if len(whole) < len(content.rstrip(b"\n")):
-        logger.warning("%s: its end was cut while it was written and is left out", path)
+        logger.warning("%s: the last line is incomplete, because writing was interrupted; it is skipped", path)
     return [
         json_line(line, f"{path}, line {number}", fields, fail=fail, remedy=remedy)
         for number, line in enumerate(whole.splitlines(), start=1)
@@ -174,7 +174,7 @@ def json_line(line: bytes, where: str, fields: Fields, *, fail: type[ExpectedErr
         text = line.decode()
     except UnicodeDecodeError as error:
         raise fail(
-            f"{where}: found bytes that are no text ({error.reason}), expected a JSON object; {remedy}"
+            f"{where}: found bytes that are not text ({error.reason}), expected a JSON object; {remedy}"
         ) from error
     return _json_object(text, where, fields, fail=fail, remedy=remedy)
 
@@ -183,14 +183,12 @@ def _json_object(text: str, where: str, fields: Fields, *, fail: type[ExpectedEr
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise fail(
-            f"{where}: found no JSON that can be read ({reason_of(error)}), expected an object; {remedy}"
-        ) from error
+        raise fail(f"{where}: found invalid JSON ({reason_of(error)}), expected an object; {remedy}") from error
     return check_fields(found, where, fields, fail=fail, remedy=remedy)
 
 
 def check_fields(found: Any, where: str, fields: Fields, *, fail: type[ExpectedError], remedy: str) -> dict[str, Any]:
-    """Return a value that must be an object with these fields. Raises: `fail`."""
+    """Return a value after checking that it is an object with these fields. Raises: `fail`."""
     if not isinstance(found, dict):
         raise fail(f"{where}: found {_shown(found)}, expected a JSON object with {sorted(fields)}; {remedy}")
     for name, kind in fields.items():
@@ -205,7 +203,7 @@ def check_fields(found: Any, where: str, fields: Fields, *, fail: type[ExpectedE
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the first words of an error; those of some libraries repeat the file."""
+    """Return the beginning of an error's message; some libraries repeat the file in it."""
     return (str(getattr(error, "strerror", None) or error) or type(error).__name__)[:300]
 
 
@@ -215,11 +213,10 @@ def _shown(value: Any) -> str:
 
 
 def replace_folder(working: Path, final: Path) -> None:
-    """Put a whole folder in place of an older one, or of none. Raises: WriteError.
+    """Move a complete folder to its final name, replacing an older one. Raises: WriteError.
 
-    The names are exchanged at once where the file system can. Where it cannot, the older folder is renamed to
-    `.replaced_<name>` before the new one takes its name; a process that dies in between leaves it there, and
-    `recover_folder` gives it its name back.
+    The names are exchanged atomically if the file system supports it. Otherwise the older folder is first renamed to
+    `.replaced_<name>`; if the process dies in between, `recover_folder` restores it.
     """
     aside = final.with_name(f"{REPLACED}{final.name}")
     with writing(final):
@@ -241,7 +238,7 @@ def replace_folder(working: Path, final: Path) -> None:
 
 
 def recover_folder(final: Path) -> None:
-    """Mend what a process left that died in `replace_folder`, or before it; call it before a folder is written."""
+    """Clean up after a process that died in or before `replace_folder`; call this before writing a folder."""
     aside = final.with_name(f"{REPLACED}{final.name}")
     with writing(final):
         if aside.is_dir() and not os.path.lexists(final):
@@ -251,7 +248,7 @@ def recover_folder(final: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a folder, a file or a link, if it is there; what a link leads to stays."""
+    """Delete a folder, file or link if it exists; the target of a link is kept."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -259,7 +256,7 @@ def remove(path: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Exchange the names of two folders at once; return False where system or file system has no such call."""
+    """Exchange the names of two folders atomically; return False if the system does not support it."""
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if call is None:
         return False
@@ -273,12 +270,12 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def flush(path: Path) -> None:
-    """Make sure that a file, or the names in a folder, are on disk: a renamed folder must not come back empty."""
+    """Flush a file, or the entries of a folder, to disk: a renamed folder must not be empty after a crash."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems cannot flush a folder; renaming is then as safe as they make it.
+        # Some network file systems cannot flush a folder; renaming is then only as safe as they make it.
         if error.errno != errno.EINVAL or not path.is_dir():
             raise
     finally:

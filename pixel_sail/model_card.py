@@ -1,7 +1,6 @@
-"""The card of a trained model, and its way to the Hugging Face hub.
+"""Writes the card of a trained model, and uploads both to the Hugging Face hub.
 
-Behind training and evaluation; `tools/publish_model.py` calls it. What stands on the card is read from what the run and
-its evaluation wrote, so that nothing has to be remembered:
+`tools/publish_model.py` calls it. The content of the card is read from the files of the run and its evaluation:
 
     runs/mine/{config.json, starts.jsonl, export/, evaluation/results.jsonl}  ->  runs/mine/export/README.md
 """
@@ -28,29 +27,30 @@ from pixel_sail.renamed import current_config
 from pixel_sail.types import DataError
 
 CARD = "README.md"
-MADE_BY = "<!-- Made by tools/publish_model.py: written anew whenever it is called. -->"
+MADE_BY = "<!-- Made by tools/publish_model.py:"
+"""Marks a card of this tool, which may be replaced."""
 UPLOADED = (*MODEL_FILES, CARD)
 
 LIMITS = """\
 - It knows what the data above show, and was scored on nothing but the table above.
 - A score beside a mask is the mean probability of its pixels. It is not calibrated, and says nothing about the words.
-- A mask is given for what the model was told is there: that it declines where nothing fits is learned only from data
-  with such questions.
+- The model predicts a mask for what a question names. It learns to decline questions about absent objects only from
+  data with such questions.
 - Answers can be wrong or offensive; nothing filters them."""
 
 
 _ROW = SCORED | dict.fromkeys(("weights_sha256", "prompt", "precision", "code"), str)
-"""What the card takes from a row of results."""
+"""Fields of a row of results that the card uses."""
 
 
 def write_card(run_dir: Path, *, name: str, license_name: str) -> Path:
     """Write the card into the exported folder of a run, and return its file.
 
-    Raises: ConfigError for a run that has no export or no configuration, and for a card that was written by hand.
+    Raises: ConfigError for a run without export or configuration, and for a card that was written by hand.
     """
     card = run_dir / EXPORT / CARD
     if card.is_file() and MADE_BY not in card.read_text():
-        raise ConfigError(f"{card} was not made by this tool, and is left as it is; move it away to have one made")
+        raise ConfigError(f"{card} was not made by this tool and is not replaced; move it away to write a new one")
     replace_text(card, card_text(run_dir, name=name, license_name=license_name))
     return card
 
@@ -69,11 +69,11 @@ def card_text(run_dir: Path, *, name: str, license_name: str) -> str:
         "pipeline_tag": "image-segmentation",
         "tags": ["pixel-sail", "referring-segmentation", "arxiv:2504.10465"],
     }
-    # What JSON is, is YAML too.
+    # JSON is valid YAML.
     front = [f"{key}: {json.dumps(value)}" for key, value in head.items()]
     shapes = weight_shapes(export)
     try:
-        told = [
+        sections = [
             _model(config, num_parameters=sum(map(math.prod, shapes.values()))),
             _use(name, config["predict"]["prompt"]),
             _data(config["data"]),
@@ -86,9 +86,9 @@ def card_text(run_dir: Path, *, name: str, license_name: str) -> str:
             f"{run_dir / 'config.json'}: found no configuration of a run ({type(error).__name__}: {error}); {remedy}"
         ) from error
     parts = [
-        "\n".join(["---", *front, "---", MADE_BY, ""]),
+        "\n".join(["---", *front, "---", f"{MADE_BY} replaced by each call. -->", ""]),
         f"# {name.rpartition('/')[2]}\n",
-        *told,
+        *sections,
         _scores(run_dir, export),
         f"## Limits\n\n{LIMITS}\n",
     ]
@@ -96,7 +96,7 @@ def card_text(run_dir: Path, *, name: str, license_name: str) -> str:
 
 
 def _model(config: Mapping[str, Any], *, num_parameters: int) -> str:
-    """Return what the model is."""
+    """Return the description of the model."""
     own = config["model"]["architecture"]
     return (
         "A Pixel-SAIL model ([arXiv 2504.10465](https://arxiv.org/abs/2504.10465)): one decoder-only transformer that "
@@ -109,7 +109,7 @@ def _model(config: Mapping[str, Any], *, num_parameters: int) -> str:
 
 
 def _use(name: str, prompt: str) -> str:
-    """Return how it is asked, with the template it was trained on where that is not the usual one."""
+    """Return the usage example, with the model's question template if it is not the default."""
     lines, given = ["from pixel_sail import Predictor"], ""
     if prompt != "standard":
         lines.append("from pixel_sail.config import PredictConfig")
@@ -123,7 +123,7 @@ def _use(name: str, prompt: str) -> str:
 
 
 def _data(data: Mapping[str, Any]) -> str:
-    """Return what it was trained on; folders of the machine stay out."""
+    """Return the training data, without paths of the machine."""
     lines = ["## Data", "", "| source | kind | how often |", "|---|---|---|"]
     for name, source in data["sources"].items():
         details = [str(source[key]) for key in ("dataset", "split", "split_by") if source.get(key)]
@@ -142,7 +142,7 @@ def _data(data: Mapping[str, Any]) -> str:
 
 
 def _recipe(run_dir: Path, config: Mapping[str, Any]) -> str:
-    """Return how it was trained, and by which code and packages in every start of the run."""
+    """Return the training recipe, and code and packages of every start of the run."""
     optim, data = config["optim"], config["data"]
     decay = f", decay over the last {optim['decay_fraction']}" if optim.get("schedule") == "wsd" else ""
     muon = {"Muon for matrices": str(optim["muon"])} if optim.get("optimizer") == "muon" else {}
@@ -177,7 +177,7 @@ def _recipe(run_dir: Path, config: Mapping[str, Any]) -> str:
 
 
 def _scores(run_dir: Path, export: Path) -> str:
-    """Return the scores of this very model; rows from before `model_sha256` was written name the weights alone."""
+    """Return the scores of this exact model; older rows without `model_sha256` identify only the weights."""
     hashes = model_hashes(export)
     weights_sha256, model_sha256 = weights_hash(export, hashes), hash_of(hashes)
     folder = run_dir / EVALUATION
@@ -213,7 +213,7 @@ def _intervals(rows: Mapping[str, ResultRow]) -> dict[str, dict[str, tuple[float
 def push_model(folder: Path, name: str, *, public: bool) -> str:
     """Upload an exported folder with its card to the hub, and return the commit that holds it.
 
-    Weights go as safetensors; what else lies in the folder stays here. Raises: DataError when the hub refuses.
+    Only the model's files (weights as safetensors) and the card are uploaded. Raises: DataError if the upload fails.
     """
     try:
         api = HfApi()
@@ -223,6 +223,6 @@ def push_model(folder: Path, name: str, *, public: bool) -> str:
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise DataError(
-            f"hub {name}: {error}; give owner/name of a model that you may write, and log in with `hf auth login`"
+            f"hub {name}: {error}; use owner/name of a model that you may write, and log in with `hf auth login`"
         ) from error
     return str(commit.oid)

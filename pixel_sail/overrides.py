@@ -1,16 +1,15 @@
-"""Overrides of a command line as they are typed -> as Hydra reads them.
+"""Quotes command-line overrides so that Hydra reads text settings as typed.
 
-`config.load_config` and the sweep pass every command line through here before Hydra reads it. Hydra takes the type of a
-value from how it looks and knows nothing of the setting. Settings that hold text therefore get quotation marks where
-Hydra would read something else than what was typed:
+`config.load_config` and the sweep call this before Hydra parses a command line. Hydra infers the type of a value from
+its form and does not know the setting. Values of text settings are therefore quoted if Hydra would change them:
 
     name=2024_11_05              ->  name='2024_11_05'                (20241105 otherwise)
     image=image (1).jpg          ->  image='image (1).jpg'            (a lexer error otherwise)
     experiment=007               ->  experiment='007'                 (the file 007.yaml, not 7.yaml)
     optim.lora.targets=[a(b|c)]  ->  optim.lora.targets=['a(b|c)']
-    seed=007, name=abc, name="1.10", run_dir=${paths.runs}/a, output=null    stay as they are
+    seed=007, name=abc, name="1.10", run_dir=${paths.runs}/a, output=null    are not changed
 
-A value in one pair of quotation marks is read by Hydra's rules, and so is a text with Hydra's backslashes (`a\\,b`).
+A quoted value follows Hydra's rules, and so does a text with Hydra's backslashes (`a\\,b`).
 """
 
 import re
@@ -29,36 +28,36 @@ _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 _NAME = re.compile(r"[\w.+/-]+")
 _NAMES = re.compile(r"[\w.+/\[\], -]+")
 _FUNCTION = re.compile(r"(?:choice|range|interval|glob|shuffle|sort|tag|int|float|str|bool|json_str)\(.*\)", re.DOTALL)
-"""Hydra's functions, which a sweep may have in place of values."""
+"""Hydra's functions, allowed instead of values in a sweep."""
 
 
 def quoted(text: str) -> str:
-    """Return a text in quotation marks, which Hydra reads as this very text."""
+    """Return a text in quotation marks, which Hydra reads as exactly this text."""
     return QuotedString(text=text, quote=Quote.single).with_quotes()
 
 
 def as_typed(overrides: Sequence[str], schema: type, text_before: Callable[[str], bool]) -> list[str]:
-    """Return overrides that give every text setting of a schema the text that was typed.
+    """Return overrides with which every text setting gets the text that was typed.
 
-    schema: dataclass of the whole configuration; text_before: says of a key of an open set, whose type no dataclass
-    knows, whether it holds a text now.
+    schema: dataclass of the whole configuration; text_before: returns whether a key that no dataclass declares holds a
+    text now.
     """
     return [_as_typed(override, schema, text_before, _text) for override in overrides]
 
 
 def sweep_as_typed(overrides: Sequence[str], schema: type) -> list[str]:
-    """Return the overrides of a sweep, where a comma separates values: each of them is the text that was typed."""
+    """Return the overrides of a sweep, in which a comma separates values; each value is the text that was typed."""
     return [_as_typed(override, schema, lambda key: False, _texts) for override in overrides]
 
 
 def needs_look(override: str, schema: type) -> bool:
-    """Return whether an override changes an open set with a value that Hydra does not read as text, list or dict."""
+    """Return whether an override sets an undeclared key to a value that Hydra does not read as text, list or dict."""
     key, _, value = override.partition("=")
     return kind_of(schema, key.lstrip("+")) is Any and not isinstance(_read(value), str | list | dict)
 
 
 def kind_of(schema: type, key: str) -> Any:
-    """Return the type of a setting: Any within an open set, None where the schema has no such key."""
+    """Return the type of a setting: Any for undeclared keys of a dict, None if the schema has no such key."""
     kind: Any = schema
     for part in key.split("."):
         if isinstance(kind, type) and is_dataclass(kind):
@@ -77,7 +76,7 @@ def _fields(schema: type) -> dict[str, Any]:
 
 def _as_typed(override: str, schema: type, text_before: Callable[[str], bool], text: Callable[[str, bool], str]) -> str:
     key, separator, value = override.partition("=")
-    # Deleted keys, groups put at a place of their own, and Hydra's settings are not ours.
+    # Deletions, groups with a package (@), and Hydra's own settings are not changed.
     if not separator or key.startswith("~") or "@" in key or key.startswith("hydra."):
         return override
     name = key.lstrip("+")
@@ -96,7 +95,7 @@ def _as_typed(override: str, schema: type, text_before: Callable[[str], bool], t
 
 
 def _read(value: str) -> Any:
-    """Return what Hydra takes a value for, None for what it cannot read."""
+    """Return a value as Hydra parses it, None if it cannot."""
     parser = OverridesParser.create()
     try:
         override: Override = parser.parse_override(f"key={value}")
@@ -106,16 +105,16 @@ def _read(value: str) -> Any:
 
 
 def _text(value: str, is_optional: bool) -> str:
-    """Return the value of a setting that holds text, in quotation marks where they are needed."""
+    """Return the value of a text setting, quoted if needed."""
     if _QUOTED.fullmatch(value) or (is_optional and value.lower() == "null"):
         return value
     read = _read(value)
-    # Hydra's backslashes are the one way of typing something else than is meant.
+    # A backslash is the only way to type a text that differs from its value.
     return value if isinstance(read, str) and (read == value or "\\" in value) else quoted(value)
 
 
 def _texts(value: str, is_optional: bool) -> str:
-    """Return several values of a setting that holds text."""
+    """Return several values of a text setting."""
     if _FUNCTION.fullmatch(value):
         return value
     return ",".join(_text(part.strip(), is_optional) for part in _parts(value))
@@ -129,7 +128,7 @@ def _list(value: str) -> str:
 
 
 def _words(value: str) -> str:
-    """Return what is chosen for a group: names of files, one or several."""
+    """Return the choice of a group: one or several file names."""
     if not _NAMES.fullmatch(value):
         return value
     return _NAME.sub(lambda name: name[0] if _is_plain(name[0]) else quoted(name[0]), value)
@@ -140,7 +139,7 @@ def _is_plain(name: str) -> bool:
 
 
 def _parts(value: str) -> Iterator[str]:
-    """Yield what commas separate, but those between quotation marks or brackets."""
+    """Split at commas, except within quotation marks or brackets."""
     start, depth, quote = 0, 0, ""
     for place, character in enumerate(value):
         if quote:

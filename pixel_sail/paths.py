@@ -1,12 +1,11 @@
-"""Where the files beside the package lie (configs/, scripts/ and tools/), and folders as users name them.
+"""Locates configs/, scripts/ and tools/, and expands `~` in paths.
 
-The lowest layer, imports nothing of the project. In a checkout they stand beside `pixel_sail/`; a wheel carries a copy
-within it, put there by `setup.py`:
+In a checkout these folders are next to `pixel_sail/`; a wheel contains a copy inside it, made by `setup.py`:
 
     /home/me/pixel_sail/            {pixel_sail, configs, scripts, tools}     a checkout, also installed with `pip -e`
     .../site-packages/pixel_sail/bundled/      {configs, scripts, tools}      a wheel
 
-Users' folders come from settings and variables that no shell has expanded: expanded("~/runs") == "/home/me/runs".
+Paths in settings and variables are not expanded by a shell: expanded("~/runs") == "/home/me/runs".
 """
 
 import os
@@ -28,8 +27,8 @@ def root_folder() -> Path:
 
 
 def home_folder() -> Path | None:
-    """Return the user's home folder, None where neither HOME nor the system knows one, as in a container that runs
-    under a number of its own."""
+    """Return the user's home folder, None if neither HOME nor the system has one, for example in a container with an
+    unknown user id."""
     if given := os.environ.get("HOME"):
         return Path(given)
     try:
@@ -39,9 +38,9 @@ def home_folder() -> Path | None:
 
 
 def expanded(path: str) -> str | None:
-    """Return a path whose leading `~` or `~user` is replaced by the home folder, None where `~` has none.
+    """Return a path with a leading `~` or `~user` expanded, None if there is no home folder.
 
-    A name that only begins with `~`, such as `~tmp.jpg`, stays as it is.
+    A name that only begins with `~`, such as `~tmp.jpg`, is not changed.
     """
     if path != "~" and not path.startswith("~/"):
         return os.path.expanduser(path)

@@ -1,7 +1,7 @@
-"""Free questions about image files.
+"""Answers a question about image files and writes the results.
 
-`scripts/predict.py` calls `predict_files`, which asks a `Predictor`. For `image.jpg` it writes `image.json` and
-`image.png`, the masks over the image:
+`scripts/predict.py` calls `predict_files`, which uses a `Predictor`. For `image.jpg` it writes `image.json` and
+`image.png`, the image with its masks:
 
     {"image": "image.jpg", "question": "Please segment the dog.", "answer": "It is [SEG].", "text": "It is.",
      "phrases": [""], "masks": [{"size": [427, 640], "counts": "..."}], "scores": [0.93],
@@ -29,15 +29,15 @@ from pixel_sail.predictor_io import Box, Point, PredictorOutput
 from pixel_sail.types import DataError
 
 REGIONS = {"box": ("boxes", 4), "point": ("points", 2)}
-"""Option -> the setting it adds to, and its number of coordinates."""
+"""Option -> the setting it appends to, and its number of coordinates."""
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 def predict_command_config(arguments: Sequence[str]) -> PredictCommandConfig:
     """Return the configuration of a command line: `--image FILE`, `--question TEXT`, `--checkpoint FOLDER` and
-    `--output FOLDER` as they stand, `--box X0,Y0,X1,Y1` and `--point X,Y` as often as wanted, and overrides.
+    `--output FOLDER` verbatim, any number of `--box X0,Y0,X1,Y1` and `--point X,Y`, and overrides.
 
-    Raises: ConfigError as `load_config`, and for an option that is given twice or has no such numbers.
+    Raises: ConfigError as `load_config`, and for an option that is given twice or has invalid numbers.
     """
     options, overrides = plain_options(arguments, (*PREDICT_TEXTS, *REGIONS))
     texts: dict[str, str] = {}
@@ -52,7 +52,7 @@ def predict_command_config(arguments: Sequence[str]) -> PredictCommandConfig:
             texts[name] = text
     for setting, written in regions.items():
         if any(override.startswith(f"{setting}=") for override in overrides):
-            raise ConfigError(f"{setting}=... and options of the same are given; use one of both")
+            raise ConfigError(f"{setting}=... and the options for it are both given; use one of them")
         overrides.append(f"{setting}=[{','.join(written)}]")
     return load_config("predict", PredictCommandConfig, overrides, given=texts)
 
@@ -64,17 +64,16 @@ def _numbers(name: str, text: str, length: int) -> list[float]:
     except ValueError:
         numbers = []
     if len(numbers) != length or not all(map(math.isfinite, numbers)):
-        raise ConfigError(f"--{name}: found {text!r}, expected {length} numbers with commas between, in pixels")
+        raise ConfigError(f"--{name}: found {text!r}, expected {length} comma-separated numbers, in pixels")
     return numbers
 
 
 def predict_files(config: PredictCommandConfig) -> Iterator[tuple[Path, PredictorOutput | DataError]]:
-    """Answer the question about every image, write the results, and yield each image with its answer, or with what is
-    wrong with it where there are others.
+    """Answer the question about every image, write the results, and yield each image with its answer. With several
+    images, the error of an unusable one is yielded instead.
 
     Boxes, then points, are `<Prompt0>`, `<Prompt1>`, ... Raises: ConfigError for a missing checkpoint, no image, or
-    results that would replace an image; DataError for an image given alone, a visual prompt or a question that cannot
-    be used.
+    results that would replace an image; DataError for an unusable single image, visual prompt or question.
     """
     files, output = image_files(Path(config.image)), Path(config.output)
     names = result_names(files, output)
@@ -86,7 +85,7 @@ def predict_files(config: PredictCommandConfig) -> Iterator[tuple[Path, Predicto
             image = load_image(path, where="image")
             result = predictor.ask(image, config.question, regions)
         except NotFiniteError as error:
-            # The model is at fault, not the image: the others would be asked in vain.
+            # The model is at fault, not the image, so other images would fail too.
             raise DataError(f"{path}: {error}") from None
         except DataError as error:
             if len(files) == 1:
@@ -98,15 +97,15 @@ def predict_files(config: PredictCommandConfig) -> Iterator[tuple[Path, Predicto
 
 
 def result_names(files: Sequence[Path], output: Path) -> list[str]:
-    """Return what each image's results are called: as the image, with its ending where several differ in that only.
+    """Return the name of each image's results: that of the image, with its suffix if several differ only in it.
 
-    Raises: ConfigError where a result would replace one of the images, or the folder of results is none.
+    Raises: ConfigError if a result would replace one of the images, or `output` is not a folder.
     """
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output: {output} is a file, expected a folder")
     stems = Counter(path.stem for path in files)
     names = [path.stem if stems[path.stem] == 1 else path.name for path in files]
-    # Unlike `Path.resolve` it says nothing about links that lead to themselves; opening the image does.
+    # Unlike `Path.resolve` it does not raise for circular links; opening the image does.
     images = {os.path.realpath(path) for path in files}
     for name in names:
         if os.path.realpath(output / f"{name}.png") in images:
@@ -115,7 +114,7 @@ def result_names(files: Sequence[Path], output: Path) -> list[str]:
 
 
 def image_files(path: Path) -> list[Path]:
-    """Return the image itself, or the images of a folder in order; ConfigError when there is none."""
+    """Return the image itself, or the sorted images of a folder. Raises: ConfigError if there are none."""
     path = existing_file(path)
     if not path.is_dir():
         return [path]
@@ -126,7 +125,7 @@ def image_files(path: Path) -> list[Path]:
 
 
 def _regions(config: PredictCommandConfig) -> list[Box | Point]:
-    """Return what is marked; ConfigError for a box or point of another number of coordinates."""
+    """Return the marked regions. Raises: ConfigError for a wrong number of coordinates."""
     for name, regions, length in (("boxes", config.boxes, 4), ("points", config.points, 2)):
         for region in regions:
             if not isinstance(region, list) or len(region) != length:

@@ -1,8 +1,7 @@
-"""Ask a model about images from Python.
+"""Python API for questions about images.
 
-The outermost layer, for a person's own code; `evaluation/predict.py` does the work, so that answers are those that the
-evaluation scores. An image is encoded once for a whole chat; what was said before is read again with every question,
-which costs little beside the image.
+It uses `evaluation/predict.py`, so answers are the same as in evaluation. An image is encoded once per chat. The
+preceding conversation is encoded again with every question, which is cheap compared with the image.
 
     predictor = pixel_sail.Predictor.from_pretrained("runs/mine")
     predictor.segment("image.jpg", "the dog on the left").mask            # bool [427, 640]
@@ -44,7 +43,7 @@ _CONTROL_TOKENS = (SEG_TOKEN, *IMAGE_TOKENS, TURN_START, TURN_END, END_TOKEN)
 
 
 class Predictor:
-    """A model, ready to answer."""
+    """A loaded model that answers questions about images."""
 
     def __init__(self, batch: BatchPredictor) -> None:
         self.batch = batch
@@ -61,10 +60,10 @@ class Predictor:
     ) -> "Predictor":
         """Load a model.
 
-        name: a run folder, an exported folder, or "owner/name" on the Hugging Face hub, there at `revision`; device:
-        None for CUDA where torch sees it, else the CPU; precision: fp32 or bf16; config: how answers are generated.
-        Raises: ConfigError for a model that is not there or is damaged, and for a device or precision that this machine
-        does not have.
+        name: a run folder, an exported folder, or "owner/name" on the Hugging Face hub at `revision`; device: None for
+        CUDA if available, else the CPU; precision: fp32 or bf16; config: generation settings.
+        Raises: ConfigError for a model that is missing or damaged, and for a device or precision that this machine does
+        not support.
         """
         if precision not in DTYPES:
             raise ConfigError(f"precision: found {precision!r}, expected one of {tuple(DTYPES)}")
@@ -85,12 +84,12 @@ class Predictor:
         try:
             return cls(BatchPredictor.from_pretrained(folder, config=config, precision=precision, device=place))
         except DataError as error:
-            raise ConfigError(f"model {folder}: cannot be loaded ({error}); copy or export it anew") from error
+            raise ConfigError(f"model {folder}: cannot be loaded ({error}); copy or export it again") from error
 
     def segment(self, image: ImageLike, text: str, prompts: Sequence[Region] = ()) -> PredictorOutput:
-        """Return the mask of what a text names, such as "the red cup" or "what `<Prompt0>` holds".
+        """Return the mask of a referring expression, for example "the red cup" or "what `<Prompt0>` holds".
 
-        The question is that of the evaluation, see `PredictConfig.prompt`. Raises: DataError as `ask`.
+        Uses the question template of the evaluation, see `PredictConfig.prompt`. Raises: DataError as `ask`.
         """
         _check_text(text, len(_region_list(prompts, "")))
         return self.ask(image, PROMPTS[self.batch.config.prompt].format(sent=text), prompts)
@@ -102,20 +101,20 @@ class Predictor:
         return self.ask(image, REGION_CAPTION_PROMPT, [prompt])
 
     def ask(self, image: ImageLike | None, text: str, prompts: Sequence[Region] = ()) -> PredictorOutput:
-        """Return the answer to one question; its text calls the regions `<Prompt0>`, `<Prompt1>`, ...
+        """Return the answer to one question; its text refers to regions as `<Prompt0>`, `<Prompt1>`, ...
 
-        Raises: DataError for an image, a region or a text that cannot be used.
+        Raises: DataError for an invalid image, region or text.
         """
         return self.chat(image, prompts).ask(text)
 
     def ask_many(self, requests: Sequence[PredictorRequest]) -> list[PredictorOutput]:
-        """Return the answers of many questions, worked on together; questions about one image object and the same
-        regions share its encoding.
+        """Return the answers to many questions, computed in batches. Questions with the same image object and regions
+        share its encoding.
 
-        Raises: DataError as `ask`, with the number of the question.
+        Raises: DataError as `ask`, with the index of the question.
         """
         groups: dict[Any, list[int]] = {}
-        # Kept to the end: the numbers of objects that are gone are given to others.
+        # Kept to the end, because ids of deleted objects are reused.
         marked = [_region_list(item.prompts, f"question {index}: ") for index, item in enumerate(requests)]
         for index, (item, regions) in enumerate(zip(requests, marked, strict=True)):
             _check_text(item.text, len(regions), f"question {index}: ")
@@ -139,7 +138,7 @@ class Predictor:
 
 
 class Chat:
-    """Questions about one image, each of which knows those before."""
+    """A conversation about one image: each question sees the preceding ones and their answers."""
 
     def __init__(self, batch: BatchPredictor, image: Image.Image | None, prompts: tuple[VisualPrompt, ...]) -> None:
         self.batch = batch
@@ -156,8 +155,8 @@ class Chat:
         return len(self._prompts)
 
     def mark(self, *regions: Region) -> None:
-        """Mark further regions, as the next `<Prompt..>`; the image is encoded anew with the next question, for marks
-        change how it looks to the model.
+        """Mark further regions, as the next `<Prompt..>`. The image is encoded again with the next question, as its
+        encoding depends on the regions.
 
         Raises: DataError as `Predictor.ask`.
         """
@@ -173,9 +172,9 @@ class Chat:
         return self.results[-1]
 
     def stream(self, text: str) -> Iterator[str]:
-        """Yield the answer piece by piece; `results[-1]` holds all of it once the last piece was taken.
+        """Yield the answer in pieces; `results[-1]` is the full answer after the last piece.
 
-        A question whose answer is not taken to its end counts as not asked. Raises: DataError as `Predictor.ask`.
+        If the iteration is not finished, the question is not added to the chat. Raises: DataError as `Predictor.ask`.
         """
         _check_text(text, len(self._prompts))
         try:
@@ -197,7 +196,7 @@ class Chat:
         question_ids = self.batch.question_ids(text, follows_image=is_first and self._prepared is not None)
         heard_ids = [*self._spoken_ids, *question_ids]
         generated = yield from self._pieces(heard_ids)
-        # States of what was said before stand in front of the new ones.
+        # The states of [SEG] tokens in earlier turns come first.
         earlier = self._spoken_ids.count(self.batch.processor.seg_id)
         generated = replace(generated, seg_states_ND=generated.seg_states_ND[earlier:])
         self._wait()
@@ -215,7 +214,7 @@ class Chat:
         self.results.append(replace(output, timing=timing))
 
     def _pieces(self, heard_ids: list[int]) -> Generator[str, None, GenerationOutput]:
-        """Yield the answer's text as it grows, and return what was generated."""
+        """Yield new text of the answer during generation, and return the generated output."""
         steps = generate_steps(
             self.batch.model,
             self._prefixes,
@@ -234,27 +233,27 @@ class Chat:
                     yield rest
                 return generated
             text = self.batch.processor.decode(token_ids)
-            # A character of several tokens is shown when it is whole.
+            # A character of several tokens is shown when it is complete.
             if text.startswith(shown) and len(text) > len(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
                 yield text[len(shown) :]
                 shown = text
 
     def _wait(self) -> None:
-        """Wait for the device, so that seconds are counted where they are spent."""
+        """Synchronize the device, so that timings are attributed correctly."""
         if self.batch.model.device.type == "cuda":
             torch.cuda.synchronize(self.batch.model.device)
 
 
 def _local_folder(name: str | Path, revision: str | None) -> Path:
-    """Return the folder of a model, fetched from the hub where no such folder lies here. Raises: ConfigError."""
+    """Return the folder of a model, downloaded from the hub if there is no local one. Raises: ConfigError."""
     if Path(name).exists() or not _HUB_NAME.fullmatch(str(name)):
         return checkpoint_folder(str(name))
     try:
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(MODEL_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
-            f"model {name}: neither a folder here nor to be had from the Hugging Face hub ({error}); "
-            "give a run folder, an exported folder, or owner/name of a model you may read"
+            f"model {name}: neither a local folder nor available from the Hugging Face hub ({error}); "
+            "use a run folder, an exported folder, or owner/name of a model you may read"
         ) from error
 
 
@@ -285,7 +284,7 @@ def _open(
 
 
 def _region_list(prompts: Sequence[Region], where: str) -> tuple[Region, ...]:
-    """Return regions that were given in a list or as masks [N, H, W]. Raises: DataError for anything else."""
+    """Return regions from a list or from masks [N, H, W]. Raises: DataError for anything else."""
     if isinstance(prompts, np.ndarray) and prompts.ndim != 3:
         raise DataError(f"{where}prompts: found one array {prompts.shape}, expected a list of regions; write [mask]")
     if not isinstance(prompts, Sequence | np.ndarray) or isinstance(prompts, str | bytes):
@@ -295,12 +294,12 @@ def _region_list(prompts: Sequence[Region], where: str) -> tuple[Region, ...]:
 
 
 def _check_text(text: str, num_prompts: int, where: str = "") -> None:
-    """Raise DataError unless a text can be asked where so many regions are marked."""
+    """Raise DataError unless a text is a valid question with this number of marked regions."""
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{where}text: found {text!r}, expected a question of at least one word")
     for token in _CONTROL_TOKENS:
         if token in text:
-            raise DataError(f"{where}text: {token} found, which only the model may say; take it out of the question")
+            raise DataError(f"{where}text: {token} found, which only the model may say; remove it from the question")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,7 +1,7 @@
-"""What goes into a predictor and what comes out: an image with a text and marked regions; a text with masks.
+"""Input and output of a predictor: an image with a text and marked regions; a text with masks.
 
-`predictor.py` takes a `PredictorRequest`; `evaluation/predict.py` makes a `PredictorOutput` of what was generated, for
-a person's own code and for every task of the evaluation. One as an example:
+`predictor.py` takes a `PredictorRequest`; `evaluation/predict.py` returns a `PredictorOutput`, for users and for every
+evaluation task. An example:
 
     PredictorOutput(answer="It is [SEG].", masks_NHW=<bool 1x427x640>, scores=(0.93,), timing=Timing(...))
     .boxes     ((120, 48, 311, 402),)       .to_json()  {"answer": "It is [SEG].", "masks": [{"size": ...}], ...}
@@ -25,7 +25,7 @@ from pixel_sail.types import RLE, BoolMask, DataError, SizeHW, VisualPrompt
 
 @dataclass(frozen=True)
 class Box:
-    """A marked rectangle, x to the right and y downwards, in pixels of the image; x1 and y1 lie outside it."""
+    """A marked rectangle in pixels of the image, x to the right and y downwards; x1 and y1 are exclusive."""
 
     x0: float
     y0: float
@@ -42,19 +42,20 @@ class Point:
 
 
 ImageLike = str | Path | Image.Image | NDArray[np.uint8]
-"""An image file, an opened image, or pixels [H, W, 3] in red, green, blue."""
+"""An image file, an opened image, or RGB pixels [H, W, 3]."""
 
 Region = Box | Point | BoolMask
-"""What marks a part of an image; a mask is boolean and has the image's size."""
+"""A marked region of an image; a mask is boolean and has the image's size."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Where the seconds of an answer went."""
+    """Time of an answer by phase, in seconds."""
 
     encode_s: float
-    """The image; 0 for a further question about one that is encoded already."""
+    """Encoding of the image; 0 if it is already encoded."""
     generate_s: float
+    """Generation of the text."""
     mask_s: float
     """From [SEG] states to masks at image size."""
 
@@ -84,18 +85,18 @@ class PredictorOutput:
     scores: tuple[float, ...]
     """Per mask, mean probability of its pixels (0 for an empty one)."""
     timing: Timing | None = None
-    """None for answers that were made together with others."""
+    """None for answers that were computed in a batch."""
     is_retry: bool = False
-    """The answer has no mask of its own, its masks are those of a second answer that was forced to begin with one."""
+    """True: the answer has no mask; the masks are those of a second answer that was forced to begin with one."""
 
     @property
     def text(self) -> str:
-        """Return the answer as a person reads it, without marks."""
+        """Return the answer as plain text, without marks."""
         return grounded_text(self.answer).caption
 
     @property
     def phrases(self) -> tuple[str, ...]:
-        """Return the phrase that each mask belongs to, "" where the answer marks none."""
+        """Return the phrase of each mask, "" if the answer marks none."""
         return grounded_text(self.answer).phrases
 
     @property
@@ -121,7 +122,7 @@ class PredictorOutput:
         return tuple(encode_mask(mask) for mask in self.masks_NHW)
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything as numbers, texts, lists and dicts."""
+        """Return all fields as JSON-compatible values."""
         return {
             "answer": self.answer,
             "text": self.text,
@@ -137,14 +138,14 @@ def region_mask(region: Region, image_hw: SizeHW, where: str) -> BoolMask:
     """Return a marked region as a mask at image size; a box covers every pixel it touches.
 
     Raises: DataError for a region outside the image, numbers within 0 .. 1, which look like fractions of the image, a
-    mask of another size or type, and anything else.
+    mask of another size or type, and any other type.
     """
     height, width = image_hw
     mask = np.zeros(image_hw, dtype=bool)
     if isinstance(region, Box | Point) and not all(isinstance(side, Real) for side in astuple(region)):
         raise DataError(f"{where}: found {region}, expected numbers, in pixels of the image")
     if isinstance(region, Box | Point) and not all(float(side).is_integer() for side in astuple(region)):
-        # A box of whole numbers is meant as it is: the pixel in the corner can be marked.
+        # A box of whole numbers is taken as pixels, so that the corner pixel can be marked.
         check_pixels([float(side) for side in astuple(region)], image_hw, where)
     if isinstance(region, Box):
         if not (0 <= region.x0 < region.x1 <= width and 0 <= region.y0 < region.y1 <= height):

@@ -1,6 +1,6 @@
-"""Which code, packages and machine made something.
+"""Records the code, packages and machine of a run.
 
-Beside `dist` and `places`; written into `starts.jsonl` of every run and every row of `results.jsonl`. An example:
+Written into `starts.jsonl` of every run and into every row of `results.jsonl`. An example:
 
     {"code": "515b51a", "device": "NVIDIA H100", "world_size": 8, "python": "3.11.7", "torch": "2.13.0", ...}
 """
@@ -24,8 +24,8 @@ RECORDED_PACKAGES = ("transformers", "accelerate", "deepspeed")
 
 
 def code_version() -> str:
-    """Return the commit of the code, with "+" when files differ from it, "unknown" outside a checkout, and for an
-    installed wheel its version: the repository around a virtual environment is not ours."""
+    """Return the commit of the code, with "+" if tracked files are modified; "unknown" outside a checkout. For an
+    installed wheel return its version, as a repository around the virtual environment is not ours."""
     root = Path(__file__).resolve().parent
     if is_bundled():
         return f"v{pixel_sail.__version__}"
@@ -41,7 +41,7 @@ def code_version() -> str:
 
 
 def device_name() -> str:
-    """Return what this process computes on."""
+    """Return the name of this process's device."""
     device = dist.local_device()
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
@@ -54,7 +54,7 @@ def machine() -> dict[str, Any]:
 
 
 def packages() -> dict[str, str]:
-    """Return the versions of Python and of the packages that numbers hang on."""
-    # torch itself says for which CUDA it was built.
+    """Return the versions of Python and of the packages that affect results."""
+    # torch's own version string includes its CUDA build.
     own = {"python": platform.python_version(), "torch": str(torch.__version__)}
     return own | {name: metadata.version(name) for name in RECORDED_PACKAGES}

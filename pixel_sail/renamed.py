@@ -1,13 +1,13 @@
-"""Names that earlier versions used in public files, and what they are called now.
+"""Maps names in public files of earlier versions to the current ones.
 
-An old name on a command line or in a YAML file is an error that gives the new one. In files that earlier versions wrote
-(config.json, state.json, log.jsonl) old names are translated when they are read:
+An old name on a command line or in a YAML file is an error that gives the new one. In files of earlier versions
+(config.json, state.json, log.jsonl) old names are translated on reading:
 
     renamed_override("data.packs_per_step=32")             ->  "data.global_batch_size=32"
     current_config({"data": {"packs_per_step": 32}})       ->  {"data": {"global_batch_size": 32}}
     current_log_line({"step": 10, "total": 1.2})           ->  {"step": 10, "loss/total": 1.2}
 
-`*` in a key stands for one name, which the new key has at its own `*`.
+`*` in a key matches one name, which is inserted at the `*` of the new key.
 """
 
 import re
@@ -42,9 +42,9 @@ CONFIG_KEYS: dict[str, str] = {
     "checkpoint.rewinds": "checkpoint.max_rollbacks",
     "corridor": "metric_bounds",
 }
-"""Old key of a configuration -> new key. A key with settings below it is moved with all of them."""
+"""Old key of a configuration -> new key. A group is moved with all its settings."""
 CONFIG_GROUPS: dict[str, str] = {"experts": "distillation", "leakage": "decontamination"}
-"""Old name of a config group, as in `group=choice`, -> new name."""
+"""Old name of a config group (`group=choice`) -> new name."""
 CONFIG_CHOICES: dict[tuple[str, str], str] = {
     ("experts", "drawn"): "attributes",
     ("evals", "refshapes_val_text_hidden"): "refshapes_val_language_blind",
@@ -55,7 +55,7 @@ TARGETS: dict[str, str] = {
     "pixel_sail.experts.drawn.": "pixel_sail.distillation.attributes.",
     "pixel_sail.experts.": "pixel_sail.distillation.",
 }
-"""Beginning of an old `_target_` -> beginning of the new one."""
+"""Prefix of an old `_target_` -> prefix of the new one."""
 LOG_KEYS: dict[str, str] = {
     **{name: f"loss/{name}" for name in ("total", "text", "bce", "dice")},
     **{name: f"data/{name}" for name in ("tokens", "supervised_tokens", "masks", "samples", "epoch", "skipped")},
@@ -76,25 +76,25 @@ LOG_KEYS: dict[str, str] = {
     "distill/*": "loss/distill/*",
     "corridor": "metric_bounds",
 }
-"""Old key of a line of log.jsonl -> new key; with several that fit, the first one counts."""
+"""Old key of a line of log.jsonl -> new key. The first match counts."""
 CONFIG_VALUES: dict[str, dict[Any, Any]] = {
     "kernels.recompute_elementwise": {"recomputed": True, "plain": False},
     "data.sources.*.blind_baseline": {"text": "language"},
     "evals.*.blind_baseline": {"text": "language"},
     "metric_bounds.*.metric": {old: new for old, new in LOG_KEYS.items() if "*" not in old},
 }
-"""New key -> values that mean the same: old -> new."""
+"""New key -> old value -> new value."""
 STATE_KEYS: dict[str, str] = {"lanes": "streams"}
-"""Old field of a checkpoint's train_state, and of what is noted when a run goes back to it, -> new field."""
+"""Old field of a checkpoint's train_state and of rollback records -> new field."""
 
 _FULL_KEY = re.compile(r"full_key: (\S+)")
 _QUOTED = re.compile(r"['\"`]/?([\w@./]+)['\"`]")
 
 
 def current_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration of an earlier version (nested, plain values) under today's keys and values.
+    """Return a configuration of an earlier version (nested, plain values) with current keys and values.
 
-    A key that is there under both names keeps the value of the new one.
+    If a key exists under both names, the value of the new one is kept.
     """
     result: dict[str, Any] = _copied(config)
     for old in sorted(CONFIG_KEYS, key=lambda key: -key.count(".")):
@@ -109,24 +109,24 @@ def current_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def current_log_line(line: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a line of log.jsonl under today's keys. A key that is there under both names keeps the new one's value."""
+    """Return a line of log.jsonl with current keys. If a key exists under both names, the new one's value is kept."""
     moved = {_renamed(key, LOG_KEYS) or key: value for key, value in line.items()}
     return moved | {key: value for key, value in line.items() if key in moved}
 
 
 def current_state(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return where a run was, as a checkpoint or the note of a failed step says it, under today's fields."""
+    """Return the state of a run from a checkpoint or a rollback record, with current fields."""
     return {STATE_KEYS.get(name, name): value for name, value in fields.items()}
 
 
 def with_old_log_keys(line: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a line of log.jsonl that has its numbers under the keys of earlier versions as well."""
+    """Return a line of log.jsonl with its numbers also under the keys of earlier versions."""
     names = {new: old for old, new in LOG_KEYS.items()}
     return {**line, **{old: value for key, value in line.items() if (old := _renamed(key, names))}}
 
 
 def renamed_log_key(key: str) -> str | None:
-    """Return today's name of an old key of log.jsonl, None for any other."""
+    """Return the current name of an old key of log.jsonl, None for any other key."""
     return _renamed(key, LOG_KEYS)
 
 
@@ -179,12 +179,12 @@ def hint(message: str, where: str = "") -> str:
 
 
 def _written(value: Any) -> str:
-    """Return a value as a command line has it."""
+    """Return a value in command-line syntax."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _renamed(key: str, table: Mapping[str, str]) -> str | None:
-    """Return the new name of a whole key, None where the table has none."""
+    """Return the new name of a key, None if the table has none."""
     if key in table:
         return table[key]
     for old, new in table.items():
@@ -194,12 +194,14 @@ def _renamed(key: str, table: Mapping[str, str]) -> str | None:
 
 
 def _stands_for(star: str, key: str) -> re.Match[str] | None:
-    """Match a key with one that may have `*`, which is one name: of a configuration up to a dot, of a log up to a slash."""
+    """Match a key with one with `*`: text without a dot in a configuration key, without a slash in a log."""
     return re.fullmatch(re.escape(star).replace(r"\*", "([^/]+)" if "/" in star else "([^.]+)"), key)
+    """Return the match of a key with a pattern in which `*` matches one name, None if it does not match."""
+    return re.fullmatch(re.escape(star).replace(r"\*", "([^.]+)"), key)
 
 
 def _matches(node: Any, parts: list[str], before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Yield the paths of names below a node that a key with `*` means."""
+    """Yield the paths below a node that match a key with `*`."""
     if not parts:
         yield before
     elif isinstance(node, dict):
@@ -209,7 +211,7 @@ def _matches(node: Any, parts: list[str], before: tuple[str, ...] = ()) -> Itera
 
 
 def _filled(new: str, old: str, names: tuple[str, ...]) -> list[str]:
-    """Return the names of a new key, with what stood at the old one's `*`."""
+    """Return the names of a new key, with `*` replaced by the match in the old one."""
     stars = iter([name for part, name in zip(old.split("."), names, strict=True) if part == "*"])
     return [next(stars) if part == "*" else part for part in new.split(".")]
 
@@ -226,7 +228,7 @@ def _taken(node: dict[str, Any], names: tuple[str, ...]) -> Any:
 
 
 def _put(node: dict[str, Any], names: list[str], value: Any) -> None:
-    """Set the value at a path, or what is missing below it."""
+    """Set the value at a path; existing values are kept, dictionaries are merged."""
     for name in names[:-1]:
         node = node.setdefault(name, {})
     there = node.get(names[-1])
@@ -238,7 +240,7 @@ def _put(node: dict[str, Any], names: list[str], value: Any) -> None:
 
 
 def _copied(value: Any) -> Any:
-    """Return a copy of nested dictionaries and lists, with today's `_target_`s."""
+    """Return a copy of nested dictionaries and lists, with current `_target_`s."""
     if isinstance(value, Mapping):
         return {
             key: renamed_target(str(own)) or own if key == "_target_" else _copied(own) for key, own in value.items()

@@ -1,7 +1,7 @@
 """Masks as COCO run-length encodings that fit into JSON, and their boxes.
 
-Below everything that writes masks: predictions, the synthetic benchmark. Reading, with its checks, is in
-`data/masks.py`. A 2 x 2 mask whose left column is set: {"size": [2, 2], "counts": "022"}.
+Used by everything that writes masks. Reading and validation is in `data/masks.py`. A 2 x 2 mask whose left column is
+set: {"size": [2, 2], "counts": "022"}.
 """
 
 import numpy as np
@@ -30,7 +30,7 @@ def check_mask(mask: BoolMask, where: str) -> None:
 
 
 def json_safe(rle: RLE) -> RLE:
-    """Return what pycocotools made with plain numbers and text."""
+    """Return an RLE of pycocotools with plain Python numbers and text."""
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
@@ -43,9 +43,9 @@ def bounding_box(mask: BoolMask) -> BoxXYXY | None:
 
 
 def encode_as_released(values_HW: NDArray[np.uint8]) -> RLE:
-    """Return a map of more values than 0 and 1 as the released evaluation encodes it.
+    """Return a map with values above 1 as the released evaluation encodes it.
 
-    The encoder starts a new run wherever the value changes, down the columns, and takes every second run for the mask:
-    a border between two values above 0 turns one of them into background, and what follows may be inverted.
+    The encoder starts a new run wherever the value changes, column by column, and treats every second run as mask. A
+    border between two values above 0 therefore turns one of them into background and may invert what follows.
     """
     return json_safe(coco_mask.encode(np.asfortranarray(values_HW)))

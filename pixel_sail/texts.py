@@ -1,7 +1,6 @@
-"""Texts that come from files: values shown in a message, and characters that nobody can print or tokenise.
+"""Values from files in messages, and characters that cannot be printed or tokenized.
 
-Below everything else. A value of an annotation file may be of any size, so a message shows its beginning, and the whole
-of it is never written out:
+A value of an annotation file may be of any size. A message shows its beginning, and the rest is never formatted:
 
     shown([1, 2, "a red hat"])           ->  "[1, 2, 'a red hat']"
     shown({"size": [480, 640], "counts": "XyZ..." (a megabyte)})  ->  "{'size': [480, 640], 'counts': 'XyZ..."
@@ -13,7 +12,7 @@ from itertools import chain
 
 SHOWN_CHARS = 60
 MAX_MESSAGE_CHARS = 4000
-"""Longest message of an error; the traceback of a loader's worker fits in."""
+"""Maximum length of an error message; enough for the traceback of a data worker."""
 
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _MAX_DEPTH = 12
@@ -22,13 +21,13 @@ _BRACKETS: dict[type, str] = {list: "[]", tuple: "()", set: "{}", frozenset: "{}
 
 
 def shown(value: object, limit: int = SHOWN_CHARS) -> str:
-    """Return a value as in Python source, cut to `limit` characters; the work does not grow with its size."""
+    """Return the `repr` of a value, cut to `limit` characters, in time independent of its size."""
     text = _written(value, limit, _MAX_DEPTH)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def limited(message: str) -> str:
-    """Return a message without half characters, of at most MAX_MESSAGE_CHARS: its middle is left out."""
+    """Return a message without half characters and of at most MAX_MESSAGE_CHARS; a longer one loses its middle."""
     if len(message) > MAX_MESSAGE_CHARS:
         half = MAX_MESSAGE_CHARS // 2 - 20
         message = f"{message[:half]} [... left out ...] {message[-half:]}"
@@ -36,12 +35,12 @@ def limited(message: str) -> str:
 
 
 def has_half_character(text: str) -> bool:
-    """Say whether a text holds one half of a character that UTF-16 writes as two; no tokenizer or file takes it."""
+    """Return whether a text contains an unpaired UTF-16 surrogate, which cannot be tokenized or written to a file."""
     return _HALF_CHARACTER.search(text) is not None
 
 
 def _written(value: object, limit: int, depth: int) -> str:
-    """Return `repr(value)`, or the beginning of it with more than `limit` characters."""
+    """Return `repr(value)`, or a beginning of it that is longer than `limit` characters."""
     if isinstance(value, str | bytes | bytearray):
         return repr(value[: limit + 1])
     if isinstance(value, int) and value.bit_length() > _MAX_INTEGER_BITS:

@@ -1,6 +1,6 @@
-"""The nouns of pixel_sail: what flows from annotation files to scores.
+"""Shared data types, from annotation files to scores.
 
-Everything else imports this module, it imports `errors.py` and `texts.py` alone. Read it first, then
+All other modules import this one; it imports only `errors.py` and `texts.py`. Read it first, then
 `data/sources/refer.py`, `data/collate.py`, `model/modeling_pixel_sail.py`, `losses/`, `training/loop.py`.
 
     TRAIN  annotations --sources--> Sample --processor--> Example --packing, collate--> Batch --model--> losses
@@ -36,7 +36,7 @@ RLE = dict[str, Any]
 """COCO run-length encoding: {"size": [height, width], "counts": str}."""
 
 Json = dict[str, Any]
-"""A JSON object, as a file holds it."""
+"""A JSON object as read from a file."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Name of a precision in settings -> its dtype."""
@@ -47,44 +47,44 @@ PROTOCOLS = ("standard", "paper")
 SizeHW = tuple[int, int]
 
 IGNORE_LABEL = -100
-"""Label of a token that no text loss is computed for (the convention of torch's cross-entropy)."""
+"""Label of tokens without text loss (the default of torch's cross-entropy)."""
 
 
 class DataError(ExpectedError, ValueError):
-    """A file, annotation or sample is wrong. The message names where, what was found, what was expected, what to do."""
+    """A file, annotation or sample is invalid. The message says where, what was found and expected, and what to do."""
 
     def __init__(self, message: str) -> None:
         super().__init__(limited(message))
 
 
 class MissingDataError(DataError):
-    """A file or folder of a dataset is not there at all, as where a dataset was not downloaded."""
+    """A file or folder of a dataset does not exist, for example because it was not downloaded."""
 
 
 def check_texts(texts: Iterable[str], where: str) -> None:
-    """Raise DataError for a text that cannot be tokenised; of all texts of samples and evaluations."""
+    """Raise DataError for a text that cannot be tokenized. Called for all texts of samples and evaluations."""
     for text in texts:
         if has_half_character(text):
             raise DataError(
-                f"{where}: found half a character in {shown(text)}, expected Unicode text; the writer of the file cut "
-                "a character in two, repair or leave out the record"
+                f"{where}: found half a character in {shown(text)}, expected Unicode text; the program that wrote the "
+                "file split a character, repair or remove the record"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """One question and its answer about an image, with one mask for every [SEG] of the answer, in order."""
+    """One question about an image and its answer, with one mask per [SEG] of the answer, in order."""
 
     question: str
     answer: str
     masks: tuple[BoolMask, ...] = ()
     ignored: BoolMask | None = None
-    """Pixels that count neither as target nor as background, in all masks of the turn; None: every pixel counts."""
+    """Pixels excluded from the loss, neither target nor background, for all masks of the turn. None: no pixel."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisualPrompt:
-    """A marked region: the text calls it `<Prompt{prompt_id}>`, the patches under `mask` carry its embedding."""
+    """A marked region: `<Prompt{prompt_id}>` in the text; its embedding is added to the patches under `mask`."""
 
     prompt_id: int
     mask: BoolMask
@@ -92,8 +92,7 @@ class VisualPrompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What a source returns: raw text, an image path, masks at image resolution. Nothing here is tokenised or
-    resized."""
+    """One item of a source: raw text, an image path and masks at image resolution, not tokenized or resized."""
 
     sample_id: str
     """Unique name used in every error message and log line about this sample."""
@@ -101,12 +100,12 @@ class Sample:
     image_path: Path | None
     """None for a text-only sample."""
     image_hw: SizeHW | None
-    """Size stated by the annotation file; the opened image must agree."""
+    """Size in the annotation file; the image file must have the same size."""
     turns: tuple[Turn, ...]
     prompts: tuple[VisualPrompt, ...] = ()
     part_choice: float | None = None
-    """Where the turns do not fit into a sequence together: which of the parts that do is kept, 0 .. 1, 0 for the first
-    (see data/turn_parts.py). None: a sample that is too long is an error."""
+    """If the turns together exceed a sequence: which of the parts that fit is kept, from 0 (first) to 1 (see
+    data/turn_parts.py). None: a sample that is too long is an error."""
 
     def __post_init__(self) -> None:
         """Check the texts. Raises: DataError."""
@@ -129,7 +128,7 @@ class Source(Protocol):
     def image_path(self, index: int) -> Path | None:
         """Return the image file of an item without opening it, None for a text-only item.
 
-        For whoever goes through all items: the decontamination and the data check.
+        Used by the decontamination and the data check, which iterate over all items.
         """
         ...
 
@@ -148,8 +147,7 @@ class Expression:
     ignored: RLE | None = None
     """Pixels that are not scored."""
     released_target: RLE | None = None
-    """What the released scripts take for the target, where that differs: overlapping polygons that were summed, crowds
-    that were left out."""
+    """Target mask of the released scripts if it differs: overlapping polygons summed, crowds omitted."""
 
     def __post_init__(self) -> None:
         """Check the texts. Raises: DataError."""
@@ -158,7 +156,7 @@ class Expression:
 
 @dataclass(frozen=True, kw_only=True)
 class RegionCaption:
-    """One marked region to be described, with what people wrote about it."""
+    """One marked region to be described, with reference captions by annotators."""
 
     item_id: str
     image_path: Path
@@ -180,9 +178,9 @@ class RegionChoice:
     image_hw: SizeHW
     region: RLE
     question: str
-    """As in the file, with its options."""
+    """Text of the file, options included."""
     answer: str
-    """The right option, as in the file."""
+    """Correct option, as in the file."""
 
     def __post_init__(self) -> None:
         """Check the texts. Raises: DataError."""
@@ -191,16 +189,16 @@ class RegionChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class VisualReferring:
-    """One question that mentions marked regions, answered by masks."""
+    """One question about marked regions whose answer has masks."""
 
     item_id: str
     image_path: Path
     image_hw: SizeHW
     question: str
-    """With `<Prompt{k}>` where the file names a region."""
+    """Text with `<Prompt{k}>` for each region."""
     regions: tuple[RLE, ...]
     prompt_ids: tuple[int, ...]
-    """Which `<Prompt{k}>` each region is: its place among all tags of the item, so gaps occur."""
+    """k of each region: its index among all tags of the item, so there may be gaps."""
     answer: str
     targets: tuple[RLE, ...]
 
@@ -211,7 +209,7 @@ class VisualReferring:
 
 @dataclass(frozen=True, kw_only=True)
 class GroundedCaption:
-    """One image to be described with a mask for every phrase that can be seen."""
+    """One image to be described, with a mask for every visible phrase."""
 
     image_id: str
     image_path: Path
@@ -228,7 +226,7 @@ class GroundedCaption:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The answer to one expression: generated text and the predicted mask as RLE (None: no [SEG] was generated)."""
+    """Prediction for one expression: generated text and mask as RLE (None: no [SEG] was generated)."""
 
     ref_id: int
     sent_id: int
@@ -237,53 +235,53 @@ class Prediction:
     segmentation: RLE | None
     answer: str = ""
     first_segmentation: RLE | None = None
-    """Mask of the first [SEG] where `segmentation` is another one, the union of several."""
+    """Mask of the first [SEG], if `segmentation` is the union of several."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherTarget:
-    """What the student shall predict of one image from one teacher."""
+    """Distillation target of one image from one teacher."""
 
     teacher: str
     features_EYX: Tensor | None
-    """Stored features, float16 or int8; None: the teacher looks at the image itself."""
+    """Cached features, float16 or int8. None: the teacher computes them from the image."""
     scales_E: Tensor | None = None
-    """float32: what a level of each channel of int8 features is worth."""
+    """float32: quantization step of each channel of int8 features."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One sample as tokens, before packing. An image, if there is one, stands first, but for a template's text."""
+    """One tokenized sample before packing. An image comes first, after at most a template's text."""
 
     sample_id: str
     source: str
     input_ids_T: Tensor
     """int64."""
     labels_T: Tensor
-    """int64: the token itself where it belongs to an answer, IGNORE_LABEL elsewhere (not shifted)."""
+    """int64: token id for tokens of an answer, IGNORE_LABEL elsewhere (not shifted)."""
     position_ids_2T: Tensor
     """int64: (row, column) rotary positions; equal for text."""
     branch_ids_T: Tensor
-    """int64: 0 for the shared image prefix; text of branch k sees branch 0 and its own branch only."""
+    """int64: 0 for the shared image prefix; text of branch k attends to branch 0 and its own branch only."""
     in_image_T: Tensor
-    """bool: the image span with its two delimiters, which attends to itself in both directions; all false where
-    attention is causal."""
+    """bool: the image span with its two delimiters, which has bidirectional attention; all false if attention is
+    causal."""
     patch_index_T: Tensor
-    """int64: which row of `patches_PK` stands at this token, -1 for text."""
+    """int64: row of `patches_PK` of this token, -1 for text."""
     prompt_ids_T: Tensor
-    """int64: id of the visual prompt painted on this patch, -1 for none."""
+    """int64: id of the visual prompt that covers this patch, -1 for none."""
     patches_PK: Tensor
     """uint8: pixels, each patch flattened channel first; P is 0 for a text-only sample."""
     grid_hw: SizeHW | None
     masks: tuple[BoolMask, ...]
     """One per [SEG] in `input_ids_T`, in token order."""
     ignored: tuple[BoolMask | None, ...]
-    """Aligned with `masks`: pixels that do not count."""
+    """Aligned with `masks`: pixels excluded from the loss."""
     point_seed: int = 0
-    """Seed of the mask loss's sampled points, so that they depend on the sample and not on the rank that runs it."""
+    """Seed of the points sampled for the mask loss, so they depend on the sample and not on its rank."""
     teacher_targets: tuple[TeacherTarget, ...] = ()
     image_HW3: Tensor | None = None
-    """uint8: the image as opened, where a teacher looks at it."""
+    """uint8: the original image, if a teacher needs it."""
 
     def __len__(self) -> int:
         """Return the number of tokens."""
@@ -292,7 +290,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSpan:
-    """The tokens of one sample in its row: an image, then text that all branches see, then the branches."""
+    """The tokens of one sample in its row: an image, then text shared by all branches, then the branches."""
 
     row: int
     start: int
@@ -309,18 +307,18 @@ class SampleSpan:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Packed sequences: B rows of T tokens, each row holding several samples that do not see each other.
+    """Packed sequences: B rows of T tokens. Each row holds several samples that do not attend to each other.
 
-    Ragged things are flat with an owner: patches by `patch_index_BT`, masks by `masks_per_image`.
+    Ragged data are flat with an index: patches with `patch_index_BT`, masks with `masks_per_image`.
     """
 
     sample_ids: tuple[str, ...]
-    """Name of every sample; `sample_index_BT` points into it."""
+    """Name of every sample; `sample_index_BT` indexes it."""
     sources: tuple[str, ...]
     input_ids_BT: Tensor
     position_ids_2BT: Tensor
     sample_index_BT: Tensor
-    """int64: owner of each token, -1 for padding."""
+    """int64: sample of each token, -1 for padding."""
     branch_ids_BT: Tensor
     in_image_BT: Tensor
     patch_index_BT: Tensor
@@ -332,39 +330,38 @@ class Batch:
     image_samples: tuple[int, ...]
     """Index into `sample_ids` of each image."""
     seg_positions_N2: Tensor
-    """int64: (row, token) of every [SEG] whose state makes a mask; images in order, masks of an image in token
-    order."""
+    """int64: (row, token) of every [SEG] that yields a mask, ordered by image, then token."""
     masks_per_image: tuple[int, ...]
-    """How many of the N masks each image owns, aligned with `grids`."""
+    """Number of masks of each image, aligned with `grids`."""
     logit_positions_M2: Tensor
     """int64: (row, token) of every position whose next token is supervised."""
     targets_M: Tensor
     """int64: that next token."""
     target_samples_M: Tensor
-    """int64: its owner, an index into `sample_ids`."""
+    """int64: its sample, an index into `sample_ids`."""
     point_seeds: tuple[int, ...]
-    """Per image, seed of the points its masks are compared at."""
+    """Per image, seed of the points sampled for its mask losses."""
     masks: tuple[Tensor, ...]
     """N bool tensors [H, W] at image resolution."""
     ignored: tuple[Tensor | None, ...]
-    """Aligned with `masks`: bool [H, W], pixels that do not count, or None."""
+    """Aligned with `masks`: bool [H, W], pixels excluded from the loss, or None."""
     teacher_names: tuple[str, ...] = ()
-    """Teacher of each (teacher, image) pair that is distilled."""
+    """Teacher of each distilled (teacher, image) pair."""
     teacher_images: tuple[int, ...] = ()
     """Index into `grids` of the image of each pair."""
     teacher_maps: tuple[Tensor | None, ...] = ()
-    """Stored features [E, Y, X] of each pair, float16 or int8; None: the teacher looks at the image."""
+    """Cached features [E, Y, X] of each pair, float16 or int8. None: the teacher computes them from the image."""
     teacher_scales: tuple[Tensor | None, ...] = ()
     """float32 [E] of each pair with int8 features."""
     original_image_index: tuple[int, ...] = ()
     """Index into `grids` of each original image."""
     original_images: tuple[Tensor, ...] = ()
-    """uint8 [H, W, 3], images as opened, where a teacher looks at them."""
+    """uint8 [H, W, 3]: original images that a teacher needs."""
     spans: tuple[SampleSpan, ...] | None = None
-    """Every sample's tokens; None: to be read from the tensors."""
+    """Token spans of every sample. None: derived from the tensors."""
 
     def __post_init__(self) -> None:
-        """Check what a wrong collate would break silently."""
+        """Check that shapes and counts agree; a mistake in collate would otherwise stay silent."""
         shape = self.input_ids_BT.shape
         for name in ("sample_index_BT", "branch_ids_BT", "in_image_BT", "patch_index_BT", "prompt_ids_BT"):
             assert getattr(self, name).shape == shape, f"{name} is {getattr(self, name).shape}, expected {shape}"
@@ -390,11 +387,11 @@ class Batch:
         return inputs | {"distilled_images": self.distilled_images()} if self.teacher_names else inputs
 
     def training_inputs(self) -> dict[str, Any]:
-        """Return `model_inputs` and the targets, so that the model may give text losses instead of logits."""
+        """Return `model_inputs` and the targets, with which the model can return text losses instead of logits."""
         return self.model_inputs() | {"targets_M": self.targets_M}
 
     def distilled_images(self) -> dict[str, tuple[int, ...]]:
-        """Return the images, as indices into `grids`, that each teacher's features are known for."""
+        """Return the distilled images of each teacher, as indices into `grids`."""
         images: dict[str, tuple[int, ...]] = {}
         for name, image in zip(self.teacher_names, self.teacher_images, strict=True):
             images[name] = (*images.get(name, ()), image)

@@ -1,9 +1,9 @@
-"""Ask a checkpoint in a browser.
+"""Serve the web demo of a checkpoint.
 
     scripts/demo.py checkpoint=runs/quickstart predict.prompt=short      then open http://127.0.0.1:7860
     scripts/demo.py checkpoint=runs/mine precision=bf16 port=8000 limits.answer_s=30
 
-Images and questions stay in the memory of this process; nothing is written. Ends with Ctrl-C.
+Images and questions are kept in memory; nothing is written to disk. Stop it with Ctrl-C.
 """
 
 import logging
@@ -33,7 +33,7 @@ def main() -> int:
     folder = Path(config.checkpoint)
     app = build_app(
         predictor,
-        # The last part only: users need not know where models lie.
+        # Only the last part: users need not know where models are stored.
         name=folder.parent.name if folder.name == "export" else folder.name,
         examples=render_examples(config.examples, config.predict.prompt),
         limits=config.limits,

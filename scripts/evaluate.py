@@ -1,4 +1,4 @@
-"""Score a checkpoint: `scripts/evaluate.py checkpoint=runs/quickstart evals=[refshapes_val,refshapes_testA]`."""
+"""Evaluate a checkpoint: `scripts/evaluate.py checkpoint=runs/quickstart evals=[refshapes_val,refshapes_testA]`."""
 
 import json
 import logging

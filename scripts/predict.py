@@ -1,11 +1,11 @@
-"""Ask a checkpoint about an image or a folder of images.
+"""Answer a question about an image or a folder of images with a checkpoint.
 
     scripts/predict.py checkpoint=runs/quickstart image=image.jpg question="Please segment the red star in this image."
     scripts/predict.py --checkpoint FOLDER --image 'image (1).jpg' --question 'What is <Prompt0>?' --box 10,20,200,180
 
-Writes <output>/<image>.json (answer, masks as COCO RLE, scores) and <image>.png (the masks over the image).
---checkpoint, --image, --question and --output are the settings of these names, taken as they stand, also with ${...};
---box X0,Y0,X1,Y1 and --point X,Y may be given several times. Options and settings may stand in any order.
+Writes <output>/<image>.json (answer, masks as COCO RLE, scores) and <image>.png (masks overlaid on the image).
+--checkpoint, --image, --question and --output set the settings of these names to the literal text, ${...} included.
+--box X0,Y0,X1,Y1 and --point X,Y may be repeated. Options and settings may be in any order.
 """
 
 import io
@@ -22,20 +22,20 @@ from pixel_sail.types import DataError
 
 @one_message
 def main() -> int:
-    """Answer for every image; exit status 1 where some of several could not be used, 2 for other wrong input."""
+    """Answer for every image; exit status 1 if some of several images are unusable, 2 for other wrong input."""
     if wants_help(sys.argv[1:]):
         print(script_help(Path(__file__), "PredictCommandConfig"))
         return 0
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # File names and answers may hold what the terminal's encoding has not.
+        # File names and answers may contain characters outside the terminal's encoding.
         sys.stdout.reconfigure(errors="backslashreplace")
     config = predict_command_config(command_line_overrides())
     count, unused = len(image_files(Path(config.image))), 0
     for number, (path, result) in enumerate(predict_files(config), start=1):
         unused += isinstance(result, DataError)
         said = f"{type(result).__name__}: {result}" if isinstance(result, DataError) else result.answer
-        # Each line as soon as it is known, also into a pipe: a folder can take hours.
+        # Flush every line, also into a pipe: a folder can take hours.
         print(f"{number}/{count} {path}: {said}" if count > 1 else f"{path}: {said}", flush=True)
     if unused:
         print(f"{unused} of {count} images could not be used, see above", file=sys.stderr)

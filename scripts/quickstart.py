@@ -1,9 +1,9 @@
-"""From nothing to a trained and scored model: renders RefShapes, trains, scores, writes runs/quickstart/report.html.
+"""Render RefShapes, train a small model, score it and write runs/quickstart/report.html.
 
     make quickstart        (or: python scripts/quickstart.py [overrides of the training config ...])
 
-Every step is a command that is printed before it runs and can be typed by hand. What is already there is used again:
-the data, a training that was interrupted, predictions that were made.
+Every stage is a command that is printed before it runs and can also be run by hand. A second call reuses existing data
+and predictions, and resumes an interrupted training.
 """
 
 import json
@@ -40,7 +40,7 @@ EXAMPLES_PER_SPLIT = 6
 
 
 def run(*command: str) -> float:
-    """Print and run a command in the repository root; return the seconds it took. A failure ends the quickstart."""
+    """Print and run a command in the repository root; return the seconds it took. A failure exits the quickstart."""
     print("\n$ " + " ".join(["python" if part == sys.executable else part for part in command]), flush=True)
     started = time.monotonic()
     done = subprocess.run(command, cwd=ROOT)
@@ -50,8 +50,8 @@ def run(*command: str) -> float:
 
 
 def num_processes(global_batch_size: int | None) -> int:
-    """Return one process per GPU, or two where there is none, as far as they can share the global batch evenly. None:
-    the batch is fitted to them."""
+    """Return one process per GPU, or two without a GPU, reduced until the global batch divides evenly. Without a global
+    batch size, the batch is fitted to the processes."""
     wanted = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
     return max(
         number for number in range(1, wanted + 1) if global_batch_size is None or global_batch_size % number == 0
@@ -59,7 +59,7 @@ def num_processes(global_batch_size: int | None) -> int:
 
 
 def launch(processes: int, script: str, *overrides: str) -> float:
-    """Run a script in several processes."""
+    """Run a script in one or several processes."""
     return run(
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"),
         *(script, *overrides),
@@ -74,7 +74,7 @@ def main() -> int:
     config = load_config("train", TrainConfig, overrides)
     data, run_dir = Path(config.paths.data) / "refshapes", Path(config.run_dir)
     run(sys.executable, "tools/make_refshapes.py", "--out", str(data))
-    # Every process reads it for every eval, and a pickle is read slowly where nothing in it is trusted.
+    # Every process reads it for every eval, and the restricted unpickler is slow.
     run(sys.executable, "tools/convert_refs.py", str(data / "refshapes"))
     if not (data / "tokenizer").is_dir():
         arguments = ("--refer-root", str(data), "--dataset", "refshapes", "--out", str(data / "tokenizer"))
@@ -97,11 +97,11 @@ def main() -> int:
 
 
 class StageTimes:
-    """Seconds of each finished stage, remembered in a file so that a second call knows what is done."""
+    """Seconds of each finished stage, stored in a file so that a second call skips these stages."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        remedy = "delete it, and every stage is made again"
+        remedy = "delete it to run every stage again"
         self.seconds: dict[str, float] = read_json(path, {}, fail=DataError, remedy=remedy) if path.is_file() else {}
 
     def has(self, stage: str) -> bool:
@@ -109,13 +109,13 @@ class StageTimes:
         return stage in self.seconds
 
     def add(self, stage: str, seconds: float) -> None:
-        """Remember a finished stage."""
+        """Record a finished stage."""
         self.seconds[stage] = round(seconds, 1)
         replace_text(self.path, json.dumps(self.seconds) + "\n")
 
 
 def report(config: TrainConfig, data: Path, run_dir: Path, timing: StageTimes) -> None:
-    """Write metrics.json, report.md and report.html from what the commands left behind. Raises: DataError."""
+    """Write metrics.json, report.md and report.html from the output of the commands. Raises: DataError."""
     scores = read_scores(run_dir)
     splits = {split: scores[f"refshapes_{split}"] for split in EVAL_SPLITS}
     blind = {row: scores[name] for row, name in BLIND.items()}
@@ -141,15 +141,15 @@ def report(config: TrainConfig, data: Path, run_dir: Path, timing: StageTimes) -
             f"{steps} steps of {sequences} images, seed {config.seed}",
             f"training {timing.seconds['train']:.0f} s, scoring {timing.seconds['evaluate']:.0f} s",
             f"code {code_version()}",
-            "train and val mix all kinds of expressions. Those of each val_... are decided by one kind of words, and "
-            "another object has the colour of the one that is meant (in val_colour: its shape).",
-            "testA: all objects of an image have one shape. testB: pairs of colour and shape not seen in training.",
+            "train and val mix all kinds of expressions. Expressions of each val_... need one kind of words, and "
+            "another object has the color of the target (in val_colour: its shape).",
+            "testA: all objects of an image have one shape. testB: pairs of color and shape that are not in training.",
             f"Masks at stride {config.model.architecture.mask_stride}, scored at image size; missing = empty mask.",
         ],
         tables=[
-            guesses_table("By what decides, beside answers that need no model", splits, guesses),
+            guesses_table("Scores by split, with answers that need no model", splits, guesses),
             scores_table("All scores", splits),
-            scores_table("The same model on val without what it needs", blind),
+            scores_table("The same model on val without image or expression", blind),
         ],
         examples=examples,
         log_file=run_dir / "log.jsonl",
@@ -157,12 +157,12 @@ def report(config: TrainConfig, data: Path, run_dir: Path, timing: StageTimes) -
 
 
 def read_scores(run_dir: Path) -> dict[str, Scores]:
-    """Return the scores of every eval of the quickstart. Raises: DataError where some are not there."""
+    """Return the scores of every eval of the quickstart. Raises: DataError if some are missing."""
     rows = read_rows(run_dir / "evaluation", fields=SCORED)
     if absent := [name for name in EVALS if name not in rows]:
         raise DataError(
             f"{run_dir}/evaluation: found no scores of {', '.join(absent)}, expected {len(EVALS)} evals; the run is of "
-            "an earlier version: move its folder away, or train another one with name=..."
+            "an earlier version. Move its folder away, or set name=... to train another one"
         )
     return {name: rows[name]["scores"] for name in EVALS}
 

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Makes .venv with the pinned requirements and the project itself (editable). Called by `make setup`.
+# Create .venv with the pinned requirements and the project (editable). Called by `make setup`.
 #
 #   PYTHON=/path/to/python   use this interpreter instead of the first Python >= 3.11 found
-#   TORCH_VARIANT=cpu|cuda   use this build of torch instead of asking nvidia-smi
+#   TORCH_VARIANT=cpu|cuda   use this build of torch instead of detecting it with nvidia-smi
 #
-# A stamp named after its inputs is written last. So a second call returns at once, and a changed pin or an
-# interrupted install starts afresh.
+# A stamp file named by a hash of the inputs is written last. So a second call returns at once, and a changed pin or an
+# interrupted install starts from scratch.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 cpu_index=https://download.pytorch.org/whl/cpu
 python=.venv/bin/python
 
-# Two makes at once must not build the same .venv; the lock is this file, and ends with the process.
+# Concurrent makes must not build the same .venv. This file is the lock, released when the process ends.
 if command -v flock >/dev/null; then
     exec 9<scripts/setup_env.sh
     flock 9
@@ -32,7 +32,7 @@ inputs=$({ pwd; cat requirements/*.txt pyproject.toml scripts/setup_env.sh; } | 
 stamp=.venv/.stamp-$variant-$inputs
 if [ -f "$stamp" ] && "$python" -c '' 2>/dev/null; then exit 0; fi
 
-# Being on PATH is not enough: a pyenv shim may refuse to run, and Debian ships python3 without venv.
+# Being on PATH is not enough: a pyenv shim may fail, and Debian ships python3 without venv.
 # 3.11 comes first because the pins were made with it.
 usable() {
     "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
@@ -51,13 +51,13 @@ started=$SECONDS
 echo "setup: installing into .venv with $("$base" --version), torch for $variant; this takes one to ten minutes"
 "$base" -m venv --clear .venv
 
-# deepspeed compiles what it needs at first use; its kernels are not built here.
+# deepspeed compiles its kernels at first use; they are not built here.
 export DS_BUILD_OPS=0
-# pip is talkative: its words are shown only when it fails.
+# The output of pip is shown only if it fails.
 install() {
     "$python" -m pip install --disable-pip-version-check "$@" >>.venv/pip.log 2>&1 || {
         tail -n 30 .venv/pip.log >&2
-        echo "setup: pip failed; all it said is in .venv/pip.log" >&2
+        echo "setup: pip failed; its full output is in .venv/pip.log" >&2
         exit 1
     }
 }
@@ -75,19 +75,19 @@ if [ "$variant" = cpu ]; then
     if reachable "$cpu_index/torch/"; then
         install --no-deps --extra-index-url "$cpu_index" "$torch"
     else
-        echo "setup: $cpu_index does not answer, so torch comes from where pip looks by default (maybe with CUDA, 3 GB)"
+        echo "setup: $cpu_index does not respond, so torch is installed from the default index (maybe with CUDA, 3 GB)"
     fi
 fi
 # Packages without a wheel (deepspeed, antlr4) are built with the setuptools pinned here, not with the newest.
 install --build-constraint requirements/cpu.txt \
     -r "requirements/$variant.txt" -r requirements/captions.txt -r requirements/dev.txt
-# Everything it needs is there by now: no dependencies, and setuptools as pinned.
+# All dependencies are installed by now: no dependencies, and setuptools as pinned.
 install --no-deps --no-build-isolation --editable .
 
 "$python" -m pip check
 touch "$stamp"
 echo "setup: done in $((SECONDS - started)) s: torch $("$python" -c 'import torch; print(torch.__version__)')"
 if ! java -version >/dev/null 2>&1; then
-    echo "setup: no Java found: caption scores are refused and their tests skipped until there is one" \
+    echo "setup: found no Java: caption scores raise an error and their tests are skipped until it is installed" \
         "(Debian, Ubuntu: apt-get install default-jre-headless)"
 fi

@@ -1,6 +1,9 @@
-"""Train a model: `scripts/train.py experiment=quickstart optim.lr=1e-3`, under python, torchrun, accelerate or
-deepspeed. With --dry-run it makes one step, says what the run would do, and writes nothing.
-With -m every value of `key=a,b,c` is a run of its own, see pixel_sail/sweep/run.py."""
+"""Train a model: `scripts/train.py experiment=quickstart optim.lr=1e-3`, with python, torchrun, accelerate or
+deepspeed.
+
+--dry-run takes one step, prints what the run would do, and writes nothing. -m runs a sweep: one run for every value of
+`key=a,b,c`, see pixel_sail/sweep/run.py.
+"""
 
 import logging
 import sys
@@ -25,7 +28,7 @@ MULTIRUN = ("-m", "--multirun")
 def main() -> int:
     """Run training and return the exit status.
 
-    Wrong input ends with one message and 2, a signal with 85 after a checkpoint, a lost process with 86.
+    Exit status: 2 and one message for wrong input, 85 for a signal, after saving a checkpoint, 86 for a lost process.
     """
     if wants_help(sys.argv[1:]):
         print(script_help(Path(__file__), "TrainConfig"))
@@ -49,20 +52,20 @@ def main() -> int:
     except RuntimeError as error:
         if is_lost_worker(error):
             raise LostWorker(
-                f"rank {dist.rank()} of {dist.world_size()}: {error}. Mostly the machine ran out of memory (dmesg says "
-                "so), or of shared memory where it was a bus error: lower data.num_workers, or enlarge /dev/shm. The "
-                "same command goes on from the last complete checkpoint"
+                f"rank {dist.rank()} of {dist.world_size()}: {error}. The usual cause is a lack of memory (see "
+                "dmesg) or, for a bus error, of shared memory. Lower data.num_workers, or enlarge /dev/shm. Run the "
+                "same command again to resume from the last complete checkpoint"
             ) from error
         if "EADDRINUSE" in str(error):
             raise dist.LaunchError(
-                f"the address of the process group is taken ({error}); give MASTER_PORT another number, or launch with "
-                "torchrun --standalone"
+                f"the address of the process group is in use ({error}); set MASTER_PORT to another port, or launch "
+                "with torchrun --standalone"
             ) from error
         if dist.is_lost_peer(error):
             raise LostPeer(
-                f"rank {dist.rank()} of {dist.world_size()} lost another process, or heard nothing from it for "
-                f"too long (watchdog.peer_timeout_s): {error}. Look for the first error of the other processes and "
-                "for nodes that are down; the same command goes on from the last complete checkpoint"
+                f"rank {dist.rank()} of {dist.world_size()} lost another process, or timed out waiting for it "
+                f"(watchdog.peer_timeout_s): {error}. Look for the first error of the other processes and for nodes "
+                "that are down. Run the same command again to resume from the last complete checkpoint"
             ) from error
         raise
     dist.shutdown()

@@ -1,6 +1,6 @@
-"""What several test files share: one untrained tokenizer, tiny models, synthetic images, samples and batches.
+"""Fixtures shared by several test files: an untrained tokenizer, tiny models, synthetic images, samples and batches.
 
-A run of the tests says which processor and BLAS it ran on: these decide how numbers are rounded.
+The header of a test run shows processor and BLAS, because these determine how numbers are rounded.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Counts the operations of products, those of the CPU's fused attention and of depthwise convolutions included."""
+"""Counts the FLOPs of matrix products, including the CPU's fused attention and depthwise convolutions."""
 
 import math
 

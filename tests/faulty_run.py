@@ -1,10 +1,10 @@
-"""Runs scripts/train.py with a fault built in, for the tests of what a run does about it.
+"""Run scripts/train.py with an injected fault, for tests of how a run handles it.
 
     faulty_run.py FAULT RANK STEP OVERRIDE...
 
-FAULT at that rank's step (counted from 1): `stuck` - it sleeps for ever before it computes; `gradient` - a gradient
+FAULT at that rank's step (counted from 1): `stuck` - sleeps forever before it computes; `gradient` - a gradient
 that is NaN from a loss that is finite; `loss` - a loss that is NaN; `disk` - from then on no file can grow beyond
-100,000 bytes; `item` - in place of a step the number of an item of the source refshapes, that sleeps for ever when it
+100,000 bytes; `item` - STEP is the number of an item of the source refshapes that sleeps forever when it
 is read.
 """
 

@@ -1,4 +1,5 @@
-"""Run on every rank by tests/test_muon.py: two updates from known gradients, at ZeRO stages and without DeepSpeed.
+"""Worker of tests/test_muon.py, run on every rank: two updates from known gradients, with ZeRO stages and without
+DeepSpeed.
 
 Writes to OUT/<stage>.safetensors the float32 weights before and after each: `0.name`, `1.name`, `2.name`.
 """

@@ -1,6 +1,7 @@
-"""Run on every rank by tests/test_non_finite.py: a bad gradient of one rank, at every ZeRO stage and without DeepSpeed.
+"""Worker of tests/test_non_finite.py, run on every rank: a non-finite gradient on one rank, at every ZeRO stage.
 
-Writes to OUT/rank{r}.json, by stage: the message of the error, and whether all parameters are still what they were.
+Writes to OUT/rank{r}.json, by stage (also without DeepSpeed): the error message, and whether all parameters are
+unchanged.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""A step on torch's device without memory, which shows what a GPU would fail at or wait for.
+"""Run a training step on the meta device, which reveals device mismatches and synchronization points of a GPU.
 
-Nothing can be read from there, and tensors of the host beside those of the device are an error or noted here:
+Values of meta tensors cannot be read, and mixing them with host tensors raises an error or is recorded here:
 
     assert step_on_one_device(model, batch, torch.bfloat16) == []
 """

@@ -1,4 +1,4 @@
-"""scripts/train.py, with every rank writing down what each step was made of: `<run_dir>/batches/<start>_<rank>.jsonl`.
+"""Run scripts/train.py while every rank records the samples of each step in `<run_dir>/batches/<start>_<rank>.jsonl`.
 
 One line per step, one entry per micro-batch; `start` is the number of steps the run had when this session began.
 

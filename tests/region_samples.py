@@ -1,4 +1,4 @@
-"""How tests of visual-prompt sources sample regions and look at samples.
+"""Helpers for tests of visual-prompt sources: sample regions and inspect samples.
 
 Imported by tests only. Region k of a synthetic record is column k of a 4 x 40 image.
 """

@@ -1,4 +1,4 @@
-"""How the end-to-end tests start the project's commands, and the small benchmark they use."""
+"""Helpers for end-to-end tests: start the project's commands, and render the small benchmark they use."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""A demo that runs while a test asks it, as users' browsers do."""
+"""Run the demo's server for tests that send it the requests of a browser."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""Where tests find the read-only data that lies beside the checkout.
+"""Path of the read-only data next to the checkout that some tests use.
 
 Imported by tests only. Example: SHARED / "data" / "derived_iou_pairs" / "pairs.json".
 """

@@ -1,4 +1,4 @@
-"""RefShapes laid out as the released mixes expect the public datasets: every file of `data=cotrain_0_5b` in its place.
+"""Lay out RefShapes with the paths of the public datasets of the released mixes: every file of `data=cotrain_0_5b`.
 
 Tests call `render_and_lay_out`; by hand,
 

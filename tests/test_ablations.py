@@ -1,5 +1,5 @@
-"""Every ablation file is one change: it composes with the experiment it belongs to, differs from it in the leaves it
-names and nowhere else, fits the functions it names, and makes a model that computes."""
+"""Every ablation file is one change: it composes with its experiment, differs from it only in the keys it
+sets, matches the signatures of the functions it names, and builds a model that runs."""
 
 from dataclasses import asdict, replace
 from functools import cache
@@ -192,7 +192,7 @@ def source_alone(name):
 
 
 @pytest.mark.parametrize("mix", [*MIXES, *LISTS])
-def test_a_mix_has_the_sources_and_repeats_of_the_release_and_nothing_else_of_its_own(mix):
+def test_a_mix_has_exactly_the_sources_and_repeats_of_the_release(mix):
     data = changed_by(mix).data if mix in MIXES else load_config("train", TrainConfig, ["name=x", f"data={mix}"]).data
     assert {name: data.repeats.get(name, 1) for name in data.sources} == (MIXES | LISTS)[mix]
     assert not set(data.repeats) - set(data.sources) and not data.weights

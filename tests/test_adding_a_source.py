@@ -1,4 +1,4 @@
-"""A dataset is added with one module and one YAML, both of which may lie outside the repository."""
+"""A dataset is added with one module and one YAML file, both of which may be outside the repository."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""What of a generated answer is scored."""
+"""Extraction of the scored text from a generated answer."""
 
 import pytest
 

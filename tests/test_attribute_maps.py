@@ -63,7 +63,7 @@ def test_a_cell_holds_the_fractions_of_its_pixels(index: int) -> None:
             )
 
 
-def test_a_centre_counts_for_the_two_places_beside_it() -> None:
+def test_a_center_counts_for_its_two_neighbors() -> None:
     _, scene, _ = sample_described_scene(0, "train", 0)
     for item in scene.objects:
         places = np.split(object_channels(item, scene.image_hw)[22:42], 2)
@@ -86,11 +86,11 @@ def test_training_images_have_a_map_and_others_do_not(data: Path) -> None:
     assert states.cache.read(image_key(images[-1]), "image", map_hw=(16, 16)) is None
 
 
-def test_the_teacher_cannot_look_at_images(data: Path) -> None:
+def test_the_teacher_does_not_open_images(data: Path) -> None:
     with pytest.raises(DataError, match=r"the attribute teacher: found an image without a stored map"):
         teachers(data, "distillation.attribute_states.on_miss=online")
 
 
-def test_data_rendered_before_there_were_maps_is_refused(tmp_path: Path) -> None:
+def test_data_rendered_before_there_were_maps_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(TeacherCacheError, match=r"index\.json is absent"):
         teachers(tmp_path)

@@ -1,4 +1,4 @@
-"""Sequences of equal work: what a sample weighs, and that ranks then have equally much to do."""
+"""Load balancing: the cost estimate of a sample, and equal work per rank."""
 
 from itertools import islice
 
@@ -84,7 +84,7 @@ def test_ranks_wait_less_for_each_other_when_sequences_are_of_equal_work(make_mi
     assert by_work - 1 < 0.7 * (by_tokens - 1)
 
 
-def test_an_unknown_balance_is_refused():
+def test_an_unknown_balance_is_rejected():
     with pytest.raises(DataError, match=r"data\.packing\.balance: found 'time', expected tokens or flops"):
         PackingSettings(balance="time")
 
@@ -108,7 +108,7 @@ def test_the_figures_of_the_documentation():
     assert found == pytest.approx([1.16, 1.28, 1.50, 1.62], abs=0.006)
 
 
-def test_a_run_weighs_samples_as_it_is_told():
+def test_a_run_weighs_samples_as_configured():
     by_tokens, by_work = (
         load_config("train", TrainConfig, ["name=x", f"data.packing.balance={balance}"])
         for balance in ("tokens", "flops")

@@ -1,4 +1,4 @@
-"""The data benchmark counts what the model computes, and runs on any configured data."""
+"""The data benchmark counts the model's FLOPs correctly, and runs on any configured data."""
 
 import json
 from dataclasses import replace

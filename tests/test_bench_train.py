@@ -1,4 +1,4 @@
-"""The released method that the benchmark rebuilds is the released one; the benchmarks run and write what they say."""
+"""The benchmark's version of the released method gives the released results; benchmarks run and write their output."""
 
 import json
 import sys

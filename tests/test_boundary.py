@@ -1,4 +1,4 @@
-"""Boundary IoU against an erosion written out pixel by pixel, and against numbers worked out by hand."""
+"""Boundary IoU against a per-pixel erosion, and against values computed by hand."""
 
 from pathlib import Path
 

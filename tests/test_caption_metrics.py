@@ -1,6 +1,6 @@
-"""Caption scores against published numbers and by hand; what happens when Java is absent, dies or talks nonsense.
+"""Caption metrics against published and hand-computed values; errors when Java is missing, dies or answers nonsense.
 
-Tests that need Java are skipped where there is none. The Python packages are pinned in requirements/captions.txt, which
+Tests that need Java are skipped without it. The Python packages are pinned in requirements/captions.txt, which
 `make setup` installs, so that their absence fails. One METEOR process serves all tests.
 """
 
@@ -234,7 +234,7 @@ def test_paper_takes_the_word_weights_of_cider_from_the_answers(tools):
         ({"7": ["a dog"]}, "swapped", "found protocol 'swapped'"),
     ],
 )
-def test_unsound_references_are_refused(references, protocol, message):
+def test_unsound_references_are_rejected(references, protocol, message):
     with pytest.raises(DataError, match=message):
         check_references(references, protocol)
 
@@ -255,7 +255,7 @@ def test_absent_java_is_said_first(monkeypatch, tmp_path, protocol):
             call()
 
 
-def test_java_that_does_not_run_is_refused(monkeypatch, tmp_path):
+def test_java_that_does_not_run_is_rejected(monkeypatch, tmp_path):
     java = tmp_path / "java"
     java.write_text("#!/bin/sh\necho no runtime here >&2\nexit 1\n")
     java.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Planned costs of cards and stages are what the planner says, and schedules said to be the release's are that."""
+"""Planned costs in cards and stages equal the planner's, and schedules marked as the release's equal the release's."""
 
 import json
 import re

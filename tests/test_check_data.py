@@ -1,4 +1,4 @@
-"""The data check names every damage there is, calls clean data sound, and says what to download."""
+"""The data check reports every kind of damage, passes clean data, and lists what to download."""
 
 import json
 import pickle
@@ -124,7 +124,7 @@ def test_notes_fail_only_a_strict_check(check):
     assert [check(*arguments, *strict)[0] for strict in ([], ["strict=true"])] == [0, 1]
 
 
-def test_absent_data_is_named_with_what_to_download_and_synthetic_data_is_left_out(check, tmp_path, monkeypatch):
+def test_absent_data_is_named_with_what_to_download_and_synthetic_data_is_skipped(check, tmp_path, monkeypatch):
     monkeypatch.setenv("PIXEL_SAIL_DATA", str(tmp_path / "nothing"))
     for name in ("REFER", "GREF"):
         monkeypatch.setenv(f"PIXEL_SAIL_{name}_MINI", str(tmp_path / "neither"))
@@ -149,7 +149,7 @@ def test_absent_data_is_named_with_what_to_download_and_synthetic_data_is_left_o
         (["data=nothing"], "nothing"),
     ],
 )
-def test_wrong_command_lines_are_refused(arguments, reason):
+def test_wrong_command_lines_are_rejected(arguments, reason):
     with pytest.raises(ConfigError, match=reason):
         parse_arguments(arguments)
     assert load_tool("check_data").main(arguments) == 2
@@ -227,7 +227,7 @@ def test_everything_wrong_in_instances_is_named(check, tmp_path):
     assert (status, missed) == (1, set())
 
 
-def test_training_images_of_an_evaluation_split_are_noted(check, tmp_path, monkeypatch):
+def test_training_images_of_an_evaluation_split_are_reported(check, tmp_path, monkeypatch):
     root = tmp_path / "data" / "ref_seg"
     images = [{"id": i, "file_name": f"COCO_train2014_{i:012d}.jpg", "height": 4, "width": 5} for i in (1, 2)]
     annotations = [{"id": 10 + i, "image_id": i, "segmentation": SQUARE} for i in (1, 2)]
@@ -283,6 +283,6 @@ def test_a_check_of_evals_names_absent_images_and_files_that_cannot_be_read(chec
     assert _kinds(sources["refshapes_val"]) == set()
 
 
-def test_a_check_of_no_eval_is_refused():
+def test_a_check_of_no_eval_is_rejected():
     with pytest.raises(ConfigError, match="evals is empty"):
         parse_arguments(["evals=[]"])

@@ -109,7 +109,7 @@ def test_fractions_are_a_trouble_and_the_corner_of_a_file_in_pixels_is_none(tmp_
     assert checked_instances(tmp_path, {"segmentation": [square(10, 50)]}, corner) == []
 
 
-def test_lists_of_encodings_are_sound_and_short_polygons_are_noted(tmp_path):
+def test_lists_of_encodings_are_accepted_and_short_polygons_reported(tmp_path):
     rle = {"size": [100, 100], "counts": [0, 50, 9950]}
     assert checked_instances(tmp_path, {"segmentation": [rle], "area": 50}) == []
     ((kind, is_trouble, message),) = checked_instances(tmp_path, {"segmentation": [square(10, 50), [1, 1, 2, 2]]})
@@ -248,7 +248,7 @@ def test_segmentations_are_judged_without_decoding(segmentation, kinds):
     assert [kind for kind, _ in segmentation_problems(segmentation, (4, 5))] == kinds
 
 
-def test_real_polygons_lie_within_their_images():
+def test_real_polygons_are_within_their_images():
     file = shared_data("tiny_coco") / "tiny_coco" / "annotations" / "instances_val2017.json"
     content = json.loads(file.read_text())
     sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
@@ -307,7 +307,7 @@ def test_a_path_of_no_dataset_leads_nowhere():
     assert advice_for("/x/mycoco/file.json") == ()
 
 
-def test_files_are_measured_and_unexpected_sizes_noted(tmp_path):
+def test_files_are_measured_and_unexpected_sizes_reported(tmp_path):
     path = tmp_path / "osprey_short_form.json"
     path.write_text("[]")
     findings = Findings()

@@ -1,4 +1,4 @@
-"""Writing checkpoints in the background: the same bytes, no silent error, nothing half written under a final name."""
+"""Background checkpoint writing: the same bytes, no silent error, no partial file under a final name."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def hold_writing(monkeypatch):
     return go_on
 
 
-def test_background_and_foreground_write_the_same_bytes_although_training_goes_on(tmp_path, monkeypatch):
+def test_background_and_foreground_write_the_same_bytes_while_training_continues(tmp_path, monkeypatch):
     model, optimizer = trained()
     with writer_to(tmp_path / "sync", asynchronous=False) as writer:
         writer.save(TrainState(step=1), model, optimizer, ACCELERATOR)
@@ -111,12 +111,12 @@ def small_files():
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_disk_that_refuses_ends_the_run_with_the_last_whole_checkpoint_named(tmp_path, small_files, asynchronous):
+def test_a_disk_error_ends_the_run_and_names_the_last_complete_checkpoint(tmp_path, small_files, asynchronous):
     small, large = trained(4), trained(400)
     writer = writer_to(tmp_path, asynchronous=asynchronous)
     writer.save(TrainState(step=1), *small, ACCELERATOR)
     writer.wait()
-    with pytest.raises(CheckpointError, match=r"step_00000002: not written: .*step_00000001 is whole"):
+    with pytest.raises(CheckpointError, match=r"step_00000002: not written: .*step_00000001 is complete"):
         writer.save(TrainState(step=2), *large, ACCELERATOR)
         # In the background: a later step's check tells, however late the error comes.
         for _ in range(3000):
@@ -125,14 +125,14 @@ def test_a_disk_that_refuses_ends_the_run_with_the_last_whole_checkpoint_named(t
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
 
 
-def test_an_error_in_the_background_is_told_even_when_training_fails_too(tmp_path, small_files, caplog):
+def test_a_background_error_is_reported_even_if_training_fails_too(tmp_path, small_files, caplog):
     with pytest.raises(ZeroDivisionError), writer_to(tmp_path) as writer:
         writer.save(TrainState(step=2), *trained(400), ACCELERATOR)
         raise ZeroDivisionError
-    assert "step_00000002: not written" in caplog.text and "no checkpoint is whole yet" in caplog.text
+    assert "step_00000002: not written" in caplog.text and "no checkpoint is complete yet" in caplog.text
 
 
-def test_a_clean_end_still_raises_what_the_last_save_met(tmp_path, small_files):
+def test_a_clean_exit_still_raises_the_error_of_the_last_save(tmp_path, small_files):
     with pytest.raises(CheckpointError, match="not written"), writer_to(tmp_path) as writer:
         writer.save(TrainState(step=2), *trained(400), ACCELERATOR)
 

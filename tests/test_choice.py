@@ -81,7 +81,7 @@ def test_right_answer_is_a_letter_a_text_or_both(right):
 
 
 @pytest.mark.parametrize("right", ["E", "blue", "A. dark red"])
-def test_unclear_right_answer_is_refused(right):
+def test_unclear_right_answer_is_rejected(right):
     with pytest.raises(DataError, match="item 1: found the right answer"):
         score_choice("red", question=QUESTION, right=right, where="item 1")
 
@@ -102,7 +102,7 @@ def test_options_are_read_from_lines_or_one_line(question):
 
 
 @pytest.mark.parametrize("question", ["What is it?", "Is it a cat?\nA. yes", "Who?\nB. one\nC. two", "Dr. A. Smith?"])
-def test_question_without_options_is_refused(question):
+def test_question_without_options_is_rejected(question):
     with pytest.raises(DataError, match="item 1: found no options"):
         read_options(question, "item 1")
 

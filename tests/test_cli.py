@@ -219,7 +219,7 @@ def test_a_demo_of_a_damaged_model_ends_with_one_message(trained, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [[], ["trian"], ["completion"], ["completion", "fish"]])
-def test_what_does_not_exist_ends_with_status_2(capsys, arguments):
+def test_missing_inputs_end_with_status_2(capsys, arguments):
     assert main(arguments) == 2
     assert "pixel-sail" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""tools/compare_runs.py on two evaluations written by hand: differences, intervals, refusals."""
+"""tools/compare_runs.py on two hand-written evaluations: differences, intervals, rejected inputs."""
 
 import json
 import runpy
@@ -121,21 +121,21 @@ def test_the_command_prints_a_table_and_writes_json(runs, command):
     assert written["resamples"] == 30 and written["evals"]["val"]["code"] == ["1a2b", "1a2b"]
 
 
-def test_other_questions_are_refused(runs, data_root, command):
+def test_runs_with_different_questions_are_rejected(runs, data_root, command):
     write_eval(runs / "c" / "val", node_of(data_root) | {"max_images": 1}, [], questions_sha256="other")
     status, _, errors = command(runs / "a", runs / "c", "--json", runs / "difference.json")
     assert status == 2 and not (runs / "difference.json").exists()
     assert "found different questions" in errors and "['max_images']" in errors
 
 
-def test_runs_without_a_common_eval_are_refused(runs, data_root, command):
+def test_runs_without_a_common_eval_are_rejected(runs, data_root, command):
     write_eval(runs / "c" / "test", node_of(data_root), [])
     for arguments in ((runs / "a", runs / "c"), (runs / "a", runs / "b", "--evals", "test"), (runs / "a", runs)):
         status, output, errors = command(*arguments)
         assert (status, output) == (2, "") and errors.startswith("DataError: ")
 
 
-def test_copies_of_the_annotations_may_lie_elsewhere_but_must_agree(runs, data_root, items):
+def test_copies_of_the_annotations_may_be_elsewhere_but_must_agree(runs, data_root, items):
     copy = runs / "copy"
     shutil.copytree(data_root / "refshapes" / "refshapes", copy / "refshapes")
     node = node_of(data_root) | {"root": str(copy)}
@@ -152,7 +152,7 @@ def test_copies_of_the_annotations_may_lie_elsewhere_but_must_agree(runs, data_r
         compare(runs / "a" / "val", runs / "c" / "val", resamples=5)
 
 
-def test_an_unfinished_or_changed_eval_is_refused(runs, data_root, items):
+def test_an_unfinished_or_changed_eval_is_rejected(runs, data_root, items):
     file = runs / "b" / "val" / "predictions.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:-1]))

@@ -1,4 +1,4 @@
-"""Bootstrap intervals against a loop over items, on cases computed by hand, and paired."""
+"""Bootstrap intervals, unpaired and paired, against a loop over items and hand-computed examples."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Every configuration file composes, fits its schema and names functions that exist with arguments they take."""
+"""Every config file composes, fits its schema, and names existing functions with arguments that they accept."""
 
 import ast
 import inspect
@@ -102,13 +102,13 @@ def test_an_ablation_and_the_command_line_change_one_thing_of_a_recipe_and_a_sta
     assert staged.name == "stage_pretrain_sail_0_5b"
 
 
-def test_a_decontamination_group_beside_the_recipe_is_refused_and_a_key_takes_it_back():
+def test_a_decontamination_group_beside_the_recipe_is_rejected_and_a_key_takes_it_back():
     card, group = (
         ["experiment=pixel_sail_0_5b", "recipe=released"],
         "decontamination@data.decontamination=refcoco_family",
     )
     assert not load_config("train", TrainConfig, card).data.decontamination.enabled
-    with pytest.raises(ConfigError, match=r"is without effect.*add data\.decontamination\.enabled=true"):
+    with pytest.raises(ConfigError, match=r"has no effect.*add data\.decontamination\.enabled=true"):
         load_config("train", TrainConfig, [*card, group])
     kept = load_config("train", TrainConfig, [*card, group, "data.decontamination.enabled=true"])
     assert kept == load_config("train", TrainConfig, [*card, "data.decontamination.enabled=true"])
@@ -138,7 +138,7 @@ def test_a_recipe_that_does_not_exist_is_an_error_that_lists_those_that_do():
 
 
 def test_null_for_a_group_is_an_error_that_says_how_to_choose_none():
-    with pytest.raises(ConfigError, match=r"'recipe=null'.*leave it out, or put ~ before its name"):
+    with pytest.raises(ConfigError, match=r"'recipe=null'.*omit it, or put ~ before its name"):
         load_config("train", TrainConfig, ["name=x", "recipe=null"])
     assert load_config("train", TrainConfig, ["name=x", "~recipe"]) == load_config("train", TrainConfig, ["name=x"])
 
@@ -234,7 +234,7 @@ def test_no_help_of_a_program_names_a_place_outside_of_the_repository():
     assert {path: PLACE.findall(text) for path, text in texts.items() if PLACE.search(text)} == {}
 
 
-def test_configs_lie_where_the_package_looks_for_them():
+def test_configs_are_where_the_package_looks_for_them():
     assert Path(__file__).resolve().parent.parent / "configs" == CONFIG_FOLDER
 
 
@@ -253,7 +253,7 @@ def test_configs_lie_where_the_package_looks_for_them():
         *("loss.points.importance_ratio=2", "loss.points.num_points=0", "run_dir=runs/\udcff"),
     ],
 )
-def test_a_number_out_of_its_range_is_refused_by_its_name(setting):
+def test_a_number_out_of_its_range_is_rejected_by_its_name(setting):
     with pytest.raises((ConfigError, DataError)) as refusal:
         load_config("train", TrainConfig, ["name=x", setting])
     assert setting.partition("=")[0].rpartition(".")[2] in str(refusal.value)

@@ -1,4 +1,4 @@
-"""Checkpoints of other bases become ours without losing a bit, and what does not fit leaves nothing."""
+"""Checkpoints of other bases are converted bit-exactly, and a failed conversion leaves no files."""
 
 import io
 import json
@@ -130,7 +130,7 @@ CONVERSIONS = {
     "eve_7b": ("evev2",),
     "tiny": (),
 }
-"""Model file -> the roads that lead to a start for it; tiny starts from random weights."""
+"""Model file -> the ways to a start for it; tiny starts from random weights."""
 
 
 def architecture_of_file(name):
@@ -243,7 +243,7 @@ def test_a_zero_folder_is_put_together(stage, world, tmp_path):
         open_source(tmp_path / "zero")
 
 
-def test_a_zero_folder_without_a_shard_is_refused(tmp_path):
+def test_a_zero_folder_without_a_shard_is_rejected(tmp_path):
     step = write_zero(tmp_path / "zero", {"a": torch.ones(9)}, 2, 3)
     next(step.glob("*_rank_1_*")).unlink()
     with pytest.raises(DataError, match=r"ranks \[0, 2\], expected those of 0 .. 2"):
@@ -276,7 +276,7 @@ class Malicious:
         return (Path.touch, (self.path,))
 
 
-def test_a_pickle_that_asks_for_code_is_refused_and_not_run(tmp_path):
+def test_a_pickle_that_asks_for_code_is_rejected_and_not_run(tmp_path):
     trace = tmp_path / "it_was_run"
     torch.save({"state_dict": {"a": torch.ones(2)}, "hook": Malicious(trace)}, tmp_path / "bad.pth")
     with pytest.raises(
@@ -336,8 +336,8 @@ def drop_key(folder):
         (other_tokenizer, r"tokenizer of \d+ tokens for an embedding of 288 rows, expected as many"),
         (lambda folder: shard(folder, 1).unlink(), r"shards missing: \['model-00002"),
         (lambda folder: shutil.copy(shard(folder), folder / "model-9.safetensors"), "does not name: .*model-9"),
-        (lambda folder: cut(shard(folder, 1), 0.6), "no complete safetensors file"),
-        (lambda folder: cut(shard(folder, 1), 0.0), "no complete safetensors file"),
+        (lambda folder: cut(shard(folder, 1), 0.6), "incomplete safetensors file"),
+        (lambda folder: cut(shard(folder, 1), 0.0), "incomplete safetensors file"),
         (lambda folder: cut(folder / sources.INDEX, 0.5), "no readable weight_map"),
         (edit_json(sources.INDEX, lambda i: i["weight_map"].pop("model.norm.weight")), "does not list for it"),
         (rewrite(lambda state: dict(list(state.items())[1:])), "lacks"),
@@ -538,7 +538,7 @@ def test_what_safetensors_says_of_a_file_that_changed_meanwhile_is_one_message(q
     arguments = ["--from", "qwen2", "--to", str(tmp_path / "ours"), "--patch-size", "8", str(qwen)]
     assert load_tool("convert_checkpoint").main(arguments) == 2
     said = capsys.readouterr().err
-    assert re.fullmatch(r"DataError: .*safetensors: .*\(SafetensorError: invalid header\); get it again\n", said)
+    assert re.fullmatch(r"DataError: .*safetensors: .*\(SafetensorError: invalid header\); download it again\n", said)
     assert not (tmp_path / "ours").exists()
 
 
@@ -553,7 +553,7 @@ def test_two_conversions_to_one_folder_leave_that_of_the_first_to_end(tmp_path):
     stranger = tmp_path / ".writing_ours"
     stranger.mkdir()
     (stranger / "model.safetensors").write_bytes(b"somebody else's")
-    with pytest.raises(DataError, match="found something there, expected a new folder"):
+    with pytest.raises(DataError, match="found an existing path, expected a new folder"):
         # The second starts and ends while the first is at work.
         write_one(tmp_path / "ours", 1.0, finish=lambda working, hashes: write_one(tmp_path / "ours", 2.0))
     assert load_file(tmp_path / "ours" / "model.safetensors")["a"].tolist() == [2.0, 2.0]

@@ -1,4 +1,4 @@
-"""Pickles become JSON lines that are read in their place, and only while they belong together."""
+"""Refs pickles are converted to JSON lines, which sources read instead as long as the pickle is unchanged."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def test_the_converted_file_is_read_in_place_of_the_pickle(refs_pickle, monkeypa
     assert read_refs(find_refs_file(refs_pickle.parent, "unc")) == REFS
 
 
-def test_a_pickle_of_another_content_beside_it_is_refused(refs_pickle):
+def test_a_pickle_of_another_content_beside_it_is_rejected(refs_pickle):
     converted, _ = convert(refs_pickle)
     old = sha256(refs_pickle)
     refs_pickle.write_bytes(pickle.dumps(REFS[:1], protocol=2))
@@ -97,7 +97,7 @@ def test_a_pickle_of_another_content_beside_it_is_refused(refs_pickle):
         (lambda text: "\x00\xff" + text, "found first line"),
     ],
 )
-def test_a_damaged_converted_file_is_refused(refs_pickle, damage, reason):
+def test_a_damaged_converted_file_is_rejected(refs_pickle, damage, reason):
     converted, _ = convert(refs_pickle)
     converted.write_text(damage(converted.read_text()), encoding="latin-1")
     with pytest.raises(DataError, match=rf"refs\(unc\)\.jsonl: .*({reason}).*convert_refs\.py again"):
@@ -114,14 +114,14 @@ def test_a_damaged_converted_file_is_refused(refs_pickle, damage, reason):
         ({1: 2}, "tuples or keys"),
     ],
 )
-def test_what_json_would_change_is_refused_and_nothing_is_written(refs_pickle, value, reason):
+def test_values_that_json_would_change_are_rejected_and_nothing_is_written(refs_pickle, value, reason):
     refs_pickle.write_bytes(pickle.dumps([REFS[0], {**REFS[1], "extra": value}]))
     with pytest.raises(DataError, match=rf"refs\(unc\)\.p: ref 1: .*{reason}.*keep the pickle"):
         convert(refs_pickle)
     assert [item.name for item in refs_pickle.parent.iterdir()] == ["refs(unc).p"]
 
 
-def test_an_unsafe_pickle_is_refused_without_running_it(refs_pickle):
+def test_an_unsafe_pickle_is_rejected_without_running_it(refs_pickle):
     refs_pickle.write_bytes(pickle.dumps([os.getcwd]))
     with pytest.raises(DataError, match=r"request for .*getcwd"):
         convert(refs_pickle)
@@ -133,7 +133,7 @@ def test_several_kinds_of_refs_in_a_folder_are_not_guessed_among(refs_pickle):
         find_refs_file(refs_pickle.parent, "unc")
 
 
-def test_the_tool_converts_all_below_a_folder_and_goes_on_after_a_failure(tool, refs_pickle, tmp_path, capsys):
+def test_the_tool_converts_all_below_a_folder_and_continues_after_a_failure(tool, refs_pickle, tmp_path, capsys):
     other = tmp_path / "other" / "grefs(google).p"
     other.parent.mkdir()
     other.write_bytes(b"\x80\x02broken")
@@ -156,7 +156,7 @@ def test_the_tool_leaves_what_is_up_to_date_and_renews_what_is_not(tool, refs_pi
     assert read_refs(converted) == REFS[:1]
     converted.write_text("nonsense")
     assert tool.main([str(refs_pickle)]) == 0
-    assert "written anew" in capsys.readouterr().err
+    assert "rewritten" in capsys.readouterr().err
     assert read_refs(converted) == REFS[:1]
 
 

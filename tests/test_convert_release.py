@@ -1,4 +1,5 @@
-"""The release's layout becomes ours and comes back bit for bit, and what the release computes otherwise stays here."""
+"""The release's layout is converted to ours and back bit-exactly; what the release computes differently is not
+exported."""
 
 import json
 import re
@@ -138,7 +139,7 @@ def test_the_wrong_tokenizer_of_a_release_is_noticed(base_tokenizer, make_config
     state, _ = release_checkpoint(tmp_path, base_tokenizer, make_config, release_orders(2)[0], num_visual_prompts=2)
     save_file(state, tmp_path / "state.safetensors")
     other_tokenizer(tmp_path / "base")
-    with pytest.raises(DataError, match=r"the release appends one of \[1, 0, 2\].*give the tokenizer of the base"):
+    with pytest.raises(DataError, match=r"the release appends one of \[1, 0, 2\].*use the tokenizer of the base"):
         convert(tmp_path / "state.safetensors", "release", tmp_path / "ours", base=tmp_path / "base", chosen=RELEASED)
 
 
@@ -154,7 +155,7 @@ def convert_release(folder, prompts=2):
     return convert(folder / "state.safetensors", "release", folder / "ours", base=folder / "base", chosen=chosen)
 
 
-def test_a_tokenizer_without_seg_is_refused_although_it_has_a_token_for_every_row(
+def test_a_tokenizer_without_seg_is_rejected_although_it_has_a_token_for_every_row(
     base_tokenizer, make_config, tmp_path
 ):
     _, right = write_release(tmp_path, base_tokenizer, make_config, release_orders(2)[0], num_visual_prompts=2)
@@ -184,7 +185,7 @@ def test_weights_for_prompts_are_dropped_only_where_there_are_no_prompts(base_to
     assert load_model(tmp_path / "ours").config.num_visual_prompts == 0
 
 
-def test_a_tokenizer_with_a_prompt_missing_in_between_is_refused(base_tokenizer, make_config, tmp_path):
+def test_a_tokenizer_with_a_prompt_missing_in_between_is_rejected(base_tokenizer, make_config, tmp_path):
     order = tuple("<Prompt7>" if token == "<Prompt0>" else token for token in release_orders(2)[0])
     _, tokenizer = write_release(tmp_path, base_tokenizer, make_config, order, num_visual_prompts=2)
     tokenizer.save_pretrained(tmp_path / "base")
@@ -225,7 +226,7 @@ def test_a_model_that_the_release_computes_otherwise_is_not_written_for_it(
         {name: torch.zeros(shape) for name, shape in expected_shapes(config).items()},
         tmp_path / "ours" / "a.safetensors",
     )
-    with pytest.raises(DataError, match=f"{re.escape(message)} .*the released code builds nothing else"):
+    with pytest.raises(DataError, match=f"{re.escape(message)} .*the released code supports nothing else"):
         to_release(tmp_path / "ours", tmp_path / "released")
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 

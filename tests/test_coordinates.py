@@ -1,4 +1,4 @@
-"""Coordinates that look like fractions are refused wherever regions are read, the pixel in the corner is not."""
+"""Coordinates that look like fractions are rejected wherever regions are read; a pixel in the corner is accepted."""
 
 import json
 
@@ -28,13 +28,13 @@ def index_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PIXEL_SAIL_CACHE", str(tmp_path / "index_cache"))
 
 
-def test_fractions_are_told_from_pixels_by_the_size_of_the_image():
+def test_fractions_and_pixels_are_distinguished_by_the_image_size():
     assert look_like_fractions(FRACTIONS, HW) and look_like_fractions([0.0, 1.02], HW)
     assert not look_like_fractions(PIXELS, HW) and not look_like_fractions([0.5, 1.2], HW)
     assert not look_like_fractions(FRACTIONS, (4, 4)) and not look_like_fractions([], HW)
 
 
-def test_fractions_may_lie_a_little_beyond_the_border():
+def test_fractions_may_be_slightly_beyond_the_border():
     with pytest.raises(DataError, match="look like fractions"):
         check_pixels([-0.1, 0.2, 0.6, 0.2, 0.6, 0.8], (48, 64), "x")
     check_pixels([-3.0, 0.2, 0.6, 0.2, 0.6, 0.8], (48, 64), "x")
@@ -55,7 +55,7 @@ def test_one_part_in_pixels_makes_the_corner_a_part():
     assert decode_segmentation([CORNER, PIXELS], HW, "w").sum() == 1 + 200
 
 
-def test_a_file_is_looked_through_for_pixels(tmp_path):
+def test_a_file_is_searched_for_pixels(tmp_path):
     rle = {"size": [48, 64], "counts": [48 * 64]}
     files = {
         "fractions": [{"segmentation": [FRACTIONS], "id": 900, "bbox": [6, 9, 40, 20]}, {"a": [{"segmentation": rle}]}],
@@ -89,7 +89,7 @@ def refer_folder(root, *segmentations):
     return root
 
 
-def test_a_refer_file_of_fractions_is_refused_in_training_and_evaluation(tmp_path):
+def test_a_refer_file_of_fractions_is_rejected_in_training_and_evaluation(tmp_path):
     refer_folder(tmp_path, [FRACTIONS], [CORNER])
     source = load(root=tmp_path, dataset="mine", split="val")
     for index in (0, 1):
@@ -104,7 +104,7 @@ def test_a_refer_file_in_pixels_may_have_a_region_of_one_pixel(tmp_path):
     assert [int(decode_rle(item.target).sum()) for item in items] == [200, 1]
 
 
-def test_boxes_of_fractions_are_refused(tmp_path):
+def test_boxes_of_fractions_are_rejected(tmp_path):
     record = {"image_id": 1, "local_image": "a.jpg", "expression": "a", "height": 48, "width": 64}
     for box, reason in (([0.1, 0.2, 0.6, 0.8], LOOK), ([0, 0, 1, 1], LOOK)):
         (tmp_path / "b.json").write_text(json.dumps([record | {"bbox_xyxy": box}]))
@@ -115,7 +115,7 @@ def test_boxes_of_fractions_are_refused(tmp_path):
     assert [int(decode_rle(item.target).sum()) for item in items] == [1, 42]
 
 
-def test_muse_osprey_and_refcocog_captions_of_fractions_are_refused(tmp_path):
+def test_muse_osprey_and_refcocog_captions_of_fractions_are_rejected(tmp_path):
     answer = [{"segmentation": [FRACTIONS], "category_name": "mug"}]
     ref = {"sentence": "a mug", "segmentation": [FRACTIONS]}
     contents = {
@@ -140,7 +140,7 @@ def test_muse_osprey_and_refcocog_captions_of_fractions_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("points", [[[0.1, 0.2], [0.6, 0.2], [0.6, 0.8]], [[0, 0], [1, 0], [1, 1]]])
-def test_a_reasonseg_file_of_fractions_is_refused_and_one_shape_in_pixels_makes_all_pixels(tmp_path, points):
+def test_a_reasonseg_file_of_fractions_is_rejected_and_one_shape_in_pixels_makes_all_pixels(tmp_path, points):
     write(tmp_path / "one", shapes=[shape("target", points)], size_hw=HW)
     with pytest.raises(DataError, match=rf"a\.json: .*{LOOK}"):
         reason_expressions(root=tmp_path / "one", split="train")
@@ -149,7 +149,7 @@ def test_a_reasonseg_file_of_fractions_is_refused_and_one_shape_in_pixels_makes_
     assert decode_rle(item.target)[0, 0]
 
 
-def test_marks_given_as_fractions_are_refused_and_whole_numbers_are_pixels():
+def test_marks_given_as_fractions_are_rejected_and_whole_numbers_are_pixels():
     for region in (Box(0.1, 0.2, 0.6, 0.8), Box(0, 0, 0.5, 1), Point(0.5, 0.25)):
         with pytest.raises(DataError, match=LOOK):
             region_mask(region, HW, "prompt 0")
@@ -157,5 +157,5 @@ def test_marks_given_as_fractions_are_refused_and_whole_numbers_are_pixels():
     assert region_mask(Box(0.5, 0.5, 3.5, 2), HW, "p").sum() == 8
 
 
-def test_percent_are_taken_for_pixels():
+def test_percentages_are_read_as_pixels():
     check_pixels([10.0, 20.0, 60.0, 80.0], HW, "w")

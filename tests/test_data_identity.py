@@ -1,4 +1,4 @@
-"""A run remembers which annotation files it learned from, and does not go on with others unless told so."""
+"""A run records its annotation files, and does not resume with different ones unless configured to."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from pixel_sail.data.refs_files import convert, read_refs
 from pixel_sail.data.sources.refer import load_refer
 
 
-def test_every_file_is_noted_by_folder_and_name_while_somebody_listens(tmp_path):
+def test_every_file_is_recorded_by_folder_and_name_while_recording(tmp_path):
     with data_fingerprint() as outer:
         add_to_fingerprint(tmp_path / "a" / "x.json", "11")
         with data_fingerprint() as inner:
@@ -47,7 +47,7 @@ def test_converting_a_pickle_keeps_its_fingerprint(data_root, tmp_path):
     assert len(before) == 1 and before == after
 
 
-def test_a_run_does_not_go_on_with_changed_annotations_unless_told_so(data_root, tmp_path):
+def test_a_run_does_not_resume_with_changed_annotations_unless_configured(data_root, tmp_path):
     own = tmp_path / "data"
     shutil.copytree(data_root, own)
     command = [sys.executable, "scripts/train.py", *SMALL, f"run_dir={tmp_path / 'run'}", "optim.steps=2"]

@@ -1,4 +1,4 @@
-"""Evaluation images stay out of training, by their COCO number, whatever folder or year names the file."""
+"""Evaluation images are excluded from training by COCO image ID, independent of folder and year in the file name."""
 
 import json
 from pathlib import Path
@@ -102,7 +102,7 @@ def test_excluded_images_are_those_of_the_named_splits(tmp_path, monkeypatch):
     assert evaluation_image_ids([entry]) == {7, 9}
 
 
-def test_a_missing_split_is_an_error_that_says_how_to_go_on(tmp_path, monkeypatch):
+def test_a_missing_split_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("PIXEL_SAIL_CACHE", str(tmp_path / "cache"))
     _write_refer(tmp_path, {8: "train"})
     with pytest.raises(DataError, match=r"(?s)expected \['val'\].*data.decontamination.enabled=false"):
@@ -110,7 +110,7 @@ def test_a_missing_split_is_an_error_that_says_how_to_go_on(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_the_mixture_of_a_run_leaves_them_out_unless_told_otherwise(tmp_path, monkeypatch, enabled):
+def test_the_mixture_of_a_run_excludes_them_unless_configured(tmp_path, monkeypatch, enabled):
     monkeypatch.setenv("PIXEL_SAIL_CACHE", str(tmp_path / "cache"))
     _write_refer(tmp_path, {7: "val", 8: "train", 9: "train", 10: "val"})
     source = {
@@ -124,7 +124,7 @@ def test_the_mixture_of_a_run_leaves_them_out_unless_told_otherwise(tmp_path, mo
         sources={"grefs": source}, decontamination=DecontaminationConfig(enabled=enabled, held_out=held_out)
     )
     if enabled:
-        with pytest.raises(DataError, match="hold no item"):
+        with pytest.raises(DataError, match="found no items in"):
             build_mixture(config, seed=0)
     else:
         assert build_mixture(config, seed=0).epoch_length == 2

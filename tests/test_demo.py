@@ -1,4 +1,4 @@
-"""The demo's server: answers of the Predictor, limits, refusals that say what to do, and nothing left behind."""
+"""The demo's server: answers of the Predictor, limits, actionable errors, and no leftovers."""
 
 import asyncio
 import base64
@@ -190,7 +190,7 @@ def broken_png(image):
 
 BAD_UPLOADS = {
     "empty": (lambda image: b"", 400, "empty"),
-    "text": (lambda image: b"hello, this is no image", 415, "no image"),
+    "text": (lambda image: b"hello, this is no image", 415, "not a readable image"),
     "cut": (lambda image: png(image)[:2000], 415, "damaged"),
     "broken": (broken_png, 415, "damaged"),
     "long file": (lambda image: png(image) + b"\0" * 1_000_001, 413, "1 MB"),
@@ -207,7 +207,7 @@ BAD_UPLOADS = {
         415,
         "no",
     ),
-    "archive": (lambda image: b"PK\x03\x04" + b"\0" * 500, 415, "no image"),
+    "archive": (lambda image: b"PK\x03\x04" + b"\0" * 500, 415, "not a readable image"),
 }
 BAD_QUESTIONS = {
     "no session": ({"session": None}, 404, "no longer"),
@@ -215,23 +215,23 @@ BAD_QUESTIONS = {
     "no text": ({"text": " \n"}, 400, "no question"),
     "a number for a text": ({"text": 5}, 400, "no question"),
     "a long text": ({"text": "a" * 201}, 413, "201 characters"),
-    "half a character": ({"text": "a \ud800 b"}, 400, "broken character"),
+    "half a character": ({"text": "a \ud800 b"}, 400, "invalid character"),
     "regions as text": ({"regions": "all"}, 400, "not a list"),
     "many regions": ({"regions": [{"point": [1, 1]}] * 16}, 413, "at most 15"),
-    "an unknown region": ({"regions": [{"circle": [1, 2, 3]}]}, 400, "Mark 0 is no box"),
-    "no number": ({"regions": [{"point": [1, float("nan")]}]}, 400, "Mark 0 is no box"),
-    "a huge number": ({"regions": [{"box": [0, 0, 10**400, 5]}]}, 400, "Mark 0 is no box"),
+    "an unknown region": ({"regions": [{"circle": [1, 2, 3]}]}, 400, "Mark 0 is not a box"),
+    "no number": ({"regions": [{"point": [1, float("nan")]}]}, 400, "Mark 0 is not a box"),
+    "a huge number": ({"regions": [{"box": [0, 0, 10**400, 5]}]}, 400, "Mark 0 is not a box"),
     "no base64": ({"regions": [{"png": "%%%"}]}, 400, "Mark 0 cannot be read"),
-    "a mask that is none": ({"regions": [{"png": "aGVsbG8="}]}, 415, "no image"),
+    "a mask that is none": ({"regions": [{"png": "aGVsbG8="}]}, 415, "not a readable image"),
     "a mask of another size": ({"regions": [{"png": mask_png(np.ones((4, 4), dtype=bool))}]}, 400, "another size"),
     "outside": ({"regions": [{"box": [10, 10, 900, 30]}]}, 200, "inside the image of 64 x 40"),
     "a region nobody marked": ({"text": "What is <Prompt3>?"}, 200, "<Prompt3> found"),
     "a token of the model": ({"text": "It is [SEG]."}, 200, "only the model may say"),
 }
 BAD_BODIES = {
-    "no JSON": (b"{", "application/json", 400, "no JSON"),
-    "a list": (b"[1]", "application/json", 400, "no JSON object"),
-    "deep": (b"[" * 100_000, "application/json", 400, "no JSON"),
+    "no JSON": (b"{", "application/json", 400, "not JSON"),
+    "a list": (b"[1]", "application/json", 400, "not a JSON object"),
+    "deep": (b"[" * 100_000, "application/json", 400, "not JSON"),
     "a form": (b"session=1&text=2", "application/x-www-form-urlencoded", 415, "application/json"),
     "long": (b'"' + b"a" * 8_000_001 + b'"', "application/json", 413, "too long"),
 }
@@ -253,7 +253,7 @@ def assert_still_up(client, image):
 
 
 @pytest.mark.parametrize("what", BAD_UPLOADS)
-def test_an_upload_that_is_no_image_is_refused(nothing_left, client, image, what):
+def test_an_upload_that_is_no_image_is_rejected(nothing_left, client, image, what):
     make, status, message = BAD_UPLOADS[what]
     response = client.post("/api/images", content=make(image), headers={"content-type": "image/png"})
     assert response.status_code == status and message in response.json()["error"]
@@ -261,7 +261,7 @@ def test_an_upload_that_is_no_image_is_refused(nothing_left, client, image, what
 
 
 @pytest.mark.parametrize("what", BAD_QUESTIONS)
-def test_a_question_that_cannot_be_asked_is_refused(nothing_left, client, image, what):
+def test_a_question_that_cannot_be_asked_is_rejected(nothing_left, client, image, what):
     changes, status, message = BAD_QUESTIONS[what]
     question = {"session": opened(client, image), "text": "the star", "regions": []} | changes
     response = client.post(
@@ -272,7 +272,7 @@ def test_a_question_that_cannot_be_asked_is_refused(nothing_left, client, image,
 
 
 @pytest.mark.parametrize("what", BAD_BODIES)
-def test_a_body_that_is_no_question_is_refused(nothing_left, client, image, what):
+def test_a_request_body_without_question_is_rejected(nothing_left, client, image, what):
     body, kind, status, message = BAD_BODIES[what]
     response = client.post("/api/ask", content=body, headers={"content-type": kind})
     assert response.status_code == status and message in response.json()["error"]
@@ -341,7 +341,7 @@ class Gate:
             self.ended.set()
 
 
-def test_a_full_queue_says_so_and_opens_again(client, image, monkeypatch):
+def test_a_full_queue_is_reported_and_opens_again(client, image, monkeypatch):
     session = opened(client, image)
     with monkeypatch.context() as patch:
         gate = Gate(patch)
@@ -366,7 +366,7 @@ def test_a_full_queue_says_so_and_opens_again(client, image, monkeypatch):
     assert "result" in response.text
 
 
-def test_an_answer_nobody_waits_for_ends_early(client, image, monkeypatch):
+def test_an_answer_without_waiting_client_ends_early(client, image, monkeypatch):
     gate = Gate(monkeypatch)
     question = {"session": opened(client, image), "text": "a"}
     with client.stream("POST", "/api/ask", json=question) as response:
@@ -379,7 +379,7 @@ def test_an_answer_nobody_waits_for_ends_early(client, image, monkeypatch):
     assert gate.ended.is_set() and len(gate.said) < 100
 
 
-def test_a_question_whose_asker_left_before_its_answer_began_is_not_worked_on():
+def test_a_question_of_a_disconnected_client_is_not_answered():
     worked = []
 
     async def leave():
@@ -483,7 +483,7 @@ def test_many_images_of_one_user_push_out_no_other(client, image):
     assert "result" in ask(client, other, "a")[1] and "result" in ask(client, own, "a")[1]
 
 
-def test_an_image_nobody_asks_about_is_forgotten(predictor, image):
+def test_an_unused_image_is_evicted(predictor, image):
     now = [0.0]
     sessions = Sessions(predictor, DemoLimits(idle_s=10.0), clock=lambda: now[0])
     one, other = sessions.open(image).name, sessions.open(image).name

@@ -1,4 +1,4 @@
-"""The demo in a real browser: load an image, mark regions, ask, see and save masks, and be told what is wrong.
+"""The demo in a real browser: load an image, mark regions, ask, view and save masks, and see errors.
 
 Chromium comes from the system's packages (`apt-get install chromium`); PIXEL_SAIL_CHROMIUM names one elsewhere.
 """
@@ -191,7 +191,7 @@ def test_history_of_one_image(open_page, image_file):
     page.click("#undo")
     ask(page, "the star")
     expect(page.locator(".break")).to_have_count(1)
-    page.click("#anew")
+    page.click("#restart")
     expect(page.locator("#history li")).to_have_count(0)
     ask(page, "the star")
     assert "image kept" not in page.locator(".timing").inner_text()
@@ -208,11 +208,11 @@ def test_an_example_is_loaded_with_its_question(open_page):
     expect(page.locator(".answer")).to_have_text("It is.")
 
 
-def test_a_wrong_file_is_refused_kindly(open_page, image_file, tmp_path):
+def test_a_wrong_file_is_rejected_with_a_clear_message(open_page, image_file, tmp_path):
     page, (path, _) = open_page(), image_file
     error = page.locator("#error")
     for name, content, message in (
-        ("notes.txt", b"no image at all", "no image that can be read"),
+        ("notes.txt", b"no image at all", "not a readable image"),
         ("cut.png", path.read_bytes()[:1500], "damaged"),
         ("empty.jpg", b"", "empty"),
         ("large.jpg", b"\0" * 1_100_000, "more than 1 MB"),
@@ -225,7 +225,7 @@ def test_a_wrong_file_is_refused_kindly(open_page, image_file, tmp_path):
     expect(error).to_be_hidden()
     # What was loaded stays when the next file is refused, and so does a question that was refused.
     page.set_input_files("#file", tmp_path / "notes.txt")
-    expect(error).to_contain_text("no image that can be read")
+    expect(error).to_contain_text("not a readable image")
     page.fill("#text", "What is <Prompt5>?")
     page.click("#ask")
     expect(error).to_contain_text("<Prompt5> found")
@@ -305,7 +305,7 @@ def test_the_page_fits_a_narrow_screen(open_page, image_file):
     page.screenshot(path=image_file[0].with_name("page.png"))
     shot = Image.open(image_file[0].with_name("page.png")).convert("RGB")
     assert all(max(shot.getpixel((round(x + dx), round(y)))) < 40 for dx in (-8, 8))
-    for button in page.locator("#tools button:visible, #ask, #anew").all():
+    for button in page.locator("#tools button:visible, #ask, #restart").all():
         assert button.bounding_box()["height"] >= 36
 
 

@@ -1,4 +1,4 @@
-"""Slow clients of the demo are ended and keep nobody out."""
+"""Connections of slow clients are closed and do not block other clients of the demo."""
 
 import io
 import socket
@@ -61,14 +61,14 @@ def seconds_until_ended(one, drip):
 
 
 @pytest.mark.parametrize("kind", SLOW)
-def test_a_request_that_does_not_come_within_its_time_is_ended(batch, kind):  # noqa: F811
+def test_a_request_that_exceeds_its_time_limit_is_ended(batch, kind):  # noqa: F811
     limits = DemoLimits(header_s=0.5, transfer_s=0.5)
     with served(Predictor(batch), limits=limits) as address, connected(address, 1, SLOW[kind]) as (slow,):
         assert 0.3 < seconds_until_ended(slow, drip=kind != "silent") < 4
 
 
 @pytest.mark.parametrize("kind", SLOW)
-def test_slow_clients_of_any_number_keep_nobody_out(batch, kind):  # noqa: F811
+def test_any_number_of_slow_clients_blocks_no_other(batch, kind):  # noqa: F811
     with served(Predictor(batch), most=8) as address, connected(address, 40, SLOW[kind]) as slow:
         for _ in range(5):
             for one in slow:
@@ -79,7 +79,7 @@ def test_slow_clients_of_any_number_keep_nobody_out(batch, kind):  # noqa: F811
             assert time.monotonic() - began < 3
 
 
-def test_clients_that_do_not_take_their_answer_keep_nobody_out(batch):  # noqa: F811
+def test_clients_that_do_not_read_their_answer_block_no_other(batch):  # noqa: F811
     noise = np.random.default_rng(0).integers(0, 256, (2000, 3000, 3), dtype=np.uint8)
     examples = [DemoExample(image=Image.fromarray(noise), text="a")]
     text = f"GET /api/examples/0 HTTP/1.1\r\n{HOST}\r\n"

@@ -1,4 +1,4 @@
-"""`data.details` sets every option by which sources follow the release, and belongs to a run."""
+"""`data.details` sets every option in which sources follow the release, and is recorded with the run."""
 
 import inspect
 import json
@@ -118,7 +118,7 @@ def differing(saved, config):
     return dict(differing_leaves(with_defaults(saved, defaults), with_defaults(identity_of(config), defaults)))
 
 
-def test_a_run_older_than_a_key_goes_on_with_the_default_of_the_key():
+def test_a_run_older_than_a_key_resumes_with_its_default():
     config = config_of("data=cotrain_0_5b")
     saved = without_new_keys(identity_of(config))
     assert len(dict(differing_leaves(saved, identity_of(config)))) > 15

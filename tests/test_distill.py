@@ -1,4 +1,4 @@
-"""Distillation: the released losses, exact parts of a global mean, gradients for the student alone, and runs with
+"""Distillation: the released losses, exact parts of a global mean, gradients only for the student, and runs with
 and without teachers."""
 
 import json
@@ -100,7 +100,7 @@ def test_the_cosine_does_not_see_lengths_and_half_precision_is_computed_in_float
     assert resized_features(features.half(), (2, 3)).dtype == torch.float32
 
 
-def test_different_channels_are_refused():
+def test_different_channels_are_rejected():
     with pytest.raises(ValueError, match="student has 4 channels, teacher 5"):
         distill_loss(torch.zeros(2, 3, 4), torch.zeros(5, 2, 3))
 
@@ -145,7 +145,7 @@ def student(tiny_model):
 
 
 @pytest.mark.parametrize("chosen", EVERY_COMBINATION)
-def test_a_step_runs_on_one_device_whatever_it_is(tiny_model, make_batch, examples, chosen):
+def test_a_step_runs_on_any_single_device(tiny_model, make_batch, examples, chosen):
     batch = make_batch(with_targets(examples, chosen))
     assert step_on_one_device(student(tiny_model), batch, torch.float32, CONFIG, TERMS) == []
 
@@ -445,7 +445,7 @@ def test_two_processes_give_the_losses_of_one(data_root, tmp_path):
         assert without == pytest.approx({key: expected[key] for key in without}, rel=1e-4)
 
 
-def test_a_run_with_random_teachers_is_refused_unless_allowed(data_root, tmp_path):
+def test_a_run_with_random_teachers_is_rejected_unless_allowed(data_root, tmp_path):
     overrides = [item for item in teacher_overrides() if "allow_random" not in item]
     done = start([sys.executable, "scripts/train.py", *SMALL, f"run_dir={tmp_path / 'run'}", *overrides], data_root)
     assert done.returncode == 2 and "its weights are random" in done.stderr

@@ -1,4 +1,4 @@
-"""The doctor: every bad case with made-up numbers, and one real look at this machine."""
+"""tools/doctor.py: every failure with made-up numbers, and one real check of this machine."""
 
 import json
 import sys
@@ -40,7 +40,7 @@ def test_the_tested_versions_are_fine():
         ("hydra-core", "1.3.7", "_target_"),
     ],
 )
-def test_known_bad_versions_are_refused_with_reason_and_fix(package, version, reason):
+def test_known_bad_versions_are_rejected_with_reason_and_fix(package, version, reason):
     (finding,) = [one for one in checks.check_versions(GOOD | {package: version}) if one.name == package]
     assert finding.status == BAD and reason in finding.found and finding.fix
 

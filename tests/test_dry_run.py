@@ -1,4 +1,4 @@
-"""--dry-run makes the next step of the run and leaves no trace in the run folder."""
+"""--dry-run takes the next step of the run and writes nothing to the run folder."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""One place makes a message and an exit status of what a person can mend; a bug keeps its traceback."""
+"""User errors are turned into one message and an exit status in one place; a bug keeps its traceback."""
 
 import ast
 import errno
@@ -39,9 +39,9 @@ def test_an_expected_error_is_one_message_with_its_status(kind, capsys):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
-def test_a_machine_that_refuses_is_one_message_with_the_path(number, capsys):
+def test_an_os_error_is_one_message_with_the_path(number, capsys):
     assert ending_with(OSError(number, "refused", "runs/a/log.jsonl"))() == 2
-    assert "Error: runs/a/log.jsonl: refused; make room" in capsys.readouterr().err
+    assert "Error: runs/a/log.jsonl: refused; free disk space" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("x"), ValueError("x"), FileNotFoundError(2, "x", "y")])
@@ -50,9 +50,11 @@ def test_a_bug_keeps_its_traceback(error):
         ending_with(error)()
 
 
-def test_what_cannot_be_written_is_told_with_its_path(tmp_path):
+def test_a_write_error_is_reported_with_the_path(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(WriteError, match=rf"{tmp_path}/file/report.html: cannot be written \(.*\), expected a place"):
+    with pytest.raises(
+        WriteError, match=rf"{tmp_path}/file/report.html: cannot be written \(.*\), expected a writable path"
+    ):
         replace_text(tmp_path / "file" / "report.html", "text")
     (tmp_path / "folder").mkdir()
     with pytest.raises(WriteError, match="folder: cannot be written"):

@@ -1,4 +1,4 @@
-"""Scoring a checkpoint: every expression once, continued after a kill, equal over ranks and to the scoring tool."""
+"""Evaluation scores every expression once, resumes after a kill, and equals other rank counts and the scoring tool."""
 
 import json
 import subprocess

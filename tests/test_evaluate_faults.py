@@ -1,7 +1,7 @@
-"""An evaluation that is killed, starved, fed damage or spread over ranks gives the numbers of one that nothing befell.
+"""An evaluation with kills, lack of resources, damaged files or several ranks gives the scores of an undisturbed one.
 
-Every run is `scripts/evaluate.py` as a process of its own. They are forked from a process that has imported everything
-once, as starting Python anew would take most of the time.
+Every run is a separate process of `scripts/evaluate.py`, forked from a process that has imported everything
+once, because starting Python again would take most of the time.
 """
 
 import json
@@ -265,7 +265,7 @@ def test_a_cut_last_line_is_asked_again(bench, whole, tmp_path):
     content = part.read_bytes()
     part.write_bytes(content[:-50])
     ended = start(bench, output)
-    assert ended.statuses == [0] and "cut off an unfinished last line" in ended.said
+    assert ended.statuses == [0] and "truncated an incomplete last line" in ended.said
     assert part.read_bytes().startswith(b"".join(content.splitlines(keepends=True)[:5]))
     check_same(output, whole)
 
@@ -317,7 +317,7 @@ def test_a_full_disk_is_said_and_the_work_before_it_is_kept(bench, whole, tmp_pa
     part = output / EVAL / "part-0.jsonl"
     ended = start(bench, output, faults={0: Fault(largest_file_bytes=limit)})
     kept = part.read_bytes()
-    check_message(ended, f"{part}: cannot be written (File too large)", "MiB are free in", "Make room")
+    check_message(ended, f"{part}: cannot be written (File too large)", "MiB are free in", "Free disk space")
     check_message(ended, f"ends with a whole line ({len(kept)} bytes, {kept.count(10)} lines")
     # What the system took of the line that did not fit is gone again.
     assert kept.endswith(b"}\n") and 0 < len(kept) <= limit < num_bytes
@@ -382,7 +382,7 @@ def test_answers_to_no_item_are_named(bench, whole, tmp_path, monkeypatch):
         run(bench, output, monkeypatch)
 
 
-def test_a_second_evaluation_in_one_folder_is_refused_and_names_the_first(bench, tmp_path):
+def test_a_second_evaluation_in_one_folder_is_rejected_and_names_the_first(bench, tmp_path):
     # Locks of one process do not exclude each other; the second evaluation is a process of its own.
     lock = RunLock(tmp_path / "out", name="output")
     try:
@@ -405,7 +405,7 @@ def broken(bench: Bench, folder: Path, name: str, value: float) -> Path:
     return folder
 
 
-def test_weights_of_whole_numbers_are_refused(bench, tmp_path, monkeypatch):
+def test_weights_of_whole_numbers_are_rejected(bench, tmp_path, monkeypatch):
     folder = broken(bench, tmp_path / "model", "decoder.norm.weight", 1.0)
     weights = load_file(folder / "model.safetensors")
     weights["decoder.norm.weight"] = weights["decoder.norm.weight"].int()
@@ -415,7 +415,7 @@ def test_weights_of_whole_numbers_are_refused(bench, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_weights_that_are_not_finite_are_refused_by_name(bench, tmp_path, monkeypatch, value):
+def test_weights_that_are_not_finite_are_rejected_by_name(bench, tmp_path, monkeypatch, value):
     folder = broken(bench, tmp_path / "model", "decoder.norm.weight", value)
     with pytest.raises(DataError, match=r"found NaN or infinite numbers in decoder\.norm\.weight"):
         run(bench, tmp_path / "out", monkeypatch, f"checkpoint={folder}")

@@ -1,4 +1,4 @@
-"""What an evaluation reports: both protocols on cases computed by hand, rows, tables, images, missing data."""
+"""Evaluation reports: both protocols on hand-computed examples, rows, tables, images, missing data."""
 
 import json
 from dataclasses import replace
@@ -255,7 +255,7 @@ def test_the_first_mask_is_kept_only_where_it_is_not_the_union(tmp_path):
     assert read_predictions(tmp_path / "a.jsonl")[0] == several
 
 
-def test_a_damaged_first_mask_is_refused(tmp_path):
+def test_a_damaged_first_mask_is_rejected(tmp_path):
     line = PREDICTIONS.to_json(record_of([[1] + [0] * 9, [0, 1] + [0] * 8]), "x")
     line["first_segmentation"] = {"size": [1, 10], "counts": "zz"}
     (tmp_path / "a.jsonl").write_text(json.dumps(line) + "\n")
@@ -345,7 +345,7 @@ def test_a_checkpoint_has_the_first_rows_and_what_was_not_run_is_empty():
     assert paper_tables({"refshapes_val": {"ciou": 1.0}}, prompt="short", limit=0) == []
 
 
-def test_intervals_stand_behind_the_scores_and_html_is_escaped():
+def test_intervals_follow_the_scores_and_html_is_escaped():
     table = scores_table("A <b>", {"x": {"count": 3, "ciou": 0.5}, "y": {"n_acc": 1.0}}, {"x": {"ciou": (0.4, 0.61)}})
     assert table.markdown() == [
         *("## A <b>", ""),

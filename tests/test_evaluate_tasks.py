@@ -1,4 +1,5 @@
-"""Every task of the evaluation: asked once, the same over ranks and after a kill, scored from what was written."""
+"""Every evaluation task: each item is queried once, results are the same over ranks and after a kill, scores use the
+files."""
 
 import json
 import subprocess
@@ -142,7 +143,7 @@ def test_two_processes_write_the_same_predictions(whole, options, data_root, tmp
     assert json.loads(done.stdout) == json.loads(json.dumps(whole[1]))
 
 
-def test_a_killed_evaluation_goes_on_with_the_images_it_has_not_asked(options, data_root, tmp_path, monkeypatch):
+def test_a_killed_evaluation_resumes_with_the_missing_images(options, data_root, tmp_path, monkeypatch):
     # The budget makes every image a batch of its own.
     in_one_go = [*options(tmp_path / "whole", "perbench_choice"), "predict.max_batch_tokens=1"]
     run_evals(load_config("evaluate", EvalConfig, in_one_go))
@@ -179,7 +180,7 @@ def count_questions(monkeypatch):
     return asked
 
 
-def test_what_was_asked_is_part_of_the_protocol(whole, options, tmp_path):
+def test_the_questions_are_part_of_the_protocol(whole, options, tmp_path):
     protocol = json.loads((whole[0] / "perbench_choice" / "protocol.json").read_text())
     assert protocol["task"] == "region choices" and protocol["predict"]["max_new_tokens"] == 4
     overrides = options(tmp_path, "perbench_choice")
@@ -206,11 +207,11 @@ def test_each_task_has_a_length_of_its_own_unless_the_config_says_one(whole, opt
     assert lengths == {"reasonseg_val": 32, "gcg_val": 512}
 
 
-def test_a_prompt_the_task_does_not_have_is_refused_before_the_model_is_loaded(options, tmp_path):
+def test_a_prompt_the_task_does_not_have_is_rejected_before_the_model_is_loaded(options, tmp_path):
     config = load_config(
         "evaluate", EvalConfig, [*options(tmp_path, "refcocog_region_caption"), "predict.prompt=short"]
     )
-    with pytest.raises(ConfigError, match="'short', but region captions"):
+    with pytest.raises(ConfigError, match=r"'short', expected one of .* for region captions"):
         run_evals(config)
     assert not list(tmp_path.iterdir())
 
@@ -350,9 +351,9 @@ def _marked(item, mask):
     return Prediction(**names, segmentation=mask)
 
 
-def test_an_image_of_another_size_is_refused_also_upright(tmp_path):
+def test_an_image_of_another_size_is_rejected_also_upright(tmp_path):
     Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
-    with pytest.raises(DataError, match=r"image held upright is \(6, 8\) .*annotations say \(8, 6\)"):
+    with pytest.raises(DataError, match=r"upright image is \(6, 8\) .*annotations say \(8, 6\)"):
         SourceImage(path=tmp_path / "a.png", size_hw=(8, 6), is_upright=True).open("x")
 
 
@@ -367,7 +368,7 @@ def test_ignored_pixels_are_neither_target_nor_mistake():
     assert task.score([replace(item, ignored=None)], [answer])["ciou"] == pytest.approx(1 / 3)
 
 
-def test_training_scores_reasonseg_and_refuses_tasks_of_another_kind(data_root):
+def test_training_scores_reasonseg_and_rejects_tasks_of_another_kind(data_root):
     config = load_config("train", TrainConfig, ["name=x"])
     reason = refer_seg.load_reasonseg(root=data_root / "refshapes" / "reason_seg", split="val")
     assert validation_for({"a": reason}, config.predict, config.validation, config.log)
@@ -464,7 +465,7 @@ def test_perbench_overall_is_there_for_each_protocol_with_all_three_parts():
     assert perbench_overall_of({"refcoco_val": {"ciou": 1.0, "giou": 1.0}}) == {}
 
 
-def test_unknown_protocols_are_refused(data_root):
+def test_unknown_protocols_are_rejected(data_root):
     with pytest.raises(ConfigError, match=r"found protocols \['papr'\]"):
         perbench(
             data_root, lambda **files: region_caption.load_perbench(**files, protocols=["papr"]), "Detailed_Caption"
@@ -512,10 +513,10 @@ def test_the_released_recall_is_printed_only_where_phrases_are_compared_as_relea
     assert {name for name in measured.fractions if "recall" in name} == names
 
 
-def test_a_damaged_similarity_model_is_refused_before_anything_is_asked(grounded, tmp_path):
+def test_a_damaged_similarity_model_is_rejected_before_anything_is_asked(grounded, tmp_path):
     (tmp_path / "config.json").write_text("{")
     scoring = grounded_caption.Scoring(similarity_model=tmp_path, score_text=False)
-    with pytest.raises(DataError, match=r"config\.json: .*; get it again"):
+    with pytest.raises(DataError, match=r"config\.json: .*; download it again"):
         grounded_caption._check(grounded[0].items, scoring)
     (tmp_path / "config.json").write_text(json.dumps(BERT_BASE_UNCASED))
     with pytest.raises(DataError, match="expected"):
@@ -547,7 +548,7 @@ def test_a_wrong_line_is_an_error_with_its_number(tmp_path, change, reason):
         read_records(tmp_path / "a.jsonl", ITEM_PREDICTIONS)
 
 
-def test_two_different_answers_to_one_item_are_refused(tmp_path):
+def test_two_different_answers_to_one_item_are_rejected(tmp_path):
     with RecordWriter(tmp_path / "a.jsonl", ITEM_PREDICTIONS) as writer:
         for text in ("x", "x", "y"):
             writer.write(ItemPrediction(item_id="a", question="q", answer=text))

@@ -1,5 +1,5 @@
 """The EVE base: routed weights equal both mixed, packed equals alone, prompts work with cached images, and the plan
-counts what there is."""
+counts its parameters."""
 
 import json
 import math
@@ -130,7 +130,7 @@ def test_a_token_is_computed_by_the_weights_of_its_kind_only(eve_model, batch):
 IMAGE = ("<vision>", "<vpatch>", "</vision>")
 
 
-def test_arranging_puts_text_first_and_can_be_undone():
+def test_reordering_puts_text_first_and_is_invertible():
     routing = RoutedTokens(torch.tensor([[False, True, True], [True, False, False]]), 3)
     x = torch.arange(6.0)[:, None]
     assert routing.reorder(x)[:, 0].tolist() == [0.0, 4.0, 5.0, 1.0, 2.0, 3.0]
@@ -158,7 +158,7 @@ def test_packed_samples_equal_each_sample_alone(eve_model, make_batch, examples,
                 torch.testing.assert_close(found, alone.mask_logits[0], **TOLERANCE)
 
 
-def test_image_tokens_see_only_what_went_before(eve_model, eve, make_sample, make_batch):
+def test_image_tokens_attend_only_to_previous_tokens(eve_model, eve, make_sample, make_batch):
     model = eve_model()
     rng = np.random.default_rng(1)
     sample, image = make_sample(rng, sample_id="a")
@@ -237,7 +237,7 @@ def test_two_processes_with_and_without_images_train_as_one(data_root, tmp_path,
 
 
 @pytest.mark.parametrize("checkpointing", ["feed_forward", "layers"])
-def test_layers_that_are_computed_again_change_nothing(eve_model, batch, checkpointing):
+def test_recomputed_layers_change_nothing(eve_model, batch, checkpointing):
     model = eve_model().train()
     expected, gradients, _ = losses_and_gradients(model, batch, Kernels())
     found, again, _ = losses_and_gradients(model, batch, Kernels(), checkpointing)
@@ -249,7 +249,7 @@ def test_layers_that_are_computed_again_change_nothing(eve_model, batch, checkpo
 
 
 @pytest.mark.parametrize("kernels", [Kernels(attention="varlen"), REFERENCE], ids=["fast", "reference"])
-def test_a_step_runs_on_one_device_whatever_it_is(eve_model, batch, kernels):
+def test_a_step_runs_on_any_single_device(eve_model, batch, kernels):
     for parts in PARTS:
         model = eve_model(modality_experts=parts)
         model.use(kernels)
@@ -417,7 +417,7 @@ def test_a_sample_is_the_chat_template_with_the_image_in_the_first_question(eve,
     assert not example.in_image_T.any()
 
 
-def test_independent_turns_go_on_where_the_image_ends(eve, make_sample, tokenizer):
+def test_independent_turns_start_at_the_end_of_the_image(eve, make_sample, tokenizer):
     sample, image = make_sample(np.random.default_rng(0), masks_per_turn=(1, 0))
     example = eve.encode_sample(sample, image, independent_turns=True)
     for branch, turn in enumerate(sample.turns, start=1):
@@ -426,7 +426,7 @@ def test_independent_turns_go_on_where_the_image_ends(eve, make_sample, tokenize
         assert int(example.position_ids_2T[0, own][0]) == int((example.branch_ids_T == 0).sum())
 
 
-def test_text_that_names_an_image_token_is_refused(eve, make_sample):
+def test_text_that_names_an_image_token_is_rejected(eve, make_sample):
     sample, image = make_sample(np.random.default_rng(0))
     with pytest.raises(DataError, match="found in the text"):
         eve.question_ids("what is a <vpatch>?")
@@ -442,7 +442,7 @@ def test_a_batch_shows_the_image_as_one_piece(eve, batch):
     assert all(text.startswith("[image ") for text in pieces)
 
 
-def test_an_exported_folder_holds_the_base(eve_model, eve, tmp_path, batch):
+def test_an_exported_folder_records_the_base(eve_model, eve, tmp_path, batch):
     model = eve_model()
     model.save_pretrained(tmp_path)
     eve.save_pretrained(tmp_path)
@@ -482,7 +482,7 @@ def test_an_eve_model_as_a_teacher_gives_the_pixel_map_of_a_forward_pass(
         ({"patch_size": 15}, "even number"),
     ],
 )
-def test_fields_that_do_not_fit_together_are_refused(make_config, fields, message):
+def test_inconsistent_fields_are_rejected(make_config, fields, message):
     with pytest.raises(ValueError, match=message):
         make_config(**(EVE | fields))
 
@@ -517,7 +517,7 @@ def test_the_plan_counts_the_parameters(make_config, parts):
     assert sum(counts.values()) == sum(p.numel() for p in named.values())
 
 
-def test_the_7b_configuration_has_the_parameters_that_the_plan_says():
+def test_the_7b_configuration_has_the_planned_parameters():
     architecture = load_config("train", TrainConfig, ["name=x", "model=eve_7b"]).model.architecture
     architecture.vocab_size = 151680
     names = ["<vision>", "<vpatch>", "</vision>"]
@@ -544,7 +544,7 @@ def test_the_plan_counts_operations_and_activations(eve_model, batch, experts):
     assert said.total == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
-def test_the_plan_assumes_the_causal_triangle_of_an_eve_image():
+def test_the_plan_counts_causal_attention_for_an_eve_image():
     architecture = Architecture(base="eve", attention="causal", patch_size=32, max_long_side=800)
     work = assumed_sample(architecture, (480, 640), text_tokens=100, supervised=50, masks=4)
     length = 1 + 22 * 30 + 100

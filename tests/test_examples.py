@@ -1,4 +1,4 @@
-"""The scripts of docs/examples run and do what the pages say of them."""
+"""The scripts of docs/examples run and do what their pages describe."""
 
 import importlib
 import sys
@@ -51,7 +51,7 @@ def test_a_new_eval_scores_the_questions_it_chose(example, tmp_path):
     assert (tmp_path / "evaluation" / "report.html").is_file()
 
 
-def test_a_new_teacher_answers_to_the_edge_in_the_image(example, tmp_path):
+def test_a_new_teacher_responds_to_the_edge_in_the_image(example, tmp_path):
     features_EYX = example("new_teacher").main(tmp_path)
     assert features_EYX.shape == (2, 16, 24)
     # The image is black up to column 48 and white from there: columns 11 and 12 of the map lie on either side.

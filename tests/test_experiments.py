@@ -1,7 +1,8 @@
-"""Every experiment with every ablation: the table of docs/ablations.md says which take which, others refuse by name.
+"""Every experiment with every ablation: the table of docs/ablations.md lists the valid pairs; others raise a named
+error.
 
-Those that are taken compose, fit the functions they name, and make a step with all losses, each different model once
-and on tensors without content, so that the paper's sizes cost no memory.
+Valid pairs compose, match the functions they name, and take a step with all losses, each distinct model once
+and on meta tensors, so that the paper's sizes need no memory.
 """
 
 import re
@@ -108,7 +109,7 @@ NAMES_WHAT_IS_WRONG = r"^(model: \w+|data\.sources\.\w+:|no value for \['distill
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_an_experiment_takes_the_ablations_of_the_table_and_refuses_the_others_by_name(experiment):
+def test_an_experiment_takes_the_ablations_of_the_table_and_rejects_the_others_by_name(experiment):
     wrong = {}
     for ablation in ABLATIONS:
         found = outcome(experiment, ablation)

@@ -27,6 +27,6 @@ def test_a_program_that_differs_is_noticed(tiny_model, tmp_path, monkeypatch):
     assert tool.main([str(tmp_path / "model"), "--out", str(tmp_path / "path.pt2")]) == 1
 
 
-def test_a_checkpoint_that_is_not_there_is_refused(tmp_path, capsys):
+def test_a_checkpoint_that_is_not_there_is_rejected(tmp_path, capsys):
     assert load_tool("export_mask_path").main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "path.pt2")]) == 2
     assert "nowhere" in capsys.readouterr().err

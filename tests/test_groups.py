@@ -1,4 +1,4 @@
-"""What is trained, at which rate, what stays as it was, and what of it all an exported model holds."""
+"""Parameter groups: which parameters are trained at which learning rate, which are frozen, and which are exported."""
 
 import copy
 import json
@@ -135,7 +135,7 @@ def test_groups_have_their_own_rate_and_decay_and_norms_still_do_not_decay(tiny_
         ({"all": GroupConfig(match=[""], frozen=True)}, "every parameter is frozen"),
     ],
 )
-def test_a_group_that_gets_nothing_or_leaves_nothing_is_an_error(tiny_model, groups, named):
+def test_a_group_that_matches_nothing_or_everything_is_an_error(tiny_model, groups, named):
     with pytest.raises(ConfigError, match=named):
         build_optimizer(tiny_model(), OptimConfig(groups=groups))
 

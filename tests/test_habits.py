@@ -45,7 +45,7 @@ def test_the_check_of_licences_names_what_is_missing(monkeypatch, tmp_path, caps
     page.write_text(
         "".join(line for line in tool.LICENCES_PAGE.read_text().splitlines(True) if not line.startswith("| torch "))
     )
-    monkeypatch.setattr(tool, "PAGE", page)
+    monkeypatch.setattr(tool, "LICENCES_PAGE", page)
     assert tool.main(["--check"]) == 1
     assert "['torch']" in capsys.readouterr().err
 

@@ -1,8 +1,8 @@
-"""Folders made to run something: every public entry that reads one refuses it, and nothing runs.
+"""Folders crafted to execute code: every public entry point that reads one rejects it, and nothing runs.
 
-What is planted leaves a marker file when it runs, or shows a secret of the environment: functions named in files of an
-evaluation, code beside a tokenizer or a model, pickles, kernels of the hub, interpolations, and an EPS called image.jpg
-with a `gs` on the PATH that is ours.
+Planted code writes a marker file when it runs, or prints a secret of the environment: functions named in files of an
+evaluation, code in the folder of a tokenizer or model, pickles, hub kernels, interpolations, and an EPS called
+image.jpg with a `gs` on the PATH that is ours.
 """
 
 import ast
@@ -160,7 +160,7 @@ def test_an_evaluation_does_not_go_on_in_a_planted_folder(evaluation, model, dat
         run_evals(load_config("evaluate", EvalConfig, options))
 
 
-def test_a_function_of_ones_own_is_called_where_its_user_allows_it(tmp_path, monkeypatch, data_root):
+def test_a_user_function_is_called_if_allowed(tmp_path, monkeypatch, data_root):
     (tmp_path / "own_eval.py").write_text("def load(*, root: str): return [root]\n")
     monkeypatch.syspath_prepend(tmp_path)
     entry = read_entry(eval_entry({"_target_": "own_eval.load", "root": "a"}, 0), "here")
@@ -191,7 +191,7 @@ def test_what_is_in_a_file_that_an_evaluation_names_is_not_shown(tmp_path, trap)
         secret.write_text(json.dumps(content))
         for loader in ("region_choice", "visual_referring", "perbench_caption", "boxed_expressions"):
             settings = {"annotations": str(secret), "image_dir": str(tmp_path)}
-            with pytest.raises(DataError, match="is not shown") as refusal:
+            with pytest.raises(DataError, match="hidden here") as refusal:
                 load_entry({"loader": loader, "settings": settings, "max_images": 0}, "here")
             assert SECRET not in str(refusal.value) and refusal.value.__cause__ is None
     with pytest.raises(DataError, match="/absent"):

@@ -1,4 +1,4 @@
-"""Real human expressions end to end: the evals gref_mini and refcocos_local, and the second one's reader of boxes."""
+"""Real human expressions end to end: the evals gref_mini and refcocos_local, and the box reader of the latter."""
 
 import json
 import re

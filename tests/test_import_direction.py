@@ -1,4 +1,4 @@
-"""Imports go down one list only, so that the code can be read in one direction."""
+"""Modules import only from modules below them in one list, so the code can be read in one direction."""
 
 import ast
 from pathlib import Path

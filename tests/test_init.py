@@ -1,4 +1,4 @@
-"""`model.init`: how the mask head and the layers towards teachers are initialized, wherever they are new."""
+"""`model.init`: initialization of the mask head and the distillation layers wherever they are new."""
 
 import json
 import logging
@@ -148,7 +148,7 @@ def fresh_model(data_root, init, seed=1):
     return build_model(config.model, seed=seed, teachers=TEACHERS)[0].state_dict()
 
 
-def test_a_run_initializes_its_mask_head_and_teacher_layers_as_told_and_nothing_else(data_root):
+def test_a_run_initializes_only_its_mask_head_and_teacher_layers_as_configured(data_root):
     plain, ours, as_torch = (fresh_model(data_root, init) for init in (None, *INITS))
     assert all(torch.equal(plain[name], ours[name]) for name in plain), "ours is the default"
     changed = {name for name in ours if not torch.equal(ours[name], as_torch[name])}
@@ -180,7 +180,7 @@ def test_layers_towards_teachers_are_initialized_as_torch_initializes_linear_lay
     assert not ours["distill_head.states_distill_linear.bias"].any()
 
 
-def test_a_part_that_is_synthetic_anew_follows_the_choice_and_one_that_is_taken_does_not(data_root, base, caplog):  # noqa: F811
+def test_a_newly_initialized_part_follows_the_setting_and_a_loaded_one_does_not(data_root, base, caplog):  # noqa: F811
     start = load_file(f"{base}/model.safetensors")
     with caplog.at_level(logging.INFO):
         taken = build(configured(data_root, f"model.init_from={base}", "model.init=torch")).state_dict()
@@ -198,7 +198,7 @@ def test_a_part_that_is_synthetic_anew_follows_the_choice_and_one_that_is_taken_
     )
 
 
-def test_a_converted_start_has_the_mask_head_that_was_asked_for(tmp_path):
+def test_a_converted_start_has_the_requested_mask_head(tmp_path):
     qwen = write_qwen(tmp_path / "qwen", make_base_tokenizer())
     tool, weights = load_tool("convert_checkpoint"), {}
     sizes = ("--patch-size", str(CHOSEN.patch_size), "--mask-stride", "2", "--mask-dim", "64")
@@ -217,7 +217,7 @@ def test_a_converted_start_has_the_mask_head_that_was_asked_for(tmp_path):
     assert torch.equal(first, second)
 
 
-def test_a_run_that_is_older_than_the_choice_goes_on_as_ours(data_root):
+def test_a_run_older_than_the_setting_resumes_with_our_init(data_root):
     for init in INITS:
         config = configured(data_root, f"model.init={init}")
         old = run_identity(asdict(config))

@@ -1,4 +1,4 @@
-"""IoU scores on cases computed by hand, and on 305 real pairs whose scores were computed independently."""
+"""IoU scores on hand-computed examples, and on 305 real mask pairs with independently computed scores."""
 
 import json
 
@@ -133,12 +133,12 @@ def test_sizes_must_agree(prediction_hw, target_hw):
         IoUSums().update(encode_mask(prediction), encode_mask(target), where="item 3")
 
 
-def test_masks_with_other_values_than_true_and_false_are_refused():
+def test_masks_with_other_values_than_true_and_false_are_rejected():
     with pytest.raises(DataError, match="target of uint8"):
         IoUSums.from_masks(TOP_LEFT, TOP_LEFT.astype(np.uint8))
 
 
-def test_summary_of_nothing_is_refused():
+def test_summary_of_nothing_is_rejected():
     with pytest.raises(DataError, match="0 scored pairs"):
         IoUSums().summary()
 

@@ -1,4 +1,4 @@
-"""Every fast path gives the outputs and gradients of its slow reference, and asks the device for nothing."""
+"""Every fast path matches the outputs and gradients of its reference, without device synchronization."""
 
 from dataclasses import replace
 from functools import cache
@@ -230,7 +230,7 @@ def test_spans_are_read_from_the_tokens_and_make_segments():
     ],
     ids=["shared text between", "branches mixed", "image not first", "samples mixed"],
 )
-def test_tokens_in_another_order_are_refused(sample, branch, in_image):
+def test_tokens_in_another_order_are_rejected(sample, branch, in_image):
     with pytest.raises(ValueError, match=r"sample 0 in row 0"):
         sample_spans(torch.tensor([sample]), torch.tensor([branch]), torch.tensor([in_image]).bool())
 
@@ -415,7 +415,7 @@ def test_forward_losses_and_backward_ask_the_device_for_nothing(tiny_model, batc
 @pytest.mark.parametrize("kernels", [
     Kernels(attention="varlen"), Kernels(attention="dense", mask_head="points"), REFERENCE,
 ], ids=["fast", "points", "reference"])  # fmt: skip
-def test_a_step_runs_on_one_device_whatever_it_is(tiny_model, batch, kernels, checkpointing, dtype):
+def test_a_step_runs_on_any_single_device(tiny_model, batch, kernels, checkpointing, dtype):
     others = ({"visual_prompts": "pooled"}, {"tie_word_embeddings": False}, {"hidden_size": 1152})
     for changes in ({}, *(others if checkpointing == "none" else ())):
         with torch.device("meta"):
@@ -424,7 +424,7 @@ def test_a_step_runs_on_one_device_whatever_it_is(tiny_model, batch, kernels, ch
         assert step_on_one_device(model, batch, dtype, CONFIG) == [], changes
 
 
-def test_what_comes_from_the_host_is_noted():
+def test_values_read_from_the_host_are_recorded():
     found = []
     on_device = torch.empty(4, device="meta")
     with MixedDevices(found), TensorsOfNumbers(found):
@@ -481,7 +481,7 @@ def test_a_compiled_layer_is_two_graphs_for_all_layers_and_lengths(tiny_model, m
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
-def test_kernels_are_a_group_of_a_run_and_refuse_unknown_choices():
+def test_kernels_are_a_group_of_a_run_and_reject_unknown_choices():
     assert load_config("train", TrainConfig, ["name=x"]).kernels == Kernels()
     chosen = load_config("train", TrainConfig, ["name=x", "kernels.attention=dense", "kernels.mask_head=maps"]).kernels
     assert (chosen.attention, chosen.mask_head, chosen.text_loss) == ("dense", "maps", "chunked")
@@ -506,7 +506,7 @@ def test_cross_entropy_by_hand():
         ("speed.mask_head=maps", "kernels.mask_head=maps"),
     ],
 )
-def test_the_group_under_its_former_name_is_refused_with_the_new_one(old, new):
+def test_the_group_under_its_former_name_is_rejected_with_the_new_one(old, new):
     with pytest.raises(ConfigError, match=f"which was renamed; write {new}"):
         load_config("train", TrainConfig, ["name=x", old])
     assert load_config("train", TrainConfig, ["name=x", new]).kernels != Kernels()

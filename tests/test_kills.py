@@ -1,8 +1,8 @@
-"""A process that dies at any file operation leaves whole files under final names, and the same command then ends as if
+"""A process killed at any file operation leaves only complete files under final names, and a rerun ends as if
 nothing had happened.
 
-Death is an exception at the n-th operation, for every n; no operation after it takes place, as clean-ups of a dead
-process do not. A file that is opened for writing is also left with half of a content.
+A kill is an exception at the n-th operation, for every n; later operations have no effect, as clean-ups of a dead
+process do not run. A file opened for writing is also left with half of its content.
 """
 
 import io
@@ -252,7 +252,7 @@ def test_killed_while_a_feature_cache_is_built(tmp_path):
     survive(tmp_path, prepare=lambda folder: folder.mkdir(), act=act, check=check, done=done)
 
 
-def test_killed_while_an_evaluation_asks_and_puts_its_answers_together(tmp_path, data_root, tiny_model, processor):
+def test_killed_while_an_evaluation_generates_and_merges_its_answers(tmp_path, data_root, tiny_model, processor):
     annotations = load_refer(data_root / "refshapes", "refshapes", "val")
     task = as_task(expressions(annotations), "evals.val").first_images(2, "short")
     predictor = BatchPredictor(
@@ -301,7 +301,7 @@ CUT_ENDS = (b'{"step": 3', b'{"step": 3}', b"\0\0\0\0", b"\0\0\n\0", b'{"st\0\0\
 
 
 @pytest.mark.parametrize("end", CUT_ENDS)
-def test_a_cut_end_of_a_file_of_lines_is_left_out_and_the_next_line_follows_a_whole_one(tmp_path, end):
+def test_a_cut_end_of_a_file_of_lines_is_skipped_and_the_next_line_follows_a_whole_one(tmp_path, end):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + end)
     rules = {"fail": DataError, "remedy": "delete it"}
@@ -313,7 +313,7 @@ def test_a_cut_end_of_a_file_of_lines_is_left_out_and_the_next_line_follows_a_wh
 
 
 @pytest.mark.parametrize("line", [b"\0\0\0\0", b"garbage", b"[]", b"{}", b'{"step": "1"}', b'{"step": true}', b"\xff"])
-def test_garbage_among_the_lines_is_told_by_file_and_number(tmp_path, line):
+def test_garbage_among_the_lines_is_reported_by_file_and_line(tmp_path, line):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
     for read in (

@@ -1,4 +1,5 @@
-"""LabelMe's shapes: each kind is painted as it is drawn there, pixels counted by hand; lines and points are refused."""
+"""LabelMe's shapes: each kind is rasterized as LabelMe draws it (pixels counted by hand); lines and points are
+rejected."""
 
 import base64
 import io
@@ -55,7 +56,7 @@ def test_a_circle_reaches_from_its_centre_to_the_point_on_it():
     assert mask_of("circle", [[0, 0], [3, 4]]).sum() == 26  # a quarter of 81, with its two radii
 
 
-def test_a_mask_lies_in_its_rectangle_and_is_cut_at_the_border():
+def test_a_mask_is_placed_in_its_rectangle_and_clipped_at_the_border():
     pixels = np.zeros((3, 4), dtype=np.uint8)
     pixels[0, 0], pixels[2, 3] = 255, 1
     for text in (png(pixels), png(pixels > 0)):
@@ -73,7 +74,7 @@ def test_a_shape_without_a_type_is_a_polygon(kind):
 @pytest.mark.parametrize(
     "kind", ["line", "linestrip", "point", "points", "rotation", "cuboid", "Rectangle", 3, {"a": 1}]
 )
-def test_a_kind_without_area_or_unknown_is_refused_by_name(kind):
+def test_a_kind_without_area_or_unknown_is_rejected_by_name(kind):
     with pytest.raises(
         DataError, match=rf"^w: found shape_type {re.escape(repr(kind))}, expected one of \('polygon', 'rectangle', "
     ):
@@ -87,13 +88,13 @@ def test_a_kind_without_area_or_unknown_is_refused_by_name(kind):
         ("rectangle", [[5, 0], [10, 5], [5, 10], [0, 5]], {}, "found a rectangle that is turned"),
         ("circle", [[1, 1], [2, 2], [3, 3]], {}, "found a circle of 3 points, expected 2"),
         ("mask", [[1, 1], [2, 2]], {}, "found mask = None, expected str"),
-        ("mask", [[1, 1], [2, 2]], {"mask": "iVBORw0KGgo="}, "found a mask that is no PNG"),
-        ("mask", [[1, 1], [2, 2]], {"mask": "?"}, "found a mask that is no PNG"),
+        ("mask", [[1, 1], [2, 2]], {"mask": "iVBORw0KGgo="}, "found a mask that is not a PNG"),
+        ("mask", [[1, 1], [2, 2]], {"mask": "?"}, "found a mask that is not a PNG"),
         ("mask", [[1, 1], [5, 2]], {"mask": png(np.ones((3, 5), np.uint8))}, r"mask of \(3, 5\).*expected \(2, 5\)"),
         ("mask", [[1, 1], [2, 2]], {"mask": png(np.zeros((2, 2), np.uint8))}, "without a pixel"),
     ],
 )
-def test_a_shape_that_is_not_whole_is_refused(kind, points, changes, reason):
+def test_an_incomplete_shape_is_rejected(kind, points, changes, reason):
     with pytest.raises(DataError, match=reason):
         mask_of(kind, points, **changes)
 
@@ -113,7 +114,7 @@ def test_all_kinds_reach_training_and_evaluation(tmp_path):
     np.testing.assert_array_equal(turn.masks[0], decode_rle(item.target))
 
 
-def test_a_line_called_target_is_refused_and_a_file_of_it_is_no_missing_target(tmp_path):
+def test_a_line_called_target_is_rejected_and_a_file_of_it_is_no_missing_target(tmp_path):
     write(tmp_path, shapes=[shape("linestrip", [[10, 10], [60, 10], [60, 50]])], size_hw=HW)
     with pytest.raises(DataError, match=r"a\.json: shape 0: found shape_type 'linestrip'"):
         expressions(root=tmp_path, split="train")
@@ -122,7 +123,7 @@ def test_a_line_called_target_is_refused_and_a_file_of_it_is_no_missing_target(t
 
 
 @pytest.mark.parametrize("label", ["_background_", "Negative"])
-def test_a_label_that_names_no_target_is_refused(tmp_path, label):
+def test_a_label_that_names_no_target_is_rejected(tmp_path, label):
     with pytest.raises(DataError, match="shape 0: found the label"):
         painted(tmp_path, shape("polygon", [[1, 1], [6, 1], [6, 5]], label))
 
@@ -130,7 +131,7 @@ def test_a_label_that_names_no_target_is_refused(tmp_path, label):
 @pytest.mark.parametrize(
     ("stated_hw", "exif"), [((100, 80), None), ((160, 200), None), ((80, 100), 6)], ids=["turned", "resized", "exif"]
 )
-def test_a_file_that_states_another_size_than_the_image_is_refused(tmp_path, stated_hw, exif):
+def test_a_file_that_states_another_size_than_the_image_is_rejected(tmp_path, stated_hw, exif):
     shapes = [shape("rectangle", [[30, 30], [10, 10]])]
     write(tmp_path, shapes=shapes, size_hw=HW, exif=exif, imageHeight=stated_hw[0], imageWidth=stated_hw[1])
     with pytest.raises(DataError, match=r"found imageHeight and imageWidth \(\d+, \d+\), expected \(\d+, \d+\)"):
@@ -144,7 +145,7 @@ def test_a_file_that_states_the_upright_size_of_a_turned_image_is_read(tmp_path)
     assert item.image_hw == (100, 80) and int(decode_rle(item.target).sum()) == 441
 
 
-def test_a_target_outside_the_image_is_refused(tmp_path):
+def test_a_target_outside_the_image_is_rejected(tmp_path):
     write(tmp_path, shapes=[shape("rectangle", [[30, 90], [10, 99]])], size_hw=HW)
     with pytest.raises(DataError, match=r"shape 0: found a rectangle without a pixel in the image of \(80, 100\)"):
         expressions(root=tmp_path, split="train")

@@ -1,4 +1,4 @@
-"""What launchers, platforms and schedulers leave in the environment, and the one message for what does not fit."""
+"""Environment variables set by launchers, platforms and schedulers, and the error message for inconsistent ones."""
 
 import logging
 import os
@@ -62,7 +62,7 @@ def test_a_single_process_gets_what_is_missing(leave, given):
     assert 0 < port < 2**16 and (dist.rank(), dist.launched_world_size()) == (0, 1)
 
 
-def test_what_a_launcher_says_stays(leave):
+def test_variables_of_a_launcher_are_kept(leave):
     assert leave(**TWO, LOCAL_WORLD_SIZE="2") == {**TWO, "LOCAL_WORLD_SIZE": "2"}
     assert leave() == {**TWO, "LOCAL_WORLD_SIZE": "2"}, "the second call changes nothing"
 
@@ -104,7 +104,7 @@ def test_every_process_of_a_machine_with_gpus_has_one_of_them(leave, monkeypatch
         leave(**TWO | {"LOCAL_RANK": local})
 
 
-def test_how_the_launcher_would_train_is_left_out_and_logged(monkeypatch, caplog):
+def test_how_the_launcher_would_train_is_skipped_and_logged(monkeypatch, caplog):
     # As `accelerate launch` leaves them that read a file with a DeepSpeed section.
     told = {
         "ACCELERATE_CONFIG_DS_FIELDS": "gradient_accumulation_steps,zero_stage,mixed_precision",
@@ -139,7 +139,7 @@ def test_how_the_launcher_would_train_is_left_out_and_logged(monkeypatch, caplog
         ("mpiexec", "PMI_RANK", "PMI_SIZE"),
     ],
 )
-def test_tasks_that_nobody_numbered_are_refused_with_what_to_start_instead(leave, program, number, size, task):
+def test_tasks_that_nobody_numbered_are_rejected_with_what_to_start_instead(leave, program, number, size, task):
     with pytest.raises(LaunchError, match=rf"task {task} of 2 that {program} started \({number}, {size}\)") as caught:
         # Within the script of a job, too.
         leave(**{number: task, size: "2", "SLURM_STEP_ID": "0", "ENVIRONMENT": "BATCH"})

@@ -1,4 +1,5 @@
-"""The Slurm scripts start what they promise (srun, scontrol and python are stand-ins), and what launchers hide."""
+"""The Slurm scripts start the documented processes (srun, scontrol and python are fakes), and exit statuses per
+launcher."""
 
 import json
 import os
@@ -121,7 +122,7 @@ def test_an_interrupted_run_is_requeued_and_a_failed_one_is_not(submit):
 
 
 @pytest.mark.parametrize("status", ["86", "137"])
-def test_a_job_that_lost_a_process_goes_on_as_long_as_checkpoints_are_completed(submit, tmp_path, status):
+def test_a_job_that_lost_a_process_resumes_while_checkpoints_are_completed(submit, tmp_path, status):
     checkpoints = tmp_path / "run" / "checkpoints"
     (checkpoints / "step_00000500").mkdir(parents=True)
     arguments = ("train.sbatch", "name=x", f"run_dir={tmp_path / 'run'}")
@@ -134,7 +135,7 @@ def test_a_job_that_lost_a_process_goes_on_as_long_as_checkpoints_are_completed(
     assert done.returncode == 0 and calls.count("scontrol requeue 4711") == 1, done.stdout + done.stderr
 
 
-def test_the_shell_outlives_the_warning_signals_until_the_training_has_saved(submit, tmp_path):
+def test_the_shell_survives_the_warning_signals_until_training_has_saved(submit, tmp_path):
     # The signals go to the script alone, as Slurm sends them; the task needs a second to save.
     sender = tmp_path / "bin" / "kill_later"
     sender.write_text('#!/usr/bin/env bash\n(sleep 0.4; kill -USR1 "$1"; sleep 0.2; kill -TERM "$1") &\n')
@@ -157,7 +158,7 @@ def test_evaluation_on_one_and_on_two_nodes(submit):
 
 
 @pytest.mark.parametrize("script", ["train.sbatch", "evaluate.sbatch"])
-def test_no_arguments_end_before_anything_starts(submit, script):
+def test_without_arguments_nothing_starts(submit, script):
     done, tasks, _ = submit(script)
     assert done.returncode == 2 and "no overrides" in done.stderr and not tasks
 
@@ -176,7 +177,7 @@ def test_every_script_the_launching_page_names_exists():
 
 
 @pytest.mark.parametrize(("by", "status"), [("torchrun", 1), ("accelerate", 1), ("deepspeed", 85)])
-def test_what_launchers_make_of_the_status_of_a_training(tmp_path, by, status):
+def test_exit_status_of_training_under_each_launcher(tmp_path, by, status):
     script = tmp_path / "interrupted.py"
     script.write_text("import sys\n\nsys.exit(85)\n")
     done = start([*launcher(by), str(script)], tmp_path)

@@ -1,4 +1,4 @@
-"""Passes and samples of a step become steps and sequences by a measurement that real streams of sequences confirm."""
+"""Epochs and samples per step are converted to steps and sequences by an estimate that agrees with real streams."""
 
 import json
 import math
@@ -217,14 +217,14 @@ def test_steps_go_through_the_positions_of_the_stream_as_often_as_wished(epochs,
     assert (length.steps, length.global_batch_size, length.samples_per_step) == (steps, 10, 50.0)
 
 
-def test_given_steps_and_sequences_stay_and_their_passes_are_told():
+def test_given_steps_and_sequences_are_kept_and_their_epochs_reported():
     config = config_of("optim.steps=80", "data.global_batch_size=10")
     length = length_of(config, forecast_of(5.0), items=1000, group=4, is_assumed=False)
     assert (length.steps, length.global_batch_size, length.passes) == (80, 10, 4.0)
     assert length_of(config, forecast_of(5.0), items=None, group=4, is_assumed=True).passes is None
 
 
-def test_passes_over_an_unknown_number_of_samples_are_refused():
+def test_passes_over_an_unknown_number_of_samples_are_rejected():
     with pytest.raises(ConfigError, match=r"data\.planned_samples=N, or a number of steps: optim\.steps=N"):
         length_of(config_of(*WISHED), forecast_of(5.0), items=None, group=1, is_assumed=True)
 
@@ -286,11 +286,11 @@ def saved_run(folder, **identity):
     return folder
 
 
-def test_passes_that_whole_steps_cannot_make_are_said():
+def test_epochs_that_are_not_whole_steps_are_reported():
     config = config_of("optim.steps=null", "optim.epochs=0.5", "data.global_batch_size=8")
     found = length_of(config, forecast_of(5.0), items=10, group=1, is_assumed=False)
     assert found.steps == 1 and found.misses_passes
-    assert "the data are gone through 4.000 times, not 0.5" in length_lines(found)[-1]
+    assert "the run makes 4.000 passes over the data, not 0.5" in length_lines(found)[-1]
     assert not length_of(config, forecast_of(5.0), items=8000, group=1, is_assumed=False).misses_passes
 
 
@@ -338,7 +338,7 @@ def test_a_run_of_passes_keeps_its_length_on_another_number_of_processes_and_wit
     with (own / "refshapes" / "refshapes" / "instances.json").open("a") as file:
         file.write("\n")
     said = train(own, run_dir, *PASSES, "checkpoint.allow_changed_data=true", "data.planned_samples=9")
-    assert "looking at samples" not in said
+    assert "on samples of the mixture" not in said
     lines = log_lines(run_dir)
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
     assert lines[-1]["data/epoch"] == pytest.approx(1.5, abs=1.5 / steps)

@@ -1,4 +1,4 @@
-"""Conversations about images and about nothing: markers go, sides alternate, no turn is cut."""
+"""Conversations with and without image: markers are removed, roles alternate, no turn is truncated."""
 
 import json
 import re
@@ -74,7 +74,7 @@ def test_messages_become_questions_with_answers(messages, expected):
         (_messages(("h", "a \ud83d b"), ("g", "b")), "message 0: found half a character"),
     ],
 )
-def test_what_is_no_conversation_is_refused(messages, message):
+def test_invalid_conversations_are_rejected(messages, message):
     with pytest.raises(DataError, match=rf"^here(, |: ){message}"):
         conversation_turns(messages, "here")
     assert may_have_turns(messages)
@@ -150,7 +150,7 @@ def test_of_a_long_conversation_the_release_keeps_the_beginning(tmp_path, proces
     assert _packed_texts(tmp_path, processor, 10_000, long_conversations="released") == [whole]
 
 
-def test_the_image_of_a_long_conversation_takes_its_share_of_the_sequence(tmp_path, processor):
+def test_the_image_of_a_long_conversation_counts_towards_seq_len(tmp_path, processor):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (64, 48)).save(tmp_path / "images" / "a.png")
     num_image = len(processor.image_span(processor.grid_of((48, 64))).token_ids_S)
@@ -165,7 +165,7 @@ def test_the_image_of_a_long_conversation_takes_its_share_of_the_sequence(tmp_pa
         assert counts == [3, 2]
 
 
-def test_a_turn_longer_than_a_sequence_is_refused_by_its_name(tmp_path, processor):
+def test_a_turn_longer_than_a_sequence_is_rejected_by_its_name(tmp_path, processor):
     for option in ("ours", "released"):
         with pytest.raises(DataError, match=r"llava_mix665k/record=0.*at most data\.packing\.seq_len = 20"):
             _packed_texts(tmp_path, processor, 20, long_conversations=option)
@@ -192,7 +192,7 @@ def test_records_with_and_without_image(tmp_path):
         ({"image": "a.jpg"}, "found conversations = None"),
     ],
 )
-def test_malformed_records_are_refused_by_file_and_record(tmp_path, record, message):
+def test_malformed_records_are_rejected_by_file_and_record(tmp_path, record, message):
     source = _source(tmp_path, [{"conversations": _messages(("h", "a"), ("g", "b"))}, record])
     with pytest.raises(DataError, match=rf"llava\.json\[1\]: {message}"):
         source.get(1, np.random.default_rng(0))

@@ -1,4 +1,4 @@
-"""Mask and text losses against slow references, and sums that do not depend on how a batch is cut."""
+"""Mask and text losses against reference implementations; sums do not depend on how a batch is split."""
 
 import math
 from dataclasses import replace
@@ -122,7 +122,7 @@ def test_full_map_losses_equal_a_loop_and_pytorch():
     assert sums.bce.item() / 3 == pytest.approx(F.binary_cross_entropy_with_logits(logits, masks.float()).item())
 
 
-def test_full_map_losses_refuse_maps_of_different_size():
+def test_full_map_losses_reject_maps_of_different_size():
     with pytest.raises(ValueError, match=r"logits \(1, 4, 4\), masks \(1, 8, 8\)"):
         full_map_losses(torch.zeros(1, 4, 4), torch.zeros(1, 8, 8))
 
@@ -286,7 +286,7 @@ def test_means_of_samples_and_global_means_differ_where_samples_are_unequal(tiny
     assert _total(model, [alone], SAMPLE_MEANS).item() == pytest.approx(_total(model, [alone], CONFIG).item(), rel=1e-6)
 
 
-def test_a_mean_that_does_not_exist_is_refused():
+def test_a_mean_that_does_not_exist_is_rejected():
     with pytest.raises(DataError, match=r"loss\.mean is 'batch', expected one of"):
         LossConfig(mean="batch")
 

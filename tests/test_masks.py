@@ -1,4 +1,4 @@
-"""Every COCO segmentation format becomes the same boolean mask, and damaged ones stop with a reason."""
+"""Every COCO segmentation format decodes to the same boolean mask; damaged ones raise an error with the reason."""
 
 import json
 
@@ -76,7 +76,7 @@ def test_union_of_masks():
     assert top.sum() == 4, "inputs must not change"
 
 
-def test_union_refuses_masks_of_another_size():
+def test_union_rejects_masks_of_another_size():
     with pytest.raises(DataError, match=r"mask 0 is \(4, 5\), expected"):
         union_masks([np.zeros((4, 5), dtype=bool)], SIZE_HW)
 
@@ -115,7 +115,7 @@ def test_summed_masks_cannot_be_encoded():
         ({"size": [4, 4]}, "expected a compressed RLE"),
     ],
 )
-def test_damaged_segmentation_is_refused_with_place_and_reason(segmentation, reason):
+def test_damaged_segmentation_is_rejected_with_place_and_reason(segmentation, reason):
     with pytest.raises(DataError, match=reason) as caught:
         decode_segmentation(segmentation, SIZE_HW, "file.json: annotation 12")
     assert str(caught.value).startswith("file.json: annotation 12")
@@ -135,15 +135,15 @@ def test_a_list_of_encodings_is_their_union():
 
 
 @pytest.mark.parametrize("short", [[], [0, 0], [3, 3, 3, 4], (1, 1, 4, 4)])
-def test_a_short_polygon_among_good_ones_is_left_out_and_remarked(short):
+def test_a_short_polygon_among_good_ones_is_skipped_and_remarked(short):
     with collect_remarks() as heard:
         mask = decode_segmentation([FIRST_SQUARE, short, SECOND_SQUARE], SIZE_HW, "f.json: annotation 12")
     np.testing.assert_array_equal(mask, TWO_SQUARES)
     assert [(r.topic, r.where) for r in heard] == [("short polygon", "f.json: annotation 12")]
-    assert [r.message for r in heard] == ["left out 1 of 3 polygons, polygon 1 has fewer than three points"]
+    assert [r.message for r in heard] == ["skipped 1 of 3 polygons, polygon 1 has fewer than three points"]
 
 
-def test_a_remark_nobody_listens_to_is_logged_once_per_file(caplog):
+def test_an_unhandled_remark_is_logged_once_per_file(caplog):
     for number, file in enumerate(("once.json", "once.json", "another.json")):
         decode_segmentation([FIRST_SQUARE, []], SIZE_HW, f"{file}: annotation {number}")
     assert [record.args[0] for record in caplog.records] == ["once.json: annotation 0", "another.json: annotation 2"]
@@ -154,7 +154,7 @@ def test_the_sum_as_released_leaves_short_polygons_out_as_the_union_does():
     assert plain is not None and plain == summed_as_released([[FIRST_SQUARE, [1, 1], SECOND_SQUARE]], SIZE_HW, "t")
 
 
-def test_merging_nothing_is_refused():
+def test_merging_nothing_is_rejected():
     with pytest.raises(DataError, match="no segmentation"):
         merge_to_rle([], SIZE_HW, "test")
 
@@ -204,7 +204,7 @@ def test_a_union_is_or_whatever_the_order(masks):
 
 
 @given(st.text(max_size=12), st.integers(1, 9), st.integers(1, 9))
-def test_counts_that_are_no_mask_are_refused_by_name(counts, height, width):
+def test_counts_that_are_not_a_mask_are_rejected_by_name(counts, height, width):
     try:
         rle = check_rle({"size": [height, width], "counts": counts}, (height, width), "sampled")
     except DataError as error:

@@ -1,4 +1,4 @@
-"""Numbers outside their bound warn once or end the run, also when it is started again."""
+"""A metric outside its bounds logs one warning or stops the run, also after a restart."""
 
 import json
 import sys
@@ -54,7 +54,7 @@ def test_a_run_that_goes_on_judges_what_it_has_not_judged(tmp_path):
         log.scalars(20, {"loss/total": 9.0})
         log.scalars(40, {"loss/total": 9.0})
     file = tmp_path / "log.jsonl"
-    with pytest.raises(MetricOutOfBoundsError, match=r"at step 20, .* ended the run before"):
+    with pytest.raises(MetricOutOfBoundsError, match=r"at step 20, .* ended the run"):
         MetricBounds({"early": bound("stop")}, file, start=30)
     MetricBounds({"early": bound("warn")}, file, start=30)
     MetricBounds({"early": bound("stop")}, file, start=10)
@@ -71,7 +71,7 @@ def test_a_log_of_an_earlier_version_is_judged_under_todays_keys(tmp_path):
         MetricBounds({"early": bound("stop")}, file, start=30)
 
 
-def test_an_earlier_name_of_a_metric_is_refused_with_the_new_one():
+def test_an_earlier_name_of_a_metric_is_rejected_with_the_new_one():
     with pytest.raises(ConfigError, match="metric is 'total', which was renamed; write loss/total"):
         bound(metric="total")
 
@@ -79,7 +79,7 @@ def test_an_earlier_name_of_a_metric_is_refused_with_the_new_one():
 def test_a_bound_that_never_met_its_number_is_named(tmp_path, caplog):
     bounds = {"typo": bound(metric="totl"), "later": bound(after=1000)}
     MetricBounds(bounds, tmp_path / "log.jsonl", start=0).finish(100)
-    assert "metric_bounds.typo was not judged: no totl was logged" in caplog.text and "later" not in caplog.text
+    assert "metric_bounds.typo was not checked: no totl was logged" in caplog.text and "later" not in caplog.text
 
 
 def test_a_run_outside_its_metric_bounds_is_saved_and_ends(data_root, tmp_path):
@@ -96,6 +96,6 @@ def test_a_run_outside_its_metric_bounds_is_saved_and_ends(data_root, tmp_path):
 @pytest.mark.parametrize(
     "wrong", ["{metric:loss/bce,after:2,low:5,action:halt}", "{metric:loss/bce,after:2}", "{after:2,low:1}"]
 )
-def test_wrong_bounds_are_refused(wrong):
+def test_wrong_bounds_are_rejected(wrong):
     with pytest.raises(ConfigError, match=r"halt|neither low nor high|metric"):
         load_config("train", TrainConfig, ["name=x", f"+metric_bounds={{a:{wrong}}}"])

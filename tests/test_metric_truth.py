@@ -1,12 +1,12 @@
 """Published numbers of public prediction files, recomputed with our metrics.
 
-The other truths stand with their metrics: 305 real mask pairs in `test_iou.py`, published METEOR, CIDEr, BLEU and ROUGE
-in `test_caption_metrics.py`.
+Other reference values are tested with their metrics: 305 real mask pairs in `test_iou.py`, published METEOR, CIDEr,
+BLEU and ROUGE in `test_caption_metrics.py`.
 
-Google's RefExp toolbox carries a sample result: for each of 9,536 expressions of RefCOCOg's val split (google) the
-region candidates in random order. An expression counts where the first box has an IoU of 0.5 or more with the object's.
-The true boxes are COCO's and not part of the toolbox: with those of eight of its 5,000 objects the score is checked
-here on 16 expressions, with RefCOCOg's own instances.json on all of them.
+Google's RefExp toolbox contains a sample result: for each of 9,536 expressions of RefCOCOg's val split (google) the
+region candidates in random order. An expression is correct if the first box has an IoU of 0.5 or more with the
+object's. The true boxes are COCO's and not part of the toolbox. With the boxes of eight of its 5,000 objects, the score
+is checked here on 16 expressions; with RefCOCOg's instances.json, on all of them.
 """
 
 import json

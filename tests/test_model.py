@@ -1,4 +1,5 @@
-"""Packed samples equal lonely ones, nothing leaks, every parameter learns, and generation equals the forward pass."""
+"""Packed samples give the outputs of single ones, nothing leaks, every parameter learns, generation equals the forward
+pass."""
 
 import itertools
 import math
@@ -322,7 +323,7 @@ def _without(state, name):
     ],
     ids=["missing", "missing embedding", "extra", "misshapen"],
 )
-def test_a_folder_whose_weights_do_not_fit_is_refused(tiny_model, tmp_path, tied, name, spoil):
+def test_a_folder_whose_weights_do_not_fit_is_rejected(tiny_model, tmp_path, tied, name, spoil):
     tiny_model(tie_word_embeddings=tied).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     save_file(spoil(load_file(file), name), file, metadata={"format": "pt"})
@@ -330,7 +331,7 @@ def test_a_folder_whose_weights_do_not_fit_is_refused(tiny_model, tmp_path, tied
         PixelSailForSegmentation.from_pretrained(tmp_path)
 
 
-def test_a_folder_without_config_is_refused(tmp_path):
+def test_a_folder_without_config_is_rejected(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json"):
         load_model(tmp_path)
 
@@ -345,7 +346,7 @@ def test_a_folder_without_config_is_refused(tmp_path):
         ({"mask_stride": 0}, "mask_stride is 0"),
     ],
 )
-def test_sizes_that_do_not_fit_together_are_refused(make_config, changes, message):
+def test_inconsistent_sizes_are_rejected(make_config, changes, message):
     with pytest.raises(ValueError, match=message):
         make_config(**changes)
 
@@ -518,7 +519,7 @@ def test_an_answer_without_seg_has_no_states(tiny_model, processor):
     assert len(answers[0].token_ids) == 4
 
 
-def test_no_text_gives_no_answer_and_an_empty_text_is_refused(tiny_model, processor):
+def test_no_text_gives_no_answer_and_an_empty_text_is_rejected(tiny_model, processor):
     model = tiny_model()
     assert generate(model, None, [], max_new_tokens=4, end_ids=()) == []
     assert generate(model, None, [[], []], max_new_tokens=4, end_ids=()) == [[], []]
@@ -540,6 +541,6 @@ def test_patch_states_of_the_prefix_are_those_of_the_forward_pass(tiny_model, pr
 @pytest.mark.parametrize(
     ("name", "value"), [("rms_norm_eps", None), ("hidden_size", 32.0), ("token_ids", True), ("attention_bias", 1)]
 )
-def test_a_value_of_another_type_is_refused_by_its_name(make_config, name, value):
+def test_a_value_of_another_type_is_rejected_by_its_name(make_config, name, value):
     with pytest.raises(DataError, match=f"model: {name} is {value}, expected a "):
         make_config(**{name: value})

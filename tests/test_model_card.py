@@ -1,4 +1,4 @@
-"""The card of a model tells what its run and evaluation wrote, of these very weights, and goes to the hub with them."""
+"""The model card reports the records of the run and the evaluation of these weights, and is uploaded with them."""
 
 import json
 from dataclasses import asdict
@@ -85,7 +85,7 @@ def test_a_card_written_by_hand_is_left_alone(run, capsys):
     assert (run / "export" / "README.md").read_text() == "# mine\n"
 
 
-def test_a_folder_that_is_no_finished_run_is_refused(run, tmp_path, capsys):
+def test_a_folder_that_is_no_finished_run_is_rejected(run, tmp_path, capsys):
     (run / "config.json").unlink()
     assert make(run) == 2 and make(tmp_path / "nowhere") == 2
     assert "training finished" in capsys.readouterr().err
@@ -136,7 +136,7 @@ def test_a_model_is_uploaded_with_its_card_and_nothing_else(run, monkeypatch, ca
     assert fetched["revision"] == "c0ffee" and set(fetched["allow_patterns"]) >= {"*.json", "*.safetensors"}
 
 
-def test_a_hub_that_refuses_is_heard(run, monkeypatch, capsys):
+def test_an_error_of_the_hub_is_reported(run, monkeypatch, capsys):
     monkeypatch.setattr("pixel_sail.model_card.HfApi", lambda: Hub(refuses=True))
     assert make(run, "--push", "me/my-model") == 2
     said = capsys.readouterr().err

@@ -1,5 +1,5 @@
-"""Orthogonal updates for exactly the weights of the table, the same however the run is shared out; and the schedule
-that may become longer."""
+"""Orthogonal updates for exactly the weights of the table, independent of rank count and ZeRO stage; and the schedule
+that may be extended."""
 
 import copy
 import json
@@ -108,7 +108,7 @@ def test_groups_keep_their_rate_and_decay_for_both_kinds(tiny_model):
 
 
 @pytest.mark.parametrize("steps", [1, 5])
-def test_matrices_of_equal_shape_together_are_each_alone_and_as_the_iteration_says(steps):
+def test_stacked_matrices_equal_single_ones_and_the_iteration(steps):
     shapes = [(4, 6), (6, 4), (4, 6), (5, 5), (6, 4), (4, 6)]
     matrices = [torch.randn(shape) for shape in shapes]
     found = orthogonal_all(matrices, steps)
@@ -136,7 +136,7 @@ def give_gradients(model, step):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_it_is_the_update_of_torch(tiny_model, monkeypatch, dtype, tolerance):
+def test_the_update_equals_torch(tiny_model, monkeypatch, dtype, tolerance):
     """Three steps on the same gradients. torch computes in bfloat16, which is replaced for the exact comparison."""
     if dtype == torch.float32:
         monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
@@ -182,7 +182,7 @@ def test_all_other_weights_are_those_of_adamw_bit_for_bit(tiny_model):
         assert optimizer.state[parameter].keys() == keys, name
 
 
-def test_a_weight_without_gradient_or_with_a_zero_one_is_left_alone(tiny_model):
+def test_a_weight_without_gradient_or_with_a_zero_one_is_unchanged(tiny_model):
     model = tiny_model()
     optimizer = build_optimizer(model, OptimConfig(optimizer="muon", weight_decay=0.0))
     first, second = (model.get_parameter(f"decoder.layers.{layer}.mlp.up_proj.weight") for layer in range(2))
@@ -273,7 +273,7 @@ def test_a_run_with_groups_and_average_continues_bit_for_bit_and_elsewhere(data_
     assert keys == {"momentum_buffer", "average"}
 
 
-def test_plain_training_holds_exactly_these_bytes(tiny_model):
+def test_plain_training_allocates_exactly_these_bytes(tiny_model):
     model = tiny_model().train()
     optimizer = build_optimizer(model, MUON)
     give_gradients(model, 0)
@@ -286,7 +286,7 @@ def test_plain_training_holds_exactly_these_bytes(tiny_model):
     assert held == said.moments == 8 * count - 4 * orthogonal
 
 
-def test_a_plan_knows_the_moments_and_leaves_out_stage_3(capsys):
+def test_a_plan_counts_the_moments_without_stage_3(capsys):
     tool = load_tool("plan_run")
     plans = []
     for optimizer in ("adamw", "muon"):
@@ -315,7 +315,7 @@ def test_a_plan_knows_the_moments_and_leaves_out_stage_3(capsys):
         (("optim.decay_fraction=2",), r"optim\.decay_fraction is 2"),
     ],
 )
-def test_what_is_not_possible_is_refused_by_name(overrides, named):
+def test_impossible_settings_are_rejected_by_name(overrides, named):
     with pytest.raises(ConfigError, match=named):
         load_config("train", TrainConfig, ["name=x", *overrides])
 
@@ -336,7 +336,7 @@ def test_wsd_warms_up_stays_and_decays_linearly():
 
 
 @pytest.mark.slow
-def test_a_stable_run_may_become_longer_and_is_then_the_longer_run(data_root, tmp_path):
+def test_a_stable_run_can_be_extended_and_equals_the_longer_run(data_root, tmp_path):
     wsd = ("deepspeed=none", "optim.schedule=wsd", "checkpoint.every=3")
     long = (*wsd, "optim.steps=8", "optim.decay_fraction=0.5", "optim.final_lr=1e-5")
     train(data_root, tmp_path / "whole", *long)

@@ -1,4 +1,4 @@
-"""MUSE: every question is a turn, every object a mask, and what cannot be used is named or counted."""
+"""MUSE: every question becomes a turn, every object a mask; unusable records are named or counted."""
 
 import json
 
@@ -101,7 +101,7 @@ def test_muse_leaves_out_what_has_no_object_and_counts_it(tmp_path, caplog):
     records = [muse_record(ann_list=[]), half, muse_record(questions=[], answers=[], text_answers=[])]
     source = muse_source(tmp_path, *records)
     assert (len(source), len(source.get(0, rng()).turns)) == (1, 1)
-    assert "left out 2 of 3 images without a question about an object, and 1 of 2 questions" in caplog.text
+    assert "skipped 2 of 3 images without a question about an object, and 1 of 2 questions" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A gradient that is not finite stops every rank before the update, at every ZeRO stage."""
+"""A non-finite gradient stops every rank before the update, at every ZeRO stage."""
 
 import json
 

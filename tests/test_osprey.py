@@ -1,4 +1,4 @@
-"""Osprey's files become questions about marked regions, and every region keeps its name."""
+"""Osprey's files are read as questions about marked regions, and every region keeps its name."""
 
 import json
 import re
@@ -90,17 +90,17 @@ def test_more_regions_than_tokens_leave_turns_that_fit_and_reach_all_of_them(tmp
     assert set(seen) == set(turns) and min(seen.values()) > 15
 
 
-def test_a_turn_about_more_regions_than_tokens_is_refused(tmp_path):
+def test_a_turn_about_more_regions_than_tokens_is_rejected(tmp_path):
     text = " ".join(f"<region{k}>" for k in range(1, 17))
     with pytest.raises(DataError, match=r"osprey\.json\[0\]: found no turn about at most 15 regions"):
         get(_source(tmp_path, [_record(16, text, "yes")]))
 
 
-def test_records_without_regions_or_turns_are_left_out_and_counted(tmp_path, caplog):
+def test_records_without_regions_or_turns_are_skipped_and_counted(tmp_path, caplog):
     records = [_record(0, "a", "b"), _record(1), _record(1, "a", "b"), _record(1, "a", "b", annotation=None),
                _record(1, "only asked"), _record(2, "c", "d")]  # fmt: skip
     source = _source(tmp_path, records)
-    assert "left out 4 of 6 records" in caplog.text
+    assert "skipped 4 of 6 records" in caplog.text
     assert [get(source, i).sample_id for i in range(len(source))] == ["toy/record=2", "toy/record=5"]
 
 
@@ -151,7 +151,7 @@ def test_descriptions_are_sampled_and_lose_only_their_label(tmp_path):
     assert set(numbers) == {1, 2, 3} and set(seen) == set(bare) and min(seen.values()) > 50
 
 
-def test_wrong_descriptions_are_refused(tmp_path):
+def test_wrong_descriptions_are_rejected(tmp_path):
     records = [_described("<region2>: a", "b"), _described("a", "b", annotation=_record(3)["annotation"]),
                _described("a", 5), _described("a", description="b")]  # fmt: skip
     source = _source(tmp_path, records, content="description", regions_per_sample=5)
@@ -162,10 +162,10 @@ def test_wrong_descriptions_are_refused(tmp_path):
             get(source, index)
 
 
-def test_records_without_any_description_are_left_out(tmp_path, caplog):
+def test_records_without_any_description_are_skipped(tmp_path, caplog):
     records = [_described("<region1>: ", ""), _described("<region1>: a")]
     assert len(_source(tmp_path, records, content="description")) == 1
-    assert "left out 1 of 2 records" in caplog.text
+    assert "skipped 1 of 2 records" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_records_without_any_description_are_left_out(tmp_path, caplog):
         ({"conversations": [{"from": "cat", "value": "miau"}]}, "message 0: found .*cat"),
     ],
 )
-def test_malformed_records_are_refused_by_file_and_record(tmp_path, changes, message):
+def test_malformed_records_are_rejected_by_file_and_record(tmp_path, changes, message):
     source = _source(tmp_path, [_record(1, "a", "b"), _record(1, "a", "b", **changes)])
     assert len(source) == 2
     with pytest.raises(DataError, match=rf"osprey\.json\[1\](:|,) {message}"):
@@ -193,7 +193,7 @@ def test_malformed_records_are_refused_by_file_and_record(tmp_path, changes, mes
     get(source, 0)
 
 
-def test_a_record_that_is_no_object_is_refused(tmp_path):
+def test_a_record_that_is_no_object_is_rejected(tmp_path):
     source = _source(tmp_path, [5])
     with pytest.raises(DataError, match=r"osprey\.json\[0\]: found int, expected an object"):
         source.image_path(0)
@@ -216,7 +216,7 @@ def test_the_image_is_looked_for_in_all_folders(tmp_path):
     assert source.image_path(0) == get(source).image_path == folders[1] / "000000000009.jpg"
 
 
-def test_wrong_settings_are_refused(tmp_path):
+def test_wrong_settings_are_rejected(tmp_path):
     for wrong in ({"content": "captions"}, {"regions_per_sample": 16}, {"image_dirs": []}, {"absent_fraction": 2.0}):
         with pytest.raises(ValueError, match="correct the config"):
             _source(tmp_path, [], **wrong)

@@ -1,4 +1,4 @@
-"""Text settings keep what was typed on the command line, whatever it looks like to Hydra."""
+"""Text settings keep the literal text of the command line, regardless of Hydra's grammar."""
 
 import random
 
@@ -114,7 +114,7 @@ def test_a_choice_that_looks_like_a_number_is_the_file_of_that_name(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["2024_11_05", "1e5", "1.10", "true", "007"])
-def test_a_name_that_yaml_reads_as_something_else_is_refused(tmp_path, value):
+def test_a_name_that_yaml_reads_as_something_else_is_rejected(tmp_path, value):
     (tmp_path / "experiment").mkdir()
     file, path = tmp_path / "experiment" / "mine.yaml", f"hydra.searchpath=[file://{tmp_path}]"
     file.write_text(f"# @package _global_\nname: {value}\n")
@@ -144,16 +144,16 @@ def test_plain_options_are_taken_as_they_stand():
         (["a.jpg"], "found 'a.jpg', expected key=value"),
         (["image=a", "--image=b"], "image is given twice"),
         (["--image=a", "--image=b"], "--image is given twice"),
-        (["--image"], "found nothing behind it"),
+        (["--image"], "found nothing after it"),
         (["--box", "1,2,3"], "--box: found '1,2,3', expected 4 numbers"),
         (["--point", "1,nan"], "expected 2 numbers"),
-        (["--point", "1,2", "points=[[1,2]]"], "use one of both"),
-        (["image=${x}.jpg"], "--image, --question, --output TEXT are taken as they stand"),
+        (["--point", "1,2", "points=[[1,2]]"], "use one of them"),
+        (["image=${x}.jpg"], "--image, --question, --output TEXT are used verbatim"),
         (["image="], "image is empty"),
         (["--image="], "image is empty"),
     ],
 )
-def test_a_command_line_that_cannot_be_meant_is_one_message(arguments, named):
+def test_an_ambiguous_command_line_is_one_message(arguments, named):
     rest = [] if any("image" in argument for argument in arguments) else ["image=i"]
     with pytest.raises(ConfigError) as caught:
         predict_command_config(["checkpoint=c", "question=q", *rest, *arguments])
@@ -161,7 +161,7 @@ def test_a_command_line_that_cannot_be_meant_is_one_message(arguments, named):
 
 
 @pytest.mark.parametrize("name", ["", " ", "..", ".", "a/b", "/a", "a\nb", "a\udce9", "x" * 201])
-def test_a_name_that_is_no_folder_is_refused(name):
+def test_a_name_that_is_no_folder_is_rejected(name):
     with pytest.raises(ConfigError, match="name"):
         load_config("train", TrainConfig, [f"name={name}"])
 
@@ -174,7 +174,7 @@ def test_an_empty_folder_is_not_the_current_one():
             load_config("evaluate", EvalConfig, [*(["checkpoint=c"] if empty == "output=" else []), empty])
 
 
-def test_a_value_of_another_type_is_refused_with_the_reason():
+def test_a_value_of_another_type_is_rejected_with_the_reason():
     with pytest.raises(ConfigError, match="could not be converted to Integer"):
         trained("optim.steps=1.5")
 
@@ -212,7 +212,7 @@ def test_an_empty_variable_counts_as_not_set(monkeypatch):
     assert (config.run_dir, config.model.tokenizer) == ("runs/x", "data/tokenizers/qwen2_5")
 
 
-def test_a_tilde_of_a_user_without_a_home_is_refused(monkeypatch):
+def test_a_tilde_of_a_user_without_a_home_is_rejected(monkeypatch):
     monkeypatch.setattr(paths, "home_folder", lambda: None)
     assert trained("run_dir=/runs/y").run_dir == "/runs/y"
     for override in ("run_dir=~/y", "paths.runs=~/y", "model.init_from=~"):

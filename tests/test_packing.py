@@ -1,4 +1,5 @@
-"""The stream of sequences is the same for any number of ranks and workers, resumes exactly, and rows mix nothing up."""
+"""The stream of packed sequences is independent of ranks and workers and resumes exactly; samples in a row stay
+separate."""
 
 import pickle
 from collections import Counter
@@ -148,7 +149,7 @@ def test_looking_ahead_wastes_less_and_keeps_no_sample_back_for_long(make_mixtur
     most=st.integers(0, 3),
     stop=st.integers(1, 6),
 )
-def test_any_lengths_are_packed_once_within_the_budget_and_go_on_from_anywhere(
+def test_any_lengths_are_packed_once_within_seq_len_and_resume_from_any_point(
     lengths, budget, packing_buffer, most, stop
 ):
     settings = PackingSettings(seq_len=budget, packing_buffer=packing_buffer, max_samples=most)
@@ -185,7 +186,7 @@ def _with_bad_items(mixture, bad):
     return mixture
 
 
-def test_bad_samples_are_left_out_by_name_and_nothing_takes_their_place(make_mixture, processor):
+def test_bad_samples_are_skipped_by_name_without_replacement(make_mixture, processor):
     mixture = _with_bad_items(make_mixture(), {4, 9})
     stream = PackedStream(mixture, processor, SETTINGS, index=0, num_streams=1, max_skipped_fraction=0.1)
     names, skipped = [], []
@@ -328,13 +329,13 @@ def test_weights_divide_an_epoch(image_paths):
     [
         ({"weights": {"a": 1.0}}, "expected a weight for each"),
         ({"weights": {"a": 0.0, "b": 0.0}}, "not all 0"),
-        ({"weights": {"a": 1.0, "b": -1.0}}, "data.weights.b is -1.0"),
-        ({"weights": {"a": 1.0, "c": 1.0}}, r"names \['c'\]"),
-        ({"weights": {"a": 1.0, "b": 1.0}, "epoch_samples": 0}, "data.epoch_samples is 0"),
-        ({"weights": {"a": 1.0, "b": 1.0}, "repeats": {"a": 2.0}}, "both set"),
+        ({"weights": {"a": 1.0, "b": -1.0}}, "data.weights.b: found -1.0"),
+        ({"weights": {"a": 1.0, "c": 1.0}}, r"data.weights: found \['c'\]"),
+        ({"weights": {"a": 1.0, "b": 1.0}, "epoch_samples": 0}, "data.epoch_samples: found 0"),
+        ({"weights": {"a": 1.0, "b": 1.0}, "repeats": {"a": 2.0}}, "found both, expected at most one"),
     ],
 )
-def test_wrong_weights_are_refused(image_paths, changes, message):
+def test_wrong_weights_are_rejected(image_paths, changes, message):
     sources = {name: RandomSource(name, 3, image_paths) for name in "ab"}
     settings = {"repeats": {}, "epoch_samples": 8} | changes
     with pytest.raises(DataError, match=message):
@@ -343,15 +344,19 @@ def test_wrong_weights_are_refused(image_paths, changes, message):
 
 @pytest.mark.parametrize(
     ("lengths", "repeats", "message"),
-    [((4,), (-0.5,), "data.repeats.a is -0.5"), ((4,), (0.0,), "hold no item"), ((0,), (1.0,), "hold no item")],
+    [
+        ((4,), (-0.5,), "data.repeats.a: found -0.5"),
+        ((4,), (0.0,), "found no items in"),
+        ((0,), (1.0,), "found no items in"),
+    ],
 )
-def test_a_mixture_without_items_or_with_negative_repeats_is_refused(make_mixture, lengths, repeats, message):
+def test_a_mixture_without_items_or_with_negative_repeats_is_rejected(make_mixture, lengths, repeats, message):
     with pytest.raises(DataError, match=message):
         make_mixture(lengths=lengths, repeats=repeats)
 
 
-def test_repeats_of_an_unknown_source_are_refused(image_paths):
-    with pytest.raises(DataError, match=r"names \['b'\], but data.sources holds \['a'\]"):
+def test_repeats_of_an_unknown_source_are_rejected(image_paths):
+    with pytest.raises(DataError, match=r"data.repeats: found \['b'\], expected names in data.sources \['a'\]"):
         Mixture({"a": RandomSource("a", 3, image_paths)}, {"b": 2.0}, seed=0)
 
 
@@ -362,7 +367,7 @@ def test_a_sample_longer_than_a_sequence_stops_with_its_name(make_mixture, proce
     stream = training_batches(
         make_mixture(), processor, settings, assignment, start=[StreamState()], num_workers=workers
     )
-    with pytest.raises(DataError, match=r"a/\d+/\d+: \d+ tokens found, at most data.packing.seq_len = 30"):
+    with pytest.raises(DataError, match=r"a/\d+/\d+: found \d+ tokens, expected at most data.packing.seq_len = 30"):
         list(islice(stream, 23))
 
 
@@ -374,13 +379,13 @@ def test_a_sample_of_exactly_the_budget_is_packed(make_mixture, processor):
 
 
 @pytest.mark.parametrize(("num_streams", "world_size", "micro"), [(6, 4, 1), (4, 1, 3), (4, 2, 4), (1, 2, 1)])
-def test_streams_that_do_not_divide_over_ranks_are_refused(num_streams, world_size, micro):
-    message = f"data.global_batch_size is {num_streams}; with {world_size} processes"
-    with pytest.raises(DataError, match=f"{message}.* must be a multiple of {world_size * micro}"):
+def test_streams_that_do_not_divide_over_ranks_are_rejected(num_streams, world_size, micro):
+    message = f"data.global_batch_size: found {num_streams}, expected a multiple of {world_size * micro} "
+    with pytest.raises(DataError, match=f"{message}with {world_size} processes"):
         StreamAssignment(global_batch_size=num_streams, rank=0, world_size=world_size, micro_batch_size=micro)
 
 
-def test_ranks_share_out_all_streams():
+def test_ranks_divide_all_streams():
     assignments = [
         StreamAssignment(global_batch_size=8, rounds=2, rank=rank, world_size=2, micro_batch_size=2)
         for rank in range(2)
@@ -500,13 +505,13 @@ def test_moving_a_batch_keeps_every_field(make_batch, examples):
         (lambda b: {"position_ids_2BT": b.position_ids_2BT[:1]}, "1, 1"),
     ],
 )
-def test_a_batch_with_broken_counts_is_refused(make_batch, examples, changes, message):
+def test_a_batch_with_broken_counts_is_rejected(make_batch, examples, changes, message):
     batch = make_batch(examples)
     with pytest.raises(AssertionError, match=message):
         replace(batch, **changes(batch))
 
 
-def test_a_batch_survives_the_way_from_a_worker(make_batch, examples):
+def test_batch_survives_transfer_from_a_worker(make_batch, examples):
     whole = np.ones((1, 1), dtype=bool)
     examples = [replace(e, ignored=(whole, *e.ignored[1:])) if i == 0 else e for i, e in enumerate(examples)]
     batch = make_batch(examples[:2], examples[2:])

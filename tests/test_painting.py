@@ -1,4 +1,4 @@
-"""Painted visual prompts: each stays visible, small ones lie over large ones, their order does not matter."""
+"""Painted visual prompts: each stays visible, small ones are on top of large ones, their order does not matter."""
 
 import numpy as np
 import pytest
@@ -158,7 +158,7 @@ def test_no_prompt_paints_nothing(processor):
     assert processor.paint_prompts((), GRID, "toy/1").tolist() == [-1] * 8
 
 
-def test_a_prompt_without_pixels_or_without_a_token_is_refused(processor):
+def test_a_prompt_without_pixels_or_without_a_token_is_rejected(processor):
     with pytest.raises(DataError, match=r"^toy/1: the mask of <Prompt0> marks no pixel"):
         _paint(processor, np.zeros(SIZE, dtype=bool))
     with pytest.raises(DataError, match=r"^toy/1: visual prompt 15 found, expected 0 \.\. 14"):

@@ -1,4 +1,4 @@
-"""COCO panoptic and Pix2Cap files: real ones, synthetic ones and damaged ones are read right or refused with a
+"""COCO panoptic and Pix2Cap files: real, synthetic and damaged ones are read correctly or rejected with a
 reason."""
 
 import copy
@@ -125,7 +125,7 @@ def test_masks_are_the_pixels_of_their_colour(tmp_path):
         (lambda png: Image.fromarray(PIXELS.astype(np.uint8)).save(png), "mode L, expected 8-bit RGB"),
     ],
 )
-def test_wrong_png_is_refused_with_file_and_record(tmp_path, damage, message):
+def test_wrong_png_is_rejected_with_file_and_record(tmp_path, damage, message):
     source = coco_panoptic.load(root=write(tmp_path))
     damage(tmp_path / "annotations" / "panoptic_train2017" / "000000000005.png")
     with pytest.raises(DataError, match=r"panoptic_train2017\.json: annotations\[1\] \(image_id 5\).*" + message):
@@ -159,7 +159,7 @@ def test_malformed_record_stays_in_and_is_named_when_it_is_asked_for(tmp_path, d
     assert "panoptic_train2017.json" in str(error.value)
 
 
-def test_file_level_damage_is_refused_when_the_source_is_made(tmp_path):
+def test_file_level_damage_is_rejected_when_the_source_is_made(tmp_path):
     twice = copy.deepcopy(DATA)
     twice["annotations"][0]["image_id"] = 5
     with pytest.raises(DataError, match="1 images with several records, for example image_id 5"):
@@ -233,7 +233,7 @@ def test_synthetic_scenes_make_samples_of_every_source(sampled):
         assert vp.get(index, np.random.default_rng(index)).prompts
 
 
-def test_scenes_without_a_text_for_every_object_are_refused(tmp_path):
+def test_scenes_without_a_text_for_every_object_are_rejected(tmp_path):
     record = {"image": {"id": 1, "file_name": "a.jpg", "height": 2, "width": 2}, "objects": [], "descriptions": ["x"]}
     with pytest.raises(DataError, match="1 descriptions, expected one for each of 0 objects"):
         write_panoptic(tmp_path, [record], CATEGORY_ID)
@@ -318,7 +318,7 @@ def test_shared_panoptic_pngs_equal_their_rle_twins():
     assert compared == 50
 
 
-def test_shared_two_channel_pngs_are_refused():
+def test_shared_two_channel_pngs_are_rejected():
     root = shared_data("panopticapi_sample") / "sample_data"
     file = open_panoptic(
         root, "any", annotations=root / "panoptic_examples.json", png_dir=root / "panoptic_examples_2ch_format"

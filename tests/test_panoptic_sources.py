@@ -1,4 +1,4 @@
-"""COCO panoptic and Pix2Cap sources: the right turns, masks and marked regions, whatever is sampled."""
+"""COCO panoptic and Pix2Cap sources: correct turns, masks and marked regions for every sampling."""
 
 import copy
 import inspect
@@ -51,13 +51,13 @@ def _all_sources(root):
     ]
 
 
-def test_images_without_content_are_left_out_and_counted(tmp_path, caplog):
+def test_images_without_content_are_skipped_and_counted(tmp_path, caplog):
     data = copy.deepcopy(DATA)
     data["annotations"][0]["segments_info"] = [segment_entry(3, DOG, iscrowd=1)]
     lengths = [len(source) for source in _all_sources(write(tmp_path, data))]
     assert lengths == [1, 2, 1, 1, 1], "only the semantic source asks for a crowd"
-    assert "source coco_panoptic: left out 1 of 2 images without a segment that is not a crowd" in caplog.text
-    assert "source pix2cap_vp: left out 1 of 2 images without a description" in caplog.text
+    assert "source coco_panoptic: skipped 1 of 2 images without a segment that is not a crowd" in caplog.text
+    assert "source pix2cap_vp: skipped 1 of 2 images without a description" in caplog.text
 
 
 def test_sources_are_functions_of_index_and_rng_and_survive_pickling(tmp_path):
@@ -88,7 +88,7 @@ def test_samples_become_tokens(tmp_path, processor):
         assert len(example.masks) == sum(len(turn.masks) for turn in sample.turns)
 
 
-def test_wrong_settings_are_refused_when_the_source_is_made(tmp_path):
+def test_wrong_settings_are_rejected_when_the_source_is_made(tmp_path):
     root = write(tmp_path)
     for make, settings in (
         (coco_panoptic.load, {"classes_per_sample": 0}),
@@ -265,7 +265,7 @@ def test_crowds_are_background_in_the_release(tmp_path):
         assert {tuple(mask_areas(turn)) for turn in turns if "dog" in turn.question} == {(area,)}
 
 
-def test_images_with_nothing_but_crowds_are_left_out_where_crowds_are_background(tmp_path):
+def test_images_with_nothing_but_crowds_are_skipped_where_crowds_are_background(tmp_path):
     data = copy.deepcopy(DATA)
     data["annotations"][0]["segments_info"] = [segment_entry(3, DOG, iscrowd=1)]
     root = write(tmp_path, data)

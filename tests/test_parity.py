@@ -1,4 +1,5 @@
-"""The parity tool accepts what equals the release, notices what does not, and says why a folder cannot be checked."""
+"""The parity tool accepts outputs equal to the release, detects differences, and reports why a folder cannot be
+checked."""
 
 import json
 import re
@@ -312,7 +313,7 @@ def test_every_parameter_has_exactly_one_released_name(tiny_model, monkeypatch):
 @pytest.mark.parametrize(
     "name", ["lm_head.weight", "x.single_transformer.lm_head.weight", "upsample_blocks.0.1.weight"]
 )
-def test_a_name_the_release_does_not_use_is_refused(name):
+def test_a_name_the_release_does_not_use_is_rejected(name):
     with pytest.raises(ValueError, match=f"unknown key '{name}'"):
         our_key(name)
 
@@ -336,7 +337,7 @@ def test_tokens_move_into_another_region_and_leave_nothing_behind():
     assert found.tolist() == [0, 1, 2, 3, -1, -1, 5, 4, -1]
 
 
-def test_a_token_only_one_side_knows_is_refused():
+def test_a_token_only_one_side_knows_is_rejected():
     with pytest.raises(ValueError, match=r"\['<q>'\] only in the checkpoint, \['<r>'\] only in the target"):
         row_sources({"<p>": 1, "<q>": 2}, {"<p>": 1, "<r>": 2}, source_rows=4, target_rows=4)
 
@@ -360,7 +361,7 @@ def test_converted_rows_follow_their_tokens(tiny_model, tied):
         assert torch.equal(state[name][200], before[200])
 
 
-def test_a_tied_head_that_differs_is_refused(tiny_model):
+def test_a_tied_head_that_differs_is_rejected(tiny_model):
     model = tiny_model()
     released = _released_state(model)
     tokens = model.config.token_ids

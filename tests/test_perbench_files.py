@@ -1,4 +1,4 @@
-"""PerBench's three files and the RefCOCOg region-caption file become evaluation items."""
+"""PerBench's three files and the RefCOCOg region-caption file are read as evaluation items."""
 
 import json
 
@@ -115,7 +115,7 @@ def test_records_without_a_tag_in_both_texts_are_not_counted(tmp_path, caplog):
     assert caplog.text == ""
 
 
-def test_a_record_whose_answer_names_given_regions_only_is_left_out(tmp_path, caplog):
+def test_a_record_whose_answer_names_given_regions_only_is_skipped(tmp_path, caplog):
     tags = {f"<obj{i}>": _column(i) for i in range(2)}
     shared = {"image_name": "a.jpg", "question": "Is <obj0> or <obj1> larger?", "segmentations": tags}
     asked = {"image_name": "b.jpg", "question": "What is beside <obj0>?", "segmentations": tags, "answer": "<obj1>."}
@@ -147,7 +147,7 @@ def test_uncompressed_masks_are_read(tmp_path):
         ({"segmentations": {"": _column(0)}}, "found a mask without a name"),
     ],
 )
-def test_malformed_visual_referring_is_refused(tmp_path, changes, message):
+def test_malformed_visual_referring_is_rejected(tmp_path, changes, message):
     with pytest.raises(DataError, match=rf"file\.json\[0\](:|,) {message}"):
         _vres(tmp_path, **changes)
 
@@ -165,7 +165,7 @@ def test_malformed_visual_referring_is_refused(tmp_path, changes, message):
         (load_choices, 5, "found image_name = None"),
     ],
 )  # fmt: skip
-def test_malformed_captions_and_choices_are_refused(tmp_path, loader, record, message):
+def test_malformed_captions_and_choices_are_rejected(tmp_path, loader, record, message):
     with pytest.raises(DataError, match=rf"file\.json\[0\](:|,) {message}"):
         loader(_write(tmp_path, [record]), image_dir=tmp_path)
 
@@ -229,7 +229,7 @@ def test_references_come_from_a_caption_file_where_one_is_given(tmp_path):
         ({"annotations": ({"id": 4, "image_id": 4, "segmentation": []},)}, r"annotations\[0\]: found an empty polygon"),
     ],
 )
-def test_malformed_region_captions_are_refused(tmp_path, settings, message):
+def test_malformed_region_captions_are_rejected(tmp_path, settings, message):
     with pytest.raises(DataError, match=rf"file\.json.*{message}"):
         load_region_captions(_region_file(tmp_path, **settings), image_dir=tmp_path)
 

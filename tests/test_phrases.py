@@ -1,4 +1,4 @@
-"""Phrases of a caption: each keeps its place and its characters, or is counted as not found or overlapped."""
+"""Phrases of a caption: each keeps its position and characters, or is counted as not found or overlapping."""
 
 import json
 import re
@@ -68,7 +68,7 @@ def test_a_shorter_phrase_moves_to_another_occurrence_that_is_free():
     assert placement.overlapped == ()
 
 
-def test_phrases_on_the_same_characters_share_a_place():
+def test_phrases_on_the_same_characters_share_a_position():
     _, placement = marked("two guys", Phrase(span=(0, 8)), *text_phrases("Two guys"))
     assert [marked.phrases for marked in placement.spans] == [(0, 1)]
 
@@ -160,7 +160,7 @@ def test_a_pair_of_quotes_around_the_caption_is_removed_and_other_quotes_stay():
     assert marked('"GO" and "STOP"', *text_phrases("and"))[0] == '"GO" <p> and </p> [SEG] "STOP"'
 
 
-def test_a_caption_that_holds_a_mark_is_refused():
+def test_a_caption_that_holds_a_mark_is_rejected():
     with pytest.raises(DataError, match=r"here: found '\[SEG\]' in the caption"):
         marked("a [SEG]", *text_phrases("a"))
 

@@ -1,4 +1,4 @@
-"""Plain pickles load, whoever wrote them; nothing else does, and nothing is ever run."""
+"""Pickles of plain data load, with any Python version; all others are rejected, and no code is executed."""
 
 import os
 import pickle
@@ -27,7 +27,7 @@ class _RunsACommand:
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_hostile_pickle_is_refused_and_not_executed(tmp_path, protocol):
+def test_hostile_pickle_is_rejected_and_not_executed(tmp_path, protocol):
     trace = tmp_path / "executed"
     hostile = pickle.dumps([_RunsACommand(f"touch '{trace}'")], protocol=protocol)
     path = tmp_path / "refs(unc).p"
@@ -41,7 +41,7 @@ def test_hostile_pickle_is_refused_and_not_executed(tmp_path, protocol):
     assert trace.exists(), "the pickle must be one that really runs, or the test shows nothing"
 
 
-def test_stack_global_is_refused(tmp_path):
+def test_stack_global_is_rejected(tmp_path):
     path = tmp_path / "a.p"
     path.write_bytes(b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93\x8c\x0511*11\x85R.")
     with pytest.raises(DataError, match=r"request for builtins\.eval"):
@@ -80,7 +80,7 @@ def nested(depth):
         (b"\x80\x04}(K\x01\x91" + b"2\x86" * 40 + b"K\x01s.", "found shared values that come to more than"),
     ],
 )
-def test_values_larger_than_their_file_are_refused_at_once(tmp_path, content, reason):
+def test_values_larger_than_their_file_are_rejected_at_once(tmp_path, content, reason):
     (tmp_path / "a.p").write_bytes(content)
     tracemalloc.start()
     with pytest.raises(DataError, match=reason) as caught:
@@ -108,7 +108,7 @@ def test_texts_that_are_shared_as_in_published_files_are_read(tmp_path):
         (1j, "builtins.complex"),
     ],
 )
-def test_objects_are_refused_by_name(tmp_path, value, name):
+def test_objects_are_rejected_by_name(tmp_path, value, name):
     path = tmp_path / "a.p"
     path.write_bytes(pickle.dumps(value, protocol=4))
     with pytest.raises(DataError, match=name):
@@ -116,7 +116,7 @@ def test_objects_are_refused_by_name(tmp_path, value, name):
 
 
 @pytest.mark.parametrize("data", [b"Pobject 1\n.", b"\x80\x02U\x01aQ."])
-def test_persistent_ids_are_refused(tmp_path, data):
+def test_persistent_ids_are_rejected(tmp_path, data):
     path = tmp_path / "a.p"
     path.write_bytes(data)
     with pytest.raises(DataError, match="persistent id"):
@@ -144,14 +144,14 @@ def test_python2_pickle_loads_with_byte_strings_as_text(tmp_path, data):
     assert load_plain_pickle(path) == [{"ref_id": 7, "raw": "a caf\u00e9"}]
 
 
-def test_python2_byte_string_of_unknown_encoding_is_refused_not_misread(tmp_path):
+def test_python2_byte_string_of_unknown_encoding_is_rejected_not_misread(tmp_path):
     path = tmp_path / "refs(unc).p"
     path.write_bytes(b"\x80\x02U\x04caf\xe9.")
     with pytest.raises(DataError, match="UnicodeDecodeError"):
         load_plain_pickle(path)
 
 
-def test_every_truncation_is_refused(tmp_path):
+def test_every_truncation_is_rejected(tmp_path):
     data = pickle.dumps(PLAIN, protocol=4)
     path = tmp_path / "cut.p"
     for length in range(len(data)):

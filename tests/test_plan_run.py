@@ -1,4 +1,4 @@
-"""What a run is said to cost equals what a tiny run really costs."""
+"""Planned costs equal the measured costs of a tiny run."""
 
 import json
 import sys
@@ -168,7 +168,7 @@ def test_kept_activations_are_those_of_variable_length_kernels(tiny_model, batch
     assert said.total == pytest.approx(saved_bytes(model, batch.to("meta"), config), rel=0.15)
 
 
-def test_checkpointing_keeps_one_map_in_place_of_what_is_computed_again(tiny_model, batch):
+def test_checkpointing_keeps_one_map_in_place_of_what_is_recomputed(tiny_model, batch):
     architecture, work = tiny_model(**SIZES["small"]).config, of_batch(batch)
     whole, half, thin = (
         activation_bytes(architecture, work, element=4, num_points=300, checkpointing=kind) for kind in CHECKPOINTING
@@ -203,7 +203,7 @@ def test_what_is_computed_twice_is_what_torch_counts(tiny_model, batch, checkpoi
     assert said["recomputed"] == pytest.approx(counted[1] - counted[0], rel=0.03)
 
 
-def test_plain_training_holds_exactly_these_bytes(tiny_model, batch):
+def test_plain_training_allocates_exactly_these_bytes(tiny_model, batch):
     model = tiny_model().train()
     optimizer = build_optimizer(model, OptimConfig())
     loss_of(model, batch, LossConfig()).backward()
@@ -267,7 +267,7 @@ def test_zero_2_in_bf16_shares_masters_and_moments_over_two_processes(data_root,
     assert moments == pytest.approx(said.moments, abs=128)
 
 
-def test_a_checkpoint_is_as_large_as_said(data_root, tmp_path):
+def test_a_checkpoint_has_the_planned_size(data_root, tmp_path):
     command = [
         sys.executable,
         "scripts/train.py",
@@ -325,7 +325,7 @@ def test_the_tool_states_its_assumptions_where_data_is_missing(tmp_path, monkeyp
     ("arguments", "named"),
     [(["gpu=abacus"], "abacus"), (["gpus=3"], "multiple of"), (["mfu=2"], "mfu 2")],
 )
-def test_a_wrong_machine_is_refused_by_name(arguments, named, capsys):
+def test_a_wrong_machine_is_rejected_by_name(arguments, named, capsys):
     assert tool().main(["model=sail_0_5b", "data=refcoco", "sequences=0", *arguments]) == 2
     assert named in capsys.readouterr().err
 

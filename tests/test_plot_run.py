@@ -1,4 +1,4 @@
-"""Curves of runs: what is read from a log, which panels it makes, and that they are rendered where they belong."""
+"""Plots of runs: reading a log, choosing panels, and rendering curves in the right panel."""
 
 import json
 import math
@@ -27,7 +27,7 @@ def write_log(folder, lines, end="\n"):
     return folder
 
 
-def test_an_unfinished_last_line_is_left_out(tool, tmp_path):
+def test_an_unfinished_last_line_is_skipped(tool, tmp_path):
     run = write_log(tmp_path / "run", [step_line(1), step_line(2), step_line(3)])
     whole = (run / "log.jsonl").read_text()
     for cut in (1, 20):
@@ -58,7 +58,7 @@ def test_a_log_of_an_earlier_version_has_todays_keys(tool, tmp_path):
     assert tool.main([str(tmp_path / "run"), "--keys", "total,distill/*,*/bce", *out]) == 0
 
 
-def test_a_finding_of_the_metric_bounds_is_no_number_and_stops_no_plot(tool, tmp_path):
+def test_a_message_of_the_metric_bounds_does_not_stop_a_plot(tool, tmp_path):
     lines = [step_line(1), {"step": 1, "metric_bounds": {"early": "total is 3, expected 0 .. 2"}}, step_line(2)]
     run = tool.read_run(write_log(tmp_path / "run", lines), "run")
     assert list(run.series["loss/total"]) == [1, 2] and "metric_bounds" not in run.series and not run.scores
@@ -75,7 +75,7 @@ def test_a_finding_of_the_metric_bounds_is_no_number_and_stops_no_plot(tool, tmp
         ('{"step": 1, "to', r"log\.jsonl: no finished line"),
     ],
 )
-def test_a_log_that_is_none_is_refused_by_file_and_line(tool, tmp_path, text, named):
+def test_a_log_that_is_none_is_rejected_by_file_and_line(tool, tmp_path, text, named):
     (tmp_path / "log.jsonl").write_text(text)
     with pytest.raises(DataError, match=named):
         tool.read_run(tmp_path, "run")
@@ -117,7 +117,7 @@ def test_runs_differ_in_colour_and_their_sources_in_dashes(tool, tmp_path):
     assert [panel.title for panel in apart] == ["mask BCE, shapes", "mask BCE, groups"]
 
 
-def test_a_star_stands_for_one_part_of_a_name(tool):
+def test_a_star_matches_one_part_of_a_name(tool):
     assert tool.fits("shapes/bce", "*/bce") and tool.fits("loss/distill/sam2", "loss/distill/*")
     assert not tool.fits("shapes/distill/bce", "*/bce") and not tool.fits("loss/bce", "*/bce")
     assert tool.split_name("loss/distill/sam2") == ("", "loss/distill/sam2")

@@ -1,4 +1,4 @@
-"""Answers about many images at once are those of one question at a time, whatever the token budget."""
+"""Batched answers about many images equal those of one question at a time, for every `max_batch_tokens`."""
 
 from collections import Counter
 

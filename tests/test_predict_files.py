@@ -1,4 +1,4 @@
-"""Questions about files: every image of a folder gets its own results, and none is replaced by them."""
+"""Questions about image files: every image of a folder gets separate results, and no image is overwritten."""
 
 import json
 import unicodedata

@@ -1,4 +1,4 @@
-"""Prediction files survive a killed run, refuse damage, and score the same from Python and from the tool."""
+"""Prediction files survive a killed run, reject damage, and score the same from Python and from the tool."""
 
 import json
 import os
@@ -114,8 +114,8 @@ def test_run_killed_at_any_byte_can_be_resumed(tmp_path, caplog):
         assert len(done) == sum(end - 1 <= length for end in ends), "a record without its newline is complete"
         _write(path, predictions[len(done) :])
         assert path.read_bytes() == whole
-    assert "dropped an unfinished last line" in caplog.text
-    assert "cut off an unfinished last line" in caplog.text
+    assert "dropped an incomplete last line" in caplog.text
+    assert "truncated an incomplete last line" in caplog.text
 
 
 def test_malformed_line_before_the_end_is_an_error_with_its_number(tmp_path):
@@ -157,7 +157,7 @@ def test_absent_field_is_named(tmp_path):
         read_predictions(path)
 
 
-def test_identical_repeats_count_once_and_different_ones_are_refused(tmp_path):
+def test_identical_repeats_count_once_and_different_ones_are_rejected(tmp_path):
     predictions = _perfect()
     path = _write(tmp_path / "a.jsonl", [*predictions, predictions[0]])
     assert read_predictions(path) == predictions
@@ -168,7 +168,7 @@ def test_identical_repeats_count_once_and_different_ones_are_refused(tmp_path):
         score_predictions(_expressions(), [*predictions, replace(predictions[1], segmentation=None)])
 
 
-def test_writer_refuses_a_damaged_mask(tmp_path):
+def test_writer_rejects_a_damaged_mask(tmp_path):
     damaged = replace(_perfect()[0], segmentation={"size": [6, 8], "counts": "12"})
     with PredictionWriter(tmp_path / "a.jsonl") as writer, pytest.raises(DataError, match="cover 3 pixels"):
         writer.write(damaged)
@@ -213,7 +213,7 @@ def test_order_of_predictions_does_not_matter():
         ),
     ],
 )
-def test_predictions_of_something_else_are_refused(change, reason):
+def test_predictions_of_something_else_are_rejected(change, reason):
     with pytest.raises(DataError, match=reason):
         score_predictions(_expressions(), [replace(_perfect()[0], **change)])
 

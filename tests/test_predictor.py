@@ -1,4 +1,4 @@
-"""What a person's own code sees: questions about one image and many, chats, and refusals that say what to do."""
+"""The public Predictor API: questions about one image and many, chats, and actionable errors."""
 
 import os
 import re
@@ -69,7 +69,7 @@ def test_an_answer_is_the_one_that_the_evaluation_scores(predictor, batch, image
     assert masks > 0
 
 
-def test_segment_asks_as_the_evaluation_asks(forced, image):
+def test_segment_uses_the_question_of_the_evaluation(forced, image):
     result = forced.segment(image, "the red box")
     assert_same(result, forced.batch.ask(image, ["Please segment the red box in this image."])[0])
     assert_same(
@@ -108,7 +108,7 @@ def test_an_opened_image_is_turned_upright(forced, tmp_path):
     assert forced.ask(Image.open(tmp_path / "turned.png"), "a star").masks_NHW.shape == (1, 64, 40)
 
 
-def test_a_chat_encodes_its_image_once_and_knows_what_was_said(predictor, image, encodings):
+def test_a_chat_encodes_its_image_once_and_keeps_its_history(predictor, image, encodings):
     chat = predictor.chat(image, [Box(8, 8, 32, 24)])
     questions = ("a star at <Prompt0>", "the red box", "left")
     results = [chat.ask(question) for question in questions]
@@ -147,7 +147,7 @@ def test_a_further_question_is_not_a_first_one(predictor, image):
     assert [chat.ask(text).answer for text in asked] != alone
 
 
-def test_marking_a_region_encodes_the_image_again_and_numbers_go_on(predictor, image, encodings):
+def test_marking_a_region_reencodes_the_image_and_numbering_continues(predictor, image, encodings):
     chat = predictor.chat(image, [Box(8, 8, 32, 24)])
     chat.ask("a star at <Prompt0>")
     with pytest.raises(DataError, match=r"<Prompt1> found, but 1 regions are marked"):
@@ -248,7 +248,7 @@ def test_a_box_covers_every_pixel_it_touches(image):
         ({"text": "  "}, "expected a question of at least one word"),
         ({"text": 7}, "text: found 7"),
         ({"text": "It is [SEG]."}, r"\[SEG\] found, which only the model may say"),
-        ({"text": "a<|im_end|>b"}, "take it out of the question"),
+        ({"text": "a<|im_end|>b"}, "remove it from the question"),
         ({"text": "what is <Prompt0>?"}, "<Prompt0> found, but 0 regions are marked"),
         ({"prompts": [Box(0, 0, 65, 10)]}, r"prompt 0: found Box\(.*inside the image of 64 x 40"),
         ({"prompts": [Point(3, -1)]}, "expected x, y inside the image of 64 x 40"),
@@ -273,7 +273,7 @@ def test_a_box_covers_every_pixel_it_touches(image):
         ({"image": None, "prompts": [Point(1, 1)]}, "without an image"),
     ],
 )
-def test_what_cannot_be_asked_is_refused_with_what_to_do(predictor, image, how, message):
+def test_invalid_questions_are_rejected_with_what_to_do(predictor, image, how, message):
     with pytest.raises(DataError, match=message):
         predictor.ask(**({"image": image, "text": "a star"} | how))
 
@@ -306,11 +306,11 @@ def test_a_model_of_the_hub_is_fetched_at_its_revision(batch, image, tmp_path, m
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "no/such/folder"}, "give a run folder"),
+        ({"name": "no/such/folder"}, "use a run folder"),
         ({"precision": "fp64"}, r"found 'fp64', expected one of \('fp32', 'bf16'\)"),
     ],
 )
-def test_a_model_that_cannot_be_had_is_refused(tmp_path, settings, message):
+def test_a_model_that_cannot_be_downloaded_is_rejected(tmp_path, settings, message):
     with pytest.raises(ConfigError, match=message):
         Predictor.from_pretrained(**({"name": tmp_path} | settings))
 
@@ -333,11 +333,11 @@ def without_tensor(folder):
         lambda folder: (folder / "processor_config.json").unlink(),
     ],
 )
-def test_a_damaged_model_is_refused(batch, tmp_path, damage):  # noqa: F811
+def test_a_damaged_model_is_rejected(batch, tmp_path, damage):  # noqa: F811
     batch.model.save_pretrained(tmp_path)
     batch.processor.save_pretrained(tmp_path)
     damage(tmp_path)
-    with pytest.raises(ConfigError, match=f"{re.escape(str(tmp_path))}: cannot be loaded (?s:.*)export it anew"):
+    with pytest.raises(ConfigError, match=f"{re.escape(str(tmp_path))}: cannot be loaded (?s:.*)export it again"):
         Predictor.from_pretrained(tmp_path)
 
 
@@ -345,7 +345,7 @@ def test_a_damaged_model_is_refused(batch, tmp_path, damage):  # noqa: F811
     ("device", "message"),
     [("xyz", "expected 'cpu', 'cuda'"), ("", "expected 'cpu'"), ("mps", "expected 'cpu'"), ("cuda:2", "torch sees 2")],
 )
-def test_a_device_that_does_not_exist_is_refused(tmp_path, monkeypatch, device, message):
+def test_a_device_that_does_not_exist_is_rejected(tmp_path, monkeypatch, device, message):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(ConfigError, match=message):
@@ -353,7 +353,7 @@ def test_a_device_that_does_not_exist_is_refused(tmp_path, monkeypatch, device, 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_a_device_that_is_not_there_is_refused(tmp_path):
+def test_a_device_that_is_not_there_is_rejected(tmp_path):
     with pytest.raises(ConfigError, match="torch sees no CUDA device"):
         Predictor.from_pretrained(tmp_path, device="cuda")
 

@@ -1,4 +1,5 @@
-"""Images become the right patches, texts the right tokens and labels, and samples that contradict themselves stop."""
+"""Images are turned into the right patches, texts into the right tokens and labels; inconsistent samples raise an
+error."""
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def test_a_longest_side_between_multiples_is_rounded_down():
 
 
 @pytest.mark.parametrize("image_hw", [(0, 5), (5, 0), (-1, 5)])
-def test_an_image_without_pixels_is_refused(image_hw):
+def test_an_image_without_pixels_is_rejected(image_hw):
     with pytest.raises(ValueError, match="at least 1 pixel"):
         resized_size(image_hw, 16, 1024)
 
@@ -259,7 +260,7 @@ def test_special_tokens_are_single_pieces_everywhere_in_a_text(tokenizer, proces
     assert model_token_ids(tokenizer, num_visual_prompts=15) == {token: vocabulary[token] for token in tokens}
 
 
-def test_a_vocabulary_too_small_for_the_bytes_is_refused():
+def test_a_vocabulary_too_small_for_the_bytes_is_rejected():
     with pytest.raises(ValueError, match="vocab_size is 279, expected at least 280"):
         train_tokenizer([], vocab_size=279, num_visual_prompts=15)
     assert len(train_tokenizer([], vocab_size=280, num_visual_prompts=15)) == 280
@@ -304,7 +305,7 @@ def test_a_missing_tokenizer_folder_is_named(tmp_path):
         load_tokenizer(tmp_path / "nowhere", num_visual_prompts=0)
 
 
-def test_a_folder_without_processor_settings_is_refused(tokenizer, tmp_path):
+def test_a_folder_without_processor_settings_is_rejected(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"no processor_config\.json"):
         PixelSailProcessor.from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Marks of regions stay inside them, and the names of regions reach the text whole."""
+"""Marks of regions stay inside them, and region names are kept whole in the text."""
 
 import re
 from pathlib import Path
@@ -93,12 +93,12 @@ def test_kinds_are_sampled_by_their_fractions():
     "fractions",
     [{}, {"mask": 0.0}, {"mask": -1.0, "box": 2.0}, {"circle": 1.0}, {"mask": float("nan")}, {"mask": float("inf")}],
 )
-def test_wrong_fractions_are_refused(fractions):
+def test_wrong_fractions_are_rejected(fractions):
     with pytest.raises(ValueError, match=r"^source x: found prompt fractions .* correct the config"):
         check_fractions(fractions, "source x")
 
 
-def test_a_region_without_pixels_is_refused():
+def test_a_region_without_pixels_is_rejected():
     with pytest.raises(DataError, match="region without pixels"):
         sample_prompt(np.zeros((2, 2), dtype=bool), {"box": 1.0}, np.random.default_rng(0))
 
@@ -180,23 +180,23 @@ def test_absent_regions_are_as_frequent_as_asked_and_come_anywhere():
     [
         (RegionTurn(question="{region2}?", answer="x"), r"names \{region2\}, found regions \['0', '1'\]"),
         (RegionTurn(question="{region}?", answer="x"), r"names \{region\}"),
-        (RegionTurn(question="{region}?", answer="x", region=2), r"a turn about region 2 found, expected 0 \.\. 1"),
-        (RegionTurn(question="{region}?", answer="x", region=-1), r"a turn about region -1 found"),
+        (RegionTurn(question="{region}?", answer="x", region=2), r"found a turn about region 2, expected 0 \.\. 1"),
+        (RegionTurn(question="{region}?", answer="x", region=-1), r"found a turn about region -1,"),
     ],
 )
-def test_a_turn_about_a_region_that_is_not_there_is_refused(turn, message):
+def test_a_turn_about_a_region_that_is_not_there_is_rejected(turn, message):
     with pytest.raises(DataError, match=r"^toy/4: .*" + message):
         _sample([turn], 2)
 
 
-def test_too_many_regions_and_empty_ones_are_refused():
+def test_too_many_regions_and_empty_ones_are_rejected():
     with pytest.raises(DataError, match=r"^toy/4: found 16 regions, expected at most 15"):
         _sample([], 16)
     with pytest.raises(DataError, match=r"^toy/4: found regions \[40\] without pixels"):
         _sample([], 41, num_prompts=50)
 
 
-def test_wrong_settings_are_refused():
+def test_wrong_settings_are_rejected():
     with pytest.raises(ValueError, match="absent_fraction"):
         RegionSettings(absent_fraction=1.5)
     with pytest.raises(ValueError, match="prompt_fractions"):
@@ -232,14 +232,14 @@ def test_other_words_are_left_alone(text):
     assert name_regions(text, 3, "here") == text
 
 
-def test_a_name_without_number_stands_for_the_only_region():
+def test_a_name_without_number_means_the_only_region():
     assert name_regions("the region shown as <region>", 1, "here") == "the region shown as {region0}"
     with pytest.raises(DataError, match=r"^here: found '<region>' in a text, expected one of 2 regions"):
         name_regions("<region>", 2, "here")
 
 
 @pytest.mark.parametrize("text", ["<region0>", "<region3>", "region3", "<region123456789>"])
-def test_a_number_that_no_region_has_is_refused(text):
+def test_a_number_that_no_region_has_is_rejected(text):
     with pytest.raises(DataError, match=rf"^here: found '{text}' in a text, expected one of 2 regions"):
         name_regions(f"see {text}", 2, "here")
 

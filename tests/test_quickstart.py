@@ -1,4 +1,4 @@
-"""What the quickstart reports: every split beside what chance is there, and runs of other versions refused."""
+"""The quickstart's report: every split with its chance level; runs of other versions are rejected."""
 
 import importlib.util
 import json
@@ -67,10 +67,10 @@ def test_images_of_every_kind_are_shown(run_dir):
         assert f"## Examples from {split}: " in text and (run_dir / "examples" / f"{split}_05.png").is_file()
 
 
-def test_a_run_of_an_earlier_version_is_refused(quickstart, run_dir, tmp_path):
+def test_a_run_of_an_earlier_version_is_rejected(quickstart, run_dir, tmp_path):
     shutil.copytree(run_dir / "evaluation", tmp_path / "evaluation")
     rows = (tmp_path / "evaluation" / "results.jsonl").read_text().splitlines()
     kept = [row for row in rows if json.loads(row)["eval"] != "refshapes_val_shape"]
     (tmp_path / "evaluation" / "results.jsonl").write_text("\n".join(kept) + "\n")
-    with pytest.raises(DataError, match=r"no scores of refshapes_val_shape, expected 11 evals.*move its folder away"):
+    with pytest.raises(DataError, match=r"no scores of refshapes_val_shape, expected 11 evals.*Move its folder away"):
         quickstart.read_scores(tmp_path)

@@ -1,4 +1,4 @@
-"""Damaged files of every format are either read or refused with a DataError, whatever bytes were changed."""
+"""Damaged files of every format are either read or rejected with a DataError, for any changed bytes."""
 
 import io
 import json
@@ -107,7 +107,7 @@ IMAGES = {
 
 
 @pytest.mark.parametrize("kind", IMAGES)
-def test_damaged_images_are_read_or_refused(tmp_path, kind):
+def test_damaged_images_are_read_or_rejected(tmp_path, kind):
     def read(path):
         image = load_image(path, where="fuzz")
         assert image.mode == "RGB" and min(image.size) > 0
@@ -116,7 +116,7 @@ def test_damaged_images_are_read_or_refused(tmp_path, kind):
     assert counts["refused"] > 0
 
 
-def test_a_damaged_real_image_is_read_or_refused(tmp_path):
+def test_a_damaged_real_image_is_read_or_rejected(tmp_path):
     if not REAL_IMAGE.is_file():
         pytest.skip(f"{REAL_IMAGE} is absent")
     data = REAL_IMAGE.read_bytes()
@@ -137,13 +137,13 @@ def _read_records(path):
     records.lookup("image_id").all(1)
 
 
-def test_damaged_record_files_are_read_or_refused(tmp_path):
+def test_damaged_record_files_are_read_or_rejected(tmp_path):
     counts = _outcomes(_read_records, _records(), tmp_path / "a.json", seed=3, number=2 * NUM_DAMAGES)
     assert min(counts.values()) > 0
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 5])
-def test_damaged_pickles_are_read_or_refused(tmp_path, protocol):
+def test_damaged_pickles_are_read_or_rejected(tmp_path, protocol):
     content = [{"ref_id": i, "box": (1.5, None, True), "text": "two words", "ids": [1, i]} for i in range(9)]
     data = pickle.dumps(content, protocol=protocol)
     counts = _outcomes(load_plain_pickle, data, tmp_path / "a.p", seed=4, number=4 * NUM_DAMAGES)
@@ -151,7 +151,7 @@ def test_damaged_pickles_are_read_or_refused(tmp_path, protocol):
 
 
 @pytest.mark.parametrize("segmentation", ["rle", "runs", "polygons"])
-def test_damaged_segmentations_are_read_or_refused(tmp_path, segmentation):
+def test_damaged_segmentations_are_read_or_rejected(tmp_path, segmentation):
     mask = np.zeros((30, 40), bool)
     mask[4:20, 5:30] = mask[10:28, 20:22] = True
     value = {
@@ -207,7 +207,7 @@ REFER_FILES = ["toy/refs(unc).p", "toy/instances.json", "gtoy/grefs(unc).json"]
 
 
 @pytest.mark.parametrize("file", REFER_FILES)
-def test_damaged_refer_folders_are_read_or_refused_and_the_check_survives_them(tmp_path, file):
+def test_damaged_refer_folders_are_read_or_rejected_and_the_check_survives_them(tmp_path, file):
     root = _write_refer(tmp_path / "root")
     dataset = file.split("/")[0]
 
@@ -221,7 +221,7 @@ def test_damaged_refer_folders_are_read_or_refused_and_the_check_survives_them(t
 
 
 @pytest.mark.parametrize("file", ["refcocog/refs(google).p", "refcocog/instances.json"])
-def test_damaged_real_refer_files_are_read_or_refused_and_the_check_survives_them(tmp_path, file):
+def test_damaged_real_refer_files_are_read_or_rejected_and_the_check_survives_them(tmp_path, file):
     if not REAL.is_dir():
         pytest.skip(f"{REAL} is absent; set PIXEL_SAIL_SHARED to the folder that holds data/derived_refer_mini")
     root = tmp_path / "root"
@@ -237,7 +237,7 @@ def test_damaged_real_refer_files_are_read_or_refused_and_the_check_survives_the
     assert min(counts.values()) > 0
 
 
-def test_damaged_converted_refs_are_refused(tmp_path):
+def test_damaged_converted_refs_are_rejected(tmp_path):
     root = _write_refer(tmp_path / "root")
     converted, _ = convert(root / "toy" / "refs(unc).p")
     counts = _outcomes(lambda path: _read_refer(root, "toy", "train"), converted.read_bytes(), converted, seed=8)

@@ -129,13 +129,13 @@ def test_a_sample_is_a_function_of_index_and_rng_and_survives_pickling(tmp_path)
     assert all(turn.ignored is None for turn in source.get(0, rng()).turns)
 
 
-def test_files_without_text_or_target_are_left_out_and_counted(tmp_path, caplog):
+def test_files_without_text_or_target_are_skipped_and_counted(tmp_path, caplog):
     write(tmp_path, "a", text=["", " "])
     write(tmp_path, "b", shapes=[shape("flag", TARGET), shape("ignore", INNER)])
     write(tmp_path, "c")
     source = load(root=tmp_path)
     assert [source.image_path(i).name for i in range(len(source))] == ["c.jpg"]
-    assert "left out 2 of 3 files" in caplog.text
+    assert "skipped 2 of 3 files" in caplog.text
 
 
 def test_what_operating_systems_leave_in_a_folder_is_no_item(tmp_path):
@@ -196,7 +196,7 @@ def test_an_unreadable_or_missing_file_is_named(tmp_path, data, reason):
         load(root=tmp_path).get(0, rng())
 
 
-def test_an_absent_or_empty_folder_is_refused(tmp_path):
+def test_an_absent_or_empty_folder_is_rejected(tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         load(root=tmp_path)
     (tmp_path / "train").mkdir()
@@ -247,7 +247,7 @@ def test_an_image_without_a_turn_has_one_target(tmp_path, orientation):
     assert expressions(root=tmp_path, split="val", upright=False) == [upright]
 
 
-def test_wrong_settings_are_refused(tmp_path):
+def test_wrong_settings_are_rejected(tmp_path):
     write(tmp_path)
     with pytest.raises(ValueError, match="sentences_per_image 0"):
         load(root=tmp_path, sentences_per_image=0)

@@ -1,4 +1,4 @@
-"""JSON files are read record by record, exactly as a whole read would give them, by any number of processes at once."""
+"""JSON files are read record by record with the result of a full read, by any number of concurrent processes."""
 
 import codecs
 import json
@@ -87,7 +87,7 @@ def test_every_list_of_any_object_is_found_under_its_key(content, form):
 
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
-def test_a_file_cut_or_changed_anywhere_reads_as_json_does_or_is_refused(data):
+def test_a_file_cut_or_changed_anywhere_reads_as_json_does_or_is_rejected(data):
     original = json.dumps({"images": ROWS, "more": [], "info": {"a": [1, None]}}, ensure_ascii=False).encode("utf-8")
     place = data.draw(st.integers(0, len(original) - 1))
     cut = data.draw(st.booleans())
@@ -134,7 +134,7 @@ def test_damage_is_named_with_its_place(tmp_path, content, reason):
         open_records(path)
 
 
-def test_the_place_of_a_wrong_byte_is_right_where_a_letter_lies_across_two_chunks(tmp_path):
+def test_the_position_of_a_wrong_byte_is_right_if_a_letter_spans_two_chunks(tmp_path):
     path = tmp_path / "file.json"
     text = ('["a' + "\u00e9" * 700_000 + "ab").encode()
     path.write_bytes(text + b'\xe9"]')
@@ -183,7 +183,7 @@ def test_json_lines_are_read_as_a_list(tmp_path, mark, end):
         (b'{"id": 1}\n[2]', "at byte 10 of 13: found '\\[' after the end of the data"),
     ],
 )
-def test_what_is_neither_one_value_nor_json_lines_is_refused(tmp_path, content, reason):
+def test_neither_one_json_value_nor_json_lines_is_rejected(tmp_path, content, reason):
     (tmp_path / "lines.json").write_bytes(content)
     with pytest.raises(DataError, match=reason):
         open_records(tmp_path / "lines.json")
@@ -288,7 +288,7 @@ def test_a_cache_folder_that_cannot_be_written_is_named(written, tmp_path, monke
 
 
 @pytest.mark.parametrize("damage", ["contents.json", "spans_0.npy", "fields_0.npy", "cut"])
-def test_an_index_that_lost_a_file_is_made_again(written, cache, damage):
+def test_an_index_that_lost_a_file_is_rebuilt(written, cache, damage):
     path = written(ROWS)
     open_records(path)
     (folder,) = (path.parent for path in cache.rglob("contents.json"))
@@ -428,7 +428,7 @@ def test_the_cache_needs_no_home_folder_where_a_variable_names_one(monkeypatch, 
 
 @pytest.mark.parametrize("home", [None, ""])
 @pytest.mark.parametrize("cache", ["", "~/c"])
-def test_a_user_without_a_home_folder_is_told_which_variable_to_set(monkeypatch, home, cache):
+def test_an_error_without_home_folder_names_the_variable_to_set(monkeypatch, home, cache):
     def unknown(number):
         raise KeyError(number)
 

@@ -1,6 +1,6 @@
-"""A run is the same however it is shared out and however often it was stopped.
+"""A run gives the same result for any number of ranks and workers and after any number of interruptions.
 
-All runs train on one mixture of text alone, chat about an image, marked regions and masks, one sample per micro-batch:
+All runs train on one mixture of text only, image chat, marked regions and masks, one sample per micro-batch:
 in most steps some ranks have no image, no region or no mask where others have.
 """
 
@@ -195,7 +195,7 @@ def test_means_of_samples_train_as_the_release_does(data_root, mixed, tmp_path, 
         assert abs(parts - line["loss/total"]) > 1e-3
 
 
-def test_layers_that_are_computed_again_are_gathered_again(data_root, mixed, tmp_path):
+def test_layers_that_are_recomputed_are_gathered_again(data_root, mixed, tmp_path):
     """Wide enough for ZeRO-3 to shard them, which it does to weights of more than 10,000 numbers."""
     wide = ("model.architecture.hidden_size=128", "model.architecture.intermediate_size=256", "optim.steps=4")
     train(data_root, tmp_path / "plain", *mixed, *wide, "deepspeed=none")
@@ -300,7 +300,7 @@ def test_a_run_that_loses_a_process_ends_in_time_and_says_so(data_root, mixed, t
         message = processes[0].communicate(timeout=120)[1]
     assert processes[0].returncode == 86, message[-3000:]
     assert "LostPeer: rank 0 of 2 lost another process" in message
-    assert "the same command goes on from the last complete checkpoint" in message
+    assert "the same command again to resume from the last complete checkpoint" in message
 
 
 def test_a_run_killed_four_times_also_while_saving_has_the_log_of_one_that_was_not(tmp_path):

@@ -1,4 +1,4 @@
-"""Referring expressions become answers about marked objects, and every sentence is reached."""
+"""Referring expressions are used as answers about marked objects, and every sentence is reached."""
 
 import json
 import re
@@ -40,10 +40,10 @@ REFS = [(1, [10], ["The A.", "first"]), (1, [11], ["the B", " . "]), (1, [10], [
         (2, [-1], ["nothing"]), (1, [10, 11], ["both"])]  # fmt: skip
 
 
-def test_every_sentence_of_every_object_is_reached_and_stands_for_its_mask(tmp_path, caplog):
+def test_every_sentence_of_every_object_is_reached_with_its_mask(tmp_path, caplog):
     source = refcocog_vp.load(root=_refer_root(tmp_path, REFS), dataset="toy", name="vp", absent_fraction=0.0)
     assert len(source) == 1  # the other image has nothing that could be marked
-    assert "left out 3 of 8 sentences" in caplog.text
+    assert "skipped 3 of 8 sentences" in caplog.text
     area = {"the a": 4, "first": 4, "third .": 4, "the b": 4, "both": 8}
     column = {"the a": 0, "first": 0, "third .": 0, "the b": 4, "both": 0}
     seen, counts = Counter(), Counter()

@@ -1,4 +1,4 @@
-"""REFER and gRefCOCO files become the right expressions and reproducible training samples."""
+"""REFER and gRefCOCO files give the right expressions and reproducible training samples."""
 
 import json
 import pickle
@@ -235,7 +235,7 @@ def test_image_folder_is_looked_for(tmp_path, folder):
     assert expressions(load_refer(_write(tmp_path), "toy", "train"))[0].image_path == tmp_path / folder / "one.jpg"
 
 
-def test_image_folder_may_lie_in_the_folder_of_the_dataset(tmp_path):
+def test_image_folder_may_be_in_the_dataset_folder(tmp_path):
     root = _write(tmp_path)
     (root / "toy/coco2014/train2014").mkdir(parents=True)
     path = root / "toy/coco2014/train2014/one.jpg"
@@ -274,12 +274,12 @@ def test_grefcoco_targets_are_unions_or_none_and_empty_refs_are_counted(tmp_path
         (_ref(9, 1, 10, "train", ("1", "x")), "ref_id 9: found sent_id = '1', expected int"),
     ],
 )
-def test_wrong_refs_are_refused_with_file_and_id(tmp_path, ref, reason):
+def test_wrong_refs_are_rejected_with_file_and_id(tmp_path, ref, reason):
     with pytest.raises(DataError, match=r"refs\(unc\)\.p: .*" + reason):
         load_refer(_write(tmp_path, refs=[*REFS, ref]), "toy", "train")
 
 
-def test_wrong_segmentation_is_refused_when_it_is_used(tmp_path):
+def test_wrong_segmentation_is_rejected_when_it_is_used(tmp_path):
     wrong = {**INSTANCES, "annotations": [{"id": 10, "image_id": 1, "segmentation": [[1, 2, 3]]}]}
     annotations = load_refer(_write(tmp_path, refs=REFS[1:2], instances=wrong), "toy", "train")
     with pytest.raises(DataError, match=r"ref_id 1, ann_id.*3 numbers"):
@@ -288,7 +288,7 @@ def test_wrong_segmentation_is_refused_when_it_is_used(tmp_path):
         _source(tmp_path).get(0, np.random.default_rng(0))
 
 
-def test_repeated_ids_in_instances_are_refused(tmp_path):
+def test_repeated_ids_in_instances_are_rejected(tmp_path):
     repeated = {**INSTANCES, "images": INSTANCES["images"] * 2}
     with pytest.raises(DataError, match=r"instances\.json: images: found 2 repeated ids"):
         load_refer(_write(tmp_path, instances=repeated), "toy", "train")
@@ -344,7 +344,7 @@ def test_same_text_is_asked_once_per_sample(tmp_path):
         ]
 
 
-def test_refs_that_share_texts_are_still_both_asked_for(tmp_path):
+def test_refs_with_equal_texts_are_both_evaluated(tmp_path):
     texts = "a box", "the box"
     refs = [_ref(i, 1, ann_id, "train", *enumerate(texts, start=10 * i)) for i, ann_id in ((1, 10), (2, 11))]
     source = _source(_write(tmp_path, refs=refs), expressions_per_image=2)
@@ -360,14 +360,14 @@ def test_every_sentence_is_reached_over_epochs(tmp_path):
     assert min(seen.values()) > 20
 
 
-def test_empty_sentences_are_left_out_of_training_and_logged(tmp_path, caplog):
+def test_empty_sentences_are_skipped_of_training_and_logged(tmp_path, caplog):
     refs = [_ref(1, 1, 10, "train", (1, " . "), (2, "box")), _ref(2, 2, 20, "train", (3, "."))]
     source = _source(_write(tmp_path, refs=refs), question_style="fixed")
     assert len(source) == 1
     assert [turn.question for turn in source.get(0, np.random.default_rng(0)).turns] == [
         "Please segment box in this image."
     ]
-    assert "left out 2 sentences" in caplog.text
+    assert "skipped 2 sentences" in caplog.text
 
 
 def test_no_target_turn_is_answered_as_released_with_an_empty_mask(tmp_path):
@@ -379,7 +379,7 @@ def test_no_target_turn_is_answered_as_released_with_an_empty_mask(tmp_path):
     assert by_area[7] in REFER_ANSWERS
 
 
-def test_wrong_settings_are_refused_when_the_source_is_made(tmp_path):
+def test_wrong_settings_are_rejected_when_the_source_is_made(tmp_path):
     root = _write(tmp_path)
     for settings in ({"expressions_per_image": 0}, {"text_field": "tokens"}, {"question_style": "wild"}):
         with pytest.raises(ValueError, match="expected"):
@@ -433,7 +433,7 @@ def test_shared_grefcoco_sample_loads():
 
 
 @pytest.mark.parametrize("height", [10**9, 10**400])
-def test_an_image_size_that_no_image_has_is_refused(tmp_path, height):
+def test_an_image_size_that_no_image_has_is_rejected(tmp_path, height):
     images = [{**image, "height": height} for image in INSTANCES["images"]]
     _write(tmp_path, instances={**INSTANCES, "images": images})
     with pytest.raises(DataError, match=r"image id \d+: found .*expected (at most|a number of 64 bits)"):

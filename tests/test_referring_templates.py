@@ -1,4 +1,4 @@
-"""Questions and answers of referring segmentation are varied, whole and true to their masks."""
+"""Question and answer templates of referring segmentation are varied, complete and consistent with the masks."""
 
 import numpy as np
 import pytest
@@ -20,6 +20,6 @@ def test_varied_style_uses_every_template_and_braces_in_text_are_kept():
     assert {turn.answer for turn in turns} == set(REFER_ANSWERS)
 
 
-def test_no_target_turn_with_mask_pixels_is_refused():
+def test_no_target_turn_with_mask_pixels_is_rejected():
     with pytest.raises(ValueError, match="4 mask pixels"):
         referring_turn("x", np.ones((2, 2), dtype=bool), np.random.default_rng(0), style="fixed", has_target=False)

@@ -1,4 +1,4 @@
-"""RefShapes: exact masks, expressions that mean what they say, genuine formats, the same bytes for the same seed.
+"""RefShapes: exact masks, unambiguous expressions, the original file formats, the same bytes for the same seed.
 
 Checks `pixel_sail/refshapes` and `tools/make_refshapes.py`. Each test renders its own few images.
 """
@@ -161,7 +161,7 @@ def test_what_decides_is_the_first_of_colour_shape_and_the_rest_that_suffices() 
     assert decides(scene, Query(negated=("colour", "red"))) == "negation_ordinal"
 
 
-def test_words_that_suffice_without_the_colour_or_shape_do_not_put_it_to_the_test() -> None:
+def test_sufficient_words_without_color_or_shape_do_not_test_it() -> None:
     scene = scene_with(
         object_at(10, 10, 0, texture="dotted"), object_at(90, 90, 1, shape="ring"), object_at(50, 9, 2, colour="blue")
     )
@@ -188,7 +188,7 @@ def test_scenes_have_the_fractions_of_their_focus_and_colour_seldom_decides() ->
     assert all(kinds.count(focus) / len(kinds) > 0.03 for focus in FOCI)
 
 
-def test_blind_scores_are_those_of_the_masks_they_stand_for() -> None:
+def test_blind_scores_equal_those_of_their_masks() -> None:
     asked = [
         ReferredObject(areas=(100, 300, 50), colours=("red", "red", "blue"), target=0),
         ReferredObject(areas=(40, 60), colours=("red", "blue"), target=1),
@@ -259,14 +259,14 @@ def test_second_from_the_left_counts_by_centre() -> None:
     assert denote(scene, Query(ordinal=(3, "left"))) == {0}
 
 
-def test_below_is_refused_when_an_object_is_only_half_below() -> None:
+def test_below_is_rejected_when_an_object_is_only_half_below() -> None:
     ring = object_at(50, 30, 0, shape="ring")
     query = Query(attributes=(("shape", "star"),), relation=("below", Query(attributes=(("shape", "ring"),))))
     assert denote(scene_with(ring, object_at(50, 70, 1), object_at(50, 10, 2)), query) == {1}
     assert denote(scene_with(ring, object_at(50, 70, 1), object_at(90, 40, 2)), query) is None
 
 
-def test_relation_to_an_anchor_that_is_not_unique_is_refused() -> None:
+def test_relation_to_an_anchor_that_is_not_unique_is_rejected() -> None:
     scene = scene_with(object_at(50, 30, 0, shape="ring"), object_at(10, 30, 1, shape="ring"), object_at(50, 70, 2))
     query = Query(attributes=(("shape", "star"),), relation=("below", Query(attributes=(("shape", "ring"),))))
     assert denote(scene, query) is None
@@ -320,7 +320,7 @@ def test_another_seed_renders_another_dataset(dataset: Path, tmp_path: Path) -> 
     assert (tmp_path / "other" / name).read_bytes() != (dataset / name).read_bytes()
 
 
-def test_existing_dataset_is_reused_or_refused(dataset: Path, tmp_path: Path) -> None:
+def test_existing_dataset_is_reused_or_rejected(dataset: Path, tmp_path: Path) -> None:
     before = all_bytes(dataset)
     assert not write_refshapes(dataset, SPEC, num_workers=1)
     with pytest.raises(DataError, match="seed is 3, expected 9"):

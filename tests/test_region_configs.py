@@ -1,4 +1,4 @@
-"""The configs of the visual-prompt and chat sources find files in their places, and their samples become tokens."""
+"""The configs of the visual-prompt and chat sources find their files, and samples are tokenized."""
 
 import pickle
 import shutil

@@ -1,4 +1,4 @@
-"""Readers of visual-prompt, chat and region-benchmark files on altered records: a result or the named error."""
+"""Readers of visual-prompt, chat and region-benchmark files on altered records: a result or a DataError."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""`recipe=released` and the page that lists every difference from the release say the same."""
+"""`recipe=released` agrees with the page that lists every difference from the release."""
 
 import re
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Old names in public files: refused on a command line with the new name, translated in files of earlier versions."""
+"""Old names: rejected on the command line with a pointer to the new name, translated in files of earlier versions."""
 
 import json
 
@@ -66,11 +66,11 @@ def test_a_log_line_gets_todays_keys(tables):
         ("+a._target_=project.before.f", "+a._target_=project.now.f"),
     ],
 )
-def test_an_old_override_is_refused_in_todays_words(tables, override, written):
+def test_an_old_override_is_rejected_with_the_new_name(tables, override, written):
     assert renamed_override(override) == written
 
 
-def test_an_old_key_on_the_command_line_is_refused_with_the_new_one(monkeypatch):
+def test_an_old_key_on_the_command_line_is_rejected_with_the_new_one(monkeypatch):
     monkeypatch.setattr(renamed, "CONFIG_KEYS", {"optim.rate": "optim.lr"})
     with pytest.raises(ConfigError, match=r"found 'optim\.rate=1', which was renamed; write optim\.lr=1"):
         load_config("train", TrainConfig, ["experiment=quickstart", "optim.rate=1"])
@@ -131,11 +131,11 @@ def test_a_run_with_experts_is_one_with_distillation_today():
         ("speed.experts=mixed", "kernels.experts=mixed"),
     ],
 )
-def test_experts_on_a_command_line_are_refused_as_distillation(override, written):
+def test_experts_on_a_command_line_are_rejected_as_distillation(override, written):
     assert (renamed_override(override) or override) == written
 
 
-def test_an_old_choice_in_a_list_and_an_old_argument_of_a_source_are_refused_with_the_new_ones(data_root):
+def test_an_old_choice_in_a_list_and_an_old_argument_of_a_source_are_rejected_with_the_new_ones(data_root):
     options = ["experiment=quickstart", "evals=[refshapes_val_text_hidden]"]
     with pytest.raises(ConfigError, match="refshapes_val_text_hidden was renamed to refshapes_val_language_blind"):
         load_config("train", TrainConfig, options)
@@ -146,7 +146,7 @@ def test_an_old_choice_in_a_list_and_an_old_argument_of_a_source_are_refused_wit
     assert renamed_override("data.sources.shapes.hide=text") == "data.sources.shapes.blind_baseline=language"
 
 
-def test_an_old_argument_of_a_source_is_refused_with_the_new_one():
+def test_an_old_argument_of_a_source_is_rejected_with_the_new_one():
     node = {"_target_": "pixel_sail.data.sources.coco_vp.load", "prompt_shares": {"box": 1.0}}
     with pytest.raises(ConfigError, match=r"prompt_shares was renamed to data\.sources\.x\.prompt_fractions"):
         build(node, "data.sources.x")

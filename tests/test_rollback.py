@@ -1,4 +1,4 @@
-"""A run that breaks down on its data goes back to its checkpoint and past that data, the same way every time."""
+"""A run that fails on its data rolls back to its checkpoint and skips that data, deterministically."""
 
 import json
 import sys
@@ -42,11 +42,11 @@ def sizes_of_steps(num_steps):
     return sizes
 
 
-def test_a_run_goes_back_to_its_checkpoint_and_past_the_data_it_broke_down_on(data_root, tmp_path, monkeypatch):
+def test_a_run_rolls_back_to_its_checkpoint_and_skips_the_data_it_failed_on(data_root, tmp_path, monkeypatch):
     command = [sys.executable, str(ROOT / "tests" / "faulty_run.py"), "loss", "0", "4", *SMALL, f"run_dir={tmp_path}"]
     done = start([*command, *OVERRIDES], data_root)
     assert done.returncode == 85, done.stderr[-4000:]
-    assert "are not finite" in done.stderr and "Rollback 1 of 1: the same command goes on from step 2" in done.stderr
+    assert "are not finite" in done.stderr and "Rollback 1 of 1: the same command resumes from step 2" in done.stderr
     train(data_root, tmp_path, *OVERRIDES, "checkpoint.stop_after=1")
     train(data_root, tmp_path, *OVERRIDES)
     monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
@@ -61,10 +61,10 @@ def test_the_notes_of_an_earlier_version_count(tmp_path):
     error = NonFiniteLossError("losses are not finite")
     note = {"from_step": 2, "failed_step": 3, "lanes": [asdict(StreamState(next=7))]}
     (tmp_path / "rewinds.jsonl").write_text(json.dumps(note) + "\n")
-    assert behind_rollbacks(tmp_path, TrainState(step=2)).lanes == (StreamState(next=7),)
-    ending = rollback(tmp_path, error, from_step=2, failed_step=4, lanes=[StreamState(next=9)], limit=2)
+    assert behind_rollbacks(tmp_path, TrainState(step=2)).streams == (StreamState(next=7),)
+    ending = rollback(tmp_path, error, from_step=2, failed_step=4, streams=[StreamState(next=9)], limit=2)
     assert "Rollback 2 of 2" in str(ending)
-    assert behind_rollbacks(tmp_path, TrainState(step=2)).lanes == (StreamState(next=9),)
+    assert behind_rollbacks(tmp_path, TrainState(step=2)).streams == (StreamState(next=9),)
 
 
 def test_rollbacks_are_counted(tmp_path):
@@ -87,7 +87,7 @@ def test_rollbacks_are_counted(tmp_path):
     assert json.loads((tmp_path / ROLLBACKS_FILE).read_text().splitlines()[1])["reason"] == "losses are not finite"
 
 
-def test_a_note_of_an_earlier_version_is_read_and_one_without_streams_refused(tmp_path):
+def test_a_note_of_an_earlier_version_is_read_and_one_without_streams_rejected(tmp_path):
     note = {"from_step": 2, "failed_step": 3, "lanes": [{"next": 7, "waiting": [3]}], "reason": "not finite"}
     (tmp_path / ROLLBACKS_FILE).write_text(json.dumps(note) + "\n")
     assert behind_rollbacks(tmp_path, TrainState(step=2)).streams == (StreamState(next=7, waiting=(3,)),)

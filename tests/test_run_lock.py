@@ -1,4 +1,4 @@
-"""One run per folder: a second one is told who holds it, and a killed one holds nothing."""
+"""One run per folder: a second one gets an error that names the holder, and a killed run releases the lock."""
 
 import errno
 import fcntl
@@ -44,7 +44,7 @@ def holder(tmp_path):
     process.communicate()
 
 
-def test_a_folder_in_use_is_refused_on_every_rank_until_its_holder_is_killed(data_root, tmp_path, holder):
+def test_a_folder_in_use_is_rejected_on_every_rank_until_its_holder_is_killed(data_root, tmp_path, holder):
     command = [*launcher("torchrun"), "scripts/train.py", *SMALL, f"run_dir={tmp_path}"]
     done = start(command, data_root)
     refusal = f"ConfigError: run_dir {tmp_path} is in use by process {holder.pid} on {socket.gethostname()} since "
@@ -73,7 +73,7 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, cap
     assert "file system without locks" in caplog.text and "No locks available" in caplog.text
 
 
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+def test_a_folder_that_cannot_be_made_is_rejected(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written to"):
         RunLock(tmp_path / "file" / "run")

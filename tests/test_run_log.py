@@ -1,4 +1,4 @@
-"""What a run tells of itself: numbers of speed and memory, lines or a bar on the terminal, TensorBoard and wandb."""
+"""Logging of a run: speed and memory metrics, terminal lines or progress bar, TensorBoard and wandb."""
 
 import io
 import json
@@ -79,7 +79,7 @@ class Clock:
         return self.now
 
 
-def test_metrics_time_steps_and_not_what_lies_between(rows, make_batch, tiny_config, monkeypatch):
+def test_metrics_time_only_steps(rows, make_batch, tiny_config, monkeypatch):
     clock, batch = Clock(), make_batch(*rows)
     monkeypatch.setattr(metrics_module, "time", clock)
     perf = PerfMetrics(tiny_config, {}, peak_tflops=1e-6, device=torch.device("cpu"))
@@ -137,7 +137,7 @@ def test_peak_memory_is_that_of_this_process_and_stays_when_memory_is_given_back
     assert peak_memory_bytes(device) >= peak - 10_000_000, "the kernel counts in batches of pages"
 
 
-def test_a_peak_of_nothing_is_refused():
+def test_a_peak_of_nothing_is_rejected():
     with pytest.raises(ConfigError, match=r"log\.peak_tflops is 0"):
         LogConfig(peak_tflops=0.0)
 
@@ -248,7 +248,7 @@ def test_tensorboard_holds_the_numbers_and_images_of_both_sessions(two_sessions)
         assert image.width > image.height, "true and predicted mask side by side"
 
 
-def test_wandb_goes_on_offline_under_the_same_id(two_sessions):
+def test_wandb_resumes_offline_under_the_same_id(two_sessions):
     run_dir, _, _ = two_sessions
     own = (run_dir / "wandb_id").read_text()
     files = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))

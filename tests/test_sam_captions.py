@@ -1,4 +1,4 @@
-"""Captions of SAM's objects: every object is reached, and the marker that their writers saw is gone."""
+"""Captions of SAM objects: every object is reached, and mentions of the annotators' marker are removed."""
 
 import json
 import re
@@ -58,11 +58,11 @@ def test_an_image_is_as_many_items_as_groups_and_every_object_is_reached_with_an
     assert len({get(source, i).sample_id for i in range(4)}) == 4
 
 
-def test_captions_that_only_speak_of_the_marker_are_left_out_and_counted(tmp_path, caplog):
+def test_captions_about_the_marker_only_are_skipped_and_counted(tmp_path, caplog):
     records = [_image(["The cat is highlighted.", "A dog, outlined by a yellow edge, sleeps.", " "]), _image([""])]
     source = _sam(tmp_path, records)
     assert len(source) == 1
-    assert "left out 3 of 4 captions" in caplog.text and "1 of 2 images" in caplog.text
+    assert "skipped 3 of 4 captions" in caplog.text and "1 of 2 images" in caplog.text
     sample = get(source)
     assert [turn.answer.split(": ")[1] for turn in sample.turns] == ["A dog sleeps."]
     assert list(marked_regions(sample).values()) == [1]
@@ -84,7 +84,7 @@ def test_captions_that_only_speak_of_the_marker_are_left_out_and_counted(tmp_pat
           [{"caption": "A cat.", "segmentation": {"size": [4, 4], "counts": [16]}}]}, "object 0: found a .* without"),
     ],
 )  # fmt: skip
-def test_malformed_sam_records_are_refused(tmp_path, record, message):
+def test_malformed_sam_records_are_rejected(tmp_path, record, message):
     source = _sam(tmp_path, [_image(["A dog."]), record])
     numbers = [i for i in range(len(source)) if i > 0]
     if not numbers:

@@ -1,4 +1,4 @@
-"""The batch viewer shows the texts, supervised tokens, pixels, masks and prompts that are in the batch."""
+"""The batch viewer shows the texts, supervised tokens, pixels, masks and prompts of the batch."""
 
 import numpy as np
 from PIL import Image

@@ -1,4 +1,4 @@
-"""Every source gives samples of damaged annotation files or refuses them with a DataError, whichever value is wrong."""
+"""Every source reads damaged annotation files or rejects them with a DataError, whichever value is wrong."""
 
 import copy
 import json
@@ -189,14 +189,14 @@ def damage_and_read(file, folder, read, *, seed, number=NUM_DAMAGES):
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_damaged_annotations_are_read_or_refused(name, sampled, tmp_path):
+def test_damaged_annotations_are_read_or_rejected(name, sampled, tmp_path):
     shutil.copytree(sampled, tmp_path / "data")
     file, read = READERS[name]
     counts = damage_and_read(tmp_path / "data" / file, tmp_path / "data", read, seed=1)
     assert min(counts.values()) > 0
 
 
-def test_damaged_reasonseg_items_are_read_or_refused(sampled, tmp_path):
+def test_damaged_reasonseg_items_are_read_or_rejected(sampled, tmp_path):
     shutil.copytree(sampled, tmp_path / "data")
     file = sorted((tmp_path / "data" / "reason_seg" / "train").glob("*.json"))[0]
 
@@ -207,7 +207,7 @@ def test_damaged_reasonseg_items_are_read_or_refused(sampled, tmp_path):
     assert min(damage_and_read(file, tmp_path / "data", read, seed=2).values()) > 0
 
 
-def test_damaged_panoptic_pngs_are_read_or_refused(sampled, tmp_path):
+def test_damaged_panoptic_pngs_are_read_or_rejected(sampled, tmp_path):
     shutil.copytree(sampled, tmp_path / "data")
     file = tmp_path / "data" / "coco" / "annotations" / "panoptic_train2017" / "000000000005.png"
     data, refused = file.read_bytes(), 0

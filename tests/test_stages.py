@@ -1,4 +1,4 @@
-"""The stages start from each other, are composed of what exists, and their rehearsal asks for what they hold."""
+"""Training stages: each starts from the previous one, all configs compose, and the rehearsal covers their losses."""
 
 import json
 import re
@@ -15,7 +15,7 @@ SIZES = ("sail_0_5b", "sail_3b")
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("stage", names("stage"))
-def test_a_stage_starts_from_the_export_of_the_one_before_of_its_own_size(stage, size):
+def test_a_stage_starts_from_the_export_of_the_previous_one_of_its_size(stage, size):
     config = load_config("train", TrainConfig, [f"model={size}", f"stage={stage}", "paths.runs=r"])
     assert config.name == f"stage_{stage}_{size}" + ("_refcoco" if stage == "finetune" else "")
     assert config.run_dir == f"r/{config.name}"
@@ -33,7 +33,7 @@ def test_runs_of_other_sizes_and_datasets_have_other_folders():
     assert len(set(found)) == len(found)
 
 
-def test_data_of_the_command_line_stand_above_those_of_a_stage():
+def test_data_of_the_command_line_override_those_of_a_stage():
     config = load_config("train", TrainConfig, ["model=sail_0_5b", "stage=finetune", "data=grefcoco"])
     assert list(config.data.sources) == ["grefcoco"]
 
@@ -53,7 +53,7 @@ def test_the_header_of_a_card_names_its_own_command_and_start(experiment):
     assert config.model.architecture.mask_dim == (256 if is_eve else 512)
 
 
-def test_the_rehearsal_composes_and_holds_its_figures_apart(data_root, tmp_path):
+def test_the_rehearsal_composes_and_holds_out_its_evaluation_data(data_root, tmp_path):
     tool = load_tool("rehearse_stages")
     stages = tool.stages(data_root, 2)
     assert [stage.name for stage in stages] == ["pretrain_patches", "pretrain", "sft", "cotrain", "finetune"]
@@ -93,7 +93,7 @@ def test_the_stages_train_one_after_another(data_root, tmp_path, monkeypatch, ca
         start = str(run_dir / "export")
 
 
-def test_a_losses_figure_is_the_mean_over_tokens_and_masks(data_root):
+def test_a_reported_loss_is_the_mean_over_tokens_and_masks(data_root):
     tool = load_tool("rehearse_stages")
     overrides = ["experiment=quickstart", f"paths.data={data_root}", "data.micro_batch_size=2"]
     found = tool.held_out_losses(overrides)
@@ -102,6 +102,6 @@ def test_a_losses_figure_is_the_mean_over_tokens_and_masks(data_root):
     assert 0.3 < found["bce"] < 2.0 and 0.3 < found["dice"] < 1.0
 
 
-def test_an_entry_without_a_function_is_refused_by_name():
+def test_an_entry_without_a_function_is_rejected_by_name():
     with pytest.raises(ConfigError, match=r"data\.sources\.refshapes: found no _target_"):
         build({"question_style": "short"}, "data.sources.refshapes")

@@ -1,4 +1,5 @@
-"""A run starts from an exported folder: the same decoder and words, other designs of the rest where that is allowed."""
+"""A run starts from an exported folder: the same decoder and vocabulary, other modules may be redesigned where
+allowed."""
 
 import logging
 import re
@@ -101,7 +102,7 @@ def equal(a, b):
 @pytest.mark.parametrize("ablation", [name for name, parts in INITIALIZED.items() if parts])
 def test_without_permission_a_part_that_does_not_fit_is_an_error_that_says_what_to_write(data_root, base, ablation):
     config = configured(data_root, f"ablation={ablation}", f"model.init_from={base}", "model.init_fresh=[]")
-    with pytest.raises(ConfigError, match=r"write model\.init_fresh=\[([a-z_,]+)\]") as caught:
+    with pytest.raises(ConfigError, match=r"set model\.init_fresh=\[([a-z_,]+)\]") as caught:
         build(config)
     written = str(caught.value).partition("model.init_fresh=[")[2].partition("]")[0]
     assert written.split(",") == INITIALIZED[ablation]

@@ -1,4 +1,5 @@
-"""Sweeps: a grid becomes jobs, jobs go on where they stopped, one failure leaves the others alone, tables come out."""
+"""Sweeps: a grid is expanded to jobs, jobs resume where they stopped, a failure does not affect others, tables are
+written."""
 
 import errno
 import json
@@ -59,7 +60,7 @@ def test_nothing_swept_is_one_job_and_names_are_folder_names():
         (["name=a"], "name=a"),
     ],
 )
-def test_a_grid_that_cannot_be_run_is_refused(overrides, named):
+def test_a_grid_that_cannot_be_run_is_rejected(overrides, named):
     with pytest.raises(ConfigError, match=named.replace("[", r"\[")):
         expand(overrides)
 
@@ -153,14 +154,14 @@ def test_a_disk_that_is_full_for_one_job_loses_no_other(fake_scripts, tmp_path, 
     assert "No space left on device" in said and "2 finished, 1 failed" in said
 
 
-def test_a_damaged_list_of_jobs_is_refused_before_anything_starts(fake_scripts, tmp_path, capsys):
+def test_a_damaged_list_of_jobs_is_rejected_before_anything_starts(fake_scripts, tmp_path, capsys):
     (tmp_path / "sweep.json").write_text("{")
     assert main([f"--folder={tmp_path}", "experiment=quickstart", "seed=1"]) == 2
     assert str(tmp_path / "sweep.json") in capsys.readouterr().err
     assert not starts(tmp_path)
 
 
-def test_a_folder_of_other_jobs_is_refused_before_anything_starts(fake_scripts, tmp_path, capsys):
+def test_a_folder_of_other_jobs_is_rejected_before_anything_starts(fake_scripts, tmp_path, capsys):
     folder = tmp_path / "sweep"
     assert main([f"--folder={folder}", "experiment=quickstart", "seed=1"]) == 0
     assert main([f"--folder={folder}", "experiment=quickstart", "optim.lr=1", "seed=1,7"]) == 0
@@ -222,7 +223,7 @@ EARLY = [
 
 
 @pytest.mark.parametrize(("overrides", "job", "named"), EARLY)
-def test_a_combination_that_training_would_refuse_is_named_before_any_job(
+def test_a_combination_that_training_would_reject_is_named_before_any_job(
     fake_scripts, tmp_path, capsys, overrides, job, named
 ):
     assert main([f"--folder={tmp_path / 'sweep'}", *overrides]) == 2
@@ -232,7 +233,7 @@ def test_a_combination_that_training_would_refuse_is_named_before_any_job(
 
 
 @pytest.mark.parametrize("evaluate", ["evals=[no_such]", "evals=[refshapes_val] predict.prompt=no_such"])
-def test_an_evaluation_that_cannot_be_is_refused_before_any_training(fake_scripts, tmp_path, capsys, evaluate):
+def test_an_impossible_evaluation_is_rejected_before_any_training(fake_scripts, tmp_path, capsys, evaluate):
     assert main([f"--folder={tmp_path / 'sweep'}", f"--evaluate={evaluate}", "experiment=quickstart", "seed=1"]) == 2
     said = capsys.readouterr().err
     assert f"--evaluate '{evaluate}'" in said and "no_such" in said.partition(evaluate)[2]
@@ -344,7 +345,7 @@ def test_the_signal_before_the_time_limit_has_the_training_save_and_the_job_subm
     assert (run_dir / "saved").exists()
 
 
-def test_a_signal_before_the_job_has_begun_asks_for_another_start_too(tmp_path, monkeypatch):
+def test_a_signal_before_the_job_has_begun_requeues_too(tmp_path, monkeypatch):
     helpers = types.SimpleNamespace(DelayedSubmission=lambda job: ("again", job.job))
     monkeypatch.setitem(sys.modules, "submitit", types.SimpleNamespace(helpers=helpers))
     job = Job(name="a", overrides=(), swept={})
@@ -411,7 +412,7 @@ def test_a_baseline_is_a_name_else_a_value_else_a_part_of_a_name(tmp_path, capsy
 
 
 @pytest.mark.parametrize(("text", "said"), [("1", "fits 2 of the 3 groups"), ("data", "fits 2"), ("other", "fits 0")])
-def test_a_baseline_that_is_not_one_group_is_refused_with_the_names_to_choose_from(tmp_path, capsys, text, said):
+def test_a_baseline_that_is_not_one_group_is_rejected_with_the_names_to_choose_from(tmp_path, capsys, text, said):
     swept = [("a", "1"), ("data_a", "1"), ("data_c", "10")]
     jobs = {f"job_{index}": {"swept": {"ablation": a, "lr": lr}} for index, (a, lr) in enumerate(swept)}
     (tmp_path / "sweep.json").write_text(json.dumps({"jobs": jobs}))
@@ -436,7 +437,7 @@ def test_spread_over_seeds_by_hand(tmp_path):
     assert scores_table_of(groups).rows == (("x=a", ("0.600 +- 0.141 (2)",)), ("x=b", ("not run",)))
 
 
-def test_the_papers_tables_stand_beside_ours(tmp_path, capsys):
+def test_the_papers_tables_are_printed_with_ours(tmp_path, capsys):
     tool = load_tool("make_tables")
     folder = tmp_path / "run" / "evaluation"
     folder.mkdir(parents=True)

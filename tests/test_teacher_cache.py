@@ -1,5 +1,5 @@
-"""The cache of teacher features: what is read is what was computed, builds can be interrupted, what does not belong is
-refused by name."""
+"""The teacher feature cache: reads return the computed maps, builds can be interrupted, and mismatched caches are
+rejected by name."""
 
 import json
 import pickle
@@ -67,7 +67,7 @@ def built(folder, *, keys="abcde", dtype="fp16", identity=IDENTITY, wrong=()):
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "int8"])
-def test_what_is_read_is_what_was_written(tmp_path, dtype):
+def test_a_read_returns_what_was_written(tmp_path, dtype):
     plan = built(tmp_path, dtype=dtype)
     assert [len(shard) for shard in plan.shards] == [2, 2, 1]
     cache = FeatureCache(tmp_path, IDENTITY, where="test")
@@ -95,14 +95,14 @@ def test_int8_is_wrong_by_half_a_level_at_most_and_zero_maps_stay_zero():
 
 @pytest.mark.parametrize("dtype", ["fp16", "int8"])
 @pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
-def test_features_that_are_not_finite_are_refused_with_the_image(dtype, bad):
+def test_features_that_are_not_finite_are_rejected_with_the_image(dtype, bad):
     features = torch.ones(2, 3, 4)
     features[1, 2, 3] = bad
     with pytest.raises(DataError, match="image 7: found 1 of 24 teacher features that are not finite"):
         encode_map(features, dtype, "image 7")
 
 
-def test_features_too_large_for_fp16_are_refused_there_and_kept_by_int8():
+def test_features_too_large_for_fp16_are_rejected_there_and_kept_by_int8():
     features = torch.tensor([[[65504.0, -7e4]]])
     with pytest.raises(DataError, match="image 7: found a teacher feature of magnitude 70000, expected at most 65504"):
         encode_map(features, "fp16", "image 7")
@@ -143,7 +143,7 @@ def test_a_folder_with_another_plan_is_not_continued(tmp_path):
         start_folder(tmp_path, plan_cache(list("abcde"), IDENTITY, dtype="int8", images_per_shard=2))
 
 
-def test_images_that_cannot_be_used_are_left_out_with_their_reason(tmp_path):
+def test_images_that_cannot_be_used_are_skipped_with_their_reason(tmp_path):
     built(tmp_path, wrong=("b",))
     index = json.loads((tmp_path / "index.json").read_text())
     assert index["shards"][0]["unusable"] == {"b": "broken"}
@@ -174,7 +174,7 @@ def test_an_unfinished_build_is_not_given_an_index(tmp_path):
         ),
     ],
 )
-def test_a_cache_of_another_teacher_or_for_another_student_is_refused(tmp_path, other, named):
+def test_a_cache_of_another_teacher_or_for_another_student_is_rejected(tmp_path, other, named):
     built(tmp_path)
     with pytest.raises(TeacherCacheError, match=named):
         FeatureCache(tmp_path, other, where="test")
@@ -191,7 +191,7 @@ def damage(path, change):
     path.write_bytes(content)
 
 
-def test_a_damaged_shard_is_refused_with_the_name_of_the_item(tmp_path):
+def test_a_damaged_shard_is_rejected_with_the_name_of_the_item(tmp_path):
     built(tmp_path)
     shard = tmp_path / "shard_00000.safetensors"
     damage(shard, lambda content: content.__setitem__(-1, content[-1] ^ 1))
@@ -204,7 +204,7 @@ def test_a_damaged_shard_is_refused_with_the_name_of_the_item(tmp_path):
 
 
 @pytest.mark.parametrize("left", [0, 5, 60, -10])
-def test_a_truncated_shard_is_refused_with_the_name_of_the_item(tmp_path, left):
+def test_a_truncated_shard_is_rejected_with_the_name_of_the_item(tmp_path, left):
     built(tmp_path)
     shard = tmp_path / "shard_00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:left])
@@ -212,7 +212,7 @@ def test_a_truncated_shard_is_refused_with_the_name_of_the_item(tmp_path, left):
         FeatureCache(tmp_path, IDENTITY, where="test").read("a", "sample 1: one.jpg", map_hw=(4, 6))
 
 
-def test_a_shard_of_another_cache_is_refused(tmp_path):
+def test_a_shard_of_another_cache_is_rejected(tmp_path):
     built(tmp_path / "own")
     built(tmp_path / "other", identity=cache_identity({"kind": "other"}, precision="fp32", grid=GRID))
     shutil.copy(tmp_path / "other" / "shard_00000.safetensors", tmp_path / "own")
@@ -220,7 +220,7 @@ def test_a_shard_of_another_cache_is_refused(tmp_path):
         FeatureCache(tmp_path / "own", IDENTITY, where="test").read("a", "item", map_hw=(4, 6))
 
 
-def test_a_map_of_another_size_is_refused(tmp_path):
+def test_a_map_of_another_size_is_rejected(tmp_path):
     built(tmp_path)
     with pytest.raises(TeacherCacheError, match=r"item: stored map is \(4, 6\) cells, the student's is \(6, 4\)"):
         FeatureCache(tmp_path, IDENTITY, where="test").read("a", "item", map_hw=(6, 4))
@@ -319,7 +319,7 @@ def test_batches_carry_stored_maps_and_images_through_the_workers(processor, tmp
     assert 0 < seen_by_b < 8 * 2
 
 
-def test_a_missing_image_ends_the_run_with_its_name_also_where_bad_samples_may_be_left_out(processor, tmp_path):
+def test_a_missing_image_ends_the_run_with_its_name_even_if_bad_samples_are_skipped(processor, tmp_path):
     source = Images(tmp_path)
     choice = TeacherChoice(name="a", grid=GRID, cache=image_cache(tmp_path / "cache", source, skip=1))
     stream = PackedStream(
@@ -422,7 +422,7 @@ def test_training_on_the_cache_gives_the_losses_of_training_online(tool, data_ro
         assert line["loss/distill/sam2"] == pytest.approx(expected["loss/distill/sam2"], rel=1e-3)
 
 
-def test_a_run_refuses_the_cache_of_another_teacher_before_it_starts(tool, data_root, tmp_path):
+def test_a_run_rejects_the_cache_of_another_teacher_before_it_starts(tool, data_root, tmp_path):
     assert tool.main([*small(data_root), "--out", str(tmp_path / "cache"), "--measure", "1"]) == 0
     overrides = (*teacher_overrides(), "distillation.mask2former.model.shortest_edge=96")
     cached = f"distillation.mask2former.cache={tmp_path / 'cache' / 'mask2former'}"
@@ -445,7 +445,7 @@ def test_two_processes_write_the_bytes_of_one(tool, data_root, tmp_path):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
 
 
-def test_the_tool_refuses_random_weights_and_no_teacher(tool, data_root, tmp_path, capsys):
+def test_the_tool_rejects_random_weights_and_no_teacher(tool, data_root, tmp_path, capsys):
     overrides = [item for item in small(data_root) if "allow_random" not in item]
     assert tool.main([*overrides, "--out", str(tmp_path)]) == 2
     assert "its weights are random" in capsys.readouterr().err

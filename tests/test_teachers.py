@@ -1,5 +1,5 @@
-"""Teachers: their preprocessing is that of transformers, their features those of the whole models, their weights
-strict."""
+"""Teachers: preprocessing equals that of transformers, features equal those of the full models, weights are loaded
+strictly."""
 
 import ast
 import json
@@ -218,7 +218,7 @@ def test_weights_with_the_names_of_the_hub_load_into_the_part_as_into_the_whole(
         torch.testing.assert_close(network(pixels), whole(pixels).pixel_decoder_last_hidden_state)
 
 
-def test_weights_with_a_missing_tensor_are_refused_by_its_name(tmp_path):
+def test_weights_with_a_missing_tensor_are_rejected_by_its_name(tmp_path):
     whole_sam2().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     state = load_file(file)
@@ -248,7 +248,7 @@ def test_the_image_encoder_loads_from_the_video_model_of_the_hub(tmp_path, rando
         sam2(str(tmp_path), side=64).build()
 
 
-def test_weights_of_another_model_are_refused(tmp_path):
+def test_weights_of_another_model_are_rejected(tmp_path):
     whole_sam2().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["vision_config"]["fpn_hidden_size"] = 24
@@ -257,14 +257,14 @@ def test_weights_of_another_model_are_refused(tmp_path):
         sam2(str(tmp_path)).build()
 
 
-def test_pickled_weights_and_unpinned_names_are_refused(tmp_path):
+def test_pickled_weights_and_unpinned_names_are_rejected(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(DataError, match=r"holds no \*\.safetensors"):
         mask2former(str(tmp_path))
     with pytest.raises(DataError, match="give its revision"):
         mask2former("someone/some-model")
-    with pytest.raises(DataError, match="no weights given"):
+    with pytest.raises(DataError, match="found no weights"):
         sam2()
 
 
@@ -332,14 +332,14 @@ def settings(**changes):
     return TeacherSettings(**(fields | changes))
 
 
-def test_random_weights_are_refused_in_a_real_run(tiny_config):
+def test_random_weights_are_rejected_in_a_real_run(tiny_config):
     with pytest.raises(DataError, match=r"distillation\.sam2: its weights are random"):
         checked_spec("sam2", settings(), build, allow_random=False)
     assert checked_spec("sam2", settings(), build, allow_random=True).is_random
 
 
-def test_wrong_channels_and_sources_are_refused_before_anything_is_loaded(tiny_config):
-    with pytest.raises(DataError, match=r"distillation.sam2.channels is 17, the sam2 that is given has 16"):
+def test_wrong_channels_and_sources_are_rejected_before_anything_is_loaded(tiny_config):
+    with pytest.raises(DataError, match=r"distillation.sam2.channels is 17, expected 16, those of this sam2"):
         checked_spec("sam2", settings(channels=17), build, allow_random=True)
     with pytest.raises(DataError, match=r"distillation.sam2.sources names \['no'\]"):
         load_teachers(
@@ -355,7 +355,7 @@ def test_wrong_channels_and_sources_are_refused_before_anything_is_loaded(tiny_c
 @pytest.mark.parametrize(
     ("change", "named"), [({"loss": "l1"}, "loss"), ({"fraction": 1.5}, "fraction"), ({"on_miss": "skip"}, "on_miss")]
 )
-def test_wrong_settings_are_refused(change, named):
+def test_wrong_settings_are_rejected(change, named):
     with pytest.raises(DataError, match=named):
         settings(**change)
 

@@ -1,4 +1,4 @@
-"""Values of files in messages: shown as far as they fit, whatever their size; half characters end nowhere else."""
+"""Values in error messages: truncated to fit at any size; lone surrogates are not written anywhere else."""
 
 import pickle
 import time
@@ -34,14 +34,14 @@ def test_a_small_value_is_shown_as_python_writes_it(value):
     assert shown(value) == repr(value)
 
 
-def test_a_long_value_is_cut_with_dots_to_the_limit():
+def test_a_long_value_is_truncated_to_the_limit_with_dots():
     assert shown("x" * 100) == "'" + "x" * 56 + "..."
     assert shown(list(range(1000)), 20) == "[0, 1, 2, 3, 4, 5..."
     assert shown({"size": [480, 640], "counts": "x" * 10**6}).startswith("{'size': [480, 640], 'counts': 'xxx")
     assert shown(10**5000) == "an integer of 16610 bits"
 
 
-def test_shared_and_endless_values_are_shown_at_once():
+def test_shared_and_recursive_values_are_shown_quickly():
     value = ["ha"] * 10
     for _ in range(100):
         value = [value, value]
@@ -86,7 +86,7 @@ def texts_of(kind, text):
 
 
 @pytest.mark.parametrize("kind", ["question", "answer", "expression", "reference", "phrase"])
-def test_half_a_character_is_refused_with_its_item_and_a_whole_one_is_not(kind):
+def test_a_lone_surrogate_is_rejected_with_its_item_and_a_pair_is_not(kind):
     texts_of(kind, "\U0001f600 \u2603 \x00")
     with pytest.raises(DataError, match=r"(s/1|ref_id 1, sent_id 2).*half a character in '\\ud800 star'"):
         texts_of(kind, HALF)

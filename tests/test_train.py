@@ -1,4 +1,4 @@
-"""Training end to end, as a user starts it: exact continuation, every launcher, clear failures."""
+"""Training end to end through the command line: exact resumption, every launcher, clear failures."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def test_six_steps_equal_three_steps_and_three_more_bit_for_bit(data_root, tmp_p
     train(data_root, tmp_path / "parts", "data.num_workers=2", "deepspeed=none", "checkpoint.stop_after=3")
     assert len(log_lines(tmp_path / "parts")) == 3
     said = train(data_root, tmp_path / "parts", "data.num_workers=1", "deepspeed=none", "name=renamed")
-    assert "is the run 'quickstart', which goes on under the name 'renamed'" in said
+    assert "is the run 'quickstart', now called 'renamed'" in said
     assert log_lines(tmp_path / "parts") == log_lines(tmp_path / "whole")
     weights = [tmp_path / run / "export" / "model.safetensors" for run in ("whole", "parts")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
@@ -82,7 +82,7 @@ def test_two_processes_with_sharded_optimizer_continue_bit_for_bit(data_root, tm
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-def test_a_killed_run_goes_on_with_the_same_log(data_root, tmp_path):
+def test_a_killed_run_resumes_with_the_same_log(data_root, tmp_path):
     overrides = ("deepspeed=none", "optim.steps=30", "checkpoint.every=4")
     train(data_root, tmp_path / "whole", *overrides)
     command = [sys.executable, "scripts/train.py", *SMALL, f"run_dir={tmp_path / 'killed'}", *overrides]
@@ -122,7 +122,7 @@ def test_a_signal_ends_the_run_after_a_checkpoint_with_its_own_status(data_root,
     send(processes[-1].pid, number)
     messages = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [85] * len(ranks), messages
-    assert all("which is saved; the same command goes on" in message for message in messages)
+    assert all("which is saved; run the same command to resume" in message for message in messages)
     stopped = len(log_lines(tmp_path / "run"))
     assert 3 <= stopped < 30
     train(data_root, tmp_path / "run", *overrides, by="python" if by == "python" else "torchrun")
@@ -166,7 +166,7 @@ def test_half_precision_stays_close_to_single_precision(data_root, tmp_path):
         assert line["loss/total"] == pytest.approx(expected["loss/total"], rel=0.03)
 
 
-def test_a_changed_checkpoint_is_refused_by_name(data_root, tmp_path):
+def test_a_changed_checkpoint_is_rejected_by_name(data_root, tmp_path):
     train(data_root, tmp_path / "run", "deepspeed=none", "checkpoint.stop_after=1")
     (weights,) = (tmp_path / "run" / "checkpoints").rglob("model.safetensors")
     content = bytearray(weights.read_bytes())
@@ -230,7 +230,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_samples
     assert not list((tmp_path / "run").rglob(".writing_*"))
 
 
-def test_a_used_run_folder_is_refused_when_it_must_be_new(data_root, tmp_path):
+def test_a_used_run_folder_is_rejected_when_it_must_be_new(data_root, tmp_path):
     train(data_root, tmp_path / "run", "deepspeed=none", "optim.steps=1")
     command = [sys.executable, "scripts/train.py", *SMALL, f"run_dir={tmp_path / 'run'}", "checkpoint.resume=never"]
     done = start([*command, "deepspeed=none"], data_root)

@@ -1,4 +1,4 @@
-"""Scores of questions answered by several masks, in all protocols, and the sums the released scripts make."""
+"""Scores of questions with several masks per answer, in all protocols, and the sums of the released scripts."""
 
 import numpy as np
 import pytest
@@ -67,12 +67,12 @@ def test_protocols_differ_over_a_few_questions():
     ],
 )
 @pytest.mark.parametrize("score", [score_union, score_each, score_first_as_released])
-def test_unsound_questions_are_refused(score, predictions, targets, message):
+def test_unsound_questions_are_rejected(score, predictions, targets, message):
     with pytest.raises(DataError, match=message):
         score(predictions, targets, where="item 4")
 
 
-def test_released_sums_treat_a_missing_prediction_as_told():
+def test_released_sums_treat_a_missing_prediction_as_configured():
     halves = ReleasedIoUSums.from_rles(LEFT, BOTH)
     empty = halves.add(ReleasedIoUSums.from_rles(None, BOTH, missing="empty"))
     skipped = halves.add(ReleasedIoUSums.from_rles(None, BOTH, missing="skipped"))
@@ -93,7 +93,7 @@ def test_released_sums_keep_the_small_constants():
     assert (ReleasedIoUSums.from_rles(LEFT, None).union, ReleasedIoUSums.from_rles(LEFT, None).iou_sum) == (4, 0)
 
 
-def test_released_sums_without_any_item_are_refused():
+def test_released_sums_without_any_item_are_rejected():
     with pytest.raises(DataError, match="0 scored items"):
         ReleasedIoUSums().summary()
 
@@ -113,6 +113,6 @@ def test_overall_gives_the_printed_column_of_the_paper(meteor, accuracy, ciou, g
     assert 100 * own == pytest.approx(overall, abs=0.0501)
 
 
-def test_overall_of_percentages_is_refused():
+def test_overall_of_percentages_is_rejected():
     with pytest.raises(DataError, match=r"found meteor = 21\.4, expected a fraction"):
         perbench_overall(meteor=21.4, accuracy=0.69, ciou=0.297, giou=0.198)

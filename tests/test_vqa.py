@@ -91,7 +91,7 @@ def test_questions_asked_together_get_the_answers_they_get_alone(predictor):
     assert together == [answer(predictor, q.image, q.question, max_new_tokens=q.max_new_tokens) for q in questions]
 
 
-def test_equal_images_are_encoded_once_wherever_they_stand_in_a_window(predictor, encoded):
+def test_equal_images_are_encoded_once_at_any_position_in_a_window(predictor, encoded):
     list(answers(predictor, [asked(f"{i}", plain_image(("red", "blue")[i % 2])) for i in range(8)]))
     assert len(encoded) == 2
 
@@ -195,11 +195,11 @@ def test_settings_of_a_task_are_read(settings, max_new_tokens, until):
         ({"settings": {"num_beams": 4}}, "answers are greedy"),
         ({"settings": {"max_new_tokens": 0}}, "max_new_tokens is 0"),
         ({"settings": {"max_new_tokens": "16"}}, "max_new_tokens is '16'"),
-        ({"settings": {"until": [""]}}, "expected texts that are not empty"),
+        ({"settings": {"until": [""]}}, "expected non-empty texts"),
         ({"text": ["a", "b"]}, "a question of type list"),
     ],
 )
-def test_what_the_model_cannot_answer_is_refused_with_task_and_document(changes, message):
+def test_unanswerable_requests_are_rejected_with_task_and_document(changes, message):
     with pytest.raises(DataError, match=r"^task mme, split test, document 1: ") as caught:
         read(**changes)
     assert message in str(caught.value)
@@ -210,7 +210,7 @@ def test_mme_is_asked_unchanged():
     assert mme_question({"question": question, "answer": "Yes"}) == question
 
 
-def test_options_that_are_not_there_are_left_out():
+def test_missing_options_are_skipped():
     document = {"question": "Which?", "A": "box", "B": "None", "C": "nan", "D": float("nan"), "E": None, "hint": "nan"}
     assert lettered_question(document) == (
         "Which?\nA. box\nB. None\nAnswer with the option's letter from the given choices directly."

@@ -215,7 +215,7 @@ def say_with(monkeypatch, model, said):
     monkeypatch.setattr(type(model.predictor), "ask_many", ask_many)
 
 
-def test_the_kits_own_task_with_several_images_is_refused_by_name(model, local_tasks):
+def test_the_kits_own_task_with_several_images_is_rejected_by_name(model, local_tasks):
     file = local_tasks / "pixel_sail_seed_image.yaml"
     text = "\n".join(line for line in file.read_text().splitlines() if not line.startswith("process_docs"))
     file.write_text(text + "\n")
@@ -223,7 +223,7 @@ def test_the_kits_own_task_with_several_images_is_refused_by_name(model, local_t
         evaluate(model, local_tasks, "pixel_sail_seed_image")
 
 
-def test_other_kinds_of_requests_are_refused_by_name(model):
+def test_other_kinds_of_requests_are_rejected_by_name(model):
     from lmms_eval.api.instance import Instance
 
     metadata = {"task": "seedbench_ppl", "doc_id": 0, "repeats": 1}

@@ -1,4 +1,4 @@
-"""A run that stands still ends by itself, says where every rank was, and leaves no process behind."""
+"""A stalled run ends by itself, reports where every rank was, and leaves no process behind."""
 
 import os
 import subprocess
@@ -51,7 +51,7 @@ def test_a_sample_that_is_never_read_ends_the_run_with_its_name(data_root, tmp_p
     assert "refshapes, item 4 (position " in report
     assert "in training_batches" in report, "the stack of the waiting process"
     assert "in item_or_sleep" in stderr, "the stack of the data worker"
-    assert "stands still" in stderr and str(run_dir / "stalled" / "rank0.txt") in stderr
+    assert "is stalled" in stderr and str(run_dir / "stalled" / "rank0.txt") in stderr
 
 
 def test_one_stuck_rank_of_two_ends_both_and_each_leaves_its_report(data_root, tmp_path):
@@ -64,7 +64,7 @@ def test_one_stuck_rank_of_two_ends_both_and_each_leaves_its_report(data_root, t
     assert status == 1 and "exitcode: 86" in stderr, stderr[-4000:]
     waiting, stuck = ((run_dir / "stalled" / f"rank{rank}.txt").read_text() for rank in range(2))
     for report in (waiting, stuck):
-        assert "step 4 stands still" in report and "of it computing; the limit is 4 s" in report
+        assert "step 4 is stalled" in report and "of it computing; the limit is 4 s" in report
         assert "samples in hand:\n  " in report and "shapes/train/image=" in report
     assert "in spoiled" in stuck and "in sum_over_ranks" in waiting
 
@@ -80,7 +80,7 @@ with watchdog.Watchdog(pathlib.Path(sys.argv[1]), WatchdogConfig(limit_s=0.5, sl
 """
 
 
-def test_a_c_function_that_never_lets_python_run_is_ended_too(tmp_path):
+def test_a_c_function_that_never_returns_to_python_is_ended_too(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", HOLDING_THE_LOCK, str(tmp_path)],
         cwd=ROOT,
@@ -131,4 +131,4 @@ def test_first_steps_and_saves_may_take_longer_and_nothing_is_watched_afterwards
     assert done.returncode == 86, done.stderr
     assert done.stdout.splitlines() == ["no limit", "after the end"]
     report = (tmp_path / "stalled" / "rank0.txt").read_text()
-    assert "step 4 stands still" in report and "waiting for data; the limit is 0.5 s" in report
+    assert "step 4 is stalled" in report and "waiting for data; the limit is 0.5 s" in report

@@ -1,6 +1,6 @@
-"""Every entry point x every file it reads x every damage: one message and status 2, and nothing half-written.
+"""Every entry point x every file it reads x every damage: one message, status 2, and no partial output.
 
-A tenth of the pairs by default; EVERY_DAMAGE=1 takes all.
+Runs a tenth of the pairs by default; EVERY_DAMAGE=1 runs all.
 """
 
 import importlib.util
@@ -238,14 +238,18 @@ def test_a_killed_data_worker_ends_with_86_and_says_so(finished, monkeypatch, ca
     folder = restored(finished)
     assert call("train", folder, monkeypatch, "data.num_workers=1") == 86
     assert re.search(
-        r"^LostWorker: rank 0 of 1: DataLoader worker .*The same command goes on", capfd.readouterr().err, re.M
+        r"^LostWorker: rank 0 of 1: DataLoader worker .*Run the same command again to resume",
+        capfd.readouterr().err,
+        re.M,
     )
 
 
 @pytest.mark.parametrize(
     ("setting", "module"), [("log.wandb=offline", "wandb"), ("log.tensorboard=true", "torch.utils.tensorboard")]
 )
-def test_a_log_that_cannot_be_imported_is_told_before_anything_is_made(setting, module, finished, monkeypatch, capfd):
+def test_a_missing_logging_package_is_reported_before_anything_is_written(
+    setting, module, finished, monkeypatch, capfd
+):
     folder = restored(finished)
     monkeypatch.setitem(sys.modules, module, None)
     assert call("train", folder, monkeypatch, setting, f"run_dir={folder / 'other'}") == 2
@@ -258,7 +262,7 @@ def test_a_log_that_cannot_be_imported_is_told_before_anything_is_made(setting, 
     ["model.tokenizer=/nonexistent", "model.init_from=/nonexistent", "model.architecture.num_attention_heads=0"],
 )
 @pytest.mark.parametrize("dry", [False, True])
-def test_a_start_that_is_not_there_is_told_by_training_and_its_rehearsal(setting, dry, finished, monkeypatch, capfd):
+def test_a_missing_start_is_reported_by_training_and_its_dry_run(setting, dry, finished, monkeypatch, capfd):
     folder = restored(finished)
     assert call("train", folder, monkeypatch, setting, f"run_dir={folder / 'other'}", *["--dry-run"][: int(dry)]) == 2
     said = capfd.readouterr().err
@@ -267,7 +271,7 @@ def test_a_start_that_is_not_there_is_told_by_training_and_its_rehearsal(setting
 
 
 @pytest.mark.parametrize(("entry", "file", "damages"), pairs())
-def test_a_damaged_file_is_told_in_one_message_with_status_2(entry, file, damages, finished, monkeypatch, capfd):
+def test_a_damaged_file_is_reported_in_one_message_with_status_2(entry, file, damages, finished, monkeypatch, capfd):
     for damage in damages:
         folder = restored(finished)
         DAMAGES[damage](folder / file)

@@ -1,4 +1,4 @@
-"""Sizes of teachers that take milliseconds, and the whole models of transformers they are the parts of."""
+"""Tiny teacher configurations that run in milliseconds, and the full transformers models that contain them."""
 
 from transformers import (
     Mask2FormerConfig,

@@ -1,4 +1,4 @@
-"""Plain stand-ins for torch's variable-length attention kernels, which are for CUDA only, with their promises:
+"""Plain CPU replacements for torch's CUDA-only variable-length attention kernels, with the same contracts:
 
 monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", new_varlen)
 """

@@ -1,12 +1,12 @@
-"""Measure the attention of a packed row, forward and backward: one dense mask, or one call per image and per text.
+"""Benchmark attention over one packed sequence, forward and backward: a dense mask against one call per image and text.
 
-    python tools/bench_attention.py                                        growth with the number of packed samples
+    python tools/bench_attention.py                                        scaling with the number of packed samples
     python tools/bench_attention.py --device cuda --precision bf16 --heads 14 --groups 2 --ways dense varlen flex
     python tools/bench_attention.py --json runs/attention.json --png runs/attention.png
 
-Samples of one size (a grid of 30 x 40 patches and a text of 130 tokens) are packed one after another into one row. Cost
-should grow with the square of the row under a dense mask, and linearly without. `--json` holds the seconds of every
-point and `growth`, the exponent of cost over tokens between the first and the last point.
+Samples of one size (30 x 40 patches and 130 text tokens) are packed into one sequence. With a dense mask, cost should
+be quadratic in the sequence length; without, linear. `--json` writes the seconds of every point and `growth`, the
+exponent of cost over tokens between the first and the last point.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from pixel_sail.types import DTYPES
 
 
 def packed_row(samples: int, image_tokens: int, text_tokens: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sample index, branches and image flags [1, T] of equal samples in one row."""
+    """Return sample index, branches and image flags [1, T] of equal samples in one sequence."""
     one = torch.tensor([True] * image_tokens + [False] * text_tokens)
     owners = torch.arange(samples).repeat_interleave(len(one))
     in_image = one.repeat(samples)
@@ -39,7 +39,7 @@ def packed_row(samples: int, image_tokens: int, text_tokens: int, device: str) -
 
 
 def seconds_of(way: str, options: argparse.Namespace, samples: int) -> float:
-    """Return the median seconds of forward and backward pass of one layer; the backend is made once and not counted."""
+    """Return the median seconds of forward and backward pass of one layer; building the backend is not timed."""
     dtype = DTYPES[options.precision]
     where = packed_row(samples, options.image_tokens, options.text_tokens, options.device)
     length = where[0].shape[1]
@@ -66,15 +66,15 @@ def growth(tokens: Sequence[int], seconds: Sequence[float]) -> float:
 
 @one_message
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and write what the command line asks for."""
+    """Run the benchmark, print the table, and write the requested files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", nargs="+", default=["dense", "segments"])
     parser.add_argument("--samples", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--image-tokens", type=int, default=1202)
     parser.add_argument("--text-tokens", type=int, default=130)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--groups", type=int, default=1, help="heads of keys and values")
-    parser.add_argument("--width", type=int, default=64, help="of one head")
+    parser.add_argument("--groups", type=int, default=1, help="number of key/value heads")
+    parser.add_argument("--width", type=int, default=64, help="dimension of one head")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32")
@@ -95,7 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = {**settings, "code": code_version(), "tokens": tokens, "seconds": curves, "growth": grown}
         replace_text(options.json, json.dumps(result, indent=1) + "\n")
     if options.png:
-        panel = size_panel("attention of one layer", tokens, curves, x_label="tokens of the row", y_label="seconds")
+        panel = size_panel(
+            "attention of one layer", tokens, curves, x_label="tokens of the sequence", y_label="seconds"
+        )
         save_panels(options.png, [panel], "")
     return 0
 

@@ -1,17 +1,17 @@
-"""Measure what the data costs: samples per second, memory per worker, padding, and the fraction of a training step.
+"""Benchmark data loading: samples per second, memory per worker, padding, and the fraction of a training step.
 
-    python tools/bench_data.py                                         every kind of synthetic data, the 0.5B model
+    python tools/bench_data.py                                         all synthetic sources, the 0.5B model
     python tools/bench_data.py data=refcoco --seq-len 4608             any data group, model or experiment
     python tools/bench_data.py --json runs/bench_data.json --sequences 64 data.packing.packing_buffer=16
 
-Synthetic data comes from tools/make_refshapes.py. Overrides are those of scripts/train.py. Three things are run:
-samples one by one in this process (time per stage), sequences of one stream (padding), and the training loader with
-worker processes (rate, memory, what the training process itself spends on taking sequences over). From these
+Render the synthetic data with tools/make_refshapes.py first. Overrides are those of scripts/train.py. Three
+measurements: samples one by one in this process (time per stage), sequences of one stream (padding), and the training
+loader with worker processes (rate, memory, CPU time that the training process spends receiving sequences). They give
 
     data work of a step    worker seconds per sequence / workers + seconds per sequence in the training process
     step                   3 x forward FLOPs of the sequence / rate          (backward: 2 x forward, none recomputed)
 
-Workers run beside the GPU, so the first term costs nothing as long as the whole stays below 100 %; the goal is 15 %.
+Workers run in parallel to the GPU, so the first term costs nothing while the sum is below 100 %. The goal is 15 %.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from pixel_sail.training.prepare import build_mixture
 from pixel_sail.types import IGNORE_LABEL, Example
 
 DEFAULT_OVERRIDES = {"name": "bench_data", "data": "refshapes_all", "model": "sail_0_5b"}
-"""Overrides for groups that the command line leaves alone."""
+"""Overrides for groups that the command line does not set."""
 
 GOAL = 0.15
 
@@ -61,13 +61,13 @@ class Stages:
 
     @property
     def total(self) -> float:
-        """Return all stages together."""
+        """Return the sum of all stages."""
         return self.annotation + self.image + self.tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceFigures:
-    """What the sequences of one stream hold."""
+    """Contents of the sequences of one stream."""
 
     num_sequences: int
     samples_per_sequence: float
@@ -75,28 +75,28 @@ class SequenceFigures:
     filled: float
     """Fraction of the token slots that hold a token."""
     forward_tflop: float
-    """Mean of a sequence."""
+    """Mean per sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """The training loader with its processes."""
+    """Measurements of the training loader and its processes."""
 
     num_workers: int
     samples_per_second: float
     main_ms_per_sequence: float
-    """CPU time of the training process: taking sequences over from the workers, making batches of them."""
+    """CPU time of the training process: receiving sequences from the workers and collating batches."""
     private_mb: float
-    """Memory of one worker that no other process shares."""
+    """Private memory of one worker."""
     proportional_mb: float
-    """The same plus its part of what is shared (PSS)."""
+    """Proportional set size (PSS): the same plus its fraction of shared pages."""
 
 
 def forward_flops(architecture: Architecture, examples: Sequence[Example], *, vocab_size: int) -> float:
     """Return the floating-point operations of one forward pass over these samples, two per multiplication and addition.
 
     Counted: linear layers of the decoder, attention between tokens that see each other, patch embedding, head on
-    supervised tokens only, mask head for images with masks. Norms, activations and losses are left out.
+    supervised tokens only, mask head for images with masks. Norms, activations and losses are not counted.
     """
     width, layers = architecture.hidden_size, architecture.num_hidden_layers
     key_value = architecture.num_key_value_heads * architecture.head_dim
@@ -113,7 +113,8 @@ def forward_flops(architecture: Architecture, examples: Sequence[Example], *, vo
 
 
 def _seen_pairs(example: Example) -> int:
-    """Return how many (query, key) pairs attention needs: all within the image, text sees image and its own past."""
+    """Return the number of (query, key) pairs of attention: full within the image, causal for text, which sees the
+    image."""
     num_image = int(example.in_image_T.sum())
     pairs = num_image * num_image
     for branch in example.branch_ids_T[~example.in_image_T].unique():
@@ -130,13 +131,13 @@ def _mask_head_products(architecture: Architecture, num_patches: int, num_masks:
     for _ in range(architecture.num_upsample_blocks):
         cells *= 4
         total += cells * (2 * channels * channels + 9 * channels)
-    # The last layer goes into the queries (`kernels.mask_head`).
+    # The last layer is folded into the queries (`kernels.mask_head`).
     total += cells * channels * channels
     return total + num_masks * (width * channels + 2 * channels * size + cells * channels)
 
 
 def time_stages(mixture: Mixture, processor: PixelSailProcessor, settings: PackingSettings, num_samples: int) -> Stages:
-    """Time the stages of sample after sample; every file was read once before, so that the disk does not count."""
+    """Time the stages of each sample. Every file is read once before, so that the disk is not measured."""
     seconds = [0.0, 0.0, 0.0]
     num_turns = num_masks = 0
     for position in tqdm(range(-num_samples, num_samples), desc="samples", leave=False, disable=None):
@@ -171,7 +172,7 @@ def measure_packing(
     *,
     vocab_size: int,
 ) -> SequenceFigures:
-    """Fill sequences of one stream and count tokens."""
+    """Pack sequences of one stream and count tokens."""
     stream = PackedStream(mixture, processor, settings, index=0, num_streams=1)
     num_samples = num_tokens = 0
     flops = 0.0
@@ -193,12 +194,12 @@ def measure_packing(
 def run_workers(
     mixture: Mixture, processor: PixelSailProcessor, settings: PackingSettings, num_workers: int, num_sequences: int
 ) -> Workers:
-    """Run the loader of the training loop, one stream per worker, and measure after a first round."""
+    """Run the loader of the training loop, one stream per worker, and measure after a warm-up round."""
     assignment = StreamAssignment(global_batch_size=num_workers, rank=0, world_size=1, micro_batch_size=1)
     start = [StreamState()] * num_workers
     steps = training_batches(mixture, processor, settings, assignment, start=start, num_workers=num_workers)
     rounds = -(-num_sequences // num_workers)
-    # The loader prepares four sequences of every worker in advance; they must not count as fast ones.
+    # The loader prefetches four sequences per worker; they must not count as fast ones.
     for _ in range(4):
         next(steps)
     began, cpu = time.perf_counter(), time.process_time()
@@ -220,7 +221,7 @@ def run_workers(
 
 
 def process_memory(pid: int) -> tuple[float, float]:
-    """Return private and proportional megabytes of a process, from the kernel's own account of it."""
+    """Return private and proportional megabytes of a process, from /proc."""
     values: dict[str, int] = {}
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
         name, amount, *_ = line.split()
@@ -231,7 +232,7 @@ def process_memory(pid: int) -> tuple[float, float]:
 def data_fraction(
     stages: Stages, sequences: SequenceFigures, workers: Workers, *, num_workers: int, flop_rate: float
 ) -> dict[str, float]:
-    """Return the milliseconds of a step of one sequence and of its data work, and their ratio."""
+    """Return the milliseconds of a training step on one sequence, of its data work, and their ratio."""
     worker_ms = stages.total * sequences.samples_per_sequence
     step_ms = 1000 * BACKWARD_AND_FORWARD * sequences.forward_tflop * 1e12 / flop_rate
     data_ms = worker_ms / num_workers + workers.main_ms_per_sequence
@@ -239,8 +240,8 @@ def data_fraction(
 
 
 def processor_of(config: TrainConfig, mixture: Mixture) -> tuple[PixelSailProcessor, int, str]:
-    """Return the model's processor, its vocabulary size and what the tokenizer is, where its folder is absent one
-    trained on the mixture's own text."""
+    """Return the model's processor, its vocabulary size and a description of the tokenizer. If the tokenizer's folder
+    is missing, one is trained on the mixture's text."""
     architecture, folder = config.model.architecture, config.model.tokenizer
     num_prompts = architecture.num_visual_prompts
     if Path(folder).is_dir():
@@ -254,7 +255,7 @@ def processor_of(config: TrainConfig, mixture: Mixture) -> tuple[PixelSailProces
 
 
 def report(options: argparse.Namespace, config: TrainConfig) -> dict[str, object]:
-    """Measure everything, print it and return it."""
+    """Run all measurements, print them and return them."""
     torch.set_num_threads(1)
     mixture = build_mixture(config.data, seed=config.seed)
     processor, vocab_size, tokenizer = processor_of(config, mixture)
@@ -305,10 +306,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seq-len", type=int, default=8192, help="tokens of a sequence (8192)")
     parser.add_argument("--samples", type=int, default=100, help="samples timed stage by stage (100)")
     parser.add_argument("--sequences", type=int, default=40, help="sequences for padding and for the loader (40)")
-    parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1), help="workers that are run")
-    parser.add_argument("--workers", type=int, default=8, help="workers the step is computed for (8)")
+    parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1), help="loader workers to start")
+    parser.add_argument("--workers", type=int, default=8, help="loader workers assumed for the computed step (8)")
     parser.add_argument("--flop-rate", type=float, default=400e12, help="FLOP/s of the training GPU (4e14)")
-    parser.add_argument("--json", type=Path, help="write the figures to this file too")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     options, overrides = parser.parse_known_args(arguments)
     given = {override.partition("=")[0].lstrip("+~") for override in overrides}
     missing = [

@@ -1,13 +1,13 @@
-"""Measure what torch.compile gains for the single tokens of answers (`predict.compile=decode`), and what it costs.
+"""Benchmark `torch.compile` for token-by-token decoding (`predict.compile=decode`): time per token and compile time.
 
     python tools/bench_decode.py                                     the 0.5B model's proportions, scaled down for a CPU
     python tools/bench_decode.py --size 0.5b --device cuda --precision bf16 --answers 1 32 256
     python tools/bench_decode.py --json runs/bench_decode.json
 
-One image of 480 x 640 is encoded, then some questions about it are answered together, with random weights and without
-an end token. A token's time is that of a long answer less that of a short one, divided by the tokens between them;
-plain and compiled take turns. The first compiled answer stands apart: it holds the compilation.
-Compiled answers are compared with the plain ones. In half precision random weights may turn a token; that is counted.
+One image of 480 x 640 is encoded, then several questions about it are answered in one batch, with random weights and no
+end token. Time per token is the difference between a long and a short answer, divided by the difference in tokens.
+Plain and compiled runs alternate. The first compiled answer, which includes compilation, is reported separately.
+Compiled answers are compared with plain ones; in half precision, random weights may change a token, which is counted.
 """
 
 import argparse
@@ -45,14 +45,14 @@ SHORT = 2
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeTimes:
-    """One number of answers at a time."""
+    """Results for one batch size."""
 
     answers: int
     plain_seconds: float
-    """Per token of all answers together."""
+    """Seconds of one decoding step of the batch."""
     compiled_seconds: float
     first_seconds: float
-    """Of the first compiled answers, compilation included."""
+    """Seconds of the first compiled answers, compilation included."""
     changed_answers: int
 
 
@@ -75,14 +75,14 @@ def timed_answers(
     (answers,) = generate(
         predictor.model, prefixes, [texts], max_new_tokens=tokens, end_ids=(), compiled=compiled
     )  # fmt: skip
-    # Tokens are read on the host in every step, so that all work is done here.
+    # Tokens are read on the host in every step, so all work is finished here.
     return time.perf_counter() - start, answers
 
 
 def measure(
     predictor: BatchPredictor, prefixes: ImagePrefixes, number: int, *, tokens: int, rounds: int
 ) -> DecodeTimes:
-    """Return the time of a token, plain and compiled, with `number` answers at a time."""
+    """Return the time of a token, plain and compiled, with a batch of `number` answers."""
     first, answers = timed_answers(predictor, prefixes, number, SHORT + tokens, compiled=True)
     _, expected = timed_answers(predictor, prefixes, number, SHORT + tokens, compiled=False)
     seconds: dict[bool, list[float]] = {False: [], True: []}
@@ -104,13 +104,13 @@ def measure(
 
 @one_message
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and write what the command line asks for."""
+    """Run the benchmark, print the table, and write the requested files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sorted(BENCHMARK_SIZES), default="scaled")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32")
-    parser.add_argument("--answers", type=int, nargs="+", default=[1, 8, 32], help="at a time")
-    parser.add_argument("--tokens", type=int, default=32, help="of a long answer beyond those of a short one")
+    parser.add_argument("--answers", type=int, nargs="+", default=[1, 8, 32], help="batch sizes")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens that a long answer has more than a short one")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
-"""Several users ask the demo, first in turn and then all at once; prints latencies, errors and memory.
+"""Load-test the demo with several users, first one at a time, then concurrently: latency, errors and memory.
 
-Beside everything; starts `scripts/demo.py` with a checkpoint and talks to it as the page does. Every user loads a
-synthetic scene, asks about it, marks a region, asks again, and loads the next. One line of the table:
+Starts `scripts/demo.py` with a checkpoint and sends the requests that its page sends. Every user loads a synthetic
+scene, asks about it, marks a region, asks again, and loads the next. One line of the table:
 
     at once     412 questions   0 errors   latency 0.31 s median, 0.62 s in 19 of 20, 0.94 s at most
 
@@ -40,7 +40,7 @@ MEMORY_EVERY_S = 1.0
 
 @dataclass
 class Log:
-    """What happened so far; lists are appended to by several threads."""
+    """Results so far. Several threads append to the lists."""
 
     latencies_s: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Log:
 
 @contextmanager
 def started_demo(overrides: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """Yield the address of a demo and its process number. Raises: SystemExit with its words where it does not start."""
+    """Yield the address and process number of a demo. Raises: SystemExit with its output if it does not start."""
     command = [sys.executable, str(root_folder() / "scripts" / "demo.py"), "port=0", *overrides]
     demo = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert demo.stderr is not None
@@ -60,7 +60,7 @@ def started_demo(overrides: Sequence[str]) -> Iterator[tuple[str, int]]:
                 break
         else:
             raise SystemExit("".join(said))
-        # Read on, or the demo would wait for a full pipe.
+        # Keep reading, otherwise the demo blocks on a full pipe.
         threading.Thread(target=demo.stderr.read, daemon=True).start()
         yield found[1], demo.pid
     finally:
@@ -91,7 +91,7 @@ def talk(address: str, user: int, until: float, turn: AbstractContextManager[obj
 
 
 def ask(client: httpx.Client, question: dict[str, Any], log: Log) -> None:
-    """Ask once, and write down how long it took or what went wrong."""
+    """Ask once, and record the latency or the error."""
     begun = time.monotonic()
     response = client.post("/api/ask", json=question)
     lines = response.text.splitlines()
@@ -102,7 +102,7 @@ def ask(client: httpx.Client, question: dict[str, Any], log: Log) -> None:
 
 
 def run_users(address: str, users: int, seconds: float, *, at_once: bool) -> Log:
-    """Return what several users saw."""
+    """Return the results of several users."""
     log, until = Log(), time.monotonic() + seconds
     turn: AbstractContextManager[object] = nullcontext() if at_once else threading.Lock()
     threads = [threading.Thread(target=talk, args=(address, user, until, turn, log)) for user in range(users)]
@@ -133,17 +133,21 @@ def summary(log: Log) -> dict[str, Any]:
 
 @one_message
 def main() -> int:
-    """Print the table; exit status 1 where a question failed."""
+    """Print the table; exit status 1 if a question failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--users", type=int, default=4)
-    parser.add_argument("--minutes", type=float, default=5.0, help="half of it in turn, half at once")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument("overrides", nargs="+", help="of scripts/demo.py, such as checkpoint=runs/quickstart")
+    parser.add_argument(
+        "--minutes", type=float, default=5.0, help="total time: one half sequential, one half concurrent"
+    )
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument(
+        "overrides", nargs="+", help="overrides of scripts/demo.py, for example checkpoint=runs/quickstart"
+    )
     arguments = parser.parse_args()
     half_s = 30 * arguments.minutes
     memory_mb: list[float] = []
     with started_demo(arguments.overrides) as (address, pid):
-        # One round for what a first question sets up.
+        # Warm up: the first question includes one-time setup.
         run_users(address, 1, 1.0, at_once=True)
         ended = threading.Event()
 

@@ -1,20 +1,20 @@
-"""Measure what distillation adds to a training step: without, the released way, online, and from the cache.
+"""Benchmark the cost of distillation per training step: none, the released method, online, and from the cache.
 
     python tools/bench_distill.py                                   small teachers and student, minutes on two cores
     python tools/bench_distill.py --scale gpu --images 8            Swin-L, Hiera-L and the 0.5B student on one GPU
     python tools/bench_distill.py --image-dir data/coco/val2017 --json runs/bench_distill.json
 
-All weights are random: times do not depend on them. A step is forward, losses, backward and AdamW on some images of one
-size with one mask each. Measured in turn, `--repeats` times, the median is reported:
+Weights are random; times do not depend on them. A step is forward, losses, backward and AdamW on `--images` images of
+one size with one mask each. The variants alternate `--repeats` times, and medians are reported:
 
     none      no teacher
     released  per image: PIL preprocessing, the whole Mask2Former and the whole SAM 2 image path, batch of one
-    online    Teachers.maps: preprocessing on the device, the needed parts only, images of like size together
-    cached    Teachers.maps on stored maps that a loader worker has read; the worker's own time is given apart
+    online    Teachers.maps: preprocessing on the device, only the needed layers, batched by image size
+    cached    Teachers.maps on stored maps read by a loader worker, whose own time is reported separately
 
-The small scale keeps the proportion between teachers and student of the large one roughly; both are printed as
-floating-point operations, which the program counts. On a CPU one thread is used and its CPU time taken, so that other
-programs on the machine disturb less; on a GPU it is the time on the clock.
+The small scale roughly keeps the compute ratio of teachers to student; both are printed as counted floating-point
+operations. On a CPU, one thread is used and CPU time is reported, which is less sensitive to other load. On a GPU, wall
+time is reported.
 """
 
 import argparse
@@ -65,7 +65,7 @@ NUM_PROMPTS = 15
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Sizes of everything."""
+    """Sizes of models and images."""
 
     image_hw: SizeHW
     student: dict[str, Any]
@@ -109,7 +109,7 @@ def hiera(width: int, heads: int, blocks: list[int], global_blocks: list[int], s
 
 
 def decoder(channels: int, feedforward: int) -> dict[str, Any]:
-    """Return the fields of Mask2Former behind its backbone."""
+    """Return the fields of Mask2Former after its backbone."""
     widths = {"feature_size": channels, "mask_feature_size": channels, "hidden_dim": channels}
     return {**widths, "encoder_feedforward_dim": feedforward, "dim_feedforward": 2 * feedforward}
 
@@ -153,7 +153,7 @@ SCALES = {
 
 
 class Bench:
-    """The student, the teachers in both ways, and a batch of images."""
+    """The student, both implementations of the teachers, and a batch of images."""
 
     def __init__(self, scale: Scale, images: Sequence[Image.Image], device: torch.device, folder: Path) -> None:
         torch.manual_seed(0)
@@ -213,7 +213,7 @@ class Bench:
         return self.processor.encode_sample(sample, self.pil_images[index], independent_turns=False)
 
     def write_cache(self, name: str, spec: TeacherSpec, folder: Path) -> FeatureCache:
-        """Write the maps of the images, float16 and of the student's size, and open them."""
+        """Write the feature maps as float16 at the student's size, and open them."""
         grid = student_grid(self.model.config, SITES[name])
         identity = cache_identity(spec.identity(), precision=self.scale.precision, grid=grid)
         plan = plan_cache(
@@ -232,11 +232,11 @@ class Bench:
 
     @staticmethod
     def key(index: int) -> str:
-        """Return a stand-in for the hash of an image file."""
+        """Return a placeholder for the hash of an image file."""
         return f"{index:04d}"
 
     def batch(self, way: str) -> Batch:
-        """Return the images as a batch for one of the ways; `cached` reads the stored maps."""
+        """Return the images as a batch for one variant; `cached` reads the stored maps."""
         sequences = []
         for index, example in enumerate(self.examples):
             targets: tuple[TeacherTarget, ...] = ()
@@ -260,7 +260,7 @@ class Bench:
 
     @torch.no_grad()
     def released_maps(self) -> dict[str, list[Tensor]]:
-        """Return the maps as the released code makes them: image by image, whole models, PIL on the CPU."""
+        """Return the maps as the released code computes them: image by image, whole models, PIL on the CPU."""
         maps: dict[str, list[Tensor]] = {"mask2former": [], "sam2": []}
         for image in self.pil_images:
             pixels = self.pil(image, return_tensors="pt")["pixel_values"].to(self.device, self.dtype)
@@ -272,7 +272,7 @@ class Bench:
         return maps
 
     def step(self, way: str, batch: Batch) -> None:
-        """Make one training step."""
+        """Run one training step."""
         batch = batch.to(self.device)
         terms = TERMS if way != "none" else ()
         maps: dict[str, list[Tensor]] = {}
@@ -293,7 +293,7 @@ def _frozen(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """Return how long a call takes, the work it left on the GPU included; on a CPU, the CPU time of this process."""
+    """Return the seconds of a call, GPU work included; on a CPU, the CPU time of this process."""
     if device.type == "cpu":
         began = time.process_time()
         call()
@@ -306,14 +306,14 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
 
 
 def operations(call: Callable[[], object]) -> float:
-    """Return the floating-point operations of a call, attention kernels that torch does not count left out."""
+    """Return the floating-point operations of a call, without attention kernels, which torch does not count."""
     with FlopCounterMode(display=False) as counter:
         call()
     return float(counter.get_total_flops())
 
 
 def measure(bench: Bench, repeats: int) -> dict[str, Any]:
-    """Time every way in turn and return medians, ratios and proportions."""
+    """Time the variants alternately and return medians and ratios."""
     ways = ("none", "released", "online", "cached")
     times: dict[str, list[float]] = {way: [] for way in ways}
     reading: list[float] = []
@@ -351,7 +351,7 @@ def measure(bench: Bench, repeats: int) -> dict[str, Any]:
 
 
 def images_of(folder: Path | None, size_hw: SizeHW, num_images: int) -> list[Image.Image]:
-    """Return real images squeezed to one size, or noise where no folder is given."""
+    """Return real images squeezed to one size, or noise without a folder."""
     height, width = size_hw
     if folder is None:
         rng = np.random.default_rng(0)
@@ -367,10 +367,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; wrong input ends with one message and exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=sorted(SCALES), default="gpu" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--images", type=int, default=4, help="images of a step (4)")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds that medians are taken of (5)")
-    parser.add_argument("--image-dir", type=Path, help="folder of images; noise without it")
-    parser.add_argument("--json", type=Path, help="write the figures to this file too")
+    parser.add_argument("--images", type=int, default=4, help="images per step (4)")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds, of which medians are reported (5)")
+    parser.add_argument("--image-dir", type=Path, help="folder of images (default: noise)")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args(None if arguments is None else list(arguments))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":

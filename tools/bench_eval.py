@@ -1,20 +1,21 @@
-"""Measure what sharing an image saves: expressions per second of the released method and of ours, on the same weights.
+"""Benchmark evaluation with shared image encoding: expressions per second of the released method and of ours.
 
     python tools/bench_eval.py                                   the 0.5B model's proportions, scaled down for a CPU
     python tools/bench_eval.py --size 0.5b --device cuda --precision bf16 --images 16
     python tools/bench_eval.py --json runs/bench_eval.json --png runs/bench_eval.png
 
-The released method takes one expression at a time: the image is encoded again under a dense mask, the text head runs at
-every position, its cache grows by concatenation, and the mask features are made again. Ours is
-`BatchPredictor.ask_many`: images of one grid together, each encoded once, all their expressions as one batch, features
-once per image. Both end with masks at image size in main memory. What the released code spends beyond that (hidden
-states of all layers kept, masks packed and unpacked, images decoded one by one) is not counted against it.
+The released method processes one expression at a time: it encodes the image again with a dense mask, runs the text head
+at every position, grows the cache by concatenation, and recomputes the mask features. Ours is
+`BatchPredictor.ask_many`: images of one grid size form a batch, each is encoded once, all its expressions are decoded
+in one batch, and mask features are computed once per image. Both produce masks at image size in main memory. Other
+overhead of the released code (hidden states of all layers, packing and unpacking masks, decoding images one by one) is
+excluded.
 
-Weights are random, but every answer is "It is [SEG].": the layers add next to nothing to the token embeddings, and the
-text head maps each token to the one that follows it. Answers and masks of the two methods are compared in the same run.
+Both use the same random weights, set up so that every answer is "It is [SEG].": the layers add almost nothing to the
+token embeddings, and the text head maps each token to its successor. Answers and masks of both methods are compared.
 
-`--json` holds for each number of expressions per image the expressions per second, seconds and ratio, and
-`ratio_at_7`, the ratio at the number of expressions that RefCOCO has per image.
+`--json` writes, per number of expressions per image, the expressions per second, seconds and ratio, and `ratio_at_7`,
+the ratio at RefCOCO's mean number of expressions per image.
 """
 
 import argparse
@@ -64,7 +65,7 @@ FLOOR_SECONDS = 43.0
 
 @dataclass(frozen=True, kw_only=True)
 class EvalTimes:
-    """One number of expressions per image."""
+    """Results for one number of expressions per image."""
 
     expressions_per_image: int
     released_seconds: float
@@ -76,11 +77,11 @@ class EvalTimes:
 
     @property
     def ratio(self) -> float:
-        """Return how many times faster ours is."""
+        """Return the speedup of ours."""
         return self.released_seconds / self.shared_seconds
 
     def as_json(self) -> dict[str, float]:
-        """Return the measured values and what follows from them."""
+        """Return the measured and derived values."""
         return asdict(self) | {
             "released_expressions_per_second": 1.0 / self.released_seconds,
             "shared_expressions_per_second": 1.0 / self.shared_seconds,
@@ -89,14 +90,14 @@ class EvalTimes:
 
 
 class GrowingCache:
-    """The released rule: a dense mask over everything, keys and values joined anew for every token."""
+    """Attention of the released code: one dense mask, keys and values concatenated for every token."""
 
     def __init__(self, device: torch.device) -> None:
         self.key_values: list[tuple[Tensor, Tensor]] = []
         self.device = device
 
     def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
-        """Return the attention output: the image in both directions, text causally."""
+        """Return the attention output: bidirectional for the image, causal for text."""
         if len(self.key_values) == layer:
             self.key_values.append((k_BGTE, v_BGTE))
             mask_TS = torch.ones(q_BATE.shape[2], k_BGTE.shape[2], dtype=torch.bool, device=self.device)
@@ -140,7 +141,7 @@ def released_answer(predictor: BatchPredictor, image: PreparedImage, question: s
 
 
 def build_predictor(size: str, *, precision: str, device: str, max_batch_tokens: int) -> BatchPredictor:
-    """Return a predictor with random weights that answers everything with ANSWER."""
+    """Return a predictor with random weights whose every answer is ANSWER."""
     tokenizer = small_tokenizer()
     config = sized_config(size, tokenizer, tie_word_embeddings=False)
     torch.manual_seed(0)
@@ -166,7 +167,7 @@ def random_images(predictor: BatchPredictor, number: int) -> list[PreparedImage]
 
 
 def timed_seconds(start: float, device: torch.device) -> float:
-    """Return the seconds since `start` at which all work was done."""
+    """Return the seconds from `start` until all device work is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
@@ -175,7 +176,7 @@ def timed_seconds(start: float, device: torch.device) -> float:
 def measure(
     predictor: BatchPredictor, images: Sequence[PreparedImage], number: int, *, released_images: int
 ) -> EvalTimes:
-    """Return both methods' time per expression, `number` expressions about each image."""
+    """Return the time per expression of both methods at `number` expressions per image."""
     questions = [f"{BENCHMARK_QUESTION} {index}." for index in range(number)]
     requests = [GenerationRequest(image=image, questions=questions) for image in images]
     device = predictor.model.device
@@ -203,7 +204,7 @@ def measure(
 
 
 def projected_seconds(points: Sequence[EvalTimes]) -> float:
-    """Return the seconds for all 8 RefCOCO splits, from the point next to their expressions per image."""
+    """Return the seconds for all 8 RefCOCO splits, from the point closest to their expressions per image."""
     wanted = REFCOCO_SPLITS["expressions"] / REFCOCO_SPLITS["images"]
     nearest = min(points, key=lambda point: abs(point.expressions_per_image - wanted))
     return nearest.shared_seconds * REFCOCO_SPLITS["expressions"]
@@ -211,13 +212,17 @@ def projected_seconds(points: Sequence[EvalTimes]) -> float:
 
 @one_message
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and write what the command line asks for."""
+    """Run the benchmark, print the table, and write the requested files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sorted(BENCHMARK_SIZES), default="scaled")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32")
-    parser.add_argument("--images", type=int, default=4, help="images per point, half as many from 16 expressions on")
-    parser.add_argument("--released-images", type=int, default=1, help="of them, how many the released method does")
+    parser.add_argument(
+        "--images", type=int, default=4, help="images per point; half as many for 16 or more expressions"
+    )
+    parser.add_argument(
+        "--released-images", type=int, default=1, help="images of each point that the released method processes"
+    )
     parser.add_argument("--expressions", type=int, nargs="+", default=[1, 2, 4, 7, 8, 16, 32])
     parser.add_argument("--max-batch-tokens", type=int, default=16384)
     parser.add_argument("--json", type=Path, metavar="FILE")

@@ -1,14 +1,13 @@
-"""Measure the mask head with its losses, and the text loss, over expressions per image and over supervised tokens.
+"""Benchmark the mask head with its losses over expressions per image, and the text loss over supervised tokens.
 
     python tools/bench_heads.py
     python tools/bench_heads.py --hidden 896 --mask-dim 512 --vocab 151680 --device cuda --precision bf16
     python tools/bench_heads.py --json runs/heads.json --png runs/heads.png
 
-One image of 480 x 640 (30 x 40 patches) with some masks goes through `maps` (features of the mask width at every
-cell, then logits), `folded` (the last layer inside the query) and `points` (logits only where the loss looks); text
-through `plain` and `chunked`. Times are medians of forward and backward pass. `--json` holds them and `growth`, the
-exponent of cost over expressions between the first and the last point: below 1, a further expression costs less than
-the one before.
+Masks of one 480 x 640 image (30 x 40 patches) are computed by `maps` (mask features of every cell, then logits),
+`folded` (the last layer folded into the query) and `points` (logits only at the points sampled by the loss); the text
+loss by `plain` and `chunked`. Times are medians of forward plus backward pass. `--json` writes them and `growth`, the
+exponent of cost over expressions between the first and the last point; below 1, the cost per expression decreases.
 """
 
 import argparse
@@ -40,7 +39,7 @@ IMAGE_HW = (480, 640)
 
 
 def median_seconds(work: Callable[[], Tensor], rounds: int, device: str) -> float:
-    """Return the median seconds of a forward and backward pass, the first left out."""
+    """Return the median seconds of a forward and backward pass, without the first."""
     times = []
     for _ in range(rounds + 1):
         start = time.perf_counter()
@@ -85,7 +84,7 @@ def text_seconds(kind: str, head: TextHead, options: argparse.Namespace, number:
 
 
 def table(title: str, sizes: Sequence[int], curves: dict[str, list[float]]) -> dict[str, float]:
-    """Print seconds by size; return the growth of each curve."""
+    """Print seconds per size; return the growth of each curve."""
     print(f"{title:>18s} " + " ".join(f"{name:>10s}" for name in curves))
     for index, size in enumerate(sizes):
         print(f"{size:18d} " + " ".join(f"{curve[index]:10.4f}" for curve in curves.values()))
@@ -99,7 +98,7 @@ def table(title: str, sizes: Sequence[int], curves: dict[str, list[float]]) -> d
 
 @one_message
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and write what the command line asks for."""
+    """Run the benchmark, print the table, and write the requested files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--mask-dim", type=int, default=144)

@@ -1,12 +1,11 @@
-"""Measure what 8-bit weights in the decoder gain and cost on a CPU: seconds of an answer, memory, and changed masks.
+"""Benchmark 8-bit decoder weights on a CPU: seconds per answer, memory, and agreement of masks with float32.
 
-Beside everything. The linear layers of the decoder get 8-bit weights and, per token, 8-bit inputs (torchao); heads,
-embeddings and norms stay in float32. Needs the package torchao, which `make setup` does not install, and a C++ compiler
-for the compiled variant.
+The decoder's linear layers use 8-bit weights and 8-bit per-token inputs (torchao). Heads, embeddings and norms stay in
+float32. Needs the package torchao, which `make setup` does not install, and a C++ compiler for the compiled variant.
 
     pip install torchao
-    python tools/bench_int8.py                               times at the 0.5B model's size, random weights
-    python tools/bench_int8.py --agreement runs/quickstart   and masks of a trained model against its float32 ones
+    python tools/bench_int8.py                               times with random weights of the 0.5B size
+    python tools/bench_int8.py --agreement runs/quickstart   also compares the masks of a trained model
 """
 
 import argparse
@@ -52,7 +51,7 @@ def random_predictor(layers: int) -> BatchPredictor:
         replace(released, num_hidden_layers=layers, vocab_size=len(tokenizer), token_ids=token_ids)
     )
     processor = PixelSailProcessor.for_model(tokenizer, config)
-    # Ends with nothing it can say, so that every answer has the same length.
+    # No reachable end token, so that every answer has the same length.
     settings = PredictConfig(max_new_tokens=ANSWER_TOKENS)
     return BatchPredictor(PixelSailForSegmentation(config).eval(), processor, settings)
 
@@ -71,7 +70,7 @@ def with_int8(predictor: BatchPredictor, *, compiled: bool) -> BatchPredictor:
 
 
 def decoder_megabytes(predictor: BatchPredictor) -> float:
-    """Return what the decoder's weights take."""
+    """Return the megabytes of the decoder's weights."""
     total = 0
     for parameter in predictor.model.decoder.parameters():
         parts = [getattr(parameter, name, None) for name in ("qdata", "scale")]
@@ -100,7 +99,7 @@ def seconds(predictor: BatchPredictor, rounds: int) -> dict[str, float]:
 
 
 def agreement(folder: str, scenes: int) -> dict[str, float]:
-    """Return how far masks of synthetic scenes change: mean IoU with the float32 masks, fraction of changed texts."""
+    """Return the agreement on synthetic scenes: mean IoU with the float32 masks, fraction of changed texts."""
     plain = BatchPredictor.from_pretrained(checkpoint_folder(folder), config=PredictConfig(max_new_tokens=16))
     small = with_int8(plain, compiled=False)
     overlaps, changed = [], 0
@@ -115,7 +114,7 @@ def agreement(folder: str, scenes: int) -> dict[str, float]:
 
 @one_message
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; exit status 2 where torchao is missing or a checkpoint is not there."""
+    """Print the table; exit status 2 if torchao or the checkpoint is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)

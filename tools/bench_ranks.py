@@ -1,8 +1,8 @@
-"""Measure what further processes gain: the same run on 1, 2, ... processes, one thread or one GPU each.
+"""Benchmark data-parallel scaling: the same run on 1, 2, ... processes with one thread or GPU each.
 
-Beside everything; starts `scripts/train.py` through torchrun and reads `log.jsonl` of the runs. Efficiency is the rate
-on n processes over n times the rate on one. All runs make the same steps on the same data, so that their losses are
-compared too.
+Starts `scripts/train.py` through torchrun and reads the `log.jsonl` of the runs. Efficiency is the throughput on n
+processes divided by n times the throughput on one. All runs take the same steps on the same data, so their losses are
+compared, too.
 
     python tools/bench_ranks.py experiment=quickstart                      1 and 2 processes, 60 steps, two rounds
     python tools/bench_ranks.py --ranks 1 2 4 8 --steps 200 experiment=pixel_sail_0_5b name=bench
@@ -31,7 +31,7 @@ LAUNCHERS_WORDS = '\nTraceback (most recent call last):\n  File "<frozen runpy>"
 
 
 def run(ranks: int, steps: int, overrides: Sequence[str], folder: Path) -> list[dict[str, Any]]:
-    """Return the log of one run. Raises: SystemExit with its last words when it fails."""
+    """Return the log of one run. Raises: SystemExit with the end of its output if it fails."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     own = [
         *(f"optim.steps={steps}", f"log.every={LOG_EVERY}", f"run_dir={folder}", "evals=[]"),
@@ -40,14 +40,14 @@ def run(ranks: int, steps: int, overrides: Sequence[str], folder: Path) -> list[
     command = [*launcher, str(root_folder() / "scripts" / "train.py"), *overrides, *own]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
-        # The launcher's own words come last and say nothing of why.
+        # The launcher's own traceback comes last and does not contain the cause.
         said = done.stderr.partition(LAUNCHERS_WORDS)[0]
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{said[-3000:]}")
     return [current_log_line(json.loads(line)) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def rate(log: Sequence[dict[str, Any]]) -> float:
-    """Return samples per second behind the warm-up."""
+    """Return samples per second after the warm-up."""
     return statistics.median(line["perf/samples_per_s"] for line in log[int(WARM_UP_FRACTION * len(log)) :])
 
 
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--rounds", type=int, default=2, help="runs of every kind, taken in turns")
+    parser.add_argument("--rounds", type=int, default=2, help="runs per number of processes, interleaved")
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="+", help="of scripts/train.py")
     options = parser.parse_args(arguments)

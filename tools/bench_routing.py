@@ -1,12 +1,12 @@
-"""Measure decoder layers with weights of their own for image tokens: routed, against both weights on every token.
+"""Benchmark decoder layers with separate weights for image tokens: routed, or both weights applied to every token.
 
     python tools/bench_routing.py                                    0.5B width, fp32, CPU
     python tools/bench_routing.py --device cuda --precision bf16 --hidden 3584 --inner 18944 --heads 28 --groups 4
     python tools/bench_routing.py --json runs/routing.json
 
-Samples of one size (a grid of patches with its class token and row ends, and a text) are packed into one row. Both ways
-run forward and backward in turn, round after round, so that a machine that slows down slows both; printed are medians
-and their quotient.
+Samples of one size (a grid of patches with class token and row ends, and a text) are packed into one sequence. Forward
+and backward passes of both variants alternate, so that other load affects both equally. Prints the medians and their
+ratio.
 
 `OMP_NUM_THREADS=1 python tools/bench_routing.py --rounds 5` gave 1.88 and 1.83 (mixed 3.95 s, routed 2.10 s) on a
 shared Intel Xeon with two cores, one of them used, torch 2.13.
@@ -34,13 +34,13 @@ from pixel_sail.types import DTYPES
 
 
 def packed_row(samples: int, image_length: int, text_length: int, device: str) -> tuple[Tensor, Tensor]:
-    """Return sample index and which tokens are an image's [1, T], of equal samples in one row."""
+    """Return sample index and which tokens belong to an image [1, T], of equal samples in one sequence."""
     one = torch.tensor([True] * image_length + [False] * text_length)
     return torch.arange(samples).repeat_interleave(len(one))[None].to(device), one.repeat(samples)[None].to(device)
 
 
 def build_decoder(options: argparse.Namespace) -> RoutedDecoder:
-    """Return layers of the asked width with random weights."""
+    """Return layers of the requested width with random weights."""
     torch.manual_seed(0)
     architecture = Architecture(
         base="eve",
@@ -60,7 +60,7 @@ def build_decoder(options: argparse.Namespace) -> RoutedDecoder:
 
 
 def passes(options: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
-    """Return for each way a function that runs forward and backward and returns the states."""
+    """Return for each variant a function that runs forward and backward and returns the states."""
     decoder = build_decoder(options)
     image_length = image_tokens("eve", (options.grid[0], options.grid[1]))
     samples_1T, is_image_1T = packed_row(options.samples, image_length, options.text_tokens, options.device)
@@ -87,7 +87,7 @@ def passes(options: argparse.Namespace) -> dict[str, Callable[[], Tensor]]:
 
 
 def measured(runs: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of every round of each way, the ways taking turns; one round before is not counted."""
+    """Return the seconds of every round of each variant. The variants alternate; a warm-up round is not counted."""
     seconds: dict[str, list[float]] = {way: [] for way in runs}
     for number in range(rounds + 1):
         for way, run in runs.items():
@@ -100,12 +100,12 @@ def measured(runs: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, li
 
 @one_message
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and write what the command line asks for; exit status 1 when both ways differ in their result."""
+    """Run the benchmark, print and write the results; exit status 1 if the outputs of the variants differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=896)
-    parser.add_argument("--inner", type=int, default=4864, help="width of the feed-forward part")
+    parser.add_argument("--inner", type=int, default=4864, help="hidden width of the feed-forward network")
     parser.add_argument("--heads", type=int, default=14)
-    parser.add_argument("--groups", type=int, default=2, help="heads of keys and values")
+    parser.add_argument("--groups", type=int, default=2, help="number of key/value heads")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--parts", nargs="*", default=list(EXPERT_PARTS), choices=EXPERT_PARTS)
     parser.add_argument("--grid", type=int, nargs=2, default=[22, 29], metavar=("ROWS", "COLUMNS"))

@@ -1,15 +1,15 @@
-"""Measure the small training step of `experiment=quickstart` against the obvious way: processor seconds, operations of
-torch, and that the losses agree.
+"""Benchmark the small training step of `experiment=quickstart` against a plain implementation: CPU seconds, torch
+operations, and agreement of the losses.
 
     OMP_NUM_THREADS=1 python tools/bench_small_step.py
     OMP_NUM_THREADS=1 python tools/bench_small_step.py --expressions 8 16 32 --ways ours dense segments
 
 16 images of 128 x 128, 112 x 144 and 144 x 112 with independent questions go through a model of width 128 and 4
-layers in two micro-batches of 8 rows. `reference` is `kernels.REFERENCE` with the mask losses of one image after
-another, `ours` what training does, `dense`, `segments` and `turns` the same with that attention, `kept` without
-computing anything again in the backward pass, `bf16` under autocast, `compiled` with `kernels.compile=layers`. The ways
-take turns in one process, each from the same weights; seconds are those of the processor, as other programs on the
-machine disturb them less, and medians over the rounds. An operation of torch on a CPU is about a kernel on a GPU.
+layers in two micro-batches of 8 rows. `reference` is `kernels.REFERENCE` with mask losses image by image. `ours` is the
+training step; `dense`, `segments` and `turns` are the same with that attention backend, `kept` without recomputation in
+the backward pass, `bf16` under autocast, `compiled` with `kernels.compile=layers`. The variants alternate in one
+process and start from the same weights. Seconds are medians of CPU time, which is less sensitive to other load. A torch
+operation on a CPU corresponds roughly to a kernel on a GPU.
 """
 
 import argparse
@@ -58,7 +58,7 @@ LOSSES = LossConfig(points=PointSampling(num_points=1024, oversample_ratio=1.0, 
 
 
 def synthetic_batches(processor: PixelSailProcessor, images: int, expressions: int) -> list[Batch]:
-    """Return micro-batches of one image in a row, sizes in turn."""
+    """Return micro-batches with one image per row, cycling through the sizes."""
     share = -(-images // len(IMAGES))
     of_size = [
         synthetic_examples(processor, share, expressions=expressions, size_hw=size, independent_turns=True)
@@ -70,7 +70,7 @@ def synthetic_batches(processor: PixelSailProcessor, images: int, expressions: i
 
 
 def one_by_one(images: Sequence[ImageMasks], sampling: PointSampling) -> tuple[torch.Tensor, list[int]]:
-    """Return the mask losses of `losses_at_points` as sums of one image after another."""
+    """Return the mask losses of `losses_at_points` summed image by image."""
     columns = []
     for image in images:
         generator = torch.Generator().manual_seed(image.seed)
@@ -80,7 +80,7 @@ def one_by_one(images: Sequence[ImageMasks], sampling: PointSampling) -> tuple[t
 
 
 class SmallStepVariant:
-    """One way to train, with a model and an optimizer of its own."""
+    """One variant, with its own model and optimizer."""
 
     def __init__(self, name: str, batches: Sequence[Batch]) -> None:
         self.name, self.batches = name, batches
@@ -115,7 +115,7 @@ class SmallStepVariant:
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations of torch that are more than another view of a tensor."""
+    """Counts torch operations that are not views."""
 
     number = 0
 
@@ -126,7 +126,7 @@ class Operations(TorchDispatchMode):
 
 
 def measured(options: argparse.Namespace, expressions: int) -> dict[str, Any]:
-    """Return what each way takes for images with so many expressions."""
+    """Return the measurements of each variant for a number of expressions per image."""
     tokenizer = small_tokenizer()
     processor = PixelSailProcessor.for_model(tokenizer, sized_config("small", tokenizer))
     batches = synthetic_batches(processor, options.images, expressions)
@@ -156,7 +156,7 @@ def measured(options: argparse.Namespace, expressions: int) -> dict[str, Any]:
 
 @one_message
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and write what the command line asks for."""
+    """Run the benchmark, print the table, and write the requested files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--ways", nargs="+", choices=list(VARIANTS), default=["reference", "ours"], help="first: yardstick"

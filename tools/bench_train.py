@@ -1,26 +1,26 @@
-"""Measure a training step of the released method and of ours: samples per second, memory, and where the time goes.
+"""Benchmark a training step of the released method and of ours: samples per second, memory, and time per component.
 
     python tools/bench_train.py                                  the 0.5B model's proportions, scaled down for a CPU
     python tools/bench_train.py --size 0.5b --device cuda --precision bf16 --samples 16 --samples-per-sequence 8
     python tools/bench_train.py --json runs/bench_train.json
     python tools/bench_train.py --growth image --ways released ours --png runs/growth.png    also: sequence, expressions
 
-The released method, rebuilt from our reference path: one sample per forward pass, a dense mask, the states of all
-layers kept, float32 logits of all positions with a shifted copy, an upsampler to stride 2 by convolutions, features of
+The released method is reimplemented on our reference path: one sample per forward pass, a dense mask, the states of all
+layers kept, float32 logits of all positions with a shifted copy, a convolutional upsampler to stride 2, features of
 the mask width at every cell, whole mask maps. Ours is the step of `training/loop.py` with the default `kernels` group.
-Both train the same samples (one 480 x 640 image with five expressions each) from the same weights with the same
-optimizer; what differs in shape is the stride, 2 against the paper's 4, and with it one more block of the upsampler.
-`ours, stride 2` has the released stride, too, `ours, feed_forward` and `ours, layers` trade time for memory
-(`optim.activation_checkpointing`), `reference` is our slow path at stride 4.
+Both train on the same samples (one 480 x 640 image with five expressions each) with the same initial weights and
+optimizer. They differ in stride, 2 against the paper's 4, and therefore in one block of the upsampler.
+`ours, stride 2` also has the released stride, `ours, feed_forward` and `ours, layers` trade time for memory
+(`optim.activation_checkpointing`), `reference` is our reference path at stride 4.
 
-The ways take turns, step by step, in one process; times are medians over the rounds with the lowest and the highest.
-`cpu_time_ratio` compares processor seconds instead, which other programs on the machine disturb less.
-On a CPU memory is the highest resident size of a process of its own that makes two steps (`VmHWM`), less what it
-held after a step of a tiny model, with which torch's libraries come into memory; on CUDA it is torch's own peak.
-`ours, compiled` (`kernels.compile=layers`) needs a C++ compiler on a CPU and runs where `--ways` names it.
-`--json` holds `speed_ratio` and `memory_ratio`, ours divided by theirs, the same of every way under `ratios`, and
-everything that is printed. `--growth` measures steps of one sequence instead, of growing images, of more samples, or
-of more expressions per image, and says with which exponent they take longer.
+The variants alternate step by step in one process; times are medians over the rounds, with minimum and maximum.
+`cpu_time_ratio` compares CPU seconds instead, which are less sensitive to other load.
+On a CPU, memory is the peak resident size (`VmHWM`) of a separate process that runs two steps, minus its size after a
+step of a tiny model, which loads torch's libraries. On CUDA it is torch's peak.
+`ours, compiled` (`kernels.compile=layers`) needs a C++ compiler on a CPU and runs only if listed in `--ways`.
+`--json` writes `speed_ratio` and `memory_ratio` (ours divided by released), the same for every variant under `ratios`,
+and everything that is printed. `--growth` instead times steps on one sequence with larger images, more samples, or more
+expressions per image, and reports the exponent of the cost.
 """
 
 import argparse
@@ -69,14 +69,14 @@ GROWTH: dict[str, Sequence[Any]] = {
     "sequence": (1, 2, 4),
     "expressions": (1, 5, 10),
 }
-"""What grows, and the points: (height, width), samples of the sequence, expressions of each image."""
+"""Points of each axis: (height, width), samples per sequence, expressions per image."""
 
 LOSSES = LossConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """One way to train."""
+    """Settings of one variant."""
 
     stride: int
     kernels: Kernels | None
@@ -114,7 +114,7 @@ def build_models(size: str, strides: Sequence[int], device: str, dtype: torch.dt
 
 
 def released_states(model: PixelSailForSegmentation, batch: Batch) -> list[Tensor]:
-    """Return the states of all layers under a dense mask, the last after the norm."""
+    """Return the states of all layers under a dense mask, the last one after the norm."""
     mask = attention_mask(batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT)
     states = [model.embed(batch.input_ids_BT, batch.patches_SK, batch.patch_index_BT, batch.prompt_ids_BT)]
     numbers = torch.zeros(mask.shape, dtype=states[0].dtype, device=mask.device)
@@ -138,7 +138,7 @@ def released_text_loss(model: PixelSailForSegmentation, hidden_BTD: Tensor, batc
 
 
 def released_masks(model: PixelSailForSegmentation, hidden_BTD: Tensor, batch: Batch) -> Tensor:
-    """Return the whole mask maps of the one image of a batch."""
+    """Return the full mask maps of the single image of a batch."""
     patch_states = hidden_BTD[batch.patch_index_BT >= 0].view(1, *batch.grids[0], -1)
     features = model.mask_head.pixel_features(patch_states)[0]
     return mask_logits(model.mask_head.seg_queries(hidden_BTD[tuple(batch.seg_positions_N2.unbind(1))]), features)
@@ -151,7 +151,7 @@ def released_mask_loss(logits_NYX: Tensor, batch: Batch) -> MaskSums:
 
 
 def released_loss(model: PixelSailForSegmentation, batch: Batch) -> Tensor:
-    """Return the loss of one sample: its text at a tenth, because it has masks."""
+    """Return the loss of one sample. Its text loss is weighted by 0.1, because it has masks."""
     states = released_states(model, batch)
     text = released_text_loss(model, states[-1], batch)
     sums = released_mask_loss(released_masks(model, states[-1], batch), batch)
@@ -167,7 +167,7 @@ def our_loss(model: PixelSailForSegmentation, batch: Batch) -> Tensor:
 
 
 class TrainVariant:
-    """One way to train, with a model and an optimizer of its own."""
+    """One variant, with its own model and optimizer."""
 
     def __init__(self, way: Way, model: PixelSailForSegmentation, batches: Sequence[Batch]) -> None:
         self.way, self.model, self.batches = way, model, batches
@@ -177,7 +177,7 @@ class TrainVariant:
         model.use(way.kernels if way.kernels is not None else REFERENCE, way.checkpointing)
 
     def step(self) -> float:
-        """Make one update; return the mean loss."""
+        """Run one optimizer step; return the mean loss."""
         total = torch.zeros((), device=self.model.device)
         for batch in self.batches:
             loss = self.loss(self.model, batch) / len(self.batches)
@@ -189,7 +189,7 @@ class TrainVariant:
         return float(total)
 
     def seconds_by_part(self) -> dict[str, float]:
-        """Return the seconds of one step, forward and backward pass, with the parts cut from each other."""
+        """Return the seconds of one step, forward and backward pass, with each component timed separately."""
         spent = dict.fromkeys(("decoder", "text", "mask head", "mask losses"), 0.0)
         for batch in self.batches:
             self._timed_parts(batch, spent)
@@ -237,7 +237,7 @@ class TrainVariant:
 
 
 def our_states(model: PixelSailForSegmentation, batch: Batch) -> Tensor:
-    """Return the last states of a sequence by the model's own way."""
+    """Return the last states of a sequence with the variant's settings."""
     embedded = model.embed(batch.input_ids_BT, batch.patches_SK, batch.patch_index_BT, batch.prompt_ids_BT)
     where = (batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT)
     backend = attention_backend(model.kernels.attention, *where, batch.spans, dtype=embedded.dtype)
@@ -245,7 +245,7 @@ def our_states(model: PixelSailForSegmentation, batch: Batch) -> Tensor:
 
 
 def our_maps(model: PixelSailForSegmentation, hidden_BTD: Tensor, batch: Batch) -> list[Tensor]:
-    """Return the mask logits of every image by the model's own way."""
+    """Return the mask logits of every image with the variant's settings."""
     seg_states = hidden_BTD[tuple(batch.seg_positions_N2.unbind(1))]
     mode = model.mask_head_mode()
     per_image = batch.masks_per_image
@@ -257,7 +257,7 @@ def our_maps(model: PixelSailForSegmentation, hidden_BTD: Tensor, batch: Batch) 
 
 
 def elapsed(start: float, device: torch.device) -> float:
-    """Return the seconds since `start` at which all work was done."""
+    """Return the seconds from `start` until all device work is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
@@ -276,7 +276,7 @@ def operations(way: Way, model: PixelSailForSegmentation, batches: Sequence[Batc
 
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
-    """Return the operations per second of a large square product on this machine, the best of eight."""
+    """Return the operations per second of a large square matrix product on this machine, best of eight."""
     side = 8192 if device.startswith("cuda") else 1024
     matrix, best = torch.randn(side, side, device=device, dtype=dtype), float("inf")
     for _ in range(8):
@@ -287,7 +287,7 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
 
 
 def trainers(options: argparse.Namespace, names: Sequence[str]) -> dict[str, TrainVariant]:
-    """Return the trainers of some ways, each with a model of its own."""
+    """Return the trainers of some variants, each with its own model."""
     made = {}
     for name in names:
         way = VARIANTS[name]
@@ -302,12 +302,12 @@ def trainers(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Tra
 
 
 def resident_bytes() -> int:
-    """Return what this process holds now."""
+    """Return the current resident size of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def child(options: argparse.Namespace) -> int:
-    """Make two steps of one way and print the peak memory as JSON."""
+    """Run two steps of one variant and print the peak memory as JSON."""
     warm_up = {**vars(options), "size": "tiny", "image": (64, 64)}
     trainers(argparse.Namespace(**warm_up), [options.child])[options.child].step()
     device = torch.device(options.device)
@@ -320,9 +320,10 @@ def child(options: argparse.Namespace) -> int:
 
 
 def measured_memory(name: str, arguments: Sequence[str]) -> dict[str, int]:
-    """Return the bytes of a process that trains one way: before the model was there, and at most."""
+    """Return the bytes of a process that trains one variant: before the model was built, and at the peak."""
     command = [sys.executable, __file__, *arguments, "--child", name]
-    # Freed blocks go back to the system at once, so that the highest mark is what is needed and not what is held back.
+    # Freed blocks are returned to the system at once, so that the peak is what is needed and not what the allocator
+    # caches.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
     finished = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     found: dict[str, int] = json.loads(finished.stdout.strip().splitlines()[-1])
@@ -330,7 +331,7 @@ def measured_memory(name: str, arguments: Sequence[str]) -> dict[str, int]:
 
 
 def measure(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
-    """Return everything that is measured, by way."""
+    """Return all measurements by variant."""
     memory = {name: measured_memory(name, arguments) for name in tqdm(options.ways, desc="memory", unit="way")}
     made = trainers(options, options.ways)
     losses = {name: trainer.step() for name, trainer in made.items()}  # the first step warms up
@@ -364,9 +365,9 @@ def measure(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, 
 
 
 def grown(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the seconds of a step of one sequence at every point of an axis, and the exponents of all ways.
+    """Return the seconds of a step on one sequence at every point of an axis, and the exponents of all variants.
 
-    Exponents are over tokens, of expressions over their number, between the first and the last point.
+    Exponents are over tokens (for expressions: over their number), between the first and the last point.
     """
     points = []
     for value in tqdm(GROWTH[options.growth], desc=options.growth, unit="point"):
@@ -393,7 +394,7 @@ def grown(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def show_growth(options: argparse.Namespace, found: dict[str, Any]) -> None:
-    """Print the points of an axis, and plot them where a figure is wanted."""
+    """Print the points of an axis, and plot them if requested."""
     print(f"{options.growth:>12s} {'tokens':>8s} " + " ".join(f"{name:>20s}" for name in options.ways) + "   seconds")
     for point in found["points"]:
         seconds = " ".join(f"{point['seconds'][name]:20.3f}" for name in options.ways)
@@ -407,7 +408,7 @@ def show_growth(options: argparse.Namespace, found: dict[str, Any]) -> None:
 
 
 def ratios(found: dict[str, Any]) -> dict[str, Any]:
-    """Return ours divided by the released method's, and under `ratios` speed and memory of every way."""
+    """Return ours divided by the released method, and under `ratios` speed and memory of every variant."""
     ours, theirs = found["ways"]["ours"], found["ways"]["released"]
     return {
         "ratios": {
@@ -426,7 +427,7 @@ def ratios(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """Print one line per way, and the parts."""
+    """Print one line per variant, and its components."""
     print(f"{'way':20s} {'samples/s':>10s} {'seconds (low .. high)':>26s} {'peak MB':>8s} {'TFLOP':>7s} {'MFU':>6s}")
     for name, row in result["ways"].items():
         seconds = row["seconds"]
@@ -447,18 +448,20 @@ def print_table(result: dict[str, Any]) -> None:
 
 @one_message
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and write what the command line asks for."""
+    """Run the benchmark, print the table, and write the requested files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sorted(BENCHMARK_SIZES), default="scaled")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32")
-    parser.add_argument("--samples", type=int, default=2, help="samples of one optimizer step")
-    parser.add_argument("--samples-per-sequence", type=int, default=1, help="of ours; the released method takes one")
-    parser.add_argument("--expressions", type=int, default=5, help="of each image")
+    parser.add_argument("--samples", type=int, default=2, help="samples per optimizer step")
+    parser.add_argument(
+        "--samples-per-sequence", type=int, default=1, help="samples per packed sequence of ours (released: 1)"
+    )
+    parser.add_argument("--expressions", type=int, default=5, help="expressions per image")
     parser.add_argument("--image", type=int, nargs=2, default=(480, 640), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ways", nargs="+", choices=sorted(VARIANTS), default=DEFAULT_WAYS)
-    parser.add_argument("--growth", choices=sorted(GROWTH), help="measure this axis instead")
+    parser.add_argument("--growth", choices=sorted(GROWTH), help="measure scaling along this axis instead")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--png", type=Path, metavar="FILE", help="of --growth")
     parser.add_argument("--child", choices=sorted(VARIANTS), help=argparse.SUPPRESS)
@@ -467,7 +470,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.child:
         return child(options)
     if options.png and not options.growth:
-        parser.error("--png plots what --growth measures; name an axis")
+        parser.error("--png plots the measurement of --growth; set --growth to an axis")
     found = grown(options) if options.growth else measure(options, given)
     cuda = options.device.startswith("cuda")
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"

@@ -1,14 +1,14 @@
-"""Compute the feature maps of teachers once per image and store them for training.
+"""Precompute the feature maps of teachers, once per image, and store them for training.
 
     python tools/cache_teacher_features.py distillation=sam2_mask2former data=cotrain_0_5b model=sail_0_5b --out cache
     torchrun --nproc-per-node 8 tools/cache_teacher_features.py ... --dtype int8         one GPU per process
     python tools/cache_teacher_features.py ... --plan-only                               sizes and times, writes nothing
 
-Takes the overrides of scripts/train.py: the data decides which images, the model how large its maps are. The cache of
-teacher NAME lies in OUT/NAME; training reads it with distillation.NAME.cache=OUT/NAME. Before anything is written the
-tool prints the size on disk, the time the build takes, and what part of a training step the teacher would take beside
-the student, measured on a few images. An interrupted build continues when the same command is given again, to the same
-bytes. Exit status 2 for a wrong config, wrong data or too small a disk, with the reason.
+Takes the overrides of scripts/train.py: the data determines the images, the model the size of the maps. The cache of
+teacher NAME is written to OUT/NAME; training reads it with distillation.NAME.cache=OUT/NAME. Before writing, the tool
+prints the size on disk, the build time, and the time of the teacher relative to the student in a training step,
+measured on a few images. Repeat the command to resume an interrupted build; the resulting bytes are the same. Exit
+status 2, with the reason, for a wrong config, wrong data or insufficient disk space.
 """
 
 import argparse
@@ -70,7 +70,7 @@ BYTES = {"fp16": 2, "int8": 1}
 Result = TypeVar("Result")
 
 MAX_STUDENT_ON_CPU = 50_000_000
-"""Parameters of the largest student whose step is timed on a CPU."""
+"""Largest student, in parameters, whose step is timed on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +80,12 @@ class Image:
     path: Path
     hw: SizeHW
     where: str
-    """Sample that it was found in."""
+    """Sample that contains it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheJob:
-    """One teacher's cache."""
+    """The cache of one teacher."""
 
     folder: Path
     teacher: Teacher
@@ -95,7 +95,7 @@ class CacheJob:
     images: dict[str, Image]
 
     def opened_images(self, keys: Sequence[str]) -> Iterator[tuple[str, Tensor | str]]:
-        """Yield the images of these keys, decoded ahead in threads; the reason instead of one that cannot be used."""
+        """Yield the images of these keys, prefetched in threads, or the reason why one cannot be used."""
 
         def load(key: str) -> Tensor | str:
             image = self.images[key]
@@ -109,7 +109,7 @@ class CacheJob:
             yield from zip(keys, pool.map(load, keys), strict=True)
 
     def compute(self, keys: Sequence[str]) -> tuple[dict[str, StoredMap], dict[str, str]]:
-        """Return the stored maps of some images, of like size computed together, and why others have none."""
+        """Return the maps of some images, batched by size, and the reasons why others have none."""
         maps: dict[str, StoredMap] = {}
         unusable: dict[str, str] = {}
         size_of = self.teacher.spec.preprocessing.size
@@ -125,7 +125,7 @@ class CacheJob:
         return maps, unusable
 
     def pooled(self, features_Ehw: Tensor, image_hw: SizeHW) -> Tensor:
-        """Return the map at the size it is stored in."""
+        """Return the map at the stored size."""
         if self.grid is None:
             return features_Ehw
         patches = self.grid.grid_hw(image_hw)
@@ -133,7 +133,7 @@ class CacheJob:
 
 
 def images_of(mixture: Mixture, sources: Sequence[str]) -> tuple[dict[str, Image], list[str]]:
-    """Return every image of the named sources (none named: of all) by key, and why some items were left out."""
+    """Return every image of the named sources (default: all) by key, and the reasons why some items were skipped."""
     images: dict[str, Image] = {}
     left_out: list[str] = []
     seen: set[Path] = set()
@@ -145,7 +145,7 @@ def images_of(mixture: Mixture, sources: Sequence[str]) -> tuple[dict[str, Image
             if path is None or path in seen:
                 continue
             try:
-                # The size that the annotations state decides how an image with an orientation mark is turned.
+                # The annotated size decides how an image with an EXIF orientation is rotated.
                 sample = source.get(index, np.random.default_rng(0))
                 key = image_key(path)
             except DataError as error:
@@ -161,7 +161,7 @@ def images_of(mixture: Mixture, sources: Sequence[str]) -> tuple[dict[str, Image
 
 
 def stored_bytes(job: CacheJob) -> int:
-    """Return how many bytes the maps of a plan take."""
+    """Return the size in bytes of the maps of a plan."""
     total = 0
     channels = job.teacher.spec.channels
     for image in job.images.values():
@@ -176,19 +176,19 @@ def stored_bytes(job: CacheJob) -> int:
 
 
 def measured_stride(job: CacheJob) -> int:
-    """Return the stride of the teacher's own map, from a small grey image."""
+    """Return the stride of the teacher's own map, from a small gray image."""
     image = torch.full((64, 64, 3), 127, dtype=torch.uint8)
     height = job.teacher.spec.preprocessing.size((64, 64))[0]
     return height // int(job.teacher.features([image])[0].shape[1])
 
 
 def print_plan(job: CacheJob, name: str, architecture: Architecture, *, num_measured: int) -> None:
-    """Print size on disk, build time and fraction of a training step. Raises: DataError when the disk is too small."""
+    """Print size on disk, build time and fraction of a training step. Raises: DataError if the disk is too small."""
     size = stored_bytes(job)
     free = shutil.disk_usage(next(folder for folder in (job.folder, *job.folder.parents) if folder.exists())).free
     done = sum(is_shard_complete(job.folder, number) for number in range(len(job.plan.shards)))
     keys = [key for shard in job.plan.shards for key in shard][:num_measured]
-    job.compute(keys[:1])  # the first pass through a network also loads its kernels
+    job.compute(keys[:1])  # warm-up: the first pass loads kernels
     seconds, (maps, _) = timed(lambda: job.compute(keys))
     per_image, left = seconds / max(len(keys), 1), len(job.images) * (1 - done / max(len(job.plan.shards), 1))
     student = student_seconds(architecture, [job.images[key].hw for key in keys], job.teacher.device)
@@ -213,7 +213,7 @@ def print_plan(job: CacheJob, name: str, architecture: Architecture, *, num_meas
 
 
 def timed(function: Callable[[], Result]) -> tuple[float, Result]:
-    """Return the seconds a call takes, and its result."""
+    """Return the seconds of a call, and its result."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -224,7 +224,7 @@ def timed(function: Callable[[], Result]) -> tuple[float, Result]:
 
 
 def duration(seconds: float) -> str:
-    """Return a time in the unit that suits it."""
+    """Return a duration in a readable unit."""
     for limit, unit in ((120, "s"), (7200, "min")):
         if seconds < limit:
             return f"{seconds / (limit / 120):.0f} {unit}"
@@ -232,7 +232,7 @@ def duration(seconds: float) -> str:
 
 
 def read_seconds(maps: dict[str, StoredMap]) -> float:
-    """Return the seconds that reading and checking one map takes, the median of these."""
+    """Return the median seconds of reading and checking one map."""
     times = []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "maps.safetensors"
@@ -248,7 +248,7 @@ def read_seconds(maps: dict[str, StoredMap]) -> float:
 
 
 def student_seconds(architecture: Architecture, sizes: Sequence[SizeHW], device: torch.device) -> float | None:
-    """Return the seconds per image of the student's forward and backward pass, None where it is too large to try."""
+    """Return the seconds per image of the student's forward and backward pass, None if it is too large to time."""
     names = ["<vision>", "<vpatch>", "</vision>", *(f"<Prompt{i}>" for i in range(architecture.num_visual_prompts))]
     fields = vars(architecture) | {"token_ids": {name: index for index, name in enumerate(names)}}
     config = PixelSailConfig.from_architecture(Architecture(**fields))
@@ -260,7 +260,7 @@ def student_seconds(architecture: Architecture, sizes: Sequence[SizeHW], device:
     model = PixelSailForSegmentation(config).train()
     model.to(device=device, dtype=dtype)
     if device.type != "cpu":
-        student_pass(model, sizes[0], device)  # loads the kernels
+        student_pass(model, sizes[0], device)  # warm-up: loads kernels
     seconds = [timed(partial(student_pass, model, hw, device))[0] for hw in sizes]
     return sum(seconds) / len(seconds)
 
@@ -290,12 +290,12 @@ def student_pass(model: PixelSailForSegmentation, image_hw: SizeHW, device: torc
 
 
 def jobs(options: argparse.Namespace, config: TrainConfig) -> Iterator[tuple[str, CacheJob, list[str]]]:
-    """Yield name, work and left-out items of every configured teacher."""
+    """Yield name, job and skipped items of every configured teacher."""
     mixture = build_mixture(config.data, seed=config.seed)
     for name in sorted(config.distillation):
         settings: TeacherSettings = config.distillation[name]
         spec: TeacherSpec = checked_spec(name, settings, build, allow_random=config.allow_random_teachers)
-        # Every process could list the images; one does, so that the files are hashed once.
+        # One process lists the images, so that files are hashed once.
         found = images_of(mixture, settings.sources) if dist.rank() == 0 else None
         images, left_out = dist.gather_objects(found)[0]
         if not images:
@@ -309,7 +309,7 @@ def jobs(options: argparse.Namespace, config: TrainConfig) -> Iterator[tuple[str
 
 
 def run(options: argparse.Namespace, config: TrainConfig) -> None:
-    """Plan, build and finish the caches."""
+    """Plan, build and finalize the caches."""
     for name, job, left_out in jobs(options, config):
         if dist.rank() == 0:
             print_plan(job, name, config.model.architecture, num_measured=options.measure)
@@ -334,13 +334,13 @@ def run(options: argparse.Namespace, config: TrainConfig) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build the caches; wrong input ends with one message and exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("data/cache"), help="folder of the caches (data/cache)")
+    parser.add_argument("--out", type=Path, default=Path("data/cache"), help="output folder of the caches (data/cache)")
     parser.add_argument("--dtype", choices=sorted(BYTES), default="fp16")
     parser.add_argument("--size", choices=("student", "teacher"), default="student", help="size of the stored maps")
     parser.add_argument("--images-per-shard", type=int, default=64)
-    parser.add_argument("--measure", type=int, default=4, help="images that times are measured on (4)")
-    parser.add_argument("--plan-only", action="store_true", help="print the plan and write nothing")
-    parser.add_argument("--verify", action="store_true", help="hash every shard again before the index is written")
+    parser.add_argument("--measure", type=int, default=4, help="images used to measure times (4)")
+    parser.add_argument("--plan-only", action="store_true", help="print the plan without writing anything")
+    parser.add_argument("--verify", action="store_true", help="verify the hash of every shard before writing the index")
     options, overrides = parser.parse_known_args(arguments)
     if not any(override.startswith(("name=", "experiment=")) for override in overrides):
         overrides.append("name=cache_teacher_features")

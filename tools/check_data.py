@@ -1,15 +1,16 @@
-"""Check datasets before a GPU is used: every damage is found and named, none is hidden by the first.
+"""Check datasets before training or evaluation. All problems are reported, not only the first.
 
     python tools/check_data.py                                            # all of configs/source
     python tools/check_data.py source=refcoco,refcocog sample=all
     python tools/check_data.py experiment=quickstart                      # the sources of a run, with its overrides
-    python tools/check_data.py evals=paper                                # what scripts/evaluate.py would ask
+    python tools/check_data.py evals=paper                                # the data of scripts/evaluate.py
     python tools/check_data.py root=DIR dataset=refcocog split=val        # one folder of refs and instances
 
-Prints tables, writes report.json and report.html (with rendered samples) to `out=`, runs/data_check by default. Exit
-status: 0 everything is sound or only noted, 1 something must be mended, 2 the command line is wrong. `sample=` is how
-many items, masks and images are decoded per source (200; `all`); records, sizes and file names are looked at
-completely. `strict=true` counts notes as trouble, `sheet=` is how many samples are rendered, `progress=false` is quiet.
+Prints tables and writes report.json and report.html (with rendered samples) to `out=` (default: runs/data_check). Exit
+status: 0 for no errors (notes are allowed), 1 for errors that must be fixed, 2 for a wrong command line. `sample=N|all`
+sets the number of items, masks and images decoded per source (200). Records, sizes and file names are always checked
+completely. `strict=true` treats notes as errors, `sheet=N` sets the number of rendered samples, `progress=false`
+disables the progress bar.
 """
 
 import logging
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_data_report(settings.out / "report.html", result)
     print(text_report(result.reports))
     if plan.left_out:
-        print(f"left out, nobody has to download them and they are not there: {', '.join(plan.left_out)}")
+        print(f"skipped, as they are missing and not part of a download: {', '.join(plan.left_out)}")
     print(f"written: {settings.out / 'report.html'}, {settings.out / 'report.json'}")
     num_troubles = sum(report.num_troubles for report in result.reports)
     num_notes = sum(report.num_notes for report in result.reports)

@@ -1,13 +1,12 @@
-"""Compare the model with recorded outputs of the released one, each case alone and all cases packed into one sequence.
+"""Compare the model with recorded outputs of the released model, for single examples and for one packed sequence.
 
     python tools/check_parity.py DIR [DIR ...] [--named-weights] [--tolerance 1e-4]
 
-A folder holds `config.json` (sizes and special tokens; with `image_placeholder` it is of the EVE type),
-`reference_state.safetensors` (weights in the release's naming) and `cases.safetensors` (tensors named `<case>.<name>`).
-Without the weights file, or with --named-weights,
-every tensor of `shapes.json` is sampled from a generator seeded by its name. Prints the largest absolute error of every
-recorded tensor; exit status 1 when one exceeds the tolerance or a greedily decoded token differs, 2 when a folder
-cannot be checked.
+A folder contains `config.json` (sizes and special tokens; `image_placeholder` marks an EVE-type model),
+`reference_state.safetensors` (weights with the release's names) and `cases.safetensors` (tensors `<example>.<name>`).
+Without the weights file, or with --named-weights, every tensor of `shapes.json` is sampled from a generator seeded with
+its name. Prints the largest absolute error per recorded tensor. Exit status 1 if one exceeds the tolerance or a
+greedily decoded token differs, 2 if a folder cannot be checked.
 """
 
 import argparse
@@ -40,10 +39,10 @@ from pixel_sail.model.tokenization import IMAGE_TOKENS
 from pixel_sail.types import IGNORE_LABEL
 
 BCE_WEIGHT, DICE_WEIGHT, COUNT_EPSILON = 2.0, 0.5, 1e-4
-"""The release's loss weights and the term it adds to the number of masks."""
+"""Loss weights of the release, and the constant it adds to the number of masks."""
 
 DISTILL_WEIGHT, DISTILL_TOLERANCE = 0.5, 1e-5
-"""Weight of the recorded distillation losses, and how far they may differ whatever --tolerance says."""
+"""Weight of the recorded distillation losses, and their tolerance, independent of --tolerance."""
 
 DISTILL_SITES = {"mask2former": "pixel_map", "sam2": "patch_states", "radio": "patch_states"}
 
@@ -52,13 +51,13 @@ Case = dict[str, Tensor]
 
 @dataclass(kw_only=True)
 class Report:
-    """Largest absolute error per tensor name, over all cases of a folder."""
+    """Largest absolute error per tensor name, over all examples of a folder."""
 
     errors: dict[str, float] = field(default_factory=dict)
     greedy_mismatches: list[str] = field(default_factory=list)
 
     def compare(self, name: str, found: Tensor, expected: Tensor) -> None:
-        """Note the error of one tensor; a different shape counts as infinite."""
+        """Record the error of one tensor; a different shape counts as infinite."""
         same_shape = found.shape == expected.shape
         error = (found.double() - expected.double()).abs().max().item() if same_shape else math.inf
         # NaN compares false with everything, so it must not slip through `max`.
@@ -66,7 +65,7 @@ class Report:
 
 
 def named_weights(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
-    """Return tensors that depend on their names only, scaled so that activations stay of order one."""
+    """Return tensors that depend only on their names, scaled to keep activations of order one."""
     state = {}
     for name, shape in shapes.items():
         values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, dtype="float32")
@@ -137,7 +136,7 @@ RECORDED_SIZES = (
 
 
 def load_cases(folder: Path) -> list[Case]:
-    """Return the cases of a folder in order, each a dict of tensor name to tensor."""
+    """Return the examples of a folder in order, each a dict of tensor name to tensor."""
     cases: dict[str, Case] = {}
     for key, tensor in load_file(folder / "cases.safetensors").items():
         case, name = key.split(".", 1)
@@ -151,7 +150,7 @@ def load_cases(folder: Path) -> list[Case]:
 
 
 def expanded(case: Case, placeholder: int, image_ids: list[int], patch_size: int) -> Case:
-    """Return an EVE-type case with the inputs of a SAIL-type one: the image written out as tokens and patches."""
+    """Return an EVE-type example with the inputs of a SAIL-type one: the image as tokens and patches."""
     ids, labels = case["input_ids"][0], case["labels"][0]
     lead = int((ids == placeholder).nonzero()[0])
     rows, columns = case["grid"].tolist()
@@ -171,7 +170,7 @@ def expanded(case: Case, placeholder: int, image_ids: list[int], patch_size: int
 
 
 def pack_inputs(cases: list[Case], config: PixelSailConfig) -> dict[str, Any]:
-    """Return the forward arguments of one sequence that holds all cases one after another."""
+    """Return the forward arguments of one packed sequence of all examples."""
     parts: dict[str, list[Tensor]] = {name: [] for name in PACKED_NAMES}
     patch_offset, patches, grids, masks_per_image = 0, [], [], []
     for index, case in enumerate(cases):
@@ -182,7 +181,7 @@ def pack_inputs(cases: list[Case], config: PixelSailConfig) -> dict[str, Any]:
         parts["position_ids_2BT"].append(case["position_ids"][1:, 0])
         parts["sample_index_BT"].append(torch.full_like(ids, index))
         parts["branch_ids_BT"].append((span > end).long())
-        # An image with causal attention is text to it.
+        # To causal attention, an image is the same as text.
         parts["in_image_BT"].append((span >= start) & (span <= end) & (config.attention == "prefix"))
         parts["patch_index_BT"].append(torch.where(patch_index >= 0, patch_index + patch_offset, -1))
         parts["prompt_ids_BT"].append(case["vp_token_indices"][0].clamp_min(-1))
@@ -198,7 +197,7 @@ def pack_inputs(cases: list[Case], config: PixelSailConfig) -> dict[str, Any]:
 
 
 IMAGE_ENDS = (("<vision>", 0), ("</vision>", -1))
-"""First and last token of an image, and which of several in a sequence it is."""
+"""First and last token of an image, and its index in the sequence."""
 
 PACKED_NAMES = (
     "input_ids_BT",
@@ -212,11 +211,11 @@ PACKED_NAMES = (
 
 
 def compare_forward(report: Report, cases: list[Case], model: PixelSailForSegmentation) -> None:
-    """Run the cases as one sequence and compare every recorded tensor of every case."""
+    """Run the examples as one sequence and compare every recorded tensor of every example."""
     inputs = pack_inputs(cases, model.config)
     with torch.no_grad():
         output = model(**inputs)
-        # Images without masks skip the mask head in the model; the recording has their features too.
+        # The model skips the mask head for images without masks; the recording contains their features, too.
         every_image = [max(count, 1) for count in inputs["masks_per_image"]]
         no_states = output.hidden_BTD[0, :0]
         _, features, _, _ = model.embed_masks(
@@ -241,7 +240,7 @@ def compare_forward(report: Report, cases: list[Case], model: PixelSailForSegmen
 def compare_distill(
     report: Report, case: Case, image: int, model: PixelSailForSegmentation, inputs: dict[str, Any]
 ) -> None:
-    """Compare the recorded distillation losses of one case, with its own linear layers in the model."""
+    """Compare the recorded distillation losses of one example, using its linear layers in the model."""
     names = [name for name in DISTILL_SITES if f"distill.{name}.loss" in case]
     if not names:
         return
@@ -260,7 +259,7 @@ def compare_distill(
 
 
 def compare_text(report: Report, case: Case, output: PixelSailOutput, span: slice) -> None:
-    """Compare states, logits and the text loss of one case."""
+    """Compare states, logits and the text loss of one example."""
     assert output.hidden_BTD is not None and output.logits is not None
     logits, labels = output.logits[0, span], case["labels"][0]
     report.compare("hidden_last", output.hidden_BTD[0, span], case["hidden_last"])
@@ -269,7 +268,7 @@ def compare_text(report: Report, case: Case, output: PixelSailOutput, span: slic
 
 
 def compare_masks(report: Report, case: Case, output: PixelSailOutput, index: int, masks_per_image: list[int]) -> None:
-    """Compare queries, mask logits and full-map mask losses of one case."""
+    """Compare queries, mask logits and full-map mask losses of one example."""
     assert output.seg_queries_ND is not None
     assert output.mask_logits is not None
     logits = output.mask_logits[index]
@@ -283,7 +282,7 @@ def compare_masks(report: Report, case: Case, output: PixelSailOutput, index: in
 
 
 def compare_greedy(report: Report, cases: list[Case], model: PixelSailForSegmentation) -> None:
-    """Decode after each case's prompt with the image cached, and compare the tokens."""
+    """Decode after the prompt of each example with the image cached, and compare the tokens."""
     for index, case in enumerate(cases):
         ids = case["input_ids"][0]
         if "greedy_ids" not in case:
@@ -304,7 +303,7 @@ def compare_greedy(report: Report, cases: list[Case], model: PixelSailForSegment
 
 
 def print_report(title: str, report: Report, tolerance: float) -> bool:
-    """Print one table; return whether everything is within the tolerance."""
+    """Print one table; return whether all errors are within the tolerance."""
     print(title)
     passed = True
     for name, error in report.errors.items():
@@ -335,7 +334,9 @@ def main(arguments: Iterable[str] | None = None) -> int:
     """Check every folder named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
-    parser.add_argument("--named-weights", action="store_true", help="sample weights by name even if a file is there")
+    parser.add_argument(
+        "--named-weights", action="store_true", help="sample weights by name even if a weights file exists"
+    )
     parser.add_argument("--tolerance", type=float, default=1e-4)
     options = parser.parse_args(None if arguments is None else list(arguments))
     logging.basicConfig(level=logging.WARNING)

@@ -1,6 +1,7 @@
-"""Compare two evaluations item by item: which scores differ, and by more than chance.
+"""Compare two evaluations item by item and test whether scores differ significantly.
 
-After two runs of `scripts/evaluate.py` on the same evals; needs neither model nor images. Example (numbers made up):
+Use after two runs of `scripts/evaluate.py` on the same evals; needs neither model nor images. Example (made-up
+numbers):
 
     python tools/compare_runs.py runs/a/evaluation runs/b/evaluation --json difference.json
 
@@ -8,8 +9,8 @@ After two runs of `scripts/evaluate.py` on the same evals; needs neither model n
     score         A        B      B - A   95 % interval        A better   B better   equal
     ciou     0.7102   0.7311    +0.0209   +0.0121 .. +0.0293        310        402     517
 
-Answers are scored again; both runs are resampled with the same images. Different items, other templates of the
-questions or another max_images are refused with exit status 2.
+Answers are rescored, and the paired bootstrap resamples the same images of both runs. Runs with different items,
+question templates or max_images are rejected with exit status 2.
 """
 
 import argparse
@@ -36,7 +37,7 @@ SCORE_HEAD = (
 
 @one_message
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the comparison and return 0; where it is refused, write the reason to stderr and return 2."""
+    """Print the comparison and return 0; if the runs are not comparable, write the reason to stderr and return 2."""
     options = _parse(arguments)
     names = _common(options.run_a, options.run_b, options.evals)
     rows = [read_rows(folder) for folder in (options.run_a, options.run_b)]
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _common(first: Path, second: Path, wanted: Sequence[str] | None) -> list[str]:
-    """Return the evals to compare: those asked for, or all that both runs have. Raises: DataError."""
+    """Return the evals to compare: the requested ones, or all that both runs have. Raises: DataError."""
     found = [stored_evals(folder) for folder in (first, second)]
     common = [name for name in found[0] if name in found[1]]
     names = list(wanted) if wanted else common
@@ -80,7 +81,7 @@ def _difference(difference: Difference) -> float:
 
 
 def _line(difference: Difference) -> str:
-    """Return one row of the table; cells of a score that is no sum over items stay empty."""
+    """Return one row of the table; cells that do not apply to a score that is not a sum over items are empty."""
     ends = "" if difference.interval is None else "{:+.4f} .. {:+.4f}".format(*difference.interval)
     counts = (difference.a_better, difference.b_better, difference.equal)
     shown = ["" if count is None else str(count) for count in counts]
@@ -93,11 +94,11 @@ def _line(difference: Difference) -> str:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare two evaluations of the same items.")
     parser.add_argument("run_a", type=Path, help="folder that scripts/evaluate.py wrote: results.jsonl, <eval>/...")
-    parser.add_argument("run_b", type=Path, help="the other one; differences are B - A")
-    parser.add_argument("--evals", nargs="+", help="names of the evals to compare, by default all that both have")
-    parser.add_argument("--json", type=Path, help="write the comparison to this file, too")
+    parser.add_argument("run_b", type=Path, help="folder of the second evaluation; differences are B - A")
+    parser.add_argument("--evals", nargs="+", help="evals to compare (default: all that both have)")
+    parser.add_argument("--json", type=Path, help="also write the comparison to this file")
     parser.add_argument("--resamples", type=int, default=RESAMPLES, help="bootstrap resamples of images")
-    parser.add_argument("--seed", type=int, default=0, help="of the resamples")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
     parser.add_argument("--loader", action="append", default=[], metavar="NAME", help=LOADER_HELP)
     return parser.parse_args(arguments)
 

@@ -1,11 +1,11 @@
-"""Convert a checkpoint into a folder that training and evaluation load, or an export of ours back into the release's.
+"""Convert a checkpoint to a folder that training and evaluation load, or export ours to the layout of the release.
 
     python tools/convert_checkpoint.py --from qwen2 --to runs/qwen2_5_0_5b  Qwen2.5-0.5B
     python tools/convert_checkpoint.py --from release --base Qwen2.5MM-0.5B --to exports/released  iter_139416.pth
     python tools/convert_checkpoint.py --to-release released  runs/mine/exports/step_00090000
 
-SOURCE is a folder of safetensors, one .safetensors / .pth / .pt file, or a DeepSpeed ZeRO folder. No pickle that asks
-for code is read. Every key is accounted for in `conversion.json` of the new folder. See docs/conversion.md.
+SOURCE is a folder of safetensors, one .safetensors / .pth / .pt file, or a DeepSpeed ZeRO folder. Pickles that would
+execute code are rejected. `conversion.json` in the new folder lists every key. See docs/conversion.md.
 """
 
 import argparse
@@ -27,18 +27,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="SOURCE")
-    parser.add_argument("--from", dest="layout", choices=LAYOUT_NAMES, help="whose names the checkpoint has")
+    parser.add_argument("--from", dest="layout", choices=LAYOUT_NAMES, help="layout of the checkpoint")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--to", type=Path, metavar="DIR", help="new folder in our layout")
     target.add_argument("--to-release", type=Path, metavar="DIR", help="new folder in the release's layout")
-    parser.add_argument("--base", type=Path, metavar="DIR", help="config.json and tokenizer; default: SOURCE")
+    parser.add_argument(
+        "--base", type=Path, metavar="DIR", help="folder of config.json and tokenizer (default: SOURCE)"
+    )
     defaults = Chosen()
     for option, kind, of_what in (
-        ("patch_size", int, "pixels, where the checkpoint has no patches"),
-        ("mask_stride", int, "pixels, where it has no mask head"),
-        ("mask_dim", int, "where it has no mask head"),
+        ("patch_size", int, "in pixels, if the checkpoint has no patch embedding"),
+        ("mask_stride", int, "in pixels, if it has no mask head"),
+        ("mask_dim", int, "if it has no mask head"),
         ("max_long_side", int, "pixels"),
-        ("attention", str, "among an image's patches"),
+        ("attention", str, "between patches of an image"),
     ):
         usual = " or ".join(f"{own[option]} ({base})" for base, own in DEFAULT_SIZES.items())
         choices = ATTENTION if option == "attention" else None
@@ -46,14 +48,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(name, type=kind, choices=choices, help=f"{of_what}; default by base: {usual}")
     parser.add_argument("--visual-prompts", type=int, default=defaults.num_visual_prompts, help="0: without")
     parser.add_argument("--vocab-multiple", type=int, default=defaults.vocab_multiple)
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="of everything that is initialised")
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of newly initialized parameters")
     parser.add_argument(
-        "--init", choices=INITS, default=defaults.init, help="how a new mask head is initialized: model.init"
+        "--init", choices=INITS, default=defaults.init, help="initialization of a new mask head, as model.init"
     )
-    parser.add_argument("--shard-gb", type=float, default=SHARD_BYTES / 1e9, help="largest file, 1e9 bytes")
+    parser.add_argument("--shard-gb", type=float, default=SHARD_BYTES / 1e9, help="maximum file size in 1e9 bytes")
     options = parser.parse_args(arguments)
     if options.to is not None and options.layout is None:
-        parser.error("--to needs --from: whose names the checkpoint has")
+        parser.error("--to needs --from, the layout of the checkpoint")
     return options
 
 

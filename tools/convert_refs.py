@@ -1,11 +1,11 @@
-"""Turn refs(*).p into refs(*).jsonl, once, so that no pickle is read from then on.
+"""Convert refs(*).p to refs(*).jsonl once, so that sources no longer read pickles.
 
     python tools/convert_refs.py data/ref_seg
     python tools/convert_refs.py "data/ref_seg/refcocog/refs(umd).p"
 
-Every refs(*).p and grefs(*).p below a folder gets a .jsonl file beside it, which the sources prefer. Its first line
-holds the sha256 of the pickle; if the pickle changes, the sources refuse the pair until this is run again. The pickle
-may be deleted afterwards. Exit status 1 when a file could not be converted, 2 when there was none.
+Writes a .jsonl file next to every refs(*).p and grefs(*).p below a folder; sources prefer it. Its first line is the
+SHA-256 of the pickle. If the pickle changes, sources raise an error until it is converted again. The pickle may be
+deleted afterwards. Exit status 1 if a file could not be converted, 2 if none was found.
 """
 
 import argparse
@@ -26,10 +26,10 @@ def pickles_below(path: Path) -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Convert and say what was done, one line per file; one that fails does not stop the others."""
+    """Convert and print one line per file; a file that fails does not stop the others."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="pickle, or folder with pickles below it")
-    parser.add_argument("--force", action="store_true", help="write again what is up to date")
+    parser.add_argument("--force", action="store_true", help="also rewrite files that are up to date")
     options = parser.parse_args(arguments)
     files = [file for path in options.paths for file in pickles_below(path)]
     if not files:
@@ -46,13 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _convert(file: Path, *, force: bool) -> str:
-    """Return what was done with one file."""
+    """Convert one file and return a message about it."""
     if not force and file.with_suffix(".jsonl").is_file():
         try:
             if is_current(file):
                 return f"{file.with_suffix('.jsonl')}: up to date"
         except DataError as error:
-            tqdm.write(f"{error}; written anew", file=sys.stderr)
+            tqdm.write(f"{error}; rewritten", file=sys.stderr)
     converted, num_refs = convert(file)
     return f"{converted}: {num_refs} refs"
 

@@ -1,16 +1,15 @@
-"""Count what a training step asks of a GPU, without one: kernels, bytes through memory, operations, and the time that
-they cannot take less of.
+"""Compute a lower bound on the GPU time of a training step, without a GPU, from its kernels, memory traffic and FLOPs.
 
     python tools/count_step.py                                            0.5B, six images of 480 x 640 in a sequence
     python tools/count_step.py --size 3b --image 1024 1024 --samples 2
     python tools/count_step.py --checkpointing layers --json runs/count.json
 
-Forward pass, losses and backward pass of one sequence run on torch's device without memory, in bfloat16, with
-`kernels.attention=varlen` as on a GPU. Every operation that would be a kernel is noted with the bytes that it reads and
-writes at least once and, for products and attention, its operations. The bound is the larger of operations / `--rate`
-and bytes / `--bandwidth` plus `--launch` for each kernel, added up: a lower limit that real kernels exceed, good for
-comparing two ways of computing and for seeing where time cannot be saved. It is no measurement. The optimizer and what
-ranks tell each other are not in it. Kernels of torch.compile are not either: it fuses what is counted here.
+Forward pass, losses and backward pass of one packed sequence run on torch's meta device in bfloat16, with
+`kernels.attention=varlen` as on a GPU. Every operation that would launch a kernel is recorded with the bytes that it
+must read and write and, for matrix products and attention, its FLOPs. The bound sums, over kernels, `--launch` plus the
+larger of FLOPs / `--rate` and bytes / `--bandwidth`. Real kernels take longer; use it to compare implementations and to
+see where time cannot be saved. Optimizer and communication are not included, nor are the fused kernels of
+torch.compile.
 """
 
 import argparse
@@ -45,12 +44,12 @@ from pixel_sail.provenance import code_version
 NO_KERNEL = ("detach", "alias", "lift_fresh", "empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view")
 PRODUCTS = ("mm", "addmm", "addmm_", "bmm")
 DATASHEET = 989e12
-"""Dense bfloat16 operations per second of an H100 or H200, of which MFU is a share."""
+"""Dense bfloat16 operations per second of an H100 or H200; MFU is relative to it."""
 
 
 @dataclass(kw_only=True)
 class KernelTotal:
-    """What one kind of kernel adds up to."""
+    """Sums over one kind of kernel."""
 
     kernels: int = 0
     operations: float = 0.0
@@ -59,13 +58,13 @@ class KernelTotal:
 
 
 def traffic(tensor: Tensor) -> int:
-    """Return the bytes that reading or writing a tensor moves; what is repeated by a stride of 0 moves once."""
+    """Return the bytes moved by reading or writing a tensor; dimensions of stride 0 count once."""
     own = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
     return math.prod(own) * tensor.element_size() if tensor.numel() else 0
 
 
 class Counter(TorchDispatchMode):
-    """Add up every operation on the device, by phase and name."""
+    """Sum up every operation on the device, by phase and name."""
 
     def __init__(self, options: argparse.Namespace, attention: dict[bool, float]) -> None:
         super().__init__()
@@ -74,7 +73,7 @@ class Counter(TorchDispatchMode):
         self.rows: dict[str, KernelTotal] = defaultdict(KernelTotal)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and note it."""
+        """Run the operation and record it."""
         result = function(*args, **(kwargs or {}))
         name = function.name().split("::")[1].split(".")[0]
         read, written = ([x for x in tree_leaves(x) if isinstance(x, Tensor)] for x in ((args, kwargs), result))
@@ -91,18 +90,18 @@ class Counter(TorchDispatchMode):
         return result
 
     def operations(self, name: str, args: Sequence[Any], read: Sequence[Tensor]) -> float:
-        """Return the operations of a product or of attention, 0 of anything else."""
+        """Return the FLOPs of a matrix product or attention, 0 for anything else."""
         if name in PRODUCTS:
             left, right = read[-2:]
             return 2.0 * left.numel() * right.shape[-1]
         if name == "_varlen_attn":
             return self.attention[bool(args[7])]
-        # The backward pass makes the scores again: five products where the forward pass has two.
+        # The backward pass recomputes the scores: five products, where the forward pass has two.
         return 2.5 * self.attention[bool(args[10])] if name == "_varlen_attn_backward" else 0.0
 
 
 class StandInNorm(torch.autograd.Function):
-    """Torch's fused norm, which has no kernel for the device without memory: the same tensors in and out."""
+    """Torch's fused norm, which has no kernel for the meta device: the same inputs and outputs."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor) -> Tensor:
@@ -118,13 +117,13 @@ class StandInNorm(torch.autograd.Function):
 
 
 def fused_norm(x: Tensor, shape: Sequence[int], weight_D: Tensor, eps: float) -> Tensor:
-    """Return what `F.rms_norm` would."""
+    """Replace `F.rms_norm`."""
     normed: Tensor = StandInNorm.apply(x, weight_D)
     return normed
 
 
 def counted(options: argparse.Namespace) -> dict[str, Any]:
-    """Return everything that is counted."""
+    """Return all counts."""
     tokenizer = small_tokenizer()
     config = sized_config(options.size, tokenizer, max_long_side=max(options.image))
     with torch.device("meta"):
@@ -169,17 +168,17 @@ def counted(options: argparse.Namespace) -> dict[str, Any]:
 
 @one_message
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Count, print, and write what the command line asks for."""
+    """Count, print the table, and write the requested files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sorted(BENCHMARK_SIZES), default="0.5b")
     parser.add_argument("--image", type=int, nargs=2, default=(480, 640), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--samples", type=int, default=6, help="in the sequence")
-    parser.add_argument("--expressions", type=int, default=5, help="of each image")
+    parser.add_argument("--samples", type=int, default=6, help="samples per packed sequence")
+    parser.add_argument("--expressions", type=int, default=5, help="expressions per image")
     parser.add_argument("--checkpointing", choices=CHECKPOINTING, default="none")
-    parser.add_argument("--rate", type=float, default=700.0, help="TFLOP/s that products reach")
-    parser.add_argument("--bandwidth", type=float, default=4.0, help="TB/s of the memory")
-    parser.add_argument("--launch", type=float, default=3.0, help="microseconds between two kernels")
-    parser.add_argument("--top", type=int, default=20, help="kinds of kernels that are printed")
+    parser.add_argument("--rate", type=float, default=700.0, help="achievable TFLOP/s of matrix products")
+    parser.add_argument("--bandwidth", type=float, default=4.0, help="memory bandwidth in TB/s")
+    parser.add_argument("--launch", type=float, default=3.0, help="microseconds per kernel launch")
+    parser.add_argument("--top", type=int, default=20, help="number of kinds of kernels to print")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     found = counted(options)

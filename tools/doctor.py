@@ -1,13 +1,13 @@
-"""Look at a machine before a run: what would break it, and how to mend it.
+"""Check a machine before a run: report what would break the run, and how to fix it.
 
     python tools/doctor.py                                              the quickstart's configuration
     python tools/doctor.py name=x data=cotrain_0_5b model=sail_0_5b     any overrides of scripts/train.py
-    torchrun --nproc-per-node=8 tools/doctor.py experiment=...          also the ways between the processes
-    python tools/doctor.py --json report.json --captions                Java is needed
+    torchrun --nproc-per-node=8 tools/doctor.py experiment=...          also checks communication
+    python tools/doctor.py --json report.json --captions                also requires Java
 
-Versions, GPUs, disk, shared memory, open files, Java, the paths of the data, a matrix product and an all-reduce whose
-results are verified; the last two take a few seconds. Exit status: 0 nothing is bad, 1 something is, 2 the command line
-is wrong. Start it as the run will be started, on the same nodes.
+Checks versions, GPUs, disk, shared memory, open files, Java, data paths, and the results of a matrix product and an
+all-reduce; the last two take a few seconds. Exit status: 0 if nothing is bad, 1 if something is, 2 for a wrong command
+line. Start it with the launcher and on the nodes of the run.
 """
 
 import argparse
@@ -52,12 +52,12 @@ PROBE_BYTES = 64 * 2**20
 REDUCE_ELEMENTS = 16 * 2**20
 MATMUL_SIZE = 1024
 SECONDS = 4.0
-"""How long the product and the sum are each repeated at most."""
+"""Longest time for which the matrix product and the all-reduce are each repeated."""
 GROUP_TIMEOUT = timedelta(seconds=60)
 
 
 def installed_versions() -> dict[str, str | None]:
-    """Return the versions that matter, None for what is not installed."""
+    """Return the relevant versions, None for a package that is not installed."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in CHECKED_PACKAGES:
         try:
@@ -71,7 +71,7 @@ def installed_versions() -> dict[str, str | None]:
 
 
 def driver_gpus() -> int:
-    """Return how many GPUs the driver shows, 0 without a driver."""
+    """Return the number of GPUs that the driver reports, 0 without a driver."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return 0
@@ -80,7 +80,7 @@ def driver_gpus() -> int:
 
 
 def gpu_finding() -> Check:
-    """Return what is to be said about the GPUs of this node."""
+    """Return the findings about the GPUs of this node."""
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     weak = [name for i, name in enumerate(names) if torch.cuda.get_device_capability(i) < (8, 0)]
     return checks.check_gpus(
@@ -93,13 +93,13 @@ def gpu_finding() -> Check:
 
 
 def existing_parent(folder: Path) -> Path:
-    """Return the folder, or the nearest one above it that exists."""
+    """Return the folder or its nearest existing parent."""
     folder = folder.absolute()
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
 def disk_finding(config: TrainConfig) -> Check:
-    """Write a file where the run folder will be, and compare the space with what the run needs."""
+    """Write a file to the future run folder, and compare the free space with the needs of the run."""
     folder = existing_parent(Path(config.run_dir))
     probe = folder / f".doctor_{os.getpid()}"
     block = os.urandom(2**20)
@@ -112,7 +112,7 @@ def disk_finding(config: TrainConfig) -> Check:
             os.fsync(file.fileno())
         seconds = time.perf_counter() - began
     except OSError as error:
-        fix = "choose a run_dir that can be written to, on every node the same"
+        fix = "set run_dir to a writable folder that is the same on every node"
         return Check(name="disk", status=checks.BAD, found=f"{folder}: cannot be written to ({error})", fix=fix)
     finally:
         probe.unlink(missing_ok=True)
@@ -127,7 +127,7 @@ def disk_finding(config: TrainConfig) -> Check:
 
 
 def shared_memory_finding(config: TrainConfig) -> Check:
-    """Compare /dev/shm with what the loader's workers of this node put there."""
+    """Compare /dev/shm with the needs of the loader workers of this node."""
     needed = checks.shared_memory_needed(
         seq_len=config.data.packing.seq_len,
         sequences=config.data.micro_batch_size,
@@ -139,7 +139,7 @@ def shared_memory_finding(config: TrainConfig) -> Check:
 
 
 def data_findings(config: TrainConfig) -> list[Check]:
-    """Return for every source and eval of the configuration, and for the tokenizer, whether its paths are there."""
+    """Return for every configured source and eval, and for the tokenizer, whether its paths exist."""
     findings = []
     for name, node in [*config.data.sources.items(), *((f"eval {n}", node) for n, node in config.evals.items())]:
         paths = node_paths(node)
@@ -175,7 +175,7 @@ def matmul_finding(device: torch.device) -> Check:
 
 
 def all_reduce_finding(device: torch.device) -> Check:
-    """Sum a tensor over all ranks for a few seconds; every element of every result is checked."""
+    """All-reduce a tensor for a few seconds and check every element of every result."""
     world, rank = dist.world_size(), dist.rank()
     if world == 1:
         return checks.check_all_reduce(world_size=1, wrong_ranks=(), seconds=1.0, num_bytes=0, backend="none")
@@ -201,7 +201,7 @@ def all_reduce_finding(device: torch.device) -> Check:
 
 
 def examine(config: TrainConfig, *, needs_captions: bool) -> list[Check]:
-    """Return all findings, those of other ranks too where they are not ok."""
+    """Return all findings of this rank, and those of other ranks that are not ok."""
     versions = installed_versions()
     java_home = os.environ.get("JAVA_HOME")
     java = str(Path(java_home) / "bin" / "java") if java_home else shutil.which("java")
@@ -231,10 +231,10 @@ def _of_rank(rank: int, finding: Check) -> Check:
 
 @one_message
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Examine, print and return the exit status."""
+    """Run the checks, print them and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings to this file too")
-    parser.add_argument("--captions", action="store_true", help="captions will be scored, so Java is needed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings to this file")
+    parser.add_argument("--captions", action="store_true", help="require Java, which scores captions")
     options, overrides = parser.parse_known_args(arguments)
     if not any(override.startswith(("name=", "experiment=")) for override in overrides):
         overrides = ["name=doctor", *overrides] if overrides else ["experiment=quickstart"]
@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=GROUP_TIMEOUT)
     findings = examine(config, needs_captions=options.captions)
     worst = checks.worst_status(findings)
-    # All ranks end alike: a launcher shows only the first that fails.
+    # All ranks exit with the same status: a launcher shows only the first failure.
     statuses = dist.gather_objects(worst)
     if dist.rank() == 0:
         print(checks.checks_text(findings))

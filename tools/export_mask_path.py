@@ -1,14 +1,14 @@
-"""Write the way from hidden states to mask logits as a program without Python, for other runtimes.
+"""Export the computation from hidden states to mask logits as a program for runtimes without Python.
 
-Behind training. Of a model it takes what follows the decoder: states of an image's patches [h, w, D] and of [SEG]
-tokens [N, D] become mask logits [N, h * s, w * s], for any number of patches and masks. The decoder is not part of it:
-its cache grows token by token, in Python.
+Exports the part of a trained model after the decoder: it maps states of an image's patches [h, w, D] and of [SEG]
+tokens [N, D] to mask logits [N, h * s, w * s], for any number of patches and masks. The decoder is not included: its
+cache grows token by token, in Python.
 
     python tools/export_mask_path.py runs/mine --out mask_path.pt2                            torch.export
     python tools/export_mask_path.py runs/mine --out mask_path.pt2 --onnx mask_path.onnx      and ONNX
 
-What was written is read again and compared with the model on other sizes than it was made with. ONNX needs the packages
-onnx, onnxscript and onnxruntime, which `make setup` does not install.
+The written program is loaded and compared with the model at sizes other than those of the export. ONNX needs the
+packages onnx, onnxscript and onnxruntime, which `make setup` does not install.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from pixel_sail.model.mask_head import MaskHead, mask_logits
 from pixel_sail.model.modeling_pixel_sail import load_model
 
 LARGEST_SIDE = 256
-"""Most patches along a side, and most masks."""
+"""Maximum number of patches per side, and of masks."""
 MADE_WITH = (6, 9, 3)
 COMPARED_SIZES = ((1, 1, 1), (2, 3, 1), (30, 40, 5), (64, 48, 2))
-"""Rows, columns and masks that the written program is tried with."""
+"""Rows, columns and masks at which the written program is compared."""
 TOLERANCE = 1e-3
-"""Largest difference of a logit; 0 for torch.export, that of another order of summation for ONNX."""
+"""Largest allowed difference of a logit: 0 for torch.export; ONNX sums in another order."""
 
 
 class MaskPath(nn.Module):
@@ -46,13 +46,13 @@ class MaskPath(nn.Module):
 
 
 def random_states(size: tuple[int, int, int], width: int) -> tuple[Tensor, Tensor]:
-    """Return states of so many rows and columns of patches, and of so many [SEG]."""
+    """Return states for numbers of patch rows, patch columns and [SEG] tokens."""
     return torch.randn(*size[:2], width), torch.randn(size[2], width)
 
 
 @torch.no_grad()
 def largest_difference(program: Callable[[Tensor, Tensor], Tensor], path: MaskPath, width: int) -> float:
-    """Return how far a written program is from the model, over all sizes."""
+    """Return the largest difference between a written program and the model, over all sizes."""
     found = []
     for size in COMPARED_SIZES:
         states, seg_states = random_states(size, width)
@@ -62,7 +62,7 @@ def largest_difference(program: Callable[[Tensor, Tensor], Tensor], path: MaskPa
 
 @one_message
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write and compare; exit status 1 for a program that differs, 2 for wrong input."""
+    """Export and compare; exit status 1 if the program differs, 2 for wrong input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a run folder or an exported folder")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.pt2")

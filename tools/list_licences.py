@@ -1,15 +1,15 @@
-"""List the licences of the pinned packages, as their own metadata states them.
+"""List the licences of the pinned packages, as stated in their metadata.
 
-Beside everything; run after a change of requirements/, in the environment that `make setup` made. It rewrites the table
-of docs/licences.md, a row of which is
+Run it after a change of requirements/, in the environment created by `make setup`. It rewrites the table of
+docs/licences.md. One row:
 
     | torch | 2.13.0 | BSD-3-Clause | cpu |
 
-Packages that are pinned but not installed here (those of another platform or of the documentation) keep the row that
-the page already has, and are named.
+Packages that are pinned but not installed (those of another platform or of the documentation) keep their row, and are
+printed.
 
     python tools/list_licences.py            # rewrites docs/licences.md
-    python tools/list_licences.py --check    # exit status 1 where a pinned package has no row
+    python tools/list_licences.py --check    # exit status 1 if a pinned package has no row
 """
 
 import argparse
@@ -26,7 +26,7 @@ from pixel_sail.files import replace_text
 ROOT = Path(__file__).resolve().parent.parent
 LICENCES_PAGE = ROOT / "docs" / "licences.md"
 FILES = ("cpu", "captions", "cuda", "dev", "docs")
-"""Requirement files without the ending, in the order in which a package is attributed to one."""
+"""Requirement files without suffix. A package is attributed to the first that pins it."""
 TABLE_HEAD = "| package | version | licence | pinned in requirements/ |\n|---|---|---|---|\n"
 NOT_STATED = "not stated"
 NOT_READ = "not read here"
@@ -39,7 +39,7 @@ class Package:
     name: str
     version: str
     file: str
-    """Requirement file without its ending."""
+    """Requirement file without suffix."""
 
 
 def pinned() -> list[Package]:
@@ -59,7 +59,7 @@ def normal(name: str) -> str:
 
 
 def licence(name: str) -> str | None:
-    """Return what an installed package states of its licence on one short line, None where it is not installed."""
+    """Return the licence of an installed package on one short line, None if it is not installed."""
     try:
         fields = metadata.metadata(name).json
     except metadata.PackageNotFoundError:
@@ -68,14 +68,14 @@ def licence(name: str) -> str | None:
     kinds = [entry for entry in fields.get("classifier", []) if entry.startswith("License :: ")]
     classifiers = [entry.rpartition(" :: ")[2] for entry in kinds]
     named = [entry for entry in classifiers if entry != "OSI Approved"]
-    # Some put the whole text of the licence into the field; its first line is the name.
+    # Some packages put the full text of the licence into the field; its first line is the name.
     text = str(fields.get("license", "")).strip().split("\n")[0]
     stated = expression or ", ".join(named) or (text if len(text) < 80 else "")
     return stated.replace("|", "/") or NOT_STATED
 
 
 def rows_of(page: Path) -> dict[str, str]:
-    """Return the licence of every package that the page has a row of."""
+    """Return the licence of every package in the table of the page."""
     if not page.exists():
         return {}
     rows = re.findall(r"^\| ([\w.-]+) \| (\S+) \| ([^|]*) \| \w+ \|$", page.read_text(), re.MULTILINE)
@@ -83,7 +83,7 @@ def rows_of(page: Path) -> dict[str, str]:
 
 
 def table(packages: Sequence[Package], known: dict[str, str]) -> str:
-    """Return the table; packages that are not installed take the row that is known of the same version."""
+    """Return the table; packages that are not installed keep the known row of the same version."""
     lines = []
     for package in packages:
         stated = licence(package.name) or known.get(f"{normal(package.name)}=={package.version}", NOT_READ)
@@ -96,14 +96,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Rewrite the page, or check it; return the exit status."""
     parser = argparse.ArgumentParser(description="List the licences of the pinned packages.")
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; status 1 where a pinned package is missing"
+        "--check", action="store_true", help="write nothing; exit status 1 if a pinned package is missing"
     )
     options = parser.parse_args(arguments)
     packages, known = pinned(), rows_of(LICENCES_PAGE)
     missing = [p.name for p in packages if f"{normal(p.name)}=={p.version}" not in known]
     if options.check:
         if missing:
-            print(f"{LICENCES_PAGE}: no row of {missing}; run python tools/list_licences.py", file=sys.stderr)
+            print(f"{LICENCES_PAGE}: found no row for {missing}; run python tools/list_licences.py", file=sys.stderr)
         return 1 if missing else 0
     before = LICENCES_PAGE.read_text().partition(TABLE_HEAD)[0]
     replace_text(LICENCES_PAGE, before + table(packages, known))

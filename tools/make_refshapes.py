@@ -1,6 +1,6 @@
-"""Render the RefShapes benchmark: images and annotations in every on-disk format the project reads.
+"""Render the RefShapes benchmark: images, and annotations in every file format the project reads.
 
-Run once before training on RefShapes; `pixel_sail.refshapes` does the work. Example:
+Run once before training on RefShapes; see `pixel_sail.refshapes`. Example:
 
     python tools/make_refshapes.py --out data/refshapes --seed 0 --train 12000 --eval 150 --workers 2
 """
@@ -19,7 +19,7 @@ from pixel_sail.refshapes import RefShapesSpec, write_refshapes
 def main() -> int:
     """Read the command line, render the dataset, and return the exit status."""
     parser = argparse.ArgumentParser(description="Render the RefShapes benchmark.")
-    parser.add_argument("--out", type=Path, default=Path("data/refshapes"), help="folder to write")
+    parser.add_argument("--out", type=Path, default=Path("data/refshapes"), help="output folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train", type=int, default=RefShapesSpec.num_train, help="number of training images")
     parser.add_argument("--eval", type=int, default=RefShapesSpec.num_eval, help="number of images in each other split")
@@ -28,7 +28,7 @@ def main() -> int:
     spec = RefShapesSpec(seed=options.seed, num_train=options.train, num_eval=options.eval)
     with tqdm(total=len(spec.jobs()), unit="image") as bar:
         is_new = write_refshapes(options.out, spec, num_workers=options.workers, on_image=bar.update)
-    print(f"{options.out}: {'written' if is_new else 'already holds exactly this dataset, reused'}")
+    print(f"{options.out}: {'written' if is_new else 'already contains exactly this dataset, reused'}")
     return 0
 
 

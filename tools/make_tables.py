@@ -1,12 +1,12 @@
-"""Print the paper's Tables 1-4 beside runs of ours, and the tables of sweeps, as Markdown.
+"""Print Tables 1-4 of the paper with rows of our runs, or tables of a sweep, as Markdown.
 
     python tools/make_tables.py mine=runs/a other=runs/b/evaluation --vqa mine=runs/a/vqa/x_results.json
     python tools/make_tables.py --sweep runs/sweeps/refshapes_ladder --baseline ladder_1_baseline --plot ladder.png
 
-A run is a folder with the results.jsonl of scripts/evaluate.py, or a run folder with such an `evaluation`. Without any
-run the paper's rows are printed alone. `--sweep` takes the folder of tools/sweep.py: mean and spread over seeds, and
-differences to the group that `--baseline` names (by default the first), with intervals from a paired bootstrap over
-images. `--plot` plots the scores of every job over the groups.
+A run is a folder with the results.jsonl of scripts/evaluate.py, or a run folder with such a folder `evaluation`.
+Without runs, only the paper's rows are printed. `--sweep` takes the folder of tools/sweep.py and prints mean and spread
+over seeds, and differences to the group `--baseline` (default: the first) with paired bootstrap intervals over images.
+`--plot` plots the scores of every job by group.
 """
 
 import argparse
@@ -48,16 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="NAME=FOLDER")
-    parser.add_argument("--vqa", action="append", default=[], metavar="NAME=FILE", help="results of lmms-eval of a run")
+    parser.add_argument("--vqa", action="append", default=[], metavar="NAME=FILE", help="lmms-eval results of a run")
     parser.add_argument("--protocols", nargs="+", choices=tuple(SCORE_PREFIXES), default=list(SCORE_PREFIXES))
     parser.add_argument("--sweep", type=Path, metavar="FOLDER")
     parser.add_argument(
         "--baseline",
         metavar="TEXT",
-        help="the group that others are compared with: its name, a value, or a part of these",
+        help="reference group of the differences: its name, a value, or a substring of these",
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="image of a sweep's scores")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the tables to this file too")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot of the sweep's scores")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the tables to this file")
     parser.add_argument("--loader", action="append", default=[], metavar="NAME", help=LOADER_HELP)
     return parser.parse_args(arguments)
 
@@ -69,14 +69,14 @@ def read_runs(runs: Sequence[str], vqa: Sequence[str]) -> dict[str, dict[str, Sc
         for argument in arguments:
             name, separator, path = argument.partition("=")
             if not separator or not name or not path:
-                raise ConfigError(f"found {argument!r}, expected NAME=PATH, such as mine=runs/mine")
+                raise ConfigError(f"found {argument!r}, expected NAME=PATH, for example mine=runs/mine")
             found.setdefault(name, {}).update(read(Path(path)))
     return found
 
 
 def _baseline(groups: Sequence[SeedGroup], text: str | None) -> SeedGroup:
-    """Return the group that others are compared with: the one of that name, else with that value, else whose name
-    contains the text. Raises: ConfigError unless it is exactly one.
+    """Return the reference group: the group with that name, else with that value, else whose name contains the
+    text. Raises: ConfigError unless it is exactly one.
 
     For example "a" is `x=a` of the groups `x=a` and `x=ab`, "b" is `x=ab`.
     """
@@ -101,7 +101,7 @@ def _settings(group: SeedGroup) -> list[str]:
 
 
 def panels(groups: Sequence[SeedGroup]) -> list[Panel]:
-    """Return one panel per eval and score: a curve for every seed over the groups, which are numbered from 1."""
+    """Return one panel per eval and score: one curve per seed over the groups, numbered from 1."""
     results = [group.results() for group in groups]
     names = dict.fromkeys(
         (name, score)

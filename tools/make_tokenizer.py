@@ -1,10 +1,9 @@
-"""Train a small byte-level BPE tokenizer on the expressions of a referring dataset, for models that start from nothing.
+"""Train a small byte-level BPE tokenizer on the expressions of a referring dataset, for models trained from scratch.
 
     python tools/make_tokenizer.py --refer-root data/refshapes --dataset refshapes --split train --vocab-size 1024 \
         --out data/refshapes/tokenizer
 
-Real models take the tokenizer of their base checkpoint instead. Any text can be encoded: unseen words fall back to
-bytes.
+Models with a base checkpoint use its tokenizer instead. Any text can be encoded: unseen words fall back to bytes.
 """
 
 import argparse
@@ -31,7 +30,7 @@ from pixel_sail.types import DataError
 
 
 def texts(root: Path, dataset: str, split: str) -> Iterator[str]:
-    """Yield what a model will read and write: every expression in a question, and the answers."""
+    """Yield the training texts: every expression in a question, and the answers."""
     for index, item in enumerate(expressions(load_refer(root, dataset, split))):
         varied = REFER_QUESTIONS[index % len(REFER_QUESTIONS)].format(expression=item.text)
         yield from (turn(varied, REFER_ANSWERS[index % len(REFER_ANSWERS)]), turn(varied, NO_TARGET_ANSWER))
@@ -40,13 +39,13 @@ def texts(root: Path, dataset: str, split: str) -> Iterator[str]:
 
 
 def turn(question: str, answer: str) -> str:
-    """Return a turn as the processor lays it out, without the special tokens, which are never merged."""
+    """Return a turn in the processor's layout, without the special tokens, which are never merged."""
     return QUESTION_TEMPLATE.format(question=question).replace(TURN_START, "").replace(TURN_END, "") + answer
 
 
 @one_message
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the tokenizer folder, complete or not at all."""
+    """Write the tokenizer folder atomically."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--refer-root", type=Path, required=True)
     parser.add_argument("--dataset", required=True)
@@ -58,7 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO)
     recover_folder(options.out)
     if options.out.exists() and not (options.out / "tokenizer.json").is_file():
-        raise DataError(f"--out {options.out}: found something that is no tokenizer, expected none, or one to replace")
+        raise DataError(
+            f"--out {options.out}: found files that are not a tokenizer, expected a new folder or a tokenizer to "
+            "replace; set --out to another folder"
+        )
     tokenizer = train_tokenizer(
         texts(options.refer_root, options.dataset, options.split),
         vocab_size=options.vocab_size,

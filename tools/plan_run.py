@@ -1,4 +1,4 @@
-"""Say what a run will cost before it starts: parameters, operations, hours, memory per GPU, disk.
+"""Estimate the cost of a run before it starts: parameters, FLOPs, hours, memory per GPU, disk.
 
     python tools/plan_run.py experiment=quickstart gpu=cpu gpus=2
     python tools/plan_run.py name=x model=sail_3b data=cotrain_3b optim.steps=20000 optim.precision=bf16 gpus=32
@@ -6,15 +6,14 @@
     python tools/plan_run.py ... mfu=0.45 gpu=h200 peak_tflops=989 --json plan.json
 
 Overrides are those of scripts/train.py; `gpu` (h100, h200, a100, 4090, cpu), `gpus`, `mfu` and `peak_tflops`
-describe the machine. Where the files of the configured data are there, `sequences=N` sequences (16) say what a step
-costs, and the lengths of up to 4,096 samples how many of them a sequence holds. `sequences=0`, or files that are
-missing, mean stated assumptions: samples with images of COCO's sizes (`text_tokens=`, `supervised_fraction=`,
-`masks_per_image=`, `images_with_masks=`), packed as the run packs them, and `data.planned_samples` of them in an epoch.
-Nothing is trained and no GPU is used.
+describe the machine. If the files of the configured data exist, the cost of a step is estimated from `sequences=N`
+packed sequences (16), and samples per sequence from the lengths of up to 4,096 samples. With `sequences=0` or missing
+files, samples are assumed: images of COCO's sizes, `text_tokens=`, `supervised_fraction=`, `masks_per_image=`,
+`images_with_masks=`, packed as in the run, and `data.planned_samples` per epoch. Nothing is trained and no GPU is used.
 
-The model's own operations at the given MFU make the time: whatever is computed twice or by teachers is added at the
-same rate; loading data, validation and checkpoints are not. Frozen parameters save gradients and moments in the table,
-but their backward pass is counted as that of others. tests/test_plan_run.py holds the formulas against tiny runs.
+Time is the model's FLOPs at the given MFU, plus recomputation and teachers at the same rate. Data loading, validation
+and checkpoints are not included. Frozen parameters reduce the memory of gradients and moments, but their backward pass
+is counted in full. tests/test_plan_run.py compares the formulas with tiny runs.
 """
 
 import argparse
@@ -59,7 +58,7 @@ WHOLE_NUMBERS = ("text_tokens", "masks_per_image")
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[Machine, Assumptions, int, list[str]]:
-    """Return the machine, the assumptions, how many sequences to look at, and the overrides. Raises: ConfigError."""
+    """Return the machine, the assumptions, the number of sequences to read, and the overrides. Raises: ConfigError."""
     machine: dict[str, Any] = {}
     assumptions: dict[str, Any] = {}
     sequences, overrides = DEFAULT_SEQUENCES, []
@@ -84,7 +83,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[Machine, Assumptions, int
 
 
 def measure(config: TrainConfig, num_sequences: int, *, gpus: int) -> tuple[list[Workload], Length]:
-    """Return the micro-batches made of the first sequences of the data, and the length of the run over it.
+    """Return the micro-batches of the first sequences of the data, and the length of the run.
 
     Raises: DataError when files are missing.
     """
@@ -116,9 +115,9 @@ def measure(config: TrainConfig, num_sequences: int, *, gpus: int) -> tuple[list
 
 
 def assume(config: TrainConfig, assumptions: Assumptions, *, gpus: int) -> tuple[list[Workload], Length]:
-    """Return micro-batches of assumed samples, and the length of the run over as many as are planned for an epoch.
+    """Return micro-batches of assumed samples, and the length of the run for the planned samples per epoch.
 
-    Raises: ConfigError where the length depends on a number of samples that nothing states.
+    Raises: ConfigError if the length depends on a number of samples that is not configured.
     """
     data = config.data
     rows = data.micro_batch_size
@@ -127,7 +126,7 @@ def assume(config: TrainConfig, assumptions: Assumptions, *, gpus: int) -> tuple
 
 
 def training_parts(config: TrainConfig) -> TrainingParts:
-    """Return what is trained, counted on a model without memory; the vocabulary must be filled in."""
+    """Return the parameter counts of a model on the meta device; the vocabulary size must be set."""
     with torch.device("meta"):
         model = PixelSailForSegmentation(PixelSailConfig.from_architecture(config.model.architecture))
     add_training_parts(model, config.model.lora, seed=config.seed, teachers=config.distillation)
@@ -145,7 +144,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the plan; wrong input ends with one message and exit status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan to this file too, - prints it only")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the plan to this file; - prints only JSON"
+    )
     options, rest = parser.parse_known_args(arguments)
     machine, assumptions, sequences, overrides = split_arguments(rest)
     config = load_config("train", TrainConfig, overrides)
@@ -156,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             measured = measure(config, sequences, gpus=machine.gpus)
         except DataError as error:
-            logger.warning("the data cannot be looked at, so its contents are assumed: %s", error)
+            logger.warning("the data cannot be read, so its contents are assumed: %s", error)
     works, length = measured or assume(config, assumptions, gpus=machine.gpus)
     plan = make_plan(
         config,

@@ -1,12 +1,12 @@
-"""Plot what training runs logged: losses, losses by source, learning rate, gradient norm, speed, validation scores.
+"""Plot the logs of training runs: losses, losses by source, learning rate, gradient norm, speed, validation scores.
 
     python tools/plot_run.py runs/quickstart                            -> runs/quickstart/curves.png
-    python tools/plot_run.py runs/a runs/b --out compare.png            one colour per run
+    python tools/plot_run.py runs/a runs/b --out compare.png            one color per run
     python tools/plot_run.py runs/a --keys loss/total,refshapes/bce,*/dice --smooth 9
 
-Reads `log.jsonl` only, also of a run that is going on. `--keys` takes names as they stand in the log; a pattern such as
-`*/bce` makes one panel with a curve for every source or eval. A number that a run did not log is left out of its panel.
-Losses, gradient norm and padding of a line are those of its step, the ones by source means since the line before.
+Reads only `log.jsonl`, also of a running run. `--keys` takes names from the log; a pattern, for example `*/bce`, makes
+one panel with a curve for every source or eval. Runs that did not log a metric have no curve in its panel. Losses,
+gradient norm and padding in a line are those of its step; losses by source are means since the previous line.
 """
 
 import argparse
@@ -30,7 +30,7 @@ DEFAULT_KEYS = (
     *("*/text", "*/bce", "*/dice", "*/distill/*", "optim/lr", "optim/grad_norm"),
     *("perf/tokens_per_s", "time/data_s", "perf/mfu", "perf/memory_gb", "*/ciou", "*/giou"),
 )
-"""Plotted where a run has them."""
+"""Plotted by default, if logged."""
 
 TITLES = {
     "total": "total loss",
@@ -46,30 +46,30 @@ TITLES = {
     "ciou": "validation cIoU",
     "giou": "validation gIoU",
 }
-"""Of numbers whose name says too little, by its last part."""
+"""Axis labels of metrics, by the last part of the name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedRun:
-    """The numbers of one run."""
+    """The metrics of one run."""
 
     label: str
     series: dict[str, dict[int, float]]
     """Name -> step -> value, in the order of the log."""
     scores: frozenset[str]
-    """Names that stand in lines of validations."""
+    """Names of metrics in validation lines."""
 
 
 def read_run(path: Path, label: str) -> LoggedRun:
-    """Return the numbers of a run folder or a log file.
+    """Return the metrics of a run folder or a log file.
 
-    An unfinished last line is left out. Where steps begin again at an earlier one the run was continued there, and what
-    the session before had logged from that step on is dropped.
-    Raises: DataError, naming file and line.
+    An unfinished last line is skipped. If a line has a step smaller than the previous one, the run was resumed there,
+    and what the previous session logged from that step on is dropped.
+    Raises: DataError, with file and line.
     """
     file = path / LOG_FILE if path.is_dir() else path
     if not file.is_file():
-        raise DataError(f"{file}: no such file; expected a run folder with {LOG_FILE} in it, or such a file")
+        raise DataError(f"{file}: no such file; expected a run folder that contains {LOG_FILE}, or such a file")
     records: list[dict[str, float]] = []
     lines = whole_lines(file.read_bytes()).decode(errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
@@ -91,7 +91,7 @@ def read_run(path: Path, label: str) -> LoggedRun:
 
 
 def parse_line(line: str, where: str) -> dict[str, float]:
-    """Return the numbers of a line. Raises: DataError."""
+    """Return the metrics of a line. Raises: DataError."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -101,7 +101,7 @@ def parse_line(line: str, where: str) -> dict[str, float]:
     if not isinstance(record, dict) or not isinstance(record.get("step"), int):
         raise DataError(f"{where}: found {line.strip()[:80]}, expected an object with a whole number under 'step'")
     record = current_log_line(record)
-    # Words about numbers that left their bound, see training/metric_bounds.py.
+    # Messages about metrics outside their bounds, see training/metric_bounds.py.
     record.pop("metric_bounds", None)
     for name, value in record.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -110,15 +110,15 @@ def parse_line(line: str, where: str) -> dict[str, float]:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Return the source or eval of a key ("" for none) and what is left of it: refshapes/bce -> refshapes, bce."""
+    """Split a key into source or eval ("" for none) and the rest: refshapes/bce -> refshapes, bce."""
     group, _, rest = name.partition("/")
     return ("", name) if not rest or group in LOG_GROUPS else (group, rest)
 
 
 def make_panels(runs: Sequence[LoggedRun], keys: Sequence[str], *, smooth: int, must_exist: bool) -> list[Panel]:
-    """Return one panel for each key, and for each number that a pattern stands for.
+    """Return one panel for each key, and for each metric that a pattern matches.
 
-    Raises: DataError for a key that no run has, unless such keys are to be left out.
+    Raises: DataError for a key that no run has, unless such keys are to be skipped.
     """
     known = list(dict.fromkeys(name for run in runs for name in run.series))
     panels = []
@@ -128,7 +128,7 @@ def make_panels(runs: Sequence[LoggedRun], keys: Sequence[str], *, smooth: int, 
             raise DataError(f"--keys: no run logged {key!r}, expected some of {', '.join(known)}, or a pattern")
         grouped: dict[str, list[str]] = {}
         for name in names:
-            # Sources of one run share a panel; of several runs only as long as there is a colour for each curve.
+            # Sources of one run share a panel; those of several runs only if there is a color for each curve.
             is_shared = "*" in key and (len(runs) == 1 or len(names) * len(runs) <= len(COLORS))
             grouped.setdefault(split_name(name)[1] if is_shared else name, []).append(name)
         panels += [make_panel(runs, members, smooth=smooth) for members in grouped.values()]
@@ -136,23 +136,23 @@ def make_panels(runs: Sequence[LoggedRun], keys: Sequence[str], *, smooth: int, 
 
 
 def fits(name: str, pattern: str) -> bool:
-    """Return whether a name is one that a pattern stands for; a star stands for one part of the name, and as the first
-    one for a source or an eval."""
+    """Return whether a pattern matches a name. A star matches one part of the name; as the first part, a source or an
+    eval."""
     parts, wanted = name.split("/"), pattern.split("/")
     is_source = parts[0] not in LOG_GROUPS or wanted[0] == parts[0]
     return is_source and len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
 
 
 def make_panel(runs: Sequence[LoggedRun], names: Sequence[str], *, smooth: int) -> Panel:
-    """Return a panel of one number: a colour for each run, or for each source or eval where there are several, and
-    then a pattern of dashes for each run."""
+    """Return a panel of one metric: a color for each run, or, with several sources or evals, a color for each of these
+    and a dash pattern for each run."""
     curves = []
     is_split = len(names) > 1
     for index, run in enumerate(runs):
         for name in names:
             points = run.series.get(name, {})
             order = color_order(runs, name).index(split_name(name)[0]) if is_split else index
-            # More of them than colours: the next round of colours is dashed.
+            # More curves than colors: colors repeat with dashes.
             pattern = index if is_split and len(runs) > 1 else order // len(COLORS)
             parts = [*([split_name(name)[0]] if is_split else []), *([run.label] if len(runs) > 1 else [])]
             if points:
@@ -176,14 +176,14 @@ def make_panel(runs: Sequence[LoggedRun], names: Sequence[str], *, smooth: int) 
 
 
 def color_order(runs: Sequence[LoggedRun], name: str) -> list[str]:
-    """Return all sources, or all evals where `name` is a score: one has the same colour in every panel."""
+    """Return all sources, or all evals if `name` is a score, so that each has the same color in every panel."""
     is_score = any(name in run.scores for run in runs)
     names = dict.fromkeys(other for run in runs for other in run.series if is_score == (other in run.scores))
     return list(dict.fromkeys(group for group, _ in map(split_name, names) if group))
 
 
 def labels_of(paths: Sequence[Path]) -> list[str]:
-    """Return the folder names of runs, or whole paths where names are equal."""
+    """Return the folder names of runs, or full paths if names repeat."""
     folders = [path.parent if path.is_file() else path for path in paths]
     names = [folder.resolve().name for folder in folders]
     return [str(path) if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]
@@ -194,17 +194,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Plot; wrong input ends with one message and exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=f"run folder or {LOG_FILE}")
-    parser.add_argument("--keys", help="names of numbers, separated by commas (default: all the usual ones)")
-    parser.add_argument("--smooth", type=int, default=1, metavar="N", help="running mean over N log lines, odd")
-    parser.add_argument("--out", type=Path, metavar="PNG", help="default: curves.png in the folder of the first run")
+    parser.add_argument("--keys", help="names of metrics, separated by commas (default: the usual ones)")
+    parser.add_argument("--smooth", type=int, default=1, metavar="N", help="running mean over N log lines; N is odd")
+    parser.add_argument(
+        "--out", type=Path, metavar="PNG", help="output file (default: curves.png in the folder of the first run)"
+    )
     options = parser.parse_args(arguments)
     if options.smooth < 1 or options.smooth % 2 == 0:
-        raise DataError(f"--smooth is {options.smooth}, expected 1, 3, 5, ...: as many lines before as after")
+        raise DataError(
+            f"--smooth is {options.smooth}, expected an odd number, as the mean is centered; use 1, 3, 5, ..."
+        )
     runs = [read_run(path, label) for path, label in zip(options.runs, labels_of(options.runs), strict=True)]
     keys = list(current_log_line(dict.fromkeys(options.keys.split(",")))) if options.keys else DEFAULT_KEYS
     panels = make_panels(runs, keys, smooth=options.smooth, must_exist=options.keys is not None)
     if not panels:
-        raise DataError(f"{options.runs[0]}: found none of {', '.join(DEFAULT_KEYS)}; name others with --keys")
+        raise DataError(
+            f"{options.runs[0]}: found none of {', '.join(DEFAULT_KEYS)}; set --keys to metrics that it logged"
+        )
     title = " / ".join(run.label for run in runs) + (f", mean of {options.smooth} lines" if options.smooth > 1 else "")
     first = options.runs[0]
     out = options.out or (first if first.is_dir() else first.parent) / "curves.png"

@@ -1,12 +1,11 @@
-"""Run the four stages of docs/stages.md one after another with a tiny model on RefShapes, and show what each learned.
+"""Run the four training stages of docs/stages.md in order with a tiny model on RefShapes, and print held-out losses.
 
     python tools/rehearse_stages.py --out runs/rehearsal --steps 60
 
-Each stage starts from the export of the one before. Its figures are losses of its own kind on data that it does not
-train on, before and after: nats per supervised token for captions and chat, the same and BCE and dice of the masks for
-the mix, BCE and dice for referring segmentation. RefShapes has no captions of whole images: they are put together from
-what its Osprey file says about each region. Needs what `make quickstart` renders. Ends with status 1 when a stage did
-not improve each of its figures.
+Each stage starts from the export of the previous one. Losses on held-out data are printed before and after each stage:
+nats per supervised token for captions and chat; these, BCE and dice for the mix; BCE and dice for referring
+segmentation. RefShapes has no image captions, so they are composed from the region descriptions of its Osprey file.
+Requires the data rendered by `make quickstart`. Exit status 1 if a stage did not improve all its losses.
 """
 
 import argparse
@@ -33,7 +32,7 @@ from pixel_sail.types import DataError
 ROOT = Path(__file__).resolve().parent.parent
 
 NUM_HELD_OUT = 200
-"""Records at the end of a file that are not trained on."""
+"""Number of held-out records at the end of a file."""
 BATCHES = 24
 
 COMMON = (
@@ -50,17 +49,17 @@ COMMON = (
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One training, and the data that its figure is taken on."""
+    """One training, and the held-out data of its losses."""
 
     name: str
     overrides: tuple[str, ...]
     held_out: tuple[str, ...]
-    """Overrides that make the training's data those of the figure."""
+    """Overrides that replace the training data by the held-out data."""
     figures: tuple[str, ...]
 
 
 def stages(data: Path, steps: int) -> list[Stage]:
-    """Return the four stages, the first in its two passes."""
+    """Return the four stages; the first has two passes."""
     images = f"{data}/refshapes/images"
     where = f"paths.data={data}"
     captions = (
@@ -74,7 +73,7 @@ def stages(data: Path, steps: int) -> list[Stage]:
     held_captions = (file.format("llava_pretrain", "captions_held_out.json"),)
     short = ("+data.sources.{}.question_style=short", "+data.sources.{}.expressions_per_image=6")
     masks = tuple(one.format(name) for name in ("refshapes", "groupshapes") for one in short)
-    # None of the sources without a val split.
+    # Without sources that have no val split.
     val = ("data.sources.refshapes.split=val", "+data.repeats.groupshapes=0")
     return [
         Stage(
@@ -114,7 +113,8 @@ def stages(data: Path, steps: int) -> list[Stage]:
 
 
 def write_files(data: Path, out: Path) -> None:
-    """Write captions, chat and questions about regions of RefShapes, the last records apart. Raises: DataError."""
+    """Write captions, chat and questions about regions of RefShapes, with the last records held out. Raises:
+    DataError."""
     folder = data / "refshapes"
     try:
         described = json.loads((folder / "osprey" / "osprey_detail_description.json").read_text())
@@ -140,7 +140,7 @@ def write_files(data: Path, out: Path) -> None:
 
 @torch.no_grad()
 def held_out_losses(overrides: Sequence[str]) -> dict[str, float]:
-    """Return text in nats per supervised token, bce and dice per mask, on the first batches of some data."""
+    """Return text loss in nats per supervised token, and bce and dice per mask, on the first batches of a dataset."""
     config = load_config("train", TrainConfig, overrides)
     model, processor = build_model(config.model, seed=config.seed, teachers={})
     model.eval()
@@ -165,7 +165,7 @@ def held_out_losses(overrides: Sequence[str]) -> dict[str, float]:
 
 
 def run_stage(stage: Stage, start: Path | None, out: Path) -> dict[str, tuple[float, float]]:
-    """Train one stage; return each figure before and after. Raises: DataError when the training fails."""
+    """Train one stage; return each loss before and after. Raises: DataError if the training fails."""
     overrides = [*COMMON, *(value.replace("annotations=", f"annotations={out}/") for value in stage.overrides)]
     held_out = [value.replace("annotations=", f"annotations={out}/") for value in stage.held_out]
     begin = f"model.init_from={start}" if start is not None else "model.init_from=null"
@@ -181,12 +181,12 @@ def run_stage(stage: Stage, start: Path | None, out: Path) -> dict[str, tuple[fl
 
 @one_message
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the stages and print their figures."""
+    """Run the stages and print their losses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder that holds refshapes/")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder that contains refshapes/")
     parser.add_argument("--out", type=Path, default=Path("runs/rehearsal"))
     parser.add_argument(
-        "--steps", type=int, default=60, help="of each text stage; the stages with masks take twice as many"
+        "--steps", type=int, default=60, help="steps per text stage; stages with masks take twice as many"
     )
     options = parser.parse_args(arguments)
     out = options.out.resolve()

@@ -1,12 +1,12 @@
-"""Score a file of predictions against referring annotations: prints one JSON object.
+"""Score a prediction file against referring annotations and print one JSON object.
 
-The last step of an evaluation, needing neither model nor images. Example:
+Needs neither model nor images. Example:
 
     python tools/score.py --predictions runs/a/refcoco_val.jsonl --refer-root data/ref_seg --dataset refcoco --split val
     {"ciou": 0.791, "giou": 0.802, "p50": 0.911, ..., "count": 10834, "missing": 3, "paper_ciou": 0.79, ...}
 
-Names beginning with paper_ are scores as the released scripts compute them, the others are standard scores. What
-scripts/evaluate.py wrote about any benchmark is scored again with `--evaluated runs/a/evaluation/reasonseg_val`.
+Names with the prefix paper_ are scores as computed by the released scripts; the others are standard scores. Use
+`--evaluated runs/a/evaluation/reasonseg_val` to rescore the output of scripts/evaluate.py for any benchmark.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _score(options: argparse.Namespace) -> Scores:
-    """Return the scores of what was asked for. Raises: DataError."""
+    """Return the requested scores. Raises: DataError."""
     if options.evaluated is not None:
         return read_stored(options.evaluated, options.loader).measure().scores
     annotations = load_refer(
@@ -44,15 +44,15 @@ def _score(options: argparse.Namespace) -> Scores:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Score predictions again.")
+    parser = argparse.ArgumentParser(description="Score predictions.")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--evaluated", type=Path, help="folder of one eval of an evaluation; needs nothing else")
-    what.add_argument("--predictions", type=Path, help="JSON lines of referring segmentation")
-    parser.add_argument("--refer-root", type=Path, help="folder that holds the dataset folders")
+    what.add_argument("--evaluated", type=Path, help="folder of one eval of an evaluation; needs no other option")
+    what.add_argument("--predictions", type=Path, help="predictions of referring segmentation as JSON lines")
+    parser.add_argument("--refer-root", type=Path, help="folder that contains the dataset folders")
     parser.add_argument("--dataset", help="folder name, for example refcoco+")
     parser.add_argument("--split", help="exact split name, for example testA")
-    parser.add_argument("--split-by", help="part in brackets of refs(...).p, needed where there are several files")
-    parser.add_argument("--image-dir", type=Path, help="images; not opened, only named")
+    parser.add_argument("--split-by", help="the part in brackets of refs(...).p, required if there are several files")
+    parser.add_argument("--image-dir", type=Path, help="folder of images; only their names are used")
     parser.add_argument("--loader", action="append", default=[], metavar="NAME", help=LOADER_HELP)
     options = parser.parse_args(arguments)
     if options.predictions is not None and None in (options.refer_root, options.dataset, options.split):

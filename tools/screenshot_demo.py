@@ -1,6 +1,6 @@
-"""Make the screenshot of the demo that the documentation shows, with a real browser.
+"""Make the screenshot of the demo for the documentation, with a real browser.
 
-Beside everything; talks to a running `scripts/demo.py` through Chromium from the system's packages.
+Connects to a running `scripts/demo.py` with the Chromium of the system's packages.
 
     python scripts/demo.py checkpoint=runs/quickstart predict.prompt=short predict.max_new_tokens=16 &
     python tools/screenshot_demo.py --example 3 --text "pink cross" --out docs/demo.jpg
@@ -17,7 +17,7 @@ VIEW = {"width": 1120, "height": 640}
 
 
 def mark_and_ask(page: Page, example: int, texts: list[str]) -> None:
-    """Load an example, ask its question and further ones, and show all masks."""
+    """Load an example, ask its question and the others, and show all masks."""
     page.locator("#examples button").nth(example).click()
     expect(page.locator("#ask")).to_be_enabled()
     for number, text in enumerate(["", *texts]):
@@ -30,12 +30,12 @@ def mark_and_ask(page: Page, example: int, texts: list[str]) -> None:
 
 
 def main() -> int:
-    """Write the screenshot; exit status 2 where no browser is installed."""
+    """Write the screenshot; exit status 2 if no browser is installed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--address", default="http://127.0.0.1:7860")
-    parser.add_argument("--out", type=Path, required=True, help="a JPEG file")
+    parser.add_argument("--out", type=Path, required=True, help="output JPEG file")
     parser.add_argument("--example", type=int, default=0)
-    parser.add_argument("--text", nargs="*", default=[], help="further questions after the example's own")
+    parser.add_argument("--text", nargs="*", default=[], help="more questions after the one of the example")
     arguments = parser.parse_args()
     browser_path = shutil.which("chromium") or shutil.which("google-chrome")
     if browser_path is None:

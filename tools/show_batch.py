@@ -1,12 +1,11 @@
-"""Show the first packed batch of a training config, as the model gets it.
+"""Render the first packed batch of a training config as the model receives it.
 
     python tools/show_batch.py experiment=quickstart
     python tools/show_batch.py data=refcoco model=sail_0_5b out=runs/batch
 
-Takes the overrides of scripts/train.py, and `out=FOLDER` (runs/first_batch by default) for index.html, batch.txt,
-stages.png (source, sample, packed sequence, batch in one figure) and one PNG per image. Tokens are decoded back to
-text and the supervised ones marked. Exit status 2 for a wrong config
-or wrong data, with the reason.
+Takes the overrides of scripts/train.py. Writes index.html, batch.txt, stages.png (source, sample, packed sequence,
+batch in one figure) and one PNG per image to `out=FOLDER` (default: runs/first_batch). Tokens are decoded to text, with
+supervised tokens marked. Exit status 2, with the reason, for a wrong config or wrong data.
 """
 
 import logging
@@ -61,13 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def processor_of(config: TrainConfig) -> PixelSailProcessor:
-    """Return the model's processor. Raises: ConfigError where its tokenizer is not there or cannot be used."""
+    """Return the model's processor. Raises: ConfigError if its tokenizer is missing or unusable."""
     return PixelSailProcessor.for_model(configured_tokenizer(config.model), config.model.architecture)
 
 
 def first_with_image(mixture: Mixture, batch: Batch) -> int | None:
-    """Return the position in the mixture of the first sample of the batch that has an image; None: none of the first
-    thousand is in the batch."""
+    """Return the position in the mixture of the first sample of the batch with an image, None if it is not among the
+    first thousand."""
     for position in range(1000):
         place = mixture.stream_item(position)
         if mixture.sources[place.source].image_path(place.item) is not None:

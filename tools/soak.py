@@ -1,23 +1,24 @@
-"""Train a tiny model for a long time and see that nothing piles up, with or without kills.
+"""Soak test: train a tiny model for many steps, optionally with kills, and check for leaks and leftovers.
 
     python tools/soak.py --steps 2000 --json soak.json
     python tools/soak.py --steps 240 --kills 20 --every 8 --validate-every 0 --json kills.json
     python tools/soak.py --steps 400 --launcher torchrun deepspeed=zero2
 
-RefShapes are rendered into the work folder, then `scripts/train.py` is started as a user starts it, with validation,
-checkpoints, TensorBoard and the log. Every second the memory of all its processes is read. At the end:
+Renders RefShapes into the work folder, then starts `scripts/train.py` with validation, checkpoints, TensorBoard and the
+log, and samples the memory of all its processes every second. Checks at the end:
 
-* memory: of each process that lived long enough, the resident memory (RSS, as /proc tells it) in the second half of its
-  life, its slope, and the growth that slope means over that half, which must stay below --max-growth-mb;
-* files: no working folders or temporary files in the run folder, in TMPDIR (its own) and in /dev/shm;
-* processes: none of the run's is left, 20 seconds after the run ended;
-* checkpoints: as many as are to be kept, each with the hashes of its manifest;
-* with --kills K: the run is killed (SIGKILL) at K random points of the seed, by turns at a log line, at the first bytes
-  of a checkpoint, at its renaming, at the deletion of an old one, and while starting; half of the time the trainer
-  alone, else with its data workers. It is started again each time. The log's numbers and the exported weights must
-  equal those of the same run without kills, which is made first.
+* memory: for each process that lived long enough, a line is fitted to its resident memory (RSS from /proc) in the
+second
+  half of its life; the growth along that line must be below --max-growth-mb;
+* files: no working folders or temporary files in the run folder, in the run's own TMPDIR or in /dev/shm;
+* processes: none of the run is left 20 seconds after its end;
+* checkpoints: the configured number is kept, each with the hashes of its manifest;
+* with --kills K: the run is killed (SIGKILL) and restarted K times, at random points that depend on the seed: at a log
+  line, at the first bytes of a checkpoint, at its renaming, at the deletion of an old one, and during startup. Half of
+  the kills hit only the trainer, the others also its data workers. The log's metrics and the exported weights must
+  equal those of the same run without kills, which is trained first.
 
-Further arguments are overrides of scripts/train.py. Exit status 0 when all of it holds, else 1.
+Other arguments are overrides of scripts/train.py. Exit status 0 if all checks pass, else 1.
 """
 
 import argparse
@@ -46,7 +47,7 @@ from pixel_sail.training.log import TIMING_FIELDS
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "PIXEL_SAIL_SOAK"
-"""Environment variable by which every process of a run is found, also one that lost its parent."""
+"""Environment variable that identifies every process of a run, orphans included."""
 
 TINY_RUN = (
     *("experiment=quickstart", "model.architecture.hidden_size=32", "model.architecture.intermediate_size=64"),
@@ -58,14 +59,14 @@ TINY_RUN = (
 )
 
 NOT_COMPARED = (*TIMING_FIELDS, "data/padding_fraction")
-"""Numbers of a log line that may depend on when a run was stopped."""
+"""Metrics of a log line that may depend on when a run was stopped."""
 
 KILL_POINTS = ("line", "writing", "renamed", "deleting", "start")
 
 
 @dataclass(kw_only=True)
 class Watched:
-    """What was seen of the processes of a run: per process its command and (second, RSS in MB)."""
+    """Memory samples of the processes of a run: per process its command and (second, RSS in MB)."""
 
     names: dict[int, str] = field(default_factory=dict)
     samples: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
@@ -76,7 +77,7 @@ class Watched:
             try:
                 command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                 pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-            except (OSError, IndexError):  # it ended between the two looks
+            except (OSError, IndexError):  # it ended between the two reads
                 continue
             self.names.setdefault(pid, command.strip())
             megabytes = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -92,7 +93,7 @@ class Watched:
 
 
 def half_life_growth(samples: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """Return how the memory of a process went in the second half of its life: (second, MB) to figures."""
+    """Return statistics of the memory of a process in the second half of its life, from (second, MB)."""
     seconds, megabytes = np.array(samples).T
     second_half = seconds >= (seconds[0] + seconds[-1]) / 2
     slope = float(np.polyfit(seconds[second_half], megabytes[second_half], 1)[0])
@@ -109,7 +110,7 @@ def half_life_growth(samples: Sequence[tuple[float, float]]) -> dict[str, Any]:
 
 
 def marked_processes(mark: str) -> list[int]:
-    """Return the processes that carry the mark of this run in their environment."""
+    """Return the processes with the mark of this run in their environment."""
     found = []
     for path in Path("/proc").iterdir():
         if path.name.isdigit():
@@ -148,19 +149,18 @@ def command_line(arguments: argparse.Namespace, run_dir: Path) -> list[str]:
 
 
 def temporary_folder(work: Path) -> Path:
-    """Return the TMPDIR of the sessions in a work folder: a short name, for data workers put sockets there, whose paths
-    may have 107 characters."""
+    """Return the TMPDIR of the sessions in a work folder. Its name is short, because data workers put sockets there,
+    and their paths are limited to 107 characters."""
     return Path(tempfile.gettempdir()) / f"soak_{hashlib.sha256(str(work.resolve()).encode()).hexdigest()[:8]}"
 
 
 class RunProcess:
-    """One start of the run: the process and where its output goes."""
+    """One start of the run: the process and its output file."""
 
     def __init__(self, command: Sequence[str], work: Path, mark: str) -> None:
         self.temporary = temporary_folder(work)
         self.temporary.mkdir(exist_ok=True)
-        # One thread: numbers are compared bit for bit, and two threads on busy cores wait for each other most of the
-        # time.
+        # One thread: results are compared bit for bit, and two threads on busy cores mostly wait for each other.
         own = {MARK: mark, "PIXEL_SAIL_DATA": str(work / "data"), "TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1"}
         environment = os.environ | own | {"TOKENIZERS_PARALLELISM": "false"}
         self.output = work / "output.txt"
@@ -171,18 +171,18 @@ class RunProcess:
 
     @property
     def is_running(self) -> bool:
-        """Return whether the trainer has not ended."""
+        """Return whether the trainer is running."""
         return self.process.poll() is None
 
     def kill(self, *, alone: bool) -> None:
-        """SIGKILL to the trainer, or to its whole process group; data workers left alone must end by themselves."""
+        """Send SIGKILL to the trainer or to its process group; orphaned data workers must end by themselves."""
         send = os.kill if alone else os.killpg
         send(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
 def finish(session: RunProcess, mark: str, watched: Watched, since: float, timeout_s: float) -> None:
-    """Look at the memory every second until the run ends. Raises: RuntimeError unless it ended well and in time."""
+    """Sample the memory every second until the run ends. Raises: RuntimeError if it fails or times out."""
     deadline = time.monotonic() + timeout_s
     while session.is_running:
         if time.monotonic() > deadline:
@@ -197,7 +197,7 @@ def finish(session: RunProcess, mark: str, watched: Watched, since: float, timeo
 
 
 def wait_for_kill_point(session: RunProcess, run_dir: Path, point: str, line: int, chance: random.Random) -> bool:
-    """Wait until the run is where it shall be killed; return False if it ended before."""
+    """Wait until the run reaches the point of the kill; return False if it ended before."""
     if point == "start":
         return sleep_while_running(session, chance.uniform(0.2, 6.0))
     log, checkpoints = run_dir / "log.jsonl", run_dir / "checkpoints"
@@ -220,18 +220,18 @@ def wait_for_kill_point(session: RunProcess, run_dir: Path, point: str, line: in
 
 
 def sleep_while_running(session: RunProcess, seconds: float) -> bool:
-    """Sleep, and return whether the run still runs."""
+    """Sleep, and return whether the run is still running."""
     time.sleep(seconds)
     return session.is_running
 
 
 def num_lines(path: Path) -> int:
-    """Return the number of lines of a file, 0 where there is none."""
+    """Return the number of lines of a file, 0 if it does not exist."""
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 def names_in(folder: Path) -> list[str]:
-    """Return the names in a folder, none where there is no folder."""
+    """Return the names in a folder, none if it does not exist."""
     try:
         return os.listdir(folder)
     except FileNotFoundError:
@@ -239,7 +239,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Return the bytes in the files of a folder that may be renamed at any moment, -1 if it was."""
+    """Return the bytes in the files of a folder, -1 if it was renamed meanwhile."""
     try:
         return sum(entry.stat().st_size for entry in os.scandir(folder))
     except FileNotFoundError:
@@ -247,7 +247,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def train_with_kills(arguments: argparse.Namespace, work: Path, mark: str, watched: Watched) -> list[dict[str, Any]]:
-    """Train, killed again and again; return where each kill hit."""
+    """Train with repeated kills; return the point of each kill."""
     chance, run_dir = random.Random(arguments.seed), work / "run"
     lines = sorted(chance.randint(1, arguments.steps - arguments.every) for _ in range(arguments.kills))
     kills: list[dict[str, Any]] = []
@@ -268,13 +268,13 @@ def train_with_kills(arguments: argparse.Namespace, work: Path, mark: str, watch
 
 
 def comparable(run_dir: Path) -> list[dict[str, float]]:
-    """Return the numbers of every log line that do not depend on the clock."""
+    """Return the metrics of every log line that do not depend on the clock."""
     lines = [current_log_line(json.loads(line)) for line in (run_dir / "log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in NOT_COMPARED} for line in lines]
 
 
 def differences(killed: Path, whole: Path) -> list[str]:
-    """Return in what a killed run differs from the one that was not."""
+    """Return the differences between a killed run and the one without kills."""
     found = []
     lines, expected = comparable(killed), comparable(whole)
     if len(lines) != len(expected):
@@ -294,18 +294,18 @@ def sha256(path: Path) -> str:
 
 
 def leftover_files(run_dir: Path, temporary: Path, shared_before: set[str], *, kills: int, port: int) -> list[str]:
-    """Return temporary files of the run folder and TMPDIR, and what is new in /dev/shm and mapped by nobody.
+    """Return temporary files of the run folder and TMPDIR, and new files in /dev/shm that no process maps.
 
-    A killed data worker cannot take away its socket: Python keeps one `pymp-*` folder per worker in TMPDIR, without
-    content. One that is killed between making a block of shared memory and taking its name away leaves the block. As
-    many of each as there were kills are allowed for. DeepSpeed's buffers bear the port of their run, so that those of
-    another run on the machine are not taken for this one's.
+    A killed data worker cannot remove its socket: Python leaves one empty `pymp-*` folder per worker in TMPDIR. A
+    worker killed between creating and unlinking a block of shared memory leaves the block. As many of each as there
+    were kills are allowed. DeepSpeed's buffers contain the port of their run, so those of other runs on the machine are
+    not counted.
     """
     from pixel_sail.training.run_lock import LOCK_FILE
 
     left = [str(path) for path in run_dir.rglob("*") if path.name.startswith((".", "tmp")) or path.suffix == ".tmp"]
-    left.remove(str(run_dir / LOCK_FILE))  # stays, empty of meaning once its holder is gone
-    # torch makes an empty cache folder for its compiler, one per user.
+    left.remove(str(run_dir / LOCK_FILE))  # remains, without effect once its holder has ended
+    # torch creates one empty compiler cache folder per user.
     names = [name for name in names_in(temporary) if not name.startswith("torchinductor_")]
     sockets = [name for name in names if name.startswith("pymp-")]
     left += [str(temporary / name) for name in names if name not in sockets[:kills]]
@@ -321,7 +321,7 @@ def leftover_files(run_dir: Path, temporary: Path, shared_before: set[str], *, k
 
 
 def is_mapped(path: str) -> bool:
-    """Return whether a living process maps a file, so that it is not a leftover: other programs use /dev/shm too."""
+    """Return whether a running process maps a file: other programs use /dev/shm, too."""
     for maps in Path("/proc").glob("[0-9]*/maps"):
         try:
             if path in maps.read_text(errors="replace"):
@@ -332,7 +332,7 @@ def is_mapped(path: str) -> bool:
 
 
 def checkpoint_faults(folder: Path, keep: int) -> list[str]:
-    """Return what is wrong with the checkpoints of a finished run."""
+    """Return errors in the checkpoints of a finished run."""
     names = sorted(names_in(folder))
     found = [] if len(names) == keep else [f"{names}, expected {keep} checkpoints"]
     for name in names:
@@ -344,7 +344,7 @@ def checkpoint_faults(folder: Path, keep: int) -> list[str]:
 
 
 def processes_left(mark: str, patience_s: float = 20.0) -> list[int]:
-    """Return the processes of the run that do not end by themselves."""
+    """Return the processes of the run that have not ended by themselves."""
     deadline = time.monotonic() + patience_s
     while (left := marked_processes(mark)) and time.monotonic() < deadline:
         time.sleep(0.5)
@@ -352,7 +352,7 @@ def processes_left(mark: str, patience_s: float = 20.0) -> list[int]:
 
 
 def soak(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Run it and return all figures; `faults` is empty when everything holds."""
+    """Run the test and return all results; `faults` is empty if all checks pass."""
     mark, watched = uuid.uuid4().hex, Watched()
     make_data(work / "data")
     shared_before = set(names_in(Path("/dev/shm")))
@@ -392,18 +392,18 @@ def soak(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Soak and print the figures."""
+    """Run the test and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
     parser.add_argument("--validate-every", type=int, default=100, help="steps between validations, 0 for none")
     parser.add_argument("--kills", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=0, help="of the kills")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kills")
     parser.add_argument("--launcher", choices=("python", "torchrun"), default="python")
     parser.add_argument("--max-growth-mb", type=float, default=16.0)
-    parser.add_argument("--timeout-s", type=float, default=7200.0, help="longest time of one start")
+    parser.add_argument("--timeout-s", type=float, default=7200.0, help="time limit of one start")
     parser.add_argument(
-        "--work", type=Path, default=Path("runs/soak"), help="emptied first, but for the synthetic data"
+        "--work", type=Path, default=Path("runs/soak"), help="work folder, emptied first except for the synthetic data"
     )
     parser.add_argument("--json", type=Path)
     given, overrides = parser.parse_known_args(arguments)

@@ -1,4 +1,4 @@
-"""Run a grid of trainings: the same as `scripts/train.py -m`; see pixel_sail/sweep/run.py and docs/ablations.md."""
+"""Run a grid of trainings, as `scripts/train.py -m` does; see pixel_sail/sweep/run.py and docs/ablations.md."""
 
 import sys
 

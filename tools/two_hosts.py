@@ -1,17 +1,17 @@
-"""Let two "hosts" train together, cut one off, and see that the other ends by itself and the run goes on.
+"""Test the loss of a host: train on two emulated hosts, cut one off, check that the other ends, and resume the run.
 
     sudo python tools/two_hosts.py --launcher torchrun --json two_hosts.json
     sudo python tools/two_hosts.py --launcher accelerate
 
-The hosts are two network namespaces of this machine, joined by a virtual cable (needs root and `ip`); they share the
+The hosts are two network namespaces of this machine, joined by a virtual cable (requires root and `ip`), and share the
 disk. One process trains on each. Three runs of the tiny model of `tools/soak.py`:
 
-* whole: both hosts, to the end;
-* cable: the cable is pulled in mid-run. Nobody tells the first host that the second is gone, it hears nothing;
+* whole: both hosts train to the end;
+* cable: the cable is pulled in mid-run, so the first host gets no packet and no error from the second;
 * killed: every process of the second host gets SIGKILL.
 
-After cable and killed the first host must end within --peer-timeout-s and --grace-s, with the message of a lost
-process; started again on both hosts, the run must have the log of the whole one. Exit status 0 when all of it holds.
+In the last two, the first host must end within --peer-timeout-s + --grace-s with the message of a lost process. After a
+restart on both hosts, the log must equal that of the first run. Exit status 0 if all of this holds.
 """
 
 import argparse
@@ -36,7 +36,7 @@ MESSAGE = "LostPeer: rank 0 of 2 lost another process"
 
 
 class TwoHosts:
-    """Two network namespaces with a cable between them; they are removed at the end."""
+    """Two network namespaces joined by a cable, removed at the end."""
 
     def __init__(self) -> None:
         self.names = [f"pixelsail{os.getpid()}{letter}" for letter in "ab"]
@@ -61,11 +61,11 @@ class TwoHosts:
             ip("netns", "del", name)
 
     def pull_cable(self) -> None:
-        """Take the second host from the network; nothing is said to the first."""
+        """Disconnect the second host without notifying the first."""
         ip("-n", self.names[1], "link", "set", self.interfaces[1], "down")
 
     def plug_in(self) -> None:
-        """Put it back."""
+        """Reconnect the second host."""
         ip("-n", self.names[1], "link", "set", self.interfaces[1], "up")
 
     def start(self, host: int, command: Sequence[str], output: Path, data: Path) -> subprocess.Popen[bytes]:
@@ -83,19 +83,19 @@ class TwoHosts:
 
 
 def ip(*arguments: str) -> None:
-    """Call ip(8). Raises: RuntimeError with what it said."""
+    """Call ip(8). Raises: RuntimeError with its output."""
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"ip {' '.join(arguments)}: {done.stderr.strip()}; network namespaces need root")
 
 
 def command_line(launcher: str, host: int, overrides: Sequence[str]) -> list[str]:
-    """Return the command that a host is started with."""
+    """Return the launch command of a host."""
     train = ["scripts/train.py", *TINY_RUN, "evals=[]", *overrides]
     programs = Path(sys.executable).parent
     if launcher == "torchrun":
         meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={ADDRESSES[0]}:{PORT}", "--rdzv-id=two_hosts"]
-        # Both hosts have this machine's name, by which torchrun would find out which of them holds the meeting point.
+        # Both hosts have this machine's name, from which torchrun would derive which of them hosts the rendezvous.
         names = [f"--rdzv-conf=is_host={'false' if host else 'true'}", f"--local-addr={ADDRESSES[host]}"]
         return [str(programs / "torchrun"), "--nnodes=2", "--nproc-per-node=1", *meeting, *names, *train]
     return [
@@ -118,12 +118,12 @@ def start_both(hosts: TwoHosts, given: argparse.Namespace, run_dir: Path) -> lis
 
 
 def output_of(run_dir: Path, host: int) -> Path:
-    """Return the file with what a host printed."""
+    """Return the file with the output of a host."""
     return run_dir.with_name(f"{run_dir.name}_{host}.txt")
 
 
 def end_all(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End what is left of both hosts."""
+    """End the remaining processes of both hosts."""
     for process in processes:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -131,7 +131,7 @@ def end_all(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def train_to_the_end(hosts: TwoHosts, given: argparse.Namespace, run_dir: Path) -> list[str]:
-    """Run on both hosts until it is done; return what went wrong."""
+    """Run on both hosts until the end; return the errors."""
     processes = start_both(hosts, given, run_dir)
     try:
         statuses = [process.wait(timeout=given.timeout_s) for process in processes]
@@ -143,7 +143,7 @@ def train_to_the_end(hosts: TwoHosts, given: argparse.Namespace, run_dir: Path) 
 
 
 def cut_off(hosts: TwoHosts, given: argparse.Namespace, how: str, run_dir: Path) -> dict[str, Any]:
-    """Train, cut the second host off in mid-run, and return how the first one ended, and when."""
+    """Train, cut the second host off in mid-run, and return how and when the first one ended."""
     processes = start_both(hosts, given, run_dir)
     try:
         wait_for_lines(run_dir / "log.jsonl", given.steps // 3, processes, given.timeout_s)
@@ -164,14 +164,14 @@ def cut_off(hosts: TwoHosts, given: argparse.Namespace, how: str, run_dir: Path)
 
 
 def kill_data_workers_and_trainer(namespace: str) -> None:
-    """SIGKILL to whatever runs in a namespace: launchers put their children into process groups of their own."""
+    """Send SIGKILL to every process in a namespace: launchers put their children into separate process groups."""
     done = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=True)
     for pid in map(int, done.stdout.split()):
         os.kill(pid, signal.SIGKILL)
 
 
 def wait_for_lines(log: Path, number: int, processes: Sequence[subprocess.Popen[bytes]], timeout_s: float) -> None:
-    """Wait until the log has so many lines. Raises: RuntimeError when the run ends before or it takes too long."""
+    """Wait until the log has `number` lines. Raises: RuntimeError if the run ends before or it takes too long."""
     deadline = time.monotonic() + timeout_s
     while num_lines(log) < number:
         if any(process.poll() is not None for process in processes) or time.monotonic() > deadline:
@@ -180,15 +180,18 @@ def wait_for_lines(log: Path, number: int, processes: Sequence[subprocess.Popen[
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make the three runs and print the figures."""
+    """Train the three runs and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--launcher", choices=("torchrun", "accelerate"), default="torchrun")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--peer-timeout-s", type=float, default=10.0)
-    parser.add_argument("--grace-s", type=float, default=30.0, help="for the launcher to end after its process")
-    parser.add_argument("--timeout-s", type=float, default=400.0, help="longest time of one start")
+    parser.add_argument("--grace-s", type=float, default=30.0, help="seconds for the launcher to end after its process")
+    parser.add_argument("--timeout-s", type=float, default=400.0, help="time limit of one start")
     parser.add_argument(
-        "--work", type=Path, default=Path("runs/two_hosts"), help="emptied first, but for synthetic data"
+        "--work",
+        type=Path,
+        default=Path("runs/two_hosts"),
+        help="work folder, emptied first except for the synthetic data",
     )
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)
@@ -210,10 +213,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             cuts.append(cut)
             print(cut, flush=True)
             if not cut["status"] or not cut["message"] or cut["seconds"] > given.peer_timeout_s + given.grace_s:
-                faults.append(f"{how}: the first host ended otherwise than expected: {cut}")
+                faults.append(f"{how}: the first host did not end as expected: {cut}")
             faults += train_to_the_end(hosts, given, work / how)
             if comparable(work / how) != comparable(work / "whole"):
-                faults.append(f"{how}: the continued run has another log than the whole one")
+                faults.append(f"{how}: the log of the resumed run differs from that of the uninterrupted one")
     result = {"launcher": given.launcher, "steps": given.steps, "cuts": cuts, "faults": faults}
     print(json.dumps(result, indent=1))
     if given.json is not None:

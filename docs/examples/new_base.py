@@ -1,7 +1,7 @@
-"""A base of one's own: a language model of the Qwen2 kind becomes the start of a Pixel-SAIL model.
+"""A custom base: initialize a Pixel-SAIL model from a Qwen2-type language model.
 
-Hugging Face language model -> `start_from` -> exported folder -> `model.init_from=FOLDER`. What the language model does
-not have (patch embedding, mask head) starts at random. Text gets the very same states as before.
+Hugging Face language model -> `start_from` -> exported folder -> `model.init_from=FOLDER`. Parts that the language
+model lacks (patch embedding, mask head) are initialized randomly. The hidden states of text do not change.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from pixel_sail.training.build import build_model
 def start_from(language: Qwen2ForCausalLM, config: ModelConfig, folder: Path) -> PixelSailForSegmentation:
     """Write an exported folder whose decoder and token embedding are those of `language`; return the model.
 
-    Rows of tokens that the language model does not have keep their random start.
+    Rows of tokens that the language model lacks keep their random initialization.
     """
     model, processor = build_model(config, seed=0, teachers={})
     state = model.state_dict()
@@ -34,7 +34,7 @@ def start_from(language: Qwen2ForCausalLM, config: ModelConfig, folder: Path) ->
 
 
 def main(folder: Path) -> tuple[PixelSailForSegmentation, Qwen2ForCausalLM]:
-    """Take a small random language model as a base and train from it one step's worth of configuration."""
+    """Convert a small random language model, load it through `model.init_from`, and return both models."""
     make_data(folder)
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -53,7 +53,7 @@ def main(folder: Path) -> tuple[PixelSailForSegmentation, Qwen2ForCausalLM]:
     config.init_from = str(start)
     again, _ = build_model(config, seed=1, teachers={})
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    print(f"{start}: {sum(p.numel() for p in model.parameters()):,} parameters, a start for model.init_from")
+    print(f"{start}: {sum(p.numel() for p in model.parameters()):,} parameters, use it as model.init_from")
     return model.eval(), language
 
 

@@ -1,10 +1,10 @@
-"""A dataset of one's own: images in a folder, a box for each in a JSON file.
+"""A custom dataset: images in a folder, one box per image in a JSON file.
 
-Own files -> `load` -> `Source` -> mixture -> packing, as every source. An item of `boxes.json`:
+Files -> `load` -> `Source` -> mixture -> packing, as every source. An item of `boxes.json`:
 
     {"file": "0.png", "size": [16, 24], "name": "the dark corner", "box": [0, 0, 12, 8]}
 
-A configuration names it by `_target_: new_dataset.load`, with this file's folder on PYTHONPATH.
+Configure it with `_target_: new_dataset.load` and this file's folder on PYTHONPATH.
 """
 
 import json
@@ -27,7 +27,7 @@ def load(*, root: str | Path) -> "BoxSource":
 
 
 class BoxSource:
-    """One item per image; everything random is sampled from the `rng` it is given."""
+    """One item per image; all randomness comes from the `rng` argument."""
 
     name = "boxes"
 
@@ -71,7 +71,7 @@ def write_files(root: Path) -> None:
 
 
 def main(folder: Path) -> PackedSequence:
-    """Configure the new source beside none other and return the first packed sequence."""
+    """Configure the new source as the only one and return the first packed sequence."""
     write_files(make_data(folder) / "boxes")
     config = load_config("train", TrainConfig, SMALL)
     config.data.sources = {"boxes": {"_target_": "new_dataset.load", "root": str(folder / "data" / "boxes")}}

@@ -1,8 +1,8 @@
-"""A benchmark of one's own: the expressions of RefShapes that name a colour first.
+"""A custom benchmark: the expressions of RefShapes that contain a color.
 
-Own files -> `load` -> list of `Expression` (or a `Task`) -> predictions, scores, report. Whoever returns expressions
-gets cIoU, gIoU, P@0.5 .. 0.9, N-acc and T-acc; for another kind of answer return a `pixel_sail.evaluation.task.Task`,
-as `region_choice.load` does.
+Files -> `load` -> list of `Expression` (or a `Task`) -> predictions, scores, report. Expressions are scored with cIoU,
+gIoU, P@0.5 .. 0.9, N-acc and T-acc. For other answers return a `pixel_sail.evaluation.task.Task`, as
+`region_choice.load` does.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "white"
 
 
 def load(*, root: str | Path, split: str) -> list[Expression]:
-    """Return what is asked: the `_target_` of an eval, whose other keys are its arguments."""
+    """Return the expressions: the `_target_` of an eval, whose other keys are its arguments."""
     found = expressions(load_refer(root, "refshapes", split))
     return [item for item in found if set(item.text.split()) & set(COLOURS)]
 

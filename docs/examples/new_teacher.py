@@ -1,4 +1,4 @@
-"""A teacher of one's own: a fixed edge filter whose response the model learns to predict from its pixel map.
+"""A custom teacher: a fixed edge filter whose response the model learns to predict from its pixel map.
 
 Configuration -> `edges` -> `TeacherSpec` -> `Teacher` -> loss `loss/distill/edges`. A real teacher loads safetensors in
 `build` and lists their hashes in `weights` (`pixel_sail/distillation/weights.py`).
@@ -19,7 +19,7 @@ from pixel_sail.distillation.teachers import checked_spec
 
 
 class Edges(nn.Module):
-    """Horizontal and vertical differences of the grey image, at a quarter of its size."""
+    """Horizontal and vertical differences of the grayscale image, at a quarter of its size."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""What the other examples start from: a few synthetic scenes and a small model with random weights.
+"""Setup shared by the other examples: a few synthetic scenes and a small model with random weights.
 
-Synthetic files -> tokenizer -> model -> exported folder, as `make quickstart` makes them at full size:
+Synthetic files -> tokenizer -> model -> exported folder, as `make quickstart` creates them at full size:
 
     folder/data/refshapes/{images,refshapes,grefshapes,tokenizer,...}
     folder/export/{config.json, model.safetensors, tokenizer.json, ...}
@@ -28,12 +28,12 @@ SMALL = [
 
 
 def work_folder() -> Path:
-    """Return the folder named on the command line, a new temporary one where none is."""
+    """Return the folder named on the command line, by default a new temporary one."""
     return Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp(prefix="pixel_sail_"))
 
 
 def make_data(folder: Path) -> Path:
-    """Render RefShapes below `folder`, point the configuration to it, and return the folder of the data."""
+    """Render RefShapes into `folder`, set PIXEL_SAIL_DATA to it, and return the data folder."""
     data = folder / "data"
     if write_refshapes(data / "refshapes", RefShapesSpec(seed=1, num_train=8, num_eval=3), num_workers=1):
         texts = [item.text for item in expressions(load_refer(data / "refshapes", "refshapes", "train"))]
@@ -44,7 +44,7 @@ def make_data(folder: Path) -> Path:
 
 
 def export_model(folder: Path) -> Path:
-    """Render the data, make a model with random weights, and return its exported folder."""
+    """Render the data, build a model with random weights, and return its exported folder."""
     make_data(folder)
     model, processor = build_model(load_config("train", TrainConfig, SMALL).model, seed=0, teachers={})
     export = folder / "export"

@@ -1,5 +1,5 @@
-"""Conversion of checkpoints: other layouts into ours, ours into the release's.
+"""Conversion of checkpoints from other layouts to ours, and from ours to the release's.
 
-`tools/convert_checkpoint.py` calls `convert`; reading is in `sources` and `zero_shards`, names are in `layouts`, what
-becomes of every tensor in `plan`, the new folder in `writer`.
+`tools/convert_checkpoint.py` calls `convert`. `sources` and `zero_shards` read, `layouts` maps names, `plan` decides
+what happens to every tensor, `writer` writes the new folder.
 """

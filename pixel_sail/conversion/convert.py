@@ -1,6 +1,6 @@
-"""The two directions of conversion, from a checkpoint on disk to a new folder.
+"""Conversion of a checkpoint on disk to a new folder, in both directions.
 
-`tools/convert_checkpoint.py` calls one of them.
+`tools/convert_checkpoint.py` calls one of these:
 
     to_ours("base/Qwen2.5-0.5B", "qwen2", Path("runs/qwen2_5_0_5b"), ...)    a folder that `model.init_from` takes
     to_release("exports/step_00090000", Path("released"), ...)               the release's names, one token per row
@@ -47,7 +47,7 @@ EMBEDDING, HEAD = TOKEN_ROWS
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """What a conversion did."""
+    """Result of a conversion."""
 
     plan: ConversionPlan
     remarks: tuple[str, ...]
@@ -56,9 +56,9 @@ class Done:
 def to_ours(
     path: Path, layout_name: str, folder: Path, *, base: Path, chosen: Chosen, shard_bytes: int = SHARD_BYTES
 ) -> Done:
-    """Convert a checkpoint into a folder that `from_pretrained` and `model.init_from` take.
+    """Convert a checkpoint to a folder for `from_pretrained` and `model.init_from`.
 
-    base: folder of the language model's config.json and tokenizer. Raises: DataError; no folder is left then.
+    base: folder of the language model's config.json and tokenizer. Raises: DataError, leaving no folder.
     """
     layout = find_layout(layout_name)
     source, settings = open_source(path), read_base_config(base)
@@ -112,7 +112,7 @@ def plan_to_ours(
     seed: int,
     init: str = "ours",
 ) -> ConversionPlan:
-    """Return what becomes of every tensor on the way to ours; see `plan.make_plan`."""
+    """Return the conversion plan to our layout, see `plan.make_plan`."""
     expected = expected_shapes(architecture)
     keys = {renamed(layout, key): key for key in source.infos}
     rows = Rows.by_name(
@@ -140,13 +140,13 @@ def plan_to_ours(
 
 
 def to_release(path: Path, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> Done:
-    """Convert an exported folder of ours into the release's layout. Raises: DataError; no folder is left then."""
+    """Convert an exported folder of ours to the release's layout. Raises: DataError, leaving no folder."""
     source, tokenizer = open_source(path), read_tokenizer(path)
     check_no_code(path, MODEL_CONFIG)
     config = PixelSailConfig.from_pretrained(path)
     tokens = dict(tokenizer.get_vocab())
     if config.num_visual_prompts and UNUSED_PROMPT not in tokens:
-        tokens[UNUSED_PROMPT] = len(tokens)  # the release appends it when it starts
+        tokens[UNUSED_PROMPT] = len(tokens)  # the release appends it at startup
     plan = plan_to_release(source, config, source_tokens=tokenizer.get_vocab(), target_tokens=tokens)
     notes = released_remarks(config)
     facts: dict[str, Any] = {"layout": "to release", "source": str(path), "remarks": notes}
@@ -167,9 +167,9 @@ def plan_to_release(
     target_tokens: Mapping[str, int],
     target_rows: int | None = None,
 ) -> ConversionPlan:
-    """Return what becomes of every tensor on the way to the release.
+    """Return the conversion plan to the release's layout.
 
-    The release has one row per token, unless `target_rows` says otherwise, and writes a tied head a second time.
+    The release has one row per token, unless `target_rows` is given, and stores a tied head separately.
     """
     check_released(source.path, config)
     rename = partial(released_key, base=config.base)
@@ -202,21 +202,21 @@ def plan_to_release(
 
 
 def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every parameter of a model, without its memory."""
+    """Return name and shape of every parameter of a model without allocating it."""
     with torch.device("meta"):
         model = PixelSailForSegmentation(PixelSailConfig.from_architecture(architecture_of(architecture)))
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def architecture_of(config: Architecture) -> Architecture:
-    """Return the architecture in a configuration, which has Hugging Face's fields besides."""
+    """Return the architecture of a configuration, without Hugging Face's fields."""
     return Architecture(**{name: getattr(config, name) for name in Architecture.__dataclass_fields__})
 
 
 def starting_values(
     layout: Layout, expected: Mapping[str, tuple[int, ...]], architecture: Architecture, *, seed: int, init: str
 ) -> dict[str, tuple[Callable[[], Tensor], str]]:
-    """Return what makes each parameter that the layout may lack, initialized from `seed`, and the note why."""
+    """Return for each parameter that the layout may lack a function that initializes it from `seed`, and a note."""
     allowed = {name: why for name in expected if (why := layout_reason(layout.initialised, name)) is not None}
     if not allowed:
         return {}
@@ -236,7 +236,7 @@ def starting_values(
 
 
 def _why_dropped(layout: Layout, key: str, architecture: Architecture) -> str | None:
-    """Return why a key of the source is left out, None if it is not."""
+    """Return why a key of the source is dropped, None if it is kept."""
     name = renamed(layout, key)
     if (
         name is not None
@@ -248,7 +248,7 @@ def _why_dropped(layout: Layout, key: str, architecture: Architecture) -> str | 
 
 
 def _image_remarks(layout: Layout, attention: str) -> tuple[str, ...]:
-    """Return where the converted model treats images otherwise than the base did."""
+    """Return how the converted model treats images differently from the base."""
     if layout.name != "solo":
         return ()
     return (

@@ -1,6 +1,6 @@
-"""Which name a tensor has in each layout, and which of ours a layout does not have.
+"""Name tables of all checkpoint layouts.
 
-`plan` asks it what becomes of every key. One `Layout` per value of `--from`:
+`plan` looks up every key. One `Layout` per value of `--from`:
 
     release    single_transformer.model.layers.0.self_attn.q_proj.weight   ->  decoder.layers.0.self_attn.q_proj.weight
     sail       model.vis_embed.weight                                      ->  patch_embedding.patch_projection.weight
@@ -17,26 +17,26 @@ from pixel_sail.types import DataError
 
 RELEASE_PREFIX = r"single_transformer\."
 PATCHES, PROMPTS, HEAD = r"patch_embedding\..+", r"patch_embedding\.prompt_projection\..+", r"mask_head\..+"
-"""Parameters of ours, by pattern."""
+"""Patterns of our parameters."""
 
 _RECOMPUTED = (r"(.+\.)?rotary_emb\.inv_freq", "computed from rope_theta")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The names of one kind of checkpoint."""
+    """The names of one checkpoint layout."""
 
     name: str
     keys: tuple[tuple[str, str], ...]
-    """Key there -> ours."""
+    """Their key -> ours."""
     dropped: tuple[tuple[str, str], ...] = (_RECOMPUTED,)
-    """Key there that ours has no use for, and why."""
+    """Pattern of unused keys -> why they are dropped."""
     initialised: tuple[tuple[str, str], ...] = ()
-    """Parameter of ours that the layout may lack, and why."""
+    """Pattern of our parameters that the layout may lack -> why."""
 
 
 def _with_prefix(prefix: str, *, text_only: bool = False) -> tuple[tuple[str, str], ...]:
-    """Return the rows of the release's table below `single_transformer`, under another prefix."""
+    """Return the entries of the release's table below `single_transformer` with another prefix."""
     rows = [(key.removeprefix(RELEASE_PREFIX), ours) for key, ours in KEY_PATTERNS if key.startswith(RELEASE_PREFIX)]
     return tuple((prefix + key, ours) for key, ours in rows if not text_only or not ours.startswith("patch_embedding"))
 
@@ -77,14 +77,14 @@ LAYOUTS = {
 
 
 def find_layout(name: str) -> Layout:
-    """Return a layout. Raises: DataError for one that is not known."""
+    """Return a layout. Raises: DataError for an unknown name."""
     if name not in LAYOUTS:
         raise DataError(f"--from {name}: found no table of its keys, expected one of {sorted(LAYOUTS)}")
     return LAYOUTS[name]
 
 
 def renamed(layout: Layout, key: str) -> str | None:
-    """Return our name of a key, None for one the layout does not have."""
+    """Return our name of a key, None if the layout does not have it."""
     for pattern, ours in layout.keys:
         if re.fullmatch(pattern, key):
             return re.sub(pattern, ours, key)
@@ -92,25 +92,25 @@ def renamed(layout: Layout, key: str) -> str | None:
 
 
 def layout_reason(table: tuple[tuple[str, str], ...], key: str) -> str | None:
-    """Return why a key is dropped or initialised, None if it is not."""
+    """Return why a key is dropped or initialized, None if it is neither."""
     return next((why for pattern, why in table if re.fullmatch(pattern, key)), None)
 
 
 def released_key(ours: str, *, base: str) -> str:
-    """Return the release's name of a parameter of ours. Raises: DataError for one the release does not have.
+    """Return the release's name of one of our parameters. Raises: DataError if the release does not have it.
 
-    base: that of the architecture; `patch_embedding.patch_projection` has another name for each.
+    base: of the architecture. The name of `patch_embedding.patch_projection` depends on it.
     """
     for pattern, released in (*RELEASED_IMAGE_KEYS[base], *RELEASED_KEYS):
         if re.fullmatch(pattern, ours):
             key = re.sub(pattern, released, ours)
-            # Both tables are written by hand; one that was changed alone must not rename a weight silently.
+            # Both tables are written by hand. A change of only one must not rename a weight silently.
             if our_key(key) != ours:
                 raise DataError(f"{ours}: becomes {key} in the release, which comes back as {our_key(key)}")
             return key
     raise DataError(
-        f"{ours}: the release has no such parameter with base {base}, expected those of a model that it can build; "
-        "train with the settings of configs/model/"
+        f"{ours}: the release has no such parameter with base {base}, expected parameters of a model that it can "
+        "build; train with the settings of configs/model/"
     )
 
 
@@ -125,7 +125,7 @@ RELEASED_KEYS: tuple[tuple[str, str], ...] = (
     (r"mask_head\.upsampler\.blocks\.(\d+)\.(depthwise|pointwise)\.(.+)", r"upsample_blocks.\1.2.\2.\3"),
     (r"mask_head\.upsampler\.blocks\.(\d+)\.norm\.(.+)", r"upsample_blocks.\1.3.ln.\2"),
 )
-"""Ours -> released key, the other direction of `KEY_PATTERNS` for what both bases have."""
+"""Ours -> released key, the inverse of `KEY_PATTERNS` for parameters of both bases."""
 
 RELEASED_IMAGE_KEYS: dict[str, tuple[tuple[str, str], ...]] = {
     "sail": (
@@ -140,4 +140,4 @@ RELEASED_IMAGE_KEYS: dict[str, tuple[tuple[str, str], ...]] = {
         (r"decoder\.layers\.(\d+)\.image\.(self_attn\.)?(.+)", r"single_transformer.model.layers.\1.\2moe_\3"),
     ),
 }
-"""The same for how images enter, by base; these come first."""
+"""The same for image embeddings, by base. These take precedence."""

@@ -1,7 +1,7 @@
-"""What becomes of every tensor of a conversion, before any of them is read.
+"""The plan of a conversion: what happens to every tensor, made before any is read.
 
-`convert` gives it names and shapes of both sides; `writer` carries the plan out and the report lists it. Strict in both
-directions: a key nobody knows, a parameter nobody fills and a wrong shape are errors, all named.
+`convert` passes names and shapes of both sides, `writer` executes the plan and the report lists it. Strict in both
+directions: unknown keys, parameters without a source and wrong shapes are errors that name all of them.
 
     Entry(source="model.norm.weight", target="decoder.norm.weight", shape=(896,), dtype="bfloat16", note="copied")
     Entry(source=None, target="mask_head.seg_projector.0.bias", ..., note="initialised because ..")
@@ -33,14 +33,14 @@ class Entry:
     note: str
 
     def as_dict(self, hashes: Mapping[str, str]) -> dict[str, Any]:
-        """Return the entry for the report, with the hash of what was written."""
+        """Return the entry for the report, with the hash of the written tensor."""
         sha256 = {"sha256": hashes[self.target]} if self.target is not None else {}
         return {**vars(self), "shape": list(self.shape), **sha256}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionPlan:
-    """All tensors: what is written, and one entry for each of either side."""
+    """The tensors to write, and one report entry for each tensor of either side."""
 
     writes: tuple[Write, ...]
     entries: tuple[Entry, ...]
@@ -48,12 +48,12 @@ class ConversionPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """How the rows of token embedding and text head are made."""
+    """Mapping of the rows of token embedding and text head."""
 
     sources: Tensor
-    """For each row of the target the row it copies, -1 for none."""
+    """Source row for each row of the target, -1 for none."""
     initialized: tuple[int, ...]
-    """Rows of tokens that only the target has: normal with this deviation. Other rows without a source are zero."""
+    """Rows of tokens that only the target has are normal with this deviation. Other rows without a source are zero."""
     deviation: float
     seed: int
 
@@ -68,7 +68,7 @@ class Rows:
         deviation: float,
         seed: int,
     ) -> "Rows":
-        """Return rows matched by token name; ids that no token has keep their row."""
+        """Return rows matched by token name. Ids without a token keep their row."""
         shared = {token: index for token, index in target_tokens.items() if token in source_tokens}
         sources = row_sources(source_tokens, shared, source_rows=source_rows, target_rows=target_rows)
         added = sorted(index for token, index in target_tokens.items() if token not in source_tokens)
@@ -88,7 +88,7 @@ class Rows:
         return placed
 
     def note(self, source_rows: int) -> str:
-        """Return what happened to the rows, in words."""
+        """Return a note about the rows for the report."""
         kept = self.sources[self.sources >= 0]
         zero = len(self.sources) - len(kept) - len(self.initialized)
         return (
@@ -109,12 +109,12 @@ def plan_conversion(
     row_names: Sequence[str],
     tied: tuple[str, str] | None,
 ) -> ConversionPlan:
-    """Return what becomes of every tensor.
+    """Return the plan for all tensors.
 
     expected: names and shapes of the target. rename: the target's name of a key, None if it has none. dropped: why a
-    key may be left out. absent: what makes a parameter that the source may lack, and a note why. row_names: target
-    names whose rows belong to tokens. tied: source names of embedding and text head if the two are one, and only the
-    first is written.
+    key may be dropped. absent: a function that makes a parameter the source may lack, and a note. row_names: target
+    names whose rows belong to tokens. tied: source names of embedding and text head if they are tied; only the first
+    is written.
     Raises: DataError naming keys that are unknown, missing or misshapen, or a tied head that differs.
     """
     dtype = _main_dtype(source)
@@ -161,18 +161,18 @@ def plan_conversion(
     if tied and tied[1] in source.infos and not torch.equal(source.read(tied[0]), source.read(tied[1])):
         raise DataError(
             f"{source.path}: {tied[1]} differs from {tied[0]}, expected them equal because tie_word_embeddings is "
-            "true; give the config.json the checkpoint was trained with"
+            "true; use the config.json the checkpoint was trained with"
         )
     return ConversionPlan(writes=tuple(writes[name] for name in expected if name in writes), entries=tuple(entries))
 
 
 def _reader(source: TensorSource, key: str, rows: Rows | None) -> Callable[[], Tensor]:
-    """Return the function that makes one tensor."""
+    """Return a function that makes one tensor."""
     return lambda: source.read(key) if rows is None else rows.place(source.read(key))
 
 
 def _cast(make: Callable[[], Tensor], dtype: torch.dtype) -> Callable[[], Tensor]:
-    """Return the function that makes a tensor in a type."""
+    """Return a function that makes a tensor with a dtype."""
     return lambda: make().to(dtype)
 
 
@@ -184,7 +184,7 @@ def _entry(source: str | None, target: str | None, info: TensorInfo, note: str) 
 
 
 def _main_dtype(source: TensorSource) -> torch.dtype:
-    """Return the type that most of the values have."""
+    """Return the dtype of most values."""
     sizes: dict[torch.dtype, int] = {}
     for info in source.infos.values():
         sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes

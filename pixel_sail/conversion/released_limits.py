@@ -1,8 +1,7 @@
-"""Which of our models the released code computes alike, and what must be told it beside the weights.
+"""Limits of the released code: which of our models it can compute, and which settings it needs besides the weights.
 
-`convert` asks before it makes the plan of a conversion to the release. That code reads its settings from a
-configuration of its own and loads weights with strict=False, so that a model which does not fit would be something else
-there without a word:
+`convert` checks them before a conversion to the release. The released code has its own configuration and loads weights
+with strict=False, so a model that does not fit would be computed differently without an error:
 
     Architecture(attention="causal", ...)   ->  DataError: attention 'causal', expected 'prefix' (the tokens ..)
     Architecture(base="eve", ...)           ->  remark: build it with seg_pred_down_ratio=8 and moe_part=[..]
@@ -17,11 +16,11 @@ from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.types import DataError
 
 Limit = tuple[str, Any, str]
-"""Field or property of an architecture, the only value the release has for it, and why."""
+"""Field or property of an architecture, the only value the release supports, and why."""
 
 
 def check_released(path: Path, config: Architecture) -> None:
-    """Raise DataError for a model that the released code cannot build, or would compute otherwise."""
+    """Raise DataError for a model that the released code cannot build or would compute differently."""
     limits = _eve_limits(config) if config.base == "eve" else _sail_limits(config)
     differing = [
         f"{name} {getattr(config, name)!r}, expected {expected!r} ({why})"
@@ -30,25 +29,25 @@ def check_released(path: Path, config: Architecture) -> None:
     ]
     if differing:
         raise DataError(
-            f"{path}: found {'; '.join(differing)}: the released code builds nothing else and skips what does not fit "
-            "without a word; train with these settings to go back to the release"
+            f"{path}: found {'; '.join(differing)}: the released code supports nothing else and silently skips weights "
+            "that do not fit; train with these settings to convert to the release"
         )
 
 
 def released_remarks(config: Architecture) -> tuple[str, ...]:
-    """Return what the release's own configuration must say for this model, where that is not always the same."""
+    """Return the model-dependent settings that the release's own configuration needs."""
     if config.base != "eve":
         return ()
     return (
         f"build the released EVE model with seg_pred_down_ratio={config.patch_size // 2 ** _halvings(config)}, and its "
         f"base with moe_part={list(config.modality_experts)} (add_moe={bool(config.modality_experts)}): other values "
-        "skip weights without a word",
+        "skip weights silently",
         "the released EVE code cannot predict with visual prompts",
     )
 
 
 def _sail_limits(config: Architecture) -> list[Limit]:
-    """Return the limits of the model of the SAIL base."""
+    """Return the limits for the SAIL base."""
     blocks = 1
     while config.patch_size / 2 ** (blocks - 1) > 4:
         blocks += 1
@@ -67,7 +66,7 @@ def _sail_limits(config: Architecture) -> list[Limit]:
 
 
 def _eve_limits(config: Architecture) -> list[Limit]:
-    """Return the limits of the model of the EVE base; `Architecture` itself allows no other attention and prompts."""
+    """Return the limits for the EVE base. `Architecture` itself allows no other attention and prompts."""
     limits: list[Limit] = [
         ("attention_bias", True, "queries, keys and values always have a bias"),
         ("num_upsample_blocks", max(1, config.num_upsample_blocks), "there is always one; mask_stride decides it here"),
@@ -79,5 +78,5 @@ def _eve_limits(config: Architecture) -> list[Limit]:
 
 
 def _halvings(config: Architecture) -> int:
-    """Return how often the release halves a patch until its stride is at most seg_pred_down_ratio."""
+    """Return how many times the release halves a patch until its stride is at most seg_pred_down_ratio."""
     return config.num_upsample_blocks - 1

@@ -1,6 +1,6 @@
-"""What became of every key: the file beside the weights and the lines on screen.
+"""The report of a conversion: what happened to every key.
 
-`convert` writes it into the new folder, the tool prints the summary:
+`convert` writes it to the new folder and the tool prints a summary:
 
     {"layout": "qwen2", ..., "entries": [{"source": "model.norm.weight", "target": "decoder.norm.weight",
      "shape": [896], "dtype": "bfloat16", "note": "copied", "sha256": "9f.."}, ...]}
@@ -26,7 +26,7 @@ def write_conversion_report(
 
 
 def conversion_summary(plan: ConversionPlan) -> list[str]:
-    """Return the lines on screen: one per kind of note, with the keys where they were not simply copied."""
+    """Return the printed summary: one line per note, with the keys unless they were copied."""
     counts = Counter(entry.note for entry in plan.entries)
     lines = []
     for note, count in counts.items():

@@ -1,6 +1,6 @@
-"""The architecture of a converted model: decoder sizes from `config.json`, the rest from shapes or as chosen.
+"""The architecture of a converted model: decoder sizes from `config.json`, the rest from tensor shapes or options.
 
-`convert` builds the target's configuration here. Example, Qwen2.5-0.5B as a fresh base:
+`convert` builds the target's configuration with it. Example, Qwen2.5-0.5B as a new base:
 
     {"hidden_size": 896, "num_attention_heads": 14, ...} + Chosen(mask_dim=256)  ->  Architecture(hidden_size=896, ...)
 """
@@ -32,13 +32,13 @@ DEFAULT_SIZES: dict[str, dict[str, Any]] = {
     "sail": {"patch_size": 16, "mask_stride": 4, "mask_dim": 512, "max_long_side": 1024, "attention": "prefix"},
     "eve": {"patch_size": 32, "mask_stride": 4, "mask_dim": 256, "max_long_side": 800, "attention": "causal"},
 }
-"""By base of the architecture: what is neither in the checkpoint nor chosen. As in `configs/model/`, so that training
-with one of those files takes what was converted without a word on the command line."""
+"""Defaults by base of the architecture for sizes that neither the checkpoint nor an option determines. Same values as
+in `configs/model/`, so that training with one of those files needs no further options."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """What a base does not determine. None: as in `DEFAULT_SIZES`, or as the checkpoint's tensors show it."""
+    """Options that a base does not determine. None: as in the checkpoint's tensors, otherwise `DEFAULT_SIZES`."""
 
     patch_size: int | None = None
     """Pixels."""
@@ -46,26 +46,26 @@ class Chosen:
     mask_dim: int | None = None
     max_long_side: int | None = None
     attention: str | None = None
-    """prefix: the patches of an image see each other. causal: only those before them, as SOLO was trained; EVEv2 has
-    nothing else."""
+    """prefix: the patches of an image attend to each other. causal: to earlier ones only, as SOLO was trained. EVEv2
+    is always causal."""
     num_visual_prompts: int = 15
     vocab_multiple: int = 64
     seed: int = 0
-    """Of everything that is initialised."""
+    """Seed of all initialized parameters."""
     init: str = "ours"
-    """How a new mask head is initialized: ours or torch, as `model.init`."""
+    """Initialization of a new mask head: ours or torch, as `model.init`."""
 
 
 def read_base_config(folder: Path) -> dict[str, Any]:
-    """Return the `config.json` of a language model. Raises: DataError when it is not there or no decoder of ours."""
+    """Return the `config.json` of a language model. Raises: DataError if missing or an unsupported decoder."""
     path = folder / "config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text())
         lacking = [name for name in COPIED_SIZES if name not in config and name != "tie_word_embeddings"]
     except (OSError, ValueError, TypeError) as error:
         raise DataError(
-            f"{path}: found no readable configuration ({error}), expected that of the language model; name the folder "
-            "that holds it with --base"
+            f"{path}: found no readable configuration ({error}), expected that of the language model; set --base to "
+            "its folder"
         ) from error
     if lacking:
         raise DataError(f"{path}: {lacking} are missing, expected the sizes of a decoder; check --base")
@@ -74,7 +74,7 @@ def read_base_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_kind(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise DataError for a decoder that computes something else."""
+    """Raise DataError for an unsupported decoder."""
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     head_dim = config["hidden_size"] // config["num_attention_heads"]
     expected = {
@@ -91,7 +91,7 @@ def _check_kind(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def decoder_remarks(config: Mapping[str, Any]) -> list[str]:
-    """Return what a reader of the report must know about the decoder."""
+    """Return remarks about the decoder for the report."""
     window = config.get("sliding_window")
     if window and not config.get("use_sliding_window", True):
         window = None
@@ -99,9 +99,9 @@ def decoder_remarks(config: Mapping[str, Any]) -> list[str]:
 
 
 def base_architecture(config: Mapping[str, Any], infos: Mapping[str, TensorInfo], chosen: Chosen) -> Architecture:
-    """Return the architecture of a base; vocabulary and token ids are set later.
+    """Return the architecture of a base. Vocabulary and token ids are set later.
 
-    `infos`: tensors under our names. Raises: DataError where they show something else than was chosen.
+    `infos`: tensors under our names. Raises: DataError if they contradict an option.
     """
     fields = {name: config[name] for name in COPIED_SIZES if name in config}
     rope = config.get("rope_parameters") or {}
@@ -123,18 +123,18 @@ def base_architecture(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]
 
 
 def _check_given(given: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
-    """Raise DataError for choices that the checkpoint has made already, otherwise."""
+    """Raise DataError for options that contradict the checkpoint."""
     differing = [
         f"--{name.replace('_', '-')} {value} given, the checkpoint has {shown[name]}"
         for name, value in given.items()
         if shown.get(name, value) != value
     ]
     if differing:
-        raise DataError(f"{'; '.join(differing)}: expected what its tensors show; leave the option out")
+        raise DataError(f"{'; '.join(differing)}: expected the value of its tensors; remove the option")
 
 
 def _shown(infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
-    """Return the fields of an architecture that the tensors determine, apart from the decoder's."""
+    """Return the fields of an architecture that the tensors determine, except the decoder's."""
     shown: dict[str, Any] = {}
     patches = infos.get("patch_embedding.patch_projection.weight")
     if patches is not None and len(patches.shape) == 2:
@@ -153,9 +153,9 @@ def _shown(infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
 
 
 def _eve_fields(pieces: TensorInfo, infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
-    """Return what the tensors of an EVEv2 base show: a patch is 2 x 2 pieces, and which parts images have apart.
+    """Return the fields that the tensors of an EVEv2 base determine: patch size and parts with separate image weights.
 
-    Its attention is part of it: text comes before the image, which only causal attention takes.
+    Attention is always causal, because text precedes the image.
     """
     own = {name.removeprefix("decoder.layers.0.image.").split(".")[0] for name in infos if ".layers.0.image." in name}
     kinds = {"layernorm" if name.endswith("layernorm") else name for name in own}

@@ -1,7 +1,7 @@
-"""Checkpoints on disk as tensors by name, read one at a time and without running anything a file asks for.
+"""Reading of checkpoints as tensors by name, one at a time and without running code from files.
 
-The first step of a conversion. A source is a folder of safetensors (one file, or shards with an index), one safetensors
-file, one .pth / .pt file, or a DeepSpeed ZeRO folder (`zero_shards`):
+A source is a folder of safetensors (one file, or shards with an index), one safetensors file, one .pth / .pt file, or
+a DeepSpeed ZeRO folder (`zero_shards`):
 
     open_source("base/Qwen2.5-0.5B")      infos: {"model.norm.weight": TensorInfo(shape=(896,), dtype=bfloat16), ...}
     open_source("runs/iter_139416.pth")   the same for a file, optionally under its key "state_dict"
@@ -25,18 +25,18 @@ from pixel_sail.types import DataError
 
 INDEX = "model.safetensors.index.json"
 STATE_KEY = "state_dict"
-"""Under which a .pth file may hold its tensors."""
+"""Key under which a .pth file may hold its tensors."""
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Safetensors' name of a type -> torch's. Weights of other types (quantised ones) are not converted."""
+"""Safetensors' name of a dtype -> torch's. Weights of other dtypes (quantized ones) are not converted."""
 
 _DAMAGED = (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError)
-"""What torch.load raises on truncated or random bytes."""
+"""Exceptions of torch.load for truncated or random bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """What is known of a tensor before it is read."""
+    """Shape and dtype of a tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -64,7 +64,7 @@ class SafetensorsSource:
     """One or several safetensors files."""
 
     def __init__(self, path: Path, files: Mapping[str, Path]) -> None:
-        """`files`: tensor name -> the file that holds it."""
+        """`files`: tensor name -> its file."""
         self.path = path
         self._files = files
         self.infos: dict[str, TensorInfo] = {}
@@ -77,14 +77,14 @@ class SafetensorsSource:
     def read(self, name: str) -> Tensor:
         """Return one tensor."""
         path = self._files[name]
-        with reading(f"{path}: {name}", "get it again"), _open_safetensors(path) as opened:
+        with reading(f"{path}: {name}", "download it again"), _open_safetensors(path) as opened:
             tensor = opened.get_tensor(name)
         assert isinstance(tensor, Tensor)
         return tensor
 
 
 class LoadedSource:
-    """Tensors that torch.load returned; those of a zip file stay on disk until they are used."""
+    """Tensors loaded by torch.load. Those of a zip file stay on disk until they are used."""
 
     def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         self.path = path
@@ -97,7 +97,7 @@ class LoadedSource:
 
 
 def open_source(path: str | Path) -> TensorSource:
-    """Return the checkpoint at a path. Raises: DataError when it is absent, damaged, incomplete or unsafe to read."""
+    """Return the checkpoint at a path. Raises: DataError if it is missing, damaged, incomplete or unsafe to read."""
     from pixel_sail.conversion.zero_shards import is_zero_folder, open_zero_folder
 
     path = Path(path)
@@ -114,29 +114,29 @@ def open_source(path: str | Path) -> TensorSource:
     return LoadedSource(path, _tensors_of(path, load_safely(path)))
 
 
-def load_safely(path: Path, stand_ins: Sequence[tuple[Any, str]] = ()) -> Any:
-    """Return what a file of torch.save holds, as far as that is tensors and plain data.
+def load_safely(path: Path, placeholders: Sequence[tuple[Any, str]] = ()) -> Any:
+    """Return the tensors and plain data of a torch.save file.
 
-    `stand_ins`: (class without behaviour, full name in the file) of objects that are let through as dead data.
-    Raises: DataError when the file is damaged or asks for anything else; nothing of it was run then.
+    `placeholders`: (class without behavior, full name in the file) that replace classes of the file by plain data.
+    Raises: DataError if the file is damaged or requests any other class, without running it.
     """
     try:
-        with torch.serialization.safe_globals(list(stand_ins)):
+        with torch.serialization.safe_globals(list(placeholders)):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise DataError(
             f"{path}: found a request for {_asked_for(path) or error}, expected tensors and plain data only; nothing "
-            "was run. If you trust the file, save its tensors alone as safetensors elsewhere and convert those"
+            "was run. If you trust the file, save its tensors as safetensors elsewhere and convert those"
         ) from error
     except _DAMAGED as error:
         raise DataError(
             f"{path}: found bytes that do not load ({type(error).__name__}: {str(error)[:200]}), expected a complete "
-            "file of torch.save; get it again"
+            "file of torch.save; download it again"
         ) from error
 
 
 def _asked_for(path: Path) -> str:
-    """Return the names of code that a file asks for; empty where that cannot be told."""
+    """Return the names of code that a file requests, empty if unknown."""
     if not zipfile.is_zipfile(path):
         return ""
     try:
@@ -146,7 +146,7 @@ def _asked_for(path: Path) -> str:
 
 
 def _tensors_of(path: Path, content: Any) -> dict[str, Tensor]:
-    """Return the state dict in the content of a file."""
+    """Return the state dict of a file's content."""
     state = content.get(STATE_KEY, content) if isinstance(content, Mapping) else content
     if not isinstance(state, Mapping) or not state or not all(isinstance(t, Tensor) for t in state.values()):
         found = sorted(map(str, state))[:5] if isinstance(state, Mapping) else type(state).__name__
@@ -194,22 +194,22 @@ def _open_safetensors(path: Path) -> Any:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise DataError(
-            f"{path}: found bytes that are no complete safetensors file ({error}), expected {path.stat().st_size} "
-            "bytes to be all of it; the download was cut or damaged, get it again"
+            f"{path}: found an incomplete safetensors file of {path.stat().st_size} bytes ({error}), expected a "
+            "complete one; the download was truncated or damaged, download it again"
         ) from error
 
 
 def _check_index(path: Path, file: Path, *, listed: set[str], held: set[str]) -> None:
-    """Raise DataError when an index and the shard disagree."""
+    """Raise DataError if an index and a shard disagree."""
     if listed != held:
         raise DataError(
-            f"{file}: holds {sorted(held - listed)[:5]} that {path}'s index does not list for it, and lacks "
-            f"{sorted(listed - held)[:5]} that it does; expected both alike; download shards and index again"
+            f"{file}: contains {sorted(held - listed)[:5]}, which {path}'s index does not list for it, and lacks "
+            f"{sorted(listed - held)[:5]}, which it lists; expected both to agree; download shards and index again"
         )
 
 
 def _info(file: Path, name: str, view: Any) -> TensorInfo:
-    """Return shape and type of a tensor in an open file."""
+    """Return shape and dtype of a tensor in an open file."""
     found = view.get_dtype()
     if found not in SAFETENSORS_DTYPES:
         raise DataError(

@@ -1,7 +1,7 @@
-"""Tokenizers of checkpoints: which token each row of an embedding belongs to, there and here.
+"""Tokenizers of checkpoints: the token of each embedding row on both sides of a conversion.
 
-`convert` needs both vocabularies before it can place rows by name. The release adds its tokens when it is started, so
-that its tokenizer folder lacks them; which order was used shows in the number of rows:
+`convert` maps rows by token name. The release adds its tokens at startup, so its tokenizer folder lacks them. Their
+order follows from the number of rows:
 
     tokenizer of 151671 tokens, embedding of 151690 rows  ->  [SEG], <p>, </p>, <Prompt0> .. <Prompt14>, <NO_Prompt>
 """
@@ -25,27 +25,27 @@ from pixel_sail.model.tokenization import (
 from pixel_sail.types import DataError
 
 UNUSED_PROMPT = "<NO_Prompt>"
-"""A token of the release that is never an input."""
+"""A token of the release that never occurs in inputs."""
 
 MAX_PADDING = 512
-"""How many rows without a token an embedding may have; Qwen2.5-7B has 399, the most of the bases."""
+"""Maximum number of embedding rows without a token. Qwen2.5-7B has 399, the most of all bases."""
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a folder as it is.
+    """Return the tokenizer of a folder unchanged.
 
-    Raises: DataError when there is none, when its ids have holes, or when the package that reads it is not installed.
+    Raises: DataError if there is none, its ids have gaps, or the package that reads it is not installed.
     """
-    # Without these Hugging Face makes a tokenizer of a few tokens up from config.json alone.
+    # Without these Hugging Face builds a tokenizer of a few tokens from config.json alone.
     found = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not found:
-        raise DataError(f"{folder}: found no tokenizer, expected one of {TOKENIZER_FILES}; name its folder with --base")
+        raise DataError(f"{folder}: found no tokenizer, expected one of {TOKENIZER_FILES}; set --base to its folder")
     read = _read_sentencepiece if found == [SENTENCEPIECE_FILE] else read_tokenizer_files
-    # Without the package Hugging Face takes the file for one of tiktoken, and asks for that.
+    # Without the package Hugging Face treats the file as tiktoken's and asks for tiktoken.
     if read is _read_sentencepiece and find_spec("sentencepiece") is None:
         raise DataError(
-            f"{folder}: found {SENTENCEPIECE_FILE} and no package sentencepiece, expected that package to read "
-            "it with; install it (pip install sentencepiece, or the extra: pip install 'pixel-sail[solo]')"
+            f"{folder}: found {SENTENCEPIECE_FILE} and no package sentencepiece, expected that package to read it; "
+            "install it (pip install sentencepiece, or the extra: pip install 'pixel-sail[solo]')"
         )
     try:
         tokenizer = read(folder)
@@ -53,8 +53,8 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise
     except (OSError, ValueError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
         raise DataError(
-            f"{folder}: found no tokenizer that can be read ({str(error)[:200]}), expected the tokenizer files of the "
-            "checkpoint; name their folder with --base"
+            f"{folder}: found no readable tokenizer ({str(error)[:200]}), expected the tokenizer files of the "
+            "checkpoint; set --base to their folder"
         ) from error
     vocabulary = tokenizer.get_vocab()
     if sorted(vocabulary.values()) != list(range(len(vocabulary))):
@@ -66,10 +66,10 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _read_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
-    """Return Llama's tokenizer, which Mistral has too, of a folder with nothing but `tokenizer.model`.
+    """Return the Llama tokenizer, also used by Mistral, of a folder with only `tokenizer.model`.
 
-    For a folder of Mistral AutoTokenizer (transformers 5.23) leaves out the space before the first word. The class of
-    Llama reads it as sentencepiece does, but forgets `legacy` when it is saved; the plain class keeps what was read.
+    For Mistral folders AutoTokenizer (transformers 5.23) omits the space before the first word. The Llama class matches
+    sentencepiece but loses `legacy` when saved; the plain class preserves it.
     """
     check_no_code(folder, TOKENIZER_CONFIG)
     llama = LlamaTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -78,18 +78,18 @@ def _read_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def check_rows(folder: Path, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """Raise DataError when an embedding of `rows` cannot belong to a tokenizer."""
+    """Raise DataError if an embedding of `rows` does not fit a tokenizer."""
     if not 0 <= rows - len(tokenizer) < MAX_PADDING:
         raise DataError(
             f"{folder}: found a tokenizer of {len(tokenizer)} tokens for an embedding of {rows} rows, expected as many "
-            f"and up to {MAX_PADDING} rows of padding; give the tokenizer the checkpoint was trained with (--base)"
+            f"and up to {MAX_PADDING} rows of padding; use the tokenizer the checkpoint was trained with (--base)"
         )
 
 
 def release_orders(num_visual_prompts: int) -> tuple[tuple[str, ...], ...]:
     """Return the orders in which the release's configurations append their tokens.
 
-    Source: released configurations: usual, masks only, and the ablation with a token for pooled features.
+    Source: released configurations: default, masks only, and the ablation with a token for pooled features.
     """
     prompts = [f"<Prompt{i}>" for i in range(num_visual_prompts)]
     return (
@@ -100,10 +100,10 @@ def release_orders(num_visual_prompts: int) -> tuple[tuple[str, ...], ...]:
 
 
 def add_release_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase, *, rows: int, num_visual_prompts: int) -> None:
-    """Append what the release appended, so that the tokenizer has exactly one token for each of `rows`.
+    """Append the release's tokens, so that the tokenizer has exactly one token for each of `rows`.
 
-    A tokenizer that has all tokens of an order already stays as it is. Every order has [SEG], <p> and </p>.
-    Raises: DataError when no known order makes that number.
+    A tokenizer that already has all tokens of an order is unchanged. Every order has [SEG], <p> and </p>.
+    Raises: DataError if no known order gives that number.
     """
     known = tokenizer.get_vocab()
     candidates = [tuple(t for t in order if t not in known) for order in release_orders(num_visual_prompts)]
@@ -114,32 +114,32 @@ def add_release_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase, *, rows
             f"{folder}: found a tokenizer of {len(tokenizer)} tokens{f' without {lacking}' if lacking else ''} for an "
             f"embedding of {rows} rows, expected "
             f"{sorted({rows - len(tokens) for tokens in candidates})} (the release appends one of "
-            f"{[len(tokens) for tokens in candidates]} tokens); give the tokenizer of the base the checkpoint was "
+            f"{[len(tokens) for tokens in candidates]} tokens); use the tokenizer of the base the checkpoint was "
             "trained from (--base) and its number of prompts (--visual-prompts)"
         )
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in fitting[0]], special_tokens=True)
 
 
 def count_prompts(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return how many <Prompt0>, <Prompt1> .. a tokenizer has. Raises: DataError when one in between is missing."""
+    """Return the number of <Prompt0>, <Prompt1> .. in a tokenizer. Raises: DataError if one in between is missing."""
     found = [token for token in tokenizer.get_vocab() if re.fullmatch(r"<Prompt\d+>", token)]
     expected = [f"<Prompt{i}>" for i in range(len(found))]
     if set(found) != set(expected):
         raise DataError(
-            f"tokenizer: found the prompts {sorted(found)}, expected {expected}; give the tokenizer the checkpoint was "
+            f"tokenizer: found the prompts {sorted(found)}, expected {expected}; use the tokenizer the checkpoint was "
             "trained with (--base)"
         )
     return len(found)
 
 
 def check_has_prompts(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise DataError when a checkpoint with weights for visual prompts would lose them for want of a token.
+    """Raise DataError if weights for visual prompts would be lost because the tokenizer lacks the tokens.
 
-    The release has these weights also where it was trained without prompts; whoever converts must say that it was.
+    The release has these weights even if it was trained without prompts, so the user must state that it was.
     """
     if not count_prompts(tokenizer):
         raise DataError(
             f"{folder}: found vp_embed in the checkpoint and no <Prompt0> among its {len(tokenizer)} tokens, expected "
-            "both or neither; give the tokenizer the checkpoint was trained with (--base), or --visual-prompts 0 if it "
+            "both or neither; use the tokenizer the checkpoint was trained with (--base), or --visual-prompts 0 if it "
             "was trained without prompts, which drops vp_embed"
         )

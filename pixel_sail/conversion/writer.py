@@ -1,12 +1,12 @@
-"""A new folder of weights, written shard by shard, read back, and put in place whole or not at all.
+"""Atomic writing of a weights folder: shard by shard, verified by reading back, then renamed.
 
-The last step of a conversion. Never more than one shard is in memory:
+The last step of a conversion. At most one shard is in memory:
 
     new/model-00001-of-00002.safetensors  new/model-00002-of-00002.safetensors  new/model.safetensors.index.json
     new/config.json  new/tokenizer.json ...  new/conversion.json
 
-Until then it is `.writing_new_<8 digits>` beside it, a name of its own for every conversion. One that is killed leaves
-that folder behind; nothing reads or deletes it.
+Files are written to `.writing_new_<8 digits>` next to it, a unique name per conversion. A killed conversion leaves that
+folder behind; nothing reads or deletes it.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ class Write:
     name: str
     info: TensorInfo
     make: Callable[[], Tensor]
-    """Returns the tensor; called once, when its shard is written."""
+    """Returns the tensor. Called once, when its shard is written."""
 
 
 def write_folder(
@@ -45,11 +45,11 @@ def write_folder(
     shard_bytes: int,
     finish: Callable[[Path, dict[str, str]], None],
 ) -> None:
-    """Write the tensors in order, shards of at most `shard_bytes` (a larger tensor has its own), and check them.
+    """Write the tensors in order in shards of at most `shard_bytes` (a larger tensor has its own), and verify them.
 
-    `finish(folder, sha256 by name)` writes whatever else belongs there. Raises: DataError when the folder exists (also
-    when another conversion put it there meanwhile), a tensor is not what was announced or cannot be written, or what
-    is read back differs from what was written.
+    `finish(folder, sha256 by name)` writes all other files. Raises: DataError if the folder exists (even if another
+    conversion created it meanwhile), a tensor differs from its announced shape or dtype or cannot be written, or a
+    file differs when read back.
     """
     _check_absent(folder)
     working = folder.with_name(f"{WRITING}{folder.name}_{uuid.uuid4().hex[:8]}")
@@ -69,9 +69,9 @@ def write_folder(
 
 
 def _check_absent(folder: Path) -> None:
-    """Raise DataError when something is where the new folder shall be."""
+    """Raise DataError if the path of the new folder exists."""
     if folder.exists():
-        raise DataError(f"{folder}: found something there, expected a new folder; delete it or choose another name")
+        raise DataError(f"{folder}: found an existing path, expected a new folder; delete it or choose another name")
 
 
 def shards_of(writes: Sequence[Write], shard_bytes: int) -> list[list[Write]]:
@@ -93,7 +93,7 @@ def tensor_hash(tensor: Tensor) -> str:
 
 
 def _write_shards(folder: Path, writes: Sequence[Write], shard_bytes: int) -> dict[str, str]:
-    """Return the SHA-256 of every tensor; all of them were read back."""
+    """Return the SHA-256 of every tensor after reading all back."""
     shards = shards_of(writes, shard_bytes)
     hashes: dict[str, str] = {}
     files: dict[str, str] = {}
@@ -110,7 +110,7 @@ def _write_shards(folder: Path, writes: Sequence[Write], shard_bytes: int) -> di
 
 
 def _write_shard(path: Path, shard: Sequence[Write]) -> dict[str, str]:
-    """Write one file; return the hash of each of its tensors."""
+    """Write one file and return the hash of each of its tensors."""
     tensors = {write.name: write.make().contiguous() for write in shard}
     for write in shard:
         found = TensorInfo(shape=tuple(tensors[write.name].shape), dtype=tensors[write.name].dtype)
@@ -129,7 +129,7 @@ def _write_shard(path: Path, shard: Sequence[Write]) -> dict[str, str]:
 
 
 def _read_back(path: Path, hashes: dict[str, str]) -> None:
-    """Raise DataError when a file holds other tensors than were written."""
+    """Raise DataError if a file's tensors differ from those written."""
     with safe_open(path, framework="pt", device="cpu") as opened:
         found = set(opened.keys())
         differing = sorted(found ^ hashes.keys())

@@ -1,12 +1,12 @@
-"""DeepSpeed ZeRO checkpoints as tensors by name: float32 master weights put together from the shards of all ranks.
+"""DeepSpeed ZeRO checkpoints as tensors by name: float32 master weights merged from the shards of all ranks.
 
-`sources.open_source` comes here for a folder that holds `*_optim_states.pt`, or names one in its file `latest`. Stage 1
-and 2 cut the concatenation of all parameters of a group, stage 3 every parameter:
+`sources.open_source` uses it for a folder with `*_optim_states.pt`, or with a file `latest` that names one. Stages 1
+and 2 partition the concatenated parameters of a group, stage 3 partitions every parameter:
 
     2 ranks, a of 5 values, b of 4    stage 2: [a0..a4] [b0..b3], stage 3: [a0 a1 a2 b0 b1] [a3 a4 - b2 b3]
 
-Source: the layout that DeepSpeed's own consolidation script reads (`deepspeed/utils/zero_to_fp32.py`, 0.19). That
-script unpickles without limits; here the few classes DeepSpeed stores are replaced by dead ones.
+Source: the layout read by DeepSpeed's consolidation script (`deepspeed/utils/zero_to_fp32.py`, 0.19). That script
+unpickles arbitrary classes; here the few classes that DeepSpeed stores are replaced by plain ones.
 """
 
 import re
@@ -27,7 +27,7 @@ FLAT_KEYS = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_
 
 
 class DeadObject:
-    """Stands for an object of DeepSpeed: holds what was stored and can do nothing."""
+    """Placeholder for a DeepSpeed object: holds the stored attributes, without behavior."""
 
     def __init__(self, *stored: Any) -> None:
         self.stored = stored
@@ -50,14 +50,14 @@ STAND_INS = [
 
 @dataclass(frozen=True, kw_only=True)
 class Pieces:
-    """Where one parameter lies: runs of flat tensors that follow one another, and the shape they make."""
+    """Location of one parameter: consecutive slices of flat tensors, and its shape."""
 
     runs: tuple[Tensor, ...]
     shape: tuple[int, ...]
 
 
 class ZeroSource:
-    """Parameters that are put together when they are asked for."""
+    """Parameters that are merged when read."""
 
     def __init__(self, path: Path, pieces: Mapping[str, Pieces]) -> None:
         self.path = path
@@ -76,7 +76,7 @@ def is_zero_folder(path: Path) -> bool:
 
 
 def open_zero_folder(path: Path) -> TensorSource:
-    """Return the checkpoint. Raises: DataError when a shard is absent, damaged or unsafe, or sizes do not add up."""
+    """Return the checkpoint. Raises: DataError if a shard is missing, damaged or unsafe, or sizes do not add up."""
     latest = path / "latest"
     folder = path / latest.read_text().strip() if latest.is_file() else path
     optimizer_files, model_files = (
@@ -117,13 +117,13 @@ def open_zero_folder(path: Path) -> TensorSource:
 
 
 def _rank(file: Path) -> int:
-    """Return the rank in the name of a shard, 0 where it has none."""
+    """Return the rank in the name of a shard, 0 if it has none."""
     found = re.search(r"zero_pp_rank_(\d+)_", file.name)
     return int(found[1]) if found else 0
 
 
 def _optimizer_state(file: Path) -> Mapping[str, Any]:
-    """Return what the optimizer of one rank stored."""
+    """Return the optimizer state of one rank."""
     content = load_safely(file, STAND_INS)
     if not isinstance(content, Mapping) or "zero_stage" not in content.get(OPTIMIZER, {}):
         raise DataError(f"{file}: found no {OPTIMIZER}.zero_stage, expected a shard of DeepSpeed's ZeRO optimizer")
@@ -161,7 +161,7 @@ def _cut_groups(
                 raise ValueError(f"group {group} ends at {available}, {name} at {position + size}")
             pieces[name] = Pieces(runs=_window(rows, position, size), shape=tuple(shape))
             position += size + (int(paddings[group][index]) if paddings is not None else 0)
-        # The row may be padded for alignment, to a multiple of twice the number of ranks.
+        # The row may be padded to a multiple of twice the number of ranks.
         if available - position >= 2 * len(flats):
             raise ValueError(f"group {group} has {available} values for parameters of {position}")
     return pieces
@@ -185,7 +185,7 @@ def _cut_parameters(model_state: Mapping[str, Any], flats: Sequence[Sequence[Ten
 
 
 def _frozen(states: Sequence[Mapping[str, Any]]) -> dict[str, Pieces]:
-    """Return the parameters that were not trained, in the parts that each file holds."""
+    """Return the frozen parameters, in the parts stored in each file."""
     shapes = states[0].get("frozen_param_shapes") or {}
     return {
         name: Pieces(

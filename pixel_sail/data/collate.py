@@ -1,8 +1,8 @@
-"""Sequences -> Batch: pad rows, make indices global, list what is supervised.
+"""Collates packed sequences into a `Batch`: pads rows, makes indices global, lists the supervised positions.
 
-The last step of data loading; the model and the losses read nothing but the `Batch`. Two sequences of 120 and 97 tokens
-become rows of 120; the second row's patches start behind the first row's in `patches_SK`, its sample indices behind the
-first row's in `sample_ids`.
+This is the last step of data loading; the model and the losses read only the `Batch`. Two sequences of 120 and 97
+tokens become rows of 120. In `patches_SK` the second row's patches follow the first row's; in `sample_ids` its samples
+do.
 """
 
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ from pixel_sail.model.spans import sample_spans
 from pixel_sail.types import IGNORE_LABEL, Batch, Example
 
 PADDING = {"sample_index": -1, "patch_index": -1, "prompt_ids": -1, "labels": IGNORE_LABEL}
-"""Value of a per-token array at padding, where it is not 0."""
+"""Padding value of the per-token arrays for which it is not 0."""
 
 
 def collate(sequences: Sequence[PackedSequence], *, seg_id: int) -> Batch:
     """Return the batch of these sequences, one row each.
 
-    A target is the token after a position, within the row. The first token of every sample and of every branch is never
-    supervised (it belongs to an image or a question), so no position predicts into a neighbour.
+    A position's target is the next token of its row. The first token of every sample and of every branch is never
+    supervised (it belongs to an image or a question), so no position predicts a token of its neighbor.
     """
     rows: list[dict[str, Tensor]] = []
     examples: list[Example] = []
@@ -91,7 +91,7 @@ def _token_arrays(example: Example, sample_index: int, patch_offset: int) -> dic
 
 
 def _pad_rows(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return each array stacked over rows: [B, T], and position ids [2, B, T]."""
+    """Stack each array over rows: [B, T], and position ids [2, B, T]."""
     longest = max(row["input_ids"].shape[0] for row in rows)
     stacked = {}
     for name in rows[0]:

@@ -1,16 +1,16 @@
-"""Lists of messages by "human" and "gpt" as questions with answers.
+"""Parses lists of messages by "human" and "gpt" into questions with answers.
 
-`data/sources/llava.py` and `osprey.py` read the conversations of their records here.
+`data/sources/llava.py` and `osprey.py` parse the conversations of their records with it.
 
 Example:
 
     [gpt "Hello!", human "<image>\\nWhat is it?", human "Be brief.", gpt "A dog.", human "Why?"]
     ->  [("What is it?\\nBe brief.", "A dog.")]
 
-Conversations collected from the web do not always alternate. As in the release, what gpt says before anybody asked is
-dropped, so is a question at the end that nobody answered, and messages of one side in a row are one message. (The
-release joins questions without anything between them and makes a turn with an empty question of a second answer; here
-both are joined by a line break.)
+Conversations collected from the web do not always alternate. As in the release, a gpt message before the first question
+is dropped, so is a final question without an answer, and consecutive messages of one side are joined. (The release
+joins questions without a separator and makes a second answer a turn with an empty question; here both are joined by a
+line break.)
 """
 
 import re
@@ -25,9 +25,9 @@ _IMAGE_MARKER = re.compile(r"\s*<image>\s*")
 
 
 def conversation_turns(messages: Any, where: str) -> list[tuple[str, str]]:
-    """Return the (question, answer) pairs of a conversation, stripped; none if nothing was asked and answered.
+    """Return the (question, answer) pairs of a conversation, stripped; none if no question has an answer.
 
-    Raises: DataError for anything that is no message, and for a question or an answer without text.
+    Raises: DataError for an invalid message, and for a question or an answer without text.
     """
     if not isinstance(messages, list):
         raise DataError(
@@ -53,7 +53,7 @@ def conversation_turns(messages: Any, where: str) -> list[tuple[str, str]]:
 
 
 def may_have_turns(messages: Any) -> bool:
-    """Say whether reading these messages gives a turn or an error, looking only at who speaks."""
+    """Return whether parsing these messages gives a turn or an error, looking only at the roles."""
     if not isinstance(messages, list):
         return True
     roles = [_role(message) for message in messages]
@@ -63,13 +63,13 @@ def may_have_turns(messages: Any) -> bool:
 
 
 def _role(message: Any) -> str | None:
-    """Return who speaks, None if that cannot be said."""
+    """Return the role of a message, None if it has none."""
     name = message.get("from") if isinstance(message, dict) else None
     return ROLES.get(name) if isinstance(name, str) else None
 
 
 def _parse_message(message: Any, where: str) -> tuple[str, str]:
-    """Return who speaks, and the text; image markers are taken out of questions."""
+    """Return role and text; image markers are removed from questions."""
     role = _role(message)
     text = message.get("value") if isinstance(message, dict) else None
     if role is None or not isinstance(text, str):
@@ -82,5 +82,5 @@ def _parse_message(message: Any, where: str) -> tuple[str, str]:
 
 
 def _without_markers(text: str) -> str:
-    """Take out `<image>` with the blanks around it; in the middle of a text a blank or line break stays."""
+    """Remove `<image>` with the whitespace around it; in the middle of a text a space or line break stays."""
     return _IMAGE_MARKER.sub(lambda match: "\n" if "\n" in match[0] else " ", text)

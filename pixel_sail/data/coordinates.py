@@ -1,13 +1,13 @@
-"""Coordinates that are fractions of the image (0 .. 1) where pixels are expected.
+"""Rejects coordinates that are fractions of the image (0 .. 1) instead of pixels.
 
-Whoever reads polygons, boxes or points of a file or a command line asks here before painting. Many exporters write
-fractions; painted as pixels they would all be the pixel in the corner at the upper left:
+Readers of polygons, boxes or points from a file or a command line check them before painting. Many exporters write
+fractions; painted as pixels they would all be the pixel in the upper left corner:
 
-    [0.1, 0.2, 0.6, 0.2, 0.6, 0.8] in an image of 640 x 480   ->  refused: they look like fractions
-    [0, 0, 1, 0, 1, 1, 0, 1] in the same image                ->  the pixel in the corner, if other regions of the file
-                                                                  lie further out; refused if none does
+    [0.1, 0.2, 0.6, 0.2, 0.6, 0.8] in an image of 640 x 480   ->  rejected: they look like fractions
+    [0, 0, 1, 0, 1, 1, 0, 1] in the same image                ->  the corner pixel, if other regions of the file
+                                                                  extend further; else rejected
 
-Fractions in percent cannot be told from pixels.
+Percentages cannot be distinguished from pixels.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +24,7 @@ _LARGEST_OVERHANG = 0.5
 """How far a fraction may lie beyond the left or upper border."""
 
 _SMALLEST_IMAGE_PX = 8
-"""In an image with a smaller side a region of one pixel is nothing special."""
+"""In an image with a smaller side a region of one pixel is plausible."""
 
 _MAX_DEPTH = 12
 _KEYS = frozenset({"segmentation", "bbox_xyxy", "points"})
@@ -39,7 +39,7 @@ ADVICE = (
 
 
 def look_like_fractions(numbers: Sequence[float], size_hw: SizeHW) -> bool:
-    """Say whether all coordinates of a region lie in 0 .. 1 of an image that is larger."""
+    """Return whether all coordinates of a region lie in 0 .. 1 of an image that is larger."""
     if not numbers or min(size_hw) < _SMALLEST_IMAGE_PX:
         return False
     return min(numbers) >= -_LARGEST_OVERHANG and max(numbers) <= _LARGEST_FRACTION
@@ -50,8 +50,8 @@ def check_pixels(
 ) -> None:
     """Raise DataError for coordinates of one region that look like fractions.
 
-    Whole and half numbers may be the pixel in the corner; `shows_pixels` says whether other regions of the file are
-    larger, which makes them that (None: it is not known).
+    Whole and half numbers may be the corner pixel; `shows_pixels` returns whether other regions of the file are larger,
+    in which case they are (None: unknown).
     """
     if not look_like_fractions(numbers, size_hw):
         return
@@ -65,9 +65,9 @@ def check_pixels(
 
 
 def shows_pixels(records: Records) -> bool:
-    """Say whether a file has a polygon, box or point with a coordinate above 1; looked for when it is first asked.
+    """Return whether a file has a polygon, box or point with a coordinate above 1; computed on first use.
 
-    Of COCO's `bbox` nothing follows, which some exporters leave in pixels.
+    COCO's `bbox` is not evidence, as some exporters leave it in pixels.
     """
     if records not in _KNOWN:
         _KNOWN[records] = any(_is_beyond(records[i], _MAX_DEPTH) for i in range(min(len(records), _MAX_RECORDS)))
@@ -80,7 +80,7 @@ def _is_beyond(value: object, depth: int, is_region: bool = False) -> bool:
     if depth == 0:
         return False
     if isinstance(value, dict):
-        # A run-length encoding counts pixels by itself and says nothing about polygons.
+        # A run-length encoding counts pixels anyway and says nothing about polygons.
         inner: Iterable[tuple[object, bool]] = ((item, key in _KEYS) for key, item in value.items())
         return any(_is_beyond(item, depth - 1, below) for item, below in inner)
     if isinstance(value, list):

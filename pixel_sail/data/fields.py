@@ -1,6 +1,6 @@
-"""Reading one field of an annotation record, or saying what is wrong with it.
+"""Reads typed fields of annotation records, with errors that say what is wrong.
 
-The sources take records of `data/records.py` apart with it. A message looks like
+The sources parse records of `data/records.py` with it. An error message:
 
     RefCOCOg_GCG_train.json[17]: found caption = None, expected str; repair the record
 """
@@ -14,14 +14,14 @@ from pixel_sail.types import DataError, SizeHW
 T = TypeVar("T")
 
 MAX_PIXELS = 1 << 28
-"""No image has more, and a mask of a size that is a slip of the pen would fill the memory."""
+"""No image has more; a mask of a mistyped size would exhaust memory."""
 
 ImageFolders = str | Path | list[str | Path]
-"""One folder, or several to look an image up in."""
+"""One folder, or several in which images are looked up."""
 
 
 def field(record: object, name: str, kind: type[T], where: str) -> T:
-    """Return a field that must be there and of this type. Raises: DataError."""
+    """Return a required field of this type. Raises: DataError."""
     if not isinstance(record, dict):
         raise DataError(f"{where}: found {shown(record)}, expected an object with {name!r}; repair the record")
     value = record.get(name)
@@ -31,7 +31,7 @@ def field(record: object, name: str, kind: type[T], where: str) -> T:
 
 
 def strings(record: object, name: str, where: str) -> list[str]:
-    """Return a field that must be a list of texts. Raises: DataError."""
+    """Return a field that must be a list of strings. Raises: DataError."""
     values = field(record, name, list, where)
     for value in values:
         if not isinstance(value, str):
@@ -40,7 +40,7 @@ def strings(record: object, name: str, where: str) -> list[str]:
 
 
 def stated_hw(record: object, where: str) -> SizeHW | None:
-    """Return (height, width) as the record states them, None if it states neither. Raises: DataError."""
+    """Return (height, width) as stated by the record, None if neither is. Raises: DataError."""
     if isinstance(record, dict) and record.get("height") is None and record.get("width") is None:
         return None
     height, width = field(record, "height", int, where), field(record, "width", int, where)
@@ -53,5 +53,5 @@ def stated_hw(record: object, where: str) -> SizeHW | None:
 
 
 def folders(paths: ImageFolders) -> list[Path]:
-    """Return the folders named by a config, which may name one or several."""
+    """Return the folders of a config value, which may be one or several."""
     return [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]

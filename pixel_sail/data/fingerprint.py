@@ -1,12 +1,12 @@
-"""Which annotation files were read, and what they held: the fingerprint of a run's data.
+"""Records which annotation files were read and their hashes: the fingerprint of a run's data.
 
-The readers add every annotation file they open; `training/prepare.py` collects while it builds the mixture, and a
-checkpoint keeps the fingerprint, so that a continued run does not go on with other data unnoticed:
+The readers add every annotation file they open, and `training/prepare.py` collects them while it builds the mixture. A
+checkpoint stores the fingerprint, so that a resumed run detects changed data:
 
     {"refcoco/refs(unc).p": ["51dcaa..."], "refcoco/instances.json": ["fd35e8..."]}
 
-A file is named by its folder and its own name, so that data may move; where several have one name, all are listed.
-Images and mask PNGs are not read at the start of a run and not part of it.
+A file is named by its folder and file name, so that data may move; several files of one name are all listed. Images and
+mask PNGs are not read at the start of a run and are not included.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ _CURRENT: ContextVar[dict[str, set[str]] | None] = ContextVar("data_fingerprint"
 
 
 def add_to_fingerprint(path: Path, digest: str) -> None:
-    """Add a file, with the SHA-256 of its content, to the fingerprint that is being collected, if one is."""
+    """Add a file and the SHA-256 of its content to the fingerprint being collected, if any."""
     found = _CURRENT.get()
     if found is not None:
         found.setdefault(f"{path.parent.name}/{path.name}", set()).add(digest)
@@ -26,7 +26,7 @@ def add_to_fingerprint(path: Path, digest: str) -> None:
 
 @contextmanager
 def data_fingerprint() -> Iterator[dict[str, set[str]]]:
-    """Collect the annotation files that are read inside the block: name -> SHA-256 of each file of that name."""
+    """Collect the annotation files read inside the block: name -> SHA-256 of each file of that name."""
     found: dict[str, set[str]] = {}
     token = _CURRENT.set(found)
     try:

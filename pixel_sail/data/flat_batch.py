@@ -1,8 +1,8 @@
-"""A batch on its way from a loader worker to the training process: one block of memory per dtype.
+"""Moves a batch from a loader worker to the training process as one block of memory per dtype.
 
 `data/loader.py` flattens it in the worker and restores it in the training process. Every tensor that crosses a process
-boundary costs a file descriptor and a fraction of a millisecond, and a batch has a mask for every question; in one
-block they cost the same once, and the tensors of the restored batch are views of it.
+boundary costs a file descriptor and a fraction of a millisecond, and a batch has a mask per question. One block pays
+this cost once, and the tensors of the restored batch are views of it.
 
 Example: input ids [2, 120] and positions [2, 2, 120] travel as 720 int64 numbers, with the layout
 [("input_ids_BT", None, int64, 0, (2, 120)), ("position_ids_2BT", None, int64, 240, (2, 2, 120))].
@@ -19,11 +19,11 @@ from pixel_sail.types import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class _Slot:
-    """Where one tensor of the batch lies."""
+    """Location of one tensor of the batch."""
 
     field: str
     item: int | None
-    """Place in a tuple of tensors, None for a field that is a tensor itself."""
+    """Index in a tuple of tensors, None for a field that is a tensor itself."""
     dtype: torch.dtype
     start: int
     shape: tuple[int, ...]
@@ -36,10 +36,10 @@ class FlatBatch:
     blocks: dict[torch.dtype, Tensor]
     slots: tuple[_Slot, ...]
     rest: dict[str, Any]
-    """Fields without tensors, and tuples with None where a tensor goes."""
+    """Fields without tensors, and tuples with None in place of each tensor."""
 
     def pin_memory(self) -> "FlatBatch":
-        """Return the batch in pinned memory, from which a GPU copies without the host waiting (torch's loader asks)."""
+        """Return the batch in pinned memory for asynchronous copies to a GPU; called by torch's DataLoader."""
         return replace(self, blocks={dtype: block.pin_memory() for dtype, block in self.blocks.items()})
 
 
@@ -70,7 +70,7 @@ def flatten_batch(batch: Batch) -> FlatBatch:
 
 
 def unflatten_batch(flat: FlatBatch) -> Batch:
-    """Return the batch again; its tensors are views of the blocks."""
+    """Return the restored batch; its tensors are views of the blocks."""
     fields: dict[str, Any] = {
         name: list(value) if isinstance(value, tuple) else value for name, value in flat.rest.items()
     }

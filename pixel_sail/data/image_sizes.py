@@ -1,9 +1,9 @@
-"""The size of an image without decoding it, for annotation files that do not state it.
+"""Reads the size of an image without decoding it, for annotation files that do not state it.
 
-Sources whose polygons come without a size (RefCOCOg-GCG, ReasonSeg) ask here before they decode masks. Which of the two
-sizes is right depends on what the annotators saw:
+Sources whose polygons have no size (RefCOCOg-GCG, ReasonSeg) call it before they decode masks. The right size depends
+on what the annotators saw:
 
-    a phone image stored as 3000 x 4000 with the EXIF note "turn by 90 degrees":
+    a phone image stored as 3000 x 4000 with the EXIF orientation "turn by 90 degrees":
     stored_hw -> (3000, 4000)   COCO counts pixels as stored
     upright_hw -> (4000, 3000)  most tools show, and ReasonSeg counts, the upright image
 """
@@ -20,19 +20,19 @@ _SIDEWAYS = range(5, 9)
 
 
 def stored_hw(path: Path, where: str) -> SizeHW:
-    """Return the size as stored. Raises: DataError if the file is missing or no image."""
+    """Return the stored size. Raises: DataError if the file is missing or not an image."""
     return _read(path, where)[0]
 
 
 def upright_hw(path: Path, where: str) -> SizeHW:
-    """Return the size after the EXIF orientation is applied. Raises: DataError if the file is missing or no image."""
+    """Return the size after applying the EXIF orientation. Raises: DataError if the file is missing or not an image."""
     (height, width), orientation = _read(path, where)
     return (width, height) if orientation in _SIDEWAYS else (height, width)
 
 
 def turn_of(path: Path, where: str) -> Image.Transpose | None:
-    """Return what makes the stored image upright, None where it is. Raises: DataError if the file is missing or no
-    image."""
+    """Return the transposition that makes the stored image upright, None if it is. Raises: DataError if the file is
+    missing or not an image."""
     orientation = _read(path, where)[1]
     return EXIF_TURNS.get(orientation) if isinstance(orientation, int) else None
 

@@ -1,7 +1,7 @@
-"""Opening images: one function that either returns an upright RGB image of the expected size or says what is wrong.
+"""Opens images: returns an upright RGB image of the expected size or raises an error that says what is wrong.
 
-Training (`data/packing.py`) and inference open every image here; sources whose annotations name images of several
-folders look them up with `find_image`. A message looks like
+Training (`data/packing.py`) and inference open every image here. Sources whose annotations refer to several image
+folders look files up with `find_image`. An error message:
 
     refcoco/train/image=9: /data/train2014/COCO_9.jpg: cannot be decoded (image file is truncated); replace the file
 """
@@ -29,22 +29,22 @@ EXIF_TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> what makes the image upright; 1 is upright already."""
+"""EXIF orientation -> transposition that makes the image upright; 1 is upright already."""
 
 BACKGROUND_RGB = (255, 255, 255)
-"""What shows through transparent pixels: white, as on the page that a viewer or a browser shows an image on."""
+"""Color behind transparent pixels: white, the page on which viewers and browsers show an image."""
 
 MAX_16_BIT = 65535
 
 MAX_SIDE_PX = 65_535
-"""Longest side of a JPEG; a file that states a longer one is wrong, and a mask of it would fill the memory."""
+"""Largest side of a JPEG. A file that states a larger one is wrong, and a mask of that size would exhaust memory."""
 
 RASTER_FORMATS = (
     *("JPEG", "MPO", "PNG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "DIB", "TIFF"),
     *("PPM", "TGA", "PCX", "SGI", "ICO", "DDS", "QOI"),
 )
-"""Pillow's names of the formats that are read. All are decoded by Pillow itself; others, such as EPS, are vector
-graphics for which it starts programs, whatever the file is called."""
+"""Pillow's names of the supported formats, all decoded by Pillow itself. Others, such as EPS, are vector graphics, for
+which Pillow starts external programs regardless of the file name."""
 
 DECODING_ERRORS = (
     UnidentifiedImageError,
@@ -56,26 +56,26 @@ DECODING_ERRORS = (
     RuntimeError,
     MemoryError,
 )
-"""What Pillow raises on damaged files, found by altering bytes of files of all formats. RuntimeError (to which
-NotImplementedError belongs) comes from AVIF and DDS, MemoryError from the sizes that a damaged JPEG 2000 states."""
+"""Exceptions that Pillow raises on damaged files, found by altering bytes of files of all formats. RuntimeError (the
+base of NotImplementedError) comes from AVIF and DDS, MemoryError from the sizes that a damaged JPEG 2000 states."""
 
 OTHER_FORM = "Unicode form of a file name"
-"""Topic of the remarks about files that are called otherwise than asked for."""
+"""Topic of the remarks about files found under the other Unicode form of their name."""
 
 LOW_LEVELS = "dark 16-bit image"
-"""Topic of the remarks about files whose levels use the lowest bits only."""
+"""Topic of the remarks about files whose levels use only the lowest bits."""
 
 _USED_16_BITS = 14
-"""Cameras of 10 to 14 bits write their levels into files of 16."""
+"""Cameras of 10 to 14 bits store their levels in 16-bit files."""
 
 _COCO_2014 = re.compile(r"COCO_(?:train|val)2014_(\d{12}\.jpg)")
 
 
 def find_image(folders: Sequence[Path], file_name: str) -> Path:
-    """Return the image file of this name in the first folder that holds it; the place in the first folder if none does.
+    """Return the image file of this name in the first folder that has it, else its path in the first folder.
 
-    COCO's images have one number but two names, `COCO_train2014_000000000009.jpg` in the folders of 2014 and
-    `000000000009.jpg` in those of 2017; where the first name is not found, the second is looked for.
+    COCO images have one number but two names: `COCO_train2014_000000000009.jpg` in the 2014 folders and
+    `000000000009.jpg` in the 2017 folders. If the first name is not found, the second is tried.
     """
     match = _COCO_2014.fullmatch(file_name)
     names = [file_name] if match is None else [file_name, match[1]]
@@ -84,7 +84,7 @@ def find_image(folders: Sequence[Path], file_name: str) -> Path:
 
 
 def image_file(folder: Path, file_name: str) -> Path:
-    """Return the file of this name in a folder, which may be there in the other Unicode form (see `existing_file`)."""
+    """Return the file of this name in a folder, in either Unicode form (see `existing_file`)."""
     path = folder / file_name
     return path if file_name.isascii() else existing_file(path)
 
@@ -92,10 +92,10 @@ def image_file(folder: Path, file_name: str) -> Path:
 def existing_file(path: Path) -> Path:
     """Return the path under which a file exists: the same letters may be composed or decomposed Unicode.
 
-    Macs write names decomposed ("e" and an accent), most other programs composed, and archives keep what they got. The
-    exact name goes first; where nothing fits, the path is returned as it was given.
+    macOS writes decomposed names ("e" and an accent), most other programs composed ones, and archives keep either. The
+    exact name is tried first; if none exists, the path is returned unchanged.
     """
-    # Not Path.exists, which raises an error for names that are too long.
+    # Path.exists raises an error for names that are too long.
     if str(path).isascii() or os.path.exists(path):
         return path
     found = Path(path.anchor)
@@ -105,23 +105,21 @@ def existing_file(path: Path) -> Path:
         if present is None:
             return path
         found = present
-    remark(
-        OTHER_FORM, str(path.parent), str(found), "found under the other Unicode form of the name that was asked for"
-    )
+    remark(OTHER_FORM, str(path.parent), str(found), "found under the other Unicode form of the requested name")
     return found
 
 
 @cache
 def _readable_formats() -> tuple[str, ...]:
-    """Return the raster formats that this version of Pillow knows."""
+    """Return the supported raster formats that this version of Pillow has."""
     Image.init()
     return tuple(name for name in RASTER_FORMATS if name in Image.OPEN)
 
 
 def open_image(source: str | Path | BinaryIO, formats: Sequence[str] = ()) -> Image.Image:
-    """Open an image file, by its content, as one of some formats, by default of all raster formats.
+    """Open an image file, identified by its content, as one of `formats`, by default any supported format.
 
-    The only call of Pillow's `open` in the project. Raises: what Pillow raises, see `_DECODING_ERRORS`.
+    The only call of Pillow's `open` in the project. Raises: the exceptions in `_DECODING_ERRORS`.
     """
     tried = tuple(formats) or _readable_formats()
     if isinstance(source, str | Path) and Path(source).exists() and not Path(source).is_file():
@@ -135,7 +133,7 @@ def open_image(source: str | Path | BinaryIO, formats: Sequence[str] = ()) -> Im
 
 
 def check_format(image: Image.Image, where: str) -> None:
-    """Raise DataError for an image opened by somebody else, before it is decoded, unless its format is read here."""
+    """Raise DataError, before decoding, if an image opened elsewhere has a format that is not supported here."""
     if image.format is not None and image.format not in _readable_formats():
         raise DataError(
             f"{where}: found an image of the format {image.format}, expected one of {', '.join(_readable_formats())}; "
@@ -146,11 +144,10 @@ def check_format(image: Image.Image, where: str) -> None:
 def load_image(path: str | Path, *, where: str, expected_hw: SizeHW | None = None) -> Image.Image:
     """Return the image as 8-bit RGB.
 
-    EXIF orientation is applied, unless the stored orientation is the one with the expected size (annotation files count
-    pixels as stored). Transparent pixels show a white page. 16-bit grey is scaled to 8 bits; other modes (bilevel,
-    grey, palette, CMYK, ...) are converted, of an animation the first image is taken.
-    Raises: DataError when the file is missing, cannot be decoded, has another size than the annotations state, or
-    has pixel values without a known range.
+    EXIF orientation is applied, unless the stored orientation has the expected size (annotation files count pixels as
+    stored). Transparent pixels become white. 16-bit gray is scaled to 8 bits; other modes (bilevel, gray, palette,
+    CMYK, ...) are converted. The first frame of an animation is used. Raises: DataError when the file is missing,
+    cannot be decoded, has another size than the annotations state, or has pixel values without a known range.
     """
     path = existing_file(Path(path))
     try:
@@ -173,15 +170,15 @@ def load_image(path: str | Path, *, where: str, expected_hw: SizeHW | None = Non
 
 
 def pillow_reason(error: BaseException) -> str:
-    """Return what an error of Pillow says, or what it is called where it says nothing."""
+    """Return the message of a Pillow error, or its class name if it has none."""
     return str(error) or type(error).__name__
 
 
 def rgb_image(image: Image.Image, *, where: str) -> Image.Image:
-    """Return an image that was opened by somebody else as `load_image` returns a file: upright, 8-bit RGB.
+    """Return an image opened elsewhere as `load_image` returns a file: upright, 8-bit RGB.
 
-    Raises: DataError when it cannot be decoded or has pixel values without a known range, and for a format that is not
-    read, such as EPS.
+    Raises: DataError when it cannot be decoded, has pixel values without a known range, or has an unsupported format,
+    such as EPS.
     """
     check_format(image, where)
     try:
@@ -193,16 +190,16 @@ def rgb_image(image: Image.Image, *, where: str) -> Image.Image:
 
 
 def _is_16_bit(opened: Image.Image) -> bool:
-    """Say whether the levels of a file that is not read yet have 16 bits; of colours Pillow keeps the upper 8."""
+    """Return whether an unread file has 16-bit levels; of color images Pillow keeps only the upper 8 bits."""
     return opened.mode.startswith("I") or any(";16" in str(tile) for tile in getattr(opened, "tile", ()))
 
 
 def _remark_low_levels(image: Image.Image, path: Path, where: str) -> None:
-    """Remark that an image is nearly black because 16 bits hold levels of 14 or fewer."""
+    """Log that an image is nearly black because its 16-bit file holds levels of 14 bits or fewer."""
     if image.mode.startswith("I"):
         largest = int(np.asarray(image).max(initial=0))
     else:
-        # Of colours Pillow keeps the upper 8 of 16 bits, the transparency aside.
+        # Of 16-bit colors Pillow keeps the upper 8 bits. The alpha channel is ignored.
         largest = 256 * max(int(band.getextrema()[1]) for band in image.split()[:3])  # type: ignore[arg-type]
     if 0 < largest < 1 << _USED_16_BITS:
         remark(
@@ -215,16 +212,16 @@ def _remark_low_levels(image: Image.Image, path: Path, where: str) -> None:
 
 
 def _upright(image: Image.Image, expected_hw: SizeHW | None) -> Image.Image:
-    """Return the image turned by its EXIF orientation, or as stored where that is what the annotations count."""
+    """Return the image turned by its EXIF orientation, or as stored if that has the annotated size."""
     if expected_hw is not None and (image.height, image.width) == tuple(expected_hw):
         return image
-    # Only the orientation tag is read: ImageOps.exif_transpose writes all tags back, which damaged ones do not survive.
+    # Read only the orientation tag: ImageOps.exif_transpose writes all tags back and fails on damaged ones.
     turn = EXIF_TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image, where: str) -> Image.Image:
-    """Return 8-bit RGB of any mode, laid on a white page where it is transparent."""
+    """Return 8-bit RGB of any mode, on white where it is transparent."""
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bit(image, where)
     if not image.has_transparency_data:
@@ -235,12 +232,12 @@ def _to_rgb(image: Image.Image, where: str) -> Image.Image:
 
 
 def _to_8_bit(image: Image.Image, where: str) -> Image.Image:
-    """Return grey levels of 16 bits as 8 bits; the level that the file calls transparent becomes the page."""
+    """Return 16-bit gray levels as 8 bits; the level marked as transparent becomes white."""
     values = np.asarray(image, dtype=np.float64)
     if image.mode == "F" or values.min() < 0 or values.max() > MAX_16_BIT:
         raise DataError(
-            f"{where}: pixel values {values.min():g} .. {values.max():g} of mode {image.mode!r} found, expected whole "
-            f"numbers 0 .. {MAX_16_BIT}, of which it is known what black and white are; convert the file to 8 bits"
+            f"{where}: found pixel values {values.min():g} .. {values.max():g} of mode {image.mode!r}, expected whole "
+            f"numbers 0 .. {MAX_16_BIT}, for which black and white are defined; convert the file to 8 bits"
         )
     grey = (values * 255.0 / MAX_16_BIT).astype(np.uint8)
     if "transparency" in image.info:

@@ -1,11 +1,11 @@
-"""Shapes of LabelMe files as masks.
+"""Converts shapes of LabelMe files to masks.
 
-`data/sources/reasonseg.py` reads files of this layout and paints their shapes here. One shape:
+`data/sources/reasonseg.py` reads files of this format and paints their shapes with it. One shape:
 
     {"label": "target", "shape_type": "rectangle", "points": [[60.0, 50.0], [10.0, 10.0]]}   ->  51 x 41 pixels
 
-A file without `shape_type` holds polygons. Coordinates name pixels: polygons, rectangles and masks are painted with
-their outline, a circle up to its radius. Lines and points have no area and are refused.
+A shape without `shape_type` is a polygon. Coordinates are pixel indices: polygons, rectangles and masks include their
+outline, a circle its radius. Lines and points have no area and are rejected.
 """
 
 import base64
@@ -39,16 +39,16 @@ class Shape:
     kind: str
     """LabelMe's shape_type: one of PAINTERS, or mask."""
     pixels: BoolMask | None
-    """Of a mask, in the rectangle of its two points."""
+    """Pixels of a mask, within the rectangle of its two points."""
     where: str
-    """File and number, for messages."""
+    """File and shape number, for error messages."""
     is_ignored: bool = False
 
 
 def read_shape(record: object, where: str, *, is_ignored: bool) -> Shape:
-    """Return a shape, checked. Raises: DataError, also for a kind without an area or unknown here."""
+    """Return a checked shape. Raises: DataError, also for a kind without an area or an unknown kind."""
     points = _points(record, where)
-    assert isinstance(record, dict), "a record without points was refused"
+    assert isinstance(record, dict), "a record without points was rejected"
     kind = record.get("shape_type") or "polygon"
     if not isinstance(kind, str) or (kind != "mask" and kind not in PAINTERS):
         raise DataError(
@@ -68,7 +68,7 @@ def read_shape(record: object, where: str, *, is_ignored: bool) -> Shape:
 
 
 def paint_shape(shape: Shape, size_hw: SizeHW) -> BoolMask:
-    """Return a shape as a mask at image resolution; what lies outside the image is cut off."""
+    """Return a shape as a mask at image resolution, clipped to the image."""
     if shape.pixels is None:
         return PAINTERS[shape.kind](shape.points, size_hw)
     mask = np.zeros(size_hw, dtype=np.bool_)
@@ -82,7 +82,7 @@ def paint_shape(shape: Shape, size_hw: SizeHW) -> BoolMask:
 
 
 def _polygon(points: Points, size_hw: SizeHW) -> BoolMask:
-    """Return the polygon of the points cut to whole numbers, as the benchmark of ReasonSeg paints it."""
+    """Return the polygon of the points truncated to integers, as the ReasonSeg benchmark paints it."""
     whole = _whole(points)
     canvas = Image.new("1", (size_hw[1], size_hw[0]))
     ImageDraw.Draw(canvas).polygon(whole if len(whole) > 1 else whole * 2, fill=1, outline=1)
@@ -98,7 +98,7 @@ def _rectangle(points: Points, size_hw: SizeHW) -> BoolMask:
 
 
 def _circle(points: Points, size_hw: SizeHW) -> BoolMask:
-    """Return the pixels no further from the first point than the second is."""
+    """Return the pixels at most as far from the first point as the second point is."""
     (x, y), (edge_x, edge_y) = points
     rows, columns = np.ogrid[: size_hw[0], : size_hw[1]]
     squared = (columns - x) ** 2 + (rows - y) ** 2
@@ -111,10 +111,10 @@ PAINTERS: dict[str, Callable[[Points, SizeHW], BoolMask]] = {
     "rectangle": _rectangle,
     "circle": _circle,
 }
-"""How each kind is painted, but for masks, which bring their pixels."""
+"""Painter of each kind except masks, which have their own pixels."""
 
 _NUM_POINTS = {"rectangle": (2, 4), "circle": (2,), "mask": (2,)}
-"""A rectangle may name all its corners, as X-AnyLabeling writes it; a circle names its centre and a point on it."""
+"""A rectangle may list all four corners, as X-AnyLabeling writes it; a circle has its center and a point on it."""
 
 _ROUNDING = 1e-6
 
@@ -139,7 +139,7 @@ def _whole(points: Points) -> list[tuple[int, int]]:
 def _corners(
     points: Sequence[tuple[Coordinate, Coordinate]],
 ) -> tuple[tuple[Coordinate, Coordinate], tuple[Coordinate, Coordinate]]:
-    """Return the upper left and the lower right of some points."""
+    """Return the upper left and the lower right corner of some points."""
     xs, ys = [x for x, _ in points], [y for _, y in points]
     return (min(xs), min(ys)), (max(xs), max(ys))
 
@@ -152,7 +152,7 @@ def _mask_pixels(record: dict[str, object], points: Points, where: str) -> BoolM
             pixels = np.asarray(opened.convert("L")) > 0
     except DECODING_ERRORS as error:
         raise DataError(
-            f"{where}: found a mask that is no PNG ({pillow_reason(error)}), expected one; repair it"
+            f"{where}: found a mask that is not a PNG ({pillow_reason(error)}), expected one; repair it"
         ) from error
     (left, top), (right, bottom) = _corners(_whole(points))
     if pixels.shape != (bottom - top + 1, right - left + 1):

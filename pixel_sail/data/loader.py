@@ -1,13 +1,13 @@
-"""Worker processes that turn streams into batches, in an order that does not depend on how many there are.
+"""Runs worker processes that turn streams into batches, in an order that does not depend on their number.
 
-`training/loop.py` calls `training_batches` once, at a saved position or at the start, and takes one list of
-micro-batches per optimizer step. A step takes one sequence from each of `global_batch_size` streams; with more rounds
-than one there are that many sets of streams, which take turns, so that more workers find something to do. With 8
-sequences, 2 ranks, micro-batches of 2 sequences and 2 rounds, rank 0 makes
+`training/loop.py` calls `training_batches` once, with the start or a saved position, and takes one list of
+micro-batches per optimizer step. A step takes one sequence from each of `global_batch_size` streams. With several
+rounds there are as many sets of streams, which take turns, so that more workers have work. With 8 sequences, 2 ranks,
+micro-batches of 2 sequences and 2 rounds, rank 0 builds
 
     step 1, 3, ...: streams (0, 2) and (4, 6)        step 2, 4, ...: streams (8, 10) and (12, 14)
 
-and up to 4 workers can each make one of these micro-batches.
+and up to 4 workers can each build one of these micro-batches.
 """
 
 import faulthandler
@@ -36,7 +36,7 @@ STDERR = 2
 
 @dataclass(frozen=True, kw_only=True)
 class StreamAssignment:
-    """Which streams a rank trains on, and how it groups them."""
+    """The streams of a rank, and how they are grouped into micro-batches."""
 
     global_batch_size: int
     rounds: int = 1
@@ -46,22 +46,22 @@ class StreamAssignment:
     micro_batch_size: int
 
     def __post_init__(self) -> None:
-        """Check that every rank gets whole micro-batches."""
+        """Check that every rank gets whole micro-batches. Raises: DataError."""
         group = self.world_size * self.micro_batch_size
         if self.global_batch_size % group:
             raise DataError(
-                f"data.global_batch_size is {self.global_batch_size}; with {self.world_size} processes and "
-                f"data.micro_batch_size = {self.micro_batch_size} it must be a multiple of {group}"
+                f"data.global_batch_size: found {self.global_batch_size}, expected a multiple of {group} with "
+                f"{self.world_size} processes and data.micro_batch_size = {self.micro_batch_size}; change one of them"
             )
 
     @property
     def num_streams(self) -> int:
-        """Return the number of streams of all ranks and rounds."""
+        """Return the number of streams over all ranks and rounds."""
         return self.global_batch_size * self.rounds
 
     @property
     def groups(self) -> list[tuple[int, ...]]:
-        """Return the streams of this rank's micro-batches, round after round; then it begins again."""
+        """Return the streams of this rank's micro-batches, round by round; the list then repeats."""
         groups = []
         for start in range(0, self.num_streams, self.global_batch_size):
             own = range(start + self.rank, start + self.global_batch_size, self.world_size)
@@ -77,42 +77,42 @@ class StreamAssignment:
 
 @dataclass(frozen=True, kw_only=True)
 class StepData:
-    """What one rank trains on in one optimizer step, and its streams' positions afterwards."""
+    """The data of one rank for one optimizer step, and the positions of its streams afterwards."""
 
     batches: list[Batch]
     after: dict[int, StreamState]
     skipped: tuple[Skipped, ...]
-    """What this rank's streams left out on the way."""
+    """Samples that this rank's streams skipped since the previous step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _MicroBatch:
-    """One micro-batch as a worker hands it over."""
+    """One micro-batch as returned by a worker."""
 
     flat: FlatBatch
     after: dict[int, StreamState]
     skipped: tuple[Skipped, ...]
 
     def pin_memory(self) -> "_MicroBatch":
-        """Return the micro-batch in pinned memory (torch's loader asks)."""
+        """Return the micro-batch in pinned memory; called by torch's DataLoader."""
         return replace(self, flat=self.flat.pin_memory())
 
 
 class MicroBatchDataset(IterableDataset):
-    """Micro-batches of some groups of streams in turn, without end."""
+    """Endless micro-batches from groups of streams, taken in turn."""
 
     def __init__(self, groups: Sequence[Sequence[PackedStream]], *, seg_id: int) -> None:
         self.groups = groups
         self.seg_id = seg_id
 
     def __iter__(self) -> Iterator[_MicroBatch | DataError]:
-        """Yield this worker's micro-batches; worker w of W owns every W-th group, which the loader reads in turn.
+        """Yield this worker's micro-batches; worker w of W owns every W-th group, and the loader reads workers in turn.
 
-        Wrong data is yielded instead of raised, or torch would bury its message under the worker's traceback.
+        Data errors are yielded, not raised: torch would hide their message under the worker's traceback.
         """
         info = get_worker_info()
         if info is not None:
-            # For training/watchdog.py; written without Python's help, so also while the worker is stuck.
+            # For training/watchdog.py. faulthandler writes from C, so it works even while the worker hangs.
             faulthandler.register(signal.SIGUSR2, file=STDERR)
         own = self.groups if info is None else self.groups[info.id :: info.num_workers]
         iterators = [[iter(stream) for stream in group] for group in own]
@@ -136,7 +136,7 @@ def reading_table(num_streams: int) -> Tensor:
 
 
 def being_read(mixture: Mixture, reading_L: Tensor) -> list[str]:
-    """Return the names of what a `reading_table` holds."""
+    """Return a description of the items in a `reading_table`."""
     positions = [position for position in reading_L.tolist() if position >= 0]
     items = [mixture.stream_item(position) for position in positions]
     return [
@@ -146,12 +146,12 @@ def being_read(mixture: Mixture, reading_L: Tensor) -> list[str]:
 
 
 def usable_workers(requested: int, num_groups: int) -> int:
-    """Return the largest number of workers up to `requested` that divides the groups evenly, so that order is kept."""
+    """Return the largest number of workers up to `requested` that divides the groups evenly, which keeps the order."""
     return max((n for n in range(1, requested + 1) if num_groups % n == 0), default=0)
 
 
 def is_lost_worker(error: RuntimeError) -> bool:
-    """Return whether an error means that a data worker was killed; torch has no class of its own for it."""
+    """Return whether an error means that a data worker was killed; torch has no exception class for it."""
     return re.match(r"DataLoader worker \(pid.*\) (is killed by signal|exited unexpectedly)", str(error)) is not None
 
 
@@ -169,11 +169,11 @@ def training_batches(
     reading_L: Tensor | None = None,
     cost: Callable[[Example], float] = len,
 ) -> Iterator[StepData]:
-    """Yield the data of one optimizer step after another, without end, from the positions of all streams after `step`
-    steps. `teachers`: whose features the samples come with. `reading_L`: from `reading_table`. `cost`: what a sample
-    takes of `seq_len`.
+    """Yield the data of one optimizer step after another, without end. start: states of all streams after `step` steps.
+    teachers: those whose features are added to the samples. reading_L: from `reading_table`. cost: cost of a sample,
+    counted against `seq_len`.
 
-    Raises: DataError when a sample is wrong and more were left out than `max_skipped_fraction` of the mixture.
+    Raises: DataError when a sample is wrong and more than `max_skipped_fraction` of the mixture was skipped.
     """
     assert len(start) == assignment.num_streams, f"{len(start)} positions for {assignment.num_streams} streams"
     first = step % assignment.rounds * assignment.accumulation
@@ -198,7 +198,9 @@ def training_batches(
     ]
     workers = usable_workers(num_workers, len(groups))
     if workers != num_workers:
-        logger.info("data: %d workers used of %d, so that they share %d groups", workers, num_workers, len(groups))
+        logger.info(
+            "data: using %d of %d workers, so that they divide %d groups evenly", workers, num_workers, len(groups)
+        )
     loader = DataLoader(
         MicroBatchDataset(streams, seg_id=processor.seg_id),
         batch_size=None,

@@ -1,13 +1,12 @@
-"""Segmentations of annotation files <-> boolean masks. The only module of the package that decodes COCO segmentations.
+"""Converts segmentations of annotation files to and from boolean masks; the only module that decodes COCO
+segmentations.
 
-Annotation files -> here -> masks of `Turn` (training) or `Expression.target` (evaluation); predicted masks -> here ->
-`Prediction.segmentation`.
+Sources decode the masks of a `Turn` (training) or `Expression.target` (evaluation) with it.
 
-A segmentation is a list of polygons, a run-length encoding, or (as RRSIS-D writes it) a list of encodings; polygons of
-fewer than three points among better ones are left out, told by a remark. Several parts are always united, never summed:
-pycocotools starts a new run wherever the value changes, so a mask that holds a 2 comes back from an encode-decode round
-trip with holes or inverted columns. A polygon within another one is filled as well, as COCO has no holes.
-
+A segmentation is a list of polygons, a run-length encoding, or (in RRSIS-D) a list of encodings. Polygons of fewer than
+three points among valid ones are skipped with a remark. Parts are always united, never summed: pycocotools starts a new
+run wherever the value changes, so a mask that holds a 2 returns from an encode-decode round trip with holes or inverted
+columns. A polygon inside another one is filled as well, as COCO has no holes.
 Example: two overlapping squares [[0, 0, 2, 0, 2, 2, 0, 2], [1, 1, 3, 1, 3, 3, 1, 3]] on a 4x4 image are 7 pixels, and
 as RLE {"size": [4, 4], "counts": "02210O3"}: the runs 0 2 2 3 2 2 5 down the columns, background first.
 """
@@ -26,20 +25,20 @@ from pixel_sail.texts import shown
 from pixel_sail.types import RLE, BoolMask, DataError, SizeHW
 
 ShowsPixels = Callable[[], bool]
-"""Says whether the file of a segmentation has coordinates above 1, see `data/coordinates.py`."""
+"""Returns whether the file of a segmentation has coordinates above 1, see `data/coordinates.py`."""
 
 SHORT_POLYGON = "short polygon"
-"""Topic of the remarks about polygons that are left out."""
+"""Topic of the remarks about skipped polygons."""
 
 _MIN_POLYGON_NUMBERS = 6
 _MAX_COORDINATE_PX = 100_000
-"""Larger coordinates cannot belong to an image, and pycocotools would allocate memory in proportion to them."""
+"""Larger coordinates cannot belong to an image, and pycocotools would allocate memory in proportion."""
 
 
 def decode_segmentation(
     segmentation: object, size_hw: SizeHW, where: str, shows_pixels: ShowsPixels | None = None
 ) -> BoolMask:
-    """Return one instance as a mask at image resolution, whatever COCO format it is stored in.
+    """Return one instance as a mask at image resolution, from any COCO format.
 
     Formats: list of polygons (united), compressed RLE (`counts` str or bytes), uncompressed RLE (`counts` list), list
     of RLEs (united). `where` names file and annotation in errors. Raises: DataError.
@@ -60,11 +59,11 @@ def merge_to_rle(
 def summed_as_released(
     segmentations: Sequence[object], size_hw: SizeHW, where: str, shows_pixels: ShowsPixels | None = None
 ) -> RLE | None:
-    """Return what the released evaluation takes for a target of these instances, None where it is their union.
+    """Return the target that the released evaluation computes from these instances, None if it is their union.
 
-    It adds the polygons of each instance up, unites the sums of several instances bit by bit (gRefCOCO), and encodes
-    the result, where 2s and 3s begin a new run: the overlap of two polygons becomes a hole, and what follows in the
-    order of the columns may be inverted. Of 1,236 real COCO instances one has such an overlap. Raises: DataError.
+    The release sums the polygons of each instance, unites the sums of several instances bitwise (gRefCOCO), and encodes
+    the result, in which 2s and 3s start a new run: the overlap of two polygons becomes a hole, and what follows in
+    column order may be inverted. One of 1,236 real COCO instances has such an overlap. Raises: DataError.
     """
     polygons = [
         _checked_polygons(segmentation, size_hw, where, shows_pixels) if _is_polygons(segmentation) else None
@@ -91,7 +90,7 @@ def _overlap(polygons: Sequence[Sequence[float]], size_hw: SizeHW) -> bool:
 
 
 def union_masks(masks: Sequence[BoolMask], size_hw: SizeHW) -> BoolMask:
-    """Return the pixels that are in any of the masks; all False when there is none. Raises: DataError."""
+    """Return the pixels that are in any of the masks; all False without masks. Raises: DataError."""
     union: BoolMask = np.zeros(size_hw, dtype=np.bool_)
     for index, mask in enumerate(masks):
         check_mask(mask, f"union_masks: mask {index}")
@@ -105,15 +104,15 @@ def union_masks(masks: Sequence[BoolMask], size_hw: SizeHW) -> BoolMask:
 
 
 def decode_rle(rle: RLE) -> BoolMask:
-    """Return a compressed RLE that is known to be sound (see `check_rle`) as a mask."""
+    """Return a checked compressed RLE (see `check_rle`) as a mask."""
     return np.ascontiguousarray(coco_mask.decode(rle)).astype(np.bool_)
 
 
 def check_rle(rle: object, size_hw: SizeHW | None, where: str) -> RLE:
-    """Return a compressed RLE after checking its size and that its runs fill the image exactly.
+    """Return a compressed RLE after checking its size and that its runs cover the image exactly.
 
-    pycocotools reads past its buffers on malformed counts, so everything that comes from a file passes here first.
-    `size_hw` None accepts any size. Raises: DataError.
+    pycocotools reads past its buffers on malformed counts, so every RLE from a file is checked here first. `size_hw`
+    None accepts any size. Raises: DataError.
     """
     if not isinstance(rle, dict) or not isinstance(rle.get("counts"), str | bytes):
         raise DataError(
@@ -165,7 +164,7 @@ def _to_rle(segmentation: object, size_hw: SizeHW, where: str, shows_pixels: Sho
 def _checked_polygons(
     polygons: Sequence[object], size_hw: SizeHW, where: str, shows_pixels: ShowsPixels | None
 ) -> list[list[float]]:
-    """Return the polygons [x0, y0, x1, y1, ...] in pixels, those of fewer than three points left out."""
+    """Return the polygons [x0, y0, x1, y1, ...] in pixels, without those of fewer than three points."""
     if not polygons:
         raise DataError(f"{where}: found an empty polygon list, expected at least one polygon; repair the annotation")
     checked = [_checked_polygon(polygon, f"{where}: polygon {index}") for index, polygon in enumerate(polygons)]
@@ -176,7 +175,7 @@ def _checked_polygons(
             "pairs of three points) in one polygon; repair the annotation"
         )
     if short:
-        message = f"left out {len(short)} of {len(checked)} polygons, polygon {short[0]} has fewer than three points"
+        message = f"skipped {len(short)} of {len(checked)} polygons, polygon {short[0]} has fewer than three points"
         remark(SHORT_POLYGON, where.partition(": ")[0], where, message)
     kept = [polygon for polygon in checked if len(polygon) >= _MIN_POLYGON_NUMBERS]
     check_pixels([value for polygon in kept for value in polygon], size_hw, where, shows_pixels)
@@ -203,7 +202,7 @@ def _checked_polygon(polygon: object, where: str) -> list[float]:
 
 
 def _checked_size(rle: dict[str, Any], size_hw: SizeHW | None, where: str) -> SizeHW:
-    """Return the size an RLE states, which must be that of its image."""
+    """Return the size stated by an RLE, which must be that of its image."""
     size = rle.get("size")
     if not isinstance(size, list | tuple) or len(size) != 2 or not all(type(s) is int and s > 0 for s in size):
         raise DataError(f"{where}: found RLE size {shown(size)}, expected [height, width]; repair the annotation")
@@ -225,10 +224,10 @@ def _check_runs(runs: list[int], size_hw: SizeHW, where: str) -> None:
 
 
 def _run_lengths(counts: bytes) -> list[int] | None:
-    """Return the run lengths of COCO's compressed counts, None when the bytes are not such counts.
+    """Return the run lengths of COCO's compressed counts, None if the bytes are invalid.
 
-    Format: each run is written as base-32 digits, lowest first, one per byte as 48 + digit, plus 32 while more digits
-    follow; bit 16 of the last digit is the sign; from the fourth run on the number is the difference to the run two
+    Format: each run is written in base-32 digits, lowest first, one per byte as 48 + digit, plus 32 if more digits
+    follow. Bit 16 of the last digit is the sign. From the fourth run on, the number is the difference to the run two
     before.
     """
     runs: list[int] = []

@@ -1,11 +1,11 @@
-"""A mixture of sources in a deterministic order.
+"""Mixes sources in a deterministic, shuffled order.
 
-`data/packing.py` asks for position after position of an endless stream; which item that is, and the random generator it
-is sampled with, depend on (seed, position) alone - never on workers, ranks or time.
+`data/packing.py` reads one position after another of an endless stream. The item at a position and its random generator
+depend on (seed, position) alone, never on workers, ranks or time.
 
-Example: sources of 4 and 3 items with repeats 1 and 2.4 make epochs of 4 + 7 = 11 positions: all items of the first,
-each of the second twice, and one of them, another in every epoch, a third time; position 25 is entry 3 of epoch 2.
-With weights 3 and 1 and epochs of 8 samples, 6 are of the first source and 2 of the second.
+Example: sources of 4 and 3 items with repeats 1 and 2.4 make epochs of 4 + 7 = 11 positions: each item of the first
+source once, each of the second twice, and one of them, a different one in every epoch, a third time. Position 25 is
+entry 3 of epoch 2. With weights 3 and 1 and epochs of 8 samples, 6 are from the first source and 2 from the second.
 """
 
 from collections.abc import Mapping
@@ -19,30 +19,30 @@ from pixel_sail.types import DataError, Sample, Source
 
 @dataclass(frozen=True, kw_only=True)
 class StreamItem:
-    """What stands at one position of the mixture."""
+    """The item at one position of the mixture."""
 
     epoch: int
     source: int
     source_name: str
     item: int
     copy: int
-    """How often the item stood in this epoch before, counted per round through its source."""
+    """How often the item occurred earlier in this epoch, counted by passes over its source."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureItem:
-    """One position of the mixture."""
+    """The sample at one position of the mixture."""
 
     sample: Sample
     source_name: str
-    """Name in the mixture, under which it is counted."""
+    """Name of the source in the mixture, used in logs."""
     position: int
     epoch: int
     point_seed: int
 
 
 class Mixture:
-    """Sources with repeats or weights, shuffled anew in every epoch."""
+    """Sources with repeats or weights, reshuffled in every epoch."""
 
     def __init__(
         self,
@@ -53,27 +53,29 @@ class Mixture:
         weights: Mapping[str, float] | None = None,
         epoch_samples: int = 0,
     ) -> None:
-        """Fix how many items of each source an epoch has. `repeats`: how often each item comes in an epoch, 1 by
-        default. `weights`, instead: how the `epoch_samples` positions of an epoch are divided, every source named.
-        Raises: DataError."""
+        """Fix how many items of each source an epoch has. `repeats`: how often each item occurs in an epoch, 1 by
+        default. `weights`, as an alternative: relative number of the `epoch_samples` positions per source, for every
+        source. Raises: DataError."""
         self.names = sorted(sources)
         self.sources = [sources[name] for name in self.names]
         self.seed = seed
         sizes = [len(source) for source in self.sources]
         if weights:
             if repeats:
-                raise DataError("data.repeats and data.weights are both set; a mixture has one of them")
+                raise DataError("data.repeats and data.weights: found both, expected at most one; remove one of them")
             self.epoch_items = _epoch_items_by_weight(self.names, sizes, weights, epoch_samples)
         else:
             self.epoch_items = _epoch_items_by_repeats(self.names, sizes, repeats)
         self.epoch_length = sum(self.epoch_items)
         if self.epoch_length == 0:
-            raise DataError(f"data: the sources {self.names} hold no item; check root, split and repeats")
+            raise DataError(
+                f"data.sources: found no items in {self.names}, expected at least one; check root, split and repeats"
+            )
         self._order_epoch = -1
         self._order: NDArray[np.int64] = np.empty((0, 3), dtype=np.int64)
 
     def epoch_order(self, epoch: int) -> NDArray[np.int64]:
-        """Return the (source, item, copy) triples [epoch_length, 3] of an epoch in their order."""
+        """Return the (source, item, copy) triples [epoch_length, 3] of an epoch in order."""
         if epoch != self._order_epoch:
             rng = np.random.default_rng([self.seed, 0, epoch])
             parts = []
@@ -90,13 +92,13 @@ class Mixture:
         return self._order
 
     def stream_item(self, position: int) -> StreamItem:
-        """Return what stands at a position of the endless stream of epochs."""
+        """Return the item at a position of the endless stream of epochs."""
         epoch, offset = divmod(position, self.epoch_length)
         source, item, copy = (int(value) for value in self.epoch_order(epoch)[offset])
         return StreamItem(epoch=epoch, source=source, source_name=self.names[source], item=item, copy=copy)
 
     def item(self, position: int) -> MixtureItem:
-        """Return the sample at a position; DataError when its item is wrong."""
+        """Return the sample at a position. Raises: DataError when its item is wrong."""
         item = self.stream_item(position)
         rng = np.random.default_rng([self.seed, 1, item.epoch, item.source, item.item, item.copy])
         sample = self.sources[item.source].get(item.item, rng)
@@ -110,7 +112,7 @@ class Mixture:
 
 
 def _epoch_items_by_repeats(names: list[str], sizes: list[int], repeats: Mapping[str, float]) -> list[int]:
-    """Return how many positions of an epoch each source fills."""
+    """Return the number of positions of an epoch for each source."""
     _check_names(repeats, names, "data.repeats")
     return [round(float(repeats.get(name, 1.0)) * size) for name, size in zip(names, sizes, strict=True)]
 
@@ -118,15 +120,19 @@ def _epoch_items_by_repeats(names: list[str], sizes: list[int], repeats: Mapping
 def _epoch_items_by_weight(
     names: list[str], sizes: list[int], weights: Mapping[str, float], num_samples: int
 ) -> list[int]:
-    """Return the same from weights: whole numbers that sum to `num_samples`, each within one of its exact share."""
+    """Return the same from weights: integers that sum to `num_samples`, each within one of its exact fraction."""
     _check_names(weights, names, "data.weights")
     if set(weights) != set(names) or sum(weights.values()) <= 0:
-        raise DataError(f"data.weights names {sorted(weights)}, expected a weight for each of {names}, not all 0")
+        raise DataError(
+            f"data.weights: found {sorted(weights)}, expected a weight for each of {names}, not all 0; add the rest"
+        )
     if num_samples < 1:
-        raise DataError(f"data.epoch_samples is {num_samples}, expected 1 or more where data.weights is set")
+        raise DataError(
+            f"data.epoch_samples: found {num_samples}, expected 1 or more with data.weights; set the samples per epoch"
+        )
     empty = [name for name, size in zip(names, sizes, strict=True) if weights[name] > 0 and size == 0]
     if empty:
-        raise DataError(f"data.weights: the sources {empty} hold no item; check root and split")
+        raise DataError(f"data.weights: found no items in {empty}, expected at least one; check root and split")
     limits = np.cumsum([weights[name] for name in names]) / sum(weights.values()) * num_samples
     return [int(number) for number in np.diff(np.round(limits).astype(np.int64), prepend=0)]
 
@@ -134,7 +140,7 @@ def _epoch_items_by_weight(
 def _check_names(values: Mapping[str, float], names: list[str], key: str) -> None:
     unknown = set(values) - set(names)
     if unknown:
-        raise DataError(f"{key} names {sorted(unknown)}, but data.sources holds {names}")
+        raise DataError(f"{key}: found {sorted(unknown)}, expected names in data.sources {names}; correct the names")
     for name, value in values.items():
         if value < 0:
-            raise DataError(f"{key}.{name} is {value}, expected 0 or more")
+            raise DataError(f"{key}.{name}: found {value}, expected 0 or more; correct the config")

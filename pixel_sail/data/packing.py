@@ -1,16 +1,16 @@
 """Packs samples into sequences of at most `seq_len` tokens.
 
-`data/loader.py` reads several `PackedStream`s. The endless mixture is divided into a fixed number L of streams; stream
-l has positions l, l + L, l + 2L, ... Each stream fills its own sequences one after another, and an optimizer step takes
-one sequence from each stream. Ranks and workers only share out the streams, so the global batch does not depend on
-their number. A stream buffers `packing_buffer` samples and fills a sequence with those that fit best; its whole state
-is which sample it reads next and which ones it holds back:
+`data/loader.py` reads several `PackedStream`s. The endless mixture is split into a fixed number L of streams; stream l
+has positions l, l + L, l + 2L, ... Each stream packs its own sequences in order, and an optimizer step takes one
+sequence from each stream. Ranks and workers only divide the streams among themselves, so the global batch does not
+depend on their number. A stream buffers `packing_buffer` samples and fills a sequence with those that fit best. Its
+state is the number of the next sample to read and the numbers of the buffered samples:
 
     packing_buffer 3, seq_len 10, lengths 6 5 3 4 7 ...
         ->  sequences (6 4) (5 3) ..., after the first StreamState(4, (1, 2))
 
-What a sample takes of `seq_len` is its tokens, or its work in tokens (`balance`).
-A sample that cannot be used is left out by its name and reason, never replaced by another one.
+A sample's cost, counted against `seq_len`, is its number of tokens or its FLOPs in tokens (`balance`). An unusable
+sample is skipped, recorded by name and reason, and never replaced by another one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,63 +35,63 @@ Element = TypeVar("Element")
 
 @dataclass(kw_only=True)
 class PackingSettings:
-    """How samples are put into sequences."""
+    """How samples are packed into sequences."""
 
     seq_len: int = 4096
-    """Most tokens of a packed sequence; a longer sample is an error, unless it may be divided between turns."""
+    """Maximum tokens of a packed sequence. A longer sample is an error unless it can be split between turns."""
     independent_turns: bool = False
-    """True: every question of a sample sees the image and itself only. False (release): they form one conversation."""
+    """True: each question of a sample attends to the image and itself only. False (release): one conversation."""
     max_samples: int = 0
-    """Most samples of a sequence, 0 for no limit."""
+    """Maximum samples per sequence, 0 for no limit."""
     packing_buffer: int = 8
-    """Samples a stream holds back to fill its sequences well; 1 packs them strictly in order."""
+    """Samples a stream buffers to fill its sequences well; 1 packs them strictly in order."""
     balance: str = "tokens"
-    """What fills a sequence: tokens, or flops, so that all ranks have equally much to do in a step. A sample then
-    counts as the tokens that would cost as much in the layers alone, and `seq_len` is that of the work."""
+    """Cost that fills a sequence: `tokens`, or `flops`, which gives all ranks equal work per step. With `flops` a
+    sample costs as many tokens as would take the same FLOPs in the decoder layers alone, up to `seq_len`."""
 
     def __post_init__(self) -> None:
         """Check the numbers. Raises: DataError."""
         if self.balance not in ("tokens", "flops"):
-            raise DataError(f"data.packing.balance: found {self.balance!r}, expected tokens or flops")
+            raise DataError(f"data.packing.balance: found {self.balance!r}, expected tokens or flops; set one of them")
         if self.seq_len < 1 or self.max_samples < 0 or self.packing_buffer < 1:
             raise DataError(
                 f"data.packing: found seq_len {self.seq_len}, max_samples {self.max_samples}, packing_buffer "
-                f"{self.packing_buffer}; expected at least 1, 0 and 1"
+                f"{self.packing_buffer}; expected at least 1, 0 and 1; correct the config"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamState:
-    """Where a stream stands: everything before `next` is used up but for the samples it still holds back."""
+    """Position of a stream: every sample before `next` is consumed except those still in the buffer, `waiting`."""
 
     next: int = 0
     waiting: tuple[int, ...] = ()
 
     @property
     def consumed(self) -> int:
-        """Return how many samples are used up."""
+        """Return the number of consumed samples."""
         return self.next - len(self.waiting)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped:
-    """A sample that was left out."""
+    """A sample that was skipped."""
 
     source: str
     position: int
-    """In the stream of the mixture."""
+    """Position in the mixture."""
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedSequence:
-    """Samples that are trained on as one sequence, and where its stream stands once it was trained on."""
+    """Samples trained on as one sequence, and the state of its stream after it."""
 
     stream: int
     after: StreamState
     examples: tuple[Example, ...]
     skipped: tuple[Skipped, ...] = ()
-    """What was left out since the sequence before."""
+    """Samples skipped since the previous sequence."""
 
 
 def pack_samples(
@@ -101,10 +101,10 @@ def pack_samples(
     held: dict[int, tuple[Element, float]],
     upcoming: int,
 ) -> Iterator[tuple[tuple[Element, ...], StreamState]]:
-    """Yield the samples of one sequence after another, without end, and where the stream is after each.
+    """Yield the samples of one sequence after another, without end, and the state of the stream after each.
 
-    read: sample `number` of the stream and what it takes of `seq_len`, None for one that is left out. held: samples
-    that were read and wait, by number; upcoming: the number to read next.
+    read: returns sample `number` of the stream and its cost, None for a skipped one. held: buffered samples by number.
+    upcoming: the number to read next.
     """
     while True:
         chosen: list[Element] = []
@@ -125,8 +125,8 @@ def pack_samples(
 
 
 def _best_fit(held: dict[int, tuple[Element, float]], room: float, *, is_first: bool) -> int | None:
-    """Return the sample to pack next: the oldest into an empty sequence, so that none waits for ever, else the one that
-    costs most and fits, the older of two."""
+    """Return the sample to pack next. An empty sequence takes the oldest, so that none waits forever; otherwise the
+    most expensive sample that fits, the older one on a tie."""
     if is_first:
         return min(held)
     fitting = [number for number, (_, cost) in held.items() if cost <= room]
@@ -134,7 +134,7 @@ def _best_fit(held: dict[int, tuple[Element, float]], room: float, *, is_first: 
 
 
 class PackedStream:
-    """The sequences of one stream, in order, from any position."""
+    """The packed sequences of one stream, in order, from any position."""
 
     def __init__(
         self,
@@ -150,8 +150,8 @@ class PackedStream:
         reading_L: torch.Tensor | None = None,
         cost: Callable[[Example], float] = len,
     ) -> None:
-        """`reading_L`: int64, where this stream notes the position of the mixture it is reading, -1 in between. `cost`:
-        what a sample takes of `seq_len`."""
+        """`reading_L`: int64, where this stream records the mixture position it is reading, -1 otherwise. `cost`: cost
+        of a sample, counted against `seq_len`."""
         self.mixture = mixture
         self.processor = processor
         self.settings = settings
@@ -164,7 +164,8 @@ class PackedStream:
         self.reading_L = torch.empty(num_streams, dtype=torch.int64) if reading_L is None else reading_L
 
     def example(self, number: int) -> Example:
-        """Return sample `number` of this stream as tokens; DataError when it is wrong or longer than a sequence."""
+        """Return sample `number` of this stream, tokenized. Raises: DataError when it is wrong or longer than a
+        sequence."""
         self.reading_L[self.index] = self._stream_position(number)
         example = self._read(number)
         self.reading_L[self.index] = -1
@@ -179,8 +180,8 @@ class PackedStream:
             example, image = self._encode(part)
         if len(example) > self.settings.seq_len:
             raise DataError(
-                f"{sample.sample_id}: {len(example)} tokens found, at most data.packing.seq_len = "
-                f"{self.settings.seq_len} expected; raise it or sample fewer turns per sample"
+                f"{sample.sample_id}: found {len(example)} tokens, expected at most data.packing.seq_len = "
+                f"{self.settings.seq_len}; raise it or sample fewer turns per sample"
             )
         example = replace(example, source=item.source_name, point_seed=item.point_seed)
         if not self.teachers or image is None or sample.image_path is None:
@@ -188,7 +189,7 @@ class PackedStream:
         return with_teacher_targets(example, self.teachers, path=sample.image_path, image=image)
 
     def _encode(self, sample: Sample) -> tuple[Example, Image.Image | None]:
-        """Return a sample as tokens, and its opened image."""
+        """Return a tokenized sample and its image."""
         image = None
         if sample.image_path is not None:
             image = load_image(sample.image_path, where=sample.sample_id, expected_hw=sample.image_hw)
@@ -196,7 +197,7 @@ class PackedStream:
         return self.processor.encode_sample(sample, image, independent_turns=independent_turns), image
 
     def __iter__(self) -> Iterator[PackedSequence]:
-        """Yield sequences without end. Raises: DataError once this stream alone left out more than the run allows."""
+        """Yield sequences without end. Raises: DataError when this stream alone skipped more samples than allowed."""
         held = {number: self._weighed(number) for number in self.start.waiting}
         skipped: list[Skipped] = []
         num_skipped = 0
@@ -206,7 +207,7 @@ class PackedStream:
             try:
                 return self._weighed(number)
             except TeacherCacheError:
-                # The sample is right, the cache is not: leaving samples out would train on other data.
+                # The cache is wrong, not the sample: skipping it would change the training data.
                 raise
             except DataError as error:
                 num_skipped += 1
@@ -234,7 +235,7 @@ class PackedStream:
 def with_teacher_targets(
     example: Example, teachers: Sequence[TeacherChoice], *, path: Path, image: Image.Image
 ) -> Example:
-    """Return the example with what the teachers that take it need. Raises: TeacherCacheError."""
+    """Return the example with the targets of the teachers that apply to it. Raises: TeacherCacheError."""
     assert example.grid_hw is not None, f"{example.sample_id}: an image without a grid"
     targets = teacher_targets(
         teachers,
@@ -254,8 +255,8 @@ def with_teacher_targets(
 
 
 def allowed_skips(mixture: Mixture, position: int, max_fraction: float) -> int:
-    """Return how many samples may have been left out when the stream has come to `position`.
+    """Return how many samples may have been skipped when the stream reaches `position`.
 
-    The share is taken of a whole epoch at least, so that one bad sample early on does not end a long run.
+    The fraction is of at least a whole epoch, so that one bad sample early on does not end a long run.
     """
     return int(max_fraction * max(position + 1, mixture.epoch_length))

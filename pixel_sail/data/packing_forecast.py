@@ -1,8 +1,8 @@
-"""How many samples a sequence will hold, measured without opening an image.
+"""Forecasts how many samples a packed sequence will hold, without opening an image.
 
-`planning/length.py` asks before a run begins, since the length of an epoch in steps depends on it. The first positions
-of the mixture's stream, in their shuffled order the sample that a survey would take, are packed by the rule of
-`data/packing.py` itself. Only the pixels are left out: a sample is as long as its text and the size of its image say.
+`planning/length.py` needs it before a run begins, since the number of steps per epoch depends on it. The first
+positions of the mixture, a random sample because the mixture is shuffled, are packed by `data/packing.py`. Only the
+pixels are skipped: the length of a sample follows from its text and the size of its image.
 
     5,000 images with their questions  ->  PackingForecast(num_positions=4098, num_sequences=651,
                                   samples_per_sequence=6.29, positions_per_sequence=6.295, standard_error=0.02)
@@ -21,30 +21,30 @@ from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.types import Example, Sample
 
 MAX_POSITIONS, MIN_POSITIONS = 4096, 256
-"""Positions of the mixture that are looked at: a whole epoch, but no more and no fewer than these. Samples differ in
-length by about a fifth to a half of the mean, so that 4,096 of them tell it to 0.3 to 0.8 %."""
+"""Positions of the mixture to pack: a whole epoch, within these limits. Sample lengths have a standard deviation of a
+fifth to a half of their mean, so 4,096 samples estimate the mean to 0.3 to 0.8 %."""
 
 BLOCKS = 16
-"""Sequences are averaged in so many blocks, whose spread is that of the mean. Neighbouring sequences are not
-independent: they share what the stream holds back."""
+"""Number of blocks of sequences whose means give the standard error. Neighboring sequences are not independent: they
+share the packing buffer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackingForecast:
-    """What sequences hold on the average."""
+    """Average contents of a packed sequence."""
 
     num_positions: int
-    """Positions of the mixture that were looked at."""
+    """Positions of the mixture that were packed."""
     num_sequences: int
     samples_per_sequence: float
     positions_per_sequence: float
-    """More than samples where some cannot be used."""
+    """Larger than `samples_per_sequence` when some samples are skipped."""
     standard_error: float
     """Of `samples_per_sequence`."""
 
 
 class SizedStream(PackedStream):
-    """A stream whose samples have no pixels, and all else."""
+    """A stream whose examples have everything but pixels."""
 
     def _encode(self, sample: Sample) -> tuple[Example, Image.Image | None]:
         size_hw = sample.image_hw
@@ -64,9 +64,9 @@ def forecast_packing(
     cost: Callable[[Example], float] = len,
     max_positions: int = MAX_POSITIONS,
 ) -> PackingForecast:
-    """Return what the sequences of a mixture hold, measured on its first positions; the same in every process.
+    """Return the average contents of the mixture's sequences, from its first positions; the same in every process.
 
-    `cost`: what a sample takes of `seq_len`. Raises: DataError, as training would for these samples.
+    `cost`: cost of a sample, counted against `seq_len`. Raises: DataError, as training would for these samples.
     """
     stream = SizedStream(
         mixture, processor, settings, index=0, num_streams=1, max_skipped_fraction=max_skipped_fraction, cost=cost
@@ -76,8 +76,8 @@ def forecast_packing(
 
 
 def summed_up(sequences: Iterable[tuple[int, StreamState]], *, num_positions: int) -> PackingForecast:
-    """Return the means over the first sequences of a stream, as many as use up `num_positions`. sequences: samples of a
-    sequence, and where the stream is after it."""
+    """Return the means over the first sequences of a stream, until `num_positions` are consumed. sequences: number of
+    samples in a sequence, and the state of the stream after it."""
     counts, consumed = [], 0
     for count, after in sequences:
         counts.append(count)

@@ -1,15 +1,15 @@
-"""COCO panoptic annotations: a JSON list of segments per image, and a PNG whose colours say which pixel is whose.
+"""Reads COCO panoptic annotations: a JSON list of segments per image, and a PNG whose colors are segment ids.
 
-Annotation files -> here -> the sources `coco_panoptic`, `coco_semantic`, `coco_vp` and, as Pix2Cap-COCO is the same
-format with a description per segment, `pix2cap_seg` and `pix2cap_vp`.
+Used by the sources `coco_panoptic`, `coco_semantic`, `coco_vp` and, since Pix2Cap-COCO has the same format with a
+description per segment, `pix2cap_seg` and `pix2cap_vp`.
 
-One record of `annotations`; the pixels of its segment have the colour (77, 85, 127) in the PNG, as
-77 + 256 * 85 + 256**2 * 127 = 8345037, and black pixels are nobody's:
+One record of `annotations`. The pixels of its segment have the color (77, 85, 127) in the PNG, since 77 + 256 * 85 +
+256**2 * 127 = 8345037. Black pixels are unlabeled:
 
     {"image_id": 9, "file_name": "000000000009.png",
      "segments_info": [{"id": 8345037, "category_id": 51, "iscrowd": 0, "bbox": [0, 14, 434, 374], "area": 24315}]}
 
-Records are read one at a time, and neither records nor masks are kept.
+Records are read one at a time; records and masks are not cached.
 """
 
 import logging
@@ -34,16 +34,16 @@ from pixel_sail.types import BoolMask, DataError, SizeHW
 logger = logging.getLogger(__name__)
 
 ANNOTATION_FOLDERS = ("Annotations/annotations", "annotations")
-"""Below the COCO folder: where people unpack `annotations_trainval2017.zip` and its panoptic sister."""
+"""Folders below the COCO folder into which `annotations_trainval2017.zip` and its panoptic counterpart are unpacked."""
 
 PNG_FOLDERS = ("Images", ".", "images")
-"""Below the COCO folder: where train2017 and val2017 stand."""
+"""Folders below the COCO folder that contain train2017 and val2017."""
 
 UNLABELLED = 0
-"""Id of the pixels that no segment owns."""
+"""Id of the pixels without a segment."""
 
 _RESERVED_TEXT = ("[SEG]", "<Prompt", "{region")
-"""What a description must not hold, as it would become a mask or a prompt further on."""
+"""Strings that a description must not contain, as they would become a mask or a prompt later."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +53,16 @@ class Segment:
     segment_id: int
     category_id: int
     is_crowd: bool
-    """A group of things that were not told apart."""
+    """Several objects annotated as one group."""
     description: str
-    """Pix2Cap's text, "" where there is none."""
+    """Pix2Cap's text, "" without one."""
     area: float | None = None
-    """In pixels, as the file states it."""
+    """In pixels, as stated by the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PanopticImage:
-    """One record, checked."""
+    """One checked record."""
 
     where: str
     """File and record, for error messages."""
@@ -82,10 +82,10 @@ class Category:
 
 
 class PanopticFile:
-    """The records of one panoptic JSON file with the folders that belong to it."""
+    """The records of one panoptic JSON file and the folders of their PNGs and images."""
 
     def __init__(self, file: Path, *, png_dir: Path, image_dir: Path, lists_all: bool = True) -> None:
-        """Open the file. `lists_all`: every coloured pixel must belong to a listed segment. Raises: DataError."""
+        """Open the file. `lists_all`: every colored pixel must belong to a listed segment. Raises: DataError."""
         self.file = file
         self.png_dir = png_dir
         self.image_dir = image_dir
@@ -103,8 +103,7 @@ class PanopticFile:
     ) -> NDArray[np.int64]:
         """Return the numbers of the records whose segments have content; log how many have none.
 
-        A malformed record stays in, so that asking for it says what is wrong. Raises: DataError if an image has two
-        records.
+        A malformed record is kept, so that reading it raises the error. Raises: DataError if an image has two records.
         """
         numbers: list[int] = []
         image_ids: Counter[int] = Counter()
@@ -125,12 +124,12 @@ class PanopticFile:
             )
         if len(numbers) < len(self):
             logger.warning(
-                "source %s: left out %d of %d images without %s", source, len(self) - len(numbers), len(self), content
+                "source %s: skipped %d of %d images without %s", source, len(self) - len(numbers), len(self), content
             )
         return np.array(numbers, dtype=np.int64)
 
     def image(self, number: int) -> PanopticImage:
-        """Return one record. Raises: DataError naming the file and the record if it is malformed."""
+        """Return one record. Raises: DataError with the file and the record if it is malformed."""
         image_id, file_name, segments = self._record(number)
         where = f"{self._annotations.where}[{number}] (image_id {image_id})"
         stated = self._images[self._image_numbers.one(image_id)]
@@ -147,10 +146,10 @@ class PanopticFile:
         )
 
     def masks(self, image: PanopticImage) -> dict[int, BoolMask]:
-        """Return the mask [H, W] of every segment, by segment id; no two overlap.
+        """Return the mask [H, W] of every segment by segment id; masks do not overlap.
 
-        Raises: DataError if the PNG has another size than the file states, lacks a listed segment, or (`lists_all`)
-        holds a segment that is not listed.
+        Raises: DataError if the PNG has another size than the file states, lacks a listed segment, or (`lists_all`) has
+        an unlisted segment.
         """
         ids_HW = read_segment_ids(image.png_path, image.image_hw, image.where)
         masks: dict[int, BoolMask] = {}
@@ -174,7 +173,7 @@ class PanopticFile:
         return masks
 
     def _compare_area(self, segment: Segment, num_pixels: int, where: str) -> None:
-        """Remark that the PNG shows another area than the file states: one of them was changed without the other."""
+        """Remark that the area in the PNG differs from the stated one: one of them was changed without the other."""
         if segment.area is not None and areas_differ(num_pixels, segment.area):
             found = f"segment {segment.segment_id} has {num_pixels} pixels in the PNG, the file states {segment.area:g}"
             remark(STATED_AREA, self._annotations.where, where, found)
@@ -197,7 +196,7 @@ class PanopticFile:
         return image_id, file_name, segments
 
     def _image_path(self, png_name: str, stated_name: object) -> Path:
-        """Return the image: named as the PNG (release), or, where only that exists, as `images` says."""
+        """Return the image path: named like the PNG (release), or, if only that exists, as in `images`."""
         path = image_file(self.image_dir, str(Path(png_name).with_suffix(".jpg")))
         if isinstance(stated_name, str) and not os.path.isfile(path):
             stated = image_file(self.image_dir, stated_name)
@@ -214,12 +213,11 @@ def open_panoptic(
     image_dir: str | Path | None = None,
     lists_all: bool = True,
 ) -> PanopticFile:
-    """Return the panoptic file of a COCO split, `train2017` for example, found in any of the usual layouts.
+    """Return the panoptic file of a COCO split, for example `train2017`, in any of the usual layouts.
 
     root: the COCO folder, with `Annotations/annotations/panoptic_{split}.json` and `Images/{split}/`, or with
-    `annotations/panoptic_{split}.json` and `{split}/`; the PNGs stand in `panoptic_{split}/` beside the JSON.
-    annotations, png_dir, image_dir: used instead where given. Images may be absent until one is opened.
-    Raises: DataError.
+    `annotations/panoptic_{split}.json` and `{split}/`; the PNGs are in `panoptic_{split}/` next to the JSON.
+    annotations, png_dir, image_dir: override these paths. Images may be missing until one is opened. Raises: DataError.
     """
     root = Path(root)
     jsons = [root / folder / f"panoptic_{split}.json" for folder in ANNOTATION_FOLDERS]
@@ -252,9 +250,9 @@ def load_categories(file: Path) -> dict[int, Category]:
 
 
 def load_class_file(path: str | Path, known: Sequence[int]) -> dict[int, str]:
-    """Return the name of every known category from a text file of lines `id:name,synonym,...`; the first name counts.
+    """Return the name of every known category from a text file of lines `id:name,synonym,...`; the first name is used.
 
-    Lines may name other ids too, as the lists that go round count all of COCO's. Raises: DataError.
+    Lines may have other ids too, since the published lists cover all of COCO's. Raises: DataError.
     """
     path = Path(path)
     if not path.is_file():
@@ -271,12 +269,12 @@ def load_class_file(path: str | Path, known: Sequence[int]) -> dict[int, str]:
             names[int(head)] = rest.split(",")[0].strip()
     absent = [category_id for category_id in known if names.get(category_id, "") in ("", "invalid_class_id")]
     if absent:
-        raise DataError(f"{path}: found no name for the categories {absent}, expected one for each; add the lines")
+        raise DataError(f"{path}: found no name for the categories {absent}, expected one for each; add their lines")
     return {category_id: names[category_id] for category_id in known}
 
 
 def segments_by_category(image: PanopticImage, known: Sequence[int]) -> dict[int, list[Segment]]:
-    """Return the segments of every category, ids ascending. Raises: DataError for a category that is not known."""
+    """Return the segments of every category, by ascending id. Raises: DataError for an unknown category."""
     groups: dict[int, list[Segment]] = {}
     for segment in sorted(image.segments, key=lambda segment: segment.category_id):
         if segment.category_id not in known:
@@ -300,7 +298,7 @@ def read_segment_ids(path: Path, size_hw: SizeHW, where: str) -> NDArray[np.int3
     except DECODING_ERRORS as error:
         raise DataError(f"{where}: {path}: cannot be decoded ({pillow_reason(error)}); replace the file") from error
     if mode != "RGB":
-        raise DataError(f"{where}: {path}: found a PNG of mode {mode}, expected 8-bit RGB; it is no panoptic PNG")
+        raise DataError(f"{where}: {path}: found a PNG of mode {mode}, expected 8-bit RGB; use the panoptic PNGs")
     rgb = pixels.astype(np.int32)
     if rgb.shape[:2] != tuple(size_hw):
         raise DataError(

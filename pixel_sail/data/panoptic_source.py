@@ -1,7 +1,7 @@
-"""What the training sources over a panoptic file share: which images they use, and how a sample of one is named.
+"""Base class of the training sources over a panoptic file: selects the usable images and names their samples.
 
-`data/panoptic.py` -> here -> `coco_panoptic`, `coco_semantic`, `coco_vp`, `pix2cap_seg` and `pix2cap_vp`, which add the
-turns. The first sample of COCO is Sample(sample_id="coco_vp/train2017/image=9", ...).
+`coco_panoptic`, `coco_semantic`, `coco_vp`, `pix2cap_seg` and `pix2cap_vp` extend it with their turns. The first sample
+of COCO is Sample(sample_id="coco_vp/train2017/image=9", ...).
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from pixel_sail.types import DataError, Sample, Turn
 
 
 class PanopticSource:
-    """What the sources over a panoptic file have in common: one item per image whose segments they can use."""
+    """A source over a panoptic file: one item per image with usable segments."""
 
     def __init__(
         self,
@@ -23,18 +23,18 @@ class PanopticSource:
         has_content: Callable[[Sequence[Segment]], bool],
         content: str,
     ) -> None:
-        """Choose the images, see `PanopticFile.usable`. Raises: DataError."""
+        """Select the images, see `PanopticFile.usable`. Raises: DataError."""
         self.name = name
         self._file = file
         self._split = split
         self._numbers = file.usable(has_content, source=name, content=content)
 
     def __len__(self) -> int:
-        """Return the number of images that can be used."""
+        """Return the number of usable images."""
         return len(self._numbers)
 
     def image_path(self, index: int) -> Path:
-        """Return the image of an item."""
+        """Return the image path of an item."""
         return self._image(index).image_path
 
     def _image(self, index: int) -> PanopticImage:
@@ -45,7 +45,7 @@ class PanopticSource:
         return f"{self.name}/{self._split}/image={image.image_id}"
 
     def _sample(self, image: PanopticImage, turns: Sequence[Turn]) -> Sample:
-        """Return turns about an image as a sample."""
+        """Return the sample of an image with these turns."""
         return Sample(
             sample_id=self._sample_id(image),
             source=self.name,
@@ -56,7 +56,7 @@ class PanopticSource:
 
 
 def check_at_least(source: str, smallest: int, **settings: int) -> None:
-    """Raise DataError naming the first setting of a source that is too small."""
+    """Raise DataError with the first setting of a source that is too small."""
     for setting, value in settings.items():
         if value < smallest:
             raise DataError(

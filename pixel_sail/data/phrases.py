@@ -1,21 +1,20 @@
-"""Finding phrases in a caption and marking them, one [SEG] each, without breaking the text.
+"""Finds phrases in a caption and marks each with one [SEG].
 
-The grounded-caption sources name phrases with masks; this module says where in the caption each stands, and
-`mark_caption` writes the answer a model is trained on:
+The grounded-caption sources have phrases with masks. This module finds the position of each phrase in the caption, and
+`mark_caption` writes the answer to train on:
 
     "A man in a red hat." with the phrases "a man in a red hat" and "Red hat"
-    -> "<p> A man in a red hat </p> [SEG]."     ("Red hat" lies inside the longer phrase and is dropped)
+    -> "<p> A man in a red hat </p> [SEG]."     ("Red hat" is inside the longer phrase and is dropped)
 
 Rules, in this order:
-1. A stated span counts if it holds the phrase, whether it counts characters, bytes of UTF-8 or units of UTF-16.
-   Otherwise the phrase is looked for as whole words, upper or lower case alike, and the occurrence nearest to the
-   stated span is taken. Where there is none, a span that begins and ends with whole words is believed if it words the
-   phrase otherwise: articles and marks aside, the words of one are among those of the other, in order ("two men" for
-   "two young men", "the man" for "A man"). What is left is "not found", and "misplaced" if its span holds other words.
-2. Longer phrases are placed first, of equal ones those that are in the caption word for word. Phrases on the very same
-   characters share one place (their masks are united), but for those whose span is only believed: two phrasings need
-   not be one thing. A phrase without a stated span may move to another occurrence that is free. What still overlaps is
-   "overlapped".
+1. A stated span is accepted if it contains the phrase, whether it counts characters, bytes of UTF-8 or units of UTF-16.
+   Otherwise the phrase is searched as whole words, ignoring case, and the occurrence nearest to the stated span is
+   used. Without one, a span that begins and ends with whole words is accepted if it rephrases the phrase: articles
+   and marks aside, the words of one are among those of the other, in order ("two men" for "two young men", "the man"
+   for "A man"). The rest is "not found", and also "misplaced" if its span contains other words.
+2. Longer phrases are placed first, and among equal ones those that are in the caption word for word. Phrases on the
+   same characters share one span (their masks are united), except rephrased ones: two phrasings may be two objects. A
+   phrase without a stated span may move to another free occurrence. What still overlaps is "overlapped".
 """
 
 import re
@@ -33,37 +32,37 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Phrase:
-    """A piece of a caption, as an annotation names it."""
+    """A phrase of a caption, as annotated."""
 
     text: str = ""
-    """"" where only the span is known."""
+    """"" if only the span is known."""
     span: Span | None = None
-    """As stated by the file, not checked."""
+    """As stated by the file, unchecked."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MarkedSpan:
-    """Where one or more phrases stand."""
+    """The span of one or more phrases."""
 
     span: Span
     phrases: tuple[int, ...]
-    """Indices of the phrases that share this place."""
+    """Indices of the phrases that share this span."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """What became of every phrase of a caption."""
+    """The result for every phrase of a caption."""
 
     spans: tuple[MarkedSpan, ...]
     """In reading order; no two overlap."""
     not_found: tuple[int, ...]
     misplaced: tuple[int, ...]
-    """Those of `not_found` whose stated span holds other words."""
+    """Those of `not_found` whose stated span contains other words."""
     overlapped: tuple[int, ...]
 
 
 def place_phrases(caption: str, phrases: Sequence[Phrase]) -> Placement:
-    """Return a place for as many phrases as can be marked side by side."""
+    """Return spans for as many phrases as can be marked without overlap."""
     options = [_options(caption, phrase) for phrase in phrases]
     found = sorted((i for i, option in enumerate(options) if option.spans), key=lambda i: options[i].rank())
     taken: dict[Span, list[int]] = {}
@@ -86,9 +85,9 @@ def place_phrases(caption: str, phrases: Sequence[Phrase]) -> Placement:
 
 
 def mark_caption(caption: str, placement: Placement, where: str) -> str:
-    """Return the caption with every place marked, blanks and quotes around the whole of it removed.
+    """Return the caption with every span marked; whitespace and quotes around the whole caption are removed.
 
-    Raises: DataError if the caption itself holds a mark, as nobody could tell it from ours.
+    Raises: DataError if the caption itself contains a mark, which would be ambiguous.
     """
     for mark in MARKS:
         if mark in caption:
@@ -101,7 +100,7 @@ def mark_caption(caption: str, placement: Placement, where: str) -> str:
 
 
 def plain_caption(text: str) -> str:
-    """Return a caption without blanks around it, and without the pair of quotes some files put around it."""
+    """Return a caption without surrounding whitespace and without the pair of quotes that some files add."""
     text = text.strip()
     if len(text) > 1 and text[0] == text[-1] == '"' and text.count('"') == 2:
         text = text[1:-1].strip()
@@ -110,15 +109,15 @@ def plain_caption(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    """Where a phrase could stand."""
+    """Candidate spans of a phrase."""
 
     spans: tuple[Span, ...] = ()
-    """The best first; none when it is not in the caption."""
+    """Best first; empty if the phrase is not in the caption."""
     is_reworded: bool = False
-    """The caption has other words there."""
+    """The caption has other words there (a rephrasing)."""
 
     def rank(self) -> tuple[int, bool, int]:
-        """Return the key by which phrases are placed: longest first."""
+        """Return the sort key for placing phrases: longest first."""
         start, end = self.spans[0]
         return start - end, self.is_reworded, start
 
@@ -144,7 +143,7 @@ def _options(caption: str, phrase: Phrase) -> _Options:
 
 
 def _in_other_units(caption: str, span: Span | None) -> list[Span | None]:
-    """Return the characters a span means if it counts bytes of UTF-8 or units of UTF-16, where that differs."""
+    """Return the character spans meant if a span counts bytes of UTF-8 or units of UTF-16, where they differ."""
     if span is None or caption.isascii():
         return []
     spans = []
@@ -157,7 +156,7 @@ def _in_other_units(caption: str, span: Span | None) -> list[Span | None]:
 
 
 def _is_rephrasing(phrase: str, other: str) -> bool:
-    """Say whether the words of one text are among those of the other in order, articles and marks aside."""
+    """Return whether the words of one text are among those of the other in order, articles and marks aside."""
     shorter, longer = sorted((_content_words(phrase), _content_words(other)), key=len)
     remaining = iter(longer)
     return bool(shorter) and all(word in remaining for word in shorter)
@@ -168,7 +167,7 @@ def _content_words(text: str) -> list[str]:
 
 
 def _trimmed(caption: str, span: Span | None) -> Span | None:
-    """Return a span without the blanks at its ends; None if it is not within the caption or holds nothing else."""
+    """Return a span without whitespace at its ends; None if it is outside the caption or blank."""
     if span is None or not 0 <= span[0] < span[1] <= len(caption):
         return None
     text = caption[slice(*span)]

@@ -1,10 +1,10 @@
-"""Read pickle files that hold plain data, and refuse every other one before anything runs.
+"""Reads pickle files of plain data, and rejects any other pickle before it runs code.
 
-`refs(unc).p` -> here -> `data/sources/refer.py`. A pickle is a program: an ordinary load of a downloaded file may start
-any command. This reader knows containers, text, bytes, numbers, booleans and None; a file that asks for anything by
-name is refused at the moment it asks, so nothing is imported or called.
+`data/refs_files.py` reads `refs(unc).p` with it. A pickle is a program, so unpickling a downloaded file normally may
+run any command. This reader accepts containers, text, bytes, numbers, booleans and None. It rejects a file at its first
+request for anything by name, so nothing is imported or called.
 
-Example: b'(lp0\\n(dp1\\nVref_id\\np2\\nI7\\nsa.' is the list [{"ref_id": 7}] as Python 2 wrote it.
+Example: b'(lp0\\n(dp1\\nVref_id\\np2\\nI7\\nsa.' is the list [{"ref_id": 7}] as written by Python 2.
 """
 
 import io
@@ -19,14 +19,14 @@ from pixel_sail.texts import shown
 from pixel_sail.types import DataError
 
 _PYTHON2_ENCODING = "utf-8"
-"""How byte strings that Python 2 wrote as `str` are read. The published REFER files are pure ASCII there, which UTF-8
-reads alike. latin1 would accept every byte and so turn UTF-8 text into wrong letters without a word; UTF-8 stops."""
+"""Encoding of byte strings that Python 2 wrote as `str`. They are ASCII in the published REFER files. latin1 would
+accept every byte and silently turn UTF-8 text into wrong letters; UTF-8 raises an error."""
 
 MAX_DEPTH = 50
-"""Deepest nesting; published files have a list of dicts of lists of dicts."""
+"""Maximum nesting; published files are a list of dicts of lists of dicts."""
 
 MAX_EXPANSION = 100
-"""Most values and characters per byte of the file; published files have fewer than ten."""
+"""Maximum values and characters per byte of the file; published files have fewer than ten."""
 
 _ALLOWANCE = 100_000
 _BEING_MEASURED = -1
@@ -45,14 +45,14 @@ _MALFORMED = (
     struct.error,
     AssertionError,
 )
-"""What the standard reader raises on truncated or random bytes (UnicodeDecodeError is a ValueError)."""
+"""Exceptions of the standard reader on truncated or random bytes (UnicodeDecodeError is a ValueError)."""
 
 
 def load_plain_pickle(path: str | Path) -> Any:
     """Return the content of a pickle of lists, tuples, dicts, sets, str, bytes, int, float, bool and None.
 
-    Raises: DataError if the file is absent or damaged, asks for a class, a function or an object by persistent id, or
-    holds data nested deeper or, by sharing, larger than a file of its size should.
+    Raises: DataError if the file is missing or damaged, requests a class, a function or an object by persistent id, or
+    has data nested too deeply or, through sharing, too large for its file size.
     """
     path = Path(path)
     try:
@@ -75,10 +75,10 @@ def load_plain_pickle(path: str | Path) -> Any:
 
 
 class _Sizes:
-    """How large values are when everything that is shared is counted wherever it occurs.
+    """Size of values when shared values count once per occurrence.
 
-    A file of 300 bytes can hold a list of two times the same list of two times the same list, and so on: whoever
-    prints, compares or copies it never comes to an end. Published files share names of fields and a few texts.
+    A file of 300 bytes can hold a list with two references to a list with two references, and so on. Printing,
+    comparing or copying it never ends. Published files share field names and a few texts.
     """
 
     def __init__(self, num_bytes: int, path: Path) -> None:
@@ -86,7 +86,7 @@ class _Sizes:
         self._path = path
         self._known: dict[int, int] = {}
         self._kept: list[Any] = []
-        """Measured containers, so that no other one gets their id."""
+        """Measured containers, kept alive so that no other object gets their id."""
 
     def of(self, value: Any) -> int:
         """Return the number of values and characters in a value. Raises: DataError beyond the limits."""
@@ -109,7 +109,7 @@ class _Sizes:
         items = chain.from_iterable(value.items()) if isinstance(value, dict) else value
         size = 1
         for item in items:
-            # Text first: most of a file is text.
+            # Text first, as most of a file is text.
             size += 1 + len(item) if type(item) is str else self._size(item, depth + 1)
             if size > self._limit:
                 self._refuse(f"shared values that come to more than {self._limit} values and characters")
@@ -118,16 +118,16 @@ class _Sizes:
 
     def _refuse(self, found: str) -> NoReturn:
         raise DataError(
-            f"{self._path}: found {found}, expected plain data as of a table of refs; get the file from its publisher"
+            f"{self._path}: found {found}, expected plain data as in a table of refs; get the file from its publisher"
         )
 
 
 class _PlainUnpickler(pickle._Unpickler):
-    """An unpickler for which no name exists.
+    """An unpickler that resolves no names.
 
-    This is the reader written in Python. The one in C makes room up to any memo number it meets, so that one damaged
-    number in a file of a kilobyte takes more memory than the machine has. The price is a factor of three in time:
-    about three seconds for a file of 17 MB.
+    It extends the reader written in Python. The one in C allocates memory up to any memo number it reads, so a damaged
+    number in a kilobyte file could exhaust memory. The price is a factor of three in time: about three seconds for a
+    file of 17 MB.
     """
 
     stack: list[Any]
@@ -138,15 +138,15 @@ class _PlainUnpickler(pickle._Unpickler):
         self._sizes = _Sizes(len(data), path)
 
     def _measure_last(self) -> None:
-        """Refuse a tuple or frozen set that is too large before anything computes its hash."""
+        """Reject a tuple or frozen set that is too large before its hash is computed."""
         self._sizes.of(self.stack[-1])
 
     def find_class(self, module: str, name: str) -> NoReturn:
-        """Refuse a class or function, which is how a pickle would run code."""
+        """Reject a class or function, through which a pickle would run code."""
         self._refuse(f"a request for {module}.{name}")
 
     def persistent_load(self, pid: object) -> NoReturn:
-        """Refuse a reference to an object kept outside the file."""
+        """Reject a reference to an object stored outside the file."""
         self._refuse(f"persistent id {shown(pid)}")
 
     def _refuse(self, found: str) -> NoReturn:
@@ -157,7 +157,7 @@ class _PlainUnpickler(pickle._Unpickler):
 
 
 def _measured(read: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Return the reader of one kind of value that measures what it has read."""
+    """Return a reader of one kind of value that also measures what it reads."""
 
     def read_and_measure(unpickler: Any) -> None:
         read(unpickler)

@@ -1,10 +1,10 @@
-"""How a region is marked: as its mask, its box, a point or a scribble.
+"""Turns region masks into visual prompts: a mask, a box, a point or a scribble.
 
-`data/regions.py` turns the mask of a region into the mask of its visual prompt; the processor paints the prompt's id on
-the patches it covers.
+`data/regions.py` calls `sample_prompt` for each region; the processor adds the prompt's embedding to the patches that
+the returned mask covers.
 
-Example: a mask of 40 x 25 pixels becomes, with fractions {"mask": 0.2, "box": 0.4, "point": 0.4}, in two of five cases
-the full rectangle around it and in two a single pixel well inside.
+Example: a mask of 40 x 25 pixels becomes, with fractions {"mask": 0.2, "box": 0.4, "point": 0.4}, its bounding
+rectangle with probability 0.4 and a single pixel well inside with probability 0.4.
 """
 
 from collections.abc import Mapping
@@ -20,15 +20,14 @@ PROMPT_KINDS = ("mask", "box", "point", "scribble")
 MASK_ONLY = {"mask": 1.0}
 
 POINT_MARGIN_PX = 16
-"""A point is sampled among the pixels further from the outline than this, if there are any (release: the patch
-size)."""
+"""A point is sampled among the pixels further from the outline than this, if any (release: the patch size)."""
 
 SCRIBBLE_CORNERS = (2, 5)
-"""Smallest and largest number of places a scribble passes through."""
+"""Minimum and maximum number of points that a scribble passes through."""
 
 
 def check_fractions(fractions: Mapping[str, float], where: str) -> None:
-    """Raise DataError unless fractions are of known kinds, finite, not negative and not all zero."""
+    """Raise DataError unless the fractions are of known kinds, finite, not negative and not all zero."""
     is_sound = set(fractions) <= set(PROMPT_KINDS) and all(0 <= fraction < np.inf for fraction in fractions.values())
     if not is_sound or sum(fractions.values()) <= 0:
         raise DataError(
@@ -40,10 +39,10 @@ def check_fractions(fractions: Mapping[str, float], where: str) -> None:
 def sample_prompt(mask: BoolMask, fractions: Mapping[str, float], rng: np.random.Generator) -> BoolMask:
     """Return the region as a prompt of a kind sampled by `fractions`, which need not sum to 1.
 
-    Raises: DataError if empty. The result always has a pixel, and a point or scribble lies within the region.
+    The result has at least one pixel, and a point or scribble is inside the region. Raises: DataError if empty.
     """
     if not mask.any():
-        raise DataError("visual prompt: found a region without pixels, expected at least one; leave the region out")
+        raise DataError("visual prompt: found a region without pixels, expected at least one; remove the region")
     kinds = [kind for kind in PROMPT_KINDS if fractions.get(kind, 0) > 0]
     limits = np.cumsum([fractions[kind] for kind in kinds])
     number = int(np.searchsorted(limits, rng.random() * limits[-1], side="right"))
@@ -66,7 +65,7 @@ def box_prompt(mask: BoolMask) -> BoolMask:
 
 
 def point_prompt(mask: BoolMask, rng: np.random.Generator) -> BoolMask:
-    """Return one pixel of the region, well inside where it is wide enough, else as far inside as can be."""
+    """Return one pixel of the region, more than POINT_MARGIN_PX inside if possible, else as far inside as possible."""
     ((rows, columns),) = ndimage.find_objects(mask.astype(np.uint8))  # Nothing outside the region's box can matter.
     distance = ndimage.distance_transform_edt(np.pad(mask[rows, columns], 1))[1:-1, 1:-1]
     candidates = np.argwhere(distance > POINT_MARGIN_PX)
@@ -79,7 +78,7 @@ def point_prompt(mask: BoolMask, rng: np.random.Generator) -> BoolMask:
 
 
 def scribble_prompt(mask: BoolMask, rng: np.random.Generator) -> BoolMask:
-    """Return a line of straight strokes between random pixels of the region, cut off where it leaves the region."""
+    """Return a polyline between random pixels of the region, clipped to the region."""
     pixels = np.flatnonzero(mask)
     corners = pixels[rng.integers(len(pixels), size=int(rng.integers(SCRIBBLE_CORNERS[0], SCRIBBLE_CORNERS[1] + 1)))]
     rows, columns = np.unravel_index(corners, mask.shape)

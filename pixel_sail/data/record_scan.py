@@ -1,7 +1,7 @@
-"""One walk over JSON text that notes where every record of every list at its top stands.
+"""Scans JSON text once for the positions of the records in all its top-level lists.
 
-`data/records.py` calls `scan` when a file has no index yet. Values are parsed to find their ends and then thrown away,
-so that the walk needs the text of the file and little more.
+`data/records.py` calls `scan` when a file has no index yet. Values are parsed only to find their ends, so the scan
+needs little more memory than the text of the file.
 
 Example: {"info": {}, "images": [{"id": 3}, {"id": 5}]} -> is_object, lists = {"images": positions [[24, 33], [35, 44]],
 fields {"id": [3, 5]}}.
@@ -23,7 +23,7 @@ from pixel_sail.texts import shown
 from pixel_sail.types import DataError
 
 MAX_FIELDS = 32
-"""Most integer fields of a list that are noted; further ones are read from the records when asked for."""
+"""Maximum number of indexed integer fields per list; others are read from the records on access."""
 
 _INT64 = np.iinfo(np.int64)
 _CHUNK_BYTES = 1 << 20
@@ -32,17 +32,17 @@ _BLANK = re.compile(r"[ \t\r\n]*")
 
 @dataclass(frozen=True, kw_only=True)
 class RecordList:
-    """Where the records of one list stand."""
+    """Positions of the records of one list."""
 
     positions: NDArray[np.int64]
-    """First byte and the byte after the last [N, 2]."""
+    """First byte and one past the last [N, 2]."""
     fields: dict[str, NDArray[np.int64]]
     """Integer fields that every record has [N], by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scan:
-    """All lists at the top of a file, by key; the key is "" when the file is one list or consists of JSON lines."""
+    """All top-level lists of a file by key; the key is "" for a file that is one list or JSON lines."""
 
     is_object: bool
     lists: dict[str, RecordList]
@@ -51,11 +51,13 @@ class Scan:
 def scan(path: Path, digest: str) -> Scan:
     """Return the lists of a JSON file whose SHA-256 is `digest`.
 
-    Raises: DataError naming the byte where the text stops being UTF-8 or JSON, or when the content is another one.
+    Raises: DataError with the byte at which the text stops being UTF-8 or JSON, or when the content has another hash.
     """
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != digest:
-        raise DataError(f"{path}: found a file that changes while it is read, expected a complete one; wait for it")
+        raise DataError(
+            f"{path}: found a file that changes while it is read, expected a complete one; wait until it is written"
+        )
     scanner = _Scanner(path, data)
     del data
     if scanner.peek() == "[":
@@ -72,27 +74,27 @@ def scan(path: Path, digest: str) -> Scan:
 
 
 class _Scanner:
-    """Walks over JSON text value by value."""
+    """Steps through JSON text value by value."""
 
     def __init__(self, path: Path, data: bytes) -> None:
         self.path = path
         _check_utf8(path, data)
-        # Latin-1 gives one character per byte, so positions in the text are positions in the file. Everything that
-        # structures JSON is ASCII; letters beyond it are only skipped here, and read as UTF-8 when records are parsed.
+        # Latin-1 gives one character per byte, so positions in the text are positions in the file. JSON's structure is
+        # ASCII; other characters are only skipped here, and decoded as UTF-8 when records are parsed.
         self.text = data.decode("latin-1")
         self.start = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
         self.position = self.start
         self._decode = json.JSONDecoder().raw_decode
 
     def peek(self) -> str:
-        """Return the next character that is not blank, "" at the end."""
+        """Return the next character that is not whitespace, "" at the end."""
         blank = _BLANK.match(self.text, self.position)
         assert blank is not None
         self.position = blank.end()
         return self.text[self.position : self.position + 1]
 
     def take(self, expected: str) -> str:
-        """Step over one of the expected characters and return it."""
+        """Consume one of the expected characters and return it."""
         found = self.peek()
         if not found or found not in expected:
             self.fail(_named(found), " or ".join(expected))
@@ -100,7 +102,7 @@ class _Scanner:
         return found
 
     def value(self) -> tuple[Any, int, int]:
-        """Step over one value; return it and where it begins and ends."""
+        """Consume one value; return it with its start and end."""
         self.peek()
         start = self.position
         try:
@@ -110,14 +112,14 @@ class _Scanner:
         return value, start, self.position
 
     def key(self) -> str:
-        """Step over a key of the object and return it."""
+        """Consume a key of the object and return it."""
         if self.peek() != '"':
             self.fail(_named(self.peek()), "a key in quotes")
         _, start, end = self.value()
         return str(json.loads(self.text[start:end].encode("latin-1")))
 
     def records(self) -> RecordList:
-        """Step over one list; return where its elements stand."""
+        """Consume one list; return the positions of its elements."""
         self.take("[")
         elements = _Elements()
         more = self.peek() != "]"
@@ -129,7 +131,7 @@ class _Scanner:
         return elements.done()
 
     def lines(self) -> RecordList:
-        """Begin again and step over JSON lines, an object on each; return where they stand."""
+        """Start over and consume JSON lines, one object per line; return their positions."""
         self.position = self.start
         elements = _Elements()
         while self.peek():
@@ -141,7 +143,7 @@ class _Scanner:
         return elements.done()
 
     def lists_of_object(self) -> dict[str, RecordList]:
-        """Step over the object; return its lists."""
+        """Consume the object; return its lists."""
         self.take("{")
         result: dict[str, RecordList] = {}
         keys: set[str] = set()
@@ -162,15 +164,15 @@ class _Scanner:
         return result
 
     def fail(self, found: str, expected: str) -> NoReturn:
-        """Raise the error that names the place."""
+        """Raise the error with the current position."""
         raise DataError(
             f"{self.path}: at byte {self.position} of {len(self.text)}: {found}, expected {expected}; the download is "
-            "incomplete or the file is damaged, get it again"
+            "incomplete or the file is damaged, download it again"
         )
 
 
 class _Elements:
-    """What is noted of the elements of a list while it is gone through."""
+    """Positions and integer fields of the elements of a list, collected during the scan."""
 
     def __init__(self) -> None:
         self.last_end = 0
@@ -178,13 +180,13 @@ class _Elements:
         self._fields: dict[str, array[int]] = {}
 
     def add(self, record: Any, start: int, end: int) -> None:
-        """Note an element and where it stands."""
+        """Add an element and its position."""
         _note_fields(self._fields, record, len(self._positions) // 2)
         self._positions.extend((start, end))
         self.last_end = end
 
     def done(self) -> RecordList:
-        """Return all of it; a field that was missing somewhere stopped growing there."""
+        """Return the complete list; a field that some record lacks stopped growing there and is dropped."""
         positions = np.array(self._positions, dtype=np.int64).reshape(-1, 2)
         whole = {name: values for name, values in self._fields.items() if len(values) == len(positions)}
         fields = {name: np.array(values, dtype=np.int64) for name, values in whole.items()}
@@ -192,11 +194,11 @@ class _Elements:
 
 
 def _note_fields(fields: "dict[str, array[int]]", record: Any, number: int) -> None:
-    """Append the integer fields of record `number`; the first record says which ones there may be."""
+    """Append the integer fields of record `number`; the first record defines the candidate fields."""
     if not isinstance(record, dict):
         return
     if number == 0:
-        # Names beyond ASCII are not noted: they stand in the text of the scan byte by byte.
+        # Non-ASCII names are not indexed: the scanned text has them byte by byte.
         names = [name for name, value in record.items() if type(value) is int and name.isascii()]
         fields.update((name, array("q")) for name in names[:MAX_FIELDS])
     for name, values in fields.items():
@@ -206,8 +208,8 @@ def _note_fields(fields: "dict[str, array[int]]", record: Any, number: int) -> N
 
 
 def _check_utf8(path: Path, data: bytes) -> None:
-    """Raise DataError naming the first byte that is not UTF-8; chunk by chunk, as a decoded copy may be four times
-    as large."""
+    """Raise DataError with the first byte that is not UTF-8. Decodes in chunks, as a decoded copy may be four times as
+    large."""
     if data.isascii():
         return
     decoder = codecs.getincrementaldecoder("utf-8")()
@@ -218,7 +220,7 @@ def _check_utf8(path: Path, data: bytes) -> None:
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{path}: at byte {start - pending + error.start} of {len(data)}: found bytes that are not UTF-8 "
-                f"({error.reason}), expected JSON in UTF-8; save the file in that encoding or get it again"
+                f"({error.reason}), expected JSON in UTF-8; save the file in that encoding or download it again"
             ) from error
 
 

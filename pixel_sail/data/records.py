@@ -1,10 +1,10 @@
-"""Large JSON annotation files as records that are read from disk one at a time.
+"""Reads large JSON annotation files from disk, one record at a time.
 
-Annotation file -> here -> `data/sources/`. A file of a gigabyte would be five as Python objects, in every process.
-Instead its text is scanned once per machine for where each record begins and ends; the positions go to a small index in
-a cache folder, named by the hash of the annotation file, and every process maps both into memory, so that they exist
-once for all loader workers. A record is parsed when it is asked for. Integer fields that every record has (ids, mostly)
-are kept in the index too, so that looking a record up reads no text.
+The readers and `data/sources/` open their files with it. A file of one gigabyte would take five as Python objects, in
+every process. Instead its text is scanned once per machine for the start and end of each record. The positions go to a
+small index in a cache folder, named by the hash of the annotation file; every process memory-maps both, so all loader
+workers share one copy. A record is parsed on access. Integer fields that every record has (mostly ids) are stored in
+the index, so a lookup reads no text.
 
 Example: [{"image": "a.jpg", "id": 7}, {"image": "b.jpg", "id": 9}] has the spans [[1, 28], [30, 57]] and the field
 id = [7, 9]; open_records(path)[1] is {"image": "b.jpg", "id": 9}.
@@ -30,7 +30,7 @@ from pixel_sail.texts import shown
 from pixel_sail.types import DataError, MissingDataError
 
 INDEX_VERSION = 2
-"""Raise this whenever index files change."""
+"""Increment when the format of index files changes."""
 
 CACHE_VARIABLE = "PIXEL_SAIL_CACHE"
 CONTENTS_FILE = "contents.json"
@@ -38,10 +38,10 @@ _INT64 = np.iinfo(np.int64)
 
 
 def cache_folder() -> Path:
-    """Return where index files are kept: $PIXEL_SAIL_CACHE, or pixel_sail below the user's cache folder.
+    """Return the folder of index files: $PIXEL_SAIL_CACHE, or pixel_sail in the user's cache folder.
 
-    A variable that is empty counts as not set, and so does an XDG_CACHE_HOME that is no absolute path (as the XDG
-    standard says). Raises: DataError where the user has no home folder.
+    An empty variable counts as unset, and so does a relative XDG_CACHE_HOME (as the XDG standard requires). Raises:
+    DataError if the user has no home folder.
     """
     own, cache = os.environ.get(CACHE_VARIABLE), os.environ.get("XDG_CACHE_HOME", "")
     folder = f"{cache}/pixel_sail" if os.path.isabs(cache) else "~/.cache/pixel_sail"
@@ -49,17 +49,17 @@ def cache_folder() -> Path:
     if found is None:
         raise DataError(
             f"{own or folder}: found no home folder (HOME is not set, and the system does not know this user), "
-            f"expected a folder for small files; name one with the environment variable {CACHE_VARIABLE}"
+            f"expected a folder for small files; set the environment variable {CACHE_VARIABLE} to one"
         )
     return Path(found)
 
 
 def open_records(path: str | Path, key: str | None = None) -> "Records":
-    """Return the records of a JSON file: of the list it consists of, or of the list under `key` of its object.
+    """Return the records of a JSON file: its top-level list, or the list under `key` of its top-level object.
 
-    JSON lines, a record on each, are a list as well.
-    Text is UTF-8, with or without a byte-order mark; NaN and Infinity, which many writers produce, are read as floats.
-    Raises: DataError if the file is absent, is not JSON, or has no such list; the message names the place in the file.
+    JSON lines, one record per line, count as a list. Text is UTF-8 with or without a byte-order mark; NaN and Infinity,
+    which many writers produce, are read as floats. Raises: DataError if the file is missing, is not JSON, or has no
+    such list; the message gives the position in the file.
     """
     path = Path(path)
     stamp = _stamp(path)
@@ -72,13 +72,13 @@ def open_records(path: str | Path, key: str | None = None) -> "Records":
     if (key is not None) != contents["is_object"] or (key or "") not in lists:
         found = f"an object with the lists {shown(sorted(lists), 300)}" if contents["is_object"] else "one list"
         expected = "one list" if key is None else f"a list under {key!r}"
-        raise DataError(f"{path}: found {found}, expected {expected}; the file is not the one this dataset reads")
+        raise DataError(f"{path}: found {found}, expected {expected}; set the path to the file that this dataset reads")
     where = str(path) if key is None else f"{path}: {key}"
     return Records(path, folder, lists[key or ""], where=where, digest=digest, stamp=stamp)
 
 
 class Records(Sequence[Any]):
-    """The records of one list; indexing parses one record. May be pickled and shared by processes."""
+    """The records of one list; indexing parses one record. Picklable and shared between processes."""
 
     def __init__(
         self, path: Path, folder: Path, entry: dict[str, Any], *, where: str, digest: str, stamp: tuple[int, int]
@@ -102,13 +102,13 @@ class Records(Sequence[Any]):
     @overload
     def __getitem__(self, index: slice) -> list[Any]: ...
     def __getitem__(self, index: int | slice) -> Any:
-        """Return one record, parsed anew; DataError if the file is no longer the one that was opened."""
+        """Return one record, parsed on every access. Raises: DataError if the file has changed since it was opened."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         start, end = self._spans[index].tolist()
         if self._text is None:
             self._text = self._mapped()
-        # Reading a mapping beyond the end of a file that was cut kills the process without a message.
+        # Reading a memory map beyond the end of a truncated file kills the process without a message.
         if self._text.size() != len(self._text):
             raise self._changed(f"{self._text.size()} bytes", f"{len(self._text)} bytes")
         try:
@@ -121,16 +121,16 @@ class Records(Sequence[Any]):
         return (self[index] for index in range(len(self)))
 
     def __getstate__(self) -> tuple[Any, ...]:
-        """Leave the mapped file behind; the other process maps it itself."""
+        """Exclude the mapped file; the other process maps it itself."""
         return self._state
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        """Map the index again; the file follows when a record is asked for."""
+        """Map the index again; the file is mapped on the first access to a record."""
         path, folder, entry, where, digest, stamp = state
         Records.__init__(self, path, folder, entry, where=where, digest=digest, stamp=stamp)
 
     def integers(self, field: str) -> NDArray[np.int64]:
-        """Return an integer field of every record [N], mapped from the index.
+        """Return an integer field of every record [N], memory-mapped from the index if stored there.
 
         Raises: DataError naming the first record without it.
         """
@@ -152,11 +152,11 @@ class Records(Sequence[Any]):
         return Lookup(self.integers(field), where=f"{self.where}, {field}")
 
     def _mapped(self) -> mmap.mmap:
-        """Map the file after checking that it still is the one whose index was made."""
+        """Map the file after checking that it is still the one that was indexed."""
         try:
             with self.path.open("rb") as file:
                 status = os.fstat(file.fileno())
-                # A copied or touched file has another time and the same content, which is as good.
+                # A copied or touched file has a new time but the same content, which is fine.
                 if (status.st_size, status.st_mtime_ns) != self._stamp and sha256(self.path) != self._digest:
                     raise self._changed("another content", "the one that was opened")
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -186,26 +186,28 @@ class Lookup:
         return [int(number) for number in self._order[first:end]]
 
     def one(self, value: int) -> int:
-        """Return the number of the only record with this value; DataError if there is none or more than one."""
+        """Return the number of the only record with this value. Raises: DataError if there is none or more than one."""
         found = self.all(value)
         if len(found) != 1:
-            raise DataError(f"{self._where}: found {len(found)} records with {value}, expected exactly one")
+            raise DataError(
+                f"{self._where}: found {len(found)} records with {value}, expected exactly one; repair the file"
+            )
         return found[0]
 
 
 def _mapped_array(file: Path) -> NDArray[np.int64]:
-    """Map an index file, as a plain array: reading single numbers of np.memmap is slow. Raises: DataError."""
+    """Map an index file as a plain array, since np.memmap is slow for single numbers. Raises: DataError."""
     try:
         return np.asarray(np.load(file, mmap_mode="r"))
     except (OSError, ValueError, EOFError) as error:
         raise DataError(
-            f"{file}: found an index file that cannot be read ({error}), as in the cache of another user; name a "
-            f"folder of your own with the environment variable {CACHE_VARIABLE}, or remove {file.parent}"
+            f"{file}: found an index file that cannot be read ({error}), as in the cache of another user; set the "
+            f"environment variable {CACHE_VARIABLE} to a folder of your own, or delete {file.parent}"
         ) from error
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """Return size and time of last change, which stay as they are while nobody touches the file."""
+    """Return size and modification time, which change whenever the file does."""
     if not path.is_file():
         raise MissingDataError(
             f"{path}: found no such file, expected JSON annotations; download them or correct the path"
@@ -213,13 +215,15 @@ def _stamp(path: Path) -> tuple[int, int]:
     try:
         path.open("rb").close()
     except OSError as error:
-        raise DataError(f"{path}: found a file that cannot be read ({error.strerror}); correct its rights") from error
+        raise DataError(
+            f"{path}: found a file that cannot be read ({error.strerror}), expected a readable one; set its permissions"
+        ) from error
     status = path.stat()
     return status.st_size, status.st_mtime_ns
 
 
 def _index_folder(path: Path, digest: str) -> Path:
-    """Return the index folder of a file, made now if this content has none; one process per machine does the work."""
+    """Return the index folder of a file, created if this content has none; one process per machine does the work."""
     folder = cache_folder() / f"records-v{INDEX_VERSION}" / digest[:32]
     if _contents(folder) is not None:
         return folder
@@ -232,13 +236,13 @@ def _index_folder(path: Path, digest: str) -> Path:
     except OSError as error:
         raise DataError(
             f"{folder.parent}: found that the index of {path} cannot be written ({error}), expected a folder for small "
-            f"files; name one with the environment variable {CACHE_VARIABLE}"
+            f"files; set the environment variable {CACHE_VARIABLE} to one"
         ) from error
     return folder
 
 
 def _contents(folder: Path) -> dict[str, Any] | None:
-    """Return what an index holds, None where it is absent or lost a file (to a full disk or a clean-up of old ones)."""
+    """Return what an index contains, None if it is missing or incomplete (full disk, cache clean-up)."""
     try:
         contents: dict[str, Any] = json.loads((folder / CONTENTS_FILE).read_text())
         whole = all((folder / name).stat().st_size == size for name, size in contents["sizes"].items())
@@ -248,7 +252,7 @@ def _contents(folder: Path) -> dict[str, Any] | None:
 
 
 def _write_index(path: Path, digest: str, folder: Path) -> None:
-    """Write all files aside, then put the folder in place at once; the caller holds the lock."""
+    """Write all files to a temporary folder, then rename it into place; the caller holds the lock."""
     for leftover in (folder, *folder.parent.glob(f"{folder.name}.*.partial")):
         shutil.rmtree(leftover, ignore_errors=True)
     scanned = scan(path, digest)

@@ -1,11 +1,11 @@
 """Read REFER and gRefCOCO annotation files into one split of checked records.
 
-Annotation files -> here -> `data/sources/refer.py`, which makes samples and expressions of them.
+`data/sources/refer.py` turns the result into samples and expressions.
 
     <root>/<dataset>/refs(<split_by>).p or .jsonl        one annotation per ref (see `data/refs_files.py`)
     <root>/<dataset>/grefs(<split_by>).json or .p        a list of annotations per ref, [-1] when nothing is referred to
     <root>/<dataset>/instances.json                      images and segmentations in COCO format
-    <root>/images/train2014/...                          images; only opened by whoever needs pixels
+    <root>/images/train2014/...                          images; opened only where pixels are needed
 
 One entry of refs(umd).p:
 
@@ -34,11 +34,11 @@ from pixel_sail.types import DataError, SizeHW
 logger = logging.getLogger(__name__)
 
 COCO_TRAIN_FOLDERS = ("images/train2014", "images/mscoco/images/train2014", "coco2014/train2014")
-"""Where images are looked for below the root and then below the dataset's folder, in this order; the first stands for
-all when none exists."""
+"""Image folders to try, first below the root, then below the dataset's folder, in this order. If none exists, errors
+name the first."""
 
 MAX_ID = (1 << 63) - 1
-"""Of refs, annotations and images: what an index of 64 bits holds."""
+"""Largest id of refs, annotations and images: a signed 64-bit integer."""
 
 _NO_TARGET_IDS = (-1,)
 
@@ -54,7 +54,7 @@ class ReferImage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sentence:
-    """One way to say which object is meant."""
+    """One expression that identifies an object."""
 
     sent_id: int
     sent: str
@@ -63,7 +63,7 @@ class Sentence:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ref:
-    """One thing referred to: annotations (none: nothing in the image is meant) and at least one sentence."""
+    """One referred target: annotations (none for no target) and at least one sentence."""
 
     ref_id: int
     image_id: int
@@ -72,23 +72,23 @@ class Ref:
 
 
 class Segmentations(Mapping[int, Any]):
-    """COCO segmentations by annotation id, each read from instances.json when asked for.
+    """COCO segmentations by annotation id, each read from instances.json on access.
 
-    They are most of what a dataset holds; here all workers share one mapped file and two small arrays.
+    They are most of a dataset's memory; this way all workers share one mapped file and two small arrays.
     """
 
     def __init__(self, records: Records, numbers: Mapping[int, int]) -> None:
-        """`numbers`: which record each annotation is."""
+        """`numbers`: record number of each annotation."""
         self._records = records
         self._ids: NDArray[np.int64] = np.array(sorted(numbers), dtype=np.int64)
         self._numbers: NDArray[np.int64] = np.array([numbers[i] for i in sorted(numbers)], dtype=np.int64)
 
     def __getitem__(self, ann_id: int) -> Any:
-        """Return a segmentation as in the file, None where the annotation has none."""
+        """Return a segmentation as stored, None if the annotation has none."""
         return self._record(ann_id).get("segmentation")
 
     def is_crowd(self, ann_id: int) -> bool:
-        """Return whether an annotation marks a crowd."""
+        """Return whether an annotation is a crowd."""
         return bool(self._record(ann_id).get("iscrowd"))
 
     def _record(self, ann_id: int) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class Segmentations(Mapping[int, Any]):
         return len(self._ids)
 
     def shows_pixels(self) -> bool:
-        """Say whether the file has a polygon beyond the pixel in the corner."""
+        """Return whether any polygon of the file has a coordinate above 1."""
         return shows_pixels(self._records)
 
 
@@ -123,9 +123,9 @@ class ReferAnnotations:
     refs_by_image: dict[int, tuple[Ref, ...]]
     """By image id, ascending; refs by ref_id and sentences by sent_id, ascending."""
     segmentations: Segmentations
-    """COCO segmentation as in the file, by annotation id; read and decoded only when asked for."""
+    """COCO segmentations as stored, by annotation id; read and decoded on access."""
     num_skipped: int
-    """Refs of the split that have no sentence (the released gRefCOCO file has some)."""
+    """Refs of the split without sentences (the released gRefCOCO file has some)."""
 
 
 def load_refer(
@@ -136,10 +136,10 @@ def load_refer(
     split_by: str | None = None,
     image_dir: str | Path | None = None,
 ) -> ReferAnnotations:
-    """Read the annotations of one split; images need not exist. Raises: DataError naming the file and the ref.
+    """Read the annotations of one split; images need not exist. Raises: DataError with the file and the ref.
 
-    The split must match exactly ("testA", not "test"). Several dataset names are folder names of one and the same
-    dataset, the first that exists is read.
+    The split must match exactly ("testA", not "test"). A list of dataset names gives alternative folder names of the
+    same dataset, of which the first that exists is read.
     """
     root = Path(root)
     folder = _find_folder(root, [dataset] if isinstance(dataset, str) else dataset)
@@ -150,7 +150,7 @@ def load_refer(
     num_skipped = len(refs) - len(kept)
     if num_skipped:
         logger.warning(
-            "%s: skipped %d of %d refs of split %s, they have no sentences", refs_file, num_skipped, len(refs), split
+            "%s: skipped %d of %d refs of split %s without sentences", refs_file, num_skipped, len(refs), split
         )
     _check_unique_sentences(kept, refs_file)
     _report_repeated_refs(kept, refs_file)
@@ -173,16 +173,14 @@ def load_refer(
 def split_image_ids(
     root: str | Path, dataset: str | Sequence[str], splits: Sequence[str], *, split_by: str | None = None
 ) -> frozenset[int]:
-    """Return the ids of all images that these splits refer to, from the refs file alone. Raises: DataError."""
+    """Return the ids of all images in these splits, from the refs file alone. Raises: DataError."""
     folder = _find_folder(Path(root), [dataset] if isinstance(dataset, str) else dataset)
     refs_file = find_refs_file(folder, split_by)
     records = read_refs(refs_file)
     present = {str(record.get("split")) for record in records}
     missing = sorted(set(splits) - present)
     if missing:
-        raise DataError(
-            f"{refs_file}: found splits {shown(sorted(present))}, expected {missing}; ask for ones that exist"
-        )
+        raise DataError(f"{refs_file}: found splits {shown(sorted(present))}, expected {missing}; set existing splits")
     return frozenset(
         _field(record, "image_id", (int,), f"{refs_file}: ref_id {shown(record.get('ref_id'))}")
         for record in records
@@ -191,7 +189,7 @@ def split_image_ids(
 
 
 def _find_folder(root: Path, names: Sequence[str]) -> Path:
-    """Return the first folder that exists, or the first one, whose absence is then reported."""
+    """Return the first folder that exists, else the first one, which the error message then names."""
     folders = [root / name for name in names]
     return next((folder for folder in folders if folder.is_dir()), folders[0])
 
@@ -245,18 +243,17 @@ def _check_unique_sentences(refs: list[Ref], refs_file: Path) -> None:
     if repeated:
         raise DataError(
             f"{refs_file}: found (ref_id, sent_id) {repeated[0]} {counts[repeated[0]]} times ({len(repeated)} such "
-            "pairs), expected each pair once, scores are matched by it; renumber the file"
+            "pairs), expected each pair once because scores are matched by it; renumber the file"
         )
 
 
 def _report_repeated_refs(refs: list[Ref], refs_file: Path) -> None:
-    """Log ref ids that occur more than once; nothing here takes them for one, so they do no harm."""
+    """Log repeated ref ids. They are harmless: every record is used as a separate ref."""
     counts = Counter(ref.ref_id for ref in refs)
     repeated = sorted(ref_id for ref_id, count in counts.items() if count > 1)
     if repeated:
         logger.warning(
-            "%s: found %d ref_ids more than once (the first is %d), expected each once; every one is used as a ref of "
-            "its own",
+            "%s: found %d ref_ids more than once (the first is %d), expected each once; each is used as a separate ref",
             refs_file,
             len(repeated),
             repeated[0],
@@ -264,7 +261,7 @@ def _report_repeated_refs(refs: list[Ref], refs_file: Path) -> None:
 
 
 def _resolve(refs: list[Ref], refs_file: Path, *, found_dir: Path) -> tuple[dict[int, ReferImage], Segmentations]:
-    """Return images and segmentations that the refs use, from the instances.json beside the refs file."""
+    """Return the images and segmentations that the refs use, from the instances.json next to the refs file."""
     instances_file = refs_file.parent / "instances.json"
     image_rows = open_records(instances_file, "images")
     annotation_rows = open_records(instances_file, "annotations")
@@ -293,7 +290,7 @@ def _resolve(refs: list[Ref], refs_file: Path, *, found_dir: Path) -> tuple[dict
 
 
 def _numbers_by_id(records: Records) -> dict[int, int]:
-    """Return which record each id is; lives only while a file is loaded."""
+    """Return the record number of each id; the table lives only while a file is loaded."""
     ids = records.integers("id").tolist()
     by_id = dict(zip(ids, range(len(ids)), strict=True))
     if len(by_id) != len(ids):

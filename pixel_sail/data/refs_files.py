@@ -1,12 +1,12 @@
-"""The file of refs in a REFER or gRefCOCO folder: which one it is, what it holds, and pickles turned into JSON lines.
+"""Finds and reads the refs file of a REFER or gRefCOCO folder, and converts pickles to JSON lines.
 
-Annotation folder -> here -> `data/refer_annotations.py`; `tools/convert_refs.py` calls `convert`.
+`data/refer_annotations.py` calls `find_refs_file` and `read_refs`; `tools/convert_refs.py` calls `convert`.
 
-    refs(unc).p                    as published: a pickle, read by a reader that runs nothing
-    refs(unc).jsonl                made from it once by tools/convert_refs.py, and read in preference from then on
+    refs(unc).p                    as published: a pickle, read without running code from it
+    refs(unc).jsonl                made from it once by tools/convert_refs.py, and preferred from then on
     grefs(unc).json                as published by gRefCOCO; also as .p or .jsonl
 
-The first line of a .jsonl file pins what it was made from and what follows; every other line is one ref:
+The first line of a .jsonl file records the hash of its source and of the rest of the file; every other line is a ref:
 
     {"format": "pixel_sail refs", "version": 1, "source_sha256": "5e0b...", "num_refs": 1, "refs_sha256": "97d1..."}
     {"ref_id": 8, "image_id": 519404, "ann_id": 1241542, "split": "val", "sentences": [...]}
@@ -30,13 +30,13 @@ CONVERT_COMMAND = "tools/convert_refs.py"
 
 _REFS_NAME = re.compile(r"(?P<stem>refs\((?P<refs>.+)\)|grefs\((?P<grefs>.+)\))(?P<suffix>\.(?:p|jsonl|json))")
 _PREFERENCE = (".json", ".jsonl", ".p")
-"""Which form of the same refs is read: what was published as JSON, then what was converted, then the pickle."""
+"""Order of preference for the same refs: published JSON, converted JSON lines, pickle."""
 
 Refs = list[dict[str, Any]]
 
 
 def find_refs_file(folder: Path, split_by: str | None) -> Path:
-    """Return the refs file of a folder; `split_by` is the part in brackets, needed where there are several.
+    """Return the refs file of a folder; `split_by` is the part in parentheses, needed if there are several files.
 
     Raises: MissingDataError when there is none; DataError when there is more than one.
     """
@@ -66,7 +66,7 @@ def find_refs_file(folder: Path, split_by: str | None) -> Path:
 def read_refs(file: Path) -> Refs:
     """Return all refs of a file of any form, unchecked. Raises: DataError when the file is damaged or outdated."""
     if file.suffix == ".jsonl":
-        # Under the name of the pickle it was made from, so that converting one changes no fingerprint.
+        # Under the name of the source pickle, so that converting one changes no fingerprint.
         refs = _read_lines(file)
         add_to_fingerprint(file.with_suffix(".p"), _header(file)["source_sha256"])
         return refs
@@ -76,20 +76,20 @@ def read_refs(file: Path) -> Refs:
 
 
 def read_content(file: Path) -> Any:
-    """Return what a file of refs holds that is no .jsonl file of ours, unchecked. Raises: DataError."""
+    """Return the content of a refs file that is not a converted .jsonl file, unchecked. Raises: DataError."""
     return _read_json(file) if file.suffix == ".json" else load_plain_pickle(file)
 
 
 def is_current(pickle: Path) -> bool:
-    """Return whether the .jsonl file beside a pickle exists and was made from this very content."""
+    """Return whether the .jsonl file next to a pickle exists and was made from its current content."""
     converted = pickle.with_suffix(".jsonl")
     return converted.is_file() and _header(converted)["source_sha256"] == sha256(pickle)
 
 
 def convert(pickle: Path) -> tuple[Path, int]:
-    """Write the refs of a pickle as JSON lines beside it; return that file and the number of refs.
+    """Write the refs of a pickle as JSON lines next to it; return that file and the number of refs.
 
-    Raises: DataError when the pickle is unsafe or damaged, or holds what JSON would change (sets, tuples, bytes).
+    Raises: DataError when the pickle is unsafe or damaged, or has values that JSON would change (sets, tuples, bytes).
     """
     source_sha256 = sha256(pickle)
     refs = _checked_list(load_plain_pickle(pickle), pickle)
@@ -121,7 +121,7 @@ def _line(ref: dict[str, Any], where: str) -> str:
 
 
 def _header(file: Path) -> dict[str, Any]:
-    """Return the first line of a converted file after checking that it is one."""
+    """Return the first line of a converted file, checked."""
     with file.open("rb") as lines:
         first = lines.readline()
     try:
@@ -138,7 +138,7 @@ def _header(file: Path) -> dict[str, Any]:
 
 
 def _read_lines(file: Path) -> Refs:
-    """Return the refs of a converted file after comparing it with its header and with the pickle beside it."""
+    """Return the refs of a converted file, checked against its header and the pickle next to it."""
     header = _header(file)
     pickle = file.with_suffix(".p")
     if pickle.is_file() and (found := sha256(pickle)) != header["source_sha256"]:
@@ -172,6 +172,6 @@ def _read_json(file: Path) -> Any:
         raise DataError(f"{file}: found no readable file ({error.strerror}), expected JSON; check the path") from error
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and error.doc.startswith("{"):
-            # JSON lines; the scan says what is wrong if they are none.
+            # JSON lines; the scan reports what is wrong if the file is not.
             return list(open_records(file))
         raise DataError(f"{file}: found invalid JSON ({error}), expected a complete file; download it again") from error

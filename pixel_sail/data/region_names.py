@@ -1,12 +1,12 @@
-"""The names by which annotation files call their regions in text.
+"""Replaces the names of regions in annotation texts by placeholders.
 
-`data/sources/osprey.py` turns the texts of its records into texts with {region0}, {region1}, ..., in which
-`data/regions.py` fills in prompt tokens.
+`data/sources/osprey.py` converts the texts of its records to texts with {region0}, {region1}, ..., for which
+`data/regions.py` substitutes prompt tokens.
 
 Example: with 12 regions, "Is <region1> left of Region10?" -> "Is {region0} left of {region9}?".
 
-Files count from 1, mostly write <region1>, sometimes <Region1>, <regon1>, <regin1>, and sometimes forget one or both
-brackets. A name is replaced as a whole; the release replaces piece by piece, and makes "<<Prompt3>0>" of <region10>.
+Files count from 1 and mostly write <region1>, sometimes <Region1>, <regon1>, <regin1>, and sometimes omit one or both
+brackets. A name is replaced as a whole; the release replaces piece by piece and turns <region10> into "<<Prompt3>0>".
 """
 
 import re
@@ -25,9 +25,9 @@ _PLACEHOLDER = re.compile(r"\{region(\d+)\}")
 
 
 def name_regions(text: str, num_regions: int, where: str) -> str:
-    """Return the text with {region0}, {region1}, ... for the regions it names; <region> stands for the only one.
+    """Return the text with {region0}, {region1}, ... for its region names; <region> is the only region.
 
-    Raises: DataError for a number that no region has.
+    Raises: DataError for a number without a region.
     """
 
     def placeholder(match: re.Match[str]) -> str:
@@ -43,16 +43,16 @@ def name_regions(text: str, num_regions: int, where: str) -> str:
 
 
 def split_label(text: str) -> tuple[int | None, str]:
-    """Return the region a text begins with, from 0, and the rest: "<region2>: a dog" -> (1, "a dog")."""
+    """Return the region at the start of a text, counted from 0, and the rest: "<region2>: a dog" -> (1, "a dog")."""
     match = _LABEL.match(text)
     return (None, text.strip()) if match is None else (int(match[1]) - 1, text[match.end() :].strip())
 
 
 def named_regions(*texts: str) -> set[int]:
-    """Return which regions the placeholders of these texts name."""
+    """Return the regions that the placeholders of these texts refer to."""
     return {int(number) for text in texts for number in _PLACEHOLDER.findall(text)}
 
 
 def renumber(text: str, new_numbers: Mapping[int, int]) -> str:
-    """Return the text with other numbers in its placeholders."""
+    """Return the text with its placeholders renumbered."""
     return _PLACEHOLDER.sub(lambda match: f"{{region{new_numbers[int(match[1])]}}}", text)

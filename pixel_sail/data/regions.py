@@ -1,7 +1,7 @@
-"""Questions about marked regions, as one sample: which region gets which prompt token, what is asked of an absent one.
+"""Builds one sample from questions about marked regions: assigns prompt tokens, adds questions about absent regions.
 
-The visual-prompt sources list their regions with question and answer; this module samples the prompt ids, marks the
-regions and fills in the names. The text of a source says {region} for the region of its turn, or {region0}, {region1},
+The visual-prompt sources list their regions with questions and answers. This module samples the prompt ids, marks the
+regions and fills in the names. The text of a source has {region} for the region of its turn, or {region0}, {region1},
 ... for any region of the sample:
 
     RegionTurn(question="What is {region}?", answer="{region}: a red hat", region=1)
@@ -29,20 +29,20 @@ class RegionSettings:
     """How regions are marked."""
 
     num_prompts: int = 15
-    """Prompt tokens the model has; the ids of a sample are sampled from all of them."""
+    """Number of the model's prompt tokens; the ids of a sample are sampled from all of them."""
     fractions: Mapping[str, float] = field(default_factory=lambda: dict(MASK_ONLY))
     """Fractions of mask, box, point and scribble."""
     absent_fraction: float = 0.05
-    """How likely, for each turn, a question about a prompt that is not painted comes before it (once per sample)."""
+    """Probability, per turn, of a preceding question about a prompt that is not painted (once per sample)."""
 
     def __post_init__(self) -> None:
-        """Check the choices. Raises: DataError."""
+        """Check the settings. Raises: DataError."""
         check_fractions(self.fractions, "prompt_fractions")
         if not 0.0 <= self.absent_fraction <= 1.0:
             raise DataError(f"absent_fraction: found {self.absent_fraction}, expected 0 .. 1; correct the config")
 
     def check_count(self, source: str, regions_per_sample: int) -> None:
-        """Raise DataError unless samples have a region and never more than there are prompt tokens."""
+        """Raise DataError unless samples have at least one region and at most as many as there are prompt tokens."""
         if not 1 <= regions_per_sample <= self.num_prompts:
             raise DataError(
                 f"source {source}: found regions_per_sample {regions_per_sample}, expected 1 .. num_prompts = "
@@ -57,7 +57,7 @@ class RegionTurn:
     question: str
     answer: str
     region: int | None = None
-    """What {region} stands for, an index into the sample's regions."""
+    """Index into the sample's regions, for {region}."""
 
 
 def region_sample(
@@ -72,11 +72,11 @@ def region_sample(
     image_hw: SizeHW | None,
     absent_question: Callable[[np.random.Generator], str] | None = None,
 ) -> Sample:
-    """Return the sample of these turns, every region marked by a prompt id of its own sampled at random.
+    """Return the sample of these turns; every region gets a prompt id of its own, sampled at random.
 
-    `absent_question` words the question, with {region}, about a prompt that is not there; None asks none.
-    Raises: DataError when there are more regions than prompt tokens, a region has no pixel, or a turn or placeholder
-    names no region.
+    `absent_question`: template, with {region}, of the question about an absent prompt; None for no such question.
+    Raises: DataError when there are more regions than prompt tokens, a region has no pixels, or a turn or placeholder
+    refers to a missing region.
     """
     if len(regions) > settings.num_prompts:
         raise DataError(
@@ -98,10 +98,10 @@ def region_sample(
             absent = None
         named = {str(index): ids[index] for index in range(len(regions))}
         if turn.region is not None:
-            # Without this check a number too large would quietly name a prompt that is not painted.
+            # Without this check an index that is too large would name an unpainted prompt without an error.
             if not 0 <= turn.region < len(regions):
                 raise DataError(
-                    f"{sample_id}: a turn about region {turn.region} found, expected 0 .. {len(regions) - 1}; "
+                    f"{sample_id}: found a turn about region {turn.region}, expected 0 .. {len(regions) - 1}; "
                     "repair the item"
                 )
             named[""] = ids[turn.region]
@@ -126,7 +126,7 @@ def region_sample(
 
 
 def _fill(text: str, named: Mapping[str, int], sample_id: str) -> str:
-    """Replace every placeholder, each as a whole, so that region 10 is never read as region 1 and a 0."""
+    """Replace every placeholder as a whole, so that region 10 is never read as region 1 and a 0."""
 
     def token(match: re.Match[str]) -> str:
         if match[1] not in named:

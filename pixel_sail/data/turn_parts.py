@@ -1,8 +1,8 @@
-"""Conversations longer than a sequence: divided between turns into parts, of which one is kept.
+"""Splits conversations longer than a sequence between turns, and keeps one part.
 
-A source of conversations sets `Sample.part_choice`; `data/packing.py` calls `fitting_part` where a sample is longer
-than a sequence. With turns of 3000, 4000, 2500 and 1000 tokens, an image of 1082 and a budget of 8192 the parts are
-turns (1, 2) and (3, 4): of part_choice 0.0 the first is kept, of 0.7 the second.
+A source of conversations sets `Sample.part_choice`; `data/packing.py` calls `fitting_part` if a sample is longer than a
+sequence. With turns of 3000, 4000, 2500 and 1000 tokens, an image of 1082 and a `budget` of 8192 the parts are turns
+(1, 2) and (3, 4): part_choice 0.0 keeps the first, 0.7 the second.
 """
 
 from collections.abc import Sequence
@@ -13,16 +13,16 @@ from pixel_sail.types import Sample, SizeHW
 
 
 def fitting_part(sample: Sample, processor: PixelSailProcessor, grid_hw: SizeHW | None, budget: int) -> Sample:
-    """Return the sample with the turns of one of its parts, each of which has at most `budget` tokens with the image.
+    """Return the sample with the turns of one of its parts, each at most `budget` tokens including the image.
 
-    `grid_hw`: patch grid of the image, None without one. A turn longer than that is a part of its own, too long as
-    before. A sample whose turns must stay together is returned as it is.
+    `grid_hw`: patch grid of the image, None without one. A turn longer than that is a part of its own, and still too
+    long. A sample whose turns must stay together is returned unchanged.
     """
     if sample.part_choice is None:
         return sample
     num_image = 0 if grid_hw is None else len(processor.image_span(grid_hw).token_ids_S)
-    # One for the token that ends an answer. What stands before a question is counted for each, also where base eve
-    # begins with the image instead: two tokens more than needed.
+    # One for the end-of-answer token. The tokens before a question are counted for each, also where it begins with the
+    # image instead: two tokens more than needed.
     lengths = [
         len(processor.question_ids(turn.question)) + len(processor.text_ids(turn.answer)) + 1 for turn in sample.turns
     ]
@@ -32,7 +32,7 @@ def fitting_part(sample: Sample, processor: PixelSailProcessor, grid_hw: SizeHW 
 
 
 def divided(lengths: Sequence[int], room: int) -> list[range]:
-    """Return ranges of indices in order, each as long as fits into `room` or of one index."""
+    """Return ranges of consecutive indices, each of at most `room` in total or of one index."""
     parts: list[range] = []
     used = 0
     for index, length in enumerate(lengths):

@@ -1,7 +1,7 @@
-"""A page to ask a model in a browser.
+"""The browser demo.
 
-`sessions.py` keeps what users look at and asks the `Predictor`, `server.py` answers the browser, `page/` is what it
-shows. One question as an example:
+`sessions.py` keeps images and conversations and calls the `Predictor`, `server.py` handles HTTP requests, `page/` is
+the web page. An example request:
 
     POST /api/ask {"session": "Jt0Z...", "text": "What is <Prompt0>?", "regions": [{"box": [10, 20, 200, 180]}]}
 """

@@ -1,6 +1,6 @@
-"""What the page and the server say to each other, as JSON.
+"""The JSON format of requests and responses between page and server.
 
-`server.py` reads questions with it and writes answers. A question and the last line of its answer:
+`server.py` parses questions and formats answers with it. A question and the last line of its answer:
 
     {"session": "Jt0Z...", "text": "What is <Prompt0>?", "regions": [{"box": [10, 20, 200, 180]}, {"point": [5, 7]},
      {"png": "iVBORw0K..."}]}
@@ -22,7 +22,7 @@ from pixel_sail.types import BoolMask, SizeHW
 
 
 def read_regions(value: object, image_hw: SizeHW, most: int, limits: DemoLimits) -> list[Region]:
-    """Return the regions of a question. Raises: Refusal for anything that is none."""
+    """Return the regions of a question. Raises: Refusal for invalid ones."""
     if not isinstance(value, list):
         raise Refusal(400, "The marked regions are not a list.")
     if len(value) > most:
@@ -39,7 +39,7 @@ def _read_region(item: object, index: int, image_hw: SizeHW, limits: DemoLimits)
             return Point(*value)
         if kind == "png" and isinstance(value, str):
             return _read_mask(value, index, image_hw, limits)
-    raise Refusal(400, f"Mark {index} is no box, point or mask of this image. Draw it again.")
+    raise Refusal(400, f"Mark {index} is not a box, point or mask of this image. Draw it again.")
 
 
 def _read_mask(text: str, index: int, image_hw: SizeHW, limits: DemoLimits) -> BoolMask:
@@ -59,26 +59,26 @@ def _are_numbers(value: object, length: int) -> bool:
         isinstance(value, list)
         and len(value) == length
         and all(isinstance(number, int | float) and not isinstance(number, bool) for number in value)
-        # No image is so large, and what is no number is not between any two.
+        # No image is that large, and the comparison is false for NaN.
         and all(-1e9 < number < 1e9 for number in value)
     )
 
 
 def result_record(result: PredictorOutput, *, goes_on: bool, wait_s: float) -> dict[str, Any]:
-    """Return an answer for the page, with the seconds its question waited for others."""
+    """Return an answer for the page, with the seconds that its question waited in the queue."""
     pngs = [mask_text(mask) for mask in result.masks_NHW]
     return {**result.to_json(), "pngs": pngs, "goes_on": goes_on, "wait_s": wait_s}
 
 
 def jpeg_bytes(image: Image.Image) -> bytes:
-    """Return an image as the page shows it."""
+    """Return an image as JPEG for the page."""
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=92)
     return buffer.getvalue()
 
 
 def mask_text(mask: BoolMask) -> str:
-    """Return a mask as a black and white PNG in base64, as the page shows and saves it."""
+    """Return a mask as a black and white PNG in base64."""
     buffer = io.BytesIO()
     Image.fromarray(mask).save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,9 +1,8 @@
-"""Connections of the demo, none of which can keep others out by being slow.
+"""Connection timeouts of the demo, so that slow clients cannot block others.
 
-`scripts/demo.py` gives `connection_options` to uvicorn, which makes one object per connection. Uvicorn counts all open
-connections and refuses requests above a limit, however little the others do: a few dozen that send or take a byte now
-and then would shut the demo. Here each of them has a time, and where there are too many the one that has kept the
-server waiting for longest is ended in favour of the new one:
+`scripts/demo.py` passes `connection_options` to uvicorn, which creates one object per connection. Uvicorn rejects
+requests above a limit of open connections, so a few dozen slow clients could block the demo. Here every phase of a
+connection has a timeout. If there are too many connections, the one that has kept the server waiting longest is closed:
 
     phase       what the server waits for                  ends after
     headers     the first, or the next, request            limits.header_s
@@ -36,7 +35,7 @@ class _Connection(H11Protocol):
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin, and end the slowest of too many."""
+        """Start the timeout, and close the slowest connection if there are too many."""
         super().connection_made(transport)
         self._enter("headers")
         others = [one for one in self.connections if isinstance(one, _Connection) and not one._is_ended]
@@ -46,34 +45,34 @@ class _Connection(H11Protocol):
                 min(waiting, key=lambda one: one._since).end()
 
     def data_received(self, data: bytes) -> None:
-        """Take what came, and note which part of a request is awaited now."""
+        """Process received data and update the phase."""
         super().data_received(data)
         if (phase := self.awaits()) != self._phase:
             self._enter(phase)
 
     def pause_writing(self) -> None:
-        """Note that the client does not take what was sent."""
+        """Start the timeout for a client that does not read the response."""
         super().pause_writing()
         self._enter("reading")
 
     def resume_writing(self) -> None:
-        """Note that it does."""
+        """Update the phase after the client reads again."""
         super().resume_writing()
         self._enter(self.awaits())
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clock."""
+        """Cancel the timeout."""
         super().connection_lost(exc)
         self._is_ended = True
         self._enter("answer")
 
     def end(self) -> None:
-        """End at once, whatever was sent and not taken."""
+        """Close immediately and discard unsent data."""
         self._is_ended = True
         self.transport.abort()
 
     def awaits(self) -> str:
-        """Return the phase, see the head of this file."""
+        """Return the phase, see the module docstring."""
         if self.flow.write_paused or self.transport.is_closing():
             return "reading"
         if self.cycle is None or self.cycle.response_complete:
@@ -89,13 +88,13 @@ class _Connection(H11Protocol):
             self._timer = self.loop.call_later(seconds, self._give_up)
 
     def _give_up(self) -> None:
-        """End, unless the request came meanwhile; one that is complete enters its phase with its last bytes."""
+        """Close unless the request arrived meanwhile. A complete request changes the phase with its last bytes."""
         if self.awaits() == self._phase:
             self.end()
 
 
 def connection_options(limits: DemoLimits, most: int = MOST_CONNECTIONS) -> dict[str, Any]:
-    """Return the options of uvicorn that give it these connections."""
+    """Return the uvicorn options that install these connections."""
     own = type("Connection", (_Connection,), {"limits": limits, "most": most})
-    # Uvicorn's own limit is left for questions that wait for the model, and for what ends while others begin.
+    # Uvicorn's own limit covers questions that wait for the model and connections that are closing.
     return {"http": own, "limit_concurrency": 2 * most}

@@ -1,6 +1,6 @@
-"""Synthetic scenes that the page offers, so that the demo can be tried without an image.
+"""Synthetic example scenes, so that the demo can be tried without an image.
 
-`scripts/demo.py` renders them with `pixel_sail/refshapes/`, as the quickstart renders its data:
+`scripts/demo.py` renders them with `pixel_sail/refshapes/`:
 
     render_examples(4, "short")[0]  ->  Example(image=<240x320>, text="large red star")
 """
@@ -18,7 +18,7 @@ EXAMPLE_SEED = 20
 
 
 def render_examples(count: int, prompt: str) -> list[DemoExample]:
-    """Return scenes, always the same, each with a question about one object; prompt: see `PredictConfig`."""
+    """Return deterministic scenes, each with a question about one object. prompt: see `PredictConfig`."""
     return [_render(index, prompt) for index in range(count)]
 
 
@@ -27,7 +27,7 @@ def _render(index: int, prompt: str) -> DemoExample:
     while True:
         scene = sample_scene(rng, SceneRules())
         describer = Describer(scene, rng, may_name_held_out=False)
-        # Colours are what a small model learns first.
+        # Small models learn colors first.
         for item in scene.objects:
             if describer.by_filters.get((("colour", item.colour),)) == [item.index]:
                 text = f"the {item.colour} {item.shape}"

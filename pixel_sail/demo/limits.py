@@ -1,7 +1,7 @@
-"""What the demo accepts, and how it refuses the rest.
+"""Limits on inputs of the demo.
 
-`server.py` checks bytes and texts with it, `sessions.py` the number of images. A refusal is an HTTP status and one
-sentence that the page shows as it is:
+`server.py` checks uploads and texts, `sessions.py` the number of images. A `Refusal` is an HTTP status and one sentence
+that the page shows:
 
     Refusal(413, "The file has more than 20 MB. Choose a smaller one.")
 """
@@ -16,19 +16,19 @@ from pixel_sail.data.images import open_image, rgb_image
 from pixel_sail.types import DataError, SizeHW
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-"""Formats that are read; others of Pillow's, some of which start programs, are not even tried."""
+"""Accepted formats. Pillow's others are not tried, since some of them start programs."""
 
 
 MOST_SIDE_PX = 65_500
-"""Longest side of a JPEG that can be written, as which images are shown (libjpeg)."""
+"""Maximum side of a JPEG (libjpeg). Images are shown as JPEG."""
 
 MOST_MASK_PX = 200_000_000
-"""Pixels of all masks of an answer: each needs about 12 bytes while they are made. A model that says [SEG] over and
-over about a large image would fill the memory."""
+"""Maximum number of pixels of all masks of an answer, at about 12 bytes each. Otherwise a model that repeats [SEG]
+could exhaust memory."""
 
 
 class Refusal(Exception):
-    """What a user asked for and does not get."""
+    """A rejected request."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -37,18 +37,18 @@ class Refusal(Exception):
 
 
 def decode_image(content: bytes, limits: DemoLimits) -> Image.Image:
-    """Return uploaded bytes as an upright RGB image. Raises: Refusal for what is no image within limits."""
+    """Return uploaded bytes as an upright RGB image. Raises: Refusal unless it is an image within limits."""
     if not content:
         raise Refusal(400, "The file is empty. Choose an image.")
     try:
         with warnings.catch_warnings():
-            # Pillow warns of large images; here their size is checked before a pixel is decoded.
+            # Pillow warns about large images. Here the size is checked before decoding.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             opened = open_image(io.BytesIO(content), FORMATS)
     except Image.DecompressionBombError as error:
         raise Refusal(413, f"The image has more than {limits.megapixels:g} million pixels. Make it smaller.") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
-        raise Refusal(415, f"This is no image that can be read. Expected one of {', '.join(FORMATS)}.") from error
+        raise Refusal(415, f"This is not a readable image. Expected one of {', '.join(FORMATS)}.") from error
     width, height = opened.size
     if width * height > limits.megapixels * 1e6:
         raise Refusal(
@@ -63,12 +63,12 @@ def decode_image(content: bytes, limits: DemoLimits) -> Image.Image:
 
 
 def most_masks(image_hw: SizeHW) -> int:
-    """Return how many masks an answer about an image of this size may have, one at least."""
+    """Return the maximum number of masks of an answer about an image of this size, at least one."""
     return max(1, MOST_MASK_PX // (image_hw[0] * image_hw[1]))
 
 
 def check_text(text: object, limits: DemoLimits) -> str:
-    """Return the text of a question. Raises: Refusal for another type, and for one that is too long."""
+    """Return the text of a question. Raises: Refusal for a wrong type or a text that is too long."""
     if not isinstance(text, str) or not text.strip():
         raise Refusal(400, "There is no question. Type one.")
     if len(text) > limits.text_characters:
@@ -76,5 +76,5 @@ def check_text(text: object, limits: DemoLimits) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise Refusal(400, "The question holds a broken character. Type it anew.") from error
+        raise Refusal(400, "The question contains an invalid character. Type it again.") from error
     return text.strip()

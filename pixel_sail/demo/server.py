@@ -1,7 +1,7 @@
-"""A web page to ask a model, for one machine.
+"""The web server of the demo.
 
-`scripts/demo.py` starts it. The model answers one question at a time, in one thread; the others wait in a queue of
-limited length. Nothing is written to disk and no file is read but those named in `PAGE_FILES`:
+`scripts/demo.py` starts it. The model answers one question at a time in one thread; others wait in a queue of limited
+length. Nothing is written to disk and only the files in `PAGE_FILES` are read:
 
     POST /api/images?replaces=...  bytes of an image          -> {"session": "Jt0Z...", "height": 427, "width": 640}
     POST /api/examples/0           {}                        -> the same
@@ -53,7 +53,7 @@ PAGE_FILES = {
 """All files of the page, by address."""
 
 HEADERS = {
-    # The page loads nothing from elsewhere and runs no script that is written into it.
+    # The page loads nothing from other sites and runs no inline scripts.
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
@@ -62,19 +62,19 @@ HEADERS = {
 }
 LOCAL_NAMES = ("127.0.0.1", "localhost")
 QUESTION_BYTES = 8_000_000
-"""Longest question with its painted masks."""
+"""Maximum size of a question with its painted masks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoExample:
-    """An image that the page offers, with a question."""
+    """An example image with a question."""
 
     image: Image.Image
     text: str
 
 
 class _Queue:
-    """The one thread that works with the model, and how many wait for it."""
+    """The single thread that runs the model, and the number of waiting questions."""
 
     def __init__(self, limits: DemoLimits) -> None:
         self.limits = limits
@@ -82,20 +82,20 @@ class _Queue:
         self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
 
     def take_place(self) -> None:
-        """Take a place in the queue, to be given back by `waiting -= 1`. Raises: Refusal when there is none."""
+        """Enter the queue; leave it with `waiting -= 1`. Raises: Refusal if it is full."""
         if self.waiting >= self.limits.waiting:
             raise Refusal(503, "Too many questions are waiting. Try again in a moment.")
         self.waiting += 1
 
     def lines_of(self, work: Callable[[], Iterator[T]]) -> AsyncIterator[T]:
-        """Return what `work` yields, in the model's thread when it is its turn; a place must have been taken.
+        """Yield the values of `work`, which runs in the model's thread. Enter the queue before.
 
-        The thread does not wait for whoever reads the lines, and ends the work early when nobody does any more.
+        The thread does not wait for the reader, and stops early if the reader is gone.
         """
         loop, lines, abandoned = asyncio.get_running_loop(), asyncio.Queue[T | None](), threading.Event()
 
         def end() -> None:
-            # Before the end is read: who asks again at once must not find the own place still taken.
+            # Before the reader sees the end, so that a client that asks again at once finds its place free.
             self.waiting -= 1
             lines.put_nowait(None)
 
@@ -106,7 +106,7 @@ class _Queue:
                     if abandoned.is_set():
                         break
             finally:
-                # In the loop's thread, which alone counts.
+                # In the event loop's thread, the only one that changes the count.
                 loop.call_soon_threadsafe(end)
 
         async def read() -> AsyncIterator[T]:
@@ -118,19 +118,19 @@ class _Queue:
 
         self.pool.submit(run)
         reader = read()
-        # A user may be gone before the first line is read; then nothing of `read` runs, its end neither.
+        # If a user leaves before the first line is read, `read` never runs, not even its `finally`.
         weakref.finalize(reader, abandoned.set)
         return reader
 
 
 class _AddHeaders:
-    """Headers of every answer."""
+    """Adds security headers to every response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on."""
+        """Forward the request."""
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -144,7 +144,7 @@ class _AddHeaders:
 
 
 class _Demo:
-    """What answers the requests."""
+    """Request handlers."""
 
     def __init__(self, predictor: Predictor, name: str, examples: Sequence[DemoExample], limits: DemoLimits) -> None:
         self.name = name
@@ -153,15 +153,15 @@ class _Demo:
         self.num_prompts = predictor.batch.processor.settings.num_visual_prompts
         self.sessions = Sessions(predictor, limits)
         self.queue = _Queue(limits)
-        # Few at a time: a decoded image is a hundred times its file.
+        # Few at a time: a decoded image can be a hundred times larger than its file.
         self.decoders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="decode")
 
     async def _decoded(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Return what `work` returns in another thread, so that others are answered meanwhile."""
+        """Run `work` in another thread without blocking other requests."""
         return await asyncio.get_running_loop().run_in_executor(self.decoders, work, *arguments)
 
     def routes(self) -> list[Route]:
-        """Return what can be asked for."""
+        """Return the routes."""
         return [
             *(Route(address, _page(name, kind)) for address, (name, kind) in PAGE_FILES.items()),
             Route("/api/info", self.info),
@@ -174,7 +174,7 @@ class _Demo:
         ]
 
     async def info(self, request: Request) -> Response:
-        """Say what the page needs to know."""
+        """Return model name, limits and examples."""
         return JSONResponse(
             {
                 "model": self.name,
@@ -186,48 +186,48 @@ class _Demo:
         )
 
     async def upload(self, request: Request) -> Response:
-        """Take an image."""
+        """Accept an uploaded image."""
         kind = _content_type(request)
         if not kind.startswith("image/") and kind != "application/octet-stream":
-            raise Refusal(415, "This is no image. Choose an image file.")
+            raise Refusal(415, "This is not an image. Choose an image file.")
         most_mb = self.limits.upload_mb
         content = await _body(
             request, int(most_mb * 1e6), f"The file has more than {most_mb:g} MB. Choose a smaller one."
         )
-        # Not in the model's thread: an image must not wait for a long answer.
+        # Not in the model's thread, so that an upload does not wait for a long answer.
         image = await self._decoded(decode_image, content, self.limits)
         return self._opened(image, request)
 
     async def example(self, request: Request) -> Response:
-        """Take one of the examples."""
+        """Open one of the examples."""
         await _json(request)
         return self._opened(self._example(request).image, request)
 
     async def example_image(self, request: Request) -> Response:
-        """Show one of the examples."""
+        """Return the image of one of the examples."""
         return Response(jpeg_bytes(self._example(request).image), media_type="image/jpeg")
 
     def _example(self, request: Request) -> DemoExample:
-        # Looked up as a text: Python refuses to read numbers of thousands of digits.
+        # Compared as text: int() rejects numbers with thousands of digits.
         found = {str(index): example for index, example in enumerate(self.examples)}.get(request.path_params["index"])
         if found is None:
             raise Refusal(404, "There is no such example.")
         return found
 
     def _opened(self, image: Image.Image, request: Request) -> Response:
-        """Begin a session; `?replaces=` names the one its user leaves, so that many images push out nobody else's."""
+        """Begin a session. `?replaces=` names the user's previous one, so that it does not displace other users'."""
         session = self.sessions.open(image, replaces=request.query_params.get("replaces"))
         size = {"height": session.image.height, "width": session.image.width}
         return JSONResponse({"session": session.name, **size})
 
     async def image(self, request: Request) -> Response:
-        """Show an image as the model sees it: upright."""
+        """Return an image as the model sees it: upright."""
         session = self.sessions.get(request.path_params["session"])
         content = await self._decoded(jpeg_bytes, session.image)
         return Response(content, media_type="image/jpeg")
 
     async def forget(self, request: Request) -> Response:
-        """Begin the conversation anew."""
+        """Start a new conversation."""
         question = await _json(request)
         session = self.sessions.get(question.get("session"))
         session.forget()
@@ -241,7 +241,7 @@ class _Demo:
         size_hw = (session.image.height, session.image.width)
         given = question.get("regions", [])
         asked = time.monotonic()
-        # Refused before the answer begins, so that the status says so, and before regions take memory.
+        # Rejected before the response starts, so that the status is correct, and before regions take memory.
         self.queue.take_place()
         try:
             regions = await self._decoded(read_regions, given, size_hw, self.num_prompts, self.limits)
@@ -252,7 +252,7 @@ class _Demo:
         return StreamingResponse((json.dumps(line) + "\n" async for line in lines), media_type="application/x-ndjson")
 
     def _answer(self, session: Session, text: str, regions: list[Any], asked: float) -> Iterator[dict[str, Any]]:
-        """Yield the pieces of an answer, then the whole; in the model's thread."""
+        """Yield the pieces of an answer, then the result. Runs in the model's thread."""
         begun = time.monotonic()
         try:
             chat, goes_on = session.chat_with(regions)
@@ -262,7 +262,7 @@ class _Demo:
             said, most = "", most_masks((session.image.height, session.image.width))
             for piece in chat.stream(text):
                 said += piece
-                # Before they are made, which is after the last piece.
+                # Checked before masks are made, after the last piece.
                 if said.count(SEG_TOKEN) > most:
                     yield {
                         "error": f"The answer has more than {most} masks, too many for an image of this size. "
@@ -271,17 +271,17 @@ class _Demo:
                     return
                 yield {"piece": piece}
                 if time.monotonic() - begun > self.limits.answer_s:
-                    yield {"error": f"The answer took more than {self.limits.answer_s:g} s and was broken off."}
+                    yield {"error": f"The answer took more than {self.limits.answer_s:g} s and was stopped."}
                     return
             yield {"result": result_record(chat.results[-1], goes_on=goes_on, wait_s=begun - asked)}
         except NotFiniteError as error:
             log.error("a question could not be answered: %s", error)
-            yield {"error": "The model is broken: its numbers are not finite. The log of the server says where."}
+            yield {"error": "The model is broken: its outputs are not finite. See the server log."}
         except DataError as error:
             yield {"error": str(error)}
         except Exception:
             log.exception("a question could not be answered")
-            yield {"error": "Something went wrong in the server; its log says what. Other questions still work."}
+            yield {"error": "Internal server error; see the server log. Other questions still work."}
 
 
 def _page(name: str, kind: str) -> Callable[[Request], Response]:
@@ -294,7 +294,7 @@ def _page(name: str, kind: str) -> Callable[[Request], Response]:
 
 
 async def _body(request: Request, most: int, too_long: str) -> bytes:
-    """Return the body, read no further than it may be long. Raises: Refusal."""
+    """Return the body, up to a maximum length. Raises: Refusal."""
     parts, length = [], 0
     async for part in request.stream():
         length += len(part)
@@ -305,8 +305,8 @@ async def _body(request: Request, most: int, too_long: str) -> bytes:
 
 
 def _content_type(request: Request) -> str:
-    """Return the type that a body claims to have. Other sites' pages could send no type that is asked for here without
-    asking the server first, and it does not allow them to."""
+    """Return the content type of the body. Browsers send the types required here from other sites only after a CORS
+    preflight, which the server does not allow."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
@@ -318,9 +318,9 @@ async def _json(request: Request) -> dict[str, Any]:
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise Refusal(400, "The question is no JSON.") from error
+        raise Refusal(400, "The question is not JSON.") from error
     if not isinstance(value, dict):
-        raise Refusal(400, "The question is no JSON object.")
+        raise Refusal(400, "The question is not a JSON object.")
     return value
 
 
@@ -334,7 +334,7 @@ async def _gone(request: Request, error: Exception) -> Response:
 
 
 def _as_called(name: str) -> str:
-    """Return a name as browsers write it into requests: IPv6 addresses stand in brackets."""
+    """Return a host name as in browser requests: IPv6 addresses in brackets."""
     return f"[{name}]" if ":" in name and not name.startswith("[") else name
 
 
@@ -348,8 +348,8 @@ def build_app(
 ) -> Starlette:
     """Return the application.
 
-    names: further names under which it may be called than those of this machine itself; others are refused, so that no
-    page from elsewhere can reach a local demo by giving its own name this machine's address.
+    names: accepted host names besides those of this machine. Others are rejected to prevent DNS rebinding, where a
+    foreign page resolves its own name to this machine's address.
     """
     demo = _Demo(predictor, name, examples, limits if limits is not None else DemoLimits())
     return Starlette(

@@ -1,7 +1,7 @@
-"""The images that users of the demo look at, each with its conversation.
+"""Sessions of the demo: one image with its conversation each.
 
-`server.py` keeps one `Sessions`. A session begins with an image; its name is a random secret, so that nobody finds
-another user's image by counting. Everything is in memory, nothing on disk:
+`server.py` keeps one `Sessions`. A session begins with an image. Its name is a random secret, so that users cannot
+guess each other's. Everything is in memory, nothing on disk:
 
     sessions.open(image).name  ->  "Jt0Zr3...";   sessions.get("Jt0Zr3...").chat_with([Box(1, 2, 30, 40)]).ask("...")
 """
@@ -23,7 +23,7 @@ from pixel_sail.predictor import Chat, Predictor, Region
 
 @dataclass(kw_only=True)
 class Session:
-    """One image and what was said about it."""
+    """One image and its conversation."""
 
     name: str
     image: Image.Image
@@ -33,15 +33,15 @@ class Session:
     chat: Chat | None = None
 
     def chat_with(self, regions: Sequence[Region]) -> tuple[Chat, bool]:
-        """Return the conversation with these regions, and whether it goes on from the one before.
+        """Return the conversation with these regions, and whether it continues the previous one.
 
-        Further regions are added to it; where one was changed or taken away the old answers speak of something else,
-        and a new conversation begins. Raises: DataError for a region that cannot be marked.
+        Additional regions extend the conversation. If a region was changed or removed, old answers no longer apply and
+        a new conversation begins. Raises: DataError for a region that cannot be marked.
         """
         same = len(regions) >= len(self.regions) and all(
             _equal(new, old) for new, old in zip(regions, self.regions, strict=False)
         )
-        # Taken once: `forget` may be called meanwhile, by another thread.
+        # Read once: another thread may call `forget` meanwhile.
         chat, marked = self.chat, len(self.regions)
         goes_on = chat is not None and same
         if chat is None or not same:
@@ -52,7 +52,7 @@ class Session:
         return chat, goes_on
 
     def forget(self) -> None:
-        """Begin anew with the next question."""
+        """Start a new conversation with the next question."""
         self.chat, self.regions = None, []
 
 
@@ -63,7 +63,7 @@ def _equal(one: Region, other: Region) -> bool:
 
 
 class Sessions:
-    """All sessions, the one used last at the end; safe to use from several threads."""
+    """All sessions, most recently used last. Thread-safe."""
 
     def __init__(self, predictor: Predictor, limits: DemoLimits, clock: Callable[[], float] = time.monotonic) -> None:
         self.predictor = predictor
@@ -73,11 +73,11 @@ class Sessions:
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        """Return how many images are in memory."""
+        """Return the number of images in memory."""
         return len(self._all)
 
     def open(self, image: Image.Image, *, replaces: str | None = None) -> Session:
-        """Begin a session instead of the one that the same user had; the oldest ones go where there are too many."""
+        """Begin a session that replaces the user's previous one. The oldest sessions are dropped above the limit."""
         now = self.clock()
         session = Session(name=secrets.token_urlsafe(16), image=image, predictor=self.predictor, used=now)
         with self._lock:
@@ -90,7 +90,7 @@ class Sessions:
         return session
 
     def get(self, name: object) -> Session:
-        """Return a session. Raises: Refusal for one that is gone or never was."""
+        """Return a session. Raises: Refusal if it does not exist any more."""
         now = self.clock()
         with self._lock:
             self._drop_idle(now)

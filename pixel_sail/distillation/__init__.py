@@ -1,5 +1,5 @@
-"""Frozen networks whose features the student learns to predict: preprocessing, loading, caching.
+"""Distillation from frozen teachers: preprocessing, loading and feature caches.
 
-`data/packing.py` asks `choice` in the loader's workers what a teacher looks at, `training/step.py` asks `teachers` for
-the maps the losses are computed against. No teacher is ever a part of the student.
+`data/packing.py` calls `choice` in the data workers to select the samples of each teacher; `training/step.py` gets the
+target feature maps from `teachers`. A teacher is never part of the student.
 """

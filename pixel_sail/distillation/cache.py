@@ -1,12 +1,12 @@
-"""Feature maps of a teacher on disk: their layout, their identity, and reading them.
+"""Feature cache of a teacher on disk: layout, identity and reading.
 
-Tools/cache_teacher_features.py writes through `cache_writer`, the loader's workers read one map per chosen image
-through `choice`. A folder holds
+tools/cache_teacher_features.py writes it with `cache_writer`; data workers read one map per selected image through
+`choice`. A folder contains
 
-    plan.json               identity, and which image is in which shard; written first
-    shard_00000.safetensors ...    maps by image key; memory-mapped, so that reading one touches its bytes only
-    shard_00000.json ...    SHA-256 of the shard and a checksum of every map; says that the shard is complete
-    index.json              all of that together; written last
+    plan.json               identity, and the images of each shard; written first
+    shard_00000.safetensors ...    maps by image key; memory-mapped, so only the map that is read is loaded
+    shard_00000.json ...    SHA-256 of the shard and a checksum of every map; marks the shard as complete
+    index.json              all of these together; written last
 
 The key of an image is the SHA-256 of its file. Maps are stored as fp16, or as int8 with one scale per channel.
 """
@@ -33,12 +33,12 @@ INT8_LEVELS = 127
 
 
 class TeacherCacheError(DataError):
-    """A cache does not belong to the configured teacher, lacks an image or is damaged: the run cannot go on."""
+    """A cache does not match the configured teacher, lacks an image or is damaged; the run cannot continue."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentGrid:
-    """What determines the size of the student's map of an image."""
+    """Settings that determine the size of the student's map of an image."""
 
     site: str
     patch_size: int
@@ -58,31 +58,31 @@ class StudentGrid:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredMap:
-    """One map as it lies on disk."""
+    """One feature map as stored on disk."""
 
     features_EYX: Tensor
     """float16, or int8 levels."""
     scales_E: Tensor | None
-    """float32: what a level of each channel is worth; None for float16."""
+    """float32: quantization step of each channel; None for float16."""
 
 
 def cache_identity(teacher: dict[str, Any], *, precision: str, grid: StudentGrid | None) -> dict[str, Any]:
-    """Return what the maps of a cache are, as JSON reads it back; no grid: they have the teacher's own size."""
-    # Caches written before there was a second rule of sizes keep their identity.
+    """Return the identity of a cache's maps as JSON-compatible values. Without a grid, maps have the teacher's size."""
+    # Caches written before `sizing` existed keep their identity.
     pooled = None if grid is None else {k: v for k, v in vars(grid).items() if (k, v) != ("sizing", "long_side")}
-    # The name "expert" is a part of the format.
+    # The name "expert" is part of the format.
     plain = {"format": FORMAT, "expert": teacher, "precision": precision, "pooled_to": pooled}
     read_back: dict[str, Any] = json.loads(json.dumps(plain))
     return read_back
 
 
 def identity_digest(identity: dict[str, Any]) -> str:
-    """Return the SHA-256 of an identity; every shard carries it."""
+    """Return the SHA-256 of an identity, which every shard stores."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def image_key(path: Path) -> str:
-    """Return the key of an image file. Raises: DataError when it cannot be read."""
+    """Return the key of an image file. Raises: DataError if it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -91,17 +91,17 @@ def image_key(path: Path) -> str:
 
 
 def encode_map(features_EYX: Tensor, dtype: str, where: str = "teacher features") -> StoredMap:
-    """Return a float map as it is stored: "fp16", or "int8" with scales.
+    """Return a float map in its stored form: "fp16", or "int8" with scales.
 
     The error of int8 is at most half a level, 1 / 254 of the channel's largest magnitude. `where` names the image.
-    Raises: DataError for features that are not finite or, for fp16, too large for it.
+    Raises: DataError for features that are not finite, or too large for fp16.
     """
     features_EYX = features_EYX.float().cpu()
     num_bad = int((~features_EYX.isfinite()).sum())
     if num_bad:
         raise DataError(
             f"{where}: found {num_bad} of {features_EYX.numel()} teacher features that are not finite, expected "
-            "numbers; compute this teacher in fp32 (distillation.*.precision), or leave the image out"
+            "numbers; compute this teacher in fp32 (distillation.*.precision), or remove the image"
         )
     if dtype == "fp16":
         limit = torch.finfo(torch.float16).max
@@ -118,7 +118,7 @@ def encode_map(features_EYX: Tensor, dtype: str, where: str = "teacher features"
 
 
 def decode_map(features_EYX: Tensor, scales_E: Tensor | None) -> Tensor:
-    """Return the float32 map of what is stored, on its device."""
+    """Return the float32 map of stored features, on their device."""
     features = features_EYX.float()
     return features if scales_E is None else features * scales_E[:, None, None]
 
@@ -130,10 +130,10 @@ def checksum(stored: StoredMap) -> int:
 
 
 class FeatureCache:
-    """The maps of one folder. Opened once before the loader's workers start, which then map its shards themselves."""
+    """The maps of one folder. Opened once before data workers start; each worker memory-maps the shards itself."""
 
     def __init__(self, folder: Path, wanted: dict[str, Any], *, where: str) -> None:
-        """Read the index. Raises: TeacherCacheError when it is absent, unfinished, or not what is `wanted`."""
+        """Read the index. Raises: TeacherCacheError if it is missing, incomplete, or its identity is not `wanted`."""
         self.folder = folder
         self.where = where
         index = read_cache_json(folder / INDEX, where, {"identity": dict, "shards": list})
@@ -144,7 +144,7 @@ class FeatureCache:
                 remedy="build the cache again",
             )
         found = index["identity"]
-        # Maps of the teacher's own size serve every student; the loss resizes them.
+        # Maps of the teacher's own size fit every student, as the loss resizes them.
         expected = wanted if found.get("pooled_to") is not None else {**wanted, "pooled_to": None}
         if found != expected:
             differing = {
@@ -162,7 +162,7 @@ class FeatureCache:
         self._open: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state for another process, which maps the shards anew."""
+        """Return the state for another process, which memory-maps the shards again."""
         return {**self.__dict__, "_open": {}}
 
     def __len__(self) -> int:
@@ -170,9 +170,9 @@ class FeatureCache:
         return len(self.places)
 
     def read(self, key: str, item: str, *, map_hw: SizeHW) -> StoredMap | None:
-        """Return the map of an image, None when the cache does not hold it.
+        """Return the map of an image, None if it is not in the cache.
 
-        `item` names the image in messages. Raises: TeacherCacheError when the map is damaged or has another size.
+        `item` names the image in messages. Raises: TeacherCacheError if the map is damaged or has another size.
         """
         place = self.places.get(key)
         if place is None:
@@ -193,12 +193,12 @@ class FeatureCache:
         if self.is_pooled and tuple(stored.features_EYX.shape[1:]) != tuple(map_hw):
             raise TeacherCacheError(
                 f"{self.where}: {item}: stored map is {tuple(stored.features_EYX.shape[1:])} cells, the student's is "
-                f"{tuple(map_hw)}; the image was turned otherwise when the cache was built"
+                f"{tuple(map_hw)}; the image had another orientation when the cache was built, build it again"
             )
         return stored
 
     def _load(self, file: str, key: str) -> StoredMap:
-        """Return the tensors of one image without reading the rest of its shard."""
+        """Return the tensors of one image without reading its whole shard."""
         if file not in self._open:
             shard = safe_open(self.folder / file, framework="pt")
             if (shard.metadata() or {}).get("identity") != self.digest:

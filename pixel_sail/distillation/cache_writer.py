@@ -1,8 +1,8 @@
-"""Writing a cache: a plan, shards in any order by any number of processes, and the index.
+"""Writes a feature cache: a plan, shards in any order by any number of processes, and the index.
 
-Tools/cache_teacher_features.py runs it; `cache` reads the result and describes the folder. Which image lies in which
-shard depends on the sorted keys alone, and images are computed together within their shard only, so that a build that
-was interrupted continues to the same bytes. 130 images by 64 a shard make shards of 64, 64 and 2.
+tools/cache_teacher_features.py runs it; `cache` reads the result and describes the folder. The shard of an image
+depends only on the sorted keys, and images are batched only within a shard, so an interrupted build resumes to the same
+bytes. 130 images with 64 per shard make shards of 64, 64 and 2.
 """
 
 import json
@@ -30,7 +30,7 @@ from pixel_sail.files import flush, replace_text, sha256, writing
 
 @dataclass(frozen=True, kw_only=True)
 class CachePlan:
-    """What a folder will hold."""
+    """Planned content of a cache folder."""
 
     identity: dict[str, Any]
     dtype: str
@@ -39,14 +39,14 @@ class CachePlan:
 
 
 def plan_cache(keys: Sequence[str], identity: dict[str, Any], *, dtype: str, images_per_shard: int) -> CachePlan:
-    """Return the plan for these images; doubles are stored once."""
+    """Return the plan for these images; duplicates are stored once."""
     ordered = sorted(set(keys))
     shards = tuple(tuple(ordered[i : i + images_per_shard]) for i in range(0, len(ordered), images_per_shard))
     return CachePlan(identity=identity, dtype=dtype, shards=shards)
 
 
 def start_folder(folder: Path, plan: CachePlan) -> None:
-    """Write the plan, or check that a folder that was begun has the same one. Raises: TeacherCacheError."""
+    """Write the plan, or check that an existing folder has the same one. Raises: TeacherCacheError."""
     content = {"identity": plan.identity, "dtype": plan.dtype, "shards": [list(keys) for keys in plan.shards]}
     path = folder / PLAN
     if not path.is_file():
@@ -56,18 +56,18 @@ def start_folder(folder: Path, plan: CachePlan) -> None:
     differing = [name for name in content if found.get(name) != content[name]]
     if differing:
         raise TeacherCacheError(
-            f"{folder}: a build was begun here with another {', '.join(differing)}; give an empty folder, or the "
-            "arguments and data of that build to continue it"
+            f"{folder}: a build was begun here with another {', '.join(differing)}; use an empty folder, or the "
+            "arguments and data of that build to resume it"
         )
 
 
 def shard_name(number: int) -> str:
-    """Return the file name of a shard without its ending."""
+    """Return the file name of a shard without suffix."""
     return f"shard_{number:05d}"
 
 
 def is_shard_complete(folder: Path, number: int) -> bool:
-    """Return whether a shard was written to its end."""
+    """Return whether a shard was written completely."""
     name = shard_name(number)
     return (folder / f"{name}.json").is_file() and (folder / f"{name}.safetensors").is_file()
 
@@ -78,9 +78,9 @@ def write_shard(
     number: int,
     compute: Callable[[Sequence[str]], tuple[Mapping[str, StoredMap], Mapping[str, str]]],
 ) -> None:
-    """Compute and write one shard; its JSON file, written last, says that it is whole.
+    """Compute and write one shard; its JSON file, written last, marks it as complete.
 
-    `compute` returns the maps of these keys, and for images that cannot be used the reason instead.
+    `compute` returns the maps of these keys, and the reason for unusable images.
     """
     maps, unusable = compute(plan.shards[number])
     tensors: dict[str, Tensor] = {}
@@ -104,7 +104,7 @@ def write_shard(
 def finish(folder: Path, plan: CachePlan, *, verify: bool = False) -> None:
     """Write the index of a complete cache; `verify` hashes every shard again.
 
-    Raises: TeacherCacheError when a shard is missing or is not what its JSON file says.
+    Raises: TeacherCacheError if a shard is missing or does not match its JSON file.
     """
     shards = []
     kinds = {"file": str, "sha256": str, "items": dict, "unusable": dict}

@@ -1,8 +1,8 @@
-"""Which images a teacher is used for, and what of them travels to the training process.
+"""Selects the images of each teacher, and what data workers send of them to the training process.
 
-`data/packing.py` asks for every sample it encodes, in a worker of the loader. The choice is a pure function of (seed,
-epoch, index), through the sample's `point_seed`, and of the teacher's name: more workers, more ranks or a second
-teacher change nothing. An image is sent as its stored map where there is a cache, else as its pixels:
+`data/packing.py` calls it for every sample, in a data worker. The selection is a pure function of (seed, epoch, index),
+through the sample's `point_seed`, and of the teacher's name. It does not depend on the number of workers, ranks or
+other teachers. An image is sent as its cached map if there is a cache, else as its pixels:
 
     mask2former with a cache, sam2 without    ->    TeacherTarget("mask2former", map [256, 120, 160], fp16),
                                                     TeacherTarget("sam2", None) and the image [480, 640, 3]
@@ -22,7 +22,7 @@ from pixel_sail.types import SizeHW, TeacherTarget
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherChoice:
-    """The part of a teacher that the loader's workers need."""
+    """The part of a teacher that data workers need."""
 
     name: str
     fraction: float = 1.0
@@ -32,7 +32,7 @@ class TeacherChoice:
     grid: StudentGrid
     cache: FeatureCache | None = None
     falls_back: bool = False
-    """Whether an image that is not in the cache is computed online."""
+    """Whether the map of an image that is not in the cache is computed online."""
 
     def takes(self, source: str, *, point_seed: int, has_masks: bool) -> bool:
         """Return whether a sample with an image is distilled from this teacher."""
@@ -54,9 +54,9 @@ def teacher_targets(
     grid_hw: SizeHW,
     where: str,
 ) -> tuple[TeacherTarget, ...]:
-    """Return one target for every teacher that takes this sample.
+    """Return one target for every teacher of this sample.
 
-    Raises: TeacherCacheError for a damaged map, and for a missing one unless its teacher falls back to the network.
+    Raises: TeacherCacheError for a damaged map, and for a missing one unless its teacher can compute it.
     """
     targets, key = [], None
     for choice in choices:

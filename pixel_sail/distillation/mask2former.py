@@ -1,8 +1,8 @@
-"""Mask2Former's pixel decoder as a teacher: backbone and pixel decoder, without the transformer decoder and heads.
+"""Mask2Former as a teacher: backbone and pixel decoder, without the transformer decoder and heads.
 
-`configs/distillation/mask2former.yaml` names `mask2former` below. The feature is the map that the mask logits are
-dotted with (`pixel_decoder_last_hidden_state`), 256 channels at stride 4 of the resized image; two thirds of the
-released Swin-L model are enough for it: 480 x 640 -> 800 x 1088 -> [256, 200, 272].
+`configs/distillation/mask2former.yaml` names `mask2former` below. The features are the per-pixel embeddings
+(`pixel_decoder_last_hidden_state`), 256 channels at stride 4 of the resized image. They need two thirds of the released
+Swin-L model: 480 x 640 -> 800 x 1088 -> [256, 200, 272].
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ UNUSED = (r"(^|\.)transformer_module\.", r"^class_predictor\.", r"^criterion\.")
 
 
 class PixelDecoder(Mask2FormerPreTrainedModel):
-    """The first half of Mask2Former, loadable from the weights of the whole."""
+    """Backbone and pixel decoder of Mask2Former, loadable from the weights of the full model."""
 
     base_model_prefix = "model"
     _keys_to_ignore_on_load_unexpected = list(UNUSED)  # noqa: RUF012, declared so by the base class

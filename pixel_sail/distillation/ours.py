@@ -1,8 +1,8 @@
-"""An exported model of ours as a teacher: its post-projector pixel map.
+"""An exported Pixel-SAIL model as a teacher: its projected pixel map.
 
-`configs/distillation/ours.yaml` names `ours` below, with the `export` folder of a larger run. An image span sees
-nothing but itself, so its features do not depend on any text: an image of 128 x 128 through a model with patches of 16,
-stride 4 and mask_dim 128 gives [128, 32, 32].
+`configs/distillation/ours.yaml` names `ours` below, with the `export` folder of a larger run. Image tokens attend only
+to each other, so the features do not depend on text. An image of 128 x 128 in a model with patches of 16, stride 4 and
+mask_dim 128 gives [128, 32, 32].
 """
 
 from collections.abc import Callable, Sequence
@@ -26,18 +26,18 @@ from pixel_sail.types import DataError, SizeHW
 
 
 class PixelMap(nn.Module):
-    """The model's pixel features of images alone."""
+    """Pixel features of images without text."""
 
     def __init__(self, model: PixelSailForSegmentation, lead_ids: Sequence[int] = ()) -> None:
         """`lead_ids`: the text that the model's template puts before an image."""
         super().__init__()
         self.model = model
-        # The map itself is wanted, not its product with a query.
+        # The map itself is needed, not only its product with a query.
         model.use(Kernels(mask_head="maps"))
         self.lead_ids = tuple(lead_ids)
 
     def forward(self, pixels_B3HW: Tensor) -> Tensor:
-        """Return the pixel features [B, E, Y, X] of normalised images whose sides are multiples of the patch size."""
+        """Return the pixel features [B, E, Y, X] of normalized images whose sides are multiples of the patch size."""
         config, device = self.model.config, pixels_B3HW.device
         size, num_images = config.patch_size, len(pixels_B3HW)
         rows, columns = (side // size for side in pixels_B3HW.shape[2:])
@@ -61,7 +61,7 @@ class PixelMap(nn.Module):
             prompt_ids_BT=torch.full_like(ids_BT, -1),
             patches_SK=tiles.reshape(num_images * num_patches, -1),
             grids=[(rows, columns)] * num_images,
-            # Pixel features are made for images with masks: every image gets one query, which nobody reads.
+            # Pixel features are computed for images with masks only, so every image gets one unused query.
             seg_positions_N2=first_tokens.to(device),
             masks_per_image=[1] * num_images,
             logit_positions_M2=torch.zeros(0, 2, dtype=torch.long, device=device),

@@ -1,14 +1,14 @@
-"""From an image to what a teacher expects, on the device the teacher runs on.
+"""Preprocesses an image for a teacher, on the teacher's device.
 
-`teacher.py` calls it for every image. Resizing repeats what the image processors of transformers do with 8-bit images
-(filter with antialiasing, columns, then rows, each rounded to whole levels), so that they differ by two levels of 255
-at most and by a fiftieth of a level in the mean. For an image of 480 x 640:
+`teacher.py` calls it for every image. Resizing reproduces the image processors of transformers for 8-bit images
+(antialiased, columns, then rows, each rounded to whole levels). The difference is at most two levels of 255 and 1/50 of
+a level on average. For an image of 480 x 640:
 
     Mask2Former  ShortestEdge(short=800, long=1333, divisor=32)  ->  800 x 1088
     SAM 2        Square(side=1024)                               ->  1024 x 1024
-    a 0.5B model of ours  PatchMultiple(patch_size=16, max_long_side=1024)  ->  480 x 640
+    our 0.5B model  PatchMultiple(patch_size=16, max_long_side=1024)  ->  480 x 640
 
-Axis letters: H W pixels, 3 colour channels.
+Axis letters: H W pixels, 3 color channels.
 """
 
 from collections.abc import Callable
@@ -44,7 +44,7 @@ class ShortestEdge:
         if self.long is not None and long / short * self.short > self.long:
             exact = self.long * short / long
         new_short = round(exact)
-        # A side that fits already is left alone, also where the other one rounds differently.
+        # A side that already fits is not changed, even if the other one rounds differently.
         new_long = long if short == new_short else int(exact * long / short)
         rows, columns = (new_short, new_long) if size_hw[0] <= size_hw[1] else (new_long, new_short)
         return -(-rows // self.divisor) * self.divisor, -(-columns // self.divisor) * self.divisor
@@ -63,7 +63,7 @@ class Square:
 
 @dataclass(frozen=True, kw_only=True)
 class PatchMultiple:
-    """As the student's own processor: multiples of the patch size, the long side capped."""
+    """Like the student's own processor: multiples of the patch size, with a maximum long side."""
 
     patch_size: int
     max_long_side: int
@@ -75,7 +75,7 @@ class PatchMultiple:
 
 @dataclass(frozen=True, kw_only=True)
 class AreaMultiple:
-    """As the processor of a student with base eve: multiples of the patch size, about the area of a square."""
+    """Like the processor of a student with base eve: multiples of the patch size, with about the area of a square."""
 
     patch_size: int
     side: int
@@ -87,7 +87,7 @@ class AreaMultiple:
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """Resizing, scaling to 0 .. 1 and normalisation."""
+    """Resizing, scaling to 0 .. 1 and normalization."""
 
     resize: Callable[[SizeHW], SizeHW]
     """One of the rules above."""
@@ -96,10 +96,10 @@ class Preprocessing:
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     snap: int = 1
-    """After resizing, both sides go to the nearest multiple of this (bilinear, on unrounded values)."""
+    """After resizing, both sides are resized to the nearest multiple of this (bilinear, on unrounded values)."""
 
     def size(self, size_hw: SizeHW) -> SizeHW:
-        """Return the size (height, width) of what the teacher gets for an image of this size."""
+        """Return the size (height, width) of the teacher's input for an image of this size."""
         rows, columns = self.resize(size_hw)
         return max(round(rows / self.snap), 1) * self.snap, max(round(columns / self.snap), 1) * self.snap
 
@@ -115,7 +115,7 @@ class Preprocessing:
         return (pixels_3HW - mean) / std
 
     def identity(self) -> dict[str, Any]:
-        """Return what determines the result, for the cache."""
+        """Return the settings that determine the result, for the cache."""
         return {**asdict(self), "resize": {"rule": type(self.resize).__name__, **vars(self.resize)}}
 
 

@@ -1,11 +1,11 @@
 """RADIO as a teacher: the spatial features of its last layer.
 
-`configs/distillation/radio.yaml` names `radio` below. The network is transformers' own port, which reads the published
-safetensors without their code; RADIO normalises its input itself, so images only become numbers 0 .. 1. An image of 480
-x 640 becomes 768 x 1024 and its map [1024, 48, 64] with RADIO-L.
+`configs/distillation/radio.yaml` names `radio` below. The network is the port in transformers, which reads the
+published safetensors without remote code. RADIO normalizes its input itself, so images are only scaled to 0 .. 1. An
+image of 480 x 640 becomes 768 x 1024 and its map [1024, 48, 64] with RADIO-L.
 
-The sizes of the older repositories (RADIO-L among them) do not stand in their `config.json` under the port's names:
-`architecture` gives them, and a size that does not fit the weights is refused by the names of the tensors.
+Older repositories, including RADIO-L, do not have the port's size fields in their `config.json`; `architecture` sets
+them. A size that does not fit the weights raises an error with the names of the tensors.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ UNUSED = (r"(^|\.)(adaptors?|feature_normalizer|head|video_embedder)\.",)
 """Tensors of published models for other outputs: summaries per teacher, video."""
 
 ABSENT = (r"layer_scale\d+\.lambda1$",)
-"""Parameters of the port that the published models do not have and that stay at one."""
+"""Parameters of the port that the published models do not have; they are one."""
 
 
 class SpatialFeatures(nn.Module):

@@ -1,8 +1,8 @@
-"""SAM 2.1's image encoder as a teacher: Hiera, feature pyramid, and the embedding that says "no memory".
+"""SAM 2.1's image encoder as a teacher: Hiera, feature pyramid and the no-memory embedding.
 
-`configs/distillation/sam2.yaml` names `sam2` below. The feature is what the predictor of the released code keeps as
-`image_embed`: the pyramid's coarsest level, stride 16, with the no-memory embedding added, which is how SAM 2 treats an
-image outside a video. Every image becomes 1024 x 1024 and its map [256, 64, 64].
+`configs/distillation/sam2.yaml` names `sam2` below. The features are the `image_embed` of the released predictor: the
+pyramid's coarsest level, stride 16, plus the no-memory embedding, which SAM 2 adds for single images. Every image
+becomes 1024 x 1024 and its map [256, 64, 64].
 """
 
 from typing import Any
@@ -32,7 +32,7 @@ def num_channels(config: Sam2Config) -> int:
 
 
 class ImageEncoder(Sam2PreTrainedModel):
-    """The part of SAM 2 that looks at one image, loadable from the weights of the whole."""
+    """The image encoder of SAM 2, loadable from the weights of the full model."""
 
     _keys_to_ignore_on_load_unexpected = list(UNUSED)  # noqa: RUF012, declared so by the base class
 

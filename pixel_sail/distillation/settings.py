@@ -1,7 +1,7 @@
-"""What can be said about one teacher in a configuration.
+"""Settings of one teacher.
 
 `config.TrainConfig.distillation` holds one `TeacherSettings` per teacher, by name; `choice`, `teachers`,
-`losses/distill.py` and `model/distill_head.py` read their part of it. As in `configs/distillation/sam2.yaml`:
+`losses/distill.py` and `model/distill_head.py` use them. For example, from `configs/distillation/sam2.yaml`:
 
     TeacherSettings(model={"_target_": "pixel_sail.distillation.sam2.sam2",
                            "weights": "data/experts/sam2.1-hiera-large"},
@@ -30,28 +30,28 @@ class TeacherSettings:
     model: Any = MISSING
     """`_target_` and arguments of a function that returns a `teacher.TeacherSpec`."""
     weight: float = 1.0
-    """Factor of its loss in the total."""
+    """Weight of its loss in the total."""
     loss: str = "mse"
-    """mse (release), cosine, normalized_mse: against features with mean 0 and deviation 1 at every cell, or kl: the
-    channels are classes, of which the student gives the shares."""
+    """mse (release), cosine, normalized_mse (features with mean 0 and standard deviation 1 at every cell), or kl (the
+    channels are classes, for which the student predicts a distribution)."""
     site: str = "pixel_map"
-    """What of the student is compared: its pixel_map after the projector, or its patch_states after the decoder."""
+    """Features of the student: its pixel_map after the projector, or its patch_states after the decoder."""
     channels: int = 256
-    """Feature channels of the teacher, the width of the student's linear layer."""
+    """Feature channels of the teacher, and outputs of the student's linear layer."""
     fraction: float = 1.0
-    """Fraction of the samples with images that are distilled, sampled anew in every epoch."""
+    """Fraction of the samples with images that is distilled, sampled again in every epoch."""
     sources: list[str] = field(default_factory=list)
-    """Names in `data.sources` it is used for; empty: all."""
+    """Names in `data.sources` to distill. Empty: all."""
     masks_only: bool = False
-    """True: only samples that have masks."""
+    """True: only samples with masks are distilled."""
     precision: str = "fp32"
-    """Number format the teacher computes in: fp32 or bf16."""
+    """Precision of the teacher: fp32 or bf16."""
     max_batch: int = 8
-    """Most images that go through the teacher together."""
+    """Maximum images per forward pass of the teacher."""
     cache: str | None = None
-    """Folder written by tools/cache_teacher_features.py; None: the teacher runs beside the training."""
+    """Folder written by tools/cache_teacher_features.py. None: the teacher runs during training."""
     on_miss: str = "error"
-    """What happens to an image that the cache does not hold: error ends the run, online computes it."""
+    """For an image that is not in the cache: error ends the run, online computes its features."""
 
     def __post_init__(self) -> None:
         """Check the choices and numbers. Raises: DataError."""

@@ -1,7 +1,7 @@
-"""A teacher: how to build it, and once built, images in and feature maps out.
+"""A teacher: its spec, and the network that computes feature maps of images.
 
-A configuration's `_target_` returns a `TeacherSpec`, which is cheap; `teachers.py` and the cache tool make a `Teacher`
-of it where the network is needed. Two images of 480 x 640 through Mask2Former give two maps [256, 200, 272].
+A configuration's `_target_` returns a `TeacherSpec`, which is cheap; `teachers.py` and the cache tool build a `Teacher`
+from it if the network is needed. Two images of 480 x 640 through Mask2Former give two maps [256, 200, 272].
 
 Axis letters: E feature channels, h w cells of a feature map, H W pixels.
 """
@@ -20,24 +20,24 @@ from pixel_sail.types import DTYPES, DataError
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSpec:
-    """Everything about a teacher but its weights in memory."""
+    """Everything about a teacher except its weights in memory."""
 
     kind: str
     channels: int
     preprocessing: Preprocessing
     weights: dict[str, str]
-    """File name -> SHA-256; of a random network what was initialized."""
+    """File name -> SHA-256; for a random network its architecture."""
     build: Callable[[], nn.Module]
-    """Returns the network on the CPU, float32: pixels [B, 3, H, W] -> features [B, E, h, w]."""
+    """Returns the float32 network on the CPU: pixels [B, 3, H, W] -> features [B, E, h, w]."""
     is_random: bool = False
 
     def identity(self) -> dict[str, Any]:
-        """Return what determines the features, as plain values: another identity means other features."""
+        """Return the values that determine the features: another identity means other features."""
         return {"kind": self.kind, "weights": self.weights, "preprocessing": self.preprocessing.identity()}
 
 
 class Teacher:
-    """A frozen network on its device; not a module, so that nothing can register it as a part of the student."""
+    """A frozen network on its device. It is not a module, so it cannot be registered as part of the student."""
 
     def __init__(self, spec: TeacherSpec, *, device: torch.device | str, precision: str, max_batch: int) -> None:
         self.spec = spec
@@ -50,8 +50,8 @@ class Teacher:
     def features(self, images: Sequence[Tensor]) -> list[Tensor]:
         """Return the feature map [E, h, w], float32, of every image [H, W, 3], uint8.
 
-        Images that are resized to the same size go through the network together.
-        Raises: DataError when the network has another number of channels than its spec says.
+        Images that are resized to the same size are batched.
+        Raises: DataError if the network's number of channels differs from its spec.
         """
         same_size: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index, image in enumerate(images):

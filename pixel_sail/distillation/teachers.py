@@ -1,8 +1,7 @@
-"""The teachers of a training run: what the workers need of them, and the maps of a batch.
+"""The teachers of a training run: the part for data workers, and the maps of a batch.
 
-`training/loop.py` builds them before anything is wrapped or sharded and holds them beside the student;
-`training/step.py` asks for the maps of every micro-batch before the student's forward pass, so that a teacher's
-activations are gone by then.
+`training/prepare.py` builds them before anything is wrapped or sharded. `training/step.py` gets the maps of every
+micro-batch before the student's forward pass, when a teacher's activations are already freed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,12 +26,12 @@ class Teachers:
 
     choices: tuple[TeacherChoice, ...] = ()
     networks: Mapping[str, Teacher]
-    """Those that run beside the training."""
+    """Teachers that run during training."""
 
     def maps(self, batch: Batch) -> dict[str, list[Tensor]]:
         """Return for every teacher the float32 maps [E, h, w] of its images of a batch, in the order of the batch.
 
-        Images and stored maps are moved to the device as they are, an eighth and a half of the float32 size.
+        Images and stored maps are moved to the device in their compact types before conversion to float32.
         """
         image_of = dict(zip(batch.original_image_index, batch.original_images, strict=True))
         found: dict[str, list[Tensor | None]] = {}
@@ -53,7 +52,7 @@ class Teachers:
 
 
 def student_grid(architecture: Architecture, site: str) -> StudentGrid:
-    """Return what determines the size of the student's map at a site."""
+    """Return the settings that determine the size of the student's map at a site."""
     cells = 2**architecture.num_upsample_blocks if site == "pixel_map" else 1
     return StudentGrid(
         site=site,
@@ -67,7 +66,7 @@ def student_grid(architecture: Architecture, site: str) -> StudentGrid:
 def checked_spec(
     name: str, settings: TeacherSettings, build: Callable[[Any, str], Any], *, allow_random: bool
 ) -> TeacherSpec:
-    """Return the spec that an entry of `distillation` names. Raises: DataError.
+    """Return the spec of an entry of `distillation`. Raises: DataError.
 
     `build` calls the function of a `_target_` node and names the node in its errors.
     """
@@ -76,12 +75,12 @@ def checked_spec(
         raise DataError(f"distillation.{name}.model: returned a {type(spec).__name__}, expected a TeacherSpec")
     if spec.is_random and not allow_random:
         raise DataError(
-            f"distillation.{name}: its weights are random, from which there is nothing to learn; give weights, or set "
-            "allow_random_teachers=true to test the machinery"
+            f"distillation.{name}: its weights are random, expected trained ones; set its weights, or "
+            "allow_random_teachers=true for a test"
         )
     if spec.channels != settings.channels:
         raise DataError(
-            f"distillation.{name}.channels is {settings.channels}, the {spec.kind} that is given has {spec.channels}"
+            f"distillation.{name}.channels is {settings.channels}, expected {spec.channels}, those of this {spec.kind}"
         )
     return spec
 
@@ -95,7 +94,7 @@ def load_teachers(
     allow_random: bool,
     device: torch.device,
 ) -> Teachers:
-    """Return the teachers of a run; networks are loaded where one may be needed.
+    """Return the teachers of a run; networks are loaded only if they may be needed.
 
     Raises: DataError for wrong weights, an unknown source, and a cache that does not fit.
     """

@@ -1,7 +1,7 @@
-"""Published weights on disk: where they are, what their bytes are, and loading them strictly.
+"""Published weights: locating, hashing and strict loading.
 
-The files that build one teacher each (`mask2former`, `sam2`, `radio`) call it. Only safetensors are read and no code of
-a repository is run. Weights are a folder, or a name on the Hugging Face hub with a pinned revision:
+The modules of the teachers (`mask2former`, `sam2`, `radio`) call it. Only safetensors are read, and no code of a
+repository is executed. Weights are a folder, or a name on the Hugging Face hub with a pinned revision:
 
     weights_folder("data/experts/sam2.1-hiera-large", None)            -> that folder
     weights_folder("facebook/sam2.1-hiera-large", "5f7c7d1...")        -> the hub's local copy of that commit
@@ -46,10 +46,10 @@ class WeightSource:
         random: bool,
         architecture: dict[str, Any] | None,
     ) -> "WeightSource":
-        """Return the source of a teacher: `weights` at `revision`, or (`random`, for tests) nothing but random numbers.
+        """Return the source of a teacher: `weights` at `revision`, or with `random` (for tests) random initialization.
 
-        architecture: fields of the network's configuration, all of them for a random one; for another they replace
-        those of the folder's `config.json`. Raises: DataError.
+        architecture: fields of the network's configuration: all of them for a random network, otherwise replacements of
+        those in the folder's `config.json`. Raises: DataError.
         """
         folder = None if random else weights_folder(weights, revision, where=f"distillation: {teacher}")
         return cls(folder=folder, architecture=dict(architecture or {}))
@@ -62,7 +62,7 @@ class WeightSource:
         return kind.from_pretrained(self.folder, **self.architecture)
 
     def identity(self) -> dict[str, str]:
-        """Return the hashes of the files by name; of a random network what was initialized."""
+        """Return the hashes of the files by name, or the architecture of a random network."""
         if self.folder is None:
             return {"random": json.dumps(self.architecture or None, sort_keys=True)}
         return file_hashes(self.folder)
@@ -80,7 +80,7 @@ def weights_folder(weights: str | None, revision: str | None, *, where: str) -> 
     """Return the folder with `config.json` and safetensors files. Raises: DataError."""
     if weights is None:
         raise DataError(
-            f"{where}: no weights given; expected a folder or a hub name with a revision, or random=true for a test"
+            f"{where}: found no weights; expected a folder or a hub name with a revision, or random=true for a test"
         )
     folder = Path(weights)
     if not folder.is_dir():
@@ -94,8 +94,8 @@ def weights_folder(weights: str | None, revision: str | None, *, where: str) -> 
             folder = Path(snapshot_download(weights, revision=revision, allow_patterns=patterns))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
             raise DataError(
-                f"{where}: {weights} at revision {revision} could not be had from the hub ({error}); download it "
-                "elsewhere and give its folder"
+                f"{where}: {weights} at revision {revision} could not be downloaded from the hub ({error}); download "
+                "it elsewhere and use its folder"
             ) from error
     for pattern in ("config.json", "*.safetensors"):
         if all(is_hidden(path) for path in folder.glob(pattern)):
@@ -111,7 +111,7 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 @lru_cache
 def _hash(file: Path, changed_ns: int) -> str:
-    """Return the hash of a file as it was at its last change: gigabytes are read once per process."""
+    """Return the hash of a file, cached by modification time, so that gigabytes are read once per process."""
     return sha256(file)
 
 
@@ -126,10 +126,10 @@ def load_strictly(
     """Return the network with the folder's weights, float32.
 
     `unused`: patterns of tensors in the files that this network does not have. `absent`: patterns of parameters that
-    the files need not hold.
-    Raises: DataError naming missing, unexpected or misshapen tensors.
+    may be missing in the files.
+    Raises: DataError with the names of missing, unexpected or misshapen tensors.
     """
-    # RADIO's configuration names code that a class of transformers never runs; a kernel it would fetch.
+    # RADIO's configuration names remote code, which classes of transformers never run; they would fetch a kernel.
     check_no_code(folder, MODEL_CONFIG, keys=KERNELS)
     loaded: Any = kind.from_pretrained(
         folder,
@@ -155,7 +155,7 @@ def load_strictly(
 
 
 def init_randomly(kind: type[Network], config: PreTrainedConfig) -> Network:
-    """Return the network with random weights that are the same in every process; the global generator is left alone."""
+    """Return the network with random weights, the same in every process; the global generator is not changed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return kind(config)

@@ -1,7 +1,7 @@
-"""A packed batch made readable: its tokens as text with the supervised ones marked, its patches as images.
+"""Readable view of a packed batch: tokens as text with supervised ones marked, patches as images.
 
-`tools/show_batch.py` collates the first batch of a config and calls `write_batch_view`. Everything shown is taken from
-the `Batch`, so what is seen is what the model gets. One sample, supervised tokens between >> <<:
+`tools/show_batch.py` collates the first batch of a config and calls `write_batch_view`. Everything is read from the
+`Batch`, so the view shows exactly the model's inputs. One sample, supervised tokens between >> <<:
 
     refcoco/train/image=581857 (row 0, tokens 0 .. 1236)
     [image 30 x 40 patches]<|im_start|>user
@@ -34,14 +34,14 @@ mark { background: #bfe5cf }
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRun:
-    """Successive tokens of one kind."""
+    """Consecutive tokens of one kind."""
 
     text: str
     num_tokens: int
     is_image: bool
     is_supervised: bool
     branch: int
-    """0 for the part that all questions see."""
+    """0 for the part shared by all questions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class SampleView:
     name: str
     row: int
     first: int
-    """Its first token in the row."""
+    """Index of its first token in the row."""
     runs: tuple[TokenRun, ...]
     image: ImageArray | None
 
@@ -81,7 +81,7 @@ def _tokens_of(batch: Batch, index: int) -> tuple[int, torch.Tensor]:
 
 
 def _runs(batch: Batch, processor: PixelSailProcessor, row: int, tokens: torch.Tensor) -> tuple[TokenRun, ...]:
-    """Return the tokens of a sample, joined where they are of one kind."""
+    """Return the tokens of a sample, merged by kind."""
     # The position before a token predicts it, so the supervised token is the next one.
     supervised = set((batch.logit_positions_M2[batch.logit_positions_M2[:, 0] == row][:, 1] + 1).tolist())
     image_ids = set(processor.image_ids)
@@ -117,7 +117,7 @@ def _image_text(batch: Batch, row: int, tokens: torch.Tensor) -> str:
 
 
 def _render_image(batch: Batch, index: int) -> ImageArray | None:
-    """Return the pixels the model gets, with its masks and the patches that prompts are painted on."""
+    """Return the pixels of the model's input, with masks and the patches of prompts."""
     if index not in batch.image_samples:
         return None
     image = batch.image_samples.index(index)
@@ -152,7 +152,7 @@ def _resize(mask: BoolMask, size_hw: SizeHW) -> BoolMask:
 
 
 def batch_facts(batch: Batch) -> list[str]:
-    """Return what the batch holds, in numbers."""
+    """Return the statistics of a batch."""
     num_filled, num_slots = int((batch.sample_index_BT >= 0).sum()), batch.sample_index_BT.numel()
     return [
         f"{batch.input_ids_BT.shape[0]} rows of {batch.input_ids_BT.shape[1]} tokens, {num_filled} of {num_slots} "

@@ -1,11 +1,11 @@
-"""What the data check looks at, from its command line.
+"""Command line of the data check.
 
-`tools/check_data.py` hands over its arguments, `data_check.py` gets a `CheckPlan`. Accepted:
+`tools/check_data.py` passes its arguments, `data_check.py` gets a `CheckPlan`. Accepted:
 
-    (nothing)                                 every file of configs/source whose data is to be downloaded or is there
-    source=refcoco,refcocog                   these
+    (nothing)                                 all of configs/source, except missing data that is not downloaded
+    source=refcoco,refcocog                   these sources
     experiment=quickstart  data=refcoco ...   the sources of a run, with any override of scripts/train.py
-    evals=perbench  evals=[refcoco_val,...]   what scripts/evaluate.py would ask: whether it can be read, and its images
+    evals=perbench  evals=[refcoco_val,...]   the evals of scripts/evaluate.py: readability and images
     root=DIR dataset=NAME split=val           one REFER folder; split_by= and image_dir= as for the source
 
 and in each case sample=200 (or all), sheet=6, strict=true, progress=false, out=FOLDER.
@@ -24,21 +24,21 @@ from pixel_sail.data.checking.downloads import downloads_of
 REFER_KEYS = ("root", "dataset", "split", "split_by", "image_dir")
 REFER_LOAD = "pixel_sail.data.sources.refer.load"
 NO_NAME = "name=data_check"
-"""A training config must be named; a check is not."""
+"""Placeholder run name, since a training config requires one."""
 
 Node = dict[str, Any]
 
 
 @dataclass(kw_only=True)
 class CheckSettings:
-    """How the check is done."""
+    """Options of the check."""
 
     sample: int | None = 200
-    """Items, masks and images that are decoded per source, None for all."""
+    """Number of items, masks and images decoded per source, None for all."""
     sheet: int = 6
-    """Samples per source that are rendered into the HTML report."""
+    """Number of samples per source rendered in the HTML report."""
     strict: bool = False
-    """Notes count as trouble too."""
+    """Whether notes also fail the check."""
     progress: bool = True
     out: Path = Path("runs/data_check")
 
@@ -50,21 +50,21 @@ class CheckSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckPlan:
-    """Which sources are checked, against which evaluations."""
+    """The sources to check and the evals to compare them with."""
 
     sources: dict[str, Node]
     evals: dict[str, Node] = field(default_factory=dict)
     data_folder: Path
     checked_evals: dict[str, Node] = field(default_factory=dict)
-    """Evals that are gone through themselves, where `evals` are only what the sources are compared with."""
+    """Evals that are checked themselves. `evals` are only compared with the sources."""
     are_trained_on: bool = True
-    """False: the sources are just folders, and their evaluation splits may be what they are."""
+    """False: the sources are plain folders, whose evaluation splits are allowed."""
     left_out: tuple[str, ...] = ()
-    """Sources of this project's own synthetic data that nobody rendered."""
+    """Sources of synthetic data that was not rendered."""
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[CheckPlan, CheckSettings]:
-    """Return what to check and how. Raises: ConfigError."""
+    """Parse the command line. Raises: ConfigError."""
     own: dict[str, str] = {}
     overrides: list[str] = []
     for argument in arguments:
@@ -148,7 +148,7 @@ def _source_plan(source: str | None, overrides: Sequence[str]) -> CheckPlan:
 
 
 def node_paths(node: Node) -> list[Path]:
-    """Return every path among the arguments of a source; the dataset folder stands for its root."""
+    """Return every path among the arguments of a source, and the dataset folder for its root."""
     texts = [value for key, value in node.items() if key != "_target_" and isinstance(value, str) and "/" in value]
     if "root" in node and "dataset" in node:
         names = [node["dataset"]] if isinstance(node["dataset"], str) else node["dataset"]
@@ -157,7 +157,7 @@ def node_paths(node: Node) -> list[Path]:
 
 
 def _is_optional_and_absent(node: Node, data_folder: Path) -> bool:
-    """Return whether a source that nobody has to download is not there: rendered here, or outside the data folder."""
+    """Return whether a source without a download is missing: synthetic data, or data outside the data folder."""
     paths = node_paths(node)
     if not paths or any(path.exists() for path in paths):
         return False

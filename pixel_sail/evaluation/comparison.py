@@ -1,11 +1,11 @@
 """Two runs on the same items: the difference of every score, with a paired bootstrap interval.
 
 Two `StoredEval` of one benchmark -> `compare` -> `Difference` per score -> `tools/compare_runs.py`. Both runs are
-resampled with the same images, so what is hard for both does not widen the interval:
+resampled with the same images, so that difficulty shared by both does not widen the interval:
 
     Difference(score="ciou", a=0.71, b=0.73, interval=(0.012, 0.029), a_better=310, b_better=402, equal=517)
 
-The difference is b - a. Items without a part in a score (N-acc of an item with a target) are not counted for it.
+The difference is b - a. Items that do not contribute to a score (an item with a target to N-acc) are not counted.
 """
 
 from collections.abc import Collection
@@ -21,15 +21,15 @@ from pixel_sail.types import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One score of both runs."""
+    """One score in both runs."""
 
     score: str
     a: float
     b: float
     interval: Interval | None = None
-    """95 % interval of b - a; None where the score is no sum over items."""
+    """95 % interval of b - a; None if the score is not a sum over items."""
     a_better: int | None = None
-    """Items on which a alone scores higher; None where items have no score."""
+    """Number of items on which a scores higher; None if items have no score."""
     b_better: int | None = None
     equal: int | None = None
 
@@ -37,9 +37,9 @@ class Difference:
 def compare(
     first: Path, second: Path, *, seed: int = 0, resamples: int = RESAMPLES, loaders: Collection[str] = ()
 ) -> list[Difference]:
-    """Return the differences of all scores of one eval, given its folder in both runs; `loaders` as in `read_stored`.
+    """Return the differences of all scores of one eval, given its folder in both runs. `loaders`: see `read_stored`.
 
-    Raises: DataError when the runs were asked different questions, before any annotations are read.
+    Raises: DataError if the runs have different questions, before any annotations are read.
     """
     check_same_questions(first, second)
     a, b = read_stored(first, loaders), read_stored(second, loaders)
@@ -68,7 +68,7 @@ def compare(
 
 
 def check_same_questions(first: Path, second: Path) -> None:
-    """Find out whether both runs answered the same questions. Raises: DataError."""
+    """Check that both runs answered the same questions. Raises: DataError."""
     one, other = read_protocol(first), read_protocol(second)
     if one["questions_sha256"] == other["questions_sha256"]:
         return
@@ -79,13 +79,13 @@ def check_same_questions(first: Path, second: Path) -> None:
     raise DataError(
         f"{first} and {second}: found different questions (sha256 {one['questions_sha256'][:12]} and "
         f"{other['questions_sha256'][:12]}; differing settings of the eval: {changed or 'none'}, prompts {prompts}), "
-        "expected the same items asked for in the same words; compare runs on one dataset with one predict.prompt and "
+        "expected the same items with the same prompts; compare runs on one dataset with one predict.prompt and "
         "one max_images"
     )
 
 
 def check_same_targets(a: StoredEval, b: StoredEval) -> None:
-    """Find out whether two copies of the annotations expect the same, wherever they lie. Raises: DataError."""
+    """Check that two copies of the annotations have the same targets. Raises: DataError."""
     for item, other in zip(a.task.items, b.task.items, strict=True):
         if replace(item, image_path=other.image_path) != other:
             raise DataError(

@@ -3,12 +3,12 @@
 `TaskScores.fractions` and the image of every item -> `bootstrap` -> samples of each score -> `interval` ->
 `results.jsonl`, the report, `tools/compare_runs.py`.
 
-The questions about one image are not independent, so images are sampled with replacement and every question comes along
-as often as its image was sampled. For two images whose fractions are 2/4 and 3/4 the resamples are (first, first) =
-0.5, (first, second) and (second, first) = 0.625, (second, second) = 0.75, each in a quarter of the resamples.
-The score of a resample is computed as the score itself is, sum over sum: of cIoU the pixels of all its items, exactly.
+Questions about one image are not independent, so images are sampled with replacement, each with all its questions. For
+two images with fractions 2/4 and 3/4 the resamples are (first, first) = 0.5, (first, second) and (second, first) =
+0.625, (second, second) = 0.75, each in a quarter of the resamples. The score of a resample is computed like the score
+itself, as a ratio of sums: for cIoU exactly the pixels of all its items.
 
-A resample in which a score is not defined (N-acc without an item that has no target) is left out of its interval.
+A resample in which a score is undefined (N-acc without no-target items) is excluded from its interval.
 """
 
 import hashlib
@@ -21,22 +21,22 @@ from pixel_sail.evaluation.task_scores import ItemFractions, Values
 RESAMPLES = 1000
 LEVEL = 0.95
 _MAX_SAMPLED = 1 << 22
-"""Numbers sampled at a time, which bounds the memory."""
+"""Random numbers sampled at a time, to bound memory."""
 
 Interval = tuple[float, float]
 
 
 def seed_for(seed: int, name: str) -> int:
-    """Return the seed of an eval's resamples, which differs between evals and is the same for two runs."""
+    """Return the seed of an eval's resamples. It differs between evals and is equal for all runs."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big")
 
 
 def bootstrap(
     fractions: Mapping[str, ItemFractions], images: Sequence[Hashable], *, seed: int, resamples: int = RESAMPLES
 ) -> dict[str, Values]:
-    """Return every score of every resample, each [resamples]; NaN where it is not defined.
+    """Return every score of every resample, each [resamples]; NaN if undefined.
 
-    images: which image each item is about [N]. All scores see the same resamples, so that differences can be taken.
+    images: the image of each item [N]. All scores use the same resamples, so that they can be subtracted.
     """
     numbers: dict[Hashable, int] = {}
     owners_N = np.array([numbers.setdefault(image, len(numbers)) for image in images], dtype=np.int64)
@@ -54,7 +54,7 @@ def bootstrap(
 
 
 def interval(samples_R: Values, level: float = LEVEL) -> Interval | None:
-    """Return the percentile interval of resampled values, None where none of them is defined."""
+    """Return the percentile interval of resampled values, None if none is defined."""
     defined = samples_R[np.isfinite(samples_R)]
     if not len(defined):
         return None

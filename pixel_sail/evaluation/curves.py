@@ -1,7 +1,7 @@
-"""Line charts as one figure, rendered by matplotlib.
+"""Line charts, rendered by matplotlib.
 
-`tools/plot_run.py` makes one `Panel` per number from log files, the benchmarks of `tools/` one per measured cost;
-`save_panels` writes them. Figures are made without pyplot, so that no display is ever looked for.
+`tools/plot_run.py` makes one `Panel` per logged metric, the benchmarks of `tools/` one per measured cost. `save_panels`
+writes them. Figures are made without pyplot, so that no display is needed.
 
     Panel(title="bce by source", curves=(Curve(label="refshapes", xs=(10, 20), ys=(0.39, 0.21), color=0), ...))
 """
@@ -22,12 +22,12 @@ COLORS = tuple(
     f"#{red:02x}{green:02x}{blue:02x}"
     for red, green, blue in (PALETTE[1], PALETTE[0], *PALETTE[2:6], (60, 60, 60), (140, 81, 10))
 )
-"""The colours of the overlays but for yellow, which cannot be seen on white."""
+"""The colors of the overlays except yellow, which is invisible on white."""
 
 PATTERNS = ("-", "--", ":", "-.")
 
 FEW_POINTS = 12
-"""Up to so many points of a curve each get a dot."""
+"""Curves with at most this number of points get a dot per point."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +35,14 @@ class Curve:
     """One line of a panel."""
 
     label: str
-    """Empty where the panel's title says enough."""
+    """Empty if the panel's title is enough."""
     xs: tuple[float, ...]
     ys: tuple[float, ...]
-    """As many as `xs`; a value that is not finite leaves a gap."""
+    """Same length as `xs`. A non-finite value leaves a gap."""
     color: int = 0
     pattern: int = 0
     smooth: int = 1
-    """Points of the running mean; above 1 the values themselves are rendered faintly behind it."""
+    """Window of the running mean. Above 1 the raw values are rendered faintly behind it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +54,15 @@ class Panel:
     x_label: str = "step"
     y_label: str = ""
     x_names: tuple[str, ...] = ()
-    """Of the places 1, 2, ... where they stand for things; the curves have dots only."""
+    """Labels of the positions 1, 2, ... of a categorical axis. Curves then have dots only."""
     is_log: bool = False
-    """Both axes are logarithmic; the curves' own xs are the ticks."""
+    """Whether both axes are logarithmic, with the curves' xs as ticks."""
 
 
 def running_mean(values: Sequence[float], number: int) -> list[float]:
-    """Return the mean of `number` (odd) values around each one, of fewer but as many on both sides at the ends.
+    """Return the centered mean over `number` (odd) values, with a smaller symmetric window at the ends.
 
-    Values that are not finite stay as they are and count nowhere else.
+    Non-finite values are kept and excluded from other means.
     """
     half = number // 2
     result = []
@@ -76,7 +76,7 @@ def running_mean(values: Sequence[float], number: int) -> list[float]:
 def size_panel(
     title: str, sizes: Sequence[float], costs: Mapping[str, Sequence[float]], *, x_label: str, y_label: str
 ) -> Panel:
-    """Return what several ways cost at growing sizes, both axes logarithmic."""
+    """Return a panel of costs by size, both axes logarithmic."""
     curves = tuple(
         Curve(label=name, xs=tuple(sizes), ys=tuple(own), color=number)
         for number, (name, own) in enumerate(costs.items())
@@ -99,7 +99,7 @@ def render_panels(panels: Sequence[Panel], title: str, *, columns: int = 3) -> F
 
 
 def save_panels(path: Path, panels: Sequence[Panel], title: str, *, columns: int = 3) -> None:
-    """Write all panels as a PNG file, whole or not at all."""
+    """Write all panels to a PNG file atomically."""
     buffer = io.BytesIO()
     render_panels(panels, title, columns=columns).savefig(buffer, format="png")
     replace_bytes(path, buffer.getvalue())
@@ -135,7 +135,7 @@ def _render(axes: Axes, panel: Panel) -> None:
         axes.set_xticks([], minor=True)
     else:
         values = [y for curve in panel.curves for y in curve.ys if math.isfinite(y)]
-        # From zero where that wastes little: heights can then be compared.
+        # Start at zero if that wastes little space, so that heights can be compared.
         if values and 0 <= min(values) < 0.6 * max(values):
             axes.set_ylim(bottom=0.0)
     if any(curve.label for curve in panel.curves):

@@ -1,9 +1,8 @@
-"""All sources and evals of a check, one after another, into reports.
+"""The data check: all sources and evals of a plan, with one report each.
 
-`tools/check_data.py` -> `check_plan.py` -> here -> `data_report.py`. The annotation files of REFER folders are gone
-through first, each once, because the evaluation splits they hold are what the other sources are compared with. Example:
-a plan with the sources refcoco and coco_panoptic gives two reports, and the second notes how many of its images are in
-refcoco(unc) val.
+`tools/check_data.py` -> `check_plan.py` -> here -> `data_report.py`. The annotation files of REFER folders are read
+first, each once, because other sources are compared with their evaluation splits. Example: a plan with the sources
+refcoco and coco_panoptic gives two reports, and the second states how many of its images are in refcoco(unc) val.
 """
 
 import logging
@@ -42,19 +41,19 @@ Built = TypeVar("Built")
 
 TRAINING_SPLIT = "train"
 Evaluated = dict[tuple[str, str], frozenset[str]]
-"""Keys of the images of every evaluation split that is known, by (dataset, split)."""
+"""Image keys of every known evaluation split, by (dataset, split)."""
 
 
 @dataclass(kw_only=True)
 class CheckResult:
-    """Reports, and samples to show, by source."""
+    """Reports, and samples to render, by source."""
 
     reports: list[SourceReport] = field(default_factory=list)
     samples: dict[str, list[Sample]] = field(default_factory=dict)
 
 
 def run_check(plan: CheckPlan, settings: CheckSettings) -> CheckResult:
-    """Go through every source of the plan."""
+    """Check every source of the plan."""
     folders = {name: folder for name, node in plan.sources.items() if (folder := refer_folder(node)) is not None}
     found: dict[ReferFolder, tuple[ReferCheck, Findings]] = {}
     for folder in dict.fromkeys(folders.values()):
@@ -67,7 +66,7 @@ def run_check(plan: CheckPlan, settings: CheckSettings) -> CheckResult:
     result = CheckResult()
     for name, node in tqdm(_split_up(plan, folders, found), desc="sources", disable=not settings.progress):
         folder = refer_folder(node)
-        # The files of a folder are reported once, with the first source that reads them.
+        # The files of a folder are reported once, for the first source that reads them.
         files = found.pop(folder, None) if folder is not None else None
         is_trained_on = plan.are_trained_on or node.get("split", TRAINING_SPLIT) == TRAINING_SPLIT
         report, samples = _check_source(name, node, files, evaluated if is_trained_on else {}, settings)
@@ -105,7 +104,7 @@ def evaluation_images(plan: CheckPlan, checked: dict[ReferFolder, ReferCheck]) -
     for folder in dict.fromkeys(folder for folder in others if folder is not None and folder not in checked):
         for split_by, path in refs_files(folder):
             if is_known(folder.dataset, split_by):
-                # Only the splits matter here; what is wrong with the file is told when one of its sources is checked.
+                # Only splits matter here. Errors in the file are reported when one of its sources is checked.
                 for row in check_refs(path, Findings()):
                     evaluated[refer_name(folder.dataset, split_by), row.split].add(coco_key(row.image_id))
     return {key: frozenset(images) for key, images in evaluated.items() if key[1] != TRAINING_SPLIT}
@@ -114,7 +113,7 @@ def evaluation_images(plan: CheckPlan, checked: dict[ReferFolder, ReferCheck]) -
 def _split_up(
     plan: CheckPlan, folders: dict[str, ReferFolder], found: dict[ReferFolder, tuple[ReferCheck, Findings]]
 ) -> list[tuple[str, Node]]:
-    """Return the sources, a REFER folder without a split becoming one source for each split it has."""
+    """Return the sources. A REFER folder without a split becomes one source per split."""
     result: list[tuple[str, Node]] = []
     for name, node in plan.sources.items():
         splits = {count.split for count in found[folders[name]][0].splits} if name in folders else set()
@@ -164,7 +163,7 @@ def _check_source(
 
 
 def _check_eval(name: str, node: Node, settings: CheckSettings) -> SourceReport:
-    """Return what is found in an eval: whether it can be read, what its reader warns about, and its images."""
+    """Check an eval: whether it can be read, the warnings of its reader, and its images."""
     findings = Findings()
     task: Task[Any, Any] | None = _build(name, node, findings, lambda: as_task(build(node, name), name))
     requests = [] if task is None else task.requests("standard")
@@ -205,7 +204,7 @@ def _reads(node: Node) -> str:
 
 
 def _own_dataset(node: Node) -> str | None:
-    """Return the dataset whose training split a source is: how its splits overlap is told with its files."""
+    """Return the dataset whose training split a source is. The overlap of splits is reported with its files."""
     folder = refer_folder(node)
     if folder is None or node.get("split", TRAINING_SPLIT) != TRAINING_SPLIT:
         return None
@@ -214,11 +213,11 @@ def _own_dataset(node: Node) -> str | None:
 
 
 def _build(name: str, node: Node, findings: Findings, make: Callable[[], Built]) -> Built | None:
-    """Return the source or eval as a run makes it, None (and trouble) where that fails; its warnings become notes."""
+    """Build the source or eval as a run does. On failure add trouble and return None. Warnings become notes."""
     if refer_folder(node) is None:
         is_complete = check_source_paths(node, findings)
     else:
-        # Only annotation files have a suffix; these sources can be built without the folder of images.
+        # Only annotation files have a suffix. These sources can be built without the image folder.
         is_complete = not any(Path(subject).suffix for subject in findings.subjects(FindingKind.MISSING_FILE))
     if not is_complete:
         return None
@@ -226,7 +225,7 @@ def _build(name: str, node: Node, findings: Findings, make: Callable[[], Built])
         try:
             built: Built | None = make()
         except ValueError as error:
-            # DataError and ConfigError are ValueErrors, and so is what sources say about a wrong setting.
+            # DataError and ConfigError are ValueErrors, as are the errors of sources for wrong settings.
             findings.trouble(FindingKind.SOURCE, name, f"cannot be built: {error}")
             built = None
     for message in warned:
@@ -237,7 +236,7 @@ def _build(name: str, node: Node, findings: Findings, make: Callable[[], Built])
 
 @contextmanager
 def _warnings() -> Iterator[list[str]]:
-    """Collect what the package warns about instead of logging it."""
+    """Collect the package's warnings instead of logging them."""
     messages: list[str] = []
 
     class Collector(logging.Handler):
@@ -255,7 +254,7 @@ def _warnings() -> Iterator[list[str]]:
 
 
 def _facts(built: Any, node: Node, findings: Findings) -> tuple[FileFact, ...]:
-    """Return the annotation files of a source or eval: those it holds on to and those its arguments name."""
+    """Return the annotation files of a source or eval: those in its attributes and in its arguments."""
     if refer_folder(node) is not None:
         return ()
     named = [Path(value) for key, value in node.items() if key != "_target_" and isinstance(value, str)]
@@ -264,7 +263,7 @@ def _facts(built: Any, node: Node, findings: Findings) -> tuple[FileFact, ...]:
 
 
 def _advice(findings: Findings) -> tuple[str, ...]:
-    """Return what to download for everything that is missing or cannot be read."""
+    """Return the downloads of everything that is missing or unreadable."""
     kinds = (FindingKind.MISSING_FILE, FindingKind.UNREADABLE_FILE, FindingKind.SOURCE)
     texts = [f"{finding.subject} {finding.message}" for finding in findings.all() if finding.kind in kinds]
     return tuple(dict.fromkeys(advice for text in texts for advice in advice_for(text)))

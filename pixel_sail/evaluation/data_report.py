@@ -1,7 +1,7 @@
-"""The data check as one HTML file: its tables, everything it found, and a sheet of rendered samples.
+"""The HTML report of the data check: tables, findings, and rendered samples.
 
-`tools/check_data.py` calls `write_data_report` with what `data_check.py` returned. A sheet shows for each source the
-image with numbered masks and prompts over the questions and answers that belong to them.
+`tools/check_data.py` calls `write_data_report` with the result of `data_check.py`. For each source it shows images with
+numbered masks and prompts, above their questions and answers.
 """
 
 import html
@@ -62,7 +62,7 @@ def write_data_report(path: Path, result: CheckResult) -> None:
 
 
 def sample_figure(sample: Sample) -> str:
-    """Return the image of one sample with its texts."""
+    """Return one sample as HTML: its image and texts."""
     masks = [mask for turn in sample.turns for mask in turn.masks]
     figure = ""
     if sample.image_path is not None:
@@ -83,9 +83,9 @@ def sample_figure(sample: Sample) -> str:
 
 
 def mask_chip(number: int) -> str:
-    """Return what stands for a [SEG] in a text: its number on the colour of its mask."""
+    """Return the HTML for a [SEG] in a text: its number on the color of its mask."""
     red, green, blue = color_of(number)
-    # Not SEG_TOKEN itself, or the next replacement would hit it.
+    # Not SEG_TOKEN itself, which the next replacement would match.
     return f'<span class=chip style="background:rgb({red},{green},{blue})">SEG {number + 1}</span>'
 
 
@@ -102,7 +102,7 @@ def _findings(report: SourceReport) -> list[str]:
 
 
 def _origins(reports: Sequence[SourceReport]) -> list[str]:
-    """Return where the published numbers come from, each split once."""
+    """Return the origins of the published sizes, each split once."""
     origins = {f"published size of {count.file} {count.split}: {count.origin}" for report in reports
                for count in report.splits if count.origin}  # fmt: skip
     return sorted(origins)

@@ -1,17 +1,17 @@
-"""Asking every item of a task exactly once, over any number of processes, and going on after a kill.
+"""Distributed, resumable inference over all items of a task, each exactly once.
 
 `run.py` builds tasks and calls `evaluate`, which returns the records that the task then scores.
 
-    <output>/protocol.json                what asked the questions: hashes of all files of the model and of the
+    <output>/protocol.json                everything the predictions depend on: hashes of the model's files and of the
                                           questions, settings, eval
     <output>/part-0.jsonl part-1.jsonl    records of each rank, one line per item
     <output>/predictions.jsonl            all of them in the order of the annotations, written at the end
 
-The work is cut into batches first: the questions about a few images of one patch grid, for which the images are opened
-and encoded together. Batches depend on the task and the token budget only, never on what is done already or on the
-number of processes, so that rounding cannot tell an interrupted or distributed run from another. They are dealt to
-ranks in turn, dear ones first; each rank appends its records to a file of its own, there is no communication before the
-end, and a run that was killed goes on with the batches that are not on file as a whole.
+Items are first grouped into batches: the questions about a few images of one patch grid, which are encoded together.
+Batches depend only on the task and `max_batch_tokens`, not on finished work or the number of processes, so that
+interrupted and distributed runs give the same results up to the last bit. Batches are distributed over ranks
+round-robin, most expensive first. Each rank appends its records to its own file, without communication before the end.
+A killed run resumes with the batches that are not complete on file.
 """
 
 import hashlib
@@ -38,10 +38,10 @@ from pixel_sail.predictor_io import PredictorOutput
 from pixel_sail.types import DataError, SizeHW
 
 RequestBatch = list[list[ItemRequest[Item]]]
-"""Items of a few images, by image."""
+"""Items grouped by image, for a few images."""
 
 QUESTION_TOKENS = 32
-"""Guess at the length of a question, to cut the work before anything is tokenized; the predictor counts exactly."""
+"""Estimated length of a question, for batching before tokenization. The predictor counts exactly."""
 
 
 def evaluate(
@@ -52,17 +52,17 @@ def evaluate(
     protocol: dict[str, Any],
     progress: bool = True,
 ) -> list[Record]:
-    """Ask every item exactly once, continuing what `output` already holds; return all records on every rank, in order.
+    """Answer every item exactly once, resuming from `output`. Return all records in order, on every rank.
 
-    Raises: ConfigError when `output` was made with another protocol; DataError when an item stayed unanswered, has two
-    different answers, or makes the model's numbers NaN.
+    Raises: ConfigError if `output` was made with another protocol; DataError if an item has no answer, two different
+    answers, or non-finite outputs.
     """
     predictor = _with_length(predictor, task)
     requests = _requests(task, predictor.config.prompt)
     _check_prompt_ids(predictor, requests)
     _claim(output, protocol)
     done = _read_parts(output, task).keys()
-    # Every rank has read what is done before any rank adds to it, so that all deal out the same remainder.
+    # Every rank reads the finished records before any rank appends, so that all distribute the same remainder.
     dist.barrier()
     remaining = [batch for batch in batches(predictor, requests) if _keys(batch) - done]
     own = remaining[dist.rank() :: dist.world_size()]
@@ -85,7 +85,7 @@ def evaluate(
 
 
 def answer_own(predictor: BatchPredictor, task: Task[Item, Record]) -> tuple[list[Item], list[Record]]:
-    """Return this rank's share of the items and their records, without files: validation during training."""
+    """Return this rank's items and their records without writing files, for validation during training."""
     predictor = _with_length(predictor, task)
     own = batches(predictor, _requests(task, predictor.config.prompt))[dist.rank() :: dist.world_size()]
     items: list[Item] = []
@@ -108,9 +108,9 @@ def answer_image(predictor: BatchPredictor, task: Task[Item, Record], items: Seq
 
 
 def batches(predictor: BatchPredictor, requests: Sequence[ItemRequest[Item]]) -> list[RequestBatch[Item]]:
-    """Return all items in batches of images with one patch grid within the token budget, dear batches first.
+    """Return all items in batches of images with one patch grid within `max_batch_tokens`, most expensive first.
 
-    An image whose questions alone exceed the budget is a batch of its own.
+    An image whose questions alone exceed the limit is its own batch.
     """
     costs: list[tuple[int, RequestBatch[Item]]] = []
     by_grid: dict[SizeHW, list[list[ItemRequest[Item]]]] = {}
@@ -128,7 +128,7 @@ def batches(predictor: BatchPredictor, requests: Sequence[ItemRequest[Item]]) ->
 
 
 def _cost(predictor: BatchPredictor, grid_hw: SizeHW, batch: RequestBatch[Any]) -> int:
-    """Return about how many tokens a batch takes: the images, once for all that see the same prompts, and the texts."""
+    """Return the estimated tokens of a batch: texts, and images once per set of visual prompts."""
     overlays = [_by_overlay(group) for group in batch]
     per_question = QUESTION_TOKENS + (predictor.config.max_new_tokens or 0)
     num_questions = max(len(overlay) for image in overlays for overlay in image)
@@ -136,7 +136,7 @@ def _cost(predictor: BatchPredictor, grid_hw: SizeHW, batch: RequestBatch[Any]) 
 
 
 def _with_length(predictor: BatchPredictor, task: Task[Any, Any]) -> BatchPredictor:
-    """Return the predictor with the task's length limit where the config does not say one."""
+    """Return the predictor with the task's length limit unless the config sets one."""
     is_open = predictor.config.max_new_tokens is None
     return predictor.changed(max_new_tokens=task.max_new_tokens) if is_open else predictor
 
@@ -147,7 +147,7 @@ def _keys(batch: RequestBatch[Any]) -> set[Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Prepared(Generic[Item]):
-    """A batch with its images opened: what the predictor is asked, and the items behind the questions of each."""
+    """A batch with opened images: requests to the predictor, and the items of each."""
 
     requests: list[GenerationRequest]
     overlays: list[list[ItemRequest[Item]]]
@@ -156,7 +156,7 @@ class _Prepared(Generic[Item]):
 def _answer_batches(
     predictor: BatchPredictor, task: Task[Item, Record], own: Sequence[RequestBatch[Item]]
 ) -> Iterator[tuple[RequestBatch[Item], list[Record]]]:
-    """Yield batches with their records; the images of the next batch are opened while the model works on this one."""
+    """Yield batches with their records. The images of the next batch are loaded while the model runs."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         opened = deque(pool.submit(_prepare, predictor, batch) for batch in own[:1])
         for index, batch in enumerate(own):
@@ -166,7 +166,7 @@ def _answer_batches(
 
 
 def _prepare(predictor: BatchPredictor, batch: RequestBatch[Item]) -> _Prepared[Item]:
-    """Open the images of a batch and decode the regions that are asked about. Raises: DataError."""
+    """Open the images of a batch and decode its regions. Raises: DataError."""
     prepared: _Prepared[Item] = _Prepared(requests=[], overlays=[])
     for group in batch:
         image = predictor.prepare(_open_image(group))
@@ -190,7 +190,7 @@ def _answer(predictor: BatchPredictor, task: Task[Item, Record], prepared: _Prep
 def _ask(
     predictor: BatchPredictor, requests: Sequence[GenerationRequest], overlays: Sequence[Sequence[ItemRequest[Any]]]
 ) -> list[list[PredictorOutput]]:
-    """Return the outputs for every request. Raises: DataError with the item whose numbers are not finite."""
+    """Return the outputs for every request. Raises: DataError naming the item with non-finite outputs."""
     try:
         return predictor.ask_many(requests)
     except NotFiniteError as error:
@@ -206,7 +206,7 @@ def _retry(
     prepared: _Prepared[Any],
     outputs: Sequence[Sequence[PredictorOutput]],
 ) -> dict[tuple[int, int], PredictorOutput]:
-    """Return, for each answer without a mask that is to be forced, its text with the masks of the forced answer."""
+    """Return for each answer without a mask its text with the masks of a retry with a forced answer."""
     if not task.retries_without_mask or predictor.config.answer != "generated":
         return {}
     again = [[i for i, output in enumerate(own) if len(output.masks_NHW) == 0] for own in outputs]
@@ -226,7 +226,7 @@ def _retry(
 
 
 def _by_overlay(group: Sequence[ItemRequest[Item]]) -> list[list[ItemRequest[Item]]]:
-    """Return the items of one image grouped by what is painted on it, in the order they come."""
+    """Return the items of one image grouped by visual prompts, in order of occurrence."""
     overlays: dict[tuple[Any, ...], list[ItemRequest[Item]]] = {}
     for request in group:
         overlays.setdefault(request.overlay_key(), []).append(request)
@@ -234,7 +234,7 @@ def _by_overlay(group: Sequence[ItemRequest[Item]]) -> list[list[ItemRequest[Ite
 
 
 def _open_image(group: Sequence[ItemRequest[Any]]) -> Image.Image:
-    """Open the image that all requests of a group must be about."""
+    """Open the common image of all requests of a group."""
     first = group[0]
     other = next((request for request in group if request.source_image != first.source_image), None)
     if other is not None:
@@ -246,7 +246,7 @@ def _open_image(group: Sequence[ItemRequest[Any]]) -> Image.Image:
 
 
 def _requests(task: Task[Item, Any], prompt: str) -> list[ItemRequest[Item]]:
-    """Return what is asked of all items. Raises: DataError when two items have one name."""
+    """Return the requests of all items. Raises: DataError for duplicate keys."""
     requests = task.requests(prompt)
     seen: set[Any] = set()
     for request in requests:
@@ -259,14 +259,14 @@ def _requests(task: Task[Item, Any], prompt: str) -> list[ItemRequest[Item]]:
 
 
 def _check_prompt_ids(predictor: BatchPredictor, requests: Sequence[ItemRequest[Any]]) -> None:
-    """Find out before hours of work whether the model has a token for every region. Raises: DataError."""
+    """Check before inference that the model has a token for every region. Raises: DataError."""
     number = predictor.processor.settings.num_visual_prompts
     for request in requests:
         highest = max(request.prompt_ids, default=-1)
         if highest >= number:
             raise DataError(
-                f"item {request.key}: found <Prompt{highest}>, expected prompts below {number}, the number that "
-                "this checkpoint has tokens for; use one with more, or leave the item out of the file"
+                f"item {request.key}: found <Prompt{highest}>, expected prompts below {number}, the number of prompt "
+                "tokens of this checkpoint; use a checkpoint with more, or remove the item from the file"
             )
 
 
@@ -279,10 +279,10 @@ def protocol_of(
     precision: str,
     eval_entry: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return everything that a prediction file depends on; `hashes` are those of the model's files by name."""
+    """Return everything that a prediction file depends on. `hashes`: of the model's files by name."""
     limit = predictor.config.max_new_tokens
     tokens = task.max_new_tokens if limit is None else limit
-    # The size of batches changes no answer. Its field keeps its first name, as files are compared byte by byte.
+    # The batch size does not affect answers. Its field keeps its old name, because files are compared byte by byte.
     settings = {name: value for name, value in vars(predictor.config).items() if name != "max_batch_tokens"}
     return {
         "checkpoint": checkpoint,
@@ -299,7 +299,7 @@ def protocol_of(
 
 
 def _digest(requests: Sequence[ItemRequest[Any]]) -> str:
-    """Return a hash of all that is asked, so that predictions for other annotations are not taken for these."""
+    """Return a hash of all requests, to detect predictions for other annotations."""
     digest = hashlib.sha256()
     for request in requests:
         source_image = [request.source_image.path.name, request.source_image.size_hw, request.source_image.is_upright]
@@ -309,19 +309,19 @@ def _digest(requests: Sequence[ItemRequest[Any]]) -> str:
 
 
 def _claim(output: Path, protocol: dict[str, Any]) -> None:
-    """Create the folder, or check that what it holds was made with the same protocol."""
+    """Create the folder, or check that its content was made with the same protocol."""
     file = output / "protocol.json"
     text = json.dumps(protocol, indent=1, sort_keys=True) + "\n"
     if dist.rank() == 0:
         if not file.is_file() and any(output.glob("part-*.jsonl")):
             raise ConfigError(
-                f"{output}: found answers without protocol.json, so that nobody knows what they answer; expected both. "
-                "Choose another output folder, or remove this one"
+                f"{output}: found answers without protocol.json, expected both; choose another output folder, or "
+                "delete this one"
             )
         if file.is_file() and file.read_bytes() != text.encode():
             raise ConfigError(
-                f"{file}: found predictions of another protocol ({_changes(file, json.loads(text))}); expected the "
-                "same one. Choose another output folder, or remove this one"
+                f"{file}: found predictions of another protocol ({_changes(file, json.loads(text))}), expected the "
+                "same one; choose another output folder, or delete this one"
             )
         with write_errors(file):
             replace_text(file, text)
@@ -329,7 +329,7 @@ def _claim(output: Path, protocol: dict[str, Any]) -> None:
 
 
 def _changes(file: Path, protocol: Mapping[str, Any]) -> str:
-    """Return in words what differs between a protocol and the one in a file."""
+    """Return a description of the differences between a protocol and the one in a file."""
     try:
         found = dict(_flat_leaves(json.loads(file.read_text())))
     except (OSError, ValueError, TypeError, RecursionError):
@@ -350,7 +350,7 @@ def _flat_leaves(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _read_parts(output: Path, task: Task[Any, Record]) -> dict[Any, Record]:
-    """Return the records of all ranks so far by key; the same answer in two files counts once.
+    """Return the records of all ranks so far by key. Equal answers in two files count once.
 
     Raises: DataError for two different answers to one item, naming the file of the second.
     """
@@ -362,15 +362,15 @@ def _read_parts(output: Path, task: Task[Any, Record]) -> dict[Any, Record]:
             if by_key.setdefault(key, record) != record:
                 raise DataError(
                     f"{part}: found another answer for {task.format.key_name} {key} than in {first[key]}, expected "
-                    "one; two evaluations wrote into one folder. Remove the line from one of the files, or from "
-                    "both to have it asked again"
+                    "one; two evaluations wrote to one folder. Remove the line from one of the files, or from both to "
+                    "evaluate it again"
                 )
             first.setdefault(key, part)
     return by_key
 
 
 def _complete(output: Path, task: Task[Any, Record], keys: Sequence[Any]) -> list[Record]:
-    """Return one record per key, in order. Raises: DataError when one is missing or of another benchmark."""
+    """Return one record per key, in order. Raises: DataError if one is missing or of another benchmark."""
     answered = _read_parts(output, task)
     unanswered = [key for key in keys if key not in answered]
     alien = answered.keys() - set(keys)
@@ -378,7 +378,7 @@ def _complete(output: Path, task: Task[Any, Record], keys: Sequence[Any]) -> lis
         raise DataError(
             f"{output}: found answers to {len(answered)} items, {len(unanswered)} items unanswered and {len(alien)} "
             f"answers to no item{f', such as {min(map(str, alien))}' if alien else ''}, expected one for each of "
-            f"{len(keys)} items; run again for what is missing, remove lines that answer no item"
+            f"{len(keys)} items; run again to resume, remove lines that answer no item"
         )
     return [answered[key] for key in keys]
 
@@ -390,7 +390,7 @@ def _progress(own: Sequence[RequestBatch[Any]], name: str, shown: bool) -> "tqdm
 
 
 def _write_merged(path: Path, record_format: RecordFormat[Record, Any], records: Sequence[Record]) -> None:
-    """Write all records into one file, complete or not at all."""
+    """Write all records to one file atomically."""
     working = path.with_name(f".{path.name}")
     working.unlink(missing_ok=True)
     with RecordWriter(working, record_format) as writer:

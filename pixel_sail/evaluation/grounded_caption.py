@@ -1,16 +1,15 @@
-"""Grounded captions: an image is described, with a mask for every phrase that can be seen.
+"""The task of grounded captions: image descriptions with a mask for every visible phrase.
 
-`data/sources/gcg_benchmark.py` -> here -> `Task`, whose answers `metrics/captions.py` and `metrics/grounded_caption.py`
-compare. An eval in a config:
+`data/sources/gcg_benchmark.py` -> here -> `Task`, scored by `metrics/captions.py` and `metrics/grounded_caption.py`. An
+eval in a config:
 
     {_target_: pixel_sail.evaluation.grounded_caption.load, root: ..., split: val, image_dir: ...}
 
 An answer `<p> A man </p> [SEG] holds <p> a cup </p> [SEG].` with two masks is the caption "A man holds a cup." with the
-phrases "A man" and "a cup". Scores: meteor, cider, ... of the caption (they need Java, `score_text: false` leaves them
-out), ap50, miou and recall of masks and phrases; with `paper_` before the name as the release computes them. The recall
-compares phrases by a text encoder, `similarity_model`; without one it is `word_recall`, by the words they share. There
-is a `paper_recall` only where that encoder is bert-base-uncased, as in the release; any other one would give another
-score, which must not stand beside published ones.
+phrases "A man" and "a cup". Scores: meteor, cider, ... of the caption (they need Java; `score_text: false` disables
+them), ap50, miou and recall of masks and phrases; with prefix `paper_` as the release computes them. Recall compares
+phrases with a text encoder, `similarity_model`. Without one it is `word_recall`, by common words. `paper_recall` exists
+only for bert-base-uncased, as in the release, because scores of other encoders are not comparable with published ones.
 """
 
 import logging
@@ -43,18 +42,18 @@ KIND = "grounded captions"
 PROMPTS = {"standard": STANDARD_CAPTION_PROMPT, "paper": PAPER_CAPTION_PROMPT}
 
 READERS = {"standard": grounded_text, "paper": grounded_text_as_released}
-"""How each protocol takes caption and phrases from an answer."""
+"""Extraction of caption and phrases from an answer, by protocol."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
-    """What is scored."""
+    """Settings of the scores."""
 
     similarity_model: Path | None
     score_text: bool
 
     def similarity(self) -> "Comparison":
-        """Return how phrases are compared. Raises: DataError when the model is not there."""
+        """Return the phrase similarity. Raises: DataError if the model does not exist."""
         if self.similarity_model is None:
             return Comparison(compare=word_overlap, name="word_recall", is_released=False)
         encoder = EncoderSimilarity(self.similarity_model)
@@ -63,12 +62,12 @@ class Scoring:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """How alike two phrases are, and what the recall that rests on it is called."""
+    """A phrase similarity, and the name of the recall based on it."""
 
     compare: Similarity
     name: str
     is_released: bool
-    """It is what the release compares by, so that there is a recall in protocol `paper`."""
+    """Whether it is the release's similarity, so that protocol `paper` has a recall."""
 
 
 def load(
@@ -80,10 +79,10 @@ def load(
     similarity_model: str | Path | None = None,
     score_text: bool = True,
 ) -> Task[GroundedCaption, ItemPrediction]:
-    """Return one split; root, split, image_dir and refuse_unpaired are those of `gcg_benchmark.load`.
+    """Return one split. root, split, image_dir and refuse_unpaired: see `gcg_benchmark.load`.
 
-    similarity_model: folder of a Hugging Face text encoder, bert-base-uncased for the released recall; None: phrases
-    are compared by their words, and there is no released recall. Raises: DataError.
+    similarity_model: folder of a Hugging Face text encoder, bert-base-uncased for the released recall. None: phrases
+    are compared by common words, without a released recall. Raises: DataError.
     """
     items = gcg_benchmark.load(root=root, split=split, image_dir=image_dir, refuse_unpaired=refuse_unpaired)
     model = None if similarity_model is None else Path(similarity_model)
@@ -117,14 +116,14 @@ def _example(item: GroundedCaption, answer: ItemPrediction) -> ResultExample:
 
 
 def _panel(masks: Sequence[RLE]) -> ColoredMasks:
-    """Return masks in colours that repeat after the last one."""
+    """Return masks with cyclic colors."""
     return tuple((rle, PALETTE[index % len(PALETTE)]) for index, rle in enumerate(masks))
 
 
 def _check(items: Sequence[GroundedCaption], scoring: Scoring) -> None:
-    """Find out before inference whether answers can be scored. Raises: DataError."""
+    """Check before inference that answers can be scored. Raises: DataError."""
     comparison = scoring.similarity()
-    # A model that cannot be read is found out now, not after the answers.
+    # Detect an unreadable model now, not after inference.
     comparison.compare(("a man",), ("a man",))
     if not comparison.is_released:
         found = "null" if scoring.similarity_model is None else str(scoring.similarity_model)

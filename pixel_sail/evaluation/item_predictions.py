@@ -1,13 +1,13 @@
-"""Answers about regions and whole images as lines of a file: what every task but referring segmentation writes.
+"""Prediction files of all tasks except referring segmentation.
 
-Predictor -> engine -> `<output>/<eval>/predictions.jsonl` -> the scorer of the task, which takes what it needs from the
-answer. Nothing is cleaned before it is written, so one file can be scored in several ways:
+Predictor -> engine -> `<output>/<eval>/predictions.jsonl` -> the scorer of the task. Answers are written unprocessed,
+so that one file can be scored in several ways:
 
     {"item_id": "sa_1.jpg/0.0", "question": "Can you provide ... <Prompt0>?", "answer": "<Prompt0>: a red cup.",
      "masks": [], "is_retry": false}
 
-"masks" has one RLE per [SEG] of the answer, in order; "is_retry" says that the answer had none, so that the masks are
-those of a second answer that was forced to begin with one.
+"masks" has one RLE per [SEG] of the answer, in order. "is_retry" means that the answer had none, and the masks come
+from a retry with a forced answer.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,12 +35,12 @@ _KINDS: dict[str, type] = {"item_id": str, "question": str, "answer": str, "mask
 
 @dataclass(frozen=True, kw_only=True)
 class ItemPrediction:
-    """What the model said about one item, as it is scored."""
+    """The answer about one item, as it is scored."""
 
     item_id: str
     question: str
     answer: str
-    """With special tokens, without the ending token."""
+    """With special tokens, without the end token."""
     masks: tuple[RLE, ...] = ()
     is_retry: bool = False
 
@@ -59,7 +59,7 @@ def _from_json(line: Json, where: str) -> ItemPrediction:
 
 
 def answer_key(answer: ItemPrediction) -> str:
-    """Return what names an item within its benchmark."""
+    """Return the key of an item within its benchmark."""
     return answer.item_id
 
 
@@ -95,7 +95,7 @@ def long_answer_task(
     example: Callable[[Item, ItemPrediction], ResultExample],
     check: Callable[[], None],
 ) -> Task[Item, ItemPrediction]:
-    """Return the task of asking for long answers, one per item; the arguments are the fields of `Task`."""
+    """Return a task with long answers, one per item. The arguments are the fields of `Task`."""
     return Task(
         kind=kind,
         items=items,
@@ -123,7 +123,7 @@ def region_request(item: AboutRegion, text: str) -> ItemRequest[AboutRegion]:
 
 
 def item_prediction(request: ItemRequest[Any], output: PredictorOutput, mask_rule: str) -> ItemPrediction:
-    """Return what was said about an item, with all masks, whatever `mask_rule` says."""
+    """Return the record of an item with all masks, independent of `mask_rule`."""
     return ItemPrediction(
         item_id=request.key,
         question=request.text,

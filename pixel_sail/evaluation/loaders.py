@@ -1,12 +1,12 @@
-"""The functions that an evaluation folder may name, and calling one with settings that somebody else wrote.
+"""Loaders of evaluation items, and safe calls with settings from untrusted files.
 
-`engine.py` writes into `protocol.json` which function read the items and with what settings; `stored.py` reads it back,
-from anybody's folder. A name is looked up in `LOADERS`, nothing is imported or called by its name from a file:
+`engine.py` writes the loader of the items and its settings to `protocol.json`. `stored.py` reads it back, possibly from
+an untrusted folder. Names are looked up in `LOADERS`; nothing is imported or called by a name from a file:
 
     {"loader": "refer_seg", "settings": {"root": "data/ref_seg", "dataset": "refcoco", "split": "val"}, "max_images": 0}
 
-Folders written before have {"_target_": "pixel_sail.evaluation.refer_seg.load", ...}, which is looked up as well. A
-function of one's own outside this list is called only where its user names it on the command line (`--loader`).
+Older folders have {"_target_": "pixel_sail.evaluation.refer_seg.load", ...}, which is looked up as well. Other
+functions are called only if the user names them on the command line (`--loader`).
 """
 
 import inspect
@@ -40,25 +40,25 @@ LOADERS: Mapping[str, Loader] = {
     "region_choice": region_choice.load,
     "visual_referring": visual_referring.load,
 }
-"""Name in `protocol.json` -> function. All only read annotations and return what is asked."""
+"""Name in `protocol.json` -> function. All only read annotations and return items."""
 
 LOADER_TARGETS = {f"{function.__module__}.{function.__qualname__}": name for name, function in LOADERS.items()}
-"""What configurations call them, and what `protocol.json` called them before."""
+"""Their names in configurations and in older `protocol.json` files."""
 
-LOADER_HELP = "a function of your own, as package.module.function, that may read the items of an eval; may be repeated"
+LOADER_HELP = "your own function, as package.module.function, that reads the items of an eval; may be repeated"
 
 TARGET = "_target_"
 LIMIT = "max_images"
 
 
 def eval_entry(node: Mapping[str, Any], max_images: int) -> dict[str, Any]:
-    """Return what `protocol.json` says about an eval of a configuration."""
+    """Return the `protocol.json` entry of an eval of a configuration."""
     settings = {key: value for key, value in node.items() if key != TARGET}
     return {"loader": LOADER_TARGETS.get(node[TARGET], node[TARGET]), "settings": settings, LIMIT: max_images}
 
 
 def read_entry(entry: Any, where: str) -> dict[str, Any]:
-    """Return such an entry after checking that it holds a name and plain settings. Raises: DataError."""
+    """Check that an entry holds a name and plain settings, and return it. Raises: DataError."""
     if not isinstance(entry, dict):
         raise DataError(f"{where}: found {type(entry).__name__}, expected an eval; evaluate again")
     if TARGET in entry:
@@ -83,11 +83,11 @@ def read_entry(entry: Any, where: str) -> dict[str, Any]:
 
 
 def load_entry(entry: Mapping[str, Any], where: str, own: Collection[str] = ()) -> Any:
-    """Return what the function of a checked entry returns.
+    """Call the function of a checked entry and return its result.
 
-    own: functions beside `LOADERS` that the user of this process allows, as `package.module.function`.
-    Raises: DataError for another function, for settings it does not take, and for annotations that cannot be read;
-    these are anybody's files, so their content is not shown. ConfigError for a function of the user's that is none.
+    own: functions besides `LOADERS` that the user allows, as `package.module.function`.
+    Raises: DataError for another function, for wrong settings, and for unreadable annotations, whose content is not
+    shown since they may belong to others. ConfigError for a user function that does not exist.
     """
     loader = _loader(entry["loader"], where, own)
     _check_settings(loader, entry["settings"], where)
@@ -98,8 +98,8 @@ def load_entry(entry: Mapping[str, Any], where: str, own: Collection[str] = ()) 
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"{where}: the items of {entry['loader']} {entry['settings']!r:.300} cannot be read "
-            f"({type(error).__name__}). What is in these files is not shown, as the folder may be somebody else's; "
-            "tools/check_data.py, or scripts/evaluate.py with an eval of your own, says what is wrong with them"
+            f"({type(error).__name__}), expected readable annotations; use tools/check_data.py, or scripts/evaluate.py "
+            "with your own eval, to see the error (hidden here, since the folder may be someone else's)"
         ) from None
 
 
@@ -109,8 +109,8 @@ def _loader(name: str, where: str, own: Collection[str]) -> Loader:
         return LOADERS[name]
     if name not in own:
         raise DataError(
-            f"{where}: found the loader {name!r:.120}, expected one of {sorted(LOADERS)}; a file of others does not "
-            "say what is called. Where it is a function of yours, allow it with --loader"
+            f"{where}: found the loader {name!r:.120}, expected one of {sorted(LOADERS)}; if it is your own function, "
+            "allow it with --loader"
         )
     try:
         return get_method(name)
@@ -119,14 +119,14 @@ def _loader(name: str, where: str, own: Collection[str]) -> Loader:
 
 
 def _check_settings(loader: Loader, settings: Mapping[str, Any], where: str) -> None:
-    """Raise DataError unless a function takes settings of these names and types."""
+    """Raise DataError unless a function accepts settings of these names and types."""
     signature = inspect.signature(loader)
     try:
         bound = signature.bind(**settings)
     except TypeError as error:
         raise DataError(
             f"{where}: the settings do not fit ({error}), expected those of {', '.join(signature.parameters)}; the "
-            "evaluation is of another version, evaluate again"
+            "evaluation was written by another version, evaluate again"
         ) from None
     hints = typing.get_type_hints(loader)
     for name, value in bound.arguments.items():
@@ -135,7 +135,7 @@ def _check_settings(loader: Loader, settings: Mapping[str, Any], where: str) -> 
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Return whether a value of a JSON file is of the type that a parameter has; unknown types take anything."""
+    """Return whether a JSON value has the type of a parameter. Unknown types accept anything."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, one) for one in arguments)

@@ -1,7 +1,6 @@
 """Masks painted over images.
 
-Validation, `scripts/predict.py` and the report paint with it. A mask is tinted at half strength and gets a border in
-full colour:
+Used by validation, `scripts/predict.py` and the report. A mask is tinted at half strength with a border in full color:
 
     paint(image, mask, PREDICTED_COLOR)  ->  uint8 [H, W, 3]
 """
@@ -16,7 +15,7 @@ ImageArray = NDArray[np.uint8]
 """RGB pixels [H, W, 3]."""
 
 PALETTE = ((213, 94, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233), (240, 228, 66))
-"""Okabe-Ito colours, which colour-blind readers can tell apart."""
+"""Okabe-Ito colors, distinguishable for color-blind readers."""
 PREDICTED_COLOR, TRUE_COLOR = PALETTE[0], PALETTE[2]
 
 

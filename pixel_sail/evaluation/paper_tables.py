@@ -1,13 +1,13 @@
 """The paper's Tables 1-4 with a checkpoint's scores as their first rows.
 
-Scores of a run -> here, with the numbers of `paper_tables.json` -> `Table` -> the report. The file holds what the paper
-prints and which score of which eval belongs into a column:
+Scores of a run -> here, with the numbers of `paper_tables.json` -> `Table` -> the report. The file holds the paper's
+numbers and the eval and score of each column:
 
     {"number": 2, "title": "region captions of RefCOCOg, METEOR in percent",
      "columns": [{"name": "METEOR", "eval": "refcocog_region_caption", "score": "meteor", "scale": 100, "decimals": 1}],
      "rows": [["Pixel-SAIL 0.5B", 16.0], ...]}                      null: the paper has no number there
 
-The checkpoint has one row for each protocol. A cell that was not run stays empty; a table without any is left out.
+The checkpoint has one row per protocol. Cells without a score are empty, and tables without any score are omitted.
 """
 
 import json
@@ -27,7 +27,7 @@ OWN_ROWS = {PAPER_PREFIX: "this checkpoint (paper)", "": "this checkpoint (stand
 def paper_tables(results: Mapping[str, Scores], *, prompt: str, limit: int) -> list[Table]:
     """Return the paper's tables for which `results`, by eval, has a score.
 
-    prompt: `predict.prompt`. limit: images of each eval that were scored, 0 for all; both are named in the heading.
+    prompt: `predict.prompt`. limit: number of scored images per eval, 0 for all. The heading shows both.
     """
     content = json.loads(FILE.read_text())
     tables = [_table(table, results, content["source"], prompt, limit) for table in content["tables"]]

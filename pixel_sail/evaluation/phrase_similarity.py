@@ -1,11 +1,11 @@
-"""How alike two phrases are, by a text encoder, for the recall of grounded captions.
+"""Phrase similarity by a text encoder, for the recall of grounded captions.
 
-`grounded_caption.py` gives `EncoderSimilarity(folder)` to `metrics/grounded_caption.py`, which calls it with two lists
-of phrases. The release takes bert-base-uncased:
+`grounded_caption.py` passes `EncoderSimilarity(folder)` to `metrics/grounded_caption.py`, which calls it with two lists
+of phrases. The release uses bert-base-uncased:
 
-    EncoderSimilarity("data/bert-base-uncased")(["a man"], ["the man", "a cup"])  ->  [[0.93, 0.71]]   (numbers made up)
+    EncoderSimilarity("data/bert-base-uncased")(["a man"], ["the man", "a cup"])  ->  [[0.93, 0.71]]   (made-up numbers)
 
-Vectors are remembered by phrase, as most phrases of a benchmark occur many times.
+Vectors are cached by phrase, since most phrases of a benchmark occur many times.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from pixel_sail.types import DataError
 BATCH_SIZE = 256
 
 BERT_BASE_UNCASED = {"model_type": "bert", "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12}
-"""What its config.json says; the cased model has another vocabulary."""
+"""Fields of its config.json. The cased model has another vocabulary size."""
 
 
 def _load(folder: Path) -> tuple[Any, Any]:
@@ -39,7 +39,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
         raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise DataError(
-            f"{folder}: found no text encoder that can be read ({type(error).__name__}: {error}), expected "
+            f"{folder}: found no readable text encoder ({type(error).__name__}: {error}), expected "
             "config.json, the tokenizer's files and model.safetensors of one such as bert-base-uncased; download it "
             "again, or set similarity_model=null to compare words only"
         ) from error
@@ -47,10 +47,10 @@ def _load(folder: Path) -> tuple[Any, Any]:
 
 
 class EncoderSimilarity:
-    """Cosine of the mean of the last states over all tokens of a phrase, its two special ones included (release)."""
+    """Cosine of mean-pooled last states over all tokens of a phrase, including special tokens (release)."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Remember the folder of a Hugging Face encoder; it is loaded when first needed. Raises: DataError."""
+        """Set the folder of a Hugging Face encoder, which is loaded on first use. Raises: DataError."""
         self._folder = Path(folder)
         if not (self._folder / "config.json").is_file():
             raise DataError(
@@ -58,7 +58,7 @@ class EncoderSimilarity:
                 "bert-base-uncased; download it, or set similarity_model=null to compare words only"
             )
         self.is_released = self._is_bert_base_uncased()
-        """Whether it is of the kind that the release takes; its weights are not looked at."""
+        """Whether its configuration is that of the release's encoder. Weights are not compared."""
         self._encoder: tuple[Any, Any] | None = None
         self._vectors: dict[str, NDArray[np.float32]] = {}
 
@@ -69,12 +69,12 @@ class EncoderSimilarity:
         return (a @ b.T).astype(np.float64)
 
     def _is_bert_base_uncased(self) -> bool:
-        config = read_json(self._folder / "config.json", {}, fail=DataError, remedy="get it again")
+        config = read_json(self._folder / "config.json", {}, fail=DataError, remedy="download it again")
         return all(config.get(key) == value for key, value in BERT_BASE_UNCASED.items())
 
     @torch.no_grad()
     def _encode(self, texts: Sequence[str]) -> None:
-        """Add the unit vectors of new phrases."""
+        """Cache the unit vectors of new phrases."""
         if texts and self._encoder is None:
             self._encoder = _load(self._folder)
         for start in range(0, len(texts), BATCH_SIZE):

@@ -1,9 +1,9 @@
-"""The only inference path: questions about images in, text and masks at image size out.
+"""Batched inference: questions about images in, text and masks at image size out.
 
 `evaluation/engine.py`, `scripts/predict.py` and validation during training call `BatchPredictor`. An image is encoded
-once for all questions that see the same visual prompts on it (prompts change the image's own states); images of one
-patch grid and all their questions run as one batch within a token budget. Pixel features are made once per image, and
-only when an answer holds a [SEG].
+once for all questions with the same visual prompts, which change the image's states. Images of one patch grid and all
+their questions run as one batch of up to `max_batch_tokens`. Pixel features are computed once per image, and only if an
+answer contains a [SEG].
 
     predictor.ask(image, ["Please segment the cat."])[0]
         -> PredictorOutput(answer="It is [SEG].", masks_NHW=<bool 1x427x640>, scores=(0.93,))
@@ -29,15 +29,15 @@ from pixel_sail.predictor_io import PredictorOutput
 from pixel_sail.types import DTYPES, DataError, SizeHW, VisualPrompt
 
 FORCED_ANSWER = "It is [SEG]."
-"""The answer that is put into the model's mouth with `predict.answer=forced` (released retry)."""
+"""The prefilled answer with `predict.answer=forced` (released retry)."""
 
 SHORT_ANSWER_TOKENS = 32
-"""Longest answer where nothing else is said: enough for masks alone."""
+"""Default maximum answer length, enough for masks alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedImage:
-    """An image as the model takes it."""
+    """A preprocessed image."""
 
     patches_PK: Tensor
     """uint8"""
@@ -47,7 +47,7 @@ class PreparedImage:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """Questions that see the same image (None: no image) with the same visual prompts; each is answered by itself."""
+    """Independent questions about the same image (None: no image) with the same visual prompts."""
 
     image: PreparedImage | None
     questions: Sequence[str]
@@ -61,16 +61,16 @@ class GenerationRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    """Some of the questions of one request, as tokens."""
+    """Some of the questions of one request, tokenized."""
 
     request: int
     texts: Sequence[list[int]]
     first: int
-    """The number of the first one among the questions of the request."""
+    """Index of the first one among the questions of the request."""
 
 
 class BatchPredictor:
-    """A model and its processor, ready to answer."""
+    """A model and its processor for inference."""
 
     def __init__(
         self, model: PixelSailForSegmentation, processor: PixelSailProcessor, config: PredictConfig | None = None
@@ -83,7 +83,7 @@ class BatchPredictor:
     def from_pretrained(
         cls, folder: str | Path, *, config: PredictConfig | None = None, precision: str = "fp32", device: str = "cpu"
     ) -> "BatchPredictor":
-        """Load an exported folder. Raises: DataError where its files are damaged or do not belong together."""
+        """Load an exported folder. Raises: DataError if its files are damaged or inconsistent."""
         model = load_model(folder, dtype=DTYPES[precision])
         processor = PixelSailProcessor.from_pretrained(folder)
         vocabulary = processor.tokenizer.get_vocab()
@@ -93,14 +93,14 @@ class BatchPredictor:
         }:
             raise DataError(
                 f"{folder}: (tokenizer, config.json) differ in the ids of {dict(list(others.items())[:5])}; the files "
-                "are of two models; copy or export them anew"
+                "are of two models; copy or export them again"
             )
         model.to(torch.device(device))  # type: ignore[arg-type]
         return cls(model, processor, config)
 
     @property
     def end_ids(self) -> tuple[int, int]:
-        """Return the tokens that end an answer."""
+        """Return the end tokens."""
         return self.processor.end_id, self.processor.turn_end_id
 
     def changed(self, **settings: Any) -> "BatchPredictor":
@@ -147,7 +147,7 @@ class BatchPredictor:
     def _answer_batch(
         self, requests: Sequence[GenerationRequest], batch: Sequence[_Part], outputs: list[list[PredictorOutput]]
     ) -> None:
-        """Add the outputs for the questions of a batch. Raises: NotFiniteError with places within the batch."""
+        """Add the outputs of a batch. Raises: NotFiniteError with indices within the batch."""
         generated, prefixes = self._generate([requests[part.request] for part in batch], batch)
         for index, (part, own) in enumerate(zip(batch, generated, strict=True)):
             image = requests[part.request].image
@@ -157,21 +157,21 @@ class BatchPredictor:
             )
 
     def why_not_finite(self) -> str:
-        """Return in words why numbers are not finite, after looking at all weights."""
+        """Return an explanation of non-finite outputs after checking all weights."""
         name = first_not_finite(self.model)
         if name is None:
             return (
-                "all weights are finite, so the numbers grew too large between the layers; the training diverged, or "
-                "this precision is too coarse for the model: try precision=fp32, else take an earlier checkpoint"
+                "all weights are finite, so activations overflowed; the training diverged, or this precision is too "
+                "coarse for the model: try precision=fp32, otherwise use an earlier checkpoint"
             )
-        return f"the weights hold NaN or infinite numbers, first in {name}; take an earlier checkpoint"
+        return f"the weights hold NaN or infinite numbers, first in {name}; use an earlier checkpoint"
 
     def _batches(
         self, requests: Sequence[GenerationRequest], texts: Sequence[Sequence[list[int]]]
     ) -> Iterator[list[_Part]]:
-        """Yield what is answered together: questions about images of one grid, within the token budget where it can be.
+        """Yield batches: questions about images of one grid, within `max_batch_tokens` if possible.
 
-        A request that alone exceeds the budget is cut into parts, and its image is encoded for each of them.
+        A request that exceeds the limit is split, and its image is encoded once per part.
         """
         by_grid: dict[SizeHW | None, list[int]] = {}
         for index, request in enumerate(requests):
@@ -181,7 +181,7 @@ class BatchPredictor:
             image_tokens = 0 if grid is None else span_length(grid)
             batch: list[_Part] = []
             for index in members:
-                # What a batch costs depends on its longest text and on the image with most texts.
+                # The cost of a batch depends on its longest text and on the image with most texts.
                 per_text = max(map(len, texts[index])) + self.max_new_tokens
                 step = max(1, (self.config.max_batch_tokens - image_tokens) // per_text)
                 for start in range(0, len(texts[index]), step):
@@ -194,7 +194,7 @@ class BatchPredictor:
                 yield batch
 
     def _cost(self, batch: Sequence[_Part], image_tokens: int) -> int:
-        """Return the tokens of a batch with its padding."""
+        """Return the number of tokens of a batch including padding."""
         longest = max(len(text) for part in batch for text in part.texts) + self.max_new_tokens
         return len(batch) * (image_tokens + max(len(part.texts) for part in batch) * longest)
 
@@ -207,7 +207,7 @@ class BatchPredictor:
 
     @torch.no_grad()
     def encode(self, requests: Sequence[GenerationRequest]) -> ImagePrefixes | None:
-        """Return the images of requests of one grid, their visual prompts painted on; None where there are none.
+        """Return the encoded images of requests of one grid, with visual prompts; None without images.
 
         Raises: DataError for a visual prompt the model has no token for.
         """
@@ -228,7 +228,7 @@ class BatchPredictor:
     def _generate(
         self, requests: Sequence[GenerationRequest], batch: Sequence[_Part]
     ) -> tuple[list[list[GenerationOutput]], ImagePrefixes | None]:
-        """Return what was generated for every part, and the images they look at; `requests` are those of the parts."""
+        """Return the generated output of every part, and the encoded images. `requests`: those of the parts."""
         prefixes = self.encode(requests)
         generated = generate(
             self.model,
@@ -241,7 +241,7 @@ class BatchPredictor:
         return generated, prefixes
 
     def question_ids(self, question: str, *, follows_image: bool) -> list[int]:
-        """Return the tokens of a question, with the forced answer behind it where one is configured."""
+        """Return the tokens of a question, followed by the forced answer if configured."""
         ids = self.processor.question_ids(question, follows_image=follows_image)
         return ids + self.processor.text_ids(FORCED_ANSWER) if self.config.answer == "forced" else ids
 
@@ -249,9 +249,9 @@ class BatchPredictor:
     def outputs(
         self, generated: Sequence[GenerationOutput], states_hwD: Tensor | None, image_hw: SizeHW, *, request: int = 0
     ) -> list[PredictorOutput]:
-        """Turn tokens and [SEG] states of one image into text and masks.
+        """Convert tokens and [SEG] states of one image to text and masks.
 
-        Raises: NotFiniteError, with the number `request`, for masks that are not finite.
+        Raises: NotFiniteError with the index `request` for non-finite masks.
         """
         counts = [len(one.seg_states_ND) for one in generated]
         probabilities = None
@@ -288,5 +288,5 @@ def span_length(grid_hw: SizeHW) -> int:
 
 
 def resize_logits(logits_NYX: Tensor, size_hw: tuple[int, int]) -> Tensor:
-    """Return logits at image size [N, H, W], bilinear and in the precision they have, as in the release."""
+    """Return logits at image size [N, H, W], bilinear and in their own precision, as in the release."""
     return F.interpolate(logits_NYX[:, None], size=size_hw, mode="bilinear", align_corners=False)[:, 0]

@@ -1,12 +1,12 @@
-"""Predictions of referring segmentation as lines of a file, and their score.
+"""Prediction files of referring segmentation, and their scores.
 
-Predictor -> `PredictionWriter` -> file -> `read_predictions` -> `score_predictions` -> one row. How a file survives a
-killed run stands in `record_files.py`.
+Predictor -> `PredictionWriter` -> file -> `read_predictions` -> `score_predictions` -> one row. `record_files.py`
+describes how a file survives a killed run.
 
 Example line: {"ref_id": 8, "sent_id": 2, "image_id": 519404, "text": "the tie of the standing man", "segmentation":
-{"size": [480, 640], "counts": "..."}, "answer": "It is [SEG]."}; "segmentation" is null when no [SEG] was generated. An
-answer with several [SEG] may add "first_segmentation", the mask of the first one, where it differs from their union:
-the released scripts score that one, so one file serves both protocols.
+{"size": [480, 640], "counts": "..."}, "answer": "It is [SEG]."}; "segmentation" is null if no [SEG] was generated. For
+an answer with several [SEG], "first_segmentation" is the mask of the first one if it differs from their union. The
+released scripts score the first one, so one file serves both protocols.
 """
 
 import logging
@@ -51,7 +51,7 @@ def _from_json(line: Json, where: str) -> Prediction:
 
 
 def prediction_key(record: Prediction | Expression) -> tuple[int, int]:
-    """Return what names an expression within its dataset."""
+    """Return the key of an expression within its dataset."""
     return record.ref_id, record.sent_id
 
 
@@ -61,15 +61,15 @@ PREDICTIONS: RecordFormat[Prediction, tuple[int, int]] = RecordFormat(
 
 
 class PredictionWriter(RecordWriter[Prediction]):
-    """Appends predictions to a file, one flushed line each. Use as a context manager."""
+    """Appends predictions to a file, one flushed line each. A context manager."""
 
     def __init__(self, path: str | Path) -> None:
-        """Open `path` for appending, creating it and its folder, after cutting off an unfinished last line."""
+        """Open `path` for appending, creating it and its folder. An incomplete last line is truncated."""
         super().__init__(path, PREDICTIONS)
 
 
 def read_predictions(path: str | Path) -> list[Prediction]:
-    """Return the predictions of a file in order, identical repeats once. Raises: DataError, see `read_records`."""
+    """Return the predictions of a file in order, without duplicates. Raises: DataError, see `read_records`."""
     return read_records(path, PREDICTIONS)
 
 
@@ -79,8 +79,8 @@ def score_predictions(
     """Return the sums over all expressions, matched with predictions by (ref_id, sent_id).
 
     An expression without a prediction, or whose prediction has no mask, scores as an empty mask and counts as missing.
-    Ignored pixels are taken out of prediction and target first.
-    Raises: DataError for a prediction of no expression here, another image, another size, or two that contradict.
+    Ignored pixels are removed from prediction and target first.
+    Raises: DataError for a prediction of an unknown expression, another image or size, or contradicting duplicates.
     """
     pairs = zip(expressions, _match(expressions, predictions), strict=True)
     each = (score_prediction(expression, prediction, empty_iou=empty_iou) for expression, prediction in pairs)
@@ -92,7 +92,7 @@ def measure_predictions(
 ) -> TaskScores:
     """Return the scores in both protocols: those of `score_predictions`, and cIoU and gIoU as `released_prediction`.
 
-    missing_as_released: what a prediction without a mask is in the released script, see `metrics/released_iou.py`.
+    missing_as_released: treatment of a prediction without a mask in the release, see `metrics/released_iou.py`.
     Raises: DataError, see `score_predictions`.
     """
     pairs = list(zip(expressions, _match(expressions, predictions), strict=True))
@@ -116,7 +116,7 @@ def measure_boundaries(
 
 
 def _boundary_sums(expression: Expression, prediction: Prediction | None) -> BoundarySums:
-    """Return the sums of one expression; ignored pixels belong to neither mask."""
+    """Return the sums of one expression without ignored pixels."""
     counted = np.ones(expression.image_hw, dtype=np.bool_)
     if expression.ignored is not None:
         counted = ~decode_rle(expression.ignored)
@@ -128,7 +128,7 @@ def _boundary_sums(expression: Expression, prediction: Prediction | None) -> Bou
 
 
 def _match(expressions: Sequence[Expression], predictions: Iterable[Prediction]) -> list[Prediction | None]:
-    """Return the prediction for every expression, None where there is none."""
+    """Return the prediction for every expression, None if missing."""
     by_id: dict[tuple[int, int], Prediction] = {}
     for prediction in predictions:
         PREDICTIONS.add_unique(by_id, prediction, "predictions")
@@ -145,7 +145,7 @@ def _match(expressions: Sequence[Expression], predictions: Iterable[Prediction])
 
 
 def score_prediction(expression: Expression, prediction: Prediction | None, *, empty_iou: float = 1.0) -> IoUSums:
-    """Return the sums of one expression; its ignored pixels count neither as predicted nor as target.
+    """Return the sums of one expression. Ignored pixels count neither as predicted nor as target.
 
     Raises: DataError for a prediction of another image or size.
     """
@@ -164,7 +164,7 @@ def score_prediction(expression: Expression, prediction: Prediction | None, *, e
 def released_prediction(
     expression: Expression, prediction: Prediction | None, *, missing: str = "empty"
 ) -> ReleasedIoUSums:
-    """Return the sums of one expression as the released scripts have them: the first mask against their target.
+    """Return the sums of one expression as in the released scripts: the first mask against their target.
 
     Raises: DataError for a prediction of another image or size.
     """

@@ -1,11 +1,11 @@
-"""Files of answers, one JSON record per line, that survive a killed run.
+"""JSON Lines files of answers that survive a killed run.
 
-The engine opens a `RecordWriter` per process and reads with `read_records` what is there already; `predictions.py` and
-`item_predictions.py` say what a line holds. The writer adds whole lines, so a run that was killed leaves at most one
-unfinished line at the end; reading drops it and says so, opening for writing cuts it off. A line that a full disk did
-not take is cut off at once, and the message says what is safe.
+The engine opens a `RecordWriter` per process and reads existing records with `read_records`. `predictions.py` and
+`item_predictions.py` define the fields. The writer appends whole lines, so a killed run leaves at most one incomplete
+line at the end. Reading drops it with a warning, and opening for writing truncates it. If the disk is full, an
+incomplete line is truncated immediately and the error states what was saved.
 
-Example, a file of three lines whose last one was cut:
+Example, a file of three lines with an incomplete last one:
 
     {"item_id": "sa_1.jpg/0.0", ...}
     {"item_id": "sa_1.jpg/0.1", ...}
@@ -35,34 +35,34 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True, kw_only=True)
 class RecordFormat(Generic[Record, Key]):
-    """How one kind of record is written, read and told from others."""
+    """Format of one kind of record."""
 
     to_json: Callable[[Record, str], Json]
-    """(record, place) -> line. Raises: DataError for a record that could not be read back."""
+    """(record, location for errors) -> line. Raises: DataError for a record that could not be read back."""
     from_json: Callable[[Json, str], Record]
-    """(line, place) -> record. Raises: DataError for wrong fields."""
+    """(line, location for errors) -> record. Raises: DataError for wrong fields."""
     key: Callable[[Record], Key]
-    """What is unique in a file."""
+    """Key of a record, unique in a file."""
     key_name: str
-    """What the key is called in messages."""
+    """Name of the key in messages."""
 
     def add_unique(self, by_key: dict[Key, Record], record: Record, where: str) -> None:
-        """Add a record unless the same one is there already. Raises: DataError for a different one of the same key."""
+        """Add a record unless it is present. Raises: DataError for a different one with the same key."""
         key = self.key(record)
         if by_key.setdefault(key, record) != record:
             raise DataError(
                 f"{where}: found a second, different record for {self.key_name} {key}, expected one; "
-                "two runs wrote into one file, start a new one"
+                "two runs wrote to one file, start a new one"
             )
 
 
 class RecordWriter(Generic[Record]):
-    """Appends records to a file, one line each. Use as a context manager."""
+    """Appends records to a file, one line each. A context manager."""
 
     def __init__(self, path: str | Path, record_format: RecordFormat[Record, Any]) -> None:
-        """Open `path` for appending, creating it and its folder, after cutting off an unfinished last line.
+        """Open `path` for appending, creating it and its folder. An incomplete last line is truncated.
 
-        Raises: DataError when the file cannot be written.
+        Raises: DataError if the file cannot be written.
         """
         self._path = Path(path)
         self._format = record_format
@@ -70,21 +70,21 @@ class RecordWriter(Generic[Record]):
         with write_errors(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             _repair_end(self._path)
-            # Without a buffer: what could not be written must not be tried again when the file is closed.
+            # Unbuffered: failed writes must not be retried when the file is closed.
             self._file = self._path.open("ab", buffering=0)
             self._length = self._file.seek(0, os.SEEK_END)
 
     def write(self, record: Record) -> None:
-        """Append one record, all of it or nothing.
+        """Append one record completely or not at all.
 
-        Raises: DataError if it could not be read back, or when the disk does not take it.
+        Raises: DataError if it could not be read back or cannot be written.
         """
         line = json.dumps(self._format.to_json(record, f"{self._path}: record")).encode("ascii") + b"\n"
         with write_errors(self._path, self._what_is_safe()):
             try:
                 _write_all(self._file.fileno(), line)
             except OSError:
-                # What was written of the line goes, so that the file ends with a whole one.
+                # Truncate the incomplete line, so that the file ends with a complete one.
                 with suppress(OSError):
                     self._file.truncate(self._length)
                 raise
@@ -92,7 +92,7 @@ class RecordWriter(Generic[Record]):
         self._num_written += 1
 
     def sync(self) -> None:
-        """Return when everything written is on the disk. Raises: DataError when the disk does not take it."""
+        """Sync the file to disk. Raises: DataError if it cannot be written."""
         with write_errors(self._path, self._what_is_safe()):
             os.fsync(self._file.fileno())
 
@@ -117,23 +117,23 @@ class RecordWriter(Generic[Record]):
 
 @contextmanager
 def write_errors(path: Path, safe: str = "nothing was changed") -> Iterator[None]:
-    """Turn what the system says about a file that cannot be written into a DataError that says what to do.
+    """Turn an OSError of a write into a DataError that says what to do.
 
-    safe: what can be relied on.
+    safe: statement of what was saved.
     """
     try:
         yield
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be written ({error.strerror or error}), {_free_space(path)}; {safe}. Make room, then the "
-            "same command goes on with what is missing; in another output folder it starts from the beginning"
+            f"{path}: cannot be written ({error.strerror or error}), {_free_space(path)}; {safe}. Free disk space, "
+            "then run the same command again to resume; another output folder starts from scratch"
         ) from error
 
 
 def read_records(path: str | Path, record_format: RecordFormat[Record, Any]) -> list[Record]:
-    """Return the records of a file in order, identical repeats once.
+    """Return the records of a file in order, without duplicates.
 
-    An unfinished last line is dropped with a warning. Raises: DataError naming file:line for any other malformed line,
+    An incomplete last line is dropped with a warning. Raises: DataError naming file:line for any other malformed line,
     and for two different records of one key.
     """
     path = Path(path)
@@ -145,7 +145,7 @@ def read_records(path: str | Path, record_format: RecordFormat[Record, Any]) -> 
         ) from error
     body, rest = _split_unfinished(data)
     if rest:
-        logger.warning("%s: dropped an unfinished last line of %d bytes", path, len(rest))
+        logger.warning("%s: dropped an incomplete last line of %d bytes", path, len(rest))
     records: dict[Any, Record] = {}
     for number, line in enumerate(body.splitlines(), start=1):
         where = f"{path}:{number}"
@@ -154,7 +154,7 @@ def read_records(path: str | Path, record_format: RecordFormat[Record, Any]) -> 
 
 
 def check_line_fields(line: Json, required: tuple[str, ...], optional: tuple[str, ...], where: str) -> None:
-    """Raise DataError unless a line has all required fields and none but these and the optional ones."""
+    """Raise DataError unless a line has all required fields and no others than these and the optional ones."""
     missing = [name for name in required if name not in line]
     unknown = sorted(line.keys() - {*required, *optional})
     if missing or unknown:
@@ -165,7 +165,7 @@ def check_line_fields(line: Json, required: tuple[str, ...], optional: tuple[str
 
 
 def check_kinds(line: Json, kinds: dict[str, type], where: str) -> None:
-    """Raise DataError unless every field that is there has its type."""
+    """Raise DataError unless every present field has its type."""
     for name, kind in kinds.items():
         if name in line and type(line[name]) is not kind:
             raise DataError(f"{where}: found {name} = {shown(line[name])}, expected {kind.__name__}; repair the line")
@@ -182,9 +182,9 @@ def _parse_line(line: bytes, where: str) -> Json:
 
 
 def _split_unfinished(data: bytes) -> tuple[bytes, bytes]:
-    """Return the whole lines of a file and the unfinished rest.
+    """Return the complete lines of a file and the incomplete rest.
 
-    A last line without a newline that is a whole JSON value is finished: a cut object never parses.
+    A last line without a newline is complete if it parses as JSON, since a truncated object never parses.
     """
     end = data.rfind(b"\n") + 1
     rest = data[end:]
@@ -196,25 +196,25 @@ def _split_unfinished(data: bytes) -> tuple[bytes, bytes]:
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
-    """Write all bytes; the system may take a part of them only, then the rest is given again."""
+    """Write all bytes, retrying partial writes."""
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(descriptor, rest) :]
 
 
 def _free_space(path: Path) -> str:
-    """Return in words how much the disk of a file, or of its first folder that exists, still takes."""
+    """Return a description of the free space on the disk of a file, or of its first existing parent."""
     folder = next(folder for folder in path.absolute().parents if folder.is_dir())
     return f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB are free in {folder}"
 
 
 def _repair_end(path: Path) -> None:
-    """Make a file end with a whole line."""
+    """Truncate an incomplete last line, or terminate a complete one."""
     if not path.exists():
         return
     body, rest = _split_unfinished(path.read_bytes())
     if rest:
-        logger.warning("%s: cut off an unfinished last line of %d bytes", path, len(rest))
+        logger.warning("%s: truncated an incomplete last line of %d bytes", path, len(rest))
     with path.open("r+b") as file:
         file.truncate(len(body))
         if body and not body.endswith(b"\n"):

@@ -1,11 +1,11 @@
-"""Referring segmentation: every expression asks for one mask, which is compared with the union of its targets.
+"""The task of referring segmentation: one mask per expression, compared with the union of its targets.
 
-Expressions of a split -> here -> `Task`, which `run.py` and validation ask. An eval in a config is
+Expressions of a split -> here -> `Task`, which `run.py` and validation evaluate. An eval in a config:
 
     {_target_: pixel_sail.evaluation.refer_seg.load, root: ..., dataset: refcoco, split: val}
 
-A line of its predictions is in `predictions.py`. Any other target that returns expressions (`coco_semantic`) is asked
-in the same way; ReasonSeg brings whole questions, which nothing is added to.
+`predictions.py` describes a line of its predictions. Other targets that return expressions (`coco_semantic`) are
+evaluated in the same way. ReasonSeg has whole questions, which are used unchanged.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ KIND = "referring segmentation"
 PROMPTS = {"standard": STANDARD_REFER_PROMPT, "paper": PAPER_REFER_PROMPT, "short": SHORT_REFER_PROMPT}
 
 WHOLE_QUESTION = {"standard": "{sent}", "paper": "{sent}"}
-"""For expressions that are questions already."""
+"""Template for expressions that are questions already."""
 
 ReferTask = Task[Expression, Prediction]
 
@@ -62,8 +62,8 @@ def load(
     text_field: str = "sent",
     blind_baseline: str = "none",
 ) -> list[Expression]:
-    """Return the expressions of one split: the `_target_` of an eval; `blind_baseline` takes text or image from
-    the model."""
+    """Return the expressions of one split: the `_target_` of an eval. `blind_baseline` hides text or image from the
+    model."""
     annotations = load_refer(root, dataset, split, split_by=split_by, image_dir=image_dir)
     return expressions(make_blind(annotations, blind_baseline), text_field=text_field)
 
@@ -77,7 +77,7 @@ def load_with_boundaries(
     image_dir: str | Path | None = None,
     text_field: str = "sent",
 ) -> ReferTask:
-    """Return one split as `load` does, scored by boundary IoU as well: 6 ms per expression at 480 x 640."""
+    """Like `load`, with boundary IoU as an additional score: 6 ms per expression at 480 x 640."""
     items = load(root=root, dataset=dataset, split=split, split_by=split_by, image_dir=image_dir, text_field=text_field)
     return replace(task_of(items), measure=measure_boundaries)
 
@@ -85,11 +85,11 @@ def load_with_boundaries(
 def load_reasonseg(
     *, root: str | Path, split: str, query: str = "all", sentences: str = "first", upright: bool = True
 ) -> ReferTask:
-    """Return one split of ReasonSeg: the `_target_` of an eval; the arguments are those of `reasonseg.expressions`.
+    """Return one split of ReasonSeg: the `_target_` of an eval. The arguments are those of `reasonseg.expressions`.
 
-    In the released script a question whose answer has no mask has no part in cIoU. There the model also sees an image
-    with an EXIF turn as it is stored: `upright: false` asks so. With `upright: true` the `paper_` scores compare with
-    the released target, but the answer is that about the upright image, turned back.
+    The released script excludes questions without a predicted mask from cIoU, and does not apply EXIF orientation,
+    like `upright: false`. With `upright: true` the `paper_` scores compare with the released target, but the answer
+    is about the upright image, rotated back.
     Raises: DataError; ValueError on an unknown query or sentences.
     """
     items = reasonseg.expressions(root=root, split=split, query=query, sentences=sentences, upright=upright)
@@ -103,10 +103,10 @@ def task_of(
     is_upright: bool = False,
     missing_as_released: str = "empty",
 ) -> ReferTask:
-    """Return the task of asking for these expressions.
+    """Return the task of these expressions.
 
-    prompts: template of each `predict.prompt`, with {sent}. is_upright: masks count pixels of images turned upright.
-    missing_as_released: `empty` or `skipped`, what the released script makes of an answer without a mask.
+    prompts: template of each `predict.prompt`, with {sent}. is_upright: masks refer to images in EXIF orientation.
+    missing_as_released: `empty` or `skipped`, treatment of an answer without a mask in the released script.
     """
     return Task(
         kind=KIND,
@@ -121,7 +121,7 @@ def task_of(
 
 
 def as_task(built: Any, where: str) -> Task[Any, Any]:
-    """Return what an eval's target returned as a task. Raises: ConfigError unless it is one, or expressions."""
+    """Return a task from the result of an eval's target. Raises: ConfigError unless it is a task or expressions."""
     if isinstance(built, Task):
         return built
     if isinstance(built, Sequence) and all(isinstance(item, Expression) for item in built):
@@ -137,13 +137,13 @@ def predict_image(predictor: BatchPredictor, group: Sequence[Expression]) -> lis
 
 
 def score_in_memory(predictor: BatchPredictor, task: ReferTask) -> tuple[IoUSums, list[Prediction]]:
-    """Return the scores over all ranks and this rank's predictions, without files: validation during training."""
+    """Return the scores over all ranks and this rank's predictions without writing files, for validation."""
     items, predictions = answer_own(predictor, task)
     return sum_ious_over_ranks(score_predictions(items, predictions) if items else IoUSums()), predictions
 
 
 def sum_ious_over_ranks(sums: IoUSums) -> IoUSums:
-    """Return the sums of all ranks."""
+    """Return the sums over all ranks."""
     integers = torch.tensor(sums.integers(), dtype=torch.int64, device=dist.local_device())
     ratios = torch.tensor([sums.iou_sum], dtype=torch.float64, device=dist.local_device())
     return IoUSums.from_integers(dist.sum_over_ranks(integers).tolist(), iou_sum=float(dist.sum_over_ranks(ratios)[0]))

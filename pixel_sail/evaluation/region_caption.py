@@ -1,15 +1,15 @@
-"""Captions of marked regions: RefCOCOg's and PerBench's detailed ones.
+"""The task of region captions: RefCOCOg's and PerBench's detailed ones.
 
-`data/sources/region_caption.py` and `perbench.py` -> here -> `Task`, whose answers `metrics/captions.py` compares with
-what people wrote. Evals in a config:
+`data/sources/region_caption.py` and `perbench.py` -> here -> `Task`, scored by `metrics/captions.py`. Evals in a
+config:
 
     {_target_: pixel_sail.evaluation.region_caption.load_refcocog, annotations: ..., image_dir: ...}
     {_target_: pixel_sail.evaluation.region_caption.load_perbench, annotations: ..., image_dir: ...}
 
-Scores: METEOR, CIDEr, BLEU and ROUGE-L of the answer without marks; with `paper_` before the name, those of the
-release: of the text as its scripts clean it and, for PerBench, with reference and answer exchanged. `protocols` says
-which are computed. Both need Java, PerBench's `paper` also WordNet, which is looked for before anything is asked; with
-`protocols: []` captions are only written down, to be scored elsewhere.
+Scores: METEOR, CIDEr, BLEU and ROUGE-L of the answer without marks. With prefix `paper_`: as in the release, of the
+text cleaned by its scripts and, for PerBench, with reference and answer exchanged. `protocols` selects them. Both need
+Java, PerBench's `paper` also WordNet; these are checked before inference. With `protocols: []` captions are written
+without scores.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,10 +39,10 @@ CaptionTask = Task[RegionCaption, ItemPrediction]
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionProtocol:
-    """One way to score a caption."""
+    """Scoring protocol of a caption."""
 
     clean: Callable[[str], str]
-    """Answer -> what is compared."""
+    """Answer -> scored text."""
     scoring: str
     """Protocol of `metrics/captions.py`."""
 
@@ -66,7 +66,7 @@ def load_refcocog(
     captions: str | Path | None = None,
     protocols: Sequence[str] = ("standard", "paper"),
 ) -> CaptionTask:
-    """Return RefCOCOg's region captions; the files are those of `region_caption.load_region_captions`.
+    """Return RefCOCOg's region captions from the files of `region_caption.load_region_captions`.
 
     Raises: DataError; ConfigError for an unknown protocol.
     """
@@ -77,7 +77,7 @@ def load_refcocog(
 def load_perbench(
     *, annotations: str | Path, image_dir: str | Path, protocols: Sequence[str] = ("standard", "paper")
 ) -> CaptionTask:
-    """Return PerBench's detailed captions; the files are those of `perbench.load_captions`.
+    """Return PerBench's detailed captions from the files of `perbench.load_captions`.
 
     Raises: DataError; ConfigError for an unknown protocol.
     """
@@ -104,7 +104,7 @@ def _task(items: Sequence[RegionCaption], *, prompt: str, chosen: dict[str, Capt
 
 
 def _request(item: RegionCaption, prompt: str, *, text: str) -> ItemRequest[RegionCaption]:
-    """Return the released question, which has no stray blanks to leave out."""
+    """Return the released question. It has no stray blanks to remove."""
     return region_request(item, prompt_template({"standard": text, "paper": text}, prompt, KIND))
 
 
@@ -118,7 +118,7 @@ def _example(item: RegionCaption, answer: ItemPrediction) -> ResultExample:
 
 
 def _check(items: Sequence[RegionCaption], chosen: dict[str, CaptionProtocol]) -> None:
-    """Find out before inference whether captions can be scored. Raises: DataError."""
+    """Check before inference that captions can be scored. Raises: DataError."""
     for protocol in chosen.values():
         check_caption_tools(protocol.scoring)
         check_references({item.item_id: item.references for item in items}, protocol.scoring)

@@ -1,11 +1,11 @@
-"""Multiple-choice questions about a marked region: PerBench's.
+"""The task of PerBench's multiple-choice questions about a marked region.
 
-`data/sources/perbench.py` -> here -> `Task`, whose answers `metrics/choice.py` judges. An eval in a config is
-`{_target_: pixel_sail.evaluation.region_choice.load, annotations: ..., image_dir: ...}`; `protocols: [paper]` does
-without reading the options, should a file write them in another way.
+`data/sources/perbench.py` -> here -> `Task`, scored by `metrics/choice.py`. An eval in a config is
+`{_target_: pixel_sail.evaluation.region_choice.load, annotations: ..., image_dir: ...}`. `protocols: [paper]` does not
+parse the options, for files with another format.
 
 Scores of one question with the options "A. red" and "B. blue", right answer "B. blue", generated `<Prompt0>: B`:
-accuracy 1 (the letter names an option), paper_accuracy 0 (release: "B. blue" is no part of the text).
+accuracy 1 (the letter names an option), paper_accuracy 0 (release: the text does not contain "B. blue").
 """
 
 from collections.abc import Sequence
@@ -27,14 +27,14 @@ from pixel_sail.types import PROTOCOLS, RegionChoice
 KIND = "region choices"
 
 PROMPTS = {"standard": PERBENCH_CHOICE_PROMPT, "paper": PERBENCH_CHOICE_PROMPT, "short": "{stem}"}
-"""The release has no stray blanks to leave out here. short: the question without its options, for models that were
-trained on short questions about regions; "the marked object" becomes the prompt's token."""
+"""The released question has no stray blanks. short: the question without its options, for models trained on short
+questions about regions; "the marked object" becomes the prompt's token."""
 
 
 def load(
     *, annotations: str | Path, image_dir: str | Path, protocols: Sequence[str] = PROTOCOLS
 ) -> Task[RegionChoice, ItemPrediction]:
-    """Return PerBench's choices; the files are those of `perbench.load_choices`.
+    """Return PerBench's choices from the files of `perbench.load_choices`.
 
     Raises: DataError; ConfigError for an unknown protocol.
     """
@@ -65,7 +65,7 @@ def _example(item: RegionChoice, answer: ItemPrediction) -> ResultExample:
 
 
 def _check(items: Sequence[RegionChoice], protocols: Sequence[str]) -> None:
-    """Read every question's options before inference. Raises: DataError for one that cannot be scored."""
+    """Parse every question's options before inference. Raises: DataError if one cannot be scored."""
     for item in items if "standard" in protocols else ():
         score_choice("", question=item.question, right=item.answer, where=item.item_id)
 

@@ -1,8 +1,8 @@
-"""The report of a run: scores as tables, the loss curve, and images of what was asked, predicted and true.
+"""The report of an evaluation: score tables, the loss curve, and example images with prediction and ground truth.
 
-`run.py` and the quickstart call `write_html_report` after scoring. It writes into the run folder
+`run.py` and the quickstart call `write_html_report` after scoring. It writes to the run folder
 
-    report.md, report.html     facts, tables, images; the HTML holds its images
+    report.md, report.html     facts, tables, images; the HTML file embeds its images
     examples/<eval>_00.png     one image each
     sheets/<eval>.png          all images of an eval that has masks: its best, median and worst ones
     montage.png                two of each eval with masks
@@ -49,7 +49,7 @@ def write_html_report(
     examples: Mapping[str, Sequence[ResultExample]],
     log_file: Path | None = None,
 ) -> None:
-    """Write report.md, report.html and their images into `folder`; `examples` by eval, equal ranks together."""
+    """Write report.md, report.html and their images to `folder`. `examples`: by eval, sorted by rank."""
     text, page = [f"# {title}", ""], [f"<h1>{html.escape(title)}</h1>"]
     text += [f"- {fact}" for fact in facts]
     page += ["<ul>", *[f"<li>{html.escape(fact)}</li>" for fact in facts], "</ul>"]
@@ -72,7 +72,7 @@ def write_html_report(
 
 
 def _figures(folder: Path, heading: str, examples: Sequence[ResultExample]) -> tuple[list[str], list[str]]:
-    """Write the images of one eval; return their part of the Markdown and of the HTML file."""
+    """Write the images of one eval and return its Markdown and HTML."""
     title = f"Examples from {heading}{_legend(examples)}"
     text, page = ["", f"## {title}", ""], [f"<h2>{html.escape(title)}</h2>"]
     numbered = enumerate(examples)
@@ -95,7 +95,7 @@ def _figures(folder: Path, heading: str, examples: Sequence[ResultExample]) -> t
 
 
 def _legend(examples: Sequence[ResultExample]) -> str:
-    """Return what the panels show."""
+    """Return the legend of the panels."""
     is_masks = any(example.iou is not None for example in examples)
     return ": image, predicted mask, true mask" if is_masks else ": image, marked or predicted, true where there is one"
 

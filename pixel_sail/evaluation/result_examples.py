@@ -1,7 +1,7 @@
-"""Items with their answers as images: which ones are shown, and how.
+"""Example images of items with their answers: selection and rendering.
 
-Every task makes a `ResultExample` of an item and its record; `run.py` chooses the best, median and worst ones
-(`ranked`) -> `report.py` puts them into the page and `sheet` into one PNG. One of referring segmentation:
+Every task makes a `ResultExample` from an item and its record. `run.py` selects the best, median and worst ones
+(`ranked`), `report.py` adds them to the page and `sheet` to one PNG. One of referring segmentation:
 
     image | predicted mask | true mask | best: "the small striped circle" (IoU 0.87, answer: It is [SEG].)
 """
@@ -25,7 +25,7 @@ Item = TypeVar("Item")
 Color = tuple[int, int, int]
 
 ColoredMasks = tuple[tuple[RLE, Color], ...]
-"""Masks painted on one copy of the image, with their colours."""
+"""Masks painted on one copy of the image, with their colors."""
 
 RANKS = ("best", "median", "worst")
 
@@ -34,19 +34,19 @@ _FONT_PX = 18
 
 @dataclass(frozen=True, kw_only=True)
 class ResultExample:
-    """One item with what was answered, ready to be shown."""
+    """One item with its answer, ready to be rendered."""
 
     text: str
-    """What was asked."""
+    """The question."""
     answer: str
     source_image: SourceImage
     panels: tuple[ColoredMasks, ...]
-    """Shown right of the plain image."""
+    """Rendered to the right of the plain image."""
     expected: str = ""
-    """Where the answer is text, what it should have been."""
+    """Expected answer, for text tasks."""
     iou: float | None = None
     rank: str = ""
-    """Why it is shown: one of RANKS, within its benchmark; "" where it was not chosen by its score."""
+    """One of RANKS within its benchmark; "" if it was not selected by score."""
 
     def image(self) -> ImageArray:
         """Return the image and its panels side by side [H, W of all + gaps, 3]."""
@@ -61,14 +61,14 @@ class ResultExample:
         return np.concatenate(parts, axis=1)
 
     def remarks(self) -> str:
-        """Return what stands beside the question."""
+        """Return the text next to the question."""
         iou = [] if self.iou is None else [f"IoU {self.iou:.2f}"]
         expected = [f"expected: {self.expected}"] if self.expected else []
         return ", ".join([*iou, f"answer: {self.answer}", *expected])
 
 
 def expression_example(item: Expression, prediction: Prediction, *, is_upright: bool = False) -> ResultExample:
-    """Return an expression with its predicted and its true mask."""
+    """Return an expression with its predicted and target mask."""
     masks = ((prediction.segmentation, PREDICTED_COLOR), (item.target, TRUE_COLOR))
     return ResultExample(
         text=item.text,
@@ -80,21 +80,21 @@ def expression_example(item: Expression, prediction: Prediction, *, is_upright: 
 
 
 def spread(items: Sequence[Item], number: int) -> list[Item]:
-    """Return `number` items at even distances, good and bad as they come."""
+    """Return `number` evenly spaced items, independent of their scores."""
     return [items[int(i)] for i in np.linspace(0, len(items) - 1, min(number, len(items)))]
 
 
 def spread_examples(items: Sequence[Expression], predictions: Sequence[Prediction], number: int) -> list[ResultExample]:
-    """Return `number` expressions at even distances over the split with their predictions."""
+    """Return `number` evenly spaced expressions of the split with their predictions."""
     by_id = {prediction_key(prediction): prediction for prediction in predictions}
     return [expression_example(item, by_id[prediction_key(item)]) for item in spread(items, number)]
 
 
 def ranked(values: NDArray[np.float64], images: Sequence[Hashable], number: int) -> list[tuple[str, int]]:
-    """Return which items are shown and why, a third each best, nearest to the median, and worst; no item twice.
+    """Return the selected items and their rank: a third each best, nearest to the median, and worst, without repeats.
 
-    Those of one rank are about different images as long as there are any.
-    values: one score per item, higher is better; of equal ones the first comes first. images: what each is about.
+    Items of one rank are about different images if possible.
+    values: one score per item, higher is better, ties in order. images: the image of each item.
     """
     order = np.argsort(-values, kind="stable").tolist()
     number = min(number, len(order))
@@ -140,7 +140,7 @@ def _cell(example: ResultExample, width: int) -> ImageArray:
 
 
 def _caption(example: ResultExample, width: int) -> str:
-    """Return one line that fits over an image: rank, question, IoU."""
+    """Return a one-line caption: rank, question, IoU."""
     before = f"{example.rank}: " if example.rank else ""
     after = "" if example.iou is None else f"   IoU {example.iou:.2f}"
     text = " ".join(example.text.split())

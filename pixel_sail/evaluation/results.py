@@ -1,6 +1,6 @@
-"""Rows of `results.jsonl`: the scores of one eval with their intervals, and everything that made them.
+"""Rows of `results.jsonl`: the scores of one eval with their intervals and provenance.
 
-`run.py` scores an eval -> `result_row` -> `append_row`; the report, `tools/compare_runs.py` and the quickstart read
+`run.py` scores an eval -> `result_row` -> `append_row`. The report, `tools/compare_runs.py` and the quickstart read
 them back. A row, shortened:
 
     {"eval": "refcoco_val", "kind": "referring segmentation", "scores": {"ciou": 0.81, "paper_ciou": 0.8, ...},
@@ -10,7 +10,7 @@ them back. A row, shortened:
      "questions_sha256": ..., "code": ..., "precision": "bf16", "device": "NVIDIA H100", "world_size": 8,
      "seconds": {"asking": 301.2, "scoring": 4.0}, ...}
 
-"limit_images" is there only where not every image was scored. A later row of the same eval replaces an earlier one.
+"limit_images" is present only if not every image was scored. A later row of the same eval replaces an earlier one.
 """
 
 import hashlib
@@ -28,11 +28,11 @@ from pixel_sail.provenance import machine
 from pixel_sail.types import DataError
 
 EVALUATION = "evaluation"
-"""Folder inside a run folder that evaluations go to unless they are sent elsewhere."""
+"""Default evaluation folder inside a run folder."""
 RESULTS_FILE = "results.jsonl"
 
 PERBENCH_EVALS = ("perbench_caption", "perbench_choice", "perbench_visual_referring")
-"""Evals whose mean is PerBench's overall score; they are known by these names in `configs/evals/`."""
+"""Evals whose mean is PerBench's overall score, by their names in `configs/evals/`."""
 PERBENCH_OVERALL = "perbench_overall"
 
 ResultRow = dict[str, Any]
@@ -40,7 +40,7 @@ ResultRow = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Resampled:
-    """What the intervals of an eval come from."""
+    """Resamples of an eval, from which its intervals are computed."""
 
     samples: Mapping[str, Values]
     """Every score of every resample, see `confidence.py`."""
@@ -54,17 +54,17 @@ class Resampled:
         return {name: ends for name, ends in found.items() if ends is not None}
 
     def row(self) -> ResultRow:
-        """Return how it was made."""
+        """Return a description of the resampling."""
         how = {"by": "image", "images": self.num_images, "resamples": self.resamples, "seed": self.seed}
         return {**how, "level": LEVEL}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What this call did."""
+    """Statistics of this call."""
 
     asked: int
-    """Items; the others had been answered before the evaluation was continued."""
+    """Number of items answered in this call. Others were answered before the evaluation was resumed."""
     asking_s: float
     scoring_s: float
 
@@ -72,7 +72,7 @@ class Cost:
 def result_row(
     name: str, kind: str, task_scores: TaskScores, resampled: Resampled, cost: Cost, protocol: ResultRow
 ) -> ResultRow:
-    """Return the row of one eval; `protocol` is that of its folder."""
+    """Return the row of one eval. `protocol`: content of its `protocol.json`."""
     limit = protocol["eval"]["max_images"]
     return {
         "eval": name,
@@ -98,7 +98,7 @@ def result_row(
 
 
 def by_protocol(scores: Scores) -> dict[str, list[str]]:
-    """Return which scores follow which protocol; counts follow none."""
+    """Return the names of the scores of each protocol. Counts belong to none."""
     names = [name for name, value in scores.items() if not isinstance(value, int)]
     paper = [name for name in names if name.startswith(PAPER_PREFIX)]
     found = {"standard": [name for name in names if name not in paper], "paper": paper}
@@ -106,14 +106,15 @@ def by_protocol(scores: Scores) -> dict[str, list[str]]:
 
 
 def config_sha256(protocol: ResultRow) -> str:
-    """Return a hash of everything that the predictions depend on, see `protocol.json`."""
+    """Return a hash of everything the predictions depend on, see `protocol.json`."""
     return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
 
 
 def perbench_row(rows: Mapping[str, ResultRow], resampled: Mapping[str, Resampled]) -> ResultRow | None:
-    """Return PerBench's overall score as a row of its own, None unless all three parts were scored.
+    """Return PerBench's overall score as a separate row, None unless all three parts were scored.
 
-    The parts are about different items and resampled independently; a part without an interval leaves none.
+    The parts have different items and are resampled independently. If a part has no interval, the overall score has
+    none.
     """
     overall = perbench_overall_of({name: row["scores"] for name, row in rows.items()})
     if not overall:
@@ -162,7 +163,7 @@ def perbench_overall_of(results: Mapping[str, Scores]) -> dict[str, float | int]
 
 
 def _perbench_values(parts: Mapping[str, Mapping[str, Any]], prefix: str) -> tuple[Any, Any, Any, Any] | None:
-    """Return METEOR, accuracy, cIoU and gIoU of the three parts, None unless all are there."""
+    """Return METEOR, accuracy, cIoU and gIoU of the three parts, None unless all exist."""
     places = zip((*PERBENCH_EVALS, PERBENCH_EVALS[-1]), ("meteor", "accuracy", "ciou", "giou"), strict=True)
     found = [parts[name].get(prefix + score) for name, score in places]
     if any(value is None for value in found):
@@ -173,11 +174,11 @@ def _perbench_values(parts: Mapping[str, Mapping[str, Any]], prefix: str) -> tup
 
 _NAMED: dict[str, type] = {"eval": str}
 SCORED: dict[str, type] = {"eval": str, "scores": dict}
-"""Rows that scores are taken from."""
+"""Required fields of a row."""
 
 
 def append_row(folder: Path, row: ResultRow) -> None:
-    """Add a row to the results of a folder; a row that is cut is as none. Raises: WriteError."""
+    """Append a row to the results of a folder. Incomplete rows are ignored by readers. Raises: WriteError."""
     append_line(folder / RESULTS_FILE, json.dumps(row))
 
 
@@ -185,10 +186,10 @@ def read_rows(folder: Path, *, fields: Fields = _NAMED) -> dict[str, ResultRow]:
     """Return the last row of every eval of a folder, each with these fields. Raises: DataError."""
     file = folder / RESULTS_FILE
     expected = (
-        "expected the JSON lines of an evaluation; give the folder that scripts/evaluate.py wrote, or run it again"
+        "expected the JSON lines of an evaluation; use the folder that scripts/evaluate.py wrote, or run it again"
     )
     try:
-        rows = read_json_lines(file, fields, fail=DataError, remedy="correct or delete that line")
+        rows = read_json_lines(file, fields, fail=DataError, remedy="fix or delete that line")
     except DataError as error:
         raise DataError(f"{file}: found no readable results ({error}), {expected}") from error
     if not rows:

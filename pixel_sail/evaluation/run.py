@@ -1,13 +1,13 @@
-"""All configured evals of one checkpoint.
+"""Evaluation of one checkpoint on all configured evals.
 
-`scripts/evaluate.py` and the quickstart call `run_evals`, which leaves behind
+`scripts/evaluate.py` and the quickstart call `run_evals`, which writes
 
     <output>/<eval>/...        predictions, see `engine.py`
-    <output>/.lock             who is writing into the folder, see `training/run_lock.py`
+    <output>/.lock             the process that writes to the folder, see `training/run_lock.py`
     <output>/results.jsonl     one row per eval, see `results.py`
     <output>/report.html       the scores of this call, the paper's tables, and images from every eval
 
-All that can be found out without the model (files, options, Java) is found out before it is loaded.
+Files, options and Java are checked before the model is loaded.
 """
 
 import logging
@@ -53,23 +53,23 @@ EXPORT = "export"
 """Folder inside a run folder that holds the Hugging Face files."""
 
 RANKED_BY = ("giou", "miou")
-"""Scores by which the best, median and worst items are chosen for the report, of tasks that have one of them."""
+"""Scores that select the best, median and worst items for the report. The first that a task has is used."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalPlan:
-    """The evals that can be asked, and why others cannot."""
+    """The evals to run, and the skipped ones."""
 
     tasks: Mapping[str, Task[Any, Any]]
     skipped: Mapping[str, str]
-    """Eval -> which file is missing."""
+    """Skipped eval -> its missing file."""
 
 
 def run_evals(config: EvalConfig) -> dict[str, Scores]:
-    """Score the checkpoint on every eval and return {eval name: scores}, on every rank.
+    """Score the checkpoint on every eval and return {eval name: scores} on every rank.
 
-    Raises: ConfigError when the checkpoint or the evals are missing, and while another process writes into the folder;
-    DataError for wrong annotations or images, and for numbers of the model that are not finite.
+    Raises: ConfigError if the checkpoint or the evals are missing, or another process writes to the folder; DataError
+    for wrong annotations or images, and for non-finite outputs of the model.
     """
     folder = checkpoint_folder(config.checkpoint)
     if config.precision not in DTYPES:
@@ -84,7 +84,7 @@ def run_evals(config: EvalConfig) -> dict[str, Scores]:
 
 
 def _run_plan(config: EvalConfig, plan: EvalPlan, folder: Path, output: Path) -> dict[str, Scores]:
-    """Ask and score all evals of a plan; the folder is ours alone."""
+    """Run and score all evals of a plan. The caller holds the lock of the folder."""
     hashes = model_hashes(folder)
     predictor = BatchPredictor.from_pretrained(
         folder, config=config.predict, precision=config.precision, device=str(dist.local_device())
@@ -104,7 +104,7 @@ def _run_plan(config: EvalConfig, plan: EvalPlan, folder: Path, output: Path) ->
         started, num_before = time.monotonic(), _num_answered(output / name)
         records = evaluate(predictor, task, output / name, protocol=protocol, progress=config.progress)
         asked = time.monotonic()
-        # Rank 0 scores alone, as some scorers start programs of their own.
+        # Only rank 0 scores, because some scorers start external programs.
         if dist.rank() == 0:
             images = [str(request.image_id) for request in task.requests(config.predict.prompt)]
             task_scores = task.measure(task.items, records)
@@ -124,10 +124,10 @@ def _run_plan(config: EvalConfig, plan: EvalPlan, folder: Path, output: Path) ->
 
 
 def plan_evals(config: EvalConfig) -> EvalPlan:
-    """Return the configured evals, after finding out all that can be wrong before the model is loaded.
+    """Return the configured evals after all checks that need no model.
 
-    Raises: ConfigError, DataError; MissingDataError naming every eval whose files are not there, unless
-    `missing_data` is skip and another eval can be asked.
+    Raises: ConfigError, DataError; MissingDataError naming every eval with missing files, unless `missing_data` is
+    skip and another eval can run.
     """
     if not config.evals:
         raise ConfigError("evals is empty; name some, for example evals=[refshapes_val]")
@@ -141,8 +141,8 @@ def plan_evals(config: EvalConfig) -> EvalPlan:
     if skipped and (config.missing_data == "stop" or not tasks):
         listed = "".join(f"\n  {name}: {reason}" for name, reason in skipped.items())
         raise MissingDataError(
-            f"evals: found no files for {len(skipped)} of {len(config.evals)}:{listed}\nexpected all of them; get the "
-            "files (data/README.md says from where), name other evals, or run those that are there with "
+            f"evals: found no files for {len(skipped)} of {len(config.evals)}:{listed}\nexpected all of them; download "
+            "the files (see data/README.md), choose other evals, or run the available ones with "
             "missing_data=skip"
         )
     for name, reason in skipped.items():
@@ -151,7 +151,7 @@ def plan_evals(config: EvalConfig) -> EvalPlan:
 
 
 def _ready(task: Task[Any, Any], config: EvalConfig) -> Task[Any, Any]:
-    """Return the task with the items that are asked, after checking that they can be."""
+    """Return the task with the selected items, after checking their images and scorer."""
     chosen = task.first_images(config.max_images, config.predict.prompt)
     images = dict.fromkeys(request.source_image.path for request in chosen.requests(config.predict.prompt))
     absent = [path for path in images if not path.is_file()]
@@ -164,12 +164,12 @@ def _ready(task: Task[Any, Any], config: EvalConfig) -> Task[Any, Any]:
 
 
 def _num_answered(folder: Path) -> int:
-    """Return how many items earlier calls answered."""
+    """Return the number of items answered by earlier calls."""
     return sum(part.read_bytes().count(b"\n") for part in folder.glob("part-*.jsonl"))
 
 
 def _resample(task_scores: TaskScores, images: Sequence[str], name: str, config: EvalConfig) -> Resampled:
-    """Return the scores of resampled images."""
+    """Return the bootstrap scores."""
     seed = seed_for(config.seed, name)
     samples = (
         bootstrap(task_scores.fractions, images, seed=seed, resamples=config.resamples) if config.resamples else {}
@@ -180,7 +180,7 @@ def _resample(task_scores: TaskScores, images: Sequence[str], name: str, config:
 def _choose(
     task: Task[Any, Any], records: Sequence[Any], task_scores: TaskScores, images: Sequence[str], number: int
 ) -> list[ResultExample]:
-    """Return the examples that are shown: by rank where items have a score for their masks, else at even distances."""
+    """Return the examples for the report: by rank if items have a mask score, otherwise evenly spaced."""
     pairs = list(zip(task.items, records, strict=True))
     score = next((task_scores.fractions[name] for name in RANKED_BY if name in task_scores.fractions), None)
     if score is None:
@@ -217,16 +217,16 @@ def _report(
 
 
 def _facts(config: EvalConfig, plan: EvalPlan, weights: str) -> list[str]:
-    """Return what a reader must know about the numbers."""
+    """Return the facts printed with the scores."""
     facts = [
         f"weights {weights[:12]}, code {code_version()}, {config.precision} on {dist.world_size()} x {device_name()}",
         f"prompt {config.predict.prompt}, mask {config.predict.mask}, answer {config.predict.answer}",
-        "Scores named paper_... follow the protocol `paper`: computed as the released scripts do, their mistakes "
-        "included. All others follow the protocol `standard`, where a missing prediction counts as an empty mask.",
+        "Scores named paper_... follow the protocol `paper`: computed as in the released scripts, including their "
+        "errors. All others follow the protocol `standard`, where a missing prediction counts as an empty mask.",
     ]
     if config.resamples:
         facts.append(
-            f"In brackets: 95 % interval of {config.resamples} bootstrap resamples of images; scores that are no sums "
+            f"In brackets: 95 % interval of {config.resamples} bootstrap resamples of images. Scores that are not sums "
             "over items have none."
         )
     if config.max_images:
@@ -240,7 +240,7 @@ def checkpoint_folder(name: str) -> Path:
         if holds_model(folder):
             return folder
     raise ConfigError(
-        f"checkpoint {name}: neither it nor its {EXPORT}/ holds config.json and model.safetensors (or "
+        f"checkpoint {name}: neither it nor its {EXPORT}/ contains config.json and model.safetensors (or "
         "model.safetensors.index.json and the files that it lists); "
-        "give a run folder whose training finished, or an exported folder"
+        "use a run folder whose training finished, or an exported folder"
     )

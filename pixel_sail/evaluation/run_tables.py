@@ -1,14 +1,14 @@
-"""The paper's Tables 1-4 with several runs beside its own rows, and the table of its components.
+"""The paper's Tables 1-4 and its component ablation, with rows of several runs.
 
-`tools/make_tables.py` reads `results.jsonl` of every run, and what lmms-eval wrote for Table 4; this module makes
-tables of them with the columns of `paper_tables.json`. An example, one run and one protocol:
+`tools/make_tables.py` reads `results.jsonl` of every run, and lmms-eval's results for Table 4. This module makes tables
+with the columns of `paper_tables.json`. An example with one run and one protocol:
 
     | | METEOR |
     |---|---:|
     | mine (standard) | 15.8 |
     | Pixel-SAIL 0.5B | 16.0 |
 
-A cell that was not run says so; the paper's missing numbers are a dash.
+Cells without a score are marked as not run. The paper's missing numbers are a dash.
 """
 
 import json
@@ -75,7 +75,7 @@ def _table(heading: str, table: dict[str, Any], runs: Runs, protocols: Sequence[
     columns = table["columns"]
     own = []
     for run, results in runs.items():
-        # lmms-eval has no such protocols: its scores are the same in both rows, so one row is enough.
+        # lmms-eval has no protocols and would give two equal rows, so one row is enough.
         has_both = any(PAPER_PREFIX + c["score"] in results.get(c["eval"], {}) for c in columns)
         for protocol in protocols if has_both else protocols[-1:]:
             values = [results.get(c["eval"], {}).get(SCORE_PREFIXES[protocol] + c["score"]) for c in columns]

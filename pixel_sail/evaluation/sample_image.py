@@ -1,8 +1,8 @@
-"""Images of training samples: the image with every mask and prompt in a colour and a number of its own.
+"""Rendering of training samples with colored, numbered masks and prompts.
 
-The data report and the batch viewer render with it, on top of `overlay.py`. Different masks are tinted and numbered 1,
-2, ... in the order of the [SEG] of all turns, and the same mask asked for twice has one number; visual prompts are
-outlined and named P0, P1, ... by their id.
+Used by the data report and the batch viewer, on top of `overlay.py`. Distinct masks are tinted and numbered 1, 2, ...
+in the order of the [SEG] of all turns; a repeated mask keeps its number. Visual prompts are outlined and named P0, P1,
+... by their id.
 
     render_masks(image of 640 x 480, [left cup, right cup, left cup], {7: spoon})
     ->  RGB [360, 480, 3] with "1" and "2" on the cups and a ring named "P7" around the spoon
@@ -19,20 +19,20 @@ from pixel_sail.evaluation.overlay import PALETTE, ImageArray, tint_mask
 from pixel_sail.types import BoolMask, SizeHW
 
 WIDTH_PX = 480
-"""Images are scaled down to this width."""
+"""Maximum width; larger images are scaled down."""
 SMALL_WIDTH_PX = 240
-"""Smaller images are enlarged by a whole factor to at least this width."""
+"""Minimum width; smaller images are enlarged by an integer factor."""
 BORDER_PX = 2
 IGNORED_COLOR = (110, 110, 110)
 
 
 def color_of(number: int) -> tuple[int, int, int]:
-    """Return the colour of mask or prompt `number`."""
+    """Return the color of mask or prompt `number`."""
     return PALETTE[number % len(PALETTE)]
 
 
 def mask_numbers(masks: Sequence[BoolMask]) -> list[int]:
-    """Return which image number, from 0, each mask has: equal masks have the same."""
+    """Return the number of each mask, from 0. Equal masks have the same."""
     seen: dict[tuple[tuple[int, ...], bytes], int] = {}
     return [seen.setdefault((mask.shape, mask.tobytes()), len(seen)) for mask in masks]
 
@@ -74,7 +74,7 @@ def _rendered_size(size_hw: SizeHW) -> SizeHW:
 
 
 def scale_mask(mask: BoolMask, size_hw: SizeHW) -> BoolMask:
-    """Return the mask at another size; scaled down, a marked pixel never disappears."""
+    """Resize a mask. Marked pixels never disappear when downscaling."""
     if size_hw[1] >= mask.shape[1]:
         factors = np.array(size_hw) // np.array(mask.shape)
         return mask.repeat(factors[0], axis=0).repeat(factors[1], axis=1)
@@ -85,7 +85,7 @@ def scale_mask(mask: BoolMask, size_hw: SizeHW) -> BoolMask:
 
 
 def _outline(pixels: ImageArray, mask: BoolMask, color: tuple[int, int, int]) -> ImageArray:
-    """Render a ring around a region, so that a single pixel can be seen and the image stays visible below."""
+    """Render a ring around a region, which makes single pixels visible and keeps the image below visible."""
     wide, size = mask.copy(), BORDER_PX
     for row, column in np.argwhere(mask)[:1] if mask.sum() == 1 else ():
         wide[max(0, row - 4) : row + 5, max(0, column - 4) : column + 5] = True

@@ -1,6 +1,6 @@
-"""One figure of the data pipeline: an item of a source, its sample, the sequence it is packed into, the batch.
+"""A figure of the data pipeline: an item of a source, its sample, the packed sequence, the batch.
 
-`tools/show_batch.py` renders it from what a config really gives; docs/data.md shows one. Colours of the token strips:
+`tools/show_batch.py` renders it from the data of a config. docs/data.md shows one. Colors of the token strips:
 
     image blue | question grey | supervised answer green | padding white; a line between samples
 """
@@ -23,7 +23,7 @@ from pixel_sail.model.attention_mask import attention_mask
 from pixel_sail.types import Batch, Sample
 
 KINDS = {"padding": "#ffffff", "image": "#6baed6", "question": "#bdbdbd", "answer (supervised)": "#41ab5d"}
-"""Colour of every kind of token."""
+"""Color of every kind of token."""
 TURNS_SHOWN = 4
 LINE = 80
 DPI = 110
@@ -41,8 +41,8 @@ def token_kinds(batch: Batch) -> NDArray[np.int64]:
 
 
 def write_stages(path: Path, sample: Sample, batch: Batch, *, source: str, num_items: int, item: int) -> None:
-    """Write the figure as PNG. `sample`: a sample with an image, the first of the batch's first row; `source`: its name
-    in the config, of `num_items` items, of which it is number `item`. Raises: DataError for a missing image."""
+    """Write the figure as PNG. `sample`: a sample with an image, the first of the batch's first row. `source`: its name
+    in the config. `item`: its index among `num_items` items. Raises: DataError for a missing image."""
     assert sample.image_path is not None and sample.image_hw is not None
     image = load_image(sample.image_path, where=sample.sample_id, expected_hw=sample.image_hw)
     figure = Figure(figsize=(11, 8), dpi=DPI, layout="constrained")

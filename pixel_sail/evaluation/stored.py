@@ -1,11 +1,11 @@
-"""Evals of an evaluation folder, read back to be scored again or compared.
+"""Finished evals, read back for rescoring or comparison.
 
 `<output>/<eval>/protocol.json` and `predictions.jsonl` -> `StoredEval` -> `comparison.py` for `tools/compare_runs.py`.
-The protocol says which loader read the items with what settings, so they come from where they came from:
+The protocol names the loader of the items and its settings, so the same items are loaded:
 
     read_stored(Path("runs/a/evaluation/refcoco_val")).measure().scores["ciou"] == 0.81
 
-Neither model nor images are needed. The folder may be anybody's: what it can name is in `loaders.py`.
+Neither model nor images are needed. The folder may be untrusted; `loaders.py` limits what it can name.
 """
 
 import json
@@ -25,7 +25,7 @@ from pixel_sail.types import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class StoredEval:
-    """One eval of one evaluation, complete."""
+    """One finished eval."""
 
     folder: Path
     protocol: dict[str, Any]
@@ -35,20 +35,20 @@ class StoredEval:
 
     @cached_property
     def requests(self) -> list[ItemRequest[Any]]:
-        """Return what was asked of every item."""
+        """Return the request of every item."""
         return self.task.requests(self.protocol["predict"]["prompt"])
 
     def images(self) -> list[str]:
-        """Return which image each item is about."""
+        """Return the image of each item."""
         return [str(request.image_id) for request in self.requests]
 
     def measure(self) -> TaskScores:
-        """Return the scores, computed anew. Raises: DataError."""
+        """Recompute the scores. Raises: DataError."""
         return self.task.measure(self.task.items, self.records)
 
 
 def stored_evals(folder: Path) -> list[str]:
-    """Return the names of the evals of an evaluation folder. Raises: DataError when there is none."""
+    """Return the names of the evals of an evaluation folder. Raises: DataError if there is none."""
     names = sorted(file.parent.name for file in folder.glob("*/protocol.json"))
     if not names:
         raise DataError(
@@ -59,7 +59,7 @@ def stored_evals(folder: Path) -> list[str]:
 
 
 def read_protocol(folder: Path) -> dict[str, Any]:
-    """Return what made the predictions of one eval. Raises: DataError."""
+    """Return the protocol of one eval. Raises: DataError."""
     file = folder / "protocol.json"
     try:
         protocol = json.loads(file.read_text())
@@ -82,8 +82,8 @@ def read_protocol(folder: Path) -> dict[str, Any]:
 def read_stored(folder: Path, loaders: Collection[str] = ()) -> StoredEval:
     """Return one eval with its items and records.
 
-    loaders: functions of the user's own that the folder may name, see `loaders.py`.
-    Raises: DataError when the evaluation is unfinished or the annotations are no longer those that were asked about.
+    loaders: the user's own functions that the folder may name, see `loaders.py`.
+    Raises: DataError if the evaluation is unfinished or the annotations changed since.
     """
     protocol = read_protocol(folder)
     where, prompt = str(folder / "protocol.json"), protocol["predict"]["prompt"]

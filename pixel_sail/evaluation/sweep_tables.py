@@ -1,4 +1,4 @@
-"""What came out of a sweep: mean and spread over seeds, and the paired difference to a baseline.
+"""Tables of a sweep: mean and standard deviation over seeds, and paired differences to a baseline.
 
 `sweep.json` and the evaluation folders of its jobs -> `SeedGroup`s, jobs that differ in the seed only ->
 `scores_of_groups` and `differences` -> `tools/make_tables.py --sweep`. An example, cIoU of two groups with two seeds:
@@ -8,9 +8,9 @@
     | ablation=stride_8 | 0.571 +- 0.012 (2) |
     | ablation=stride_4 | 0.598 +- 0.004 (2) |
 
-The difference of two groups pairs jobs of one seed. Its interval comes from resampling images, the same ones for all
-jobs of both groups, and taking the mean over seeds each time: it says how sure the difference is for these weights on
-other images. How it varies with the seed is beside it.
+The difference of two groups pairs jobs by seed. Its interval comes from resampling images, the same for all jobs of
+both groups, and averaging over seeds each time. It quantifies the uncertainty for these weights on other images. The
+differences by seed are listed next to it.
 """
 
 import json
@@ -33,7 +33,7 @@ from pixel_sail.types import DataError
 SWEEP_NAME = "sweep.json"
 SEED_KEY = "seed"
 MAIN_SCORES = ("ciou", "giou", "boundary_iou", "accuracy", "meteor", "cider", "overall")
-"""Scores that a sweep's table shows, of those an eval has."""
+"""Scores in a sweep's table, if an eval has them."""
 NOTHING = "not run"
 
 
@@ -42,12 +42,12 @@ class SeedGroup:
     """Jobs that differ in their seed only."""
 
     name: str
-    """Their other swept values."""
+    """Values of the other swept settings."""
     folders: dict[str, Path]
     """Seed -> run folder, finished or not."""
 
     def results(self) -> dict[str, dict[str, Scores]]:
-        """Return seed -> eval -> scores of the jobs that were evaluated. Raises: DataError."""
+        """Return seed -> eval -> scores of the evaluated jobs. Raises: DataError."""
         found = {}
         for seed, folder in self.folders.items():
             if (folder / EVALUATION / RESULTS_NAME).is_file():
@@ -98,7 +98,7 @@ def scores_table_of(groups: Sequence[SeedGroup]) -> Table:
         heading="Mean over seeds",
         columns=tuple(f"{name} {score}" for name, score in columns),
         rows=tuple(rows),
-        note="Standard deviation over seeds behind +-, number of seeds in brackets.",
+        note="Standard deviation over seeds after +-, number of seeds in brackets.",
     )
 
 
@@ -129,9 +129,9 @@ class GroupDifference:
 def differences(
     baseline: SeedGroup, group: SeedGroup, *, seed: int = 0, resamples: int = RESAMPLES, loaders: Collection[str] = ()
 ) -> list[GroupDifference]:
-    """Return the differences of all main scores over the seeds that both groups have; `loaders` as in `read_stored`.
+    """Return the differences of all main scores over the seeds of both groups. `loaders`: see `read_stored`.
 
-    Raises: DataError when jobs were asked different questions.
+    Raises: DataError if jobs have different questions.
     """
     first, second = baseline.results(), group.results()
     seeds = [own for own in first if own in second]
@@ -153,7 +153,7 @@ def _differences(
     resamples: int,
     loaders: Collection[str],
 ) -> list[GroupDifference]:
-    """Return the differences of one eval; all jobs see the same resampled images."""
+    """Return the differences of one eval. All jobs use the same resampled images."""
     folders = {(side.name, own): side.folders[own] / EVALUATION / name for own in seeds for side in (baseline, group)}
     reference = next(iter(folders.values()))
     stored = {}

@@ -1,7 +1,7 @@
 """Tables of a report, as Markdown and as HTML.
 
-Scores of a run -> `scores_table`, the paper's rows -> `paper_tables.py` -> `Table` -> `report.py`. A row of scores,
-with the interval of each score that has one:
+Scores of a run -> `scores_table`, the paper's rows -> `paper_tables.py` -> `Table` -> `report.py`. A row of scores with
+intervals:
 
     ("refshapes_val", ("0.659 (0.631-0.688)", "0.727 (0.703-0.751)", "1229"))
 """
@@ -14,14 +14,14 @@ from pixel_sail.evaluation.confidence import Interval
 from pixel_sail.evaluation.task_scores import Scores
 
 COLUMNS = ("ciou", "giou", "p50", "p70", "p90", "n_acc", "t_acc")
-"""Scores that stand first in a table; other ones follow, but for these."""
+"""Scores in the first columns of a table. Others follow, except the excluded ones."""
 LAST_COLUMNS = ("count", "missing")
 HIDDEN_COLUMNS = ("p60", "p80", *(f"{prefix}bleu{order}" for prefix in ("", "paper_") for order in (1, 2, 3)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table of a report, cells ready to be shown."""
+    """A table of a report with formatted cells."""
 
     heading: str
     columns: tuple[str, ...]
@@ -29,7 +29,7 @@ class Table:
     """Name and cells."""
     note: str = ""
     num_own: int = 0
-    """How many of the first rows are shown in bold: those of this run among other ones."""
+    """Number of first rows in bold: those of this run."""
 
     def markdown(self) -> list[str]:
         """Return the lines of the table with its heading."""
@@ -56,7 +56,7 @@ class Table:
 def scores_table(
     heading: str, rows: Mapping[str, Scores], intervals: Mapping[str, Mapping[str, Interval]] | None = None
 ) -> Table:
-    """Return a table of the scores that any row has, the usual ones first; `intervals` by row and score."""
+    """Return a table of the scores of all rows, main scores first. `intervals`: by row and score."""
     found = dict.fromkeys(name for scores in rows.values() for name in scores)
     others = [name for name in found if name not in (*COLUMNS, *LAST_COLUMNS, *HIDDEN_COLUMNS)]
     columns = tuple(name for name in (*COLUMNS, *others, *LAST_COLUMNS) if name in found)
@@ -74,9 +74,9 @@ def scores_table(
 def guesses_table(
     heading: str, rows: Mapping[str, Scores], guesses: Mapping[str, Mapping[str, Mapping[str, float]]]
 ) -> Table:
-    """Return cIoU and gIoU of every row beside those of guesses about the same items: what chance is.
+    """Return cIoU and gIoU of every row next to those of trivial guesses about the same items (chance level).
 
-    guesses: {row: {"every object": {"ciou": 0.25, "giou": 0.26}, ...}, ...}, the same ones for every row.
+    guesses: {row: {"every object": {"ciou": 0.25, "giou": 0.26}, ...}, ...}, the same names for every row.
     """
     names = list(dict.fromkeys(name for own in guesses.values() for name in own))
     return Table(
@@ -86,7 +86,7 @@ def guesses_table(
             (row, (*(_cell(scores[key], None) for key in ("count", "ciou", "giou")), *_pairs(guesses[row], names)))
             for row, scores in rows.items()
         ),
-        note="Guesses are cIoU / gIoU of marking what the column says, whatever the question.",
+        note="Guesses are cIoU / gIoU of marking what the column names, independent of the question.",
     )
 
 

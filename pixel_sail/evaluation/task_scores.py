@@ -1,4 +1,4 @@
-"""Scores, and what each item adds to them, so that they can be resampled and compared item by item.
+"""Scores and the contribution of each item to them, for resampling and comparison by item.
 
 The sums of `metrics/` -> `measure` -> `TaskScores`, which every `Task` returns -> `confidence.py` (intervals),
 `results.py` (rows), `tools/compare_runs.py`. Two expressions with 2 of 4 and 3 of 4 pixels right:
@@ -7,7 +7,7 @@ The sums of `metrics/` -> `measure` -> `TaskScores`, which every `Task` returns 
              fractions={"ciou": ItemFractions(numerators_N=[2, 3], denominators_N=[4, 4]),
                         "giou": ItemFractions(numerators_N=[0.5, 0.75], denominators_N=[1, 1]), ...})
 
-A score that is no sum over items divided by another one (METEOR 1.5, BLEU, AP50) has no fractions.
+A score that is not a ratio of sums over items (METEOR 1.5, BLEU, AP50) has no fractions.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ Scores = Mapping[str, float | int]
 Values = NDArray[np.float64]
 
 PAPER_PREFIX = "paper_"
-"""Begins the name of every score that is computed as the released scripts do; other names are standard scores."""
+"""Prefix of scores computed as in the released scripts. Others are standard scores."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,7 +32,7 @@ class ItemFractions:
 
     numerators_N: Values
     denominators_N: Values
-    """0 where an item has no part in the score, such as one with a target in N-acc."""
+    """0 if an item does not contribute to the score, such as one with a target to N-acc."""
 
     @classmethod
     def of(cls, pairs: Iterable[tuple[float, float]]) -> "ItemFractions":
@@ -41,7 +41,7 @@ class ItemFractions:
         return cls(numerators_N=table[:, 0], denominators_N=table[:, 1])
 
     def per_item(self) -> Values:
-        """Return the score of each item alone [N], NaN where it has no part in the score."""
+        """Return the score of each item alone [N], NaN if it does not contribute."""
         values = np.full(len(self.numerators_N), np.nan)
         np.divide(self.numerators_N, self.denominators_N, out=values, where=self.denominators_N > 0)
         return values
@@ -49,14 +49,14 @@ class ItemFractions:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskScores:
-    """The scores of one benchmark and, for those of them that are sums over items, what each item adds."""
+    """The scores of one benchmark and, for ratios of sums, the contribution of each item."""
 
     scores: Scores
     fractions: Mapping[str, ItemFractions]
 
 
 class ItemSums(Protocol):
-    """Sums of one or more items that become scores."""
+    """Sums over one or more items from which scores are computed."""
 
     def add(self, other: Any) -> Any:
         """Return the sums over the items of both."""
@@ -65,7 +65,7 @@ class ItemSums(Protocol):
         """Return the scores by name."""
 
     def fractions(self) -> dict[str, tuple[float, float]]:
-        """Return numerator and denominator of every score that is the one over the other."""
+        """Return numerator and denominator of every score that is a ratio."""
 
 
 Sums = TypeVar("Sums", bound=ItemSums)
@@ -74,7 +74,7 @@ Sums = TypeVar("Sums", bound=ItemSums)
 def measure(sums: Sequence[Sums], *, prefix: str = "", names: Sequence[str] | None = None) -> TaskScores:
     """Return the scores over items from the sums of each, at least one.
 
-    names: which of the scores, by default all. With a prefix counts are left out, they stand among the scores without.
+    names: the selected scores, by default all. With a prefix counts are excluded, since the scores without have them.
     """
     total = reduce(lambda first, second: first.add(second), sums)
     each = [item.fractions() for item in sums]
@@ -91,7 +91,7 @@ def measure(sums: Sequence[Sums], *, prefix: str = "", names: Sequence[str] | No
 
 
 def merge_scores(*parts: TaskScores, **more: int) -> TaskScores:
-    """Return the scores of all parts as one, with further counts."""
+    """Merge the scores of all parts, with additional counts."""
     scores: dict[str, float | int] = {}
     fractions: dict[str, ItemFractions] = {}
     for part in parts:

@@ -1,7 +1,7 @@
-"""Scoring during training, and the images that go with it.
+"""Validation during training.
 
-`scripts/train.py` gives `validation_for(...)` to the training loop, which knows nothing of evaluation. A validation
-logs one line of scores of every eval on its first `max_images` images, and a few overlays.
+`scripts/train.py` passes `validation_for(...)` to the training loop, which does not import evaluation. A validation
+logs the scores of every eval on its first `max_images` images, and a few overlays.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ def validation_for(
     config: ValidationConfig,
     log_config: LogConfig,
 ) -> Callable[[PixelSailForSegmentation, PixelSailProcessor, int, RunLog], None]:
-    """Return the function the training loop calls to score the model after a step.
+    """Return the validation function of the training loop.
 
     Raises: ConfigError for an eval that is not referring segmentation.
     """
@@ -44,7 +44,7 @@ def validation_for(
 
 
 def _refer_task(built: Sequence[Expression] | ReferTask, where: str) -> ReferTask:
-    """Return the task of an eval. Raises: ConfigError for another kind, whose scores do not add up over ranks."""
+    """Return the task of an eval. Raises: ConfigError for other tasks, whose scores do not add up over ranks."""
     task: ReferTask = as_task(built, where)
     if task.kind != KIND:
         raise ConfigError(
@@ -54,7 +54,7 @@ def _refer_task(built: Sequence[Expression] | ReferTask, where: str) -> ReferTas
 
 
 def overlays(task: ReferTask, predictions: Sequence[Prediction]) -> list[tuple[str, ImageArray]]:
-    """Return (caption, image [H, W, 3]) of each prediction, the true mask left and the predicted one right."""
+    """Return (caption, image [H, W, 3]) of each prediction: target mask left, predicted mask right."""
     by_id = {prediction_key(item): item for item in task.items}
     images = []
     for prediction in predictions:

@@ -1,12 +1,12 @@
-"""Questions that mention marked regions and are answered by masks: PerBench's visual-text referring segmentation.
+"""The task of PerBench's visual-text referring segmentation: masks for questions that mention marked regions.
 
-`data/sources/perbench.py` -> here -> `Task`, whose masks `metrics/visual_referring.py` compares. An eval in a config is
+`data/sources/perbench.py` -> here -> `Task`, scored by `metrics/visual_referring.py`. An eval in a config is
 `{_target_: pixel_sail.evaluation.visual_referring.load, annotations: ..., image_dir: ...}`.
 
-As in the release, an answer without a mask is followed by a second one that begins with "It is [SEG]."; the line says
-so (`is_retry`). Scores of one pass: `ciou`, `giou`, ... compare the union of the masks with that of the targets, and
-such a second answer counts as missing; `each_giou` compares mask by mask; `paper_ciou`, `paper_giou` compare the first
-mask with the first target and take the second answer.
+As in the release, an answer without a mask is retried with the prefilled answer "It is [SEG]." and recorded as
+`is_retry`. `ciou`, `giou`, ... compare the union of the masks with that of the targets and count a retry as missing;
+`each_giou` compares mask by mask; `paper_ciou`, `paper_giou` compare the first mask with the first target, retries
+included.
 """
 
 from collections.abc import Sequence
@@ -25,11 +25,11 @@ from pixel_sail.types import RLE, VisualReferring
 KIND = "visual referring"
 
 PROMPTS = {"standard": "{question}", "paper": "{question}"}
-"""The question of the file; the release adds nothing to it."""
+"""The question of the file, unchanged as in the release."""
 
 
 def load(*, annotations: str | Path, image_dir: str | Path) -> Task[VisualReferring, ItemPrediction]:
-    """Return PerBench's questions; the files are those of `perbench.load_visual_referring`. Raises: DataError."""
+    """Return PerBench's questions from the files of `perbench.load_visual_referring`. Raises: DataError."""
     return Task(
         kind=KIND,
         items=perbench.load_visual_referring(annotations, image_dir=image_dir),
@@ -56,7 +56,7 @@ def _request(item: VisualReferring, prompt: str) -> ItemRequest[VisualReferring]
 
 
 def _own_masks(answer: ItemPrediction) -> tuple[RLE, ...]:
-    """Return the masks the model gave without being forced to."""
+    """Return the masks of an answer that is not a retry."""
     return () if answer.is_retry else answer.masks
 
 

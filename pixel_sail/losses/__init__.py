@@ -1,1 +1,1 @@
-"""Losses: functions of (output, target) that return a sum and a count; `total` joins them with their weights."""
+"""Losses: functions of (output, target) that return a sum and a count. `total` combines them with their weights."""

@@ -1,6 +1,6 @@
-"""Distillation losses: what the student's linear layer says against a teacher's features.
+"""Distillation losses between the student's projected features and a teacher's features.
 
-`losses/total.py` calls `distill_losses` for the chosen images with the maps of `model/distill_head.py` and those of
+`losses/total.py` calls `distill_losses` for the sampled images with the maps of `model/distill_head.py` and of
 `distillation/teachers.py`. A student map [120, 160, 256] is compared with Mask2Former's [256, 200, 272] resized to 120
 x 160.
 
@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 EPSILON = 1e-6
-"""Smallest sum of fractions that is divided by."""
+"""Lower limit of the sum by which fractions are divided."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillTerm:
-    """One teacher's part of the total loss."""
+    """Loss settings of one teacher."""
 
     name: str
     weight: float = 1.0
@@ -26,8 +26,8 @@ class DistillTerm:
 
 
 def resized_features(features: Tensor, map_hw: tuple[int, int]) -> Tensor:
-    """Return a teacher's map [E, h, w], or maps of one size [N, E, h, w], in float32 at the student's size: bilinear
-    without antialiasing as in the release."""
+    """Resize a teacher's map [E, h, w], or maps [N, E, h, w], to the student's size in float32: bilinear without
+    antialiasing, as in the release."""
     features = features.float()
     if tuple(features.shape[-2:]) == tuple(map_hw):
         return features
@@ -37,13 +37,12 @@ def resized_features(features: Tensor, map_hw: tuple[int, int]) -> Tensor:
 
 
 def distill_losses(student_NYXE: Tensor, features_NEhw: Tensor, kind: str = "mse") -> Tensor:
-    """Return the loss [N] of images of one size in float32, each a mean over the cells of the student's map.
+    """Return the loss [N] of images of one size in float32, averaged over the cells of the student's map.
 
-    mse: mean squared difference, over channels too, of raw features (release). cosine: one minus the cosine of the
-    two feature vectors. normalized_mse: as mse, against features with mean 0 and variance 1 over the channels of a
-    cell. kl: divergence of the student's softmax from the channels as fractions, for a teacher whose channels are
-    classes.
-    Raises: ValueError when the numbers of channels differ or the kind is unknown.
+    mse: mean squared difference of raw features, averaged over channels too (release). cosine: one minus the cosine
+    similarity. normalized_mse: mse against features with mean 0 and variance 1 over the channels of a cell. kl: KL
+    divergence of the student's softmax from the teacher's channels as fractions, for a teacher that outputs classes.
+    Raises: ValueError if the numbers of channels differ or the kind is unknown.
     """
     if student_NYXE.shape[3] != features_NEhw.shape[1]:
         raise ValueError(

@@ -1,11 +1,12 @@
 """Mask losses on sampled points: binary cross-entropy and Dice.
 
-`losses/total.py` calls `losses_at_points` once per micro-batch with the model's logits and the true masks of all its
-images. Both losses are told mask by mask, so that dividing by the number of masks of the whole global batch is the
-caller's business. `point_losses` is the same for one image, and what tests compare with.
+`losses/total.py` calls `losses_at_points` once per micro-batch with the logits and target masks of all its images.
+Both losses are returned per mask; the caller divides by the number of masks of the global batch. `point_losses` is the
+same for one image and the reference in tests.
 
-Example: 3 masks of a 427 x 640 image and logits [3, 108, 160]; 37,632 random points per mask are looked at, the 9,408
-most uncertain and 3,136 fresh ones are scored, both maps being read bilinearly at the same relative places.
+Example: 3 masks of a 427 x 640 image and logits [3, 108, 160]. Of 37,632 random candidate points per mask, the loss
+uses the 9,408 most uncertain and 3,136 further uniform ones. Both maps are sampled bilinearly at the same relative
+positions.
 
 Axis letters: N masks, Y X logit cells, H W mask pixels, Q points.
 """
@@ -24,18 +25,18 @@ from pixel_sail.model.transfer import to_device
 from pixel_sail.types import DataError
 
 SMALL_IMAGE = 2**19
-"""Pixels of an image, up to which its masks are read together with those of others: 480 x 640 has 307,200."""
+"""Images up to this number of pixels are processed together: 480 x 640 has 307,200."""
 
 
 @dataclass(kw_only=True)
 class PointSampling:
-    """How the points of a mask are chosen (release and Mask2Former: 12,544 points, 3.0, 0.75)."""
+    """How the points of a mask are sampled (release and Mask2Former: 12,544 points, 3.0, 0.75)."""
 
     num_points: int = 12544
     oversample_ratio: float = 3.0
-    """Candidates per kept point."""
+    """Candidates per selected point."""
     importance_ratio: float = 0.75
-    """Fraction of points taken from the most uncertain candidates; the rest is uniform."""
+    """Fraction of points selected from the most uncertain candidates. The rest is uniform."""
 
     def __post_init__(self) -> None:
         """Check the numbers. Raises: DataError."""
@@ -48,7 +49,7 @@ class PointSampling:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskSums:
-    """Sums over masks of the two losses, unweighted, and the number of masks."""
+    """Unweighted sums of both losses over masks, and the number of masks."""
 
     bce: Tensor
     dice: Tensor
@@ -56,13 +57,13 @@ class MaskSums:
 
 
 def sample_map(maps_NYX: Tensor, points_NQ2: Tensor) -> Tensor:
-    """Read maps bilinearly at points (x, y) in [0, 1] x [0, 1], zero outside: [N, Q]."""
+    """Sample maps bilinearly at points (x, y) in [0, 1] x [0, 1], zero outside: [N, Q]."""
     grid = points_NQ2[:, :, None] * 2.0 - 1.0
     return F.grid_sample(maps_NYX[:, None], grid, align_corners=False)[:, 0, :, 0]
 
 
 def sample_logits(logits: Tensor | PointLogits, points_NQ2: Tensor) -> Tensor:
-    """Return the logits [N, Q] of masks at points, from maps [N, Y, X] or from what makes them."""
+    """Return the logits [N, Q] of masks at points, from maps [N, Y, X] or `PointLogits`."""
     return logits.at(points_NQ2) if isinstance(logits, PointLogits) else sample_map(logits, points_NQ2)
 
 
@@ -73,10 +74,10 @@ def sample_points(
     generator: torch.Generator | Sequence[torch.Generator],
     masks_per_image: Sequence[int] | None = None,
 ) -> Tensor:
-    """Return points [N, Q, 2]: the most uncertain of many uniform candidates, and fresh uniform ones.
+    """Return points [N, Q, 2]: the most uncertain of many uniform candidates, and further uniform ones.
 
-    Masks of several images come with a generator for each and their numbers: what is sampled for an image does not
-    depend on the others. Random numbers are sampled on the generators' device (the CPU) and moved, so that a run does
+    Masks of several images come with one generator per image and their counts, so that the samples of an image do not
+    depend on the others. Random numbers are sampled on the generators' device (the CPU) and moved, so that results do
     not depend on the device.
     Source: PointRend / Mask2Former, with their ratios.
     """
@@ -102,7 +103,7 @@ def sample_points(
 
 
 def bce_means(logits_NQ: Tensor, targets_NQ: Tensor, counts_NQ: Tensor | None = None) -> Tensor:
-    """Return the mean binary cross-entropy of each mask [N], over the points that count (None: all)."""
+    """Return the mean binary cross-entropy of each mask [N] over valid points (None: all)."""
     losses = F.binary_cross_entropy_with_logits(logits_NQ, targets_NQ, reduction="none")
     if counts_NQ is None:
         return losses.mean(1)
@@ -112,9 +113,9 @@ def bce_means(logits_NQ: Tensor, targets_NQ: Tensor, counts_NQ: Tensor | None = 
 def dice_losses(
     logits_NQ: Tensor, targets_NQ: Tensor, counts_NQ: Tensor | None = None, *, smooth: float = 1.0
 ) -> Tensor:
-    """Return 1 - (2 sum(pt) + smooth) / (sum(p) + sum(t) + smooth) of each mask [N], over the points that count.
+    """Return 1 - (2 sum(pt) + smooth) / (sum(p) + sum(t) + smooth) of each mask [N] over valid points.
 
-    Plain sums in the denominator, not squares; `smooth` makes an empty prediction of an empty target cost 0.
+    The denominator has plain sums, not squares. With `smooth`, an empty prediction of an empty target costs 0.
     Source: release, naive Dice with eps 1.
     """
     probabilities = logits_NQ.sigmoid()
@@ -126,26 +127,26 @@ def dice_losses(
 
 @dataclass(frozen=True, kw_only=True)
 class ImageMasks:
-    """What the mask losses of one image are computed from."""
+    """Inputs of the mask losses of one image."""
 
     logits: Tensor | PointLogits
-    """[N, Y, X], or what makes them."""
+    """[N, Y, X] or `PointLogits`."""
     masks: Sequence[Tensor]
     """N bool tensors [H, W]."""
     ignored: Sequence[Tensor | None]
-    """Aligned with `masks`: pixels of [H, W] that do not count."""
+    """Aligned with `masks`: ignored pixels [H, W]."""
     seed: int
 
 
 def losses_at_points(images: Sequence[ImageMasks], sampling: PointSampling) -> tuple[Tensor, list[int]]:
-    """Return both losses of every mask of some images [2, N] in float32, at points sampled for each mask, and which
-    image each column belongs to. A point counts unless it touches an ignored pixel.
+    """Return both losses of every mask [2, N] in float32 at sampled points, and the image of each column. Points that
+    touch an ignored pixel are excluded.
 
-    Images of one size are read together: how long small images take is a matter of how many operations there are.
+    Images of one size are processed together, because the time for small images depends on the number of operations.
     """
     by_shape: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for index, image in enumerate(images):
-        # By themselves, for their memory: large masks, which become float32, and what makes logits at points only.
+        # Processed alone to save memory: large masks, which become float32, and `PointLogits`.
         is_alone = isinstance(image.logits, PointLogits) or image.masks[0].numel() > SMALL_IMAGE
         own_hw = () if isinstance(image.logits, PointLogits) else tuple(image.logits.shape[1:])
         by_shape[(index if is_alone else -1, *own_hw, *image.masks[0].shape)].append(index)
@@ -178,10 +179,9 @@ def point_losses(
     generator: torch.Generator,
     ignored_NHW: Tensor | None = None,
 ) -> MaskSums:
-    """Return both losses of the masks of one image (logits [N, Y, X] or `PointLogits`), in float32, on points sampled
-    for each mask.
+    """Return both losses of the masks of one image (logits [N, Y, X] or `PointLogits`) in float32 at sampled points.
 
-    A point counts unless it touches an ignored pixel; None ignores nothing.
+    Points that touch an ignored pixel are excluded; None ignores nothing.
     """
     if isinstance(logits, Tensor):
         logits = logits.float()
@@ -193,7 +193,7 @@ def point_losses(
 
 
 def full_map_losses(logits_NYX: Tensor, masks_NYX: Tensor) -> MaskSums:
-    """Return both losses on every cell of maps of equal size: the yardstick of the sampled ones."""
+    """Return both losses over all cells of maps of equal size, the reference for the sampled losses."""
     if logits_NYX.shape != masks_NYX.shape:
         raise ValueError(f"full-map losses: logits {tuple(logits_NYX.shape)}, masks {tuple(masks_NYX.shape)}")
     logits, targets = logits_NYX.float().flatten(1), masks_NYX.float().flatten(1)

@@ -1,19 +1,19 @@
-"""All losses of a micro-batch as sums, and the one place where they become a number to differentiate.
+"""Loss sums of a micro-batch, and their combination into the total loss.
 
-`training/step.py` calls `loss_sums` after the forward pass and `combine` with the counts of the whole global batch (all
-ranks, all micro-batches), so that a token or a mask weighs the same wherever it was computed:
+`training/step.py` calls `loss_sums` after the forward pass, then `combine` with the counts of the global batch (all
+ranks, all micro-batches), so that every token and every mask has the same weight:
 
     total = text_weight * sum(w * CE) / tokens + bce_weight * sum(BCE) / masks + dice_weight * sum(Dice) / masks
             + for each teacher: teacher_weight * sum(distillation) / its distilled images
 
-With `loss.mean=sample` every sample takes its own means first, whatever it is packed with, and the samples of the
-global batch are averaged. A sample without masks, or without features of a teacher, counts there with 0:
+With `loss.mean=sample` losses are averaged within each sample first, then over the samples of the global batch. A
+sample without masks, or without features of a teacher, counts with 0:
 
     total = sum over samples (text_weight * w * mean(CE) + bce_weight * mean(BCE) + dice_weight * mean(Dice)
             + for each teacher: teacher_weight * distillation) / samples
 
-The first weighs all masks and all tokens alike; the second is what the released training computes, one sample per
-process (bytedance/Sa2VA at 9832e1a, sa2va_eval/projects/ST/models/sa2va_ST.py).
+The released training computes the second, with one sample per process (bytedance/Sa2VA at 9832e1a,
+sa2va_eval/projects/ST/models/sa2va_ST.py).
 """
 
 from collections import defaultdict
@@ -40,12 +40,12 @@ class LossConfig:
 
     text: float = 1.0
     text_factor_with_masks: float = 0.1
-    """Further factor on the text loss of a sample that has masks."""
+    """Additional factor on the text loss of samples with masks."""
     bce: float = 2.0
     dice: float = 0.5
     mean: str = "global"
-    """global: over all tokens and all masks of the global batch. sample (release): within each sample, then over the
-    samples of the global batch; one without masks counts with 0."""
+    """global: average over all tokens and all masks of the global batch. sample (release): average within each sample,
+    then over the samples of the global batch; a sample without masks counts with 0."""
     points: PointSampling = field(default_factory=PointSampling)
 
     def __post_init__(self) -> None:
@@ -56,33 +56,33 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossSums:
-    """Unweighted sums of one micro-batch for each of its S samples; the text sums hold the factor of each sample."""
+    """Unweighted sums of one micro-batch for each of its S samples. Text sums include the factor of each sample."""
 
     text_S: Tensor
     bce_S: Tensor
     dice_S: Tensor
     distill_SX: Tensor
-    """One column per teacher; no column without teachers. A sample has one image at most."""
+    """One column per teacher. A sample has at most one image."""
     tokens_S: Tensor
     masks_S: Tensor
-    """How many supervised tokens and masks the sums are of, in float32."""
+    """Numbers of supervised tokens and masks in the sums, in float32."""
 
     def means_SC(self) -> Tensor:
-        """Return (text, bce, dice, then the teachers) of each sample as means over its own tokens and masks."""
+        """Return (text, bce, dice, teachers) of each sample as means over its own tokens and masks."""
         text_S = self.text_S / self.tokens_S.clamp(min=1)
         masks_S = self.masks_S.clamp(min=1)
         means = torch.stack((text_S, self.bce_S / masks_S, self.dice_S / masks_S), dim=1)
         return torch.cat((means, self.distill_SX), dim=1)
 
     def detached(self) -> Tensor:
-        """Return (text, bce, dice, then the teachers) of each sample as one float64 tensor without history."""
+        """Return (text, bce, dice, teachers) of each sample as one detached float64 tensor."""
         masks = torch.stack((self.text_S, self.bce_S, self.dice_S), dim=1)
         return torch.cat((masks, self.distill_SX), dim=1).detach().double()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What the sums are divided by, over the whole global batch."""
+    """Denominators of the means, over the global batch."""
 
     tokens: int
     masks: int
@@ -92,7 +92,7 @@ class Counts:
 
 
 def count(batch: Batch, distill_terms: Sequence[DistillTerm] = ()) -> Counts:
-    """Return what this micro-batch contributes to the global counts."""
+    """Return the contribution of this micro-batch to the global counts."""
     distilled = tuple(batch.teacher_names.count(term.name) for term in distill_terms)
     return Counts(
         tokens=len(batch.targets_M), masks=len(batch.masks), samples=len(batch.sample_ids), distilled=distilled
@@ -100,7 +100,7 @@ def count(batch: Batch, distill_terms: Sequence[DistillTerm] = ()) -> Counts:
 
 
 def masks_per_sample(batch: Batch) -> list[int]:
-    """Return how many masks each sample has."""
+    """Return the number of masks of each sample."""
     found = [0] * len(batch.sample_ids)
     for sample, num_masks in zip(batch.image_samples, batch.masks_per_image, strict=True):
         found[sample] = num_masks
@@ -120,7 +120,7 @@ def loss_sums(
     distill_terms: Sequence[DistillTerm] = (),
     teacher_maps: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> LossSums:
-    """Return the loss sums of one micro-batch; `teacher_maps` are those of `Teachers.maps`, by teacher."""
+    """Return the loss sums of one micro-batch. `teacher_maps`: output of `Teachers.maps`, by teacher."""
     assert output.mask_logits is not None
     zeros = torch.zeros(len(batch.sample_ids), device=batch.targets_M.device)
     images, samples, first = [], [], 0
@@ -159,7 +159,7 @@ def distill_sums(
     distill_terms: Sequence[DistillTerm],
     teacher_maps: Mapping[str, Sequence[Tensor]],
 ) -> Tensor:
-    """Return the distillation loss of each sample from each teacher [S, X]; 0 where it is not distilled."""
+    """Return the distillation loss of each sample from each teacher [S, X]; 0 if it is not distilled."""
     num_samples = len(batch.sample_ids)
     if not distill_terms:
         return batch.targets_M.new_zeros(num_samples, 0, dtype=torch.float32)
@@ -170,7 +170,7 @@ def distill_sums(
     for term in distill_terms:
         own = [batch.image_samples[image] for image in images.get(term.name, ())]
         predicted = (output.distilled or {}).get(term.name, ())
-        # Images of one size together: how long small maps take is a matter of how many operations there are.
+        # Images of one size together: the time for small maps depends on the number of operations.
         by_shape: dict[tuple[object, ...], list[tuple[int, Tensor, Tensor]]] = defaultdict(list)
         for sample, student, features in zip(own, predicted, teacher_maps.get(term.name, ()), strict=True):
             by_shape[(student.shape, features.shape)].append((sample, student, features))
@@ -185,7 +185,7 @@ def distill_sums(
 
 
 def combine(sums: LossSums, counts: Counts, config: LossConfig, distill_terms: Sequence[DistillTerm] = ()) -> Tensor:
-    """Return the part of one micro-batch in the global loss; a count of zero divides by one."""
+    """Return the contribution of one micro-batch to the global loss. A count of zero divides by one."""
     if config.mean == "sample":
         means_C = sums.means_SC().sum(0) / max(counts.samples, 1)
         return weighted_sum(list(means_C), config, distill_terms)
@@ -201,7 +201,7 @@ Number = TypeVar("Number", float, Tensor)
 
 
 def weighted_sum(means: Sequence[Number], config: LossConfig, distill_terms: Sequence[DistillTerm] = ()) -> Number:
-    """Return the loss that means of (text, bce, dice, then the teachers) make."""
+    """Return the weighted sum of the means of (text, bce, dice, teachers)."""
     text, bce, dice, *distilled = means
     total = config.text * text + config.bce * bce + config.dice * dice
     for mean, term in zip(distilled, distill_terms, strict=True):

@@ -1,7 +1,7 @@
-"""What of a generated answer is scored: descriptions without marks, phrases beside the masks they name.
+"""Extraction of captions and phrases from generated answers.
 
-The text of a prediction, as generated -> here -> `metrics/captions.py`, `metrics/grounded_caption.py`. Functions that
-end in `_as_released` do what the released scripts do, for the `paper` protocol.
+`metrics/captions.py` and `metrics/grounded_caption.py` score the result. Functions that end in `_as_released` follow
+the released scripts, for the `paper` protocol.
 
 Example:
 
@@ -28,14 +28,14 @@ class GroundedText:
 
 
 def plain_description(text: str) -> str:
-    """Return an answer without control tokens, marks, and the `<Prompt0>:` that it may begin with."""
+    """Return an answer without control tokens, marks, and a leading `<Prompt0>:`."""
     return _one_blank(_MARK.sub(" ", _LEADING_NAME.sub("", _CONTROL.sub(" ", text))))
 
 
 def grounded_text(text: str) -> GroundedText:
-    """Return the description and one phrase per [SEG]: the last one marked since the [SEG] before, "" if there is none.
+    """Return the description and one phrase per [SEG]: the last one marked since the previous [SEG], or "".
 
-    So phrases stand beside masks whatever marks the model forgot.
+    Phrases thus stay aligned with masks even if the model omits marks.
     """
     phrases, waiting = [], ""
     for match in _PHRASE_OR_SEG.finditer(text):
@@ -44,13 +44,13 @@ def grounded_text(text: str) -> GroundedText:
             waiting = ""
         else:
             waiting = plain_description(match["phrase"])
-    # A mark between a word and a full stop leaves no blank behind.
+    # A removed mark between a word and a full stop must not leave a blank.
     caption = re.sub(r" +([.,;:!?])", r"\1", plain_description(text))
     return GroundedText(caption=caption, phrases=tuple(phrases))
 
 
 def object_caption_as_released(text: str) -> str:
-    """Return a PerBench description as released: it normally still begins with ": "."""
+    """Return a PerBench description as released. It normally still begins with ": "."""
     return text.replace("<Prompt0>", "").replace("<|endoftext|>", "").strip()
 
 
@@ -62,10 +62,9 @@ def region_caption_as_released(text: str) -> str:
 
 
 def grounded_text_as_released(text: str) -> GroundedText:
-    """Return the description and all marked phrases, in order, whether a [SEG] follows them or not.
+    """Return the description and all marked phrases, in order, with or without a following [SEG].
 
-    A line break is nothing, so that the words beside it become one, and outer apostrophes of the description are left
-    out.
+    Line breaks are deleted, which joins the adjacent words, and outer apostrophes of the description are removed.
     """
     for removed, put in (("<s>", ""), ("\n", ""), ("  ", " "), ("<|endoftext|>", "")):
         text = text.replace(removed, put)

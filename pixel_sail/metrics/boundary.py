@@ -1,12 +1,11 @@
-"""Boundary IoU: how well the rims of two masks agree, whatever their insides do.
+"""Boundary IoU: the IoU of the boundary regions of two masks.
 
-(prediction, target) pairs -> `boundary_sums` of one pair -> `evaluation/predictions.py`, for evals that ask for it
+`evaluation/predictions.py` calls `boundary_sums` for each pair of evals that request it
 (`refer_seg.load_with_boundaries`).
 
-The rim of a mask is made of its pixels that are at most d away from a pixel outside, d being 2 % of the image's
-diagonal; beyond the image's edge is outside too. Boundary IoU is the IoU of the two rims. Source: Cheng et al.,
-Boundary IoU (CVPR 2021), whose d, kernel and padding are kept. Example at 128 x 128: d = 4 pixels; a square of side 40
-moved by 2 pixels keeps an IoU of 0.90 and a boundary IoU of 0.60.
+The boundary region of a mask has its pixels at most d from a pixel outside, where d is 2 % of the image's diagonal and
+everything beyond the image is outside. Source: Cheng et al., Boundary IoU (CVPR 2021), with their d, kernel and
+padding. Example at 128 x 128: d = 4 pixels; a square of side 40 moved by 2 pixels has IoU 0.90 and boundary IoU 0.60.
 """
 
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from scipy import ndimage
 from pixel_sail.types import BoolMask, SizeHW
 
 RIM_FRACTION = 0.02
-"""Width of the rim as a fraction of the image's diagonal."""
+"""Width of the boundary region as a fraction of the image's diagonal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +41,18 @@ class BoundarySums:
 
 
 def rim_width(size_hw: SizeHW) -> int:
-    """Return the width of the rim in pixels, at least 1."""
+    """Return the width of the boundary region in pixels, at least 1."""
     return max(1, round(RIM_FRACTION * hypot(*size_hw)))
 
 
 def rim(mask_HW: BoolMask, width: int) -> BoolMask:
-    """Return the pixels of a mask that are at most `width` away (in rows and in columns) from one outside it."""
+    """Return the pixels of a mask at most `width` rows and columns from a pixel outside it."""
     inside = ndimage.minimum_filter(mask_HW, size=2 * width + 1, mode="constant", cval=False)
     return mask_HW & ~inside
 
 
 def boundary_sums(prediction_HW: BoolMask | None, target_HW: BoolMask) -> BoundarySums:
-    """Return the sums of one pair of masks of one size; no prediction is an empty mask, two empty masks count as 1."""
+    """Return the sums of one pair of masks of one size. No prediction is an empty mask; two empty masks count as 1."""
     width = rim_width((target_HW.shape[0], target_HW.shape[1]))
     predicted = np.zeros_like(target_HW) if prediction_HW is None else rim(prediction_HW, width)
     true = rim(target_HW, width)

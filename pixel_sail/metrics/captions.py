@@ -1,16 +1,17 @@
-"""METEOR, CIDEr, BLEU and ROUGE-L of descriptions, in two protocols that are named with every score.
+"""METEOR, CIDEr, BLEU and ROUGE-L of captions, in two protocols.
 
-References and answers by item id (cleaned by `metrics/answer_text.py`) -> `score_captions` -> `CaptionScores` -> table.
+`score_captions` takes references and answers by item id (cleaned by `metrics/answer_text.py`).
 Example: {"7": ("a dog on grass",)} and {"7": "a dog"} -> meteor, cider, bleu1..4, rouge_l.
 
-- `standard`: as COCO: PTB tokens, METEOR 1.5, CIDEr, BLEU and ROUGE-L of the answer against its references. Also what
-  the release does for RefCOCOg regions and grounded captions.
-- `paper`: as the release does for PerBench, where reference and hypothesis are exchanged: NLTK's METEOR on words
-  between blanks, in lower case, and CIDEr on PTB tokens, whose word weights then come from the answers. Its
-  values are not comparable with METEOR and CIDEr elsewhere.
+- `standard`: as COCO: PTB tokens, METEOR 1.5, CIDEr, BLEU and ROUGE-L of the answer against its references. The
+  release does the same for RefCOCOg regions and grounded captions.
+- `paper`: as the release does for PerBench, with reference and hypothesis exchanged: NLTK's METEOR on lower-case words
+  split at blanks, and CIDEr on PTB tokens with word weights from the answers. These values are not comparable with
+  other METEOR and CIDEr scores.
 
-These scores are no sums over items: CIDEr weighs words by how many items' references hold them, METEOR and BLEU divide
-sums by sums. So the captions of all ranks are gathered first and scored in one go; what each item scores is kept too.
+These scores are not sums over items: CIDEr weights words by the number of items whose references contain them, METEOR
+and BLEU are ratios of sums. The captions of all ranks are therefore gathered and scored together. Scores per item are
+kept too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,32 +25,32 @@ from pixel_sail.types import PROTOCOLS, DataError
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionScores:
-    """Scores of a set of captions; fractions, but CIDEr, whose scale of 0 to 10 is that of the COCO evaluation."""
+    """Scores of a set of captions. All are fractions, except CIDEr with COCO's scale of 0 to 10."""
 
     protocol: str
     corpus: Mapping[str, float]
-    """Of the whole set."""
+    """Scores of the whole set."""
     per_item: Mapping[str, Mapping[str, float]]
-    """By score, then item. Of cider, rouge_l and, in `paper`, meteor the mean is the score of the set."""
+    """By score, then item. The score of the set is the mean for cider, rouge_l and, in `paper`, meteor."""
     count: int
     num_wordless: int
-    """Answers without any word; they score 0."""
+    """Number of answers without words, which score 0."""
 
     def summary(self) -> dict[str, float | int]:
         """Return the scores of the set by name, and the counts."""
         return {**self.corpus, "count": self.count, "wordless": self.num_wordless}
 
     def item_means(self) -> dict[str, Mapping[str, float]]:
-        """Return, by item, the scores of which the mean is that of the set; METEOR 1.5 and BLEU are none.
+        """Return by item the scores whose mean is the score of the set, which excludes METEOR 1.5 and BLEU.
 
-        What CIDEr gives an item depends on the references of all: its word weights.
+        CIDEr of one item depends on the references of all items through its word weights.
         """
         names = ("cider", "rouge_l") if self.protocol == "standard" else ("cider", "meteor")
         return {name: self.per_item[name] for name in names}
 
 
 def check_caption_tools(protocol: str) -> None:
-    """Raise DataError unless all that `score_captions` needs is installed; to be called before inference."""
+    """Raise DataError if a requirement of `score_captions` is not installed. Call before inference."""
     CaptionTools().close()
     _check_protocol(protocol)
     if protocol == "paper":
@@ -57,7 +58,7 @@ def check_caption_tools(protocol: str) -> None:
 
 
 def check_references(references: Mapping[str, Sequence[str]], protocol: str) -> None:
-    """Raise DataError unless every item has references with words; to be called before inference."""
+    """Raise DataError unless every item has references with words. Call before inference."""
     _check_protocol(protocol)
     if not references:
         raise DataError("caption scores: found no item, expected at least one; check the split and the filters")
@@ -70,7 +71,7 @@ def check_references(references: Mapping[str, Sequence[str]], protocol: str) -> 
         if protocol == "paper" and len(sentences) != 1:
             raise DataError(
                 f"caption scores, item {name}: found {len(sentences)} references, expected exactly 1 in the protocol "
-                "'paper', as reference and answer change places; use 'standard'"
+                "'paper', because reference and answer are exchanged; use 'standard'"
             )
 
 
@@ -83,8 +84,8 @@ def score_captions(
 ) -> CaptionScores:
     """Return the scores of one answer per item against the item's references.
 
-    tools: a running METEOR to be used again; None starts one and ends it.
-    Raises: DataError when ids differ, a reference has no words, or a program is missing or fails.
+    tools: a running METEOR to reuse; None starts and ends one.
+    Raises: DataError if ids differ, a reference has no words, or a program is missing or fails.
     """
     if tools is None:
         with CaptionTools() as own:
@@ -129,7 +130,7 @@ def _paper(
     if any(texts[0] for texts in answers.values()):
         cider, ciders = Cider().compute_score(answers, _tokenized(references, tools))
     else:
-        # The release ends with an error here: no word, no word weights.
+        # The release fails here, because there are no words to weight.
         cider, ciders = 0.0, [0.0] * len(names)
     corpus = {"meteor": fmean(meteors), "cider": float(cider)}
     each = {"meteor": meteors, "cider": ciders}
@@ -148,7 +149,7 @@ def _scores(
 
 
 def _tokenized(texts: Mapping[str, Sequence[str]], tools: CaptionTools) -> dict[str, list[str]]:
-    """Return the texts as PTB tokens, by the same ids; all in one call, as each starts Java."""
+    """Return the texts as PTB tokens, by the same ids. One call for all, because each call starts Java."""
     lines = iter(tools.tokenize([sentence for sentences in texts.values() for sentence in sentences]))
     return {name: [next(lines) for _ in sentences] for name, sentences in texts.items()}
 

@@ -1,21 +1,20 @@
-"""Multiple choice: which option an answer names, and how often it is the right one, in two protocols.
+"""Multiple-choice accuracy, in two protocols.
 
-Question, right answer and generated answer -> `ChoiceSums` of one item -> added over items -> `summary`. An example of
-the data:
+Question, right answer and generated answer -> `ChoiceSums` of one item -> added over items -> `summary`. An example:
 
     question "What colour is it?\\nA. red\\nB. dark red\\n", right "B. dark red", generated "It is dark red."
     -> standard: option B, right.   paper: wrong, "B. dark red" is not in "It is dark red."
 
-- `paper`: right if the right answer, as in the file, is a part of the generated text as it is, letter case included. A
-  file with bare letters makes nearly every answer right: "A" is in "And".
+- `paper`: right if the generated text contains the right answer as written in the file, case-sensitive. With bare
+  letters in the file nearly every answer is right: "A" is in "And".
 - `standard`: the answer must name exactly one option, by its letter or by its text.
-  1. A capital counts where it can only be a choice: in brackets, before one of . : , ; ) and at the end, before "or
-     B", after "answer", "option" or "choice" with or without "is"; as the whole text a small letter counts, too.
-     Elsewhere a capital counts if it stands alone, but for A and I, which are English words.
-  2. Without a letter, the options' texts are looked for as whole words, letter case ignored; the longest text that fits
-     a place counts ("dark red" is not "red").
+  1. A capital counts if it can only be a choice: in brackets, before one of . : , ; ) and at the end, before "or
+     B", after "answer", "option" or "choice" with or without "is". As the whole text a small letter counts, too.
+     Elsewhere a single capital counts, except A and I, which are English words.
+  2. Without a letter, the options' texts are searched as whole words, ignoring case. The longest match at a position
+     counts ("dark red" is not "red").
   3. Two letters, two texts without a letter, or a letter beside only other options' texts: ambiguous, which is wrong.
-     None: unparsed, which is wrong.
+     No match: unparsed, which is wrong.
 """
 
 import re
@@ -33,11 +32,11 @@ ENGLISH_WORDS = "AI"
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What an answer chooses: a letter, or None and why not."""
+    """The option an answer names: a letter, or None and why not."""
 
     letter: str | None
     ambiguous: bool = False
-    """More than one option is named; None of both means that none is."""
+    """Whether more than one option is named. False without a letter: none is named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +58,7 @@ class ChoiceSums:
         )
 
     def summary(self) -> dict[str, float | int]:
-        """Return the accuracy, a fraction, and the counts. Raises: DataError on no question."""
+        """Return the accuracy as a fraction, and the counts. Raises: DataError without questions."""
         if self.count == 0:
             raise DataError("multiple choice: found 0 questions, expected at least 1; check the split and the filters")
         return {
@@ -90,14 +89,14 @@ def score_choice(answer: str, *, question: str, right: str, where: str) -> Choic
 
 
 def score_choice_as_released(answer: str, *, right: str) -> ChoiceSums:
-    """Return the counts of one question by the `paper` protocol: the right answer is a part of the generated text."""
+    """Return the counts of one question by the `paper` protocol: the generated text contains the right answer."""
     return ChoiceSums(count=1, correct=int(right in answer))
 
 
 def read_options(question: str, where: str) -> dict[str, str]:
-    """Return the options of a question by letter: one a line, or all in one line.
+    """Return the options of a question by letter, written one per line or all in one line.
 
-    Letters must run from A without a gap, so that "Dr. A. Smith" is no option. Raises: DataError below two options.
+    Letters must run from A without a gap, so "Dr. A. Smith" is not an option. Raises: DataError for fewer than two.
     """
     for pattern in (_OPTION, _INLINE_OPTION):
         found = pattern.findall(question)
@@ -111,7 +110,7 @@ def read_options(question: str, where: str) -> dict[str, str]:
 
 
 def right_letter(right: str, options: Mapping[str, str], where: str) -> str:
-    """Return the letter of the right answer, which is a letter, a text, or both. Raises: DataError if unclear."""
+    """Return the letter of the right answer, given as letter, text, or both. Raises: DataError if ambiguous."""
     choice = parse_choice(right, options)
     if choice.letter is None:
         raise DataError(
@@ -136,7 +135,7 @@ def _named_letters(answer: str, options: Mapping[str, str]) -> set[str]:
     if re.fullmatch(r"[(\[]?[A-Za-z][)\].:]{0,2}", answer):
         letter = answer.strip("()[].:").upper()
         return {letter} & options.keys()
-    # An option's text may hold capitals that stand alone ("vitamin B"): they are not looked at.
+    # Ignore single capitals inside an option's text ("vitamin B").
     rest = _texts_pattern(options).sub(" _ ", answer)
     letters = "".join(options)
     patterns = [
@@ -158,10 +157,10 @@ def _named_texts(answer: str, options: Mapping[str, str]) -> set[str]:
 
 
 def _texts_pattern(options: Mapping[str, str]) -> re.Pattern[str]:
-    """Return what finds the options' texts as whole words, the longest first."""
+    """Return a pattern for the options' texts as whole words, longest first."""
     texts = sorted({text.rstrip(".") for text in options.values()}, key=len, reverse=True)
     parts = [r"\s+".join(map(re.escape, text.split())) for text in texts if text]
-    # (?!) finds nothing: an empty alternative would find every place.
+    # (?!) matches nothing. An empty alternative would match everywhere.
     return re.compile(r"(?<!\w)(?:" + ("|".join(parts) or "(?!)") + r")(?!\w)", re.IGNORECASE)
 
 

@@ -1,26 +1,25 @@
 """AP50, mIoU and recall of grounded captions, in two protocols.
 
-Masks and phrases of one image, predicted and expected -> `ImageScore` -> `GroundedCaptionScores`, joined over images
-and ranks -> `summary`. The words of the caption are scored by `metrics/captions.py`.
+Masks and phrases of one image, predicted and expected -> `ImageScore` -> `GroundedCaptionScores`, merged over images
+and ranks -> `summary`. `metrics/captions.py` scores the text of the caption.
 
 Example: two targets, one predicted mask that equals the first and has its phrase -> standard: AP50 0.505 (precision 1
 up to recall 0.5), mIoU 0.5, recall 0.5. paper: AP50 0.505, mIoU 1.0, recall 0.5.
 
-- AP50: all predictions have the same confidence. `paper` takes them one by one, images by sorted id, 100 an image at
-  most and each with the best target still free, as COCO's evaluation does; so the order of the file decides part of
-  the score. `standard` takes them all at once, as equal confidences ask for, after the pairing with the most hits:
-  precision counts up to the recall that is reached, and is 0 beyond.
-- mIoU: the mean over images of the mean IoU of pairs. `paper` pairs the largest IoU first and forgets what stays
-  unpaired; `standard` pairs for the largest sum and counts an unpaired mask of either side as 0; an image
-  without masks on both sides has 1.
-- Recall: the fraction of targets found by a mask with IoU >= 0.5 and a phrase with similarity >= 0.5. `paper` takes the
-  pair with the largest IoU first and stops at the first one that is not good enough, whatever comes after; where it
-  finds a mask without a phrase, the released script fails on that image, which then counts as nothing found.
-  `standard` finds as many as can be.
+- AP50: all predictions have the same confidence. `paper` evaluates them one by one as COCO does: images by sorted id,
+  at most 100 per image, each matched with the best free target, so the score partly depends on the order of the file.
+  `standard` treats them as tied and maximizes the number of hits: precision is constant up to the reached recall, and
+  0 beyond.
+- mIoU: the mean over images of the mean IoU of pairs. `paper` pairs greedily by IoU and ignores unpaired masks.
+  `standard` maximizes the sum of IoU and counts an unpaired mask of either side as 0. An image without masks on both
+  sides has 1.
+- Recall: the fraction of targets found by a mask with IoU >= 0.5 and a phrase with similarity >= 0.5. `paper` goes
+  through pairs by decreasing IoU and stops at the first that fails. The released script crashes on an image with a mask
+  without a phrase, which then counts as nothing found. `standard` maximizes the number of found targets.
 
-Similarity of phrases is given as a function of two lists of texts, [A] and [B], that returns a matrix [A, B] of 0-1.
-The release takes the cosine of mean-pooled bert-base-uncased; `word_overlap` is for trying out without a model
-and no released score may be named after it.
+Phrase similarity is a function of two lists of texts, [A] and [B], that returns a matrix [A, B] in 0-1. The release
+uses the cosine of mean-pooled bert-base-uncased. `word_overlap` needs no model and must not be used for scores with
+released names.
 """
 
 from collections import Counter
@@ -37,9 +36,9 @@ from pixel_sail.types import PROTOCOLS, RLE, DataError
 MIN_IOU = 0.5
 MIN_SIMILARITY = 0.5
 MAX_DETECTIONS = 100
-"""What COCO's evaluation looks at in one image."""
+"""Maximum number of predictions per image in COCO's evaluation."""
 RECALL_POINTS = np.linspace(0.0, 1.0, 101)
-"""Where COCO's evaluation reads the precision."""
+"""Recalls at which COCO's evaluation reads the precision."""
 
 Matrix = NDArray[np.float64]
 
@@ -48,11 +47,11 @@ Similarity = Callable[[Sequence[str], Sequence[str]], Matrix]
 
 @dataclass(frozen=True, kw_only=True)
 class ImageScore:
-    """What one image adds to the scores."""
+    """Contribution of one image to the scores."""
 
     image_id: str
     hits: tuple[bool, ...]
-    """For each predicted mask that counts, in order, whether it hits a target at IoU 0.5."""
+    """For each evaluated mask, in order, whether it hits a target at IoU 0.5."""
     mean_iou: float
     num_found: int
     """Targets found by mask and phrase."""
@@ -77,12 +76,12 @@ class GroundedCaptionScores:
         if twice:
             raise DataError(
                 f"grounded captions: found {len(twice)} images scored twice, such as {twice[:3]}, expected each once; "
-                "check how images are dealt out"
+                "check how images are distributed over ranks"
             )
         return GroundedCaptionScores(protocol=self.protocol, images=both)
 
     def summary(self) -> dict[str, float | int]:
-        """Return the scores by name, fractions in 0-1. Raises: DataError when there is no target at all."""
+        """Return the scores by name, fractions in 0-1. Raises: DataError without any target."""
         num_targets = sum(image.num_targets for image in self.images)
         if num_targets == 0:
             raise DataError(
@@ -100,7 +99,7 @@ class GroundedCaptionScores:
         }
 
     def fractions(self) -> list[dict[str, tuple[float, float]]]:
-        """Return, for each image, numerator and denominator of the scores that are sums over images: not AP50."""
+        """Return for each image numerator and denominator of the scores that are sums over images (not AP50)."""
         return [{"miou": (image.mean_iou, 1), "recall": (image.num_found, image.num_targets)} for image in self.images]
 
 
@@ -116,7 +115,7 @@ def score_image(
 ) -> GroundedCaptionScores:
     """Return the scores of one image; phrase k names mask k.
 
-    A mask beyond the phrases has none, so that nobody finds it by phrase; a phrase beyond the masks is not looked at.
+    A mask beyond the phrases has none and cannot match by phrase. Phrases beyond the masks are ignored.
     Raises: DataError if masks differ in size or the similarity has another shape than asked for.
     """
     where = f"grounded caption of image {image_id}"
@@ -151,7 +150,7 @@ def iou_matrix(predicted: Sequence[RLE], targets: Sequence[RLE], where: str) -> 
 
 
 def word_overlap(first: Sequence[str], second: Sequence[str]) -> Matrix:
-    """Return, for every pair of phrases, words in both / words in either, small and capital letters alike."""
+    """Return for every pair of phrases words in both / words in either, ignoring case."""
     words = [[set(text.lower().split()) for text in texts] for texts in (first, second)]
     values = [[len(a & b) / len(a | b) if a | b else 0.0 for b in words[1]] for a in words[0]]
     return np.array(values, dtype=np.float64).reshape(len(first), len(second))
@@ -174,7 +173,7 @@ def _one_by_one(hits: NDArray[np.bool_], num_targets: int) -> float:
     """Return the average precision of predictions taken in order, read at 101 recalls as COCO's evaluation does."""
     num_hits = np.cumsum(hits)
     recall = num_hits / num_targets
-    # The best precision at this recall or any higher one; the small constant is that of pycocotools.
+    # The best precision at this recall or any higher one. The small constant is pycocotools'.
     precision = num_hits / (np.arange(1, len(hits) + 1) + np.spacing(1))
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
     places = np.searchsorted(recall, RECALL_POINTS, side="left")
@@ -182,7 +181,7 @@ def _one_by_one(hits: NDArray[np.bool_], num_targets: int) -> float:
 
 
 def _all_at_once(hits: NDArray[np.bool_], num_targets: int) -> float:
-    """Return the average precision of the one point that predictions of equal confidence give."""
+    """Return the average precision of the single operating point of predictions with equal confidence."""
     num_hits = int(hits.sum())
     if num_hits == 0:
         return 0.0
@@ -194,7 +193,7 @@ def _all_at_once(hits: NDArray[np.bool_], num_targets: int) -> float:
 
 
 def _hits_in_order(iou_PT: Matrix) -> tuple[bool, ...]:
-    """Return which predictions take a target, each the best one left, the later one of two equals."""
+    """Return which predictions match a target. Each takes the best free target, the later one if tied."""
     free = np.ones(iou_PT.shape[1], dtype=bool)
     hits = []
     for row in iou_PT[:MAX_DETECTIONS]:
@@ -207,7 +206,7 @@ def _hits_in_order(iou_PT: Matrix) -> tuple[bool, ...]:
 
 
 def _greedy_mean_iou(iou_PT: Matrix) -> float:
-    """Return the mean IoU of the pairs made from the largest IoU down, 0 if no pair overlaps."""
+    """Return the mean IoU of pairs matched greedily by IoU, 0 if no pair overlaps."""
     left, pairs = iou_PT.copy(), []
     while left.size and left.max() > 0:
         row, column = np.unravel_index(left.argmax(), left.shape)
@@ -217,7 +216,7 @@ def _greedy_mean_iou(iou_PT: Matrix) -> float:
 
 
 def _greedy_found(iou_PT: Matrix, alike_PT: Matrix) -> int:
-    """Return how many pairs pass both bounds before the first that does not; 0 if a mask without phrase comes up."""
+    """Return how many pairs pass both thresholds before the first that fails; 0 if a mask has no phrase."""
     left, num_found = iou_PT.copy(), 0
     while left.size:
         row, column = np.unravel_index(left.argmax(), left.shape)

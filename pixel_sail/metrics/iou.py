@@ -1,13 +1,13 @@
-"""cIoU, gIoU, precision at IoU thresholds and no-target accuracy, as integer sums that become ratios at the end.
+"""cIoU, gIoU, precision at IoU thresholds and no-target accuracy, as integer sums.
 
 (prediction, target) pairs -> `IoUSums` of one pair -> added over expressions and ranks -> `summary`.
 
-Rules, where published code differs or hides them in an epsilon:
+Conventions, which differ between published implementations:
 - cIoU = sum of intersections / sum of unions; gIoU = mean of the IoU of each pair.
-- A pair without any pixel has no IoU; it counts as `empty_iou`, an argument (1 unless told otherwise).
+- A pair without any pixel has no IoU and counts as the argument `empty_iou` (default 1).
 - A missing prediction (None) is an empty mask, and is also counted in `missing`.
 - A hit at threshold t means IoU >= t.
-- Ignored pixels are taken out of prediction and target before anything is counted.
+- Ignored pixels are removed from prediction and target first.
 - No target: the target is None or has no pixels. N-acc = fraction of these predicted empty (not one pixel); T-acc =
   fraction of the others predicted non-empty.
 
@@ -27,7 +27,7 @@ IOU_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 @dataclass(frozen=True, kw_only=True)
 class IoUSums:
-    """Sums over scored pairs. Never changed in place: every method returns a new one."""
+    """Sums over scored pairs. Immutable: every method returns a new object."""
 
     intersection: int = 0
     """Pixels."""
@@ -160,9 +160,9 @@ class IoUSums:
         return self.add(IoUSums.from_rles(prediction, target, ignored=ignored, empty_iou=empty_iou, where=where))
 
     def summary(self) -> dict[str, float | int]:
-        """Return the scores by name, fractions in 0-1; `n_acc` and `t_acc` only where there are no-target items.
+        """Return the scores by name, fractions in 0-1; `n_acc` and `t_acc` only with no-target items.
 
-        When no pair has any pixel, cIoU is the value agreed for such pairs, like gIoU. Raises: DataError on no pair.
+        If no pair has any pixel, cIoU is `empty_iou`, like gIoU. Raises: DataError without pairs.
         """
         if self.count == 0:
             raise DataError("IoU summary: found 0 scored pairs, expected at least 1; check the split and the filters")
@@ -191,7 +191,7 @@ class IoUSums:
 
 
 def counted_areas(prediction: RLE | None, target: RLE | None, ignored: RLE | None, where: str) -> tuple[int, int, int]:
-    """Return the pixels of intersection, prediction and target that are not ignored; None is a mask without pixels.
+    """Return the areas of intersection, prediction and target without ignored pixels. None is an empty mask.
 
     Raises: DataError if sizes differ.
     """

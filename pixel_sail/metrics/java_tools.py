@@ -1,10 +1,10 @@
-"""The two Java programs behind COCO's caption scores: the PTB tokenizer and METEOR 1.5, supervised.
+"""The PTB tokenizer and METEOR 1.5, the two Java programs of COCO's caption scores, with timeouts and restarts.
 
-Captions -> `CaptionTools.tokenize` -> `metrics/captions.py` -> `CaptionTools.meteor`. Both jars are those of the PyPI
-package pycocoevalcap, so that scores are comparable; the package's own wrappers hang or shift lines when a process dies
-or a caption holds a line break, hence these.
+Captions -> `CaptionTools.tokenize` -> `metrics/captions.py` -> `CaptionTools.meteor`. Both jars come from the PyPI
+package pycocoevalcap, so scores are comparable. The package's own wrappers hang or shift lines if a process dies or a
+caption contains a line break.
 
-Example: tokenize(["A dog, I think."]) -> ["a dog i think"]; METEOR answers a line on its standard input with a line:
+Example: tokenize(["A dog, I think."]) -> ["a dog i think"]. METEOR answers each line on its standard input with a line:
 
     SCORE ||| reference ||| reference ||| hypothesis   -> 23 counts
     EVAL ||| counts of item 1 ||| counts of item 2     -> score of item 1, of item 2, of all together
@@ -30,11 +30,11 @@ METEOR_JAR = "meteor/meteor-1.5.jar"
 PUNCTUATION_TOKENS = frozenset(
     ["''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
 )
-"""What COCO's caption evaluation drops after tokenizing (pycocoevalcap 1.2). The brackets stay in: the list has them in
-capitals, the tokenizer writes small letters. Published scores contain that, so it is kept."""
+"""Tokens that COCO's caption evaluation drops (pycocoevalcap 1.2). Brackets are not dropped, because the list has them
+in capitals and the tokenizer writes lower case. Kept as is, since published scores depend on it."""
 
 NUM_COUNTS = 23
-"""How many numbers METEOR 1.5 says about one caption."""
+"""Number of values METEOR 1.5 returns for one caption."""
 
 SEPARATOR = " ||| "
 
@@ -42,22 +42,22 @@ _PIPES = "|||"
 
 
 class CaptionTools:
-    """Java, found and checked; METEOR is started when first needed and runs until `close`.
+    """Runs both programs. METEOR is started on first use and runs until `close`.
 
-    One METEOR process takes some ten seconds to load and up to 2 GB, so score all there is with one.
+    A METEOR process takes about ten seconds to load and up to 2 GB, so use one for all scores.
     """
 
     def __init__(self, *, timeout_s: float = 300.0) -> None:
-        """Look for Java and the package.
+        """Locate Java and the package.
 
-        timeout_s: how long the tokenizer, or METEOR for one line, may take. Raises: DataError if something is missing.
+        timeout_s: time limit for the tokenizer, and for METEOR per line. Raises: DataError if something is missing.
         """
         java = find_java()
         folder = package_folder("pycocoevalcap")
         for jar in (TOKENIZER_JAR, METEOR_JAR):
             if not (folder / jar).is_file():
                 raise DataError(f"{folder}: found no {jar}, expected that of pycocoevalcap 1.2; install it again")
-        # The encoding must not depend on the locale; METEOR finds its data beside its jar.
+        # The encoding must not depend on the locale. METEOR finds its data next to its jar.
         utf8 = "-Dfile.encoding=UTF-8"
         tokenizer = ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", "-encoding", "UTF-8"]
         self._tokenizer = [java, utf8, "-cp", str(folder / TOKENIZER_JAR), *tokenizer]
@@ -78,9 +78,9 @@ class CaptionTools:
         self._meteor.close()
 
     def tokenize(self, captions: Sequence[str]) -> list[str]:
-        """Return the captions as small-letter words with blanks between, without punctuation, "" where none is left.
+        """Return the captions as lower-case words separated by blanks, without punctuation; "" if no word is left.
 
-        Raises: DataError when the tokenizer fails twice.
+        Raises: DataError if the tokenizer fails twice.
         """
         if not captions:
             return []
@@ -89,7 +89,7 @@ class CaptionTools:
         if len(tokenized) != len(captions) + 1:
             raise DataError(
                 f"PTB tokenizer: found {len(tokenized) - 1} lines for {len(captions)} captions, expected one for each; "
-                "score in halves to find the caption it stumbles over"
+                "score halves of the captions to find the one that fails"
             )
         return [
             " ".join(token for token in line.rstrip().split(" ") if token not in PUNCTUATION_TOKENS)
@@ -99,9 +99,9 @@ class CaptionTools:
     def meteor(
         self, references: Sequence[Sequence[str]], hypotheses: Sequence[str], names: Sequence[str]
     ) -> tuple[float, list[float]]:
-        """Return METEOR 1.5 of all tokenized captions together, and of each, as fractions.
+        """Return METEOR 1.5 of the set of tokenized captions, and of each, as fractions.
 
-        names: what to call the items in errors. Raises: DataError naming the item when METEOR fails twice on it.
+        names: names of the items for errors. Raises: DataError naming the item if METEOR fails twice on it.
         """
         if not len(references) == len(hypotheses) == len(names) > 0:
             raise DataError(
@@ -110,7 +110,7 @@ class CaptionTools:
             )
         counts = []
         for sentences, hypothesis, name in zip(references, hypotheses, names, strict=True):
-            # A hypothesis without words must keep the blank before it: METEOR refuses a line that ends in bars.
+            # A hypothesis without words must keep the blank before it: METEOR rejects a line that ends in bars.
             line = "SCORE" + SEPARATOR + SEPARATOR.join([*sentences, hypothesis])
             counts.append(self._meteor.ask(line, 1, f"item {name}", _are_counts)[0])
         answers = self._meteor.ask(
@@ -133,11 +133,11 @@ class CaptionTools:
                     return done.stdout.decode("utf-8")
                 error = f"exit {done.returncode}: {_tail(done.stderr)}"
             logger.warning("PTB tokenizer, attempt %d of 2: %s", attempt, error)
-        raise DataError(f"PTB tokenizer: failed twice, {error}; expected it to end well, check memory and Java")
+        raise DataError(f"PTB tokenizer: failed twice, {error}; expected exit status 0, check memory and Java")
 
 
 class LineProcess:
-    """A program that answers lines, started when needed; each question is put to a fresh one once more if it fails."""
+    """A program that answers lines, started on first use. A failed request is retried once with a new process."""
 
     def __init__(self, command: list[str], *, timeout_s: float) -> None:
         self._command = command
@@ -146,7 +146,7 @@ class LineProcess:
         self._stderr: IO[bytes] | None = None
 
     def ask(self, line: str, num_answers: int, name: str, is_sound: Callable[[str], bool]) -> list[str]:
-        """Return the lines that answer a line. Raises: DataError when two processes in a row do not answer soundly."""
+        """Return the answer lines to one line. Raises: DataError if two processes in a row give no valid answer."""
         found = ""
         for attempt in (1, 2):
             answers = self._exchange(line, num_answers)
@@ -163,7 +163,7 @@ class LineProcess:
         )
 
     def close(self) -> None:
-        """End the process and wait for its end."""
+        """Terminate the process and wait for it."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -173,7 +173,7 @@ class LineProcess:
         self._process = self._stderr = None
 
     def _exchange(self, line: str, num_answers: int) -> list[str]:
-        """Return the answers that came in time; a process that is late is killed, which ends reading and writing."""
+        """Return the answers that arrived in time. A late process is killed, which ends reading and writing."""
         process = self._process or self._start()
         assert process.stdin is not None and process.stdout is not None
         watchdog = threading.Timer(self._timeout_s, process.kill)
@@ -185,13 +185,13 @@ class LineProcess:
             while len(answers) < num_answers and (answer := process.stdout.readline()):
                 answers.append(answer.decode("utf-8", "replace").strip())
         except BrokenPipeError:
-            pass  # It died; the caller sees that answers are missing.
+            pass  # The process died. The caller notices missing answers.
         finally:
             watchdog.cancel()
         return answers
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # Into a file: nobody reads it while the process runs, and a full pipe would block it.
+        # Into a file: it is not read while the process runs, and a full pipe would block it.
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (open until the process ends)
         try:
             self._process = subprocess.Popen(
@@ -209,16 +209,16 @@ class LineProcess:
 
 
 def one_line(caption: str) -> str:
-    """Return a caption that stays one line and one field: any white space is one blank, ||| is a blank.
+    """Return a caption as one line and one field: white space and ||| become a blank.
 
-    Half characters, which no encoding can write, become question marks.
+    Unpaired surrogates, which cannot be encoded, become question marks.
     """
     words = caption.replace(_PIPES, " ").split()
     return " ".join(words).encode("utf-8", "replace").decode("utf-8")
 
 
 def find_java() -> str:
-    """Return the path of a Java that runs. Raises: DataError."""
+    """Return the path of a working Java. Raises: DataError."""
     java = shutil.which("java")
     advice = "install a Java runtime, version 8 or newer (Debian, Ubuntu: apt-get install default-jre-headless)"
     if java is None:
@@ -264,7 +264,7 @@ def _tail(stderr: bytes) -> str:
 
 
 def _close_quietly(stream: IO[bytes]) -> None:
-    """Close a pipe whose other end may be gone."""
+    """Close a pipe whose other end may be closed."""
     try:
         stream.close()
     except BrokenPipeError:

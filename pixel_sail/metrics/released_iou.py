@@ -1,17 +1,17 @@
-"""cIoU and gIoU as the released scripts compute them, small constants and all, for the `paper` protocol.
+"""cIoU and gIoU exactly as in the released scripts, for the `paper` protocol.
 
-(predicted, target) pairs as RLE -> `ReleasedIoUSums` -> added over items -> `summary`. Where a correct score is wanted,
-use `metrics/iou.py`.
+(predicted, target) pairs as RLE -> `ReleasedIoUSums` -> added over items -> `summary`. For correct scores use
+`metrics/iou.py`.
 
-What is done differently from there (facts of the released code):
+Differences of the released code:
 - cIoU = sum of intersections / (sum of unions + 1e-10); gIoU = mean of intersection / (union + 1e-5), plus 1 where
   there is no union.
-- A missing prediction of RefCOCO is an empty mask (`missing="empty"`). Of ReasonSeg and PerBench it is left out of both
-  sums of cIoU and counts 0 in gIoU (`missing="skipped"`), which makes cIoU higher.
+- A missing prediction of RefCOCO is an empty mask (`missing="empty"`). For ReasonSeg and PerBench it is excluded from
+  both sums of cIoU and counts 0 in gIoU (`missing="skipped"`), which makes cIoU higher.
 - gIoU of PerBench is divided by the number of target masks, although only the first mask is compared: `num_targets`.
 
-- Ignored pixels of ReasonSeg are not ignored, and a target beside them is damaged: `released_target`. Where polygons of
-  one object overlap, the target of RefCOCO and gRefCOCO is damaged in the same way: `Expression.released_target`.
+- Ignored pixels of ReasonSeg are not ignored, and they corrupt the target: `released_target`. Overlapping polygons of
+  one object corrupt the targets of RefCOCO and gRefCOCO in the same way: `Expression.released_target`.
 
 Example: prediction of 4 pixels, target of 8, 4 in common, and one missing prediction of a target of 8: skipped, cIoU
 0.5 and gIoU 0.25; as an empty mask, cIoU 0.25.
@@ -33,7 +33,7 @@ MISSING = ("empty", "skipped")
 
 @dataclass(frozen=True, kw_only=True)
 class ReleasedIoUSums:
-    """Sums over items. Never changed in place."""
+    """Sums over items. Immutable."""
 
     intersection: int = 0
     """Pixels."""
@@ -41,7 +41,7 @@ class ReleasedIoUSums:
     """Pixels."""
     iou_sum: float = 0.0
     num_targets: int = 0
-    """What gIoU is divided by."""
+    """Denominator of gIoU."""
     count: int = 0
     missing: int = 0
 
@@ -94,15 +94,15 @@ class ReleasedIoUSums:
         }
 
     def fractions(self) -> dict[str, tuple[float, float]]:
-        """Return numerator and denominator of both scores; the constant below cIoU, 1e-10 of a pixel, is left out."""
+        """Return numerator and denominator of both scores, without the constant 1e-10 in the denominator of cIoU."""
         return {"ciou": (self.intersection, self.union), "giou": (self.iou_sum, self.num_targets)}
 
 
 def released_target(target: RLE | None, ignored: RLE | None) -> RLE | None:
-    """Return what the released ReasonSeg script takes for the target of an item with ignored pixels.
+    """Return the target that the released ReasonSeg script uses for an item with ignored pixels.
 
-    It hands a map of 0, 1 (target) and 255 (ignored) to its encoder, see `rle.encode_as_released`. Without ignored
-    pixels it is the target. Raises: DataError if sizes differ.
+    The script encodes a map of 0, 1 (target) and 255 (ignored), see `rle.encode_as_released`. Without ignored pixels
+    the result equals the target. Raises: DataError if sizes differ.
     """
     if ignored is None:
         return target

@@ -1,4 +1,4 @@
-"""PerBench's questions that mention marked regions and are answered by masks, and PerBench's overall score.
+"""Scores of PerBench's visual-text referring segmentation, and PerBench's overall score.
 
 Predicted and target masks of one question, as RLE -> sums of `metrics/iou.py` (`standard`) or of
 `metrics/released_iou.py` (`paper`) -> added over questions and ranks -> table.
@@ -6,10 +6,10 @@ Predicted and target masks of one question, as RLE -> sums of `metrics/iou.py` (
 Protocols, for predictions P0, P1, ... in the order of their [SEG] and targets T0, T1, ... in the order of the file:
 
 - `standard`: the union of all P against the union of all T, one pair per question; no [SEG] is an empty mask.
-- `each`: P0 with T0, P1 with T1, ...; what is left over on either side is paired with nothing and counts as missing or
-  as a false positive. Says whether the model keeps the objects of one answer apart.
-- `paper`: P0 with T0 and nothing else, yet gIoU is divided by the number of all T, so two targets score 0.5 at most;
-  a question without a prediction is left out of cIoU.
+- `each`: P0 with T0, P1 with T1, ...; unpaired masks count as missing or as false positives. Measures whether the model
+  separates the objects of one answer.
+- `paper`: only P0 with T0, but gIoU is divided by the number of all T, so two targets score at most 0.5. A question
+  without a prediction is excluded from cIoU.
 
 Example: P0 = T0 of 4 pixels, T1 of 4 pixels elsewhere, no P1 -> standard cIoU 0.5, each gIoU 0.5, paper cIoU 1.0 and
 gIoU 0.5.
@@ -66,7 +66,7 @@ def _union(rles: Sequence[RLE]) -> RLE | None:
 
 
 def _check_question(predictions: Sequence[RLE], targets: Sequence[RLE], where: str) -> None:
-    """Check what merging would not: pycocotools returns an empty mask for a union of different sizes."""
+    """Raise DataError for masks of different sizes, of which pycocotools returns an empty union."""
     if not targets:
         raise DataError(f"{where}: found no target mask, expected one at least; repair the file")
     size = list(targets[0]["size"])

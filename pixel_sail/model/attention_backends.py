@@ -1,9 +1,9 @@
-"""Attention backends for packed rows that need no mask over the row: the image of a sample is always its prefix.
+"""Attention backends for packed sequences. The image of a sample is always its prefix, so no dense mask is needed.
 
-`modeling_pixel_sail` asks `attention_backend` for the backend of a forward pass and passes it to the decoder. A sample
-of 1,202 image tokens and a conversation of 130 has two attention segments: 1,202 queries over 1,202 keys without a
-mask, and 130 queries over 1,332 keys, causal from the bottom right. Each independent question is a segment, over the
-image and itself. `attention_mask.py` has the same as one dense mask; tests compare with it.
+`modeling_pixel_sail` calls `attention_backend` once per forward pass and passes the result to the decoder. A sample of
+1,202 image tokens and a conversation of 130 tokens has two attention segments: 1,202 queries over 1,202 keys without a
+mask, and 130 queries over 1,332 keys, causal from the bottom right. Each independent question is a segment over the
+image and itself. `attention_mask.py` builds the equivalent dense mask, which tests compare with.
 
 Axis letters: B rows, T tokens, A attention heads, G key-value heads, E head width, I segments of one shape, Q queries
 of a segment, K keys of a segment, N all tokens of all rows.
@@ -79,7 +79,7 @@ class SegmentAttention:
         for segment in attention_segments(spans):
             groups[segment.num_queries, segment.num_prefix_keys, segment.is_image].append(segment)
         self.groups = list(groups.items())
-        # Causal from the bottom right, as numbers in the dtype of the scores: made here once, not in every layer.
+        # Causal from the bottom right, additive, in the dtype of the scores. Built once, not in every layer.
         self.masks: dict[tuple[int, int], Tensor] = {}
         for (queries, num_prefix_keys, is_image), _ in self.groups:
             if not is_image:
@@ -91,28 +91,28 @@ class SegmentAttention:
 
     def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
         """Return the attention output."""
-        if torch.is_autocast_enabled("cpu"):  # which knows nothing of the kernel's own name
+        if torch.is_autocast_enabled("cpu"):  # autocast does not cover the private kernel
             dtype = torch.get_autocast_dtype("cpu")
             q_BATE, k_BGTE, v_BGTE = (x.to(dtype) for x in (q_BATE, k_BGTE, v_BGTE))
         output_BATE: Tensor = SegmentProducts.apply(q_BATE, k_BGTE, v_BGTE, self)
         return output_BATE
 
     def mask(self, shape: tuple[int, int, bool], dtype: torch.dtype) -> Tensor | None:
-        """Return what is added to the scores of segments of one shape."""
+        """Return the additive mask for segments of one shape."""
         queries, num_prefix_keys, is_image = shape
         return None if is_image else self.masks[queries, num_prefix_keys].to(dtype)
 
 
 class SegmentProducts(torch.autograd.Function):
-    """All segments of a layer as one function, which keeps queries, keys, values and result of the row and no pieces.
+    """Attention over all segments of a layer. Saves queries, keys, values and output of whole rows, no slices.
 
-    As slices, stacks and `scaled_dot_product_attention` under autograd the same keeps keys and values once per head and
-    segment, and its backward pass fills a map of zeros for every slice.
+    The same computation as slices, stacks and `scaled_dot_product_attention` under autograd saves keys and values once
+    per head and segment, and its backward pass fills a tensor of zeros for every slice.
     """
 
     @staticmethod
     def forward(ctx: Any, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor, attention: SegmentAttention) -> Tensor:
-        """Return the attention output [B, A, T, E], which lies in memory as [B, T, A, E]."""
+        """Return the attention output [B, A, T, E], stored in memory as [B, T, A, E]."""
         rows, heads, tokens, width = q_BATE.shape
         output_BATE = q_BATE.new_zeros(rows, tokens, heads, width).transpose(1, 2)
         log_sums = []
@@ -173,9 +173,9 @@ def _queries(x_BATE: Tensor, segments: Sequence[AttentionSegment]) -> Tensor:
 
 
 def _keys(x_BGTE: Tensor, segments: Sequence[AttentionSegment], heads: int) -> Tensor:
-    """Return the keys or values that segments of one shape see [I, A, K, E], for every head.
+    """Return the keys or values that segments of one shape see [I, A, K, E], repeated for every head.
 
-    Not left to the kernel: its backward pass over shared keys took 2.7 times as long on two cores.
+    Repeated here because the kernel's backward pass over shared keys took 2.7 times as long on two cores.
     """
     seen_IGKE = _stack([_seen(x_BGTE, segment) for segment in segments])
     count, groups, keys, width = seen_IGKE.shape
@@ -193,11 +193,11 @@ def _seen(x_BGTE: Tensor, segment: AttentionSegment) -> Tensor:
 
 
 class VarlenAttention:
-    """Torch's variable-length flash kernels, called twice for all samples: for images, and for texts over all their
-    keys. CUDA and half precision only. Padding gets zeros.
+    """Torch's variable-length flash kernels, called once for all images and once for all texts over their keys.
 
-    Expects the tokens of all rows as one row: images first, then texts, then padding, so that a kernel reads a slice.
-    `reorder` does this once per forward pass; otherwise every layer would gather.
+    CUDA and half precision only. Padding gets zeros. Expects the tokens of all rows as one row, ordered as images,
+    texts, padding, so that a kernel reads a contiguous slice. `reorder` does this once per forward pass instead of in
+    every layer.
     """
 
     def __init__(self, spans: Sequence[SampleSpan], *, shape: tuple[int, int], device: torch.device) -> None:
@@ -206,7 +206,7 @@ class VarlenAttention:
         texts = [segment for segment in segments if not segment.is_image]
 
         def token_indices(segment: AttentionSegment, start: int, length: int) -> NDArray[np.int64]:
-            """Return tokens of a segment's row, counted over all rows."""
+            """Return indices of tokens of a segment's row, counted over all rows."""
             return np.arange(start, start + length) + segment.row * shape[1]
 
         def query_indices(segment: AttentionSegment) -> NDArray[np.int64]:
@@ -232,7 +232,7 @@ class VarlenAttention:
         self.texts = _Lengths.of(texts, device)
 
     def reorder(self, x_BTZ: Tensor) -> Tensor:
-        """Return what belongs to tokens in the order of this backend [1, N, ...]."""
+        """Return per-token values in the order of this backend [1, N, ...]."""
         return x_BTZ.flatten(0, 1).index_select(0, self.order_N)[None]
 
     def restore_order(self, x_1NZ: Tensor) -> Tensor:
@@ -270,7 +270,7 @@ class _Lengths:
 
     @classmethod
     def of(cls, segments: Sequence[AttentionSegment], device: torch.device) -> "_Lengths | None":
-        """Return the lengths of segments, None where there are none."""
+        """Return the lengths of the segments, or None without segments."""
         if not segments:
             return None
         queries, keys = (
@@ -283,11 +283,11 @@ class _Lengths:
 
 
 def flash_varlen(q_NAE: Tensor, k_NGE: Tensor, v_NGE: Tensor, lengths: _Lengths, *, is_causal: bool) -> Tensor:
-    """Return variable-length attention, causal from the bottom right where asked for."""
+    """Return variable-length attention. `is_causal` aligns the mask to the bottom right."""
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
-    # torch 2.10 names causality, later versions give it as a window.
+    # torch 2.10 has an argument `is_causal`, later versions a window.
     options: dict[str, Any] = (
         {"is_causal": is_causal} if "is_causal" in known else {"window_size": (-1, 0 if is_causal else -1)}
     )
@@ -304,7 +304,7 @@ def flash_varlen(q_NAE: Tensor, k_NGE: Tensor, v_NGE: Tensor, lengths: _Lengths,
 
 
 class FlexAttention:
-    """The mask of `attention_mask` as a function of two tokens, for FlexAttention. A row keeps one block mask."""
+    """FlexAttention with the rule of `attention_mask` as its mask function. One block mask per row."""
 
     def __init__(self, sample_index_BT: Tensor, branch_ids_BT: Tensor, in_image_BT: Tensor) -> None:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -322,7 +322,7 @@ class FlexAttention:
         self.block_mask = create_block_mask(
             may_see, num_rows, None, num_tokens, num_tokens, device=str(device), _compile=on_gpu
         )
-        # Without compilation torch computes every score and warns; on a CPU that is only good for comparisons.
+        # Without compilation torch computes every score and warns. On a CPU this serves comparisons only.
         self.kernel: Any = torch.compile(flex_attention, dynamic=True) if on_gpu else flex_attention
 
     def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
@@ -333,7 +333,7 @@ class FlexAttention:
 
 
 def resolve_attention(choice: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Return what `auto` means here for long rows, and other choices as they are (see `fastest_on_cpu`)."""
+    """Resolve `auto` for long rows on this device. Other choices are returned unchanged (see `fastest_on_cpu`)."""
     if choice != "auto":
         return choice
     if device.type == "cpu":
@@ -352,10 +352,10 @@ def attention_backend(
     *,
     dtype: torch.dtype,
 ) -> AttentionBackend:
-    """Return the attention backend of one packed batch; `dtype` is that of queries and keys.
+    """Return the attention backend of one packed batch. `dtype` is the dtype of queries and keys.
 
-    Raises: DataError for flex where torch cannot train with it; ValueError for samples that are not an image followed
-    by text, which only `dense` and `flex` take.
+    Raises: DataError for flex on a CPU with gradients; ValueError for samples that are not an image followed by text,
+    which only `dense` and `flex` support.
     """
     device = sample_index_BT.device
     is_auto, choice = choice == "auto", resolve_attention(choice, device, dtype)
@@ -366,7 +366,7 @@ def attention_backend(
         choice = fastest_on_cpu(spans, shape)
     if choice == "dense":
         mask_B1TT = attention_mask(sample_index_BT, branch_ids_BT, in_image_BT)
-        # The fused kernel of the CPU would turn booleans into numbers in every layer.
+        # The fused CPU kernel would convert a boolean mask to numbers in every layer.
         numbers = torch.zeros(mask_B1TT.shape, dtype=dtype, device=device).masked_fill_(~mask_B1TT, -torch.inf)
         return MaskedAttention(mask_B1TS=numbers)
     if choice == "flex":

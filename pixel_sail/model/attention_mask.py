@@ -1,7 +1,7 @@
-"""Who may attend to whom in a packed sequence.
+"""The attention mask of a packed sequence.
 
-The decoder turns the three per-token arrays of a batch into one boolean mask. This is the reference path: obvious and
-dense. One sample with an image of two patches and two independent questions of two tokens each:
+Three per-token arrays of a batch become one dense boolean mask. This is the reference for the attention backends. One
+sample with an image of two patches and two independent questions of two tokens each:
 
     token          <vision> patch patch </vision>  q0 q0  q1 q1
     in_image          1      1     1      1         0  0   0  0
@@ -15,9 +15,9 @@ from torch import Tensor
 def attention_mask(sample_index_BT: Tensor, branch_ids_BT: Tensor, in_image_BT: Tensor) -> Tensor:
     """Return the mask [B, 1, T, T], true where the query (third axis) may see the key (fourth).
 
-    A token sees keys of its own sample only. Image tokens with their two delimiters see each other in both directions,
-    every other token sees what stands before it, and of that only branch 0 (the shared image) and its own branch.
-    Padding carries sample -1 and sees earlier padding, so no row is empty.
+    Attention is block-diagonal over samples. Image tokens, including their two delimiters, attend to each other in both
+    directions. Every other token attends causally to branch 0 (the shared image) and to its own branch. Padding has
+    sample -1 and attends to earlier padding, so no row is empty.
     Source: bytedance/Sa2VA 9832e1a, sa2va_eval/projects/ST (`create_single_prefix_mask`), extended to packed sequences.
     """
     num_tokens = sample_index_BT.shape[1]

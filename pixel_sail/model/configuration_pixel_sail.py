@@ -1,7 +1,7 @@
-"""The architecture of a Pixel-SAIL model, as one dataclass with two users.
+"""The architecture of a Pixel-SAIL model.
 
-Hydra's `model` group fills `Architecture`, `PixelSailConfig` carries the same fields into the `config.json` that
-travels with the weights. The values of a real model, for example of the 0.5B one:
+Hydra's `model` group fills `Architecture`. `PixelSailConfig` writes the same fields to the `config.json` of a
+checkpoint. The 0.5B model:
 
     Architecture(vocab_size=151680, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
                  num_attention_heads=14, num_key_value_heads=2, patch_size=16, mask_stride=4, mask_dim=512)
@@ -23,10 +23,10 @@ POSITIVE = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "patch_size", "mask_dim"),
 )
-"""Sizes that no model has none of."""
+"""Sizes that must be at least 1."""
 
 MAX_FEATURE_SIZE = 1024
-"""Widest channel count of the upsampler; wider decoders are projected down first (release: `min(hidden, 1024)`)."""
+"""Maximum channel count of the upsampler. Wider decoders are projected down first (release: `min(hidden, 1024)`)."""
 
 
 @dataclass(kw_only=True)
@@ -34,13 +34,13 @@ class Architecture:
     """Everything that determines the shapes of the parameters and what the forward pass computes."""
 
     base: str = "sail"
-    """How an image enters. sail: raw patches through one linear layer between two delimiters, 2-D positions, never
-    enlarged. eve: patches through two convolutions, a class token before them and a token behind every row, 1-D
-    positions, every image scaled to one area, a chat template around it (as EVEv2)."""
+    """How images are embedded. sail: raw patches through one linear layer, two delimiters, 2-D positions; images are
+    never enlarged. eve (as EVEv2): patches through two convolutions, a class token first and a token after every row,
+    1-D positions; images are scaled to one area and placed in a chat template."""
     attention: str = "prefix"
-    """prefix: the tokens of an image see each other in both directions. causal: every token sees what went before."""
+    """prefix: image tokens attend to each other in both directions. causal: every token attends to earlier tokens."""
     modality_experts: list[str] = field(default_factory=list)
-    """Which parts of a layer have weights of their own for image tokens: self_attn, layernorm, mlp. eve only."""
+    """Parts of a layer with separate weights for image tokens: self_attn, layernorm, mlp. eve only."""
     patch_hidden_size: int = 1024
     """Channels between the two convolutions of an eve patch."""
     vocab_size: int = 512
@@ -52,35 +52,35 @@ class Architecture:
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     attention_bias: bool = True
-    """Whether queries, keys and values have a bias: Qwen2 has, Mistral (SOLO) has not."""
+    """Whether the query, key and value projections have a bias: true for Qwen2, false for Mistral (SOLO)."""
     rope_theta: float = 1_000_000.0
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
-    """Standard deviation of the normal initialisation of the decoder and of the embeddings."""
+    """Standard deviation of the normal initialization of the decoder and of the embeddings."""
     patch_size: int = 16
     """Side of a square patch, pixels."""
     max_long_side: int = 1024
-    """Longest side an image is resized to, pixels; for eve the side of a square of the area that it is scaled to."""
+    """Maximum long side of a resized image, pixels. For eve: images are scaled to the area of a square of this side."""
     mask_stride: int = 4
-    """Pixels per mask logit: 2 is the released code, 4 the paper, `patch_size` switches the upsampler off."""
+    """Output stride of the masks, pixels: 2 in the released code, 4 in the paper. `patch_size`: no upsampler."""
     upsampler: str = "transposed"
-    """How a block doubles the map: a transposed convolution (paper), bilinear interpolation after a 1x1 convolution, or
-    a 3x3 convolution whose channels become pixels (pixel_shuffle)."""
+    """How an upsampling block doubles the resolution: transposed convolution (paper), bilinear interpolation after a
+    1x1 convolution, or pixel shuffle after a 3x3 convolution."""
     mask_dim: int = 256
     """Width of the dot product between a [SEG] state and a pixel feature."""
     num_visual_prompts: int = 15
-    """How many `<Prompt{i}>` tokens exist; 0 removes the visual-prompt path."""
+    """Number of `<Prompt{i}>` tokens; 0 disables visual prompts."""
     visual_prompts: str = "injection"
-    """injection: a prompt's token embedding is added to the patches it covers (paper). pooled: the mean of these
-    patches' embeddings stands in for the prompt's token in the text (the paper's plain baseline). off: neither."""
+    """injection: a prompt's token embedding is added to the patches it covers (paper). pooled: the mean embedding of
+    these patches replaces the prompt's token in the text (the paper's plain baseline). off: neither."""
     prompt_projection: bool = True
-    """Whether an injected embedding goes through a linear layer first (release: vp_embed)."""
+    """Whether a linear layer projects the injected embedding first (release: vp_embed)."""
     token_ids: dict[str, int] = field(default_factory=dict)
-    """Ids of the tokens that the model looks at: `<vision>`, `<vpatch>`, `</vision>`, [SEG], `<Prompt0>` .., end."""
+    """Ids of the special tokens the model uses: `<vision>`, `<vpatch>`, `</vision>`, [SEG], `<Prompt0>` .., end."""
 
     def validate(self) -> None:
-        """Raise DataError where sizes do not fit together."""
+        """Raise DataError if sizes do not fit together."""
         self._validate_types()
         self._validate_base()
         if self.hidden_size % self.num_attention_heads:
@@ -113,7 +113,7 @@ class Architecture:
                 raise DataError(f"model: {name} is {getattr(self, name)!r}, expected one of {allowed}")
 
     def _validate_types(self) -> None:
-        """Raise DataError for a value of another type than its default's, as a damaged config.json may have it."""
+        """Raise DataError for a value whose type differs from its default's, for example in a damaged config.json."""
         kinds: dict[type, tuple[type, ...]] = {float: (int, float), list: (list, tuple)}
         for name, default in vars(Architecture()).items():
             value, kind = getattr(self, name), type(default)
@@ -121,7 +121,7 @@ class Architecture:
                 raise DataError(f"model: {name} is {value!r:.100}, expected a {kind.__name__}")
 
     def _validate_base(self) -> None:
-        """Raise DataError for an unknown base or attention, one that does not fit the other, or a size below 1."""
+        """Raise DataError for an unknown base or attention, an unsupported combination, or a size below 1."""
         small = {name: getattr(self, name) for name in POSITIVE if getattr(self, name) < 1}
         if small:
             raise DataError(f"model: {small}, expected sizes of at least 1")
@@ -135,14 +135,14 @@ class Architecture:
             )
         if self.base == "eve":
             if self.attention != "causal":
-                raise DataError("model: base eve has text before its image, which only attention=causal takes")
+                raise DataError("model: base eve has text before its image, which only attention=causal supports")
             if self.patch_size % 2 or self.patch_hidden_size < 1:
                 raise DataError(
                     f"model: patch_size is {self.patch_size} and patch_hidden_size {self.patch_hidden_size}; base eve "
                     "expects an even number (each patch is 2 x 2 pieces) and at least 1"
                 )
             if self.visual_prompts != "injection":
-                raise DataError(f"model: visual_prompts is {self.visual_prompts!r}; base eve takes injection only")
+                raise DataError(f"model: visual_prompts is {self.visual_prompts!r}; base eve supports injection only")
         elif self.modality_experts:
             raise DataError(f"model: modality_experts is {list(self.modality_experts)}, which needs base=eve")
 
@@ -169,7 +169,7 @@ class Architecture:
 
     @property
     def num_upsample_blocks(self) -> int:
-        """Return how often the patch grid is doubled until one cell covers at most `mask_stride` pixels."""
+        """Return how many doublings of the patch grid give cells of at most `mask_stride` pixels."""
         blocks = 0
         while self.patch_size / 2**blocks > self.mask_stride:
             blocks += 1
@@ -184,7 +184,7 @@ class PixelSailConfig(PreTrainedConfig, Architecture):
     def __post_init__(self, **kwargs: Any) -> None:
         """Finish the Hugging Face part, then check the sizes."""
         super().__post_init__(**kwargs)
-        # By name: Hugging Face puts a `validate` of its own on every configuration class.
+        # By name: Hugging Face adds its own `validate` to every configuration class.
         Architecture.validate(self)
 
     @classmethod
@@ -193,7 +193,7 @@ class PixelSailConfig(PreTrainedConfig, Architecture):
         return cls(**vars(architecture))
 
     def token_id(self, token: str) -> int:
-        """Return the id of a token the model needs; DataError when the configuration lacks it."""
+        """Return the id of a special token. Raises: DataError if the configuration lacks it."""
         if token not in self.token_ids:
             raise DataError(f"config.token_ids has no {token!r}; it holds {sorted(self.token_ids)}")
         return self.token_ids[token]
@@ -204,5 +204,5 @@ class PixelSailConfig(PreTrainedConfig, Architecture):
         return [self.token_id(f"<Prompt{i}>") for i in range(self.num_visual_prompts)]
 
 
-# So that loaders of Hugging Face which look at a folder's config.json, such as that of tokenizers, know what it is.
+# Lets Hugging Face loaders that read a folder's config.json, such as AutoTokenizer, recognize the model type.
 AutoConfig.register(PixelSailConfig.model_type, PixelSailConfig)

@@ -1,7 +1,7 @@
 """Conversion of the released code's state dict into ours, strict in both directions.
 
-`tools/check_parity.py` and checkpoint conversion call `convert_release_state`. Keys are translated by a table,
-embedding rows by token name, because the release appended its tokens in an order that differs between its configs:
+`tools/check_parity.py` and checkpoint conversion call `convert_release_state`. Keys are mapped by a table, embedding
+rows by token name, because the order in which the release appends its tokens differs between its configs:
 
     single_transformer.model.layers.0.self_attn.q_proj.weight  ->  decoder.layers.0.self_attn.q_proj.weight
     upsample_blocks.1.2.depthwise.bias                         ->  mask_head.upsampler.blocks.1.depthwise.bias
@@ -46,11 +46,11 @@ TOKEN_ROWS = ("embed_tokens.weight", "lm_head.weight")
 """Parameters whose rows belong to tokens."""
 
 DROPPED_TOKENS = frozenset({"<NO_Prompt>"})
-"""Released tokens that are never an input, so that a vocabulary without them loses nothing."""
+"""Released tokens that never occur in inputs, so a vocabulary may lack them."""
 
 
 def our_key(released_key: str) -> str:
-    """Return our name of a released parameter; ValueError for a name the table does not know."""
+    """Return our name of a released parameter. Raises: ValueError for an unknown name."""
     for pattern, replacement in KEY_PATTERNS:
         if re.fullmatch(pattern, released_key):
             return re.sub(pattern, replacement, released_key)
@@ -63,10 +63,10 @@ def our_key(released_key: str) -> str:
 def row_sources(
     source_tokens: Mapping[str, int], target_tokens: Mapping[str, int], *, source_rows: int, target_rows: int
 ) -> Tensor:
-    """Return for each target row the source row it copies, -1 for rows no token uses.
+    """Return for each target row the source row to copy, -1 for rows that no token uses.
 
-    Named tokens are matched by name. An id that neither side names maps to itself.
-    Raises: DataError for a token that only one side knows (`DROPPED_TOKENS` may be missing in the target).
+    Tokens are matched by name. An id without a name on either side maps to itself.
+    Raises: DataError for a token that exists on one side only (`DROPPED_TOKENS` may be missing in the target).
     """
     lost = set(source_tokens) - set(target_tokens) - DROPPED_TOKENS
     invented = set(target_tokens) - set(source_tokens)
@@ -78,7 +78,7 @@ def row_sources(
     sources = torch.full((target_rows,), -1, dtype=torch.long)
     shared = min(source_rows, target_rows)
     sources[:shared] = torch.arange(shared)
-    # Ids named on either side lose their identity mapping first, then every name takes its own row.
+    # First remove the identity mapping of ids named on either side, then map every name to its own row.
     for index in {*source_tokens.values(), *target_tokens.values()}:
         if index < target_rows:
             sources[index] = -1
@@ -96,8 +96,8 @@ def convert_release_state(
 ) -> dict[str, Tensor]:
     """Return a complete state dict of `model` made from a released one.
 
-    A tied text head may be absent; when it is present it must equal the embedding. Rows that no token uses (padding of
-    the vocabulary) become zero.
+    A tied text head may be absent; if present it must equal the embedding. Rows that no token uses (padding of the
+    vocabulary) become zero.
     Raises: DataError for unknown, missing, duplicate or misshapen tensors, naming all of them.
     """
     state: dict[str, Tensor] = {}
@@ -127,7 +127,7 @@ def convert_release_state(
 def _place_rows(
     rows: Tensor, source_tokens: Mapping[str, int], target_tokens: Mapping[str, int], target_rows: int
 ) -> Tensor:
-    """Return `rows` reordered by token name, with zeros where no token lives."""
+    """Return `rows` reordered by token name, zero for rows without a token."""
     sources = row_sources(source_tokens, target_tokens, source_rows=rows.shape[0], target_rows=target_rows)
     placed = rows[sources.clamp_min(0)].clone()
     placed[sources < 0] = 0

@@ -1,7 +1,7 @@
 """The decoder-only transformer: RMSNorm, grouped-query attention, SwiGLU, 2-D rotary positions.
 
-`modeling_pixel_sail` and `generation` hand it embeddings, it returns the states after the final norm. It knows nothing
-of images: images only show in the positions and in the attention backend it is given.
+`modeling_pixel_sail` and `generation` pass it embeddings; it returns the states after the final norm. Images affect it
+only through the positions and the attention backend.
 
 Example: embeddings [2, 194, 128] with positions [2, 2, 194] and `MaskedAttention(mask [2, 1, 194, 194])` give states
 [2, 194, 128].
@@ -24,14 +24,14 @@ from pixel_sail.model.recompute import GatedProjection, Norm, Rotation
 
 
 class AttentionBackend(Protocol):
-    """Computes attention: which keys each query of a forward pass sees, and how."""
+    """Computes attention and determines which keys each query sees."""
 
     def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
-        """Return the attention output [B, A, T, E] of a layer from its rotated queries and keys, and its values."""
+        """Return the attention output [B, A, T, E] of a layer from rotated queries and keys, and values."""
 
 
 def attend(q_BATE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask_B1TS: Tensor | None) -> Tensor:
-    """Return attention of every query over the keys that the mask lets it see (None: over all)."""
+    """Return attention of every query over the keys that the mask allows (None: all keys)."""
     repeats = q_BATE.shape[1] // k_BGSE.shape[1]
     keys, values = k_BGSE.repeat_interleave(repeats, dim=1), v_BGSE.repeat_interleave(repeats, dim=1)
     return F.scaled_dot_product_attention(q_BATE, keys, values, attn_mask=mask_B1TS)
@@ -39,7 +39,7 @@ def attend(q_BATE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask_B1TS: Tensor | N
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedAttention:
-    """Attention between all tokens of a forward pass where a mask allows it."""
+    """Attention under one dense mask."""
 
     mask_B1TS: Tensor
 
@@ -55,7 +55,7 @@ class Rotary:
     cos: Tensor
     sin: Tensor
     recompute: bool = False
-    """Whether it is one function, whose backward pass turns the gradient back, instead of a chain of steps."""
+    """Whether rotation is one autograd function, whose backward pass rotates the gradient back."""
 
     def __call__(self, x_BATE: Tensor) -> Tensor:
         """Rotate queries or keys (first half against second half of the head)."""
@@ -71,8 +71,8 @@ def rotary_tables(
 ) -> Rotary:
     """Return the rotation of every token.
 
-    The lower half of the frequencies turns with the row position, the upper half with the column position; text has
-    both equal, which is ordinary 1-D rotary embedding. Angles are float32, the tables have `dtype`.
+    The lower half of the frequencies encodes the row position, the upper half the column position. For text both are
+    equal, which is ordinary 1-D rotary embedding. Angles are float32, the tables have `dtype`.
     Source: Qwen2-VL's sectioned rotary embedding with sections (0, head_dim / 4, head_dim / 4).
     """
     device = position_ids_2BT.device
@@ -82,14 +82,14 @@ def rotary_tables(
     quarter = head_dim // 4
     angles = torch.cat((rows * frequencies[:quarter], columns * frequencies[quarter:]), dim=-1)  # [B, T, E/2]
     angles = torch.cat((angles, angles), dim=-1)[:, None]
-    # In float64, because the first float32 cosines of a process on several CPU threads were seen to differ in the last
-    # bit from one run to the next; rounded afterwards, the tables are the same in every run.
+    # In float64: the first float32 cosines of a process with several CPU threads differed in the last bit between runs.
+    # Rounded afterwards, the tables are the same in every run.
     angles = angles.double()
     return Rotary(cos=angles.cos().to(dtype), sin=angles.sin().to(dtype), recompute=recompute)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with a learned scale; the statistics are float32."""
+    """Root-mean-square norm with a learned scale. Statistics are float32."""
 
     recompute = True
     """Whether the backward pass recomputes the result (see `Kernels.recompute_elementwise`)."""
@@ -100,9 +100,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last axis."""
+        """Normalize the last axis."""
         if self.recompute and x.device.type != "cpu" and x.dtype == self.weight.dtype:
-            # torch's kernel, which keeps its input and one number per token, too. In half precision it rounds once.
+            # torch's kernel also keeps only its input and one number per token. In half precision it rounds once.
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         if self.recompute and torch.is_grad_enabled():
             normed: Tensor = Norm.apply(x, self.weight, self.eps)
@@ -113,7 +113,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections of grouped-query attention; an attention backend computes what lies between them."""
+    """Projections of grouped-query attention. The attention itself is computed by an attention backend."""
 
     def __init__(self, config: Architecture) -> None:
         super().__init__()
@@ -135,21 +135,21 @@ class Attention(nn.Module):
         return rotary(q_BATE), rotary(k_BGTE), v_BGTE
 
     def project_output(self, output_BATE: Tensor) -> Tensor:
-        """Return the states that the attention output is projected to."""
+        """Return the projected attention output."""
         return self.o_proj(output_BATE.transpose(1, 2).flatten(2))
 
 
 class DownProjection(nn.Linear):
-    """The last layer of a SwiGLU, applied to the product of both halves."""
+    """The down projection of a SwiGLU, applied to the product of both halves."""
 
     def forward(self, gate: Tensor, up: Tensor | None = None) -> Tensor:
-        """Return the projection of `gate`, or with `up` of silu(gate) * up.
+        """Return the projection of silu(gate) * up, or of `gate` alone without `up`.
 
-        Both halves enter here, so that ZeRO-3 gathers the weight for the call that uses it.
+        Both halves are arguments so that ZeRO-3 gathers the weight for the call that uses it.
         """
         if up is None:
             return super().forward(gate)
-        # Under autocast both halves come out of their products in half precision, and the weight must follow.
+        # Under autocast both halves are in half precision already, and the weight must match.
         weight = self.weight.to(gate.dtype)
         projected = GatedProjection.apply(gate.flatten(0, -2), up.flatten(0, -2), weight)
         assert isinstance(projected, Tensor)
@@ -170,7 +170,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to the last axis."""
-        # An adapted layer (model/lora.py) takes the product itself.
+        # A LoRA layer (model/lora.py) expects the product.
         if self.recompute and torch.is_grad_enabled() and isinstance(self.down_proj, DownProjection):
             return self.down_proj(self.gate_proj(x), self.up_proj(x))
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -180,9 +180,9 @@ class DecoderLayer(nn.Module):
     """Pre-norm attention and feed-forward, each with a residual connection."""
 
     compiled = False
-    """Whether both halves, but not the products of attention, go through torch.compile (see `Kernels.compile`)."""
+    """Whether both halves, without the attention products, are compiled (see `Kernels.compile`)."""
     checkpointed = False
-    """Whether the backward pass computes the feed-forward half again (see `OptimConfig.activation_checkpointing`)."""
+    """Whether the backward pass recomputes the feed-forward half (see `OptimConfig.activation_checkpointing`)."""
 
     def __init__(self, config: Architecture) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ class DecoderLayer(nn.Module):
         return self.self_attn.heads(self.input_layernorm(x_BTD), rotary)
 
     def second_half(self, x_BTD: Tensor, *others: Any) -> Tensor:
-        """Return `feed_forward` of the arguments, compiled and checkpointed where asked for."""
+        """Return `feed_forward` of the arguments, compiled and checkpointed if enabled."""
         half: Callable[..., Tensor] = self.feed_forward
         if self.compiled:
             half = partial(through_compile(type(self).feed_forward), self)
@@ -211,14 +211,13 @@ class DecoderLayer(nn.Module):
         return half(x_BTD, *others)
 
     def feed_forward(self, x_BTD: Tensor) -> Tensor:
-        """Return the states after the second half of the layer, which treats every token by itself."""
+        """Return the states after the feed-forward half of the layer, which is applied per token."""
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
 @cache
 def through_compile(part: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a method of a kind of layer or decoder through torch.compile: one graph for all of its kind and all sizes
-    above 1."""
+    """Return a compiled method of a layer or decoder class: one graph for all instances and all sizes above 1."""
     return torch.compile(part, dynamic=True)
 
 
@@ -236,7 +235,7 @@ class Decoder(nn.Module):
         self.gradient_checkpointing = False
 
     def rotary(self, position_ids_2BT: Tensor, dtype: torch.dtype) -> Rotary:
-        """Return the rotation of every token, which all layers share."""
+        """Return the rotation of every token, shared by all layers."""
         recompute = self.norm.recompute
         return rotary_tables(position_ids_2BT, self.head_dim, self.rope_theta, dtype, recompute=recompute)
 

@@ -1,7 +1,7 @@
-"""The student's linear layers towards its teachers: used in training, absent from exported models.
+"""Linear layers that project student features to the channels of each teacher. Exports do not contain them.
 
-`training/build.py` adds a `DistillHead` to the model where teachers are configured, forward calls it for the chosen
-images, `losses/distill.py` compares the result. Names are the released ones:
+`training/build.py` adds a `DistillHead` to the model if teachers are configured. The forward pass applies it to the
+sampled images and `losses/distill.py` compares the result. Names follow the release:
 
     distill_head.mask2former_distill_linear.weight [256, mask_dim]    from the pixel map, after the projector
     distill_head.sam2_distill_linear.weight        [256, hidden]      from the patch states, after the final norm
@@ -19,23 +19,23 @@ from torch import Tensor, nn
 from pixel_sail.model.configuration_pixel_sail import Architecture
 
 PREFIX = "distill_head."
-"""Of the parameters that an export leaves out."""
+"""Prefix of parameters that an export excludes."""
 
 _FIRST_NAMES = {"attribute_states": "drawn_states", "attribute_pixels": "drawn_pixels"}
-"""Teachers that had another name: random numbers and parameter names keep it, so that runs and checkpoints of earlier
-versions go on."""
+"""Former names of teachers. Seeds and parameter names keep them, so that runs and checkpoints of earlier versions
+resume."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillSite:
-    """Where a teacher reads the student, and how many channels it has."""
+    """The student feature map a teacher is compared with, and the teacher's number of channels."""
 
     site: str
     channels: int
 
 
 def lasting_name(teacher: str) -> str:
-    """Return the name of a teacher for seeds and parameters, which no version changes."""
+    """Return the name of a teacher for seeds and parameters, the same in all versions."""
     return _FIRST_NAMES.get(teacher, teacher)
 
 
@@ -50,7 +50,7 @@ def _init_ours(layer: nn.Linear, generator: torch.Generator) -> None:
 
 
 def _init_as_torch(layer: nn.Linear, generator: torch.Generator) -> None:
-    """What `nn.Linear.reset_parameters` does, which takes no generator."""
+    """Initialize as `nn.Linear.reset_parameters`, which takes no generator."""
     bound = layer.in_features**-0.5
     nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
     nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
@@ -66,29 +66,29 @@ class DistillHead(nn.ModuleDict):
     def __init__(
         self, config: Architecture, sites: Mapping[str, DistillSite], *, seed: int, init: str = "ours"
     ) -> None:
-        """Initialize the layers from a generator of their own each, so that no other weight depends on them.
+        """Initialize each layer from its own generator, so that no other weight depends on the teachers.
 
-        init: ours, with the variance of the states and no bias; or torch (release), the default of `nn.Linear`.
+        init: `ours` keeps the variance of the states and has zero bias; `torch` (release) is `nn.Linear`'s default.
         """
         super().__init__()
         self.site_of = {name: sites[name].site for name in sorted(sites)}
         for name in self.site_of:
             width = config.mask_dim if self.site_of[name] == "pixel_map" else config.hidden_size
             layer = nn.utils.skip_init(nn.Linear, width, sites[name].channels)
-            # A generator on the CPU takes the lower 32 bits of its seed: both must be in them.
+            # A CPU generator uses the lower 32 bits of its seed, so both values must be in them.
             generator = torch.Generator().manual_seed(zlib.crc32(lasting_name(name).encode(), seed))
             with torch.no_grad():
                 _INITIALIZERS[init](layer, generator)
             self[linear_name(name)] = layer
 
     def reads(self, site: str) -> list[str]:
-        """Return the teachers that read the student at a site."""
+        """Return the teachers that are compared at a site."""
         return [name for name, own in self.site_of.items() if own == site]
 
     def predict(self, teacher: str, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return what the student takes a teacher's features to be, [Y, X, E] for each of its maps [Y, X, C].
+        """Return the student's prediction of a teacher's features, [Y, X, E] for each map [Y, X, C].
 
-        All maps go through the layer at once.
+        All maps are projected in one call.
         """
         cells_NE: Tensor = self[linear_name(teacher)](torch.cat([map_YXC.flatten(0, 1) for map_YXC in maps]))
         sizes = [map_YXC.shape[:2] for map_YXC in maps]

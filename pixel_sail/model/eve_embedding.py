@@ -1,11 +1,11 @@
-"""How an image becomes token embeddings in the EVE base: two convolutions, a class token, a token behind every row.
+"""Image embedding of the EVE base: two convolutions, a class token, and a token after every row.
 
-Takes the place of `image_embedding.PatchEmbedding` where the architecture's base is eve. A patch is 2 x 2 pieces of 16
-x 16 pixels, and no convolution reaches into another patch, so that patches stay what sequences hold:
+Replaces `image_embedding.PatchEmbedding` if the architecture's base is eve. A patch is 2 x 2 pieces of 16 x 16 pixels.
+Convolutions do not cross patch borders, so sequences hold patches as in the sail base:
 
     patch [3, 32, 32] -> 2 x 2 pieces of 1024 channels -> GELU -> one embedding of the decoder's width
 
-Image tokens replace the embedding of their id; a visual prompt's embedding is added as it is to the patches it covers.
+Image tokens replace the embedding of their id. A visual prompt's embedding is added to the patches it covers.
 
 Axis letters: B rows, T tokens, S patches, K values of a patch, D width, R visual prompts.
 """
@@ -33,8 +33,7 @@ class EveEmbedding(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialize the weights: the pieces keep their variance, everything that enters the decoder is an
-        embedding."""
+        """Initialize the weights. The first convolution keeps the variance, the rest is initialized as embeddings."""
         nn.init.normal_(self.piece_projection.weight, std=self.piece_projection.weight[0].numel() ** -0.5)
         for layer in (self.piece_projection, self.patch_projection):
             assert layer.bias is not None
@@ -51,10 +50,10 @@ class EveEmbedding(nn.Module):
         prompt_ids_BT: Tensor,
         input_ids_BT: Tensor,
     ) -> Tensor:
-        """Return the embeddings with image tokens in place of theirs, and prompts added where an index is not -1.
+        """Return the embeddings with image tokens replaced, and prompts added where an index is not -1.
 
-        Patches are bytes, or float32 values that are normalised already. All parameters take part in every call, also
-        where no patch and no prompt is, so that every rank of a distributed run owns a gradient for them.
+        Patches are bytes or already normalized float32 values. All parameters are used in every call, even without
+        patches and prompts, so that every rank of a distributed run has a gradient for them.
         """
         if patches_SK.dtype == torch.uint8:
             patches_SK = normalize_patches(patches_SK, mean=CLIP_MEAN, std=CLIP_STD)

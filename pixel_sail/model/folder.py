@@ -1,7 +1,7 @@
-"""Folders with a model that somebody else may have made: what they may not ask for, and what tells one from another.
+"""Checks and hashes of model folders, which may come from untrusted sources.
 
-Every `from_pretrained` on a folder passes `check_no_code` first. Configuration files of Hugging Face can name Python
-files of the folder or packages of the hub to be run; here such a folder is refused:
+Every `from_pretrained` on a folder calls `check_no_code` first. Hugging Face configuration files can name Python files
+of the folder or hub packages to run. Such a folder is rejected:
 
     tokenizer_config.json: {"auto_map": {"AutoTokenizer": ["tok.Tok", null]}}   ->  DataError
     model_hashes(Path("runs/a/export"))  ->  {"config.json": "1a2b..", "model.safetensors": "3c4d..", ...}
@@ -19,24 +19,24 @@ from pixel_sail.types import DataError
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
-"""What an answer can depend on: configuration, weights, processor and tokenizer. Also what belongs on the hub."""
+"""Files that an answer can depend on: configuration, weights, processor and tokenizer. These are uploaded to a hub."""
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 MODEL_CONFIG = "config.json"
 
 FILES_AS_CODE = ("auto_map",)
-"""The key that names Python files of a folder, which the Auto classes of transformers would run."""
+"""Key that names Python files of a folder, which the Auto classes of transformers would run."""
 KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 """Keys that can name a kernel of the hub, which every model class of transformers would fetch and run."""
 
 _ADAPTER = "adapter_config.json"
-"""With the package peft installed, transformers takes weights from wherever this file points."""
+"""If peft is installed, transformers loads weights from wherever this file points."""
 
 
 def check_no_code(folder: str | Path, *names: str, keys: Collection[str] = (*FILES_AS_CODE, *KERNELS)) -> None:
-    """Raise DataError where one of the configuration files `names` of a folder asks for code to be run, by `keys`.
+    """Raise DataError if one of the configuration files `names` requests running code through one of `keys`.
 
-    A file that is no JSON is left to the function that reads it.
+    Invalid JSON is reported by the function that reads the file.
     """
     folder = Path(folder)
     for name in names:
@@ -47,8 +47,8 @@ def check_no_code(folder: str | Path, *names: str, keys: Collection[str] = (*FIL
         found = sorted({key for key in _keys(content) if key in keys})
         if found:
             raise DataError(
-                f"{folder / name}: found {found}, which has code of the folder or of the hub run, expected plain "
-                "settings; no such code is run here. Remove the keys if the model works without it"
+                f"{folder / name}: found {found}, which would run code of the folder or of the hub, expected plain "
+                "settings; remove the keys if the model works without that code"
             )
     if MODEL_CONFIG in names and (folder / _ADAPTER).is_file():
         raise DataError(
@@ -58,7 +58,7 @@ def check_no_code(folder: str | Path, *names: str, keys: Collection[str] = (*FIL
 
 
 def _keys(content: Any) -> Iterator[str]:
-    """Yield the keys of all objects in a JSON value."""
+    """Yield the keys of all objects nested in a JSON value."""
     waiting = [content]
     while waiting:
         value = waiting.pop()
@@ -70,12 +70,12 @@ def _keys(content: Any) -> Iterator[str]:
 
 
 def holds_model(folder: Path) -> bool:
-    """Return whether a folder holds a model: its configuration and its weights, in one file or in several."""
+    """Return whether a folder holds a model: a configuration and weights in one or several files."""
     return (folder / MODEL_CONFIG).is_file() and any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX))
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files with the weights of a model. Raises: DataError for an index that does not name files there."""
+    """Return the weight files of a model. Raises: DataError if the index names files outside the folder."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     index = folder / WEIGHTS_INDEX
@@ -101,17 +101,17 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def model_hashes(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file of a model that an answer can depend on, by name. Raises: DataError."""
+    """Return the SHA-256 of every file in `MODEL_FILES` that exists, by name. Raises: DataError."""
     listed = {file for pattern in MODEL_FILES for file in folder.glob(pattern) if file.is_file()}
     return {file.name: sha256(file) for file in sorted({*listed, *weight_files(folder)})}
 
 
 def weights_hash(folder: Path, hashes: Mapping[str, str]) -> str:
-    """Return one hash of the weights, given those of all files: that of the file, or of the hashes of several."""
+    """Return one hash of the weights from the hashes of all files: that of one file, or a hash over several."""
     files = weight_files(folder)
     return hashes[files[0].name] if len(files) == 1 else hash_of({file.name: hashes[file.name] for file in files})
 
 
 def hash_of(hashes: Mapping[str, str]) -> str:
-    """Return one hash of files, given the hash of each by name."""
+    """Return one hash over several files from the hash of each by name."""
     return hashlib.sha256(json.dumps(dict(hashes), sort_keys=True).encode()).hexdigest()

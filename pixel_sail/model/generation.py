@@ -1,13 +1,13 @@
-"""Greedy answers about images: every image is encoded once, any number of texts about it share its keys and values.
+"""Greedy generation: every image is encoded once, and all texts about it share its keys and values.
 
-`evaluation/predict.py` and the parity tool call `encode_images`, then `generate`. Images of one batch have one patch
-grid. A [SEG] state is taken after the token was consumed, also when [SEG] is the last token that was generated.
+`evaluation/predict.py` and the parity tool call `encode_images`, then `generate`. All images of a batch have the same
+patch grid. The state of a [SEG] is read after the token was consumed, even if [SEG] is the last generated token.
 
-Example: 4 images of 64 patches, 12 questions about each, run as one batch of 48 texts over 4 cached prefixes of 66
-tokens, none of which is copied; the answer `It is [SEG].<end>` costs 6 further single-token passes and gives one
+Example: 4 images of 64 patches with 12 questions each run as one batch of 48 texts over 4 cached prefixes of 66
+tokens, without copies of a prefix. The answer `It is [SEG].<end>` costs 6 further single-token passes and gives one
 state per text.
 
-Axis letters: I images, Q texts of the image that has most, R = I x Q rows, S prefix tokens, T tokens of this call,
+Axis letters: I images, Q maximum texts per image, R = I x Q rows, S prefix tokens, T tokens of this call,
 C text tokens so far, P patches, D width, A attention heads, G key-value heads, H = A / G, E head width.
 """
 
@@ -28,14 +28,14 @@ from pixel_sail.types import DataError
 
 
 class NotFiniteError(DataError):
-    """The model's states or logits for one text are NaN or infinite, so that its answer would mean nothing."""
+    """The model's states or logits for one text are NaN or infinite."""
 
     def __init__(self, message: str, *, request: int, question: int) -> None:
         super().__init__(message)
         self.request = request
-        """The number of the image among those asked about."""
+        """Index of the image in the request."""
         self.question = question
-        """The number of the text among those of the image."""
+        """Index of the text among those of the image."""
 
 
 KeyValue = tuple[Tensor, Tensor]
@@ -44,7 +44,7 @@ KeyValue = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class ImagePrefixes:
-    """Encoded images of one grid: what later tokens attend to, and where their positions start."""
+    """Encoded images of one grid: the cached keys and values, and the position at which texts start."""
 
     key_values: list[KeyValue]
     """By layer."""
@@ -52,9 +52,9 @@ class ImagePrefixes:
     grid_hw: tuple[int, int]
     next_position: int
     places_P: Tensor
-    """At which token of the prefix every patch stands."""
+    """Token index of every patch in the prefix."""
     pooled: PooledPrompts | None = None
-    """What stands in for the prompt tokens of the texts, by image, where visual prompts are pooled."""
+    """Embeddings that replace the prompt tokens of the texts, by image, if visual prompts are pooled."""
 
     def patch_states(self, image: int) -> Tensor:
         """Return the states [h, w, D] of the patches of one image."""
@@ -63,17 +63,17 @@ class ImagePrefixes:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOutput:
-    """What was generated after one text."""
+    """The generated answer to one text."""
 
     token_ids: list[int]
-    """Generated tokens, with the ending token if it was reached."""
+    """Generated tokens, including the end token if it was reached."""
     seg_states_ND: Tensor
-    """States of every [SEG] of question, forced answer and generated answer, in order."""
+    """State of every [SEG] in question, forced answer and generated answer, in order."""
 
 
 @dataclass(kw_only=True)
 class _Row:
-    """What is known of one text while it grows. Rows without a text fill up the batch and are finished at once."""
+    """One text during generation. Rows without a text pad the batch and are finished from the start."""
 
     position: int
     tokens: list[int] = field(default_factory=list)
@@ -90,7 +90,7 @@ def encode_images(
     prompt_ids_IS: Tensor,
     lead_ids: Sequence[int] = (),
 ) -> ImagePrefixes:
-    """Encode image spans, with the text `lead_ids` before them; positions and prompts cover all of their tokens."""
+    """Encode image spans preceded by the text `lead_ids`. Positions and prompts cover all of these tokens."""
     config, device, num_images = model.config, patches_IPK.device, len(patches_IPK)
     span = image_span(config.base, grid_hw, [config.token_id(token) for token in IMAGE_TOKENS], lead_ids)
     backend = _PrefixAttention(len(span.token_ids_S), is_causal=config.attention == "causal", device=device)
@@ -113,7 +113,7 @@ def encode_images(
 
 
 class _PrefixAttention:
-    """Attention within image spans: to the whole span, or causal. Keeps keys and values."""
+    """Attention within image spans, bidirectional or causal. Keeps keys and values."""
 
     def __init__(self, length: int, *, is_causal: bool, device: torch.device) -> None:
         self.key_values: list[KeyValue] = []
@@ -137,9 +137,9 @@ def generate(
 ) -> list[list[GenerationOutput]]:
     """Continue texts greedily until an end token or the length limit, each after the prefix of its image.
 
-    texts: tokens of every text of every image, images in the order of the prefixes; without prefixes (text only) the
-    groups are the caller's own. compiled: single tokens go through torch.compile, which takes time before the first
-    one and a C++ compiler on a CPU. Raises: ValueError for an empty text; NotFiniteError.
+    texts: tokens of every text, grouped by image in the order of the prefixes; without prefixes (text only) any
+    grouping. compiled: run single-token steps through torch.compile, which needs a warm-up, and a C++ compiler on a
+    CPU. Raises: ValueError for an empty text; NotFiniteError.
     """
     steps = generate_steps(model, prefixes, texts, max_new_tokens=max_new_tokens, end_ids=end_ids, compiled=compiled)
     while True:
@@ -160,8 +160,8 @@ def generate_steps(
     end_ids: Sequence[int],
     compiled: bool = False,
 ) -> Generator[list[list[int]], None, list[list[GenerationOutput]]]:
-    """Do what `generate` does, and yield after every step the tokens of all rows so far, those that fill up included;
-    the lists are those that grow.
+    """Like `generate`, and yield after every step the tokens of all rows so far, padding rows included. The lists are
+    mutated by later steps.
 
     The outputs are the generator's return value. Raises: ValueError for an empty text; NotFiniteError with the first
     text whose states are not finite.
@@ -184,7 +184,7 @@ def generate_steps(
     for step in range(max_new_tokens):
         logits_RV = model.lm_head(state_RD)
         best_R1 = logits_RV.argmax(-1, keepdim=True)
-        # NaN counts as largest, so the largest logit alone tells; it comes with the tokens, in one transfer.
+        # argmax treats NaN as the largest value, so checking the maximum is enough. One transfer for both.
         is_finite_R1 = logits_RV.gather(-1, best_R1).isfinite()
         chosen = torch.cat((best_R1, is_finite_R1.long()), dim=1).tolist()
         next_R = [token for token, _ in chosen]
@@ -216,18 +216,18 @@ def generate_steps(
 def _regroup(
     outputs: Iterator[GenerationOutput], counts: Sequence[int], num_columns: int
 ) -> Iterator[list[GenerationOutput]]:
-    """Yield the outputs of each image without those of rows that only fill up."""
+    """Yield the outputs of each image without padding rows."""
     for number in counts:
         yield [next(outputs) for _ in range(num_columns)][:number]
 
 
 def _ends_with_seg(model: PixelSailForSegmentation, rows: Sequence[_Row]) -> bool:
-    """Return whether a row stops at the length limit with a [SEG] whose state is still to be computed."""
+    """Return whether a row ends at the length limit with a [SEG] whose state is not computed yet."""
     return any(not row.finished and row.tokens[-1] == model.config.token_id("[SEG]") for row in rows)
 
 
 class _TextCache:
-    """Keys and values of all texts, and what is known of them."""
+    """Keys and values of all texts."""
 
     def __init__(
         self,
@@ -247,7 +247,7 @@ class _TextCache:
         self.compiled = compiled
         config, layers = model.config, model.decoder.layers
         shape = (len(rows), config.num_key_value_heads, capacity, config.head_dim)
-        # Zeros, because slots that nothing was written to are multiplied by a weight of 0 in a compiled step.
+        # Zeros, because a compiled step multiplies unwritten slots by a weight of 0.
         self.keys = [torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in layers]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         none = self.keys[0].new_zeros(num_images, shape[1], 0, shape[3])
@@ -255,9 +255,9 @@ class _TextCache:
         self.valid_RC = torch.zeros(len(rows), capacity, dtype=torch.bool, device=model.device)
 
     def extend(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        """Consume the next tokens of every row (none: the row waits), note [SEG] states, return the states [R, T, D].
+        """Consume the next tokens of every row (none: the row waits), record [SEG] states, return the states [R, T, D].
 
-        Texts shorter than the longest are padded on the right; the states of padding mean nothing.
+        Shorter texts are padded on the right; the states of padding are undefined.
         """
         device, seg_id = self.model.device, self.model.config.token_id("[SEG]")
         length = max(map(len, texts))
@@ -270,10 +270,10 @@ class _TextCache:
         first, self.num_slots = self.num_slots, self.num_slots + length
         self.valid_RC[:, first : self.num_slots] = steps_T < counts_R1
         is_compiled = self.compiled and length == 1
-        # Sizes that stay the same from step to step are looked at whole, where every further size would cost time.
+        # A compiled step attends to the whole cache, because every further size would be compiled again.
         seen = self.valid_RC.shape[1] if is_compiled else self.num_slots
         slots_C, new_T = torch.arange(seen, device=device), first + steps_T
-        # A token always sees itself, so that the row of a padded or waiting text is never empty.
+        # A token always attends to itself, so that no row of the mask is empty for padded or waiting texts.
         causal_TC, itself_TC = slots_C <= new_T[:, None], slots_C == new_T[:, None]
         backend = _CachedTextAttention(
             keys=self.keys,
@@ -299,25 +299,25 @@ class _TextCache:
 
 @dataclass(frozen=True, kw_only=True)
 class _CachedTextAttention:
-    """Attention of the new tokens of all texts to their image and to what went before; adds them to the cache.
+    """Attention of new tokens to their image and to earlier tokens of their text. Appends them to the cache.
 
-    One softmax goes over both: the scores of a row over the prefix of its image come from one product per image, so
-    that no prefix is copied for its texts, and stand beside the scores over the row's own text.
+    The scores over the prefix come from one product per image, so that no prefix is copied for its texts. They are
+    concatenated with the scores over the row's own text under one softmax.
     """
 
     keys: list[Tensor]
-    """By layer [R, G, C, E]; values alike. New ones are written into them."""
+    """By layer [R, G, C, E], as are values. Updated in place."""
     values: list[Tensor]
     images: list[KeyValue]
-    """Of the prefixes, by layer."""
+    """Keys and values of the prefixes, by layer."""
     num_images: int
     new_T: Tensor
-    """The slots of the new tokens."""
+    """Cache slots of the new tokens."""
     mask_RTC: Tensor
-    """What each sees of the first slots of its row."""
+    """Which cache slots of its row each new token attends to."""
 
     def __call__(self, layer: int, q_BATE: Tensor, k_BGTE: Tensor, v_BGTE: Tensor) -> Tensor:
-        """Return the attention output. Scores and softmax are float32, as in a fused kernel."""
+        """Return the attention output. Scores and softmax are in float32, as in a fused kernel."""
         length, width, num_groups = q_BATE.shape[2], q_BATE.shape[3], k_BGTE.shape[1]
         num_slots = self.mask_RTC.shape[2]
         self.keys[layer].index_copy_(2, self.new_T, k_BGTE)
@@ -325,7 +325,7 @@ class _CachedTextAttention:
         own_keys_RGCE = self.keys[layer][:, :, :num_slots].float()
         own_values_RGCE = self.values[layer][:, :, :num_slots].float()
         image_keys_IGSE, image_values_IGSE = self.images[layer]
-        # The H heads that share keys and values become further query rows.
+        # The H heads that share keys and values are folded into the query axis.
         q_RGHTE = q_BATE.unflatten(1, (num_groups, -1)).float() * width**-0.5
         own_RGHTC = (q_RGHTE.flatten(2, 3) @ own_keys_RGCE.mT).unflatten(2, (-1, length))
         own_RGHTC = own_RGHTC.masked_fill(~self.mask_RTC[:, None, None], -torch.inf)
@@ -341,7 +341,7 @@ class _CachedTextAttention:
         return x_RGHTZ.unflatten(0, (self.num_images, -1)).transpose(1, 2).flatten(2, 4)
 
     def by_row(self, x_IGXZ: Tensor, like_RGHTE: Tensor) -> Tensor:
-        """Undo `by_image`, with the shape of another tensor but for the last axis."""
+        """Undo `by_image`, to the shape of another tensor except for the last axis."""
         num_rows, _, num_heads, length, _ = like_RGHTE.shape
         layout = (num_rows // self.num_images, num_heads, length)
         return x_IGXZ.unflatten(2, layout).transpose(1, 2).flatten(0, 1)

@@ -1,11 +1,9 @@
-"""How an image and its visual prompts become token embeddings.
+"""Embedding of image patches and visual prompts.
 
-This is the seam between images and the decoder. `modeling_pixel_sail` looks up the token embeddings, this module adds
-what a patch shows and which prompt covers it; a base model with another image tokeniser replaces this file's module and
-nothing of the decoder.
+`modeling_pixel_sail` looks up the token embeddings and this module adds projected patches and prompts. A base model
+with another image tokenizer replaces `PatchEmbedding` and nothing in the decoder.
 
-Example: 64 patches of 3 x 16 x 16 values standing at tokens 1 .. 64 of a sequence; patches 9, 10, 17 and 18 carry
-prompt 3:
+Example: 64 patches of 3 x 16 x 16 values at tokens 1 .. 64 of a sequence; prompt 3 covers patches 9, 10, 17 and 18:
 
     patch_index = [-1, 0, 1, ..., 63, -1, ...]     prompt_ids = [-1, ..., 3, 3, -1, ...]
 """
@@ -22,10 +20,10 @@ from pixel_sail.model.patches import normalize_patches
 
 
 class PatchEmbedding(nn.Module):
-    """Raw patches through one linear layer, prompt tokens through another, both added onto the `<vpatch>` embeddings.
+    """Linear projections of raw patches and of prompt tokens, both added to the `<vpatch>` embeddings.
 
-    Without `prompt_projection` prompt tokens are added as they are; with other `visual_prompts` than injection not at
-    all.
+    Without `prompt_projection` prompt tokens are added unprojected. Unless `visual_prompts` is injection, they are not
+    added at all.
     """
 
     def __init__(self, config: Architecture) -> None:
@@ -46,9 +44,9 @@ class PatchEmbedding(nn.Module):
     ) -> Tensor:
         """Return the embeddings with the image and prompt terms added where an index is not -1.
 
-        Patches are bytes, or float32 values that are normalised already.
-        `prompt_table_RD` holds the token embeddings of `<Prompt0>` .. `<Prompt{R-1}>`. Both projections run in every
-        call, also when nothing uses them, so that every rank of a distributed run owns a gradient for them.
+        Patches are bytes or already normalized float32 values. `prompt_table_RD` holds the token embeddings of
+        `<Prompt0>` .. `<Prompt{R-1}>`. Both projections run in every call, even if unused, so that every rank of a
+        distributed run has a gradient for them.
         Source: reference model, input embedding; patches are flattened channel first.
         """
         if patches_SK.dtype == torch.uint8:
@@ -63,7 +61,7 @@ class PatchEmbedding(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class PooledPrompts:
-    """The mean embedding of the patches that each visual prompt covers, for every owner of an image."""
+    """Mean embedding of the patches that each visual prompt covers, for every sample or image (owner)."""
 
     means_ORD: Tensor
     is_known_OR: Tensor
@@ -73,19 +71,19 @@ class PooledPrompts:
     def of(cls, embeddings_BTD: Tensor, owner_BT: Tensor, prompt_ids_BT: Tensor, size_OR: tuple[int, int]) -> Self:
         """Return the means for `size_OR` owners and prompts; `prompt_ids_BT` is -1 where no prompt covers a token."""
         num_owners, num_prompts = size_OR
-        # What no prompt covers is summed up in one row behind the last, and left out.
+        # Tokens without a prompt are summed into one extra row, which is dropped.
         row_N = torch.where(prompt_ids_BT >= 0, owner_BT * num_prompts + prompt_ids_BT, num_owners * num_prompts)
         row_N = row_N.flatten()
         # In float32: a region may cover hundreds of patches.
         values_ND = embeddings_BTD.flatten(0, 1).float()
         sums = values_ND.new_zeros(num_owners * num_prompts + 1, values_ND.shape[1]).index_add(0, row_N, values_ND)[:-1]
-        # Not counted by bincount, which looks at the largest number and so waits for the device.
+        # bincount would read the maximum and so synchronize with the device.
         counts = row_N.new_zeros(len(sums) + 1).index_add(0, row_N, torch.ones_like(row_N))[:-1]
         means = (sums / counts.clamp(min=1)[:, None]).to(embeddings_BTD.dtype)
         return cls(means_ORD=means.unflatten(0, size_OR), is_known_OR=(counts > 0).view(size_OR))
 
     def put_into(self, embeddings_BTD: Tensor, owner_BT: Tensor, named_BT: Tensor) -> Tensor:
-        """Return the embeddings with means in place of tokens that name a known prompt (`named_BT`, -1: none)."""
+        """Replace the embeddings of tokens that name a known prompt (`named_BT`, -1: none) by its mean."""
         owner_BT, named = owner_BT.clamp(min=0), named_BT.clamp(min=0)
         is_put_BT = (named_BT >= 0) & self.is_known_OR[owner_BT, named]
         return torch.where(is_put_BT[..., None], self.means_ORD[owner_BT, named], embeddings_BTD)
@@ -95,5 +93,5 @@ def rows_or_zero(rows_RD: Tensor, index_BT: Tensor) -> Tensor:
     """Return rows_RD[index_BT] as [B, T, D], with a row of zeros where the index is -1."""
     zero = len(rows_RD)
     padded = torch.cat((rows_RD, rows_RD.new_zeros(1, rows_RD.shape[1])))
-    # As an embedding: the backward pass of plain indexing adds up one token after another on a CPU.
+    # As an embedding: on a CPU, the backward pass of plain indexing accumulates one token after another.
     return F.embedding(torch.where(index_BT >= 0, index_BT, zero), padded, padding_idx=zero)

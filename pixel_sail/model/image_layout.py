@@ -1,7 +1,7 @@
-"""The tokens of an image: which ids, at which positions, and which of them are patches.
+"""Token layout of an image: ids, positions, and which tokens are patches.
 
-The processor and the generator lay out images with it, for training and inference alike. The two layouts of a grid of 2
-x 3, where in the second some text of the template stands before the image:
+The processor and generation use it, for training and inference alike. The two layouts of a 2 x 3 grid; in the second,
+text of the template precedes the image:
 
     sail   <vision> <vpatch>x6 </vision>                                  (row, column) positions
     eve    <|im_start|>user\\n <vision> <vpatch>x3 </vision> <vpatch>x3 </vision>      1-D positions
@@ -22,16 +22,16 @@ from pixel_sail.types import SizeHW
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSpan:
-    """The tokens of one image and of the text that belongs before it."""
+    """The tokens of one image and of the template text before it."""
 
     token_ids_S: Tensor
     position_ids_2S: Tensor
     patch_index_S: Tensor
-    """Which patch of the grid stands at a token, row by row; -1 for other tokens."""
+    """Patch index of each token, row by row; -1 for other tokens."""
 
     @property
     def next_position(self) -> int:
-        """Return the position at which text goes on."""
+        """Return the position of the first text token after the image."""
         return int(self.position_ids_2S.max()) + 1
 
 
@@ -57,14 +57,14 @@ def image_span(base: str, grid_hw: SizeHW, image_ids: Sequence[int], lead_ids: S
 
 
 def patch_places(base: str, grid_hw: SizeHW, num_lead: int = 0) -> Tensor:
-    """Return at which token of its span every patch stands [P]."""
+    """Return the token index of every patch within its span [P]."""
     rows, columns = grid_hw
     per_row = columns + 1 if base == "eve" else columns
     return 1 + num_lead + (torch.arange(rows)[:, None] * per_row + torch.arange(columns)).flatten()
 
 
 def image_tokens(base: str, grid_hw: SizeHW) -> int:
-    """Return how many tokens an image has, delimiters among them."""
+    """Return the number of tokens of an image, including delimiters."""
     rows, columns = grid_hw
     return 1 + rows * (columns + 1) if base == "eve" else rows * columns + 2
 
@@ -72,7 +72,7 @@ def image_tokens(base: str, grid_hw: SizeHW) -> int:
 def image_positions(grid_hw: SizeHW) -> Tensor:
     """Return the (row, column) positions [2, 1 + h * w + 1] of an image span in the sail layout.
 
-    `<vision>` stands at 0, patch (r, c) at (1 + r, 1 + c), `</vision>` at 1 + max(h, w); text goes on from there.
+    `<vision>` is at 0, patch (r, c) at (1 + r, 1 + c), `</vision>` at 1 + max(h, w). Text continues from there.
     """
     rows, columns = grid_hw
     patch_rows = torch.arange(rows).repeat_interleave(columns) + 1

@@ -1,7 +1,7 @@
 """Which implementation computes each part of the model.
 
-`kernels` of a training run becomes `model.kernels`. Every choice has a slow, obvious reference beside a fast path, and
-tests that compare outputs and gradients of both:
+The config group `kernels` of a training run becomes `model.kernels`. Every choice has a simple, slow reference, and
+tests compare outputs and gradients of each implementation with it:
 
     Kernels(attention="dense", text_loss="plain", mask_head="maps", recompute_elementwise=False)    the reference
     Kernels()                                                                                       the default
@@ -21,36 +21,34 @@ KERNEL_CHOICES = {
 
 
 CHECKPOINTING = ("none", "feed_forward", "layers")
-"""What of a decoder the backward pass computes again, products included (`optim.activation_checkpointing`)."""
+"""What the backward pass recomputes of a decoder, matrix products included (`optim.activation_checkpointing`)."""
 
 
 @dataclass(kw_only=True)
 class Kernels:
-    """One choice per part of the model; all of them give the same losses but for rounding."""
+    """One implementation per part of the model. All give the same losses up to rounding."""
 
     attention: str = "auto"
-    """dense: one boolean mask over a packed row. segments: one call per image and per text, without a mask over the
-    row. flex: torch's FlexAttention with a block mask. varlen: torch's variable-length flash kernels (CUDA, half
-    precision). turns: products over what each sample shares and over its independent questions, padded to one size
-    (CPU). auto: on a CPU the one of dense, segments and turns with fewest scores; on CUDA varlen in half precision and
-    flex otherwise."""
+    """dense: one boolean mask per packed sequence. segments: one call per image and per text, without a dense mask.
+    flex: torch's FlexAttention with a block mask. varlen: torch's variable-length flash kernels (CUDA, half
+    precision). turns: separate products for the shared part and the independent questions of each sample, padded to
+    one size (CPU). auto: on a CPU the cheapest of dense, segments and turns; on CUDA varlen in half precision, else
+    flex."""
     text_loss: str = "chunked"
-    """plain: logits of all supervised positions are kept. chunked: some positions at a time, computed again in the
-    backward pass."""
+    """plain: keeps the logits of all supervised positions. chunked: computes some positions at a time and recomputes
+    them in the backward pass."""
     mask_head: str = "folded"
-    """maps: features of the mask width at every cell, then logits. folded: the last layer is folded into the mask
-    embedding of each [SEG] and the upsampler runs as matrix products. points: as folded, and logits are computed at
-    the loss's points only."""
+    """maps: pixel features for every cell, then logits. folded: the last pixel layer is folded into the mask embedding
+    of each [SEG], and the upsampler runs as matrix products. points: as folded, with logits at the loss points only."""
     recompute_elementwise: bool = True
-    """Whether the backward pass recomputes what lies between two matrix products (norms, rotation, activations,
-    depthwise convolutions) from the output of the product before it, instead of keeping every step. The small maps of
-    the mask head are kept."""
+    """Whether the backward pass recomputes the elementwise steps between two matrix products (norms, rotation,
+    activations, depthwise convolutions) instead of keeping their outputs. Small maps of the mask head are kept."""
     compile: str = "off"
-    """layers: norms, projections, rotation and feed-forward of the decoder layers go through torch.compile, once for
-    all lengths; of layers with weights for images, the feed-forward alone."""
+    """layers: torch.compile for norms, projections, rotation and feed-forward of the decoder layers, once for all
+    lengths. In layers with separate image weights only the feed-forward is compiled."""
     experts: str = "routed"
-    """Where images have weights of their own. mixed: both weights compute every token and one result is kept. routed:
-    each token is computed by its own weights only."""
+    """For layers with separate image weights. mixed: both weights process every token and one result is kept. routed:
+    each token is processed by its own weights only."""
 
     def __post_init__(self) -> None:
         """Check the choices. Raises: DataError."""
@@ -62,4 +60,4 @@ class Kernels:
 REFERENCE = Kernels(
     attention="dense", text_loss="plain", mask_head="maps", recompute_elementwise=False, experts="mixed"
 )
-"""The obvious way of everything."""
+"""The reference implementation of every part."""

@@ -1,8 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on linear layers.
 
-`training/build.py` adds them to a model whose weights are loaded, `training/checkpoint.py` folds them into the weights
-they adapt when it exports, so that nothing after training knows of them. The adapted layer keeps its place and the
-names of its parameters; two are new:
+`training/build.py` adds them to a model with loaded weights. On export `training/checkpoint.py` merges them into the
+adapted weights. The adapted layer keeps its parameter names and gets two new ones:
 
     decoder.layers.0.self_attn.q_proj.weight [896, 896]    frozen
     decoder.layers.0.self_attn.q_proj.lora_A [16, 896]     random
@@ -22,11 +21,11 @@ from torch.nn import functional as F
 from pixel_sail.model.decoder import DownProjection
 
 LINEAR = (nn.Linear, DownProjection)
-"""What can be adapted."""
+"""Layer types that can be adapted."""
 
 
 class LoraLinear(nn.Linear):
-    """A frozen linear layer plus `scale` times a product of two thin trained matrices."""
+    """A frozen linear layer plus `scale` times the product of two trained low-rank matrices."""
 
     def __init__(self, linear: nn.Linear, *, rank: int, alpha: float, generator: torch.Generator) -> None:
         """Take over the parameters of `linear` and freeze them."""
@@ -47,14 +46,14 @@ class LoraLinear(nn.Linear):
 
 
 def add_lora(model: nn.Module, names: Sequence[str], *, rank: int, alpha: float, seed: int) -> None:
-    """Replace the named linear layers of a model by adapted ones.
+    """Replace the named linear layers of a model with adapted ones.
 
-    Each is initialized from a generator of its own, so that no adapter depends on which others there are.
+    Each is initialized from its own generator, so that no adapter depends on the presence of others.
     """
     for name in names:
         linear = model.get_submodule(name)
         assert isinstance(linear, LINEAR), f"{name} is a {type(linear).__name__}"
-        # A generator on the CPU takes the lower 32 bits of its seed: both must be in them.
+        # A CPU generator uses the lower 32 bits of its seed, so both values must be in them.
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))
         parent, _, own = name.rpartition(".")
         adapted = LoraLinear(linear, rank=rank, alpha=alpha, generator=generator)
@@ -62,7 +61,7 @@ def add_lora(model: nn.Module, names: Sequence[str], *, rank: int, alpha: float,
 
 
 def fold_lora(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return whole parameters by name with every adapter added into its layer's weight, as a model without has them."""
+    """Return the full parameters by name with every adapter merged into its layer's weight."""
     folded = dict(weights)
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear):

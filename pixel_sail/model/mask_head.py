@@ -1,9 +1,9 @@
-"""From hidden states to mask logits: pixel features dotted with [SEG] queries.
+"""Mask head: mask logits are dot products of [SEG] queries and per-pixel features, without bias or scale.
 
-`modeling_pixel_sail` gives it the patch states of each image and the states of the [SEG] tokens; the losses and the
-predictor take the logits. No bias, no scale: a logit is a plain dot product.
+`modeling_pixel_sail` passes it the patch states of each image and the states of the [SEG] tokens. Losses and predictor
+use the logits.
 
-Example: a 8 x 8 grid of 128 channels and 5 [SEG] states give logits [5, 32, 32] at stride 4 of a 128 x 128 image.
+Example: an 8 x 8 grid of 128 channels and 5 [SEG] states give logits [5, 32, 32] at stride 4 of a 128 x 128 image.
 
 Axis letters: I images of one grid size, N masks, h w patch grid, Y X cells of the upsampled map, C channels, D mask
 width.
@@ -21,10 +21,10 @@ from pixel_sail.model.configuration_pixel_sail import Architecture
 from pixel_sail.model.upsampler import UpsampleBlock, Upsampler
 
 MaskHeadMode = Literal["reference", "products", "folded"]
-"""Which implementation `MaskHead.forward` takes."""
+"""Implementations of `MaskHead.forward`."""
 
 INITS = ("ours", "torch")
-"""How new weights of the mask head and of the distillation layers are initialized: see `MaskHead.init_weights`."""
+"""Initializations of the mask head and of the distillation layers, see `MaskHead.init_weights`."""
 
 
 def two_layer(size_in: int, size_middle: int, size_out: int) -> nn.Sequential:
@@ -47,10 +47,10 @@ class MaskHead(nn.Module):
     def init_weights(self, init: str = "ours") -> None:
         """Initialize the weights, from the global generator.
 
-        ours: the upsampler starts as a repetition of its input, and mask logits are of order one.
-        torch (release): PyTorch's defaults, and all upsample blocks are copies of one. These start with biases that
-        outweigh the signal: after two blocks nine tenths of the features' energy is the same at every pixel, and the
-        layer norms keep it so.
+        ours: the upsampler initially repeats its input, and mask logits are of order one.
+        torch (release): PyTorch's defaults, and all upsampling blocks start as copies of one. The biases outweigh the
+        signal: after two blocks nine tenths of the features' energy is the same at every pixel, and the layer norms
+        preserve this.
         """
         {"ours": self._init_ours, "torch": self._init_as_torch}[init]()
 
@@ -75,16 +75,16 @@ class MaskHead(nn.Module):
     def forward(
         self, groups: Sequence[Tensor], seg_states_NC: Tensor, *, mode: MaskHeadMode = "reference"
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return pixel embeddings [P, *] of groups of patch states [I, h, w, hidden], one group after another, [SEG]
-        queries [N, D] and mask embeddings [N, *]. A mask logit is the dot product of a mask and a pixel embedding.
+        """Return pixel embeddings [P, *], [SEG] queries [N, D] and mask embeddings [N, *]. Patch states come in groups
+        [I, h, w, hidden] whose pixel embeddings are concatenated. Mask logit = mask embedding . pixel embedding.
 
         reference: pixel embeddings are the pixel features, mask embeddings the queries. products: the same, with the
         upsampler as matrix products. folded: as products, but a pixel embedding is the input of the last layer of the
         pixel projection [P, C], and mask embeddings contain that layer, its bias last [N, C + 1].
 
-        Training comes through here once in a forward pass and takes three tensors, however many grid sizes its batch
-        has: ZeRO-3 gathers parameters at each call of a module and again for each tensor that came out of it, and
-        every rank must gather equally often.
+        A training forward pass calls this once and gets three tensors for any number of grid sizes: ZeRO-3 gathers
+        parameters at each call of a module and again for each of its output tensors, and every rank must gather
+        equally often.
         """
         queries_ND = self.seg_queries(seg_states_NC)
         if mode == "reference":
@@ -94,7 +94,7 @@ class MaskHead(nn.Module):
         assert isinstance(last, nn.Linear)
 
         def embed_pixels(states_IhwC: Tensor) -> Tensor:
-            # Flat before the product, so that the activation may take the place of its result.
+            # Flatten before the product, so that the activation can run in place on its result.
             return self.upsampler.channels_last(self._projected(states_IhwC), lambda x: first(x.flatten(0, 2))).relu_()
 
         maps = [embed_pixels(states_IhwC) for states_IhwC in groups]
@@ -105,7 +105,7 @@ class MaskHead(nn.Module):
         return pixel_embed, queries_ND, torch.cat((queries_ND @ last.weight, bias_N1), dim=1)
 
     def _projected(self, states_IhwC: Tensor) -> Tensor:
-        """Return patch states at the width of the upsampler."""
+        """Return patch states projected to the width of the upsampler."""
         return states_IhwC if self.pre_projector is None else self.pre_projector(states_IhwC)
 
     def pixel_features(self, states_IhwC: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def folded_logits(mask_embed_NE: Tensor, pixel_embed_YXC: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class PointLogits:
-    """Masks of one image that are known where they are asked for: no map of logits exists."""
+    """Masks of one image whose logits are computed at requested points only, without a full map."""
 
     mask_embed_NE: Tensor
     pixel_embed_YXC: Tensor
@@ -143,10 +143,10 @@ class PointLogits:
         return len(self.mask_embed_NE)
 
     def at(self, points_NQ2: Tensor) -> Tensor:
-        """Return the logits [N, Q] at points (x, y) in [0, 1] x [0, 1], as a map of logits would be read bilinearly.
+        """Return the logits [N, Q] at points (x, y) in [0, 1] x [0, 1], equal to bilinear sampling of a logit map.
 
-        Reading and the dot product are both linear, so either may come first. Outside of the map logits are 0, bias
-        included: near its border the bias counts with the weight of the cells that exist.
+        Sampling and the dot product are both linear, so their order does not matter. Logits are 0 outside the map,
+        bias included: near the border the bias has the weight of the cells inside.
         """
         num_rows, num_columns, width = self.pixel_embed_YXC.shape
         map_1CYX = self.pixel_embed_YXC.float().permute(2, 0, 1)[None]

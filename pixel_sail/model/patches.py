@@ -1,7 +1,6 @@
-"""Image <-> token grid: sizes, pixels and prompt masks. The only file that knows the order of patches.
+"""Image <-> patch grid: sizes, pixels and prompt masks. The order of patches is defined here only.
 
-The processor calls it for training and inference alike. Sizes for patches of 16 and a longest side of 1024, all
-(height, width):
+The processor calls it for training and inference. Sizes (height, width) for patches of 16 and a longest side of 1024:
 
     image 427 x 640  -> resized 432 x 640 -> grid 27 x 40 = 1080 patches
     image 480 x 640  -> resized 480 x 640 -> grid 30 x 40 = 1200 patches
@@ -28,25 +27,25 @@ PIXEL_STD = (0.229, 0.224, 0.225)
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-"""Statistics of CLIP's images, which EVE's are normalised with."""
+"""CLIP's image statistics, used by EVE."""
 
 RESAMPLING = {"long_side": Image.Resampling.BILINEAR, "area": Image.Resampling.BICUBIC}
-"""Filter of each rule, as in the release."""
+"""Resampling filter of each sizing rule, as in the release."""
 
 
 def resized_size(size_hw: SizeHW, patch_size: int, max_long_side: int, sizing: str = "long_side") -> SizeHW:
     """Return the size an image is resized to: both sides multiples of the patch size.
 
-    long_side: the long side is capped, and images are not enlarged beyond the next multiple. area: images are scaled,
-    up or down, to the area of a square of `max_long_side`, then each side is rounded up to a multiple. Source: release,
-    dataset preprocessing of the SAIL and of the EVE model.
+    long_side: caps the long side; images are not enlarged beyond the next multiple. area: scales images up or down to
+    the area of a square of `max_long_side`, then rounds each side up to a multiple. Source: release, dataset
+    preprocessing of the SAIL and of the EVE model.
     """
     height, width = size_hw
     if height < 1 or width < 1:
         raise DataError(f"image size {size_hw}: both sides must be at least 1 pixel")
     if sizing == "area":
-        # The smallest n with n * patch_size >= side * max_long_side / sqrt(height * width), in whole numbers: a side
-        # that comes out exactly must not be rounded up.
+        # The smallest n with n * patch_size >= side * max_long_side / sqrt(height * width), in integers, so that an
+        # exact result is not rounded up.
         rows, columns = (
             math.isqrt((max_long_side**2 * side - 1) // (patch_size**2 * other)) + 1
             for side, other in ((height, width), (width, height))
@@ -69,7 +68,7 @@ def image_to_patches(
 ) -> tuple[Tensor, SizeHW]:
     """Return the patches [P, 3 * patch_size ** 2], uint8, channel first and row by row, and their grid.
 
-    They stay bytes until the model has them: a quarter of the memory on the way through loader and bus.
+    They stay uint8 until the model normalizes them, which saves three quarters of the memory and transfer.
     """
     height, width = resized_size((image.height, image.width), patch_size, max_long_side, sizing)
     resized = image.convert("RGB").resize((width, height), RESAMPLING[sizing])
@@ -81,17 +80,17 @@ def image_to_patches(
 def normalize_patches(
     patches_SK: Tensor, *, mean: tuple[float, ...] = PIXEL_MEAN, std: tuple[float, ...] = PIXEL_STD
 ) -> Tensor:
-    """Return patches of bytes as float32, where images of these statistics have mean 0 and deviation 1."""
+    """Return uint8 patches as float32, normalized by mean and standard deviation."""
     pixels_SCQ = patches_SK.float().view(len(patches_SK), 3, patches_SK.shape[1] // 3) / 255.0
     mean_C1, std_C1 = to_device(torch.tensor([mean, std]), patches_SK.device)[..., None]
     return ((pixels_SCQ - mean_C1) / std_C1).view(patches_SK.shape)
 
 
 def covered_patches(mask: BoolMask, grid_hw: SizeHW) -> NDArray[np.bool_]:
-    """Return which cells of the grid [h, w] hold at least one pixel of the mask.
+    """Return which cells of the grid [h, w] contain at least one pixel of the mask.
 
-    Every pixel is assigned to the cell its centre falls in, so that a single marked pixel always marks a cell. (The
-    release resizes the mask to the nearest pixel first, which loses single pixels of images it scales down.)
+    Every pixel is assigned to the cell that contains its center, so a single marked pixel always marks a cell. (The
+    release resizes the mask to the nearest pixel first, which can lose single pixels when downscaling.)
     """
     rows, columns = np.nonzero(mask)
     covered = np.zeros(grid_hw, dtype=bool)
@@ -103,11 +102,11 @@ def covered_patches(mask: BoolMask, grid_hw: SizeHW) -> NDArray[np.bool_]:
 
 
 def visible_owners(covered: Sequence[NDArray[np.bool_]]) -> NDArray[np.int64] | None:
-    """Return which region every patch of the grid shows [h, w], -1 for none; None if not all regions can be seen.
+    """Return the index of the visible region of every patch [h, w], -1 for none; None if not all can be visible.
 
-    `covered` holds the patches of every region [h, w], at least one, in the order they are painted: a later region
-    lies on top. A region that others hide completely gets one patch back, the most central one of the region that has
-    most patches to spare; where its coverers have only one patch each, they move to another of their own.
+    `covered` holds the patches of every region [h, w], at least one, in painting order: later regions are on top. A
+    fully hidden region gets one patch back, the most central one of the region with most patches to spare. If its
+    covering regions have one patch each, they move to another of their own patches.
     """
     owners = np.full(covered[0].shape, -1, dtype=np.int64)
     for region, cells in enumerate(covered):
@@ -119,10 +118,9 @@ def visible_owners(covered: Sequence[NDArray[np.bool_]]) -> NDArray[np.int64] | 
 
 
 def _uncover(region: int, covered: Sequence[NDArray[np.bool_]], owners: NDArray[np.int64], *, moving: set[int]) -> bool:
-    """Give `region` one patch without taking the last patch of another; False if that cannot be.
+    """Assign `region` one patch without taking the last patch of another. Return False if this is impossible.
 
-    This is the search for an augmenting path of a matching between regions and patches; `moving` are the regions that
-    are on the path already.
+    Searches an augmenting path of a matching between regions and patches. `moving`: regions on the path already.
     """
     counts = {int(owner): int((owners == owner).sum()) for owner in np.unique(owners[covered[region]])}
     spare = max(counts, key=lambda owner: (counts[owner], -owner))
@@ -141,7 +139,7 @@ def _uncover(region: int, covered: Sequence[NDArray[np.bool_]], owners: NDArray[
 
 
 def _most_central(candidates: NDArray[np.bool_], cells: NDArray[np.bool_]) -> tuple[int, int]:
-    """Return the candidate patch nearest to the middle of the cells; the first in reading order of several."""
+    """Return the candidate patch nearest to the center of the cells, the first in reading order if tied."""
     places = np.argwhere(candidates)
     distances = ((places - np.argwhere(cells).mean(axis=0)) ** 2).sum(axis=1)
     row, column = places[int(distances.argmin())]

@@ -1,13 +1,13 @@
-"""The one way from images and text to tokens, for training and for inference.
+"""The processor: images and text to tokens, the same for training and inference.
 
-`data/packing.py` turns a `Sample` into an `Example` with it, the predictor encodes images and questions with it. The
-layout of a sample with one question (grid 2 x 3):
+`data/packing.py` uses it to turn a `Sample` into an `Example`; the predictor uses it to encode images and questions.
+The layout of a sample with one question (grid 2 x 3):
 
     <vision> <vpatch>x6 </vision> | <|im_start|>user\\n{question}<|im_end|>\\n | {answer}<|endoftext|>
     positions (row, column): (0,0) (1,1) (1,2) (1,3) (2,1) (2,2) (2,3) (4,4) (5,5) ...
     labels: the answer's tokens only
 
-Base eve writes an image into the first question, in the chat template of its language model:
+Base eve places the image inside the first question, in the chat template of its language model:
 
     <|im_start|>user\\n <image> | \\n{question}<|im_end|>\\n<|im_start|>assistant\\n | {answer}<|im_end|>
 """
@@ -31,29 +31,29 @@ from pixel_sail.types import IGNORE_LABEL, BoolMask, DataError, Example, Sample,
 
 SETTINGS_FILE = "processor_config.json"
 MOST_PROMPTS = 10_000
-"""Visual prompts; a damaged file must not make tokens for hours."""
+"""Maximum number of visual prompts, a limit for damaged files."""
 QUESTION_TEMPLATE = "<|im_start|>user\n{question}<|im_end|>\n"
 """Neither a system prompt nor an assistant header, as in the release."""
 CHAT_LEAD, CHAT_QUESTION = "<|im_start|>user\n", "{question}<|im_end|>\n<|im_start|>assistant\n"
-"""The template of base eve. An image stands between both, with a line break behind it."""
+"""The template of base eve. The image is inserted between both, followed by a line break."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessorSettings:
-    """What the processor must share with the model."""
+    """Settings that the processor shares with the model."""
 
     patch_size: int
     max_long_side: int
     num_visual_prompts: int
     base: str = "sail"
-    """Layout, template and resizing, see `Architecture`."""
+    """Determines layout, template and resizing, see `Architecture`."""
     attention: str = "prefix"
     sizing: str = "long_side"
 
 
 def _read_settings(file: Path) -> ProcessorSettings:
     """Return the settings of an exported folder. Raises: DataError."""
-    remedy = "expected an exported Pixel-SAIL folder; copy or export it anew"
+    remedy = "expected an exported Pixel-SAIL folder; copy or export it again"
     if not file.is_file():
         raise DataError(f"{file.parent}: no {SETTINGS_FILE}; {remedy}")
     sizes = ("patch_size", "max_long_side", "num_visual_prompts")
@@ -92,7 +92,7 @@ class PixelSailProcessor:
 
     @classmethod
     def for_model(cls, tokenizer: PreTrainedTokenizerBase, config: Architecture) -> "PixelSailProcessor":
-        """Return the processor that fits a model."""
+        """Return the processor of a model."""
         return cls(
             tokenizer,
             ProcessorSettings(
@@ -118,13 +118,13 @@ class PixelSailProcessor:
         return cls(tokenizer, settings)
 
     def text_ids(self, text: str) -> list[int]:
-        """Return the tokens of a text, nothing added."""
+        """Return the tokens of a text without special tokens added."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def question_ids(self, question: str, *, follows_image: bool = False) -> list[int]:
-        """Return the tokens of a user turn; `follows_image`: it goes on where the image span ends.
+        """Return the tokens of a user turn. `follows_image`: the turn continues directly after the image span.
 
-        Raises: DataError for a question with the name of an image token, where those tell text from image.
+        Raises: DataError for a question that contains an image token, if the base distinguishes images by these.
         """
         if not self.is_chat:
             return self.text_ids(QUESTION_TEMPLATE.format(question=question))
@@ -135,10 +135,10 @@ class PixelSailProcessor:
     def _check_no_image_token(self, ids: list[int], where: str) -> None:
         """Raise DataError for a text with an image token."""
         if set(ids) & set(self.image_ids):
-            raise DataError(f"{where}: one of {IMAGE_TOKENS} found in the text, expected none; take it out of the text")
+            raise DataError(f"{where}: one of {IMAGE_TOKENS} found in the text, expected none; remove it from the text")
 
     def decode(self, token_ids: list[int]) -> str:
-        """Return generated tokens as text, special tokens included, the ending token removed."""
+        """Return generated tokens as text, including special tokens except the end token."""
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=False)).replace(self.end_token, "").strip()
 
     def grid_of(self, size_hw: SizeHW) -> SizeHW:
@@ -151,16 +151,16 @@ class PixelSailProcessor:
         return image_to_patches(image, settings.patch_size, settings.max_long_side, settings.sizing)
 
     def image_span(self, grid_hw: SizeHW) -> ImageSpan:
-        """Return the tokens of an image, with the text that the template puts before it."""
+        """Return the tokens of an image, preceded by the text of the template."""
         return image_span(self.settings.base, grid_hw, self.image_ids, self.lead_ids)
 
     def paint_prompts(self, prompts: tuple[VisualPrompt, ...], grid_hw: SizeHW, where: str) -> Tensor:
         """Return the prompt id of every token of the image span, -1 for none: in the sail layout [1 + h * w + 1].
 
-        Prompts with more pixels are painted first, of two with equally many the one with the smaller id. A prompt that
-        those on top of it hide completely gets one patch back, so that every prompt is seen.
-        Raises: DataError for an id the model has no token for, for a mask without pixels, and for more prompts than
-        patches that they cover.
+        Larger prompts are painted first, equally large ones by id. A prompt that is completely hidden by others gets
+        one patch back, so that every prompt is visible.
+        Raises: DataError for an id without a token in the model, for an empty mask, and for more prompts than covered
+        patches.
         """
         order = sorted(prompts, key=lambda prompt: (-int(prompt.mask.sum()), prompt.prompt_id))
         for prompt in order:
@@ -172,7 +172,7 @@ class PixelSailProcessor:
             if owners is None:
                 raise DataError(
                     f"{where}: {len(order)} visual prompts found on {int(np.any(covered, axis=0).sum())} patches in "
-                    "all, of which they cannot get one each; use fewer prompts or a larger image"
+                    "all, expected a patch for each; use fewer prompts or a larger image"
                 )
             painted = np.where(owners >= 0, np.array([prompt.prompt_id for prompt in order])[owners], -1)
         patch_index_S = self.image_span(grid_hw).patch_index_S
@@ -191,16 +191,16 @@ class PixelSailProcessor:
     def encode_sample(self, sample: Sample, image: Image.Image | None, *, independent_turns: bool) -> Example:
         """Return a sample as tokens.
 
-        With `independent_turns` every turn is a branch of its own that sees the image and itself, at the positions it
-        would have alone; otherwise the turns form one conversation, each seeing the ones before.
-        Raises: DataError when masks and [SEG] tokens do not match, an answer is missing or a prompt cannot be painted.
+        With `independent_turns` every turn is a separate branch that attends to the image and itself, at the positions
+        it would have alone. Otherwise the turns form one conversation.
+        Raises: DataError if masks and [SEG] tokens do not match, an answer is missing or a prompt cannot be painted.
         """
         size_hw = None if image is None else (image.height, image.width)
         example = self.lay_out(sample, size_hw, independent_turns=independent_turns)
         return example if image is None else replace(example, patches_PK=self.image_patches(image)[0])
 
     def lay_out(self, sample: Sample, size_hw: SizeHW | None, *, independent_turns: bool) -> Example:
-        """Return a sample as tokens like `encode_sample`, from the size of its image and without pixels: P is 0.
+        """Like `encode_sample`, from the image size only and without pixels (P is 0).
 
         Raises: DataError as `encode_sample`.
         """
@@ -256,7 +256,7 @@ class PixelSailProcessor:
 
 
 class _TokenParts:
-    """Token arrays of one sample while they grow."""
+    """Builder of the token arrays of one sample."""
 
     def __init__(self) -> None:
         self.ids: list[Tensor] = []
@@ -278,7 +278,7 @@ class _TokenParts:
         self.positions.append(span.position_ids_2S)
         self.prompts.append(prompt_ids)
         self.patch_index.append(span.patch_index_S)
-        # Where attention is causal an image is nothing special to it.
+        # Causal attention treats image tokens like any others.
         self.in_image.append(torch.full((length,), processor.settings.attention == "prefix"))
         self.next_position = span.next_position
 
@@ -302,7 +302,7 @@ class _TokenParts:
         masks: tuple[BoolMask, ...],
         ignored: tuple[BoolMask | None, ...],
     ) -> Example:
-        """Return everything as tensors."""
+        """Return the arrays as tensors."""
         return Example(
             sample_id=sample.sample_id,
             source=sample.source,

@@ -1,7 +1,7 @@
-"""Folders of models and tokenizers that come from elsewhere, read so that damage is told in one message.
+"""Loading of model and tokenizer folders with one error message for damaged files.
 
-`tokenization.py`, `processing_pixel_sail.py` and `modeling_pixel_sail.py` load what a folder holds within `reading`;
-the libraries below them raise a dozen classes for files that are cut, lost or of another model:
+`tokenization.py`, `processing_pixel_sail.py` and `modeling_pixel_sail.py` load files within `reading`. The libraries
+raise a dozen different exceptions for truncated, missing or mismatched files:
 
     with reading("tokenizer data/tokenizer"):
         AutoTokenizer.from_pretrained("data/tokenizer")
@@ -24,28 +24,28 @@ LOADING_ERRORS = (
     *(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, ImportError, MemoryError),
     *(RuntimeError, SafetensorError, StrictDataclassError),
 )
-"""What the libraries raise for a folder whose files are cut, lost or of another model, found by damaging them."""
+"""Exceptions that the libraries raise for truncated, missing or mismatched files, found by damaging files."""
 
 
 WEIGHT_TYPES = ("F32", "F16", "BF16", "F64")
-"""Types of numbers, as safetensors names them, that a model is loaded from."""
+"""Data types of weights that a model is loaded from, as named by safetensors."""
 
 _WIDTHS = ("vocab_size", "hidden_size", "intermediate_size", "mask_dim", "patch_size", "num_visual_prompts")
-"""Sizes of a configuration that no tensor of its model can be narrower than all of."""
+"""Sizes of a configuration that appear as the width of some tensor of its model."""
 
 
 @contextmanager
-def reading(what: str, remedy: str = "copy or export it anew") -> Iterator[None]:
-    """Turn what libraries raise for damaged files into DataError; nothing but their loading belongs in here."""
+def reading(what: str, remedy: str = "copy or export it again") -> Iterator[None]:
+    """Turn the exceptions of libraries for damaged files into DataError. Wrap the loading calls only."""
     try:
         yield
     except ExpectedError as error:
-        # That of a configuration says what is wrong with it, not where it lies.
+        # The error of a configuration says what is wrong, but not in which file.
         if what.split()[-1] in str(error):
             raise
         raise DataError(f"{what}: {error}; {remedy}") from error
     except Exception as error:
-        # The library tokenizers raises plain Exception.
+        # The tokenizers library raises plain Exception.
         if not isinstance(error, LOADING_ERRORS) and type(error) is not Exception:
             raise
         raise DataError(f"{what}: cannot be loaded ({type(error).__name__}: {reason_of(error)}); {remedy}") from error
@@ -60,16 +60,16 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             if others := {name: kind for name, kind in kinds.items() if kind not in WEIGHT_TYPES}:
                 raise DataError(
                     f"{path}: found {dict(list(others.items())[:3])}, expected weights of {WEIGHT_TYPES}; other types "
-                    "would be rounded without a word. Convert or export them anew"
+                    "would be rounded silently. Convert or export them again"
                 )
             shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     return shapes
 
 
 def check_sizes(config: Any, weights: Mapping[str, Any], where: Path) -> None:
-    """Raise DataError where a configuration is of a far larger model than the weights it came with.
+    """Raise DataError if a configuration describes a much larger model than its weights.
 
-    Making such a model would take all memory, or not end. `weights`: tensors, or shapes, by name.
+    Building such a model could exhaust memory. `weights`: tensors or shapes by name.
     """
     shapes = [getattr(value, "shape", value) for value in weights.values()]
     widest = max((size for shape in shapes for size in shape), default=0)
@@ -78,5 +78,5 @@ def check_sizes(config: Any, weights: Mapping[str, Any], where: Path) -> None:
     if found:
         raise DataError(
             f"{where}: found {len(shapes)} tensors, {widest} wide at most, and a configuration with {found}; expected "
-            "the weights of this model; copy or export both anew"
+            "the weights of this model; copy or export both again"
         )

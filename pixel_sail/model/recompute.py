@@ -1,14 +1,14 @@
-"""Layers that keep what enters them and make the rest again in the backward pass, where that costs little.
+"""Layers that save their input and recompute cheap intermediate steps in the backward pass.
 
-`decoder.py` and `upsampler.py` take these where `kernels.recompute_elementwise` is true. Between two matrix products
-lie norms, rotations, activations and small convolutions. Plain autograd keeps a map for most of their steps; here the
-outputs of products are kept and most of what lies between is computed twice. One 0.5B layer over 1,332 tokens in
-float32 then keeps, in MB,
+`decoder.py` and `upsampler.py` use them if `kernels.recompute_elementwise` is true. Between two matrix products there
+are norms, rotations, activations and small convolutions. Plain autograd keeps a tensor for most of these steps; here
+the outputs of products are kept and most other steps are computed twice. One 0.5B layer over 1,332 tokens in float32
+then keeps, in MB,
 
     states 4.8 and normed 4.8, queries 4.8, keys and values 1.4, attention output 4.8, states 4.8 and normed 4.8,
     gate 25.9, other half 25.9
 
-where plain autograd keeps two further maps of the states' width for the norms and two of the inner width.
+Plain autograd keeps two more tensors of the states' width for the norms and two of the inner width.
 
 Axis letters: T tokens, D width, I inner width of the SwiGLU, B rows, A heads, E head width.
 """
@@ -23,9 +23,9 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recompute_between_products(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return `function(x)`, keeping only `x`; `function` ends with a matrix product.
+    """Return `function(x)`, keeping only `x`. `function` ends with a matrix product.
 
-    The backward pass makes again what the product reads, and stops before the product itself.
+    The backward pass recomputes the input of that product, but not the product itself.
     """
     if not torch.is_grad_enabled():
         return function(x)
@@ -38,7 +38,7 @@ class Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        """Return the normalised and scaled last axis; statistics are float32."""
+        """Return the normalized and scaled last axis. Statistics are float32."""
         wide = x.float()
         mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         scale = mean_square.add_(eps).rsqrt_()
@@ -63,7 +63,7 @@ class Norm(torch.autograd.Function):
 
 
 class Rotation(torch.autograd.Function):
-    """Rotary positions in half the passes over memory: the gradient is rotated back. Keeps its tables only, as plain
+    """Rotary positions with half the memory passes: the gradient is rotated back. Keeps only the tables, as plain
     autograd does."""
 
     @staticmethod
@@ -80,7 +80,7 @@ class Rotation(torch.autograd.Function):
 
     @staticmethod
     def turned(x_BATE: Tensor, cos_B1TE: Tensor, sin_B1TE: Tensor, *, direction: int) -> Tensor:
-        """Return heads turned forwards (1) or back (-1); both halves of the tables are equal."""
+        """Return heads rotated forwards (1) or back (-1). Both halves of the tables are equal."""
         half = x_BATE.shape[-1] // 2
         turned_BATE = x_BATE * cos_B1TE
         sin = sin_B1TE[..., :half].to(turned_BATE.dtype)
@@ -91,9 +91,9 @@ class Rotation(torch.autograd.Function):
 
 
 class GatedProjection(torch.autograd.Function):
-    """`F.linear(silu(gate) * up, weight)` that keeps gate and up, and makes their product again for the backward pass.
+    """`F.linear(silu(gate) * up, weight)` that keeps gate and up and recomputes their product in the backward pass.
 
-    Plain autograd keeps four maps of the inner width instead of two.
+    Plain autograd keeps four tensors of the inner width instead of two.
     """
 
     @staticmethod

@@ -1,12 +1,12 @@
-"""A decoder whose layers have weights of their own for image tokens, each token computed by its own weights only.
+"""A decoder whose layers have separate weights for image tokens.
 
-`modeling_pixel_sail` takes it in place of `Decoder` where the architecture names `modality_experts`. Tokens are put in
-order once, text before image, so that each half goes through its weights as one product; only queries, keys, values and
-what attention makes of them return to the order of the sequence:
+`modeling_pixel_sail` uses it instead of `Decoder` if the architecture has `modality_experts`. Tokens are reordered
+once, text before image, so that each modality is one matrix product per layer. Only queries, keys, values and the
+attention output are in sequence order:
 
     sequence  u  <vision> p p </vision>  a b      a layer's products   [u a b] and [<vision> p p </vision>]
 
-`RoutedTokens` is this fast way, `Mixed` the obvious one: both weights on every token, one of the results kept.
+`RoutedTokens` is this fast implementation. `Mixed` is the reference: both weights on every token, one result kept.
 
 Axis letters: B rows, T tokens, N = B x T, D width, A attention heads, G key-value heads, E head width.
 """
@@ -30,28 +30,28 @@ from pixel_sail.model.decoder import (
 )
 
 TokenLayer = Callable[[Tensor], Tensor]
-"""A layer that treats every token by itself."""
+"""A layer that is applied per token."""
 
 
 class TokenRouting(Protocol):
-    """Which tokens are text and which belong to an image."""
+    """Assignment of tokens to text and image layers."""
 
     def reorder(self, x_ND: Tensor) -> Tensor:
-        """Return tokens of the sequence in the order that layers take."""
+        """Return tokens of the sequence in the order expected by the layers."""
 
     def restore_order(self, x_ND: Tensor) -> Tensor:
         """Undo `reorder`."""
 
     def apply(self, text: TokenLayer, image: TokenLayer | None, x_ND: Tensor) -> Tensor:
-        """Return reordered tokens after the layer of their kind; without a layer for images, `text` takes all."""
+        """Apply to reordered tokens the layer of their modality. Without an image layer, `text` is applied to all."""
 
 
 class RoutedTokens:
-    """Every token goes through the layer of its kind. Both layers run in every call, also on no token, so that every
-    rank of a distributed run gathers them equally often and owns a gradient for them."""
+    """Applies to every token the layer of its modality. Both layers run in every call, even without tokens, so that
+    every rank of a distributed run gathers them equally often and has a gradient for them."""
 
     def __init__(self, is_image_BT: Tensor, num_image: int) -> None:
-        """`num_image` is how many are true: known on the host, so that no device is asked."""
+        """`num_image`: the number of true values, passed from the host to avoid a device synchronization."""
         is_image_N = is_image_BT.flatten()
         self.sizes = (len(is_image_N) - num_image, num_image)
         self.order_N = is_image_N.to(torch.uint8).argsort(stable=True)
@@ -67,7 +67,7 @@ class RoutedTokens:
         return x_ND.index_select(0, self.inverse_N)
 
     def apply(self, text: TokenLayer, image: TokenLayer | None, x_ND: Tensor) -> Tensor:
-        """Return reordered tokens after the layer of their kind."""
+        """Apply to reordered tokens the layer of their modality."""
         if image is None:
             return text(x_ND)
         text_ND, image_ND = x_ND.split(self.sizes)
@@ -75,7 +75,7 @@ class RoutedTokens:
 
 
 class Mixed:
-    """Both layers compute every token, and a mask keeps one of the results."""
+    """Applies both layers to every token and selects one of the results."""
 
     def __init__(self, is_image_BT: Tensor) -> None:
         self.is_image_N1 = is_image_BT.flatten()[:, None]
@@ -89,7 +89,7 @@ class Mixed:
         return x_ND
 
     def apply(self, text: TokenLayer, image: TokenLayer | None, x_ND: Tensor) -> Tensor:
-        """Return every token after the layer of its kind."""
+        """Apply to every token the layer of its modality."""
         if image is None:
             return text(x_ND)
         share_N1 = self.is_image_N1.to(x_ND.dtype)
@@ -97,7 +97,7 @@ class Mixed:
 
 
 class ImageWeights(nn.Module):
-    """What a layer has a second time, for image tokens; None where text and image share it."""
+    """The parts of a layer that image tokens have separately. None: shared with text."""
 
     def __init__(self, config: Architecture) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class ImageWeights(nn.Module):
 
 
 class RoutedLayer(DecoderLayer):
-    """A decoder layer with weights for image tokens beside those for text."""
+    """A decoder layer with separate weights for image tokens."""
 
     def __init__(self, config: Architecture) -> None:
         super().__init__(config)
@@ -119,7 +119,7 @@ class RoutedLayer(DecoderLayer):
     def forward(
         self, x_BTD: Tensor, rotary: Rotary, backend: AttentionBackend, layer: int, routing: TokenRouting | None = None
     ) -> Tensor:
-        """Return the new states: of reordered tokens [N, D] with `routing`, else of text tokens [B, T, D]."""
+        """Return the new states: of reordered tokens [N, D] with `routing`, otherwise of text tokens [B, T, D]."""
         if routing is None:
             return super().forward(x_BTD, rotary, backend, layer)
         return self.second_half(x_BTD + self._attended(x_BTD, rotary, backend, layer, routing), routing)
@@ -131,7 +131,7 @@ class RoutedLayer(DecoderLayer):
         num_rows, num_tokens = rotary.cos.shape[0], rotary.cos.shape[2]
 
         def heads(name: str, x_ND: Tensor) -> Tensor:
-            """Return one projection in the order of the sequence [B, heads, T, E]."""
+            """Return one projection in sequence order [B, heads, T, E]."""
             mapped_ND = routing.restore_order(self._projected(name, x_ND, routing))
             return mapped_ND.view(num_rows, num_tokens, -1, own.head_dim).transpose(1, 2)
 
@@ -149,7 +149,7 @@ class RoutedLayer(DecoderLayer):
         return routing.apply(getattr(self.self_attn, name), None if other is None else getattr(other, name), x_ND)
 
     def feed_forward(self, x_BTD: Tensor, routing: TokenRouting | None = None) -> Tensor:
-        """Return the states after the second half of the layer, which treats every token by itself."""
+        """Return the states after the feed-forward half of the layer, which is applied per token."""
         if routing is None:
             return super().feed_forward(x_BTD)
         normed = routing.apply(self.post_attention_layernorm, self.image.post_attention_layernorm, x_BTD)
@@ -157,14 +157,14 @@ class RoutedLayer(DecoderLayer):
 
 
 class RoutedDecoder(Decoder):
-    """The stack of routed layers and the final norm, which text and image share."""
+    """The stack of routed layers and the final norm, which text and image tokens share."""
 
     layer_class = RoutedLayer
 
     def forward(
         self, x_BTD: Tensor, position_ids_2BT: Tensor, backend: AttentionBackend, routing: TokenRouting | None = None
     ) -> Tensor:
-        """Return the states after the final norm [B, T, D]; without `routing` all tokens are text."""
+        """Return the states after the final norm [B, T, D]. Without `routing` all tokens are text."""
         if routing is None:
             return super().forward(x_BTD, position_ids_2BT, backend)
         rotary = self.rotary(position_ids_2BT, x_BTD.dtype)

@@ -1,8 +1,8 @@
-"""Where the samples of packed rows stand, as numbers of the host.
+"""Spans of the samples in packed sequences, as Python integers on the host.
 
-`data/collate.py` lists the spans of a batch before it goes to a device, so that attention needs no mask and the model
-needs no look at the device to know its shapes. A row that holds an image of 66 tokens with one conversation of 40, and
-a second image with two independent questions, is
+`data/collate.py` computes the spans of a batch before it is moved to a device, so that attention needs no dense mask
+and shapes are known without a device synchronization. A row with an image of 66 tokens and a conversation of 40, and a
+second image with two independent questions:
 
     SampleSpan(row=0, start=0, image=66, shared=0, branches=(40,)), SampleSpan(row=0, start=106, image=66, shared=0,
     branches=(12, 15))
@@ -15,9 +15,9 @@ from pixel_sail.types import SampleSpan
 
 
 def sample_spans(sample_index_BT: Tensor, branch_ids_BT: Tensor, in_image_BT: Tensor) -> tuple[SampleSpan, ...]:
-    """Return the spans of all samples, rows in order and samples in order of their tokens. Reads the tensors' values.
+    """Return the spans of all samples by row, then by first token. Reads the tensors' values.
 
-    Raises: ValueError where a sample is not one image first, then shared text, then one run of tokens per branch.
+    Raises: ValueError unless every sample is one image, then shared text, then one run of tokens per branch.
     """
     spans = []
     for row, rows in enumerate(zip(sample_index_BT.cpu(), branch_ids_BT.cpu(), in_image_BT.cpu(), strict=True)):
@@ -28,7 +28,7 @@ def sample_spans(sample_index_BT: Tensor, branch_ids_BT: Tensor, in_image_BT: Te
         while runs:
             sample, own = runs[0][0], [run for run in runs if run[0] == runs[0][0]]
             if runs[: len(own)] != own:
-                raise ValueError(f"attention: the tokens of sample {sample} in row {row} do not stand together")
+                raise ValueError(f"attention: the tokens of sample {sample} in row {row} are not contiguous")
             runs = runs[len(own) :]
             length = sum(run[3] for run in own)
             if sample >= 0:

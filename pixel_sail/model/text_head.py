@@ -1,8 +1,8 @@
-"""The text head: next-token logits, or the loss of known next tokens without keeping the logits.
+"""The text head: next-token logits, or the loss of given targets without keeping the logits.
 
 `modeling_pixel_sail` calls it on the states of supervised positions. With 600 such positions and a vocabulary of
-151,680 the logits would be 364 MB in float32, held three times over; in chunks of 256 rows they are 155 MB for a
-moment, and the backward pass computes them again.
+151,680 the logits would be 364 MB in float32, held three times. In chunks of 256 rows they take 155 MB temporarily
+and are recomputed in the backward pass.
 
 Axis letters: M positions, D width, V vocabulary.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 CHUNK = 256
-"""Positions whose logits exist at the same time."""
+"""Number of positions whose logits are in memory at a time."""
 
 
 class TextHead(nn.Linear):
@@ -26,7 +26,7 @@ class TextHead(nn.Linear):
     def forward(self, states: Tensor, targets_M: Tensor | None = None) -> Tensor:
         """Return logits [..., V], or with targets the cross-entropy of every position [M] in float32.
 
-        The losses are computed here, not in the losses' package, because ZeRO-3 gathers the weight for this call only.
+        The losses are computed here and not in `losses/`, because ZeRO-3 gathers the weight for this call only.
         """
         if targets_M is None:
             return super().forward(states)
@@ -40,11 +40,11 @@ class TextHead(nn.Linear):
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of `states @ weight.T` at targets, some rows at a time, in float32."""
+    """Cross-entropy of `states @ weight.T` at targets, in chunks of rows, in float32."""
 
     @staticmethod
     def forward(ctx: Any, states_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, chunk: int) -> Tensor:
-        """Return the loss of every row [M]; keeps the states and one number per row."""
+        """Return the loss of every row [M]. Keeps the states and one number per row."""
         losses, log_sums = [states_MD.new_zeros(0, dtype=torch.float32)], [states_MD.new_zeros(0, dtype=torch.float32)]
         for rows_MD, own_M in zip(states_MD.split(chunk), targets_M.split(chunk), strict=True):
             if not len(own_M):

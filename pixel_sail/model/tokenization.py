@@ -1,7 +1,7 @@
-"""Tokenizers: which tokens the model needs, and how to make a small tokenizer where no pretrained one is wanted.
+"""Tokenizers: special tokens of the model, and training of small tokenizers.
 
-`build_model` in training adds `special_tokens` to whatever tokenizer the config names; `tools/make_tokenizer.py` trains
-a byte-level BPE on the text of a dataset for the tiny models. Any text can be encoded, since every byte is a token:
+`build_model` in training adds `special_tokens` to the configured tokenizer. `tools/make_tokenizer.py` trains a
+byte-level BPE on the text of a dataset for the tiny models. It encodes any text, since every byte is a token:
 
     "Please segment the red star in this image."  ->  9 tokens with a vocabulary of 1,024 trained on RefShapes
 """
@@ -24,35 +24,35 @@ PHRASE_TOKENS = ("<p>", "</p>")
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 TOKENIZER_FILES = ("tokenizer.json", SENTENCEPIECE_FILE, "vocab.json")
-"""One of them makes a folder a tokenizer."""
+"""A tokenizer folder contains at least one of these."""
 
 
 def special_tokens(num_visual_prompts: int) -> list[str]:
-    """Return every token that must be one piece, in the order in which missing ones are appended."""
+    """Return all special tokens, in the order in which missing ones are appended."""
     prompts = [f"<Prompt{i}>" for i in range(num_visual_prompts)]
     return [END_TOKEN, TURN_START, TURN_END, *IMAGE_TOKENS, SEG_TOKEN, *PHRASE_TOKENS, *prompts]
 
 
 def load_tokenizer(path: str | Path, *, num_visual_prompts: int) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a local folder with the tokens the model needs, added where they are missing.
+    """Return the tokenizer of a local folder, with missing special tokens added.
 
-    Raises: DataError when the folder is not there, cannot be read, or comes with code of its own.
+    Raises: DataError if the folder does not exist, cannot be read, or contains code.
     """
-    # Without these Hugging Face makes a tokenizer of a few tokens up from config.json alone.
+    # Without these Hugging Face builds a tokenizer of a few tokens from config.json alone.
     if not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
         found = "no such folder" if not Path(path).is_dir() else f"none of {TOKENIZER_FILES} in it"
         raise DataError(
             f"tokenizer {path}: {found}; expected a Hugging Face tokenizer folder. Download that of the base "
             "model, or make a small one with tools/make_tokenizer.py, and name it with model.tokenizer=FOLDER"
         )
-    with reading(f"tokenizer {path}", "get its files anew"):
+    with reading(f"tokenizer {path}", "download its files again"):
         tokenizer = read_tokenizer_files(path)
         add_special_tokens(tokenizer, num_visual_prompts=num_visual_prompts)
     return tokenizer
 
 
 def read_tokenizer_files(folder: str | Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that Hugging Face finds in a local folder. Raises: DataError where it comes with code."""
+    """Load the tokenizer of a local folder with Hugging Face. Raises: DataError if it contains code."""
     check_no_code(folder, TOKENIZER_CONFIG)
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         str(folder), local_files_only=True, trust_remote_code=False
@@ -61,11 +61,11 @@ def read_tokenizer_files(folder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase, *, num_visual_prompts: int) -> None:
-    """Append the tokens of the model that a tokenizer lacks; those it has keep their ids.
+    """Append missing special tokens of the model. Existing ones keep their ids.
 
-    A token that is an ordinary piece of the vocabulary (as `<vision>` in SOLO's) is made special too: text would be
-    cut into smaller pieces before it is ever found.
-    Raises: DataError when a token is still encoded as several.
+    A token that is an ordinary vocabulary entry (as `<vision>` in SOLO's) is marked special too, because otherwise text
+    is split before the entry can match.
+    Raises: DataError if a token is still encoded as several.
     """
     tokens = special_tokens(num_visual_prompts)
     special = {added.content for added in tokenizer.added_tokens_decoder.values() if added.special}
@@ -88,9 +88,9 @@ def model_token_ids(tokenizer: PreTrainedTokenizerBase, *, num_visual_prompts: i
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, num_visual_prompts: int) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer trained on `texts`; with no texts it has one token per byte.
+    """Return a byte-level BPE tokenizer trained on `texts`. Without texts it has one token per byte.
 
-    Raises: DataError when the vocabulary cannot hold the bytes and the special tokens.
+    Raises: DataError if the vocabulary is too small for the bytes and the special tokens.
     """
     specials = special_tokens(num_visual_prompts)
     smallest = 256 + len(specials)

@@ -1,7 +1,7 @@
-"""Small tables from the host to the device of a model, without waiting for it.
+"""Asynchronous copies of small tensors from the host to a device.
 
-Whoever needs a tensor made of Python numbers within a training step. A plain copy to a GPU waits until the GPU has
-nothing left to do; one from pinned memory is only put into its queue:
+Used for tensors of Python numbers within a training step. A plain copy to a GPU waits until the GPU is idle. A copy
+from pinned memory is only queued:
 
     to_device(torch.tensor([1.0, 0.1]), device)
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the host on `device`."""
+    """Return a host tensor on `device`."""
     if device.type == "cuda":
         return host.pin_memory().to(device, non_blocking=True)
     return host.to(device)

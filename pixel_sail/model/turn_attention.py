@@ -1,13 +1,13 @@
-"""Attention of many short texts about small images: every text looks at what its sample shares and at itself.
+"""CPU attention for many short independent questions about small images.
 
-`attention_backends.attention_backend` takes it on a CPU where it has fewest scores. A dense mask over an image of 66
-tokens and 32 questions of 16 has 334,000 scores a head, most of them masked; here the image is one product, 66 x 66,
-and the questions are two, 512 x 66 and 32 times 16 x 16: 46,000, in as many operations as for one question. Samples are
-padded to equal sizes inside a layer's attention only.
+`attention_backends.attention_backend` selects it if it computes fewest scores. A dense mask over an image of 66 tokens
+and 32 questions of 16 has 334,000 scores per head, most of them masked. Here the image is one product, 66 x 66, and the
+questions are two, 512 x 66 and 32 times 16 x 16: 46,000 scores with as many operations as for one question. Samples
+are padded to equal sizes inside a layer's attention only.
 
 Axis letters: B rows, T tokens, N all tokens of all rows, M slots of the padded layout, I samples, P shared tokens of a
 sample (its image, and text before its branches), R branches, L tokens of a branch, A heads, G key-value heads, E head
-width, Q heads of a key-value head times tokens of a branch, Z whatever follows.
+width, Q heads of a key-value head times tokens of a branch, Z remaining axes.
 """
 
 from collections.abc import Sequence
@@ -21,24 +21,24 @@ from pixel_sail.types import SampleSpan
 
 
 def padded_sizes(spans: Sequence[SampleSpan]) -> tuple[int, int, int, int]:
-    """Return (samples, shared tokens, branches, tokens of a branch) that hold every sample."""
+    """Return the padded sizes (samples, shared tokens, branches, tokens of a branch)."""
     lengths = [length for span in spans for length in span.branches]
     shared = max(span.image + span.shared for span in spans)
     return len(spans), shared, max(len(span.branches) for span in spans), max(lengths, default=0)
 
 
 SCORES_PER_CALL = 10_000
-"""How many scores of a head under a dense mask take as long as what each call of `segments` costs beside its scores:
-slices, copies and the start of a kernel, forward and backward."""
+"""Fixed cost of each call of `segments` (slices, copies, kernel start; forward and backward), in scores of a head under
+a dense mask."""
 WEIGHT_OF_BRANCHES = 2.5
-"""How many of them a score between branches and what they see takes in `turns`, where scores are written to memory.
-Both numbers from `tools/bench_small_step.py` at 5, 16 and 32 questions an image, see docs/performance.md."""
+"""Cost of one branch score in `turns`, which writes scores to memory, in the same unit. Both numbers from
+`tools/bench_small_step.py` at 5, 16 and 32 questions per image, see docs/performance.md."""
 
 
 def fastest_on_cpu(spans: Sequence[SampleSpan], shape: tuple[int, int]) -> str:
-    """Return which backend for rows [B, T] takes least time on a CPU: dense, turns or segments.
+    """Return the fastest CPU backend for rows [B, T]: dense, turns or segments.
 
-    One row of 1,332 with one conversation has 1.77 million scores under a dense mask, and 1.62 million in two calls.
+    One row of 1,332 with one conversation has 1.77 million scores under a dense mask and 1.62 million in two calls.
     """
     if not spans:
         return "dense"
@@ -57,7 +57,7 @@ def fastest_on_cpu(spans: Sequence[SampleSpan], shape: tuple[int, int]) -> str:
 
 
 class TurnAttention:
-    """The backend for samples that have branches. Padding gets zeros."""
+    """Attention backend for samples with branches. Padding gets zeros."""
 
     def __init__(self, spans: Sequence[SampleSpan], *, shape: tuple[int, int], dtype: torch.dtype) -> None:
         self.sizes = samples, shared, branches, length = padded_sizes(spans)
@@ -73,7 +73,7 @@ class TurnAttention:
             for branch, tokens in enumerate(span.branches):
                 token_IRL[index, branch, :tokens] = torch.arange(start, start + tokens)
                 start += tokens
-        mask_IPP |= torch.eye(shared, dtype=torch.bool)  # A padded query must see something.
+        mask_IPP |= torch.eye(shared, dtype=torch.bool)  # No row of the mask may be empty.
         self.prefix_mask_I1PP = _numbers(mask_IPP[:, None], dtype)
         causal_LL = torch.ones(length, length, dtype=torch.bool).tril().expand(samples, -1, -1)
         seen_ILP = (token_IP >= 0)[:, None].expand(-1, length, -1)
@@ -113,24 +113,24 @@ class TurnAttention:
 
 
 class RowIndex:
-    """Where each row of one layout stands in the other, -1 for nowhere."""
+    """Index of each row of one layout in the other, -1 for none."""
 
     def __init__(self, index_M: Tensor) -> None:
         self.index_M = index_M.clamp(min=0)
         self.is_empty_M1 = (index_M < 0)[:, None] if bool((index_M < 0).any()) else None
 
     def gather(self, x_NZ: Tensor) -> Tensor:
-        """Return the rows in this layout, zeros where there is none."""
+        """Return the rows in this layout, zero for missing ones."""
         rows_MZ = x_NZ.index_select(0, self.index_M)
         return rows_MZ if self.is_empty_M1 is None else rows_MZ.masked_fill_(self.is_empty_M1, 0.0)
 
 
 class Reorder(torch.autograd.Function):
-    """Rows in another layout, each standing at most once in both; so the gradient is a gather, too."""
+    """Rows in another layout. Each row occurs at most once in both, so the gradient is a gather too."""
 
     @staticmethod
     def forward(ctx: Any, x_NZ: Tensor, to: RowIndex, back: RowIndex) -> Tensor:
-        """Return the rows as `to` has them."""
+        """Return the rows in the layout of `to`."""
         ctx.back = back
         return to.gather(x_NZ)
 
@@ -141,5 +141,5 @@ class Reorder(torch.autograd.Function):
 
 
 def _numbers(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what is added to scores, in their dtype."""
+    """Return the additive mask in the dtype of the scores."""
     return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)

@@ -1,8 +1,8 @@
-"""The learnable upsampler: from one state per patch to one feature per `mask_stride` pixels.
+"""The learned upsampler: from one state per patch to output stride `mask_stride`.
 
-The last hidden states of an image's patches enter as a map, the mask head projects what comes out.
+The input is the map of an image's final patch states. The mask head projects the output.
 
-Example: a 40 x 30 grid of 896 channels (a 640 x 480 image in patches of 16) leaves two blocks as 160 x 120.
+Example: two blocks turn a 40 x 30 grid of 896 channels (a 640 x 480 image in patches of 16) into 160 x 120.
 
 Axis letters: I images of one grid size, C channels, Y X cells.
 """
@@ -18,15 +18,15 @@ from pixel_sail.model.recompute import recompute_between_products
 Step = Callable[[Tensor], Tensor]
 
 SMALL_MAP = 2**21
-"""Numbers of an upsampled map (8 MB in float32) below which its steps are kept: computing them again would take longer
-than the memory is worth. Six images of 128 x 128 at stride 4 with 128 channels have 786,432."""
+"""Size of an upsampled map in numbers (8 MB in float32) below which intermediate steps are kept, because recomputing
+costs more time than the memory is worth. Six images of 128 x 128 at stride 4 with 128 channels have 786,432."""
 
 START_NOISE = 0.1
-"""Fraction of plain random values in the starting weights of a block."""
+"""Fraction of unstructured random values in the initial weights of a block."""
 
 
 class ChannelLayerNorm(nn.Module):
-    """Layer norm over the channels of every cell."""
+    """Layer norm over the channels of each cell."""
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class ChannelLayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_ICYX: Tensor) -> Tensor:
-        """Normalise axis 1."""
+        """Normalize axis 1."""
         x_IYXC = x_ICYX.permute(0, 2, 3, 1)
         return F.layer_norm(x_IYXC, self.weight.shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
 
@@ -43,9 +43,9 @@ class ChannelLayerNorm(nn.Module):
 class UpsampleBlock(nn.Module):
     """Double the resolution, GELU, depthwise 3x3, pointwise 1x1, channel layer norm.
 
-    The first of these is a transposed convolution 2x2; or a 1x1 convolution and bilinear interpolation, which commute,
-    so that the product runs on the small map; or a 3x3 convolution to four times the channels, which become pixels.
-    (With a 1x1 one, pixel shuffle would be the transposed convolution again.)
+    Doubling is a transposed 2x2 convolution; or a 1x1 convolution and bilinear interpolation, which commute, so the
+    product runs on the small map; or a 3x3 convolution to four times the channels and pixel shuffle. (With a 1x1
+    convolution, pixel shuffle would equal the transposed convolution.)
     """
 
     def __init__(self, channels: int, design: str = "transposed") -> None:
@@ -63,12 +63,12 @@ class UpsampleBlock(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialize the weights with which the map starts as its input repeated, but for noise: four equal cells for
-        each, which hold nothing of neighbours.
+        """Initialize the weights so that the output repeats the input up to noise: each cell becomes four equal cells
+        without influence of neighbors.
 
-        One linear layer can then read the same thing from every cell. Where each of the four has random weights of its
-        own, it takes far longer to learn from the upsampled map where something is (docs/experiments.md).
-        Source: ICNR (arXiv 1707.02937) for the doubling; the two convolutions behind it follow the same thought.
+        One linear layer can then decode every cell alike. With independent random weights for the four cells, learning
+        locations from the upsampled map takes far longer (docs/experiments.md).
+        Source: ICNR (arXiv 1707.02937) for the doubling; the two convolutions after it follow the same idea.
         """
         for layer in self.children():
             if isinstance(layer, (nn.ConvTranspose2d, nn.Conv2d)):
@@ -105,7 +105,7 @@ class UpsampleBlock(nn.Module):
 
     def convolve_channels_last(self, x_IYXC: Tensor) -> Tensor:
         """Return the doubled map after the activation and both convolutions."""
-        # Seen as [I, C, Y, X] this is torch's channels-last layout; the convolution keeps it.
+        # As [I, C, Y, X] this is torch's channels-last layout, which the convolution preserves.
         mixed_IYXC = self.depthwise(F.gelu(x_IYXC).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return F.linear(mixed_IYXC, self.pointwise.weight.flatten(1), self.pointwise.bias)
 
@@ -119,7 +119,7 @@ class UpsampleBlock(nn.Module):
             quads = self.shuffled(x_IYXC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             quads = quads.reshape(images, rows, columns, channels, 2, 2).permute(0, 1, 4, 2, 5, 3)
             return quads.reshape(images, 2 * rows, 2 * columns, channels)
-        # Kernel and stride are equal, so that every cell becomes four cells of its own: one product.
+        # Kernel and stride are equal, so every cell maps to four cells independently: one matrix product.
         taps_4CC = self.transposed.weight.permute(2, 3, 1, 0).reshape(4 * channels, channels)
         bias = self.transposed.bias
         assert bias is not None
@@ -128,12 +128,12 @@ class UpsampleBlock(nn.Module):
 
 
 def upsample_bilinear(x_ICYX: Tensor) -> Tensor:
-    """Return [I, C, 2Y, 2X]; the layout of the memory stays."""
+    """Return [I, C, 2Y, 2X] in the same memory layout."""
     return F.interpolate(x_ICYX, scale_factor=2, mode="bilinear", align_corners=False)
 
 
 class Upsampler(nn.Module):
-    """`num_blocks` blocks, each with its own fresh weights (the release starts them as copies of one: `model.init`)."""
+    """`num_blocks` blocks with independent weights (the release initializes them as copies of one: `model.init`)."""
 
     recompute = True
     """Whether the backward pass recomputes what lies between two products (see `Kernels.recompute_elementwise`)."""
@@ -149,15 +149,15 @@ class Upsampler(nn.Module):
         return x_ICYX
 
     def copy_first_block(self) -> None:
-        """Give all blocks the weights of the first; they stay parameters of their own."""
+        """Copy the weights of the first block to all others. They remain separate parameters."""
         for block in self.blocks[1:]:
             block.load_state_dict(self.blocks[0].state_dict())
 
     def channels_last(self, x_IYXC: Tensor, last: Step) -> Tensor:
-        """Return `last` of the same, for channels on the last axis in and out: dense convolutions as matrix products
-        where they can be.
+        """Like `forward` followed by `last`, with channels on the last axis. Dense convolutions run as matrix products
+        if possible.
 
-        The linear layer behind the upsampler belongs to it here, because recomputing goes from product to product.
+        The linear layer after the upsampler is included because recomputation goes from product to product.
         """
         recompute = self.recompute and x_IYXC.numel() * 4 ** len(self.blocks) >= SMALL_MAP
         for step in self.steps(last):
@@ -165,7 +165,7 @@ class Upsampler(nn.Module):
         return x_IYXC
 
     def steps(self, last: Step) -> Iterator[Step]:
-        """Yield the steps, each from what one matrix product gave to what the next gives."""
+        """Yield the steps, each from the output of one matrix product to the output of the next."""
         norm: Step | None = None
         for block in self.blocks:
             assert isinstance(block, UpsampleBlock)

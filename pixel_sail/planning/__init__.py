@@ -1,3 +1,3 @@
-"""What a run will cost, computed before it starts: `workload` (what a step holds), `parameters`, `flops`,
-`activations`, `memory`, `disk`, and `plan`, which joins them; `tools/plan_run.py` prints it. `checks` judges what
-`tools/doctor.py` finds on a machine. Pure functions all of them."""
+"""Estimates the cost of a run before it starts: `workload` (content of a step), `parameters`, `flops`, `activations`,
+`memory`, `disk`, and `plan`, which combines them for `tools/plan_run.py`. `checks` evaluates the measurements of
+`tools/doctor.py`. All are pure functions."""

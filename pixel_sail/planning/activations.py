@@ -1,13 +1,13 @@
-"""Bytes that the forward pass of one micro-batch keeps for its backward pass.
+"""Activation memory: bytes that the forward pass of one micro-batch saves for its backward pass.
 
-`memory.py` adds them to weights, gradients and moments. Every term names what autograd saves, as the modules of
-`pixel_sail/model` are written; a test counts the same with `saved_tensors_hooks`. Parameters do not count, a storage
-that is saved twice counts once. Images are taken to be large: small ones keep some megabytes more (`SMALL_MAP` in
-model/upsampler.py).
+`memory.py` adds them to weights, gradients and moments. Every term corresponds to tensors that autograd saves in the
+modules of `pixel_sail/model`; a test verifies the sum with `saved_tensors_hooks`. Parameters do not count, and a
+storage that is saved twice counts once. Images are assumed to be large: small ones save some megabytes more
+(`SMALL_MAP` in model/upsampler.py).
 
     0.5B model, one row of 5,208 tokens with eight masks on two of four images, bf16, in GB: decoder 3.88 (4.90 with
-    attention varlen), dense masks 0, text head 0.0004, mask head 0.25, mask losses 0.004; computed in the obvious way
-    7.61, 0.05, 0.12, 0.54, 0.004
+    attention varlen), dense masks 0, text head 0.0004, mask head 0.25, mask losses 0.004; with plain kernels 7.61,
+    0.05, 0.12, 0.54, 0.004
 
 Letters in comments: T tokens, D width, I width of the SwiGLU, A heads, V vocabulary, C channels of the upsampler.
 """
@@ -20,16 +20,16 @@ from pixel_sail.planning.workload import Workload
 
 FLOAT32 = 4
 POINT_TENSORS = 9
-"""float32 values kept per sampled point and mask: its place (2), logit, target, and what the losses make of them."""
+"""float32 values saved per sampled point and mask: coordinates (2), logit, target, and intermediates of the losses."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
-    """Bytes kept by part."""
+    """Saved bytes by part."""
 
     decoder: float
     dense_masks: float
-    """The attention mask as numbers, which all layers share."""
+    """The dense attention mask, shared by all layers."""
     text_head: float
     mask_head: float
     mask_losses: float
@@ -49,11 +49,11 @@ def activation_bytes(
     checkpointing: str,
     kernels: Kernels | None = None,
 ) -> Activations:
-    """Return what one micro-batch keeps, with `element` bytes per number (4 or 2), computed with `kernels` (None: the
+    """Return the activation memory of one micro-batch with `element` bytes per number (4 or 2) and `kernels` (None: the
     default; attention `auto` is that of a CPU).
 
-    With `checkpointing` (one of `CHECKPOINTING`) a layer keeps what enters it, or what enters its feed-forward half,
-    instead of what follows, and one layer at a time is computed again.
+    With `checkpointing` (one of `CHECKPOINTING`) only the input of a layer, or of its feed-forward half, is saved, and
+    one layer at a time is recomputed.
     """
     kernels = kernels if kernels is not None else Kernels()
     layers = architecture.num_hidden_layers
@@ -79,14 +79,14 @@ def activation_bytes(
 
 
 def norm_bytes(architecture: Architecture, tokens: int, element: int, kernels: Kernels) -> float:
-    """Return what an RMSNorm keeps: its input, one number per token, and what the next layer reads; plain also the
-    normalised values, and the input in float32."""
+    """Return the bytes saved by an RMSNorm: its input, one number per token, and its output. The plain kernel also
+    saves the normalized values and the input in float32."""
     maps = 2 * element if kernels.recompute_elementwise else FLOAT32 + 2 * element
     return tokens * (architecture.hidden_size * maps + FLOAT32)
 
 
 def attention_bytes(architecture: Architecture, work: Workload, element: int, kernels: Kernels) -> float:
-    """Return what the first half of a decoder layer keeps with its norm, the attention mask apart."""
+    """Return the bytes saved by the attention half of a decoder layer with its norm, without the attention mask."""
     width, key_value = architecture.hidden_size, architecture.num_key_value_heads * architecture.head_dim
     tokens = work.rows * work.tokens_per_row
     if kernels.attention == "dense":
@@ -109,8 +109,8 @@ def attention_bytes(architecture: Architecture, work: Workload, element: int, ke
 def feed_forward_bytes(
     architecture: Architecture, tokens: int, element: int, kernels: Kernels, checkpointing: str
 ) -> float:
-    """Return what the second half of a decoder layer keeps with its norm."""
-    # Gate and the other half; plain, and while computed again, also the gate after the activation and their product.
+    """Return the bytes saved by the feed-forward half of a decoder layer with its norm."""
+    # Gate and up projections; plain, and during recomputation, also the activated gate and the product.
     maps = 2 if kernels.recompute_elementwise and checkpointing == "none" else 4
     swiglu = tokens * maps * architecture.intermediate_size * element
     norm = norm_bytes(architecture, tokens, element, kernels)
@@ -119,7 +119,7 @@ def feed_forward_bytes(
 
 
 def _embedding_bytes(architecture: Architecture, work: Workload, element: int) -> float:
-    """Return what the entrance keeps: normalised patches, three index tables and the rotation of every token."""
+    """Return the bytes saved by the embeddings: normalized patches, three index tables and rotary angles per token."""
     num_patches = sum(image.patches for image in work.images)
     patches = num_patches * 3 * architecture.patch_size**2 * element
     if architecture.base == "eve":
@@ -130,10 +130,10 @@ def _embedding_bytes(architecture: Architecture, work: Workload, element: int) -
 
 
 def mask_head_bytes(architecture: Architecture, work: Workload, element: int, kernels: Kernels) -> float:
-    """Return what upsampler and projections keep for the images that have masks, and the mask logits."""
+    """Return the bytes saved by upsampler, projections and mask logits for the images with masks."""
     width, channels, mask_dim = architecture.hidden_size, architecture.feature_size, architecture.mask_dim
-    # Per cell of a block what both products gave. Plain: before and after GELU, after each of two convolutions, after
-    # the norm, and two statistics.
+    # Per cell of a block the results of both products. Plain: before and after GELU, after each of two convolutions,
+    # after the norm, and two statistics.
     is_thin = kernels.recompute_elementwise and kernels.mask_head != "maps"
     per_cell = 2 * channels * element if is_thin else 5 * channels * element + 2 * FLOAT32
     total = 0.0
@@ -148,6 +148,6 @@ def mask_head_bytes(architecture: Architecture, work: Workload, element: int, ke
             cells *= 4
             total += cells * per_cell
         total += cells * (channels + (mask_dim if kernels.mask_head == "maps" else 0)) * element
-        # The losses read the logits in float32.
+        # The losses use float32 logits.
         total += image.masks * cells * FLOAT32
     return total + work.num_masks * (width + channels + mask_dim) * element

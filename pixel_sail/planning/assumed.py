@@ -1,7 +1,6 @@
-"""Sequences of assumed samples, for plans of runs whose data are not at hand.
+"""Packed sequences of assumed samples, to plan runs without their data.
 
-`tools/plan_run.py` plans with them where files are missing. Samples are made up, then packed by the rule of
-`data/packing.py`, so that what a plan says follows from the same packing as the run:
+`tools/plan_run.py` uses them if files are missing. Assumed samples are packed by `data/packing.py`, as in the run:
 
     assumed_sequences(architecture, PackingSettings(seq_len=8192), Assumptions(), rows=1)
       ->  micro-batches such as Workload(rows=1, tokens_per_row=7915, samples=6, ...), and
@@ -34,25 +33,25 @@ COCO_SIZES: dict[SizeHW, int] = {
     (333, 500): 2,
     (640, 640): 1,
 }
-"""Sizes of COCO's images, in percent: those of 397 of them, sizes of nearly the same patch grid put together. With
-patches of 16 pixels they have 1,106 tokens on the average, the 397 have 1,100."""
+"""Sizes of COCO's images in percent, from 397 of them; sizes with nearly the same patch grid are merged. With patches
+of 16 pixels they average 1,106 tokens, the 397 images 1,100."""
 
 USUAL_HW: SizeHW = (480, 640)
 
 NUM_SAMPLES = 2048
-"""Sampled for a plan. Samples of a sequence vary by a tenth, so that their mean is known to half a percent."""
+"""Samples of a plan. The samples per sequence vary by 10 %, so their mean has an error of about 0.5 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """What is taken for granted where no data is at hand."""
+    """Assumptions about data that is not available."""
 
     image_hw: SizeHW | None = None
-    """Size of every image; None: sizes sampled from those of COCO's."""
+    """Size of every image. None: sampled from the sizes of COCO."""
     text_tokens: int = 100
-    """Of one sample, questions and answers together: the mean of a geometric distribution."""
+    """Text tokens of a sample, questions and answers: the mean of a geometric distribution."""
     supervised_fraction: float = 0.5
-    """Of the text tokens."""
+    """Fraction of the text tokens that is supervised."""
     masks_per_image: int = 4
     images_with_masks: float = 0.6
     """Fraction of the images that have masks."""
@@ -85,7 +84,7 @@ def prefix_pairs(image_tokens: int, text_tokens: int) -> int:
 
 
 def assumed_samples(architecture: Architecture, assumptions: Assumptions, number: int) -> list[Workload]:
-    """Return samples as assumed, always the same."""
+    """Return assumed samples, the same at every call."""
     rng = np.random.default_rng(0)
     sizes, percents = list(COCO_SIZES), np.array(list(COCO_SIZES.values()))
     samples = []
@@ -115,8 +114,8 @@ def assumed_sequences(
     rows: int,
     num_samples: int = NUM_SAMPLES,
 ) -> tuple[list[Workload], PackingForecast]:
-    """Return micro-batches of `rows` sequences of assumed samples, and what a sequence holds. A sample that is longer
-    than a sequence has one of its own."""
+    """Return micro-batches of `rows` sequences of assumed samples, and the forecast of their packing. A sample that is
+    longer than a sequence gets its own."""
     samples = assumed_samples(architecture, assumptions, num_samples)
     weigh = SampleCost(architecture=architecture).of if packing.balance == "flops" else _tokens
     costs = [weigh(sample) for sample in samples]
@@ -141,7 +140,7 @@ def _tokens(work: Workload) -> float:
 
 
 def micro_batch_workload(sequences: Sequence[Sequence[Workload]]) -> Workload:
-    """Return the micro-batch of some sequences of samples, one sequence in a row."""
+    """Return the micro-batch of some sequences of samples, one sequence per row."""
     samples = [sample for sequence in sequences for sample in sequence]
     return Workload(
         rows=len(sequences),

@@ -1,12 +1,11 @@
-"""What a sample weighs in a sequence, so that sequences of all ranks take equally long.
+"""Cost of a sample for packing, so that packed sequences of all ranks take equally long.
 
-`training/prepare.py` hands `SampleCost` to the packing where `data.packing.balance` is `flops`. A step ends when its
-slowest rank does, and equal numbers of tokens are not equal work: attention within an image grows with the square of
-its patches, and masks want the upsampler. In the 0.5B model, with 100 tokens of text of which half are learned,
+`training/prepare.py` passes `SampleCost` to the packing if `data.packing.balance` is `flops`. The slowest rank decides
+the time of a step, and equal token counts are not equal work: attention within an image is quadratic in its patches,
+and masks need the upsampler. In the 0.5B model, with 100 text tokens of which half are supervised, the average cost per
+token, relative to the linear layers of the decoder, is
 
     480 x 640 without masks 1.16, with five masks 1.28, 1024 x 1024 without masks 1.50, with five masks 1.62
-
-is the work of one token on the average, in units of a token's way through the products of the layers.
 """
 
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pixel_sail.types import Example
 
 @dataclass(frozen=True, kw_only=True)
 class SampleCost:
-    """The work of a sample in tokens: how many would cost as much in the layers without attention."""
+    """Cost of a sample in tokens: the number of tokens with the same FLOPs in the decoder's linear layers."""
 
     architecture: Architecture
 
@@ -28,7 +27,7 @@ class SampleCost:
         return self.of(of_example(example))
 
     def of(self, work: Workload) -> float:
-        """Return the cost of what a batch holds."""
+        """Return the cost of a workload."""
         forward = forward_flops(self.architecture, work, {})
         minimal = forward.total - forward.attention + forward.attention_minimal
         return minimal * work.real_tokens / forward.decoder

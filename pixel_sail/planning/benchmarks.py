@@ -1,7 +1,6 @@
-"""What the benchmarks of `tools/` run on: sizes of models, and synthetic samples.
+"""Model sizes and synthetic samples for the benchmarks in `tools/`.
 
-Beside everything; `tools/bench_*.py` and `tools/count_step.py` take from here what they time or count, so that their
-figures are about the same models and the same work:
+`tools/bench_*.py` and `tools/count_step.py` share them, so that their results are about the same models and work:
 
     sized_config("scaled", small_tokenizer())    width 256, 6 layers, the 0.5B model's proportions
     synthetic_examples(processor, 2, expressions=5, size_hw=(480, 640))    an image and five questions with a box each
@@ -24,12 +23,12 @@ from pixel_sail.types import Batch, Example, Sample, SizeHW, Turn
 BENCHMARK_SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 600, "mask_dim": 16},
-    # The quickstart's model, but for its vocabulary.
+    # The quickstart's model, except for its vocabulary.
     "small": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4,
               "num_key_value_heads": 2, "vocab_size": 704, "mask_dim": 128},
-    # Width, depth and vocabulary scaled down together. At stride 2 its mask head weighs four times as much beside the
-    # decoder as in the 0.5B model, because it has a quarter of the layers; attention does so, too, because it is
-    # narrower.
+    # Width, depth and vocabulary scaled down together. At stride 2 the cost of its mask head relative to the decoder is
+    # four times that in the 0.5B model, because it has a quarter of the layers. So is that of attention, because the
+    # model is narrower.
     "scaled": {"hidden_size": 256, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 4,
                "num_key_value_heads": 1, "vocab_size": 11_264, "mask_dim": 144},
     "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
@@ -40,9 +39,9 @@ BENCHMARK_SIZES: dict[str, dict[str, Any]] = {
 
 ANSWER = "It is [SEG]."
 BENCHMARK_QUESTION = "Please segment the small dog to the left of the man in the red shirt number"
-"""To be ended by a number, which tells the questions about an image apart."""
+"""A number is appended to distinguish the questions about an image."""
 PROMPTS_PER_IMAGE = 15
-"""Visual prompts that the tokenizer knows."""
+"""Visual prompts in the tokenizer's vocabulary."""
 
 
 def small_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,10 +1,10 @@
-"""Is this machine fit for a run? One function per question; each takes plain numbers and returns a `Check`.
+"""Checks whether a machine is ready for a run. Each function takes plain numbers and returns a `Check`.
 
-`tools/doctor.py` measures, these functions judge, so that every bad case can be tried without a broken machine. For
+`tools/doctor.py` measures and these functions evaluate, so every failure can be tested without a broken machine. For
 example:
 
     check_shared_memory(free=64e6, needed=900e6)
-      -> Finding(name="shared memory", status="bad", found="/dev/shm has 0.06 GB free, ...", fix="... --shm-size=...")
+      -> Check(name="shared memory", status="bad", found="/dev/shm has 0.06 GB free, ...", fix="... --shm-size=...")
 """
 
 import re
@@ -17,14 +17,14 @@ OK, WARN, BAD = "ok", "warn", "bad"
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """The answer to one question."""
+    """Result of one check."""
 
     name: str
     status: str
     """ok, warn or bad."""
     found: str
     fix: str = ""
-    """What to do; empty where all is well."""
+    """What to do; empty if the status is ok."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ VERSION_RULES = (
         fix="pip install 'hydra-core>=1.3.8'",
     ),
 )
-"""The first rule that applies to a package is told."""
+"""The first rule that applies to a package is reported."""
 
 REQUIRED = ("python", "torch", "transformers", "accelerate", "deepspeed")
 MIN_OPEN_FILES, SAFE_OPEN_FILES = 1024, 4096
@@ -128,7 +128,7 @@ def check_versions(versions: Mapping[str, str | None]) -> list[Check]:
 def check_gpus(
     *, seen_by_driver: int, seen_by_torch: int, torch_cuda: str | None, processes: int, without_bf16: Sequence[str]
 ) -> Check:
-    """Judge the GPUs of one node against its processes. `without_bf16`: names of GPUs that cannot compute in bf16."""
+    """Check the GPUs of one node against its processes. `without_bf16`: names of GPUs without bf16 support."""
     if seen_by_driver and torch_cuda is None:
         return Check(
             name="GPUs",
@@ -163,20 +163,20 @@ def check_gpus(
 
 
 def check_disk(*, folder: Path, free: float, needed: float, bytes_per_second: float) -> Check:
-    """Judge the disk of the run folder: `needed` are its checkpoints and the export."""
+    """Check the disk of the run folder; `needed`: bytes of its checkpoints and the export."""
     found = f"{folder}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed, {bytes_per_second / 1e6:.0f} MB/s"
     if free < needed:
         return Check(
             name="disk", status=BAD, found=found, fix="free space, another run_dir, or a smaller checkpoint.keep"
         )
     if bytes_per_second < SLOW_DISK:
-        fix = "each checkpoint will hold the training up; use a faster disk or save less often (checkpoint.every)"
+        fix = "checkpoints will slow down training; use a faster disk or save less often (checkpoint.every)"
         return Check(name="disk", status=WARN, found=found, fix=fix)
     return Check(name="disk", status=OK, found=found)
 
 
 def shared_memory_needed(*, seq_len: int, sequences: int, patch_size: int, workers: int, processes: int) -> float:
-    """Return the bytes of all batches that loader workers have ready: four each, masks not counted.
+    """Return the bytes of all prefetched batches: four per data worker, without masks.
 
     A token has ten 8-byte numbers and at most one patch of bytes.
     """
@@ -185,19 +185,19 @@ def shared_memory_needed(*, seq_len: int, sequences: int, patch_size: int, worke
 
 
 def check_shared_memory(*, free: float, needed: float) -> Check:
-    """Judge /dev/shm, through which loader workers hand over their batches."""
+    """Check /dev/shm, through which data workers pass their batches."""
     found = f"/dev/shm has {free / 1e9:.2f} GB free, batches in flight take about {needed / 1e9:.2f} GB"
     if free < needed:
         fix = "docker run --ipc=host (or --shm-size=16g), remount /dev/shm larger, or fewer data.num_workers"
         return Check(name="shared memory", status=BAD, found=found, fix=fix)
     if free < 2 * needed:
-        fix = "masks come on top: twice as much is safe; fewer data.num_workers, or a larger /dev/shm"
+        fix = "masks need additional space, twice as much is safe; use fewer data.num_workers, or a larger /dev/shm"
         return Check(name="shared memory", status=WARN, found=found, fix=fix)
     return Check(name="shared memory", status=OK, found=found)
 
 
 def check_open_files(limit: int) -> Check:
-    """Judge how many files a process may have open; every tensor on its way from a worker is one."""
+    """Check the limit of open files; every tensor in transit from a data worker is one."""
     found = f"a process may open {limit} files"
     fix = "ulimit -n 65536 before launching (in Slurm: in the batch script; in Docker: --ulimit nofile=65536)"
     if limit < MIN_OPEN_FILES:
@@ -211,7 +211,7 @@ def check_open_files(limit: int) -> Check:
 
 
 def check_java(path: str | None, *, is_needed: bool) -> Check:
-    """Judge whether caption scores can be computed."""
+    """Check for Java, which caption scores need."""
     if path:
         return Check(name="java", status=OK, found=path)
     return Check(
@@ -223,19 +223,19 @@ def check_java(path: str | None, *, is_needed: bool) -> Check:
 
 
 def check_paths(name: str, paths: Mapping[str, bool]) -> Check:
-    """Judge whether the files and folders of a source or eval are there (path -> exists)."""
+    """Check that the files and folders of a source or eval exist (path -> exists)."""
     missing = [path for path, exists in paths.items() if not exists]
     if missing:
-        fix = "see data/README.md, or set PIXEL_SAIL_DATA; tools/check_data.py looks inside"
+        fix = "see data/README.md, or set PIXEL_SAIL_DATA; tools/check_data.py checks their content"
         return Check(name=f"data {name}", status=BAD, found=f"missing: {', '.join(missing)}", fix=fix)
     return Check(name=f"data {name}", status=OK, found=f"{len(paths)} paths are there")
 
 
 def check_matmul(*, error: float, tolerance: float, tflops: float, device: str) -> Check:
-    """Judge a product that was compared with the same in float64. `error` is relative to the largest entry."""
+    """Check a matrix product against the same in float64. `error` is relative to the largest entry."""
     found = f"{device}: {tflops:.2f} TFLOP/s, relative error {error:.1e}"
     if not error <= tolerance:  # NaN too
-        fix = "do not train on this device: run it alone again, then have it replaced"
+        fix = "do not train on this device; repeat the check on it alone, then replace it"
         return Check(name="matmul", status=BAD, found=f"{found}, expected at most {tolerance:.0e}", fix=fix)
     return Check(name="matmul", status=OK, found=found)
 
@@ -243,22 +243,22 @@ def check_matmul(*, error: float, tolerance: float, tflops: float, device: str) 
 def check_all_reduce(
     *, world_size: int, wrong_ranks: Sequence[int], seconds: float, num_bytes: int, backend: str
 ) -> Check:
-    """Judge a timed sum over all ranks. The rate is NCCL's bus bandwidth: 2 (N - 1) / N of the bytes per second."""
+    """Check a timed sum over all ranks. The rate is NCCL's bus bandwidth: 2 (N - 1) / N of the bytes per second."""
     if world_size == 1:
         return Check(name="all-reduce", status=OK, found="one process, nothing to exchange")
     rate = 2 * (world_size - 1) / world_size * num_bytes / seconds
     found = f"{world_size} ranks over {backend}: {rate / 1e9:.2f} GB/s for {num_bytes / 1e6:.0f} MB"
     if wrong_ranks:
-        fix = "NCCL_DEBUG=INFO, then NCCL_P2P_DISABLE=1 or NCCL_IB_DISABLE=1 to find the broken way"
+        fix = "set NCCL_DEBUG=INFO, then NCCL_P2P_DISABLE=1 or NCCL_IB_DISABLE=1 to find the broken transport"
         return Check(name="all-reduce", status=BAD, found=f"{found}; wrong sums on ranks {list(wrong_ranks)}", fix=fix)
     if backend == "nccl" and rate < SLOW_NETWORK:
-        fix = "NCCL fell back to a slow way: NCCL_DEBUG=INFO names it; set NCCL_SOCKET_IFNAME or mend InfiniBand"
+        fix = "NCCL uses a slow transport (NCCL_DEBUG=INFO shows it); set NCCL_SOCKET_IFNAME or repair InfiniBand"
         return Check(name="all-reduce", status=WARN, found=found, fix=fix)
     return Check(name="all-reduce", status=OK, found=found)
 
 
 def check_ranks_agree(name: str, values: Sequence[str]) -> Check:
-    """Judge whether all ranks have the same of something: versions, run folder, commit."""
+    """Check that a value is the same on all ranks: versions, run folder, commit."""
     if len(set(values)) > 1:
         seen = "; ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
         return Check(name=name, status=BAD, found=seen, fix="every node must run the same code, packages and run_dir")
@@ -272,7 +272,7 @@ def worst_status(findings: Sequence[Check]) -> str:
 
 
 def checks_text(findings: Sequence[Check]) -> str:
-    """Return one line per finding, and under it how to mend what is not ok."""
+    """Return one line per finding, followed by the fix if it is not ok."""
     lines = []
     for finding in findings:
         lines.append(f"{finding.status:5}{finding.name:24}{finding.found}")

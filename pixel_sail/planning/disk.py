@@ -1,7 +1,7 @@
-"""Bytes a run leaves on disk.
+"""Disk space of a run.
 
-`plan.py` adds them up for its table. Checkpoints hold whole float32 parameters and the moments of those that are
-trained, see training/checkpoint.py; before an old one is deleted the new one is complete.
+`plan.py` uses it. Checkpoints hold all float32 parameters and the moments of trained ones, see training/checkpoint.py.
+An old checkpoint is deleted only after the new one is complete.
 """
 
 from collections.abc import Mapping
@@ -29,12 +29,12 @@ def checkpoint_bytes(
 
 
 def run_folder_bytes(checkpoint: int, *, exported: int, keep: int) -> int:
-    """Return the most a run folder holds: the kept checkpoints, the one being written, and the exported model."""
+    """Return the maximum size of a run folder: kept checkpoints, the one being written, and the exported model."""
     return (keep + 1) * checkpoint + 4 * exported + EXPORT_FILES
 
 
 def teacher_cache_bytes_per_image(architecture: Architecture, settings: TeacherSettings, image_hw: SizeHW) -> int:
-    """Return what one image takes in an int8 cache of teacher features: a byte per value, a scale per channel."""
+    """Return the bytes of one image in an int8 cache of teacher features: one per value, and a scale per channel."""
     rows, columns = grid_size(image_hw, architecture.patch_size, architecture.max_long_side, architecture.sizing)
     cells_per_patch = 2**architecture.num_upsample_blocks if settings.site == "pixel_map" else 1
     return settings.channels * (rows * columns * cells_per_patch**2 + 4)

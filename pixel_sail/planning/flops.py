@@ -1,8 +1,8 @@
-"""Floating-point operations of one training step, by part.
+"""FLOPs of one training step, by part.
 
-`plan.py` calls `training_flops` on the micro-batches of a step. One multiplication and one addition are two operations.
-The backward pass costs twice the forward pass (gradients of inputs and of weights); norms, activations, rotations and
-losses are left out, they are bound by memory and not by arithmetic.
+`plan.py` calls `training_flops` on the micro-batches of a step. A multiply-add counts as two FLOPs. The backward pass
+costs twice the forward pass (gradients of inputs and weights). Norms, activations, rotary embeddings and losses are
+omitted, as they are memory-bound.
 
     forward of the 0.5B model on four images of 480 x 640 in one row of 5,208 tokens, in TFLOP: decoder 3.73,
     attention 0.54 (2.33 with a dense mask), text head 0.05, upsampler 0.15, mask head 0.06
@@ -24,8 +24,8 @@ TEACHER_FLOPS = {
     "sam2": (1.82e12, "Hiera-L image encoder with its neck, 1024 x 1024"),
     "radio": (2.80e12, "ViT-L with patches of 16, 768 x 1024"),
 }
-"""Operations of one image through a teacher's network, and what was counted: transformers 5.23's modules of the
-published sizes under torch's FlopCounterMode, attention as plain products."""
+"""FLOPs of one image in a teacher, and the counted part: modules of transformers 5.23 with the published sizes, under
+torch's FlopCounterMode, with attention as plain products."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +36,9 @@ class ForwardFlops:
     decoder: float
     """Linear layers."""
     attention: float
-    """Products of queries, keys and values: with a dense mask every row sees every column, else each text its keys."""
+    """Products of queries, keys and values: all pairs with a dense mask, else only the keys of each text."""
     attention_minimal: float
-    """The same for the visible pairs only. Not part of the total."""
+    """The same for visible pairs only. Not part of the total."""
     text_head: float
     upsampler: float
     mask_head: float
@@ -47,12 +47,12 @@ class ForwardFlops:
 
     @property
     def total(self) -> float:
-        """Return what training computes."""
+        """Return the FLOPs that training computes."""
         return sum(value for name, value in vars(self).items() if name != "attention_minimal")
 
 
 def layer_macs(architecture: Architecture) -> dict[str, int]:
-    """Return the multiply-adds of one token in the products of a decoder layer, by part (names of
+    """Return the multiply-adds of one token in the linear layers of a decoder layer, by part (names of
     `modality_experts`)."""
     width, inner = architecture.hidden_size, architecture.intermediate_size
     key_value = architecture.num_key_value_heads * architecture.head_dim
@@ -62,7 +62,7 @@ def layer_macs(architecture: Architecture) -> dict[str, int]:
 def forward_flops(
     architecture: Architecture, work: Workload, teachers: Mapping[str, TeacherSettings], kernels: Kernels | None = None
 ) -> ForwardFlops:
-    """Return the operations of one forward pass, computed with `kernels` (None: the default)."""
+    """Return the FLOPs of one forward pass with `kernels` (None: the default)."""
     kernels = kernels if kernels is not None else Kernels()
     width, layers = architecture.hidden_size, architecture.num_hidden_layers
     tokens = work.rows * work.tokens_per_row
@@ -94,7 +94,7 @@ def forward_flops(
 
 
 def reads_pixel_map(teachers: Mapping[str, TeacherSettings]) -> bool:
-    """Return whether some teacher needs the pixel map also of images without masks."""
+    """Return whether a teacher needs the pixel map of images without masks, too."""
     return any(own.site == "pixel_map" and not own.masks_only and own.fraction > 0 for own in teachers.values())
 
 
@@ -123,7 +123,7 @@ def _mask_head_macs(
 
 
 def _distill_macs(architecture: Architecture, work: Workload, teachers: Mapping[str, TeacherSettings]) -> float:
-    """Return the multiply-adds of the linear layers towards teachers."""
+    """Return the multiply-adds of the distillation layers."""
     scale = 4**architecture.num_upsample_blocks
     total = 0.0
     for own in teachers.values():
@@ -134,9 +134,9 @@ def _distill_macs(architecture: Architecture, work: Workload, teachers: Mapping[
 
 
 def teacher_flops(work: Workload, teachers: Mapping[str, TeacherSettings]) -> dict[str, float | None]:
-    """Return the operations of every teacher that runs beside the training: forward only, None where not known.
+    """Return the FLOPs of every teacher that runs during training (forward only), None if unknown.
 
-    A teacher with a cache costs nothing. A larger model of ours is not in the table: plan it as a run of its own.
+    A teacher with a cache costs nothing. A larger Pixel-SAIL model is not in the table; plan it as a separate run.
     """
     costs: dict[str, float | None] = {}
     for name, own in teachers.items():
@@ -150,12 +150,12 @@ def teacher_flops(work: Workload, teachers: Mapping[str, TeacherSettings]) -> di
 
 
 def training_flops(forward: ForwardFlops, architecture: Architecture, *, checkpointing: str) -> dict[str, float]:
-    """Return the operations of forward and backward pass: the model's own, and what is computed twice.
+    """Return the FLOPs of forward and backward pass: those of the model, and those recomputed.
 
-    `checkpointing` is one of `CHECKPOINTING`; the last product of what is computed again is left out.
+    `checkpointing` is one of `CHECKPOINTING`; the last product of a recomputed part is not repeated.
     """
     parts = layer_macs(architecture)
-    # Of the products of a layer: two of three in the feed-forward half, and all but that third one.
+    # feed_forward repeats two of the three products of the feed-forward half; layers repeats all but the third.
     third = parts["mlp"] / 3 / sum(parts.values())
     again = {"none": 0.0, "feed_forward": 2 * third, "layers": 1 - third}
     recomputed = again[checkpointing] * forward.decoder
@@ -165,10 +165,10 @@ def training_flops(forward: ForwardFlops, architecture: Architecture, *, checkpo
 
 
 def useful_flops(architecture: Architecture, work: Workload, teachers: Mapping[str, TeacherSettings]) -> float:
-    """Return the operations of forward and backward pass that a step cannot do without.
+    """Return the minimal FLOPs of forward and backward pass of a step.
 
-    Real tokens and visible pairs only: padding, masked pairs, what is computed twice and teachers do not count. A
-    sample costs the same alone and packed.
+    Only real tokens and visible pairs count, without padding, masked pairs, recomputation and teachers. A sample costs
+    the same alone and packed.
     """
     forward = forward_flops(architecture, replace(work, rows=1, tokens_per_row=work.real_tokens), teachers)
     return BACKWARD_AND_FORWARD * (forward.total - forward.attention + forward.attention_minimal)

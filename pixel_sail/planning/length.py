@@ -1,13 +1,12 @@
-"""How long a run is: sequences of a step, steps, and the passes over the data that these are.
+"""Computes the length of a run: sequences per step and steps, from epochs and samples per step.
 
-`training/prepare.py` calls `measured_length` once the data is known, `tools/plan_run.py` before; what comes out
-replaces the wishes `optim.epochs` and `data.samples_per_step` in everything behind it. One pass over 2,230,656 samples,
-128 to a step, on 32 processes:
+`training/prepare.py` and `tools/plan_run.py` call it; the result replaces the settings `optim.epochs` and
+`data.samples_per_step`. One epoch of 2,230,656 samples with 128 samples per step, on 32 processes:
 
     Length(items=2230656, samples_per_sequence=4.0, global_batch_size=32, steps=17427, ...).passes == 1.0
 
-The passes come out as wished for to half a step and to the error of the forecast: the stream of samples has no end, so
-that the last step may reach into the next epoch or leave some samples of this one.
+The number of passes is exact up to half a step and the error of the forecast. The stream of samples is infinite, so the
+last step may reach into the next epoch or omit some samples of this one.
 """
 
 import logging
@@ -24,18 +23,18 @@ from pixel_sail.types import Example
 logger = logging.getLogger(__name__)
 
 FAR_OFF = 0.05
-"""A step that differs from `data.samples_per_step` by more than this fraction is warned of."""
+"""Relative difference from `data.samples_per_step` or `optim.epochs` above which there is a warning."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Length:
-    """The length of a run, with what it follows from."""
+    """The length of a run and the numbers it was computed from."""
 
     items: int | None
-    """Samples of an epoch, repeats and decontamination counted in; None: not known."""
+    """Samples per epoch, with repeats and after decontamination. None: unknown."""
     forecast: PackingForecast
     is_assumed: bool
-    """Whether the forecast is one of assumed samples."""
+    """Whether the forecast is based on assumed samples."""
     global_batch_size: int
     steps: int
     wanted_samples_per_step: int | None
@@ -43,40 +42,40 @@ class Length:
 
     @property
     def samples_per_step(self) -> float:
-        """Return the samples of a step that are expected."""
+        """Return the expected samples per step."""
         return self.global_batch_size * self.forecast.samples_per_sequence
 
     @property
     def passes(self) -> float | None:
-        """Return how often the run goes through the data, as expected."""
+        """Return the expected passes over the data."""
         if self.items is None:
             return None
         return self.steps * self.global_batch_size * self.forecast.positions_per_sequence / self.items
 
     @property
     def is_far_off(self) -> bool:
-        """Return whether a step will hold noticeably more or fewer samples than wanted."""
+        """Return whether the samples per step differ noticeably from the setting."""
         wanted = self.wanted_samples_per_step
         return wanted is not None and abs(self.samples_per_step / wanted - 1) > FAR_OFF
 
     @property
     def misses_passes(self) -> bool:
-        """Return whether the run will go through the data noticeably more or less often than wanted."""
+        """Return whether the passes over the data differ noticeably from the setting."""
         wanted, passes = self.wanted_passes, self.passes
         return wanted is not None and passes is not None and abs(passes / wanted - 1) > FAR_OFF
 
 
 def needs_measured_length(config: TrainConfig) -> bool:
-    """Return whether the length of a run is still to be measured."""
+    """Return whether the length of a run must be measured."""
     return config.optim.steps is None or config.data.global_batch_size is None
 
 
 def length_of(
     config: TrainConfig, forecast: PackingForecast, *, items: int | None, group: int, is_assumed: bool
 ) -> Length:
-    """Return the length that follows from a forecast. group: sequences are shared out in multiples of it.
+    """Return the length of a run for a forecast. group: sequences per step are a multiple of it.
 
-    Raises: ConfigError where passes are wished for and nothing says how many samples an epoch has.
+    Raises: ConfigError if epochs are set and the samples of an epoch are unknown.
     """
     data, optim = config.data, config.optim
     sequences, steps = data.global_batch_size, optim.steps
@@ -86,9 +85,8 @@ def length_of(
     if steps is None:
         if items is None:
             raise ConfigError(
-                f"optim.epochs is {optim.epochs}, but the files of the data are not looked at and nothing says how "
-                "many samples they hold; give data.planned_samples=N, or a number of steps: optim.steps=N "
-                "optim.epochs=null"
+                f"optim.epochs is {optim.epochs}, but the data files are not read and their number of samples is "
+                "unknown; set data.planned_samples=N, or a number of steps: optim.steps=N optim.epochs=null"
             )
         assert optim.epochs is not None
         steps = max(round(optim.epochs * items / (forecast.positions_per_sequence * sequences)), 1)
@@ -112,7 +110,7 @@ def measured_length(
     cost: Callable[[Example], float],
     max_positions: int = MAX_POSITIONS,
 ) -> Length:
-    """Return the length of a run over a mixture, of whose stream some positions are looked at.
+    """Return the length of a run over a mixture, measured on some positions of its stream.
 
     Raises: DataError, as training would for these samples.
     """
@@ -128,14 +126,14 @@ def measured_length(
 
 
 def with_length(config: TrainConfig, *, global_batch_size: int, steps: int) -> TrainConfig:
-    """Return the configuration with these numbers in it; what was wished for stays beside them."""
+    """Return the configuration with these numbers; epochs and samples per step keep their values."""
     optim, data = copy(config.optim), copy(config.data)
     optim.steps, data.global_batch_size = steps, global_batch_size
     return replace(config, optim=optim, data=data)
 
 
 def length_lines(length: Length) -> list[str]:
-    """Return what is to be said about the length of a run."""
+    """Return a description of the length of a run."""
     forecast, items, passes = length.forecast, length.items, length.passes
     kind = "assumed samples" if length.is_assumed else "samples"
     known = "a number of samples that is not known" if items is None else f"{items:,} {kind}"
@@ -152,13 +150,13 @@ def length_lines(length: Length) -> list[str]:
     ]
     if length.is_far_off:
         lines.append(
-            f"a step is far from {wanted_samples} samples, because its sequences are shared out evenly: another number "
-            "of processes, another data.micro_batch_size, or sequences of fewer samples (data.packing.max_samples) "
-            "come nearer"
+            f"a step is far from {wanted_samples} samples, because its sequences are distributed evenly; change the "
+            "number of processes or data.micro_batch_size, or put fewer samples into a sequence "
+            "(data.packing.max_samples)"
         )
     if length.misses_passes:
         lines.append(
-            f"the data are gone through {passes:.3f} times, not {wanted_passes:g}: steps are whole and at least one; "
-            "fewer samples in a step (data.samples_per_step, data.global_batch_size) come nearer"
+            f"the run makes {passes:.3f} passes over the data, not {wanted_passes:g}, because the number of steps is "
+            "rounded; use fewer samples per step (data.samples_per_step, data.global_batch_size)"
         )
     return lines

@@ -1,9 +1,9 @@
-"""Bytes on one GPU: what training holds between steps and at the height of a step.
+"""Memory of one GPU: between steps, and the peak of a step.
 
-`plan.py` calls `memory_per_gpu` for every ZeRO stage and micro-batch. What is held follows from
-`training/accelerator.py` and `training/optim.py`, per trained parameter, with N processes and p = 4 bytes (fp32) or 2
-(bf16); a frozen one has only its weight. A moving average of the weights counts as a third moment, 4 more bytes;
-weights of Muon have one moment, 4 bytes less, and stage 1 and 2 gather them for a moment as 2 bytes:
+`plan.py` calls `memory_per_gpu` for every ZeRO stage and micro-batch. Bytes per trained parameter, for the settings of
+`training/accelerator.py` and `training/optim.py`, with N processes and p = 4 bytes (fp32) or 2 (bf16); a frozen
+parameter has only its weight. A moving average of the weights is a third moment, 4 more bytes. Muon's weights have one
+moment, 4 bytes less, and stages 1 and 2 temporarily gather them with 2 bytes each:
 
     | stage | weights | gradients | float32 masters | Adam's moments |
     | none  |    4    |     4     |        0        |       8        |   autocast keeps copies of 2 under bf16
@@ -12,8 +12,8 @@ weights of Muon have one moment, 4 bytes less, and stage 1 and 2 gather them for
     | 2     |    p    |   p / N   |      4 / N      |     8 / N      |
     | 3     |  p / N  |   p / N   |      4 / N      |     8 / N      |   and the parameters gathered at the moment
 
-Offloaded masters, moments and parameters are in the node's memory instead. Under autocast some activations stay
-float32, which is not counted: the first row is too small for bf16.
+Offloaded masters, moments and parameters are in host memory instead. Under autocast some activations remain float32,
+which is not counted, so the first row is too small for bf16.
 """
 
 from dataclasses import dataclass
@@ -27,34 +27,34 @@ BUCKET_ELEMENTS = 50_000_000
 """`reduce_bucket_size` and ZeRO-3's prefetch bucket, see training/accelerator.py."""
 
 RUNTIME_BYTES = 1.5e9
-"""CUDA context, NCCL buffers, cuBLAS workspace: an assumption, to be replaced when measured."""
+"""CUDA context, NCCL buffers, cuBLAS workspace. Assumed, not measured."""
 
 FRAGMENTATION = 0.05
-"""Fraction of the rest that the allocator cannot use: an assumption."""
+"""Fraction of the rest that the allocator cannot use. Assumed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
-    """Bytes that live as long as the run, and gradients."""
+    """Bytes of the persistent training state, gradients and buffers."""
 
     weights: float
     masters: float
     moments: float
     gradients: float
     buckets: float
-    """Flat buffers for communication, and under ZeRO-3 the gathered parameters."""
+    """Flat communication buffers, and with ZeRO-3 the gathered parameters."""
     step_extra: float
-    """Temporaries of the optimizer step, when the activations are gone."""
+    """Temporaries of the optimizer step, when activations are freed."""
 
     @property
     def persistent(self) -> float:
-        """Return what is there between two steps."""
+        """Return the bytes between two steps."""
         return self.weights + self.masters + self.moments
 
 
 @dataclass(frozen=True, kw_only=True)
 class GpuMemory:
-    """One GPU at the height of a step, bytes."""
+    """Peak memory of one GPU during a step, bytes."""
 
     state: TrainingState
     activations: float
@@ -72,7 +72,7 @@ def training_state(
     orthogonal: int = 0,
     is_averaged: bool = False,
 ) -> TrainingState:
-    """Return what one process of `world_size` holds.
+    """Return the training state of one process of `world_size`.
 
     `largest_gathered`: parameters of the largest module, for ZeRO-3. `trained`: how many parameters are not frozen, by
     default all; `orthogonal`: how many of them are Muon's.
@@ -117,17 +117,17 @@ def training_state(
 
 
 def moment_bytes(trained: float, *, orthogonal: int = 0, is_averaged: bool = False) -> float:
-    """Return the float32 moments of all processes: two of AdamW's weights, one of Muon's, and the average of all."""
+    """Return the bytes of all float32 moments: two per weight of AdamW, one per weight of Muon, plus the average."""
     return FLOAT32 * ((3 if is_averaged else 2) * trained - orthogonal)
 
 
 def largest_module(architecture: Architecture) -> int:
-    """Return the parameters of the largest thing that ZeRO-3 gathers at once: the embedding or a decoder layer."""
+    """Return the parameters of the largest module that ZeRO-3 gathers: the embedding or a decoder layer."""
     return max(architecture.vocab_size * architecture.hidden_size, layer_parameters(architecture))
 
 
 def memory_per_gpu(state: TrainingState, *, activations: float, masks_and_points: float) -> GpuMemory:
-    """Return the peak: gradients, buffers and activations together, or the optimizer step.
+    """Return the peak memory: that of the backward pass or of the optimizer step.
 
     `masks_and_points`: temporaries of the largest image's mask losses.
     """
@@ -138,7 +138,7 @@ def memory_per_gpu(state: TrainingState, *, activations: float, masks_and_points
 
 
 def mask_loss_temporaries(image_areas: list[int], masks: list[int], num_candidates: int) -> float:
-    """Return the bytes of the worst image while its losses are computed: its masks as float32, and candidate points
-    with their places, values and order."""
+    """Return the maximum temporary bytes of an image's mask losses: float32 masks, and candidate points with their
+    coordinates, values and order."""
     per_image = [count * (5 * area + 40 * num_candidates) for area, count in zip(image_areas, masks, strict=True)]
     return float(max(per_image, default=0))

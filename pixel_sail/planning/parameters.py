@@ -1,6 +1,6 @@
-"""How many parameters each part of a model has, from its sizes alone.
+"""Parameter counts of the parts of a model, computed from its sizes.
 
-The first thing `plan.py` computes; memory and disk follow from it. For the 0.5B model:
+`plan.py` derives memory and disk space from them. For the 0.5B model:
 
     {"token_embedding": 135905280, "image_embedding": 1490944, "decoder": 357898112, "text_head": 0,
      "mask_head": 10579200, "distill_head": 0}
@@ -19,27 +19,27 @@ QWEN_VOCABULARY = 151_680
 """Rows of the token embedding with Qwen2.5's tokenizer and the added tokens."""
 
 UPSAMPLE_TAPS = {"transposed": 4, "bilinear": 1, "pixel_shuffle": 36}
-"""Weights per pair of channels of what doubles the map in a block; all act once per cell of the small map."""
+"""Weights per pair of channels of the 2x upsampling in a block; all are applied once per input cell."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingParts:
-    """What a run makes of the parameters."""
+    """Trained parameters of a run."""
 
     adapters: int
     """Parameters of low-rank adapters."""
     trained: int
     """Parameters that are not frozen, adapters among them."""
     orthogonal: int = 0
-    """Of the trained ones those that Muon updates (training/roles.py)."""
+    """Trained parameters that Muon updates (training/roles.py)."""
 
 
 def fill_in_vocabulary(config: ModelConfig) -> str:
-    """Set the size of the vocabulary as training does; return a remark where the tokenizer is absent."""
+    """Set the vocabulary size as training does; return a remark if the tokenizer is missing."""
     architecture, folder = config.architecture, Path(config.tokenizer)
     if not folder.is_dir():
         architecture.vocab_size = QWEN_VOCABULARY
-        return f"{folder}: no tokenizer there, the vocabulary is taken to have {QWEN_VOCABULARY:,} rows"
+        return f"{folder}: no tokenizer there, the vocabulary is assumed to have {QWEN_VOCABULARY:,} rows"
     tokenizer = load_tokenizer(str(folder), num_visual_prompts=architecture.num_visual_prompts)
     architecture.vocab_size = -(-len(tokenizer) // config.vocab_multiple) * config.vocab_multiple
     return ""
@@ -51,7 +51,7 @@ def linear(size_in: int, size_out: int, *, bias: bool = True) -> int:
 
 
 def layer_parameters(architecture: Architecture) -> int:
-    """Return the parameters of one decoder layer, those for image tokens among them."""
+    """Return the parameters of one decoder layer, including those for image tokens."""
     width, inner = architecture.hidden_size, architecture.intermediate_size
     key_value = architecture.num_key_value_heads * architecture.head_dim
     bias = architecture.attention_bias
@@ -62,7 +62,7 @@ def layer_parameters(architecture: Architecture) -> int:
 
 
 def image_embedding_parameters(architecture: Architecture) -> int:
-    """Return the parameters of what turns patches and visual prompts into embeddings."""
+    """Return the parameters that embed patches and visual prompts."""
     width, pixels = architecture.hidden_size, 3 * architecture.patch_size**2
     if architecture.base == "eve":
         pieces = architecture.patch_hidden_size
@@ -89,14 +89,14 @@ def mask_head_parameters(architecture: Architecture) -> int:
 
 
 def teacher_width(architecture: Architecture, settings: TeacherSettings) -> int:
-    """Return how many channels of the student a teacher's linear layer reads."""
+    """Return the input channels of a teacher's linear layer."""
     return architecture.mask_dim if settings.site == "pixel_map" else architecture.hidden_size
 
 
 def parameter_counts(architecture: Architecture, teachers: Mapping[str, TeacherSettings]) -> dict[str, int]:
-    """Return the parameters of every part; a tied text head has none of its own.
+    """Return the parameters of every part; a tied text head has none.
 
-    The vocabulary must be filled in: it comes from the tokenizer.
+    The vocabulary size must be set, see `fill_in_vocabulary`.
     """
     width = architecture.hidden_size
     embedding = architecture.vocab_size * width

@@ -1,7 +1,7 @@
-"""All that is known about a run before it starts, as one dictionary, and the text that shows it.
+"""The plan of a run: estimated size, time, memory and disk space, as a JSON-compatible dictionary and as text.
 
-`tools/plan_run.py` calls `make_plan` with a configuration, the micro-batches of its data (measured or assumed) and the
-machine, then prints `plan_text`. Every number in it is plain, so that it can be written as JSON:
+`tools/plan_run.py` calls `make_plan` with a configuration, micro-batches of its data (measured or assumed) and the
+machine, then prints `plan_text`:
 
     make_plan(...)["time"] == {"gpus": 32, "mfu": 0.4, "step_seconds": 0.374, "hours": 2.08, "gpu_hours": 66.5, ...}
 """
@@ -23,24 +23,24 @@ from pixel_sail.planning.parameters import TrainingParts, parameter_counts
 from pixel_sail.planning.workload import Workload, mean
 
 PLANNED_TFLOPS = {"h100": 989.0, "h200": 989.0, "a100": 312.0, "4090": 165.0, "cpu": 0.1}
-"""Dense bf16 products with float32 sums, from the vendors' data sheets; cpu: an order of magnitude, two cores."""
+"""Dense bf16 TFLOP/s with float32 accumulation, from the vendors' data sheets; cpu: order of magnitude, two cores."""
 
 GPU_MEMORY_GB = {"h100": 80.0, "h200": 141.0, "a100": 80.0, "4090": 24.0, "cpu": 16.0}
 
 FP32_SLOWDOWN = {"h100": 2.0, "h200": 2.0, "a100": 2.0, "4090": 2.0, "cpu": 1.0}
-"""How much slower than bf16 float32 products are where TF32 is allowed; without TF32 far more."""
+"""Slowdown of float32 products relative to bf16 with TF32; without TF32 far more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What the run is planned for."""
+    """The machine of a plan."""
 
     gpu: str = "h100"
     gpus: int = 8
     mfu: float = 0.4
-    """Fraction of the peak that the model's own operations reach."""
+    """Model FLOPs utilization: fraction of the peak that the model's FLOPs reach."""
     peak_tflops: float | None = None
-    """None: that of the GPU."""
+    """None: peak of the GPU."""
 
     def __post_init__(self) -> None:
         """Check the choices. Raises: ConfigError."""
@@ -53,13 +53,13 @@ class Machine:
             )
 
     def kernels(self, config: TrainConfig) -> Kernels:
-        """Return the configured kernels with the attention that `auto` means on this machine."""
+        """Return the configured kernels with attention `auto` resolved for this machine."""
         device = torch.device("cpu" if self.gpu == "cpu" else "cuda")
         dtype = torch.bfloat16 if config.optim.precision == "bf16" else torch.float32
         return replace(config.kernels, attention=resolve_attention(config.kernels.attention, device, dtype))
 
     def operations_per_second(self, precision: str) -> float:
-        """Return what all GPUs do together at this MFU."""
+        """Return the FLOP/s of all GPUs at this MFU."""
         peak = PLANNED_TFLOPS[self.gpu] if self.peak_tflops is None else self.peak_tflops
         slowdown = FP32_SLOWDOWN[self.gpu] if precision == "fp32" else 1.0
         return self.gpus * self.mfu * peak * 1e12 / slowdown
@@ -160,7 +160,7 @@ def _data_numbers(works: Sequence[Workload], micro_batches: int) -> dict[str, fl
 def _memory_rows(
     config: TrainConfig, works: Sequence[Workload], machine: Machine, num_parameters: int, parts: TrainingParts
 ) -> list[dict[str, Any]]:
-    """Return one row for each possible ZeRO stage (and for none); activations are those of the largest micro-batch."""
+    """Return one row per possible ZeRO stage and one without; activations are those of the largest micro-batch."""
     architecture, precision = config.model.architecture, config.optim.precision
     points = config.loss.points
     candidates = round(points.num_points * points.oversample_ratio)
@@ -239,7 +239,7 @@ def _disk(
 
 
 def plan_text(plan: dict[str, Any]) -> str:
-    """Return the plan as a table to be read."""
+    """Return the plan as text."""
     data, time, counts, work = plan["data"], plan["time"], plan["parameters"], plan["flops"]
     lines = [f"run {plan['name']}", "", "parameters"]
     lines += [f"  {name:20}{count:>16,}" for name, count in counts.items() if count]

@@ -1,7 +1,7 @@
-"""What one micro-batch holds: the numbers that FLOPs and memory depend on.
+"""Content of a micro-batch: the numbers on which FLOPs and memory depend.
 
-`plan.py` takes `Workload`s either from real batches (`of_batch`) or from stated assumptions (`assumed.py`), averages
-over them, and says which. One row with five images of 480 x 640 and 100 text tokens each:
+`plan.py` averages over `Workload`s of real batches (`of_batch`) or of assumed ones (`assumed.py`). One row with five
+images of 480 x 640 and 100 text tokens each:
 
     Workload(rows=1, tokens_per_row=6510, images=(ImageLoad(rows=30, columns=40, masks=4, image_hw=(480, 640)), ...),
              supervised=250, samples=5, real_tokens=6510, seen_pairs=7850270, computed_pairs=7875020,
@@ -46,11 +46,11 @@ class Workload:
     samples: int
     real_tokens: int
     seen_pairs: int
-    """(query, key) pairs that the attention mask allows: what a kernel without waste computes."""
+    """(query, key) pairs that the attention mask permits: the minimum a kernel must compute."""
     computed_pairs: int
-    """The pairs of one product per image and per text, in which nothing is masked out but a text's own future."""
+    """Pairs of one product per image and per text, in which only a text's own future is masked."""
     computed_keys: int
-    """The keys of those products: an image's counts for itself and for every text that looks at it."""
+    """Keys of these products: an image counts once for itself and once for every text that attends to it."""
 
     @property
     def num_masks(self) -> int:
@@ -59,7 +59,7 @@ class Workload:
 
 
 def of_batch(batch: Batch) -> Workload:
-    """Return what a real micro-batch holds."""
+    """Return the workload of a real micro-batch."""
     masks = iter(batch.masks)
     images = []
     for (rows, columns), count in zip(batch.grids, batch.masks_per_image, strict=True):
@@ -87,7 +87,7 @@ def of_batch(batch: Batch) -> Workload:
 
 
 def of_example(example: Example) -> Workload:
-    """Return what one sample is alone in a row."""
+    """Return the workload of one sample alone in a row."""
     where = (torch.zeros_like(example.input_ids_T)[None], example.branch_ids_T[None], example.in_image_T[None])
     segments = attention_segments(sample_spans(*where))
     images: tuple[ImageLoad, ...] = ()
@@ -111,7 +111,7 @@ def of_example(example: Example) -> Workload:
 
 
 def visible_pairs(sample_index_BT: Tensor, branch_ids_BT: Tensor, in_image_BT: Tensor) -> int:
-    """Return how many (query, key) pairs of real tokens the attention mask allows."""
+    """Return the number of (query, key) pairs of real tokens that the attention mask permits."""
     is_real_BT = sample_index_BT >= 0
     if not bool(is_real_BT.any()):
         return 0
@@ -120,7 +120,7 @@ def visible_pairs(sample_index_BT: Tensor, branch_ids_BT: Tensor, in_image_BT: T
     image_S = torch.bincount(samples_T[image_T], minlength=num_samples)
     owner_T = (samples_T * num_branches + branches_T)[~image_T]
     text_SR = torch.bincount(owner_T, minlength=num_samples * num_branches).view(num_samples, num_branches)
-    # What stands in branch 0, in the image or not, is seen by all that follows; a branch sees that and its own past.
+    # All later tokens attend to branch 0 (image and shared text); a branch attends to that and its own past.
     shared_S, branch_SR = text_SR[:, 0], text_SR[:, 1:]
     before_S = image_S + shared_S
     image_pairs_S = image_S**2 + shared_S * image_S + shared_S * (shared_S + 1) // 2

@@ -1,7 +1,8 @@
-"""RefShapes: an embedded referring-segmentation benchmark, rendered in minutes and written in the public formats.
+"""RefShapes: a synthetic referring-segmentation benchmark, rendered in minutes and written in the public formats.
 
-Makes the data that sources and evaluations read; nothing else imports it. `focus.py` says which objects a scene has,
-`scene.py` renders, `expressions.py` speaks, `formats.py` writes. What one image contributes, as an example of the data:
+`tools/make_refshapes.py` generates the data, which sources and evaluations read. `focus.py` samples the objects of a
+scene, `scene.py` renders it, `expressions.py` finds expressions, `formats.py` writes the files. One image contributes,
+for example:
 
     images/train2014/COCO_train2014_000000000001.jpg with six objects, "the star below the blue ring" -> annotation 4
 """

@@ -1,8 +1,8 @@
-"""What a perfect teacher would say about a synthetic image: a map of the attributes and places of its objects.
+"""Writes the outputs of a perfect teacher for synthetic images: maps of the attributes and positions of objects.
 
-`formats.py` hands over the maps of the training images, this file writes them as the cache of the teacher
+`formats.py` passes the maps of the training images, and this module writes them as the cache of the teacher
 `pixel_sail/distillation/attributes.py`. A pixel of a red star at the left edge has 1 in the channels red, star, plain,
-small, column 0 (of 10) and its row; a pixel of no object has 1 in the last of the 43 channels. A cell of the map is the
+small, column 0 (of 10) and its row; a background pixel has 1 in the last of the 43 channels. A cell of the map is the
 mean over 8 x 8 pixels: [43, 16, 16] for an image of 128 x 128.
 """
 
@@ -21,14 +21,14 @@ from pixel_sail.refshapes.scene import Scene, SceneObject
 
 AttributeMap = NDArray[np.int8]
 LEVELS = 100
-"""int8 level of a cell that is covered as a whole."""
+"""int8 value of a fully covered cell."""
 IMAGES_PER_SHARD = 4096
 
 
 def object_channels(item: SceneObject, image_hw: tuple[int, int]) -> NDArray[np.float32]:
-    """Return what holds of every pixel of an object [CHANNELS]: its attributes, and where its centre is.
+    """Return the channel values of every pixel of an object [CHANNELS]: its attributes and the position of its center.
 
-    A centre between two of the NUM_PLACES places along an axis counts for both by its distance.
+    A center between two of the NUM_PLACES positions along an axis is interpolated between both.
     """
     named = [[float(getattr(item, name) == value) for value in values] for name, values in VALUES.items()]
     places = []
@@ -39,7 +39,7 @@ def object_channels(item: SceneObject, image_hw: tuple[int, int]) -> NDArray[np.
 
 
 def attribute_map(scene: Scene) -> AttributeMap:
-    """Return the map [CHANNELS, height / CELL_PX, width / CELL_PX] of a scene, a hundredth per level."""
+    """Return the map [CHANNELS, height / CELL_PX, width / CELL_PX] of a scene, in hundredths."""
     height, width = scene.image_hw
     rows, columns = height // CELL_PX, width // CELL_PX
     found = np.zeros((CHANNELS, rows, columns), dtype=np.float32)
@@ -53,7 +53,7 @@ def attribute_map(scene: Scene) -> AttributeMap:
 
 
 def write_attribute_maps(folder: Path, maps: Mapping[Path, AttributeMap]) -> None:
-    """Write the maps of images as a cache of features, which training reads with `distillation=attributes`."""
+    """Write the maps of images as a feature cache, which training reads with `distillation=attributes`."""
     keyed = {image_key(path): levels for path, levels in maps.items()}
     identity = cache_identity(attributes().identity(), precision="fp32", grid=None)
     plan = plan_cache(list(keyed), identity, dtype="int8", images_per_shard=IMAGES_PER_SHARD)

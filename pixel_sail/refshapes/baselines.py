@@ -1,9 +1,8 @@
-"""What answers that need no model score on RefShapes: what chance is, split by split.
+"""Scores of model-free guesses on RefShapes: the chance level of every split.
 
-`formats.py` hands over what each expression of a split is about and writes the scores to meta.json; the quickstart's
-report shows them beside the model's. Nobody looks at an image here, and only "the target's colour" knows something of
-the expression: it is a detector of colours without faults, told the right colour even where the expression names none.
-The scores of one split, as an example of the data:
+`formats.py` passes the targets of a split's expressions and writes the scores to meta.json; the quickstart's report
+shows them next to the model's. No guess uses the image. Only "the target's colour" uses the expression: it is a perfect
+color detector that is given the correct color even if the expression names none. The scores of one split, for example:
 
     {"every object": {"ciou": 0.27, "giou": 0.26}, "largest object": {...}, "target's colour": {...},
      "random object": {...}}
@@ -21,7 +20,7 @@ BaselineScores = dict[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class ReferredObject:
-    """One expression: the objects of its image, whose masks do not overlap, and which of them is meant."""
+    """One expression: the objects of its image, whose masks do not overlap, and its targets."""
 
     areas: Sequence[int]
     colours: Sequence[str]
@@ -29,7 +28,7 @@ class ReferredObject:
 
 
 def blind_scores(expressions: Iterable[ReferredObject]) -> dict[str, BaselineScores]:
-    """Return cIoU and gIoU of every guess, those of the random object as expected; nothing where nothing is asked."""
+    """Return cIoU and gIoU of every guess, expected values for the random object; empty without expressions."""
     measured: dict[str, list[tuple[float, float, float]]] = {name: [] for name in GUESSES}
     for item in expressions:
         for name, answers in _answers(item).items():
@@ -44,7 +43,7 @@ def blind_scores(expressions: Iterable[ReferredObject]) -> dict[str, BaselineSco
 
 
 def _answers(item: ReferredObject) -> dict[str, list[list[int]]]:
-    """Return the equally likely answers of every guess, each as the objects that are marked."""
+    """Return the equally likely answers of every guess, each as the indices of its objects."""
     everything = list(range(len(item.areas)))
     same_colour = [index for index in everything if item.colours[index] == item.colours[item.target]]
     largest = max(everything, key=lambda index: item.areas[index])
@@ -60,7 +59,8 @@ def _overlap(item: ReferredObject, answer: list[int]) -> tuple[int, int]:
 
 
 def blind_choices(questions: Sequence[dict[str, str]]) -> BaselineScores:
-    """Return the accuracy on multiple-choice questions of the best single letter, and of each question's usual answer.
+    """Return the accuracy on multiple-choice questions of the best constant letter, and of each question's usual
+    answer.
 
     A question is {"question": "What is the size of the marked object?\\nA. large\\nB. small\\n", "answer": "B. small"}.
     """

@@ -1,13 +1,13 @@
 """Finds the expressions of a scene: queries that fit one object, several or none, in words.
 
-`queries.py` (meaning), `templates.py` (words) -> here -> `formats.py` (the files). An expression is first a `Query`,
-whose meaning is computed from the scene; only then is it worded. As an example of the data:
+Combines `queries.py` (meaning) and `templates.py` (text) for `formats.py` (files). An expression is first a `Query`,
+whose meaning is computed from the scene, and only then converted to text. For example:
 
     Sentence(text="the small star below the blue ring", targets=(4,), kind="relation",
              query=Query(attributes=(("size", "small"), ("shape", "star")),
                          relation=("below", Query(attributes=(("colour", "blue"), ("shape", "ring"))))))
 
-The kind of a sentence with one target is one of FOCI: what it takes to understand it. The others are plural and none.
+The kind of a sentence with one target, one of FOCI, is what decides its target. The other kinds are plural and none.
 """
 
 import itertools
@@ -33,7 +33,7 @@ from pixel_sail.refshapes.templates import word_plural, word_single
 
 
 class Describer:
-    """Finds expressions for one scene. All randomness comes from the generator it is given."""
+    """Finds expressions for one scene. All randomness comes from the given generator."""
 
     def __init__(self, scene: Scene, rng: np.random.Generator, *, may_name_held_out: bool) -> None:
         """Index which objects every combination of attribute values denotes."""
@@ -46,9 +46,9 @@ class Describer:
                 self.by_filters.setdefault(filters, []).append(item.index)
 
     def singles(self, count: int, targets: Sequence[int] = ()) -> list[SceneExpression]:
-        """Return up to `count` different sentences that each refer to one object, most of the scene's focus.
+        """Return up to `count` distinct sentences that each refer to one object, most with the scene's focus.
 
-        targets: the objects they are about, all where none is given.
+        targets: the objects to refer to, by default all.
         """
         found: dict[str, SceneExpression] = {}
         for _ in range(count * 6):
@@ -63,7 +63,8 @@ class Describer:
         return list(found.values())
 
     def _find(self, item: SceneObject, focus: str) -> Query | None:
-        """Return a query for one object, of a kind if this attempt finds one; attributes may turn out as another."""
+        """Return a query for one object of a kind if this attempt finds one; attribute queries may be of another
+        kind."""
         if focus == "negation_ordinal":
             return self._ordinal(item) if self.rng.random() < 0.5 else self._negation(item)
         if focus in ("place", "relation"):
@@ -71,7 +72,7 @@ class Describer:
         return self._attributes(item, names_shape=focus == "shape")
 
     def plural(self) -> SceneExpression | None:
-        """Return a sentence for two objects or more, None if this attempt found none."""
+        """Return a sentence for two or more objects, None if this attempt found none."""
         roll = self.rng.random()
         item = pick(self.rng, self.scene.objects)
         if roll < 0.25:
@@ -90,7 +91,7 @@ class Describer:
         return SceneExpression(text=text, query=query, targets=tuple(sorted(targets)), kind="plural")
 
     def no_target(self) -> SceneExpression | None:
-        """Return a sentence that fits nothing here though its parts occur, None if this attempt found none."""
+        """Return a sentence that fits no object although its parts occur, None if this attempt found none."""
         filters = dict(_pick_filters(self.rng, pick(self.rng, self.scene.objects)))
         other = pick(self.rng, self.scene.objects)
         name = pick(self.rng, tuple(filters))
@@ -110,7 +111,7 @@ class Describer:
         return self.may_name_held_out or not names_held_out(query)
 
     def _attributes(self, item: SceneObject, *, names_shape: bool = False) -> Query | None:
-        """Return attributes that single the object out: of the fewest words or with one more."""
+        """Return attributes that identify the object: as few words as possible or one more."""
         unique = [filters for filters in _subsets(item) if len(self.by_filters[filters]) == 1]
         if not unique:
             return None
@@ -145,7 +146,7 @@ class Describer:
         return self._first(item, (Query(attributes=base, negated=denied) for base, denied in pairs if denied))
 
     def _negatable(self, filters: Filters) -> tuple[str, str] | None:
-        """Return an attribute value to deny: of an object that fits the filters, about something they leave open."""
+        """Return an attribute value to negate: of an object that fits the filters, for an attribute they leave open."""
         names = [name for name in ("colour", "shape", "texture") if name not in dict(filters)]
         members = [self.scene.objects[i] for i in self.by_filters[filters]] if filters else list(self.scene.objects)
         name = pick(self.rng, names)
@@ -158,7 +159,8 @@ class Describer:
         return None if anchor is None else (pick(self.rng, RELATIONS), anchor)
 
     def _relation(self, item: SceneObject) -> Query | None:
-        """Use the word that fits the anchor sampled: nearness, or the axis along which the two are further apart."""
+        """Use the relation that fits the sampled anchor: nearness, or the axis along which the two are further
+        apart."""
         queries: list[Query] = []
         for base in (*self._bases(item, 2), *self._bases(item, 2)):
             anchor = pick(self.rng, self.scene.objects)
@@ -182,9 +184,9 @@ def _ordered(filters: dict[str, str]) -> Filters:
 
 
 def _naturalness(filters: Filters) -> float:
-    """Return how likely a person is to choose these attributes: colour and shape first, "plain" hardly ever.
+    """Return how likely a person is to choose these attributes: color and shape first, "plain" rarely.
 
-    People name the colour even where it is not needed; studies of reference call it overspecification.
+    People name the color even if it is not needed; studies of reference call it overspecification.
     """
     values = dict(filters)
     weight = 1.0 if "shape" in values else 0.4

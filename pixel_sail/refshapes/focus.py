@@ -1,11 +1,11 @@
-"""Which objects a scene has: sampled so that one kind of words, the scene's focus, has to decide between them.
+"""Samples the objects of a scene so that one kind of words, the scene's focus, identifies the targets.
 
-`kinds.py` -> here -> `scene.py`, which places and paints the objects. Were the kinds sampled freely, the colour would
-give nearly every object away. A scene whose focus is the place, as an example of the data:
+`scene.py` places and paints the objects. If their attributes were sampled independently, color alone would identify
+nearly every object. A scene with the focus `place`, for example:
 
     four small plain red stars and a large striped blue ring      ("the leftmost star", "the red star at the bottom")
 
-What each focus shares and varies stands in its function, how often it comes in `FOCUS_FRACTIONS`.
+The function of each focus states what its objects share and what varies; `FOCUS_FRACTIONS` gives its frequency.
 """
 
 from collections.abc import Callable
@@ -23,29 +23,29 @@ FOCUS_FRACTIONS = {
     "relation": 0.18,
     "negation_ordinal": 0.12,
 }
-"""Focus -> how often a scene of train, val, testA and testB has it; testA has no "shape", as its shapes are equal."""
+"""Frequency of each focus in train, val, testA and testB; testA has no "shape", as its shapes are equal."""
 FOCI = tuple(FOCUS_FRACTIONS)
 FOCUS_SENTENCES = 0.8
-"""Fraction of the expressions that are tried for the focus of their scene; the others for any."""
+"""Fraction of the expressions that are tried with the focus of their scene; the others with any focus."""
 
 MAX_OBJECTS = 6
 MAX_LARGE = 3
-"""More large objects than this leave no room for the rest; those after are small."""
+"""Maximum large objects, so that there is room for the rest; further ones are small."""
 LARGE = 0.42
 PLAIN = 0.5
-"""How often a size or texture that is left open is large or plain."""
+"""Probability that an unspecified size or texture is large or plain."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SceneRules:
-    """What the scenes of one split are like."""
+    """Rules for the scenes of one split."""
 
     focus: str | None = None
-    """None: sampled for every scene, by FOCUS_FRACTIONS."""
+    """None: sampled per scene from FOCUS_FRACTIONS."""
     one_shape: bool = False
-    """All objects have the same shape, as all are people in some images; it never helps to tell them apart."""
+    """All objects have the same shape, as all are people in some images, so shape never identifies an object."""
     held_out: bool = False
-    """The object that the scene is about has a held-out colour and shape; no other scene has any."""
+    """The lead object of the scene has a held-out color and shape; no other scene has any."""
 
 
 def pick_focus(rng: np.random.Generator, rules: SceneRules) -> str:
@@ -60,7 +60,7 @@ def pick_focus(rng: np.random.Generator, rules: SceneRules) -> str:
 
 
 def sample_kinds(rng: np.random.Generator, focus: str, rules: SceneRules) -> list[Attributes]:
-    """Return the kinds of one scene, two to six, in any order."""
+    """Return the attributes of the objects of one scene, two to six, in random order."""
     kinds: list[Attributes] = []
     for kind in _OBJECTS[focus](_Palette(rng, rules))[:MAX_OBJECTS]:
         is_too_large = kind.size == "large" and sum(other.size == "large" for other in kinds) >= MAX_LARGE
@@ -69,7 +69,7 @@ def sample_kinds(rng: np.random.Generator, focus: str, rules: SceneRules) -> lis
 
 
 class _Palette:
-    """What one scene may sample from. Its lead is the colour and shape that the scene is about."""
+    """Attributes that one scene may sample. The lead is the color and shape that the scene is about."""
 
     def __init__(self, rng: np.random.Generator, rules: SceneRules) -> None:
         self.rng = rng
@@ -83,8 +83,7 @@ class _Palette:
     def kind(
         self, colour: str | None = None, shape: str | None = None, texture: str | None = None, size: str | None = None
     ) -> Attributes:
-        """Return a kind with what is not given sampled; a colour and shape that are both given are taken as they
-        are."""
+        """Return attributes with unspecified ones sampled; a given pair of color and shape is kept."""
         if colour is None:
             colour = pick(self.rng, self.colours_for(shape) if shape else self.colours)
         return Attributes(
@@ -95,23 +94,23 @@ class _Palette:
         )
 
     def colours_for(self, shape: str) -> list[str]:
-        """Return the colours that a shape may have, in any order."""
+        """Return the colors that a shape may have, in random order."""
         return shuffled(self.rng, [colour for colour in COLOURS if _is_free(colour, shape)])
 
     def shapes_for(self, colour: str) -> list[str]:
-        """Return the shapes that a colour may have, in any order."""
+        """Return the shapes that a color may have, in random order."""
         return shuffled(self.rng, [shape for shape in self.shapes if _is_free(colour, shape)])
 
     def other_colours(self) -> list[str]:
-        """Return the colours but for the lead's, in any order."""
+        """Return all colors except the lead's, in random order."""
         return shuffled(self.rng, [colour for colour in self.colours if colour != self.lead[0]])
 
     def between(self, low: int, high: int) -> int:
-        """Return a number from low to high, both allowed."""
+        """Return a number from low to high, both inclusive."""
         return int(self.rng.integers(low, high + 1))
 
     def chance(self, fraction: float) -> bool:
-        """Return True in this fraction of calls."""
+        """Return True with this probability."""
         return bool(self.rng.random() < fraction)
 
 
@@ -120,7 +119,7 @@ def _is_free(colour: str, shape: str) -> bool:
 
 
 def _colour(palette: _Palette) -> list[Attributes]:
-    """Return three to five objects, each of another colour, of two shapes for the most part."""
+    """Return three to five objects of different colors, mostly of two shapes."""
     colour, shape = palette.lead
     shared = (shape, pick(palette.rng, palette.shapes))
     kinds = [palette.kind(colour, shape)]
@@ -131,7 +130,7 @@ def _colour(palette: _Palette) -> list[Attributes]:
 
 
 def _shape(palette: _Palette) -> list[Attributes]:
-    """Return two colours, each with up to three objects of different shapes."""
+    """Return two colors, each with up to three objects of different shapes."""
     colour, shape = palette.lead
     rest = [other for other in palette.shapes_for(colour) if other != shape]
     kinds = [palette.kind(colour, one) for one in [shape, *rest][: palette.between(2, 3)]]
@@ -140,7 +139,7 @@ def _shape(palette: _Palette) -> list[Attributes]:
 
 
 def _size_texture(palette: _Palette) -> list[Attributes]:
-    """Return two to four objects of one colour and shape that differ in texture, or one in size, and a few more."""
+    """Return two to four objects of one color and shape that differ in texture, or one in size, and a few more."""
     colour, shape = palette.lead
     number = palette.between(2, 4)
     if palette.chance(0.45):
@@ -159,26 +158,26 @@ def _size_texture(palette: _Palette) -> list[Attributes]:
 
 
 def _place(palette: _Palette) -> list[Attributes]:
-    """Return two to four equal objects and up to two more, some of the same colour."""
+    """Return two to four equal objects and up to two more, some of the same color."""
     colour = palette.lead[0]
     kinds = _equal(palette, palette.between(2, 4), large=0.3)
     return kinds + [palette.kind(colour if palette.chance(0.3) else None) for _ in range(palette.between(0, 2))]
 
 
 def _relation(palette: _Palette) -> list[Attributes]:
-    """Return two or three equal objects and one to three of other colours that they can be left of or below."""
+    """Return two or three equal objects and one to three of other colors, to which they can be left of or below."""
     kinds = _equal(palette, palette.between(2, 3), large=0.2)
     return kinds + [palette.kind(colour) for colour in palette.other_colours()[: palette.between(1, 3)]]
 
 
 def _negation_ordinal(palette: _Palette) -> list[Attributes]:
-    """Return three or four equal objects to count, or one that lacks what others of its sort have, and a few more."""
+    """Return three or four equal objects to count, or one that lacks what similar objects have, and a few more."""
     kinds = _equal(palette, max(palette.between(2, 4), 3), large=0.0) if palette.chance(0.5) else _odd_one(palette)
     return kinds + [palette.kind() for _ in range(palette.between(1, 2))]
 
 
 def _equal(palette: _Palette, number: int, *, large: float) -> list[Attributes]:
-    """Return objects that are alike in all four attributes."""
+    """Return objects with equal attributes."""
     texture = "plain" if palette.chance(PLAIN) else pick(palette.rng, TEXTURES)
     size = "large" if palette.chance(large) else "small"
     return [palette.kind(*palette.lead, texture, size)] * number

@@ -1,6 +1,6 @@
-"""Writers of RefShapes: the scenes of all splits in the on-disk formats of the public datasets they stand in for.
+"""Writes the RefShapes scenes of all splits in the file formats of the public datasets that they replace.
 
-The top of the package; `tools/make_refshapes.py` calls `write_refshapes`, which leaves this folder:
+`tools/make_refshapes.py` calls `write_refshapes`, which creates this folder:
 
     images/train2014/COCO_train2014_000000000001.jpg
     refshapes/refs(unc).p, instances.json             REFER (RefCOCO)
@@ -11,16 +11,16 @@ The top of the package; `tools/make_refshapes.py` calls `write_refshapes`, which
     llava/llava_v1_5_mix665k.json                     LLaVA-1.5, from train images and without image
     panoptic/, pix2cap/                               COCO panoptic and Pix2Cap, see panoptic_format.py
     glamm_data/, muse/, reason_seg/                   grounded captions, MUSE, ReasonSeg, see grounded_format.py
-    attribute_maps/                                   what a perfect teacher would say of train images
-    meta.json                                         what was asked for, and counts
+    attribute_maps/                                   outputs of a perfect teacher for train images
+    meta.json                                         settings and counts
 
-One entry of the refs, as an example of the data:
+One entry of the refs, for example:
 
     {"ref_id": 7, "ann_id": 12, "image_id": 2, "category_id": 4, "split": "train", "sent_ids": [19],
      "file_name": "COCO_train2014_000000000002_12.jpg",
      "sentences": [{"sent_id": 19, "sent": "red star", "raw": "red star", "tokens": ["red", "star"]}]}
 
-Each image depends on (seed, split, index) alone and ids are given out afterwards, in order: the same seed writes the
+Each image depends only on (seed, split, index), and ids are assigned afterwards, in order: the same seed writes the
 same bytes whatever the number of workers.
 """
 
@@ -57,9 +57,9 @@ SceneJob = tuple[str, int, int]
 """(split, index within the split, image id)."""
 
 GENERATOR_VERSION = 5
-"""Raise this whenever the same seed no longer gives the same bytes."""
+"""Increment when the same seed no longer gives the same bytes."""
 KIND_SPLITS = {f"val_{focus}": focus for focus in FOCI}
-"""Every expression of these is decided by one kind of words and by nothing else, see `is_put_to_the_test`."""
+"""Splits whose expressions are decided by one kind of words only, see `is_put_to_the_test`."""
 SCENE_RULES = {
     "train": SceneRules(),
     "val": SceneRules(),
@@ -69,9 +69,9 @@ SCENE_RULES = {
 }
 SPLITS = tuple(SCENE_RULES)
 NUM_SENTENCES = {"train": 16, "val": 6, "testA": 6, "testB": 6}
-"""Most expressions with one target of an image of a split."""
+"""Maximum number of single-target expressions per image of a split."""
 NUM_OF_KIND = (2, 3)
-"""Fewest and most expressions of an image of the splits of one kind."""
+"""Minimum and maximum number of expressions per image in the splits of one kind."""
 IMAGE_FOLDER = Path("images") / "train2014"
 FULLY_ANNOTATED = ("train", "val", "testA")
 """Splits of which some images are also written in the larger formats."""
@@ -80,14 +80,14 @@ CATEGORY_ID = {shape: index + 1 for index, shape in enumerate(SHAPES)}
 
 @dataclass(frozen=True, kw_only=True)
 class RefShapesSpec:
-    """What is asked for; equal specs give equal bytes."""
+    """Settings of a dataset; equal settings give equal bytes."""
 
     seed: int = 0
     num_train: int = 12000
     num_eval: int = 150
     """Images in each of the other splits."""
     num_fully_annotated: int = 300
-    """Images of each of FULLY_ANNOTATED that are also written in the larger formats: panoptic, Pix2Cap, grounded
+    """Images of each split in FULLY_ANNOTATED that are also written in the larger formats: panoptic, Pix2Cap, grounded
     captions, MUSE, ReasonSeg."""
 
     def header(self) -> Json:
@@ -111,10 +111,10 @@ class RefShapesSpec:
 def write_refshapes(
     out: Path, spec: RefShapesSpec, *, num_workers: int, on_image: Callable[[], object] = lambda: None
 ) -> bool:
-    """Write the dataset and return True, or return False if `out` already holds exactly this dataset.
+    """Write the dataset and return True, or return False if `out` already contains exactly this dataset.
 
-    Everything is written to a sibling folder that is renamed at the end, so `out` is never half-written.
-    Raises: DataError if `out` exists and is something else.
+    Files are written to a sibling folder that is renamed at the end, so `out` is never incomplete. Raises: DataError if
+    `out` exists and is something else.
     """
     if out.exists():
         check_same_spec(out, spec)
@@ -125,7 +125,7 @@ def write_refshapes(
         (partial_out / IMAGE_FOLDER).mkdir(parents=True)
         render = partial(_render_record, spec.seed, spec.num_fully_annotated, partial_out / IMAGE_FOLDER)
         records: list[Json] = []
-        with closing(_run(render, spec.jobs(), num_workers)) as rendered:  # Workers must stop before the folder goes.
+        with closing(_run(render, spec.jobs(), num_workers)) as rendered:  # Stop workers before the folder is removed.
             for record in rendered:
                 records.append(record)
                 on_image()
@@ -137,7 +137,7 @@ def write_refshapes(
 
 
 def check_same_spec(out: Path, spec: RefShapesSpec) -> None:
-    """Raise DataError unless `out` holds the dataset that `spec` asks for."""
+    """Raise DataError unless `out` is the dataset with these settings."""
     advice = "choose another --out, or move that folder away"
     if not (out / "meta.json").is_file():
         raise DataError(f"{out}: exists but holds no meta.json, expected a RefShapes folder or nothing; {advice}")
@@ -166,9 +166,9 @@ def _run(render: Callable[[SceneJob], Json], jobs: list[SceneJob], num_workers: 
 def sample_described_scene(
     seed: int, split: str, index: int
 ) -> tuple[np.random.Generator, Scene, list[SceneExpression]]:
-    """Return the scene of one image, its expressions with one target, and the generator for what else is sampled.
+    """Return the scene of one image, its single-target expressions, and the generator for everything else.
 
-    Scenes that leave nothing to say about their focus are sampled again.
+    Scenes without an expression of their focus are resampled.
     """
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     rules = replace(SCENE_RULES[split], focus=pick_focus(rng, SCENE_RULES[split]))
@@ -185,7 +185,7 @@ def _describer(rng: np.random.Generator, scene: Scene, split: str) -> Describer:
 
 
 def _expressions(describer: Describer, split: str) -> list[SceneExpression]:
-    """Return the expressions of one image: in testB about objects of a held-out kind only."""
+    """Return the expressions of one image; in testB only about objects of a held-out kind."""
     scene = describer.scene
     if split in KIND_SPLITS:
         found = describer.singles(4 * NUM_OF_KIND[1])
@@ -196,7 +196,7 @@ def _expressions(describer: Describer, split: str) -> list[SceneExpression]:
 
 
 def _render_record(seed: int, num_fully_annotated: int, folder: Path, job: SceneJob) -> Json:
-    """Render one image, write its JPEG, and return everything the annotation files say about it, without global ids."""
+    """Render one image, write its JPEG, and return its entries of the annotation files, without global ids."""
     split, index, image_id = job
     rng, scene, sentences = sample_described_scene(seed, split, index)
     file_name = f"COCO_train2014_{image_id:012d}.jpg"
@@ -222,7 +222,7 @@ def _render_record(seed: int, num_fully_annotated: int, folder: Path, job: Scene
     if index < num_fully_annotated and split in FULLY_ANNOTATED:
         if split == "train":
             record["descriptions"] = [caption(scene, item) for item in scene.objects]
-        # Numbers of its own, so that the other files have the same bytes whether or not these are written.
+        # A separate generator, so that the other files have the same bytes whether or not these are written.
         own_rng = np.random.default_rng([seed, SPLITS.index(split), index, 1])
         record["grounded"] = grounded_record(own_rng, scene, record["image"])
     return record
@@ -235,7 +235,7 @@ def _annotation(item: SceneObject) -> Json:
 
 
 def _generalised(rng: np.random.Generator, describer: Describer, count: int) -> list[SceneExpression]:
-    """Return about `count` sentences, half with one target, three in ten with several, two in ten with none."""
+    """Return about `count` sentences: half with one target, three in ten with several, two in ten with none."""
     found: dict[str, SceneExpression] = {}
     for _ in range(count):
         roll = rng.random()
@@ -251,7 +251,7 @@ def _generalised(rng: np.random.Generator, describer: Describer, count: int) -> 
 
 
 def _write_files(out: Path, spec: RefShapesSpec, records: list[Json]) -> None:
-    """Give out ids in order and write every file; meta.json comes last."""
+    """Assign ids in order and write every file, meta.json last."""
     annotations: list[Json] = []
     for record in records:
         record["ann_ids"] = range(len(annotations) + 1, len(annotations) + 1 + len(record["objects"]))
@@ -271,7 +271,7 @@ def _write_files(out: Path, spec: RefShapesSpec, records: list[Json]) -> None:
     for folder in ("refshapes", "grefshapes", "groupshapes"):
         (out / folder).mkdir(exist_ok=True)
         (out / folder / "instances.json").write_text(written)
-    # Through JSON, as pickle writes a string seen before as a back reference, and workers' strings are never shared.
+    # Through JSON: pickle writes a repeated string as a back reference, and strings of workers are never shared.
     (out / "refshapes" / "refs(unc).p").write_bytes(pickle.dumps(json.loads(json.dumps(refs)), protocol=2))
     rendered = {out / IMAGE_FOLDER / r["image"]["file_name"]: r["attributes"] for r in records if "attributes" in r}
     write_attribute_maps(out / "attribute_maps", rendered)

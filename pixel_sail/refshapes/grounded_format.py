@@ -1,14 +1,13 @@
-"""RefShapes in the formats of grounded captions, MUSE and ReasonSeg.
+"""Writes RefShapes in the formats of grounded captions, MUSE and ReasonSeg.
 
-Beside `formats.py`, which asks `grounded_record` for what an image contributes and, at the end, `write_grounded` for
-these files:
+`formats.py` calls `grounded_record` for the entries of an image and finally `write_grounded` for these files:
 
     glamm_data/annotations/{GranDf_HA,OpenPsg,RefCOCOg,flickr_mergedGT}..._train.json   train images, as named below
     glamm_data/annotations/gcg_val_test/{val,test}_gcg_coco_{mask,caption}_gt.json      val and testA images
     muse/MUSE_train.json                                                                train images
     reason_seg/{train,val,test}/<image>.jpg and .json                                   with copies of the images
 
-An image with two red stars and a blue ring may contribute, as an example of the data:
+An image with two red stars and a blue ring may contribute, for example:
 
     {"file_name": "COCO_train2014_000000000001.jpg", "height": 128, "width": 128, "image_id": "1",
      "caption": "Two red stars and a blue ring on a dull background.",
@@ -30,24 +29,24 @@ from pixel_sail.rle import encode_mask
 from pixel_sail.types import RLE, BoolMask, Json
 
 NamedObjects = tuple[str, list[SceneObject]]
-"""A phrase and the objects it names."""
+"""A phrase and its objects."""
 
 PHRASE_ATTRIBUTES = (("colour", "shape"), ("shape",), ("size", "colour", "shape"), ("texture", "colour", "shape"))
-"""What the phrases of one caption say about the objects."""
+"""Attributes in the phrases of one caption."""
 
 COUNTS = ("no", "a", "two", "three", "four", "five", "six")
 BACKGROUND_PHRASE = "a dull background"
-"""Named in captions, without a mask."""
+"""Phrase in captions without a mask."""
 
 BENCHMARK_SPLITS = {"val": "val", "testA": "test"}
 """Split of RefShapes -> split of the benchmark files."""
 
 NUM_REASON_TRAIN = 239
-"""Most training images of the ReasonSeg folder, the number of the real one."""
+"""Maximum training images of the ReasonSeg folder, as in the real dataset."""
 
 
 def grounded_record(rng: np.random.Generator, scene: Scene, image: Json) -> Json:
-    """Return what an image contributes to each file; `image` has id, file_name, height and width."""
+    """Return the entries of an image for each file; `image` has id, file_name, height and width."""
     return {
         "grandf": _grandf(*_caption(rng, scene), image),
         "refcocog": _refcocog(rng, *_caption(rng, scene), image),
@@ -58,9 +57,9 @@ def grounded_record(rng: np.random.Generator, scene: Scene, image: Json) -> Json
 
 
 def write_grounded(out: Path, records: Sequence[Json], image_folder: Path) -> None:
-    """Write all files below `out`; a record has `split`, `image` and, as `grounded`, what `grounded_record` returned.
+    """Write all files below `out`; a record has `split`, `image` and, as `grounded`, the result of `grounded_record`.
 
-    `image_folder` holds the images. OpenPSG gets every second training image, GranD-f the others.
+    `image_folder`: folder of the images. OpenPSG gets every second training image, GranD-f the others.
     """
     train = [record for record in records if record["split"] == "train" and "grounded" in record]
     items = {name: [record["grounded"][name] for record in train] for name in ("grandf", "refcocog", "muse")}
@@ -80,7 +79,7 @@ def write_grounded(out: Path, records: Sequence[Json], image_folder: Path) -> No
 
 
 def rectangles(mask: BoolMask) -> list[tuple[int, int, int, int]]:
-    """Return disjoint boxes (x0, y0, x1, y1), the ends excluded, that together are the mask."""
+    """Return disjoint boxes (x0, y0, x1, y1), with exclusive ends, whose union is the mask."""
     boxes: list[tuple[int, int, int, int]] = []
     open_boxes: dict[tuple[int, int], int] = {}
     padded = np.pad(mask, ((0, 1), (1, 1))).astype(np.int8)
@@ -100,7 +99,7 @@ def _polygons(mask: BoolMask) -> list[list[int]]:
 
 
 def _uncompressed(mask: BoolMask) -> RLE:
-    """Return the runs down the columns as numbers, background first."""
+    """Return the run lengths in column order, background first."""
     flat = np.concatenate(([False], mask.ravel(order="F"), [False]))
     steps = np.flatnonzero(np.diff(flat)).tolist()
     counts = [end - start for start, end in zip([0, *steps], [*steps, mask.size], strict=True)]
@@ -113,7 +112,7 @@ def _box(item: SceneObject) -> list[int]:
 
 
 def _groups(rng: np.random.Generator, scene: Scene) -> list[NamedObjects]:
-    """Return all objects in groups that one phrase names, at a level of detail sampled for the whole caption."""
+    """Return all objects in groups with one phrase each, at a level of detail sampled for the whole caption."""
     details = pick(rng, PHRASE_ATTRIBUTES)
     by_words: dict[str, list[SceneObject]] = {}
     for item in scene.objects:
@@ -130,7 +129,7 @@ def _counted(words: str, count: int) -> str:
 
 
 def _caption(rng: np.random.Generator, scene: Scene) -> tuple[str, list[NamedObjects]]:
-    """Return a caption and its phrases, as they stand in it and in its order."""
+    """Return a caption and its phrases, verbatim and in its order."""
     groups = [(phrase, items) for phrase, items in _groups(rng, scene)]
     phrases = [phrase for phrase, _ in groups]
     listed = " and ".join([*([", ".join(phrases[:-1])] if len(phrases) > 1 else []), phrases[-1]])
@@ -141,7 +140,7 @@ def _caption(rng: np.random.Generator, scene: Scene) -> tuple[str, list[NamedObj
 
 
 def _spans(caption: str, groups: list[NamedObjects]) -> list[list[int]]:
-    """Return where each phrase stands; phrases come in reading order, so each is looked for after the one before."""
+    """Return the span of each phrase; phrases are in reading order, so each is searched after the previous one."""
     spans, end = [], 0
     for phrase, _ in groups:
         start = caption.index(phrase, end)
@@ -165,7 +164,7 @@ def _grandf(caption: str, groups: list[NamedObjects], image: Json) -> Json:
 
 
 def _refcocog(rng: np.random.Generator, caption: str, groups: list[NamedObjects], image: Json) -> Json:
-    """Return the refs in any order, as their place in the caption is not stated."""
+    """Return the refs in random order, as their position in the caption is not stated."""
     refs = []
     for i in rng.permutation(len(groups)).tolist():
         phrase, items = groups[i]
@@ -194,7 +193,7 @@ def _flickr_file(items: list[Json]) -> Json:
 
 
 def _muse(rng: np.random.Generator, scene: Scene, image: Json) -> Json:
-    """Return up to two questions; the first has a worded answer, the second has none."""
+    """Return up to two questions; the first has an answer text, the second has none."""
     questions: list[str] = []
     answers: list[list[Json]] = []
     texts: list[str | None] = []
@@ -215,7 +214,7 @@ def _muse(rng: np.random.Generator, scene: Scene, image: Json) -> Json:
 
 
 def _reason(rng: np.random.Generator, scene: Scene, image: Json) -> Json:
-    """Return a labelme file: every object of one colour and shape, now and then another one that is not to count."""
+    """Return a LabelMe file: every object of one color and shape, sometimes with another one to be ignored."""
     chosen = pick(rng, scene.objects)
     targets = [item for item in scene.objects if (item.colour, item.shape) == (chosen.colour, chosen.shape)]
     others = [item for item in scene.objects if all(item is not target for target in targets)]
@@ -239,7 +238,7 @@ def _reason(rng: np.random.Generator, scene: Scene, image: Json) -> Json:
 
 
 def _shapes(label: str, item: SceneObject, image: Json) -> list[Json]:
-    """Return labelme polygons that, painted with their outline, are exactly the object."""
+    """Return LabelMe polygons that, painted with their outline, are exactly the object."""
     rest = {"labels": [label], "shape_type": "polygon", "image_name": image["file_name"], "group_id": None,
             "group_ids": [None], "flags": {}}  # fmt: skip
     corners = [(x0, y0, x1 - 1, y1 - 1) for x0, y0, x1, y1 in rectangles(item.mask)]
@@ -248,7 +247,7 @@ def _shapes(label: str, item: SceneObject, image: Json) -> list[Json]:
 
 
 def _benchmark_files(items: list[Json]) -> tuple[Json, Json]:
-    """Return the mask file and the caption file of the captions of one split."""
+    """Return the mask file and the caption file for the captions of one split."""
     images, captions, masks = [], [], []
     for item in items:
         image_id = Path(item["file_name"]).stem

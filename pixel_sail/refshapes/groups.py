@@ -1,8 +1,8 @@
-"""Single attributes: "red things", "stars", "shapes with dots" - every attribute value of a scene and all that has it.
+"""Expressions of single attributes: "red things", "stars", "shapes with dots", each with all objects that have it.
 
-`formats.py` writes them for the training images as a third referring dataset, in gRefCOCO's layout. It plays the part
-that semantic segmentation has in the paper's mixture: single words with large targets, from which a model that starts
-from nothing learns what words look like before it has to combine them. An example of the data:
+`formats.py` writes them for the training images as a third referring dataset, in gRefCOCO's format. It replaces the
+semantic segmentation of the paper's mixture: single words with large targets, from which a model trained from scratch
+learns the words before it combines them. For example:
 
     Sentence(text="striped shapes", query=Query(attributes=(("texture", "striped"),)), targets=(1, 4), kind="group")
 """

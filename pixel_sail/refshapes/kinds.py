@@ -1,7 +1,6 @@
-"""The words of RefShapes: colours, shapes, textures, sizes, and which colour and shape never meet in training.
+"""The attributes of RefShapes: colors, shapes, textures, sizes, and the color-shape pairs held out of training.
 
-The bottom of the package. `focus.py` samples the kinds of a scene, `scene.py` places them. An object's kind, as an
-example of the data:
+`focus.py` samples the attributes of a scene's objects, `scene.py` places them. One object, for example:
 
     Kind(colour="red", shape="star", texture="plain", size="large")
 """
@@ -21,12 +20,12 @@ SIZES = ("small", "large")
 VALUES = {"colour": COLOURS, "shape": SHAPES, "texture": TEXTURES, "size": SIZES}
 
 HELD_OUT_PAIRS = frozenset((COLOURS[i], SHAPES[(5 * i + 2) % len(SHAPES)]) for i in range(6))
-"""(colour, shape) pairs sampled and named in testB only: 6 of 60; no colour and no shape repeats."""
+"""(colour, shape) pairs sampled and named in testB only: 6 of 60; no color and no shape repeats."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attributes:
-    """The four attributes an expression can name."""
+    """The four attributes that an expression can name."""
 
     colour: str
     shape: str
@@ -35,15 +34,15 @@ class Attributes:
 
     @property
     def is_held_out(self) -> bool:
-        """Say whether this colour and shape go together in testB only."""
+        """Return whether this color and shape occur together in testB only."""
         return (self.colour, self.shape) in HELD_OUT_PAIRS
 
 
 def pick(rng: np.random.Generator, items: Sequence[_Item]) -> _Item:
-    """Return one item, all equally likely."""
+    """Return one item with equal probability."""
     return items[int(rng.integers(len(items)))]
 
 
 def shuffled(rng: np.random.Generator, items: Sequence[_Item]) -> list[_Item]:
-    """Return the items in any order."""
+    """Return the items in random order."""
     return [items[i] for i in rng.permutation(len(items)).tolist()]

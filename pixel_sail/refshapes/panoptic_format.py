@@ -1,12 +1,12 @@
-"""RefShapes as COCO panoptic segmentation and as Pix2Cap-COCO: every object a thing, the rest one stuff segment.
+"""Writes RefShapes as COCO panoptic segmentation and as Pix2Cap-COCO: objects are things, the background is stuff.
 
-`formats.py` calls `write_panoptic` with its records, one per image. It leaves, below the dataset:
+`formats.py` calls `write_panoptic` with its records, one per image. It writes, below the dataset:
 
     panoptic/annotations/panoptic_train.json                    images, annotations, categories
-    panoptic/annotations/panoptic_train/COCO_train2014_000000000001.png   colours say which pixel is whose
+    panoptic/annotations/panoptic_train/COCO_train2014_000000000001.png   colors are segment ids
     pix2cap/pix2cap_coco_train.json                             the same with a description per segment
 
-One segment, as an example of the data; its pixels are (193, 225, 1), as 193 + 256 * 225 + 256**2 * 1 = 123329:
+One segment, for example; its pixels are (193, 225, 1), since 193 + 256 * 225 + 256**2 * 1 = 123329:
 
     {"id": 123329, "category_id": 4, "iscrowd": 0, "bbox": [17, 70, 47, 41], "area": 1012,
      "description": "A large plain red star in the bottom left of the image, nearest to a small blue ring."}
@@ -29,7 +29,7 @@ PIX2CAP_FOLDER = "pix2cap"
 BACKGROUND = "background"
 
 _ID_STEP = 123329
-"""Segment k of an image has the id (k + 1) * step modulo 2**24: an odd step makes them differ, in all three colours."""
+"""Segment k of an image has the id (k + 1) * step modulo 2**24: with an odd step all ids and colors differ."""
 
 
 def write_panoptic(
@@ -89,7 +89,7 @@ def _annotation(record: Mapping[str, Any], background_id: int, png_folder: Path)
 
 
 def _paint(colours: np.ndarray[Any, Any], mask: BoolMask, number: int) -> int:
-    """Give the pixels of segment `number` its colour and return its id."""
+    """Paint the pixels of segment `number` in its color and return its id."""
     segment_id = (number + 1) * _ID_STEP % 256**3
     colours[mask] = (segment_id % 256, segment_id // 256 % 256, segment_id // 65536)
     return segment_id

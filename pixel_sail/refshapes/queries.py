@@ -1,13 +1,13 @@
-"""What an expression of RefShapes means: queries, the objects they denote, and what decides between those.
+"""The meaning of RefShapes expressions: queries, the objects they denote, and what identifies a target.
 
-`scene.py` (what there is) -> here -> `expressions.py`, which looks for queries about a scene and words them. The query
-of "the small star below the blue ring", as an example of the data:
+`expressions.py` searches queries about a scene and converts them to text. The query of "the small star below the blue
+ring", for example:
 
     Query(attributes=(("size", "small"), ("shape", "star")),
           relation=("below", Query(attributes=(("colour", "blue"), ("shape", "ring")))))
 
-Spatial words are only used with a clear margin: where two people could disagree, `denote` answers None and the query is
-thrown away.
+Spatial words are used only with a clear margin: if people could disagree, `denote` returns None and the query is
+discarded.
 """
 
 import itertools
@@ -23,11 +23,11 @@ Filters = tuple[tuple[str, str], ...]
 ATTRIBUTES = ("size", "texture", "colour", "shape")
 SIDES = ("left", "right", "top", "bottom")
 FAR_SIDES = tuple(f"far {side}" for side in SIDES)
-"""As a side, but the object must also stand in the outer third of the image."""
+"""As a side, but the object must also be in the outer third of the image."""
 PLACES = (*SIDES, *FAR_SIDES, "top left", "top right", "bottom left", "bottom right", "middle")
 RELATIONS = ("left of", "right of", "above", "below", "next to")
 MARGIN_PX = 10.0
-"""Two centres closer than this along an axis are not ordered by "leftmost", "second from the top" and the like."""
+"""Two centers closer than this along an axis are not ordered by "leftmost", "second from the top" and the like."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Query:
 
 @dataclass(frozen=True, kw_only=True)
 class SceneExpression:
-    """One worded expression and the objects it refers to, by index, in increasing order."""
+    """The text of one expression and the objects it refers to, by ascending index."""
 
     text: str
     query: Query
@@ -55,7 +55,7 @@ class SceneExpression:
 
 
 def denote(scene: Scene, query: Query) -> frozenset[int] | None:
-    """Return the indices of the objects a query refers to; None if one of its spatial words could be disputed."""
+    """Return the indices of the objects a query refers to; None if one of its spatial words is ambiguous."""
     matching = [item for item in scene.objects if _matches(item, query)]
     found: list[SceneObject] | None = matching
     if query.relation is not None:
@@ -79,7 +79,7 @@ def _matches(item: SceneObject, query: Query) -> bool:
 
 
 def _edge_order(items: Iterable[SceneObject], side: str) -> list[tuple[float, float, SceneObject]]:
-    """Sort by distance of the centre from one side of the image; the second value is that of the near edge."""
+    """Sort by distance of the center from one side of the image; the second value is that of the near edge."""
     axis, sign = {"left": (0, 1), "right": (0, -1), "top": (1, 1), "bottom": (1, -1)}[side]
     edge = axis if sign > 0 else axis + 2
     keyed = [(sign * item.centre_xy[axis], float(sign * item.box_xyxy[edge]), item) for item in items]
@@ -87,12 +87,12 @@ def _edge_order(items: Iterable[SceneObject], side: str) -> list[tuple[float, fl
 
 
 def _is_before(first: tuple[float, float, SceneObject], second: tuple[float, float, SceneObject]) -> bool:
-    """Say whether both the centre and the near edge agree on the order; one pixel against is not seen."""
+    """Return whether the center and the near edge agree on the order, with a tolerance of one pixel for the edge."""
     return second[0] - first[0] >= MARGIN_PX and second[1] - first[1] >= -1
 
 
 def _at_place(items: list[SceneObject], place: str, scene: Scene) -> list[SceneObject] | None:
-    """Return the single object a superlative picks, None if there are fewer than two or the margin is too small."""
+    """Return the single object of a superlative, None with fewer than two objects or a margin that is too small."""
     if len(items) < 2:
         return None
     height, width = scene.image_hw
@@ -124,7 +124,7 @@ def _at_rank(items: list[SceneObject], rank: int, side: str) -> list[SceneObject
 
 
 def _related(items: list[SceneObject], word: str, anchor: SceneObject) -> list[SceneObject] | None:
-    """Return the objects standing in a relation to the anchor, None if one of them only half does."""
+    """Return the objects in a relation to the anchor, None if one of them is a borderline case."""
     items = [item for item in items if item is not anchor]
     offsets = [(item.centre_xy[0] - anchor.centre_xy[0], item.centre_xy[1] - anchor.centre_xy[1]) for item in items]
     if word == "next to":
@@ -144,7 +144,7 @@ def _related(items: list[SceneObject], word: str, anchor: SceneObject) -> list[S
 
 
 def names_held_out(query: Query) -> bool:
-    """Say whether a query puts a held-out colour and shape together, also by negation."""
+    """Return whether a query combines a held-out color and shape, also by negation."""
     parts = [*query.attributes, *([query.negated] if query.negated else [])]
     values = {name: {value for key, value in parts if key == name} for name in ("colour", "shape")}
     inner = [part for part in (query.relation[1] if query.relation else None, query.also) if part is not None]
@@ -153,10 +153,10 @@ def names_held_out(query: Query) -> bool:
 
 
 def decides(scene: Scene, query: Query) -> str:
-    """Return what it takes to find the one object of a query, one of FOCI.
+    """Return which kind of words, one of FOCI, identifies the one object of a query.
 
-    Attributes are told apart by how far the named colour goes: "colour" where it fits no other object, "shape" where it
-    takes the named shape as well, and "size_texture" where both together fit several.
+    Attribute queries are classified by color first: "colour" if the named color fits no other object, "shape" if the
+    named shape is needed as well, and "size_texture" if both together fit several.
     """
     if query.ordinal is not None or query.negated is not None:
         return "negation_ordinal"
@@ -177,16 +177,16 @@ def _num_fitting(scene: Scene, query: Query, names: Iterable[str]) -> int:
 
 
 def shares(scene: Scene, target: int, name: str) -> bool:
-    """Say whether another object has the target's value of an attribute."""
+    """Return whether another object has the target's value of an attribute."""
     value = getattr(scene.objects[target], name)
     return sum(getattr(item, name) == value for item in scene.objects) > 1
 
 
 def is_put_to_the_test(scene: Scene, sentence: SceneExpression) -> bool:
-    """Say whether a sentence with one target can be answered by nothing but what its kind says.
+    """Return whether a sentence with one target requires understanding its kind of words.
 
-    Then another object has the target's colour, or its shape where the colour decides. Of a colour or shape, the words
-    without it must fit several objects as well; places and the like are only used where they do.
+    Another object must have the target's color, or its shape if the color decides. For color and shape, the sentence
+    without that word must fit several objects as well; places and the like are only used if they do.
     """
     kind = sentence.kind
     if not shares(scene, sentence.targets[0], "shape" if kind == "colour" else "colour"):

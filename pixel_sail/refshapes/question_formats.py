@@ -1,6 +1,6 @@
-"""RefShapes in the formats that ask about regions and whole images: PerBench, Osprey, LLaVA.
+"""Writes RefShapes in the formats of questions about regions and whole images: PerBench, Osprey, LLaVA.
 
-Beside `formats.py`, which asks for what one image contributes to each file. An example of the data:
+`formats.py` calls it for the entries of each image. For example:
 
     {"file_name": "COCO_train2014_000000000006.jpg", "height": 144, "width": 112, "annotation": [{"segmentation": {...},
      "bbox": [54, 84, 51, 51]}], "conversations": [{"from": "human", "value": "What is the shape of <region1>?"},
@@ -18,7 +18,7 @@ from pixel_sail.types import Json
 
 
 def _spot(scene: Scene, item: SceneObject) -> str:
-    """Return in which ninth of the image an object stands."""
+    """Return in which ninth of the image an object is."""
     height, width = scene.image_hw
     row = ("top ", "middle ", "bottom ")[min(2, int(item.centre_xy[1] / height * 3))]
     column = ("left", "center", "right")[min(2, int(item.centre_xy[0] / width * 3))]
@@ -52,7 +52,7 @@ def perbench_record(rng: np.random.Generator, scene: Scene, file_name: str) -> J
 
 
 def _vres(rng: np.random.Generator, scene: Scene) -> list[Json]:
-    """Return up to two questions that point at one object and ask for the only other one sharing an attribute."""
+    """Return up to two questions that refer to one object and request the only other one sharing an attribute."""
     items: list[Json] = []
     for index in rng.permutation(len(scene.objects)).tolist():
         prompt = scene.objects[index]
@@ -68,7 +68,7 @@ def _vres(rng: np.random.Generator, scene: Scene) -> list[Json]:
 
 
 def osprey_record(rng: np.random.Generator, scene: Scene, record: Json) -> Json:
-    """Return one item of each Osprey file about two to four of the image's objects, called `<region1>` and so on."""
+    """Return one item of each Osprey file about two to four of the image's objects, named `<region1>` and so on."""
     order = rng.permutation(len(scene.objects)).tolist()[: int(rng.integers(2, 5))]
     chosen = [scene.objects[index] for index in order]
     regions = [{key: record["objects"][index][key] for key in ("segmentation", "bbox")} for index in order]

@@ -1,15 +1,15 @@
-"""Scenes of RefShapes: which objects stand where, the exact visible mask of every object, and the image.
+"""Scenes of RefShapes: the positions of objects, the exact visible mask of every object, and the rendered image.
 
-`focus.py` says which objects; `expressions.py` talks about a `Scene`, `formats.py` writes both to disk. Everything is a
-pure function of the generator handed in. A scene, as an example of the data:
+`focus.py` samples the objects; `expressions.py` describes a `Scene`, `formats.py` writes both to disk. Everything is a
+pure function of the given generator. A scene, for example:
 
     Scene(image_hw=(128, 128), focus="place", objects=(
         SceneObject(index=0, colour="red", shape="star", texture="plain", size="large", centre_xy=(40.2, 91.7),
                     box_xyxy=(17, 70, 64, 115), area=1012, mask=<bool 128x128>), ...))
 
-`objects` is in painting order: a later object covers an earlier one, and masks never overlap. The image is cluttered
-on purpose (noise, blobs, strokes, muted fragments, uneven light, blur, sensor noise), but only the objects carry a
-vivid colour, white or black.
+`objects` is in painting order: a later object covers an earlier one, and masks never overlap. The image is cluttered on
+purpose (noise, blobs, strokes, muted fragments, uneven light, blur, sensor noise), but only the objects have a vivid
+color, white or black.
 """
 
 import io
@@ -67,7 +67,7 @@ class SceneObject(Attributes):
 
 @dataclass(frozen=True, kw_only=True)
 class _Stamp:
-    """One object before it has a place: square arrays centred on it."""
+    """One object before it is placed: square arrays centered on it."""
 
     kind: Attributes
     across_px: float
@@ -76,23 +76,23 @@ class _Stamp:
 
 
 _Placed = tuple[_Stamp, int, int]
-"""A stamp with the row and column of its corner."""
+"""A stamp with the row and column of its upper left corner."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """The objects of an image in painting order; `paint_scene` makes the image."""
+    """The objects of an image in painting order; `paint_scene` renders the image."""
 
     image_hw: SizeHW
     focus: str
-    """What has to decide between the objects, one of FOCI."""
+    """The kind of words that identifies the targets, one of FOCI."""
     objects: tuple[SceneObject, ...]
     placed: tuple[_Placed, ...] = ()
-    """What is painted for each object."""
+    """The stamp of each object."""
 
 
 def sample_scene(rng: np.random.Generator, rules: SceneRules) -> Scene:
-    """Sample one scene that keeps the rules."""
+    """Sample one scene that satisfies the rules."""
     image_hw, focus = pick(rng, IMAGE_SIZES), pick_focus(rng, rules)
     for _ in range(50):
         stamps = [_make_stamp(rng, kind) for kind in sample_kinds(rng, focus, rules)]
@@ -122,7 +122,7 @@ def signed_distance(shape: str, x: FloatArray, y: FloatArray) -> FloatArray:
 
 
 def _star_distance(x: FloatArray, y: FloatArray) -> FloatArray:
-    """Fold the plane to half of one of five points, where the outline is a single straight edge."""
+    """Fold the plane to half of one of five points, in which the outline is a single straight edge."""
     outer, inner, sector = 1.14, 0.52, 2 * math.pi / 5
     angle = np.abs((np.arctan2(x, -y) + sector / 2) % sector - sector / 2)
     radius = np.hypot(x, y)
@@ -174,9 +174,10 @@ def _pattern(rng: np.random.Generator, texture: str, u: FloatArray, v: FloatArra
 
 
 def _place(rng: np.random.Generator, stamps: list[_Stamp], image_hw: SizeHW) -> tuple[list[_Placed], NDArray[np.int64]]:
-    """Return the stamps that found a place and the owner of each pixel (-1: none).
+    """Return the placed stamps and the owner of each pixel (-1: none).
 
-    An object may cover others of another colour, as long as each keeps its visible share. What does not fit is dropped.
+    An object may cover others of another color, as long as each keeps its visible fraction. Stamps without room are
+    dropped.
     """
     height, width = image_hw
     owner = np.full(image_hw, -1, dtype=np.int64)
@@ -225,7 +226,7 @@ def _measure(index: int, stamp: _Stamp, top: int, left: int, owner: NDArray[np.i
 
 
 def paint_scene(rng: np.random.Generator, scene: Scene) -> NDArray[np.uint8]:
-    """Return background, clutter and objects, then what a camera adds: uneven light, blur and sensor noise."""
+    """Return background, clutter and objects, then camera effects: uneven light, blur and sensor noise."""
     height, width = scene.image_hw
     canvas = _clutter(rng, _background(rng, scene.image_hw))
     for stamp, top, left in scene.placed:
@@ -253,7 +254,7 @@ def _to_image(canvas: FloatArray) -> Image.Image:
 
 
 def _background(rng: np.random.Generator, image_hw: SizeHW) -> FloatArray:
-    """Return soft gradients between muddy colours with five octaves of grey noise on top."""
+    """Return soft gradients between muddy colors with five octaves of gray noise on top."""
     height, width = image_hw
     colours = MUDDY_RGB[rng.integers(len(MUDDY_RGB), size=3)]
     grid = colours[rng.integers(3, size=(4, 4))] + rng.normal(0, 10, (4, 4, 3))
@@ -268,7 +269,7 @@ def _background(rng: np.random.Generator, image_hw: SizeHW) -> FloatArray:
 
 
 def _muddy(rng: np.random.Generator) -> tuple[int, ...]:
-    """Return one muddy colour, darker or lighter than in the table but never nearly white."""
+    """Return one muddy color, darker or lighter than in the table but never nearly white."""
     colour = MUDDY_RGB[int(rng.integers(len(MUDDY_RGB)))] * rng.uniform(0.55, 1.38)
     return tuple(int(value) for value in np.minimum(colour, 212))
 

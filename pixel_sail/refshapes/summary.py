@@ -1,7 +1,7 @@
-"""What meta.json says about a synthetic dataset: counts, how far colours go, and what is scored without a model.
+"""Summarizes a synthetic dataset for meta.json: counts, how often color decides, and scores without a model.
 
-`formats.py` hands over its records and gets the second half of meta.json; the quickstart's report reads `blind_scores`
-from there. A part of it, as an example of the data:
+`formats.py` passes its records and gets the second half of meta.json; the quickstart's report reads `blind_scores` from
+there. A part of it, for example:
 
     {"num_sentences": {"train": 190112, "val": 900, ...}, "kinds": {"val": {"colour": 180, "shape": 171, ...}, ...},
      "colour_decides": {"train": 0.21, "val": 0.2}, "blind_scores": {"val_place": {"target's colour": {...}, ...}, ...}}
@@ -17,10 +17,10 @@ from pixel_sail.types import Json
 
 
 def summarize(splits: Sequence[str], records: Sequence[Json], num_refs: Json) -> Json:
-    """Return counts by split and by kind of sentence, how often the named colour decides, and the scores of guesses.
+    """Return counts by split and by kind of sentence, how often the named color decides, and the scores of guesses.
 
-    A record has `split`, `focus`, `objects`, `colours` and, as `sentences`, its expressions with one target; `grefs`
-    and `perbench` where there are any. num_refs: of the files, by name.
+    A record has `split`, `focus`, `objects`, `colours` and, as `sentences`, its single-target expressions; `grefs` and
+    `perbench` if there are any. num_refs: of the files, by name.
     """
     sentences = {
         split: [(r, found) for r in records if r["split"] == split for found in r["sentences"]] for split in splits

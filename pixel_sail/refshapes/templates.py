@@ -1,6 +1,6 @@
-"""The words of RefShapes' queries: nouns, adjectives, places, relations, for one object or several.
+"""The text of RefShapes' queries: nouns, adjectives, places, relations, for one object or several.
 
-`expressions.py` finds a query and words it here. An example:
+`expressions.py` finds a query and converts it to text here. An example:
 
     Query(attributes=(("size", "small"), ("shape", "star")), place="left")  ->  "the leftmost little star"
 """
@@ -23,7 +23,7 @@ COUNT_WORDS = {2: "two", 3: "three", 4: "four"}
 
 
 def noun_phrase(rng: np.random.Generator, filters: Filters, *, is_plural: bool = False) -> str:
-    """Word attribute filters without an article: "small striped star", "red thing with dots", "circles"."""
+    """Convert attribute filters to text without an article: "small striped star", "red thing with dots", "circles"."""
     values = dict(filters)
     noun = values.get("shape") or pick(rng, THINGS)
     noun = pick(rng, NOUNS.get(noun, (noun,)))
@@ -37,7 +37,7 @@ def noun_phrase(rng: np.random.Generator, filters: Filters, *, is_plural: bool =
 
 
 def word_single(rng: np.random.Generator, query: Query, num_candidates: int = 0) -> str:
-    """Word a query for one object; `num_candidates` is how many objects fit before place or rank picks one."""
+    """Convert a query for one object to text; `num_candidates` is how many objects fit before place or rank."""
     phrase = noun_phrase(rng, query.attributes)
     if query.negated is not None:
         phrase += " " + _denial(rng, query.negated)
@@ -78,7 +78,7 @@ def _placed(rng: np.random.Generator, phrase: str, place: str, num_candidates: i
 
 
 def word_plural(rng: np.random.Generator, query: Query, count: int) -> str:
-    """Word a query without place or rank for all the `count` objects it denotes."""
+    """Convert a query without place or rank to text, for all the `count` objects it denotes."""
     if query.also is not None:
         article = "the " if rng.random() < 0.6 else ""
         return " and ".join(article + noun_phrase(rng, part.attributes) for part in (query, query.also))

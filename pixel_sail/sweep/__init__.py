@@ -1,4 +1,4 @@
-"""Many runs from one command: the jobs of a grid of overrides, run, continued and summed up.
+"""Sweeps: runs, resumes and summarizes the jobs of a grid of overrides with one command.
 
-Beside training and evaluation, which it starts as commands of their own and never imports.
+Training and evaluation are started as separate commands and never imported.
 """

@@ -1,8 +1,7 @@
-"""What can be known to be wrong with a job before it runs: without data, weights, or the processes it will have.
+"""Checks the configuration of every job before a sweep starts, without data, weights or processes.
 
-`run.py` checks every job, and the evaluation they share, before the first one starts. The checks are those that
-training makes too, made early. An example, the end of what is said about `experiment=quickstart
-ablation=stride_4,marks_box`:
+`run.py` checks all jobs, and the evaluation they share, before the first one starts. Training makes the same checks
+later. An example, the end of the message for `experiment=quickstart ablation=stride_4,marks_box`:
 
     job 'ablation-marks_box' (experiment=quickstart ablation=marks_box): data.sources.osprey_short_form: found no
     _target_ in {'prompt_fractions': {'box': 1.0}}, expected a function and its arguments; ...
@@ -24,7 +23,7 @@ def checked_config(job: Job) -> TrainConfig:
         config = load_config("train", TrainConfig, [*job.overrides, f"name='{job.name}'"])
         PixelSailConfig.from_architecture(config.model.architecture)
         if config.data.global_batch_size is not None:
-            # What one process cannot share out evenly, several cannot either.
+            # A batch that one process cannot split evenly, several cannot split either.
             StreamAssignment(
                 global_batch_size=config.data.global_batch_size,
                 rank=0,
@@ -43,7 +42,7 @@ def checked_config(job: Job) -> TrainConfig:
 
 
 def check_evaluation(overrides: Sequence[str]) -> None:
-    """Raise ConfigError for overrides that scripts/evaluate.py would refuse with any checkpoint."""
+    """Raise ConfigError for overrides that scripts/evaluate.py would reject with any checkpoint."""
     try:
         config = load_config("evaluate", EvalConfig, ["checkpoint=of_each_job", *overrides])
         for name, node in config.evals.items():
@@ -53,11 +52,11 @@ def check_evaluation(overrides: Sequence[str]) -> None:
 
 
 def _check_node(node: Any, where: str) -> None:
-    """Raise ConfigError where `build` could not call what an open-set entry names; nothing is called."""
+    """Raise ConfigError if `build` could not call the function that an entry names; nothing is called."""
     if isinstance(node, dict) and "_target_" in node:
         node = {**node, "_partial_": True, "_recursive_": False}
     function = build(node, where)
     try:
         inspect.signature(function.func).bind(*function.args, **function.keywords)
     except TypeError as error:
-        raise ConfigError(f"{where}: {node['_target_']} cannot be called: {error}; look at its arguments") from error
+        raise ConfigError(f"{where}: {node['_target_']} cannot be called: {error}; correct its arguments") from error

@@ -1,7 +1,7 @@
-"""Overrides with several values -> one job for every combination.
+"""Expands overrides with several values into one job per combination.
 
-`run.py` expands the command line, `jobs.py` runs what comes out. Values are written as Hydra's multirun takes them:
-`a,b,c`, `range(1,4)`, `choice(a,b)`; texts stay what was typed. An example of the data:
+`run.py` expands the command line, `jobs.py` runs the jobs. Values have the syntax of Hydra's multirun: `a,b,c`,
+`range(1,4)`, `choice(a,b)`; texts are kept as typed. An example of the data:
 
     expand(["experiment=refshapes_ladder", "ablation=stride_4,stride_8", "seed=1,2"])[1] == Job(
         name="ablation-stride_4__seed-2",
@@ -23,7 +23,7 @@ from pixel_sail.config import ConfigError, TrainConfig
 from pixel_sail.overrides import sweep_as_typed
 
 OWN_KEYS = ("run_dir", "name")
-"""What the sweep gives every job itself."""
+"""Settings that the sweep sets for every job."""
 
 _NOT_IN_NAMES = re.compile(r"[^\w.+-]+")
 
@@ -33,16 +33,16 @@ class Job:
     """One training run of a sweep."""
 
     name: str
-    """Of its folder: the swept overrides."""
+    """Name of its folder, from the swept overrides."""
     overrides: tuple[str, ...]
     swept: dict[str, str]
     """The overrides that differ between jobs, key -> value."""
 
 
 def expand(overrides: Sequence[str]) -> list[Job]:
-    """Return the jobs, the last swept override changing fastest.
+    """Return the jobs; the last swept override changes fastest.
 
-    Raises: ConfigError for an override that cannot be read, or one that the sweep sets itself, or two jobs of one name.
+    Raises: ConfigError for an override that cannot be parsed or that the sweep sets itself, or two jobs with one name.
     """
     try:
         parsed = OverridesParser.create().parse_overrides(sweep_as_typed(overrides, TrainConfig))
@@ -52,7 +52,7 @@ def expand(overrides: Sequence[str]) -> list[Job]:
     for override in parsed:
         key = override.get_key_element()
         if key.lstrip("+~") in OWN_KEYS:
-            raise ConfigError(f"sweep: found {override.input_line!r}; every job has a folder and name of its own")
+            raise ConfigError(f"sweep: found {override.input_line!r}; the sweep sets folder and name of every job")
         values = [override.input_line or ""]
         if override.is_sweep_override():
             values = [f"{key}={value}" for value in override.sweep_string_iterator()]

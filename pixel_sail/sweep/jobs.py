@@ -1,14 +1,14 @@
-"""One job of a sweep: training, then evaluation, each a command that goes on where it stopped.
+"""One job of a sweep: training, then evaluation. Each is a command that resumes where it stopped.
 
-`run.py` calls `run_job` for every job of the grid, here or on a node of a cluster. A sweep's folder while it runs:
+`run.py` calls `run_job` for every job of the grid, on this machine or on a node of a cluster. The folder of a sweep:
 
-    sweep.json                                  what was asked for, see run.py
+    sweep.json                                  the values of every job, see run.py
     jobs/ablation-stride_4__seed-2.json         {"overrides": [...], "evaluate": [...], "done": ["train"]}
-    jobs/ablation-stride_4__seed-2.log          all that its commands said
+    jobs/ablation-stride_4__seed-2.log          output of its commands
     ablation-stride_4__seed-2/                  its run folder: log.jsonl, checkpoints/, export/, evaluation/
 
-A stage that is done is not started again. Training that was broken off continues from its last checkpoint, evaluation
-from the answers that are there.
+Completed stages are skipped. Interrupted training resumes from its last checkpoint, evaluation from its existing
+answers.
 """
 
 import json
@@ -32,20 +32,20 @@ DATA = "paths.data="
 SCRIPTS = root_folder() / "scripts"
 
 SAVED_STATUS = 85
-"""Of a training that saved and wants to be started again."""
+"""Exit status of a training that saved and requests a restart."""
 MAX_STARTS = 20
-"""A training that asks for another start so often is taken for broken."""
+"""Maximum starts of a training that keeps requesting a restart; then it counts as failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What all jobs of a sweep have in common."""
+    """Settings shared by all jobs of a sweep."""
 
     folder: Path
     launcher: tuple[str, ...] = (sys.executable,)
-    """What starts the training script: this Python, or torchrun with its arguments."""
+    """Command that starts the training script: this Python, or torchrun with its arguments."""
     evaluate: tuple[str, ...] = ()
-    """Overrides of scripts/evaluate.py; without any there is no evaluation."""
+    """Overrides of scripts/evaluate.py; empty: no evaluation."""
 
     def file(self, job: Job, suffix: str) -> Path:
         """Return the record (json) or the output (log) of a job."""
@@ -58,33 +58,33 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a job ended."""
+    """Result of a job."""
 
     name: str
     status: str
-    """finished, skipped (was finished before), failed, interrupted or not started."""
+    """finished, skipped (already finished), failed, interrupted or not started."""
     seconds: float = 0.0
     detail: str = ""
 
 
 @dataclass
 class Stop:
-    """Ends the commands that run, and keeps others from starting."""
+    """Terminates running commands and prevents others from starting."""
 
     is_set: bool = False
     running: set["subprocess.Popen[bytes]"] = field(default_factory=set)
     lock: threading.RLock = field(default_factory=threading.RLock)
-    """Of a kind that a signal handler may take again from the thread it interrupted in `stop`."""
+    """Reentrant, as a signal handler may interrupt the same thread in `stop`."""
 
     def stop(self) -> None:
-        """Tell every command to save and end."""
+        """Send every command SIGTERM, so that it saves and exits."""
         with self.lock:
             self.is_set = True
             for process in self.running:
                 process.terminate()
 
     def start(self, command: Sequence[str], **options: Any) -> "subprocess.Popen[bytes] | None":
-        """Start a command, or return None when everything stops."""
+        """Start a command, or return None after `stop`."""
         with self.lock:
             if self.is_set:
                 return None
@@ -99,7 +99,7 @@ class Stop:
 
 
 def run_job(job: Job, settings: Settings, stop: Stop) -> Outcome:
-    """Run what is left of a job. Failures are told in the outcome, not raised, so that other jobs go on."""
+    """Run the remaining stages of a job. Failures are reported in the outcome, not raised, so other jobs continue."""
     started = time.monotonic()
     try:
         status, detail = _run_stages(job, settings, stop)
@@ -130,9 +130,9 @@ def _run_stages(job: Job, settings: Settings, stop: Stop) -> tuple[str, str]:
 
 
 def read_record(job: Job, settings: Settings) -> dict[str, Any]:
-    """Return what is known of a job. Another evaluation is done anew.
+    """Return the record of a job. If the evaluation's overrides changed, it counts as not done.
 
-    Raises: ConfigError when the job's folder belongs to other overrides, DataError for a damaged record, OSError.
+    Raises: ConfigError if the job's folder belongs to other overrides, DataError for a damaged record, OSError.
     """
     file = settings.file(job, "json")
     asked = {"overrides": list(job.overrides), "evaluate": list(settings.evaluate), "done": []}
@@ -145,11 +145,11 @@ def read_record(job: Job, settings: Settings) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{file}: found no record of a job ({error!r}), expected lists of {sorted(asked)}; delete it, and the "
-            "job goes on from its last checkpoint"
+            "job resumes from its last checkpoint"
         ) from error
     if record["overrides"] != asked["overrides"]:
         raise ConfigError(
-            f"{file}: found a job with overrides {record['overrides']}, expected {asked['overrides']}; choose another "
+            f"{file}: found a job with overrides {record['overrides']}, expected {asked['overrides']}; use another "
             "--folder, or move this one away"
         )
     if record["evaluate"] != asked["evaluate"]:
@@ -158,13 +158,13 @@ def read_record(job: Job, settings: Settings) -> dict[str, Any]:
 
 
 def train_command(job: Job, settings: Settings) -> list[str]:
-    """Return the command that trains a job, or continues to."""
+    """Return the command that trains a job, or resumes its training."""
     own = [f"run_dir={quoted(str(settings.run_dir(job)))}", f"name={quoted(job.name)}"]
     return [*settings.launcher, str(SCRIPTS / "train.py"), *job.overrides, *own]
 
 
 def evaluate_command(job: Job, settings: Settings) -> list[str]:
-    """Return the command that scores a job's export, with one process, on data where the job's own is unless told."""
+    """Return the command that evaluates a job's export with one process, by default with the job's `paths.data`."""
     data = [override for override in job.overrides if override.startswith(DATA)]
     return [
         *(sys.executable, str(SCRIPTS / "evaluate.py"), f"checkpoint={quoted(str(settings.run_dir(job)))}"),
@@ -174,7 +174,7 @@ def evaluate_command(job: Job, settings: Settings) -> list[str]:
 
 
 def _run_command(command: Sequence[str], log: Path, stop: Stop) -> int:
-    """Return the exit status of a command, its output added to a file; trainings that ask for it start again."""
+    """Return the exit status of a command whose output is appended to a file; it is restarted if it requests that."""
     log.parent.mkdir(parents=True, exist_ok=True)
     status = SAVED_STATUS
     for _ in range(MAX_STARTS):

@@ -1,12 +1,12 @@
-"""The command line of sweeps: expand, run here or through Slurm, sum up.
+"""The command line of sweeps: expands the grid, runs the jobs locally or through Slurm, and prints a summary.
 
 `scripts/train.py -m` and `tools/sweep.py` call `main`. An example, two jobs at a time:
 
     python scripts/train.py -m --jobs 2 --evaluate "evals=[refshapes_val] predict.prompt=short" \
         experiment=refshapes_student deepspeed=none ablation=stride_4,stride_8 seed=1,2,3
 
-The same command again skips what is finished, continues what was broken off and tries again what failed. `sweep.json`
-in the sweep's folder says which job has which values; `tools/make_tables.py --sweep FOLDER` reads it.
+The same command again skips finished jobs, resumes interrupted ones and retries failed ones. `sweep.json` in the
+sweep's folder lists the values of every job; `tools/make_tables.py --sweep FOLDER` reads it.
 """
 
 import argparse
@@ -40,13 +40,15 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Return the options of the sweep, and the overrides."""
     parser = argparse.ArgumentParser(prog="sweep", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("-m", "--multirun", action="store_true", help="taken for granted here")
-    parser.add_argument("--folder", type=Path, help="of the sweep; by default <paths.runs>/sweeps/<name of the run>")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="how many run at once on this machine")
+    parser.add_argument("-m", "--multirun", action="store_true", help="optional here")
+    parser.add_argument("--folder", type=Path, help="sweep folder; default: <paths.runs>/sweeps/<name of the run>")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="concurrent jobs on this machine")
     parser.add_argument(
-        "--launcher", default="", help='what starts a training: "torchrun --standalone --nproc-per-node=8"'
+        "--launcher", default="", help='training launcher, such as "torchrun --standalone --nproc-per-node=8"'
     )
-    parser.add_argument("--evaluate", default="", metavar="OVERRIDES", help="score every job with scripts/evaluate.py")
+    parser.add_argument(
+        "--evaluate", default="", metavar="OVERRIDES", help="evaluate every job with scripts/evaluate.py"
+    )
     parser.add_argument(
         "--slurm", metavar="SETTINGS", help='submit with submitit: "slurm_partition=gpu timeout_min=600"'
     )
@@ -62,12 +64,11 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 @one_message
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a sweep; return 0 when every job is finished, 1 when one failed, 85 when it was told to stop, 2 for wrong
-    input."""
+    """Run a sweep; return 0 if every job finished, 1 if one failed, 85 if it was interrupted, 2 for wrong input."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     options, overrides = parse(sys.argv[1:] if arguments is None else arguments)
     jobs = expand(overrides)
-    # All of them before the first job starts.
+    # Check all of them before the first job starts.
     configs = [checked_config(job) for job in jobs]
     named = load_config("train", TrainConfig, [*jobs[0].overrides, *_default_name(jobs[0])]).name
     folder = options.folder or Path(configs[0].paths.runs) / "sweeps" / named
@@ -91,22 +92,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _default_name(job: Job) -> list[str]:
-    """Return a name where no experiment brings one."""
+    """Return a name if no experiment sets one."""
     return [] if any(override.startswith("experiment=") for override in job.overrides) else ["name=sweep"]
 
 
 def _check_records(jobs: Sequence[Job], settings: Settings) -> None:
-    """Raise ConfigError where a job's folder belongs to other overrides."""
+    """Raise ConfigError if a job's folder belongs to other overrides."""
     for job in jobs:
-        # A record that cannot be read or written is the failure of its job, which `run_job` tells.
+        # A record that cannot be read or written is a failure of its job, which `run_job` reports.
         with suppress(OSError, DataError):
             read_record(job, settings)
 
 
 def _note(jobs: Sequence[Job], settings: Settings) -> None:
-    """Write which job has which values; jobs of an earlier call with the same folder stay.
+    """Write the values of every job; jobs of an earlier call with the same folder are kept.
 
-    Raises: ConfigError when the file is damaged or cannot be written.
+    Raises: ConfigError if the file is damaged or cannot be written.
     """
     file = settings.folder / SWEEP_FILE
     try:
@@ -115,17 +116,18 @@ def _note(jobs: Sequence[Job], settings: Settings) -> None:
         replace_text(file, json.dumps({"jobs": known}, indent=1) + "\n")
     except OSError as error:
         raise ConfigError(
-            f"{file}: cannot be read and written ({error}), expected a folder with room; choose another --folder"
+            f"{file}: cannot be read and written ({error}), expected a writable folder with free space; use another "
+            "--folder"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{file}: found no list of jobs ({error!r}), expected what a sweep wrote; move the file away, the sweep "
-            "notes the jobs it is called with anew"
+            f"{file}: found no list of jobs ({error!r}), expected the file of a sweep; move it away, the sweep writes "
+            "a new one with the jobs of this call"
         ) from error
 
 
 def run_here(jobs: Sequence[Job], settings: Settings, *, num_at_once: int) -> list[Outcome]:
-    """Run jobs on this machine. SIGTERM and Ctrl-C end what runs after a checkpoint and start nothing more."""
+    """Run jobs on this machine. After SIGTERM or Ctrl-C running jobs save and exit, and no other job starts."""
     stop = Stop()
 
     def run_one(job: Job) -> Outcome:
@@ -137,7 +139,7 @@ def run_here(jobs: Sequence[Job], settings: Settings, *, num_at_once: int) -> li
         return outcome
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        # Not in the handler itself: it may interrupt the thread that holds the lock.
+        # Not in the handler itself, which may interrupt the thread that holds the lock.
         threading.Thread(target=stop.stop).start()
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -1,8 +1,8 @@
-"""Jobs of a sweep through Slurm, by the package submitit, which is not among the requirements.
+"""Submits the jobs of a sweep to Slurm with the optional package submitit.
 
-`run.py` calls `run_through_slurm` in place of `run_here`. Settings are those of submitit's `update_parameters`, for
-example `slurm_partition=gpu timeout_min=600 gpus_per_node=8 cpus_per_task=64`; `cluster=local` or `cluster=debug` try
-the same without Slurm. The folder must be seen by all nodes.
+`run.py` calls `run_through_slurm` instead of `run_here`. Settings are those of submitit's `update_parameters`, for
+example `slurm_partition=gpu timeout_min=600 gpus_per_node=8 cpus_per_task=64`; `cluster=local` and `cluster=debug` run
+without Slurm. The folder must be accessible from all nodes.
 """
 
 import importlib
@@ -19,20 +19,20 @@ logger = logging.getLogger("sweep")
 
 
 class SlurmJob:
-    """What a node runs. Before its time is over submitit asks for `checkpoint` and starts what that returns."""
+    """The function a node runs. Before the time limit submitit calls `checkpoint` and submits what that returns."""
 
     def __init__(self, job: Job, settings: Settings) -> None:
         self.job = job
         self.settings = settings
-        # Made on the node, as neither can be pickled.
+        # Created on the node, as neither can be pickled.
         self.stop: Stop | None = None
         self.outcome: Future[Outcome] | None = None
 
     def __call__(self) -> Outcome:
-        """Run what is left of the job.
+        """Run the remaining stages of the job.
 
-        In a thread beside the main one, because submitit calls `checkpoint` from a signal handler, which interrupts the
-        main thread wherever it stands. Within `Popen.wait` that would be with a lock which `checkpoint` then waits for.
+        This uses a second thread, because submitit calls `checkpoint` in a signal handler, which interrupts the main
+        thread anywhere. Within `Popen.wait` the main thread would hold a lock that `checkpoint` waits for.
         """
         self.stop = stop = Stop()
         with ThreadPoolExecutor(1) as pool:
@@ -43,11 +43,11 @@ class SlurmJob:
                 stop.stop()
 
     def checkpoint(self) -> Any:
-        """Have the training save and end, and ask to be started again."""
+        """Let the training save and exit, and return the job to resubmit."""
         if self.stop is not None:
             self.stop.stop()
         if self.outcome is not None:
-            # Waits for the end. The main thread may stand in `result`, whose lock it may take again here.
+            # Waits for the end. The main thread may be in `result`, whose lock is reentrant.
             self.outcome.exception()
         return importlib.import_module("submitit").helpers.DelayedSubmission(SlurmJob(self.job, self.settings))
 
@@ -55,14 +55,14 @@ class SlurmJob:
 def run_through_slurm(jobs: Sequence[Job], settings: Settings, parameters: Sequence[str]) -> list[Outcome]:
     """Submit every job and wait for all. A job that Slurm lost counts as failed.
 
-    Raises: ConfigError without submitit, or for parameters that are not key=value.
+    Raises: ConfigError if submitit is not installed, or for parameters that are not key=value.
     """
     try:
         submitit: Any = importlib.import_module("submitit")
     except ImportError as error:
         raise ConfigError(
-            "sweep: --slurm needs the package submitit, which is not installed; pip install submitit, or leave --slurm "
-            "out to run here"
+            "sweep: --slurm needs the package submitit, which is not installed; pip install submitit, or omit --slurm "
+            "to run on this machine"
         ) from error
     chosen: dict[str, Any] = {}
     for parameter in parameters:
@@ -79,6 +79,6 @@ def run_through_slurm(jobs: Sequence[Job], settings: Settings, parameters: Seque
         try:
             outcomes.append(one.result())
         except Exception as error:
-            # Whatever became of one job, the others are waited for.
+            # Wait for the other jobs even if one fails.
             outcomes.append(Outcome(name=job.name, status="failed", detail=f"Slurm job {one.job_id}: {error}"))
     return outcomes

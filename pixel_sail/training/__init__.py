@@ -1,1 +1,1 @@
-"""Training: `loop` is the run, top to bottom; the other files are the verbs it calls."""
+"""Training: `loop` holds the training loop; the other modules are the functions it calls."""

@@ -1,7 +1,7 @@
-"""The Accelerator and the whole DeepSpeed dictionary, written from our config with nothing left to "auto".
+"""Builds the Accelerator and the complete DeepSpeed configuration from our config, without "auto" values.
 
-`training/loop.py` calls `build_accelerator` first. Plain processes (no DeepSpeed) take the same loop, which is how the
-tests compare the two.
+`training/prepare.py` calls `build_accelerator`. Plain processes (no DeepSpeed) use the same training loop, which is how
+the tests compare the two.
 """
 
 import logging
@@ -41,8 +41,8 @@ def deepspeed_dictionary(config: TrainConfig, accumulation: int) -> dict[str, An
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     if config.deepspeed.stage == 3:
         zero |= {"stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 10_000}
-        # How often the upsampler runs depends on the image sizes of a rank's batch: its parameters are gathered once
-        # for all of them, with the mask head as a whole.
+        # The number of upsampler calls depends on the image sizes in a rank's batch, so ranks could not agree on
+        # gathers per call. The mask head is gathered once as a whole.
         zero["leaf_module"] = {"classes": ["MaskHead"]}
     micro = config.data.micro_batch_size
     return {
@@ -61,17 +61,17 @@ def deepspeed_dictionary(config: TrainConfig, accumulation: int) -> dict[str, An
 
 
 def collective_timeout(config: WatchdogConfig) -> timedelta:
-    """Return how long a rank waits for the others: longer than the watchdog, which says more before it ends a run."""
+    """Return the timeout of collectives: longer than the watchdog's limit, as its report says more."""
     if config.peer_timeout_s is not None:
         return timedelta(seconds=config.peer_timeout_s)
     return timedelta(seconds=max(1800.0, 2.0 * config.limit_s * config.slow_factor))
 
 
 def give_timeout(timeout: timedelta) -> None:
-    """Let every process group of this rank wait as long as the first one.
+    """Set the timeout of every process group of this rank.
 
-    DeepSpeed makes groups of its own, without a timeout: they would wait for a lost process for torch's 30 minutes
-    (10 on GPUs), whatever was configured. Torch has no other way to reach them than by these names.
+    DeepSpeed creates groups without a timeout, which would wait torch's default of 30 minutes (10 on GPUs) for a lost
+    process. Torch offers no public way to change it.
     """
     if distributed.is_initialized():
         for group in list(distributed_c10d._world.pg_map):
@@ -83,32 +83,31 @@ LAUNCHER_SETTINGS = (
     *("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DOWNCAST_BF16", "ACCELERATE_FP8_", "ACCELERATE_DYNAMO_"),
     *("ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG"),
 )
-"""Beginnings of the variables by which `accelerate launch`, or the file that `accelerate config` wrote once, says how
-to train."""
+"""Prefixes of the variables in which `accelerate launch`, or a file of `accelerate config`, sets training options."""
 
 
 def leave_out_launcher_settings() -> None:
-    """Forget how the launcher would train, and log it: `optim` and `deepspeed` decide, whatever started the processes.
+    """Remove the launcher's training options from the environment and log them; `optim` and `deepspeed` decide.
 
-    Accelerate would refuse its own DeepSpeed section beside ours, and follow it, or compile, where we say nothing.
+    Otherwise accelerate would raise for a second DeepSpeed section, or apply options that we do not set.
     """
     left_out = {name: os.environ.pop(name) for name in sorted(os.environ) if name.startswith(LAUNCHER_SETTINGS)}
     if left_out and dist.rank() == 0:
         said = " ".join(f"{name.removeprefix('ACCELERATE_').lower()}={value}" for name, value in left_out.items())
-        logger.info("optim and deepspeed decide how to train; left out of what accelerate was told: %s", said)
+        logger.info("optim and deepspeed decide how to train; ignored settings of accelerate: %s", said)
 
 
 def check_build_lock(folder: Path) -> None:
-    """Raise ConfigError for the lock of a process that was killed while DeepSpeed compiled its extension for CPUs.
+    """Raise ConfigError for the lock of a process that was killed while DeepSpeed compiled its CPU extension.
 
-    torch would wait for it without end and without a word. The compiler takes a minute or two.
+    torch would wait for it forever without a message. Compilation takes a minute or two.
     """
     for lock in folder.glob("**/deepspeed_shm_comm/lock"):
         age_s = time.time() - lock.stat().st_mtime
         if age_s > STALE_LOCK_S:
             raise ConfigError(
                 f"{lock}: found the lock of a compilation that began {age_s / 60:.0f} minutes ago, expected none; the "
-                "process that compiled was killed. Delete this file"
+                "compiling process was killed. Delete this file"
             )
 
 
@@ -123,7 +122,7 @@ def build_accelerator(config: TrainConfig, accumulation: int) -> Accelerator:
     mixed_precision = "bf16" if config.optim.precision == "bf16" else "no"
     if not config.deepspeed.enabled:
         plugin = GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False)
-        # Without `cpu`, accelerate would leave several CPU processes each with a model of its own, and say nothing.
+        # Without `cpu`, accelerate silently trains a separate model in each of several CPU processes.
         cpu = not torch.cuda.is_available()
         accelerator = Accelerator(
             cpu=cpu, gradient_accumulation_plugin=plugin, mixed_precision=mixed_precision, kwargs_handlers=handlers
@@ -135,8 +134,8 @@ def build_accelerator(config: TrainConfig, accumulation: int) -> Accelerator:
                 "use another launcher, or DeepSpeed"
             )
         return accelerator
-    # `accelerate launch --cpu` sets this variable, and accelerate then silently leaves DeepSpeed out. DeepSpeed finds
-    # out by itself that there is no GPU.
+    # `accelerate launch --cpu` sets this variable, and accelerate then silently disables DeepSpeed. DeepSpeed itself
+    # detects that there is no GPU.
     os.environ.pop("ACCELERATE_USE_CPU", None)
     plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_dictionary(config, accumulation))
     accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision=mixed_precision, kwargs_handlers=handlers)

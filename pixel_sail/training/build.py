@@ -1,9 +1,9 @@
-"""Model and processor from the config.
+"""Builds model and processor from the config.
 
-`training/loop.py` calls `build_model` before the accelerator wraps anything. Starting weights are random, initialized
-from the run's seed as `model.init` says, or come from an exported folder. There the decoder and the vocabulary must be
-those that are configured; what has no weights is as configured, and parts of another design are initialized anew where
-`model.init_fresh` allows it. For example an upsampler of one block on a base with two:
+`training/prepare.py` calls `build_model` before the accelerator wraps anything. Initial weights are random (the run's
+seed, `model.init`) or are loaded from an exported folder, whose decoder and vocabulary must match the configuration.
+Settings without weights follow the configuration, and parts with other shapes are randomly initialized if
+`model.init_fresh` lists them. For example an upsampler of one block on a base with two:
 
     build_model(ModelConfig(init_from="runs/base", init_fresh=["mask_head"],
                             architecture=Architecture(mask_stride=8, ...), ...), seed=0, teachers={})
@@ -32,26 +32,26 @@ from pixel_sail.types import DataError
 logger = logging.getLogger(__name__)
 
 SETTINGS = ("attention", "visual_prompts", "max_long_side", "initializer_range")
-"""Fields of an architecture that no weight of a start depends on: the configuration decides."""
+"""Fields of an architecture that no loaded weight depends on; the configuration decides."""
 
 DESIGN = ("mask_stride", "upsampler", "mask_dim", "prompt_projection", "patch_size", "patch_hidden_size")
-"""Fields that decide on the weights of `FRESH_PARTS` alone. All others must be those of the start."""
+"""Fields that only affect the weights of `FRESH_PARTS`. All others must match the loaded model."""
 
 NAMES = {
     "mask_head": r"mask_head\.",
     "prompt_projection": r"patch_embedding\.prompt_projection\.",
     "patch_embedding": r"patch_embedding\.(?!prompt_projection\.)",
 }
-"""What the weights of each part are called."""
+"""Part -> regular expression of its weights' names."""
 
 
 def build_model(
     config: ModelConfig, *, seed: int, teachers: Mapping[str, TeacherSettings]
 ) -> tuple[PixelSailForSegmentation, PixelSailProcessor]:
-    """Return the model in training mode (float32), with a linear layer for each teacher and low-rank adapters
-    where they are configured, and the processor that fits it.
+    """Return the model in training mode (float32) and its processor. The model includes a linear layer for each
+    teacher, and low-rank adapters if they are configured.
 
-    Raises: ConfigError when `init_from` does not fit `architecture`, or an adapter has nothing to adapt.
+    Raises: ConfigError if `init_from` does not fit `architecture`, or an adapter pattern matches no layer.
     """
     architecture = config.architecture
     tokenizer = configured_tokenizer(config)
@@ -68,7 +68,7 @@ def build_model(
 
 
 def _initialized(wanted: PixelSailConfig, *, init: str, seed: int) -> PixelSailForSegmentation:
-    """Return a model with random weights; what `init` says nothing about is the same for each."""
+    """Return a model with random weights; weights that `init` does not affect are the same for all its values."""
     set_seed(seed)
     model = PixelSailForSegmentation(wanted)
     if init != "ours":
@@ -77,7 +77,7 @@ def _initialized(wanted: PixelSailConfig, *, init: str, seed: int) -> PixelSailF
 
 
 def configured_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """Return the tokenizer a configuration names. Raises: ConfigError where it is not there or cannot be read."""
+    """Return the configured tokenizer. Raises: ConfigError if it is missing or cannot be read."""
     try:
         return load_tokenizer(config.tokenizer, num_visual_prompts=config.architecture.num_visual_prompts)
     except DataError as error:
@@ -92,7 +92,7 @@ def add_training_parts(
     teachers: Mapping[str, TeacherSettings],
     init: str = "ours",
 ) -> None:
-    """Give a model what only training needs: a linear layer for each teacher, and low-rank adapters."""
+    """Add what only training needs to a model: a linear layer for each teacher, and low-rank adapters."""
     if teachers:
         sites = {name: DistillSite(site=own.site, channels=own.channels) for name, own in teachers.items()}
         model.add_distill_head(sites, seed=seed, init=init)
@@ -101,8 +101,8 @@ def add_training_parts(
 
 
 def lora_targets(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Return the names of the linear layers to be adapted. Raises: ConfigError when a pattern matches none."""
-    # The text head is left out: its weight may be the token embedding's.
+    """Return the names of the linear layers to adapt. Raises: ConfigError if a pattern matches none."""
+    # The text head is excluded, as its weight may be the token embedding's.
     linear = [name for name, module in model.named_modules() if type(module) in LINEAR and name != "lm_head"]
     chosen = {name for pattern in config.targets for name in matching("model.lora.targets", pattern, linear)}
     return [name for name in linear if name in chosen]
@@ -144,8 +144,8 @@ def _load_start(config: ModelConfig, wanted: PixelSailConfig, *, seed: int) -> P
     if refused := [part for part in unfit if part not in config.init_fresh]:
         raise ConfigError(
             f"{where}: its weights do not fit in {refused}; (found, configured) differ in {differing}. Configure what "
-            f"was found, start from a folder of this design, or write model.init_fresh=[{','.join(unfit)}] to "
-            "initialize these parts anew"
+            f"was found, start from a folder of this design, or set model.init_fresh=[{','.join(unfit)}] to initialize "
+            "these parts randomly"
         )
     kept = {name: tensor for name, tensor in weights.items() if not any(_is_of(part, name) for part in unfit)}
     initialized = {}
@@ -154,9 +154,9 @@ def _load_start(config: ModelConfig, wanted: PixelSailConfig, *, seed: int) -> P
         initialized = {name: tensor for name, tensor in fresh.items() if any(_is_of(part, name) for part in unfit)}
     logger.info("%s: (found, configured) differ in %s", where, differing)
     logger.info(
-        "%s: left out %s, initialized anew %s", where, sorted(weights.keys() - kept.keys()), sorted(initialized)
+        "%s: not loaded %s, randomly initialized %s", where, sorted(weights.keys() - kept.keys()), sorted(initialized)
     )
-    # Strict as any start: weights that are missing or too many end with their names.
+    # Loading is strict: missing or unexpected weights raise with their names.
     model = PixelSailForSegmentation.from_pretrained(
         None, config=wanted, state_dict=kept | initialized, dtype=torch.float32
     )

@@ -1,15 +1,15 @@
-"""Checkpoints: everything a run needs to continue as if it had never stopped.
+"""Checkpoints: the full training state, from which a run resumes with the same results.
 
-`training/loop.py` starts with `latest`; `checkpoint_writer.py` writes what `collect` returns. A checkpoint does not
-depend on the number of processes or the ZeRO stage: parameters and the optimizer's moments (two of AdamW, one of Muon)
-are whole float32 tensors under the model's own names; frozen parameters have no moments. A moving average of the
-weights is one entry more beside the moments.
+`training/prepare.py` reads the `latest`; `checkpoint_writer.py` writes the result of `collect`. A checkpoint does not
+depend on the number of processes or the ZeRO stage: parameters and the optimizer's moments (two for AdamW, one for
+Muon) are unsharded float32 tensors under the model's own names. Frozen parameters have no moments. A moving average of
+the weights is stored like another moment.
 
     runs/<name>/checkpoints/step_00000500/
         model.safetensors  optimizer.safetensors  state.json  manifest.json (sha256 of each)  COMPLETE
 
-It is written under another name, hashed, marked complete and renamed last, so a folder of the final name is always
-whole.
+It is written under a temporary name, hashed, marked complete and renamed last, so a folder with the final name is
+always complete.
 """
 
 import json
@@ -53,9 +53,9 @@ MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 _GO_BACK = "Delete this checkpoint folder to continue from the one before"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 GIVEN = "given_value"
-"""Attribute of a frozen parameter of rank 0: its float32 value, where training works with a rounded one."""
+"""Attribute of a frozen parameter on rank 0: its float32 value, if training uses a rounded one."""
 DATA_FILES = "data_files"
-"""Where a configuration holds what `prepare.data_identity` returns."""
+"""Key of a saved configuration with the result of `prepare.data_identity`."""
 
 logger = logging.getLogger(__name__)
 
@@ -66,30 +66,30 @@ class CheckpointError(ExpectedError, RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Where a run stands."""
+    """Progress of a run."""
 
     step: int = 0
     """Finished optimizer steps."""
     streams: tuple[StreamState, ...] = ()
-    """Where each stream of the data stands."""
+    """Position of each data stream."""
     num_skipped: int = 0
-    """Samples left out so far."""
+    """Samples skipped so far."""
     source_sums: tuple[tuple[float, ...], ...] = ()
     """Per source, sums of `source_columns` since the last log line."""
 
     @classmethod
     def start(cls, *, num_streams: int, num_sources: int, num_columns: int) -> "TrainState":
-        """Return where every run begins."""
+        """Return the initial state of a run."""
         return cls(streams=(StreamState(),) * num_streams, source_sums=((0.0,) * num_columns,) * num_sources)
 
 
 def collect(
     model: nn.Module, optimizer: Optimizer, accelerator: Accelerator
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return whole float32 parameters and, of trained ones, Adam moments (and average) by name, on the CPU of rank 0
+    """Return unsharded float32 parameters and the moments (and average) of trained ones by name, on the CPU of rank 0
     (empty elsewhere).
 
-    Every rank must call it: sharded tensors are gathered one by one.
+    Every rank must call it, as sharded tensors are gathered one by one.
     """
     _link_sharded_states(optimizer)
     parameters: dict[str, Tensor] = {}
@@ -108,25 +108,25 @@ def collect(
 
 
 def latest(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint, None where there is none."""
+    """Return the newest complete checkpoint, None if there is none."""
     found = complete_checkpoints(folder)
     return found[-1] if found else None
 
 
 def latest_step(folder: Path) -> int:
-    """Return the step of the newest complete checkpoint, 0 where there is none."""
+    """Return the step of the newest complete checkpoint, 0 if there is none."""
     found = latest(folder)
     return 0 if found is None else step_of(found.name)
 
 
 def checkpoint_name(step: int) -> str:
-    """Return what the checkpoint of a step is called."""
+    """Return the folder name of a step's checkpoint."""
     return f"step_{step:08d}"
 
 
 def step_of(name: str) -> int:
-    """Return the step of a checkpoint's name, -1 for any other: copies that somebody keeps under a name like
-    `step_00000500_best` are no checkpoints of the run."""
+    """Return the step of a checkpoint's name, -1 for any other name: copies kept under a name like
+    `step_00000500_best` do not count as checkpoints of the run."""
     found = re.fullmatch(r"step_([0-9]{8,})", name)
     return int(found[1]) if found and checkpoint_name(int(found[1])) == name else -1
 
@@ -138,7 +138,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def is_complete(path: Path) -> bool:
-    """Return whether a checkpoint was written to its end."""
+    """Return whether a checkpoint was written completely."""
     return (path / MARKER).is_file()
 
 
@@ -152,10 +152,10 @@ def read(
 ) -> tuple[TrainState, dict[str, Tensor], dict[str, Tensor]]:
     """Return state, parameters and moments of a checkpoint.
 
-    `defaults`: what a key counts as that a configuration lacks, as that of a run does which is older than the key.
+    `defaults`: values of keys that a saved configuration lacks because the run is older than the key.
     `free`: dotted keys that may differ.
-    Raises: CheckpointError when a file differs from its hash or holds something else than it should, the run was
-    configured otherwise, or (unless allowed) had other data.
+    Raises: CheckpointError if a file differs from its hash or has invalid content, the run had another configuration,
+    or (unless allowed) other data.
     """
     verify(path)
     saved = read_json(path / STATE, {"config": dict, "train_state": dict}, fail=CheckpointError, remedy=_GO_BACK)
@@ -163,31 +163,31 @@ def read(
     then, now = (with_defaults(given, defaults) for given in (current_config(saved["config"]), config))
     differing = dict(differing_leaves(then, json.loads(json.dumps(now))))
     if freely := {key: differing.pop(key) for key in free if key in differing}:
-        logger.info("%s: the run goes on with other (saved, now): %s", path, freely)
+        logger.info("%s: the run resumes with changed settings (saved, now): %s", path, freely)
     changed = {key: differing.pop(key) for key in list(differing) if key.split(".")[0] == DATA_FILES}
     if changed and not allow_changed_data:
         raise CheckpointError(
-            f"{path}: the run was started with other data; (saved, now): {changed}. Put the files back, choose another "
+            f"{path}: the run was started with other data; (saved, now): {changed}. Restore the files, use another "
             "run_dir, or set checkpoint.allow_changed_data=true"
         )
     if changed:
-        logger.warning("the data changed, which checkpoint.allow_changed_data lets pass; (saved, now): %s", changed)
+        logger.warning("the data changed, which checkpoint.allow_changed_data permits; (saved, now): %s", changed)
     if differing:
         raise CheckpointError(
             f"{path}: the run was started with another configuration; (saved, now): {differing}. "
-            "Choose another run_dir, or go back to the saved values"
+            "Use another run_dir, or restore the saved values"
         )
     return state, read_tensors(path / MODEL), read_tensors(path / OPTIMIZER)
 
 
 def _train_state(fields: Any, path: Path) -> TrainState:
-    """Return where a run stands, from what its checkpoint says. Raises: CheckpointError."""
+    """Return the state of a run from its checkpoint's fields. Raises: CheckpointError."""
     where = f"{path / STATE}: train_state"
     kinds = {"step": int, "streams": list, "num_skipped": int, "source_sums": list}
     check_fields(fields, where, kinds, fail=CheckpointError, remedy=_GO_BACK)
     if fields["step"] != step_of(path.name) or fields["num_skipped"] < 0:
         raise CheckpointError(
-            f"{where}: found step {fields['step']} and {fields['num_skipped']} samples left out, expected the step of "
+            f"{where}: found step {fields['step']} and {fields['num_skipped']} skipped samples, expected the step of "
             f"{path.name} and no negative number; {_GO_BACK}"
         )
     sums = fields["source_sums"]
@@ -219,7 +219,7 @@ def _is_number(value: Any) -> bool:
 
 
 def check_fits(path: Path, state: TrainState, start: TrainState) -> None:
-    """Raise CheckpointError unless a state is about as many streams, sources and numbers as the start of the run."""
+    """Raise CheckpointError unless a state has as many streams, sources and columns as the run's initial state."""
     sizes = [(len(own.streams), [len(row) for row in own.source_sums]) for own in (state, start)]
     if sizes[0] != sizes[1]:
         raise CheckpointError(
@@ -228,7 +228,7 @@ def check_fits(path: Path, state: TrainState, start: TrainState) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file of a checkpoint, all float32 and finite. Raises: CheckpointError."""
+    """Return the tensors of a checkpoint file, all float32 and finite. Raises: CheckpointError."""
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -237,13 +237,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: found {str(others)[:300]}, expected float32; {_GO_BACK}")
     if broken := not_finite(tensors):
         raise CheckpointError(
-            f"{path}: {len(broken)} tensors are not finite, among them {broken[:5]}; no run goes on from it. {_GO_BACK}"
+            f"{path}: {len(broken)} tensors are not finite, among them {broken[:5]}; no run can resume from it. "
+            f"{_GO_BACK}"
         )
     return tensors
 
 
 def verify(path: Path) -> None:
-    """Compare every file of a checkpoint with its hash. Raises: CheckpointError for one that differs or is missing."""
+    """Verify the hash of every file of a checkpoint. Raises: CheckpointError for one that differs or is missing."""
     for name, expected in _manifest(path).items():
         _verify_file(path / name, expected)
 
@@ -258,13 +259,13 @@ def _verify_file(file: Path, expected: str) -> None:
 
 
 def saved_config(path: Path) -> dict[str, Any]:
-    """Return the configuration that a checkpoint belongs to. Raises: CheckpointError as `verify`, for this file."""
+    """Return the configuration of a checkpoint. Raises: CheckpointError as `verify`, for this file."""
     _verify_file(path / STATE, _manifest(path)[STATE])
     return current_config(json.loads((path / STATE).read_text())["config"])
 
 
 def _manifest(path: Path) -> dict[str, str]:
-    """Return the hash of each file of a checkpoint. Raises: CheckpointError when one of them is not there."""
+    """Return the hash of each file of a checkpoint. Raises: CheckpointError if a file is missing."""
     names = {MODEL, OPTIMIZER, STATE}
     missing = sorted(name for name in {MANIFEST, *names} if not (path / name).is_file())
     manifest: dict[str, Any] = {}
@@ -280,7 +281,7 @@ def _manifest(path: Path) -> dict[str, str]:
 
 
 def load_parameters(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-    """Copy saved parameters into a model that is not wrapped yet; names and shapes must agree exactly.
+    """Copy saved parameters into a model that is not wrapped yet. Names and shapes must match exactly.
 
     Raises: CheckpointError.
     """
@@ -292,7 +293,7 @@ def load_parameters(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
 
 
 def check_moments(model: nn.Module, moments: Mapping[str, Tensor], *, is_averaged: bool) -> None:
-    """Raise CheckpointError unless saved moments (and averages) are those of a model that is not wrapped yet."""
+    """Raise CheckpointError unless saved moments (and averages) match a model that is not wrapped yet."""
     expected = {
         f"{key}.{name}": parameter.shape
         for name, parameter in model.named_parameters()
@@ -303,13 +304,13 @@ def check_moments(model: nn.Module, moments: Mapping[str, Tensor], *, is_average
 
 
 def state_keys(weight: Tensor, *, is_averaged: bool) -> tuple[str, ...]:
-    """Return the entries of the optimizer's state of a trained tensor that are as large as it is."""
+    """Return the entries of a trained tensor's optimizer state that have its shape."""
     moments = (MOMENTUM,) if is_marked(weight) else MOMENTS
     return (*moments, AVERAGE) if is_averaged else moments
 
 
 def check_shapes(what: str, found: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
-    """Raise CheckpointError unless there is a tensor of each name and shape, and no other: a copy would broadcast."""
+    """Raise CheckpointError unless names and shapes match exactly; `copy_` alone would broadcast."""
     names = sorted(found.keys() ^ expected.keys())
     if names:
         raise CheckpointError(
@@ -326,13 +327,13 @@ def check_shapes(what: str, found: Mapping[str, Tensor], expected: Mapping[str, 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the names of tensors with a NaN or an infinite value."""
-    # A sum is finite only where all of it is, and costs a twentieth of asking each element; it may overflow, though.
+    # A finite sum proves that all elements are finite, at a twentieth of the cost; but a sum may overflow.
     suspects = [name for name, tensor in tensors.items() if not torch.isfinite(tensor.sum())]
     return [name for name in suspects if not torch.isfinite(tensors[name]).all()]
 
 
 def condition(checkpoint: Path | None) -> str:
-    """Return what is known about the numbers in a checkpoint, and what to do with it, after a step that failed."""
+    """Return, after a failed step, whether the last checkpoint's values are finite and what to do with it."""
     if checkpoint is None:
         return "there is no checkpoint yet"
     highest, broken = 0.0, list[str]()
@@ -349,14 +350,14 @@ def condition(checkpoint: Path | None) -> str:
     if broken:
         return f"the last checkpoint, {checkpoint.name}, is not finite in {broken[:5]} itself. {_GO_BACK}"
     return (
-        f"the weights of the last checkpoint, {checkpoint.name}, are finite, the largest is {highest:.3g}. Where the "
-        "run fails again, these weights are the cause: delete this checkpoint folder to continue from the one before, "
-        "or begin a new run with a lower optim.lr"
+        f"the weights of the last checkpoint, {checkpoint.name}, are finite, the largest is {highest:.3g}. If the run "
+        "fails again, these weights are the cause: delete this checkpoint folder to continue from the one before, or "
+        "begin a new run with a lower optim.lr"
     )
 
 
 def keep_given_values(model: nn.Module) -> None:
-    """Note the frozen weights on rank 0 before DeepSpeed rounds them, so that they are saved as they were given."""
+    """Keep float32 copies of the frozen weights on rank 0 before DeepSpeed rounds them, to save the exact values."""
     for parameter in model.parameters():
         if dist.rank() == 0 and not parameter.requires_grad:
             setattr(parameter, GIVEN, parameter.detach().float().cpu().clone())
@@ -371,8 +372,7 @@ def restore_optimizer(
     parameters: dict[str, Tensor],
     moments: dict[str, Tensor],
 ) -> None:
-    """Put the optimizer's moments and step count, and the float32 master weights, into the wrapped model and
-    optimizer."""
+    """Restore moments, step count and float32 master weights of the wrapped model and optimizer."""
     base = list(_optimizer_chain(optimizer))[-1]
     is_averaged = any(name.startswith(f"{AVERAGE}.") for name in moments)
     for owned in _owned_by(base, optimizer):
@@ -387,16 +387,16 @@ def restore_optimizer(
 
 
 def average_weights(optimizer: Optimizer, *, decay: float, step: int) -> None:
-    """Take the weights after a step into their moving average; `step`: finished steps before it."""
+    """Update the moving average of the weights after a step; `step`: finished steps before it."""
     base = list(_optimizer_chain(optimizer))[-1]
     update_average(_owned_by(base, optimizer), base.state, decay=decay, step=step)
 
 
 def export(folder: Path, model: nn.Module, optimizer: Optimizer, accelerator: Accelerator, processor: Any) -> None:
-    """Write a plain Hugging Face folder (weights as safetensors, config, tokenizer), complete or not at all.
+    """Write a Hugging Face folder (weights as safetensors, config, tokenizer) atomically.
 
-    The weights are averaged where the run averages them, and low-rank adapters are part of the weights they adapt. The
-    linear layers towards teachers stay behind: nothing but training uses them.
+    The weights are the moving average if the run has one. Low-rank adapters are merged into the weights they adapt, and
+    distillation layers are dropped.
     """
     state = _plain_weights(model, optimizer, accelerator)
     if dist.rank() == 0:
@@ -407,7 +407,7 @@ def export(folder: Path, model: nn.Module, optimizer: Optimizer, accelerator: Ac
 
 
 def write_export(folder: Path, model: Any, processor: Any, weights: dict[str, Tensor]) -> None:
-    """Write a plain Hugging Face folder in place of an older one. Raises: WriteError; the older one is whole then."""
+    """Write a Hugging Face folder, replacing an older one. Raises: WriteError, which leaves the older one intact."""
     recover_folder(folder)
     working = folder.with_name(f"{WRITING}{folder.name}")
     try:
@@ -416,13 +416,13 @@ def write_export(folder: Path, model: Any, processor: Any, weights: dict[str, Te
             processor.save_pretrained(working)
         replace_folder(working, folder)
     except WriteError:
-        # Half a folder would keep the room that is missing.
+        # A partial folder would keep occupying disk space.
         shutil.rmtree(working, ignore_errors=True)
         raise
 
 
 def _plain_weights(model: nn.Module, optimizer: Optimizer, accelerator: Accelerator) -> dict[str, Tensor]:
-    """Return the whole weights of a model that is used and not trained; every rank must call it."""
+    """Return the unsharded weights for inference; every rank must call it."""
     _link_sharded_states(optimizer)
     is_averaged = _is_averaged(optimizer)
     plain = accelerator.unwrap_model(model)
@@ -437,7 +437,7 @@ def _plain_weights(model: nn.Module, optimizer: Optimizer, accelerator: Accelera
 
 
 def with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a nested configuration with the defaults of keys that it lacks."""
+    """Return a nested configuration with missing keys set to their defaults."""
     both = {key: default for key, default in defaults.items() if key not in config}
     for key, value in config.items():
         default = defaults.get(key)
@@ -448,7 +448,7 @@ def with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dic
 
 
 def differing_leaves(saved: Any, now: Any, path: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Yield (dotted key, (saved value, present value)) for every leaf in which two nested dicts differ."""
+    """Yield (dotted key, (saved value, current value)) for every leaf in which two nested dicts differ."""
     if isinstance(saved, dict) and isinstance(now, dict):
         for key in sorted(saved.keys() | now.keys()):
             yield from differing_leaves(saved.get(key), now.get(key), f"{path}.{key}" if path else key)
@@ -457,10 +457,9 @@ def differing_leaves(saved: Any, now: Any, path: str = "") -> Iterator[tuple[str
 
 
 def plain_copy(model: nn.Module, optimizer: Optimizer, accelerator: Accelerator) -> Any:
-    """Return the model itself, or a whole copy of it where ZeRO-3 shards its parameters or their average is wanted;
-    every rank must call it.
+    """Return the model itself, or an unsharded copy if ZeRO-3 shards it or it is averaged; every rank must call it.
 
-    A sharded model gathers parameters at each call of a module, so that ranks may not answer different questions.
+    A sharded model gathers parameters at each module call, so ranks could not process different questions with it.
     """
     plain = accelerator.unwrap_model(model)
     is_sharded = any(hasattr(parameter, "ds_id") for parameter in plain.parameters())
@@ -479,7 +478,7 @@ def _is_averaged(optimizer: Optimizer) -> bool:
 def _owned_by(base: Optimizer, optimizer: Optimizer) -> list[Tensor]:
     """Return the tensors whose state torch's optimizer keeps.
 
-    ZeRO-3 hands them to it one after another within a step, so that its groups are empty in between.
+    ZeRO-3 passes them one after another within a step, so the optimizer's groups are empty between steps.
     """
     for wrapper in _optimizer_chain(optimizer):
         if hasattr(wrapper, "fp32_partitioned_groups_flat"):
@@ -497,8 +496,8 @@ def _optimizer_chain(optimizer: Any) -> Iterator[Any]:
 def _link_sharded_states(optimizer: Optimizer) -> None:
     """Tie every parameter to its slice of DeepSpeed's flat optimizer state.
 
-    DeepSpeed 0.19 does it once, after stepping the first parameter group, when later groups have no state yet; those
-    would stay without moments for good. Doing it again is harmless.
+    DeepSpeed 0.19 does this once, after stepping the first parameter group, when later groups have no state yet, and
+    their moments would remain inaccessible. Repeating it is harmless.
     """
     for wrapper in _optimizer_chain(optimizer):
         if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
@@ -507,12 +506,12 @@ def _link_sharded_states(optimizer: Optimizer) -> None:
 
 
 def _host_copy(tensor: Tensor) -> Tensor:
-    """Return a float32 copy in host memory that training does not touch any more."""
+    """Return a float32 copy in host memory that training does not modify."""
     return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
 def _whole_parameter(parameter: nn.Parameter) -> Tensor:
-    """Return the float32 value of a parameter, gathered where DeepSpeed shards it."""
+    """Return the float32 value of a parameter, gathered if DeepSpeed shards it."""
     if not parameter.requires_grad:
         return _whole_frozen(parameter)
     if _is_sharded(parameter):
@@ -523,7 +522,7 @@ def _whole_parameter(parameter: nn.Parameter) -> Tensor:
 
 
 def _whole_frozen(parameter: nn.Parameter) -> Tensor:
-    """Return the value of a frozen parameter as it was given, or as it is where nothing was noted."""
+    """Return the kept float32 value of a frozen parameter, or its current value if none was kept."""
     value: Tensor = parameter
     if hasattr(parameter, "ds_id"):
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
@@ -534,7 +533,7 @@ def _whole_frozen(parameter: nn.Parameter) -> Tensor:
 
 
 def _whole_moment(parameter: nn.Parameter, key: str, optimizer: Optimizer) -> Tensor:
-    """Return one Adam moment of a parameter, gathered where DeepSpeed shards it."""
+    """Return one moment of a parameter, gathered if DeepSpeed shards it."""
     if _is_sharded(parameter):
         from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -543,7 +542,7 @@ def _whole_moment(parameter: nn.Parameter, key: str, optimizer: Optimizer) -> Te
 
 
 def _set_master(parameter: nn.Parameter, value: Tensor) -> None:
-    """Set the float32 master value of a parameter that DeepSpeed shards; a plain one was loaded before."""
+    """Set the float32 master value of a parameter that DeepSpeed shards; others were loaded before."""
     if _is_sharded(parameter):
         from deepspeed.utils import safe_set_full_fp32_param
 
@@ -568,9 +567,9 @@ def _is_sharded(parameter: nn.Parameter) -> bool:
 def gather_data_state(
     before: Sequence[StreamState], own: dict[int, StreamState], packing_buffer: int, device: torch.device
 ) -> tuple[StreamState, ...]:
-    """Return the positions of all streams after a step, each rank knowing only its own."""
-    # One row per stream: whether it moved, next, how many wait, which. Only its owner fills it, so that the sum over
-    # ranks is the table; streams whose round it was not stay where they are.
+    """Return the positions of all streams after a step; each rank knows only its own."""
+    # One row per stream: whether it moved, next, number of waiting samples, waiting samples. Only its owner fills it,
+    # so the sum over ranks is the table. Streams of other rounds keep their position.
     mine = torch.zeros(len(before), 3 + packing_buffer, dtype=torch.int64)
     for stream, position in own.items():
         row = (1, position.next, len(position.waiting), *position.waiting)

@@ -1,13 +1,13 @@
-"""Writing checkpoints beside the training, whole or not at all.
+"""Asynchronous, atomic writing of checkpoints.
 
-`training/loop.py` opens one `CheckpointWriter` and calls `save` after a step. The state is copied to host memory at
-once; one thread of rank 0 writes the files while the next steps run. What it leaves, and when:
+`training/loop.py` opens one `CheckpointWriter` and calls `save` after a step. The state is copied to host memory
+immediately; a thread of rank 0 writes the files while the next steps run. Folders in order of appearance:
 
     .writing_step_00000500/   files, hashes, COMPLETE, all flushed to disk
     step_00000500/            the same folder, renamed
     .deleting_step_00000300/  more than `keep` are complete: the oldest is renamed, then deleted
 
-A process that dies leaves at most one of the two hidden folders. Nothing reads them, the next start removes them.
+A process that dies leaves at most one of the two hidden folders, which are never read; the next start removes them.
 """
 
 import json
@@ -55,17 +55,16 @@ PENDING, WRITTEN, FAILED = 0, 1, 2
 
 
 class CheckpointWriter:
-    """Saves the state of a run; `asynchronous` or not, the bytes on disk are the same.
+    """Saves the state of a run. The bytes on disk do not depend on `asynchronous`.
 
-    An asynchronous save needs host memory on rank 0 for the copy of the state, 12 bytes per parameter, until it is on
-    disk: the next save waits for the one before, so that there is never more than one copy. An error of the thread
-    is raised on every rank by the next call of `check` that finds it, of `save` or of `wait`, whichever comes first.
+    An asynchronous save needs host memory on rank 0 for one copy of the state, 12 bytes per parameter; the next save
+    waits for the previous one. An error of the thread is raised on every rank by the next `check`, `save` or `wait`.
     """
 
     def __init__(
         self, folder: Path, *, config: Mapping[str, Any], keep: int, asynchronous: bool, device: torch.device
     ) -> None:
-        """Remove what a process that died in the middle of writing left behind."""
+        """Remove unfinished folders of a process that died while writing."""
         self.folder, self.config, self.keep = folder, config, keep
         self.asynchronous, self.device = asynchronous, device
         self._is_pending = False
@@ -81,14 +80,14 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let the thread finish. Where the run ends with an error other ranks may be gone: nothing is asked of them."""
+        """Wait for the thread. If the run ends with an error, other ranks may be gone, so there is no communication."""
         if error is None:
             self.wait()
         elif self._writing is not None and (second := self._writing.exception()) is not None:
             logger.error("the last checkpoint was not written either: %s", second)
 
     def save(self, state: TrainState, model: nn.Module, optimizer: Optimizer, accelerator: Accelerator) -> None:
-        """Copy the state and have it written. Every rank must call it. Raises: CheckpointError, on every rank."""
+        """Copy the state and start writing it. Every rank must call it. Raises: CheckpointError, on every rank."""
         self.wait()
         parameters, moments = collect(model, optimizer, accelerator)
         if dist.rank() == 0:
@@ -107,7 +106,7 @@ class CheckpointWriter:
 
     def check(self) -> None:
         """Raise CheckpointError on every rank if writing failed. Every rank must call it, after each step."""
-        # All ranks know when a save began, only rank 0 when it ends: they meet only in between.
+        # All ranks know when a save begins, only rank 0 when it ends, so they communicate only while one is pending.
         if not self._is_pending:
             return
         report = PENDING
@@ -121,7 +120,7 @@ class CheckpointWriter:
             done, self._writing = self._writing, None
             done.result()
         if report == FAILED:
-            raise CheckpointError(f"{self.folder}: rank 0 could not write a checkpoint and says why")
+            raise CheckpointError(f"{self.folder}: rank 0 could not write a checkpoint; see its message")
 
 
 def write_checkpoint(
@@ -135,7 +134,7 @@ def write_checkpoint(
 ) -> Path:
     """Write the checkpoint of `state.step` under `folder`, then delete all but the newest `keep` complete ones.
 
-    Raises: CheckpointError when the disk refuses, or a value is not finite; what was written so far is removed.
+    Raises: CheckpointError if the disk fails or a value is not finite; partial files are removed.
     """
     final = folder / checkpoint_name(state.step)
     if not is_complete(final):
@@ -144,7 +143,7 @@ def write_checkpoint(
         for old in superseded(folder, final, keep):
             _delete(old)
     except OSError as error:
-        raise CheckpointError(f"{final} is whole, but an older one could not be deleted: {error}") from error
+        raise CheckpointError(f"{final} is complete, but an older one could not be deleted: {error}") from error
     return final
 
 
@@ -162,7 +161,7 @@ def _write(
         raise CheckpointError(
             f"{final}: not written: {len(broken)} tensors are not finite, among them {broken[:5]}; "
             + (f"{found.name} is the last that is. " if found else "there is no checkpoint yet. ")
-            + "Where the same command ends here again, begin a new run with a lower optim.lr, or delete that one to "
+            + "If the same command fails here again, begin a new run with a lower optim.lr, or delete that one to "
             "continue from the one before"
         )
     working = folder / f"{WRITING}{final.name}"
@@ -185,13 +184,13 @@ def _write(
         found = latest(folder)
         raise CheckpointError(
             f"{final}: not written: {error}; "
-            + (f"{found.name} is whole" if found else "no checkpoint is whole yet")
-            + ". Make room or mend the disk, then start the same command again"
+            + (f"{found.name} is complete" if found else "no checkpoint is complete yet")
+            + ". Free disk space or repair the disk, then start the same command again"
         ) from error
 
 
 def superseded(folder: Path, newest: Path, keep: int) -> list[Path]:
-    """Return the complete checkpoints that `keep` others, up to and with `newest`, make dispensable."""
+    """Return the complete checkpoints to delete: all up to and including `newest` but the last `keep`."""
     return [path for path in complete_checkpoints(folder) if step_of(path.name) <= step_of(newest.name)][:-keep]
 
 
@@ -206,7 +205,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def _delete(checkpoint: Path) -> None:
-    """Delete a checkpoint; it loses its name first, so that no half of it is ever taken for a whole."""
+    """Delete a checkpoint; it is renamed first, so a partly deleted one is never mistaken for a complete one."""
     if checkpoint.exists():
         doomed = checkpoint.with_name(f"{DELETING}{checkpoint.name}")
         remove(doomed)

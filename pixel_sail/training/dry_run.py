@@ -1,6 +1,6 @@
-"""The first step of a run for trial: everything is built as the run would build it, and nothing is written.
+"""Dry run: builds everything as the run would, makes one step and writes nothing.
 
-`scripts/train.py --dry-run` prints what `dry_run` returns, on rank 0 of as many processes as were launched:
+`scripts/train.py --dry-run` prints the result of `dry_run` on rank 0:
 
     an epoch: 2,910 samples; 1.00 of them in a sequence (standard error 0.0 %, from 1,024 samples)
     a step: 16 sequences, 16.0 samples expected
@@ -29,13 +29,13 @@ from pixel_sail.training.schedule import learning_rate
 from pixel_sail.training.step import LOGGED, SOURCE_COLUMNS, StepReport, optimizer_step
 
 SHOWN_POSITIONS = 1024
-"""Positions of the mixture that are looked at where only the answer depends on them."""
+"""Positions of the mixture that are read if the length of the run need not be measured."""
 
 
 def dry_run(config: TrainConfig) -> list[str]:
-    """Make the next step of a run and forget it; return what is to be said about it, on every rank.
+    """Make the next step of a run, discard it and return the report, on every rank.
 
-    Raises: what `training.loop.train` raises before and in its first step, and for samples it would soon come to.
+    Raises: the errors of `training.loop.train` in its first step, and those of samples it would read soon after.
     """
     check_boards(config.log)
     run = prepare(config, lock=False)
@@ -85,7 +85,7 @@ def _start_lines(config: TrainConfig, found: Path | None, num_parameters: int, n
 def _data_lines(mixture: Mixture, step_data: StepData) -> list[str]:
     sizes = ", ".join(f"{name} {len(source)}" for name, source in zip(mixture.names, mixture.sources, strict=True))
     everywhere = [skip for own in dist.gather_objects(step_data.skipped) for skip in own]
-    skipped = [f"  left out: {skip.source}, position {skip.position}: {skip.reason}" for skip in everywhere]
+    skipped = [f"  skipped: {skip.source}, position {skip.position}: {skip.reason}" for skip in everywhere]
     return [f"data: items of each source: {sizes}; {mixture.epoch_length} samples in an epoch", *skipped]
 
 
@@ -118,7 +118,7 @@ def _output_lines(config: TrainConfig, num_parameters: int, num_trained: int) ->
         f"the run would write to {Path(config.run_dir).resolve()}:",
         f"  log.jsonl, a line every {config.log.every} steps; config.json",
         f"  checkpoints/, {size:,.1f} MB each, every {every} steps and after step {config.optim.num_steps}; "
-        f"{config.checkpoint.keep} stay",
+        f"the last {config.checkpoint.keep} are kept",
         f"  export/, {4 * num_parameters / 1e6:,.1f} MB, after step {config.optim.num_steps}",
     ]
     if config.log.tensorboard:

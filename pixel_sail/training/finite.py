@@ -1,8 +1,8 @@
-"""No update from gradients that are not finite.
+"""Raises an error instead of updating weights with gradients that are not finite.
 
-`training/loop.py` makes one `GradientCheck` for the wrapped model, `training/step.py` runs every backward pass through
-it. Left alone, plain AdamW and DeepSpeed in fp32 would write NaN into every weight, and DeepSpeed in bf16 would leave
-the update out without a word:
+`training/prepare.py` creates one `GradientCheck` for the wrapped model; `training/step.py` runs every backward pass
+through it. Without it, AdamW and DeepSpeed in fp32 would write NaN into every weight, and DeepSpeed in bf16 would skip
+the update silently:
 
     step 57, loss 1.93, a gradient of rank 1 is inf  ->  NonFiniteLossError on all ranks, rank 1 names its samples
 """
@@ -23,7 +23,7 @@ class NonFiniteLossError(ExpectedError, RuntimeError):
 
 
 class GradientCheck:
-    """Sees every gradient of this rank before ranks and micro-batches are summed, whatever DeepSpeed does with it."""
+    """Checks every gradient of this rank before it is summed over ranks and micro-batches."""
 
     def __init__(self, model: nn.Module, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
@@ -33,9 +33,9 @@ class GradientCheck:
                 parameter.register_hook(self._note)
 
     def backward(self, loss: Tensor, sample_ids: Sequence[str]) -> None:
-        """Run the backward pass of a micro-batch; after the last one of a step, compare notes with the other ranks.
+        """Run the backward pass of a micro-batch; after the last one of a step, check the gradients of all ranks.
 
-        DeepSpeed makes its update at once; accelerate joins the two, so they are taken apart here.
+        Accelerate combines DeepSpeed's backward pass and update; here they are separate calls.
 
         Raises: NonFiniteLossError on every rank, before the update, naming this rank's samples where it is the cause.
         """
@@ -53,7 +53,7 @@ class GradientCheck:
             engine.step()
 
     def _note(self, gradient: Tensor) -> None:
-        # A sum is finite exactly where all of it is, and costs a twentieth of asking each element.
+        # The sum is finite if all elements are, at a twentieth of the cost of checking each.
         self._sum = self._sum + gradient.detach().sum(dtype=torch.float32)
 
     def _compare(self, sample_ids: Sequence[str]) -> None:
@@ -68,6 +68,6 @@ class GradientCheck:
 
 
 def blame(sample_ids: Sequence[str]) -> str:
-    """Return the end of the message: whether it was this rank, by what samples."""
+    """Return the end of the message: whether this rank is the cause, and its samples."""
     cause = f"holds it, among its samples {list(sample_ids)}" if sample_ids else "is not the cause"
     return f"rank {dist.rank()} {cause}; no update was made"

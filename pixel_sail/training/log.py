@@ -1,4 +1,4 @@
-"""Where progress goes: a JSON line per logged step, the terminal, TensorBoard, wandb.
+"""Logs training: a JSON line per logged step, the terminal, TensorBoard and wandb.
 
 `training/loop.py` opens one `RunLog`; on ranks other than 0 it does nothing. A line of `log.jsonl`:
 
@@ -9,12 +9,12 @@
     "refshapes/samples": 99.0, ..., "seconds": 61.3}
 
 For one version, `log.jsonl` has these numbers under their earlier keys as well (`pixel_sail/renamed.py`).
-On a terminal a bar shows them; where stderr is none, as under Slurm, each logged step is one line of the program's log:
+On a terminal a progress bar shows them. Otherwise, for example under Slurm, each logged step is one line:
 
     step 120/1650: total 1.210, bce 0.420, dice 0.680, lr 1.9e-03, grad_norm 0.90, 31,204 tokens/s, 07:12 left
     step 500/1650, refshapes_val: ciou 0.612, giou 0.701
 
-When a run continues from step S, lines after S are cut off first: those steps are made again, with the same numbers.
+When a run resumes from step S, lines after S are removed first: those steps are repeated, with the same numbers.
 """
 
 import json
@@ -45,7 +45,7 @@ TIMING_FIELDS = (
     *("perf/tokens_per_s", "perf/samples_per_s", "time/step_s", "time/data_s", "perf/mfu", "perf/memory_gb"),
     "seconds",
 )
-"""What depends on the machine: all else in a line is the same when the run is made again."""
+"""Keys that depend on the machine; all others are reproducible."""
 
 
 class RunLog:
@@ -106,12 +106,12 @@ class RunLog:
             self._wandb.log(dict(values), step=step)
 
     def take_numbers(self) -> dict[str, float]:
-        """Return, on every rank, what was logged since the last call."""
+        """Return, on every rank, the numbers logged since the last call."""
         taken, self._numbers = self._numbers, {}
         return taken
 
     def note(self, step: int, content: Mapping[str, Any]) -> None:
-        """Write one line of something else than numbers, to the JSON log alone."""
+        """Write one line with content other than numbers, to the JSON log only."""
         if self.active:
             self._write({"step": step, **content})
 
@@ -134,22 +134,22 @@ class RunLog:
 
 
 def cut_log(path: Path, last_step: int) -> None:
-    """Remove the lines after `last_step`, and an unfinished last line, from a log that is continued.
+    """Remove the lines after `last_step`, and an incomplete last line, from the log of a resumed run.
 
-    Raises: DataError for damage among the lines that stay.
+    Raises: DataError for damage in the lines that are kept.
     """
     if path.is_file():
         replace_bytes(path, b"".join(line + b"\n" for line in _kept_lines(path, last_step)))
 
 
 def lines_up_to(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """Return the lines of a log that `cut_log` keeps, under today's keys. Raises: DataError as `cut_log`."""
+    """Return the lines of a log that `cut_log` keeps, with current keys. Raises: DataError as `cut_log`."""
     kept = enumerate(_kept_lines(path, last_step), start=1)
     return [current_log_line(_log_line(path, number, line)) for number, line in kept]
 
 
 def _kept_lines(path: Path, last_step: int) -> list[bytes]:
-    """Return the lines up to the last one of `last_step` or before; what is behind it is made again."""
+    """Return the lines up to the last one of `last_step` or before; later steps are repeated."""
     lines = whole_lines(path.read_bytes()).splitlines() if path.is_file() else []
     last = 0
     for number, line in enumerate(lines, start=1):
@@ -168,7 +168,7 @@ def _log_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def check_boards(config: LogConfig) -> None:
-    """Raise ConfigError where TensorBoard or wandb is asked for and cannot be imported; call it before a run begins."""
+    """Raise ConfigError if TensorBoard or wandb is enabled but cannot be imported. Call it before a run begins."""
     wanted = {"tensorboard": config.tensorboard, "wandb": config.wandb != "disabled"}
     modules = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
     off = {"tensorboard": "log.tensorboard=false", "wandb": "log.wandb=disabled"}
@@ -177,13 +177,13 @@ def check_boards(config: LogConfig) -> None:
             import_module(modules[name])
         except ImportError as error:
             raise ConfigError(
-                f"log.{name}: {getattr(config, name)!r} asks for {name}, which cannot be imported ({error}); install "
+                f"log.{name}: {getattr(config, name)!r} needs {name}, which cannot be imported ({error}); install "
                 f"it (pip install {name}), or set {off[name]}"
             ) from error
 
 
 def _start_wandb(run_dir: Path, config: LogConfig, resolved: dict[str, Any]) -> Any:
-    """Return the wandb module with a run started, continued under the id the run folder remembers."""
+    """Start a wandb run, or resume that of the id in the run folder; return the wandb module."""
     import wandb
 
     id_file = run_dir / "wandb_id"
@@ -217,10 +217,10 @@ NUMBERS = {
     "optim/lr": ".1e",
     "optim/grad_norm": ".2f",
 }
-"""Numbers of a plain line, where they stand without their group, and their format."""
+"""Numbers of a plain line, printed without their group, and their formats."""
 
 SCORES = ("ciou", "giou")
-"""Scores of a validation that are shown."""
+"""Validation scores that are shown."""
 
 
 class ProgressBar:
@@ -244,7 +244,7 @@ class ProgressBar:
             self._bar.update()
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        """Show one line of numbers, of a training step or of a validation."""
+        """Show the numbers of a training step or a validation."""
         if not self.shown:
             return
         is_training = "loss/total" in values
@@ -264,7 +264,7 @@ class ProgressBar:
             self._bar.write(validation_line(step, self.steps, values), file=sys.stderr)
 
     def seconds_left(self, step: int) -> float:
-        """Return how long the rest of the run takes if it goes on like this session, validations included."""
+        """Return the estimated remaining time at the average speed of this session, validations included."""
         return (time.monotonic() - self.started) / max(step - self.start, 1) * (self.steps - step)
 
     def close(self) -> None:

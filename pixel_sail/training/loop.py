@@ -1,7 +1,6 @@
-"""The run, top to bottom.
+"""The training loop.
 
-`scripts/train.py` calls `train` with a checked config and a function that scores the model; everything it does with
-them is on this page, the verbs are the other files of this folder.
+`scripts/train.py` calls `train` with a validated config and a function that evaluates the model.
 
     scripts/train.py experiment=quickstart  ->  runs/quickstart/{config.json, log.jsonl, checkpoints/, export/}
 """
@@ -43,10 +42,10 @@ Evaluate = Callable[[PixelSailForSegmentation, PixelSailProcessor, int, RunLog],
 
 
 def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
-    """Run training, continuing from the last complete checkpoint if the run folder has one; return the exported folder.
+    """Train a model, resuming from the last complete checkpoint if the run folder has one; return the exported folder.
 
-    Raises: ConfigError, DataError and CheckpointError before the first step; NonFiniteLossError in mid-run;
-    RequeueRun and MetricOutOfBoundsError after a checkpoint, where a signal or a bound asked for it.
+    Raises: ConfigError, DataError and CheckpointError before the first step; NonFiniteLossError during the run;
+    RequeueRun and MetricOutOfBoundsError after a checkpoint, for a signal or a violated bound.
     """
     check_boards(config.log)
     run = prepare(config, lock=True)
@@ -95,7 +94,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
                 writer.save(state, run.model, run.optimizer, run.accelerator)
             if is_preempted:
                 writer.wait()
-                raise RequeueRun(f"preempted after step {state.step}, which is saved; the same command goes on")
+                raise RequeueRun(f"preempted after step {state.step}, which is saved; run the same command to resume")
             if evaluate is not None and due(state.step, config.validation.every):
                 watchdog.begin_other("validating")
                 validate(run, evaluate, state.step, log)
@@ -114,7 +113,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
 
 
 def write_config(run: Run) -> None:
-    """Write the resolved configuration into the run folder, and add what this start of the run is made with."""
+    """Write the resolved configuration into the run folder, and record code, machine and packages of this start."""
     if dist.rank() == 0:
         replace_text(run.run_dir / "config.json", json.dumps(asdict(run.config), indent=1) + "\n")
         now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -123,9 +122,9 @@ def write_config(run: Run) -> None:
 
 
 def update(run: Run, done: int, now: StepData, streams: Sequence[StreamState], writer: CheckpointWriter) -> StepReport:
-    """Make the step after `done` steps, `streams` being where the data stands behind it.
+    """Make the step after `done` steps; `streams` are the data positions after it.
 
-    Raises: NonFiniteLossError, or RequeueRun where the run may go back and past this data.
+    Raises: NonFiniteLossError, or RequeueRun if the run may roll back and skip this data.
     """
     config = run.config
     try:
@@ -142,12 +141,12 @@ def update(run: Run, done: int, now: StepData, streams: Sequence[StreamState], w
         )
     except NonFiniteLossError as error:
         writer.wait()
-        told = error
+        reported = error
         if dist.rank() == 0:
-            told = NonFiniteLossError(f"{error}; {checkpoint.condition(checkpoint.latest(run.checkpoints))}")
+            reported = NonFiniteLossError(f"{error}; {checkpoint.condition(checkpoint.latest(run.checkpoints))}")
         raise rollback(
             run.run_dir,
-            told,
+            reported,
             from_step=checkpoint.latest_step(run.checkpoints),
             failed_step=done + 1,
             streams=streams,
@@ -161,7 +160,7 @@ def update(run: Run, done: int, now: StepData, streams: Sequence[StreamState], w
 def advanced(
     run: Run, state: TrainState, now: StepData, streams: tuple[StreamState, ...], report: StepReport
 ) -> TrainState:
-    """Return where the run stands after a step, samples that were left out counted and written down."""
+    """Return the state after a step; skipped samples are counted and recorded."""
     num_skipped = record_skipped(
         run.run_dir,
         now.skipped,
@@ -186,12 +185,12 @@ def log_line(run: Run, state: TrainState, report: StepReport, perf: PerfMetrics)
 
 
 def due(step: int, every: int) -> bool:
-    """Return whether something that happens every `every` steps (0: never) happens after this one."""
+    """Return whether an action with period `every` (0: never) is due after this step."""
     return every > 0 and step % every == 0
 
 
 def validate(run: Run, evaluate: Evaluate, step: int, log: RunLog) -> None:
-    """Score the model as it is and go back to training."""
+    """Evaluate the current model, then switch it back to training mode."""
     plain = checkpoint.plain_copy(run.model, run.optimizer, run.accelerator).eval()
     with torch.no_grad():
         evaluate(plain, run.processor, step, log)

@@ -1,13 +1,13 @@
-"""Where the numbers of a run are expected, judged while it runs.
+"""Metric bounds: checks logged metrics against intervals during the run.
 
-`training/loop.py` shows every step's logged numbers to one `MetricBounds`. A bound is judged once, by the first value
-at its step or later:
+`training/loop.py` passes every step's logged metrics to one `MetricBounds`. A bound is checked once, with the first
+value at or after its step:
 
     metric_bounds.early_loss: {metric: loss/total, after: 400, high: 1.6}
     step 400, loss/total 2.31  ->  a warning, and in the log {"step": 400, "metric_bounds": {"early_loss": "..."}}
 
-With `action: stop` the step is saved and the run ends. Started again, it ends again by the same line of its log, until
-the bound is changed.
+With `action: stop` a checkpoint is saved and the run exits. A restart exits again, because of the same line of its log,
+until the bound is changed.
 """
 
 import logging
@@ -24,16 +24,16 @@ logger = logging.getLogger(__name__)
 
 
 class MetricOutOfBoundsError(ExpectedError, RuntimeError):
-    """A number of the run is not where it was expected, and its bound says stop."""
+    """A metric violates a bound with `action: stop`."""
 
 
 class MetricBounds:
-    """The bounds of a run. Every rank has them and sees the same numbers."""
+    """The bounds of a run. Every rank checks the same metrics."""
 
     def __init__(self, bounds: Mapping[str, MetricBoundConfig], log_file: Path, *, start: int) -> None:
-        """`log_file`: of a run that goes on after step `start`; what it holds is judged already.
+        """`log_file`: log of a run that resumes after step `start`; its lines count as checked.
 
-        Every rank must call it. Raises: MetricOutOfBoundsError where that ended the run before.
+        Every rank must call it. Raises: MetricOutOfBoundsError if one of them ended the run.
         """
         self._bounds = dict(bounds)
         self._open = dict(bounds)
@@ -44,11 +44,11 @@ class MetricBounds:
             stop = self._stop(self._judge(line["step"], line))
             if stop is not None:
                 raise MetricOutOfBoundsError(
-                    f"{stop}. That ended the run before; change the bound, set its action to warn, or begin a new run"
+                    f"{stop}. This ended the run; change the bound, set its action to warn, or begin a new run"
                 )
 
     def judge(self, step: int, log: RunLog) -> str | None:
-        """Judge the numbers logged since the last call; return the finding that ends the run, None to go on."""
+        """Check the metrics logged since the last call; return the finding that ends the run, None to continue."""
         findings = self._judge(step, log.take_numbers())
         if findings:
             log.note(step, {"metric_bounds": findings})
@@ -58,13 +58,13 @@ class MetricBounds:
         return self._stop(findings)
 
     def finish(self, step: int) -> None:
-        """Say which bounds never met their number."""
+        """Warn of bounds whose metric was never logged."""
         for name, bound in self._open.items():
             if bound.after <= step and dist.rank() == 0:
-                logger.warning("metric_bounds.%s was not judged: no %s was logged", name, bound.metric)
+                logger.warning("metric_bounds.%s was not checked: no %s was logged", name, bound.metric)
 
     def _judge(self, step: int, numbers: Mapping[str, Any]) -> dict[str, str]:
-        """Return, by bound, what is wrong with the numbers of a step; bounds that were judged are done with."""
+        """Return the violations of a step by bound; checked bounds are removed from the open ones."""
         findings = {}
         for name, bound in list(self._open.items()):
             if step < bound.after or bound.metric not in numbers:

@@ -1,15 +1,15 @@
-"""What a log line says beside the losses of its step: how fast the run is, what it takes, what each source gave.
+"""Metrics of a log line besides the losses: throughput, memory, and counts and losses per source.
 
-`training/loop.py` tells `PerfMetrics` when a step begins, has its data and is done, adds every step's
-`StepReport.by_source`, and asks for the numbers of a log line. They cover all steps since the last line:
+`training/loop.py` calls `PerfMetrics` when a step begins, has its data and is done, adds every step's
+`StepReport.by_source`, and reads the metrics of a log line. They cover all steps since the last line:
 
     {"perf/tokens_per_s": 31200.0, "perf/samples_per_s": 24.1, "time/step_s": 0.412, "time/data_s": 0.003,
      "perf/mfu": 0.31, "perf/memory_gb": 61.2}
     {"refcoco/samples": 310, "refcoco/tokens": 9920, "refcoco/masks": 1550, "refcoco/text": 0.12, "refcoco/bce": 0.31}
     skipped.jsonl: {"source": "osprey_short_form", "position": 18220, "reason": "...: no such image file; ..."}
 
-Only `read` talks to other ranks, in one sum of four numbers per rank, and nothing here waits for a GPU: a step has
-ended by itself when its losses are read. Checkpoints and validation lie between steps and are not timed.
+Only `read` communicates with other ranks, in one sum of four numbers per rank. Nothing here waits for a GPU, as reading
+a step's losses already does. Checkpoints and validation are not timed.
 """
 
 import json
@@ -43,8 +43,8 @@ PEAK_TFLOPS = (
     (r"\bL40S\b", 362.0),
     (r"\bRTX 4090$", 165.0),
 )
-"""Name of a GPU as torch tells it, first match wins, and its dense bf16 products with float32 sums, from the vendor's
-data sheets."""
+"""Pattern of a GPU's name in torch (first match wins), and its dense bf16 TFLOP/s with float32 accumulation, from the
+vendor's data sheets."""
 
 
 class PerfMetrics:
@@ -69,11 +69,11 @@ class PerfMetrics:
         self._tokens, self._samples = 0, 0
 
     def step_begins(self) -> None:
-        """Start the clock, before the step's data is asked for."""
+        """Start the clock, before the step's data is requested."""
         self._begun = time.perf_counter()
 
     def data_is_here(self) -> None:
-        """Note how long the data took."""
+        """Record the time spent waiting for data."""
         self._waited += time.perf_counter() - self._begun
 
     def step_done(self, batches: Sequence[Batch], *, tokens: int, samples: int) -> None:
@@ -86,7 +86,7 @@ class PerfMetrics:
         self._seconds += time.perf_counter() - self._begun
 
     def read(self) -> dict[str, float]:
-        """Return the numbers of the steps since the last call; every rank must call it, after at least one step."""
+        """Return the metrics of the steps since the last call; every rank must call it, after at least one step."""
         own = (self._waited, peak_memory_bytes(self.device), self._flops, self.peak_flops)
         numbers = perf_numbers(
             _of_all_ranks(own, self.device),
@@ -100,10 +100,10 @@ class PerfMetrics:
 
 
 def perf_numbers(ranks_R4: Tensor, *, steps: int, seconds: float, tokens: int, samples: int) -> dict[str, float]:
-    """Return the numbers of a log line.
+    """Return the performance metrics of a log line.
 
-    ranks_R4: float64, for each rank its seconds of waiting for data, peak bytes, operations, and peak operations per
-    second (0: not known). `seconds` is the time of all steps; tokens and samples are those of all ranks.
+    ranks_R4: float64, for each rank the seconds of waiting for data, peak bytes, FLOPs, and peak FLOP/s (0: unknown).
+    `seconds` is the time of all steps; tokens and samples are those of all ranks.
     """
     waited_R, bytes_R, flops_R, peak_R = ranks_R4.T
     numbers = {
@@ -127,20 +127,20 @@ def _of_all_ranks(own: Sequence[float], device: torch.device) -> Tensor:
 
 
 def device_peak_tflops(device: torch.device) -> float:
-    """Return the bf16 TFLOP/s of this GPU, 0 where they are not known and on a CPU."""
+    """Return the peak bf16 TFLOP/s of this GPU, 0 if unknown and on a CPU."""
     return named_peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else 0.0
 
 
 def named_peak_tflops(name: str) -> float:
-    """Return the bf16 TFLOP/s of a GPU of this name, 0 where they are not known."""
+    """Return the peak bf16 TFLOP/s of a GPU with this name, 0 if unknown."""
     return next((peak for pattern, peak in PEAK_TFLOPS if re.search(pattern, name)), 0.0)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most bytes held so far: by tensors on this GPU, by this process (resident) on a CPU."""
+    """Return the peak memory so far: of tensors on a GPU, of this process (resident) on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Not getrusage: its peak is inherited from the process that started this one.
+    # Not getrusage, whose peak is inherited from the parent process.
     status = Path("/proc/self/status").read_text()
     (kib,) = re.findall(r"^VmHWM:\s+(\d+) kB$", status, flags=re.MULTILINE)
     return int(kib) * 1024
@@ -175,10 +175,10 @@ def record_skipped(
     max_fraction: float,
     device: torch.device,
 ) -> int:
-    """Write this step's left-out samples of all ranks to skipped.jsonl; return how many the run has left out so far.
+    """Write this step's skipped samples of all ranks to skipped.jsonl; return how many the run has skipped so far.
 
-    Raises: DataError, on every rank, when that is more than `max_fraction` of the mixture up to `position`, or of
-    one epoch if that is longer.
+    Raises: DataError, on every rank, if these are more than `max_fraction` of the mixture up to `position`, or of one
+    epoch if that is longer.
     """
     new = int(dist.sum_over_ranks(torch.tensor(len(own), device=device)))
     if new == 0:
@@ -190,8 +190,8 @@ def record_skipped(
     if total > allowed_skips(mixture, position, max_fraction):
         counts = dict(Counter(skip.source for skip in everyone))
         raise DataError(
-            f"data: {total} samples left out by position {position} of the mixture, expected at most a fraction of "
-            f"{max_fraction} (data.max_skipped_fraction); {run_dir / SKIPPED_FILE} names them, the last are {counts}: "
+            f"data: {total} samples skipped by position {position} of the mixture, expected at most a fraction of "
+            f"{max_fraction} (data.max_skipped_fraction); {run_dir / SKIPPED_FILE} lists them, the last are {counts}: "
             f"{everyone[-1].reason}"
         )
     return total

@@ -1,15 +1,15 @@
-"""Muon for the matrices that `roles.py` names, AdamW for everything else, as one optimizer.
+"""One optimizer that uses Muon for the matrices listed in `roles.py` and AdamW for all other parameters.
 
-`optim.py` builds it in place of AdamW; groups marked `ORTHOGONAL` are Muon's. Its update is that of
-`torch.optim.Muon(nesterov=True, adjust_lr_fn="match_rms_adamw")`: an average of the gradients whose singular values are
-all brought near 1 (0.7 .. 1.2), times 0.2 sqrt(longer side), which makes its entries as large as AdamW's are.
+`optim.py` builds it instead of AdamW; groups marked `ORTHOGONAL` use Muon. The update is that of
+`torch.optim.Muon(nesterov=True, adjust_lr_fn="match_rms_adamw")`: the momentum with all singular values near 1
+(0.7 .. 1.2), times 0.2 sqrt(longer side), which matches the RMS of AdamW's updates.
 
     gradient [64, 256] -> momentum -> orthogonal [64, 256], every entry about 1/16 -> x 0.2 sqrt(256) -> about 0.2
 
-A weight with more than two axes is the matrix of its first against all others. Without ZeRO, and in its stage 0, the
-optimizer holds whole weights. In stage 1 and 2 it holds this rank's cut of each group, laid out flat: momentum is kept
-cut, gathered once per step, and a rank orthogonalises the matrices that its cut touches. The gradients are clipped
-before, as those of AdamW.
+A weight with more than two axes is flattened to a matrix, first axis against all others. Without ZeRO and in stage 0
+the optimizer holds whole weights. In stages 1 and 2 it holds this rank's shard of each flattened group: the momentum is
+sharded, gathered once per step, and each rank orthogonalizes the matrices that overlap its shard. Gradients are clipped
+before, as for AdamW.
 """
 
 import math
@@ -28,23 +28,23 @@ MOMENTUM = "momentum_buffer"
 """Name of Muon's only state, as in torch."""
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic Newton-Schulz step by Keller Jordan, as in torch: fast, and only near 1."""
+"""Coefficients of Keller Jordan's quintic Newton-Schulz iteration, as in torch: fast and approximate."""
 
 SMALLEST_NORM = 1e-7
 STACK_ELEMENTS = 64 * 2**20
-"""Numbers that one product of stacked matrices takes at most, unless a single matrix has more."""
+"""Maximum elements in a stack of matrices, unless a single matrix has more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlatLayout:
-    """Where the weights of a group lie in the row that ZeRO makes of them, for example two of [2, 3] at 0 and 8."""
+    """Offsets of a group's weights in ZeRO's flat buffer, for example two of shape [2, 3] at 0 and 8."""
 
     shapes: tuple[torch.Size, ...]
     starts: tuple[int, ...]
     ranks: Any
-    """The process group among whose ranks the row is cut into equal parts."""
+    """Process group over whose ranks the buffer is sharded equally."""
     device: torch.device
-    """Of the weights; the row itself may be offloaded."""
+    """Device of the weights; the buffer itself may be offloaded."""
 
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:
@@ -53,17 +53,17 @@ def matrix_shape(shape: torch.Size) -> tuple[int, int]:
 
 
 def working_dtype(device: torch.device) -> torch.dtype:
-    """Return what Newton-Schulz computes in: bfloat16 suffices, and a CPU gains nothing from it."""
+    """Return the dtype of Newton-Schulz: bfloat16 suffices, but is not faster on a CPU."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def update_scale(shape: torch.Size) -> float:
-    """Return the factor that makes an orthogonal matrix as large as an update of AdamW (match_rms_adamw)."""
+    """Return the factor that scales an orthogonal matrix to the RMS of AdamW's updates (match_rms_adamw)."""
     return 0.2 * math.sqrt(max(matrix_shape(shape)))
 
 
 def orthogonal(stack_KRC: Tensor, num_steps: int) -> Tensor:
-    """Return matrices of the same singular vectors as those of the stack, singular values near 1."""
+    """Return matrices with the singular vectors of the given ones and singular values near 1."""
     a, b, c = COEFFICIENTS
     is_tall = stack_KRC.shape[1] > stack_KRC.shape[2]
     x = stack_KRC.mT if is_tall else stack_KRC
@@ -75,7 +75,7 @@ def orthogonal(stack_KRC: Tensor, num_steps: int) -> Tensor:
 
 
 def orthogonal_all(matrices: Sequence[Tensor], num_steps: int) -> list[Tensor]:
-    """Return the orthogonal matrix of each, those of equal shape computed together."""
+    """Return the orthogonalized matrices; those of equal shape are computed as a batch."""
     alike: dict[torch.Size, list[int]] = {}
     for index, matrix in enumerate(matrices):
         alike.setdefault(matrix.shape, []).append(index)
@@ -89,11 +89,11 @@ def orthogonal_all(matrices: Sequence[Tensor], num_steps: int) -> list[Tensor]:
 
 
 class MuonAdamW(AdamW):
-    """AdamW, bit for bit, for the groups that are not `ORTHOGONAL`; those need `momentum` and `ns_steps`."""
+    """AdamW, bit for bit, for groups that are not `ORTHOGONAL`; groups that are need `momentum` and `ns_steps`."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Make one update. ZeRO calls it once per group, with only that one in `param_groups`."""
+        """Make one update. ZeRO calls it once per group, with only that group in `param_groups`."""
         groups = self.param_groups
         try:
             self.param_groups = [group for group in groups if not group[ORTHOGONAL]]
@@ -136,7 +136,7 @@ class MuonAdamW(AdamW):
         cut.add_(update, alpha=-group["lr"])
 
     def _smoothed(self, weight: Tensor, group: dict[str, Any]) -> Tensor:
-        """Take the gradient into the momentum; return their Nesterov mean."""
+        """Update the momentum with the gradient; return the Nesterov average."""
         assert weight.grad is not None
         state = self.state[weight]
         if MOMENTUM not in state:
@@ -147,7 +147,7 @@ class MuonAdamW(AdamW):
 
 
 def _gathered(cut: Tensor, layout: FlatLayout) -> tuple[Tensor, int]:
-    """Return the row that a rank's cut is a part of, as Newton-Schulz takes it, and where the cut begins."""
+    """Return the gathered buffer in the dtype of Newton-Schulz, and the offset of this rank's shard."""
     own = cut.to(layout.device, working_dtype(layout.device))
     whole = own.new_empty(len(own) * distributed.get_world_size(layout.ranks))
     distributed.all_gather_into_tensor(whole, own, group=layout.ranks)
@@ -155,18 +155,18 @@ def _gathered(cut: Tensor, layout: FlatLayout) -> tuple[Tensor, int]:
 
 
 def mark(weights: Iterable[Tensor]) -> None:
-    """Note on tensors that Muon keeps their state."""
+    """Mark tensors whose state belongs to Muon."""
     for weight in weights:
         setattr(weight, ORTHOGONAL, True)
 
 
 def is_marked(weight: Tensor) -> bool:
-    """Return whether Muon keeps the state of a tensor."""
+    """Return whether a tensor's state belongs to Muon."""
     return getattr(weight, ORTHOGONAL, False)
 
 
 def find_layouts(optimizer: Optimizer) -> None:
-    """Tell Muon where its weights lie, after DeepSpeed has put them into rows (stage 1 and 2 of DeepSpeed 0.19)."""
+    """Set the layouts of Muon's groups after DeepSpeed flattened them (stages 1 and 2 of DeepSpeed 0.19)."""
     wrapper: Any = optimizer
     while not hasattr(wrapper, "round_robin_bit16_groups") and hasattr(wrapper, "optimizer"):
         wrapper = wrapper.optimizer

@@ -1,13 +1,13 @@
-"""The optimizer with parameter groups that are proved to cover every trained parameter exactly once.
+"""Builds the optimizer. Its parameter groups contain every trained parameter exactly once, which is asserted.
 
-`training/loop.py` builds it before DeepSpeed takes over. `optim.groups` sorts the parameters by name; within a group
-matrices decay, everything with one axis (norms, biases) and the token embedding does not - unless `optim.decay_all`
-asks for the released behaviour. Frozen groups get no gradient and no optimizer state. For example
+`training/prepare.py` calls it before DeepSpeed wraps the model. `optim.groups` assigns parameters by name. Within a
+group, matrices have weight decay; parameters with one axis (norms, biases) and the token embedding have none, unless
+`optim.decay_all` selects the released behavior. Frozen groups have no gradient and no optimizer state. For example
 
     {"adapters": GroupConfig(match=[".*lora"], lr_scale=5.0), "decoder": GroupConfig(match=["decoder"], frozen=True)}
 
-gives the groups adapters (5 x the learning rate) and default (what is neither), each with and without decay. With
-`optim.optimizer=muon` the weights that `roles.py` names leave their group for one beside it, such as default.muon.
+gives the groups adapters (5 x the learning rate) and default (all others), each with and without decay. With
+`optim.optimizer=muon` the weights listed in `roles.py` form a separate group, for example default.muon.
 """
 
 import logging
@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 
 
 def group_of_parameters(model: nn.Module, groups: Mapping[str, GroupConfig]) -> dict[str, str]:
-    """Return the group of every parameter by name: the first that matches it, else the default group.
+    """Return the group of every parameter by name: the first that matches, else the default group.
 
-    Raises: ConfigError when a pattern matches nothing, or a group gets nothing.
+    Raises: ConfigError if a pattern matches no parameter or a group is empty.
     """
     names = [name for name, _ in model.named_parameters()]
     group_of: dict[str, str] = {}
@@ -48,7 +48,7 @@ def group_of_parameters(model: nn.Module, groups: Mapping[str, GroupConfig]) -> 
 
 
 def freeze(model: nn.Module, config: OptimConfig) -> None:
-    """Switch off the gradients of frozen groups. Raises: ConfigError when nothing is left to train."""
+    """Disable gradients of frozen groups. Raises: ConfigError if no parameter is left to train."""
     for name, group in group_of_parameters(model, config.groups).items():
         if group != DEFAULT_GROUP and config.groups[group].frozen:
             model.get_parameter(name).requires_grad_(False)
@@ -57,7 +57,7 @@ def freeze(model: nn.Module, config: OptimConfig) -> None:
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Return the optimizer's groups; every parameter that has a gradient is in exactly one."""
+    """Return the optimizer's groups; every parameter with a gradient is in exactly one."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     group_of = group_of_parameters(model, config.groups)
     is_muon = config.optimizer == "muon"
@@ -89,14 +89,14 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 
 
 def muon_settings(settings: Mapping[str, Any], config: OptimConfig) -> dict[str, Any]:
-    """Return the settings of a group's part that gets orthogonal updates, from those of its other parts."""
+    """Return the settings of a group's Muon part, derived from those of its other parts."""
     muon = config.muon
     own = {"name": f"{settings['name']}.muon", "lr_scale": settings["lr_scale"] * muon.lr_scale}
     return own | {ORTHOGONAL: True, "momentum": muon.momentum, "ns_steps": muon.ns_steps}
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
-    """Return the optimizer of what is not frozen; `set_learning_rate` sets the rate of every step."""
+    """Return the optimizer of the parameters that are not frozen; `set_learning_rate` sets the rate of every step."""
     freeze(model, config)
     groups = parameter_groups(model, config)
     for group in groups if dist.rank() == 0 else ():
@@ -110,7 +110,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> dict[str, float]:
-    """Set every group's rate to its multiple of the schedule's; return both for the log."""
+    """Set every group's learning rate to `lr` times its scale; return the rates for the log."""
     rates = {"optim/lr": lr}
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]

@@ -1,13 +1,13 @@
-"""Preemption, the end of a run from outside: a scheduler's signal becomes a checkpoint and an exit status.
+"""Preemption: a signal of the scheduler leads to a checkpoint and an exit status that requests a restart.
 
-`training/loop.py` asks after every step whether any rank was told to stop; `scripts/train.py` ends with
+`training/loop.py` checks after every step whether any rank received a signal; `scripts/train.py` exits with
 `REQUEUE_STATUS`. Slurm sends SIGUSR1 before the time limit, to every process of a job step:
 
     09:58:00 SIGUSR1 to rank 3 -> step 4,711 ends -> all ranks save -> "preempted after step 4711" -> status 85
 
-SIGUSR2, which submitit has Slurm send to every process of a job, does the same; data workers only write their stacks.
-SIGTERM does the same where it is sent to the training processes alone. PyTorch's data workers end at a SIGTERM of their
-own and take the run with them; it then goes on from the last complete checkpoint.
+SIGUSR2, which submitit lets Slurm send to every process of a job, has the same effect; data workers only write their
+stacks. SIGTERM has the same effect if only the training processes receive it. PyTorch's data workers exit on SIGTERM,
+which ends the run; it then resumes from the last complete checkpoint.
 """
 
 import signal
@@ -19,23 +19,23 @@ from torch import distributed
 from pixel_sail.errors import ExpectedError
 
 REQUEUE_STATUS = 85
-"""Exit status that means: saved, start me again. `scripts/slurm/train.sbatch` goes by it."""
+"""Exit status of a saved run that requests a restart; used by `scripts/slurm/train.sbatch`."""
 
 STALLED_STATUS = 86
-"""Exit status that means: a process stood still or was lost; the run goes on from its last checkpoint."""
+"""Exit status after a process stalled or was lost; a restart resumes from the last checkpoint."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class RequeueRun(ExpectedError, RuntimeError):
-    """The run ended to be started again: a signal asked for it and its last step is saved, or it goes back and past the
-    data it broke down on."""
+    """The run exits to be restarted: after a signal, with its last step saved, or for a rollback that skips the data of
+    a failed step."""
 
     status = REQUEUE_STATUS
 
 
 class LostPeer(ExpectedError, RuntimeError):
-    """Another process of the run was lost, or says nothing any more."""
+    """Another process of the run was lost or does not respond."""
 
     status = STALLED_STATUS
 
@@ -45,10 +45,9 @@ class LostWorker(LostPeer):
 
 
 class PreemptionSignals:
-    """Notes SIGTERM, SIGUSR1 and SIGUSR2 instead of dying of them. Must be made before any data worker is started.
+    """Records SIGTERM, SIGUSR1 and SIGUSR2 instead of dying. Construct before starting data workers.
 
-    Signals are ignored at first and noted from `listen` on: processes that start in between, the data workers and what
-    starts them, inherit that they ignore signals, which are meant for the training process alone.
+    Signals are ignored until `listen()`, so that data workers inherit ignoring signals meant for the training process.
     """
 
     def __init__(self) -> None:
@@ -56,12 +55,12 @@ class PreemptionSignals:
         self._before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
 
     def listen(self) -> None:
-        """Note signals from now on."""
+        """Record signals from now on."""
         for number in SIGNALS:
             signal.signal(number, self._note)
 
     def anywhere(self, device: torch.device) -> bool:
-        """Return on every rank whether any rank noted a signal; every rank must call it."""
+        """Return on every rank whether any rank recorded a signal; every rank must call it."""
         if not (distributed.is_initialized() and distributed.get_world_size() > 1):
             return self.is_noted
         noted = torch.tensor([int(self.is_noted)], device=device)
@@ -69,7 +68,7 @@ class PreemptionSignals:
         return bool(noted.item())
 
     def restore(self) -> None:
-        """Put back what was there before."""
+        """Restore the previous signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

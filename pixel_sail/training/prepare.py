@@ -1,7 +1,6 @@
-"""Everything a run has before its next step.
+"""Builds model, data and optimizer of a run and restores its last checkpoint.
 
-`prepare` builds what the configuration names and brings it to where the last checkpoint stands; `training/loop.py`
-makes steps with the `Run` it returns, `training/dry_run.py` a single one. For example
+`training/loop.py` makes steps with the `Run` that `prepare` returns, `training/dry_run.py` a single step. For example
 
     Run(state=TrainState(step=500, ...), found=Path("runs/mine/checkpoints/step_00000500"), num_trained=1_214_464, ...)
 """
@@ -49,33 +48,33 @@ FREE_KEYS = (
     *("log", "checkpoint", "validation", "predict", "evals", "paths", "run_dir", "name", "deepspeed"),
     *("allow_random_teachers", "watchdog", "metric_bounds", "kernels"),
 )
-"""Groups that may change between the sessions of one run without changing its numbers."""
+"""Groups that may change between the sessions of a run, as they do not affect its results."""
 
 FREE_DATA_KEYS = ("num_workers", "micro_batch_size", "planned_samples")
-"""The same within `data`: how the work is shared out and planned, not what it is."""
+"""The same within `data`: they only affect how work is distributed and planned."""
 
 FREE_OPTIM_KEYS = ("activation_checkpointing",)
-"""The same within `optim`: a run that ran out of memory may go on with it."""
+"""The same within `optim`, so that a run that ran out of memory can resume with checkpointing."""
 
 SCHEDULE_KEYS = ("steps", "warmup_fraction", "decay_fraction", "final_lr")
-"""The same within `optim` while `schedule=wsd` is stable: what came before does not depend on them."""
+"""The same within `optim` during the stable phase of `schedule=wsd`: earlier steps do not depend on them."""
 
 SINGLE_VALUES = (bool, int, float, str)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What the steps of a run are made with, on one rank."""
+    """Everything that the training steps of a run need on one rank."""
 
     config: TrainConfig
-    """With the steps of the run and the sequences of a step, where it was asked for passes or samples."""
+    """Configuration, with steps and sequences per step resolved from epochs or samples per step."""
     length: Length | None
-    """As it was measured; None where the configuration or a checkpoint states it."""
+    """Measured length; None if the configuration or a checkpoint states it."""
     run_dir: Path
     lock: RunLock | None
     accelerator: Accelerator
     model: Any
-    """As the accelerator wrapped it."""
+    """Model as wrapped by the accelerator."""
     optimizer: Any
     gradients: GradientCheck
     processor: PixelSailProcessor
@@ -83,11 +82,11 @@ class Run:
     assignment: StreamAssignment
     distillation: Distillation | None
     identity: dict[str, Any]
-    """What a continued run must not change."""
+    """Configuration and data fingerprint that must not change when a run resumes."""
     state: TrainState
-    """Where the run stands before its next step."""
+    """State before the next step."""
     found: Path | None
-    """The checkpoint it goes on from."""
+    """Checkpoint from which the run resumes."""
     num_parameters: int
     num_trained: int
 
@@ -103,7 +102,7 @@ class Run:
 
 
 def prepare(config: TrainConfig, *, lock: bool) -> Run:
-    """Build a run. `lock`: keep its folder for this process, see training/run_lock.py.
+    """Build a run. `lock`: lock its folder for this process, see training/run_lock.py.
 
     Raises: ConfigError, DataError and CheckpointError.
     """
@@ -113,9 +112,9 @@ def prepare(config: TrainConfig, *, lock: bool) -> Run:
     if found is not None:
         config = with_saved_length(config, found)
     if config.data.global_batch_size is not None:
-        # What cannot be shared out evenly is said before anything is loaded.
+        # Raise for an uneven distribution before loading anything.
         stream_assignment(config.data)
-    # Teachers and model before the accelerator: once it knows of ZeRO-3, whatever Hugging Face loads is sharded.
+    # Teachers and model come before the accelerator: with ZeRO-3 it shards every model that Hugging Face loads.
     distillation = build_distillation(config)
     distill_terms = distillation.terms if distillation is not None else ()
     model, processor = build_model(config.model, seed=config.seed, teachers=config.distillation)
@@ -137,9 +136,7 @@ def prepare(config: TrainConfig, *, lock: bool) -> Run:
     saved = None
     if found is not None:
         if config.checkpoint.resume == "never":
-            raise ConfigError(
-                f"run_dir {run_dir} holds {found.name}, but checkpoint.resume=never; choose another run_dir"
-            )
+            raise ConfigError(f"run_dir {run_dir} holds {found.name}, but checkpoint.resume=never; use another run_dir")
         allowed = config.checkpoint.allow_changed_data
         defaults, free = identity_defaults(config), free_schedule_keys(config.optim, found)
         state, *saved = checkpoint.read(found, identity, defaults=defaults, free=free, allow_changed_data=allowed)
@@ -147,7 +144,7 @@ def prepare(config: TrainConfig, *, lock: bool) -> Run:
         checkpoint.load_parameters(model, saved[0])
         logger.info("continuing from %s", found)
         if (before := name_of_run(run_dir)) not in (None, config.name):
-            logger.warning("%s is the run %r, which goes on under the name %r", run_dir, before, config.name)
+            logger.warning("%s is the run %r, now called %r", run_dir, before, config.name)
     state = behind_rollbacks(run_dir, state)
     model.use(config.kernels, config.optim.activation_checkpointing)
     own_optimizer = build_optimizer(model, config.optim)
@@ -186,8 +183,8 @@ def prepare(config: TrainConfig, *, lock: bool) -> Run:
 
 
 def with_saved_length(config: TrainConfig, found: Path) -> TrainConfig:
-    """Return the configuration with the numbers of a run that was asked for passes, or for samples of a step, as its
-    checkpoint has them: they stay, on other processes and with other data too. Raises: CheckpointError."""
+    """Return the configuration with steps and sequences per step of the checkpoint, if they were measured. They stay
+    fixed, even with other data or another number of processes. Raises: CheckpointError."""
     if not needs_measured_length(config):
         return config
     saved = checkpoint.saved_config(found)
@@ -197,9 +194,9 @@ def with_saved_length(config: TrainConfig, found: Path) -> TrainConfig:
         group = dist.launched_world_size() * config.data.micro_batch_size
         if global_batch_size % group:
             raise ConfigError(
-                f"{found}: a step of this run has {global_batch_size} sequences, found when it began for "
-                f"data.samples_per_step={config.data.samples_per_step}; they cannot be shared out evenly over "
-                f"{group} (processes x data.micro_batch_size). Go on with a number of processes that divides them"
+                f"{found}: a step of this run has {global_batch_size} sequences, computed at its start for "
+                f"data.samples_per_step={config.data.samples_per_step}; they cannot be distributed evenly over "
+                f"{group} (processes x data.micro_batch_size). Use a number of processes that divides them"
             )
     return with_length(
         config, global_batch_size=global_batch_size, steps=saved["optim"]["steps"] if steps is None else steps
@@ -209,13 +206,13 @@ def with_saved_length(config: TrainConfig, found: Path) -> TrainConfig:
 def measure_length(config: TrainConfig, mixture: Mixture, processor: PixelSailProcessor, **limits: int) -> Length:
     """Return the length of a run over its data. Raises: ConfigError and DataError.
 
-    Every process measures for itself, and all find the same: DeepSpeed wants to know the sequences of a step before
-    there is a group in which one process could tell the others.
+    Every process measures the same length by itself: DeepSpeed needs the sequences per step before there is a process
+    group to broadcast them.
     """
-    # Texts come one at a time. Threads would only make the tokenizer warn of the data workers' fork.
+    # Texts are tokenized one at a time; with threads the tokenizer would warn when data workers fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if dist.rank() == 0:
-        logger.info("length of the run: looking at samples of the mixture")
+        logger.info("measuring the length of the run on samples of the mixture")
     group = dist.launched_world_size() * config.data.micro_batch_size
     length = measured_length(config, mixture, processor, group=group, cost=sample_cost(config), **limits)
     if dist.rank() == 0:
@@ -225,17 +222,17 @@ def measure_length(config: TrainConfig, mixture: Mixture, processor: PixelSailPr
 
 
 def check_agreement(config: TrainConfig) -> None:
-    """Raise ConfigError unless all processes came to the same length; every rank must call it."""
+    """Raise ConfigError unless all processes measured the same length; every rank must call it."""
     found = dist.gather_objects((config.optim.num_steps, config.data.resolved_batch_size))
     if len(set(found)) > 1:
         raise ConfigError(
-            f"the processes found other lengths for this run, (steps, sequences of a step) by rank: {found}; their "
-            "nodes hold other data. Give all of them the same files"
+            f"the processes measured different lengths of this run, (steps, sequences per step) by rank: {found}, "
+            "expected the same; their nodes have different data. Copy the same files to all nodes"
         )
 
 
 def name_of_run(run_dir: Path) -> str | None:
-    """Return the name that the last start of a run had, None where its configuration cannot be read."""
+    """Return the name of a run at its last start, None if its configuration cannot be read."""
     try:
         return str(json.loads((run_dir / "config.json").read_text())["name"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -243,12 +240,12 @@ def name_of_run(run_dir: Path) -> str | None:
 
 
 def sample_cost(config: TrainConfig) -> Callable[[Example], float]:
-    """Return what a sample takes of `data.packing.seq_len`."""
+    """Return the function that computes how much of `data.packing.seq_len` a sample uses."""
     return SampleCost(architecture=config.model.architecture) if config.data.packing.balance == "flops" else len
 
 
 def step_data(run: Run, reading_L: Tensor | None = None) -> Iterator[StepData]:
-    """Yield the data of one step of a run after another; `reading_L` as in `data/loader.py`."""
+    """Yield the data of the steps of a run; `reading_L` as in `data/loader.py`."""
     data = run.config.data
     return training_batches(
         run.mixture,
@@ -266,18 +263,18 @@ def step_data(run: Run, reading_L: Tensor | None = None) -> Iterator[StepData]:
 
 
 def run_identity(resolved: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of a configuration that a continued run must not change."""
+    """Return the part of a configuration that must not change when a run resumes."""
     identity = {key: value for key, value in resolved.items() if key not in FREE_KEYS}
     identity["data"] = {key: value for key, value in resolved["data"].items() if key not in FREE_DATA_KEYS}
     identity["optim"] = {key: value for key, value in resolved["optim"].items() if key not in FREE_OPTIM_KEYS}
-    # A cache may move, but stored features are rounded: whether there is one belongs to the run.
+    # A cache may be moved. Cached features are rounded, so whether there is a cache belongs to the identity.
     teachers = {name: {**own, "cache": own["cache"] is not None} for name, own in identity.pop("distillation").items()}
     return identity | {"distillation": teachers} if teachers else identity
 
 
 def free_schedule_keys(optim: OptimConfig, found: Path) -> tuple[str, ...]:
-    """Return the keys of the schedule that may differ from a checkpoint's: with `schedule=wsd` its end, while the steps
-    so far are the same under both."""
+    """Return the schedule keys that may differ from a checkpoint's: with `schedule=wsd` those of its end, if the rates
+    of all steps so far are the same in both."""
     saved = checkpoint.saved_config(found)["optim"]
     if optim.epochs is not None or saved.get("schedule") != "wsd":
         return ()
@@ -288,10 +285,10 @@ def free_schedule_keys(optim: OptimConfig, found: Path) -> tuple[str, ...]:
 
 
 def identity_defaults(config: TrainConfig) -> dict[str, Any]:
-    """Return what a key counts as that an identity lacks, so that a run goes on which is older than the key.
+    """Return the defaults of keys that an older identity lacks, so that a run older than a key can resume.
 
-    These are the defaults of the configuration and, for the sources of this run, of the functions they name; a default
-    that is no single value is left out.
+    These are the defaults of the configuration and of the functions that this run's sources name; defaults that are not
+    single values are omitted.
     """
     defaults = run_identity(asdict(TrainConfig()))
     sources = {}
@@ -303,13 +300,13 @@ def identity_defaults(config: TrainConfig) -> dict[str, Any]:
 
 
 def data_identity(mixture: Mixture, files: Mapping[str, Collection[str]]) -> dict[str, Any]:
-    """Return what a continued run compares its data by: items of each source, and the annotation files it read."""
+    """Return the identity of the data of a run: number of items and annotation files of each source."""
     sizes = {name: len(source) for name, source in zip(mixture.names, mixture.sources, strict=True)}
     return {"items": sizes, **{name: sorted(digests) for name, digests in sorted(files.items())}}
 
 
 def build_distillation(config: TrainConfig) -> Distillation | None:
-    """Return the teachers of the run with their losses, None where none are configured."""
+    """Return the teachers of the run with their losses, None if none are configured."""
     if not config.distillation:
         return None
     teachers = load_teachers(
@@ -328,7 +325,7 @@ def build_distillation(config: TrainConfig) -> Distillation | None:
 
 
 def stream_assignment(config: DataConfig) -> StreamAssignment:
-    """Return this process's part of every optimizer step."""
+    """Return this process's share of every optimizer step."""
     return StreamAssignment(
         global_batch_size=config.resolved_batch_size,
         rounds=config.stream_rounds,
@@ -339,7 +336,7 @@ def stream_assignment(config: DataConfig) -> StreamAssignment:
 
 
 def build_mixture(config: DataConfig, *, seed: int) -> Mixture:
-    """Return the configured sources as one stream."""
+    """Return the mixture of the configured sources."""
     if not config.sources:
         raise ConfigError("data.sources is empty; choose a data group, for example data=refshapes")
     excluded = evaluation_image_ids(config.decontamination.held_out) if config.decontamination.enabled else frozenset()

@@ -1,14 +1,14 @@
-"""Which weights get orthogonal updates under `optim.optimizer=muon`; all others stay with AdamW.
+"""Selects the weights that Muon updates with `optim.optimizer=muon`; AdamW updates all others.
 
-`optim.py` asks `is_orthogonal` for every trained parameter, by name and shape. For example
+`optim.py` calls `is_orthogonal` for every trained parameter, by name and shape. For example
 
     decoder.layers.0.self_attn.q_proj.weight [64, 64]      yes
     decoder.layers.0.input_layernorm.weight [64]           no, one axis: norms, biases and single embeddings never
     mask_head.upsampler.blocks.0.depthwise.weight [64, 1, 3, 3]   no, not a matrix
 
-Orthogonal updates fit a weight that multiplies a vector as one matrix, in every step. A convolution is one where its
-weight, first axis against all others, is what maps a cell: the transposed convolution of kernel = stride maps C numbers
-to 4 x C ([C, 4 x C]), a convolution of kernel = stride a whole patch to one embedding, a 1x1 one C numbers to C.
+Orthogonal updates suit weights that multiply vectors as one matrix in every step. This includes convolutions whose
+weight, flattened to first axis against all others, maps one cell: a transposed convolution with kernel = stride maps C
+channels to 4 x C ([C, 4 x C]), a convolution with kernel = stride a patch to one embedding, a 1x1 one C channels to C.
 """
 
 import re
@@ -19,7 +19,7 @@ from torch import Size
 
 @dataclass(frozen=True, kw_only=True)
 class Role:
-    """What is true of the parameters of more than one axis whose name a pattern matches as a whole."""
+    """Optimizer of the parameters with more than one axis whose full name matches a pattern."""
 
     pattern: str
     orthogonal: bool

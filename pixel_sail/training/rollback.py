@@ -1,14 +1,14 @@
-"""Going back to the last checkpoint and past the data that a run broke down on.
+"""Rollback: resumes from the last checkpoint and skips the data of a step that failed.
 
-Where a loss or gradient is not finite and `checkpoint.max_rollbacks` allows it, `training/loop.py` notes where the data
-stood after the step that failed, and ends with the status that asks to be started again. The next session starts from
-the checkpoint with that note's place in the data:
+If a loss or gradient is not finite and `checkpoint.max_rollbacks` permits, `training/loop.py` records the data position
+after the failed step and exits with the status that requests a restart. The next session loads the checkpoint and
+continues at that data position:
 
     step 57 fails, the last checkpoint is step 50  ->  rollbacks.jsonl: {"from_step": 50, "failed_step": 57, ...}
-    next session: weights, moments and step 50, data from behind that of step 57
+    next session: weights, moments and step 50, data after that of step 57
 
-What a session does follows from checkpoint and notes alone, so that a run which is interrupted after a rollback goes
-on with the same numbers.
+A session depends only on the checkpoint and these records, so a run that is interrupted after a rollback resumes with
+the same results.
 """
 
 import json
@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 
 ROLLBACKS_FILE = "rollbacks.jsonl"
 _EARLIER_FILE = "rewinds.jsonl"
-"""What earlier versions called it. A run that they began keeps both."""
+"""Its name in earlier versions. A run that they began keeps both files."""
 
-_REMEDY = "delete that line; the run then goes on as if it had not gone back there"
+_REMEDY = "delete that line; the run then resumes without this rollback"
 
 
 def rollback(
@@ -45,9 +45,9 @@ def rollback(
     streams: Sequence[StreamState],
     limit: int,
 ) -> RequeueRun:
-    """Note a rollback to `from_step` with the data behind `streams`; return what ends this session.
+    """Record a rollback to `from_step` with the data after `streams`; return the exception that ends this session.
 
-    Every rank must call it. Raises: the error itself, when the run has had `limit` rollbacks.
+    Every rank must call it. Raises: the error itself, after `limit` rollbacks.
     """
     earlier = len(_notes(run_dir))
     dist.barrier()
@@ -66,15 +66,15 @@ def rollback(
         }
         append_line(run_dir / ROLLBACKS_FILE, json.dumps(note))
     return RequeueRun(
-        f"step {failed_step} failed: {error}. Rollback {earlier + 1} of {limit}: the same command goes on from step "
-        f"{from_step} with the data behind that of step {failed_step}"
+        f"step {failed_step} failed: {error}. Rollback {earlier + 1} of {limit}: the same command resumes from step "
+        f"{from_step} with the data after that of step {failed_step}"
     )
 
 
 def behind_rollbacks(run_dir: Path, state: TrainState) -> TrainState:
-    """Return the state of a checkpoint, or of the start, with the data moved on by the last rollback to it.
+    """Return the state of a checkpoint, or the initial state, with the data position of the last rollback to it.
 
-    Raises: ConfigError where a run without a checkpoint was started with another number of sequences in a step.
+    Raises: ConfigError if a run without a checkpoint was started with another number of sequences per step.
     """
     notes = [note for note in _notes(run_dir) if note["from_step"] == state.step]
     if not notes:
@@ -82,7 +82,7 @@ def behind_rollbacks(run_dir: Path, state: TrainState) -> TrainState:
     note, file = notes[-1], run_dir / ROLLBACKS_FILE
     if dist.rank() == 0:
         failed = note["failed_step"]
-        logger.warning("rollback to step %d: going on with the data behind that of step %d", state.step, failed)
+        logger.warning("rollback to step %d: resuming with the data after that of step %d", state.step, failed)
     streams = read_stream_states(note["streams"], str(file), fail=CheckpointError, remedy=_REMEDY)
     if state.streams and len(streams) != len(state.streams):
         raise ConfigError(

@@ -1,13 +1,12 @@
-"""One run per folder.
+"""Locks a folder so that only one run uses it.
 
-`training/loop.py` takes the lock on rank 0 before anything is read from or written to the folder, and
-`evaluation/run.py` that of the folder it writes its answers to. The lock is the kernel's and ends with the process that
-holds it, however that ends; the text in the file only says who it is:
+`training/prepare.py` acquires the lock on rank 0, and `evaluation/run.py` that of its output folder. It is a lock of
+the kernel, which is released when the process that holds it ends for any reason. The text in the file is informative:
 
     runs/<name>/.lock    {"host": "node7", "pid": 4711, "since": "2030-05-04 13:07:55"}
 
-POSIX record locks, not flock: data workers would inherit a flock and hold it on after a training process was killed,
-and network file systems know record locks more often.
+POSIX record locks, not flock: data workers would inherit a flock and keep it after the training process was killed, and
+more network file systems support record locks.
 """
 
 import errno
@@ -29,16 +28,16 @@ logger = logging.getLogger(__name__)
 LOCK_FILE = ".lock"
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-"""What file systems answer that have no locks."""
+"""Error numbers of file systems without locks."""
 
 
 class RunLock:
-    """The right to write to a folder; keep it as long as the run or the evaluation lasts."""
+    """Exclusive lock of a folder; hold it for the whole run or evaluation."""
 
     def __init__(self, run_dir: Path, *, name: str = "run_dir") -> None:
-        """Take the lock, on rank 0; every rank must call it. `name` is the setting that chose the folder.
+        """Acquire the lock on rank 0; every rank must call it. `name` is the setting of the folder.
 
-        Raises: ConfigError, on every rank, when another process holds it.
+        Raises: ConfigError, on every rank, if another process holds it.
         """
         self._name = name
         self._file: TextIO | None = None
@@ -48,25 +47,25 @@ class RunLock:
             raise ConfigError(refusal)
 
     def release(self) -> None:
-        """Let another run have the folder."""
+        """Release the lock."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def _take(self, run_dir: Path) -> str | None:
-        """Return why the folder cannot be had, None where it is ours now."""
+        """Return why the lock cannot be acquired, None on success."""
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             file = (run_dir / LOCK_FILE).open("a+", errors="replace")
         except OSError as error:
-            return f"{self._name} {run_dir} cannot be written to ({error}); choose another one"
+            return f"{self._name} {run_dir} cannot be written to ({error}); use another one"
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 logger.warning(
-                    "%s %s lies on a file system without locks (%s): nothing keeps a second run out of it; see to "
-                    "it that there is one only",
+                    "%s %s is on a file system without locks (%s), which cannot keep out a second run; make sure "
+                    "that there is only one",
                     self._name,
                     run_dir,
                     error,
@@ -82,16 +81,16 @@ class RunLock:
             file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}) + "\n")
             file.flush()
         except OSError as error:
-            # Closing tries to write the rest again.
+            # Closing tries again to write the rest.
             with suppress(OSError):
                 file.close()
-            return f"run_dir {run_dir} cannot be written to ({error}); make room, or choose another one"
+            return f"run_dir {run_dir} cannot be written to ({error}); free disk space, or use another one"
         self._file = file
         return None
 
 
 def _holder(text: str) -> str:
-    """Return who holds a lock, from what it wrote into the file; that may be unfinished."""
+    """Return who holds a lock, from the text in its file, which may be incomplete."""
     try:
         holder = json.loads(text)
         return f"process {holder['pid']} on {holder['host']} since {holder['since']}"

@@ -1,7 +1,7 @@
-"""A plain Hugging Face folder from a checkpoint, without its run.
+"""Exports a checkpoint as a Hugging Face folder, without resuming its run.
 
-`tools/export_checkpoint.py` calls it for a run that is going on or was given up; a run that ends exports by itself
-(`checkpoint.export`), to the same files:
+`tools/export_checkpoint.py` calls it for runs in progress or aborted ones. A run that finishes exports the same files
+itself (`checkpoint.export`):
 
     runs/mine/checkpoints/step_00000500/  ->  runs/mine/exports/step_00000500/{config.json, model.safetensors, ...}
 """
@@ -23,17 +23,17 @@ from pixel_sail.training.build import build_model
 
 
 def export_saved(run_dir: Path, saved: Path, folder: Path) -> None:
-    """Write what the checkpoint `saved` of a run holds, complete or not at all.
+    """Write the model of the checkpoint `saved` of a run atomically.
 
-    Averaged weights where the run averages them, adapters folded in, no layers towards teachers.
+    Weights are averaged if the run averages them, adapters are merged, distillation layers are dropped.
     Raises: CheckpointError for a damaged checkpoint; ConfigError or DataError for a configuration that is damaged or
-    asks for anything to be looked up, or a tokenizer that is not there any more; WriteError.
+    contains interpolations, or a missing tokenizer; WriteError.
     """
     checkpoint.verify(saved)
     config = _model_config(run_dir / "config.json")
     weights = checkpoint.read_tensors(saved / checkpoint.MODEL)
     check_sizes(config.architecture, weights, saved / checkpoint.MODEL)
-    # The checkpoint has all weights: those that the run started from may be gone.
+    # The checkpoint has all weights, and the folder that the run started from may be deleted.
     config.init_from = None
     model, processor = build_model(config, seed=0, teachers={})
     averages = {
@@ -51,12 +51,12 @@ def _model_config(path: Path) -> ModelConfig:
     """Return the model's part of a run's configuration. Raises: ConfigError."""
     remedy = "give the folder of a run, with the config.json that the run wrote"
     own = current_config(read_json(path, {"model": dict}, fail=ConfigError, remedy=remedy))["model"]
-    # The run may be somebody else's: ${oc.env:...} would put the environment of this process into its settings.
+    # The run is untrusted: ${oc.env:...} would insert environment variables of this process.
     check_plain(own, str(path))
     try:
         plain = OmegaConf.merge(OmegaConf.structured(ModelConfig), own)
         config = OmegaConf.to_object(plain)
     except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{path}: found no model that can be made ({reason_of(error)}); {remedy}") from error
+        raise ConfigError(f"{path}: found no valid model settings ({reason_of(error)}); {remedy}") from error
     assert isinstance(config, ModelConfig)
     return config

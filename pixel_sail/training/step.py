@@ -1,8 +1,8 @@
 """One optimizer step.
 
-`training/loop.py` calls `optimizer_step` with the micro-batches of one step. The counts of the whole global batch are
-known before the first forward pass, so every micro-batch's loss is its exact part of one global mean: the result does
-not depend on how samples were dealt to ranks and micro-batches.
+`training/loop.py` calls `optimizer_step` with the micro-batches of one step. Token and mask counts are summed over the
+global batch before the first forward pass, so each micro-batch contributes its exact part of one global mean. The
+result does not depend on the distribution of samples over ranks and micro-batches.
 """
 
 from collections.abc import Sequence
@@ -33,17 +33,17 @@ from pixel_sail.types import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What one step did, summed over all ranks."""
+    """Losses and counts of one step over all ranks."""
 
     total: float
-    """What the step minimises."""
+    """The minimized loss."""
     text: float
-    """Mean over supervised tokens, factors of samples included, whatever `loss.mean` is."""
+    """Mean over supervised tokens, including the samples' factors, for any `loss.mean`."""
     bce: float
     dice: float
-    """Means over masks, unweighted, whatever `loss.mean` is."""
+    """Unweighted means over masks, for any `loss.mean`."""
     grad_norm: float | None
-    """None where DeepSpeed clips without telling the norm (ZeRO-0)."""
+    """None if DeepSpeed clips without reporting the norm (ZeRO-0)."""
     tokens: int
     """Tokens without padding."""
     padding_fraction: float
@@ -51,20 +51,19 @@ class StepReport:
     masks: int
     samples: int
     by_source: Tensor
-    """float64 [sources, columns]: sums over this step's samples of `source_columns`, sources in the order they were
-    given."""
+    """float64 [sources, columns]: sums of `source_columns` over this step's samples, in the given order of sources."""
     distill: dict[str, float] = field(default_factory=dict)
-    """Per teacher the unweighted mean over its images, and their number, under their keys of the log."""
+    """Log key -> unweighted mean loss over each teacher's images, and their number."""
 
     def scalars(self) -> dict[str, float]:
-        """Return the numbers that are known, under their keys of the log."""
+        """Return the known values by log key."""
         values = {f"{group}/{name}": getattr(self, name) for group, names in LOGGED.items() for name in names}
         return {key: value for key, value in values.items() if value is not None} | self.distill
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """What a run with teachers needs in every step."""
+    """Teachers and distillation losses of a run."""
 
     teachers: Teachers
     terms: tuple[DistillTerm, ...]
@@ -75,14 +74,14 @@ LOGGED = {
     "optim": ("grad_norm",),
     "data": ("tokens", "padding_fraction", "supervised_tokens", "masks", "samples"),
 }
-"""Group of keys of the log -> what of a `StepReport` stands there."""
+"""Group of log keys -> logged fields of `StepReport`."""
 
 SOURCE_COLUMNS = ("samples", "tokens", "masks", "text", "bce", "dice")
-"""Supervised tokens; text, bce and dice are sums, to be divided by tokens and masks."""
+"""`tokens` are the supervised ones; text, bce and dice are sums, to be divided by tokens and masks."""
 
 
 def source_columns(distill_terms: Sequence[DistillTerm]) -> tuple[str, ...]:
-    """Return SOURCE_COLUMNS, then for all teachers the sums of their losses, then the numbers of their images."""
+    """Return SOURCE_COLUMNS, then the summed losses of all teachers, then the numbers of their images."""
     losses = tuple(f"distill/{term.name}" for term in distill_terms)
     return (*SOURCE_COLUMNS, *losses, *(f"{loss}_images" for loss in losses))
 
@@ -111,7 +110,7 @@ def optimizer_step(
     # DeepSpeed and DDP average gradients over ranks and micro-batches; the losses are already parts of a global mean.
     unaverage = dist.world_size() * len(batches)
     sample_ids = tuple(name for batch in batches for name in batch.sample_ids)
-    # One row per source, and one for the sums of all samples' own means.
+    # One row per source, and one for the sums of per-sample means.
     sums = torch.zeros(
         len(sources) + 1, len(source_columns(distill_terms)), dtype=torch.float64, device=accelerator.device
     )
@@ -152,7 +151,7 @@ def optimizer_step(
 
 
 def sample_rows(batch: Batch, terms: LossSums, distill_terms: Sequence[DistillTerm] = ()) -> Tensor:
-    """Return `source_columns` of every sample of a micro-batch, which is on the host: float64 [S, columns]."""
+    """Return `source_columns` of every sample of a micro-batch on the host: float64 [S, columns]."""
     num_samples, device = len(batch.sample_ids), terms.text_S.device
     counts = torch.ones(num_samples, 3, dtype=torch.float64)
     counts[:, 1] = torch.bincount(batch.target_samples_M.cpu(), minlength=num_samples)
@@ -189,7 +188,7 @@ def _losses(distill_terms: Sequence[DistillTerm]) -> slice:
 def _finish_losses(
     sums: Tensor, suspects: Sequence[str], counts: Counts, config: LossConfig, distill_terms: Sequence[DistillTerm]
 ) -> dict[str, float]:
-    """Return the global losses; raise on every rank when one of them is not finite, naming this rank's suspects."""
+    """Return the global losses. Raises: NonFiniteLossError on every rank, with this rank's suspects."""
     text, bce, dice, *distilled = sums[:-1, _losses(distill_terms)].sum(0).tolist()
     tokens, masks = max(counts.tokens, 1), max(counts.masks, 1)
     means = {"text": text / tokens, "bce": bce / masks, "dice": dice / masks}

@@ -1,13 +1,13 @@
-"""Ending a run that stands still, with what is needed to find out why.
+"""Ends a stalled run and writes a report for debugging.
 
-`training/loop.py` tells the watchdog of its rank what it begins; a thread compares the clock. Every rank has its own,
-so that those which wait for the one that is stuck end too. What rank 1 leaves behind:
+`training/loop.py` reports the current phase to the watchdog of its rank, and a thread checks the time. Every rank has a
+watchdog, so ranks that wait for a stuck one end too. The report of rank 1:
 
-    runs/<name>/stalled/rank1.txt    "rank 1 (node7, process 4711): step 57 stands still, 1801 s of it waiting for data
+    runs/<name>/stalled/rank1.txt    "rank 1 (node7, process 4711): step 57 is stalled, 1801 s of it waiting for data
                                      ...", samples being read, samples in hand, stacks of all threads
 
-The thread needs Python's lock. Where some C function holds it for ever, faulthandler's own timer writes the stacks to
-stderr a little later and ends the process with status 1.
+The thread needs the GIL. If a C function never releases it, faulthandler's timer writes the stacks to stderr a little
+later and ends the process with status 1.
 """
 
 import contextlib
@@ -35,18 +35,18 @@ logger = logging.getLogger(__name__)
 FOLDER = "stalled"
 
 FIRST_STEPS = 3
-"""Steps of a session that may take `slow_factor` times longer: libraries choose kernels, files come from cold disks."""
+"""First steps of a session with `slow_factor` times the limit: kernels are autotuned and files are not cached."""
 
 GRACE_S = 5.0
-"""From the report of one rank to its end: the others write theirs before they notice that it is gone."""
+"""Seconds from the report of a rank to its exit, in which the other ranks write theirs."""
 
 DUMP_S = 0.2
-"""For a data worker to write its stacks."""
+"""Seconds for a data worker to write its stacks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Watched:
-    """What the rank is at."""
+    """Current phase of a rank."""
 
     phase: str = "starting"
     step: int = 0
@@ -57,10 +57,10 @@ class _Watched:
 
 
 class Watchdog:
-    """Watches one rank while it is used as a context; off where `limit_s` is 0."""
+    """Context manager that watches one rank; disabled if `limit_s` is 0."""
 
     def __init__(self, run_dir: Path, config: WatchdogConfig, being_read: Callable[[], Sequence[str]] = tuple) -> None:
-        """`being_read`: names the samples that data workers are reading at the moment."""
+        """`being_read`: returns the names of the samples that data workers are reading."""
         self._file = run_dir / FOLDER / f"rank{dist.rank()}.txt"
         self._config = config
         self._being_read = being_read
@@ -70,7 +70,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
-        """Start watching; an old report of this rank goes away."""
+        """Start watching; an old report of this rank is deleted."""
         self._file.unlink(missing_ok=True)
         if self._config.limit_s > 0:
             self._thread.start()
@@ -89,13 +89,13 @@ class Watchdog:
         self._begin("waiting for data", step, is_slow=self._steps_begun <= FIRST_STEPS)
 
     def data_is_here(self, sample_ids: Sequence[str]) -> None:
-        """Note that the step computes now, and on what; its clock goes on."""
+        """Record that the step is computing, and its samples; the step's clock keeps running."""
         self._watched = replace(
             self._watched, phase="computing", phase_since=time.monotonic(), sample_ids=tuple(sample_ids)
         )
 
     def begin_other(self, phase: str) -> None:
-        """Start the clock of something that follows a step: saving, validating."""
+        """Start the clock of a phase that follows a step: saving, validating."""
         self._begin(phase, self._watched.step, is_slow=True)
 
     def _begin(self, phase: str, step: int, *, is_slow: bool) -> None:
@@ -108,7 +108,7 @@ class Watchdog:
             faulthandler.dump_traceback_later(limit_s + 4 * GRACE_S, exit=True)
 
     def _watch(self) -> None:
-        """Wait for the end of the run or of the rank's patience."""
+        """Wait for the end of the run or the time limit."""
         while not self._ended.wait(min(1.0, self._config.limit_s / 4)):
             watched = self._watched
             if time.monotonic() - watched.since > watched.limit_s:
@@ -116,15 +116,15 @@ class Watchdog:
                     self._report(watched)
                     time.sleep(GRACE_S)
                 finally:
-                    # A worker that is stuck would not notice that this process is gone.
+                    # A stuck worker would not notice that this process ended.
                     _signal_children(signal.SIGKILL)
                     os._exit(STALLED_STATUS)
 
     def _report(self, watched: _Watched) -> None:
-        """Write this rank's report, and one message; what cannot be written must not keep the process alive."""
+        """Write this rank's report and log one message. A failed write must not keep the process alive."""
         now = time.monotonic()
         message = (
-            f"rank {dist.rank()} ({socket.gethostname()}, process {os.getpid()}): step {watched.step} stands still, "
+            f"rank {dist.rank()} ({socket.gethostname()}, process {os.getpid()}): step {watched.step} is stalled, "
             f"{now - watched.phase_since:.0f} s of it {watched.phase}; the limit is {watched.limit_s:g} s "
             "(watchdog.limit_s)"
         )
@@ -139,7 +139,7 @@ class Watchdog:
         logger.error(
             "%s. The process ends with status %d; the last complete checkpoint is intact", message, STALLED_STATUS
         )
-        # Data workers write their stacks to stderr, piece by piece: two at once would mix in the middle of a line.
+        # Data workers write their stacks to stderr in pieces; two at once would mix within a line.
         _signal_children(signal.SIGUSR2, pause_s=DUMP_S)
 
     def _write(self, file: TextIOWrapper, message: str, watched: _Watched) -> None:

@@ -1,5 +1,5 @@
-"""General visual questions (MME, MMBench, SEED-Bench, MMStar), asked and scored by an outside evaluation kit.
+"""Visual question answering benchmarks (MME, MMBench, SEED-Bench, MMStar), run and scored by lmms-eval.
 
-The kit, lmms-eval, is an optional extra. Everything but `lmms_eval_model.py`, `lmms_eval_plugin.py` and `__main__.py`
-works without it. `docs/vqa.md` has the commands.
+lmms-eval is an optional extra. Only `lmms_eval_model.py`, `lmms_eval_plugin.py` and `__main__.py` need it.
+`docs/vqa.md` has the commands.
 """

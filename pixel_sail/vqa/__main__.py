@@ -1,19 +1,17 @@
 """lmms-eval's command with our model and tasks: `python -m pixel_sail.vqa --tasks pixel_sail_mme --model_args ...`.
 
-The start of a VQA evaluation; takes every option of `lmms-eval`, under `torchrun -m` too.
+Takes all options of `lmms-eval`, also under `torchrun -m`.
 """
 
 import sys
 
 
 def main() -> int:
-    """Hand over to the kit; end with status 2 where it is not installed."""
+    """Run the kit's command, or exit with status 2 if it is not installed."""
     try:
         import lmms_eval.__main__ as kit
     except ModuleNotFoundError as error:
-        print(
-            f"{error}; install the kit with: pip install -e .[vqa] (best in an environment of its own)", file=sys.stderr
-        )
+        print(f"{error}; install the kit with: pip install -e .[vqa] (best in a separate environment)", file=sys.stderr)
         return 2
     from pixel_sail.vqa.lmms_eval_plugin import register, with_default_options
 

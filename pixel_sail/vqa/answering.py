@@ -1,13 +1,12 @@
-"""Short answers to general visual questions; knows nothing of the kit that asks them.
+"""Short answers to visual questions, independent of the evaluation kit.
 
-`kit_requests.py` makes a `VqaRequest` of each request of the kit, `answers` yields one text each in the same order,
-`lmms_eval_model.py` returns them to the kit, which scores them.
+`kit_requests.py` turns each request of the kit into a `VqaRequest`, `answers` yields one text per request in the same
+order, and `lmms_eval_model.py` returns them to the kit.
 
     VqaRequest(question="Is the star red? Please answer yes or no.", image=<Image 640x427>, max_new_tokens=16)
         -> "Yes"
 
-Questions about the same image that stand near each other share it: it is encoded once. What the predictor can answer
-as one batch, it does.
+Nearby questions about the same image share one encoding of it. Questions are batched if possible.
 """
 
 import hashlib
@@ -22,16 +21,16 @@ from pixel_sail.evaluation.predict import BatchPredictor, GenerationRequest
 from pixel_sail.model.tokenization import special_tokens
 
 WINDOW = 64
-"""Questions among which those about the same image are looked for; so many images are held at once."""
+"""Number of questions that are grouped by image, and of images held at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VqaRequest:
-    """One question, about one image or none, with its own limits."""
+    """One question about one image or none, with its limits."""
 
     question: str
     image: Image.Image | None
-    """Any mode; asked about as 8-bit RGB. None: a question of text alone."""
+    """Image of any mode, converted to 8-bit RGB. None: a text-only question."""
     max_new_tokens: int
     until: tuple[str, ...] = ()
     """The answer ends before the first of these."""
@@ -61,10 +60,10 @@ def answers(predictor: BatchPredictor, requests: Iterable[VqaRequest]) -> Iterat
 
 
 def plain_answer(text: str, special: Sequence[str], until: Sequence[str] = ()) -> str:
-    """Return a generated text up to the first of `until`, without the special tokens.
+    """Return a generated text up to the first of `until`, without special tokens.
 
-    A text without special tokens keeps its blanks and lines. `until` is looked for both before special tokens are
-    removed, as it may be one of them, and after.
+    A text without special tokens keeps its white space. `until` is searched before special tokens are removed, as it
+    may be one of them, and after.
     """
     text = _before_first(text, until)
     without = re.sub("|".join(map(re.escape, special)), " ", text)
@@ -79,7 +78,7 @@ def _before_first(text: str, ends: Sequence[str]) -> str:
 
 
 def _answer_window(predictor: BatchPredictor, window: Sequence[VqaRequest]) -> list[str]:
-    """Return the answers to a few questions, asked together as far as they have the same length limit."""
+    """Return the answers to a few questions. Questions with the same length limit are batched."""
     special = special_tokens(predictor.processor.settings.num_visual_prompts)
     texts = [""] * len(window)
     for limit in dict.fromkeys(request.max_new_tokens for request in window):
@@ -96,7 +95,7 @@ def _answer_window(predictor: BatchPredictor, window: Sequence[VqaRequest]) -> l
 
 
 def _generation_request(predictor: BatchPredictor, same_image: Sequence[VqaRequest]) -> GenerationRequest:
-    """Return questions about one image as the predictor takes them."""
+    """Return questions about one image as a request to the predictor."""
     image = same_image[0].image
     return GenerationRequest(
         image=None if image is None else predictor.prepare(image),
@@ -105,8 +104,8 @@ def _generation_request(predictor: BatchPredictor, same_image: Sequence[VqaReque
 
 
 def _pixel_key(image: Image.Image | None) -> str:
-    """Return what is equal for equal images: size and a hash of the pixels. Nothing for no image."""
+    """Return a key of an image: size and a hash of the pixels. Empty without an image."""
     if image is None:
         return ""
-    # As RGB, because the bytes of a palette image say nothing without their palette.
+    # As RGB, because the bytes of a palette image depend on its palette.
     return f"{image.size} {hashlib.sha256(image.convert('RGB').tobytes()).hexdigest()}"

@@ -1,11 +1,11 @@
 """Pixel-SAIL as a model of lmms-eval.
 
-Lmms-eval finds the class by the manifest of `lmms_eval_plugin.py`, builds it from `--model_args`, and calls
-`generate_until` with its share of the requests; the answers come from `answering.py`. Example:
+Lmms-eval finds the class through the manifest of `lmms_eval_plugin.py`, builds it from `--model_args`, and calls
+`generate_until` with this rank's requests. `answering.py` computes the answers. Example:
 
     --model pixel_sail --model_args pretrained=runs/quickstart,precision=bf16,max_batch_tokens=65536
 
-The kit deals documents to ranks by stride and gathers the scores; nothing here communicates.
+The kit distributes documents over ranks by stride and gathers the scores. There is no communication here.
 """
 
 from typing import Any, NoReturn
@@ -39,8 +39,8 @@ class PixelSail(lmms):
     ) -> None:
         """Load the run folder or exported folder `pretrained` onto the device of this process.
 
-        `max_batch_tokens` limits a batch (see `PredictConfig`), the kit's `batch_size` must stay 1. `max_new_tokens` is
-        the longest answer where a task states none. Raises: ConfigError for a missing checkpoint or a wrong setting.
+        `max_batch_tokens` limits a batch (see `PredictConfig`); the kit's `batch_size` must be 1. `max_new_tokens` is
+        the default length limit. Raises: ConfigError for a missing checkpoint or a wrong setting.
         """
         super().__init__()
         if precision not in DTYPES:
@@ -48,9 +48,9 @@ class PixelSail(lmms):
         if str(batch_size) != "1":
             raise ConfigError(
                 f"--batch_size is {batch_size}, expected none: images differ in size, so tokens limit a batch; "
-                "give --model_args max_batch_tokens=65536 instead"
+                "use --model_args max_batch_tokens=65536 instead"
             )
-        # Several processes are often started with one --device cuda; each has a GPU of its own.
+        # Several processes are often started with the same --device cuda, but each has its own GPU.
         self.device = dist.local_device() if device in (None, "cuda") else torch.device(device)
         self.max_new_tokens = max_new_tokens
         self.predictor = BatchPredictor.from_pretrained(
@@ -70,17 +70,17 @@ class PixelSail(lmms):
         return list(answers(self.predictor, own))
 
     def loglikelihood(self, requests: list[Any]) -> NoReturn:
-        """Refuse: answers are generated, their probabilities are not computed."""
+        """Raise DataError: answer probabilities are not supported."""
         _refuse(requests, "loglikelihood")
 
     def generate_until_multi_round(self, requests: list[Any]) -> NoReturn:
-        """Refuse: every question is asked alone."""
+        """Raise DataError: multi-round dialogs are not supported."""
         _refuse(requests, "generate_until_multi_round")
 
 
 def _refuse(requests: list[Any], kind: str) -> NoReturn:
     tasks = sorted({request.task_name for request in requests})
     raise NotImplementedError(
-        f"tasks {tasks}: {kind} requests found, but this model answers generate_until only; leave these tasks out or "
-        "choose their variant with generated answers (MME, MMBench, SEED-Bench and MMStar have one)"
+        f"tasks {tasks}: {kind} requests found, but this model supports generate_until only; exclude these tasks or "
+        "use their variant with generated answers (MME, MMBench, SEED-Bench and MMStar have one)"
     )

@@ -1,7 +1,7 @@
-"""How lmms-eval gets to know the model and the tasks.
+"""Registration of the model and the tasks with lmms-eval.
 
-The entry point `pixel_sail` of group `lmms_eval.models` names `manifest`, so that the kit's own command knows `--model
-pixel_sail`; `python -m pixel_sail.vqa` calls `register` and needs no entry point. Both lead to
+The entry point `pixel_sail` of group `lmms_eval.models` is `manifest`, so that the kit's own command accepts `--model
+pixel_sail`. `python -m pixel_sail.vqa` calls `register` and needs no entry point. Both register
 
     ModelManifest(model_id="pixel_sail", simple_class_path="pixel_sail.vqa.lmms_eval_model.PixelSail")
 """
@@ -16,7 +16,7 @@ TASK_FOLDER = Path(__file__).resolve().parent / "tasks"
 
 
 def manifest() -> ModelManifest:
-    """Return what the kit's registry needs to know."""
+    """Return the manifest for the kit's registry."""
     return ModelManifest(model_id=MODEL_NAME, simple_class_path="pixel_sail.vqa.lmms_eval_model.PixelSail")
 
 
@@ -28,7 +28,7 @@ def register() -> None:
 
 
 def with_default_options(arguments: list[str]) -> list[str]:
-    """Return the kit's command line with our model and task folder, where it names no others.
+    """Return the kit's command line with our model and task folder, unless others are given.
 
     The kit prints an exception and ends with status 0 unless its verbosity is DEBUG, which is therefore the default.
     """

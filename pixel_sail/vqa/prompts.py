@@ -1,13 +1,13 @@
-"""Templates of general visual questions as in the released evaluation.
+"""Question templates of the VQA benchmarks, as in the released evaluation.
 
-The task files in `tasks/` name the functions here as `doc_to_text` and `process_docs`, so that the kit's log of a run
-shows the very question that the model was asked.
+The task files in `tasks/` use these functions as `doc_to_text` and `process_docs`, so that the kit's log shows the
+exact prompt.
 
     {"question": "Which one is red?", "A": "the box", "B": "the star", "C": "nan", "hint": "nan"}
         -> "Which one is red?\\nA. the box\\nB. the star\\nAnswer with the option's letter from the given choices
             directly."
 
-The kit's own templates of the same documents is written down in `docs/vqa.md`.
+`docs/vqa.md` lists the kit's own templates of the same documents.
 """
 
 from collections.abc import Mapping
@@ -23,8 +23,8 @@ RELEASED_SUFFIXES = {
     "LLaVABench": "\nAnswer this question in detail.",
     "other": PHRASE_SUFFIX,
 }
-"""What the released evaluation puts behind a question, by benchmark. MME's questions end in "Please answer yes or no."
-already and are asked unchanged."""
+"""Suffix of a question in the released evaluation, by benchmark. MME's questions already end in "Please answer yes or
+no." and are unchanged."""
 
 OPTION_LETTERS = "ABCDE"
 
@@ -40,29 +40,29 @@ def choice_question(question: str, options: Mapping[str, str], hint: str = "") -
 
 
 def mme_question(document: Document) -> str:
-    """Return a question of MME as it is."""
+    """Return a question of MME unchanged."""
     return str(document["question"]) + RELEASED_SUFFIXES["MME"]
 
 
 def lettered_question(document: Document) -> str:
-    """Return a question of MMBench or MMStar, whose options stand in the columns A, B, ..., some of them empty."""
+    """Return a question of MMBench or MMStar, with options from the non-empty columns A, B, ..."""
     options = {letter: str(document[letter]) for letter in OPTION_LETTERS if _is_given(document.get(letter))}
     hint = document.get("hint")
     return choice_question(str(document["question"]), options, str(hint) if _is_given(hint) else "")
 
 
 def seed_question(document: Document) -> str:
-    """Return a question of SEED-Bench, whose options stand in the columns choice_a .. choice_d."""
+    """Return a question of SEED-Bench, with options from the columns choice_a .. choice_d."""
     options = {letter: str(document[f"choice_{letter.lower()}"]) for letter in "ABCD"}
     return choice_question(str(document["question"]), options)
 
 
 def seed_image_documents(documents: Any) -> Any:
-    """Return the rows of SEED-Bench's `datasets.Dataset` that ask about one image, without those about videos."""
+    """Return the rows of SEED-Bench's `datasets.Dataset` about one image, without those about videos."""
     return documents.filter(lambda data_type: data_type == "image", input_columns=["data_type"])
 
 
 def _is_given(value: Any) -> bool:
-    """Return whether a cell holds text; the data sets write absent cells as None, "", not-a-number or "nan"."""
+    """Return whether a cell holds text. The datasets write empty cells as None, "", NaN or "nan"."""
     is_nan = isinstance(value, float) and value != value
     return value is not None and not is_nan and value not in ("", "nan")

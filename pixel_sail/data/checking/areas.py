@@ -1,7 +1,7 @@
-"""The areas that a COCO file states beside the pixels of its masks.
+"""Compares the areas stated by a COCO file with the pixels of its masks.
 
-`instances.py` adds every mask it decodes; one note tells how many disagree. Example: a square with a square hole,
-written as two polygons, is filled (COCO unites polygons) and has 1600 pixels where `area` says 1200.
+`instances.py` adds every decoded mask; one note reports how many differ. Example: a square with a square hole, written
+as two polygons, is filled (COCO unites polygons) and has 1600 pixels where `area` is 1200.
 """
 
 from dataclasses import dataclass, field
@@ -16,13 +16,13 @@ MAX_LISTED = 3
 
 @dataclass(kw_only=True)
 class AreaCheck:
-    """Grows while masks are decoded."""
+    """Counts masks as they are decoded."""
 
     checked: int = 0
     differing: list[str] = field(default_factory=list)
 
     def add(self, num_pixels: int, row: dict[str, Any], where: str) -> None:
-        """Compare a mask with what its record states, if it states an area."""
+        """Compare a mask with the area stated by its record, if any."""
         stated = row.get("area")
         if not isinstance(stated, int | float):
             return

@@ -1,7 +1,7 @@
-"""Images that are trained on and scored on.
+"""Finds images that are used for both training and evaluation.
 
-`evaluation/data_check.py` compares the images of every source with those of the evaluation splits it knows. COCO
-renamed its images between releases, so the number in the name is what counts:
+`evaluation/data_check.py` compares the images of every source with those of the known evaluation splits. COCO renamed
+its images between releases, so images are matched by the number in their name:
 
     coco2014/train2014/COCO_train2014_000000581857.jpg and coco/train2017/000000581857.jpg  ->  both "coco 581857"
 """
@@ -15,7 +15,7 @@ from pixel_sail.data.decontamination import coco_image_id
 
 
 def contamination_key(path: Path) -> str:
-    """Return the same text for the same image, whichever release its file is from."""
+    """Return the same key for the same image from any release."""
     number = coco_image_id(path)
     if number is None:
         return path.name
@@ -30,7 +30,7 @@ def coco_key(number: int) -> str:
 
 @cache
 def _synthetic_dataset(folder: Path) -> Path | None:
-    """Return the RefShapes folder that a folder belongs to, None for images: synthetic images have names like
+    """Return the RefShapes folder that contains a folder, None for real images; synthetic images are named like
     COCO's."""
     for parent in (folder, *folder.parents[:3]):
         meta = parent / "meta.json"
@@ -47,5 +47,5 @@ def note_contamination(
         shared = keys & images
         if shared:
             found = f"found {len(shared)} of {len(keys)} images also in the evaluation split {dataset} {split}"
-            advice = "data.decontamination leaves them out of training where it names this split"
+            advice = "data.decontamination removes them from training if it names this split"
             findings.note(FindingKind.CONTAMINATION, source, f"{found}, which has {len(images)}; {advice}")

@@ -1,6 +1,6 @@
-"""Single files: what they are, and whether an image is what the annotations say.
+"""Checks single files: size, hash, and whether an image matches its annotations.
 
-`refer_files.py` and `items.py` look at files through these functions. Example:
+`refer_files.py` and `items.py` check files with these functions. Example:
 
     check_image(Path("COCO_9.jpg"), (480, 640), findings)  ->  False, and findings hold "unreadable image"
 """
@@ -17,7 +17,7 @@ from pixel_sail.files import is_hidden, sha256
 from pixel_sail.types import DataError, SizeHW
 
 SIZE_TOLERANCE = 0.02
-"""Published sizes are rounded; whether a megabyte is 10**6 or 2**20 bytes is not said, so either may fit."""
+"""Published sizes are rounded, in megabytes of either 10**6 or 2**20 bytes; a match of either is accepted."""
 
 ABSENT_IMAGE = "found no such file, expected an image; unpack the images again"
 ABSENT_IMAGES = "found no such folder, expected images; see what to download"
@@ -25,7 +25,7 @@ ANNOTATION_SUFFIXES = (".json", ".jsonl", ".p", ".csv", ".txt", ".parquet")
 
 
 def file_fact(path: Path, findings: Findings) -> FileFact | None:
-    """Return size and SHA-256 of a file, None (and trouble) where there is none; note an unexpected size."""
+    """Return size and SHA-256 of a file, None (and a trouble) if it is missing; note an unexpected size."""
     if not path.is_file():
         findings.trouble(
             FindingKind.MISSING_FILE, path, "found no such file, expected annotations; see what to download"
@@ -45,7 +45,7 @@ def file_fact(path: Path, findings: Findings) -> FileFact | None:
 
 
 def check_image(path: Path, expected_hw: SizeHW | None, findings: Findings) -> bool:
-    """Return whether an image can be decoded in full and has the stated size; add what is wrong."""
+    """Return whether an image can be decoded completely and has the stated size; report what is wrong."""
     path = existing_file(path)
     if not os.path.isfile(path):
         findings.trouble(FindingKind.MISSING_IMAGE, path, ABSENT_IMAGE)
@@ -67,7 +67,7 @@ def check_image(path: Path, expected_hw: SizeHW | None, findings: Findings) -> b
 
 
 def annotation_files(item: object, depth: int = 4) -> list[Path]:
-    """Return the annotation files that a source holds on to, itself or in the objects of this package it is made of."""
+    """Return the annotation files that a source refers to, itself or through objects of this package."""
     found: dict[Path, None] = {}
     for value in vars(item).values() if hasattr(item, "__dict__") else ():
         if isinstance(value, Path):
@@ -81,7 +81,7 @@ def annotation_files(item: object, depth: int = 4) -> list[Path]:
 def check_source_paths(arguments: Mapping[str, Any], findings: Findings) -> bool:
     """Return whether every path among the arguments of a source exists; of a list of folders one is enough.
 
-    Only annotation files and folders are looked for here. Folders with a published number of images are counted.
+    Only annotation files and folders are checked. Images are counted in folders with a published number of images.
     """
     is_complete = True
     for key, value in arguments.items():

@@ -1,6 +1,6 @@
-"""What the data check finds, as plain records.
+"""Records of what the data check finds.
 
-`instances.py`, `refer_files.py` and `items.py` add to `Findings`; `report.py` shows them. Example:
+`instances.py`, `refer_files.py` and `items.py` add to `Findings`; `report.py` formats them. Example:
 
     Finding(kind=Kind.MISSING_IMAGE, subject="images/train2014/COCO_train2014_000000000009.jpg",
             message="found no such file, expected the image of 3 refs; unpack the images again", is_trouble=True)
@@ -16,7 +16,7 @@ from pixel_sail.texts import limited
 
 
 class FindingKind(StrEnum):
-    """What may be wrong, in the order of the report."""
+    """Kinds of defects, in the order of the report."""
 
     MISSING_FILE = "missing file"
     UNREADABLE_FILE = "unreadable file"
@@ -51,7 +51,7 @@ class FindingKind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that is wrong (trouble) or worth knowing (a note)."""
+    """A defect (trouble) or an observation (note)."""
 
     kind: FindingKind
     subject: str
@@ -62,17 +62,17 @@ class Finding:
 
 
 class Findings:
-    """Grows while a dataset is gone through; the same finding is kept once."""
+    """Collects findings of a dataset; repeated findings are stored once."""
 
     def __init__(self) -> None:
         self._found: dict[Finding, None] = {}
 
     def trouble(self, kind: FindingKind, subject: object, message: str) -> None:
-        """Add something that must be mended."""
+        """Add a defect that must be fixed."""
         self._add(kind, subject, message, is_trouble=True)
 
     def note(self, kind: FindingKind, subject: object, message: str) -> None:
-        """Add something that is worth knowing."""
+        """Add an observation."""
         self._add(kind, subject, message, is_trouble=False)
 
     def _add(self, kind: FindingKind, subject: object, message: str, *, is_trouble: bool) -> None:
@@ -80,18 +80,18 @@ class Findings:
         self._found[Finding(kind=kind, subject=subject, message=message, is_trouble=is_trouble)] = None
 
     def all(self) -> tuple[Finding, ...]:
-        """Return everything found: troubles first, by kind, in the order of discovery."""
+        """Return all findings: troubles first, by kind, in the order of discovery."""
         order = list(FindingKind)
         return tuple(sorted(self._found, key=lambda finding: (not finding.is_trouble, order.index(finding.kind))))
 
     def subjects(self, kind: FindingKind) -> set[str]:
-        """Return what findings of one kind are about."""
+        """Return the subjects of all findings of one kind."""
         return {finding.subject for finding in self._found if finding.kind is kind}
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileFact:
-    """One file that was looked at."""
+    """One checked file."""
 
     path: str
     num_bytes: int
@@ -100,13 +100,13 @@ class FileFact:
 
 @dataclass(frozen=True, kw_only=True)
 class SoundFraction:
-    """How many of those that were looked at are sound."""
+    """Number of sound items among the checked ones."""
 
     checked: int = 0
     sound: int = 0
 
     def __add__(self, other: "SoundFraction") -> "SoundFraction":
-        """Return both together."""
+        """Return the sum of both."""
         return SoundFraction(checked=self.checked + other.checked, sound=self.sound + other.sound)
 
     def __str__(self) -> str:
@@ -136,7 +136,7 @@ class Lengths:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitCount:
-    """Size of one split of a REFER file, beside the published one."""
+    """Size of one split of a REFER file, next to the published one."""
 
     file: str
     split: str
@@ -151,40 +151,40 @@ class SplitCount:
     known_refs: int | None = None
     known_sentences: int | None = None
     origin: str = ""
-    """Where the published numbers come from."""
+    """Origin of the published numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceReport:
-    """Everything the check says about one source."""
+    """All results of the check for one source."""
 
     name: str
     reads: str
-    """What is read: the function and its arguments."""
+    """The function that reads it, and its arguments."""
     items: int | None
     files: tuple[FileFact, ...]
     splits: tuple[SplitCount, ...]
     images: SoundFraction
     masks: SoundFraction
     empty_masks: int
-    """Masks without a pixel among the checked ones, those of answers that say so left out."""
+    """Masks without pixels among the checked ones, except those of no-target answers."""
     texts: Lengths | None
     milliseconds: float | None
     """Mean time to sample one item and open its image."""
     findings: tuple[Finding, ...]
     to_download: tuple[str, ...] = ()
-    """Where what is missing can be found and where it belongs."""
+    """What to download, from where and into which folder."""
 
     @property
     def num_troubles(self) -> int:
-        """Return how many findings must be mended."""
+        """Return the number of defects."""
         return sum(finding.is_trouble for finding in self.findings)
 
     @property
     def num_notes(self) -> int:
-        """Return how many findings are only worth knowing."""
+        """Return the number of observations."""
         return len(self.findings) - self.num_troubles
 
     def kinds(self) -> Counter[FindingKind]:
-        """Return how many troubles there are of each kind."""
+        """Return the number of troubles by kind."""
         return Counter(finding.kind for finding in self.findings if finding.is_trouble)

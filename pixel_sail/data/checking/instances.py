@@ -1,7 +1,7 @@
-"""An `instances.json` gone through record by record, without stopping at a wrong one.
+"""Checks an `instances.json` record by record, without stopping at a wrong one.
 
-`refer_files.py` checks the refs against what this returns. Every record's fields, sizes and polygon coordinates are
-looked at; masks are decoded only for the chosen annotations, since a file holds up to 200,000.
+`refer_files.py` checks the refs against the result. The fields, sizes and polygon coordinates of all records are
+checked; masks are decoded only for selected annotations, since a file has up to 200,000.
 
 Example: {"id": 10, "image_id": 1, "segmentation": {"size": [640, 480], "counts": "..."}} for an image of (480, 640) is
 "mask size: found [640, 480], expected [480, 640]".
@@ -26,12 +26,12 @@ from pixel_sail.texts import shown
 from pixel_sail.types import DataError, SizeHW
 
 OUTSIDE_TOLERANCE_PX = 1.0
-"""Annotators mark up to the border; a point further out than this belongs to another image or is damaged."""
+"""Annotators mark up to the border; a point further out belongs to another image or is damaged."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRow:
-    """One image as the file states it."""
+    """One image as stated by the file."""
 
     file_name: str | None
     size_hw: SizeHW | None
@@ -39,7 +39,7 @@ class ImageRow:
 
 @dataclass(kw_only=True)
 class Instances:
-    """What is known of a file after it was gone through; wrong records are left out of the tables."""
+    """The valid records of a checked file."""
 
     is_read: bool = False
     images: dict[int, ImageRow] = field(default_factory=dict)
@@ -47,16 +47,16 @@ class Instances:
     masks: SoundFraction = field(default_factory=SoundFraction)
     empty_masks: int = 0
     in_pixels: Callable[[], bool] | None = None
-    """Says whether the file has coordinates above 1."""
+    """Returns whether the file has coordinates above 1."""
     areas: AreaCheck = field(default_factory=AreaCheck)
 
 
 def read_instances(
     path: Path, findings: Findings, *, is_chosen: Callable[[int], bool], is_used: Callable[[int], bool], progress: bool
 ) -> Instances:
-    """Return the images and annotations of a COCO file; everything wrong goes to `findings`.
+    """Return the images and annotations of a COCO file; every defect is added to `findings`.
 
-    `is_chosen` says for an annotation id whether its mask is decoded, `is_used` whether any ref needs it.
+    `is_chosen` returns whether the mask of an annotation id is decoded, `is_used` whether any ref refers to it.
     """
     result = Instances()
     try:
@@ -80,7 +80,7 @@ def read_instances(
 
 
 def _parse(rows: Records, number: int, kind: FindingKind, findings: Findings) -> dict[str, Any] | None:
-    """Return one record, None (and trouble) when it is not a JSON object."""
+    """Return one record, None (and a trouble) if it is not a JSON object."""
     try:
         row = rows[number]
     except DataError as error:
@@ -159,10 +159,10 @@ def _check_mask(
         findings.trouble(kind, where, message)
     if short := short_polygons(segmentation):
         found = f"found {len(short)} polygons with fewer than three points, the first is polygon {short[0]}"
-        findings.note(FindingKind.SHORT_POLYGON, where, f"{found}; they are left out, the others painted")
+        findings.note(FindingKind.SHORT_POLYGON, where, f"{found}; they are skipped, the others painted")
     is_damaged = any(kind is not FindingKind.OUTSIDE_IMAGE for kind, _ in problems)
     if is_damaged or not is_chosen:
-        # Damaged ones outside the sample are named, but the share is that of the sample.
+        # Damaged ones outside the sample are reported, but the fraction is that of the sample.
         result.masks += SoundFraction(checked=int(is_chosen))
         return
     try:
@@ -185,7 +185,7 @@ def _check_mask(
 def segmentation_problems(
     segmentation: object, size_hw: SizeHW, in_pixels: Callable[[], bool] | None = None
 ) -> list[tuple[FindingKind, str]]:
-    """Return what is wrong with a segmentation as far as it shows without decoding it."""
+    """Return the defects of a segmentation that can be detected without decoding it."""
     if isinstance(segmentation, list) and segmentation and all(isinstance(part, dict) for part in segmentation):
         return [problem for part in segmentation for problem in segmentation_problems(part, size_hw)]
     if isinstance(segmentation, dict):
@@ -226,7 +226,7 @@ def segmentation_problems(
 
 
 def short_polygons(segmentation: object) -> list[int]:
-    """Return which polygons have fewer than three points where another has them; the reader leaves them out."""
+    """Return which polygons have fewer than three points while another has them; the reader skips them."""
     parts = segmentation if isinstance(segmentation, list) else []
     if not any(isinstance(part, list) and len(part) >= 6 for part in parts):
         return []
@@ -244,6 +244,6 @@ def _is_polygon(polygon: object) -> bool:
 
 
 def _reach_outside(polygon: Sequence[float], size_hw: SizeHW) -> float:
-    """Return how far the outermost point lies beyond the image, in pixels; 0 or less when all are inside."""
+    """Return how far the outermost point is outside the image, in pixels; 0 or less if all are inside."""
     xs, ys = polygon[::2], polygon[1::2]
     return max(-min(xs), max(xs) - size_hw[1], -min(ys), max(ys) - size_hw[0])

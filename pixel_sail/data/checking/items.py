@@ -1,7 +1,7 @@
-"""The items of any source gone through by asking for them, as training does.
+"""Checks the items of any source by sampling them, as training does.
 
-`evaluation/data_check.py` calls `check_items` with a built source. Every image is looked for; a sample of the items is
-read, opened and measured, and every item that fails is named. Example:
+`evaluation/data_check.py` calls `check_items` with a source. The existence of every image is checked; a sample of the
+items is read, opened and measured, and every failing item is reported. Example:
 
     osprey/conversation/17   item   the mask of turn 0 is (480, 640), expected (427, 640)
 """
@@ -31,7 +31,7 @@ _PROMPT_TAG = re.compile(r"<Prompt(\d+)>")
 
 @dataclass(kw_only=True)
 class ItemCheck:
-    """What was found among the items of a source; findings went to the `Findings` that were passed in."""
+    """Results over the items of a source; defects are added to the `Findings` argument."""
 
     image_keys: set[str] = field(default_factory=set)
     """Key of every image of the source."""
@@ -39,10 +39,10 @@ class ItemCheck:
     masks: SoundFraction = field(default_factory=SoundFraction)
     empty_masks: int = 0
     text_lengths: list[int] = field(default_factory=list)
-    """Characters of every question and answer that was sampled."""
+    """Number of characters of every sampled question and answer."""
     seconds: list[float] = field(default_factory=list)
     shown: list[Sample] = field(default_factory=list)
-    """A few sound samples, for images."""
+    """A few sound samples, to render."""
 
     @property
     def texts(self) -> Lengths | None:
@@ -58,7 +58,7 @@ class ItemCheck:
 def check_items(
     source: Source, findings: Findings, *, sample: int | None, num_shown: int, seed: int = 0, progress: bool
 ) -> ItemCheck:
-    """Look for every image of a source and read `sample` of its items, all of them when it is None."""
+    """Check the images of a source and `sample` of its items, or all items if it is None."""
     result = ItemCheck()
     _find_images(source, result, findings, progress)
     indices = chosen_items(len(source), sample, seed)
@@ -70,7 +70,7 @@ def check_items(
 
 
 def note_remarks(heard: Iterable[Remark], findings: Findings) -> None:
-    """Add what readers remarked."""
+    """Add the remarks of the readers."""
     for remark in heard:
         findings.note(FindingKind.REMARK, remark.where, f"{remark.topic}: {remark.message}")
 
@@ -97,14 +97,14 @@ def _check_item(
 
 
 def chosen_items(size: int, sample: int | None, seed: int) -> list[int]:
-    """Return the numbers of the items to look at, in order."""
+    """Return the numbers of the items to check, in order."""
     if sample is None or size <= sample:
         return list(range(size))
     return sorted(int(index) for index in np.random.default_rng(seed).choice(size, size=sample, replace=False))
 
 
 def _find_images(source: Source, result: ItemCheck, findings: Findings, progress: bool) -> None:
-    """Look for the image of every item once; images of a folder that is not there are named together."""
+    """Check the existence of every image once; images of a missing folder are reported together."""
     folders: dict[Path, bool] = {}
     seen: set[Path] = set()
     for index in tqdm(range(len(source)), desc=f"{source.name}: images", disable=not progress, leave=False):
@@ -121,12 +121,12 @@ def _find_images(source: Source, result: ItemCheck, findings: Findings, progress
             folders[path.parent] = path.parent.is_dir()
         if not folders[path.parent]:
             findings.trouble(FindingKind.MISSING_FILE, path.parent, ABSENT_IMAGES)
-        elif not os.path.isfile(path):  # Unlike Path.is_file also of names that are too long.
+        elif not os.path.isfile(path):  # Path.is_file raises for names that are too long.
             findings.trouble(FindingKind.MISSING_IMAGE, path, ABSENT_IMAGE)
 
 
 def _opens(item: Sample, result: ItemCheck, findings: Findings) -> bool:
-    """Open the image of a sample once where all is well, and look closer where it is not."""
+    """Open the image of a sample once; check it in detail if that fails."""
     assert item.image_path is not None
     if not item.image_path.parent.is_dir():
         return False
@@ -141,7 +141,7 @@ def _opens(item: Sample, result: ItemCheck, findings: Findings) -> bool:
 
 
 def check_sample(item: Sample, result: ItemCheck, findings: Findings) -> bool:
-    """Return whether a sample can be trained on; add what is wrong with its texts, masks and prompts."""
+    """Return whether a sample can be trained on; report defects of its texts, masks and prompts."""
     problems: list[tuple[FindingKind, str]] = []
     if not item.turns:
         problems.append((FindingKind.ITEM, "found no question, expected at least one turn"))
@@ -175,7 +175,7 @@ def check_sample(item: Sample, result: ItemCheck, findings: Findings) -> bool:
 def _mask_problems(
     mask: BoolMask, item: Sample, where: str, result: ItemCheck, *, may_be_empty: bool
 ) -> list[tuple[FindingKind, str]]:
-    """Return what is wrong with a mask, and count it."""
+    """Return the defects of a mask, and count it."""
     problems = []
     if mask.dtype != np.bool_ or mask.ndim != 2 or mask.shape != (item.image_hw or mask.shape):
         found = f"{where}: found a mask of {mask.shape} {mask.dtype}"

@@ -1,6 +1,6 @@
-"""Published sizes of the public datasets, with where each number comes from.
+"""Published sizes of the public datasets, with the origin of each number.
 
-The data check shows them beside what it counts. They stand in `data/known_statistics.json`:
+The data check reports them next to its own counts. They are stored in `data/known_statistics.json`:
 
     {"refer": {"refcoco(unc)": {"val": {"images": 1500, "refs": 3811, "sentences": 10834, "origin": "TFDS ..."}}}}
 """
@@ -31,13 +31,13 @@ def _known() -> dict[str, Any]:
 
 
 def refer_name(dataset: str, split_by: str) -> str:
-    """Return the name of a dataset and its split: refcocog(umd); the two folder names of gRefCOCO are one."""
+    """Return the name of a dataset and its split, for example refcocog(umd); gRefCOCO's two folder names give one."""
     name = f"{dataset}({split_by})"
     return str(_known()["same_as"].get(name, name))
 
 
 def known_split(dataset: str, split_by: str, split: str) -> KnownSplit | None:
-    """Return the published size of a split, None for a dataset that was not published."""
+    """Return the published size of a split, None for an unpublished dataset."""
     found = _known()["refer"].get(refer_name(dataset, split_by), {}).get(split)
     return None if found is None else KnownSplit(**found)
 
@@ -59,7 +59,7 @@ def expected_megabytes(file_name: str) -> float | None:
 
 
 def expected_images(folder: Path) -> tuple[int, str] | None:
-    """Return how many images a folder is published to hold, and the origin of the number."""
+    """Return the published number of images in a folder, and the origin of the number."""
     for name, entry in _known()["images_per_folder"].items():
         if folder.parts[-2:] == tuple(name.split("/")):
             return int(entry["count"]), str(entry["origin"])

@@ -1,7 +1,7 @@
-"""A REFER or gRefCOCO folder gone through as it lies on disk: files, refs, annotations, masks and images.
+"""Checks a REFER or gRefCOCO folder on disk: files, refs, annotations, masks and images.
 
 `evaluation/data_check.py` calls `check_refer` once per folder. The loader of these files (`data/refer_annotations.py`)
-rightly stops at the first error; here everything is read item by item, so that one run names all damages. Example:
+stops at the first error; this module reads item by item and reports all defects in one run. Example:
 
     refs(unc).p: refs[7], ref_id 3   duplicate ref_id   found the id again, expected each once
     images/train2014/COCO_train2014_000000000009.jpg   missing image   ...
@@ -28,12 +28,12 @@ from pixel_sail.data.refer_annotations import COCO_TRAIN_FOLDERS
 
 _REFS_FILE = re.compile(r"(?P<stem>g?refs\((?P<split_by>.+)\))\.(?P<suffix>jsonl?|p)")
 _SUFFIX_ORDER = ("json", "jsonl", "p")
-"""Which of several files with the same refs is read: the one the loader prefers."""
+"""Order of preference for files with the same refs, as in the loader."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferFolder:
-    """Which files are checked; `split_by` None stands for every refs file of the folder."""
+    """Files to check; `split_by` None means every refs file of the folder."""
 
     root: Path
     dataset: str
@@ -46,7 +46,7 @@ class ReferFolder:
         return self.root / self.dataset
 
     def found_image_dir(self) -> Path:
-        """Return the folder with the images: the given one, or the first usual one that exists."""
+        """Return the image folder: the given one, or the first usual one that exists."""
         if self.image_dir is not None:
             return self.image_dir
         folders = [parent / name for parent in (self.root, self.path) for name in COCO_TRAIN_FOLDERS]
@@ -55,7 +55,7 @@ class ReferFolder:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferCheck:
-    """What was found in a folder; findings went to the `Findings` that were passed in."""
+    """Results for a folder; defects are added to the `Findings` argument."""
 
     files: tuple[FileFact, ...]
     splits: tuple[SplitCount, ...]
@@ -68,7 +68,7 @@ class ReferCheck:
 
 
 def refs_files(folder: ReferFolder) -> list[tuple[str, Path]]:
-    """Return (split_by, file) of every refs file that is asked for; of two formats of one file, the preferred one."""
+    """Return (split_by, file) of every selected refs file; of two formats of one file, the preferred one."""
     if not folder.path.is_dir():
         return []
     found: dict[str, tuple[int, str, Path]] = {}
@@ -81,7 +81,7 @@ def refs_files(folder: ReferFolder) -> list[tuple[str, Path]]:
 
 
 def check_refer(folder: ReferFolder, findings: Findings, *, sample: int | None, progress: bool) -> ReferCheck:
-    """Go through one folder; `sample` masks and images are decoded, all of them when it is None."""
+    """Check one folder; `sample` masks and images are decoded, all of them if it is None."""
     paths = refs_files(folder)
     if not paths:
         wanted = f"refs({folder.split_by or '*'}).p or grefs({folder.split_by or '*'}).json"
@@ -131,7 +131,7 @@ def check_refer(folder: ReferFolder, findings: Findings, *, sample: int | None, 
 def count_splits(
     rows: Iterable[RefRow], dataset: str, split_by: str, path: Path, findings: Findings
 ) -> list[SplitCount]:
-    """Return the size of every split beside the published one; a difference is noted."""
+    """Return the size of every split next to the published one; a difference is noted."""
     counts = []
     for split, group in _by_split(rows).items():
         described = [row for row in group if row.text_lengths]
@@ -190,7 +190,7 @@ def _check_ids(rows: Iterable[RefRow], path: Path, instances: Instances, finding
 
 
 def _check_overlap(rows: Iterable[RefRow], dataset: str, split_by: str, path: Path, findings: Findings) -> None:
-    """Add images that are both in train and in another split of the same file."""
+    """Add images that are in both train and another split of the same file."""
     images = {split: {row.image_id for row in group} for split, group in _by_split(rows).items()}
     training = images.pop("train", set())
     for split, others in images.items():
@@ -203,7 +203,7 @@ def _check_overlap(rows: Iterable[RefRow], dataset: str, split_by: str, path: Pa
                 FindingKind.CONTAMINATION, path, f"{found}; so published, this file splits objects and not images"
             )
         else:
-            findings.trouble(FindingKind.CONTAMINATION, path, f"{found}, expected none; get the file again")
+            findings.trouble(FindingKind.CONTAMINATION, path, f"{found}, expected none; download the file again")
 
 
 def _choose(ids: Iterable[int], sample: int | None) -> set[int]:
@@ -221,7 +221,7 @@ def _check_images(
     sample: int | None,
     progress: bool,
 ) -> SoundFraction:
-    """Look for every image that a ref needs, and open `sample` of those that exist."""
+    """Check the existence of every image with a ref, and open `sample` of those that exist."""
     image_dir = folder.found_image_dir()
     known = [image_id for image_id in sorted(used) if image_id in instances.images]
     if not image_dir.is_dir():

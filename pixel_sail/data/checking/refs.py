@@ -1,4 +1,4 @@
-"""The records of a refs or grefs file gone through one by one, without stopping at a wrong one.
+"""Checks the records of a refs or grefs file one by one, without stopping at a wrong one.
 
 `refer_files.py` calls `check_refs` for each file of a folder. Example:
 
@@ -18,12 +18,12 @@ from pixel_sail.texts import has_half_character, shown
 from pixel_sail.types import DataError
 
 NO_TARGET = (-1,)
-"""What gRefCOCO writes as annotation ids of an expression for which there is nothing in the image."""
+"""Annotation ids of a no-target expression in gRefCOCO."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RefRow:
-    """What of a record can be used, with a default for what is wrong."""
+    """The usable fields of a record, with defaults for wrong ones."""
 
     where: str
     ref_id: int | None
@@ -31,12 +31,11 @@ class RefRow:
     ann_ids: tuple[int, ...]
     split: str
     text_lengths: tuple[int, ...]
-    """Characters of every sentence that can be read."""
+    """Number of characters of every readable sentence."""
 
 
 def check_refs(path: Path, findings: Findings) -> list[RefRow]:
-    """Return the records of a file; everything wrong goes to `findings`, and a record without a usable image id is left
-    out."""
+    """Return the records of a file, without those lacking a usable image id; every defect is added to `findings`."""
     records = _read(path, findings)
     is_generalised = path.name.startswith("grefs")
     first_with: dict[int, int] = {}
@@ -117,7 +116,7 @@ def _sentences(
     is_generalised: bool,
     findings: Findings,
 ) -> tuple[int, ...]:
-    """Return the length of every sentence; add those that are missing, repeated or damaged."""
+    """Return the length of every sentence; report missing, repeated or damaged ones."""
     sentences = record.get("sentences")
     if not isinstance(sentences, list):
         findings.trouble(
@@ -125,9 +124,9 @@ def _sentences(
         )
         return ()
     if not sentences:
-        # The published gRefCOCO file has such refs, which every reader leaves out.
+        # The published gRefCOCO file has such refs, which every reader skips.
         add = findings.note if is_generalised else findings.trouble
-        add(FindingKind.NO_SENTENCE, where, "found no sentence, expected at least one; the ref is left out")
+        add(FindingKind.NO_SENTENCE, where, "found no sentence, expected at least one; the ref is skipped")
     lengths, present = [], set()
     for number, sentence in enumerate(sentences):
         spot = f"{where}, sentence {number}"
@@ -147,21 +146,23 @@ def _sentences(
     for sent_id in listed if isinstance(listed, list) else ():
         if sent_id not in present and sentences:
             found = f"sent_ids lists {shown(sent_id)}, found no sentence with it"
-            findings.trouble(FindingKind.NO_SENTENCE, where, f"{found}; get the file again")
+            findings.trouble(FindingKind.NO_SENTENCE, where, f"{found}; download the file again")
     return tuple(lengths)
 
 
 def _text_length(sentence: dict[str, Any], where: str, findings: Findings) -> Iterator[int]:
-    """Yield the number of characters of a sentence, nothing where it cannot be read."""
+    """Yield the number of characters of a sentence, nothing if it is unreadable."""
     wrong = [key for key in ("sent", "raw") if not isinstance(sentence.get(key), str)]
     for key in wrong:
         findings.trouble(
-            FindingKind.NO_SENTENCE, where, f"found {key} {shown(sentence.get(key))}, expected text; get the file again"
+            FindingKind.NO_SENTENCE,
+            where,
+            f"found {key} {shown(sentence.get(key))}, expected text; download the file again",
         )
     if not wrong:
         if any(has_half_character(sentence[key]) for key in ("sent", "raw")):
             found = f"found half a character in {shown(sentence)}"
             findings.trouble(FindingKind.REF_RECORD, where, f"{found}, expected Unicode text; repair the sentence")
         if not sentence["sent"].strip():
-            findings.note(FindingKind.EMPTY_TEXT, where, "found no letters; the sentence is left out of training")
+            findings.note(FindingKind.EMPTY_TEXT, where, "found no letters; training skips the sentence")
         yield len(sentence["sent"])

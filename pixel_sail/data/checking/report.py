@@ -1,7 +1,7 @@
-"""The result of a data check as text and as JSON.
+"""Formats the result of a data check as text and JSON.
 
-`tools/check_data.py` prints `text_report` and writes `json_report`; `evaluation/data_report.py` makes HTML of the same
-tables. The first lines of a report:
+`tools/check_data.py` prints `text_report` and writes `json_report`; `evaluation/data_report.py` renders the same tables
+as HTML. The first lines of a report:
 
     source   items  images  masks  empty  text chars  ms/item  trouble  notes
     refcoco  16994  199/200  200/200     0     1/17/113      8.1        1      0
@@ -16,7 +16,7 @@ from itertools import groupby
 from pixel_sail.data.checking.findings import Finding, SourceReport, SplitCount
 
 SHOWN_PER_KIND = 20
-"""Findings of one kind that are shown of one source; the JSON report holds all of them."""
+"""Maximum findings shown per kind and source; the JSON report has all of them."""
 
 REPORT_COLUMNS = ("source", "items", "images", "masks", "empty", "text chars", "ms/item", "trouble", "notes")
 SPLIT_COLUMNS = (
@@ -68,7 +68,7 @@ def file_rows(reports: Sequence[SourceReport]) -> list[tuple[str, ...]]:
 
 
 def shown_findings(findings: Sequence[Finding]) -> list[tuple[str, list[Finding], int]]:
-    """Return (kind, the first findings of it, how many more there are)."""
+    """Return (kind, its first findings, number of further ones)."""
     groups = []
     for (is_trouble, kind), members in groupby(findings, key=lambda finding: (finding.is_trouble, finding.kind)):
         group = list(members)
@@ -78,7 +78,7 @@ def shown_findings(findings: Sequence[Finding]) -> list[tuple[str, list[Finding]
 
 
 def text_report(reports: Sequence[SourceReport]) -> str:
-    """Return everything for the screen."""
+    """Return the report for the terminal."""
     lines = _table(REPORT_COLUMNS, [source_row(report) for report in reports])
     if splits := split_rows(reports):
         lines += ["", *_table(SPLIT_COLUMNS, splits)]
@@ -110,13 +110,13 @@ def _plural(count: int, name: str) -> str:
 
 
 def json_report(reports: Sequence[SourceReport], *, settings: dict[str, object]) -> str:
-    """Return everything, nothing shortened."""
+    """Return the complete report."""
     content = [asdict(report) | {"troubles": report.num_troubles, "notes": report.num_notes} for report in reports]
     return json.dumps({"settings": settings, "verdict": report_verdict(reports), "sources": content}, indent=1) + "\n"
 
 
 def _table(columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Return a table of aligned columns, numbers to the right."""
+    """Return a table of aligned columns, numbers right-aligned."""
     widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
     numeric = [all(not row[i] or row[i][0] in "-?0123456789" for row in rows) for i in range(len(columns))]
     lines = []

@@ -1,5 +1,5 @@
 """One module per dataset family, each with a keyword-only `load` that a config names as `_target_`.
 
-Annotation files -> `Source` (training) or list of `Expression` (evaluation). Example:
+`load` returns a `Source` (training) or a list of `Expression` (evaluation). Example:
 `pixel_sail.data.sources.refer.load(root="data/ref_seg", dataset="refcoco", split="train")`.
 """

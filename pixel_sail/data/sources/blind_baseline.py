@@ -1,7 +1,7 @@
-"""Annotations with the text or the images made useless: what a benchmark gives away without them.
+"""Makes the text or the images of annotations meaningless, to measure what a benchmark gives away without them.
 
-`refer.load` and `refer_seg.load` pass annotations through `make_blind` when the config says so. Train and score with
-`blind_baseline=language` for a model that does not read, with `blind_baseline=image` for one that does not see:
+`refer.load` and `refer_seg.load` pass annotations through `make_blind` if configured. Train and evaluate with
+`blind_baseline=language` for a model without language input, with `blind_baseline=image` for one without images:
 
     language:  "the red star left of the ring"  ->  "object 17"            (a number without meaning)
     image:     COCO_..12.jpg                    ->  COCO_..13.jpg          (another image of the same size)
@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 BLIND_BASELINES = ("none", "language", "image")
 
 NUM_MEANINGLESS_TEXTS = 97
-"""Texts stay different within an image, so that as many questions are asked as with the real ones."""
+"""Texts stay distinct within an image, so that the number of questions does not change."""
 
 
 def make_blind(annotations: ReferAnnotations, what: str) -> ReferAnnotations:
-    """Return the annotations without their text or without their images; ValueError for another `what`."""
+    """Return the annotations without their text or without their images. Raises: DataError for another `what`."""
     if what == "none":
         return annotations
     if what == "language":
@@ -49,14 +49,16 @@ def _make_text_meaningless(annotations: ReferAnnotations) -> ReferAnnotations:
 
 
 def _swap_images(images: dict[int, ReferImage]) -> dict[int, ReferImage]:
-    """Give every image the file of the next one of its size; log how many are alone and therefore keep their own."""
+    """Assign every image the file of the next one of its size; log how many are alone and keep their own."""
     same_size: dict[SizeHW, list[int]] = defaultdict(list)
     for image_id, image in images.items():
         same_size[image.size_hw].append(image_id)
     num_alone = sum(len(ids) == 1 for ids in same_size.values())
     if num_alone:
         logger.warning(
-            "blind_baseline=image: %d of %d images have no other of their size and stay visible", num_alone, len(images)
+            "blind_baseline=image: %d of %d images have no other of their size and are unchanged",
+            num_alone,
+            len(images),
         )
     swapped = {}
     for ids in same_size.values():

@@ -1,14 +1,14 @@
-"""Human expressions with a box instead of a mask (RefCOCOS), for evaluation.
+"""Reads human expressions with a box instead of a mask (RefCOCOS), for evaluation.
 
-A JSON list -> here -> `Expression`, whose target is the whole box -> `evaluation/refer_seg.py`. One record, of which
-the keys below are read:
+Each record of a JSON list becomes an `Expression` whose target is the whole box, scored by `evaluation/refer_seg.py`.
+One record, with the keys that are read:
 
     {"image_id": 9400, "local_image": "val2017/000000009400.jpg", "expression": "the person looking at an apple laptop",
      "bbox_xyxy": [2.16, 95.43, 104.63, 192.51], "height": 480, "width": 640}
 
-"bbox_xyxy" is (left, top, right, bottom) in pixels, null where the expression refers to nothing. A box is the pixels
-whose centres lie in it. An object fills its box in part, so that even its perfect mask has an IoU below 1: such scores
-compare models with one another, and with nothing that was scored on masks.
+"bbox_xyxy" is (left, top, right, bottom) in pixels, null for no target. A box covers the pixels whose centers are in
+it. An object fills only part of its box, so even its perfect mask has an IoU below 1: compare such scores between
+models only, never with scores on masks.
 """
 
 import math
@@ -29,9 +29,9 @@ from pixel_sail.types import RLE, DataError, Expression, SizeHW
 
 
 def load(*, annotations: str | Path, image_dir: str | Path) -> list[Expression]:
-    """Return every record in the order of the file; ref_id is its place in it, sent_id is 0.
+    """Return every record in file order; ref_id is its index, sent_id is 0.
 
-    image_dir: what the image names start from. Raises: DataError.
+    image_dir: folder of the image names. Raises: DataError.
     """
     records = open_records(annotations)
     return [
@@ -59,8 +59,8 @@ def _expression(record: Any, number: int, image_dir: Path, where: str, in_pixels
 
 
 def _box_rle(record: dict[str, Any], size_hw: SizeHW, where: str, in_pixels: Callable[[], bool]) -> RLE | None:
-    """Return the pixels whose centres lie in the box, None where nothing is meant."""
-    # A record without the key is damaged: no box must be said.
+    """Return the pixels whose centers are in the box, None for no target."""
+    # A missing key is damage: no target must be stated as null.
     box = record.get("bbox_xyxy", "nothing")
     if box is None:
         return None
@@ -71,12 +71,12 @@ def _box_rle(record: dict[str, Any], size_hw: SizeHW, where: str, in_pixels: Cal
             f"{size_hw} (height, width), or null; repair the record"
         )
     check_pixels(box, size_hw, f"{where}: bbox_xyxy", in_pixels)
-    # Pixel i has its centre at i + 0.5.
+    # The center of pixel i is at i + 0.5.
     left, top, right, bottom = (math.ceil(value - 0.5) for value in box)
     mask = np.zeros(size_hw, dtype=bool)
     mask[top:bottom, left:right] = True
     if not mask.any():
         raise DataError(
-            f"{where}: found bbox_xyxy = {shown(box)} without one pixel, expected a larger one; repair the record"
+            f"{where}: found bbox_xyxy = {shown(box)} without a pixel, expected a larger box; repair the record"
         )
     return encode_mask(mask)

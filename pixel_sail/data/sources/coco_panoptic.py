@@ -1,19 +1,20 @@
-"""COCO panoptic segmentation, instance by instance: every thing of a class gets a mask of its own, as "dog-1", "dog-2".
+"""COCO panoptic segmentation with one mask per instance of a class, as "dog-1", "dog-2".
 
-`data/panoptic.py` -> here -> `Sample` with one turn per class, templates from `data/templates/segmentation.py`.
-`coco_semantic.py` asks the same files for one mask per class.
+Builds a `Sample` with one turn per class from `data/panoptic.py` and `data/templates/segmentation.py`.
+`coco_semantic.py` builds questions for one mask per class from the same files.
 
 Example: an image with two dogs and grass gives Turn(question="Mark each dog separately. Segmentation in the instance
 mode.", answer="dog-1 [SEG] dog-2 [SEG].", masks=(left, right)) and Turn(..., answer="grass [SEG].", masks=(grass,)).
 
-What the released loader got wrong, and what happens here:
-- crowd segments were dropped, so that people in a crowd counted as background of "person": they are `Turn.ignored`,
-  unless `crowds=released`;
-- several segments of one stuff class met an answer with a single [SEG]: their union is the mask;
-- a class with any number of instances was spelled out: above `instances_per_class` it is asked for as one mask;
-- class names with hyphens ran into the numbers ("wall-other-merged"): names are spoken, and told apart or refused;
-- decoded masks were kept for ever, and an image with nothing to ask for was replaced by a random other one: masks live
-  as long as their sample, and such images are left out when the file is opened, counted in the log.
+Differences from the released loader:
+- It dropped crowd segments, so people in a crowd were background of "person". Here they are `Turn.ignored`, unless
+  `crowds=released`.
+- It answered several segments of one stuff class with a single [SEG]. Here their union is the mask.
+- It listed every instance, however many. Here a class above `instances_per_class` is queried as one mask.
+- Hyphens in class names collided with the numbers ("wall-other-merged"). Here names are spoken, and rejected if two
+  are equal.
+- It cached decoded masks forever, and replaced an image without a usable class by a random one. Here masks are not
+  cached, and such images are skipped and counted in the log.
 """
 
 from collections.abc import Sequence
@@ -61,12 +62,12 @@ def load(
 ) -> Source:
     """Return one split as a training source.
 
-    root, split, annotations, png_dir, image_dir: where the files are, see `open_panoptic`. classes_per_sample: most
-    turns of one sample (release: 5). instances_per_class: a class with more things than this is asked for as one mask,
-    0 for no limit. class_file: class names from lines `id:name,synonym,...` instead of those of the JSON file.
-    class_names, ours: those of the JSON file, spoken; released: with the eight others of RELEASED_NAMES. crowds, ours:
-    in no loss of their class; released: background. many_instances, released: no limit whatever instances_per_class is.
-    Raises: DataError, ValueError.
+    root, split, annotations, png_dir, image_dir: file locations, see `open_panoptic`. classes_per_sample: maximum turns
+    per sample (release: 5). instances_per_class: a class with more things than this is queried as one mask, 0 for no
+    limit. class_file: class names from lines `id:name,synonym,...` instead of the JSON file. class_names: `ours` uses
+    the JSON file's names in spoken form; `released` uses the eight others of RELEASED_NAMES. crowds: `ours` excludes
+    them from the loss of their class; `released` makes them background. many_instances: `released` ignores
+    instances_per_class. Raises: DataError, ValueError.
     """
     file = open_panoptic(root, split, annotations=annotations, png_dir=png_dir, image_dir=image_dir)
     classes = CocoClasses(file, class_file, released_names=is_released(name, "class_names", class_names))
@@ -82,7 +83,7 @@ def load(
 
 
 class CocoClasses:
-    """The categories of a panoptic file with the names they are called by."""
+    """The categories of a panoptic file and their names in questions."""
 
     def __init__(
         self, file: PanopticFile, class_file: str | Path | None = None, *, released_names: bool = False
@@ -97,12 +98,12 @@ class CocoClasses:
         self.names = spoken_names(names, str(file.file if class_file is None else class_file))
 
     def of(self, image: PanopticImage) -> dict[int, list[Segment]]:
-        """Return the segments of an image by category, ids ascending. Raises: DataError for unknown categories."""
+        """Return the segments of an image by category, by ascending id. Raises: DataError for unknown categories."""
         return segments_by_category(image, sorted(self.categories))
 
 
 class CocoPanopticSource(PanopticSource):
-    """One item per image with a thing that is not a crowd, or with stuff."""
+    """One item per image with stuff or with a thing that is not a crowd."""
 
     def __init__(
         self,
@@ -135,14 +136,14 @@ class CocoPanopticSource(PanopticSource):
         return self._sample(image, [self._turn(group, masks, image.image_hw, rng) for group in sampled])
 
     def _can_ask(self, segments: Sequence[Segment]) -> bool:
-        """Say whether there is more than crowds; a crowd of a stuff class is stuff like any other."""
+        """Return whether there are more than crowds; a crowd of a stuff class is ordinary stuff."""
         return any(
             not segment.is_crowd or not (self._crowds_as_background or self._is_thing(segment.category_id))
             for segment in segments
         )
 
     def _is_thing(self, category_id: int) -> bool:
-        """Return what the file says; a category it does not list is reported by `get`."""
+        """Return the file's value; an unlisted category is reported by `get`."""
         return category_id not in self._classes.categories or self._classes.categories[category_id].is_thing
 
     def _turn(

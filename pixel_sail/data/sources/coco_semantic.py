@@ -1,14 +1,13 @@
-"""COCO panoptic annotations as semantic segmentation: one mask of "all the dogs", for things and stuff alike.
+"""COCO panoptic annotations as semantic segmentation: one mask for "all the dogs", for things and stuff.
 
-`data/panoptic.py` -> here -> `Sample` with one turn per class, templates from `data/templates/segmentation.py`. Files
-and class names are those of `coco_panoptic.py`.
+Builds a `Sample` with one turn per class from `data/panoptic.py` and `data/templates/segmentation.py`. Files and class
+names are those of `coco_panoptic.py`.
 
 Example: two dogs and a crowd of dogs give Turn(question="Cover all the dog at once. Segmentation in the semantic
 mode.", answer="Sure, [SEG].", masks=(<the pixels of all three segments>,)).
 
-What the released loader got wrong, and what happens here: crowds were left out of "all the person", here they belong to
-it, unless `crowds=released`; masks were kept in memory for ever and images without a segment were replaced by a random
-other one, see `coco_panoptic.py`.
+Differences from the released loader: it excluded crowds from "all the person", here they are included unless
+`crowds=released`. It cached masks forever and replaced images without segments by random ones, see `coco_panoptic.py`.
 """
 
 from collections.abc import Sequence
@@ -41,7 +40,7 @@ def load(
 ) -> Source:
     """Return one split as a training source; the arguments are those of `coco_panoptic.load`.
 
-    crowds, ours: part of their class; released: background. Raises: DataError, ValueError.
+    crowds: `ours` makes them part of their class; `released` makes them background. Raises: DataError, ValueError.
     """
     file = open_panoptic(root, split, annotations=annotations, png_dir=png_dir, image_dir=image_dir)
     return CocoSemanticSource(
@@ -63,9 +62,9 @@ def expressions(
     image_dir: str | Path | None = None,
     class_file: str | Path | None = None,
 ) -> list[Expression]:
-    """Return one expression for every class of every image, its name, to be answered with all its segments.
+    """Return one expression per class and image: the class name, with all its segments as target.
 
-    For scoring; the files are those of `load`. ref_id counts the expressions of the file from 1. Raises: DataError.
+    For evaluation; the files are those of `load`. ref_id counts the expressions of the file from 1. Raises: DataError.
     """
     file = open_panoptic(root, split, annotations=annotations, png_dir=png_dir, image_dir=image_dir)
     classes = CocoClasses(file, class_file)

@@ -1,6 +1,6 @@
-"""COCO panoptic segments as marked regions whose class is to be chosen among candidates.
+"""COCO panoptic segments as marked regions whose class is chosen among candidates.
 
-`data/panoptic.py` -> here -> `data/regions.py` -> `Sample` with visual prompts and one turn per region, templates from
+Builds a `Sample` with visual prompts and one turn per region from `data/panoptic.py`, `data/regions.py` and
 `data/templates/region_class.py`.
 
 Example:
@@ -8,14 +8,14 @@ Example:
     Turn(question="Name the class of <Prompt4>. The candidate categories: rug, dog, truck, others.",
          answer="<Prompt4>: dog")
 
-Now and then the right name is missing and the answer is `<Prompt4>: others.`
+Sometimes the correct name is missing and the answer is `<Prompt4>: others.`
 
-What the released loader got wrong, and what happens here:
-- a right name was added to ten synthetic ones, so that a list of ten instead of eleven gave "others" away: every list
-  has `num_candidates` names, with the right one among them or not, unless `candidates=released`;
-- a sample that used up all prompt tokens had none left for the question about an absent region and failed: then no
-  such question is asked;
-- the caches and the random replacements, see `coco_panoptic.py`.
+Differences from the released loader:
+- It added the correct name to ten sampled ones, so a list of ten instead of eleven revealed "others". Here every list
+  has `num_candidates` names, with or without the correct one, unless `candidates=released`.
+- A sample that used all prompt tokens failed, as none was left for the question about an absent region. Here that
+  question is then omitted.
+- For its caches and random replacements see `coco_panoptic.py`.
 """
 
 from collections.abc import Mapping
@@ -54,9 +54,9 @@ def load(
     """Return one split as a training source; all numbers are the released ones.
 
     root, split, annotations, png_dir, image_dir, class_file, class_names: as in `coco_panoptic.load`.
-    regions_per_sample: most turns of one sample. num_candidates: names a question lists beside "others".
-    others_fraction: how often the right one is left out. candidates, ours: always num_candidates; released: so many
-    sampled names, and the right one where it is not among them, less the right one where the answer is "others".
+    regions_per_sample: maximum turns per sample. num_candidates: names listed in a question besides "others".
+    others_fraction: fraction of questions without the correct name. candidates: `ours` lists exactly num_candidates
+    names; `released` lists that many sampled names plus the correct one, or minus it if the answer is "others".
     prompt_fractions, num_prompts, absent_fraction: see `RegionSettings`. Raises: DataError, ValueError.
     """
     file = open_panoptic(root, split, annotations=annotations, png_dir=png_dir, image_dir=image_dir)
@@ -89,7 +89,7 @@ class CocoRegionSource(PanopticSource):
         others_fraction: float = 0.05,
         adds_right_name: bool = False,
     ) -> None:
-        """Check the settings and the file. Raises: DataError, DataError."""
+        """Check the settings and the file. Raises: DataError."""
         check_at_least(name, 1, num_candidates=num_candidates)
         settings.check_count(name, regions_per_sample)
         if not 0.0 <= others_fraction <= 1.0:
@@ -129,7 +129,7 @@ class CocoRegionSource(PanopticSource):
         )
 
     def _sample_segments(self, image: PanopticImage, rng: np.random.Generator) -> list[Segment]:
-        """Return the regions of one sample, of known categories."""
+        """Return the segments of one sample, all of known categories."""
         regions = [segment for group in self._classes.of(image).values() for segment in group if not segment.is_crowd]
         return [regions[i] for i in rng.permutation(len(regions))[: self._regions_per_sample]]
 
@@ -147,7 +147,7 @@ class CocoRegionSource(PanopticSource):
     def _num_wrong(self, has_right_one: bool, rng: np.random.Generator) -> int:
         """Return how many wrong names are listed."""
         if self._adds_right_name:
-            # Sampled from all names, among which the right one may be; it is then one of them.
+            # Sampled from all names. The correct name may be among them and then counts as one of them.
             num_names = len(self._classes.names)
             is_sampled = rng.random() * num_names < self._num_candidates
             return self._num_candidates - 1 if is_sampled else self._num_candidates

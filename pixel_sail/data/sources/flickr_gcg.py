@@ -1,15 +1,15 @@
-"""Flickr30k grounded captions: COCO style, with the caption on the image and spans and a SAM mask on annotations.
+"""Flickr30k grounded captions: COCO format with a caption per image, and spans and a SAM mask per annotation.
 
-`flickr_mergedGT_GCG_train.json` -> here -> `grounded_caption.py`. One image and its annotations:
+`grounded_caption.py` builds the samples from `flickr_mergedGT_GCG_train.json`. One image and its annotations:
 
     {"id": 7, "file_name": "1000092795.jpg", "height": 500, "width": 333, "caption": "Two young guys look up"}
     {"id": 1, "image_id": 7, "bbox": [10, 20, 90, 200], "area": 18000, "tokens_positive": [[0, 14]], "sam_mask": {...}}
     {"id": 2, "image_id": 7, "bbox": [120, 25, 80, 190], "area": 15200, "tokens_positive": [[0, 14]], "sam_mask": {...}}
 
-Annotations on the same span, as the two guys above, become one phrase with both masks; an annotation with several spans
+Annotations of the same span, as the two guys above, become one phrase with both masks; an annotation with several spans
 marks each. As in the released recipe, captions of fewer than three words, images with a side under 32 pixels, and
-annotations that are marked `ignore`, have no area, or lie outside the image are left out and counted. What the released
-loader gets wrong: see `grounded_caption.py`.
+annotations that are marked `ignore`, have no area, or are outside the image are skipped and counted. For differences
+from the released loader see `grounded_caption.py`.
 """
 
 from functools import partial
@@ -35,7 +35,7 @@ def load(
 ) -> Source:
     """Return the training source: the `_target_` of `configs/source/flickr30k_gcg.yaml`.
 
-    annotations: the JSON file. image_dir: one folder of images, or several to look in. templates: see
+    annotations: the JSON file. image_dir: one image folder, or several to search. templates: see
     `GroundedCaptionSource`. Raises: DataError, ValueError.
     """
     return GroundedCaptionSource(FlickrLayout(annotations), image_dir, name=name, templates=templates)
@@ -51,11 +51,11 @@ class FlickrLayout:
         self.where = str(annotations)
 
     def __len__(self) -> int:
-        """Return the number of captions of the file."""
+        """Return the number of captions in the file."""
         return len(self._images)
 
     def read(self, index: int) -> CaptionRecord:
-        """Return one caption. Raises: DataError naming file and record."""
+        """Return one caption. Raises: DataError with file and record."""
         where = f"{self._images.where}[{index}]"
         image = self._images[index]
         image_id, file_name = field(image, "id", int, where), field(image, "file_name", str, where)
@@ -85,7 +85,7 @@ class FlickrLayout:
 
 
 def _is_left_out(annotation: dict[str, Any], caption: str, image_hw: SizeHW, where: str) -> bool:
-    """Say whether the recipe does not use this annotation."""
+    """Return whether the recipe skips this annotation."""
     if len(caption.split()) < MIN_WORDS or min(image_hw) < MIN_SIDE_PX or annotation.get("ignore"):
         return True
     box, area = field(annotation, "bbox", list, where), annotation.get("area")

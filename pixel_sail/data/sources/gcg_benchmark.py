@@ -1,17 +1,17 @@
-"""The validation and test files of grounded caption generation, as items to be scored.
+"""Reads the validation and test files of grounded caption generation, as items to score.
 
-Two COCO-style files per split -> here -> `GroundedCaption`. Of `val_gcg_coco_caption_gt.json`:
+Two COCO-style files per split become `GroundedCaption`s. From `val_gcg_coco_caption_gt.json`:
 
     {"images": [{"id": "sa_10010541"}],
      "annotations": [{"id": 1, "image_id": "sa_10010541", "caption": "A man and a cup.", "labels": ["A man", "a cup"]}]}
 
-Of `val_gcg_coco_mask_gt.json`; the masks of an image stand in the order of its labels:
+From `val_gcg_coco_mask_gt.json`; the masks of an image are in the order of its labels:
 
     {"images": [{"id": "sa_10010541", "height": 1500, "width": 2250}],
      "annotations": [{"id": 1, "image_id": "sa_10010541", "category_id": 1, "segmentation": {"size": [...], ...}}]}
 
-The file of an image is `<id>.jpg`. Where an image has another number of labels than masks, the released scorer prints
-the exception and goes on with too few; here such a file is refused, unless the config asks for it.
+The file of an image is `<id>.jpg`. If the numbers of labels and masks of an image differ, the released scorer prints
+the exception and continues with too few. Here such a file is rejected, unless `refuse_unpaired=false`.
 """
 
 import logging
@@ -34,12 +34,11 @@ logger = logging.getLogger(__name__)
 def load(
     *, root: str | Path, split: str, image_dir: ImageFolders, refuse_unpaired: bool = True
 ) -> list[GroundedCaption]:
-    """Return every image of a split, in the order of the caption file.
+    """Return every image of a split, in caption file order.
 
-    root: folder of the two files. split: val or test. image_dir: one folder of images, or several to look in.
-    refuse_unpaired: False keeps images whose numbers of phrases and masks differ as they are, and logs how many.
-    A size comes from the files: of the image, else of its masks; an image without both is opened.
-    Raises: DataError naming file and image.
+    root: folder of the two files. split: val or test. image_dir: one image folder, or several to search.
+    refuse_unpaired: False keeps images whose numbers of phrases and masks differ, and logs how many. The image size is
+    read from the image record, else from its masks, else from the image file. Raises: DataError with file and image.
     """
     captions_file = Path(root) / f"{split}_gcg_coco_caption_gt.json"
     masks_file = Path(root) / f"{split}_gcg_coco_mask_gt.json"
@@ -54,7 +53,7 @@ def load(
         where = f"{captions_file}: image {image_id}"
         written = [captions[i] for i in captions_of.pop(image_id, ())]
         if not written:
-            raise DataError(f"{where}: found no caption, expected one; get the file again")
+            raise DataError(f"{where}: found no caption, expected one; download the file again")
         segmentations = [masks[i].get("segmentation") for i in masks_of.pop(image_id, ())]
         path = find_image(folders(image_dir), f"{image_id}.jpg")
         image_hw = sizes.get(image_id) or stated_hw(image, where) or _size_of_first(segmentations)
@@ -98,15 +97,15 @@ def _stated_sizes(images: Records) -> dict[str, SizeHW | None]:
 
 
 def _image_id(record: object, name: str, where: str) -> str:
-    """Return an id as text; files have names like sa_10010541, but a number is as good."""
+    """Return an id as text; files have names like sa_10010541, but numbers are accepted."""
     value = record.get(name) if isinstance(record, dict) else None
     if type(value) is not int and not isinstance(value, str):
-        raise DataError(f"{where}: found {name} = {shown(value)}, expected a text or a number; get the file again")
+        raise DataError(f"{where}: found {name} = {shown(value)}, expected a text or a number; download the file again")
     return str(value)
 
 
 def _size_of_first(segmentations: list[object]) -> SizeHW | None:
-    """Return the size the first mask states; whether the others agree is checked when they are read."""
+    """Return the size stated by the first mask; the others are compared when they are read."""
     first = segmentations[0] if segmentations else None
     size = first.get("size") if isinstance(first, dict) else None
     if isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size):
@@ -118,7 +117,7 @@ def _check_rest(rest: dict[str, list[int]], file: Path, captions_file: Path) -> 
     if rest:
         raise DataError(
             f"{file}: found annotations of {len(rest)} images, such as {next(iter(rest))}, that are not among the "
-            f"images of {captions_file}; get both files of one split again"
+            f"images of {captions_file}; download both files of one split again"
         )
 
 
@@ -128,7 +127,7 @@ def _report_unpaired(unpaired: list[str], num_images: int, file: Path, *, refuse
     found = f"{len(unpaired)} of {num_images} images whose numbers of phrases and masks differ, first {unpaired[0]}"
     if refuse:
         raise DataError(
-            f"{file}: found {found}; expected a mask for every phrase. Get both files of one split, or set "
-            "refuse_unpaired=false to score them as they are"
+            f"{file}: found {found}; expected a mask for every phrase. Download both files of one split, or set "
+            "refuse_unpaired=false to score them unchanged"
         )
     logger.warning("%s: kept %s", file, found)

@@ -1,13 +1,13 @@
 """GranD-f and OpenPSG grounded captions: one record per image, phrases with spans and lists of RLE masks.
 
-`GranDf_HA_GCG_train.json` or `OpenPsgGCG_train.json` -> here -> `grounded_caption.py`. One record:
+`grounded_caption.py` builds the samples from `GranDf_HA_GCG_train.json` or `OpenPsgGCG_train.json`. One record:
 
     {"file_name": "sa_10010541.jpg", "height": 1500, "width": 2250, "image_id": "sa_10010541",
      "caption": "A man holds two cups.",
      "groundings": {"A man": {"token_positives": [0, 5], "rle_masks": [{"size": [1500, 2250], "counts": "..."}]},
                     "two cups": {"token_positives": [12, 20], "rle_masks": [{...}, {...}]}, "morning": null}}
 
-A record that states no size has that of its masks. What the released loader gets wrong: see `grounded_caption.py`.
+A record without a size has that of its masks. For differences from the released loader see `grounded_caption.py`.
 """
 
 from functools import partial
@@ -26,7 +26,7 @@ from pixel_sail.types import DataError, SizeHW, Source
 def load(*, annotations: str | Path, image_dir: ImageFolders, name: str = "grandf", templates: str = OURS) -> Source:
     """Return the training source: the `_target_` of `configs/source/grandf.yaml` and `openpsg_gcg.yaml`.
 
-    annotations: the JSON file. image_dir: one folder of images, or several to look in. templates: see
+    annotations: the JSON file. image_dir: one image folder, or several to search. templates: see
     `GroundedCaptionSource`. Raises: DataError, ValueError.
     """
     return GroundedCaptionSource(GrandfLayout(annotations), image_dir, name=name, templates=templates)
@@ -40,11 +40,11 @@ class GrandfLayout:
         self.where = str(annotations)
 
     def __len__(self) -> int:
-        """Return the number of captions of the file."""
+        """Return the number of captions in the file."""
         return len(self._records)
 
     def read(self, index: int) -> CaptionRecord:
-        """Return one caption. Raises: DataError naming file and record."""
+        """Return one caption. Raises: DataError with file and record."""
         where = f"{self.where}[{index}]"
         record = self._records[index]
         file_name, caption = field(record, "file_name", str, where), field(record, "caption", str, where)
@@ -71,7 +71,7 @@ class GrandfLayout:
 
 
 def _span(grounding: object, where: str) -> Span | None:
-    """Return where the file says the phrase stands, None if it says nothing."""
+    """Return the stated span of a phrase, None without one."""
     if isinstance(grounding, dict) and grounding.get("token_positives") is None:
         return None
     span = field(grounding, "token_positives", list, where)
@@ -81,7 +81,7 @@ def _span(grounding: object, where: str) -> Span | None:
 
 
 def _size_of_masks(phrases: tuple[MaskedPhrase, ...]) -> SizeHW | None:
-    """Return the size the first mask states; whether the others agree is checked when they are decoded."""
+    """Return the size stated by the first mask; the others are compared when they are decoded."""
     first = phrases[0].segmentations[0] if phrases else None
     size = first.get("size") if isinstance(first, dict) else None
     if isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size):

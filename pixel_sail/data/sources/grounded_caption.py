@@ -1,16 +1,16 @@
-"""Captions whose phrases have masks, whatever file they come from, as training samples.
+"""Training samples from captions whose phrases have masks, in any file format.
 
-`grandf.py`, `refcocog_gcg.py` and `flickr_gcg.py` read their layouts into `CaptionRecord`s; this source places the
-phrases (`data/phrases.py`), unites the masks of each, and words one turn per image:
+`grandf.py`, `refcocog_gcg.py` and `flickr_gcg.py` read their formats into `CaptionRecord`s. This source finds the
+phrases (`data/phrases.py`), unites the masks of each, and builds one turn per image:
 
     CaptionRecord(caption="A dog and two cups", phrases=(MaskedPhrase(text="two cups", segmentations=(rle, rle)), ...))
     -> Turn(question="What is in this image? ...", answer="<p> A dog </p> [SEG] and <p> two cups </p> [SEG]",
             masks=(<dog>, <both cups>))
 
-What the released loaders get wrong and this one does not: overlapping or repeated spans nested tags into one another;
-phrases with capitals were looked for in a lower-cased caption, not found, and marked at its end; a phrase was found
-inside a longer word; only the first span of a phrase counted; masks were summed, not united; an image without phrases
-was replaced by a random one.
+Errors of the released loaders that do not occur here: overlapping or repeated spans nested tags; capitalized phrases
+were searched in a lower-cased caption, not found, and marked at its end; a phrase was found inside a longer word; only
+the first span of a phrase counted; masks were summed, not united; an image without phrases was replaced by a random
+one.
 """
 
 import logging
@@ -40,33 +40,33 @@ SPAN_OF_OTHER_WORDS = "span of other words"
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedPhrase:
-    """One phrase as the file has it."""
+    """One phrase of the file."""
 
     phrase: Phrase
     segmentations: tuple[object, ...]
-    """COCO segmentations of any format, at least one; their union is the mask of the phrase."""
+    """COCO segmentations in any format, at least one; their union is the mask of the phrase."""
     where: str
     """File, record and phrase, for error messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionRecord:
-    """One caption as the file has it."""
+    """One caption of the file."""
 
     item_id: str
     file_name: str
-    """Of the image, as in the file."""
+    """Image file name, as stored."""
     image_hw: SizeHW | None
-    """None where the file states no size."""
+    """None if the file states no size."""
     caption: str
     phrases: tuple[MaskedPhrase, ...]
     shows_pixels: ShowsPixels
-    """Of the file."""
+    """Whether the file has coordinates above 1."""
     num_unmasked: int = 0
-    """Phrases of the file that have no mask, or that the dataset's recipe leaves out."""
+    """Phrases of the file without a mask, or skipped by the dataset's recipe."""
 
     def placement(self) -> Placement:
-        """Return where the phrases stand in the caption."""
+        """Return the spans of the phrases in the caption."""
         return place_phrases(self.caption, [item.phrase for item in self.phrases])
 
 
@@ -74,26 +74,26 @@ class CaptionLayout(Protocol):
     """One file format."""
 
     where: str
-    """The file, for messages."""
+    """The file, for error messages."""
 
     def __len__(self) -> int:
-        """Return the number of captions of the file."""
+        """Return the number of captions in the file."""
         ...
 
     def read(self, index: int) -> CaptionRecord:
-        """Return one caption. Raises: DataError naming file and record."""
+        """Return one caption. Raises: DataError with file and record."""
         ...
 
 
 class GroundedCaptionSource:
     """One item per caption that has a phrase with a mask; one turn per item.
 
-    The file is read through once when the source is made, to leave out captions without any such phrase and to count
-    what is not used: both are logged. A malformed record stays in, and `get` says what is wrong with it.
+    The constructor reads the file once, to skip captions without any such phrase and to count unused phrases; both
+    numbers are logged. A malformed record is kept, and `get` raises its error.
     """
 
     def __init__(self, layout: CaptionLayout, image_dir: ImageFolders, *, name: str, templates: str = OURS) -> None:
-        """`templates`, ours: the evaluation's question is asked, too; released: it is not. Raises: ValueError."""
+        """`templates`: `ours` also samples the evaluation's question; `released` does not. Raises: DataError."""
         self.name = name
         self._released_templates = is_released(name, "templates", templates)
         self._layout = layout
@@ -109,16 +109,15 @@ class GroundedCaptionSource:
         return find_image(self._folders, self._layout.read(int(self._items[index])).file_name)
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
-        """Return the caption of item `index` with all its phrases; only the question is sampled from `rng`.
+        """Return the caption of item `index` with all its phrases; only the question is random.
 
-        Where the file states no size, the image's size as stored is read, as COCO counts pixels, and becomes the
-        sample's. Raises: DataError.
+        If the file states no size, the stored image size is used, since COCO counts stored pixels. Raises: DataError.
         """
         record = self._layout.read(int(self._items[index]))
         sample_id = f"{self.name}/{record.item_id}"
         placement = record.placement()
         if not placement.spans:
-            raise DataError(f"{sample_id}: found no phrase in the caption, expected one; leave the caption out")
+            raise DataError(f"{sample_id}: found no phrase in the caption, expected one; remove the caption")
         image_path = find_image(self._folders, record.file_name)
         image_hw = record.image_hw if record.image_hw is not None else stored_hw(image_path, sample_id)
         masks = tuple(_united(record, marked.phrases, image_hw) for marked in placement.spans)
@@ -139,7 +138,7 @@ class GroundedCaptionSource:
             try:
                 record = self._layout.read(index)
             except DataError:
-                usable.append(index)  # `get` raises the same error, and whoever runs it counts bad samples.
+                usable.append(index)  # `get` raises the same error, and its caller counts bad samples.
                 continue
             placement = record.placement()
             num_phrases += len(record.phrases) + record.num_unmasked
@@ -153,7 +152,7 @@ class GroundedCaptionSource:
         num_left_out = len(self._layout) - len(usable)
         if num_left_out or num_unmasked or num_lost or num_overlapped:
             logger.warning(
-                "source %s (%s): left out %d of %d captions without a phrase to mark; of %d phrases, %d have no mask, "
+                "source %s (%s): skipped %d of %d captions without a phrase to mark; of %d phrases, %d have no mask, "
                 "%d are not in their caption and %d overlap a longer one; these stay plain text",
                 self.name, self._layout.where, num_left_out, len(self._layout),
                 num_phrases, num_unmasked, num_lost, num_overlapped,
@@ -162,18 +161,16 @@ class GroundedCaptionSource:
 
 
 def _remark_misplaced(record: CaptionRecord, index: int, file: str) -> None:
-    """Remark that a span of the file holds other words than its phrase."""
+    """Remark that a stated span contains other words than its phrase."""
     item = record.phrases[index]
     assert item.phrase.span is not None, "only a stated span can be wrong"
     held = record.caption[slice(*item.phrase.span)]
-    message = (
-        f"the span {list(item.phrase.span)} holds {shown(held)}, the phrase is {shown(item.phrase.text)}; left out"
-    )
+    message = f"the span {list(item.phrase.span)} holds {shown(held)}, the phrase is {shown(item.phrase.text)}; skipped"
     remark(SPAN_OF_OTHER_WORDS, file, item.where, message)
 
 
 def _united(record: CaptionRecord, indices: tuple[int, ...], image_hw: SizeHW) -> BoolMask:
-    """Return the union of all masks of the phrases at one place."""
+    """Return the union of all masks of the phrases at one span."""
     masks = [
         decode_segmentation(segmentation, image_hw, record.phrases[index].where, record.shows_pixels)
         for index in indices

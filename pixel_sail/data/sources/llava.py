@@ -1,6 +1,6 @@
-"""LLaVA-1.5's instruction mix: conversations about whole images, and without any image.
+"""LLaVA-1.5's instruction mix: conversations about whole images, and without an image.
 
-Llava_v1_5_mix665k.json (665k records, 1 GB) -> here -> `Sample` without masks.
+Llava_v1_5_mix665k.json (665k records, 1 GB) becomes `Sample`s without masks:
 
     {"id": "000000033471", "image": "coco/train2017/000000033471.jpg", "conversations": [{"from": "human", "value":
      "<image>\\nWhat are the colors of the bus?"}, {"from": "gpt", "value": "White and red."}, ...]}
@@ -8,11 +8,11 @@ Llava_v1_5_mix665k.json (665k records, 1 GB) -> here -> `Sample` without masks.
     -> Sample(image_path=image_dir / "coco/train2017/000000033471.jpg", turns=(Turn(question="What are the colors of the
        bus?", answer="White and red."), ...)); a record without "image" gives a sample without one.
 
-What the released loader got wrong, and what happens here:
-- long conversations were cut within a word of an answer, which a model then learned to stop at, and what followed was
-  never seen: what does not fit into a sequence (`data.packing.seq_len`) with its image is divided between turns into
-  parts that do (`data/turn_parts.py`), of which one is sampled, or with `long_conversations=released` the first one
-kept; - messages of one side in a row: see `data/conversations.py`.
+Differences from the released loader:
+- It cut long conversations inside an answer, where a model then learned to stop, and never used the rest. Here a
+  conversation that does not fit into a sequence (`data.packing.seq_len`) with its image is split between turns into
+  parts that do (`data/turn_parts.py`). One part is sampled, or the first one with `long_conversations=released`.
+- For consecutive messages of one side see `data/conversations.py`.
 """
 
 from pathlib import Path
@@ -33,10 +33,9 @@ def load(
 ) -> Source:
     """Return the file as a training source.
 
-    annotations: the JSON file. image_dir: folder that the paths of the records start from. long_conversations: of one
-    that is longer than a sequence, ours: a part sampled at random; released: the turns from the beginning on (the
-    release cuts the next turn, here it is left out). A single turn that is longer is an error. Raises: DataError,
-    ValueError."""
+    annotations: the JSON file. image_dir: folder of the records' image paths. long_conversations: for a conversation
+    longer than a sequence, `ours` keeps a random part; `released` keeps the first turns (the release cuts the next
+    turn, here it is dropped). A single longer turn is an error. Raises: DataError, ValueError."""
     keeps_beginning = is_released(name, "long_conversations", long_conversations)
     return LlavaSource(open_records(annotations), Path(image_dir), name=name, keeps_beginning=keeps_beginning)
 
@@ -55,11 +54,11 @@ class LlavaSource:
         return len(self._records)
 
     def image_path(self, index: int) -> Path | None:
-        """Return the image of an item, None for text only. Raises: DataError."""
+        """Return the image path of an item, None for text only. Raises: DataError."""
         return self._image_of(self._checked_record(index), index)
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
-        """Return record `index`; which part is kept of a conversation that is too long is sampled from `rng`.
+        """Return record `index`; `rng` selects the part kept of a conversation that is too long.
 
         Raises: DataError.
         """

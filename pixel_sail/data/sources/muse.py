@@ -1,17 +1,17 @@
-"""MUSE: several questions per image, each answered by several objects with masks.
+"""MUSE: several questions per image, each answered with the masks of several objects.
 
-`MUSE_train.json` -> here -> `Sample`, all questions of an image as its turns. One record:
+A record of `MUSE_train.json` becomes a `Sample` with all questions of an image as turns. One record:
 
     {"file_name": "COCO_train2014_000000000009.jpg", "height": 480, "width": 640, "ann_list": [{"category_id": 51}],
      "questions": ["What could I drink tea from?"], "text_answers": ["The mug {seg} next to the pot."],
      "answers": [[{"segmentation": [[30.5, 12.0, ...]], "category_name": "mug", "rephrased_name": "white mug"}]]}
 
-Images of 2017 have `coco_url` in place of `file_name`. Without `text_answers`, or where one is null, the answer is
-worded here; an object's `rephrased_name` is used nine times in ten, as released.
+Images of 2017 have `coco_url` instead of `file_name`. If `text_answers` is missing or null, the answer comes from a
+template; an object's `rephrased_name` is used in nine of ten cases, as released.
 
-What the released loader gets wrong and this one does not: polygons were summed, not united; masks and conversations of
-every visited item stayed in memory; an item whose text has another number of {seg} than objects, or that cannot be
-used, was replaced by a random one. Here the first is a DataError, the second left out and counted.
+Errors of the released loader that do not occur here: polygons were summed, not united; masks and conversations of every
+visited item stayed in memory; an item whose text has another number of {seg} than objects, or that is unusable, was
+replaced by a random one. Here the first is a DataError, the second is skipped and counted.
 """
 
 import logging
@@ -33,7 +33,7 @@ from pixel_sail.types import DataError, Sample, SizeHW, Source, Turn
 logger = logging.getLogger(__name__)
 
 REPHRASED_FRACTION = 0.9
-"""How often an object is called by its rephrased name, if it has one (released)."""
+"""Probability of the rephrased name for an object that has one (released)."""
 
 SLOT = "{seg}"
 
@@ -41,14 +41,14 @@ SLOT = "{seg}"
 def load(*, annotations: str | Path, image_dir: ImageFolders, name: str = "muse") -> Source:
     """Return the training source: the `_target_` of `configs/source/muse.yaml`.
 
-    annotations: the JSON file. image_dir: the folders with the COCO images of train2014, train2017 and val2017; an
-    image has the same number in all of them. Raises: DataError.
+    annotations: the JSON file. image_dir: the folders of the COCO images of train2014, train2017 and val2017; an image
+    has the same number in all of them. Raises: DataError.
     """
     return MuseSource(open_records(annotations), image_dir, name=name)
 
 
 class MuseSource:
-    """One item per image that has a question about an object; questions without objects are left out and counted."""
+    """One item per image that has a question about an object; questions without objects are skipped and counted."""
 
     def __init__(self, records: Records, image_dir: ImageFolders, *, name: str) -> None:
         self.name = name
@@ -57,7 +57,7 @@ class MuseSource:
         self._items = self._usable_items()
 
     def __len__(self) -> int:
-        """Return the number of images with a question that can be asked."""
+        """Return the number of images with a usable question."""
         return len(self._items)
 
     def image_path(self, index: int) -> Path:
@@ -66,7 +66,7 @@ class MuseSource:
         return find_image(self._folders, _file_name(self._records[number], self._where(number)))
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
-        """Return all questions about an image, in file order; `rng` samples the templates. Raises: DataError."""
+        """Return all questions about an image in file order; `rng` samples the templates. Raises: DataError."""
         number = int(self._items[index])
         record, where = self._records[number], self._where(number)
         file_name, image_hw = _file_name(record, where), stated_hw(record, where)
@@ -79,7 +79,7 @@ class MuseSource:
             if objects
         ]
         if not turns:
-            raise DataError(f"{where}: found no question with an object, expected one; leave the record out")
+            raise DataError(f"{where}: found no question with an object, expected one; remove the record")
         return Sample(
             sample_id=f"{self.name}/item={number}/{file_name}",
             source=self.name,
@@ -99,7 +99,7 @@ class MuseSource:
                 is_empty = isinstance(record, dict) and record.get("ann_list") == []
                 questions = [] if is_empty else _questions(record, self._where(number))
             except DataError:
-                usable.append(number)  # `get` raises the same error, and whoever runs it counts bad samples.
+                usable.append(number)  # `get` raises the same error, and its caller counts bad samples.
                 continue
             num_questions += len(questions)
             num_without_object += sum(not objects for _, objects, _ in questions)
@@ -107,7 +107,7 @@ class MuseSource:
                 usable.append(number)
         if len(usable) < len(self._records) or num_without_object:
             logger.warning(
-                "source %s (%s): left out %d of %d images without a question about an object, and %d of %d questions",
+                "source %s (%s): skipped %d of %d images without a question about an object, and %d of %d questions",
                 self.name, self._records.where, len(self._records) - len(usable), len(self._records),
                 num_without_object, num_questions,
             )  # fmt: skip
@@ -115,7 +115,7 @@ class MuseSource:
 
 
 def _questions(record: object, where: str) -> list[tuple[str, list[Any], str | None]]:
-    """Return (question, objects of the answer, worded answer or None) of every question of a record."""
+    """Return (question, objects of the answer, text of the answer or None) of every question of a record."""
     questions, answers = strings(record, "questions", where), field(record, "answers", list, where)
     texts = record.get("text_answers") if isinstance(record, dict) else None
     texts = [None] * len(questions) if texts is None else field(record, "text_answers", list, where)
@@ -157,13 +157,13 @@ def _turn(
 
 
 def _name(item: dict[str, Any], where: str, rng: np.random.Generator) -> str:
-    """Return what an object is called this time."""
+    """Return a name for an object, sampled if it has two."""
     is_rephrased = rng.random() < REPHRASED_FRACTION and item.get("rephrased_name") is not None
     return field(item, "rephrased_name" if is_rephrased else "category_name", str, where).strip()
 
 
 def _file_name(record: object, where: str) -> str:
-    """Return the name of the image, of either year."""
+    """Return the image file name, from the field of either year."""
     if isinstance(record, dict) and "file_name" not in record and "coco_url" in record:
         return field(record, "coco_url", str, where).rsplit("/", maxsplit=1)[-1]
     return field(record, "file_name", str, where)

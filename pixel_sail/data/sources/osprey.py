@@ -1,7 +1,7 @@
-"""Osprey-724K: questions and answers about marked regions, and descriptions of them.
+"""Osprey-724K: questions and answers about marked regions, and descriptions of regions.
 
-Osprey's JSON files -> here -> `data/regions.py` -> `Sample` with visual prompts. The five files hold records like this
-one (`description` in one of them only), in which regions are called `<region1>`, `<region2>`, ...:
+Builds `Sample`s with visual prompts from Osprey's JSON files through `data/regions.py`. The five files have records
+like this one (`description` in one of them only), in which regions are named `<region1>`, `<region2>`, ...:
 
     {"file_name": "000000222016.jpg", "height": 640, "width": 480, "annotation": [{"segmentation": [[...]]}, ...],
      "conversations": [{"from": "human", "value": "What is <region1>?"}, {"from": "gpt", "value": "A red bus."}],
@@ -9,14 +9,14 @@ one (`description` in one of them only), in which regions are called `<region1>`
 
     -> Turn(question="What is <Prompt11>?", answer="A red bus."), prompts=(VisualPrompt(prompt_id=11, mask=...),)
 
-What the released loader got wrong, and what happens here:
-- region names were replaced piece by piece, so that `<region10>` became `<<Prompt3>0>`: a name is replaced as a whole;
-- an item with more regions than prompt tokens was replaced by a random other one: as many of its turns as have tokens
-  for all their regions are asked, sampled anew every time, in the order of the file;
-- an item without regions ended the run: it is left out when the source is made, and counted;
-- a description lost everything up to the last colon of it: only its label `<region1>:` is removed;
-- a prompt's paint order came from the mask and not from the box or point made of it, which could hide it: see
-  `PixelSailProcessor.paint_prompts`.
+Differences from the released loader:
+- It replaced region names piece by piece, so `<region10>` became `<<Prompt3>0>`. Here a name is replaced as a whole.
+- It replaced an item with more regions than prompt tokens by a random one. Here as many of its turns are used as there
+  are tokens for all their regions, resampled every time, in file order.
+- An item without regions ended the run. Here it is skipped at construction and counted.
+- It removed everything up to the last colon of a description. Here only the label `<region1>:` is removed.
+- It ordered the painting of prompts by their masks and not by the boxes or points made of them, which could hide one:
+  see `PixelSailProcessor.paint_prompts`.
 """
 
 import logging
@@ -51,7 +51,7 @@ from pixel_sail.types import BoolMask, DataError, Sample, SizeHW, Source
 logger = logging.getLogger(__name__)
 
 CONTENTS = ("conversations", "description")
-"""Which field of the records is asked about."""
+"""Field of the records to use."""
 
 
 def load(
@@ -69,11 +69,11 @@ def load(
 ) -> Source:
     """Return one of Osprey's files as a training source.
 
-    annotations: the JSON file. image_dirs: folders of the images, looked through in this order. content: one of
-    CONTENTS. single_word_answers: every question of a conversation asks for one. regions_per_sample: most described
-    regions of one sample; conversations show all. prompt_fractions, num_prompts, absent_fraction: see `RegionSettings`.
-    absent_questions, ours: about a region that is not there conversations ask as they do about others; released: for a
-    long description, whatever the file. Raises: DataError, ValueError.
+    annotations: the JSON file. image_dirs: image folders, searched in this order. content: one of CONTENTS.
+    single_word_answers: every question of a conversation requests one word. regions_per_sample: maximum described
+    regions per sample; conversations show all regions. prompt_fractions, num_prompts, absent_fraction: see
+    `RegionSettings`. absent_questions: with `ours`, conversations use the same questions for absent regions as for
+    others; with `released`, a request for a long description in every file. Raises: DataError, ValueError.
     """
     if content not in CONTENTS:
         raise DataError(f"source {name}: found content {content!r}, expected one of {CONTENTS}; correct the config")
@@ -95,14 +95,14 @@ def load(
 
 @dataclass(frozen=True, kw_only=True)
 class _Asked:
-    """What one sample is about: turns whose placeholders and regions are numbers of the record's regions."""
+    """Turns of one sample; their placeholders and regions are region numbers of the record."""
 
     turns: list[RegionTurn]
     shown: list[int]
 
 
 class OspreySource:
-    """One item per record that has a region and something said about it."""
+    """One item per record that has a region and text about it."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class OspreySource:
         regions_per_sample: int = 5,
         absent_questions: str = OURS,
     ) -> None:
-        """Note which records can be used. Raises: DataError, ValueError without an image folder."""
+        """Find the usable records. Raises: DataError, also without an image folder."""
         if not image_dirs:
             raise DataError(f"source {name}: found no image_dirs, expected at least one folder; correct the config")
         self.name = name
@@ -137,13 +137,13 @@ class OspreySource:
         return len(self._numbers)
 
     def image_path(self, index: int) -> Path:
-        """Return the image of an item: where it was found, or the first place it could be. Raises: DataError."""
+        """Return the image path of an item: where it exists, or the first candidate. Raises: DataError."""
         number = int(self._numbers[index])
         record = _checked_record(self._records[number], f"{self._records.where}[{number}]")
         return find_image(self._image_dirs, record["file_name"])
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
-        """Return item `index`, turns and regions sampled from `rng`. Raises: DataError naming file, record and
+        """Return item `index` with turns and regions sampled from `rng`. Raises: DataError with file, record and
         region."""
         number = int(self._numbers[index])
         where = f"{self._records.where}[{number}]"
@@ -168,7 +168,7 @@ class OspreySource:
         )
 
     def _conversation(self, record: dict[str, Any], num_regions: int, rng: np.random.Generator, where: str) -> _Asked:
-        """Return the conversation with all regions shown, or the part of it that there are prompt tokens for."""
+        """Return the conversation with all regions shown, or as much of it as there are prompt tokens for."""
         pairs = conversation_turns(record.get("conversations"), where)
         turns = [
             RegionTurn(
@@ -184,7 +184,8 @@ class OspreySource:
         return _Asked(turns=[turns[i] for i in sorted(chosen)], shown=marked)
 
     def _descriptions(self, record: dict[str, Any], num_regions: int, rng: np.random.Generator, where: str) -> _Asked:
-        """Return 1 .. `regions_per_sample` described regions; what their descriptions mention is shown as well."""
+        """Return 1 .. `regions_per_sample` described regions; regions mentioned in their descriptions are shown as
+        well."""
         texts = record.get("description")
         if not isinstance(texts, list) or len(texts) != num_regions:
             found = f"{len(texts)} descriptions" if isinstance(texts, list) else f"description = {shown(texts)}"
@@ -204,7 +205,7 @@ class OspreySource:
         return _Asked(turns=turns, shown=marked)
 
     def _fitting(self, needed: list[set[int]], order: list[int], count: int, where: str) -> tuple[list[int], list[int]]:
-        """Go through `order` and take up to `count` entries while there are prompt tokens for all regions they need.
+        """Go through `order` and take up to `count` entries as long as their regions fit into the prompt tokens.
 
         Returns the entries and the regions.
         """
@@ -217,12 +218,12 @@ class OspreySource:
         if not chosen:
             raise DataError(
                 f"{where}: found no turn about at most {self._settings.num_prompts} regions, expected one, as there "
-                "are no more prompt tokens; raise num_prompts and model.num_visual_prompts or leave the record out"
+                "are no more prompt tokens; raise num_prompts and model.num_visual_prompts or remove the record"
             )
         return chosen, sorted(marked)
 
     def _usable(self) -> NDArray[np.int32]:
-        """Return the numbers of the records with regions and text; log how many have not, or have many regions."""
+        """Return the numbers of the records with regions and text; log how many lack them or have many regions."""
         numbers, num_large = [], 0
         for number, record in enumerate(self._records):
             regions = record.get("annotation") if isinstance(record, dict) else "malformed"
@@ -233,18 +234,18 @@ class OspreySource:
         num_left_out = len(self._records) - len(numbers)
         if num_left_out:
             logger.warning(
-                "source %s: left out %d of %d records, they have no region or nothing said about it",
+                "source %s: skipped %d of %d records, they have no region or no text about it",
                 *(self.name, num_left_out, len(self._records)),
             )
         if num_large:
             logger.warning(
-                "source %s: %d records have more than %d regions; only turns with a prompt token for each are asked",
+                "source %s: %d records have more than %d regions; only turns with a prompt token for each are used",
                 *(self.name, num_large, self._settings.num_prompts),
             )
         return np.array(numbers, dtype=np.int32)
 
     def _has_text(self, record: Any) -> bool:
-        """Say whether a record has text or is malformed, which `get` will say."""
+        """Return whether a record has text or is malformed, in which case `get` raises the error."""
         if not isinstance(record, dict):
             return True
         if self._content == "conversations":
@@ -254,7 +255,7 @@ class OspreySource:
 
 
 def _checked_record(record: Any, where: str) -> dict[str, Any]:
-    """Return a record whose file name, size and list of regions are sound."""
+    """Return a record with a valid file name, size and list of regions."""
     if not isinstance(record, dict):
         raise DataError(f"{where}: found {type(record).__name__}, expected an object; repair the file")
     for key, kind in (("file_name", str), ("height", int), ("width", int), ("annotation", list)):
@@ -279,7 +280,7 @@ def _mask(region: Any, size_hw: SizeHW, where: str, in_pixels: ShowsPixels) -> B
 
 
 def _description(text: Any, region: int, num_regions: int, where: str) -> str:
-    """Return the description of a region without its label, other regions named by placeholders."""
+    """Return the description of a region without its label, with placeholders for other regions."""
     if not isinstance(text, str):
         raise DataError(f"{where}: found {shown(text)}, expected text; repair the file")
     label, rest = split_label(text)
@@ -291,7 +292,7 @@ def _description(text: Any, region: int, num_regions: int, where: str) -> str:
 
 
 def _renumbered(asked: _Asked) -> list[RegionTurn]:
-    """Return the turns with regions counted among those that are shown."""
+    """Return the turns with regions renumbered among the shown ones."""
     numbers = {region: index for index, region in enumerate(asked.shown)}
     return [
         RegionTurn(

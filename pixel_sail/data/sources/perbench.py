@@ -1,7 +1,7 @@
-"""PerBench: region captions, choices about a region, and referring segmentation with marked regions, for evaluation.
+"""PerBench, for evaluation: region captions, region multiple choice, and referring segmentation with marked regions.
 
-PerBench's three JSON files -> here -> `RegionCaption`, `RegionChoice`, `VisualReferring` -> `evaluation/`. Images are
-named without folder and size; the size is that of the masks.
+Reads PerBench's three JSON files into `RegionCaption`, `RegionChoice` and `VisualReferring` items. Images are given
+without folder and size; the size is that of the masks.
 
     STBench_Detailed_Caption.json  [{"image_name": "sa_1.jpg", "object_annotations":
                                      [{"segmentation": {"size": [1365, 2048], "counts": "..."}, "caption": "A ..."}]}]
@@ -13,9 +13,8 @@ named without folder and size; the size is that of the masks.
     -> VisualReferring(question="Segment what <Prompt0> holds.", regions=(rle0,), prompt_ids=(0,),
                        answer="It is <obj1>.", targets=(rle1,), ...)
 
-As in the released loader, a tag of the question is a region and never a target, whatever the answer says. Unlike there,
-every tag is found as a whole, so that `<obj1>` is not seen in `<obj10>`, nor obj1 in
-obj10.
+As in the released loader, a tag in the question is a region and never a target, whatever the answer says. Unlike there,
+tags are matched as a whole, so `<obj1>` is not found in `<obj10>`, nor obj1 in obj10.
 """
 
 import logging
@@ -34,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_captions(annotations: str | Path, *, image_dir: str | Path) -> list[RegionCaption]:
-    """Return every object of STBench_Detailed_Caption.json, in the order of the file. Raises: DataError."""
+    """Return every object of STBench_Detailed_Caption.json in file order. Raises: DataError."""
     result = []
     for number, record, where in _records(annotations):
         for index, item in enumerate(_field(record, "object_annotations", list, where)):
@@ -53,7 +52,7 @@ def load_captions(annotations: str | Path, *, image_dir: str | Path) -> list[Reg
 
 
 def load_choices(annotations: str | Path, *, image_dir: str | Path) -> list[RegionChoice]:
-    """Return every question of STBench_MCQ.json, in the order of the file. Raises: DataError."""
+    """Return every question of STBench_MCQ.json in file order. Raises: DataError."""
     result = []
     for number, record, where in _records(annotations):
         for index, item in enumerate(_field(record, "mcqs", list, where)):
@@ -73,13 +72,12 @@ def load_choices(annotations: str | Path, *, image_dir: str | Path) -> list[Regi
 
 
 def load_visual_referring(annotations: str | Path, *, image_dir: str | Path) -> list[VisualReferring]:
-    """Return every record of STBench_VRES.json, in the order of the file.
+    """Return every record of STBench_VRES.json in file order.
 
-    A tag that the question names becomes `<Prompt{k}>`, k being its place among the record's tags. Tags that the answer
-    names and the question does not are the targets, in the order of the tags (released: the first one is what is
-    scored): a region that is given is never asked for. A record whose answer names given regions only has nothing to be
-    found and is left out. How many records name a tag in both, how many are left out, and how many tags stand in
-    neither text, is said in warnings. Raises: DataError.
+    A tag in the question becomes `<Prompt{k}>`, where k is its index among the record's tags. Tags in the answer but
+    not in the question are the targets, in tag order (release: only the first one is scored), so a given region is
+    never a target. A record whose answer names only given regions has no target and is skipped. Warnings report how
+    many records name a tag in both, how many are skipped, and how many tags are in neither text. Raises: DataError.
     """
     result = []
     num_records = num_repeated = num_left_out = num_tags = num_unused = 0
@@ -124,8 +122,8 @@ def load_visual_referring(annotations: str | Path, *, image_dir: str | Path) -> 
         )
     if num_repeated:
         logger.warning(
-            "%s: %d of %d records name a tag in question and answer; there it is a region that is given and no target. "
-            "%d of them have no other target and are left out",
+            "%s: %d of %d records name a tag in question and answer; there it is a given region and not a target. "
+            "%d of them have no other target and are skipped",
             *(annotations, num_repeated, num_records, num_left_out),
         )
     if num_unused:
@@ -134,9 +132,9 @@ def load_visual_referring(annotations: str | Path, *, image_dir: str | Path) -> 
 
 
 def stated_rle(segmentation: Any, where: str) -> RLE:
-    """Return an RLE of a file that states the size of its images nowhere else, compressed and checked.
+    """Return a checked, compressed RLE from a file that states image sizes nowhere else.
 
-    A list of RLEs is united. Raises: DataError, also for polygons, which say nothing about the size.
+    A list of RLEs is united. Raises: DataError, also for polygons, which do not state the size.
     """
     first = segmentation[0] if isinstance(segmentation, list) and segmentation else segmentation
     size = first.get("size") if isinstance(first, dict) else None
@@ -149,13 +147,13 @@ def stated_rle(segmentation: Any, where: str) -> RLE:
 
 
 class _Tags:
-    """The names by which a record's texts call its masks."""
+    """The names of a record's masks in its texts."""
 
     def __init__(self, tags: list[str], where: str) -> None:
         if "" in tags:
             raise DataError(f"{where}: found a mask without a name, expected a tag as in the texts; repair the file")
         self._number = {tag: number for number, tag in enumerate(tags)}
-        # Longer tags first, and no letter or digit beside them that would make them part of another name.
+        # Longer tags first, without adjacent letters or digits, which would make them part of another name.
         longest_first = sorted(tags, key=lambda tag: (-len(tag), tag))
         self._pattern = re.compile("|".join(_whole(tag) for tag in longest_first))
 
@@ -164,7 +162,7 @@ class _Tags:
         return sorted({self._number[tag] for tag in self._pattern.findall(text)})
 
     def as_prompts(self, text: str) -> str:
-        """Return the text with `<Prompt{number}>` in place of every tag."""
+        """Return the text with `<Prompt{number}>` instead of every tag."""
         return self._pattern.sub(lambda match: f"<Prompt{self._number[match[0]]}>", text)
 
 
@@ -175,7 +173,7 @@ def _whole(tag: str) -> str:
 
 
 def _records(annotations: str | Path) -> Iterator[tuple[int, dict[str, Any], str]]:
-    """Yield number, record and place of every record; all have an image name."""
+    """Yield number, record and location of every record; all have an image name."""
     records = open_records(annotations)
     for number, record in enumerate(records):
         where = f"{records.where}[{number}]"
@@ -190,7 +188,7 @@ def _segmentation(record: Any, key: str, where: str) -> Any:
 
 
 def _field(record: Any, key: str, kind: type, where: str) -> Any:
-    """Return a field that must be of this type and not be empty."""
+    """Return a required, non-empty field of this type."""
     value = record.get(key) if isinstance(record, dict) else None
     if type(value) is not kind or not value:
         raise DataError(

@@ -1,15 +1,15 @@
-"""Pix2Cap-COCO as segmentation: a text describes one segment of an image, the answer is its mask.
+"""Pix2Cap-COCO as segmentation: the question is a description of a segment, the answer its mask.
 
-`data/panoptic.py` -> here -> `Sample` with one turn per description, templates from `data/templates/segmentation.py`.
-`pix2cap_vp.py` asks the other way round.
+Builds a `Sample` with one turn per description from `data/panoptic.py` and `data/templates/segmentation.py`.
+`pix2cap_vp.py` is the reverse task.
 
 Pix2Cap's file is a COCO panoptic JSON whose segments carry a text; the PNGs and images are COCO's own. An example:
 
     {"id": 8345037, "category_id": 51, "description": "A blue bowl of rice behind the plate of fruit.", ...}
 
-What the released loader got wrong, and what happens here: decoded masks were kept in memory for ever and images without
-a description were replaced by a random other one, see `coco_panoptic.py`; two segments with the same words gave two
-turns that contradict each other, here they give one turn with both.
+Differences from the released loader: it cached decoded masks forever and replaced images without a description by
+random ones, see `coco_panoptic.py`. Two segments with the same description gave two contradictory turns; here they give
+one turn with both.
 """
 
 from collections.abc import Sequence
@@ -37,11 +37,11 @@ def load(
 ) -> Source:
     """Return Pix2Cap's file as a training source.
 
-    file: pix2cap_coco_train.json. root, split, png_dir, image_dir: where COCO's PNGs and images are, see
-    `open_panoptic`. descriptions_per_sample: most turns of one sample. min_description_chars: shorter texts are left
-    out. Both defaults are the released values. Raises: DataError, ValueError.
+    file: pix2cap_coco_train.json. root, split, png_dir, image_dir: locations of COCO's PNGs and images, see
+    `open_panoptic`. descriptions_per_sample: maximum turns per sample. min_description_chars: shorter descriptions are
+    skipped. Both defaults are the released values. Raises: DataError, ValueError.
     """
-    # Pix2Cap need not describe every segment of COCO's PNGs.
+    # Pix2Cap does not describe every segment of COCO's PNGs.
     opened = open_panoptic(root, split, annotations=file, png_dir=png_dir, image_dir=image_dir, lists_all=False)
     return Pix2CapSegSource(
         opened,
@@ -53,7 +53,7 @@ def load(
 
 
 def described(segments: Sequence[Segment], min_chars: int) -> list[Segment]:
-    """Return the segments whose text has at least `min_chars` characters."""
+    """Return the segments whose description has at least `min_chars` characters."""
     return [segment for segment in segments if len(segment.description) >= min_chars]
 
 

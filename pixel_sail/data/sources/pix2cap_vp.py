@@ -1,6 +1,6 @@
-"""Pix2Cap-COCO as region description: a segment is marked by a visual prompt, the answer is its text.
+"""Pix2Cap-COCO as region description: the question marks a segment, the answer is its description.
 
-`data/panoptic.py` -> here -> `data/regions.py` -> `Sample` with visual prompts and one turn per region, templates from
+Builds a `Sample` with visual prompts and one turn per region from `data/panoptic.py`, `data/regions.py` and
 `data/templates/region_class.py`. The file is described in `pix2cap_seg.py`.
 
 Example:
@@ -8,9 +8,9 @@ Example:
     Turn(question="Describe <Prompt9> in detail.", answer="<Prompt9>: A blue bowl of rice behind the plate of fruit.")
     with VisualPrompt(prompt_id=9, mask=<the bowl, its box, a point or a scribble on it>)
 
-What the released loader got wrong, and what happens here: a sample that used up all prompt tokens failed when it looked
-for one more, here it asks about no absent region; caches and random replacements, see `coco_panoptic.py`. A point or a
-box comes from the same source by `prompt_fractions` instead of from a second class.
+Differences from the released loader: a sample that used all prompt tokens failed when it needed one for an absent
+region; here that question is omitted. For its caches and random replacements see `coco_panoptic.py`. Points and boxes
+come from the same source through `prompt_fractions` instead of from a second class.
 """
 
 from collections.abc import Mapping
@@ -43,8 +43,8 @@ def load(
 ) -> Source:
     """Return Pix2Cap's file as a training source; all defaults are the released values.
 
-    file, root, split, png_dir, image_dir, min_description_chars: as in `pix2cap_seg.load`. regions_per_sample: most
-    regions of one sample, every number from 1 equally likely. prompt_fractions, num_prompts, absent_fraction: see
+    file, root, split, png_dir, image_dir, min_description_chars: as in `pix2cap_seg.load`. regions_per_sample: maximum
+    regions per sample; the number is uniform from 1. prompt_fractions, num_prompts, absent_fraction: see
     `RegionSettings`. Raises: DataError, ValueError.
     """
     opened = open_panoptic(root, split, annotations=file, png_dir=png_dir, image_dir=image_dir, lists_all=False)

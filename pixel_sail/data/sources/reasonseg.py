@@ -1,20 +1,20 @@
-"""ReasonSeg: one object per image, asked for by what it is good for, as training samples and expressions to score.
+"""ReasonSeg: one object per image, described by what it implies, as training samples and expressions to score.
 
-`<root>/<split>/x.jpg` with `x.json` beside it -> here -> `Sample` or `Expression`. One JSON file:
+Reads `<root>/<split>/x.jpg` with `x.json` next to it into `Sample` or `Expression`. One JSON file:
 
     {"text": ["something that keeps the rain off"], "is_sentence": false,
      "shapes": [{"label": "target", "points": [[853.0, 512.0], [841.0, 513.0], ...]},
                 {"label": "ignore", "points": [...]}, {"label": "flag", "points": [...]}]}
 
-Files are of the layout of LabelMe: shapes may be polygons, rectangles, circles or masks, see `data/labelme.py`. They
-are painted from large to small, outline included, so that a small one inside a large one wins. `flag` means nothing;
-pixels under a label with `ignore` in it belong to neither target nor background. Files are UTF-8 or cp1252.
-The size is that of the image held upright, as the points were annotated on what the annotators saw.
+Files are in LabelMe format: shapes may be polygons, rectangles, circles or masks, see `data/labelme.py`. They are
+painted from large to small, outline included, so that a small one inside a large one stays visible. `flag` shapes are
+ignored; pixels under a label containing `ignore` are neither target nor background. Files are UTF-8 or cp1252. The size
+is that of the upright image, as annotated.
 
-What the released code gets wrong and this does not: ignored pixels were trained as background, and scored as garbage
-because the values 0, 1 and 255 went through a run-length encoder that knows two; an image with an EXIF turn was shown
-lying on its side, with the points painted as if it stood; a missing prediction was left out of the cIoU, which is for
-the scorer to avoid.
+Errors of the released code that do not occur here: ignored pixels were trained as background, and scored as noise
+because the values 0, 1 and 255 went through a binary run-length encoder; an image with an EXIF rotation was shown
+sideways, with the points painted as on the upright one; a missing prediction was excluded from cIoU, which the scorer
+here avoids.
 """
 
 import hashlib
@@ -45,13 +45,13 @@ from pixel_sail.types import RLE, BoolMask, DataError, Expression, MissingDataEr
 logger = logging.getLogger(__name__)
 
 QUERIES = ("all", "short", "long")
-"""Which items are scored: phrases are short, whole sentences are long. The benchmark reports each and all."""
+"""Items to score: phrases are short, whole sentences are long. The benchmark reports each and all."""
 
 SENTENCES = ("first", "all")
-"""Which texts of an item are scored; the published protocol asks the first only."""
+"""Texts of an item to score; the published protocol uses the first only."""
 
 _NO_TARGETS = ("background", "negative")
-"""Labels with one of these in it are no target; they are refused, as every label but `ignore` and `flag` is painted."""
+"""Labels with one of these are not targets. They are rejected, as all labels but `ignore` and `flag` are painted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +60,15 @@ class ReasonItem:
 
     json_path: Path
     texts: tuple[str, ...]
-    """Without blanks around them, none empty, none twice."""
+    """Stripped, non-empty, without repeats."""
     is_sentence: bool
     shapes: tuple[Shape, ...]
     stated_hw: SizeHW | None
-    """Size of the image that was annotated, where the file states it."""
+    """Size of the annotated image, if the file states it."""
 
     @property
     def image_path(self) -> Path:
-        """Return the image beside the file."""
+        """Return the image next to the file."""
         return existing_file(self.json_path.with_suffix(".jpg"))
 
 
@@ -83,9 +83,9 @@ def load(
 ) -> Source:
     """Return one split as a training source: the `_target_` of `configs/source/reasonseg.yaml`.
 
-    root: folder with the folders train, val and test. sentences_per_image: most turns of one sample. templates, ours:
-    several questions and answers; released: the one of each that the evaluation asks. ignored_pixels, ours: in no loss;
-    released: background. Raises: DataError; ValueError on a wrong setting.
+    root: folder with the folders train, val and test. sentences_per_image: maximum turns per sample. templates: `ours`
+    samples several questions and answers; `released` uses those of the evaluation. ignored_pixels: `ours` excludes them
+    from the loss; `released` makes them background. Raises: DataError, also for a wrong setting.
     """
     return ReasonSegSource(
         _json_files(Path(root), split),
@@ -100,14 +100,13 @@ def load(
 def expressions(
     *, root: str | Path, split: str, query: str = "all", sentences: str = "first", upright: bool = True
 ) -> list[Expression]:
-    """Return what is asked of one split, in the order of the file names; the images must be there for their sizes.
+    """Return the expressions of one split in file name order; the images must exist for their sizes.
 
     `text` is the whole released question, so the evaluation adds nothing to it. Ids count the items of the split from
-    1, whatever `query` is. `target` is None where no target is annotated, `ignored` None where every pixel counts.
-    upright: images are held upright; False: they stay as they are stored and the same points are painted on that, as
-    in the released evaluation, whose target misses the object of an image with an EXIF turn. Where it is True such a
-    target, turned with the image, is `released_target`.
-    Raises: DataError; ValueError on an unknown query or sentences.
+    1, whatever `query` is. `target` is None without an annotated target, `ignored` None if every pixel counts. upright:
+    True applies the EXIF rotation. False keeps images as stored and paints the same points on them, as in the released
+    evaluation, whose target misses the object of a rotated image; with True, that target, rotated with the image, is
+    `released_target`. Raises: DataError, also for an unknown query or sentences.
     """
     _check_choice("query", query, QUERIES)
     _check_choice("sentences", sentences, SENTENCES)
@@ -140,8 +139,7 @@ def expressions(
 
 
 def _turned_as_released(item: ReasonItem) -> RLE | None:
-    """Return the released target of an image with an EXIF turn, as it lies on the upright image; None without a
-    turn."""
+    """Return the released target of an image with an EXIF rotation, in upright coordinates; None without a rotation."""
     turn = turn_of(item.image_path, str(item.json_path))
     if turn is None:
         return None
@@ -152,7 +150,7 @@ def _turned_as_released(item: ReasonItem) -> RLE | None:
 
 
 class ReasonSegSource:
-    """One item per image with a text and a target; up to three of its texts as turns, none twice."""
+    """One item per image with a text and a target; up to three of its texts as turns, without repeats."""
 
     def __init__(
         self,
@@ -164,7 +162,7 @@ class ReasonSegSource:
         released_templates: bool = False,
         ignored_as_background: bool = False,
     ) -> None:
-        """Leave out what has no text or no target, and log how many. Raises: DataError."""
+        """Skip files without text or target, and log how many. Raises: DataError."""
         if most < 1:
             raise DataError(f"source {name}: found sentences_per_image {most}, expected 1 or more; correct the config")
         self.name = name
@@ -175,7 +173,7 @@ class ReasonSegSource:
         self._files = [path for path in files if _is_usable(path)]
         if len(self._files) < len(files):
             num_left_out = len(files) - len(self._files)
-            logger.warning("source %s: left out %d of %d files without text or target", name, num_left_out, len(files))
+            logger.warning("source %s: skipped %d of %d files without text or target", name, num_left_out, len(files))
 
     def __len__(self) -> int:
         """Return the number of images with a text and a target."""
@@ -186,9 +184,9 @@ class ReasonSegSource:
         return existing_file(self._files[index].with_suffix(".jpg"))
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
-        """Return an image with texts in an order sampled from `rng`. Raises: DataError.
+        """Return an image with its texts in random order. Raises: DataError.
 
-        `image_hw` is None as the file states no size, and the image is turned upright when it is opened.
+        `image_hw` is None since the file states no size; the image is rotated upright when it is opened.
         """
         item = read_item(self._files[index])
         sample_id = f"{self.name}/{self._split}/{item.json_path.stem}"
@@ -211,7 +209,7 @@ class ReasonSegSource:
 
 
 def read_item(path: Path) -> ReasonItem:
-    """Return one file, checked. Raises: DataError."""
+    """Return one checked file. Raises: DataError."""
     record = _read_json(path)
     texts = dict.fromkeys(text.strip() for text in strings(record, "text", str(path)))
     shapes = field(record, "shapes", list, str(path))
@@ -230,10 +228,10 @@ def read_item(path: Path) -> ReasonItem:
 
 
 def paint_item(item: ReasonItem, image_hw: SizeHW) -> tuple[BoolMask, BoolMask | None]:
-    """Return the target and the ignored pixels of a file on its image, whose upright size is `image_hw`.
+    """Return the target and the ignored pixels of a file for its image of upright size `image_hw`.
 
-    Raises: DataError where the shapes were not annotated on this image, as far as that shows: the file states another
-    size, all coordinates look like fractions, or a target lies outside.
+    Raises: DataError if the shapes evidently belong to another image: the file states another size, all coordinates
+    look like fractions, or a target is outside.
     """
     if item.stated_hw not in (None, image_hw):
         raise DataError(
@@ -264,7 +262,7 @@ def paint_shapes(shapes: Sequence[Shape], size_hw: SizeHW) -> tuple[BoolMask, Bo
 
 
 def _stated_hw(record: object, where: str) -> SizeHW | None:
-    """Return the size LabelMe notes of the image, None where the file has none. Raises: DataError."""
+    """Return the image size stated by LabelMe, None without one. Raises: DataError."""
     if not isinstance(record, dict) or record.get("imageHeight") is None or record.get("imageWidth") is None:
         return None
     return field(record, "imageHeight", int, where), field(record, "imageWidth", int, where)
@@ -275,7 +273,7 @@ def _label(shape: object, where: str) -> str:
     label = field(shape, "label", str, where).lower()
     if any(name in label for name in _NO_TARGETS):
         raise DataError(
-            f"{where}: found the label {shown(label)}, expected target, ignore or flag; leave out what is no target"
+            f"{where}: found the label {shown(label)}, expected target, ignore or flag; remove other shapes"
         )
     return label
 
@@ -294,18 +292,20 @@ def _read_json(path: Path) -> object:
             f"{path}: found no such file, expected one beside its image; unpack the dataset again"
         ) from None
     except ValueError as error:
-        raise DataError(f"{path}: found no readable JSON ({error}), expected text and shapes; get it again") from error
+        raise DataError(
+            f"{path}: found no readable JSON ({error}), expected text and shapes; download it again"
+        ) from error
 
 
 def _json_files(root: Path, split: str) -> list[Path]:
-    """Return the files of a split by name. An image without a file counts too, so that it is found out when used."""
+    """Return the files of a split by name. An image without a file counts too, so that using it raises the error."""
     folder = root / split
     if not folder.is_dir():
         raise MissingDataError(f"{folder}: found no such folder, expected images with JSON files; check root and split")
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix in (".jpg", ".json") and not is_hidden(path):
-            # Image and file may have the two Unicode forms of one name.
+            # Image and file may have different Unicode forms of one name.
             files.setdefault(unicodedata.normalize("NFC", path.stem), existing_file(path.with_suffix(".json")))
     if not files:
         raise DataError(f"{folder}: found no .jpg and no .json, expected images with JSON files; unpack the dataset")
@@ -313,7 +313,7 @@ def _json_files(root: Path, split: str) -> list[Path]:
 
 
 def _is_usable(path: Path) -> bool:
-    """Say whether a file has a text and a target; one that cannot be read stays, so that `get` says why."""
+    """Return whether a file has a text and a target; an unreadable one is kept, so that `get` raises the error."""
     try:
         item = read_item(path)
     except DataError:

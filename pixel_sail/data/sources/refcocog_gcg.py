@@ -1,13 +1,13 @@
-"""RefCOCOg grounded captions: a caption per image made of referring expressions, each with its polygons.
+"""RefCOCOg grounded captions: a caption per image composed of referring expressions, each with its polygons.
 
-`RefCOCOg_GCG_train.json` -> here -> `grounded_caption.py`. One record is an object of one key:
+`grounded_caption.py` builds the samples from `RefCOCOg_GCG_train.json`. One record is an object with one key:
 
     {"519404": {"img_file_name": "COCO_train2014_000000519404.jpg",
                 "caption": "The standing man wears a striped tie next to a boy.",
                 "refs": [{"sentence": "a striped tie", "bbox": [16, 45, 28, 41], "segmentation": [[16.2, 84.9, ...]]}]}}
 
-The file states no size, so the image is asked. The caption keeps its capitals, unless `letters=released`. What the
-released loader gets wrong: see `grounded_caption.py`; it also cut the end off a phrase that another one overlapped.
+The file states no size, so the image is opened for it. The caption keeps its capitals, unless `letters=released`. For
+differences from the released loader see `grounded_caption.py`; it also truncated a phrase that another one overlapped.
 """
 
 from functools import partial
@@ -33,9 +33,9 @@ def load(
 ) -> Source:
     """Return the training source: the `_target_` of `configs/source/refcocog_gcg.yaml`.
 
-    annotations: the JSON file. image_dir: one folder of images, or several to look in. templates: see
-    `GroundedCaptionSource`. letters, ours: captions as they are; released: in lower case.
-    Raises: DataError, ValueError.
+    annotations: the JSON file. image_dir: one image folder, or several to search. templates: see
+    `GroundedCaptionSource`. letters: `ours` keeps captions as stored; `released` lower-cases them. Raises: DataError,
+    ValueError.
     """
     layout = RefcocogLayout(annotations, lower_case=is_released(name, "letters", letters))
     return GroundedCaptionSource(layout, image_dir, name=name, templates=templates)
@@ -50,11 +50,11 @@ class RefcocogLayout:
         self.where = str(annotations)
 
     def __len__(self) -> int:
-        """Return the number of captions of the file."""
+        """Return the number of captions in the file."""
         return len(self._records)
 
     def read(self, index: int) -> CaptionRecord:
-        """Return one caption. Raises: DataError naming file and record."""
+        """Return one caption. Raises: DataError with file and record."""
         where = f"{self.where}[{index}]"
         outer = self._records[index]
         if not isinstance(outer, dict) or len(outer) != 1:

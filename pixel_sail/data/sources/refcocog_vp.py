@@ -1,16 +1,16 @@
-"""Referring expressions the other way round: an object is marked, its expression is the answer.
+"""Referring expressions reversed: the question marks an object, the answer is its expression.
 
-`data/refer_annotations.py` -> here -> `data/regions.py` -> `Sample` with visual prompts. Reads what `refer.py` reads:
-RefCOCOg for the released fine-tuning on region captions, RefCOCO, RefCOCO+ or RefShapes as well.
+Builds a `Sample` with visual prompts from `data/refer_annotations.py` through `data/regions.py`. Reads the same files
+as `refer.py`: RefCOCOg for the released fine-tuning on region captions, also RefCOCO, RefCOCO+ or RefShapes.
 
 Example: the ref with the sentence "The tie of the standing man." becomes
 
     Turn(question="Describe <Prompt4> in a few words.", answer="<Prompt4>: the tie of the standing man")
 
-What the released loader got wrong, and what happens here:
-- one sentence per object was sampled when the source was made, the others were never seen: it is sampled for every
-sample; - of several refs of one object only the last was kept: their sentences are one list;
-- its file could not be imported at all.
+Differences from the released loader:
+- It sampled one sentence per object at construction and never used the others. Here each sample resamples it.
+- It kept only the last of several refs of one object. Here their sentences form one list.
+- Its file could not be imported.
 """
 
 import logging
@@ -49,9 +49,9 @@ def load(
 ) -> Source:
     """Return one split as a training source.
 
-    root, dataset, split, split_by, image_dir: as in `refer.load`. regions_per_sample: most regions of one sample.
-    prompt_fractions, num_prompts, absent_fraction: see `RegionSettings`. templates, ours: one of several short
-    questions; released: always the same one. Raises: DataError, ValueError.
+    root, dataset, split, split_by, image_dir: as in `refer.load`. regions_per_sample: maximum regions per sample.
+    prompt_fractions, num_prompts, absent_fraction: see `RegionSettings`. templates: `ours` samples one of several short
+    questions; `released` uses one question. Raises: DataError, ValueError.
     """
     question = released_short_question if is_released(name, "templates", templates) else short_question
     settings = RegionSettings(
@@ -63,7 +63,7 @@ def load(
 
 
 class ReferRegionSource:
-    """One item per image with an object that somebody referred to."""
+    """One item per image with a referred object."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class ReferRegionSource:
         regions_per_sample: int = 5,
         question: Callable[[np.random.Generator], str] = short_question,
     ) -> None:
-        """Gather the sentences of every object; those without text are left out and counted."""
+        """Collect the sentences of every object; those without text are skipped and counted."""
         self.name = name
         self._annotations = annotations
         self._settings = settings
@@ -87,7 +87,7 @@ class ReferRegionSource:
         num_used = sum(len(texts) for found in self._objects.values() for texts in found.values())
         if num_used < num_sentences:
             logger.warning(
-                "source %s: left out %d of %d sentences, they have no text, repeat another one of the object or refer "
+                "source %s: skipped %d of %d sentences, they have no text, repeat another one of the object or refer "
                 "to nothing",
                 *(name, num_sentences - num_used, num_sentences),
             )
@@ -140,7 +140,7 @@ class ReferRegionSource:
 
 
 def _objects(refs: tuple[Ref, ...]) -> Objects:
-    """Return the different sentences of every object, in the order of the file."""
+    """Return the distinct sentences of every object in file order."""
     found: dict[tuple[int, ...], dict[str, None]] = {}
     for ref in refs:
         for sentence in ref.sentences:

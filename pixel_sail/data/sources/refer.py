@@ -1,12 +1,12 @@
-"""Referring segmentation as training samples and as expressions to score.
+"""Reads referring segmentation as training samples and as expressions to score.
 
-`data/refer_annotations.py` -> `ReferAnnotations` -> here -> `Sample` (training: one per image, with several expressions
-as turns) or `Expression` (evaluation: every sentence once). Serves RefCOCO, RefCOCO+, RefCOCOg, RefShapes and gRefCOCO;
-their file layouts are described there.
+Takes the `ReferAnnotations` of `data/refer_annotations.py`, which describes the file layouts, and returns a `Sample`
+(training: one per image, several expressions as turns) or an `Expression` (evaluation: every sentence once). Serves
+RefCOCO, RefCOCO+, RefCOCOg, RefShapes and gRefCOCO.
 
-Differs from the released loader, which froze one sentence per object when it was made (most were never seen), drew five
-objects with replacement (one conversation asked the same thing twice), and added up polygons and instances instead of
-uniting them (masks with 2s, where they overlap). Here sentences are sampled anew in every epoch, without repeats unless
+The released loader differs. It fixes one sentence per object at construction (most are never seen), samples five
+objects with replacement (a conversation may ask the same question twice), and sums polygons and instances instead of
+uniting them (masks contain 2s where they overlap). Here sentences are resampled in every epoch, without repeats unless
 `expression_sampling=released`.
 
 Example: the ref {"ref_id": 8, "image_id": 519404, "ann_id": 1241542, "split": "val", "sentences": [{"sent_id": 2,
@@ -33,7 +33,7 @@ __all__ = ["TEXT_FIELDS", "ReferAnnotations", "ReferSource", "expressions", "loa
 logger = logging.getLogger(__name__)
 
 TEXT_FIELDS = ("raw", "sent")
-"""`raw` as typed by the annotator; `sent` lower-cased and without punctuation (what the released evaluation asks)."""
+"""`raw` as typed by the annotator; `sent` lower-cased, without punctuation (used by the released evaluation)."""
 
 
 def load(
@@ -50,17 +50,16 @@ def load(
     blind_baseline: str = "none",
     expression_sampling: str = OURS,
 ) -> Source:
-    """Return one split as a training source: the `_target_` of `configs/source/refcoco.yaml` and its like.
+    """Return one split as a training source: the `_target_` of `configs/source/refcoco.yaml` and similar configs.
 
-    root: folder that holds the dataset folders and the images. dataset: folder name, for example `refcoco+`, or a list
-    of names it goes by, of which the first that exists is read.
-    split: exact name in the file. split_by: the part in brackets, `unc` or `umd`; needed where there are several files.
-    image_dir: images, where they are in none of IMAGE_FOLDERS. name: of the source in logs, the dataset by default.
-    expressions_per_image: most turns of one sample. text_field: `raw` or `sent`. question_style: `varied` or `fixed`.
-    blind_baseline: language or image. expression_sampling, ours: no expression twice in a sample; released: always
-    `expressions_per_image` turns, each about one of the objects sampled with replacement, and an object is asked for
-    with one of its sentences only (of its last ref, where several refs name it).
-    Raises: DataError.
+    root: folder with the dataset folders and the images. dataset: folder name, for example `refcoco+`, or a list of
+    alternatives, of which the first that exists is read. split: exact name in the file. split_by: the part in
+    parentheses, `unc` or `umd`; needed if there are several files. image_dir: image folder, needed if the images are in
+    none of COCO_TRAIN_FOLDERS. name: source name in logs, the dataset by default. expressions_per_image: maximum turns
+    per sample. text_field: `raw` or `sent`. question_style: `varied` or `fixed`. blind_baseline: language or image.
+    expression_sampling: with `ours`, no expression occurs twice in a sample; with `released`, a sample has exactly
+    `expressions_per_image` turns about objects sampled with replacement, and each object is queried with one of its
+    sentences only (of its last ref if it has several). Raises: DataError.
     """
     annotations = load_refer(root, dataset, split, split_by=split_by, image_dir=image_dir)
     return ReferSource(
@@ -76,8 +75,8 @@ def load(
 def expressions(annotations: ReferAnnotations, *, text_field: str = "sent") -> list[Expression]:
     """Return every sentence of every ref exactly once, sorted by (image_id, ref_id, sent_id).
 
-    The target is the union of the ref's instances, crowd or not, and None for a no-target ref. `released_target` is
-    what the released scripts make of it, where that differs. Raises: DataError.
+    The target is the union of the ref's instances, crowds included, and None for a no-target ref. `released_target` is
+    the target of the released scripts if it differs. Raises: DataError.
     """
     _check_text_field(text_field)
     result = []
@@ -102,10 +101,10 @@ def expressions(annotations: ReferAnnotations, *, text_field: str = "sent") -> l
 
 
 class ReferSource:
-    """Training samples of referring segmentation: one item per image, several expressions of it as turns.
+    """Training samples of referring segmentation: one item per image, several of its expressions as turns.
 
     A no-target expression is answered with `No target [SEG].` and an all-False mask, as in the released training, so
-    that the mask head learns to predict nothing. Sentences without letters are left out, counted and logged.
+    that the mask head learns to predict an empty mask. Sentences without text are skipped, counted and logged.
     """
 
     def __init__(
@@ -139,19 +138,18 @@ class ReferSource:
         self._image_ids = self._usable_image_ids()
 
     def __len__(self) -> int:
-        """Return the number of images that have an expression."""
+        """Return the number of images with at least one expression."""
         return len(self._image_ids)
 
     def image_path(self, index: int) -> Path:
-        """Return the image of an item."""
+        """Return the image path of an item."""
         return self._annotations.images[self._image_ids[index]].path
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
-        """Return image `index` with up to `expressions_per_image` different expressions, in an order sampled from
-        `rng`.
+        """Return image `index` with up to `expressions_per_image` different expressions, in random order.
 
-        Every ref of the image is asked for once before any ref is asked for with a second sentence, and no text occurs
-        twice, unless `expression_sampling=released`. Masks are decoded here and not kept. Raises: DataError.
+        Every ref of the image is queried once before any ref is queried with a second sentence, and no text occurs
+        twice, unless `expression_sampling=released`. Masks are decoded here and not cached. Raises: DataError.
         """
         image_id = self._image_ids[index]
         image = self._annotations.images[image_id]
@@ -193,21 +191,21 @@ class ReferSource:
         return [(ref, text) for text, ref in sampled.items()]
 
     def _sample_as_released(self, refs: tuple[Ref, ...], rng: np.random.Generator) -> list[tuple[Ref, str]]:
-        """Return always `expressions_per_image` pairs, of objects sampled with replacement with one sentence each.
+        """Return exactly `expressions_per_image` pairs: objects sampled with replacement, with one sentence each.
 
-        The release samples the sentences once per run and repeat; in a run of one pass that is the same.
+        The release samples the sentences once per run and repeat; in a run of one epoch that is the same.
         """
         objects: dict[object, tuple[Ref, list[str]]] = {}
         for ref in refs:
             if texts := [text for sentence in ref.sentences if (text := self._text(sentence))]:
-                # gRefCOCO keeps refs apart, the other datasets know an object by its annotation.
+                # gRefCOCO identifies objects by ref, the other datasets by annotation.
                 key = ref.ref_id if self._annotations.refs_file.name.startswith("grefs(") else ref.ann_ids
                 objects[key] = (ref, texts)
         asked = [(ref, texts[rng.integers(len(texts))]) for ref, texts in objects.values()]
         return [asked[i] for i in rng.integers(len(asked), size=self._expressions_per_image)]
 
     def _text(self, sentence: Sentence) -> str:
-        """Return the sentence in lower case, without one closing full stop; "" if nothing is left."""
+        """Return the sentence in lower case, without one final period; "" if nothing is left."""
         text: str = getattr(sentence, self._text_field)
         return text.lower().strip().removesuffix(".").strip()
 
@@ -220,7 +218,7 @@ class ReferSource:
             if any(texts):
                 usable.append(image_id)
         if num_empty:
-            logger.warning("source %s: left out %d sentences without text", self.name, num_empty)
+            logger.warning("source %s: skipped %d sentences without text", self.name, num_empty)
         return tuple(usable)
 
 
@@ -234,7 +232,7 @@ def _target_rle(ref: Ref, annotations: ReferAnnotations) -> RLE | None:
 
 
 def _released_target(ref: Ref, annotations: ReferAnnotations) -> RLE | None:
-    """Return the target of the released evaluation where it is another one: that of gRefCOCO has no crowds."""
+    """Return the target of the released evaluation if it differs: gRefCOCO's excludes crowds."""
     if not ref.ann_ids:
         return None
     where = f"{annotations.refs_file}: ref_id {ref.ref_id}, ann_id {list(ref.ann_ids)}"

@@ -1,7 +1,7 @@
 """RefCOCOg region captions, for evaluation: one marked object, one expression to compare a description with.
 
-Finetune_refcocog_val_with_mask.json -> here -> `RegionCaption` -> `evaluation/`. The file is in COCO format, but its
-"images" are expressions, so that one image occurs several times:
+Reads Finetune_refcocog_val_with_mask.json into `RegionCaption`s. The file is in COCO format, but its "images" are
+expressions, so one image occurs several times:
 
     {"images": [{"id": 0, "file_name": "COCO_train2014_000000380440.jpg", "height": 640, "width": 424,
                  "caption": "the man in yellow coat"}, ...],
@@ -10,7 +10,7 @@ Finetune_refcocog_val_with_mask.json -> here -> `RegionCaption` -> `evaluation/`
     -> RegionCaption(item_id="0", image_path=.../COCO_train2014_000000380440.jpg, region={"size": [640, 424], ...},
                      references=("the man in yellow coat",), ...)
 
-The released loader takes the annotation whose own id is that of the image; here it is the one that names the image.
+The released loader uses the annotation whose own id equals the image id; here it is the one whose image_id does.
 """
 
 from collections import defaultdict
@@ -30,10 +30,10 @@ from pixel_sail.types import DataError, RegionCaption
 def load_region_captions(
     annotations: str | Path, *, image_dir: str | Path, captions: str | Path | None = None
 ) -> list[RegionCaption]:
-    """Return every item of the file, in its order.
+    """Return every item in file order.
 
     captions: file in COCO's caption format ({"annotations": [{"image_id": ..., "caption": ...}]}, ids as numbers or
-    text) whose captions are the references; without it, the caption of each "image" is. Raises: DataError.
+    text) whose captions are the references; by default, the caption of each "image". Raises: DataError.
     """
     images = open_records(annotations, "images")
     regions = open_records(annotations, "annotations")
@@ -77,7 +77,7 @@ def _references(
 
 
 def _read_captions(path: str | Path) -> dict[int, tuple[str, ...]]:
-    """Return the captions of every image, in the order of the file."""
+    """Return the captions of every image in file order."""
     records = open_records(path, "annotations")
     found: dict[int, list[str]] = defaultdict(list)
     for number, record in enumerate(records):

@@ -1,6 +1,6 @@
-"""Detailed captions of objects in SAM's images: the training set of PerBench's captions.
+"""Detailed captions of objects in SA-1B images: the training set of PerBench's captions.
 
-Object_caption_data_train_split.json -> here -> `data/regions.py` -> `Sample` with visual prompts.
+Object_caption_data_train_split.json becomes `Sample`s with visual prompts through `data/regions.py`:
 
     [{"image_name": "sa_1.jpg", "object_annotations": [{"segmentation": {"size": [1365, 2048], "counts": "..."},
       "caption": "The object highlighted by a yellow edge is a red mug on a desk."}, ...]}, ...]
@@ -8,11 +8,11 @@ Object_caption_data_train_split.json -> here -> `data/regions.py` -> `Sample` wi
     -> Turn(question="Describe <Prompt4> as precisely as you can. Please provide as detailed as possible.",
             answer="<Prompt4>: The object is a red mug on a desk."), and so on for up to five objects
 
-What the released loader got wrong, and what happens here:
-- objects were divided into groups of five when the source was made, so that the same ones always stood together: an
-  image is still as many items as that makes groups, but each samples its objects anew from all of them;
-- mentions of the yellow outline were cut out word by word, which left broken sentences: see `templates/marker.py`;
-- decoded masks were kept for good, which filled the memory of every worker: nothing is kept.
+Differences from the released loader:
+- It grouped objects by five at construction, so the same ones always occurred together. Here an image has the same
+  number of items, but each samples its objects from all of the image's.
+- It removed mentions of the yellow outline word by word, which left broken sentences: see `templates/marker.py`.
+- It cached decoded masks forever, which filled the memory of every worker. Here nothing is cached.
 """
 
 import logging
@@ -49,7 +49,7 @@ def load(
 ) -> Source:
     """Return the file as a training source.
 
-    annotations: the JSON file. image_dir: folder of the images. regions_per_sample: most objects of one sample.
+    annotations: the JSON file. image_dir: image folder. regions_per_sample: maximum objects per sample.
     prompt_fractions, num_prompts, absent_fraction: see `RegionSettings`. Raises: DataError, ValueError.
     """
     settings = RegionSettings(
@@ -61,7 +61,7 @@ def load(
 
 
 class SamCaptionSource:
-    """ceil(n / regions_per_sample) items per image with n captions, each of about equally many objects."""
+    """ceil(n / regions_per_sample) items per image with n captions, each with nearly the same number of objects."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class SamCaptionSource:
         name: str,
         regions_per_sample: int = 5,
     ) -> None:
-        """Count the captions of every image; those without text are left out and counted."""
+        """Count the captions of every image; those without text are skipped and counted."""
         self.name = name
         self._records = records
         self._image_dir = image_dir
@@ -90,7 +90,7 @@ class SamCaptionSource:
         return image_file(self._image_dir, _image_name(self._records[number], f"{self._records.where}[{number}]"))
 
     def get(self, index: int, rng: np.random.Generator) -> Sample:
-        """Return objects sampled from all of an item's image. Raises: DataError naming file, record and object."""
+        """Return objects sampled from all of an item's image. Raises: DataError with file, record and object."""
         number = int(self._numbers[index])
         where = f"{self._records.where}[{number}]"
         record = self._records[number]
@@ -120,13 +120,13 @@ class SamCaptionSource:
         )
 
     def _items(self) -> NDArray[np.int32]:
-        """Return the record of every item."""
+        """Return the record number of every item."""
         numbers = []
         num_objects = num_without = num_empty = 0
         for number, record in enumerate(self._records):
             objects = record.get("object_annotations") if isinstance(record, dict) else None
             if not isinstance(objects, list) or any(_text_of(item) is None for item in objects):
-                numbers.append(number)  # Malformed; `get` will say so.
+                numbers.append(number)  # Malformed; `get` raises the error.
                 continue
             num_usable = sum(1 for item in objects if remove_marker(item["caption"]))
             num_objects += len(objects)
@@ -135,7 +135,7 @@ class SamCaptionSource:
             numbers += [number] * -(-num_usable // self._regions_per_sample)
         if num_without or num_empty:
             logger.warning(
-                "source %s: left out %d of %d captions, they say nothing or only speak of the marker that their writer "
+                "source %s: skipped %d of %d captions, they are empty or only describe the marker that their writer "
                 "saw; %d of %d images have no caption",
                 *(self.name, num_without, num_objects, num_empty, len(self._records)),
             )
@@ -143,7 +143,7 @@ class SamCaptionSource:
 
 
 def _captions(record: Any, where: str) -> dict[int, str]:
-    """Return the captions that say something, without the marker, by the place of their objects in the record."""
+    """Return the non-empty captions, without the marker, by the index of their objects in the record."""
     objects = record.get("object_annotations")
     if not isinstance(objects, list):
         raise DataError(f"{where}: found object_annotations = {shown(objects)}, expected a list; repair the file")

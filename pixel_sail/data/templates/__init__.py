@@ -1,6 +1,6 @@
-"""How tasks are asked and answered: one module per task with its questions, its answers and its evaluation prompts.
+"""Templates of questions, answers and evaluation prompts, one module per task.
 
-`data/sources/` fills the templates for training, `evaluation/` the constant prompts. Templates are our own; constants
-marked "released" are protocol facts that a published checkpoint was trained or scored with. Example:
-`referring.REFER_ANSWERS[0]` is "It is [SEG].".
+`data/sources/` fills the templates for training, `evaluation/` uses the constant prompts. Templates are our own;
+constants marked "released" are part of the protocol with which a published checkpoint was trained or evaluated.
+Example: `referring.REFER_ANSWERS[0]` is "It is [SEG].".
 """

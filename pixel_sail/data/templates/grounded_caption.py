@@ -1,8 +1,8 @@
-"""The templates of grounded captions: how a description with masks is asked for and how a phrase is tied to its mask.
+"""Templates of grounded captions: the question for a description with masks, and the format of a phrase with its mask.
 
-`data/sources/grounded_caption.py` asks `caption_question` for training, `data/phrases.py` marks the phrases; the
-evaluation asks one of the two constant prompts. Question templates are our own; what is marked "released" is a protocol
-fact that a published checkpoint was trained or scored with.
+`data/sources/grounded_caption.py` calls `caption_question` for training, and `data/phrases.py` marks the phrases. The
+evaluation uses one of the two constant prompts. Question templates are our own; "released" marks the protocol with
+which a published checkpoint was trained or evaluated.
 
 Example: marked_phrase("a red hat") is `<p> a red hat </p> [SEG]`.
 """
@@ -13,10 +13,10 @@ STANDARD_CAPTION_PROMPT = (
     "Could you please give me a detailed description of the image? Please respond with interleaved segmentation masks "
     "for the corresponding parts of the answer."
 )
-"""Evaluation prompt without the stray blanks."""
+"""Evaluation prompt without the extra spaces."""
 
 PAPER_CAPTION_PROMPT = STANDARD_CAPTION_PROMPT.replace("interleaved", "interleaved    ")
-"""Released evaluation prompt: a line continued inside a string left five blanks before "segmentation"."""
+"""Released evaluation prompt: a line continued inside a string left five spaces before "segmentation"."""
 
 CAPTION_QUESTIONS = (
     STANDARD_CAPTION_PROMPT,  # released; asked in training too, so that no test question is a new one
@@ -30,7 +30,7 @@ CAPTION_QUESTIONS = (
 )
 
 MARKS = ("[SEG]", "<p>", "</p>")
-"""What a caption must not hold by itself."""
+"""Strings that a caption itself must not contain."""
 
 
 def marked_phrase(phrase: str) -> str:
@@ -39,6 +39,6 @@ def marked_phrase(phrase: str) -> str:
 
 
 def caption_question(rng: np.random.Generator, *, as_released: bool = False) -> str:
-    """Return one of the questions, all equally likely; `as_released`: not the one for a detailed description."""
+    """Return one of the questions with equal probability; `as_released` excludes the one for a detailed description."""
     questions = [question for question in CAPTION_QUESTIONS if not as_released or question != STANDARD_CAPTION_PROMPT]
     return questions[rng.integers(len(questions))]

@@ -1,16 +1,16 @@
-"""Captions whose writer saw the region outlined in yellow, without the mention of that outline.
+"""Removes mentions of the yellow outline from captions whose annotators saw the region outlined in yellow.
 
 `data/sources/sam_captions.py` passes every caption through `remove_marker`. The outline is not in the image that the
-model sees, so a caption must not speak of it.
+model sees, so a caption must not mention it.
 
     "The object highlighted by a yellow edge is a red mug."  ->  "The object is a red mug."
     "A dog, outlined with a thin yellow contour, sleeps."    ->  "A dog sleeps."
     "The highlighted apple is ripe. It is highlighted."      ->  "The apple is ripe."
     "The lamp highlights the yellow edge of the book."       ->  ""
 
-The release cuts out the words "highlighted", "highlight", "by a yellow edge" and the like one by one wherever they
-stand, which leaves "The object  is a red mug" and "The lamp s the  of the book". Here whole phrases go; a sentence
-that would be broken or still speaks of a yellow outline goes as a whole, and a caption may come out empty.
+The release removes the words "highlighted", "highlight", "by a yellow edge" and the like one by one, which leaves "The
+object  is a red mug" and "The lamp s the  of the book". Here whole phrases are removed. A sentence that would be broken
+or still mention a yellow outline is removed completely, so a caption may become empty.
 """
 
 import re
@@ -21,9 +21,9 @@ _MARKED = r"(?:highlighted|outlined|marked|surrounded|enclosed|encircled|circled
 _KIND = r"(?:(?:bright|thin|thick|bold|vivid|distinct|clear|light|visible|prominent|solid|single)\s+)*"
 _YELLOW = rf"(?:(?:a|an|the|its|this|that)\s+)?{_KIND}yellow(?:ish)?(?:[\s-]+colou?red)?\s+{_KIND}"
 _OUTLINE = r"(?:edg(?:e|es|ing)|contours?|outlin(?:e|es|ing))"
-"""What is only ever said of the marker, after "yellow"."""
+"""Words that, after "yellow", always refer to the marker."""
 _ANY_LINE = rf"(?:{_OUTLINE}|borders?|boundar(?:y|ies)|lines?|frames?|highlight(?:s|ing)?)"
-"""What may be a thing in the image as well, so it takes "marked by" before it."""
+"""Words that may also be an object in the image, so they need "marked by" before them."""
 _IN_YELLOW = (
     r"(?:highlighted|outlined)\s+in\s+(?:bright\s+)?yellow"
     r"(?=\s*(?:[,.;:!?]|$)|\s+(?:is|are|was|were|has|have|shows?|appears?|seems?|looks?|features?|and)\b)"
@@ -47,7 +47,7 @@ _STEPS = tuple(
         (rf"\b{_PREDICATE}\s*,?\s+and\s+(?!{_NEW_SUBJECT})", ""),
         # "The dog is highlighted by a yellow edge, showing its fur" -> "The dog is showing its fur"
         (rf"\b({_BE})\s+{_BY_MARKER}\s*,\s*(?=[a-z]+ing\b)", r"\1 "),
-        # What stands between commas goes with both of them.
+        # A phrase between commas is removed with both of them.
         (rf",\s*(?:being\s+)?(?:{_BY_MARKER}|{_PLACE})\s*,", ""),
     )
 )
@@ -68,7 +68,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
 def remove_marker(caption: str) -> str:
-    """Return the caption without the yellow outline; "" if it spoke of nothing else. Others are only stripped."""
+    """Return the caption without the yellow outline; "" if nothing else is left. Other captions are only stripped."""
     if not any(word in caption.lower() for word in _SUSPECTS):
         return caption.strip()
     sentences = (_clean(sentence) for sentence in _SENTENCE_END.split(caption.strip()))
@@ -76,7 +76,7 @@ def remove_marker(caption: str) -> str:
 
 
 def _clean(sentence: str) -> str:
-    """Return one sentence without the marker, "" if that is not possible or leaves nothing."""
+    """Return one sentence without the marker, "" if that is impossible or leaves nothing."""
     before, cleaned = "", sentence
     while cleaned != before:  # Taking one phrase out may bring the parts of another together.
         before, cleaned = cleaned, _clean_once(cleaned)
@@ -88,7 +88,7 @@ def _clean(sentence: str) -> str:
 
 
 def _clean_once(sentence: str) -> str:
-    """Return the sentence without the phrases of one round, blanks and commas mended where any was taken out."""
+    """Return the sentence after one round of removals, with spaces and commas repaired."""
     cleaned = _OPENING.sub("", _ATTRIBUTE.sub(_article, sentence))
     for pattern, replacement in _STEPS:
         cleaned = pattern.sub(replacement, cleaned)
@@ -101,13 +101,13 @@ def _clean_once(sentence: str) -> str:
 
 
 def _without_remark(match: re.Match[str]) -> str:
-    """Return nothing in place of a remark, but leave it where it is what a sentence says: the sentence will go."""
+    """Return nothing for a remark, but keep it if it is the predicate of the sentence, which is then removed."""
     before = match.string[: match.start()]
     return match[0] if _ENDS_WITH_BE.search(before) else ""
 
 
 def _article(match: re.Match[str]) -> str:
-    """Return the determiner of the noun that comes next, with "a" and "an" chosen for it."""
+    """Return the determiner of the following noun, with the matching "a" or "an"."""
     word = match[1]
     if word.lower() in ("a", "an"):
         fitting = "an" if match[2].lower() in "aeiou" else "a"

@@ -1,7 +1,7 @@
-"""The templates of MUSE: questions whose answer is several objects, each with its mask.
+"""Templates of MUSE: questions answered with several objects, each with its mask.
 
-`data/sources/muse.py` asks with a question of the file and `muse_question`; where the file words no answer,
-`muse_answer` does. Templates are our own but for the one marked "released".
+`data/sources/muse.py` appends a mask request to a question of the file with `muse_question`; if the file has no answer
+text, `muse_answer` generates it. Templates are our own except those marked "released".
 
 Example: muse_answer(["mug", "tea bag"], rng) is "Mug: [SEG] and tea bag: [SEG]." or "I found mug and tea bag.
 Their masks: [SEG] and [SEG]."
@@ -17,7 +17,7 @@ MASK_REQUESTS = (
     "Show the masks of what you name.",
     "Please segment everything that belongs to the answer.",
 )
-"""Follows the question, which does not say by itself that masks are wanted."""
+"""Suffix of the question, which itself does not request masks."""
 
 SEPARATE_ANSWERS = (
     "{name}: [SEG]",
@@ -40,7 +40,7 @@ ONE_OBJECT_ANSWERS = (
     "Only {names} fits: {masks}.",
     "One object, {names}: {masks}.",
 )
-"""A joint answer that has only one object."""
+"""Joint answers for a single object."""
 
 
 def muse_question(question: str, rng: np.random.Generator) -> str:
@@ -49,7 +49,8 @@ def muse_question(question: str, rng: np.random.Generator) -> str:
 
 
 def muse_answer(names: Sequence[str], rng: np.random.Generator) -> str:
-    """Return an answer that names every object, in order, with one [SEG] each: one by one or together, half and half.
+    """Return an answer that names every object in order with one [SEG] each: with equal probability one by one or
+    jointly.
 
     `names` must not be empty.
     """

@@ -1,7 +1,7 @@
-"""The templates of reasoning segmentation: long questions and short phrases about something the image implies.
+"""Templates of reasoning segmentation: questions and phrases that imply an object without naming it.
 
 `data/sources/reasonseg.py` calls `reasoning_turn` for training and fills the constant prompts for evaluation. Templates
-are our own but for those marked "released".
+are our own except those marked "released".
 
 Example: the phrase "something that keeps the rain off" is asked as "What is something that keeps the rain off in this
 image? Please output segmentation mask." and answered "It is [SEG]."
@@ -47,9 +47,9 @@ def reasoning_turn(
     ignored: BoolMask | None = None,
     as_released: bool = False,
 ) -> Turn:
-    """Return the turn that asks for what `text` means and answers with `mask`; `ignored` pixels do not count.
+    """Return the turn with the question about `text` and `mask` as its answer; `ignored` pixels do not count.
 
-    `as_released`: the one question and answer of the release, which the evaluation asks, instead of one of several.
+    `as_released`: use the released question and answer, as in the evaluation, instead of sampling one of several.
     """
     if as_released:
         question = evaluation_question(text, is_sentence=is_sentence)

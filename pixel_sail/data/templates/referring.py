@@ -1,8 +1,8 @@
-"""The templates of referring segmentation: how a phrase is asked for and how the answer names its mask.
+"""Templates of referring segmentation: the question about an expression and the answer with its mask.
 
 `data/sources/refer.py` calls `referring_turn` for training; the evaluation fills one of the two constant prompts.
-Question templates are our own; answers and evaluation prompts marked "released" are protocol facts that a published
-checkpoint was trained or scored with.
+Question templates are our own; answers and prompts marked "released" are part of the protocol with which a published
+checkpoint was trained or evaluated.
 
 Example: ("the lady in blue", mask) -> Turn(question="Which pixels belong to the lady in blue?", answer="[SEG].",
 masks=(mask,)).
@@ -13,10 +13,10 @@ import numpy as np
 from pixel_sail.types import BoolMask, Turn
 
 STANDARD_REFER_PROMPT = "Please segment {sent} in this image."
-"""Evaluation prompt without the stray space; also the question of style "fixed"."""
+"""Evaluation prompt without the leading space; also the question of style "fixed"."""
 
 PAPER_REFER_PROMPT = " Please segment {sent} in this image."
-"""Released evaluation prompt: a leading space stays behind where the image marker was cut out of the text."""
+"""Released evaluation prompt: a leading space remains where the image marker was removed from the text."""
 
 REFER_QUESTIONS = (
     "Please segment {expression} in this image.",
@@ -44,10 +44,10 @@ REFER_ANSWERS = (
 FIXED_REFER_ANSWER = "It is [SEG]."
 
 NO_TARGET_ANSWER = "No target [SEG]."
-"""Released: even "nothing" carries a [SEG], whose mask is trained to be empty."""
+"""Released: a no-target answer also has a [SEG], whose mask is trained to be empty."""
 
 SHORT_REFER_PROMPT = "{sent}"
-"""The expression alone, for models that learn nothing else and must learn it fast."""
+"""The expression alone, for small models that learn only this task."""
 
 SHORT_REFER_ANSWER = "[SEG]."  # released
 
@@ -57,12 +57,12 @@ QUESTION_STYLES = ("varied", "fixed", "short")
 def referring_turn(
     expression: str, mask: BoolMask, rng: np.random.Generator, *, style: str, has_target: bool = True
 ) -> Turn:
-    """Return the turn that asks for `expression` and answers with `mask`.
+    """Return the turn with the question about `expression` and `mask` as its answer.
 
     Style "varied" samples question and answer from `rng`; "fixed" always uses the standard prompt and `It is [SEG].`;
-    "short" asks with the expression alone and answers `[SEG].`, for small quick runs. Without a target the answer is
-    `No target [SEG].` and the mask must be all False. Raises: ValueError on an unknown style or on a no-target mask
-    with pixels.
+    "short" uses the expression alone and answers `[SEG].`, for small quick runs. Without a target the answer is `No
+    target [SEG].` and the mask must be all False. Raises: ValueError for an unknown style or a no-target mask with
+    pixels.
     """
     if style not in QUESTION_STYLES:
         raise ValueError(f"question style: found {style!r}, expected one of {QUESTION_STYLES}; correct the config")

@@ -1,9 +1,8 @@
-"""The templates of questions about marked regions, and the prompts that region benchmarks are scored with.
+"""Templates of questions about marked regions, and the prompts of region benchmarks.
 
-`data/sources/osprey.py`, `refcocog_vp.py` and `sam_captions.py` sample questions here, with {region} for the region's
-name, which `data/regions.py` fills in; the evaluation of region captions and of PerBench fills the constant prompts.
-Question templates are our own; what is marked "released" is a protocol fact that a published checkpoint was trained or
-scored with.
+`data/sources/osprey.py`, `refcocog_vp.py` and `sam_captions.py` sample questions with {region} for the region's name,
+which `data/regions.py` fills in; the evaluation of region captions and of PerBench uses the constant prompts. Question
+templates are our own; "released" marks the protocol with which a published checkpoint was trained or evaluated.
 
 Example: DESCRIBE_QUESTIONS[0] becomes `Describe <Prompt11>.`, its answer `<Prompt11>: a man in a red coat.`
 """
@@ -20,10 +19,10 @@ DESCRIBE_QUESTIONS = (
     "What does the picture show at {region}?",
     "Write down what {region} is and how it looks.",
 )
-"""A description of any length."""
+"""For a description of any length."""
 
 CAPTION_QUESTION = "Can you provide me with a detailed description of the region in the picture marked by {region}?"
-"""Released: what region benchmarks ask, also a question of training."""
+"""Released: the prompt of region benchmarks, also used in training."""
 
 DETAILED_QUESTIONS = (
     CAPTION_QUESTION,  # so that no test question is a new one, with its suffix neither
@@ -42,7 +41,7 @@ DETAILED_QUESTIONS = (
     "Starting with what it is, describe {region} down to small details.",
     "What could a careful observer say about {region}?",
 )
-"""A long description."""
+"""For a long description."""
 
 RELEASED_SHORT_QUESTION = "Please give me a short description of {region}."
 """The only question of the released fine-tuning on region captions."""
@@ -58,7 +57,7 @@ SHORT_QUESTIONS = (
     "One short phrase for {region}, please.",
     RELEASED_SHORT_QUESTION,
 )
-"""A phrase, as in referring expressions."""
+"""For a phrase, as in referring expressions."""
 
 NAME_QUESTIONS = (
     "What is {region}?",
@@ -67,16 +66,16 @@ NAME_QUESTIONS = (
     "Which kind of thing is {region}?",
     "Say in one or two words what {region} is.",
 )
-"""A name, freely chosen: no candidates are listed."""
+"""For a free-form name, without candidates."""
 
 REGION_ANSWER = "{region}: "  # released
-"""What an answer about one region begins with."""
+"""Prefix of an answer about one region."""
 
 DETAILED_SUFFIX = " Please provide as detailed as possible."  # released
-"""Follows every question about captions of PerBench's kind, in training and in its evaluation."""
+"""Suffix of every question about captions of PerBench's kind, in training and evaluation."""
 
 SINGLE_WORD_SUFFIX = " Answer the question using a single word or phrase."  # released
-"""Follows every question of Osprey's short form."""
+"""Suffix of every question of Osprey's short form."""
 
 REGION_CAPTION_PROMPT = CAPTION_QUESTION.replace("{region}", "<Prompt0>")
 """Released evaluation prompt of RefCOCOg region captions."""
@@ -88,10 +87,10 @@ PERBENCH_CHOICE_PROMPT = "Please answer the question according to the <Prompt0>.
 """Released evaluation prompt of PerBench's choices; questions end with a line break in the file."""
 
 MARKED_OBJECT = "the marked object"
-"""What synthetic choices call their region."""
+"""Name of the region in synthetic multiple-choice questions."""
 
 PERBENCH_REFERRING_ANSWER = "It is [SEG]."
-"""Released: the beginning forced on a second answer where the first to PerBench's visual referring had no mask."""
+"""Released: prefix of a second answer, generated if the first one to PerBench's visual referring has no mask."""
 
 
 def describe_question(rng: np.random.Generator) -> str:
@@ -110,12 +109,12 @@ def short_question(rng: np.random.Generator) -> str:
 
 
 def released_short_question(rng: np.random.Generator) -> str:
-    """Return the released question for a phrase that refers to {region}, as if it were sampled."""
+    """Return the released question for a phrase that refers to {region}, with the signature of the samplers."""
     return RELEASED_SHORT_QUESTION
 
 
 def name_question(rng: np.random.Generator) -> str:
-    """Return a question for what {region} is, without candidates."""
+    """Return a question for the name of {region}, without candidates."""
     return _sample(NAME_QUESTIONS, rng)
 
 

@@ -1,7 +1,7 @@
-"""The templates of two questions about a marked region: of which class it is, and what it looks like.
+"""Templates of two questions about a marked region: its class, and its description.
 
-`data/sources/coco_vp.py` asks for the class, `pix2cap_vp.py` for the description; `data/regions.py` replaces {region}.
-Questions are our own; what is marked "released" a published checkpoint was trained with.
+`data/sources/coco_vp.py` uses the class question, `pix2cap_vp.py` the description; `data/regions.py` replaces {region}.
+Questions are our own; a published checkpoint was trained with those marked "released".
 
 Example: "What kind of object is {region}? The candidate categories: dog, rug, truck, others." -> "{region}: rug".
 """

@@ -1,7 +1,7 @@
-"""The templates of panoptic and semantic segmentation, and of segmentation by a long description.
+"""Templates of panoptic and semantic segmentation, and of segmentation from a long description.
 
-`data/sources/coco_panoptic.py`, `coco_semantic.py` and `pix2cap_seg.py` make their turns here. Questions are our own;
-what is marked "released" a published checkpoint was trained with.
+`data/sources/coco_panoptic.py`, `coco_semantic.py` and `pix2cap_seg.py` build their turns with it. Questions are our
+own; a published checkpoint was trained with those marked "released".
 
 Example: ("dog", two masks) -> Turn(question="Give every dog a mask of its own. Segmentation in the instance mode.",
 answer="dog-1 [SEG] dog-2 [SEG].", masks=(<the dog on the left>, <the other>)).
@@ -62,7 +62,7 @@ DESCRIPTION_QUESTIONS = (
 )
 
 _STAND_FOR_NOTHING = ("-stuff", "-merged", "-other")
-"""Endings by which COCO tells its own classes apart; no reader of an image would say them."""
+"""Suffixes by which COCO distinguishes its classes but which describe nothing visible."""
 
 SPOKEN_NAMES = {
     "floor-wood": "wooden floor",
@@ -72,7 +72,7 @@ SPOKEN_NAMES = {
     "wall-wood": "wooden wall",
     "window-blind": "window blind",
 }
-"""COCO's names of which the ending says something."""
+"""COCO names whose suffix has a meaning."""
 
 RELEASED_NAMES = {
     "orange": "orange fruit",
@@ -84,12 +84,12 @@ RELEASED_NAMES = {
     "wall-tile": "tile wall",
     "wall-wood": "wood wall",
 }
-"""Released: the eight of COCO's 133 names that are not what `spoken_name` makes of them, as they stand first in their
-lines of coco_panoptic_with_prompt_eng.txt."""
+"""Released: the eight of COCO's 133 names that differ from their `spoken_name`, each the first name in its line of
+coco_panoptic_with_prompt_eng.txt."""
 
 
 def spoken_name(name: str) -> str:
-    """Return a class name in words, without the hyphens that would be mistaken for those of "name-1".
+    """Return a class name in words, without hyphens, which could be confused with those of "name-1".
 
     Example: "wall-other-merged" is "wall", "wall-brick" is "brick wall".
     """
@@ -100,7 +100,7 @@ def spoken_name(name: str) -> str:
 
 
 def spoken_names(names: Mapping[int, str], where: str) -> dict[int, str]:
-    """Return the spoken name of every category. Raises: DataError if two categories would be called the same."""
+    """Return the spoken name of every category. Raises: DataError if two categories have the same name."""
     spoken = {category_id: spoken_name(name) for category_id, name in sorted(names.items())}
     seen: dict[str, int] = {}
     for category_id, name in spoken.items():
@@ -108,7 +108,7 @@ def spoken_names(names: Mapping[int, str], where: str) -> dict[int, str]:
             same = f"as for category {seen[name]} ({names[seen[name]]!r})" if name else "no letter"
             raise DataError(
                 f"{where}: found the name {name!r} for category {category_id} ({names[category_id]!r}), {same}, "
-                "expected names that tell categories apart; pass a class_file with other names"
+                "expected names that distinguish categories; pass a class_file with other names"
             )
         seen[name] = category_id
     return spoken
@@ -117,30 +117,30 @@ def spoken_names(names: Mapping[int, str], where: str) -> dict[int, str]:
 def instance_turn(
     name: str, masks: Sequence[BoolMask], rng: np.random.Generator, *, ignored: BoolMask | None = None
 ) -> Turn:
-    """Return the turn that asks for every instance of a class, answered as "name-1 [SEG] name-2 [SEG]." in order."""
+    """Return the turn about every instance of a class, answered as "name-1 [SEG] name-2 [SEG]." in order."""
     answer = " ".join(f"{name}-{number} [SEG]" for number in range(1, len(masks) + 1)) + "."  # released
     question = _filled(INSTANCE_QUESTIONS, "{name}", name, rng) + INSTANCE_MODE
     return Turn(question=question, answer=answer, masks=tuple(masks), ignored=ignored)
 
 
 def stuff_turn(name: str, mask: BoolMask, rng: np.random.Generator) -> Turn:
-    """Return the turn that asks for a class without instances, answered as "name [SEG]."."""
+    """Return the turn about a class without instances, answered as "name [SEG]."."""
     question = _filled(STUFF_QUESTIONS, "{name}", name, rng) + SEMANTIC_MODE
     return Turn(question=question, answer=f"{name} [SEG].", masks=(mask,))  # released
 
 
 def semantic_turn(name: str, mask: BoolMask, rng: np.random.Generator) -> Turn:
-    """Return the turn that asks for all pixels of a class at once."""
+    """Return the turn about all pixels of a class."""
     question = _filled(SEMANTIC_QUESTIONS, "{name}", name, rng) + SEMANTIC_MODE
     return Turn(question=question, answer=REFER_ANSWERS[rng.integers(len(REFER_ANSWERS))], masks=(mask,))
 
 
 def description_turn(description: str, mask: BoolMask, rng: np.random.Generator) -> Turn:
-    """Return the turn that asks for what a text describes."""
+    """Return the turn about the segment that a text describes."""
     question = _filled(DESCRIPTION_QUESTIONS, "{description}", description, rng)
     return Turn(question=question, answer=REFER_ANSWERS[rng.integers(len(REFER_ANSWERS))], masks=(mask,))
 
 
 def _filled(templates: Sequence[str], placeholder: str, text: str, rng: np.random.Generator) -> str:
-    """Return a template sampled from `rng` with the text in it; braces in the text are left alone."""
+    """Return a template sampled from `rng` with the text inserted; braces in the text are kept."""
     return templates[int(rng.integers(len(templates)))].replace(placeholder, text)

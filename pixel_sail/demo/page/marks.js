@@ -1,4 +1,4 @@
-// Drawing on the image: marks that the user makes, masks that the model gives. Coordinates are those of the image.
+// Drawing on the image: marks of the user and masks of the model, in image coordinates.
 
 const MARK_COLOUR = "#ffffff";
 const SMALLEST_BOX = 3;
@@ -78,7 +78,7 @@ export class ImageView {
     else {
       const [x0, x1] = [draft.start[0], draft.end[0]].sort((a, b) => a - b);
       const [y0, y1] = [draft.start[1], draft.end[1]].sort((a, b) => a - b);
-      // A click is no box.
+      // Ignore clicks without a drag.
       if (x1 - x0 >= SMALLEST_BOX && y1 - y0 >= SMALLEST_BOX) this.finish({ box: [x0, y0, x1, y1] });
     }
     this.render();
@@ -119,7 +119,7 @@ export class ImageView {
     context.drawImage(this.image, 0, 0, this.width, this.height);
     context.imageSmoothingEnabled = false;
     for (const mask of this.masks) if (mask.visible) context.drawImage(mask.layer, 0, 0);
-    // Pixels of the image in one of the screen: marks can be read on a narrow screen as on a wide one.
+    // Image pixels per screen pixel, so that marks are readable on narrow and wide screens.
     const scale = this.width / (this.canvas.clientWidth || this.width);
     this.marks.forEach((mark, index) => this.renderMark(mark, String(index), scale));
     if (this.draft?.path) strokePath(context, this.draft.path, "rgba(255, 255, 255, 0.6)", this.brushWidth());
@@ -168,7 +168,7 @@ function strokePath(context, path, colour, width) {
   context.stroke();
 }
 
-// Two lines, one dark and one light, show on every ground.
+// Two lines, one dark and one light, are visible on every background.
 function outline(context, [x0, y0, x1, y1], scale) {
   for (const [colour, width] of [["#000", 4], [MARK_COLOUR, 2]]) {
     context.strokeStyle = colour;
@@ -177,7 +177,7 @@ function outline(context, [x0, y0, x1, y1], scale) {
   }
 }
 
-// Return a black and white PNG (base64) as a layer in one colour: half see-through, with an edge in full colour.
+// Return a black and white PNG (base64) as a layer in one color: half transparent, with an opaque edge.
 export async function maskLayer(png, colour) {
   const image = new Image();
   image.src = `data:image/png;base64,${png}`;

@@ -1,4 +1,4 @@
-// What the page does: load an image, ask about it, show the answers. Marks and masks are drawn by marks.js.
+// The page: load an image, ask about it, show the answers. marks.js draws marks and masks.
 
 import { ImageArray, maskLayer } from "./marks.js";
 
@@ -6,7 +6,7 @@ const at = (id) => document.getElementById(id);
 const view = new ImageView(at("canvas"), refresh);
 const state = { info: null, session: null, imageName: "", loading: false, asking: null, colours: 0, turns: 0 };
 
-// Return a new element; texts go in as text, never as HTML.
+// Return a new element. Texts are inserted as text, never as HTML.
 function make(tag, { text, ...properties } = {}, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
   if (text !== undefined) element.textContent = text;
@@ -14,7 +14,7 @@ function make(tag, { text, ...properties } = {}, ...children) {
   return element;
 }
 
-// Send a request and return the response, or throw an error that says what the server said.
+// Send a request and return the response, or throw an error with the server's message.
 async function call(address, options = {}) {
   let response;
   try {
@@ -25,7 +25,7 @@ async function call(address, options = {}) {
   }
   if (response.ok) return response;
   const said = await response.json().catch(() => ({}));
-  throw new Error(said.error ?? `The server refused (${response.status}). Try again in a moment.`);
+  throw new Error(said.error ?? `The server rejected the request (${response.status}). Try again in a moment.`);
 }
 
 const asJson = (value, more = {}) => ({
@@ -37,14 +37,14 @@ function complain(message) {
   at("error").hidden = !message;
 }
 
-// Bring buttons and hints in line with the state.
+// Update buttons and hints from the state.
 function refresh() {
   const ready = state.session !== null && !state.loading;
   const marks = view.marks.length;
   at("text").disabled = !ready;
   at("ask").disabled = !ready;
   at("ask").textContent = state.asking ? "Stop" : "Ask";
-  at("anew").disabled = !ready || Boolean(state.asking) || at("history").childElementCount === 0;
+  at("restart").disabled = !ready || Boolean(state.asking) || at("history").childElementCount === 0;
   at("undo").disabled = !ready || marks === 0;
   at("hint").hidden = at("history").childElementCount > 0;
   at("names").replaceChildren(...view.marks.map((_, index) => {
@@ -93,14 +93,14 @@ async function openImage(name, request, text = "") {
   refresh();
 }
 
-// Return the address with the image that is left, so that the server need not keep it.
+// Return the address with the session of the replaced image, so that the server can drop it.
 const replacing = (address) => (state.session ? `${address}?replaces=${state.session}` : address);
 
 function openFile(file) {
   const most = state.info?.limits.upload_mb ?? Infinity;
   const type = file.type.startsWith("image/") ? file.type : "application/octet-stream";
   openImage(file.name, () => {
-    // Said here, for a server that stops reading a body is heard by few browsers.
+    // Checked here, because few browsers show the response of a server that stops reading a body.
     if (file.size > most * 1e6) throw new Error(`The file has more than ${most} MB. Choose a smaller one.`);
     return call(replacing("api/images"), { method: "POST", headers: { "content-type": type }, body: file });
   });
@@ -132,7 +132,7 @@ async function ask() {
     await finish(turn, answer, result, stop.signal);
   } catch (error) {
     turn.remove();
-    // The question is not lost.
+    // Keep the question.
     if (!at("text").value) at("text").value = text;
     if (error.name !== "AbortError") complain(error.message);
   }
@@ -173,7 +173,7 @@ async function finish(turn, answer, result, signal) {
   if (!/[\p{L}\p{N}]/u.test(result.text)) {
     answer.replaceChildren(make("span", { className: "empty", text: result.pngs.length ? "(no words)" : "(no answer)" }));
   }
-  // Only the newest masks are shown at first; every one can be shown again.
+  // Show only the newest masks. Older ones can be switched on again.
   for (const box of at("history").querySelectorAll("input:checked")) box.checked = false;
   for (const mask of view.masks) mask.visible = false;
   const list = make("ul", { className: "masks" });
@@ -188,7 +188,7 @@ async function finish(turn, answer, result, signal) {
   turn.scrollIntoView({ block: "nearest" });
 }
 
-// Return the answer with every phrase that has a mask in the mask's colour.
+// Return the answer with every phrase that has a mask in the color of its mask.
 function colouredPhrases(result, colours) {
   const parts = [];
   let rest = result.text;
@@ -226,7 +226,7 @@ function download(kind, file, blob) {
   button.addEventListener("click", () => {
     const address = URL.createObjectURL(blob);
     make("a", { href: address, download: file }).click();
-    // Later: some browsers begin to read after this has returned.
+    // Delayed, because some browsers read after this has returned.
     setTimeout(() => URL.revokeObjectURL(address), 60_000);
   });
   return button;
@@ -240,7 +240,7 @@ function spent(result) {
   return parts.join(" \u00b7 ");
 }
 
-async function beginAnew() {
+async function restart() {
   complain();
   try {
     await call("api/forget", asJson({ session: state.session }));
@@ -254,7 +254,7 @@ async function beginAnew() {
   refresh();
 }
 
-// --- what a user touches ---
+// --- event handlers ---
 
 at("file").addEventListener("change", (event) => {
   const [file] = event.target.files;
@@ -275,7 +275,7 @@ for (const button of document.querySelectorAll("[data-tool]")) {
   });
 }
 at("undo").addEventListener("click", () => { complain(); view.removeLast(); });
-at("anew").addEventListener("click", beginAnew);
+at("restart").addEventListener("click", restart);
 at("form").addEventListener("submit", (event) => {
   event.preventDefault();
   if (state.asking) state.asking.abort();
