@@ -114,7 +114,6 @@ FORCED = ("predict.answer=forced", "predict.max_batch_tokens=4096")
 EVALS = {
     "refshapes_val": FORCED,
     "refshapes_val_language_blind": FORCED,
-    "refshapes_val_image_blind": FORCED,
     "refshapes_region_choice": ("predict.max_new_tokens=4",),
 }
 """Today's name of each eval that was scored, and how it was asked."""

@@ -97,7 +97,7 @@ rm -r runs/whole/checkpoints
 
 # Its scores and an answer.
 "$python" "$code/scripts/evaluate.py" checkpoint=runs/whole resamples=20 examples=0 predict.answer=forced \
-    predict.token_budget=4096 'evals=[refshapes_val,refshapes_val_text_hidden,refshapes_val_image_hidden]' progress=false
+    predict.token_budget=4096 'evals=[refshapes_val,refshapes_val_text_hidden]' progress=false
 "$python" "$code/scripts/evaluate.py" checkpoint=runs/whole resamples=20 examples=0 predict.max_new_tokens=4 \
     'evals=[refshapes_region_choice]' progress=false
 "$python" "$code/scripts/predict.py" checkpoint=runs/whole image=data/refshapes/images/train2014/COCO_train2014_000000000001.jpg \
@@ -108,6 +108,7 @@ rm -r runs/whole/checkpoints
 "$python" "$code/scripts/train.py" -m --folder=sweep "${tiny[@]}" 'evals=[]' optim.steps=2 \
     data.packs_per_micro_batch=1 data.packs_per_step=1,2 \
     '--evaluate=evals=[refshapes_val] predict.answer=forced resamples=20 examples=0 progress=false'
-rm -rf sweep/*/checkpoints sweep/*/export .cache predict/*.png data/refshapes/images/train2014/*_00000000000[6-9].jpg
+rm -rf .cache sweep/*/{checkpoints,export,config.json,starts.jsonl} sweep/jobs/*.log
+rm predict/*.png data/refshapes/images/train2014/*_00000000000[6-9].jpg
 find . -name 'part-*.jsonl' -o -name 'report.*' -o -name .lock | xargs rm
-find . -type f | sort | xargs du -b
+sed -i "s#$code/##" runs/*/starts.jsonl
