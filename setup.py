@@ -1,6 +1,6 @@
-"""Put configs/, scripts/ and tools/ into wheels, as pixel_sail/bundled/; all else stands in pyproject.toml.
+"""Copy configs/, scripts/ and tools/ into wheels as pixel_sail/bundled/; everything else is in pyproject.toml.
 
-A checkout keeps them beside the package, where people look for them and edit them; `pixel_sail/paths.py` finds either.
+In a checkout they are next to the package, where users edit them; `pixel_sail/paths.py` finds either.
 """
 
 import shutil
@@ -14,10 +14,10 @@ CARRIED = {"configs": "*.yaml", "scripts": "*.py", "tools": "*.py"}
 
 
 class BuildWithConfigs(build_py):
-    """The usual copy of the package, and what lies beside it."""
+    """Copies the package and the bundled folders."""
 
     def run(self) -> None:
-        """Copy; an editable install uses the checkout's own files."""
+        """Copy; an editable install uses the files of the checkout."""
         super().run()
         if self.editable_mode:
             return

@@ -44,27 +44,27 @@ def pytest_report_header():
 
 
 def pytest_terminal_summary(terminalreporter):
-    # There is no header with -q, which `make test` says.
+    # `make test` passes -q, which prints no header.
     if not terminalreporter.showheader:
         terminalreporter.write_line(machine_line())
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Index files of annotations go to a folder of this session, also those of commands that tests start."""
+    """Write annotation indexes to a folder of this session, also those of started commands."""
     os.environ["PIXEL_SAIL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture
 def as_large_images(monkeypatch):
-    """The tests' tiny images are computed as large ones are, which plans are about."""
+    """Compute the tests' tiny images like large ones, as plans assume."""
     monkeypatch.setattr(attention_backends, "fastest_on_cpu", lambda spans, shape: "segments")
     monkeypatch.setattr(upsampler, "SMALL_MAP", 0)
 
 
 @pytest.fixture(autouse=True)
 def seeded_on_one_thread():
-    """Every test starts from the same global seed, and no test takes the cores of another process."""
+    """Every test starts from the same global seed and runs torch on one thread."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
 
@@ -78,7 +78,7 @@ def tokenizer():
 def make_config(tokenizer):
     """Return a function from changed fields to a tiny configuration.
 
-    Weights are sampled ten times wider than usual, so that attention is uneven and a token seen by mistake shows.
+    Weights are sampled ten times wider than usual: attention is uneven, so a wrongly visible token changes results.
     """
     token_ids = model_token_ids(tokenizer, num_visual_prompts=NUM_PROMPTS)
 
@@ -109,7 +109,7 @@ def tiny_config(make_config):
 
 @pytest.fixture(scope="session")
 def tiny_model(make_config):
-    """Return a function from a seed and changed fields to a freshly initialised model in evaluation mode."""
+    """Return a function from a seed and changed fields to a newly initialized model in evaluation mode."""
 
     def make(seed=0, **changes):
         torch.manual_seed(seed)

@@ -51,7 +51,7 @@ def stick_at_item(number: int) -> None:
 
 
 def spoil_step(fault: str, when: int) -> None:
-    """Spoil the loss of the first micro-batch of a step; with SMALL a step of one process has two, of two one."""
+    """Corrupt the loss of the first micro-batch of a step; with SMALL a step has two on one process, one on two."""
     combine, calls = step.combine, itertools.count(1)
     first_call = (when - 1) * (2 // int(os.environ.get("WORLD_SIZE", "1"))) + 1
 

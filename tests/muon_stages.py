@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def gradient(name: str, shape: torch.Size, step: int) -> Tensor:
-    """Return what bfloat16 holds exactly; as a matrix its singular values are 0.3 .. 1."""
+    """Return values exact in bfloat16; as a matrix, the singular values are 0.3 .. 1."""
     generator = torch.Generator().manual_seed(1000 * step + sum(name.encode()))
     initialized = torch.randn(shape, generator=generator)
     if len(shape) > 1:
@@ -46,7 +46,7 @@ def gradient(name: str, shape: torch.Size, step: int) -> Tensor:
 
 
 class Known:
-    """In place of the model's forward pass: a loss whose gradients are known."""
+    """Replaces the model's forward pass by a loss with known gradients."""
 
     def forward(self, step: int) -> Tensor:
         return sum((p * gradient(n, p.shape, step).to(p.dtype)).sum() for n, p in self.named_parameters())

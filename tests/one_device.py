@@ -17,7 +17,7 @@ from pixel_sail.losses.total import combine, count, loss_sums
 
 
 class MixedDevices(TorchDispatchMode):
-    """Note every operation with tensors of two devices, but for the copies that `to_device` makes."""
+    """Record every operation on tensors of two devices, except the copies of `to_device`."""
 
     def __init__(self, found):
         super().__init__()
@@ -37,7 +37,7 @@ class MixedDevices(TorchDispatchMode):
 
 
 class TensorsOfNumbers(TorchFunctionMode):
-    """Note what makes tensors of Python numbers on a device: a copy from the host, for which a GPU waits."""
+    """Record tensors created from Python numbers on a device: copies from the host, for which a GPU waits."""
 
     def __init__(self, found):
         super().__init__()
@@ -51,7 +51,7 @@ class TensorsOfNumbers(TorchFunctionMode):
 
 
 def step_on_one_device(model, batch, dtype, config, terms=()):
-    """Make forward pass, losses and backward pass; return what came from the host meanwhile. The model is moved."""
+    """Run forward pass, losses and backward pass; return the recorded host accesses. The model is moved."""
     model.train().to("meta").to(dtype)
     moved, teachers, found = batch.to("meta"), Teachers(networks={}), []
     with MixedDevices(found), TensorsOfNumbers(found):

@@ -21,7 +21,7 @@ step = loop.optimizer_step
 
 
 def contents(batch: Batch) -> dict:
-    """Return what kinds of things a micro-batch holds."""
+    """Return the counts of images, prompts and masks of a micro-batch."""
     prompts = int((batch.prompt_ids_BT >= 0).any())
     return {
         "samples": list(batch.sample_ids),
@@ -32,7 +32,7 @@ def contents(batch: Batch) -> dict:
 
 
 def recorded(model, optimizer, batches: Sequence[Batch], *arguments, **named):
-    """Write down the batches, then make the step."""
+    """Record the batches, then run the step."""
     if recorded.file is None:
         run_dir = Path(next(item for item in sys.argv if item.startswith("run_dir=")).removeprefix("run_dir="))
         log = run_dir / "log.jsonl"

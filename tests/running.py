@@ -48,8 +48,8 @@ def load_tool(name: str) -> ModuleType:
 def environment(data_root: Path) -> dict[str, str]:
     """Return the environment of a started process.
 
-    One thread each, as torchrun has it: runs that are compared bit for bit are not to hang on how many threads a busy
-    machine lets them have (docs/experiments.md, the run in a hundred).
+    One thread each, as with torchrun: runs that are compared bit for bit must not depend on how many threads a busy
+    machine provides (docs/experiments.md, the run in a hundred).
     """
     own = {"TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
     return os.environ | {"PIXEL_SAIL_DATA": str(data_root)} | own

@@ -13,7 +13,7 @@ from pixel_sail.demo.server import build_app
 
 @contextmanager
 def served(predictor, *, most=MOST_CONNECTIONS, **settings):
-    """Yield the address of a server on a free port; it has ended when the block ends."""
+    """Yield the address of a server on a free port; it is stopped at the end of the block."""
     app = build_app(predictor, name="test", **settings)
     options = connection_options(settings.get("limits") or DemoLimits(), most)
     config = uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=5, **options)

@@ -27,7 +27,7 @@ BASE_TOKENS = 280
 
 
 def make_base_tokenizer():
-    """A tokenizer without the tokens of phrases, masks and prompts, as a base has it."""
+    """A base model's tokenizer, without the tokens of phrases, masks and prompts."""
     full = train_tokenizer([], vocab_size=270, num_visual_prompts=0)
     model = json.loads(full.backend_tokenizer.to_str())
     late = ("[SEG]", "<p>", "</p>")
@@ -92,7 +92,7 @@ EVE_KEYS = (
     (r"patch_embedding\.class_embedding", "model.vision_tower.class_embedding"),
     (r"patch_embedding\.row_end_embedding", "model.vision_tower.split_embedding"),
 )
-"""Ours -> the published base; the release has the prefix `single_transformer.` before these."""
+"""Our name -> name in the published base; the release has the prefix `single_transformer.` before these."""
 
 
 def eve_key(name):

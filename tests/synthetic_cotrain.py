@@ -25,7 +25,7 @@ IMAGE_DIRS = (
         "glamm_data/images/coco2014/train2014",
     ),
 )
-"""Folders that hold images; the synthetic ones stand in each."""
+"""Image folders; the synthetic images are in each."""
 
 FILES = {
     "ref_seg/refcoco": "refshapes",
@@ -40,16 +40,16 @@ FILES = {
     "osprey-724k/osprey_conversation.json": "osprey/osprey_conversation.json",
     "osprey-724k/osprey_short_form.json": "osprey/osprey_short_form.json",
     "osprey-724k/osprey_detail_description.json": "osprey/osprey_detail_description.json",
-    # Synthetic scenes have no parts and no absent classes; the records are of the same form.
+    # Synthetic scenes have no parts and no absent classes; the record format is the same.
     "osprey-724k/osprey_part_level.json": "osprey/osprey_conversation.json",
     "osprey-724k/osprey_lvis_positive_negative.json": "osprey/osprey_conversation.json",
 }
-"""Place of the released mix -> file or folder of RefShapes."""
+"""Path in the released mix -> file or folder of RefShapes."""
 
 SPLITS_OF_REFCOCOG = {"train": "train", "val": "val", "testA": "test", "testB": "test"}
 
 TINY = (
-    # "Its own" tokenizer, sizes of a test, random weights and random teachers; all else is the card's.
+    # A test's tokenizer and sizes, random weights and random teachers; everything else is the card's.
     *("model.tokenizer=${paths.data}/refshapes/tokenizer", "model.init_from=null", "allow_random_teachers=true"),
     *("model.architecture.hidden_size=32", "model.architecture.intermediate_size=48"),
     *("model.architecture.num_hidden_layers=2", "model.architecture.num_attention_heads=2"),
@@ -59,11 +59,11 @@ TINY = (
 
 
 WHOLE_EPOCH = ("data.packing.seq_len=10240", "data.packing.packing_buffer=1", "data.stream_rounds=1")
-"""The 128 samples of a step of the card, in the mixture's order, hold every one of an epoch of two synthetic images."""
+"""The 128 samples of a step, in the mixture's order, cover an epoch of two synthetic images."""
 
 
 def render_and_lay_out(root: Path) -> None:
-    """Render a benchmark of two training images below `root` and put everything that the released mixes read there."""
+    """Render a benchmark of two training images below `root` with every file that the released mixes read."""
     rendered = make_data_root(root, num_train=2, num_eval=1) / "refshapes"
     places = FILES | dict.fromkeys(IMAGE_DIRS, "images/train2014")
     for place, origin in places.items():

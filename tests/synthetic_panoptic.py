@@ -23,7 +23,7 @@ PIXELS = np.array(
         [9, 9, 9, 8, 8, 8],
     ]
 )
-"""Dogs 1 (right), 2 (middle) and the crowd 3; grass 9 and 8; wall 70000; 0 is nobody's."""
+"""Dogs 1 (right), 2 (middle) and the crowd 3; grass 9 and 8; wall 70000; 0 is unlabeled."""
 
 
 def segment_entry(number, category_id, **more):

@@ -73,15 +73,15 @@ CHANGES = {
     **{name: (CARD, {"data.sources.", "data.repeats."}) for name in names("ablation") if name.startswith("data_")},
     "data_more_chat": (CARD, {"data.repeats.llava_mix665k"}),
     **{f"marks_{kind}": ("refshapes_ladder", {FRACTIONS}) for kind in ("mask", "box", "point", "scribble")},
-    # Two leaves, the one exception: the paper's plain baseline has neither upsampler nor injected prompts.
+    # Two keys, the only exception: the paper's plain baseline has neither upsampler nor injected prompts.
     "ladder_1_baseline": ("refshapes_ladder", {ARCHITECTURE + "mask_stride", ARCHITECTURE + "visual_prompts"}),
     "ladder_2_upsampler": ("refshapes_ladder", {ARCHITECTURE + "visual_prompts"}),
     "ladder_3_prompts": ("refshapes_ladder", set()),
     "ladder_4_distillation": ("refshapes_ladder", {"distillation.attribute_states", "distillation.attribute_pixels"}),
 }
-"""Ablation -> the experiment it is meant for, and the leaves in which it differs from it: none where it names what the
-experiment does anyway, for sweeps to name their baseline. A leaf that ends in a full stop stands for a group that is
-taken as a whole: everything that differs lies in it, and `MIXES` and `TEACHERS` say what it holds."""
+"""Ablation -> its experiment, and the keys in which it differs: none if it states what the
+experiment does anyway, as a named baseline of sweeps. A key that ends in a full stop is a group that is
+replaced as a whole; `MIXES` and `TEACHERS` list its contents."""
 
 REF = {"refcoco": 4, "refcoco_plus": 4, "refcocog": 4}
 SEG = REF | dict.fromkeys(("coco_semantic", "coco_panoptic", "openpsg_gcg", "flickr30k_gcg", "refcocog_gcg", "muse"), 1)
@@ -123,7 +123,7 @@ LISTS = {
 
 MARKED = {"mask": 0.2, "box": 0.4, "point": 0.4}
 FRACTIONS_OF = {"data_boxes_pix2cap": {"mask": 0.2, "box": 0.8, "point": 0.0}}
-"""Shares of the kinds of marks in sources whose names end in _marked, where they are not `MARKED`."""
+"""Fractions of the kinds of marks in sources whose names end in _marked, if different from `MARKED`."""
 
 TEACHERS = {
     "teacher_none": {},
@@ -174,7 +174,7 @@ def test_every_ablation_changes_exactly_the_leaves_it_names(ablation):
     experiment, leaves = CHANGES[ablation]
     changed = changed_by(ablation)
     found = {key for key, _ in differing_leaves(asdict(base_of(experiment)), asdict(changed))}
-    # Of plans alone: another mix is of another size.
+    # Only of plans: mixes differ in size.
     found -= {"data.planned_samples"} if ablation.startswith("data_") else set()
     whole = {leaf for leaf in leaves if leaf.endswith(".")}
     assert {next((one for one in whole if key.startswith(one)), key) for key in found} == leaves
@@ -233,7 +233,7 @@ def test_upsamplers_give_the_same_map_with_channels_first_and_last(design):
 
 
 def test_bilinear_doubling_by_hand():
-    """Cell centres lie a quarter of a cell beside the old ones: 3/4 of the nearer and 1/4 of the farther."""
+    """Cell centers are a quarter cell off the old ones: 3/4 of the nearer and 1/4 of the farther."""
     upsampler = Upsampler(1, 1, "bilinear")
     block = upsampler.blocks[0]
     torch.nn.init.ones_(block.mixed.weight)
@@ -362,7 +362,7 @@ def test_unprojected_prompts_are_added_as_they_are(tiny_model, batch):
 
 
 def test_pooled_prompts_are_the_same_in_generation(tiny_model, processor, make_sample, make_batch):
-    """Two images with the same prompt: what is generated is what one forward pass over everything says."""
+    """Two images with the same prompt: generation equals one forward pass over the full sequence."""
     model = tiny_model(seed=5, tie_word_embeddings=False, visual_prompts="pooled")
     rng, examples, texts = np.random.default_rng(4), [], []
     for _ in range(2):
@@ -381,7 +381,7 @@ def test_pooled_prompts_are_the_same_in_generation(tiny_model, processor, make_s
     answers = generate(model, prefix, texts, max_new_tokens=1, end_ids=())
     for example, (answer,) in zip(examples, answers, strict=True):
         inputs = make_batch([example]).model_inputs() | {"logit_positions_M2": None}
-        # The empty answer is the end token alone: the one before it says what comes first.
+        # The empty answer is only the end token, which the previous token predicts.
         assert answer.token_ids == [int(model(**inputs).logits[0, -2].argmax())]
     state = model(**(make_batch([examples[1]]).model_inputs())).hidden_BTD[0]
     torch.testing.assert_close(prefix.hidden_ISD[1], state[: int(span.sum())], rtol=1e-4, atol=1e-5)
@@ -392,7 +392,7 @@ RUN_HERE = [name for name in names("ablation") if CHANGES[name][0] != CARD]
 
 @pytest.mark.parametrize("ablation", RUN_HERE)
 def test_every_tiny_ablation_takes_a_first_step(data_root, ablation):
-    """Model, data and losses as the run builds them; gradients of everything that is trained, teachers left out."""
+    """Model, data and losses as the run builds them; gradients of all trained parameters, without teachers."""
     overrides = [
         f"experiment={CHANGES[ablation][0]}",
         f"ablation={ablation}",

@@ -60,7 +60,7 @@ YAML = """halves:
 
 @pytest.fixture
 def added(tmp_path, monkeypatch):
-    """A folder with the new module, its YAML in a config folder of its own, and its data."""
+    """A folder with the new module, its YAML in a separate config folder, and its data."""
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "half_source.py").write_text(MODULE)
     (tmp_path / "configs" / "source").mkdir(parents=True)

@@ -38,12 +38,12 @@ def teachers(data: Path, *overrides: str):
 
 
 @pytest.mark.parametrize("index", range(4))
-def test_a_cell_holds_the_fractions_of_its_pixels(index: int) -> None:
+def test_a_cell_has_the_attribute_fractions_of_its_pixels(index: int) -> None:
     _, scene, _ = sample_described_scene(0, "train", index)
     found = attribute_map(scene)
     height, width = scene.image_hw
     assert found.shape == (CHANNELS, height // CELL_PX, width // CELL_PX) and found.dtype == np.int8
-    # Pixel by pixel: every object has one value of each attribute, and its centre counts one along each axis.
+    # Pixel by pixel: every object has one value of each attribute, and its center counts one along each axis.
     covered = np.zeros(found.shape[1:])
     for item in scene.objects:
         channels = object_channels(item, scene.image_hw)

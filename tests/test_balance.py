@@ -17,7 +17,7 @@ from pixel_sail.planning.workload import of_batch, of_example
 from pixel_sail.training.prepare import sample_cost
 from pixel_sail.types import DataError
 
-# Narrow layers, so that pairs of tokens and the cells of masks weigh much.
+# Narrow layers, so that attention pairs and mask cells dominate the cost.
 NARROW = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "mask_stride": 2}
 
 
@@ -53,7 +53,7 @@ def test_the_cost_is_the_work_in_tokens_of_layers_without_attention(tiny_model, 
         with counted_operations() as counter:
             model(**batch.training_inputs())
         counted = counter.get_total_flops() / (2 * layers)
-        # The kernel computes the future that a text does not see; the cost leaves it out.
+        # The kernel also computes masked-out future tokens; the cost does not count them.
         assert cost(example) == pytest.approx(counted, rel=0.12)
 
 
@@ -64,8 +64,8 @@ def test_a_large_image_with_masks_weighs_more_than_its_tokens(examples, tiny_mod
 
 
 def spread_of_work(mixture, processor, cost_of: SampleCost, balance: str) -> float:
-    """Return how much longer the slowest of eight streams takes than they do on the average, over the steps."""
-    # Sequences of equally much on the average: more samples a sequence would even out by themselves.
+    """Return the time of the slowest of eight streams relative to the mean, over the steps."""
+    # Equal mean work per sequence in both modes: with more samples per sequence, costs would average out.
     budget = 400 if balance == "tokens" else 725
     settings = PackingSettings(seq_len=budget, balance=balance)
     cost = cost_of if balance == "flops" else len

@@ -104,7 +104,7 @@ def test_growth_is_the_exponent(tmp_path):
     assert load_tool("bench_attention").growth([10, 20, 40], [1.0, 4.0, 16.0]) == pytest.approx(2.0)
 
 
-def test_the_benchmark_of_8_bit_weights_says_what_it_needs(monkeypatch, capsys):
+def test_the_benchmark_of_8_bit_weights_names_its_requirements(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torchao", None)
     assert load_tool("bench_int8").main([]) == 2
     assert "pip install torchao" in capsys.readouterr().err
@@ -155,7 +155,7 @@ def test_kernels_and_bytes_of_a_step_are_counted_without_a_gpu(monkeypatch, tmp_
     options = ("--size", "tiny", "--image", "64", "96", "--samples", "2", "--json", str(tmp_path / "count.json"))
     found = []
     for layers in (2, 3):
-        monkeypatch.setitem(tool.SIZES["tiny"], "num_hidden_layers", layers)
+        monkeypatch.setitem(tool.BENCHMARK_SIZES["tiny"], "num_hidden_layers", layers)
         assert tool.main(options) == 0
         found.append(json.loads((tmp_path / "count.json").read_text()))
     two, three = found
@@ -167,7 +167,7 @@ def test_kernels_and_bytes_of_a_step_are_counted_without_a_gpu(monkeypatch, tmp_
     weights, tokens = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48, three["tokens"]
     more = rows["forward product"]["operations"] - two["rows"]["forward product"]["operations"]
     assert more == 2 * weights * tokens
-    # No layer gathers its tokens or normalises in steps.
+    # No layer gathers its tokens or normalizes in steps.
     assert three["total"]["kernels"] - two["total"]["kernels"] <= 95
     assert "MFU" in capsys.readouterr().out
 

@@ -30,7 +30,7 @@ def tools():
     except DataError as error:
         pytest.skip(str(error))
     running = CaptionTools()
-    # The language of the machine must not matter: programs started here have the one without any special letter.
+    # Results must not depend on the locale: programs started here use the C locale.
     with pytest.MonkeyPatch.context() as patch, running:
         patch.setenv("LC_ALL", "POSIX")
         yield running
@@ -43,7 +43,7 @@ def _read(*names: str):
 def _check(scores: CaptionScores, key: str) -> None:
     computed = _read("computed_with_pycocoevalcap.json")[key]
     published = json.loads((shared_data("stats") / "true_statistics.json").read_text())["known_metric_outputs"]
-    # How the published numbers are called, and to how many digits they are printed.
+    # Names of the published numbers, and their printed digits.
     printed = {
         "nlg_eval_ptb": ("nlg-eval examples", 6),
         "clipscore_good": ("clipscore good_captions", 4),
@@ -60,7 +60,7 @@ def _check(scores: CaptionScores, key: str) -> None:
 
 
 def test_the_example_of_nlg_eval_gives_its_published_numbers(tools):
-    # Texts and numbers of the example in github.com/Maluuba/nlg-eval (MIT), so that one published result is checked
+    # Texts and values of the example in github.com/Maluuba/nlg-eval (MIT), so that one published result is checked
     # wherever there is Java. Printed there to six digits.
     references = {
         "1": ["this is one reference sentence for sentence1", "this is one more reference sentence for sentence1"],
@@ -221,7 +221,7 @@ def test_paper_takes_the_word_weights_of_cider_from_the_answers(tools):
     assert abs(paper.corpus["cider"] - standard.corpus["cider"]) > 0.01
 
 
-# What is wrong is said before a program runs.
+# Errors are reported before a program runs.
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_ids_must_be_the_same(tools):
 
 
 @pytest.mark.parametrize("protocol", ["standard", "paper"])
-def test_absent_java_is_said_first(monkeypatch, tmp_path, protocol):
+def test_missing_java_is_reported_first(monkeypatch, tmp_path, protocol):
     monkeypatch.setenv("PATH", str(tmp_path))
     for call in (
         lambda: check_caption_tools(protocol),
@@ -273,7 +273,7 @@ def test_one_line_keeps_words_only():
     assert one_line(" a\r\nb|||c\u2029 \ud800d ") == "a b c ?d"
 
 
-# A process that misbehaves; a small program stands in for METEOR.
+# A faulty process; a small program replaces METEOR.
 
 PROGRAM = """
 import pathlib, sys, time
@@ -331,6 +331,6 @@ def test_a_process_that_hangs_is_killed(program, monkeypatch):
     assert _ask(program, "more") == ["MORE"]
 
 
-def test_a_process_that_cannot_start_says_so(tmp_path):
+def test_a_process_that_cannot_start_is_an_error(tmp_path):
     with pytest.raises(DataError, match="cannot start"):
         LineProcess([str(tmp_path / "absent")], timeout_s=1).ask("x", 1, "item x", str.isupper)

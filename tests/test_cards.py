@@ -26,7 +26,7 @@ def plan(arguments, capsys):
 
 
 def cost_of(planned):
-    """Return the cost as a card says it."""
+    """Return the cost as written in a card."""
     time = planned["time"]
     (chosen,) = [row for row in planned["memory"] if row["chosen"]]
     hours = f"{time['hours']:.2f} h, {time['gpu_hours']:.1f} GPU-hours"
@@ -53,14 +53,14 @@ STAGES = {
     "`cotrain`": ("stage=cotrain", "distillation=sam2_mask2former"),
     "`finetune`": ("stage=finetune",),
 }
-"""Row of docs/stages.md -> what is planned for it; the page says the same in words."""
+"""Row of docs/stages.md -> overrides of the planned runs that the row lists."""
 SIZES = {
     "sail_0_5b": {"always": (), "`cotrain`": ()},
     "sail_3b": {"always": (CHECKPOINTED,), "`cotrain`": ("data=cotrain_3b", "data.samples_per_step=256")},
 }
 
 
-def test_the_gpu_hours_of_the_stages_are_what_the_planner_says(capsys):
+def test_the_gpu_hours_of_the_stages_are_those_of_the_planner(capsys):
     page = (ROOT / "docs" / "stages.md").read_text()
     rows = [line for line in page.splitlines() if line.startswith("| `")]
     assert len(rows) == len(STAGES)
@@ -79,7 +79,7 @@ def test_the_gpu_hours_of_the_stages_are_what_the_planner_says(capsys):
 @pytest.mark.parametrize(
     "overrides", [*([f"experiment={card}"] for card in CARDS), ["stage=cotrain"], ["stage=finetune"]]
 )
-def test_what_claims_the_released_schedule_has_it(overrides):
+def test_schedules_marked_as_released_are_the_released_one(overrides):
     optim = load_config("train", TrainConfig, ["model=sail_0_5b", *overrides]).optim
     found = (optim.lr, optim.final_lr, optim.warmup_fraction, optim.weight_decay, optim.decay_all, optim.max_grad_norm)
     assert found == (4e-5, 0.0, 0.05, 0.05, True, 1.0)
@@ -101,7 +101,7 @@ RELEASED = {
 
 
 @pytest.mark.parametrize("card", CARDS)
-def test_a_card_names_what_the_release_does_otherwise(card):
+def test_a_card_lists_its_differences_from_the_release(card):
     architecture = load_config("train", TrainConfig, [f"experiment={card}"]).model.architecture
     accumulation, width = RELEASED[card]
     ours = "as here" if width == architecture.mask_dim else f"(ours: {architecture.mask_dim}"
@@ -109,8 +109,8 @@ def test_a_card_names_what_the_release_does_otherwise(card):
 
 
 @pytest.mark.parametrize("card", CARDS)
-def test_a_card_and_the_recipe_are_all_that_the_release_does_otherwise(card):
-    """Each setting of the recipe is the card's own, or named in the line that says what the release does otherwise."""
+def test_a_card_and_the_recipe_cover_all_differences_from_the_release(card):
+    """Each setting of the recipe is the card's, or named in its line of differences from the release."""
     text = header(card)
     plain = load_config("train", TrainConfig, [f"experiment={card}"])
     assert f"scripts/train.py experiment={card} recipe=released" in text.replace("\\ ", "")
@@ -160,7 +160,7 @@ def test_a_stage_is_one_pass(stage, capsys):
 
 
 @pytest.mark.parametrize("card", CARDS)
-def test_a_card_says_how_its_model_is_trained_and_scored(card):
+def test_a_card_describes_training_and_evaluation(card):
     text = header(card)
     assert f"scripts/train.py experiment={card} " in text
     assert f"scripts/evaluate.py checkpoint=runs/{card} " in text

@@ -102,7 +102,7 @@ def test_every_damage_of_a_copy_is_named_and_none_hides_another(check, tmp_path,
     root = _damaged_copy(shared_data("derived_refer_mini"), tmp_path / "damaged")
     status, screen, sources = check(f"root={root}", "dataset=refcocog", "split=val", f"sample={sample}")
     troubles = _troubles(sources["refcocog"])
-    # Which images are decoded is a matter of the sample; everything else is looked at in any case.
+    # Which images are decoded depends on the sample; everything else is always checked.
     expected = DAMAGES if sample == "all" else {k: v for k, v in DAMAGES.items() if k != "unreadable image"}
     for kind, subject in expected.items():
         assert [found for found in troubles if found[0] == kind and subject in found[1]], (kind, troubles)

@@ -295,7 +295,7 @@ def test_a_path_leads_to_its_dataset(path, folder):
     assert advice_for(path)[0].startswith(f"data/{folder}: ")
 
 
-def test_every_synthetic_file_is_of_the_row_that_says_what_is_synthetic(data_root):
+def test_every_synthetic_file_belongs_to_the_row_that_lists_it(data_root):
     (row,) = (entry for entry in DOWNLOADS if entry.is_synthetic)
     named = {name.partition("/")[0] for name in row.holds.split(", ")}
     assert {path.name for path in (data_root / row.folder).iterdir() if path.is_dir()} == named
@@ -326,7 +326,7 @@ def test_one_of_several_folders_is_enough_and_every_missing_path_is_named(tmp_pa
     assert findings.subjects(FindingKind.MISSING_FILE) == {"/no/a.json", "/no/b, /no/c"}
 
 
-def test_the_files_a_source_holds_on_to_are_found(tmp_path):
+def test_the_files_that_a_source_references_are_found(tmp_path):
     file = tmp_path / "a.json"
     file.write_text("[]")
     source = _Listed([])

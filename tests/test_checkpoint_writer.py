@@ -51,7 +51,7 @@ def files_of(folder):
 
 
 def hold_writing(monkeypatch):
-    """Make the writing of files wait until the returned event is set."""
+    """Block file writes until the returned event is set."""
     go_on, original = threading.Event(), checkpoint_writer.save_file
 
     def held(*arguments):
@@ -79,7 +79,7 @@ def test_background_and_foreground_write_the_same_bytes_while_training_continues
     assert not torch.equal(parameters["weight"], model.weight), "the step after the save changed the model"
 
 
-def test_the_next_save_waits_for_the_one_before(tmp_path, monkeypatch):
+def test_the_next_save_waits_for_the_previous_one(tmp_path, monkeypatch):
     model, optimizer = trained()
     go_on = hold_writing(monkeypatch)
     with writer_to(tmp_path) as writer:
@@ -103,7 +103,7 @@ def test_an_error_of_the_training_waits_for_the_writing(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small_files():
-    """No file may grow beyond 64 kB, which the kernel refuses as it refuses a full disk."""
+    """Limit files to 64 kB; beyond that, writes fail as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, before[1]))
     yield
@@ -118,7 +118,7 @@ def test_a_disk_error_ends_the_run_and_names_the_last_complete_checkpoint(tmp_pa
     writer.wait()
     with pytest.raises(CheckpointError, match=r"step_00000002: not written: .*step_00000001 is complete"):
         writer.save(TrainState(step=2), *large, ACCELERATOR)
-        # In the background: a later step's check tells, however late the error comes.
+        # In the background: a later step's check raises the error.
         for _ in range(3000):
             writer.check()
             time.sleep(0.01)
@@ -202,7 +202,7 @@ def test_rotation_keeps_the_newest_and_never_deletes_the_one_just_written(tmp_pa
         for step in (1, 2, 3):
             writer.save(TrainState(step=step), model, optimizer, ACCELERATOR)
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
-    # Checkpoints of later steps, whoever put them there, do not make an earlier one superfluous.
+    # Checkpoints of later steps, wherever they come from, do not supersede an earlier one.
     assert superseded(tmp_path, tmp_path / "step_00000002", 1) == []
     assert superseded(tmp_path, tmp_path / "step_00000003", 1) == [tmp_path / "step_00000002"]
 
@@ -226,7 +226,7 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
     assert [step_of(path.name) for path in complete_checkpoints(tmp_path)] == [5, 99_999_999, 100_000_000]
 
 
-def test_what_a_killed_process_left_is_ignored_and_removed_at_the_next_start(tmp_path):
+def test_leftovers_of_a_killed_process_are_ignored_and_removed_at_the_next_start(tmp_path):
     model, optimizer = trained()
     with writer_to(tmp_path) as writer:
         writer.save(TrainState(step=1), model, optimizer, ACCELERATOR)
@@ -240,7 +240,7 @@ def test_what_a_killed_process_left_is_ignored_and_removed_at_the_next_start(tmp
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
 
 
-def test_a_folder_of_the_final_name_that_is_not_whole_is_replaced(tmp_path):
+def test_an_incomplete_folder_of_the_final_name_is_replaced(tmp_path):
     model, optimizer = trained()
     (tmp_path / "step_00000001").mkdir()
     (tmp_path / "step_00000001" / "model.safetensors").write_bytes(b"half")

@@ -22,13 +22,13 @@ from pixel_sail.cli import COMMANDS, SCHEMAS, main
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """Return a folder with the unpacked wheel, built from a copy of what a checkout holds."""
+    """Return a folder with the unpacked wheel, built from a copy of the checkout."""
     work = tmp_path_factory.mktemp("wheel")
     for name in ("pixel_sail", "configs", "scripts", "tools"):
         shutil.copytree(ROOT / name, work / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff"):
         shutil.copy(ROOT / name, work / "source" / name)
-    # Without dependencies and without a folder of its own to build in: nothing is fetched.
+    # Without dependencies and build isolation, so that nothing is downloaded.
     options = ("--no-deps", "--no-build-isolation", "--no-index", "--no-compile", "--target", str(work / "installed"))
     done = subprocess.run(
         [sys.executable, "-m", "pip", "install", *options, str(work / "source")], capture_output=True, text=True
@@ -59,7 +59,7 @@ def test_a_wheel_carries_every_config_and_script(installed):
 
 def test_a_wheel_names_its_version_as_the_code_of_its_results(installed, tmp_path):
     code = "from pixel_sail.provenance import code_version; print(code_version())"
-    # In a checkout of something else, whose commit says nothing about this code.
+    # In a checkout of another project, whose commit is not that of this code.
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     own = {"PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1"}
     done = subprocess.run(
@@ -76,7 +76,7 @@ def test_an_installed_wheel_plans_outside_the_checkout(installed, tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(installed, tmp_path_factory):
-    """Return a folder in which an installed wheel drew its data and trained."""
+    """Return a folder in which an installed wheel rendered its data and trained."""
     tmp_path = tmp_path_factory.mktemp("elsewhere")
     sampled = "data/refshapes"
     made = run_installed(installed, tmp_path, "make-data", *("--out", sampled, "--train", "8", "--eval", "3"))
@@ -118,7 +118,7 @@ def test_the_demo_of_an_installed_wheel_answers_and_ends_when_interrupted(instal
     assert demo.returncode == 0, rest
 
 
-def test_a_demo_without_a_checkpoint_says_what_is_missing():
+def test_a_demo_without_a_checkpoint_names_the_missing_setting():
     for arguments, message in (([], "checkpoint"), (["checkpoint=runs/nowhere"], "runs/nowhere")):
         done = subprocess.run(
             [sys.executable, ROOT / "scripts" / "demo.py", *arguments],
@@ -150,7 +150,7 @@ def test_every_command_explains_itself(capsys):
             shown = capsys.readouterr().out
             assert shown.startswith(f"usage: pixel-sail {name} KEY=VALUE") and len(shown.splitlines()) > 5
         else:
-            # Options of its own, with help of their own.
+            # Scripts with their own option parser and help.
             assert "ArgumentParser(" in (ROOT / script).read_text(), name
 
 
@@ -192,7 +192,7 @@ def test_scripts_explain_themselves_where_they_are_called_by_name(script):
     assert done.returncode == 0 and done.stdout.startswith(f"usage: {script}.py KEY=VALUE") and not done.stderr
 
 
-def test_predict_of_an_installed_wheel_says_how_far_it_is_with_a_folder(installed, trained):
+def test_predict_of_an_installed_wheel_prints_progress_for_a_folder(installed, trained):
     (trained / "images").mkdir()
     for name in ("a.png", "b.jpg"):
         Image.new("RGB", (64, 48), "red").save(trained / "images" / name)

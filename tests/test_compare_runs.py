@@ -36,7 +36,7 @@ def items(data_root):
 
 
 def write_eval(folder, node, records, *, record_format=PREDICTIONS, **changes):
-    """Write one eval as the evaluation leaves it."""
+    """Write one eval in the format of the evaluation."""
     folder.mkdir(parents=True)
     protocol = {"eval": node, "questions_sha256": "same", "weights_sha256": folder.parent.name,
                 "predict": {"prompt": "standard"}}  # fmt: skip
@@ -65,7 +65,7 @@ def half(rle):
 
 @pytest.fixture()
 def runs(tmp_path, data_root, items):
-    """Run a marks half of every target; run b marks all of it, but says nothing about the first two items."""
+    """Run a marks half of every target; run b marks all of it, but has no prediction for the first two items."""
     node = node_of(data_root)
     write_eval(tmp_path / "a" / "val", node, answers_of(items, [half(item.target) for item in items]))
     better = [None if number < 2 else item.target for number, item in enumerate(items)]
@@ -189,7 +189,7 @@ def test_choices_are_compared_question_by_question(tmp_path, data_root):
         assert difference.b - difference.a == pytest.approx(1 / len(items))
 
 
-def test_what_was_evaluated_is_scored_again_by_the_scoring_tool(runs, items, capsys):
+def test_the_scoring_tool_rescores_an_evaluation(runs, items, capsys):
     score = runpy.run_path(str(ROOT / "tools" / "score.py"))["main"]
     assert score(["--evaluated", str(runs / "b" / "val")]) == 0
     scores = json.loads(capsys.readouterr().out)

@@ -10,7 +10,7 @@ from pixel_sail.metrics.iou import IoUSums
 
 
 def looped(pairs, images, seed, resamples):
-    """Sample images one resample at a time and add up items one by one."""
+    """Reference: resample images one at a time and sum items one by one."""
     rng = np.random.default_rng(seed)
     names = list(dict.fromkeys(images))
     values = []
@@ -26,7 +26,7 @@ def looped(pairs, images, seed, resamples):
 
 @pytest.fixture()
 def sampled():
-    """60 items of 11 images: pixel counts, IoUs, and a score in which few items have a part."""
+    """60 items of 11 images: pixel counts, IoUs, and a score of a few items only."""
     rng = np.random.default_rng(5)
     images = [f"image {number}" for number in rng.integers(11, size=60)]
     unions = rng.integers(1, 400_000, size=60)
@@ -51,7 +51,7 @@ def test_resamples_equal_those_of_a_loop_over_items(sampled, monkeypatch, at_onc
 
 
 def test_pixels_are_counted_exactly():
-    # Sums that neither 32-bit integers nor 32-bit floats hold: 3 * (2 ** 40 + 1) of 3 * 2 ** 41.
+    # Sums beyond 32-bit integers and floats: 3 * (2 ** 40 + 1) of 3 * 2 ** 41.
     pairs = [(2**40 + 1, 2**41)] * 3
     samples = bootstrap({"ciou": ItemFractions.of(pairs)}, ["a", "b", "c"], seed=0, resamples=20)
     assert set(samples["ciou"].tolist()) == {(2**40 + 1) / 2**41}
@@ -62,13 +62,13 @@ def test_two_images_give_the_three_values_computed_by_hand():
     samples = bootstrap({"ciou": ItemFractions.of([(2, 4), (3, 4)])}, ["a", "b"], seed=1, resamples=4000)["ciou"]
     values, counts = np.unique(samples, return_counts=True)
     assert values.tolist() == [0.5, 0.625, 0.75]
-    # Shares 1/4, 1/2, 1/4; three standard deviations of a count of 1000 are 82.
+    # Fractions 1/4, 1/2, 1/4; three standard deviations of a count of 1000 are 82.
     assert np.abs(counts - [1000, 2000, 1000]).max() < 100
     assert interval(samples) == (0.5, 0.75)
 
 
 def test_questions_about_one_image_are_sampled_together():
-    # Right and wrong in every image: no resample of images can change the share.
+    # Right and wrong in every image: no resample of images can change the fraction.
     pairs, images = [(1, 1), (0, 1)] * 6, [number // 2 for number in range(12)]
     accuracy = {"accuracy": ItemFractions.of(pairs)}
     assert interval(bootstrap(accuracy, images, seed=0)["accuracy"]) == (0.5, 0.5)

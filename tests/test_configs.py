@@ -137,7 +137,7 @@ def test_a_recipe_that_does_not_exist_is_an_error_that_lists_those_that_do():
         load_config("evaluate", EvalConfig, ["checkpoint=x", "recipe=nobody"])
 
 
-def test_null_for_a_group_is_an_error_that_says_how_to_choose_none():
+def test_null_for_a_group_is_an_error_that_says_how_to_remove_it():
     with pytest.raises(ConfigError, match=r"'recipe=null'.*omit it, or put ~ before its name"):
         load_config("train", TrainConfig, ["name=x", "recipe=null"])
     assert load_config("train", TrainConfig, ["name=x", "~recipe"]) == load_config("train", TrainConfig, ["name=x"])
@@ -180,7 +180,7 @@ def test_a_missing_value_is_an_error_that_names_its_key():
 
 
 def values(node):
-    """Yield every text of a configuration but those of its list of defaults, which name other configurations."""
+    """Yield every string of a config except its defaults list, which names other configs."""
     if isinstance(node, dict):
         for key, value in node.items():
             yield from () if key == "defaults" else values(value)
@@ -195,7 +195,7 @@ PLACE = re.compile(r"/(?:home|mnt|root|work)/\S*|(?<!\.)\.\./\S*|~/\S*|\$\{oc\.e
 
 
 def machine_paths(text: str) -> list[str]:
-    """Return what in a configuration file leads to a place on a machine other than through `paths`."""
+    """Return the machine-specific paths in a config file that do not use `paths`."""
     # Also in comments, whose commands a user copies.
     return PLACE.findall(text) + [value for value in values(yaml.safe_load(text)) if value.startswith("/")]
 
@@ -218,7 +218,7 @@ def test_no_config_but_paths_holds_a_machine_path():
         "# python tools/x.py --out /home/me/x\ns: {}",
     ],
 )
-def test_a_machine_path_in_a_config_is_found(text):
+def test_a_machine_specific_path_in_a_config_is_found(text):
     assert machine_paths(text)
 
 

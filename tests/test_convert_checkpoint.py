@@ -130,7 +130,7 @@ CONVERSIONS = {
     "eve_7b": ("evev2",),
     "tiny": (),
 }
-"""Model file -> the ways to a start for it; tiny starts from random weights."""
+"""Model file -> bases it can start from; tiny starts from random weights."""
 
 
 def architecture_of_file(name):
@@ -173,7 +173,7 @@ def test_training_starts_from_a_converted_base(qwen, tmp_path):
     assert all(torch.equal(model.state_dict()[name], value) for name, value in written.items())
 
 
-def test_what_a_text_base_lacks_is_synthetic_from_the_seed(qwen, tmp_path):
+def test_weights_missing_in_a_text_base_are_initialized_from_the_seed(qwen, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         to_ours(qwen, "qwen2", tmp_path / name, base=qwen, chosen=Chosen(**(vars(CHOSEN) | {"seed": seed})))
     a, b, c = (load_file(tmp_path / name / "model.safetensors") for name in "abc")
@@ -192,7 +192,7 @@ def test_what_a_text_base_lacks_is_synthetic_from_the_seed(qwen, tmp_path):
 
 
 def zero_pieces(state, stage, world):
-    """Return the flat tensors of every rank, made the slow way."""
+    """Return the flat tensors of every rank, by a simple reference."""
     if stage == 2:
         row = torch.cat([value.flatten() for value in state.values()])
         padding = -len(row) % (2 * world)
@@ -251,7 +251,7 @@ def test_a_zero_folder_without_a_shard_is_rejected(tmp_path):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_what_deepspeed_stores_beside_the_weights_is_let_through_as_dead_data(stage, tmp_path):
+def test_metadata_of_deepspeed_is_read_as_inert_data(stage, tmp_path):
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -355,7 +355,7 @@ def drop_key(folder):
     ],
     ids=lambda value: None if callable(value) else value[:24],
 )
-def test_what_does_not_fit_is_named_and_leaves_no_folder(spoil, message, damaged, tmp_path, capsys):
+def test_a_mismatch_is_named_and_leaves_no_folder(spoil, message, damaged, tmp_path, capsys):
     spoil(damaged)
     tool = load_tool("convert_checkpoint")
     arguments = ["--from", "qwen2", "--to", str(tmp_path / "ours"), "--patch-size", "8", str(damaged)]
@@ -424,11 +424,11 @@ def test_no_more_than_one_shard_is_in_memory(qwen, tmp_path, monkeypatch):
 
 
 PLAIN = ("<vision>", "<vpatch>", "</vision>", "<|im_start|>", "<|im_end|>")
-"""What SOLO's tokenizer has as ordinary pieces of its vocabulary."""
+"""Ordinary pieces of the vocabulary of SOLO's tokenizer."""
 
 
 def with_plain_pieces(tokenizer):
-    """The same vocabulary, but some special tokens are ordinary pieces, which no merge leads to."""
+    """The same vocabulary, but some special tokens are ordinary pieces that no merge produces."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content["model"]["vocab"] |= {own["content"]: own["id"] for own in content["added_tokens"]}
     content["added_tokens"] = [own for own in content["added_tokens"] if own["content"] not in PLAIN]
@@ -450,7 +450,7 @@ def test_special_tokens_that_are_ordinary_pieces_become_special_under_their_ids(
 
 
 def make_sentencepiece(folder):
-    """Write a tokenizer.model in the manner of SOLO's."""
+    """Write a tokenizer.model like SOLO's."""
     sentencepiece = pytest.importorskip("sentencepiece", reason="make setup installs it")
     from sentencepiece import sentencepiece_model_pb2
 
@@ -506,7 +506,7 @@ def test_a_sentencepiece_tokenizer_without_its_package_is_an_error_that_names_it
 
 def test_a_full_disk_is_one_message_and_leaves_nothing(qwen, tmp_path, capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # What a process may write to one file; beyond it writing fails as on a full disk.
+    # File size limit of a process; beyond it, writes fail as on a full disk.
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         arguments = ["--from", "qwen2", "--to", str(tmp_path / "ours"), "--patch-size", "8", str(qwen)]
@@ -517,7 +517,7 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(qwen, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_safetensors_says_of_a_file_that_changed_meanwhile_is_one_message(qwen, tmp_path, monkeypatch, capsys):
+def test_a_safetensors_file_that_changed_meanwhile_is_one_message(qwen, tmp_path, monkeypatch, capsys):
     class Changed:
         def __init__(self, *arguments, **options):
             self.opened = safe_open(*arguments, **options)

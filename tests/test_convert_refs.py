@@ -52,7 +52,7 @@ def _header_and_lines(path):
     return json.loads(header), lines
 
 
-def test_the_converted_file_holds_the_same_refs_and_names_its_source(refs_pickle):
+def test_the_converted_file_has_the_same_refs_and_names_its_source(refs_pickle):
     path, num_refs = convert(refs_pickle)
     assert (path, num_refs) == (refs_pickle.with_name("refs(unc).jsonl"), 2)
     header, lines = _header_and_lines(path)
@@ -71,7 +71,7 @@ def test_the_converted_file_is_read_in_place_of_the_pickle(refs_pickle, monkeypa
     assert read_refs(find_refs_file(refs_pickle.parent, "unc")) == REFS
 
 
-def test_a_pickle_of_another_content_beside_it_is_rejected(refs_pickle):
+def test_a_pickle_with_other_contents_is_rejected(refs_pickle):
     converted, _ = convert(refs_pickle)
     old = sha256(refs_pickle)
     refs_pickle.write_bytes(pickle.dumps(REFS[:1], protocol=2))
@@ -160,7 +160,7 @@ def test_the_tool_leaves_what_is_up_to_date_and_renews_what_is_not(tool, refs_pi
     assert read_refs(converted) == REFS[:1]
 
 
-def test_the_tool_says_when_there_is_nothing_to_convert(tool, tmp_path, capsys):
+def test_nothing_to_convert_is_an_error_of_the_tool(tool, tmp_path, capsys):
     assert tool.main([str(tmp_path)]) == 2
     assert "found no refs" in capsys.readouterr().err
 

@@ -130,7 +130,7 @@ def test_an_export_comes_back_with_equal_logits(qwen, base_tokenizer, tmp_path):
     convert(tmp_path / "released", "release", tmp_path / "again", chosen=RELEASED)
     again = load_model(tmp_path / "again")
     ids = torch.randint(0, BASE_TOKENS, (1, 11))
-    # The text heads have different numbers of rows, which may round otherwise.
+    # The text heads differ in rows, so rounding may differ.
     found, expected = (text_logits(own, ids)[..., :BASE_TOKENS] for own in (again, before))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -171,7 +171,7 @@ def test_a_tokenizer_without_seg_is_rejected_although_it_has_a_token_for_every_r
 
 
 def test_weights_for_prompts_are_dropped_only_where_there_are_no_prompts(base_tokenizer, make_config, tmp_path):
-    # As the release that was trained on masks only: it has vp_embed all the same.
+    # Like the release that was trained on masks only, which also has vp_embed.
     state, tokenizer = write_release(tmp_path, base_tokenizer, make_config, release_orders(2)[1], num_visual_prompts=0)
     projection = {"single_transformer.model.vp_embed.weight": torch.ones(32, 32).bfloat16()}
     save_file(state | projection, tmp_path / "state.safetensors")
@@ -194,7 +194,7 @@ def test_a_tokenizer_with_a_prompt_missing_in_between_is_rejected(base_tokenizer
 
 
 EVE = {"base": "eve", "attention": "causal", "mask_stride": 2, "patch_hidden_size": 12}
-"""Otherwise the tiny model: patches of 8, two upsampling blocks."""
+"""The tiny model, but with patches of 8 and two upsampling blocks."""
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ EVE = {"base": "eve", "attention": "causal", "mask_stride": 2, "patch_hidden_siz
         (EVE | {"attention_bias": False}, "attention_bias False, expected True"),
     ],
 )
-def test_a_model_that_the_release_computes_otherwise_is_not_written_for_it(
+def test_a_model_that_the_release_computes_differently_is_not_exported_to_it(
     changes, message, make_config, tokenizer, tmp_path
 ):
     check_released(tmp_path, make_config(mask_stride=2))

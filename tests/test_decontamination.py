@@ -19,7 +19,7 @@ from pixel_sail.types import DataError, Sample, Turn
 
 
 class ListedSource:
-    """Items that are nothing but a path."""
+    """Items that consist of a path only."""
 
     name = "listed"
 
@@ -62,7 +62,7 @@ def test_coco_images_are_known_by_their_number(name, expected):
     assert coco_image_id(Path("anywhere") / name) == expected
 
 
-def test_items_of_excluded_images_are_gone_and_the_others_keep_their_order():
+def test_items_of_excluded_images_are_removed_and_the_others_keep_their_order():
     part = without_images(ListedSource(PATHS), frozenset({7, 9}))
     assert [part.image_path(index) for index in range(len(part))] == PATHS[1:4]
     rng = np.random.default_rng(0)

@@ -103,7 +103,7 @@ def test_evaluation_predictor_and_demo_give_one_image_one_mask(
 ):
     monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
     options = [f"checkpoint={checkpoint}", f"output={tmp_path / 'out'}", "evals=[refshapes_val]", "progress=false"]
-    # The budget makes every expression a batch of its own, as the others ask one by one.
+    # max_batch_tokens makes every expression a batch, as the others are asked one by one.
     settings = load_config("evaluate", EvalConfig, [*options, "predict.answer=forced", "predict.max_batch_tokens=1"])
     run_evals(settings)
     scored = read_predictions(tmp_path / "out" / "refshapes_val" / "predictions.jsonl")
@@ -143,7 +143,7 @@ def test_a_conversation_encodes_its_image_once_until_marks_change(client, image)
     assert second["timing"]["encode_s"] == 0 and second["goes_on"]
     assert third["timing"]["encode_s"] > 0 and third["goes_on"]
     assert "3 questions" in ask(client, session, "d", [box, point])[1]["error"]
-    # A conversation about other marks is another one, and so is one that the user begins anew.
+    # Other marks start a new conversation, and so does a request of the user.
     assert not ask(client, session, "d", [point])[1]["result"]["goes_on"]
     assert client.post("/api/forget", json={"session": session}).status_code == 200
     assert not ask(client, session, "d", [point])[1]["result"]["goes_on"]
@@ -239,7 +239,7 @@ BAD_BODIES = {
 
 @pytest.fixture
 def nothing_left(tmp_path, monkeypatch):
-    """Every file that the server makes in this folder or in that of temporary files is found when the test ends."""
+    """Assert that the server leaves no files here or in the temporary folder."""
     for name in ("TMPDIR", "TEMP", "TMP"):
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -295,7 +295,7 @@ def test_the_page_is_served_and_may_load_nothing_from_elsewhere(client):
         response = client.get(address)
         assert response.status_code == 200 and response.headers["content-type"] == kind
         assert "default-src 'none'" in response.headers["content-security-policy"]
-        # Nothing is written into the page that would need an exception from the policy.
+        # The page has no inline code that would need an exception from the policy.
         assert "<script>" not in response.text and "onclick" not in response.text and " style=" not in response.text
     assert "default-src 'none'" in client.get("/nowhere").headers["content-security-policy"]
 
@@ -303,7 +303,7 @@ def test_the_page_is_served_and_may_load_nothing_from_elsewhere(client):
 def test_pages_from_elsewhere_cannot_ask(client, image):
     assert client.get("/api/info", headers={"host": "evil.example"}).status_code == 400
     assert client.get("/api/info", headers={"host": "localhost:80"}).status_code == 200
-    # What a browser sends to another site without asking it first.
+    # What a browser sends to another site without a preflight request.
     for kind in ("text/plain", "multipart/form-data", "application/x-www-form-urlencoded"):
         response = client.post("/api/images", content=png(image), headers={"content-type": kind})
         assert response.status_code == 415
@@ -324,7 +324,7 @@ def test_a_server_may_listen_at_an_address_of_colons(predictor):
 
 
 class Gate:
-    """Answers wait, piece after piece, until the test lets them go on."""
+    """Answers wait before every piece until the test releases them."""
 
     def __init__(self, monkeypatch):
         self.pieces = threading.Semaphore(0)
@@ -404,7 +404,7 @@ def test_a_place_in_the_queue_is_free_when_its_answer_ends(monkeypatch):
     async def ask_again():
         queue = _Queue(DemoLimits(waiting=1))
         submit = queue.pool.submit
-        # The thread is slow to return from its work, as where many wait for the processor.
+        # The thread returns slowly, as on a busy machine.
         monkeypatch.setattr(queue.pool, "submit", lambda run: submit(lambda: (run(), time.sleep(0.1))))
         for _ in range(3):
             queue.take_place()
@@ -534,6 +534,6 @@ def test_the_load_test_counts_questions_and_errors(predictor):
     with served(predictor, limits=DemoLimits(waiting=2)) as address:
         one = bench.summary(bench.run_users(address, 2, 0.5, at_once=False))
         assert one["questions"] > 0 and one["errors"] == 0 and 0 < one["median_s"] <= one["p95_s"] <= one["max_s"]
-        # More at once than the queue takes: every refusal is counted.
+        # More concurrent requests than the queue holds: every rejection is counted.
         many = bench.summary(bench.run_users(address, 8, 1.0, at_once=True))
         assert many["errors"] > 0 and "Too many questions" in many["first_error"]

@@ -57,7 +57,7 @@ def address(predictor):
 
 @pytest.fixture
 def open_page(browser, address):
-    """Return a function that opens the page as a user of its own; whatever its console reports fails the test."""
+    """Return a function that opens the page as a new user; console errors fail the test."""
     contexts, faults = [], []
 
     def open_page(width=1280, height=800):
@@ -65,7 +65,7 @@ def open_page(browser, address):
         page = contexts[-1].new_page()
         page.set_default_timeout(20_000)
         page.on("pageerror", lambda error: faults.append(str(error)))
-        # The browser itself reports every refused request; that is what tests of refusals ask for.
+        # The browser also reports every rejected request, which tests of rejections expect.
         page.on("console", lambda said: faults.append(said.text) if "status of 4" not in said.text else None)
         page.goto(address)
         expect(page.locator("#examples button")).to_have_count(2)
@@ -99,7 +99,7 @@ def ask(page, text):
 
 
 def drag(page, start, end, size_hw=(40, 64)):
-    """Draw from one place of the image to another."""
+    """Drag from one position of the image to another."""
     places = [on_screen(page, place, size_hw) for place in (start, end)]
     page.mouse.move(*places[0])
     page.mouse.down()
@@ -150,7 +150,7 @@ def test_load_mark_ask_see_and_save(open_page, predictor, image_file):
     np.testing.assert_allclose(sent["regions"][0]["box"], [4, 5, 40, 30], atol=0.3)
     np.testing.assert_allclose(sent["regions"][1]["point"], [52, 10], atol=0.3)
 
-    # What is shown and saved is what the Predictor says about the same marks.
+    # The shown and saved masks equal the Predictor's for the same marks.
     regions = read_regions(sent["regions"], (40, 64), 15, LIMITS)
     assert isinstance(regions[0], Box) and isinstance(regions[1], Point)
     assert regions[2][35, 11:50].all() and not regions[2][:30].any()
@@ -162,7 +162,7 @@ def test_load_mark_ask_see_and_save(open_page, predictor, image_file):
     name, content = saved(page, "Save mask as RLE")
     assert name == "my image_1_1.json" and json.loads(content) == encode_mask(mask)
 
-    # The mask is seen in its colour, and can be hidden.
+    # The mask is shown in its color, and can be hidden.
     with_mask = shown_pixels(page)
     page.locator(".masks input").uncheck()
     without = shown_pixels(page)
@@ -185,7 +185,7 @@ def test_history_of_one_image(open_page, image_file):
     boxes.nth(0).check()
     assert np.abs(shown_pixels(page) - one).max() > 30
     expect(page.locator(".break")).to_have_count(0)
-    # A further mark belongs to the conversation; one taken away begins another.
+    # Adding a mark continues the conversation; removing one starts another.
     drag(page, (4, 5), (40, 30))
     ask(page, "what is <Prompt0>")
     page.click("#undo")
@@ -223,7 +223,7 @@ def test_a_wrong_file_is_rejected_with_a_clear_message(open_page, image_file, tm
         expect(page.locator("#ask")).to_be_disabled()
     load(page, path)
     expect(error).to_be_hidden()
-    # What was loaded stays when the next file is refused, and so does a question that was refused.
+    # The loaded image stays if the next file is rejected, and so does a rejected question.
     page.set_input_files("#file", tmp_path / "notes.txt")
     expect(error).to_contain_text("not a readable image")
     page.fill("#text", "What is <Prompt5>?")
@@ -323,7 +323,7 @@ def test_the_keyboard_sees_where_an_image_is_chosen(open_page, image_file):
         page.focus("#text")
 
 
-def test_the_page_says_when_the_server_is_gone(browser, predictor, image_file):
+def test_the_page_shows_a_lost_connection(browser, predictor, image_file):
     path, _ = image_file
     with browser.new_context() as context:
         page = context.new_page()

@@ -30,7 +30,7 @@ SLOW = {
 
 @contextmanager
 def connected(address, count, text):
-    """Yield sockets that have sent a beginning."""
+    """Yield sockets that have sent the start of a request."""
     host, port = address.removeprefix("http://").split(":")
     opened = []
     try:
@@ -44,7 +44,7 @@ def connected(address, count, text):
 
 
 def seconds_until_ended(one, drip):
-    """Return how long a connection lives on while a byte comes now and then."""
+    """Return how long a connection stays open while bytes arrive slowly."""
     began = time.monotonic()
     one.settimeout(0.1)
     while time.monotonic() - began < 10:
@@ -94,7 +94,7 @@ def test_clients_that_do_not_read_their_answer_block_no_other(batch):  # noqa: F
 
 
 def ended_early(one):
-    """Return whether the connection ended before the whole answer was taken."""
+    """Return whether the connection ended before the full answer was read."""
     one.settimeout(5)
     length = 0
     try:

@@ -104,7 +104,7 @@ def identity_of(config):
 
 
 def without_new_keys(identity):
-    """Return the identity as a run has it that is older than the setting and its options."""
+    """Return the identity of a run older than the setting and its options."""
     data = {key: value for key, value in identity["data"].items() if key != "details"}
     data["sources"] = {
         name: {key: value for key, value in node.items() if value not in DETAIL_CHOICES}

@@ -38,7 +38,7 @@ TERMS = (DistillTerm(name="map", weight=0.5), DistillTerm(name="states", weight=
 
 
 def bilinear_by_hand(features, size):
-    """Read an array [E, h, w] at the centres of `size` cells, repeating the border."""
+    """Read an array [E, h, w] at the centers of `size` cells, repeating the border."""
     channels, rows, columns = features.shape
     resized = np.zeros((channels, *size))
     for y in range(size[0]):
@@ -353,7 +353,7 @@ def test_images_are_sampled_by_seed_epoch_and_index_in_the_given_fraction():
     first, second = ([c.takes("s", point_seed=seed, has_masks=False) for seed in seeds] for c in choices)
     assert first == [choices[0].takes("s", point_seed=seed, has_masks=True) for seed in seeds]
     assert np.mean(first) == pytest.approx(0.3, abs=0.03)
-    # Independent of each other, so that two teachers do not always come together.
+    # Independent, so that two teachers do not always occur together.
     assert np.mean(np.logical_and(first, second)) == pytest.approx(0.09, abs=0.02)
 
 
@@ -431,7 +431,7 @@ def test_teachers_leave_the_first_losses_of_a_run_as_they_are_and_add_their_own(
     config = json.loads((tmp_path / "none" / "config.json").read_text())
     assert config["distillation"] == {}
     (state,) = (tmp_path / "none" / "checkpoints").rglob("state.json")
-    # A run without teachers could be continued by a version that knew of none, and the other way round.
+    # A run without teachers can be resumed by a version without them, and vice versa.
     assert not {"distillation", "allow_random_teachers"} & json.loads(state.read_text())["config"].keys()
 
 
@@ -466,7 +466,7 @@ def test_recorded_losses_of_the_released_code_are_reproduced(parity_tool, name):
     for teacher in ("mask2former", "sam2", "radio"):
         assert report.errors[f"distill.{teacher}"] <= 1e-6
     assert all(f"distill.{teacher}.loss" in case for case in cases for teacher in ("mask2former", "sam2", "radio"))
-    # The comparison sees a teacher that is another by a thousandth, and holds these losses to 1e-5.
+    # The comparison detects a teacher changed by a thousandth, and compares these losses to 1e-5.
     cases[0]["distill.sam2.teacher"] = cases[0]["distill.sam2.teacher"] * 1.001
     parity_tool.compare_forward(report, cases, model)
     assert report.errors["distill.sam2"] > 1e-5

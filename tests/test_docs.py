@@ -30,7 +30,7 @@ SCHEMAS = {
     "tools/cache_teacher_features.py": ("train", TrainConfig),
 }
 OWN_KEYS = {"gpu", "gpus", "mfu", "sequences"}
-"""Keys of plan_run that are none of a run."""
+"""Keys of plan_run that are not keys of a run."""
 PLACEHOLDERS = {"experiment": "quickstart", "image": "x.png", "checkpoint": "x"}
 
 
@@ -44,7 +44,7 @@ def prose(page):
 
 
 def anchors(page):
-    """Return the anchors of a page's headings, as GitHub and MkDocs make them of plain words."""
+    """Return the anchors of a page's headings, as GitHub and MkDocs generate them."""
     found = set()
     for title in re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text()), re.MULTILINE):
         words = re.sub(r"[^\w\- ]", "", re.sub(r"[`*]", "", title).lower())
@@ -98,7 +98,7 @@ def commands(page):
 
 
 def overrides(script, words):
-    """Return the overrides of a command line, with a stand-in where the page leaves a value open."""
+    """Return the overrides of a command line, with a placeholder if the page leaves a value open."""
     kept = []
     is_sweep = "-m" in words
     if "--evaluate" in words:
@@ -158,7 +158,7 @@ def test_every_script_a_command_starts_exists():
 
 
 def test_every_single_setting_in_a_page_composes():
-    """Settings in single quotes of code, `key=value`, of the pages that answer questions."""
+    """Settings in inline code, `key=value`, of the question-and-answer pages."""
     for page in (ROOT / "docs" / "faq.md", ROOT / "docs" / "troubleshooting.md"):
         for setting in re.findall(r"`([\w.@]+=[\w.\[\],]+)`", page.read_text()):
             needs_data = ["data=refcoco"] if "decontamination" in setting else []
@@ -231,13 +231,13 @@ MODULES = [
 
 @pytest.mark.parametrize("module", MODULES)
 def test_tags_in_docstrings_of_the_site_are_written_as_code(module):
-    # Elsewhere Markdown takes <Prompt0> for HTML, and the page lacks it.
+    # Elsewhere, Markdown reads <Prompt0> as HTML and drops it.
     path = ROOT / "pixel_sail" / f"{module.replace('.', '/')}.py"
     path = path if path.is_file() else path.parent.with_suffix(".py")
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             text = inspect.cleandoc(node.value.value)
-            # Examples are indented blocks, which Markdown leaves alone.
+            # Examples are indented blocks, which Markdown keeps verbatim.
             prose = "\n".join(line for line in text.split("\n") if not line.startswith("    "))
             found = re.search(r"</?[A-Za-z|][^ ]*>", re.sub(r"`[^`]*`", "", prose))
             assert not found, f"{path}:{node.lineno}: put {found[0]} into backticks"

@@ -61,7 +61,7 @@ def test_a_write_error_is_reported_with_the_path(tmp_path):
         replace_text(tmp_path / "folder", "text")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"], "nothing is left beside it"
     with pytest.raises(WriteError, match="inner"), writing(tmp_path / "outer"):
-        raise WriteError("inner: told already")
+        raise WriteError("inner: reported already")
 
 
 def test_every_command_makes_its_status_in_that_place():
@@ -72,4 +72,4 @@ def test_every_command_makes_its_status_in_that_place():
                 decorators = {item.id for item in node.decorator_list if isinstance(item, ast.Name)}
                 without += [] if "one_message" in decorators else [path.name]
     allowed = {"check_parity.py", "convert_refs.py", "screenshot_demo.py", "soak.py", "two_hosts.py"}
-    assert set(without) == allowed, "these go on after an error, or are about processes that end with one"
+    assert set(without) == allowed, "these continue after an error, or are about processes that end with one"

@@ -26,7 +26,7 @@ from pixel_sail.types import DataError
 
 @pytest.fixture(scope="module")
 def checkpoint(data_root, tmp_path_factory):
-    """An exported random model whose every answer holds a [SEG], so that there are masks to score."""
+    """An exported random model whose every answer contains [SEG], so that there are masks to score."""
     folder = tmp_path_factory.mktemp("checkpoint") / "export"
     tokenizer = load_tokenizer(data_root / "refshapes" / "tokenizer", num_visual_prompts=15)
     config = PixelSailConfig(
@@ -74,7 +74,7 @@ def test_the_scoring_tool_prints_the_numbers_of_the_evaluation(checkpoint, data_
 
 def test_an_interrupted_evaluation_asks_only_what_is_missing(checkpoint, data_root, tmp_path, monkeypatch):
     monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
-    # The budget makes every image a batch of its own.
+    # max_batch_tokens makes every image a separate batch.
     options = [f"checkpoint={checkpoint}", f"output={tmp_path / 'out'}", "evals=[refshapes_val]", "progress=false"]
     config = load_config("evaluate", EvalConfig, [*options, "predict.max_batch_tokens=1"])
     whole = run_evals(config)

@@ -32,27 +32,27 @@ from pixel_sail.types import DataError
 
 EVAL = "refshapes_val"
 NUM_IMAGES = 7
-"""Odd, so that no number of ranks but one deals them out evenly."""
+"""Odd, so that only one rank divides them evenly."""
 
 SEED = 20
 
 SIZES = {"num_hidden_layers": 1, "max_long_side": 32}
-"""Of the model: runs are many, and none of them is about its answers."""
+"""Sizes of the model: there are many runs, and none depends on its answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """What befalls a process."""
+    """Fault of a process."""
 
     killed_after_bytes: int | None = None
     """SIGKILL itself after this many bytes of answers, in the middle of a line or not."""
     largest_file_bytes: int | None = None
-    """No file grows beyond this; the system takes a part of a line and refuses the rest, as a full disk does."""
+    """File size limit: the system writes part of a line and rejects the rest, as on a full disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How processes ended, and what they said together."""
+    """Exit statuses of processes, and their joint output."""
 
     statuses: list[int]
     said: str
@@ -60,13 +60,13 @@ class Ended:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """A benchmark of synthetic images and an untrained model to be asked."""
+    """A benchmark of synthetic images and an untrained model."""
 
     data: Path
     checkpoint: Path
 
     def options(self, output: Path, *overrides: str) -> list[str]:
-        """Return a command line; the budget holds few images, so that there is more than one batch for every rank."""
+        """Return a command line; max_batch_tokens fits few images, so that every rank has several batches."""
         common = (f"checkpoint={self.checkpoint}", f"output={output}", f"evals=[{EVAL}]", "progress=false")
         return [*common, "predict.answer=forced", "predict.max_batch_tokens=700", "examples=1", *overrides]
 
@@ -92,7 +92,7 @@ def evaluate_in_child(options: list[str], variables: dict[str, str], log: Path, 
 
 
 def kill_after(num_bytes: int) -> None:
-    """End this process by SIGKILL once it has written so many bytes of answers."""
+    """Kill this process by SIGKILL once it has written a number of bytes of answers."""
     write, left = os.write, num_bytes
 
     def counting(descriptor, data):
@@ -109,7 +109,7 @@ def kill_after(num_bytes: int) -> None:
 
 
 def start(bench: Bench, output: Path, *overrides: str, ranks: int = 1, faults: dict[int, Fault] | None = None) -> Ended:
-    """Run an evaluation over some ranks; the others are killed when one ends badly, as launchers do."""
+    """Run an evaluation on several ranks; if one fails, kill the others, as launchers do."""
     port = free_port()
     log = output.with_suffix(".log")
     log.unlink(missing_ok=True)
@@ -163,7 +163,7 @@ def bench(tiny_model, make_config, tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(bench, tmp_path_factory):
-    """The folder of an evaluation that nothing befell."""
+    """Output folder of an undisturbed evaluation."""
     output = tmp_path_factory.mktemp("whole") / "out"
     ended = start(bench, output)
     assert ended.statuses == [0], ended.said[-3000:]
@@ -196,7 +196,7 @@ def test_killed_at_five_random_moments_and_continued(bench, whole, tmp_path):
     num_bytes = (whole / EVAL / "predictions.jsonl").stat().st_size
     moments = np.sort(np.random.default_rng(SEED).integers(1, num_bytes, size=5))
     for moment in moments:
-        # A continued run writes the rest only, so the moment is counted from what is there.
+        # A resumed run writes only the rest, so the point of the kill is relative to existing bytes.
         there = sum(part.stat().st_size for part in (output / EVAL).glob("part-*"))
         ended = start(bench, output, faults={0: Fault(killed_after_bytes=max(int(moment) - there, 1))})
         assert ended.statuses == [-signal.SIGKILL], ended.said[-3000:]
@@ -238,7 +238,7 @@ def test_killed_on_two_ranks_and_continued_on_three(bench, whole, tmp_path):
 
 
 def copied(whole: Path, tmp_path: Path, kept_lines: int) -> tuple[Path, Path]:
-    """Return an output folder that holds the first answers of a whole one, and its file of answers."""
+    """Return an output folder with the first answers of a complete one, and its answer file."""
     output = tmp_path / "out"
     (output / EVAL).mkdir(parents=True)
     (output / EVAL / "protocol.json").write_bytes((whole / EVAL / "protocol.json").read_bytes())
@@ -260,7 +260,7 @@ def test_a_corrupt_line_in_the_middle_is_named_and_the_rest_is_used_once_it_is_g
     check_same(output, whole)
 
 
-def test_a_cut_last_line_is_asked_again(bench, whole, tmp_path):
+def test_an_item_with_a_truncated_line_is_queried_again(bench, whole, tmp_path):
     output, part = copied(whole, tmp_path, kept_lines=6)
     content = part.read_bytes()
     part.write_bytes(content[:-50])
@@ -293,7 +293,7 @@ def test_a_truncated_image_is_named_and_the_work_before_it_is_kept(bench, whole,
     check_same(output, whole)
 
 
-def test_a_missing_image_is_named_before_anything_is_asked_and_earlier_work_is_kept(bench, whole, tmp_path):
+def test_a_missing_image_is_named_before_the_first_question_and_earlier_work_is_kept(bench, whole, tmp_path):
     output, part = copied(whole, tmp_path, kept_lines=6)
     kept, image = part.read_bytes(), last_image(bench, whole)
     moved = image.rename(image.with_suffix(".gone"))
@@ -307,10 +307,10 @@ def test_a_missing_image_is_named_before_anything_is_asked_and_earlier_work_is_k
     check_same(output, whole)
 
 
-# What the machine lacks.
+# Missing resources.
 
 
-def test_a_full_disk_is_said_and_the_work_before_it_is_kept(bench, whole, tmp_path):
+def test_a_full_disk_is_reported_and_earlier_work_is_kept(bench, whole, tmp_path):
     output = tmp_path / "out"
     num_bytes = (whole / EVAL / "predictions.jsonl").stat().st_size
     limit = num_bytes * 6 // 10
@@ -319,7 +319,7 @@ def test_a_full_disk_is_said_and_the_work_before_it_is_kept(bench, whole, tmp_pa
     kept = part.read_bytes()
     check_message(ended, f"{part}: cannot be written (File too large)", "MiB are free in", "Free disk space")
     check_message(ended, f"ends with a whole line ({len(kept)} bytes, {kept.count(10)} lines")
-    # What the system took of the line that did not fit is gone again.
+    # The partially written line has been removed.
     assert kept.endswith(b"}\n") and 0 < len(kept) <= limit < num_bytes
     assert kept.decode().splitlines() == parts(whole)[: kept.count(b"\n")]
     assert start(bench, output).statuses == [0]
@@ -336,7 +336,7 @@ def test_a_disk_that_is_full_at_the_end_leaves_no_part_of_the_result(bench, whol
     check_same(output, whole)
 
 
-def test_absent_java_is_said_before_anything_is_asked(bench, tmp_path, monkeypatch):
+def test_missing_java_is_reported_before_the_first_question(bench, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     folder = bench.data / "refshapes"
     overrides = (
@@ -383,7 +383,7 @@ def test_answers_to_no_item_are_named(bench, whole, tmp_path, monkeypatch):
 
 
 def test_a_second_evaluation_in_one_folder_is_rejected_and_names_the_first(bench, tmp_path):
-    # Locks of one process do not exclude each other; the second evaluation is a process of its own.
+    # Locks do not exclude within one process, so the second evaluation is a separate process.
     lock = RunLock(tmp_path / "out", name="output")
     try:
         ended = start(bench, tmp_path / "out")
@@ -393,7 +393,7 @@ def test_a_second_evaluation_in_one_folder_is_rejected_and_names_the_first(bench
     assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK_FILE]
 
 
-# Numbers of the model that are not finite.
+# Non-finite values of the model.
 
 
 def broken(bench: Bench, folder: Path, name: str, value: float) -> Path:
@@ -405,7 +405,7 @@ def broken(bench: Bench, folder: Path, name: str, value: float) -> Path:
     return folder
 
 
-def test_weights_of_whole_numbers_are_rejected(bench, tmp_path, monkeypatch):
+def test_integer_weights_are_rejected(bench, tmp_path, monkeypatch):
     folder = broken(bench, tmp_path / "model", "decoder.norm.weight", 1.0)
     weights = load_file(folder / "model.safetensors")
     weights["decoder.norm.weight"] = weights["decoder.norm.weight"].int()
@@ -449,7 +449,7 @@ def test_numbers_that_become_infinite_end_a_question_with_the_image(bench, tmp_p
         Predictor.from_pretrained(folder).ask_many(requests)
 
 
-# Answers of something else.
+# Answers of another evaluation.
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_ignored_pixels_damage_the_released_target_along_the_columns():
     # Down the columns: 1 1, 255 0, 0 0, 0 0. Runs begin at the first 1, at 255 and at the first 0 after it.
     expected = np.array([[1, 0, 1, 1], [1, 1, 1, 1]], dtype=bool)
     assert (decode_rle(released_target(encode_mask(target), encode_mask(ignored))) == expected).all()
-    # A run of 255 that ends at a 0 becomes a target, where nothing was asked for, too.
+    # A run of 255 that ends at a 0 becomes a target, also for expressions without target.
     assert (decode_rle(released_target(None, encode_mask(ignored))) == ignored).all()
     assert released_target(encode_mask(target), None) == encode_mask(target)
     with pytest.raises(DataError, match=r"size \[2, 4\] and ignored pixels of size \[4, 2\]"):
@@ -228,7 +228,7 @@ def test_no_synthetic_target_is_damaged(data_root):
     assert len(items) > 5 and all(item.released_target is None for item in items)
 
 
-# The mask of the first [SEG] beside the union.
+# The mask of the first [SEG], and the union.
 
 
 def record_of(masks, rule="union"):
@@ -284,7 +284,7 @@ def test_every_score_of_masks_is_the_sum_over_its_items():
         assert ratio is None or ratio == pytest.approx(measured.scores[name], abs=1e-9)
 
 
-# Which items are shown.
+# Choice of shown items.
 
 
 def test_a_third_each_is_best_median_and_worst():
@@ -357,7 +357,7 @@ def test_intervals_follow_the_scores_and_html_is_escaped():
     assert own[-2] == "| **x** | **0.500 (0.400-0.610)** |  | **3** |"
 
 
-def test_a_table_of_guesses_has_what_chance_is_beside_every_row():
+def test_a_table_of_guesses_has_the_chance_level_in_every_row():
     guesses = {"every object": {"ciou": 0.25, "giou": 0.3}, "random object": {"ciou": 0.1, "giou": 0.2}}
     scores = {"x": {"ciou": 0.5, "giou": 0.6, "p50": 0.7, "count": 3}}
     table = guesses_table("By kind", scores, {"x": guesses})
@@ -384,7 +384,7 @@ def row_of(name, scores, samples, **changes):
     return result_row(name, "kind", measured, samples, cost, PROTOCOL | changes)
 
 
-def test_a_row_says_what_made_it(tmp_path):
+def test_a_row_records_its_provenance(tmp_path):
     row = row_of("a", {"ciou": 0.5, "paper_ciou": 0.25, "missing": 1}, resampled(ciou=[0.4, 0.6]))
     assert row["intervals"] == {"ciou": pytest.approx((0.405, 0.595))}
     assert row["protocols"] == {"standard": ["ciou"], "paper": ["paper_ciou"]}
@@ -448,7 +448,7 @@ def test_all_evals_without_files_are_named_at_once(data_root, monkeypatch):
     assert "missing_data=skip" in message
 
 
-def test_what_is_there_is_run_on_request(data_root, monkeypatch, caplog):
+def test_evals_with_data_are_run_on_request(data_root, monkeypatch, caplog):
     found = plan(data_root, monkeypatch, "evals=[refcoco_val,refshapes_val]", "missing_data=skip")
     assert list(found.tasks) == ["refshapes_val"] and list(found.skipped) == ["refcoco_val"]
     assert "evals.refcoco_val is skipped" in caplog.text
@@ -465,7 +465,7 @@ def test_a_damaged_file_is_not_a_missing_one(data_root, monkeypatch):
     assert not isinstance(error.value, MissingDataError)
 
 
-def test_missing_images_are_found_before_anything_is_asked(data_root, monkeypatch, tmp_path):
+def test_missing_images_are_found_before_the_first_question(data_root, monkeypatch, tmp_path):
     with pytest.raises(MissingDataError, match=rf"refshapes_val: found 3 of 3 images missing, the first is {tmp_path}"):
         plan(data_root, monkeypatch, "evals=[refshapes_val]", f"+evals.refshapes_val.image_dir={tmp_path}")
 
@@ -486,7 +486,7 @@ def evaluated(data_root, tiny_model, processor, tmp_path_factory):
         return folder / "evaluation", run_evals(load_config("evaluate", EvalConfig, options))
 
 
-def test_rows_of_a_run_hold_scores_intervals_and_what_made_them(evaluated):
+def test_rows_of_a_run_have_scores_intervals_and_provenance(evaluated):
     folder, scores = evaluated
     rows = read_rows(folder)
     assert list(rows) == list(scores) == ["refshapes_val", "grefshapes_val"]
@@ -513,5 +513,5 @@ def test_the_report_names_protocols_limits_and_what_was_skipped(evaluated):
 def test_a_sheet_has_a_row_of_images_for_each_rank(evaluated):
     with Image.open(evaluated[0] / "sheets" / "refshapes_val.png") as sheet:
         width, height = sheet.size
-    # Of four images two are best, one is median, one worst.
+    # Of four images, two are the best, one the median, one the worst.
     assert width == 2 * (480 + 16) and height > 3 * 44

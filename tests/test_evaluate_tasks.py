@@ -70,7 +70,8 @@ def region_file(data_root, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def options(checkpoint, data_root, region_file):
-    """Return a function from evals to the command line that asks them of the synthetic files, a few tokens each."""
+    """Return a function from evals to the command line that runs them on the synthetic files, with a few tokens
+    each."""
     folder = data_root / "refshapes"
     perbench = {"caption": "Detailed_Caption", "choice": "MCQ", "visual_referring": "VRES"}
     places = {
@@ -97,7 +98,7 @@ def options(checkpoint, data_root, region_file):
 
 @pytest.fixture(scope="module")
 def whole(options, tmp_path_factory):
-    """Folder and scores of all evals, asked in one go by one process."""
+    """Folder and scores of all evals, run uninterrupted by one process."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, run_evals(load_config("evaluate", EvalConfig, options(folder, *EVALS)))
 
@@ -144,7 +145,7 @@ def test_two_processes_write_the_same_predictions(whole, options, data_root, tmp
 
 
 def test_a_killed_evaluation_resumes_with_the_missing_images(options, data_root, tmp_path, monkeypatch):
-    # The budget makes every image a batch of its own.
+    # max_batch_tokens makes every image a separate batch.
     in_one_go = [*options(tmp_path / "whole", "perbench_choice"), "predict.max_batch_tokens=1"]
     run_evals(load_config("evaluate", EvalConfig, in_one_go))
     overrides = [*options(tmp_path / "killed", "perbench_choice"), "predict.max_batch_tokens=1"]
@@ -163,7 +164,7 @@ def test_a_killed_evaluation_resumes_with_the_missing_images(options, data_root,
     asked = count_questions(monkeypatch)
     run_evals(load_config("evaluate", EvalConfig, overrides))
     assert records(tmp_path / "killed", "perbench_choice") == records(tmp_path / "whole", "perbench_choice")
-    # The first image is not asked again, the one that was cut is asked as a whole.
+    # The first image is not queried again; the interrupted one is queried completely.
     assert len(set(images)) == 2
     assert sum(asked) == len(answers(tmp_path / "killed", "perbench_choice")) - images.count(images[0])
 
@@ -197,7 +198,7 @@ def test_the_questions_are_part_of_the_protocol(whole, options, tmp_path):
         run_evals(load_config("evaluate", EvalConfig, overrides))
 
 
-def test_each_task_has_a_length_of_its_own_unless_the_config_says_one(whole, options, tmp_path):
+def test_each_task_has_a_default_length_unless_configured(whole, options, tmp_path):
     lengths = {}
     for name in ("reasonseg_val", "gcg_val"):
         overrides = [o for o in options(tmp_path, name) if "max_new_tokens" not in o]
@@ -247,7 +248,7 @@ def test_masks_depend_on_the_marked_region_and_not_on_what_else_is_asked(predict
     together = mask_pixels(answer_image(forced, task, items))
     alone = mask_pixels(answer_image(forced, task, items[:1]))
     other = mask_pixels(answer_image(forced, task, [replace(items[0], region=items[1].region)]))
-    # Batches of other sizes may round otherwise, which can turn a pixel at the threshold.
+    # Other batch sizes may round differently, which can flip a pixel at the threshold.
     assert (together[0] != alone[0]).sum() <= 2 < (other[0] != alone[0]).sum()
 
 
@@ -286,7 +287,7 @@ def test_an_answer_without_mask_is_followed_by_a_forced_one_that_only_paper_coun
     assert not forced.is_retry and forced.masks == answer.masks and forced.answer == "It is [SEG]."
 
 
-def test_items_that_cannot_be_asked_are_found_before_anything_is_asked(predictor, data_root, tmp_path):
+def test_invalid_items_are_found_before_the_first_question(predictor, data_root, tmp_path):
     task = perbench(data_root, visual_referring.load, "VRES")
     item = replace(task.items[0], item_id="new", prompt_ids=(15,))
     with pytest.raises(DataError, match=r"found <Prompt15>, expected prompts below 15"):
@@ -338,10 +339,10 @@ def test_paper_scores_of_a_turned_image_compare_with_the_target_on_the_stored_on
     lying = refer_seg.load_reasonseg(root=tmp_path, split="val", upright=False)
     (image,) = [request.source_image for request in lying.requests("standard")]
     assert image.open("x").size == (48, 32) and not image.is_upright
-    # The object is found on the upright image, and the released target has its points elsewhere.
+    # The object is found on the upright image; the released target has its points elsewhere.
     assert refer_seg.measure_predictions([item], [_marked(item, item.target)]).scores["ciou"] == 1.0
     assert refer_seg.measure_predictions([item], [_marked(item, item.target)]).scores["paper_ciou"] == 0.0
-    # What a model must mark for the released script, on the image as it lies there.
+    # The mask that the released script expects, on the image as stored.
     assert lying.score(lying.items, [_marked(lying.items[0], lying.items[0].target)])["paper_ciou"] > 0.999
     assert refer_seg.measure_predictions([item], [_marked(item, item.released_target)]).scores["paper_ciou"] > 0.999
 
@@ -513,7 +514,7 @@ def test_the_released_recall_is_printed_only_where_phrases_are_compared_as_relea
     assert {name for name in measured.fractions if "recall" in name} == names
 
 
-def test_a_damaged_similarity_model_is_rejected_before_anything_is_asked(grounded, tmp_path):
+def test_a_damaged_similarity_model_is_rejected_before_the_first_question(grounded, tmp_path):
     (tmp_path / "config.json").write_text("{")
     scoring = grounded_caption.Scoring(similarity_model=tmp_path, score_text=False)
     with pytest.raises(DataError, match=r"config\.json: .*; download it again"):

@@ -176,7 +176,7 @@ def test_image_tokens_attend_only_to_previous_tokens(eve_model, eve, make_sample
 
 
 @pytest.mark.parametrize("which", [[4], [3]], ids=["text alone", "image without masks"])
-def test_every_parameter_has_a_gradient_whatever_a_batch_holds(eve_model, make_batch, examples, which):
+def test_every_parameter_has_a_gradient_for_any_batch(eve_model, make_batch, examples, which):
     model = eve_model().train()
     _, gradients, _ = losses_and_gradients(model, make_batch([examples[i] for i in which]), Kernels())
     assert [name for name, gradient in gradients.items() if gradient is None] == []
@@ -185,8 +185,8 @@ def test_every_parameter_has_a_gradient_whatever_a_batch_holds(eve_model, make_b
     assert (max(of_images) > 0) == (which == [3])
 
 
-def test_every_weight_is_called_once_per_pass_whatever_a_batch_holds(eve_model, make_batch, examples):
-    """ZeRO-3 gathers at each call and needs equally many of them, in one order, on every rank."""
+def test_every_weight_is_called_once_per_pass_for_any_batch(eve_model, make_batch, examples):
+    """ZeRO-3 gathers at each call, so every rank needs the same calls in the same order."""
     model = eve_model().train()
     calls = []
     for name, module in model.named_modules():
@@ -242,7 +242,7 @@ def test_recomputed_layers_change_nothing(eve_model, batch, checkpointing):
     expected, gradients, _ = losses_and_gradients(model, batch, Kernels())
     found, again, _ = losses_and_gradients(model, batch, Kernels(), checkpointing)
     assert torch.equal(found, expected)
-    # Parts of a gradient may be added in another order.
+    # Parts of a gradient may be summed in another order.
     for name, value in gradients.items():
         torch.testing.assert_close(again[name], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()), msg=name)
     assert max(float(value.abs().max()) for value in gradients.values()) > 0.01
@@ -334,7 +334,7 @@ def test_visual_prompts_have_an_effect_on_what_is_predicted(eve_model, eve, make
     assert with_prompt != without
 
 
-def test_a_prompt_is_added_as_it_is_to_the_patches_it_covers_and_nothing_else(eve_model, eve, make_sample, make_batch):
+def test_a_prompt_is_added_unprojected_to_exactly_the_patches_it_covers(eve_model, eve, make_sample, make_batch):
     model = eve_model()
     sample, image = make_sample(np.random.default_rng(2), size_hw=(16, 24))
     example = eve.encode_sample(sample, image, independent_turns=False)
@@ -351,7 +351,7 @@ def test_a_prompt_is_added_as_it_is_to_the_patches_it_covers_and_nothing_else(ev
     torch.testing.assert_close(difference, expected, **TOLERANCE)
 
 
-def test_the_embedding_is_that_of_convolutions_over_the_whole_image(eve_model, eve, make_image):
+def test_the_embedding_equals_convolutions_over_the_full_image(eve_model, eve, make_image):
     """An image of 2 x 3 patches: class token, rows of patches, and a row end behind each, of every image."""
     model = eve_model()
     embedding = model.patch_embedding
@@ -572,7 +572,7 @@ def test_recorded_outputs_of_the_released_eve_model_are_reproduced(tmp_path, cap
     printed = capsys.readouterr().out
     for tensor in ("hidden_last", "logits", "llm_loss", "feature_low", "feature_high", "seg_query", "mask_logits"):
         assert printed.count(f"\n  {tensor} ") == 2
-    # A prompt that is left out, or an image weight that is another, is noticed.
+    # A missing prompt or a changed image weight is detected.
     for name in ("cases.safetensors", "config.json", "reference_state.safetensors"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     cases = load_file(folder / "cases.safetensors")

@@ -13,7 +13,7 @@ EXAMPLES = ROOT / "docs" / "examples"
 
 @pytest.fixture
 def example(monkeypatch, data_root):
-    """Return a function from the name of a script to its module; the data folder is set back afterwards."""
+    """Return a function from the name of a script to its module; the data folder is reset afterwards."""
     monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
     monkeypatch.syspath_prepend(str(EXAMPLES))
     before = set(sys.modules)
@@ -54,9 +54,9 @@ def test_a_new_eval_scores_the_questions_it_chose(example, tmp_path):
 def test_a_new_teacher_responds_to_the_edge_in_the_image(example, tmp_path):
     features_EYX = example("new_teacher").main(tmp_path)
     assert features_EYX.shape == (2, 16, 24)
-    # The image is black up to column 48 and white from there: columns 11 and 12 of the map lie on either side.
+    # The image is black up to column 48 and white from there: columns 11 and 12 of the map are on either side.
     assert (features_EYX[0, 1:-1, 11:13] > 0.1).all()
-    # Black is no zero after normalisation: whether three of it minus three of it is one hangs on the order of adding.
+    # Black is not zero after normalization, so whether a sum cancels exactly depends on the summation order.
     assert features_EYX[0, 1:-1, 2:10].abs().max() < 1e-4
 
 

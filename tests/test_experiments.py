@@ -36,14 +36,14 @@ CARDS = [name for name in EXPERIMENTS if name.startswith("pixel_sail_")]
 
 
 def named(text, there):
-    """Return the names that the patterns of a cell, `stride_2` or `data_*`, stand for."""
+    """Return the names that match the patterns of a cell, `stride_2` or `data_*`."""
     found = [name for pattern in re.findall(r"`([^`]+)`", text) for name in matching_names(there, pattern)]
     assert found, f"docs/ablations.md: {text!r} names none of {there}"
     return found
 
 
 def experiments_of(cell):
-    """Return the experiments that a cell such as "all but `pixel_sail_7b`" stands for."""
+    """Return the experiments of a cell, for example "all but `pixel_sail_7b`"."""
     if not cell.startswith("all"):
         return set(named(cell, EXPERIMENTS))
     return set(EXPERIMENTS) - (set(named(cell, EXPERIMENTS)) if " but " in cell else set())
@@ -51,7 +51,7 @@ def experiments_of(cell):
 
 @cache
 def taken_by():
-    """Return the experiments that take each ablation, as the page says."""
+    """Return the experiments that accept each ablation according to the page."""
     rows = re.findall(r"^\|[^|]*\| ([^|]*`[^|]*) \| ([^|]+) \|$", (ROOT / "docs" / "ablations.md").read_text(), re.M)
     pairs = [(name, experiments_of(cell)) for files, cell in rows for name in named(files, ABLATIONS)]
     assert sorted(name for name, _ in pairs) == ABLATIONS, "docs/ablations.md must name every ablation once"
@@ -60,7 +60,7 @@ def taken_by():
 
 @cache
 def unresolved(experiment):
-    """Return what an experiment is composed of before its ablation is merged."""
+    """Return the composed config of an experiment before its ablation is merged."""
     with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
         composed = compose("train", [f"experiment={experiment}"])
     OmegaConf.set_struct(composed, False)
@@ -68,7 +68,7 @@ def unresolved(experiment):
 
 
 def composed(experiment, ablation):
-    """Return what `load_config` returns; without Hydra, which takes ten times as long, where it would only merge."""
+    """Return what `load_config` returns, without Hydra (ten times as slow) if only a merge is needed."""
     change = OmegaConf.load(CONFIG_FOLDER / "ablation" / f"{ablation}.yaml")
     if "defaults" in change:
         return load_config("train", TrainConfig, [f"experiment={experiment}", f"ablation={ablation}"])
@@ -81,7 +81,7 @@ def composed(experiment, ablation):
 
 @cache
 def outcome(experiment, ablation):
-    """Return the configuration, or the error of what happens before a model or a file is looked at."""
+    """Return the config, or the error raised before a model or file is read."""
     try:
         config = composed(experiment, ablation)
         PixelSailConfig.from_architecture(config.model.architecture)
@@ -136,7 +136,7 @@ def distinct_models():
 
 @dataclass(frozen=True)
 class Sampling:
-    """What makes a batch of one image with a marked region and two masks, for any architecture."""
+    """Builds a batch of one image with a marked region and two masks, for any architecture."""
 
     tokenizer: object
     make_sample: object
@@ -146,7 +146,7 @@ class Sampling:
         config = PixelSailConfig.from_architecture(architecture)
         sampled = self.make_sample(np.random.default_rng(0), size_hw=(64, 96), masks_per_turn=(2,), prompts=(3,))
         example = PixelSailProcessor.for_model(self.tokenizer, config).encode_sample(*sampled, independent_turns=False)
-        # Features of any size: those that the losses compare with are given to them.
+        # Features of any size: targets are passed to the losses.
         return replace(
             self.make_batch([example]),
             teacher_names=tuple(teachers),
@@ -165,7 +165,7 @@ def step(config, sampling):
     terms = [DistillTerm(name=name, loss=own.loss) for name, own in sorted(config.distillation.items())]
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = PixelSailForSegmentation(PixelSailConfig.from_architecture(architecture)).train()
-    # Outside: a layer that is made without being sampled cannot be made within the mode.
+    # Outside the mode: layers created without initialization cannot be created within it.
     add_training_parts(model, config.model.lora, seed=0, teachers=config.distillation)
     with FakeTensorMode(allow_non_fake_inputs=True):
         output = model(**batch.training_inputs())
@@ -182,7 +182,7 @@ def step(config, sampling):
 
 
 def test_every_different_model_with_its_teachers_makes_a_step(tokenizer, make_sample, make_batch):
-    """Two layers, for all layers are alike; the other sizes are those of the experiments."""
+    """Two layers, as all layers are alike; other sizes are those of the experiments."""
     sampling = Sampling(tokenizer=tokenizer, make_sample=make_sample, make_batch=make_batch)
     models = distinct_models()
     assert len(models) > 60

@@ -140,7 +140,7 @@ def test_a_state_of_wrong_types_is_rejected_though_its_hash_agrees(complete_chec
 
 
 @pytest.mark.parametrize("content", ["[]", "null", "3", '{"model.safetensors": 3}', "[" * 100_000, "\0"])
-def test_a_manifest_that_holds_no_hashes_is_rejected(complete_checkpoint, content):
+def test_a_manifest_without_hashes_is_rejected(complete_checkpoint, content):
     (complete_checkpoint / checkpoint.MANIFEST).write_text(content)
     with pytest.raises(CheckpointError, match=r"manifest\.json.*expected .*Delete this checkpoint"):
         checkpoint.read(complete_checkpoint, {"seed": 1})
@@ -169,7 +169,7 @@ def test_tensors_of_other_shapes_names_or_types_are_rejected_and_never_broadcast
         checkpoint.read(complete_checkpoint, {"seed": 1})
 
 
-def test_a_step_that_failed_tells_what_the_last_checkpoint_holds(complete_checkpoint):
+def test_the_condition_of_the_last_checkpoint_is_reported(complete_checkpoint):
     assert "step_00000003, are finite, the largest is 1. " in checkpoint.condition(complete_checkpoint)
     assert checkpoint.condition(None) == "there is no checkpoint yet"
     save_file({"exp_avg.weight": torch.full((2,), float("nan"))}, complete_checkpoint / checkpoint.OPTIMIZER)
@@ -188,7 +188,7 @@ def test_folders_without_the_marker_are_not_checkpoints(complete_checkpoint):
 
 
 def test_a_disk_full_during_a_save_keeps_the_previous_checkpoint_and_the_run_resumes_from_it(data_root, tmp_path):
-    """The limit on the size of a file stands in for the disk: the third checkpoint is larger than it."""
+    """A file size limit replaces the full disk: the third checkpoint exceeds it."""
     overrides = (*SMALL, f"run_dir={tmp_path}", "deepspeed=none", "checkpoint.every=1", "optim.steps=4")
     overrides += ("checkpoint.asynchronous=false",)
     command = [sys.executable, str(ROOT / "tests" / "faulty_run.py"), "disk", "0", "3", *overrides]

@@ -78,7 +78,7 @@ def test_paper_recall_stops_at_the_first_wrong_phrase():
     assert [_score(**wrong_last, protocol=p).images[0].num_found for p in ("standard", "paper")] == [1, 1]
 
 
-def test_a_mask_without_phrase_is_not_found_and_spoils_the_image_of_the_paper():
+def test_a_mask_without_phrase_is_a_miss_and_under_paper_fails_the_image():
     forgotten = dict(predicted=[A, _span(20, 28)], targets=[A, B], target_phrases=["x", "x"])
     assert [_score(**forgotten, phrases=["x"], protocol=p).images[0].num_found for p in ("standard", "paper")] == [1, 0]
     surplus = ["x", "x", "not looked at"]

@@ -39,9 +39,9 @@ def shapes(tmp_path_factory):
 
 
 def objects_named(phrase, answer, scene):
-    """Say which objects a phrase of RefShapes means, from the words alone."""
+    """Return the objects that a phrase of RefShapes denotes, from its words only."""
     words = [re.sub(r"(?<=s)es$|(?<!s)s$", "", word) for word in phrase.lower().split()[1:]]
-    # Where a caption speaks of textures, "a red star" is the plain one; where it does not, it may be any.
+    # In captions with textures, "a red star" is the plain one; in others it may be any.
     if set(TEXTURES) & set(answer.lower().split()) and not set(TEXTURES) & set(words):
         words.append("plain")
     return [{item.size, item.texture, item.colour, item.shape} >= set(words) for item in scene.objects]

@@ -115,7 +115,7 @@ def test_grandf_leaves_out_captions_without_phrase_and_counts_what_is_not_used(t
         (grandf_record(caption="A dog <p> and two cups"), "found '<p>' in the caption"),
     ],
 )
-def test_a_malformed_grandf_record_is_named_when_it_is_asked_for(tmp_path, record, reason):
+def test_a_malformed_grandf_record_is_named_when_read(tmp_path, record, reason):
     source = grandf_source(tmp_path, grandf_record(), record)
     assert len(source) == 2
     assert len(source.get(0, rng()).turns[0].masks) == 2
@@ -186,7 +186,7 @@ def test_refcocog_polygons_are_united_and_the_size_is_that_of_the_image(tmp_path
         ({"a": {"img_file_name": "y.jpg", "caption": "x", "refs": [BAD_REF]}}, "1 numbers"),
     ],
 )  # fmt: skip
-def test_a_malformed_refcocog_record_is_named_when_it_is_asked_for(tmp_path, record, reason):
+def test_a_malformed_refcocog_record_is_named_when_read(tmp_path, record, reason):
     with pytest.raises(DataError, match=reason):
         refcocog_source(tmp_path, record).get(0, rng())
 
@@ -283,7 +283,7 @@ def test_flickr_short_captions_and_small_images_are_skipped(tmp_path):
         ({"sam_mask": {"size": [6, 8], "counts": "0"}}, r"found RLE size \[6, 8\], expected \[40, 50\]"),
     ],
 )
-def test_a_malformed_flickr_annotation_is_named_when_it_is_asked_for(tmp_path, changes, reason):
+def test_a_malformed_flickr_annotation_is_named_when_read(tmp_path, changes, reason):
     with pytest.raises(DataError, match=reason):
         flickr_source(tmp_path, {**flickr_annotation(1, (0, 8)), **changes}).get(0, rng())
 
@@ -324,7 +324,7 @@ def test_a_benchmark_image_that_is_no_object_is_rejected(tmp_path):
         gcg_benchmark.load(**benchmark(tmp_path, [CAPTION], MASKS, mask_images=[5]))
 
 
-def test_a_benchmark_with_unpaired_masks_is_rejected_unless_asked_for(tmp_path, caplog):
+def test_a_benchmark_with_unpaired_masks_is_rejected_unless_allowed(tmp_path, caplog):
     files = benchmark(tmp_path, [CAPTION], MASKS[:1])
     with pytest.raises(DataError, match=r"1 of 1 images whose numbers.*first sa_1 \(2 phrases, 1 masks\)"):
         gcg_benchmark.load(**files)

@@ -81,7 +81,7 @@ def test_every_tuning_trains_exactly_the_parts_it_names_once(tiny_model, tuning)
 def test_every_trained_parameter_gets_a_gradient_from_any_batch_and_no_frozen_one(
     tiny_model, batch, text_batch, tuning
 ):
-    """Without it processes would wait for each other's gradients for ever."""
+    """Without it, processes would wait forever for each other's gradients."""
     for data in (batch, text_batch):
         model, optim = tuned(tiny_model, tuning)
         build_optimizer(model, optim)
@@ -107,7 +107,7 @@ def test_the_first_match_wins_and_the_rest_is_the_default_group(tiny_model):
     assert group_of.keys() == dict(tiny_model().named_parameters()).keys()
 
 
-def test_groups_have_their_own_rate_and_decay_and_norms_still_do_not_decay(tiny_model):
+def test_groups_have_separate_rate_and_decay_and_norms_do_not_decay(tiny_model):
     groups = {"head": GroupConfig(match=["mask_head"], lr_scale=10.0, weight_decay=0.3)}
     model = tiny_model()
     optimizer = build_optimizer(model, OptimConfig(groups=groups, weight_decay=0.05))
@@ -180,7 +180,7 @@ def test_adapters_start_at_exactly_the_given_model(tiny_model, batch):
     add_lora(with_adapters, lora_targets(model, LoraConfig()), rank=3, alpha=6.0, seed=0)
     thin = {name: value for name, value in with_adapters.named_parameters() if name.endswith("lora_B")}
     assert thin and not any(value.any() for value in thin.values())
-    # An adapted feed-forward part is computed in another way, which may round otherwise.
+    # An adapted feed-forward network is computed differently, so rounding may differ.
     found, expected = (own(**batch.model_inputs()).logits for own in (with_adapters, model))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert all(parameter.any() for name, parameter in with_adapters.named_parameters() if name.endswith("lora_A"))
@@ -331,7 +331,7 @@ def test_frozen_weights_are_saved_as_they_were_and_have_no_moments(tuned_run, ba
     assert line["optim/lr/adapters"] == 5 * line["optim/lr"] and line["optim/lr/head"] == 2 * line["optim/lr"]
 
 
-def test_an_export_holds_averaged_weights_with_the_adapters_in_them(tuned_run, base):
+def test_an_export_has_averaged_weights_with_merged_adapters(tuned_run, base):
     exported = load_model(tuned_run / "export")
     assert exported.config.averaged_weights is True
     assert load_model(base).config.averaged_weights is False

@@ -45,7 +45,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n8 8 scal
 
 
 class Touch:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -56,7 +56,7 @@ class Touch:
 
 @pytest.fixture
 def trap(tmp_path, monkeypatch):
-    """The marker that anything planted leaves; looked for when the test is over."""
+    """The marker file of planted code; checked at the end of the test."""
     marker = tmp_path / "marker"
     programs = tmp_path / "programs"
     programs.mkdir()
@@ -73,14 +73,14 @@ def trap(tmp_path, monkeypatch):
 
 
 def refusal_on(capsys):
-    """Return what was written to stderr, after a look for the secret and for tracebacks."""
+    """Return stderr, after checking it for the secret and for tracebacks."""
     said = capsys.readouterr()
     assert SECRET not in said.out + said.err and "Traceback" not in said.err
     return said.err
 
 
 def code(marker):
-    """Return the source of a module that leaves the marker when it is imported."""
+    """Return the source of a module that writes the marker file when imported."""
     return f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n"
 
 
@@ -88,7 +88,7 @@ def code(marker):
 
 
 def planted(marker, data_root):
-    """Return name -> what stands under `eval` in a protocol.json."""
+    """Return name -> the value of `eval` in a protocol.json."""
     files = {"root": str(data_root / "refshapes"), "dataset": "refshapes", "split": "val"}
     load = {"_target_": "pixel_sail.evaluation.refer_seg.load"}
     touch = {"_target_": "pathlib.Path.touch", "_args_": [{"_target_": "pathlib.Path", "_args_": [str(marker)]}]}
@@ -121,7 +121,7 @@ KINDS = tuple(planted("", ROOT))
 
 @pytest.fixture
 def evaluation(tmp_path, trap, data_root, request, monkeypatch):
-    """An evaluation folder with something planted, and a module that it may name on the path of Python."""
+    """An evaluation folder with planted code, and an importable module that it names."""
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "planted_module.py").write_text(code(trap))
     monkeypatch.syspath_prepend(tmp_path / "modules")
@@ -185,7 +185,7 @@ def test_every_eval_of_the_configuration_is_on_the_list_and_old_folders_name_the
         assert getattr(importlib.import_module(module), function) is LOADERS[name]
 
 
-def test_what_is_in_a_file_that_an_evaluation_names_is_not_shown(tmp_path, trap):
+def test_contents_of_a_file_named_by_an_evaluation_are_not_shown(tmp_path, trap):
     secret = tmp_path / "secret.json"
     for content in ([{"image": SECRET, "id": SECRET}], {"token": SECRET}, SECRET):
         secret.write_text(json.dumps(content))
@@ -317,7 +317,7 @@ def test_a_model_in_several_files_is_read_and_known_by_all_of_them(
 # Runs.
 
 
-def test_a_run_of_somebody_shows_and_runs_nothing(tmp_path, trap, sound, capsys):
+def test_an_untrusted_run_executes_and_discloses_nothing(tmp_path, trap, sound, capsys):
     run = tmp_path / "run"
     weights, optimizer = trained()
     with writer_to(run / "checkpoints", asynchronous=False) as writer:
@@ -386,7 +386,7 @@ def test_raster_formats_are_read(tmp_path, kind):
 
 
 def calls(path):
-    """Yield the attributes that a file calls, as "Image.open", and its keyword arguments."""
+    """Yield the calls of a file, for example "Image.open", with their keyword arguments."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             owner = node.func.value

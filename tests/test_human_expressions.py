@@ -30,7 +30,7 @@ def checkpoint(tiny_model, processor, tmp_path_factory):
 
 
 def gref_mini_file():
-    """Return (image id, text, whether something is meant) of every sentence, in the order of the file."""
+    """Return (image id, text, whether it has a target) of every sentence, in file order."""
     refs = json.loads((shared_data("derived_gref_mini") / "grefcoco" / "grefs(unc).json").read_text())
     return [(ref["image_id"], sent["sent"], not ref["no_target"]) for ref in refs for sent in ref["sentences"]]
 
@@ -64,7 +64,7 @@ def test_human_expressions_are_asked_and_scored(
     assert Counter((prediction.image_id, prediction.text) for prediction in predictions) == expected
     assert (scores["count"], scores["missing"]) == (len(targets), 0)
     assert 0 < sum(targets) < len(targets), "the first images hold both kinds, so that both are scored"
-    # A random model marks something in every image, so that every expression without a target is missed.
+    # A random model marks pixels in every image, so every expression without a target is wrong.
     marked = [decode_rle(prediction.segmentation).any() for prediction in predictions]
     assert all(marked) and (scores["n_acc"], scores["t_acc"]) == (0.0, 1.0)
     assert 0 < scores["ciou"] < 1
@@ -105,7 +105,7 @@ def read(tmp_path, *records):
     return boxed_expressions.load(annotations=file, image_dir="images")
 
 
-def test_a_box_is_the_pixels_whose_centres_it_holds(tmp_path):
+def test_a_box_covers_the_pixels_whose_centers_are_inside(tmp_path):
     first, none, corner = read(tmp_path, record(), record(bbox_xyxy=None), record(bbox_xyxy=[4, 3, 5, 4]))
     # Centres of columns are 0.5, 1.5, 2.5, ...: 1.5 to 3.4 holds 1.5 and 2.5; rows 0.5, 1.5 and 2.5.
     expected = np.zeros((4, 5), dtype=bool)

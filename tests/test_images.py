@@ -263,7 +263,7 @@ def test_levels_of_twelve_bits_in_a_file_of_sixteen_are_remarked(tmp_path, large
 
 
 def test_sixteen_bit_colours_of_twelve_bits_are_remarked(tmp_path):
-    # A PNG of 16-bit colours by hand, as Pillow writes none.
+    # A PNG of 16-bit colors by hand, as Pillow writes none.
     def chunk(kind, data):
         return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
 
@@ -277,7 +277,7 @@ def test_sixteen_bit_colours_of_twelve_bits_are_remarked(tmp_path):
         assert bool(remarked(tmp_path / "a.png")) is is_dark
 
 
-def test_a_dark_image_of_eight_bits_is_not_remarked(tmp_path):
+def test_a_dark_8_bit_image_is_not_reported(tmp_path):
     Image.new("RGB", (4, 4), (9, 9, 9)).save(tmp_path / "a.png")
     assert remarked(tmp_path / "a.png") == []
 

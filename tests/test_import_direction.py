@@ -21,7 +21,7 @@ LAYERS = (
     ("predictor",),
     ("predict_files", "demo", "cli"),
 )
-"""Lowest first; a module may import layers below its own and its own subpackage."""
+"""Lowest first; a module may import lower layers and its own subpackage."""
 
 EXCEPTIONS = {("evaluation", "training"): {"validation.py", "run.py"}}
 """(importing, imported): files that may. Validation logs through the training run's log; an evaluation locks its folder

@@ -83,7 +83,7 @@ def test_widths_of_the_two_inits_at_the_size_of_the_half_billion_model():
     for init in INITS:
         head = init_head(init, hidden_size=896, num_attention_heads=14, mask_dim=512)
         block = head.upsampler.blocks[0]
-        if init == "ours":  # What the start adds to the noise.
+        if init == "ours":  # The structured part of the initialization.
             block.transposed.weight -= torch.eye(len(block.transposed.weight))[:, :, None, None]
             block.depthwise.weight[:, :, 1, 1] -= 1.0
         layers = (block.transposed, block.depthwise, head.pixel_projector[0], head.pixel_projector[2])
@@ -94,13 +94,13 @@ def test_widths_of_the_two_inits_at_the_size_of_the_half_billion_model():
 
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("init", INITS)
-def test_upsample_blocks_start_alike_as_torch_and_each_its_own_as_ours(init):
+def test_upsample_blocks_start_equal_as_torch_and_different_as_ours(init):
     blocks = init_head(init, mask_stride=2).upsampler.blocks
     assert len(blocks) == 3
     first = blocks[0].state_dict()
     for block in blocks[1:]:
         for name, value in block.state_dict().items():
-            # Norms and our biases are the constants they are in every block.
+            # Norms and our biases are constants in every block.
             constant = init == "ours" and value.unique().numel() == 1
             assert torch.equal(value, first[name]) == (init == "torch" or "norm" in name or constant), name
             assert value.data_ptr() != first[name].data_ptr(), "one parameter for two blocks"
@@ -120,8 +120,8 @@ def test_the_upsampler_starts_as_a_repetition_of_its_input(design, monkeypatch):
 
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("design", UPSAMPLERS)
-def test_where_a_cell_is_can_be_read_from_the_first_map_as_ours_but_not_as_torch(design):
-    # Every patch has a random state, known by its place; one linear layer must tell the column of a cell from it.
+def test_the_first_map_encodes_cell_positions_as_ours_but_not_as_torch(design):
+    # Every patch has a random state; one linear layer must predict the column of a cell from it.
     found = {}
     for init in INITS:
         head = init_head(init, upsampler=design)
@@ -132,7 +132,7 @@ def test_where_a_cell_is_can_be_read_from_the_first_map_as_ours_but_not_as_torch
         read_N8 = map_NC @ torch.linalg.lstsq(map_NC, target_N8).solution
         found[init] = (read_N8.argmax(1) == columns_N).float().mean().item()
     assert found["ours"] > 0.9, found
-    if design != "bilinear":  # Interpolation keeps the four cells alike, whatever the weights are.
+    if design != "bilinear":  # Interpolation keeps the four cells alike for all weights.
         assert found["ours"] > found["torch"] + 0.1, found
 
 
@@ -160,7 +160,7 @@ def test_a_run_initializes_only_its_mask_head_and_teacher_layers_as_configured(d
 
 
 def test_a_teacher_that_was_renamed_keeps_its_layers_and_their_random_numbers(tiny_model):
-    """Checkpoints of before the new name hold the layer, and a run with the same seed began with the same numbers."""
+    """Checkpoints from before the rename contain the layer, and equal seeds gave equal weights."""
     model = tiny_model()
     model.add_distill_head({"attribute_states": DistillSite(site="patch_states", channels=43)}, seed=5)
     layers = dict(model.distill_head.named_parameters())

@@ -54,7 +54,7 @@ def test_missing_prediction_is_an_empty_mask_and_is_counted():
 
 @pytest.mark.parametrize("target", [None, EMPTY])
 @pytest.mark.parametrize("empty_iou", [0.0, 1.0])
-def test_pair_without_pixels_counts_as_the_argument_says(target, empty_iou):
+def test_pair_without_pixels_counts_as_configured(target, empty_iou):
     sums = IoUSums.from_masks(EMPTY, target, empty_iou=empty_iou)
     assert (sums.iou_sum, sums.union, sums.hits) == (empty_iou, 0, (int(empty_iou),) * 5)
     assert sums.summary()["giou"] == sums.summary()["ciou"] == empty_iou
@@ -90,7 +90,7 @@ def test_ignored_pixels_are_in_neither_mask():
     ignored = _mask("####", "....", "....", "....")
     sums = IoUSums.from_masks(TOP_LEFT, TOP_ROWS, ignored=ignored)
     assert (sums.intersection, sums.union, sums.iou_sum) == (2, 4, 0.5)
-    # Nothing is left of what was predicted: right where nothing is asked for, a miss elsewhere.
+    # The prediction becomes empty: right for an expression without target, otherwise a miss.
     assert IoUSums.from_masks(TOP_LEFT, None, ignored=TOP_ROWS).num_no_target_correct == 1
     assert IoUSums.from_masks(TOP_LEFT, CORNER, ignored=TOP_ROWS).num_target_nonempty == 0
     assert IoUSums.from_masks(CORNER, TOP_LEFT, ignored=TOP_ROWS).num_no_target == 1

@@ -166,8 +166,8 @@ def test_every_real_token_gets_the_values_of_the_dense_mask(batch):
 
 
 @pytest.mark.parametrize("kernel", [old_varlen, new_varlen])
-def test_what_variable_length_kernels_are_given_makes_the_values_of_the_dense_mask(batch, monkeypatch, kernel):
-    """The kernels are for CUDA only; a plain one that keeps their promises takes their place."""
+def test_inputs_of_variable_length_kernels_give_the_values_of_the_dense_mask(batch, monkeypatch, kernel):
+    """The kernels are for CUDA only; a plain replacement has the same contract."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     where = (batch.sample_index_BT, batch.branch_ids_BT, batch.in_image_BT)
     shape = (*batch.input_ids_BT.shape, 16)
@@ -341,7 +341,7 @@ def test_points_read_before_the_dot_product_are_those_read_after_it_also_beyond_
     assert found[0, 0].item() == pytest.approx(corner, rel=1e-4)
 
 
-def test_points_are_chosen_alike_from_maps_and_from_features():
+def test_the_same_points_are_chosen_from_maps_and_from_features():
     sampling = PointSampling(num_points=40)
     mask_embed, pixel_embed, masks = torch.randn(3, 9), torch.randn(4, 6, 8), torch.rand(3, 20, 30) < 0.4
     maps, reader = (
@@ -374,7 +374,7 @@ def test_a_swiglu_keeps_two_wide_maps_instead_of_four(make_config):
 
 
 class HostReads(TorchDispatchMode):
-    """Notes every operation whose result the host would have to wait for on a GPU."""
+    """Records every operation for whose result the host would wait on a GPU."""
 
     WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "bincount")
 
@@ -452,7 +452,7 @@ def test_a_step_on_a_gpu_does_not_wait_and_equals_the_reference(tiny_model, batc
 
 
 def test_a_compiled_layer_is_two_graphs_for_all_layers_and_lengths(tiny_model, monkeypatch):
-    """With a backend that only captures: what a code generator makes of the graph is torch's own business."""
+    """With a backend that only captures: code generation is torch's responsibility."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     captured = cache(lambda part: torch.compile(part, dynamic=True, backend="aot_eager"))

@@ -46,7 +46,7 @@ class Death(BaseException):
 
 
 class Mortal:
-    """Counts file operations within, and dies at one of them."""
+    """Counts file operations inside the context, and dies at one of them."""
 
     def __init__(self, monkeypatch, dies_at: int | None) -> None:
         self.count, self.dies_at, self.is_active = 0, dies_at, False
@@ -100,7 +100,7 @@ class Mortal:
 
 
 def survive(tmp_path, *, prepare, act, check, done) -> int:
-    """Let `act` die at each of its operations: `check` what it leaves, act again, look whether it is `done`."""
+    """Let `act` die at each of its operations: `check` the leftovers, act again, and assert that it is `done`."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         prepare(tmp_path / "whole")
         with Mortal(monkeypatch, None) as alive:
@@ -204,7 +204,7 @@ def test_a_folder_without_its_name_gets_it_back_before_a_new_one_is_written(tmp_
 
 @pytest.mark.parametrize("exchanges", [True, False])
 @pytest.mark.parametrize("kind", ["file", "link"])
-def test_what_is_no_folder_is_replaced_and_what_a_link_leads_to_stays(tmp_path, monkeypatch, exchanges, kind):
+def test_a_file_is_replaced_and_the_target_of_a_link_is_kept(tmp_path, monkeypatch, exchanges, kind):
     if not exchanges:
         monkeypatch.setattr(files, "_exchange", lambda first, second: False)
     (tmp_path / "elsewhere").mkdir()
@@ -218,7 +218,7 @@ def test_what_is_no_folder_is_replaced_and_what_a_link_leads_to_stays(tmp_path, 
     assert (tmp_path / "elsewhere" / "kept").exists() and (tmp_path / "export" / "model").exists()
 
 
-def test_an_export_that_finds_no_room_leaves_the_older_one_and_nothing_else(tmp_path):
+def test_an_export_on_a_full_disk_leaves_only_the_older_one(tmp_path):
     export(tmp_path, 1.0)
 
     class Full(Written):
@@ -301,7 +301,7 @@ CUT_ENDS = (b'{"step": 3', b'{"step": 3}', b"\0\0\0\0", b"\0\0\n\0", b'{"st\0\0\
 
 
 @pytest.mark.parametrize("end", CUT_ENDS)
-def test_a_cut_end_of_a_file_of_lines_is_skipped_and_the_next_line_follows_a_whole_one(tmp_path, end):
+def test_a_truncated_last_line_is_skipped_and_the_next_is_appended_after_a_complete_one(tmp_path, end):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + end)
     rules = {"fail": DataError, "remedy": "delete it"}
@@ -323,4 +323,4 @@ def test_garbage_among_the_lines_is_reported_by_file_and_line(tmp_path, line):
         with pytest.raises(DataError, match=r"log\.jsonl, line 2: found .*, expected .*; "):
             read()
     cut_log(path, 1)
-    assert path.read_bytes() == b'{"step": 1}\n', "what is made again need not be read"
+    assert path.read_bytes() == b'{"step": 1}\n', "rewritten files need not be read"

@@ -18,11 +18,11 @@ OTHERS = ("SLURM_", "OMPI_", "PMI_", "MV2_", "JSM_", "ENVIRONMENT")
 
 @pytest.fixture
 def leave(monkeypatch):
-    """Return a function that leaves nothing but these variables, says what becomes of them, and is undone."""
+    """Return a function that sets exactly these variables, returns the resulting ones, and restores the environment."""
     for name in [name for name in os.environ if name in dist.VARIABLES or name.startswith(OTHERS)]:
         monkeypatch.delenv(name)
     for name in dist.VARIABLES:
-        # Noted, so that what the code under test sets is taken away again.
+        # Recorded, so that variables set by the code under test are removed.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
@@ -105,8 +105,8 @@ def test_every_process_of_a_machine_with_gpus_has_one_of_them(leave, monkeypatch
 
 
 def test_how_the_launcher_would_train_is_skipped_and_logged(monkeypatch, caplog):
-    # As `accelerate launch` leaves them that read a file with a DeepSpeed section.
-    told = {
+    # As set by `accelerate launch` with a DeepSpeed section in its config file.
+    values = {
         "ACCELERATE_CONFIG_DS_FIELDS": "gradient_accumulation_steps,zero_stage,mixed_precision",
         "ACCELERATE_USE_DEEPSPEED": "true",
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
@@ -118,7 +118,7 @@ def test_how_the_launcher_would_train_is_skipped_and_logged(monkeypatch, caplog)
     }
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         monkeypatch.delenv(name)
-    for name, value in (told | {"ACCELERATE_CPU_AFFINITY": "1", "RANK": "0"}).items():
+    for name, value in (values | {"ACCELERATE_CPU_AFFINITY": "1", "RANK": "0"}).items():
         monkeypatch.setenv(name, value)
     with caplog.at_level(logging.INFO):
         leave_out_launcher_settings()

@@ -42,7 +42,7 @@ def image_processor(tokenizer):
 
 
 class Images:
-    """Images whose size nothing states, with texts of 10 to 300 letters."""
+    """Images of unknown size, with texts of 10 to 300 letters."""
 
     name = "images"
 
@@ -59,7 +59,7 @@ class Images:
 
 
 def samples_per_sequence(mixture, processor, settings, *, sequences, cost=len, num_streams=2):
-    """Return what sequences of the real stream hold, pixels and all."""
+    """Return the contents of sequences of the real stream, with decoded images."""
     streams = [
         islice(PackedStream(mixture, processor, settings, index=index, num_streams=num_streams, cost=cost), sequences)
         for index in range(num_streams)
@@ -68,7 +68,7 @@ def samples_per_sequence(mixture, processor, settings, *, sequences, cost=len, n
 
 
 @pytest.mark.parametrize("kind", ["panoptic", "of unknown size"])
-def test_the_forecast_is_what_sequences_of_real_images_hold(image_processor, kind):
+def test_the_estimate_agrees_with_sequences_of_real_images(image_processor, kind):
     root = shared_data("coco128_lightly")
     if kind == "panoptic":
         folder = root / "panoptic_segmentation" / "annotations"
@@ -99,7 +99,7 @@ def test_the_forecast_is_what_sequences_of_real_images_hold(image_processor, kin
         ("+data.repeats.refshapes=2.5",),
     ],
 )
-def test_the_forecast_is_what_sequences_of_synthetic_images_hold(data_root, overrides):
+def test_the_estimate_agrees_with_sequences_of_synthetic_images(data_root, overrides):
     config = load_config("train", TrainConfig, [*SMALL, f"paths.data={data_root}", *overrides])
     processor = build_model(config.model, seed=0, teachers={})[1]
     mixture, settings = build_mixture(config.data, seed=0), config.data.packing
@@ -254,7 +254,7 @@ def test_exactly_one_length_is_given_and_it_is_a_number(overrides, named):
 # Runs
 
 
-def test_the_numbers_found_are_in_the_configuration_beside_what_was_wished_and_belong_to_the_run():
+def test_the_computed_values_are_in_the_config_with_the_requested_ones_and_identify_the_run():
     config = config_of(*WISHED)
     found = with_length(config, global_batch_size=20, steps=794)
     assert (found.optim.steps, found.optim.epochs, found.optim.num_steps) == (794, 1.0, 794)
@@ -276,7 +276,7 @@ def test_a_checkpoint_from_before_passes_could_be_given_fits():
 
 
 def saved_run(folder, **identity):
-    """Write what `with_saved_length` reads of a checkpoint."""
+    """Write the files of a checkpoint that `with_saved_length` reads."""
     folder.mkdir()
     (folder / checkpoint.STATE).write_text(json.dumps({"config": identity}))
     for name in (checkpoint.MODEL, checkpoint.OPTIMIZER):

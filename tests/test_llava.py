@@ -104,7 +104,7 @@ def test_no_word_is_lost_but_before_the_first_question_and_after_the_last_answer
 
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=12), room=st.integers(-5, 60))
 @settings(deadline=None)
-def test_parts_hold_whole_turns_in_order_and_as_many_as_fit(lengths, room):
+def test_parts_have_complete_turns_in_order_and_as_many_as_fit(lengths, room):
     parts = divided(lengths, room)
     assert [index for part in parts for index in part] == list(range(len(lengths)))
     sizes = [[lengths[index] for index in part] for part in parts]
@@ -126,7 +126,7 @@ def _packed_texts(tmp_path, processor, budget, *, image=None, epochs=1, **option
 
 
 def _numbers(text):
-    """Return which turns a text has, all of them whole."""
+    """Return the turns of a text and assert that they are complete."""
     asked, answered = ([int(n) for n in re.findall(rf"{who}(\d) (?:word ?){{20}}", text)] for who in "hg")
     assert asked == answered
     return asked

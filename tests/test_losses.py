@@ -33,7 +33,7 @@ def _generator(seed=0):
 
 
 def _bilinear(cells, x, y):
-    """Return one map read at (x, y) in [0, 1], where cell centres lie at (i + 0.5) / n and outside is 0."""
+    """Return one map read at (x, y) in [0, 1], where cell centers are at (i + 0.5) / n and outside is 0."""
     rows, columns = len(cells), len(cells[0])
     row, column = y * rows - 0.5, x * columns - 0.5
     total = 0.0
@@ -198,7 +198,7 @@ def examples(processor, make_sample):
 
 
 def _total(model, batches, config):
-    """Return the loss of batches that share their counts, as the training step makes it."""
+    """Return the loss of batches with shared counts, as in the training step."""
     counts = [count(batch) for batch in batches]
     whole = Counts(
         tokens=sum(c.tokens for c in counts), masks=sum(c.masks for c in counts), samples=sum(c.samples for c in counts)
@@ -248,7 +248,7 @@ SAMPLE_MEANS = replace(CONFIG, mean="sample")
 
 
 def _released_loss(model, batch_of_one):
-    """Return the release's loss of a sample that stands alone: its own means, text times 0.1 beside masks."""
+    """Return the release's loss of a single sample: means over the sample, text times 0.1 if there are masks."""
     output = model(**batch_of_one.model_inputs())
     text = F.cross_entropy(output.logits, batch_of_one.targets_M)
     if not batch_of_one.masks:
@@ -348,7 +348,7 @@ def test_ignored_pixels_do_not_count():
     changed[:, :, 4:] = ~changed[:, :, 4:]
     first = point_losses(logits, masks, SAMPLING, _generator(), ignored)
     second = point_losses(logits, changed, SAMPLING, _generator(), ignored)
-    # Points between the last counted and the first ignored column touch both and are left out.
+    # Points between the last counted and the first ignored column touch both and are excluded.
     assert (first.bce, first.dice) == (second.bce, second.dice)
     assert first.bce != point_losses(logits, masks, SAMPLING, _generator()).bce
 

@@ -21,7 +21,7 @@ from shared_data import shared_data
 from pixel_sail.metrics.iou import IoUSums
 
 SCALE = 4
-"""A box is painted on a grid four times finer than pixels, as COCO's boxes have fractions."""
+"""A box is rasterized on a grid four times finer than pixels, as COCO's boxes are fractional."""
 
 
 def sample_results() -> list[dict]:
@@ -35,9 +35,9 @@ def box_of_annotation(file: Path) -> dict[int, list[float]]:
 
 
 def box_mask(box: list[float], side: int = 800 * SCALE) -> dict:
-    """Return a box as RLE, on a page with room for candidates that leave their image of up to 640 pixels."""
+    """Return a box as RLE, on a canvas with room for candidates beyond their image of up to 640 pixels."""
     left, top, width, height = (round(value * SCALE) for value in (box[0] + 50, box[1] + 50, box[2], box[3]))
-    # Runs go down the columns: what is before the box, then a run of the box and one between for every column.
+    # Runs go down the columns: pixels before the box, then one run of the box and one between per column.
     runs = [left * side + top, *[height, side - height] * (width - 1), height]
     return coco_mask.frPyObjects({"size": [side, side], "counts": [*runs, side * side - sum(runs)]}, side, side)
 
@@ -65,7 +65,7 @@ def score(results: list[dict], boxes: dict[int, list[float]]) -> tuple[IoUSums, 
 
 
 def known_boxes() -> dict[int, list[float]]:
-    """Return the boxes of the few val objects that lie beside the checkout."""
+    """Return the boxes of the few val objects that are stored next to the checkout."""
     files = ("derived_refer_mini/refcocog/instances.json", "derived_refer_mini_nophotos/refcocog/instances.json")
     folders = [(shared_data(file.split("/")[0]), file.split("/", 1)[1]) for file in files]
     boxes: dict[int, list[float]] = {}
@@ -78,7 +78,7 @@ def test_first_boxes_of_known_objects_count_as_boxes_do():
     boxes = known_boxes()
     results = [result for result in sample_results() if result["annotation_id"] in boxes]
     assert len(results) == 16 and len({result["annotation_id"] for result in results}) == 8
-    # The best candidate in place of the first: most objects have one that covers them.
+    # The best candidate instead of the first: most objects have one that covers them.
     best = [
         result
         | {

@@ -84,7 +84,8 @@ def test_a_mask_logit_is_the_dot_product_of_query_and_feature():
 
 
 def _may_see(sample, branch, in_image, query, key):
-    """Return what attention allows, in words: own sample; own or shared branch; earlier, or both in the image."""
+    """Return the attention mask from its definition: same sample; same or shared branch; earlier, or both in the
+    image."""
     if sample[query] != sample[key]:
         return False
     if branch[key] != 0 and branch[key] != branch[query]:
@@ -250,7 +251,7 @@ def test_upsampler_cells_stay_at_their_place():
     loud = quiet.clone()
     loud[0, :, 1, 3] = 1.0
     difference = (upsampler(loud) - upsampler(quiet)).abs().amax((0, 1))
-    # The faintest corner is reached by 2e-4.
+    # The difference at the faintest corner is 2e-4.
     rows, columns = (difference > 1e-5).nonzero().unbind(1)
     # Two 3 x 3 convolutions, the first at half resolution, widen the 4 x 4 cells of a patch by 3 on every side.
     assert (int(rows.min()), int(rows.max())) == (4 - 3, 7 + 3)
@@ -416,7 +417,7 @@ def _forward_states(model, processor, make_batch, question, image, answer_ids):
     example = processor.encode_sample(_asking(question, image), image, independent_turns=False)
     batch = make_batch([example])
     inputs = batch.model_inputs() | {"logit_positions_M2": None, "spans": None}
-    kept, added = len(example) - 1, len(answer_ids)  # the empty answer is the end token alone
+    kept, added = len(example) - 1, len(answer_ids)  # the empty answer is only the end token
     for name in ("input_ids_BT", "sample_index_BT", "branch_ids_BT", "in_image_BT", "patch_index_BT", "prompt_ids_BT"):
         tail = inputs[name][:, -1:].expand(-1, added)
         inputs[name] = torch.cat((inputs[name][:, :kept], tail), dim=1)
@@ -443,7 +444,7 @@ def test_generation_with_cache_equals_full_forward_passes(tiny_model, processor,
     texts = [processor.question_ids(question) for question in QUESTIONS]
     (free,) = generate(model, prefix, [texts], max_new_tokens=6, end_ids=())
     assert len({tuple(answer.token_ids) for answer in free}) == len(QUESTIONS), "answers too alike to show a mix-up"
-    # One text ends early, at its third token, while the others go on.
+    # One text ends early, at its third token, while the others continue.
     end_ids = (free[1].token_ids[2],)
     (together,) = generate(model, prefix, [texts], max_new_tokens=6, end_ids=end_ids)
     assert len(together[1].token_ids) <= 3
@@ -454,7 +455,7 @@ def test_generation_with_cache_equals_full_forward_passes(tiny_model, processor,
 
 
 def test_compiled_single_tokens_are_the_plain_ones_in_few_graphs(tiny_model, processor, make_batch, monkeypatch):
-    """With a backend that only captures: what a code generator makes of the graph is torch's own business."""
+    """With a backend that only captures: code generation is torch's responsibility."""
     model = tiny_model(seed=5, tie_word_embeddings=False)
     captured = torch.compile(Decoder.forward, dynamic=True, backend="aot_eager")
     monkeypatch.setattr(generation, "through_compile", lambda forward: captured)
@@ -477,7 +478,7 @@ def test_compiled_single_tokens_are_the_plain_ones_in_few_graphs(tiny_model, pro
 
 
 def _force_seg(monkeypatch, model):
-    """Make the text head answer [SEG] always, without touching the states."""
+    """Make the text head always predict [SEG], without changing the states."""
     head = torch.nn.functional.one_hot(torch.tensor(model.config.token_id("[SEG]")), model.config.vocab_size).float()
     monkeypatch.setattr(model.lm_head, "forward", lambda states: head.expand(*states.shape[:-1], -1))
 

@@ -20,7 +20,7 @@ SCORES = {"ciou": 0.8123, "paper_ciou": 0.8111, "count": 7, "missing": 0}
 
 @pytest.fixture
 def run(tmp_path, tiny_model, processor):
-    """Return the folder of a finished run, as training leaves it."""
+    """Return the folder of a finished run, as written by training."""
     config = asdict(
         load_config("train", TrainConfig, ["experiment=quickstart", "name=mine", f"run_dir={tmp_path / 'mine'}"])
     )
@@ -43,7 +43,7 @@ def make(run, *more):
     return load_tool("publish_model").main([str(run), "--license", "apache-2.0", *more])
 
 
-def test_the_card_says_what_was_written_down(run, tmp_path):
+def test_the_card_reports_the_records_of_the_run(run, tmp_path):
     weights = sha256(run / "export" / "model.safetensors")
     scored(run, "refshapes_val", weights, limit_images=3)
     scored(run, "refshapes_testA", "0" * 64)
@@ -52,13 +52,13 @@ def test_the_card_says_what_was_written_down(run, tmp_path):
     front = dict(line.split(": ", 1) for line in card.split("---\n")[1].splitlines())
     assert json.loads(front["license"]) == "apache-2.0" and "arxiv:2504.10465" in json.loads(front["tags"])
     assert "| refshapes_val | 0.812 (0.800-0.820) | 0.811 | 7 | 0 |" in card and "on 3 images only" in card
-    # A score of other weights is none of these.
+    # Scores of other weights are not listed.
     assert "testA" not in card
     assert "| refshapes | refer refshapes train | 1 x per epoch |" in card
     assert f"| from step 0 | code {machine()['code']}," in card and "| from step 600 | code abc1234," in card
     assert f"torch {packages()['torch']}" in card
     assert 'PredictConfig(prompt="short")' in card and "## Limits" in card
-    # Folders of the machine are nobody's business.
+    # Paths of the machine are not published.
     assert str(tmp_path) not in card and "/home" not in card
 
 
@@ -72,7 +72,7 @@ def test_unscored_weights_are_called_so_and_a_model_with_a_card_still_loads(run)
     assert make(run) == 0
     assert "These weights were not scored." in (run / "export" / "README.md").read_text()
     assert Predictor.from_pretrained(run).batch.model is not None
-    # Made again, with what was scored meanwhile.
+    # Written again, with new scores.
     scored(run, "refshapes_val", sha256(run / "export" / "model.safetensors"))
     assert make(run) == 0
     assert "refshapes_val" in (run / "export" / "README.md").read_text()
@@ -93,7 +93,7 @@ def test_a_folder_that_is_no_finished_run_is_rejected(run, tmp_path, capsys):
 
 
 class Hub:
-    """Stands in for the hub: keeps what was asked of it."""
+    """Replaces the hub and records the requests."""
 
     def __init__(self, refuses=False):
         self.refuses = refuses
@@ -116,7 +116,7 @@ class Hub:
         return SimpleNamespace(oid="c0ffee")
 
 
-def test_a_model_is_uploaded_with_its_card_and_nothing_else(run, monkeypatch, capsys):
+def test_only_a_model_and_its_card_are_uploaded(run, monkeypatch, capsys):
     hub = Hub()
     monkeypatch.setattr("pixel_sail.model_card.HfApi", lambda: hub)
     (run / "export" / "notes.log").write_text("private")
@@ -127,7 +127,7 @@ def test_a_model_is_uploaded_with_its_card_and_nothing_else(run, monkeypatch, ca
     card = (run / "export" / "README.md").read_text()
     assert "# my-model\n" in card and 'from_pretrained("me/my-model"' in card and MADE_BY in card
     assert 'Predictor.from_pretrained("me/my-model", revision="c0ffee")' in capsys.readouterr().out
-    # What is fetched again is what a model needs.
+    # The downloaded files are those that a model needs.
     fetched = {}
     monkeypatch.setattr(
         predictor_module, "snapshot_download", lambda name, **given: fetched.update(given) or run / "export"

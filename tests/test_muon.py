@@ -113,7 +113,7 @@ def test_stacked_matrices_equal_single_ones_and_the_iteration(steps):
     matrices = [torch.randn(shape) for shape in shapes]
     found = orthogonal_all(matrices, steps)
     for matrix, result in zip(matrices, found, strict=True):
-        # On singular values the iteration is a polynomial, so that it can be written down without a product.
+        # On singular values, the iteration is a polynomial and needs no matrix product.
         u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
         s = s / s.norm()
         for _ in range(steps):
@@ -211,8 +211,8 @@ def updates(data_root, tmp_path_factory):
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
 def test_exactly_the_right_weights_get_orthogonal_updates_at_every_stage(updates, ranks, stage):
-    """Gradients have singular values 0.3 .. 1: Newton-Schulz takes them to 0.7 .. 1.2. Under bfloat16 the float32
-    masters are what is compared."""
+    """Gradients have singular values 0.3 .. 1; Newton-Schulz maps them to 0.7 .. 1.2. With bfloat16, the float32
+    master weights are compared."""
     tensors = updates[ranks, stage]
     names = {name.removeprefix("0.") for name in tensors if name.startswith("0.")}
     rate = 1e-2 * 8 / 3
@@ -233,7 +233,7 @@ def test_exactly_the_right_weights_get_orthogonal_updates_at_every_stage(updates
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
 def test_all_stages_and_numbers_of_processes_make_the_same_updates(updates, ranks, stage):
-    """Two updates, so that the momentum counts. Stacks differ in what they hold, and rounding with them."""
+    """Two updates, so that the momentum counts. Stacks contain different matrices, so rounding differs."""
     expected, found = updates[1, "none"], updates[ranks, stage]
     assert expected.keys() == found.keys()
     for name in (name for name in expected if name.startswith("0.")):
@@ -246,7 +246,7 @@ def test_all_stages_and_numbers_of_processes_make_the_same_updates(updates, rank
 
 @pytest.mark.slow
 def test_a_run_with_groups_and_average_continues_bit_for_bit_and_elsewhere(data_root, tmp_path):
-    """Under ZeRO-2 on two processes as if it had never stopped, on one process without DeepSpeed within rounding."""
+    """With ZeRO-2 on two processes equal to an uninterrupted run, on one process without DeepSpeed up to rounding."""
     whole = tmp_path / "whole"
     own = tuple(item for item in GROUPS if not item.startswith(("tuning=", "model.lora", "optim.groups.adapters")))
     own = ("optim=muon", *own)

@@ -119,7 +119,7 @@ def test_muse_leaves_out_what_has_no_object_and_counts_it(tmp_path, caplog):
         ({"answers": [[muse_object(name=None)], []], "text_answers": None}, "found category_name = None"),
     ],
 )  # fmt: skip
-def test_a_malformed_muse_record_is_named_when_it_is_asked_for(tmp_path, changes, reason):
+def test_a_malformed_muse_record_is_named_when_read(tmp_path, changes, reason):
     with pytest.raises(DataError, match=r"muse\.json\[0\].*" + reason):
         muse_source(tmp_path, muse_record(**changes)).get(0, rng())
 

@@ -10,7 +10,7 @@ STAGES = ("none", "zero0", "zero1", "zero2", "zero3", "zero2-bf16", "zero3-bf16"
 
 @pytest.fixture(scope="module")
 def outcomes(data_root, tmp_path_factory):
-    """Return by rank and stage what became of a step with a NaN in a gradient of rank 1."""
+    """Return the outcome, by rank and stage, of a step with a NaN in a gradient of rank 1."""
     out = tmp_path_factory.mktemp("outcomes")
     done = start([*launcher("torchrun"), str(ROOT / "tests" / "nonfinite_stages.py"), str(out), *STAGES], data_root)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -224,7 +224,7 @@ def test_wrong_settings_are_rejected(tmp_path):
 
 @pytest.mark.parametrize("name", ["conversation", "short_form", "detail_description"])
 def test_synthetic_osprey_files_load(data_root, name):
-    """RefShapes says of every region what it is, so each prompt's answer can be checked against its mask."""
+    """RefShapes knows the label of every region, so each prompt's answer can be checked against its mask."""
     root = data_root / "refshapes"
     file = root / "osprey" / f"osprey_{name}.json"
     content = "description" if name.startswith("detail") else "conversations"
@@ -257,7 +257,7 @@ def _box_overlap(mask, bbox):
 
 
 def test_shared_osprey_questions_and_answers_load(tmp_path):
-    """The real evaluation questions, put into the training format with their reference answers."""
+    """The real evaluation questions in the training format, with their reference answers."""
     folder = shared_data("osprey_eval") / "description"
     prompts = json.loads((folder / "prompt.json").read_text())
     questions = {q["question_id"]: q for q in json.loads((folder / "questions.json").read_text())}

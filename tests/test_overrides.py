@@ -58,7 +58,7 @@ def test_a_text_setting_is_what_was_typed(text):
 
 
 @pytest.mark.parametrize("text", [text for text in TEXTS if text.isprintable()])
-def test_a_run_is_called_what_was_typed_and_has_its_own_folder(text):
+def test_a_run_has_the_given_name_and_its_own_folder(text):
     config = load_config("train", TrainConfig, [f"name={text}"])
     assert (config.name, config.run_dir) == (text, f"runs/{text}")
 
@@ -145,8 +145,8 @@ def test_plain_options_are_taken_as_they_stand():
         (["image=a", "--image=b"], "image is given twice"),
         (["--image=a", "--image=b"], "--image is given twice"),
         (["--image"], "found nothing after it"),
-        (["--box", "1,2,3"], "--box: found '1,2,3', expected 4 numbers"),
-        (["--point", "1,nan"], "expected 2 numbers"),
+        (["--box", "1,2,3"], "--box: found '1,2,3', expected 4 comma-separated numbers"),
+        (["--point", "1,nan"], "expected 2 comma-separated numbers"),
         (["--point", "1,2", "points=[[1,2]]"], "use one of them"),
         (["image=${x}.jpg"], "--image, --question, --output TEXT are used verbatim"),
         (["image="], "image is empty"),

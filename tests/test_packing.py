@@ -24,7 +24,7 @@ SETTINGS = PackingSettings(seq_len=120, packing_buffer=3)
 
 
 class RandomSource:
-    """Items of very different length, every fourth without an image; the sample id tells what was rendered."""
+    """Items of very different length, every fourth without an image; the sample id identifies what was sampled."""
 
     def __init__(self, name, length, paths):
         self.name = name
@@ -72,7 +72,7 @@ def make_mixture(image_paths):
 
 
 def _item(sample_id):
-    """Return source and index, without what was rendered."""
+    """Return source and index, without the random part."""
     return sample_id.rsplit("/", 1)[0]
 
 
@@ -173,7 +173,7 @@ def test_any_lengths_are_packed_once_within_seq_len_and_resume_from_any_point(
 
 
 def _with_bad_items(mixture, bad):
-    """Make these items of the first source fail as a broken file does."""
+    """Make these items of the first source fail like a broken file."""
     source = mixture.sources[0]
     plain = source.get
 
@@ -281,9 +281,9 @@ def test_equal_seeds_give_equal_samples_and_another_seed_another_order(make_mixt
     assert [d.point_seed for d in forward] == [d.point_seed for d in backward]
     order = [_item(d.sample.sample_id) for d in forward[:23]]
     assert order != [_item(other.item(position).sample.sample_id) for position in range(23)]
-    assert order != [_item(d.sample.sample_id) for d in forward[23:]], "epochs are shuffled anew"
+    assert order != [_item(d.sample.sample_id) for d in forward[23:]], "every epoch has another order"
     assert len({d.point_seed for d in forward}) == 46
-    assert len({d.sample.sample_id for d in forward}) == 46, "an item is sampled anew in every epoch"
+    assert len({d.sample.sample_id for d in forward}) == 46, "every epoch samples an item differently"
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def _masks(draw, most=6):
 
 
 def _can_all_be_seen(masks, grid_hw=GRID):
-    """Say whether every prompt can have a patch of its own, by solving the assignment independently."""
+    """Return whether every prompt can have its own patch, by solving the assignment independently."""
     covered = np.array([covered_patches(mask, grid_hw).ravel() for mask in masks])
     rows, columns = linear_sum_assignment(covered, maximize=True)
     return int(covered[rows, columns].sum()) == len(masks)
@@ -113,7 +113,7 @@ def test_coverers_with_one_patch_each_move_aside(processor):
     """The large prompt is hidden by three of one patch, of which only the last can go elsewhere."""
     large = _box(0, 0, 8, 24)
     first, second = _box(0, 0, 4, 4), _box(0, 8, 4, 12)
-    third = _box(5, 18, 11, 23)  # reaches into the row below, where a fourth one lies on top of it
+    third = _box(5, 18, 11, 23)  # reaches into the row below, where a fourth one covers it
     fourth = _box(8, 16, 10, 18)
     fifth = _box(9, 17, 16, 24)
     covers = [large, first, second, third]

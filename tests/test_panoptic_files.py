@@ -151,7 +151,7 @@ def test_wrong_png_is_rejected_with_file_and_record(tmp_path, damage, message):
         (changed_segment(1, description="a [SEG] dog"), r"found '\[SEG\]' in a description"),
     ],
 )
-def test_malformed_record_stays_in_and_is_named_when_it_is_asked_for(tmp_path, data, message):
+def test_malformed_record_is_kept_and_named_when_read(tmp_path, data, message):
     source = coco_panoptic.load(root=write(tmp_path, data))
     assert len(source) == 1
     with pytest.raises(DataError, match=message) as error:
@@ -329,7 +329,7 @@ def test_shared_two_channel_pngs_are_rejected():
 
 
 def test_shared_coco_panoptic_with_texts_is_read_as_pix2cap(tmp_path):
-    """Pix2Cap's own file is not at hand: its texts are put on COCO's own segments, as in that file."""
+    """Pix2Cap's file is not available: its texts are attached to COCO's segments, as in that file."""
     place = _lightly("train2017")
     data = json.loads(place.pop("annotations").read_text())
     for record in data["annotations"]:

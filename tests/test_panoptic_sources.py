@@ -108,7 +108,7 @@ def test_wrong_settings_are_rejected_when_the_source_is_made(tmp_path):
     ):
         with pytest.raises(DataError, match="expected") as error:
             make(root=root, **settings)
-        # Data that are not there may be left out by an evaluation, a wrong setting may not.
+        # An evaluation may skip missing data, but not a wrong setting.
         assert not isinstance(error.value, MissingDataError)
 
 
@@ -150,7 +150,7 @@ def test_class_with_only_a_crowd_is_no_question_of_the_instance_source(tmp_path)
     assert any("dog" in question for question in semantic)
 
 
-def test_class_with_too_many_things_is_asked_for_as_one_mask(tmp_path):
+def test_class_with_too_many_things_is_one_mask(tmp_path):
     root = write(tmp_path)
     for limit, areas in ((0, [3, 3]), (2, [3, 3]), (1, [10])):
         source = coco_panoptic.load(root=root, instances_per_class=limit)
@@ -285,7 +285,7 @@ def test_the_release_spells_out_any_number_of_things(tmp_path):
 # Pix2Cap
 
 
-def test_described_segments_are_asked_for_once_each(tmp_path):
+def test_each_described_segment_has_one_question(tmp_path):
     source = pix2cap_seg.load(file=json_file(write(tmp_path)), root=tmp_path)
     expected = {"the dog on the right": 3, "the dog in the middle": 3, "wet grass": 8}
     turns = sampled_turns(source)
@@ -375,10 +375,10 @@ def test_the_release_lists_one_candidate_more_where_the_right_one_was_not_sample
                 places[len(candidates), candidates.index(name)] += 1
         assert set(counts) == set(numbers), fraction
         assert 0.58 < counts[numbers[0]] / counts.total() < 0.75, "two of three"
-        assert len(places) == (5 if fraction == 0.0 else 0), "the right one stands anywhere"
+        assert len(places) == (5 if fraction == 0.0 else 0), "the right one is at any position"
 
 
-def test_absent_region_is_asked_for_without_candidates(tmp_path):
+def test_question_for_an_absent_region_has_no_candidates(tmp_path):
     source = coco_vp.load(root=write(tmp_path), absent_fraction=1.0)
     for seed in range(10):
         first = source.get(0, np.random.default_rng(seed)).turns[0]
@@ -409,7 +409,7 @@ def test_regions_are_marked_by_the_configured_kinds(tmp_path):
 # Templates
 
 
-def test_every_template_holds_its_placeholder_once():
+def test_every_template_contains_its_placeholder_once():
     for templates in (segmentation.INSTANCE_QUESTIONS, segmentation.STUFF_QUESTIONS):
         assert all(template.count("{name}") == 1 for template in templates)
     assert all(template.count("all the {name}") == 1 for template in segmentation.SEMANTIC_QUESTIONS)

@@ -131,7 +131,7 @@ def _greedy(model, example, prompt_length):
 
 @pytest.fixture(scope="module")
 def synthetic_folders(tool, tiny_model, processor, make_sample, tmp_path_factory):
-    """Folders in the layout of the shared ones, without weights: they are sampled by name."""
+    """Folders in the layout of the shared ones, without weights, which are sampled by name."""
     folders = {}
     for tied in (True, False):
         folders[tied] = tmp_path_factory.mktemp("tied" if tied else "untied")
@@ -165,7 +165,7 @@ def folder(synthetic_folders, tmp_path):
 
 
 def _weights(folder, tool):
-    """Return the weights the folder stands for, in the release's naming."""
+    """Return the weights of the folder, with the release's names."""
     return tool.named_weights(json.loads((folder / "shapes.json").read_text()))
 
 
@@ -174,7 +174,7 @@ def test_weights_are_sampled_by_name_where_no_file_is(tool, synthetic_folders, c
     assert "parity holds" in capsys.readouterr().out
 
 
-def test_named_weights_are_preferred_over_a_file_when_asked_for(tool, folder):
+def test_named_weights_are_preferred_over_a_file_on_request(tool, folder):
     state = _weights(folder, tool)
     state["single_transformer.model.norm.weight"] += 0.01
     save_file(state, folder / "reference_state.safetensors")
@@ -337,7 +337,7 @@ def test_tokens_move_into_another_region_and_leave_nothing_behind():
     assert found.tolist() == [0, 1, 2, 3, -1, -1, 5, 4, -1]
 
 
-def test_a_token_only_one_side_knows_is_rejected():
+def test_a_token_missing_on_one_side_is_rejected():
     with pytest.raises(ValueError, match=r"\['<q>'\] only in the checkpoint, \['<r>'\] only in the target"):
         row_sources({"<p>": 1, "<q>": 2}, {"<p>": 1, "<r>": 2}, source_rows=4, target_rows=4)
 

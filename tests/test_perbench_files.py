@@ -30,7 +30,7 @@ def _column(index, size_hw=SIZE):
 
 
 def _place(rle):
-    """Return which column an RLE marks."""
+    """Return the column that an RLE marks."""
     return int(np.argwhere(decode_rle(rle))[0, 1])
 
 
@@ -86,7 +86,7 @@ def test_synthetic_visual_referring_loads(data_root):
         load_image(item.image_path, where=item.item_id, expected_hw=item.image_hw)
 
 
-def test_tags_are_found_whole_and_numbered_by_their_place_among_all_tags(tmp_path, caplog):
+def test_tags_are_matched_completely_and_numbered_among_all_tags(tmp_path, caplog):
     tags = {f"<obj{i}>": _column(i) for i in (3, 10, 1, 0, 11)}
     question = "Between <obj10> and <obj1>, like <obj10>?"
     (item,) = _vres(tmp_path, question=question, answer="<obj11>, then <obj3>", segmentations=tags)
@@ -193,7 +193,7 @@ def test_the_annotation_that_names_the_image_is_used(tmp_path):
     )
     first, second = load_region_captions(file, image_dir=tmp_path)
     assert (first.item_id, first.references, _place(first.region)) == ("7", ("the B",), 2)
-    assert decode_rle(first.region).sum() == 6  # a list of masks is united
+    assert decode_rle(first.region).sum() == 6  # a list of masks is merged
     assert (second.item_id, second.references, _place(second.region)) == ("3", ("the A",), 1)
     assert (second.image_path, second.image_hw) == (tmp_path / "a.jpg", SIZE)
 

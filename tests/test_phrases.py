@@ -110,13 +110,13 @@ def test_a_span_of_other_words_is_not_believed(caption, phrase, span):
         ("a boy", "young boy", (0, 5)),
     ],
 )
-def test_a_span_that_words_the_phrase_otherwise_is_believed(caption, phrase, span):
+def test_a_span_with_another_text_of_the_phrase_is_accepted(caption, phrase, span):
     placement = place_phrases(caption, [Phrase(text=phrase, span=span)])
     assert [marked.span for marked in placement.spans] == [span]
     assert placement.misplaced == ()
 
 
-def test_two_phrasings_are_not_united_on_a_span_that_holds_neither():
+def test_two_phrasings_are_not_merged_on_a_span_without_either():
     phrases = [Phrase(text=text, span=(0, 5)) for text in ("young boy", "old boy")]
     placement = place_phrases("A boy throws a ball.", phrases)
     assert [marked.phrases for marked in placement.spans] == [(0,)]
@@ -160,7 +160,7 @@ def test_a_pair_of_quotes_around_the_caption_is_removed_and_other_quotes_stay():
     assert marked('"GO" and "STOP"', *text_phrases("and"))[0] == '"GO" <p> and </p> [SEG] "STOP"'
 
 
-def test_a_caption_that_holds_a_mark_is_rejected():
+def test_a_caption_that_contains_a_mark_is_rejected():
     with pytest.raises(DataError, match=r"here: found '\[SEG\]' in the caption"):
         marked("a [SEG]", *text_phrases("a"))
 

@@ -38,7 +38,7 @@ def test_hostile_pickle_is_rejected_and_not_executed(tmp_path, protocol):
     assert not trace.exists()
 
     pickle.loads(hostile)
-    assert trace.exists(), "the pickle must be one that really runs, or the test shows nothing"
+    assert trace.exists(), "the pickle must execute code, or the test proves nothing"
 
 
 def test_stack_global_is_rejected(tmp_path):

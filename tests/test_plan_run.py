@@ -122,7 +122,7 @@ def test_visible_pairs_are_those_of_the_mask(batch):
 
 def saved_bytes(model, batch, config):
     """Return the bytes of all storages that the forward pass saves, parameters apart."""
-    # By the storage itself: without memory there is no address.
+    # Identified by the storage object: meta tensors have no address.
     parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     storages, alive = {}, []
 
@@ -156,7 +156,7 @@ def test_kept_activations_are_those_that_autograd_saves(tiny_model, batch, size,
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.usefixtures("as_large_images")
 def test_kept_activations_are_those_of_variable_length_kernels(tiny_model, batch, monkeypatch, size):
-    """On torch's device without memory, which has no kernel of a norm: ours keeps the same."""
+    """On the meta device, which has no norm kernel; ours saves the same tensors."""
     monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: Norm.apply(x, weight, eps))
     model, config = tiny_model(**SIZES[size]).train().to("meta").to(torch.bfloat16), LossConfig()
     kernels = Kernels(attention="varlen")
@@ -188,7 +188,7 @@ def test_checkpointing_keeps_one_map_in_place_of_what_is_recomputed(tiny_model, 
 
 @pytest.mark.usefixtures("as_large_images")
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-def test_what_is_computed_twice_is_what_torch_counts(tiny_model, batch, checkpointing):
+def test_recomputed_operations_equal_the_count_of_torch(tiny_model, batch, checkpointing):
     """The backward pass with and without it, products alone."""
     model, counted = tiny_model(**SIZES["small"]).train(), []
     for kind in ("none", checkpointing):
@@ -261,7 +261,7 @@ def test_zero_2_in_bf16_shares_masters_and_moments_over_two_processes(data_root,
     assert done.returncode == 0, done.stderr[-3000:]
     count, weights, masters, moments = json.loads((tmp_path / "held.json").read_text())
     said = training_state(count, DeepSpeedConfig(stage=2), precision="bf16", world_size=2, largest_gathered=0)
-    # DeepSpeed fills every group up to a multiple of the processes and of its alignment: a few numbers.
+    # DeepSpeed pads every group to a multiple of the processes and of its alignment.
     assert weights == said.weights
     assert masters == pytest.approx(said.masters, abs=64) and masters >= said.masters
     assert moments == pytest.approx(said.moments, abs=128)
@@ -299,7 +299,7 @@ def tool():
     return load_tool("plan_run")
 
 
-def test_the_tool_measures_data_that_is_there_and_says_so(data_root, tmp_path, monkeypatch, capsys):
+def test_the_tool_measures_existing_data_and_reports_it(data_root, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
     out = tmp_path / "plan.json"
     assert tool().main(["experiment=quickstart", "gpu=cpu", "gpus=2", "sequences=8", "--json", str(out)]) == 0

@@ -124,7 +124,7 @@ def test_a_star_matches_one_part_of_a_name(tool):
     assert tool.split_name("shapes/distill/sam2") == ("shapes", "distill/sam2")
 
 
-def test_the_command_renders_and_says_what_is_wrong(tool, tmp_path, capsys):
+def test_the_command_renders_and_reports_errors(tool, tmp_path, capsys):
     runs = [str(write_log(tmp_path / name, [step_line(1), step_line(2)])) for name in ("a", "b/a")]
     assert tool.main([*runs, "--keys", "total,*/bce", "--out", str(tmp_path / "new" / "both.png")]) == 0
     with Image.open(tmp_path / "new" / "both.png") as figure:

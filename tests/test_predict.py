@@ -19,7 +19,7 @@ QUESTIONS = (("a star", "the red box", "left"), ("b",), ("the small star behind 
 
 @pytest.fixture()
 def predictor(tiny_model, processor):
-    """A random model that often says [SEG]: it stands in for the token the model likes best."""
+    """A random model that often predicts [SEG], which replaces its most likely token."""
     model = tiny_model(seed=5, tie_word_embeddings=False)
     texts = [[processor.question_ids(question) for own in QUESTIONS for question in own]]
     (answers,) = generate(model, None, texts, max_new_tokens=5, end_ids=())
@@ -70,12 +70,12 @@ def test_many_images_at_once_get_the_answers_of_one_question_at_a_time(predictor
     for output, expected in zip(flat(together), flat(alone), strict=True):
         assert output.answer == expected.answer
         assert output.masks_NHW.shape == expected.masks_NHW.shape
-        # Batches of other sizes may round otherwise, which can turn a pixel at the threshold.
+        # Other batch sizes may round differently, which can flip a pixel at the threshold.
         assert (output.masks_NHW != expected.masks_NHW).sum() <= 2
         assert output.scores == pytest.approx(expected.scores, abs=1e-4)
 
 
-def test_batches_hold_images_of_one_grid_and_keep_to_the_budget(predictor, images, monkeypatch):
+def test_batches_have_images_of_one_grid_within_max_batch_tokens(predictor, images, monkeypatch):
     batches, encode = [], predict.encode_images
 
     def counting_images(model, patches_IPK, grid, *rest):

@@ -33,7 +33,7 @@ def ask(images, image, output):
     return list(predict_files(config))
 
 
-def test_what_a_mac_leaves_in_a_folder_is_no_image_and_names_may_be_composed_otherwise(tmp_path):
+def test_mac_metadata_files_are_ignored_and_unicode_forms_of_names_may_differ(tmp_path):
     for name in ("a.png", "._a.png", ".b.png", unicodedata.normalize("NFD", "\u00e9.png")):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
     stored = tmp_path / unicodedata.normalize("NFD", "\u00e9.png")
@@ -52,7 +52,7 @@ def test_images_that_differ_in_their_ending_have_results_of_their_own(images, tm
 
 def test_results_never_replace_an_image(images, monkeypatch):
     before = {path.name: path.read_bytes() for path in images.iterdir()}
-    # Said before the model is loaded.
+    # Reported before the model is loaded.
     monkeypatch.setattr(module, "Predictor", None)
     for image in (images, images / "a.png"):
         with pytest.raises(ConfigError, match=r"a\.png is one of the images; give another folder"):
@@ -62,7 +62,7 @@ def test_results_never_replace_an_image(images, monkeypatch):
     assert {path.name: path.read_bytes() for path in images.iterdir()} == before
 
 
-def test_a_broken_image_of_a_folder_keeps_no_other_from_its_answer(images, tmp_path):
+def test_a_broken_image_of_a_folder_does_not_block_others(images, tmp_path):
     (images / "aa.jpg").write_bytes(b"no image")
     results = dict(ask(images, images, tmp_path / "out"))
     assert isinstance(results.pop(images / "aa.jpg"), DataError)

@@ -116,7 +116,7 @@ def test_a_chat_encodes_its_image_once_and_keeps_its_history(predictor, image, e
     assert results[0].timing.encode_s > 0 and [result.timing.encode_s for result in results[1:]] == [0.0, 0.0]
     assert chat.results == results
 
-    # The same conversation as training would lay it out, generated from its beginning for every turn.
+    # The same conversation in the training layout, generated from its start for every turn.
     processor, spoken = predictor.batch.processor, []
     box = np.zeros((40, 64), dtype=bool)
     box[8:24, 8:32] = True
@@ -139,7 +139,7 @@ def test_a_chat_encodes_its_image_once_and_keeps_its_history(predictor, image, e
     assert sum(len(result.masks_NHW) for result in results) > 0
 
 
-def test_a_further_question_is_not_a_first_one(predictor, image):
+def test_a_follow_up_question_is_not_a_first_question(predictor, image):
     chat = predictor.chat(image)
     chat.ask("the red box")
     asked = ("a star", "left", "behind it", "the small star")
@@ -188,7 +188,7 @@ def test_many_questions_at_once_come_back_in_their_order(predictor, image, encod
     for item, result in zip(requests, results, strict=True):
         alone = predictor.ask(item.image, item.text, item.prompts)
         assert result.answer == alone.answer and result.timing is None
-        # Batches of other sizes may round otherwise, which can turn a pixel at the threshold.
+        # Other batch sizes may round differently, which can flip a pixel at the threshold.
         assert (result.masks_NHW != alone.masks_NHW).sum() <= 2
 
 
@@ -196,7 +196,7 @@ def test_masks_in_an_array_are_regions_like_any_other(forced, image):
     left = np.zeros((40, 64), dtype=bool)
     left[:, :20] = True
     pairs = [np.stack([left, ~left]), np.stack([~left, left])]
-    # Rows of an array are objects of a moment: one may have the number that another had.
+    # Rows of an array are temporary objects: one may get the id of a previous one.
     requests = [PredictorRequest(image=image, text="what is <Prompt0>?", prompts=masks) for masks in pairs * 3]
     alone = [forced.ask(image, "what is <Prompt0>?", list(masks)) for masks in pairs]
     assert (alone[0].masks_NHW != alone[1].masks_NHW).sum() > 20
@@ -367,7 +367,7 @@ def test_the_package_names_what_it_offers():
 
 
 def test_loading_warns_of_nothing(batch, tmp_path):  # noqa: F811
-    """Users take a warning of another library for a fault of theirs; another process, as those are given once only."""
+    """Users mistake warnings of libraries for their own errors. In another process, as warnings are shown once."""
     batch.model.save_pretrained(tmp_path)
     batch.processor.save_pretrained(tmp_path)
     code = f"from pixel_sail import Predictor; Predictor.from_pretrained({str(tmp_path)!r})"

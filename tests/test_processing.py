@@ -147,7 +147,7 @@ def test_layout_of_a_sample_with_two_turns(processor, make_sample):
 
 @pytest.mark.parametrize("independent", [True, False])
 @pytest.mark.parametrize("size_hw", [(16, 24), None])
-def test_labels_are_the_answers_with_their_end_tokens_and_nothing_else(processor, make_sample, independent, size_hw):
+def test_labels_are_exactly_the_answers_with_their_end_tokens(processor, make_sample, independent, size_hw):
     counts = (1, 0, 2) if size_hw else (0, 0, 0)
     sample, image = make_sample(np.random.default_rng(4), size_hw=size_hw, masks_per_turn=counts)
     example = processor.encode_sample(sample, image, independent_turns=independent)

@@ -149,7 +149,7 @@ def test_ids_are_sampled_from_all_prompt_tokens():
 
 @given(num_regions=st.integers(1, 15), seed=SEEDS)
 @settings(max_examples=60, deadline=None)
-def test_an_absent_region_is_asked_for_once_under_a_token_that_is_not_painted(num_regions, seed):
+def test_an_absent_region_has_one_question_with_an_unpainted_token(num_regions, seed):
     turns = [RegionTurn(question="What is {region}?", answer="{region}: x", region=i) for i in range(num_regions)]
     sample = _sample(turns, num_regions, seed, absent_fraction=1.0)
     absent = [turn for turn in sample.turns if turn.question.startswith("Is ")]
@@ -282,7 +282,7 @@ def test_the_prompts_of_region_captions_are_questions_of_training():
     asked = templates.REGION_CAPTION_PROMPT.replace("<Prompt0>", "{region}")
     assert "{region}" in asked
     assert asked in templates.DETAILED_QUESTIONS and asked in region_class.DETAIL_QUESTIONS
-    # SAM's captions are asked for with the suffix that PerBench's are.
+    # Questions for SAM's captions have the same suffix as PerBench's.
     assert templates.PERBENCH_CAPTION_PROMPT == templates.REGION_CAPTION_PROMPT + templates.DETAILED_SUFFIX
 
 

@@ -43,7 +43,7 @@ def run_dir(quickstart, data_root, tiny_model, processor, tmp_path_factory):
     return folder
 
 
-def test_every_split_is_reported_beside_what_chance_is(run_dir, data_root):
+def test_every_split_is_reported_with_its_chance_level(run_dir, data_root):
     metrics = json.loads((run_dir / "metrics.json").read_text())
     meta = json.loads((data_root / "refshapes" / "meta.json").read_text())
     splits = ["val", *KIND_SPLITS, "testA", "testB"]

@@ -54,7 +54,7 @@ def mutated_bytes(rng, data):
 
 
 def _outcomes(read, data, path, *, seed, number=NUM_DAMAGES):
-    """Read damaged copies of a file; return how many were read and how many refused. Other errors pass through."""
+    """Read damaged copies of a file; return how many were read and how many rejected. Other errors propagate."""
     rng = np.random.default_rng(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
@@ -77,7 +77,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def limited_memory():
-    """A damaged length may ask for any amount of memory; more than 2 GB ends as an error and not as a dead machine."""
+    """A damaged length may request any amount of memory; more than 2 GB raises an error."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 2 * 2**30, before[1]))
@@ -169,7 +169,7 @@ def test_damaged_segmentations_are_read_or_rejected(tmp_path, segmentation):
 
     data = json.dumps(value).encode()
     counts = _outcomes(read, data, tmp_path / "a.json", seed=5, number=3 * NUM_DAMAGES)
-    # Hardly any damage leaves runs that still fill the image exactly.
+    # After damage, runs rarely still fill the image exactly.
     assert counts["refused"] > 0 and (counts["read"] > 0 or segmentation != "polygons")
 
 
@@ -212,7 +212,7 @@ def test_damaged_refer_folders_are_read_or_rejected_and_the_check_survives_them(
     dataset = file.split("/")[0]
 
     def read(path):
-        # The check names what is wrong instead of raising.
+        # The check reports the error instead of raising it.
         check_refer(ReferFolder(root=root, dataset=dataset), Findings(), sample=None, progress=False)
         _read_refer(root, dataset, "train")
 

@@ -138,7 +138,7 @@ def test_files_without_text_or_target_are_skipped_and_counted(tmp_path, caplog):
     assert "skipped 2 of 3 files" in caplog.text
 
 
-def test_what_operating_systems_leave_in_a_folder_is_no_item(tmp_path):
+def test_metadata_files_of_operating_systems_are_no_items(tmp_path):
     write(tmp_path, "a")
     for name in ("._a.json", "._a.jpg", ".DS_Store", "Thumbs.db", ".hidden.json"):
         (tmp_path / "train" / name).write_bytes(b"\0\5\x16\7")
@@ -176,7 +176,7 @@ def test_files_in_windows_letters_and_with_a_byte_order_mark_are_read(tmp_path):
         ({"image": False}, r"a\.jpg: no such image file"),
     ],
 )
-def test_a_malformed_file_is_named_when_it_is_asked_for(tmp_path, changes, reason):
+def test_a_malformed_file_is_named_when_read(tmp_path, changes, reason):
     write(tmp_path, "a", **changes)
     source = load(root=tmp_path)
     assert len(source) == 1
@@ -228,7 +228,7 @@ def test_a_turned_image_has_the_target_that_the_released_script_paints_on_the_st
     assert (decode_rle(upright.released_target) == np.asarray(turned)).all()
     assert upright.released_target["size"] == upright.target["size"] == list(upright_hw(path, "x"))
     assert upright.released_target != upright.target and stored.released_target is None
-    # The points are those of the upright image: painted on the stored one they lie elsewhere.
+    # The points are those of the upright image; on the stored one they are elsewhere.
     assert (decode_rle(stored.target) == paint_shapes(read_item(path.with_suffix(".json")).shapes, (9, 12))[0]).all()
 
 
@@ -282,7 +282,7 @@ def test_expressions_are_chosen_by_length_and_keep_their_ids(tmp_path):
     assert ids(query="long", sentences="all") == [(2, 2, 1), (2, 2, 2), (2, 2, 3)]
 
 
-def test_every_template_is_used_and_holds_its_text_once():
+def test_every_template_is_used_and_contains_its_text_once():
     mask = np.ones((1, 1), dtype=bool)
     for templates, is_sentence in ((SENTENCE_QUESTIONS, True), (PHRASE_QUESTIONS, False)):
         asked = {reasoning_turn("a {b}", mask, rng(s), is_sentence=is_sentence).question for s in range(200)}

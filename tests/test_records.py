@@ -61,7 +61,7 @@ def _index_in_new_folder(monkeypatch, folder):
 
 @settings(max_examples=60, deadline=None)
 @given(rows=st.lists(JSON, max_size=6), form=FORMS, mark=st.booleans())
-def test_any_list_is_read_as_a_whole_read_gives_it(rows, form, mark):
+def test_any_list_is_read_as_by_a_full_read(rows, form, mark):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         _index_in_new_folder(patch, folder)
         path = Path(folder) / "rows.json"
@@ -150,7 +150,7 @@ def test_nan_and_infinity_are_read_as_floats(tmp_path):
     assert second["a"] == -math.inf
 
 
-def test_a_list_is_asked_for_by_its_key_only(written):
+def test_a_list_is_read_by_its_key_only(written):
     path = written({"images": [1], "info": {}})
     with pytest.raises(DataError, match=r"found an object with the lists \['images'\], expected a list under 'info'"):
         open_records(path, "info")
@@ -379,7 +379,7 @@ def test_records_go_to_workers(written, method):
     worker.join(60)
 
 
-def test_a_pickled_file_holds_no_text(written):
+def test_a_pickled_file_contains_no_text(written):
     rows = [{"id": i, "text": "x" * 100} for i in range(1000)]
     records = open_records(written(rows))
     text = pickle.dumps(records)
@@ -398,7 +398,7 @@ def test_a_pickled_file_holds_no_text(written):
         ("refer_toolbox", "test/sample_expressions_testA.json", "predictions"),
     ],
 )
-def test_shared_files_read_as_a_whole_read_gives_them(folder, file, key):
+def test_shared_files_are_read_as_by_a_full_read(folder, file, key):
     path = shared_data(folder) / file
     whole = json.loads(path.read_bytes())
     assert list(open_records(path, key)) == (whole if key is None else whole[key])

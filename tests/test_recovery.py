@@ -29,10 +29,10 @@ from pixel_sail.training.prepare import build_mixture
 from pixel_sail.training.schedule import learning_rate
 
 STEPS = int(os.environ.get("MIXED_STEPS", "20"))
-"""More of them by hand: `MIXED_STEPS=200 pytest tests/test_recovery.py -k two_processes`."""
+"""For more steps: `MIXED_STEPS=200 pytest tests/test_recovery.py -k two_processes`."""
 
 TOLERANCE = 2e-5
-"""Relative, of every logged number over 20 steps: ranks add up in another order than one process does. Measured on two
+"""Relative tolerance of every logged metric over 20 steps: ranks sum in another order than one process. Measured on two
 CPU cores: at most 1.4e-7 for losses and 4e-6 for the gradient norm."""
 
 
@@ -75,7 +75,7 @@ def train(data_root, run_dir, *overrides, ranks=1):
     done = subprocess.run(
         [*start, "tests/recorded_train.py", f"run_dir={run_dir}", *overrides],
         cwd=ROOT,
-        # One thread, as torchrun sets it: other numbers of threads add up in another order.
+        # One thread, as torchrun sets it: other numbers of threads sum in another order.
         env=environment(data_root) | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -85,7 +85,7 @@ def train(data_root, run_dir, *overrides, ranks=1):
 
 
 def global_batches(run_dir: Path) -> list[list[dict]]:
-    """Return per step what each micro-batch of each rank held."""
+    """Return the contents of each micro-batch of each rank, per step."""
     steps: dict[int, list[dict]] = {}
     for path in sorted((run_dir / "batches").iterdir()):
         start = int(path.name.split("_")[0])
@@ -103,7 +103,7 @@ def assert_same_run(run_dir: Path, expected_dir: Path, *, without: tuple[str, ..
     assert sample_ids(run_dir) == sample_ids(expected_dir)
     lines, expected = log_lines(run_dir), log_lines(expected_dir)
     assert len(lines) == len(expected) == STEPS
-    # How samples are grouped into rows decides their padding and nothing else.
+    # The grouping of samples into rows affects only their padding.
     ignored = {"data/padding_fraction", *without}
     for line, other in zip(lines, expected, strict=True):
         assert line.keys() - ignored == other.keys() - ignored
@@ -123,7 +123,7 @@ def whole(data_root, mixed, tmp_path_factory):
 def test_two_processes_of_every_zero_stage_equal_one_process_for_20_steps(data_root, mixed, whole, tmp_path, stage):
     run_dir = tmp_path / "run"
     train(data_root, run_dir, *mixed, f"deepspeed=zero{stage}", ranks=2)
-    # DeepSpeed tells no gradient norm without ZeRO.
+    # DeepSpeed reports no gradient norm without ZeRO.
     assert_same_run(run_dir, whole, without=("optim/grad_norm",) if stage == 0 else ())
     for missing in ("images", "prompts", "masks"):
         uneven = [
@@ -139,7 +139,7 @@ SAMPLE_MEANS = ("loss.mean=sample", "optim.steps=3", "data.global_batch_size=6")
 
 
 def released_losses(config):
-    """Return the totals of a plain loop that does as the released training: every sample alone, its own means."""
+    """Return the totals of a plain loop like the released training: every sample separately, means per sample."""
     model, processor = build_model(config.model, seed=config.seed, teachers={})
     model.train()
     optimizer = build_optimizer(model, config.optim)
@@ -168,7 +168,7 @@ def released_losses(config):
 
 
 def released_loss(model, batch, config):
-    """Return the loss of a sample that is alone: means over its tokens and its masks, text times 0.1 beside masks."""
+    """Return the loss of a single sample: means over its tokens and masks, text times 0.1 if there are masks."""
     assert len(batch.sample_ids) == 1
     output = model(**batch.model_inputs())
     text = F.cross_entropy(output.logits.float(), batch.targets_M)
@@ -188,7 +188,7 @@ def test_means_of_samples_train_as_the_release_does(data_root, mixed, tmp_path, 
     train(data_root, tmp_path / "run", *mixed, *SAMPLE_MEANS, *own, ranks=ranks)
     lines = log_lines(tmp_path / "run")
     assert [line["loss/total"] for line in lines] == pytest.approx(released_losses(config), rel=1e-6)
-    # The mix has samples with and without masks, and the global means are others.
+    # The mix has samples with and without masks, so the global means differ.
     weights = config.loss
     for line in lines:
         parts = weights.text * line["loss/text"] + weights.bce * line["loss/bce"] + weights.dice * line["loss/dice"]
@@ -196,7 +196,7 @@ def test_means_of_samples_train_as_the_release_does(data_root, mixed, tmp_path, 
 
 
 def test_layers_that_are_recomputed_are_gathered_again(data_root, mixed, tmp_path):
-    """Wide enough for ZeRO-3 to shard them, which it does to weights of more than 10,000 numbers."""
+    """Wide enough for ZeRO-3, which shards weights of more than 10,000 elements."""
     wide = ("model.architecture.hidden_size=128", "model.architecture.intermediate_size=256", "optim.steps=4")
     train(data_root, tmp_path / "plain", *mixed, *wide, "deepspeed=none")
     expected = [line["loss/total"] for line in log_lines(tmp_path / "plain")]
@@ -232,7 +232,7 @@ def test_a_run_goes_on_with_other_numbers_of_processes_and_other_zero_stages(dat
 
 @contextlib.contextmanager
 def two_ranks(command, data_root):
-    """Yield two processes of one run, and kill what is left of them."""
+    """Yield two processes of one run, and kill them at the end."""
     port = free_port()
     processes = [
         subprocess.Popen(
@@ -277,7 +277,7 @@ else:
 
 
 def test_every_process_group_waits_as_long_as_configured(data_root, mixed, tmp_path):
-    """Those that DeepSpeed makes, too: the other process says nothing in any of them."""
+    """Also in the groups created by DeepSpeed: the other process is silent in all of them."""
     (tmp_path / "waiting.py").write_text(WAITING)
     overrides = ("deepspeed=zero2", "watchdog.peer_timeout_s=3", f"run_dir={tmp_path / 'run'}")
     with two_ranks([sys.executable, str(tmp_path / "waiting.py"), *mixed, *overrides], data_root) as processes:
@@ -290,8 +290,8 @@ def test_every_process_group_waits_as_long_as_configured(data_root, mixed, tmp_p
 
 
 @pytest.mark.parametrize("how", ["killed", "silent"])
-def test_a_run_that_loses_a_process_ends_in_time_and_says_so(data_root, mixed, tmp_path, how):
-    """A killed process closes its connections; a stopped one says nothing, as a host whose cable was pulled."""
+def test_a_run_that_loses_a_process_ends_in_time_with_a_message(data_root, mixed, tmp_path, how):
+    """A killed process closes its connections; a stopped one is silent, like a host with a pulled cable."""
     overrides = ("deepspeed=zero2", "optim.steps=2000", "watchdog.peer_timeout_s=5")
     command = [sys.executable, "scripts/train.py", *mixed, *overrides, f"run_dir={tmp_path / 'run'}"]
     with two_ranks(command, data_root) as processes:
@@ -304,7 +304,7 @@ def test_a_run_that_loses_a_process_ends_in_time_and_says_so(data_root, mixed, t
 
 
 def test_a_run_killed_four_times_also_while_saving_has_the_log_of_one_that_was_not(tmp_path):
-    """`tools/soak.py` compares log and weights with an unbroken run and looks for leftovers; 20 kills by hand."""
+    """`tools/soak.py` compares log and weights with an uninterrupted run and checks for leftovers."""
     options = ["--steps", "40", "--every", "4", "--validate-every", "0", "--kills", "4", "--work", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, "tools/soak.py", *options, "--json", str(tmp_path / "result.json")],

@@ -201,7 +201,7 @@ def test_repeated_ref_ids_are_reported_and_kept_apart(tmp_path, caplog):
         assert not masks["Please segment second in this image."][0, 0]
 
 
-def test_segmentations_are_read_when_asked_for(tmp_path):
+def test_segmentations_are_read_on_request(tmp_path):
     annotations = load_refer(_write(tmp_path), "toy", "train")
     assert dict(annotations.segmentations) == {row["id"]: row["segmentation"] for row in INSTANCES["annotations"]}
     assert (len(annotations.segmentations), 12 in annotations.segmentations) == (3, False)

@@ -6,7 +6,7 @@ import pytest
 from pixel_sail.data.templates.referring import NO_TARGET_ANSWER, REFER_ANSWERS, REFER_QUESTIONS, referring_turn
 
 
-def test_every_template_holds_its_placeholder_once():
+def test_every_template_contains_its_placeholder_once():
     assert all(question.count("{expression}") == 1 for question in REFER_QUESTIONS)
     assert all(answer.count("[SEG]") == 1 for answer in (*REFER_ANSWERS, NO_TARGET_ANSWER))
     assert len(set(REFER_QUESTIONS)) >= 12

@@ -116,8 +116,8 @@ def test_every_expression_denotes_exactly_its_targets(split: str) -> None:
 
 
 @pytest.mark.parametrize("split", formats.KIND_SPLITS)
-def test_what_is_written_for_one_kind_is_decided_by_it_alone(dataset: Path, split: str) -> None:
-    """Sample the scenes of the files again, and look at the written sentences with the meaning they were sampled
+def test_an_expression_of_one_kind_is_decided_by_that_kind_only(dataset: Path, split: str) -> None:
+    """Sample the scenes of the files again, and check the written sentences against the meaning they were sampled
     for."""
     instances = read(dataset / "refshapes" / "instances.json")
     refs = [ref for ref in pickle.loads((dataset / "refshapes" / "refs(unc).p").read_bytes()) if ref["split"] == split]
@@ -143,7 +143,7 @@ def alike_in(scene: Scene, target: int, name: str) -> set[int]:
     return {item.index for item in scene.objects if getattr(item, name) == getattr(scene.objects[target], name)}
 
 
-def test_what_decides_is_the_first_of_colour_shape_and_the_rest_that_suffices() -> None:
+def test_the_deciding_attribute_is_the_first_sufficient_of_color_shape_and_rest() -> None:
     red, blue = object_at(10, 10, 0, size="large"), object_at(90, 90, 1, colour="blue")
     ring, dotted = object_at(50, 50, 2, shape="ring"), object_at(30, 80, 3, texture="dotted")
     expected = {
@@ -367,7 +367,7 @@ def test_refs_point_at_annotations_of_their_image(dataset: Path) -> None:
         assert (annotation["image_id"], annotation["category_id"]) == (ref["image_id"], ref["category_id"])
 
 
-def test_instances_hold_exact_masks_areas_and_boxes(dataset: Path) -> None:
+def test_instances_have_exact_masks_areas_and_boxes(dataset: Path) -> None:
     instances = read(dataset / "grefshapes" / "instances.json")
     assert instances.keys() == {"info", "licenses", "images", "annotations", "categories"}
     images = {image["id"]: image for image in instances["images"]}
@@ -428,7 +428,7 @@ def test_llava_items_with_an_image_start_with_its_placeholder(dataset: Path) -> 
     assert all((dataset / "images" / item["image"]).is_file() for item in items if "image" in item)
 
 
-def test_meta_counts_what_the_files_hold(dataset: Path) -> None:
+def test_meta_counts_the_contents_of_the_files(dataset: Path) -> None:
     meta = read(dataset / "meta.json")
     refs = pickle.loads((dataset / "refshapes" / "refs(unc).p").read_bytes())
     assert (meta["seed"], meta["generator_version"]) == (3, formats.GENERATOR_VERSION)

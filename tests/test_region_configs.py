@@ -29,7 +29,7 @@ FILES = {
     "sam_captions": ("perbench/STBench_Detailed_Caption.json", "perbench/object_caption_data_train_split.json"),
     "llava_mix665k": ("llava/llava_v1_5_mix665k.json", "llava_data/LLaVA-Instruct-150K/llava_v1_5_mix665k.json"),
 }
-"""Where the synthetic file lies, and where the config expects the real one."""
+"""Path of the synthetic file, and the path where the config expects the real one."""
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -49,7 +49,7 @@ def test_the_config_reads_files_in_their_places_and_samples_become_tokens(data_r
     config = OmegaConf.load(CONFIG_FOLDER / "source" / f"{name}.yaml")
     source = instantiate(OmegaConf.merge({"paths": {"data": str(tmp_path)}, "data": {"details": "ours"}}, config)[name])
     assert source.name == name and len(source) >= 3
-    copy = pickle.loads(pickle.dumps(source))  # what a worker process gets
+    copy = pickle.loads(pickle.dumps(source))  # what a worker process receives
     for index in range(len(source)):
         sample = get(source, index)
         assert [turn.answer for turn in get(copy, index).turns] == [turn.answer for turn in sample.turns]

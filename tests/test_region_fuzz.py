@@ -21,7 +21,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def _places(value, path=()):
-    """Yield the place of everything inside a record, as keys to follow."""
+    """Yield the path of every value in a record, as a sequence of keys."""
     if path:
         yield path
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -51,7 +51,7 @@ def _altered(record, rng):
 
 
 def _drain(source):
-    """Ask a training source for everything it has; return how many items were refused."""
+    """Read all items of a training source; return how many were rejected."""
     refused = 0
     for index in range(len(source)):
         try:

@@ -19,7 +19,7 @@ START = {"train": ("name=x", "model=sail_0_5b", "data=cotrain_0_5b", "optim.step
 
 
 def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield each setting of a YAML file as it is typed on a command line."""
+    """Yield each setting of a YAML file as a command-line override."""
     for key, value in node.items():
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{key}.")
@@ -53,7 +53,7 @@ def test_every_setting_of_the_recipe_has_a_row_that_names_it(program):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_every_difference_is_switched_by_the_recipe_or_says_why_not(program):
+def test_every_difference_is_a_setting_of_the_recipe_or_explained(program):
     switched = set(recipe(program))
     for row in rows(program):
         found = set(named(row["switch"])) & switched
@@ -61,7 +61,7 @@ def test_every_difference_is_switched_by_the_recipe_or_says_why_not(program):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_what_the_rows_name_is_what_the_recipe_sets(program):
+def test_the_rows_name_exactly_the_settings_of_the_recipe(program):
     schema = PROGRAMS[program][1]
     plain = [load_config(program, schema, [*START[program], setting]) for setting in recipe(program)]
     assert load_config(program, schema, [*START[program], "recipe=released"]) == load_config(

@@ -11,7 +11,7 @@ from pixel_sail.renamed import current_config, current_log_line, hint, renamed_o
 
 @pytest.fixture
 def tables(monkeypatch):
-    """Names of an invented earlier version."""
+    """Names of a fictitious earlier version."""
     monkeypatch.setattr(
         renamed, "CONFIG_KEYS", {"speed.fast": "kernels.quick", "speed": "kernels", "old.*.a": "new.*.b"}
     )
@@ -39,7 +39,7 @@ def test_a_saved_configuration_gets_todays_keys_values_and_targets(tables):
     assert current_config(current_config(saved)) == current_config(saved)
 
 
-def test_what_is_there_under_both_names_keeps_the_new_ones_value(tables):
+def test_a_key_under_both_names_keeps_the_value_of_the_new_one(tables):
     assert current_config({"speed": {"a": 1, "b": 2}, "kernels": {"a": 3}}) == {"kernels": {"a": 3, "b": 2}}
     assert current_log_line({"total": 1, "loss/total": 2}) == {"loss/total": 2}
 
@@ -82,7 +82,7 @@ def test_a_source_is_not_named_like_a_group_of_the_log(name):
         load_config("train", TrainConfig, ["experiment=quickstart", f"+data.sources.{name}={{_target_: x}}"])
 
 
-def test_a_line_has_earlier_keys_beside_todays():
+def test_a_line_has_earlier_and_current_keys():
     line = {
         "step": 1,
         "loss/total": 2.0,
@@ -159,7 +159,7 @@ def test_an_old_target_is_refused_with_the_new_one():
 
 
 def test_no_old_name_is_a_name_of_today():
-    """A name in both columns would be refused although it is right, or translated twice."""
+    """A name in both columns would be rejected although it is valid, or translated twice."""
     for old in renamed.CONFIG_KEYS:
         assert renamed.renamed_key(renamed.CONFIG_KEYS[old]) is None, old
     assert not renamed.LOG_KEYS.keys() & set(renamed.LOG_KEYS.values())

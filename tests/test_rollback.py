@@ -51,7 +51,7 @@ def test_a_run_rolls_back_to_its_checkpoint_and_skips_the_data_it_failed_on(data
     train(data_root, tmp_path, *OVERRIDES)
     monkeypatch.setenv("PIXEL_SAIL_DATA", str(data_root))
     of_data = sizes_of_steps(8)
-    assert len(set(of_data)) == 8, "steps must differ to be told apart"
+    assert len(set(of_data)) == 8, "steps must differ to be distinguished"
     found = [(line["data/tokens"], line["data/supervised_tokens"], line["data/masks"]) for line in log_lines(tmp_path)]
     assert found == of_data[:2] + of_data[4:8]
     assert [line["step"] for line in log_lines(tmp_path)] == [1, 2, 3, 4, 5, 6]

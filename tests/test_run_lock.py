@@ -64,7 +64,7 @@ def test_an_unfinished_note_of_the_holder_is_no_obstacle(tmp_path, holder):
         RunLock(tmp_path)
 
 
-def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_locks_is_reported_and_used(tmp_path, monkeypatch, caplog):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 

@@ -40,7 +40,7 @@ def test_useful_operations_are_those_of_each_sample_alone(rows, make_batch, make
     config = make_config(num_visual_prompts=0)  # else every micro-batch projects them once
     packed = of_batch(make_batch(*rows))
     alone = [of_batch(make_batch([example])) for row in rows for example in row]
-    assert packed.rows * packed.tokens_per_row > packed.real_tokens, "the batch shall hold padding"
+    assert packed.rows * packed.tokens_per_row > packed.real_tokens, "the batch must contain padding"
     together = useful_flops(config, packed, {})
     assert together == pytest.approx(sum(useful_flops(config, work, {}) for work in alone), rel=1e-12)
     assert together < 3 * forward_flops(config, packed, {}).total
@@ -124,7 +124,7 @@ def test_without_a_known_peak_nothing_is_counted(rows, make_batch, tiny_config, 
         ("Abacus", 0.0),
     ],
 )
-def test_a_gpu_is_known_by_its_whole_name(name, peak):
+def test_a_gpu_is_identified_by_its_full_name(name, peak):
     assert named_peak_tflops(name) == peak
 
 
@@ -229,7 +229,7 @@ def test_the_file_has_the_numbers_under_earlier_keys_as_well(two_sessions):
         assert [line[old] for line in lines if old in line] == [line[new] for line in lines if new in line] != []
 
 
-def test_tensorboard_holds_the_numbers_and_images_of_both_sessions(two_sessions):
+def test_tensorboard_has_the_metrics_and_images_of_both_sessions(two_sessions):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run_dir, _, _ = two_sessions

@@ -170,7 +170,7 @@ READERS = {
 
 
 def damage_and_read(file, folder, read, *, seed, number=NUM_DAMAGES):
-    """Damage a file in place again and again; return how often it was read and refused. Other errors pass through."""
+    """Damage a file in place repeatedly; return how often it was read and rejected. Other errors propagate."""
     data = file.read_bytes()
     content = json.loads(data)
     rng = np.random.default_rng(seed)

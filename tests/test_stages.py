@@ -45,7 +45,7 @@ def test_the_header_of_a_card_names_its_own_command_and_start(experiment):
     is_eve = config.model.architecture.base == "eve"
     base = "evev2_base" if is_eve else f"stage_sft_sail_{size}b/export"
     start = f"pixel_sail_{size}b/export" if dataset else base
-    # A base may be of another design, a model of ours that learned masks may not.
+    # A base may have another architecture, a model trained on masks may not.
     assert config.model.init_fresh == ([] if dataset else list(FRESH_PARTS))
     assert config.model.init_from == f"r/{start}"
     assert bool(config.distillation) == (not dataset and not is_eve)
@@ -62,7 +62,7 @@ def test_the_rehearsal_composes_and_holds_out_its_evaluation_data(data_root, tmp
         judged = load_config("train", TrainConfig, [*tool.COMMON, *stage.overrides, *stage.held_out])
         sources = [name for name in judged.data.sources if judged.data.repeats.get(name, 1.0) > 0]
         assert sources and all(judged.data.sources[name] != trained.data.sources[name] for name in sources)
-    # What each figure is taken on: words for captions and chat, both for the mix, masks for referring segmentation.
+    # Data of each loss: text for captions and chat, both for the mix, masks for referring segmentation.
     figures = {stage.name: stage.figures for stage in stages}
     assert figures["pretrain_patches"] == figures["pretrain"] == figures["sft"] == ("text",)
     assert figures["cotrain"] == ("text", "bce", "dice") and figures["finetune"] == ("bce", "dice")
@@ -74,16 +74,18 @@ def test_the_rehearsal_composes_and_holds_out_its_evaluation_data(data_root, tmp
 
 
 def test_the_stages_train_one_after_another(data_root, tmp_path, monkeypatch, capsys):
-    """Two steps each, four with masks: every stage runs, starts from the one before and tells its figures."""
+    """Two steps each, four with masks: every stage runs, starts from the previous one and prints its losses."""
     tool = load_tool("rehearse_stages")
-    monkeypatch.setattr(tool, "HELD_OUT", 4)
+    monkeypatch.setattr(tool, "NUM_HELD_OUT", 4)
     monkeypatch.setattr(tool, "BATCHES", 1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert tool.main(["--data", str(data_root), "--out", str(tmp_path), "--steps", "2"]) in (0, 1)
-    told = re.findall(r"^(\w+) +held-out (\w+) +([\d.]+) -> ([\d.]+)$", capsys.readouterr().out, re.MULTILINE)
+    reported = re.findall(r"^(\w+) +held-out (\w+) +([\d.]+) -> ([\d.]+)$", capsys.readouterr().out, re.MULTILINE)
     stages = tool.stages(data_root, 2)
-    assert [(name, figure) for name, figure, _, _ in told] == [(own.name, one) for own in stages for one in own.figures]
-    assert all(float(before) > 0 and float(after) > 0 and before != after for _, _, before, after in told)
+    assert [(name, figure) for name, figure, _, _ in reported] == [
+        (own.name, one) for own in stages for one in own.figures
+    ]
+    assert all(float(before) > 0 and float(after) > 0 and before != after for _, _, before, after in reported)
     start = None
     for stage in stages:
         run_dir = tmp_path / stage.name

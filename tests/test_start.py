@@ -33,7 +33,7 @@ INITIALIZED = {
     **{key: ["prompt_projection"] for key in ("prompts_pooled", "prompts_off", "prompts_unprojected")},
     "ladder_1_baseline": ["mask_head", "prompt_projection"],
     "ladder_2_upsampler": ["prompt_projection"],
-    # Two blocks lead from 14 pixels to 3.5 as they do from 16 to 4.
+    # Two blocks upsample stride 14 to 3.5, like 16 to 4.
     "patch_14": ["patch_embedding"],
     "patch_32": ["mask_head", "patch_embedding"],
     "attention_causal": [],
@@ -44,7 +44,7 @@ INITIALIZED = {
     "attention_prefix": [],
     "patch_16": [],
 }
-"""Ablation of the architecture -> the parts that it does not take from the base of the card."""
+"""Ablation of the architecture -> the parts that are not loaded from the base of the card."""
 
 
 def configured(data_root, *overrides):
@@ -85,7 +85,7 @@ def test_an_ablation_starts_from_the_cards_base(data_root, base, ablation, caplo
     )
     unkept = {name for name, tensor in found.items() if name not in start or not equal(tensor, start[name])}
     initialized = {name for name in found if any(re.match(NAMES[part], name) for part in INITIALIZED[ablation])}
-    # Biases and norms are initialized as the constants they were.
+    # Biases and norms are initialized to the same constants.
     assert (
         {name for name in initialized if found[name].unique().numel() > 1} <= unkept <= initialized | {"lm_head.weight"}
     )
@@ -100,7 +100,7 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("ablation", [name for name, parts in INITIALIZED.items() if parts])
-def test_without_permission_a_part_that_does_not_fit_is_an_error_that_says_what_to_write(data_root, base, ablation):
+def test_a_mismatched_part_is_an_error_that_names_the_setting_to_allow_it(data_root, base, ablation):
     config = configured(data_root, f"ablation={ablation}", f"model.init_from={base}", "model.init_fresh=[]")
     with pytest.raises(ConfigError, match=r"set model\.init_fresh=\[([a-z_,]+)\]") as caught:
         build(config)

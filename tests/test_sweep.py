@@ -87,7 +87,7 @@ values = dict(argument.split("=", 1) for argument in sys.argv[1:])
 
 @pytest.fixture
 def fake_scripts(tmp_path, monkeypatch):
-    """Trainings that note their starts: seed 3 asks twice for another start, the one in FAILING fails."""
+    """Trainings that record their starts: seed 3 requests two restarts, the one in FAILING fails."""
     folder = tmp_path / "scripts"
     folder.mkdir()
     (folder / "train.py").write_text(FAKE_TRAIN)
@@ -99,7 +99,7 @@ def starts(folder):
     return {path.parent.name: len(path.read_text()) for path in folder.glob("*/starts")}
 
 
-def test_a_failed_job_loses_no_other_and_is_the_only_one_tried_again(fake_scripts, tmp_path, monkeypatch, capsys):
+def test_a_failed_job_affects_no_other_and_is_the_only_one_retried(fake_scripts, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "sweep"
     command = [f"--folder={folder}", "--jobs=2", "--evaluate=evals=[refshapes_val]", "experiment=quickstart"]
     command += ["seed=1,2,3,4"]
@@ -114,7 +114,7 @@ def test_a_failed_job_loses_no_other_and_is_the_only_one_tried_again(fake_script
     assert main(command) == 0
     assert starts(folder) == {"seed-1": 1, "seed-2": 2, "seed-3": 3, "seed-4": 1}
     assert "1 finished, 3 skipped" in capsys.readouterr().out
-    # Another evaluation is done for all, and no training again; more seeds join the same folder.
+    # A new evaluation runs for all jobs without retraining; more seeds use the same folder.
     assert main([*command[:2], "--evaluate=evals=[refshapes_testA]", "experiment=quickstart", "seed=1,2,3,4,5"]) == 0
     assert starts(folder) == {"seed-1": 1, "seed-2": 2, "seed-3": 3, "seed-4": 1, "seed-5": 1}
     assert {path.read_text() for path in folder.glob("*/scored")} == {"[refshapes_testA]"}
@@ -129,7 +129,7 @@ def test_a_launcher_that_does_not_exist_fails_the_jobs_and_not_the_sweep(fake_sc
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"overrides": []}', '{"overrides": 1, "evaluate": [], "done": []}'])
-def test_a_damaged_record_fails_its_own_job_only(fake_scripts, tmp_path, capsys, content):
+def test_a_damaged_record_fails_only_its_job(fake_scripts, tmp_path, capsys, content):
     folder = tmp_path / "sweep"
     (folder / "jobs").mkdir(parents=True)
     (folder / "jobs" / "seed-1.json").write_text(content)
@@ -254,7 +254,7 @@ def test_a_stopped_sweep_has_its_trainings_save_and_starts_no_other(tmp_path):
     assert "1 interrupted, 1 not started" in said
 
 
-def test_a_job_is_scored_on_data_where_it_was_trained_unless_the_evaluation_says_otherwise(tmp_path):
+def test_a_job_is_scored_with_its_training_paths_unless_the_evaluation_sets_others(tmp_path):
     job = Job(name="a", overrides=("experiment=quickstart", "paths.data=/mine"), swept={})
     evals = "evals=[refshapes_val]"
     command = sweep_jobs.evaluate_command(job, Settings(folder=tmp_path, evaluate=(evals,)))
@@ -263,14 +263,14 @@ def test_a_job_is_scored_on_data_where_it_was_trained_unless_the_evaluation_says
     assert [part for part in command if part.startswith("paths.data")] == ["paths.data=/other"]
 
 
-def test_slurm_without_submitit_is_an_error_that_says_so(fake_scripts, tmp_path, monkeypatch, capsys):
+def test_slurm_without_submitit_is_an_error(fake_scripts, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "submitit", None)
     assert main([f"--folder={tmp_path / 's'}", "--slurm=timeout_min=9", "experiment=quickstart", "seed=1"]) == 2
     assert "pip install submitit" in capsys.readouterr().err
 
 
 class FakeExecutor:
-    """What the sweep uses of submitit: jobs run at once; the second one is lost."""
+    """The part of submitit that the sweep uses: jobs run immediately; the second one is lost."""
 
     def __init__(self, folder, cluster):
         self.log, self.count = [(str(folder), cluster)], 0
@@ -353,7 +353,7 @@ def test_a_signal_before_the_job_has_begun_requeues_too(tmp_path, monkeypatch):
 
 
 def test_a_real_sweep_trains_scores_and_makes_its_tables(data_root, tmp_path, capsys):
-    """One tiny training by the documented command; a copy with other answers stands in for a second group."""
+    """One tiny training by the documented command; a copy with other answers is the second group."""
     folder = tmp_path / "sweep"
     command = [
         *(sys.executable, "scripts/train.py", "-m", f"--folder={folder}", "experiment=quickstart", "deepspeed=none"),
@@ -382,7 +382,7 @@ def test_a_real_sweep_trains_scores_and_makes_its_tables(data_root, tmp_path, ca
     said = capsys.readouterr().out
     score = json.loads((first / "evaluation" / "results.jsonl").read_text())["scores"]["ciou"]
     assert f"| ablation=stride_16 | {score:.3f} (1) |" in said
-    # With one seed the table says what the comparison of two runs says.
+    # With one seed, the table equals the comparison of two runs.
     evals = [group / "evaluation" / "refshapes_val" for group in (first, second)]
     ciou = next(one for one in compare(*evals) if one.score == "ciou")
     assert ciou.a != ciou.b and ciou.interval is not None

@@ -265,7 +265,7 @@ class Images:
 
 
 def image_cache(folder, source, *, skip=0):
-    """Return a cache of the first images, leaving out the last `skip`."""
+    """Return a cache of the images without the last `skip`."""
     keys = {image_key(path): path for path in source.paths[: len(source) - skip]}
     plan = plan_cache(list(keys), IDENTITY, dtype="fp16", images_per_shard=4)
     start_folder(folder, plan)

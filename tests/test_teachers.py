@@ -29,8 +29,8 @@ from pixel_sail.model.patches import image_to_patches
 from pixel_sail.types import DataError
 
 ONE_LEVEL = 1.001 / 255 / min(IMAGENET_STD)
-"""A level of 255 after normalisation. Pillow filters in fixed point; now and then one of its two passes rounds to the
-other side, so that a few pixels differ by one level and hardly any by two."""
+"""One level of 255 after normalization. Pillow filters in fixed point; sometimes one of its two passes rounds to the
+other side, so a few pixels differ by one level and very few by two."""
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_sam2_sees_what_the_settings_of_its_processor_make_of_an_image(images):
 
 
 def test_the_settings_of_sams_processor_are_still_those():
-    # It cannot be run here: it needs torchvision, of which there is no CPU build.
+    # It cannot run here: it needs torchvision, which is not installed.
     folder = Path(transformers.__file__).parent / "models" / "sam2"
     tree = ast.parse((folder / "image_processing_sam2.py").read_text())
     (processor,) = [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == "Sam2ImageProcessor"]
@@ -158,7 +158,7 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_features_are_those_of_the_whole_published_model(name, random_images, tmp_path):
+def test_features_equal_those_of_the_full_published_model(name, random_images, tmp_path):
     function, make_whole, arguments, features_of = WHOLE[name]
     whole = make_whole()
     whole.save_pretrained(tmp_path)
@@ -277,7 +277,7 @@ def test_batches_of_like_images_give_what_each_gives_alone(random_images):
     limited = Teacher(spec, device="cpu", precision="fp32", max_batch=1).features(random_images)
     for feature, alone in zip(together, limited, strict=True):
         torch.testing.assert_close(feature, alone, rtol=1e-4, atol=1e-5)
-    # Two images are further apart than that by far.
+    # Two different images differ by far more.
     assert (together[0][:, :4, :4] - together[1][:, :4, :4]).abs().max() > 1e-2
 
 

@@ -19,7 +19,7 @@ from pixel_sail.training.log import TIMING_FIELDS
 
 SMALL = (
     "experiment=quickstart",
-    # The plainest optimizer, no teacher, and both sources.
+    # The plain optimizer, no teacher, and both sources.
     "optim=adamw",
     "distillation=none",
     "deepspeed=zero2",
@@ -137,7 +137,7 @@ def rank_variables(rank: int, world_size: int, *, port: int) -> dict[str, str]:
         "WORLD_SIZE": world_size,
         "LOCAL_WORLD_SIZE": world_size,
     }
-    # One thread, as torchrun sets it: other numbers of threads add up in another order.
+    # One thread, as torchrun sets it: other numbers of threads sum in another order.
     variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
     return {name: str(value) for name, value in variables.items()}
 

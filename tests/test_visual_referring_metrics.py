@@ -53,7 +53,7 @@ def test_protocols_differ_over_a_few_questions():
     assert (paper.count, paper.missing, paper.num_targets) == (3, 1, 4)
     assert standard.summary()["ciou"] == each.summary()["ciou"] == 0.5
     assert standard.summary()["giou"] == each.summary()["giou"] == 0.5
-    # The missed question is left out of cIoU, and four targets divide two hits.
+    # The missed question is excluded from cIoU, and two hits are divided by four targets.
     assert paper.summary()["ciou"] == pytest.approx(1.0, abs=1e-9)
     assert paper.summary()["giou"] == pytest.approx(0.5, abs=1e-5)
 

@@ -25,7 +25,7 @@ def predictor(tiny_model, processor):
 
 @pytest.fixture
 def encoded(predictor, monkeypatch):
-    """The images that were made patches of, in order."""
+    """The images that were converted to patches, in order."""
     seen = []
     prepare = predictor.processor.image_patches
     monkeypatch.setattr(predictor.processor, "image_patches", lambda image: seen.append(image) or prepare(image))
@@ -227,7 +227,7 @@ def test_options_of_seed_bench_are_lettered():
     )
 
 
-def test_the_command_says_how_to_install_the_kit_where_it_is_missing():
+def test_the_command_explains_how_to_install_the_missing_kit():
     # An entry of None in sys.modules makes every import of that name fail, installed or not.
     code = "import sys, runpy; sys.modules['lmms_eval'] = None; runpy.run_module('pixel_sail.vqa', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -170,7 +170,7 @@ def test_every_task_file_is_known_to_the_tests():
 
 
 @pytest.mark.parametrize("task", sorted(TEMPLATES))
-def test_the_kit_gets_for_every_document_what_the_model_says_alone(task, model, local_tasks, images, checkpoint):
+def test_the_kit_gets_the_answer_of_a_single_question_for_every_document(task, model, local_tasks, images, checkpoint):
     samples = evaluate(model, local_tasks, task)["samples"][task]
     rows = [row for row in rows_of(task, images) if row.get("data_type") != "video"]
     predictor = BatchPredictor.from_pretrained(checkpoint)

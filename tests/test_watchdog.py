@@ -57,7 +57,7 @@ def test_a_sample_that_is_never_read_ends_the_run_with_its_name(data_root, tmp_p
 def test_one_stuck_rank_of_two_ends_both_and_each_leaves_its_report(data_root, tmp_path):
     run_dir = tmp_path / "run"
     torchrun = [str(BIN / "torchrun"), "--nproc-per-node=2", f"--master-port={free_port()}"]
-    # The first steps of a busy machine may take long; it is the fourth that must not.
+    # The first steps may be slow on a busy machine, but not the fourth.
     limits = (LIMITS[0], "watchdog.slow_factor=10")
     command = [*torchrun, FAULTY, "stuck", "1", "4", *SMALL, f"run_dir={run_dir}", *limits]
     status, stderr = run_to_its_end(command, data_root)

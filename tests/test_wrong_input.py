@@ -67,7 +67,7 @@ MAY_PASS = {
     f"{EXPORT}/config.json": "the card takes the sizes from the run's configuration",
     f"{STEP}/state.json": "an export needs no state",
 }
-"""Files whose damage need not be noticed, and why."""
+"""Files whose damage need not be detected, and why."""
 
 
 def change_values(path: Path, change) -> None:
@@ -91,7 +91,7 @@ def to_folder(path: Path) -> None:
 
 
 def to_loop(path: Path) -> None:
-    """Nobody can read a link to itself; the right to read does not keep root out."""
+    """A link to itself is unreadable for everyone; permissions do not stop root."""
     path.unlink()
     path.symlink_to(path)
 
@@ -122,7 +122,7 @@ def script_main(name: str):
 
 @pytest.fixture(scope="module")
 def in_process():
-    """Training and evaluation within this process, which is as it was afterwards."""
+    """Training and evaluation within this process, whose state is restored afterwards."""
     variables, handlers = dict(os.environ), {number: signal.getsignal(number) for number in (signal.SIGTERM, 10, 12)}
     yield
     os.environ.clear()
@@ -146,7 +146,7 @@ def call(entry: str, folder: Path, monkeypatch, *overrides: str) -> int:
     if entry == "start":
         entry, overrides = "train", [f"model.init_from={export}", f"run_dir={folder / 'new'}", "optim.steps=1"]
     if entry in ("train", "evaluate", "predict"):
-        # Accelerate remembers the process group of the call before, which has ended.
+        # Accelerate keeps the process group of the previous call, which has ended.
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         question = "question=Please segment the star."
@@ -193,7 +193,7 @@ def finished(data_root, tmp_path_factory, in_process):
 
 
 def restored(folder: Path) -> Path:
-    """Return the finished folder as it was; runs remember where their data are, so it is always the same one."""
+    """Return the restored finished folder. It is always at the same path, as runs record the path of their data."""
     shutil.rmtree(folder)
     shutil.copytree(folder.with_name("kept"), folder, symlinks=True)
     return folder
@@ -216,7 +216,7 @@ def pairs():
 
 
 def whole(folder: Path) -> dict[str, bytes]:
-    """Return the files that nobody may touch: of the export and of the checkpoint."""
+    """Return the files of export and checkpoint that must not change."""
     places = (folder / EXPORT, folder / STEP)
     return {str(path): path.read_bytes() for place in places for path in place.iterdir() if path.is_file()}
 
@@ -226,7 +226,7 @@ def test_undamaged_files_are_used(entry, finished, monkeypatch):
     assert call(entry, restored(finished), monkeypatch) == 0
 
 
-def test_a_killed_data_worker_ends_with_86_and_says_so(finished, monkeypatch, capfd):
+def test_a_killed_data_worker_ends_with_86_and_a_message(finished, monkeypatch, capfd):
     item = Mixture.item
 
     def item_or_die(self, position):
@@ -276,7 +276,7 @@ def test_a_damaged_file_is_reported_in_one_message_with_status_2(entry, file, da
         folder = restored(finished)
         DAMAGES[damage](folder / file)
         if entry == "export_checkpoint" and file != f"{STEP}/manifest.json" and file.startswith(STEP):
-            # Hashes that agree, as of a file that somebody wrote so.
+            # Matching hashes, as if the file had been written like this.
             target, manifest = folder / file, folder / STEP / "manifest.json"
             hashes = json.loads(manifest.read_text())
             if target.is_file():

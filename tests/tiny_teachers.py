@@ -60,7 +60,7 @@ def whole_mask2former() -> Mask2FormerForUniversalSegmentation:
 
 def whole_sam2() -> Sam2Model:
     model = Sam2Model(Sam2Config(**SAM2)).eval()
-    # Zero at the start; a part that forgot it would not be noticed.
+    # Zero-initialized, so that a part without it would go undetected.
     model.no_memory_embedding.data.normal_()
     return model
 

@@ -23,7 +23,7 @@ def by_sequence(queries, keys, values, query_ends, key_ends, is_causal):
 
 
 def old_varlen(q, k, v, query_ends, key_ends, max_q, max_k, is_causal=False):
-    """The kernel of torch 2.10, which wants as many heads of keys as of queries."""
+    """The kernel of torch 2.10, which requires equal numbers of key and query heads."""
     assert q.shape[1] == k.shape[1]
     assert (max_q, max_k) == (query_ends.diff().max(), key_ends.diff().max())
     return by_sequence(q, k, v, query_ends, key_ends, is_causal)

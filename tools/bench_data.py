@@ -249,9 +249,9 @@ def processor_of(config: TrainConfig, mixture: Mixture) -> tuple[PixelSailProces
         return PixelSailProcessor.for_model(tokenizer, architecture), len(tokenizer), folder
     turns = [turn for i in range(min(mixture.epoch_length, 500)) for turn in mixture.item(i).sample.turns]
     texts = [text for turn in turns for text in (turn.question, turn.answer)]
-    stand_in = train_tokenizer(texts, vocab_size=4096, num_visual_prompts=num_prompts)
-    note = f"{folder} is absent: {len(stand_in)} tokens trained on the data's own text stand in"
-    return PixelSailProcessor.for_model(stand_in, architecture), QWEN_VOCABULARY, note
+    trained = train_tokenizer(texts, vocab_size=4096, num_visual_prompts=num_prompts)
+    note = f"{folder} is missing, replaced by {len(trained)} tokens trained on the data's text"
+    return PixelSailProcessor.for_model(trained, architecture), QWEN_VOCABULARY, note
 
 
 def report(options: argparse.Namespace, config: TrainConfig) -> dict[str, object]:

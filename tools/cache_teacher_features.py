@@ -203,7 +203,7 @@ def print_plan(job: CacheJob, name: str, architecture: Architecture, *, num_meas
         print("  step fraction  not measured: the student is too large for a CPU")
     else:
         fraction = per_image / (per_image + student)
-        beside = f"{per_image * 1000:.1f} ms beside {student * 1000:.1f} ms per image"
+        beside = f"teacher {per_image * 1000:.1f} ms, student {student * 1000:.1f} ms per image"
         print(f"  step fraction  online {fraction:.0%}: {beside}")
     if size * (1 - done / max(len(job.plan.shards), 1)) > free:
         raise DataError(
@@ -299,7 +299,9 @@ def jobs(options: argparse.Namespace, config: TrainConfig) -> Iterator[tuple[str
         found = images_of(mixture, settings.sources) if dist.rank() == 0 else None
         images, left_out = dist.gather_objects(found)[0]
         if not images:
-            raise DataError(f"distillation.{name}: data.sources hold no image")
+            raise DataError(
+                f"distillation.{name}: found no image in data.sources, expected at least one; add a source with images"
+            )
         grid = student_grid(config.model.architecture, settings.site) if options.size == "student" else None
         teacher = Teacher(spec, device=dist.local_device(), precision=settings.precision, max_batch=settings.max_batch)
         identity = cache_identity(spec.identity(), precision=settings.precision, grid=grid)
@@ -314,7 +316,7 @@ def run(options: argparse.Namespace, config: TrainConfig) -> None:
         if dist.rank() == 0:
             print_plan(job, name, config.model.architecture, num_measured=options.measure)
             if left_out:
-                print(f"  left out    {len(left_out)} items that cannot be used, the first: {left_out[0]}")
+                print(f"  skipped     {len(left_out)} unusable items, the first: {left_out[0]}")
         if options.plan_only:
             continue
         if dist.rank() == 0:
