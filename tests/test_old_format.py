@@ -1,7 +1,7 @@
-"""What commit bb2d4bb wrote is still read: a stopped run goes on, its model, scores, logs and sweeps are used.
+"""Files that commit bb2d4bb wrote are still read: runs resume, and exports, predictions, logs and sweeps are used.
 
-The files are those of `tests/old_format`, whose README says how they were made. Here stand only names of today; the old
-ones are in those files, and `pixel_sail/renamed.py` knows both.
+`tests/old_format/README.md` says how the files were made. This file has today's names only; the old names are in those
+files, and `pixel_sail/renamed.py` maps one to the other.
 """
 
 import json
@@ -108,7 +108,7 @@ RUN = {
     "name": "run",
     "seed": 0,
 }
-"""The run of `old_format/make.sh` in words of today, every setting that it made or had from its `experiment`."""
+"""The settings of the run of `old_format/make.sh` under today's keys, including those of its `experiment`."""
 
 FORCED = ("predict.answer=forced", "predict.max_batch_tokens=4096")
 EVALS = {
@@ -120,12 +120,12 @@ EVALS = {
 
 
 TOLERANCE = 1e-5
-"""Relative. Today's code sums the mask losses of all images at once, which rounds otherwise."""
+"""Relative: since commit ad1a7c1 the mask losses of all images are summed at once, which rounds differently."""
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Go into a copy of the old files, which name each other by paths from there."""
+    """Change into a copy of the old files: they refer to each other by relative paths."""
     shutil.copytree(OLD, tmp_path / "old")
     monkeypatch.chdir(tmp_path / "old")
     monkeypatch.setenv("PIXEL_SAIL_DATA", "data")
@@ -143,7 +143,7 @@ def numbers(run):
     return [{key: value for key, value in line.items() if key not in TIMING_FIELDS} for line in lines]
 
 
-def test_a_stopped_run_goes_on_to_the_lines_and_weights_it_had_then(folder):
+def test_a_stopped_run_resumes_to_the_log_lines_and_weights_of_the_old_code(folder):
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), *(f"{key}={value}" for key, value in RUN.items())]
     own = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "PIXEL_SAIL_RUNS": "runs"}
     done = subprocess.run(command, env=environment(Path("data")) | own, capture_output=True, text=True, timeout=280)
@@ -185,7 +185,7 @@ def test_old_predictions_are_scored_again(folder, capsys):
         assert json.loads(capsys.readouterr().out) == row["scores"]
 
 
-def test_an_answer_is_the_old_one(folder):
+def test_the_predictor_gives_the_old_output(folder):
     (old,) = [json.loads(path.read_text()) for path in Path("predict").glob("*.json")]
     arguments = [
         f"checkpoint={FINISHED}",
@@ -198,7 +198,7 @@ def test_an_answer_is_the_old_one(folder):
     assert {**new, "timing": None} == {**old, "timing": None}
 
 
-def test_an_old_log_is_drawn(folder, capsys):
+def test_an_old_log_is_plotted(folder, capsys):
     tool = load_tool("plot_run")
     assert tool.main([str(FINISHED), "--out=curves.png"]) == 0
     run = tool.read_run(FINISHED, "old")
@@ -210,7 +210,7 @@ def test_an_old_log_is_drawn(folder, capsys):
     assert run.scores and capsys.readouterr().out.endswith("curves.png\n")
 
 
-def test_an_old_run_gets_its_card(folder):
+def test_an_old_run_gets_a_model_card(folder):
     assert load_tool("publish_model").main([str(FINISHED), "--license=mit"]) == 0
     card = (FINISHED / "export" / "README.md").read_text()
     assert "| groupshapes | refer groupshapes train | 0.5 x per epoch |" in card
@@ -233,8 +233,8 @@ def test_an_old_sweep_gets_its_tables(folder, capsys):
         assert f" {row['scores']['ciou']:.3f} (1) " in said
 
 
-def test_an_old_word_on_the_command_line_is_refused_with_the_word_of_today(folder):
-    """Every override of the old run is taken as it stands, or named as it is written today, and then taken."""
+def test_an_old_override_is_refused_with_the_new_one(folder):
+    """Every override of the old run is accepted, or the error gives the one that is."""
     old = read_lines(STOPPED / "starts.jsonl")[0]["command"][1:]
     assert "experiment=quickstart" in old and len(old) > 50
     today = [renamed_override(override) or override for override in old]
@@ -249,7 +249,7 @@ def test_an_old_word_on_the_command_line_is_refused_with_the_word_of_today(folde
     assert loaded.kernels == wanted.kernels and loaded.metric_bounds == wanted.metric_bounds
 
 
-def test_an_old_yaml_file_is_brought_up_to_date_by_what_the_errors_say(folder, monkeypatch):
+def test_the_errors_about_an_old_yaml_file_give_its_new_keys(folder, monkeypatch):
     shutil.copytree(config.CONFIG_FOLDER, "configs")
     monkeypatch.setattr(config, "CONFIG_FOLDER", folder / "configs")
     text = Path("quickstart.yaml").read_text()

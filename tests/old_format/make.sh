@@ -111,4 +111,4 @@ rm -r runs/whole/checkpoints
 rm -rf .cache sweep/*/{checkpoints,export,config.json,starts.jsonl} sweep/jobs/*.log
 rm predict/*.png data/refshapes/images/train2014/*_00000000000[6-9].jpg
 find . -name 'part-*.jsonl' -o -name 'report.*' -o -name .lock | xargs rm
-sed -i "s#$code/##" runs/*/starts.jsonl
+find . -name '*.json*' | xargs sed -i "s#$code/##g; s#$PWD/##g"
