@@ -40,7 +40,7 @@ from pixel_sail.model.kernels import CHECKPOINTING, Kernels
 from pixel_sail.model.mask_head import INITS
 from pixel_sail.overrides import as_typed, kind_of, needs_look, quoted
 from pixel_sail.paths import expanded, root_folder
-from pixel_sail.renamed import hint, renamed_log_key, renamed_override
+from pixel_sail.renamed import hint, renamed_log_key, renamed_override, renamed_target
 from pixel_sail.texts import has_half_character
 from pixel_sail.types import DataError
 
@@ -882,6 +882,8 @@ def build(node: Any, where: str) -> Any:
             f"{where}: found no _target_ in {node}, expected a function and its arguments; an override changes an "
             "entry that no config file defines, choose a config file that does"
         )
+    if (new := renamed_target(str(node["_target_"]))) is not None:
+        raise ConfigError(f"{where}: _target_ is {node['_target_']!r}, which was renamed; write {new}")
     try:
         return instantiate(node, _convert_="all")
     except HydraException as error:

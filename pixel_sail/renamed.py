@@ -139,6 +139,11 @@ def renamed_key(key: str) -> str | None:
     return None
 
 
+def renamed_target(name: str) -> str | None:
+    """Return today's name of an old `_target_`, None for any other."""
+    return next((new + name.removeprefix(old) for old, new in TARGETS.items() if name.startswith(old)), None)
+
+
 def renamed_override(override: str) -> str | None:
     """Return how an override with an old name is written today, None for an override without one."""
     key, separator, value = override.partition("=")
@@ -147,10 +152,14 @@ def renamed_override(override: str) -> str | None:
     if group in CONFIG_GROUPS and (at or "." not in group) and not value.startswith("{"):
         new = CONFIG_GROUPS[group] + (f"@{renamed_key(place) or place}" if at else "")
         return f"{sign}{new}{separator}{CONFIG_CHOICES.get((group, value), value)}"
-    if at or (new_key := renamed_key(group)) is None:
+    if at:
         return None
+    new_key = renamed_key(group) or group
     values = next((own for star, own in CONFIG_VALUES.items() if _stands_for(star, new_key)), {})
-    return f"{sign}{new_key}{separator}{_written(values[value]) if value in values else value}"
+    new_value = _written(values[value]) if value in values else value
+    if new_key.rpartition(".")[2] == "_target_":
+        new_value = renamed_target(value) or value
+    return None if (new_key, new_value) == (group, value) else f"{sign}{new_key}{separator}{new_value}"
 
 
 def hint(message: str, where: str = "") -> str:
@@ -233,12 +242,7 @@ def _put(node: dict[str, Any], names: list[str], value: Any) -> None:
 def _copied(value: Any) -> Any:
     """Return a copy of nested dictionaries and lists, with current `_target_`s."""
     if isinstance(value, Mapping):
-        return {key: _target(own) if key == "_target_" else _copied(own) for key, own in value.items()}
+        return {
+            key: renamed_target(str(own)) or own if key == "_target_" else _copied(own) for key, own in value.items()
+        }
     return [_copied(own) for own in value] if isinstance(value, list | tuple) else value
-
-
-def _target(name: Any) -> Any:
-    for old, new in TARGETS.items():
-        if isinstance(name, str) and name.startswith(old):
-            return new + name.removeprefix(old)
-    return name

@@ -61,6 +61,9 @@ def test_a_log_line_gets_todays_keys(tables):
         ("old.x.c=1", None),
         ("seed=1", None),
         ("kernels.quick=true", None),
+        ("kernels.quick=yes", "kernels.quick=true"),
+        ("speed.model._target_=project.before.f", "kernels.model._target_=project.now.f"),
+        ("+a._target_=project.before.f", "+a._target_=project.now.f"),
     ],
 )
 def test_an_old_override_is_rejected_with_the_new_name(tables, override, written):
@@ -147,6 +150,12 @@ def test_an_old_argument_of_a_source_is_rejected_with_the_new_one():
     node = {"_target_": "pixel_sail.data.sources.coco_vp.load", "prompt_shares": {"box": 1.0}}
     with pytest.raises(ConfigError, match=r"prompt_shares was renamed to data\.sources\.x\.prompt_fractions"):
         build(node, "data.sources.x")
+
+
+def test_an_old_target_is_refused_with_the_new_one():
+    node = {"_target_": "pixel_sail.experts.sam2.sam2", "weights": "x"}
+    with pytest.raises(ConfigError, match=r"a\.model: _target_ is .* write pixel_sail\.distillation\.sam2\.sam2"):
+        build(node, "a.model")
 
 
 def test_no_old_name_is_a_name_of_today():
