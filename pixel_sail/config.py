@@ -41,7 +41,7 @@ from pixel_sail.model.mask_head import INITS
 from pixel_sail.overrides import as_typed, kind_of, needs_look, quoted
 from pixel_sail.paths import expanded, root_folder
 from pixel_sail.renamed import hint, renamed_log_key, renamed_override, renamed_target
-from pixel_sail.texts import has_half_character
+from pixel_sail.texts import has_lone_surrogate
 from pixel_sail.types import DataError
 
 CONFIG_FOLDER = root_folder() / "configs"
@@ -747,7 +747,7 @@ def load_config(
                 )
     texts: dict[str, Any] = {key: text if key in _NO_PATHS else _path(key, text) for key, text in given.items()}
     config = replace(result, **texts)
-    if has_half_character(getattr(config, "run_dir", "")):
+    if has_lone_surrogate(getattr(config, "run_dir", "")):
         raise ConfigError(f"{where}: run_dir holds bytes that are not UTF-8, expected text; rename the folder")
     for key in _NEVER_EMPTY:
         if getattr(config, key, None) == "":

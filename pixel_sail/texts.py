@@ -34,7 +34,7 @@ def limited(message: str) -> str:
     return message.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def has_half_character(text: str) -> bool:
+def has_lone_surrogate(text: str) -> bool:
     """Return whether a text contains an unpaired UTF-16 surrogate, which cannot be tokenized or written to a file."""
     return _HALF_CHARACTER.search(text) is not None
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pixel_sail.errors import ExpectedError
-from pixel_sail.texts import has_half_character, limited, shown
+from pixel_sail.texts import has_lone_surrogate, limited, shown
 
 BoolMask = NDArray[np.bool_]
 """A binary mask [H, W] at the resolution of its image. Always a union of its parts, never a sum."""
@@ -64,7 +64,7 @@ class MissingDataError(DataError):
 def check_texts(texts: Iterable[str], where: str) -> None:
     """Raise DataError for a text that cannot be tokenized. Called for all texts of samples and evaluations."""
     for text in texts:
-        if has_half_character(text):
+        if has_lone_surrogate(text):
             raise DataError(
                 f"{where}: found an unpaired surrogate in {shown(text)}, expected Unicode text; the program that wrote "
                 "the file split a character, repair or remove the record"

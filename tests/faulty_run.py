@@ -42,7 +42,7 @@ def stick_at_item(number: int) -> None:
     item = Mixture.item
 
     def item_or_sleep(self, position):
-        place = self.place(position)
+        place = self.stream_item(position)
         if (place.source_name, place.item) == ("refshapes", number):
             time.sleep(FOR_EVER_S)
         return item(self, position)

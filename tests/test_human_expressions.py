@@ -124,7 +124,7 @@ def test_a_box_covers_the_pixels_whose_centers_are_inside(tmp_path):
         ({"bbox_xyxy": [3, 1, 3, 2]}, "expected .left, top, right, bottom"),
         ({"bbox_xyxy": [1, 1, True, 2]}, "expected .left, top, right, bottom"),
         ({"bbox_xyxy": [1, 2, 3]}, "expected .left, top, right, bottom"),
-        ({"bbox_xyxy": [1.6, 1, 2.4, 2]}, "without one pixel"),
+        ({"bbox_xyxy": [1.6, 1, 2.4, 2]}, "without a pixel"),
         ({"bbox_xyxy": "nothing"}, "bbox_xyxy = 'nothing', expected"),
         ({"expression": " "}, "empty expression"),
         ({"expression": None}, "expression = None, expected str"),

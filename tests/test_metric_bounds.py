@@ -30,8 +30,8 @@ def test_the_first_value_at_its_step_or_later_is_judged_once(tmp_path, caplog, v
         metric_bounds = MetricBounds({"early": bound()}, tmp_path / "log.jsonl", start=0)
         for step, total in ((10, 9.0), (30, value), (40, 9.0)):
             log.scalars(step, {"loss/total": total, "loss/bce": 0.1})
-            assert metric_bounds.judge(step, log) is None
-            assert metric_bounds.judge(step, log) is None, "the numbers were judged"
+            assert metric_bounds.check(step, log) is None
+            assert metric_bounds.check(step, log) is None, "the numbers were judged"
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     notes = [(line["step"], line["metric_bounds"]) for line in lines if "metric_bounds" in line]
     assert [(step, list(found)) for step, found in notes] == ([(30, ["early"])] if is_outside else [])
@@ -45,7 +45,7 @@ def test_one_limit_is_enough_and_validation_scores_have_bounds_too(tmp_path):
         metric_bounds = MetricBounds(bounds, tmp_path / "log.jsonl", start=0)
         log.scalars(5, {"loss/total": 1.0})
         log.scalars(5, {"refshapes_val/ciou": 0.29})
-        finding = metric_bounds.judge(5, log)
+        finding = metric_bounds.check(5, log)
     assert finding is not None and "refshapes_val/ciou is 0.29 at step 5, expected 0.3 .. inf" in finding
 
 
@@ -61,7 +61,7 @@ def test_a_run_that_goes_on_judges_what_it_has_not_judged(tmp_path):
     with open_log(tmp_path, start=30) as log:
         metric_bounds = MetricBounds({"early": bound("warn"), "late": bound("stop", after=40)}, file, start=30)
         log.scalars(40, {"loss/total": 9.0})
-        assert "metric_bounds.late" in metric_bounds.judge(40, log)
+        assert "metric_bounds.late" in metric_bounds.check(40, log)
 
 
 def test_a_log_of_an_earlier_version_is_judged_under_todays_keys(tmp_path):

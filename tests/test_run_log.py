@@ -86,9 +86,9 @@ def test_metrics_time_only_steps(rows, make_batch, tiny_config, monkeypatch):
     lines = []
     for waits in ((1.0, 3.0), (0.25,)):
         for wait in waits:
-            perf.step_begins()
+            perf.step_started()
             clock.now += wait
-            perf.data_is_here()
+            perf.data_loaded()
             clock.now += 2.0
             perf.step_done([batch, batch], tokens=600, samples=12)
             clock.now += 50.0  # a checkpoint
@@ -105,8 +105,8 @@ def test_metrics_time_only_steps(rows, make_batch, tiny_config, monkeypatch):
 def test_without_a_known_peak_nothing_is_counted(rows, make_batch, tiny_config, monkeypatch):
     monkeypatch.setattr(metrics_module, "of_batch", lambda batch: pytest.fail("counted for nothing"))
     perf = PerfMetrics(tiny_config, {}, peak_tflops=None, device=torch.device("cpu"))
-    perf.step_begins()
-    perf.data_is_here()
+    perf.step_started()
+    perf.data_loaded()
     perf.step_done([make_batch(*rows)], tokens=1, samples=1)
     assert "perf/mfu" not in perf.read()
 

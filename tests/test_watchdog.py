@@ -107,7 +107,7 @@ for last in (3, 4):
     with watchdog.Watchdog(folder, WatchdogConfig(limit_s=0.5, slow_factor=8)) as watched:
         for step in range(1, 4):
             watched.begin_step(step)
-            watched.data_is_here(["a"])
+            watched.data_loaded(["a"])
             time.sleep(1.0 if step == 1 else 0.0)
         watched.begin_other("saving")
         time.sleep(1.0)

@@ -16,7 +16,7 @@ line break.)
 import re
 from typing import Any
 
-from pixel_sail.texts import has_half_character, shown
+from pixel_sail.texts import has_lone_surrogate, shown
 from pixel_sail.types import DataError
 
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
@@ -76,7 +76,7 @@ def _parse_message(message: Any, where: str) -> tuple[str, str]:
         raise DataError(
             f"{where}: found {shown(message)}, expected {{'from': 'human' or 'gpt', 'value': text}}; repair the file"
         )
-    if has_half_character(text):
+    if has_lone_surrogate(text):
         raise DataError(
             f"{where}: found an unpaired surrogate in {shown(text)}, expected Unicode text; repair the file"
         )

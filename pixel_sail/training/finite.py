@@ -63,11 +63,11 @@ class GradientCheck:
         if num_bad:
             raise NonFiniteLossError(
                 f"a gradient is not finite though the losses are, on {num_bad} of {dist.world_size()} ranks; "
-                f"{blame(sample_ids if bool(is_bad) else ())}"
+                f"{which_rank(sample_ids if bool(is_bad) else ())}"
             )
 
 
-def blame(sample_ids: Sequence[str]) -> str:
+def which_rank(sample_ids: Sequence[str]) -> str:
     """Return the end of the message: whether this rank is the cause, and its samples."""
     cause = f"holds it, among its samples {list(sample_ids)}" if sample_ids else "is not the cause"
     return f"rank {dist.rank()} {cause}; no update was made"

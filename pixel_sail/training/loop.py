@@ -71,23 +71,23 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
     run_log = RunLog(run.run_dir, config.log, steps=steps, start=state.step, resolved=asdict(config))
     with writer, run_log as log, watchdog:
         while state.step < last:
-            perf.step_begins()
+            perf.step_started()
             watchdog.begin_step(state.step + 1)
             now = next(data)
-            perf.data_is_here()
-            watchdog.data_is_here([name for batch in now.batches for name in batch.sample_ids])
+            perf.data_loaded()
+            watchdog.data_loaded([name for batch in now.batches for name in batch.sample_ids])
             preemption.listen()
             rates = set_learning_rate(run.optimizer, learning_rate(state.step, config.optim))
             streams = checkpoint.gather_data_state(state.streams, now.after, config.data.packing.packing_buffer, device)
             report = update(run, state.step, now, streams, writer)
-            state = advanced(run, state, now, streams, report)
+            state = next_state(run, state, now, streams, report)
             perf.step_done(now.batches, tokens=report.tokens, samples=report.samples)
             log.step_done()
             if due(state.step, config.log.every) or state.step == last:
                 log.scalars(state.step, {**rates, **log_line(run, state, report, perf)})
                 state = replace(state, source_sums=tuple((0.0,) * len(row) for row in state.source_sums))
             writer.check()
-            is_preempted = preemption.anywhere(device) and state.step < last
+            is_preempted = preemption.on_any_rank(device) and state.step < last
             is_saved = due(state.step, config.checkpoint.every) or state.step == last or is_preempted
             if is_saved:
                 watchdog.begin_other("saving")
@@ -98,7 +98,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None) -> Path:
             if evaluate is not None and due(state.step, config.validation.every):
                 watchdog.begin_other("validating")
                 validate(run, evaluate, state.step, log)
-            finding = metric_bounds.judge(state.step, log)
+            finding = metric_bounds.check(state.step, log)
             if finding is not None:
                 if not is_saved:
                     writer.save(state, run.model, run.optimizer, run.accelerator)
@@ -157,7 +157,7 @@ def update(run: Run, done: int, now: StepData, streams: Sequence[StreamState], w
     return report
 
 
-def advanced(
+def next_state(
     run: Run, state: TrainState, now: StepData, streams: tuple[StreamState, ...], report: StepReport
 ) -> TrainState:
     """Return the state after a step; skipped samples are counted and recorded."""

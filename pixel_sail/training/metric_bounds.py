@@ -47,7 +47,7 @@ class MetricBounds:
                     f"{stop}. This ended the run; change the bound, set its action to warn, or begin a new run"
                 )
 
-    def judge(self, step: int, log: RunLog) -> str | None:
+    def check(self, step: int, log: RunLog) -> str | None:
         """Check the metrics logged since the last call; return the finding that ends the run, None to continue."""
         findings = self._judge(step, log.take_numbers())
         if findings:

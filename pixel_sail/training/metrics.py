@@ -68,11 +68,11 @@ class PerfMetrics:
         self._steps, self._seconds, self._waited, self._flops = 0, 0.0, 0.0, 0.0
         self._tokens, self._samples = 0, 0
 
-    def step_begins(self) -> None:
+    def step_started(self) -> None:
         """Start the clock, before the step's data is requested."""
         self._begun = time.perf_counter()
 
-    def data_is_here(self) -> None:
+    def data_loaded(self) -> None:
         """Record the time spent waiting for data."""
         self._waited += time.perf_counter() - self._begun
 

@@ -59,7 +59,7 @@ class PreemptionSignals:
         for number in SIGNALS:
             signal.signal(number, self._note)
 
-    def anywhere(self, device: torch.device) -> bool:
+    def on_any_rank(self, device: torch.device) -> bool:
         """Return on every rank whether any rank recorded a signal; every rank must call it."""
         if not (distributed.is_initialized() and distributed.get_world_size() > 1):
             return self.is_noted

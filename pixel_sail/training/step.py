@@ -27,7 +27,7 @@ from pixel_sail.losses.total import (
     weighted_sum,
 )
 from pixel_sail.model.transfer import to_device
-from pixel_sail.training.finite import GradientCheck, NonFiniteLossError, blame
+from pixel_sail.training.finite import GradientCheck, NonFiniteLossError, which_rank
 from pixel_sail.types import Batch
 
 
@@ -199,5 +199,5 @@ def _finish_losses(
         minimised = (sums[-1, _losses(distill_terms)] / max(counts.samples, 1)).tolist()
     total = weighted_sum(minimised, config, distill_terms)
     if total - total != 0.0:  # NaN and infinity alike
-        raise NonFiniteLossError(f"losses {means} are not finite; {blame(suspects)}")
+        raise NonFiniteLossError(f"losses {means} are not finite; {which_rank(suspects)}")
     return {"total": total, **means}

@@ -88,7 +88,7 @@ class Watchdog:
         self._steps_begun += 1
         self._begin("waiting for data", step, is_slow=self._steps_begun <= FIRST_STEPS)
 
-    def data_is_here(self, sample_ids: Sequence[str]) -> None:
+    def data_loaded(self, sample_ids: Sequence[str]) -> None:
         """Record that the step is computing, and its samples; the step's clock keeps running."""
         self._watched = replace(
             self._watched, phase="computing", phase_since=time.monotonic(), sample_ids=tuple(sample_ids)

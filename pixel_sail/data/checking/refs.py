@@ -14,7 +14,7 @@ from typing import Any
 
 from pixel_sail.data import refs_files
 from pixel_sail.data.checking.findings import FindingKind, Findings
-from pixel_sail.texts import has_half_character, shown
+from pixel_sail.texts import has_lone_surrogate, shown
 from pixel_sail.types import DataError
 
 NO_TARGET = (-1,)
@@ -160,7 +160,7 @@ def _text_length(sentence: dict[str, Any], where: str, findings: Findings) -> It
             f"found {key} {shown(sentence.get(key))}, expected text; download the file again",
         )
     if not wrong:
-        if any(has_half_character(sentence[key]) for key in ("sent", "raw")):
+        if any(has_lone_surrogate(sentence[key]) for key in ("sent", "raw")):
             found = f"found an unpaired surrogate in {shown(sentence)}"
             findings.trouble(FindingKind.REF_RECORD, where, f"{found}, expected Unicode text; repair the sentence")
         if not sentence["sent"].strip():
