@@ -1,6 +1,6 @@
 // The page: load an image, ask about it, show the answers. marks.js draws marks and masks.
 
-import { ImageArray, maskLayer } from "./marks.js";
+import { ImageView, maskLayer } from "./marks.js";
 
 const at = (id) => document.getElementById(id);
 const view = new ImageView(at("canvas"), refresh);
