@@ -177,7 +177,7 @@ def test_help_names_every_setting_its_default_and_its_meaning(capsys, name, sche
                 continue
             (line,) = re.findall(rf"^  {prefix}{field.name}(?:\.\*)?(?: .*)?$", shown, re.MULTILINE)
             if field.default == "???":
-                assert " needed" in line
+                assert " required" in line
             elif field.default not in (MISSING, None, ""):
                 assert repr(field.default) in line
 
