@@ -96,7 +96,7 @@ def current_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
     If a key exists under both names, the value of the new one is kept.
     """
-    result: dict[str, Any] = _copied(config)
+    result = _copied(config)
     for old in sorted(CONFIG_KEYS, key=lambda key: -key.count(".")):
         for names in list(_matches(result, old.split("."))):
             _put(result, _filled(CONFIG_KEYS[old], old, names), _taken(result, names))
@@ -196,8 +196,6 @@ def _renamed(key: str, table: Mapping[str, str]) -> str | None:
 def _stands_for(star: str, key: str) -> re.Match[str] | None:
     """Match a key with one with `*`: text without a dot in a configuration key, without a slash in a log."""
     return re.fullmatch(re.escape(star).replace(r"\*", "([^/]+)" if "/" in star else "([^.]+)"), key)
-    """Return the match of a key with a pattern in which `*` matches one name, None if it does not match."""
-    return re.fullmatch(re.escape(star).replace(r"\*", "([^.]+)"), key)
 
 
 def _matches(node: Any, parts: list[str], before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -231,6 +229,8 @@ def _put(node: dict[str, Any], names: list[str], value: Any) -> None:
     """Set the value at a path; existing values are kept, dictionaries are merged."""
     for name in names[:-1]:
         node = node.setdefault(name, {})
+        if not isinstance(node, dict):
+            return
     there = node.get(names[-1])
     if isinstance(there, dict) and isinstance(value, dict):
         for name, own in value.items():
@@ -239,10 +239,22 @@ def _put(node: dict[str, Any], names: list[str], value: Any) -> None:
         node[names[-1]] = value
 
 
-def _copied(value: Any) -> Any:
-    """Return a copy of nested dictionaries and lists, with current `_target_`s."""
-    if isinstance(value, Mapping):
-        return {
-            key: renamed_target(str(own)) or own if key == "_target_" else _copied(own) for key, own in value.items()
-        }
-    return [_copied(own) for own in value] if isinstance(value, list | tuple) else value
+def _copied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of nested dictionaries and lists with current `_target_`s. No recursion: files may nest deeply."""
+    result: dict[str, Any] = {}
+    waiting: list[tuple[Any, Any]] = [(config, result)]
+    while waiting:
+        node, copy = waiting.pop()
+        for key, value in node.items() if isinstance(node, Mapping) else enumerate(node):
+            if key == "_target_":
+                own = renamed_target(str(value)) or value
+            elif isinstance(value, Mapping | list | tuple):
+                own = {} if isinstance(value, Mapping) else []
+                waiting.append((value, own))
+            else:
+                own = value
+            if isinstance(node, Mapping):
+                copy[key] = own
+            else:
+                copy.append(own)
+    return result
