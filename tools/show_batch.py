@@ -17,7 +17,7 @@ from pathlib import Path
 from pixel_sail.cli import script_help, wants_help
 from pixel_sail.config import TrainConfig, load_config
 from pixel_sail.data.collate import collate
-from pixel_sail.data.mixture import Mixture
+from pixel_sail.data.mixture import Mixture, StreamItem
 from pixel_sail.data.packing import PackedStream
 from pixel_sail.entry import one_message
 from pixel_sail.evaluation.batch_view import batch_facts, write_batch_view
@@ -26,7 +26,7 @@ from pixel_sail.model.processing_pixel_sail import PixelSailProcessor
 from pixel_sail.planning.parameters import fill_in_vocabulary
 from pixel_sail.training.build import configured_tokenizer
 from pixel_sail.training.prepare import build_mixture, measure_length, sample_cost
-from pixel_sail.types import Batch, DataError
+from pixel_sail.types import Batch, DataError, Sample
 
 
 @one_message
@@ -50,10 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_batch_view(folder, batch, processor)
     print("\n".join(batch_facts(batch)))
     written = [folder / "index.html", folder / "batch.txt"]
-    if (position := first_with_image(mixture, batch)) is not None:
+    if (found := first_with_image(mixture, batch)) is not None:
+        place, sample = found
         written.append(folder / "stages.png")
-        place = mixture.stream_item(position)
-        sample, num_items = mixture.item(position).sample, len(mixture.sources[place.source])
+        num_items = len(mixture.sources[place.source])
         write_stages(written[-1], sample, batch, source=place.source_name, num_items=num_items, item=place.item)
     print(f"written: {', '.join(map(str, written))}")
     return 0
@@ -64,15 +64,16 @@ def processor_of(config: TrainConfig) -> PixelSailProcessor:
     return PixelSailProcessor.for_model(configured_tokenizer(config.model), config.model.architecture)
 
 
-def first_with_image(mixture: Mixture, batch: Batch) -> int | None:
-    """Return the position in the mixture of the first sample of the batch with an image, None if it is not among the
-    first thousand."""
+def first_with_image(mixture: Mixture, batch: Batch) -> tuple[StreamItem, Sample] | None:
+    """Return the first sample of the mixture that has an image and is in the batch, and its place in the sources; None
+    if it is not among the first thousand."""
     for position in range(1000):
         place = mixture.stream_item(position)
         if mixture.sources[place.source].image_path(place.item) is not None:
             with suppress(DataError):
-                if mixture.item(position).sample.sample_id in batch.sample_ids:
-                    return position
+                sample = mixture.item(position).sample
+                if sample.sample_id in batch.sample_ids:
+                    return place, sample
     return None
 
 

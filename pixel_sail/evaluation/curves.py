@@ -100,8 +100,13 @@ def render_panels(panels: Sequence[Panel], title: str, *, columns: int = 3) -> F
 
 def save_panels(path: Path, panels: Sequence[Panel], title: str, *, columns: int = 3) -> None:
     """Write all panels to a PNG file atomically."""
+    save_figure(path, render_panels(panels, title, columns=columns))
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Write a figure to a PNG file atomically."""
     buffer = io.BytesIO()
-    render_panels(panels, title, columns=columns).savefig(buffer, format="png")
+    figure.savefig(buffer, format="png")
     replace_bytes(path, buffer.getvalue())
 
 

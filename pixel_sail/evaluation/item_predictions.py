@@ -22,12 +22,14 @@ from pixel_sail.evaluation.task import LONG_ANSWER_TOKENS, ItemRequest, Task
 from pixel_sail.evaluation.task_scores import TaskScores
 from pixel_sail.predictor_io import PredictorOutput
 from pixel_sail.rle import encode_mask
-from pixel_sail.types import RLE, DataError, Json, RegionCaption, RegionChoice
+from pixel_sail.types import RLE, DataError, Json, RegionCaption, RegionChoice, VisualReferring
 
 Item = TypeVar("Item")
 
 AboutRegion = TypeVar("AboutRegion", RegionCaption, RegionChoice)
 """Items about one marked region."""
+AboutRegions = TypeVar("AboutRegions", RegionCaption, RegionChoice, VisualReferring)
+"""Items about any number of marked regions."""
 
 _FIELDS = ("item_id", "question", "answer", "masks", "is_retry")
 _KINDS: dict[str, type] = {"item_id": str, "question": str, "answer": str, "masks": list, "is_retry": bool}
@@ -111,14 +113,21 @@ def long_answer_task(
 
 def region_request(item: AboutRegion, text: str) -> ItemRequest[AboutRegion]:
     """Return a question about the region of an item, which is <Prompt0>."""
+    return regions_request(item, text, regions=(item.region,), prompt_ids=(0,))
+
+
+def regions_request(
+    item: AboutRegions, text: str, *, regions: tuple[RLE, ...], prompt_ids: tuple[int, ...]
+) -> ItemRequest[AboutRegions]:
+    """Return a question about regions of an item; `prompt_ids`: the <Prompt{k}> of each."""
     return ItemRequest(
         item=item,
         key=item.item_id,
         image_id=str(item.image_path),
         source_image=SourceImage(path=item.image_path, size_hw=item.image_hw),
         text=text,
-        regions=(item.region,),
-        prompt_ids=(0,),
+        regions=regions,
+        prompt_ids=prompt_ids,
     )
 
 

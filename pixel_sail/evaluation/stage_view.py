@@ -5,7 +5,6 @@
     image blue | question grey | supervised answer green | padding white; a line between samples
 """
 
-import io
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from pixel_sail.data.images import load_image
+from pixel_sail.evaluation.curves import save_figure
 from pixel_sail.evaluation.sample_image import render_masks
-from pixel_sail.files import replace_bytes
 from pixel_sail.model.attention_mask import attention_mask
 from pixel_sail.types import Batch, Sample
 
@@ -77,9 +76,7 @@ def write_stages(path: Path, sample: Sample, batch: Batch, *, source: str, num_i
     for kind, color in KINDS.items():
         batch_axes.bar(0, 0, color=color, edgecolor="#888888", label=kind)
     batch_axes.legend(ncols=len(KINDS), loc="upper center", bbox_to_anchor=(0.5, -0.25), frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    replace_bytes(path, buffer.getvalue())
+    save_figure(path, figure)
 
 
 def _title(axes: Axes, title: str, text: str) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pixel_sail.data.sources import perbench
-from pixel_sail.evaluation.item_predictions import ITEM_PREDICTIONS, ItemPrediction, item_prediction
+from pixel_sail.evaluation.item_predictions import ITEM_PREDICTIONS, ItemPrediction, item_prediction, regions_request
 from pixel_sail.evaluation.overlay import PREDICTED_COLOR, TRUE_COLOR
 from pixel_sail.evaluation.result_examples import ResultExample
 from pixel_sail.evaluation.source_image import SourceImage
@@ -44,15 +44,8 @@ def load(*, annotations: str | Path, image_dir: str | Path) -> Task[VisualReferr
 
 
 def _request(item: VisualReferring, prompt: str) -> ItemRequest[VisualReferring]:
-    return ItemRequest(
-        item=item,
-        key=item.item_id,
-        image_id=str(item.image_path),
-        source_image=SourceImage(path=item.image_path, size_hw=item.image_hw),
-        text=prompt_template(PROMPTS, prompt, KIND).format(question=item.question),
-        regions=item.regions,
-        prompt_ids=item.prompt_ids,
-    )
+    text = prompt_template(PROMPTS, prompt, KIND).format(question=item.question)
+    return regions_request(item, text, regions=item.regions, prompt_ids=item.prompt_ids)
 
 
 def _own_masks(answer: ItemPrediction) -> tuple[RLE, ...]:
